@@ -1,1 +1,16 @@
-//! ckpt
+//! Checkpoint and restore of running programs, from outside.
+//!
+//! The way of the data: a live job is frozen ([`ckpt_tracer`]), captured into a
+//! [`Snapshot`](objects::Snapshot) and a stream of pages ([`capture`]), which go into an image
+//! ([`ckpt_image`]). To restart, [`restore`] turns the snapshot into a plan, which the
+//! freestanding restorer executes in the new process.
+
+pub mod capture;
+pub mod check;
+pub mod error;
+pub mod objects;
+pub mod progress;
+pub mod restore;
+pub mod snapshot;
+
+pub use error::{Error, Obstacle, Result};

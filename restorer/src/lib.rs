@@ -1,1 +1,184 @@
-//! ckpt
+//! The plan: what the restorer executes inside a process that is being restored.
+//!
+//! A plan is a flat list of operations, nearly all of them one system call with its operands.
+//! The planner decides every number beforehand (addresses, descriptors, ids), so that
+//! operations need no results of earlier ones; where the kernel answers with a number, the
+//! plan says which one is expected.
+//!
+//! All structures are read in place by the freestanding program `restorer`, which the tracer
+//! puts into a hole of the target's address space together with the plan. The pointers in them
+//! are addresses of the target.
+#![cfg_attr(not(test), no_std)]
+
+use core::mem::{offset_of, size_of};
+
+/// What an operation is.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpKind {
+    /// The system call `nr` with `args`.
+    Syscall = 0,
+    /// Stop with a breakpoint trap; the tracer does its part and continues the task.
+    Trap = 1,
+    /// Create a thread: `args[0]` is a [`ThreadPlan`], `args[1]` a kernel `struct clone_args`,
+    /// `args[2]` its size.
+    Thread = 2,
+    /// Wait until every thread created so far has executed its own operations and parked.
+    Join = 3,
+}
+
+/// The answer may be an error; it is kept in `result` and the plan goes on.
+pub const MAY_FAIL: u32 = 1;
+/// The answer must be `expect`, not just any success.
+pub const EXPECT: u32 = 2;
+
+/// One operation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Op {
+    /// An [`OpKind`].
+    pub kind: u32,
+    /// [`MAY_FAIL`], [`EXPECT`].
+    pub flags: u32,
+    /// System call number.
+    pub nr: u64,
+    /// Operands.
+    pub args: [u64; 6],
+    /// The answer wanted, with [`EXPECT`].
+    pub expect: u64,
+    /// What the kernel answered; written by the restorer.
+    pub result: i64,
+}
+
+/// A list of operations for one thread other than the first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThreadPlan {
+    /// Its operations.
+    pub ops: u64,
+    /// How many.
+    pub count: u64,
+    /// The plan that it belongs to.
+    pub plan: u64,
+}
+
+/// What the restorer finds at the address in its first argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Operations of the first thread.
+    pub ops: u64,
+    /// How many.
+    pub count: u64,
+    /// Threads created by [`OpKind::Thread`].
+    pub threads: u32,
+    /// Threads that have parked; a futex.
+    pub parked: u32,
+    /// Address of the first operation that failed, 0 for none.
+    pub failed: u64,
+}
+
+/// `rax` at the trap that means the plan is done; at others it is the index of the operation.
+pub const DONE: u64 = u64::MAX;
+/// `rax` at the trap that means an operation failed; [`Plan::failed`] says which.
+pub const FAILED: u64 = u64::MAX - 1;
+
+const _: () = {
+    assert!(size_of::<Op>() == 80);
+    assert!(offset_of!(Op, args) == 16);
+    assert!(size_of::<ThreadPlan>() == 24);
+    assert!(size_of::<Plan>() == 32);
+    assert!(offset_of!(Plan, parked) == 20);
+    assert!(offset_of!(Plan, failed) == 24);
+};
+
+impl Op {
+    /// A system call that must not fail.
+    pub const fn syscall(nr: i64, args: [u64; 6]) -> Self {
+        Self {
+            kind: OpKind::Syscall as u32,
+            flags: 0,
+            nr: nr as u64,
+            args,
+            expect: 0,
+            result: 0,
+        }
+    }
+
+    /// An operation of another kind.
+    pub const fn other(kind: OpKind, args: [u64; 6]) -> Self {
+        Self { kind: kind as u32, flags: 0, nr: 0, args, expect: 0, result: 0 }
+    }
+
+    /// The same, with the answer that it must have.
+    pub const fn expecting(mut self, answer: u64) -> Self {
+        self.flags |= EXPECT;
+        self.expect = answer;
+        self
+    }
+
+    /// The same, allowed to fail.
+    pub const fn may_fail(mut self) -> Self {
+        self.flags |= MAY_FAIL;
+        self
+    }
+
+    /// Whether `answer` is what the operation allows.
+    pub const fn accepts(&self, answer: i64) -> bool {
+        if self.flags & MAY_FAIL != 0 {
+            return true;
+        }
+        let error = answer < 0 && answer >= -4095;
+        !error && (self.flags & EXPECT == 0 || answer as u64 == self.expect)
+    }
+
+    /// The operation as bytes, in the layout that the restorer reads.
+    pub fn to_bytes(&self) -> [u8; size_of::<Op>()] {
+        let mut bytes = [0; size_of::<Op>()];
+        bytes[0..4].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.nr.to_le_bytes());
+        let mut at = 16;
+        for arg in self.args {
+            bytes[at..at + 8].copy_from_slice(&arg.to_le_bytes());
+            at += 8;
+        }
+        bytes[64..72].copy_from_slice(&self.expect.to_le_bytes());
+        bytes[72..80].copy_from_slice(&self.result.to_le_bytes());
+        bytes
+    }
+}
+
+/// Stack of one thread while it executes its operations, in bytes.
+pub const THREAD_STACK: u64 = 2048;
+/// Stack of the first thread, in bytes.
+pub const MAIN_STACK: u64 = 16 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_refused_unless_allowed() {
+        let op = Op::syscall(1, [0; 6]);
+        assert!(op.accepts(7));
+        assert!(!op.accepts(-1));
+        assert!(!op.accepts(-4095));
+        // Addresses in the upper half are no errors.
+        assert!(op.accepts(-4096));
+        assert!(op.may_fail().accepts(-22));
+        assert!(op.expecting(7).accepts(7));
+        assert!(!op.expecting(7).accepts(8));
+    }
+
+    #[test]
+    fn bytes_are_the_layout() {
+        let op = Op::syscall(9, [1, 2, 3, 4, 5, 6]).expecting(77);
+        let bytes = op.to_bytes();
+        // SAFETY is not needed: compare field by field.
+        assert_eq!(bytes[8], 9);
+        assert_eq!(bytes[offset_of!(Op, args) + 40], 6);
+        assert_eq!(bytes[offset_of!(Op, expect)], 77);
+        assert_eq!(bytes[offset_of!(Op, flags)], EXPECT as u8);
+    }
+}

@@ -1,1 +1,30 @@
-//! ckpt
+//! Mechanism over live Linux tasks: typed ptrace, freezing, remote system calls, `/proc` readers.
+//!
+//! This crate knows no image and no policy. It offers
+//!
+//! * [`task`]: a traced task as a type state, [`Running`](task::Running) and [`Stopped`](task::Stopped);
+//! * [`freeze`]: stopping every task of a process, and letting go of it again;
+//! * [`remote`]: system calls executed in a stopped task, such that the task survives the
+//!   loss of its tracer at any moment;
+//! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
+//! * [`proc`]: typed readers of `/proc`;
+//! * [`features`]: what this kernel and this user can do, probed once.
+
+pub mod abi;
+mod addr;
+pub mod blob;
+mod error;
+pub mod fault;
+pub mod features;
+pub mod freeze;
+mod ids;
+pub mod kcmp;
+pub mod mem;
+pub mod pidfd;
+pub mod proc;
+pub mod remote;
+pub mod task;
+
+pub use addr::RemoteAddr;
+pub use error::{Error, Result};
+pub use ids::{Pid, Tid};

@@ -1,1 +1,195 @@
-fn main(){}
+//! The freestanding program that executes a plan inside a process that is being restored.
+//!
+//! It is entered with the address of a [`Plan`](ckpt_restorer::Plan) in `rdi`, on a stack of
+//! its own, with all signals blocked, in an address space that it takes apart and rebuilds
+//! around itself. It knows nothing of what it does: every decision is in the plan.
+#![cfg_attr(ckpt_blob, no_std, no_main)]
+#![allow(unsafe_code)]
+
+#[cfg(not(ckpt_blob))]
+fn main() {
+    eprintln!("restorer: this is a stub; the real one is built into ckpt (see tracer/build.rs)");
+    std::process::exit(1);
+}
+
+#[cfg(ckpt_blob)]
+mod blob {
+    use core::arch::{asm, global_asm};
+    use core::ptr::{read_volatile, write_volatile};
+    use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+    use ckpt_restorer::{DONE, FAILED, Op, OpKind, Plan, ThreadPlan};
+
+    const SYS_PAUSE: u64 = 34;
+    const SYS_FUTEX: u64 = 202;
+    const SYS_CLONE3: u64 = 435;
+    const FUTEX_WAIT: u64 = 0;
+    const FUTEX_WAKE: u64 = 1;
+
+    global_asm!(
+        ".section .text._start, \"ax\", @progbits",
+        ".globl _start",
+        "_start:",
+        "    and rsp, -16",
+        "    call {main}",
+        "    ud2",
+        // A new thread starts here: its stack holds nothing but the address of its plan.
+        "ckpt_thread_start:",
+        "    pop rdi",
+        "    and rsp, -16",
+        "    call {thread}",
+        "    ud2",
+        main = sym main,
+        thread = sym thread,
+    );
+
+    /// SAFETY: the caller answers for what the system call does to memory; that is the plan's
+    /// business, and the plan never touches the restorer's own pages.
+    #[inline(always)]
+    unsafe fn syscall(nr: u64, a: &[u64; 6]) -> i64 {
+        let r: i64;
+        // SAFETY: the kernel preserves all registers but rax, rcx and r11.
+        unsafe {
+            asm!("syscall", inlateout("rax") nr => r, in("rdi") a[0], in("rsi") a[1],
+                 in("rdx") a[2], in("r10") a[3], in("r8") a[4], in("r9") a[5],
+                 lateout("rcx") _, lateout("r11") _, options(nostack));
+        }
+        r
+    }
+
+    /// Creates a thread whose first instruction is `ckpt_thread_start`; only the parent returns.
+    ///
+    /// SAFETY: `args` is a valid `struct clone_args` with a stack on top of which the address
+    /// of the thread's plan stands.
+    #[inline(always)]
+    unsafe fn clone3(args: u64, size: u64) -> i64 {
+        let r: i64;
+        // SAFETY: in the child rax is 0 and the stack is another one; it leaves by the jump
+        // and never uses anything of this frame.
+        unsafe {
+            asm!("syscall", "test rax, rax", "jz ckpt_thread_start",
+                 inlateout("rax") SYS_CLONE3 => r, in("rdi") args, in("rsi") size,
+                 lateout("rcx") _, lateout("r11") _, options(nostack));
+        }
+        r
+    }
+
+    /// Hands over to the tracer with a word in `rax`.
+    #[inline(always)]
+    fn trap(word: u64) {
+        // SAFETY: int3 stops the task for its tracer, which continues it behind.
+        unsafe { asm!("int3", in("rax") word, options(nostack)) }
+    }
+
+    /// Executes operations; false when one failed.
+    ///
+    /// SAFETY: `ops` points to `count` operations, and `plan` to their plan.
+    unsafe fn run(plan: *mut Plan, ops: *mut Op, count: u64) -> bool {
+        let mut i = 0;
+        while i < count {
+            // SAFETY: i < count.
+            let at = unsafe { ops.add(i as usize) };
+            // SAFETY: `at` is valid, and nobody writes it but this thread.
+            let op = unsafe { read_volatile(at) };
+            let result = if op.kind == OpKind::Syscall as u32 {
+                // SAFETY: the plan's business.
+                unsafe { syscall(op.nr, &op.args) }
+            } else if op.kind == OpKind::Trap as u32 {
+                trap(i);
+                0
+            } else if op.kind == OpKind::Thread as u32 {
+                // SAFETY: the planner made the stack and the arguments.
+                unsafe { clone3(op.args[1], op.args[2]) }
+            } else {
+                // SAFETY: `plan` is valid.
+                unsafe { join(plan) }
+            };
+            // SAFETY: as above; `result` is only read by the tracer.
+            unsafe { write_volatile(&raw mut (*at).result, result) };
+            if !op.accepts(result) {
+                // SAFETY: `plan` is valid; the field is shared between threads.
+                let failed = unsafe { AtomicU64::from_ptr(&raw mut (*plan).failed) };
+                let _ = failed.compare_exchange(0, at as u64, Ordering::SeqCst, Ordering::SeqCst);
+                return false;
+            }
+            i += 1;
+        }
+        true
+    }
+
+    /// Waits for all threads to park; fails when one of them failed.
+    ///
+    /// SAFETY: `plan` is valid.
+    unsafe fn join(plan: *mut Plan) -> i64 {
+        // SAFETY: as the caller says.
+        let (parked, failed, threads) = unsafe {
+            (
+                AtomicU32::from_ptr(&raw mut (*plan).parked),
+                AtomicU64::from_ptr(&raw mut (*plan).failed),
+                (*plan).threads,
+            )
+        };
+        loop {
+            let seen = parked.load(Ordering::SeqCst);
+            if failed.load(Ordering::SeqCst) != 0 {
+                return -125; // ECANCELED; the failed operation is on record already
+            }
+            if seen == threads {
+                return 0;
+            }
+            let futex = parked.as_ptr() as u64;
+            // SAFETY: waits on a word of the plan.
+            unsafe { syscall(SYS_FUTEX, &[futex, FUTEX_WAIT, u64::from(seen), 0, 0, 0]) };
+        }
+    }
+
+    extern "C" fn main(plan: *mut Plan) -> ! {
+        // SAFETY: the tracer passed a valid plan.
+        let ok = unsafe { run(plan, (*plan).ops as *mut Op, (*plan).count) };
+        loop {
+            trap(if ok { DONE } else { FAILED });
+        }
+    }
+
+    extern "C" fn thread(mine: *const ThreadPlan) -> ! {
+        // SAFETY: the planner put the address of a valid thread plan on the stack.
+        let mine = unsafe { read_volatile(mine) };
+        let plan = mine.plan as *mut Plan;
+        // SAFETY: as above.
+        unsafe { run(plan, mine.ops as *mut Op, mine.count) };
+        // SAFETY: as above.
+        let parked = unsafe { AtomicU32::from_ptr(&raw mut (*plan).parked) };
+        parked.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: wakes the first thread; then waits to be taken over by the tracer.
+        unsafe {
+            syscall(SYS_FUTEX, &[parked.as_ptr() as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+            loop {
+                syscall(SYS_PAUSE, &[0; 6]);
+            }
+        }
+    }
+
+    #[panic_handler]
+    fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+        loop {
+            trap(FAILED);
+        }
+    }
+
+    /// Named by the precompiled `core`; never called with panic=abort.
+    #[unsafe(no_mangle)]
+    extern "C" fn rust_eh_personality() {}
+
+    // compiler_builtins offers none of these on linux-gnu.
+    global_asm!(
+        ".globl memcpy", "memcpy:", "mov rax, rdi", "mov rcx, rdx", "rep movsb", "ret",
+        ".globl memset", "memset:", "mov r8, rdi", "mov eax, esi", "mov rcx, rdx", "rep stosb",
+        "mov rax, r8", "ret",
+        ".globl memmove", "memmove:", "mov rax, rdi", "mov rcx, rdx", "cmp rdi, rsi", "jbe 1f",
+        "std", "lea rsi, [rsi + rdx - 1]", "lea rdi, [rdi + rdx - 1]", "rep movsb", "cld", "ret",
+        "1: rep movsb", "ret",
+        ".globl memcmp", "memcmp:", ".globl bcmp", "bcmp:", "mov rcx, rdx", "xor eax, eax",
+        "cmp rcx, rcx", "repe cmpsb", "je 2f", "movzx eax, byte ptr [rdi - 1]",
+        "movzx ecx, byte ptr [rsi - 1]", "sub eax, ecx", "2: ret",
+    );
+}

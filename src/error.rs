@@ -1,0 +1,105 @@
+//! What can go wrong, as a person reads it: each message is one sentence that names the
+//! object, the reason and, where there is one, the remedy.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Something that stands in the way of a checkpoint or a restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Obstacle {
+    /// What is concerned: `process 12 (name)`, `fd 3 of process 12 (socket:[99])` …
+    pub object: String,
+    /// Why that cannot be done.
+    pub reason: String,
+    /// What the user can do.
+    pub remedy: Option<String>,
+}
+
+impl Obstacle {
+    /// An obstacle with a remedy.
+    pub fn new(
+        object: impl Into<String>,
+        reason: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { object: object.into(), reason: reason.into(), remedy: Some(remedy.into()) }
+    }
+
+    /// An obstacle that nothing can be done about.
+    pub fn without_remedy(object: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { object: object.into(), reason: reason.into(), remedy: None }
+    }
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.object, self.reason)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "; {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An error of checkpoint or restore.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be done, for these reasons; nothing was changed.
+    #[error("{}", join(.0))]
+    Refused(Vec<Obstacle>),
+    /// Working in the live process failed.
+    #[error(transparent)]
+    Tracer(#[from] ckpt_tracer::Error),
+    /// The image could not be read or written.
+    #[error(transparent)]
+    Image(#[from] ckpt_image::Error),
+    /// A file could not be used.
+    #[error("cannot {what} {}: {source}", path.display())]
+    File {
+        /// "open", "create" …
+        what: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The image's metadata does not fit together.
+    #[error("the image {} is damaged or was made by another program: {what}", path.display())]
+    Metadata {
+        /// The image.
+        path: PathBuf,
+        /// What does not fit.
+        what: String,
+    },
+    /// An operation of the plan failed in the process being restored.
+    #[error("cannot restore {object}: {op} failed: {reason}")]
+    Operation {
+        /// The object it belongs to.
+        object: String,
+        /// The operation with its operands.
+        op: String,
+        /// The kernel's answer.
+        reason: String,
+    },
+    /// The restore cannot go on for a reason outside the plan.
+    #[error("{0}")]
+    Restore(String),
+}
+
+impl Error {
+    /// A refusal for one reason.
+    pub fn refuse(obstacle: Obstacle) -> Self {
+        Error::Refused(vec![obstacle])
+    }
+}
+
+fn join(obstacles: &[Obstacle]) -> String {
+    let lines: Vec<String> = obstacles.iter().map(Obstacle::to_string).collect();
+    lines.join("\n")
+}

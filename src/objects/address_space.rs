@@ -1,0 +1,82 @@
+//! The address space as a whole: the fields of `struct mm_struct`, the executable, the
+//! auxiliary vector. What is mapped is in [`memory`](super::memory).
+
+use ckpt_tracer::Result;
+use ckpt_tracer::remote::RemoteCalls;
+use serde::{Deserialize, Serialize};
+
+use super::SpaceId;
+use super::memory::Mapping;
+
+/// An address space.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AddressSpace {
+    /// Its pages in the image.
+    pub space: SpaceId,
+    /// Where the parts of the program are (`/proc/PID/stat`, `PR_SET_MM_MAP`).
+    pub layout: Layout,
+    /// The auxiliary vector, as `/proc/PID/auxv` shows it.
+    #[serde(with = "serde_bytes")]
+    pub auxv: Vec<u8>,
+    /// Index of the executable in the snapshot's mapped files.
+    pub executable: usize,
+    /// What is mapped, in ascending order, without the vsyscall page.
+    pub mappings: Vec<Mapping>,
+    /// `mlockall(MCL_FUTURE)` is in force.
+    pub lock_future: bool,
+    /// `PR_GET_THP_DISABLE`.
+    pub thp_disabled: bool,
+    /// `PR_GET_DUMPABLE`: 0, 1 or 2.
+    pub dumpable: u32,
+    /// Bits of `MEMBARRIER_CMD_REGISTER_*` that the process has registered.
+    pub membarrier: u32,
+}
+
+/// Addresses that the kernel keeps for a program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Layout {
+    pub start_code: u64,
+    pub end_code: u64,
+    pub start_data: u64,
+    pub end_data: u64,
+    pub start_brk: u64,
+    /// The current break; not page aligned in general.
+    pub brk: u64,
+    pub start_stack: u64,
+    pub arg_start: u64,
+    pub arg_end: u64,
+    pub env_start: u64,
+    pub env_end: u64,
+}
+
+/// `MEMBARRIER_CMD_GET_REGISTRATIONS` (Linux 6.3).
+const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
+/// `PR_GET_THP_DISABLE`.
+const PR_GET_THP_DISABLE: u64 = 42;
+
+/// The fields that only the process itself can ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// See [`Layout::brk`].
+    pub brk: u64,
+    /// See [`AddressSpace::dumpable`].
+    pub dumpable: u32,
+    /// See [`AddressSpace::thp_disabled`].
+    pub thp_disabled: bool,
+    /// See [`AddressSpace::membarrier`].
+    pub membarrier: u32,
+}
+
+/// Asks the process for what `/proc` does not show.
+pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
+    let brk = calls.call("brk", libc::SYS_brk, [0; 6])?;
+    let get_dumpable = [libc::PR_GET_DUMPABLE as u64, 0, 0, 0, 0, 0];
+    let dumpable = calls.call("prctl(PR_GET_DUMPABLE)", libc::SYS_prctl, get_dumpable)? as u32;
+    let get_thp = [PR_GET_THP_DISABLE, 0, 0, 0, 0, 0];
+    let thp = calls.call("prctl(PR_GET_THP_DISABLE)", libc::SYS_prctl, get_thp)?;
+    // Absent before Linux 6.3; then the common registration is made at restore.
+    let args = [MEMBARRIER_GET_REGISTRATIONS, 0, 0, 0, 0, 0];
+    let membarrier = calls.call("membarrier", libc::SYS_membarrier, args).unwrap_or(0) as u32;
+    Ok(Asked { brk, dumpable, thp_disabled: thp != 0, membarrier })
+}

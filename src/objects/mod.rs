@@ -1,0 +1,62 @@
+//! Kernel objects: one file each, holding the object's record, how it is captured from a
+//! frozen process and how it is rebuilt.
+//!
+//! A record is what the image keeps (CBOR, see docs/image-format.md). `capture` fills it from
+//! outside or by remote calls; `rebuild` appends operations to a plan.
+
+pub mod address_space;
+pub mod credentials;
+pub mod files;
+pub mod limits;
+pub mod memory;
+pub mod process;
+pub mod scheduling;
+pub mod seccomp;
+pub mod signals;
+pub mod thread;
+pub mod timers;
+
+use serde::{Deserialize, Serialize};
+
+/// Names a run of pages in the image: an address space, a shared memory object or the
+/// contents of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SpaceId(pub u32);
+
+/// The model of a frozen job: everything but the pages.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// What the job ran on.
+    pub host: Host,
+    /// Its processes; the root of the job first.
+    pub processes: Vec<process::Process>,
+    /// Open file descriptions, referred to by their index.
+    pub descriptions: Vec<files::Description>,
+    /// Files that are mapped, referred to by their index.
+    pub mapped_files: Vec<memory::MappedFile>,
+    /// Shared anonymous memory, referred to by its index.
+    pub shared_memory: Vec<memory::SharedMemory>,
+}
+
+/// What the job ran on, as far as a restore must agree with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Host {
+    /// `uname -r`.
+    pub kernel: String,
+    /// `uname -n`.
+    pub name: String,
+    /// BLAKE3 of the vDSO's bytes.
+    #[serde(with = "serde_bytes")]
+    pub vdso_digest: Vec<u8>,
+    /// Size of the xsave area that threads were captured with, in bytes.
+    pub xstate_size: u32,
+    /// `XCR0`: the state components that the processor had enabled.
+    pub xcr0: u64,
+    /// `CLOCK_MONOTONIC` at the checkpoint, nanoseconds.
+    pub monotonic_ns: u64,
+    /// `CLOCK_BOOTTIME` at the checkpoint, nanoseconds.
+    pub boottime_ns: u64,
+    /// `CLOCK_REALTIME` at the checkpoint, nanoseconds since 1970.
+    pub realtime_ns: u64,
+}

@@ -1,0 +1,134 @@
+//! What can go wrong while looking at or working in another task.
+
+use std::io;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+
+use crate::{Pid, RemoteAddr, Tid};
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of the tracer. [`Error::Died`] is never confused with an errno.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The task is gone: it exited, was killed, or its process called exec.
+    #[error("task {tid} ended while it was being looked at")]
+    Died {
+        /// The task.
+        tid: Tid,
+    },
+    /// A `/proc` file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Proc {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A `/proc` file has contents that this version does not understand.
+    #[error("{} reads in a way that this version does not understand: {what}", path.display())]
+    ProcSyntax {
+        /// The file.
+        path: PathBuf,
+        /// The part that was not understood.
+        what: String,
+    },
+    /// A system call of ours failed.
+    #[error("{call} on {object} failed: {}", errno.desc())]
+    Kernel {
+        /// The call.
+        call: &'static str,
+        /// What it was done on.
+        object: String,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// The target's memory could not be read or written.
+    #[error("cannot {what} {len} bytes at {addr} of process {pid}: {}", errno.desc())]
+    Memory {
+        /// "read" or "write".
+        what: &'static str,
+        /// Whose memory.
+        pid: Pid,
+        /// Where.
+        addr: RemoteAddr,
+        /// How much.
+        len: usize,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// A system call executed in the target failed.
+    #[error("{call} executed in task {tid} failed: {}", errno.desc())]
+    Remote {
+        /// The task it ran in.
+        tid: Tid,
+        /// The call.
+        call: &'static str,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// The task stopped for a reason that the protocol does not allow at that point.
+    #[error("task {tid} stopped unexpectedly ({what})")]
+    UnexpectedStop {
+        /// The task.
+        tid: Tid,
+        /// What was seen.
+        what: String,
+    },
+    /// Attaching was refused by the kernel.
+    #[error("{0}")]
+    Attach(#[from] AttachError),
+    /// No place was found for the few bytes of code that a remote call needs.
+    #[error(
+        "process {pid} has no unused room of {need} bytes in executable memory for remote system calls"
+    )]
+    NoCodeCave {
+        /// The process.
+        pid: Pid,
+        /// Bytes needed.
+        need: usize,
+    },
+    /// The process kept creating threads for as long as we tried to stop them.
+    #[error(
+        "process {pid} creates threads faster than they can be stopped (gave up after {rounds} rounds); try again, or stop it first with kill -STOP {pid}"
+    )]
+    ThreadsGrow {
+        /// The process.
+        pid: Pid,
+        /// Rounds tried.
+        rounds: u32,
+    },
+    /// A fault asked for by a test (feature `faults`).
+    #[error("fault injected at step {0}")]
+    Injected(crate::fault::Step),
+}
+
+/// Why a task could not be attached to.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No such process.
+    #[error("there is no process {pid}; look for the right one with `pgrep -a NAME`")]
+    NoSuchProcess {
+        /// The pid asked for.
+        pid: Pid,
+    },
+    /// The kernel refuses, and no more is known.
+    #[error("{}", .reason)]
+    Refused {
+        /// One sentence: what was refused, why, and what to do.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// `ESRCH` of a ptrace request or a `/proc` read means that the task is gone.
+    pub fn from_errno(call: &'static str, tid: Tid, errno: Errno) -> Self {
+        if errno == Errno::ESRCH {
+            Error::Died { tid }
+        } else {
+            Error::Kernel { call, object: format!("task {tid}"), errno }
+        }
+    }
+}

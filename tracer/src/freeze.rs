@@ -1,0 +1,227 @@
+//! Stopping every task of a process, and letting go of it again.
+
+use std::collections::HashSet;
+
+use nix::errno::Errno;
+
+use crate::error::AttachError;
+use crate::fault::{self, Step};
+use crate::proc::{status, tasks};
+use crate::task::{Resume, Running, Stop, Stopped, Waited};
+use crate::{Error, Pid, Result, Tid};
+
+/// Rounds of looking for new tasks before giving up. A task can only be created by one that
+/// is not yet stopped, so each round leaves fewer that could; a fork bomb is the exception.
+const MAX_ROUNDS: u32 = 64;
+
+/// A process of which every task is stopped. Letting it drop lets the process go on.
+#[derive(Debug)]
+pub struct Frozen {
+    pid: Pid,
+    tasks: Vec<Stopped>,
+}
+
+impl Frozen {
+    /// Stops every task of `pid`: seize and interrupt all, then rescan until nothing new is
+    /// found. On any error everything seized so far is let go.
+    pub fn freeze(pid: Pid) -> Result<Self> {
+        let mut frozen = Frozen { pid, tasks: Vec::new() };
+        let mut known: HashSet<Tid> = HashSet::new();
+        for round in 0.. {
+            let fresh: Vec<Tid> =
+                tasks::list_tasks(pid)?.into_iter().filter(|t| !known.contains(t)).collect();
+            if fresh.is_empty() {
+                break;
+            }
+            if round == MAX_ROUNDS {
+                return Err(Error::ThreadsGrow { pid, rounds: MAX_ROUNDS });
+            }
+            known.extend(&fresh);
+            frozen.stop_tasks(&fresh)?;
+        }
+        if frozen.tasks.is_empty() {
+            return Err(Error::Died { tid: pid.leader() });
+        }
+        // The leader first: it is the one that remote calls for the process run in.
+        frozen.tasks.sort_by_key(|t| (t.tid() != pid.leader(), t.tid()));
+        fault::hit(Step::Frozen)?;
+        Ok(frozen)
+    }
+
+    /// Seizes and interrupts all before waiting for the first, so that they stop at nearly
+    /// the same instant.
+    fn stop_tasks(&mut self, tids: &[Tid]) -> Result<()> {
+        let mut seized = Vec::with_capacity(tids.len());
+        let mut failure = None;
+        for &tid in tids {
+            match Running::seize(tid) {
+                Ok(task) => seized.push(task),
+                // A task that ended meanwhile is no obstacle.
+                Err(Error::Died { .. }) => {}
+                Err(Error::Kernel { errno: Errno::EPERM, .. }) => {
+                    if !is_dead(self.pid, tid) {
+                        failure = Some(explain_refusal(self.pid, tid));
+                        break;
+                    }
+                }
+                Err(e) => {
+                    failure = Some(e);
+                    break;
+                }
+            }
+        }
+        if failure.is_none() {
+            failure = fault::hit(Step::Seized).err();
+        }
+        // Also after a failure: a seized task can only be detached from a stop.
+        for task in &seized {
+            match task.interrupt() {
+                Ok(()) | Err(Error::Died { .. }) => {}
+                Err(e) => failure = failure.or(Some(e)),
+            }
+        }
+        for task in seized {
+            match wait_interrupted(task) {
+                Ok(Some(stopped)) => self.tasks.push(stopped),
+                Ok(None) => {}
+                Err(e) => failure = failure.or(Some(e)),
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// The process.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Its tasks; the leader first, when it is alive.
+    pub fn tasks(&self) -> &[Stopped] {
+        &self.tasks
+    }
+
+    /// Its tasks, to run remote calls in.
+    pub fn tasks_mut(&mut self) -> &mut [Stopped] {
+        &mut self.tasks
+    }
+
+    /// Lets every task go on. A task that died meanwhile is no error.
+    pub fn thaw(mut self) -> Result<()> {
+        self.release(0)
+    }
+
+    /// Lets go of the process but leaves it stopped, as `kill -STOP` would.
+    pub fn leave_stopped(mut self) -> Result<()> {
+        self.release(libc::SIGSTOP)
+    }
+
+    /// The first detached task takes the signal; a stop signal stops them all.
+    fn release(&mut self, mut signal: i32) -> Result<()> {
+        let mut failure = None;
+        let half = self.tasks.len() / 2;
+        for (i, task) in std::mem::take(&mut self.tasks).into_iter().enumerate() {
+            if i == half
+                && let Err(e) = fault::hit(Step::ReleaseHalf)
+            {
+                failure = Some(e);
+            }
+            if signal != 0 {
+                // A detach delivers a signal only from a signal stop; queue it instead.
+                send_signal(self.pid, signal)?;
+                signal = 0;
+            }
+            match task.detach(0) {
+                Ok(()) | Err(Error::Died { .. }) => {}
+                Err(e) => failure = failure.or(Some(e)),
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for task in self.tasks.drain(..) {
+            let _ = task.detach(0);
+        }
+    }
+}
+
+fn send_signal(pid: Pid, signal: i32) -> Result<()> {
+    let signal = nix::sys::signal::Signal::try_from(signal).ok();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.raw()), signal)
+        .map_err(|errno| Error::from_errno("kill", pid.leader(), errno))
+}
+
+/// Waits for the stop that `PTRACE_INTERRUPT` brings. A signal that was just being delivered
+/// is delivered: its handler's frame is set up, and the pending interrupt then stops the task
+/// before the handler's first instruction.
+fn wait_interrupted(mut task: Running) -> Result<Option<Stopped>> {
+    loop {
+        match task.wait()? {
+            Waited::Gone(_) => return Ok(None),
+            Waited::Stopped(stopped) => match stopped.stop() {
+                Stop::Event(_) => return Ok(Some(stopped)),
+                Stop::Signal(signal) => task = stopped.resume(Resume::Cont, signal)?,
+                _ => task = stopped.resume(Resume::Cont, 0)?,
+            },
+        }
+    }
+}
+
+fn is_dead(pid: Pid, tid: Tid) -> bool {
+    match status::read_task(pid, tid) {
+        Ok(status) => matches!(status.state, 'Z' | 'X'),
+        Err(_) => true,
+    }
+}
+
+/// Says in one sentence why the kernel did not let us attach, and what to do.
+fn explain_refusal(pid: Pid, tid: Tid) -> Error {
+    let reason = match status::read_task(pid, tid) {
+        Err(_) => return AttachError::NoSuchProcess { pid }.into(),
+        Ok(s) if s.tracer_pid != 0 => {
+            let name = tasks::comm(Pid(s.tracer_pid)).unwrap_or_else(|_| "?".into());
+            format!(
+                "process {pid} is being traced by {name} (pid {}), and a task has one tracer at \
+                 most; end that one first",
+                s.tracer_pid
+            )
+        }
+        Ok(s) if s.state == 'Z' => {
+            format!("process {pid} ({}) has already ended and waits for its parent", s.name)
+        }
+        Ok(s) => {
+            let me = nix::unistd::geteuid().as_raw();
+            let owner = s.uid[0];
+            if me != 0 && owner != me {
+                format!(
+                    "process {pid} ({}) belongs to uid {owner} and you are uid {me}; run ckpt as \
+                     that user or as root",
+                    s.name
+                )
+            } else if yama_scope() >= 1 {
+                format!(
+                    "the Yama setting kernel.yama.ptrace_scope={} forbids attaching to process \
+                     {pid} ({}); start the program with `ckpt run`, or have the setting lowered",
+                    yama_scope(),
+                    s.name
+                )
+            } else {
+                format!(
+                    "the kernel does not let you trace process {pid} ({}): it has changed its \
+                     privileges or made itself undumpable; run ckpt as root",
+                    s.name
+                )
+            }
+        }
+    };
+    AttachError::Refused { reason }.into()
+}
+
+fn yama_scope() -> u32 {
+    std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
+        .ok()
+        .and_then(|s| s.trim().parse().ok())
+        .unwrap_or(0)
+}

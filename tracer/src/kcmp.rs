@@ -1,0 +1,231 @@
+//! Which kernel objects two tasks share: kcmp(2).
+
+#![allow(unsafe_code)]
+
+use std::cmp::Ordering;
+use std::mem::{offset_of, size_of};
+
+use nix::errno::Errno;
+
+use crate::{Error, Result, Tid};
+
+/// What is compared. The numbers are `KCMP_*` of `linux/kcmp.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KcmpType {
+    /// The open file descriptions behind a descriptor of the first and of the second task.
+    File(i32, i32),
+    /// Address spaces.
+    Vm,
+    /// Descriptor tables.
+    Files,
+    /// Root directory, working directory and umask.
+    Fs,
+    /// Signal actions.
+    Sighand,
+    /// I/O contexts.
+    Io,
+    /// System V semaphore undo lists.
+    Sysvsem,
+    /// The open file description behind a descriptor of the first task, and the one that the second
+    /// task's epoll set watches.
+    EpollTfd {
+        /// Descriptor of the first task.
+        fd: i32,
+        /// The second task's epoll descriptor.
+        efd: i32,
+        /// The number that the watched description had when it was added.
+        tfd: u32,
+        /// Which entry of that number: 0 is the first.
+        toff: u32,
+    },
+}
+
+/// `struct kcmp_epoll_slot` of `linux/kcmp.h`.
+#[repr(C)]
+struct EpollSlot {
+    efd: u32,
+    tfd: u32,
+    toff: u32,
+}
+
+const _: () = assert!(size_of::<EpollSlot>() == 12);
+const _: () = assert!(offset_of!(EpollSlot, toff) == 8);
+
+/// Compares an object of two tasks. `Equal` means the same object; otherwise the order is arbitrary but
+/// the same for all callers until the next boot, so objects can be sorted by it.
+///
+/// # Errors
+/// [`Error::Died`] when a task is gone; [`Error::Kernel`] with `EBADF` when a descriptor is not
+/// open, `EPERM` without the right to ptrace both, `ENOSYS` when the kernel lacks the call, `ENOENT`
+/// when the epoll set has no such entry.
+pub fn kcmp(first: Tid, second: Tid, what: KcmpType) -> Result<Ordering> {
+    let errno = match compare(first, second, what) {
+        Ok(ordering) => return Ok(ordering),
+        Err(errno) => errno,
+    };
+    if errno == Errno::ESRCH {
+        // The kernel does not say which of the two.
+        let tid = if exists(first) { second } else { first };
+        return Err(Error::Died { tid });
+    }
+    let object = format!("{} of tasks {first} and {second}", what.describe());
+    Err(Error::Kernel { call: "kcmp", object, errno })
+}
+
+fn compare(first: Tid, second: Tid, what: KcmpType) -> Result<Ordering, Errno> {
+    let slot;
+    let (kind, index1, index2) = match what {
+        KcmpType::File(fd1, fd2) => (0, fd1 as u64, fd2 as u64),
+        KcmpType::Vm => (1, 0, 0),
+        KcmpType::Files => (2, 0, 0),
+        KcmpType::Fs => (3, 0, 0),
+        KcmpType::Sighand => (4, 0, 0),
+        KcmpType::Io => (5, 0, 0),
+        KcmpType::Sysvsem => (6, 0, 0),
+        KcmpType::EpollTfd { fd, efd, tfd, toff } => {
+            slot = EpollSlot { efd: efd as u32, tfd, toff };
+            (7, fd as u64, &raw const slot as u64)
+        }
+    };
+    // SAFETY: kcmp reads memory of ours only for KCMP_EPOLL_TFD, where the last argument points at
+    // `slot`, which lives until the end of this function.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_kcmp, first.raw(), second.raw(), kind, index1, index2) };
+    match answer {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        // 3 means "different, not orderable"; the kernel never says it.
+        3 => Err(Errno::EINVAL),
+        _ => Err(Errno::last()),
+    }
+}
+
+fn exists(tid: Tid) -> bool {
+    // SAFETY: signal 0 is not delivered; the call only looks the task up.
+    unsafe { libc::kill(tid.raw(), 0) == 0 || Errno::last() != Errno::ESRCH }
+}
+
+impl KcmpType {
+    fn describe(self) -> String {
+        match self {
+            Self::File(fd1, fd2) => format!("descriptors {fd1} and {fd2}"),
+            Self::Vm => "address spaces".into(),
+            Self::Files => "descriptor tables".into(),
+            Self::Fs => "working directories".into(),
+            Self::Sighand => "signal actions".into(),
+            Self::Io => "I/O contexts".into(),
+            Self::Sysvsem => "semaphore undo lists".into(),
+            Self::EpollTfd { fd, efd, tfd, .. } => {
+                format!("descriptor {fd} and entry {tfd} of epoll descriptor {efd}")
+            }
+        }
+    }
+}
+
+/// Sorts candidates into groups of one identity by the given total order, N log N comparisons. The
+/// groups, and the members of each, keep the order in which they came.
+///
+/// # Errors
+/// The first error of a comparison.
+pub fn group_by<T, E>(
+    candidates: Vec<T>,
+    mut compare: impl FnMut(&T, &T) -> Result<Ordering, E>,
+) -> Result<Vec<Vec<T>>, E> {
+    // Binary insertion: `sort_by` cannot stop at an error, and an order that changes under it (a
+    // descriptor closed meanwhile) must not matter.
+    let mut groups: Vec<Vec<(usize, T)>> = Vec::new();
+    for (place, candidate) in candidates.into_iter().enumerate() {
+        let (mut low, mut high) = (0, groups.len());
+        let mut same = None;
+        while low < high && same.is_none() {
+            let middle = low + (high - low) / 2;
+            let Some((_, representative)) = groups[middle].first() else { break };
+            match compare(&candidate, representative)? {
+                Ordering::Equal => same = Some(middle),
+                Ordering::Less => high = middle,
+                Ordering::Greater => low = middle + 1,
+            }
+        }
+        match same {
+            Some(group) => groups[group].push((place, candidate)),
+            None => groups.insert(low, vec![(place, candidate)]),
+        }
+    }
+    groups.sort_by_key(|group| group.first().map(|(place, _)| *place));
+    Ok(groups.into_iter().map(|group| group.into_iter().map(|(_, item)| item).collect()).collect())
+}
+
+/// Groups descriptors by open file description. Only candidates that look alike (same link, flags and
+/// position) need to be asked about; each question is a system call.
+///
+/// # Errors
+/// As [`kcmp`].
+pub fn group_files(descriptors: Vec<(Tid, i32)>) -> Result<Vec<Vec<(Tid, i32)>>> {
+    group_by(descriptors, |&(tid1, fd1), &(tid2, fd2)| kcmp(tid1, tid2, KcmpType::File(fd1, fd2)))
+}
+
+/// Groups tasks by something they may share: [`KcmpType::Vm`], `Files`, `Fs`, `Sighand`, `Io` or `Sysvsem`.
+///
+/// # Errors
+/// As [`kcmp`].
+pub fn group_tasks(tasks: Vec<Tid>, what: KcmpType) -> Result<Vec<Vec<Tid>>> {
+    group_by(tasks, |&tid1, &tid2| kcmp(tid1, tid2, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    fn own() -> Tid {
+        Tid(std::process::id() as i32)
+    }
+
+    /// Without the call (CONFIG_KCMP) there is nothing to test; say so.
+    fn available() -> bool {
+        let works = kcmp(own(), own(), KcmpType::Vm).is_ok();
+        if !works {
+            eprintln!("skipped: this kernel or sandbox has no kcmp");
+        }
+        works
+    }
+
+    #[test]
+    fn a_duplicate_is_the_same_file_and_a_second_opening_is_not() {
+        if !available() {
+            return;
+        }
+        let first = File::open("/dev/null").unwrap();
+        let duplicate = first.try_clone().unwrap();
+        let second = File::open("/dev/null").unwrap();
+        let fds = [&first, &second, &duplicate].map(|file| (own(), file.as_raw_fd()));
+        let groups = group_files(fds.to_vec()).unwrap();
+        assert_eq!(groups, [vec![fds[0], fds[2]], vec![fds[1]]]);
+    }
+
+    #[test]
+    fn errors_are_told_apart() {
+        if !available() {
+            return;
+        }
+        let nobody = Tid(0x7fff_fff0);
+        assert!(matches!(
+            kcmp(own(), nobody, KcmpType::Vm),
+            Err(Error::Died { tid: Tid(0x7fff_fff0) })
+        ));
+        assert!(matches!(
+            kcmp(own(), own(), KcmpType::File(0, 1 << 20)),
+            Err(Error::Kernel { errno: Errno::EBADF, .. })
+        ));
+    }
+
+    #[test]
+    fn grouping_keeps_the_order_of_arrival_and_stops_at_an_error() {
+        let groups = group_by(vec![5, 1, 5, 9, 1], |a, b| Ok::<_, ()>(a.cmp(b))).unwrap();
+        assert_eq!(groups, [vec![5, 5], vec![1, 1], vec![9]]);
+        assert_eq!(group_by(vec![1, 2], |_, _| Err::<Ordering, _>("no")), Err("no"));
+        assert_eq!(group_by(Vec::<u8>::new(), |_, _| Err::<Ordering, _>("no")), Ok(vec![]));
+    }
+}

@@ -1,0 +1,105 @@
+//! Another process's memory.
+//!
+//! Two ways, chosen by what the kernel checks: `process_vm_readv`/`writev` honour the page
+//! protections and are the fast way; `/proc/PID/mem` overrides them (`FOLL_FORCE`), which
+//! reaches PROT_NONE pages and text.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+
+use crate::{Error, Pid, RemoteAddr, Result};
+
+/// The memory of one process, open for reading and writing.
+///
+/// The file stays tied to the address space that the process had when it was opened:
+/// after an exec it reads as empty.
+#[derive(Debug)]
+pub struct ProcessMemory {
+    pid: Pid,
+    file: File,
+}
+
+impl ProcessMemory {
+    /// Opens `/proc/PID/mem`; needs the right to trace the process (ptrace(2), "Ptrace access
+    /// mode checking").
+    pub fn open(pid: Pid) -> Result<Self> {
+        let path = PathBuf::from(format!("/proc/{pid}/mem"));
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => Ok(Self { pid, file }),
+            Err(source) => Err(Error::Proc { path, source }),
+        }
+    }
+
+    /// Whose memory it is.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Reads exactly `into.len()` bytes, whatever the page protections say.
+    pub fn read(&self, addr: RemoteAddr, into: &mut [u8]) -> Result<()> {
+        self.file
+            .read_exact_at(into, addr.raw())
+            .map_err(|e| self.error("read", addr, into.len(), e))
+    }
+
+    /// Writes all bytes, whatever the page protections say. A private file page is copied
+    /// by the kernel first; the file is never written.
+    pub fn write(&self, addr: RemoteAddr, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all_at(bytes, addr.raw())
+            .map_err(|e| self.error("write", addr, bytes.len(), e))
+    }
+
+    /// Reads one fixed-size value.
+    pub fn read_array<const N: usize>(&self, addr: RemoteAddr) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.read(addr, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads a little-endian `u64`.
+    pub fn read_u64(&self, addr: RemoteAddr) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.read_array(addr)?))
+    }
+
+    fn error(&self, what: &'static str, addr: RemoteAddr, len: usize, e: std::io::Error) -> Error {
+        let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+        Error::Memory { what, pid: self.pid, addr, len, errno }
+    }
+}
+
+/// Reads `into.len()` bytes with `process_vm_readv(2)`; returns how many were read before
+/// the first unreadable page. Any thread may call it.
+pub fn read_vm(pid: Pid, addr: RemoteAddr, into: &mut [u8]) -> Result<usize> {
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    let remote = libc::iovec { iov_base: addr.raw() as *mut _, iov_len: into.len() };
+    // SAFETY: `local` covers `into`, which is borrowed mutably for the call; `remote` is
+    // only interpreted in the other process.
+    let n = unsafe { libc::process_vm_readv(pid.raw(), &local, 1, &remote, 1, 0) };
+    Errno::result(n).map(|n| n as usize).map_err(|errno| Error::Memory {
+        what: "read",
+        pid,
+        addr,
+        len: into.len(),
+        errno,
+    })
+}
+
+/// Writes with `process_vm_writev(2)` as far as pages are writable; returns how many bytes.
+pub fn write_vm(pid: Pid, addr: RemoteAddr, bytes: &[u8]) -> Result<usize> {
+    let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
+    let remote = libc::iovec { iov_base: addr.raw() as *mut _, iov_len: bytes.len() };
+    // SAFETY: the kernel only reads `local`, which covers `bytes`.
+    let n = unsafe { libc::process_vm_writev(pid.raw(), &local, 1, &remote, 1, 0) };
+    Errno::result(n).map(|n| n as usize).map_err(|errno| Error::Memory {
+        what: "write",
+        pid,
+        addr,
+        len: bytes.len(),
+        errno,
+    })
+}

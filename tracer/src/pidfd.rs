@@ -1,0 +1,70 @@
+//! Processes by handle, and copies of their descriptors.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use crate::{Error, Pid, Result};
+
+/// A `pidfd`: names a process for good, even when its pid is used again.
+#[derive(Debug)]
+pub struct PidFd {
+    pid: Pid,
+    fd: OwnedFd,
+}
+
+impl PidFd {
+    /// `pidfd_open(2)` (Linux 5.3).
+    pub fn open(pid: Pid) -> Result<Self> {
+        // SAFETY: a system call without pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.raw(), 0) };
+        let fd = Errno::result(fd)
+            .map_err(|errno| Error::from_errno("pidfd_open", pid.leader(), errno))?;
+        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+        Ok(Self { pid, fd: unsafe { OwnedFd::from_raw_fd(fd as i32) } })
+    }
+
+    /// The process.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// A descriptor of ours for the same open file description as `fd` of the process
+    /// (`pidfd_getfd(2)`, Linux 5.6). Needs the right to trace the process.
+    pub fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
+        // SAFETY: a system call without pointers.
+        let copy =
+            unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.fd.as_raw_fd(), fd, 0) };
+        let copy = Errno::result(copy).map_err(|errno| Error::Kernel {
+            call: "pidfd_getfd",
+            object: format!("fd {fd} of process {}", self.pid),
+            errno,
+        })?;
+        // SAFETY: the kernel just gave us this descriptor (close-on-exec); nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
+    }
+
+    /// Sends a signal (`pidfd_send_signal(2)`).
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        // SAFETY: the null siginfo is allowed and means kill(2) semantics.
+        let r = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.fd.as_raw_fd(),
+                signal,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        Errno::result(r)
+            .map(drop)
+            .map_err(|errno| Error::from_errno("pidfd_send_signal", self.pid.leader(), errno))
+    }
+}
+
+impl AsRawFd for PidFd {
+    fn as_raw_fd(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+}

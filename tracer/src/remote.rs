@@ -1,0 +1,636 @@
+//! System calls executed in a stopped task, from outside.
+//!
+//! # Why a cave
+//!
+//! The task must survive the loss of its tracer at any moment: when a tracer dies the kernel
+//! resumes its tasks where they are, with the registers they have then. So a task is only
+//! ever sent to a piece of code that finds its own way home. That piece (the *cave*, below
+//! 256 bytes) makes the wanted system call; behind it stands the way home: unmap the scratch
+//! memory, put back the signal mask, the nine registers that were touched and the flags, and
+//! jump to where the task was. In the ordinary course the way home is never walked: the tracer
+//! stops the task at the system call's exit and sets the next call, or the original registers.
+//!
+//! It needs no stack, no SSE register and no `rt_sigreturn`, so the extended state and the
+//! task's restart block stay as they are (`rt_sigreturn` would end a sleep with EINTR).
+//!
+//! The cave is put into unused bytes at the end of the vDSO, or of another executable mapping.
+//! Nothing executes there, and the kernel gives the process a private copy of that page.
+//!
+//! # Order of events, and what a dead tracer leaves at each point
+//!
+//! 1. Cave written. Nobody is in it: nothing happens; a later attach finds and clears it.
+//! 2. Registers set into the cave. The task makes the first call (an mmap of scratch memory)
+//!    and walks home. A signal that comes meanwhile runs its handler on the task's own stack.
+//! 3. All signals blocked. The same; the way home restores the mask.
+//! 4. Calls. The same.
+//! 5. Scratch memory unmapped: the entry behind the unmapping is used, so that nothing that
+//!    another thread mapped there since can be hit.
+//! 6. Mask restored, then registers. The same as 2, then the original state.
+#![allow(unsafe_code)]
+
+use std::arch::global_asm;
+
+use nix::errno::Errno;
+
+use crate::abi;
+use crate::fault::{self, Step};
+use crate::mem::ProcessMemory;
+use crate::proc::maps::{Vma, VmaName};
+use crate::task::{Regs, Resume, Stop, Stopped, Waited};
+use crate::{Error, RemoteAddr, Result, Tid};
+
+global_asm!(
+    ".pushsection .rodata.ckpt_cave, \"a\", @progbits",
+    ".balign 8",
+    "ckpt_cave_start:",
+    // First call: mmap of the scratch memory at a chosen address. Only if that worked may
+    // the way home unmap it.
+    "ckpt_cave_boot:",
+    "    syscall",
+    "    cmp rax, qword ptr [rip + ckpt_cave_scratch]",
+    "    jne 2f",
+    "    jmp 1f",
+    // Every further call.
+    "ckpt_cave_call:",
+    "    syscall",
+    "1:  mov rdi, qword ptr [rip + ckpt_cave_scratch]",
+    "    mov rsi, qword ptr [rip + ckpt_cave_scratch_len]",
+    "    mov eax, 11", // munmap
+    // The last call: munmap of the scratch memory.
+    "ckpt_cave_unmap:",
+    "    syscall",
+    "2:  mov edi, 2", // SIG_SETMASK
+    "    lea rsi, [rip + ckpt_cave_mask]",
+    "    xor edx, edx",
+    "    mov r10d, 8",
+    "    mov eax, 14", // rt_sigprocmask
+    "    syscall",
+    "    mov rdi, qword ptr [rip + ckpt_cave_regs + 0]",
+    "    mov rsi, qword ptr [rip + ckpt_cave_regs + 8]",
+    "    mov rdx, qword ptr [rip + ckpt_cave_regs + 16]",
+    "    mov r10, qword ptr [rip + ckpt_cave_regs + 24]",
+    "    mov r8,  qword ptr [rip + ckpt_cave_regs + 32]",
+    "    mov r9,  qword ptr [rip + ckpt_cave_regs + 40]",
+    "    mov rcx, qword ptr [rip + ckpt_cave_regs + 48]",
+    "    mov r11, qword ptr [rip + ckpt_cave_regs + 56]",
+    // Flags without a stack: OF by an addition that overflows or not, the rest by sahf.
+    // The direction flag was never changed.
+    "    mov rax, qword ptr [rip + ckpt_cave_flags]",
+    "    add al, 1",
+    "    sahf",
+    "    mov rax, qword ptr [rip + ckpt_cave_regs + 64]",
+    "    jmp qword ptr [rip + ckpt_cave_regs + 72]",
+    ".balign 8",
+    "ckpt_cave_magic:",
+    ".ascii \"ckptcave\"",
+    "ckpt_cave_scratch:",
+    ".quad 0",
+    "ckpt_cave_scratch_len:",
+    ".quad 0",
+    "ckpt_cave_mask:",
+    ".quad 0",
+    "ckpt_cave_flags:",
+    ".quad 0",
+    "ckpt_cave_regs:", // rdi rsi rdx r10 r8 r9 rcx r11 rax rip
+    ".fill 10, 8, 0",
+    "ckpt_cave_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static ckpt_cave_start: u8;
+    static ckpt_cave_boot: u8;
+    static ckpt_cave_call: u8;
+    static ckpt_cave_unmap: u8;
+    static ckpt_cave_magic: u8;
+    static ckpt_cave_scratch: u8;
+    static ckpt_cave_end: u8;
+}
+
+/// The cave's code and where things are in it.
+struct CaveImage {
+    bytes: &'static [u8],
+    boot: u64,
+    call: u64,
+    unmap: u64,
+    magic: u64,
+    data: u64,
+}
+
+fn cave_image() -> CaveImage {
+    let start = (&raw const ckpt_cave_start) as u64;
+    let len = (&raw const ckpt_cave_end) as u64 - start;
+    // SAFETY: the assembler laid out `len` initialised, immutable bytes from that symbol on.
+    let bytes = unsafe { std::slice::from_raw_parts(&raw const ckpt_cave_start, len as usize) };
+    CaveImage {
+        bytes,
+        boot: (&raw const ckpt_cave_boot) as u64 - start,
+        call: (&raw const ckpt_cave_call) as u64 - start,
+        unmap: (&raw const ckpt_cave_unmap) as u64 - start,
+        magic: (&raw const ckpt_cave_magic) as u64 - start,
+        data: (&raw const ckpt_cave_scratch) as u64 - start,
+    }
+}
+
+/// How many tasks may be in a cave at once: the owner of the scratch memory and one other.
+const SLOTS: u64 = 2;
+
+/// Room in the target that remote calls execute in; empty of tasks except during
+/// [`RemoteCalls`].
+#[derive(Debug)]
+pub struct Cave<'m> {
+    mem: &'m ProcessMemory,
+    addr: RemoteAddr,
+    before: Vec<u8>,
+}
+
+impl<'m> Cave<'m> {
+    /// Finds unused room and writes the cave there. All tasks must be stopped.
+    pub fn dig(mem: &'m ProcessMemory, maps: &[Vma]) -> Result<Self> {
+        let image = cave_image();
+        let slot = image.bytes.len().next_multiple_of(16);
+        let need = slot * SLOTS as usize;
+        let addr = find_room(mem, maps, need)?
+            .ok_or(Error::NoCodeCave { pid: mem.pid(), need })?;
+        let mut before = vec![0; need];
+        mem.read(addr, &mut before)?;
+        if before[image.magic as usize..].starts_with(b"ckptcave") {
+            // A tracer died here; what was below it was unused.
+            before.fill(0);
+        }
+        let cave = Cave { mem, addr, before };
+        for i in 0..SLOTS {
+            mem.write(cave.slot(i), image.bytes)?;
+        }
+        fault::hit(Step::CaveWritten)?;
+        Ok(cave)
+    }
+
+    fn slot(&self, index: u64) -> RemoteAddr {
+        self.addr + index * (self.before.len() as u64 / SLOTS)
+    }
+
+    /// Puts back what stood there.
+    pub fn fill_in(self) -> Result<()> {
+        self.mem.write(self.addr, &self.before)
+    }
+}
+
+impl Drop for Cave<'_> {
+    fn drop(&mut self) {
+        let _ = self.mem.write(self.addr, &self.before);
+    }
+}
+
+/// Looks for a run of `need` equal filler bytes (0x00 or 0xcc) in executable memory, in the
+/// vDSO first, or for a cave that a dead tracer left.
+fn find_room(mem: &ProcessMemory, maps: &[Vma], need: usize) -> Result<Option<RemoteAddr>> {
+    let image = cave_image();
+    let mut executable: Vec<&Vma> =
+        maps.iter().filter(|v| v.exec && !v.shared && v.name != VmaName::Vsyscall).collect();
+    executable.sort_by_key(|v| v.name != VmaName::Vdso);
+    for vma in executable {
+        let mut offset = 0;
+        let len = (vma.end - vma.start) as usize;
+        while offset < len {
+            // The pieces overlap so that no run is cut.
+            let piece = (len - offset).min(1 << 20);
+            let mut bytes = vec![0; piece];
+            let base = RemoteAddr(vma.start + offset as u64);
+            if mem.read(base, &mut bytes).is_err() {
+                break;
+            }
+            if let Some(at) = find_stale(&bytes, &image).or_else(|| find_filler(&bytes, need)) {
+                return Ok(Some(base + at as u64));
+            }
+            if piece < 1 << 20 {
+                break;
+            }
+            offset += piece - 4096;
+        }
+    }
+    Ok(None)
+}
+
+fn find_stale(bytes: &[u8], image: &CaveImage) -> Option<usize> {
+    let code = &image.bytes[..image.magic as usize + 8];
+    bytes.windows(code.len()).step_by(16).position(|w| w == code).map(|i| i * 16)
+}
+
+fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
+    // 64 bytes of distance to what stands before: a table may end in zeros that count.
+    const MARGIN: usize = 64;
+    let mut run = 0;
+    for i in 0..bytes.len() {
+        let filler = bytes[i] == 0 || bytes[i] == 0xcc;
+        run = match (filler, run > 0 && bytes[i] == bytes[i - 1]) {
+            (true, true) => run + 1,
+            (true, false) => 1,
+            _ => 0,
+        };
+        let start = (i + 1 - run + MARGIN).next_multiple_of(16);
+        if run > 0 && i + 1 >= start + need {
+            return Some(start);
+        }
+    }
+    None
+}
+
+/// Moves tasks out of a cave that a dead tracer left them in. All tasks must be stopped; a
+/// task inside runs home instruction by instruction.
+pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()> {
+    let image = cave_image();
+    let slot = image.bytes.len() as u64;
+    for task in tasks {
+        for _ in 0..256 {
+            let rip = RemoteAddr(task.regs()?.rip);
+            // The code before the magic, wherever in it the task is.
+            let mut around = vec![0u8; 2 * slot as usize];
+            let from = RemoteAddr(rip.raw().saturating_sub(slot));
+            if mem.read(from, &mut around).is_err() {
+                // Too close to the border of a mapping to be the middle of a cave, or not
+                // readable: look at the bytes from the page's start instead.
+                let page = RemoteAddr(rip.raw() & !0xfff);
+                around = vec![0u8; 4096];
+                if mem.read(page, &mut around).is_err() {
+                    break;
+                }
+                if !inside_stale(&around, rip.raw() - page.raw(), &image) {
+                    break;
+                }
+            } else if !inside_stale(&around, rip.raw() - from.raw(), &image) {
+                break;
+            }
+            step_once(task)?;
+        }
+    }
+    Ok(())
+}
+
+fn inside_stale(bytes: &[u8], rip: u64, image: &CaveImage) -> bool {
+    let code = &image.bytes[..image.magic as usize + 8];
+    bytes
+        .windows(code.len())
+        .position(|w| w == code)
+        .is_some_and(|at| (at as u64..at as u64 + image.magic).contains(&rip))
+}
+
+/// One instruction, passing on signals that arrive.
+fn step_once(task: &mut Stopped) -> Result<()> {
+    let mut signal = 0;
+    loop {
+        match advance(task, Resume::Step, signal)? {
+            Stop::Signal(libc::SIGTRAP) => return Ok(()),
+            Stop::Signal(other) => signal = other,
+            _ => signal = 0,
+        }
+    }
+}
+
+/// Resumes a task in place and waits for its next stop.
+fn advance(task: &mut Stopped, how: Resume, signal: i32) -> Result<Stop> {
+    let tid = task.tid();
+    task.advance(how, signal)?;
+    match task.stop() {
+        Stop::Exec | Stop::Clone | Stop::Other(_) => Err(Error::UnexpectedStop {
+            tid,
+            what: format!("{:?}", task.stop()),
+        }),
+        stop => Ok(stop),
+    }
+}
+
+/// A task made ready for remote calls. [`finish`](Self::finish) puts everything back; a drop
+/// does so as well as it can, and if nothing at all is done the task finds home by itself.
+#[derive(Debug)]
+pub struct RemoteCalls<'a> {
+    task: &'a mut Stopped,
+    cave: &'a Cave<'a>,
+    slot: RemoteAddr,
+    original: Regs,
+    mask: u64,
+    scratch: RemoteAddr,
+    scratch_len: u64,
+    owns_scratch: bool,
+    entered: bool,
+}
+
+impl<'a> RemoteCalls<'a> {
+    /// Makes the task ready and maps `scratch_len` bytes of scratch memory (readable and
+    /// writable, private) at `scratch`, a hole that the caller found. `resume_at` is where the
+    /// task goes on (see [`effective_rip`]).
+    pub fn begin(
+        task: &'a mut Stopped,
+        cave: &'a Cave<'a>,
+        scratch: RemoteAddr,
+        scratch_len: u64,
+    ) -> Result<Self> {
+        let mut calls = Self::prepare(task, cave, 0)?;
+        calls.scratch = scratch;
+        calls.scratch_len = scratch_len;
+        calls.write_way_home(scratch, scratch_len)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let args = [
+            scratch.raw(),
+            scratch_len,
+            (libc::PROT_READ | libc::PROT_WRITE) as u64,
+            flags as u64,
+            u64::MAX,
+            0,
+        ];
+        let image = cave_image();
+        let regs = calls.call_regs(image.boot, libc::SYS_mmap, args);
+        calls.enter(&regs)?;
+        let answer = calls.run_call("mmap")?;
+        if answer != scratch.raw() {
+            let _ = calls.go_home();
+            return Err(Error::Remote {
+                tid: calls.task.tid(),
+                call: "mmap",
+                errno: Errno::EEXIST,
+            });
+        }
+        calls.owns_scratch = true;
+        Ok(calls)
+    }
+
+    /// Makes another task of the same address space ready; it uses the scratch memory of
+    /// `owner`, which stays ready meanwhile.
+    pub fn begin_borrowing(
+        task: &'a mut Stopped,
+        cave: &'a Cave<'a>,
+        scratch: RemoteAddr,
+    ) -> Result<Self> {
+        let mut calls = Self::prepare(task, cave, 1)?;
+        calls.scratch = scratch;
+        // Length 0: the munmap on the way home does nothing.
+        calls.write_way_home(RemoteAddr(0), 0)?;
+        // gettid: a call that changes nothing, for the step before signals are blocked.
+        let regs = calls.call_regs(cave_image().call, libc::SYS_gettid, [0; 6]);
+        calls.enter(&regs)?;
+        Ok(calls)
+    }
+
+    fn prepare(task: &'a mut Stopped, cave: &'a Cave<'a>, slot: u64) -> Result<Self> {
+        let mut original = task.regs()?;
+        original.rip = effective_rip(task, cave.mem, &original)?;
+        let mask = task.signal_mask()?;
+        Ok(Self {
+            slot: cave.slot(slot),
+            task,
+            cave,
+            original,
+            mask,
+            scratch: RemoteAddr(0),
+            scratch_len: 0,
+            owns_scratch: false,
+            entered: false,
+        })
+    }
+
+    /// The task.
+    pub fn tid(&self) -> Tid {
+        self.task.tid()
+    }
+
+    /// The registers with which the task will go on.
+    pub fn original_regs(&self) -> &Regs {
+        &self.original
+    }
+
+    /// Where the scratch memory is.
+    pub fn scratch(&self) -> RemoteAddr {
+        self.scratch
+    }
+
+    fn write_way_home(&self, scratch: RemoteAddr, scratch_len: u64) -> Result<()> {
+        let home = restarted(&self.original);
+        let overflow = home.eflags & 0x800 != 0;
+        // al becomes 0x80 (overflow) or 1; ah carries SF ZF AF PF CF for sahf.
+        let flags = if overflow { 0x7f } else { 0 } | (home.eflags & 0xff) << 8;
+        let words = [
+            scratch.raw(),
+            scratch_len,
+            self.mask,
+            flags,
+            home.rdi,
+            home.rsi,
+            home.rdx,
+            home.r10,
+            home.r8,
+            home.r9,
+            home.rcx,
+            home.r11,
+            home.rax,
+            home.rip,
+        ];
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.cave.mem.write(self.slot + cave_image().data, &bytes)
+    }
+
+    fn call_regs(&self, entry: u64, nr: i64, args: [u64; 6]) -> Regs {
+        let mut regs = self.original;
+        regs.rip = (self.slot + entry).raw();
+        regs.rax = nr as u64;
+        // No system call to restart in the state that we set.
+        regs.orig_rax = u64::MAX;
+        regs.rdi = args[0];
+        regs.rsi = args[1];
+        regs.rdx = args[2];
+        regs.r10 = args[3];
+        regs.r8 = args[4];
+        regs.r9 = args[5];
+        regs
+    }
+
+    fn enter(&mut self, regs: &Regs) -> Result<()> {
+        self.task.set_regs(regs)?;
+        self.entered = true;
+        fault::hit(Step::CaveEntered)?;
+        self.task.set_signal_mask(!0)
+    }
+
+    /// Runs the task from the registers set up to the exit of the system call.
+    fn run_call(&mut self, call: &'static str) -> Result<u64> {
+        for _entry_then_exit in 0..2 {
+            self.to_syscall_stop()?;
+        }
+        let answer = self.task.regs()?.rax;
+        if (-4095..0).contains(&(answer as i64)) {
+            let errno = Errno::from_raw(-(answer as i64) as i32);
+            return Err(Error::Remote { tid: self.task.tid(), call, errno });
+        }
+        Ok(answer)
+    }
+
+    fn to_syscall_stop(&mut self) -> Result<()> {
+        let mut signal = 0;
+        loop {
+            match advance(self.task, Resume::Syscall, signal)? {
+                Stop::Syscall => return Ok(()),
+                // Only SIGSTOP comes through a full mask. It takes effect when the task is
+                // let go; in between the tracer's word counts.
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+    }
+
+    /// Executes one system call in the task. Its errno comes back as [`Error::Remote`].
+    pub fn call(&mut self, name: &'static str, nr: i64, args: [u64; 6]) -> Result<u64> {
+        fault::hit(Step::RemoteCall)?;
+        let regs = self.call_regs(cave_image().call, nr, args);
+        self.task.set_regs(&regs)?;
+        self.run_call(name)
+    }
+
+    /// Writes into the scratch memory.
+    pub fn write_scratch(&self, offset: u64, bytes: &[u8]) -> Result<RemoteAddr> {
+        let at = self.scratch + offset;
+        self.cave.mem.write(at, bytes)?;
+        Ok(at)
+    }
+
+    /// Reads from the scratch memory.
+    pub fn read_scratch<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
+        self.cave.mem.read_array(self.scratch + offset)
+    }
+
+    /// Puts everything back: the task is stopped as it was found.
+    pub fn finish(mut self) -> Result<()> {
+        self.go_home()
+    }
+
+    fn go_home(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.entered) {
+            return Ok(());
+        }
+        if std::mem::take(&mut self.owns_scratch) {
+            let args = [self.scratch.raw(), self.scratch_len, 0, 0, 0, 0];
+            let regs = self.call_regs(cave_image().unmap, libc::SYS_munmap, args);
+            self.task.set_regs(&regs)?;
+            self.run_call("munmap")?;
+        }
+        // Only on the way out of an event stop does the kernel restart an interrupted call,
+        // and look at signals that came in meanwhile.
+        self.task.interrupt()?;
+        let mut signal = 0;
+        while !matches!(self.task.stop(), Stop::Event(_)) {
+            match advance(self.task, Resume::Cont, signal)? {
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+        self.task.set_signal_mask(self.mask)?;
+        fault::hit(Step::CaveLeaving)?;
+        self.task.set_regs(&self.original)
+    }
+}
+
+impl Drop for RemoteCalls<'_> {
+    fn drop(&mut self) {
+        let _ = self.go_home();
+    }
+}
+
+/// Where a task really goes on: a task stopped inside a restartable sequence (rseq(2)) goes
+/// on at the sequence's abort handler, as the kernel would have it after a preemption. After
+/// any detour the kernel no longer knows, so it is decided here.
+pub fn effective_rip(task: &Stopped, mem: &ProcessMemory, regs: &Regs) -> Result<u64> {
+    let Some(conf) = task.rseq()? else { return Ok(regs.rip) };
+    let at = RemoteAddr(conf.rseq_abi_pointer) + abi::RSEQ_CS_OFFSET;
+    let Ok(descriptor) = mem.read_u64(at) else { return Ok(regs.rip) };
+    if descriptor == 0 {
+        return Ok(regs.rip);
+    }
+    let Ok(words) = mem.read_array::<32>(RemoteAddr(descriptor)) else { return Ok(regs.rip) };
+    let word = |i: usize| u64::from_le_bytes(words[i..i + 8].try_into().unwrap_or([0; 8]));
+    let (start, len, abort) = (word(8), word(16), word(24));
+    if regs.rip.wrapping_sub(start) < len {
+        return Ok(abort);
+    }
+    Ok(regs.rip)
+}
+
+/// The registers as the kernel would make them to restart an interrupted system call
+/// (`arch_do_signal_or_restart`, arch/x86/kernel/signal.c).
+fn restarted(regs: &Regs) -> Regs {
+    let mut home = *regs;
+    if (regs.orig_rax as i64) < 0 {
+        return home;
+    }
+    match -(regs.rax as i64) {
+        abi::ERESTARTSYS | abi::ERESTARTNOINTR | abi::ERESTARTNOHAND => {
+            home.rax = regs.orig_rax;
+            home.rip -= 2;
+        }
+        abi::ERESTART_RESTARTBLOCK => {
+            home.rax = libc::SYS_restart_syscall as u64;
+            home.rip -= 2;
+        }
+        _ => {}
+    }
+    home
+}
+
+/// Calls that answer an interruption without a handler with EINTR instead of being restarted
+/// (signal(7), "Interruption of system calls … by stop signals"), and that had no effect then.
+const EINTR_WITHOUT_HANDLER: &[i64] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_io_getevents,
+    libc::SYS_io_pgetevents,
+    libc::SYS_io_uring_enter,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+];
+
+/// Makes a stopped task unaware of the interruption: a call that came back with EINTR only
+/// because we interrupted it is marked for a restart "unless a handler runs", which is what
+/// the kernel itself does for most calls.
+pub fn hide_interruption(task: &Stopped) -> Result<()> {
+    let mut regs = task.regs()?;
+    let nr = regs.orig_rax as i64;
+    if nr >= 0
+        && regs.rax as i64 == -i64::from(libc::EINTR)
+        && EINTR_WITHOUT_HANDLER.contains(&nr)
+    {
+        regs.rax = (-abi::ERESTARTNOHAND) as u64;
+        task.set_regs(&regs)?;
+    }
+    Ok(())
+}
+
+impl Stopped {
+    /// Resumes the task and waits for its next stop, in place.
+    pub fn advance(&mut self, how: Resume, signal: i32) -> Result<()> {
+        let tid = self.tid();
+        let taken = std::mem::replace(self, Stopped::absent(tid));
+        match taken.resume(how, signal)?.wait()? {
+            Waited::Stopped(stopped) => {
+                *self = stopped;
+                Ok(())
+            }
+            Waited::Gone(_) => Err(Error::Died { tid }),
+        }
+    }
+
+    /// Asks for an event stop, to be reached on the next resume.
+    pub fn interrupt(&self) -> Result<()> {
+        crate::task::Running::auto_attached(self.tid()).interrupt()
+    }
+}

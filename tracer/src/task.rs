@@ -1,0 +1,330 @@
+//! A traced task as a type state.
+//!
+//! [`Running`] may be told to stop and be waited for; only a [`Stopped`] task can be looked
+//! into and changed. Neither can be copied, so a request on a task in the wrong state does not
+//! compile. All requests must come from the thread that attached (ptrace(2)).
+#![allow(unsafe_code)]
+
+use std::ptr;
+
+use nix::errno::Errno;
+
+use crate::abi::{self, PeekSigInfoArgs, RseqConfiguration, SeccompMetadata};
+use crate::{Error, Result, Tid};
+
+/// General registers as the kernel hands them out.
+pub type Regs = libc::user_regs_struct;
+/// One signal's information, 128 bytes.
+pub type SigInfo = [u8; 128];
+
+/// Why a task stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// `PTRACE_EVENT_STOP`: interrupted by us (SIGTRAP), or in a group stop by that signal.
+    Event(i32),
+    /// Entry or exit of a system call.
+    Syscall,
+    /// About to receive a signal.
+    Signal(i32),
+    /// After a successful exec, before its first instruction.
+    Exec,
+    /// Created a task; the new one is seized too.
+    Clone,
+    /// Any other ptrace event.
+    Other(i32),
+}
+
+/// What waiting for a task brought.
+#[derive(Debug)]
+pub enum Waited {
+    /// It stopped.
+    Stopped(Stopped),
+    /// It is gone; the wait status.
+    Gone(i32),
+}
+
+/// How a stopped task goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// Freely.
+    Cont = libc::PTRACE_CONT as isize,
+    /// Until the next entry or exit of a system call.
+    Syscall = libc::PTRACE_SYSCALL as isize,
+    /// For one instruction.
+    Step = libc::PTRACE_SINGLESTEP as isize,
+}
+
+/// A seized task that runs, or may run.
+#[derive(Debug)]
+pub struct Running {
+    tid: Tid,
+}
+
+/// A seized task in a ptrace stop.
+#[derive(Debug)]
+pub struct Stopped {
+    tid: Tid,
+    stop: Stop,
+}
+
+fn request(call: &'static str, req: u32, tid: Tid, addr: usize, data: usize) -> Result<i64> {
+    // SAFETY: callers pass requests whose `data` is a value, or a pointer to memory of the
+    // size that the request defines, live during the call.
+    let r = unsafe { libc::ptrace(req, tid.raw(), addr, data) };
+    Errno::result(r).map_err(|errno| Error::from_errno(call, tid, errno))
+}
+
+impl Running {
+    /// Attaches without stopping (`PTRACE_SEIZE`). When the tracer goes away the task goes on.
+    pub fn seize(tid: Tid) -> Result<Self> {
+        Self::seize_with(tid, libc::PTRACE_O_TRACESYSGOOD)
+    }
+
+    /// Attaches with options of one's own (`PTRACE_O_*`).
+    pub fn seize_with(tid: Tid, options: i32) -> Result<Self> {
+        request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize)?;
+        Ok(Self { tid })
+    }
+
+    /// A task that the kernel seized for us (`PTRACE_O_TRACECLONE`).
+    pub fn auto_attached(tid: Tid) -> Self {
+        Self { tid }
+    }
+
+    /// The task.
+    pub fn tid(&self) -> Tid {
+        self.tid
+    }
+
+    /// Asks the task to stop (`PTRACE_INTERRUPT`); [`wait`](Self::wait) tells when it has.
+    pub fn interrupt(&self) -> Result<()> {
+        request("PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop)
+    }
+
+    /// Waits until the task stops or ends.
+    pub fn wait(self) -> Result<Waited> {
+        let mut status = 0;
+        loop {
+            // SAFETY: `status` is a live int.
+            let r = unsafe { libc::waitpid(self.tid.raw(), &mut status, libc::__WALL) };
+            match Errno::result(r) {
+                Err(Errno::EINTR) => continue,
+                // The task was a thread that ended or was swept away by exec.
+                Err(Errno::ECHILD) => return Ok(Waited::Gone(0)),
+                Err(errno) => return Err(Error::from_errno("waitpid", self.tid, errno)),
+                Ok(_) => break,
+            }
+        }
+        if !libc::WIFSTOPPED(status) {
+            return Ok(Waited::Gone(status));
+        }
+        Ok(Waited::Stopped(Stopped { tid: self.tid, stop: decode_stop(status) }))
+    }
+
+    /// Waits and expects a stop.
+    pub fn wait_stopped(self) -> Result<Stopped> {
+        let tid = self.tid;
+        match self.wait()? {
+            Waited::Stopped(stopped) => Ok(stopped),
+            Waited::Gone(_) => Err(Error::Died { tid }),
+        }
+    }
+}
+
+fn decode_stop(status: i32) -> Stop {
+    let signal = libc::WSTOPSIG(status);
+    match status >> 16 {
+        abi::PTRACE_EVENT_STOP => Stop::Event(signal),
+        libc::PTRACE_EVENT_EXEC => Stop::Exec,
+        libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => {
+            Stop::Clone
+        }
+        0 if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
+        0 => Stop::Signal(signal),
+        event => Stop::Other(event),
+    }
+}
+
+impl Stopped {
+    /// Stands in for a task while it is resumed in place; every request on it answers ESRCH,
+    /// since the task runs.
+    pub(crate) fn absent(tid: Tid) -> Self {
+        Self { tid, stop: Stop::Other(0) }
+    }
+
+    /// The task.
+    pub fn tid(&self) -> Tid {
+        self.tid
+    }
+
+    /// Why it stopped.
+    pub fn stop(&self) -> Stop {
+        self.stop
+    }
+
+    /// Lets it go on, delivering `signal` (0: none).
+    pub fn resume(self, how: Resume, signal: i32) -> Result<Running> {
+        request("PTRACE_CONT", how as u32, self.tid, 0, signal as usize)?;
+        Ok(Running { tid: self.tid })
+    }
+
+    /// Lets it go for good, delivering `signal` (0: none). A process in a group stop stays
+    /// stopped (`__ptrace_unlink` in kernel/ptrace.c reinstates it).
+    pub fn detach(self, signal: i32) -> Result<()> {
+        request("PTRACE_DETACH", libc::PTRACE_DETACH, self.tid, 0, signal as usize).map(drop)
+    }
+
+    /// Changes the `PTRACE_O_*` options.
+    pub fn set_options(&self, options: i32) -> Result<()> {
+        request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as usize)
+            .map(drop)
+    }
+
+    /// The message of the current event: for [`Stop::Clone`] the new task's tid.
+    pub fn event_message(&self) -> Result<u64> {
+        let mut message: libc::c_ulong = 0;
+        let data = ptr::addr_of_mut!(message) as usize;
+        request("PTRACE_GETEVENTMSG", libc::PTRACE_GETEVENTMSG, self.tid, 0, data)?;
+        Ok(message)
+    }
+
+    /// General registers, fs and gs bases included.
+    pub fn regs(&self) -> Result<Regs> {
+        // SAFETY: the structure is plain integers, for which zero is valid.
+        let mut regs: Regs = unsafe { std::mem::zeroed() };
+        let data = ptr::addr_of_mut!(regs) as usize;
+        request("PTRACE_GETREGS", libc::PTRACE_GETREGS, self.tid, 0, data)?;
+        Ok(regs)
+    }
+
+    /// Sets the general registers. Where they say that a system call was interrupted
+    /// (`orig_rax` ≥ 0, `rax` an `-ERESTART*`), the kernel restarts it on the way out of a
+    /// [`Stop::Event`].
+    pub fn set_regs(&self, regs: &Regs) -> Result<()> {
+        let data = ptr::from_ref(regs) as usize;
+        request("PTRACE_SETREGS", libc::PTRACE_SETREGS, self.tid, 0, data).map(drop)
+    }
+
+    /// The extended state (x87, SSE, AVX …) in the standard xsave format.
+    pub fn xstate(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0u8; 16 * 1024];
+        let n = self.regset(libc::PTRACE_GETREGSET, &mut bytes)?;
+        bytes.truncate(n);
+        bytes.shrink_to_fit();
+        Ok(bytes)
+    }
+
+    /// Sets the extended state.
+    pub fn set_xstate(&self, xstate: &[u8]) -> Result<()> {
+        self.regset(libc::PTRACE_SETREGSET, &mut xstate.to_vec()).map(drop)
+    }
+
+    fn regset(&self, req: u32, bytes: &mut [u8]) -> Result<usize> {
+        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let data = ptr::addr_of_mut!(iov) as usize;
+        request("PTRACE_GETREGSET", req, self.tid, abi::NT_X86_XSTATE as usize, data)?;
+        Ok(iov.iov_len)
+    }
+
+    /// Blocked signals, bit n-1 for signal n.
+    pub fn signal_mask(&self) -> Result<u64> {
+        let mut mask = 0u64;
+        let data = ptr::addr_of_mut!(mask) as usize;
+        request("PTRACE_GETSIGMASK", abi::PTRACE_GETSIGMASK, self.tid, 8, data)?;
+        Ok(mask)
+    }
+
+    /// Sets the blocked signals.
+    pub fn set_signal_mask(&self, mask: u64) -> Result<()> {
+        let data = ptr::from_ref(&mask) as usize;
+        request("PTRACE_SETSIGMASK", abi::PTRACE_SETSIGMASK, self.tid, 8, data).map(drop)
+    }
+
+    /// Pending signals in the order in which they are queued: the task's own, or those of
+    /// the whole process.
+    pub fn pending_signals(&self, shared: bool) -> Result<Vec<SigInfo>> {
+        const BATCH: usize = 32;
+        let mut all = Vec::new();
+        loop {
+            let args = PeekSigInfoArgs {
+                off: all.len() as u64,
+                flags: if shared { abi::PTRACE_PEEKSIGINFO_SHARED } else { 0 },
+                nr: BATCH as i32,
+            };
+            let mut batch: [SigInfo; BATCH] = [[0; 128]; BATCH];
+            let n = request(
+                "PTRACE_PEEKSIGINFO",
+                abi::PTRACE_PEEKSIGINFO,
+                self.tid,
+                ptr::from_ref(&args) as usize,
+                batch.as_mut_ptr() as usize,
+            )? as usize;
+            all.extend_from_slice(&batch[..n.min(BATCH)]);
+            if n < BATCH {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// The signal that a [`Stop::Signal`] is about.
+    pub fn signal_info(&self) -> Result<SigInfo> {
+        let mut info: SigInfo = [0; 128];
+        let data = info.as_mut_ptr() as usize;
+        request("PTRACE_GETSIGINFO", libc::PTRACE_GETSIGINFO, self.tid, 0, data)?;
+        Ok(info)
+    }
+
+    /// The registered restartable sequence area; `None` where the kernel has no such request
+    /// (before Linux 5.13) or none is registered.
+    pub fn rseq(&self) -> Result<Option<RseqConfiguration>> {
+        let mut conf = RseqConfiguration::default();
+        let size = size_of::<RseqConfiguration>();
+        let data = ptr::addr_of_mut!(conf) as usize;
+        match request("PTRACE_GET_RSEQ", abi::PTRACE_GET_RSEQ_CONFIGURATION, self.tid, size, data)
+        {
+            Ok(_) if conf.rseq_abi_pointer == 0 => Ok(None),
+            Ok(_) => Ok(Some(conf)),
+            Err(Error::Kernel { errno: Errno::EIO | Errno::EINVAL, .. }) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The task's seccomp filters, oldest first: the BPF program (8 bytes an instruction) and
+    /// the flags it was installed with. Needs CAP_SYS_ADMIN.
+    pub fn seccomp_filters(&self) -> Result<Vec<(Vec<u8>, u64)>> {
+        let mut filters = Vec::new();
+        loop {
+            let index = filters.len();
+            let len = match request(
+                "PTRACE_SECCOMP_GET_FILTER",
+                abi::PTRACE_SECCOMP_GET_FILTER,
+                self.tid,
+                index,
+                0,
+            ) {
+                Ok(n) => n as usize,
+                Err(Error::Kernel { errno: Errno::ENOENT, .. }) => return Ok(filters),
+                Err(e) => return Err(e),
+            };
+            let mut program = vec![0u8; len * 8];
+            let data = program.as_mut_ptr() as usize;
+            request(
+                "PTRACE_SECCOMP_GET_FILTER",
+                abi::PTRACE_SECCOMP_GET_FILTER,
+                self.tid,
+                index,
+                data,
+            )?;
+            let mut meta = SeccompMetadata { filter_off: index as u64, flags: 0 };
+            let data = ptr::addr_of_mut!(meta) as usize;
+            request(
+                "PTRACE_SECCOMP_GET_METADATA",
+                abi::PTRACE_SECCOMP_GET_METADATA,
+                self.tid,
+                size_of::<SeccompMetadata>(),
+                data,
+            )?;
+            filters.push((program, meta.flags));
+        }
+    }
+}
