@@ -69,7 +69,11 @@ pub fn kcmp(first: Tid, second: Tid, what: KcmpType) -> Result<Ordering> {
         return Err(Error::Died { tid });
     }
     let object = format!("{} of tasks {first} and {second}", what.describe());
-    Err(Error::Kernel { call: "kcmp", object, errno })
+    Err(Error::Kernel {
+        call: "kcmp",
+        object,
+        errno,
+    })
 }
 
 fn compare(first: Tid, second: Tid, what: KcmpType) -> Result<Ordering, Errno> {
@@ -83,14 +87,26 @@ fn compare(first: Tid, second: Tid, what: KcmpType) -> Result<Ordering, Errno> {
         KcmpType::Io => (5, 0, 0),
         KcmpType::Sysvsem => (6, 0, 0),
         KcmpType::EpollTfd { fd, efd, tfd, toff } => {
-            slot = EpollSlot { efd: efd as u32, tfd, toff };
+            slot = EpollSlot {
+                efd: efd as u32,
+                tfd,
+                toff,
+            };
             (7, fd as u64, &raw const slot as u64)
         }
     };
     // SAFETY: kcmp reads memory of ours only for KCMP_EPOLL_TFD, where the last argument points at
     // `slot`, which lives until the end of this function.
-    let answer =
-        unsafe { libc::syscall(libc::SYS_kcmp, first.raw(), second.raw(), kind, index1, index2) };
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            first.raw(),
+            second.raw(),
+            kind,
+            index1,
+            index2,
+        )
+    };
     match answer {
         0 => Ok(Ordering::Equal),
         1 => Ok(Ordering::Less),
@@ -140,7 +156,9 @@ pub fn group_by<T, E>(
         let mut same = None;
         while low < high && same.is_none() {
             let middle = low + (high - low) / 2;
-            let Some((_, representative)) = groups[middle].first() else { break };
+            let Some((_, representative)) = groups[middle].first() else {
+                break;
+            };
             match compare(&candidate, representative)? {
                 Ordering::Equal => same = Some(middle),
                 Ordering::Less => high = middle,
@@ -153,7 +171,10 @@ pub fn group_by<T, E>(
         }
     }
     groups.sort_by_key(|group| group.first().map(|(place, _)| *place));
-    Ok(groups.into_iter().map(|group| group.into_iter().map(|(_, item)| item).collect()).collect())
+    Ok(groups
+        .into_iter()
+        .map(|group| group.into_iter().map(|(_, item)| item).collect())
+        .collect())
 }
 
 /// Groups descriptors by open file description. Only candidates that look alike (same link, flags and
@@ -162,7 +183,9 @@ pub fn group_by<T, E>(
 /// # Errors
 /// As [`kcmp`].
 pub fn group_files(descriptors: Vec<(Tid, i32)>) -> Result<Vec<Vec<(Tid, i32)>>> {
-    group_by(descriptors, |&(tid1, fd1), &(tid2, fd2)| kcmp(tid1, tid2, KcmpType::File(fd1, fd2)))
+    group_by(descriptors, |&(tid1, fd1), &(tid2, fd2)| {
+        kcmp(tid1, tid2, KcmpType::File(fd1, fd2))
+    })
 }
 
 /// Groups tasks by something they may share: [`KcmpType::Vm`], `Files`, `Fs`, `Sighand`, `Io` or `Sysvsem`.
@@ -213,11 +236,16 @@ mod tests {
         let nobody = Tid(0x7fff_fff0);
         assert!(matches!(
             kcmp(own(), nobody, KcmpType::Vm),
-            Err(Error::Died { tid: Tid(0x7fff_fff0) })
+            Err(Error::Died {
+                tid: Tid(0x7fff_fff0)
+            })
         ));
         assert!(matches!(
             kcmp(own(), own(), KcmpType::File(0, 1 << 20)),
-            Err(Error::Kernel { errno: Errno::EBADF, .. })
+            Err(Error::Kernel {
+                errno: Errno::EBADF,
+                ..
+            })
         ));
     }
 
@@ -225,7 +253,13 @@ mod tests {
     fn grouping_keeps_the_order_of_arrival_and_stops_at_an_error() {
         let groups = group_by(vec![5, 1, 5, 9, 1], |a, b| Ok::<_, ()>(a.cmp(b))).unwrap();
         assert_eq!(groups, [vec![5, 5], vec![1, 1], vec![9]]);
-        assert_eq!(group_by(vec![1, 2], |_, _| Err::<Ordering, _>("no")), Err("no"));
-        assert_eq!(group_by(Vec::<u8>::new(), |_, _| Err::<Ordering, _>("no")), Ok(vec![]));
+        assert_eq!(
+            group_by(vec![1, 2], |_, _| Err::<Ordering, _>("no")),
+            Err("no")
+        );
+        assert_eq!(
+            group_by(Vec::<u8>::new(), |_, _| Err::<Ordering, _>("no")),
+            Ok(vec![])
+        );
     }
 }

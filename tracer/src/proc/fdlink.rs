@@ -1,0 +1,130 @@
+//! What a descriptor refers to: `/proc/PID/fd/N`, see proc_pid_fd(5).
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::ProcDir;
+use super::parse::dec;
+use crate::Result;
+
+/// The kind of thing behind a descriptor, told from the target of its link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FdLink {
+    /// Something with a path: a file, directory, device, FIFO, terminal …
+    File {
+        /// Seen from our root directory, without `" (deleted)"`.
+        path: PathBuf,
+        /// No longer reachable by that path when the link was read.
+        deleted: bool,
+    },
+    /// A pipe without a name, by inode.
+    Pipe(u64),
+    /// A socket, by inode.
+    Socket(u64),
+    /// `anon_inode:[eventfd]` and its like; the name without brackets: `eventfd`, `eventpoll`,
+    /// `inotify`, `signalfd`, `timerfd`, `io_uring`, `userfaultfd`, `fanotify`, `perf_event` …
+    AnonInode(String),
+    /// A memfd, by its name (any bytes).
+    Memfd(Vec<u8>),
+    /// A pidfd; which process is said by fdinfo.
+    PidFd,
+    /// A namespace: kind (`mnt`, `net` …) and inode.
+    Namespace(String, u64),
+    /// Another target, as the kernel printed it.
+    Other(Vec<u8>),
+}
+
+/// Numbers of the open descriptors of a process, in order.
+///
+/// # Errors
+/// See [`ProcDir::read`]; `EACCES` without the right to ptrace it.
+pub fn list_fds(process: impl Into<ProcDir>) -> Result<Vec<i32>> {
+    process.into().numbers_in("fd")
+}
+
+/// What descriptor `fd` refers to.
+///
+/// # Errors
+/// See [`ProcDir::read_link`]; [`crate::Error::Proc`] with `NotFound` when it is not open.
+pub fn read_fd_link(process: impl Into<ProcDir>, fd: i32) -> Result<FdLink> {
+    let dir = process.into();
+    let name = format!("fd/{fd}");
+    let target = dir.read_link(&name)?;
+    Ok(classify(&target, &|path| same_file(&dir, &name, path)))
+}
+
+/// Whether the path leads to what the descriptor has open, from our root or from the target's.
+fn same_file(dir: &ProcDir, fd: &str, path: &Path) -> bool {
+    let Ok(open) = std::fs::metadata(dir.join(fd)) else {
+        return false;
+    };
+    let inner = path
+        .strip_prefix("/")
+        .map(|path| dir.join("root").join(path));
+    [Some(path.to_owned()), inner.ok()]
+        .into_iter()
+        .flatten()
+        .any(|path| {
+            std::fs::metadata(path)
+                .is_ok_and(|found| (found.dev(), found.ino()) == (open.dev(), open.ino()))
+        })
+}
+
+/// The kernel appends `" (deleted)"` to the path of an unlinked file, and a path may end so by
+/// itself; `is_it` says whether a path leads to the open file.
+fn classify(target: &[u8], is_it: &dyn Fn(&Path) -> bool) -> FdLink {
+    let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
+    if target.first() == Some(&b'/') {
+        let Some(cut) = target.strip_suffix(b" (deleted)") else {
+            return FdLink::File {
+                path: path(target),
+                deleted: false,
+            };
+        };
+        if is_it(Path::new(OsStr::from_bytes(target))) {
+            return FdLink::File {
+                path: path(target),
+                deleted: false,
+            };
+        }
+        return match cut.strip_prefix(b"/memfd:") {
+            Some(name) => FdLink::Memfd(name.to_vec()),
+            None => FdLink::File {
+                path: path(cut),
+                deleted: true,
+            },
+        };
+    }
+    bracketed(target).unwrap_or_else(|| FdLink::Other(target.to_vec()))
+}
+
+/// `pipe:[12]`, `anon_inode:inotify`, `net:[4026531833]`.
+fn bracketed(target: &[u8]) -> Option<FdLink> {
+    let colon = target.iter().position(|&byte| byte == b':')?;
+    let (kind, rest) = (&target[..colon], &target[colon + 1..]);
+    let inside = rest
+        .strip_prefix(b"[")
+        .and_then(|rest| rest.strip_suffix(b"]"));
+    let kind = std::str::from_utf8(kind).ok()?;
+    if kind == "anon_inode" {
+        let name = String::from_utf8_lossy(inside.unwrap_or(rest)).into_owned();
+        return Some(if name == "pidfd" {
+            FdLink::PidFd
+        } else {
+            FdLink::AnonInode(name)
+        });
+    }
+    let inode = dec(inside?)?;
+    match kind {
+        "pipe" => Some(FdLink::Pipe(inode)),
+        "socket" => Some(FdLink::Socket(inode)),
+        // Since pidfds have a file system of their own (Linux 6.9) some kernels print this.
+        "pidfd" => Some(FdLink::PidFd),
+        "cgroup" | "ipc" | "mnt" | "net" | "pid" | "time" | "user" | "uts" => {
+            Some(FdLink::Namespace(kind.to_owned(), inode))
+        }
+        _ => None,
+    }
+}

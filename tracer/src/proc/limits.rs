@@ -1,0 +1,118 @@
+//! Resource limits of another process: prlimit(2), else `/proc/PID/limits`.
+
+#![allow(unsafe_code)]
+
+use super::ProcDir;
+use super::parse::{dec, fields, lines};
+use crate::{Pid, Result};
+
+/// A limit that is none; the same in both sources.
+pub const RLIM_INFINITY: u64 = u64::MAX;
+
+/// One limit, in the resource's unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// `RLIMIT_*`, 0 to 15.
+    pub resource: i32,
+    /// The limit in force.
+    pub soft: u64,
+    /// What the soft limit may be raised to.
+    pub hard: u64,
+}
+
+/// Names in the file, in the order of the resource's numbers (`lnames` in the kernel's
+/// `fs/proc/base.c`).
+const NAMES: [&str; 16] = [
+    "Max cpu time",
+    "Max file size",
+    "Max data size",
+    "Max stack size",
+    "Max core file size",
+    "Max resident set",
+    "Max processes",
+    "Max open files",
+    "Max locked memory",
+    "Max address space",
+    "Max file locks",
+    "Max pending signals",
+    "Max msgqueue size",
+    "Max nice priority",
+    "Max realtime priority",
+    "Max realtime timeout",
+];
+
+/// All limits of a process, in the order of their numbers.
+///
+/// prlimit(2) wants the caller's ids to equal the target's, or `CAP_SYS_RESOURCE`, which even root
+/// may lack; the file may be read by everyone who sees the process.
+///
+/// # Errors
+/// See [`ProcDir::read`]; [`crate::Error::ProcSyntax`] when the format is unknown.
+pub fn read_limits(pid: Pid) -> Result<Vec<Limit>> {
+    let by_call: Option<Vec<Limit>> = (0..NAMES.len() as i32)
+        .map(|resource| prlimit(pid, resource))
+        .collect();
+    match by_call {
+        Some(limits) => Ok(limits),
+        None => read_limits_file(pid),
+    }
+}
+
+/// The same out of `/proc/PID/limits`.
+///
+/// # Errors
+/// As [`read_limits`].
+pub fn read_limits_file(process: impl Into<ProcDir>) -> Result<Vec<Limit>> {
+    let dir = process.into();
+    let text = dir.read("limits")?;
+    parse(&text).map_err(|line| dir.syntax("limits", line))
+}
+
+fn prlimit(pid: Pid, resource: i32) -> Option<Limit> {
+    let mut old = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: no new limit is passed; `old` is a live rlimit64 that the kernel fills.
+    let rc = unsafe {
+        libc::prlimit64(
+            pid.raw(),
+            resource as libc::__rlimit_resource_t,
+            std::ptr::null(),
+            &mut old,
+        )
+    };
+    (rc == 0).then_some(Limit {
+        resource,
+        soft: old.rlim_cur,
+        hard: old.rlim_max,
+    })
+}
+
+fn parse(text: &[u8]) -> Result<Vec<Limit>, &[u8]> {
+    let mut limits = Vec::with_capacity(NAMES.len());
+    for line in lines(text).skip(1) {
+        let known = NAMES
+            .iter()
+            .enumerate()
+            .find_map(|(number, name)| Some((number as i32, line.strip_prefix(name.as_bytes())?)));
+        // A resource that a newer kernel adds cannot be set by number here either.
+        let Some((resource, rest)) = known else {
+            continue;
+        };
+        let mut values = fields(rest).map(|value| match value {
+            b"unlimited" => Some(RLIM_INFINITY),
+            number => dec(number),
+        });
+        let (Some(Some(soft)), Some(Some(hard))) = (values.next(), values.next()) else {
+            return Err(line);
+        };
+        limits.push(Limit {
+            resource,
+            soft,
+            hard,
+        });
+    }
+    limits.sort_by_key(|limit| limit.resource);
+    Ok(limits)
+}

@@ -1,0 +1,295 @@
+//! Memory maps: `/proc/PID/maps` and `/proc/PID/smaps`.
+//!
+//! One pass over the text; a mapping without a name costs no allocation. Formats:
+//! `show_map_vma` and `show_smap` in the kernel's `fs/proc/task_mmu.c`, proc_pid_maps(5).
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::ProcDir;
+use super::parse::{dec, device, fields, hex, key_value, lines, unescape_octal};
+pub use super::vmflags::VmFlags;
+use crate::Result;
+
+/// One mapping of an address space. Sizes are bytes; they and the flags are 0 after [`read_maps`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vma {
+    /// First address.
+    pub start: u64,
+    /// First address after it.
+    pub end: u64,
+    /// `PROT_READ`.
+    pub read: bool,
+    /// `PROT_WRITE`.
+    pub write: bool,
+    /// `PROT_EXEC`.
+    pub exec: bool,
+    /// `MAP_SHARED`, as the kernel understands it: a shared mapping of a file opened read-only
+    /// counts as shared here, too (`VM_MAYSHARE`).
+    pub shared: bool,
+    /// Offset in the file, bytes.
+    pub offset: u64,
+    /// Device of the file's superblock, major and minor. On btrfs and overlayfs `stat` says otherwise.
+    pub dev: (u32, u32),
+    /// Inode of the file, 0 without one.
+    pub inode: u64,
+    /// What is mapped.
+    pub name: VmaName,
+    /// The name as the kernel printed it, where that is not what [`name`](Self::name) says byte by
+    /// byte: `" (deleted)"` or an escaped newline in it.
+    pub raw_name: Option<Box<[u8]>>,
+    /// Flags of the kernel.
+    pub flags: VmFlags,
+    /// Two-letter flags that [`VmFlags`] has no name for (a newer kernel).
+    pub unknown_flags: Vec<String>,
+    /// Resident.
+    pub rss: u64,
+    /// Resident, each page divided by the number of its users.
+    pub pss: u64,
+    /// Resident and anonymous: for a private file mapping, the pages that were written.
+    pub anon: u64,
+    /// Swapped out. Page table markers (guard pages, userfaultfd) do not count.
+    pub swap: u64,
+    /// Locked in memory.
+    pub locked: u64,
+    /// Size of the mapping's pages; more than 4096 for hugetlbfs.
+    pub kernel_page_size: u64,
+    /// Protection key, see pkeys(7).
+    pub protection_key: u32,
+}
+
+/// What a mapping shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmaName {
+    /// Anonymous memory without a name.
+    Anonymous,
+    /// `[anon:NAME]`: private memory named by `PR_SET_VMA_ANON_NAME`.
+    AnonNamed(Vec<u8>),
+    /// `[anon_shmem:NAME]`: shared anonymous memory, named likewise.
+    AnonShmemNamed(Vec<u8>),
+    /// `[heap]`: what `brk` governs.
+    Heap,
+    /// `[stack]`: of the first thread.
+    Stack,
+    /// `[vdso]`
+    Vdso,
+    /// `[vvar]`
+    Vvar,
+    /// `[vvar_vclock]` (Linux 6.13)
+    VvarVclock,
+    /// `[vsyscall]`
+    Vsyscall,
+    /// Another name of the kernel's: `[uprobes]`, `anon_inode:[io_uring]`, `socket:[12]` …
+    OtherSpecial(String),
+    /// A file, also `/dev/zero`, `/memfd:x`, `/SYSV00000000` and what else has an inode.
+    File {
+        /// Its path, seen from our root directory, without escapes and without `" (deleted)"`.
+        path: PathBuf,
+        /// No longer reachable by that path when the map was read.
+        deleted: bool,
+    },
+}
+
+impl Vma {
+    /// Bytes from start to end.
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Never so for what the kernel prints.
+    pub fn is_empty(&self) -> bool {
+        self.end == self.start
+    }
+
+    /// Private memory with no file behind it (a private mapping of `/dev/zero` has a name, yet is
+    /// anonymous to the kernel; it shows a file here and costs nothing to be treated so).
+    pub fn is_private_anonymous(&self) -> bool {
+        !self.shared && self.inode == 0
+    }
+}
+
+/// The memory map with flags and sizes. The kernel walks the page tables for it: about 1 ms for each
+/// GiB of 4 KiB pages.
+///
+/// # Errors
+/// See [`ProcDir::read`]; [`crate::Error::ProcSyntax`] when the format is unknown.
+pub fn read_smaps(process: impl Into<ProcDir>) -> Result<Vec<Vma>> {
+    read(process.into(), "smaps")
+}
+
+/// The memory map alone: flags and sizes stay 0.
+///
+/// # Errors
+/// As [`read_smaps`].
+pub fn read_maps(process: impl Into<ProcDir>) -> Result<Vec<Vma>> {
+    read(process.into(), "maps")
+}
+
+fn read(dir: ProcDir, name: &str) -> Result<Vec<Vma>> {
+    let text = dir.read(name)?;
+    parse(&text, &|path| identity(&dir, path)).map_err(|line| dir.syntax(name, line))
+}
+
+/// Device and inode of a path, looked up from our root and then from the target's.
+fn identity(dir: &ProcDir, path: &Path) -> Option<((u32, u32), u64)> {
+    let inner = dir.join("root").join(path.strip_prefix("/").ok()?);
+    let found = std::fs::metadata(path)
+        .or_else(|_| std::fs::metadata(inner))
+        .ok()?;
+    Some((
+        (libc::major(found.dev()), libc::minor(found.dev())),
+        found.ino(),
+    ))
+}
+
+type Identity<'a> = &'a dyn Fn(&Path) -> Option<((u32, u32), u64)>;
+
+/// Parses maps or smaps; the error is the line that was not understood.
+fn parse<'a>(text: &'a [u8], identity: Identity<'_>) -> Result<Vec<Vma>, &'a [u8]> {
+    let mut vmas: Vec<Vma> = Vec::new();
+    for line in lines(text).filter(|line| !line.is_empty()) {
+        // A mapping begins with a hexadecimal digit in lower case, a detail with a capital.
+        if !line[0].is_ascii_uppercase() {
+            vmas.push(header(line, identity).ok_or(line)?);
+        } else if let Some(vma) = vmas.last_mut() {
+            detail(vma, line).ok_or(line)?;
+        } else {
+            return Err(line);
+        }
+    }
+    Ok(vmas)
+}
+
+/// `55f8-55f9 rw-p 00000000 fe:00 18504      /path with spaces`
+fn header(line: &[u8], identity: Identity<'_>) -> Option<Vma> {
+    let mut parts = line.splitn(6, |&byte| byte == b' ');
+    let range = parts.next()?;
+    let dash = range.iter().position(|&byte| byte == b'-')?;
+    let (start, end) = (hex(&range[..dash])?, hex(&range[dash + 1..])?);
+    let &[read, write, exec, shared] = parts.next()? else {
+        return None;
+    };
+    let offset = hex(parts.next()?)?;
+    let dev = device(parts.next()?, 16)?;
+    let inode = dec(parts.next()?)?;
+    // Padded with blanks up to a column; no name begins with a blank.
+    let raw = parts.next().unwrap_or_default().trim_ascii_start();
+    let (name, exact) = name(raw, dev, inode, identity);
+    (start <= end).then(|| Vma {
+        start,
+        end,
+        read: read == b'r',
+        write: write == b'w',
+        exec: exec == b'x',
+        shared: shared == b's',
+        offset,
+        dev,
+        inode,
+        name,
+        raw_name: (!exact).then(|| raw.into()),
+        flags: VmFlags::empty(),
+        unknown_flags: Vec::new(),
+        rss: 0,
+        pss: 0,
+        anon: 0,
+        swap: 0,
+        locked: 0,
+        kernel_page_size: 0,
+        protection_key: 0,
+    })
+}
+
+/// The name, and whether the kernel's text says it byte by byte.
+fn name(raw: &[u8], dev: (u32, u32), inode: u64, identity: Identity<'_>) -> (VmaName, bool) {
+    let inside = |prefix: &[u8]| Some(raw.strip_prefix(prefix)?.strip_suffix(b"]")?.to_vec());
+    let special = match raw {
+        b"" => VmaName::Anonymous,
+        b"[heap]" => VmaName::Heap,
+        b"[stack]" => VmaName::Stack,
+        b"[vdso]" => VmaName::Vdso,
+        b"[vvar]" => VmaName::Vvar,
+        b"[vvar_vclock]" => VmaName::VvarVclock,
+        b"[vsyscall]" => VmaName::Vsyscall,
+        [b'/', ..] => return file_name(raw, dev, inode, identity),
+        _ => match (inside(b"[anon:"), inside(b"[anon_shmem:")) {
+            (Some(name), _) => VmaName::AnonNamed(name),
+            (_, Some(name)) => VmaName::AnonShmemNamed(name),
+            _ => VmaName::OtherSpecial(String::from_utf8_lossy(raw).into_owned()),
+        },
+    };
+    (special, true)
+}
+
+/// The kernel writes a newline as `\012` but does not escape the backslash, and it appends
+/// `" (deleted)"`, which may as well be a part of the name. So of the readings that the text allows,
+/// take the one whose file is the mapped one; when there is none, the likely one.
+fn file_name(raw: &[u8], dev: (u32, u32), inode: u64, identity: Identity<'_>) -> (VmaName, bool) {
+    let plain = unescape_octal(raw);
+    let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
+    let escaped = *plain != *raw;
+    let cut = plain.strip_suffix(b" (deleted)");
+    if escaped || cut.is_some() {
+        let readings = [raw, &plain];
+        for reading in readings.into_iter().skip(usize::from(!escaped)) {
+            let found = identity(Path::new(OsStr::from_bytes(reading)));
+            // A device with major 0 has no fixed number: btrfs subvolumes, overlayfs.
+            if found.is_some_and(|((major, minor), ino)| {
+                ino == inode && ((major, minor) == dev || major == 0)
+            }) {
+                let exact = reading == raw;
+                return (
+                    VmaName::File {
+                        path: path(reading),
+                        deleted: false,
+                    },
+                    exact,
+                );
+            }
+        }
+    }
+    let deleted = cut.is_some();
+    (
+        VmaName::File {
+            path: path(cut.unwrap_or(&plain)),
+            deleted,
+        },
+        !escaped && !deleted,
+    )
+}
+
+/// `Rss:      8 kB`, `VmFlags: rd mr mw me`.
+fn detail(vma: &mut Vma, line: &[u8]) -> Option<()> {
+    let (key, value) = key_value(line, b':')?;
+    let bytes = || {
+        Some(
+            fields(value)
+                .next()
+                .and_then(dec::<u64>)?
+                .saturating_mul(1024),
+        )
+    };
+    match key {
+        b"Rss" => vma.rss = bytes()?,
+        b"Pss" => vma.pss = bytes()?,
+        b"Anonymous" => vma.anon = bytes()?,
+        b"Swap" => vma.swap = bytes()?,
+        b"Locked" => vma.locked = bytes()?,
+        b"KernelPageSize" => vma.kernel_page_size = bytes()?,
+        b"ProtectionKey" => vma.protection_key = dec(value)?,
+        b"VmFlags" => {
+            for letters in fields(value) {
+                match VmFlags::from_letters(letters) {
+                    Some(flag) => vma.flags |= flag,
+                    None => {
+                        vma.unknown_flags
+                            .push(String::from_utf8_lossy(letters).into_owned());
+                    }
+                }
+            }
+        }
+        _ => {}
+    }
+    Some(())
+}

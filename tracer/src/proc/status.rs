@@ -1,0 +1,289 @@
+//! `/proc/PID/status` and `/proc/PID/task/TID/status`, see proc_pid_status(5).
+
+use super::parse::{dec, fields, hex, key_value, lines, oct};
+use super::{Comm, ProcDir};
+use crate::{Pid, Result, Tid};
+
+/// What a task is doing, the letter of `State:` and of `stat`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TaskState {
+    /// `R`: running or ready to run.
+    Running,
+    /// `S`: waiting, any signal wakes it.
+    Sleeping,
+    /// `D`: waiting, no signal or only a fatal one wakes it.
+    DiskSleep,
+    /// `T`: stopped by a signal.
+    Stopped,
+    /// `t`: stopped by its tracer.
+    TracingStop,
+    /// `Z`: ended, not yet waited for.
+    Zombie,
+    /// `X` or `x`: ended, about to go.
+    Dead,
+    /// `I`: an idle kernel thread.
+    Idle,
+    /// `P`: a parked kernel thread.
+    Parked,
+    /// Another letter.
+    #[default]
+    Unknown,
+}
+
+impl TaskState {
+    /// The meaning of the letter.
+    pub fn from_letter(letter: u8) -> Self {
+        match letter {
+            b'R' => Self::Running,
+            b'S' => Self::Sleeping,
+            b'D' => Self::DiskSleep,
+            b'T' => Self::Stopped,
+            b't' => Self::TracingStop,
+            b'Z' => Self::Zombie,
+            b'X' | b'x' => Self::Dead,
+            b'I' => Self::Idle,
+            b'P' => Self::Parked,
+            _ => Self::Unknown,
+        }
+    }
+
+    /// Whether the task has ended: nothing can be done with it but waiting.
+    pub fn has_ended(self) -> bool {
+        matches!(self, Self::Zombie | Self::Dead)
+    }
+}
+
+/// Real, effective, saved and file system id, in the order of the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ids {
+    /// Real.
+    pub real: u32,
+    /// Effective.
+    pub effective: u32,
+    /// Saved.
+    pub saved: u32,
+    /// File system.
+    pub fs: u32,
+}
+
+/// Signal sets: bit N-1 stands for signal N.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SignalSets {
+    /// `SigPnd`: pending for this task.
+    pub pending: u64,
+    /// `ShdPnd`: pending for the process.
+    pub shared_pending: u64,
+    /// `SigBlk`: blocked in this task.
+    pub blocked: u64,
+    /// `SigIgn`: ignored by the process.
+    pub ignored: u64,
+    /// `SigCgt`: with a handler.
+    pub caught: u64,
+}
+
+/// Capability sets: bit N stands for capability N, see capabilities(7).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// `CapInh`
+    pub inheritable: u64,
+    /// `CapPrm`
+    pub permitted: u64,
+    /// `CapEff`
+    pub effective: u64,
+    /// `CapBnd`
+    pub bounding: u64,
+    /// `CapAmb`
+    pub ambient: u64,
+}
+
+/// The fields of `status` that a checkpoint needs. What an older kernel does not print is `None`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// `Name`: comm of the task, any bytes, at most 15 (escapes undone).
+    pub name: Comm,
+    /// `Umask`; absent for a zombie.
+    pub umask: Option<u32>,
+    /// `State`
+    pub state: TaskState,
+    /// `Tgid`: the process that the task belongs to.
+    pub tgid: Pid,
+    /// `Pid`: the task.
+    pub tid: Tid,
+    /// `PPid`; 0 when the parent is outside our pid namespace.
+    pub ppid: Pid,
+    /// `TracerPid`: the task that traces it, 0 when nobody does (or from outside our pid namespace).
+    pub tracer_pid: i32,
+    /// `Uid`
+    pub uid: Ids,
+    /// `Gid`
+    pub gid: Ids,
+    /// `Groups`: supplementary groups.
+    pub groups: Vec<u32>,
+    /// `NStgid`: the process's pid, from our pid namespace inwards; one entry when it is in ours.
+    pub ns_tgid: Vec<i32>,
+    /// `NSpid`: the task's, likewise.
+    pub ns_pid: Vec<i32>,
+    /// `NSpgid`: the process group's, likewise.
+    pub ns_pgid: Vec<i32>,
+    /// `NSsid`: the session's, likewise.
+    pub ns_sid: Vec<i32>,
+    /// `Kthread` (Linux 6.8); [`super::stat::Stat::is_kernel_thread`] tells on every kernel.
+    pub kernel_thread: Option<bool>,
+    /// `VmLck`: locked memory in bytes; absent without an address space.
+    pub locked: Option<u64>,
+    /// `CoreDumping`
+    pub core_dumping: Option<bool>,
+    /// `THP_enabled`: false after `PR_SET_THP_DISABLE`.
+    pub thp_enabled: Option<bool>,
+    /// `Threads`: tasks of the process.
+    pub threads: u32,
+    /// `SigPnd` … `SigCgt`
+    pub signals: SignalSets,
+    /// `CapInh` … `CapAmb`
+    pub capabilities: Capabilities,
+    /// `NoNewPrivs`
+    pub no_new_privs: bool,
+    /// `Seccomp`: 0 none, 1 strict, 2 filters; `None` when the kernel has no seccomp.
+    pub seccomp: Option<u32>,
+    /// `Seccomp_filters`: how many (Linux 5.9).
+    pub seccomp_filters: Option<u32>,
+}
+
+impl Status {
+    /// What a file without a line would say.
+    fn empty() -> Self {
+        Self {
+            name: Comm::default(),
+            umask: None,
+            state: TaskState::Unknown,
+            tgid: Pid(0),
+            tid: Tid(0),
+            ppid: Pid(0),
+            tracer_pid: 0,
+            uid: Ids::default(),
+            gid: Ids::default(),
+            groups: Vec::new(),
+            ns_tgid: Vec::new(),
+            ns_pid: Vec::new(),
+            ns_pgid: Vec::new(),
+            ns_sid: Vec::new(),
+            kernel_thread: None,
+            locked: None,
+            core_dumping: None,
+            thp_enabled: None,
+            threads: 0,
+            signals: SignalSets::default(),
+            capabilities: Capabilities::default(),
+            no_new_privs: false,
+            seccomp: None,
+            seccomp_filters: None,
+        }
+    }
+}
+
+/// Reads `status` of a process's leader (`Pid`) or of a task (`(Pid, Tid)`).
+///
+/// # Errors
+/// See [`ProcDir::read`]; [`crate::Error::ProcSyntax`] when the format is unknown.
+pub fn read_status(task: impl Into<ProcDir>) -> Result<Status> {
+    let dir = task.into();
+    let text = dir.read("status")?;
+    parse(&text).map_err(|what| dir.syntax("status", what))
+}
+
+/// Reads `/proc/PID/task/TID/status`.
+///
+/// # Errors
+/// As [`read_status`].
+pub fn read_task(pid: Pid, tid: Tid) -> Result<Status> {
+    read_status((pid, tid))
+}
+
+fn parse(text: &[u8]) -> Result<Status, Vec<u8>> {
+    let mut status = Status::empty();
+    for line in lines(text) {
+        // A name's own newline is escaped, so a line without a colon is not the kernel's.
+        let Some(colon) = line.iter().position(|&byte| byte == b':') else {
+            continue;
+        };
+        if &line[..colon] == b"Name" {
+            status.name = name(line[colon + 1..].strip_prefix(b"\t").unwrap_or_default());
+            continue;
+        }
+        let (key, value) = key_value(line, b':').unwrap_or_default();
+        field(&mut status, key, value).ok_or(line)?;
+    }
+    if status.tid.raw() == 0 {
+        return Err(b"no line \"Pid:\"".to_vec());
+    }
+    Ok(status)
+}
+
+fn field(status: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
+    match key {
+        b"Umask" => status.umask = Some(oct(value)? as u32),
+        b"State" => status.state = TaskState::from_letter(*value.first()?),
+        b"Tgid" => status.tgid = Pid(dec(value)?),
+        b"Pid" => status.tid = Tid(dec(value)?),
+        b"PPid" => status.ppid = Pid(dec(value)?),
+        b"TracerPid" => status.tracer_pid = dec(value)?,
+        b"Uid" => status.uid = ids(value)?,
+        b"Gid" => status.gid = ids(value)?,
+        b"Groups" => status.groups = list(value)?,
+        b"NStgid" => status.ns_tgid = list(value)?,
+        b"NSpid" => status.ns_pid = list(value)?,
+        b"NSpgid" => status.ns_pgid = list(value)?,
+        b"NSsid" => status.ns_sid = list(value)?,
+        b"Kthread" => status.kernel_thread = Some(dec::<u32>(value)? != 0),
+        b"VmLck" => status.locked = Some(dec::<u64>(fields(value).next()?)?.saturating_mul(1024)),
+        b"CoreDumping" => status.core_dumping = Some(dec::<u32>(value)? != 0),
+        b"THP_enabled" => status.thp_enabled = Some(dec::<u32>(value)? != 0),
+        b"Threads" => status.threads = dec(value)?,
+        b"SigPnd" => status.signals.pending = hex(value)?,
+        b"ShdPnd" => status.signals.shared_pending = hex(value)?,
+        b"SigBlk" => status.signals.blocked = hex(value)?,
+        b"SigIgn" => status.signals.ignored = hex(value)?,
+        b"SigCgt" => status.signals.caught = hex(value)?,
+        b"CapInh" => status.capabilities.inheritable = hex(value)?,
+        b"CapPrm" => status.capabilities.permitted = hex(value)?,
+        b"CapEff" => status.capabilities.effective = hex(value)?,
+        b"CapBnd" => status.capabilities.bounding = hex(value)?,
+        b"CapAmb" => status.capabilities.ambient = hex(value)?,
+        b"NoNewPrivs" => status.no_new_privs = dec::<u32>(value)? != 0,
+        b"Seccomp" => status.seccomp = Some(dec(value)?),
+        b"Seccomp_filters" => status.seccomp_filters = Some(dec(value)?),
+        _ => {}
+    }
+    Some(())
+}
+
+fn ids(value: &[u8]) -> Option<Ids> {
+    let mut all = fields(value).map(dec::<u32>);
+    let mut next = || all.next()?;
+    Some(Ids {
+        real: next()?,
+        effective: next()?,
+        saved: next()?,
+        fs: next()?,
+    })
+}
+
+fn list<T: std::str::FromStr>(value: &[u8]) -> Option<Vec<T>> {
+    fields(value).map(dec).collect()
+}
+
+/// `Name:` escapes newline and backslash as C does (`proc_task_name` in the kernel's `fs/proc/array.c`).
+fn name(text: &[u8]) -> Comm {
+    let mut plain = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&first, tail)) = rest.split_first() {
+        let (byte, used) = match rest {
+            [b'\\', b'n', ..] => (b'\n', 2),
+            [b'\\', b'\\', ..] => (b'\\', 2),
+            _ => (first, 1),
+        };
+        plain.push(byte);
+        rest = &tail[used - 1..];
+    }
+    Comm(plain)
+}

@@ -1,0 +1,91 @@
+//! POSIX timers of a process: `/proc/PID/timers` (`show_timer` in the kernel's `fs/proc/base.c`).
+//!
+//! What remains of a timer is not printed; that takes `timer_gettime` inside the process.
+
+use super::ProcDir;
+use super::parse::{dec, hex, key_value, lines};
+use crate::{Result, Tid};
+
+/// One timer of `timer_create`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PosixTimer {
+    /// The kernel's id, which the process uses to name it.
+    pub id: i32,
+    /// `sigev_signo`; meaningless with [`Notify::None`].
+    pub signal: i32,
+    /// `sigev_value`.
+    pub sigval: u64,
+    /// Who is told.
+    pub notify: Notify,
+    /// Clock; negative for processor-time clocks (`MAKE_PROCESS_CPUCLOCK`).
+    pub clock: i32,
+}
+
+/// `sigev_notify`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notify {
+    /// `SIGEV_SIGNAL`: the process gets the signal.
+    Signal,
+    /// `SIGEV_SIGNAL | SIGEV_THREAD_ID`: this task gets the signal.
+    Thread(Tid),
+    /// `SIGEV_NONE`: nobody.
+    None,
+    /// `SIGEV_THREAD`: for the kernel the same as [`Notify::Signal`]; the C libraries do not use it.
+    LibraryThread,
+}
+
+/// Reads the timers of a process, in the order of their ids. Empty on a kernel without
+/// `CONFIG_POSIX_TIMERS` or `CONFIG_CHECKPOINT_RESTORE`.
+///
+/// # Errors
+/// See [`ProcDir::read`]; [`crate::Error::ProcSyntax`] when the format is unknown.
+pub fn read_timers(process: impl Into<ProcDir>) -> Result<Vec<PosixTimer>> {
+    let dir = process.into();
+    let text = dir.read_optional("timers")?.unwrap_or_default();
+    parse(&text).map_err(|line| dir.syntax("timers", line))
+}
+
+fn parse(text: &[u8]) -> Result<Vec<PosixTimer>, &[u8]> {
+    let mut timers: Vec<PosixTimer> = Vec::new();
+    for line in lines(text).filter(|line| !line.is_empty()) {
+        field(&mut timers, line).ok_or(line)?;
+    }
+    timers.sort_by_key(|timer| timer.id);
+    Ok(timers)
+}
+
+fn field(timers: &mut Vec<PosixTimer>, line: &[u8]) -> Option<()> {
+    let (key, value) = key_value(line, b':')?;
+    if key == b"ID" {
+        let id = dec(value)?;
+        timers.push(PosixTimer {
+            id,
+            signal: 0,
+            sigval: 0,
+            notify: Notify::Signal,
+            clock: 0,
+        });
+        return Some(());
+    }
+    let timer = timers.last_mut()?;
+    match key {
+        b"signal" => {
+            let (signal, sigval) = key_value(value, b'/')?;
+            timer.signal = dec(signal)?;
+            timer.sigval = hex(sigval)?;
+        }
+        b"notify" => {
+            let (how, whom) = key_value(value, b'/')?;
+            timer.notify = match (how, key_value(whom, b'.')?) {
+                (b"signal", (b"tid", tid)) => Notify::Thread(Tid(dec(tid)?)),
+                (b"signal", (b"pid", _)) => Notify::Signal,
+                (b"none", _) => Notify::None,
+                (b"thread", _) => Notify::LibraryThread,
+                _ => return None,
+            };
+        }
+        b"ClockID" => timer.clock = dec(value)?,
+        _ => {}
+    }
+    Some(())
+}
