@@ -10,7 +10,7 @@ pub mod memfd;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
-pub mod stdio;
+pub mod outside;
 pub mod timerfd;
 
 /// One descriptor of a process.
@@ -69,5 +69,5 @@ pub enum Kind {
     Inotify(inotify::Inotify),
     /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
     /// with its other end outside.
-    Stdio(stdio::Stdio),
+    Outside(outside::Outside),
 }

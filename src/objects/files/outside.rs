@@ -1,10 +1,11 @@
-//! Descriptors 0 to 2 whose far end is outside the job: they become those of `restore`.
+//! Descriptors whose far end is outside the job: 0 to 2 become those of `restore`, others are
+//! named by `restore --fd N=PATH`.
 
 use serde::{Deserialize, Serialize};
 
 /// Something of the surroundings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stdio {
+pub struct Outside {
     /// The descriptor through which it was seen first; `restore` gives its own of that number.
     pub fd: i32,
     /// What it was: a terminal, a pipe, a socket.
