@@ -99,8 +99,7 @@ pub(crate) fn push_run(table: &mut Vec<u8>, run: &PageRun, page_size: u32) {
 /// The run at the start of `bytes`, or `None` when there are too few bytes or its end is beyond 64 bits.
 pub(crate) fn run_at(bytes: &[u8], page_size: u32) -> Option<PageRun> {
     let (raw, _) = RawRun::ref_from_prefix(bytes).ok()?;
-    let page = run.start / u64::from(page_size);
-    let packed = (page << 12) | (u64::from(run.pages - 1) % RUN_PAGES);
+    let packed = raw.packed.get();
     let start = (packed >> 12).checked_mul(page_size.into())?;
     let run = PageRun {
         space: raw.space.get(),
