@@ -1,0 +1,213 @@
+//! `ckpt attach`: a checkpoint of a running process.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{IsTerminal, stdout};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use ckpt_image::Codec;
+use ckpt_tracer::Pid;
+use clap::Args;
+use serde::Serialize;
+
+use super::exit::{Failure, Outcome};
+use super::{Loudness, output, progress};
+use crate::capture::{self, After, Report};
+use crate::{Error, Obstacle};
+
+/// Arguments of `ckpt attach`.
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Attach {
+    /// The process to checkpoint.
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+    /// Where the image goes; `-` is standard output. Without it the image is named after the process, NAME.PID.ckpt, in the current directory.
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// End the process once the image is complete and safe on disk.
+    #[arg(long, conflicts_with = "stop")]
+    kill: bool,
+    /// Leave the process stopped, as by SIGSTOP, once the image is complete; `kill -CONT PID` lets it go on.
+    #[arg(long)]
+    stop: bool,
+    /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
+    #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
+    codec: Codec,
+    /// Print the figures as a JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    loudness: Loudness,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ckpt attach 4242                    write NAME.4242.ckpt here; the process goes on
+  ckpt attach 4242 -o job.ckpt --kill write job.ckpt, then end the process
+  ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
+
+/// What `ckpt attach --json` prints; the keys stay as they are.
+#[derive(Debug, Serialize)]
+struct Figures<'a> {
+    /// The process's name.
+    name: &'a str,
+    /// Its pid.
+    pid: i32,
+    /// Number of processes in the image.
+    processes: u32,
+    /// Number of threads in the image.
+    threads: u32,
+    /// Bytes of memory in the image before compression.
+    memory_bytes: u64,
+    /// Bytes of the image.
+    image_bytes: u64,
+    /// Time in all, in seconds.
+    total_seconds: f64,
+    /// Time during which the process did not run, in seconds.
+    paused_seconds: f64,
+    /// Where the image is; null when it went to standard output.
+    path: Option<String>,
+}
+
+impl<'a> From<&'a Report> for Figures<'a> {
+    fn from(report: &'a Report) -> Self {
+        Figures {
+            name: &report.name,
+            pid: report.pid,
+            processes: report.processes,
+            threads: report.threads,
+            memory_bytes: report.memory_bytes,
+            image_bytes: report.image_bytes,
+            total_seconds: report.total.as_secs_f64(),
+            paused_seconds: report.paused.as_secs_f64(),
+            path: report
+                .path
+                .as_ref()
+                .map(|path| path.to_string_lossy().into_owned()),
+        }
+    }
+}
+
+impl fmt::Display for Figures<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: pid {}, {}, {}, memory {}, image {}, {:.3} s in all, {:.3} s paused, {}",
+            output::visible(self.name.as_bytes()),
+            self.pid,
+            output::count(self.processes.into(), "process"),
+            output::count(self.threads.into(), "thread"),
+            output::bytes(self.memory_bytes),
+            output::bytes(self.image_bytes),
+            self.total_seconds,
+            self.paused_seconds,
+            output::visible(self.path.as_deref().unwrap_or("standard output").as_bytes()),
+        )
+    }
+}
+
+pub(crate) fn run(args: &Attach) -> Outcome {
+    let to_stdout = args.output.as_deref() == Some(Path::new("-"));
+    if to_stdout && stdout().is_terminal() {
+        let text =
+            "an image is not for a terminal; redirect standard output, or name a file with -o FILE";
+        return Err(Failure::Usage(text.into()));
+    }
+    let progress = progress::on_terminal("checkpoint", !args.loudness.quiet);
+    let request = capture::Request {
+        pid: Pid(args.pid),
+        codec: args.codec,
+        after: match (args.kill, args.stop) {
+            (true, _) => After::Kill,
+            (_, true) => After::Stop,
+            _ => After::Continue,
+        },
+        progress: &*progress,
+    };
+    let report = if to_stdout {
+        let sink = stdout().as_fd().try_clone_to_owned();
+        let sink =
+            sink.map_err(|e| Failure::Message(format!("cannot use standard output: {e}")))?;
+        capture::to_stream(&request, File::from(sink))
+    } else {
+        let path = match &args.output {
+            Some(path) => path.clone(),
+            None => default_name(Pid(args.pid))?,
+        };
+        capture::to_file(&request, &path)
+    };
+    drop(progress);
+    let report = report?;
+    tell(args, &report, to_stdout)
+}
+
+fn tell(args: &Attach, report: &Report, to_stdout: bool) -> Outcome {
+    if args.loudness.verbose && report.image_bytes > 0 {
+        output::note(&format!(
+            "codec {}, ratio {:.2}, {}/s",
+            args.codec,
+            report.memory_bytes as f64 / report.image_bytes as f64,
+            output::bytes(
+                (report.memory_bytes as f64 / report.total.as_secs_f64().max(1e-9)) as u64
+            ),
+        ));
+    }
+    let figures = Figures::from(report);
+    let text = match args.json {
+        true => output::json(&figures)?,
+        false if args.loudness.quiet => return Ok(0),
+        false => format!("{figures}\n"),
+    };
+    if to_stdout {
+        output::note(text.trim_end());
+    } else {
+        output::print(text)?;
+    }
+    Ok(0)
+}
+
+fn default_name(pid: Pid) -> Result<PathBuf, Failure> {
+    let comm = std::fs::read(format!("/proc/{pid}/comm"));
+    let comm = comm.map_err(|_| {
+        let (object, remedy) = (format!("process {pid}"), "look for it with `pgrep -a NAME`");
+        Error::refuse(Obstacle::new(object, "does not exist", remedy))
+    })?;
+    Ok(image_name(&comm, pid))
+}
+
+/// `<comm>.<pid>.ckpt`, with nothing in it that would lead elsewhere or spoil a terminal.
+fn image_name(comm: &[u8], pid: Pid) -> PathBuf {
+    let comm = comm.strip_suffix(b"\n").unwrap_or(comm);
+    let comm = if comm.is_empty() { b"process" } else { comm };
+    let harmless = |byte: &u8| {
+        if *byte == b'/' || byte.is_ascii_control() {
+            b'_'
+        } else {
+            *byte
+        }
+    };
+    let mut name: Vec<u8> = comm.iter().map(harmless).collect();
+    name.extend_from_slice(format!(".{pid}.ckpt").as_bytes());
+    let name = std::ffi::OsString::from_vec(name);
+    debug_assert!(!name.as_bytes().contains(&b'/'));
+    PathBuf::from(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_stay_in_the_directory() {
+        let name = |comm: &[u8]| image_name(comm, Pid(7)).into_os_string().into_vec();
+        assert_eq!(name(b"sleep\n"), b"sleep.7.ckpt");
+        assert_eq!(name(b"kworker/0:1\n"), b"kworker_0:1.7.ckpt");
+        assert_eq!(name(b"../../x\n"), b".._.._x.7.ckpt");
+        assert_eq!(name(b"a\nb\n"), b"a_b.7.ckpt");
+        assert_eq!(name(b"\n"), b"process.7.ckpt");
+        assert_eq!(name(b"\xff\n"), b"\xff.7.ckpt");
+    }
+}

@@ -1,0 +1,106 @@
+//! The command lines of `ckpt` and `restore`: one file a command. Exit codes are in [`exit`].
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+pub mod attach;
+pub mod exit;
+mod output;
+pub mod progress;
+pub mod restore;
+
+use exit::{Outcome, Role};
+
+/// Checkpoint and restore running programs, from outside: without root, without preloading anything.
+#[derive(Parser, Debug)]
+#[command(name = "ckpt", version, after_help = exit::HELP, max_term_width = 100)]
+#[command(arg_required_else_help = true, subcommand_required = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Restore a job from its image; the same as `ckpt restore`.
+#[derive(Parser, Debug)]
+#[command(name = "restore", version, max_term_width = 100)]
+pub struct RestoreCli {
+    #[command(flatten)]
+    args: restore::Restore,
+}
+
+/// How much is said.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Loudness {
+    /// Print nothing but errors.
+    #[arg(short, long, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Print more about what is done.
+    #[arg(short, long)]
+    verbose: bool,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Write a checkpoint of a running process; it goes on afterwards.
+    Attach(attach::Attach),
+    /// Rebuild a job from its image and return its exit code.
+    Restore(restore::Restore),
+}
+
+impl Command {
+    fn role(&self) -> Role {
+        match self {
+            Command::Restore(_) => Role::Supervisor,
+            _ => Role::Tool,
+        }
+    }
+
+    fn run(&self) -> Outcome {
+        match self {
+            Command::Attach(args) => attach::run(args),
+            Command::Restore(args) => restore::run(args),
+        }
+    }
+}
+
+/// `ckpt`.
+pub fn main() -> ExitCode {
+    match Cli::try_parse() {
+        Ok(cli) => exit::finish(cli.command.role(), cli.command.run()),
+        Err(error) => usage(&error),
+    }
+}
+
+/// `restore`.
+pub fn restore_main() -> ExitCode {
+    match RestoreCli::try_parse() {
+        Ok(cli) => exit::finish(Role::Supervisor, restore::run(&cli.args)),
+        Err(error) => usage(&error),
+    }
+}
+
+/// Help and version go to standard output with code 0, errors to standard error with code 2.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    output::note(&format!("ckpt: {}", text.trim_end()));
+    ExitCode::from(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_lines_are_consistent() {
+        Cli::command().debug_assert();
+        RestoreCli::command().debug_assert();
+    }
+}

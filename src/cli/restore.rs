@@ -1,0 +1,134 @@
+//! `restore`: a job goes on from its image.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::exit::{Failure, Outcome, complain};
+use super::{Loudness, output, progress};
+use crate::restore::{self, FilesPolicy};
+
+/// Arguments of `restore`.
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Restore {
+    /// The image to restore.
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// Return as soon as the job runs, and print its pid.
+    #[arg(long)]
+    detach: bool,
+    /// Leave the job stopped before its first instruction, for a debugger, and print its pid.
+    #[arg(long)]
+    stopped: bool,
+    /// Print what would be done, one operation a line, and touch nothing.
+    #[arg(long, conflicts_with_all = ["detach", "stopped"])]
+    dry_run: bool,
+    /// Give descriptor N the file PATH instead of the one it had; may be repeated.
+    #[arg(long = "fd", value_name = "N=PATH", value_parser = parse_fd)]
+    fds: Vec<(i32, PathBuf)>,
+    /// What to do with files that changed since the checkpoint.
+    #[arg(long, value_name = "POLICY", default_value = "strict")]
+    files: Files,
+    #[command(flatten)]
+    loudness: Loudness,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Files {
+    /// Refuse, and name the file and what changed.
+    Strict,
+    /// Take the files as they are now.
+    Adopt,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  restore job.ckpt                 go on with the job here; return its exit code
+  restore --detach job.ckpt        leave it running in the background
+  restore --fd 1=new.log job.ckpt  send its standard output elsewhere
+  restore --stopped job.ckpt       leave it to `gdb -p PID`";
+
+fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
+    let (fd, path) = text
+        .split_once('=')
+        .ok_or("N=PATH is wanted, such as 1=out.log")?;
+    match fd.parse() {
+        Ok(number) if number >= 0 && !path.is_empty() => Ok((number, path.into())),
+        Ok(number) if number >= 0 => Err("the path is empty".into()),
+        _ => Err(format!("{fd:?} is not the number of a descriptor")),
+    }
+}
+
+pub(crate) fn run(args: &Restore) -> Outcome {
+    let mut fds = BTreeMap::new();
+    for (fd, path) in &args.fds {
+        if fds.insert(*fd, path.clone()).is_some() {
+            return Err(Failure::Usage(format!(
+                "--fd {fd} is given twice; give each descriptor once"
+            )));
+        }
+    }
+    let progress = progress::on_terminal("restore", !args.loudness.quiet);
+    let request = restore::Request {
+        image: &args.image,
+        files: match args.files {
+            Files::Strict => FilesPolicy::Strict,
+            Files::Adopt => FilesPolicy::Adopt,
+        },
+        fds,
+        stopped: args.stopped,
+        progress: &*progress,
+    };
+    if args.dry_run {
+        let plan = restore::dry_run(&request)?;
+        let end = if plan.ends_with('\n') || plan.is_empty() {
+            ""
+        } else {
+            "\n"
+        };
+        output::print(plan + end)?;
+        return Ok(0);
+    }
+    let restored = restore::restore(&request);
+    drop(progress);
+    let restored = restored?;
+    if !args.loudness.quiet {
+        restored
+            .warnings
+            .iter()
+            .for_each(|warning| complain(&format!("warning: {warning}")));
+    }
+    if args.stopped {
+        output::print_line(restored.pid)?;
+        output::note(&format!(
+            "ckpt: stopped; attach with: gdb -p {}",
+            restored.pid
+        ));
+        return Ok(0);
+    }
+    if args.detach {
+        output::print_line(restored.pid)?;
+        return Ok(0);
+    }
+    if args.loudness.verbose {
+        output::note(&format!("ckpt: running as process {}", restored.pid));
+    }
+    let code = restored.wait()?;
+    Ok(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_parsed() {
+        assert_eq!(parse_fd("1=out.log").unwrap(), (1, "out.log".into()));
+        assert_eq!(parse_fd("10=a=b").unwrap(), (10, "a=b".into()));
+        for bad in ["1", "=x", "-1=x", "x=y", "1=", "99999999999=x"] {
+            assert!(parse_fd(bad).is_err(), "{bad}");
+        }
+    }
+}
