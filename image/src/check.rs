@@ -318,10 +318,13 @@ impl<'a> Walk<'a> {
         };
         self.record(record, &part)?;
         let corrupt = |reason: String| Err(Error::corrupt(self.path, part.clone(), reason));
-        if record.table_len.get() != 0 || blocks == 0 {
+        if record.table_len.get() != 0 {
             return corrupt("it has fields of a chunk".into());
         }
-        let last = block + 1 == blocks;
+        if block >= blocks {
+            return corrupt(format!("it is said to be one of {blocks} blocks"));
+        }
+        let last = block == blocks - 1;
         if raw > SECTION_BLOCK || (!last && raw != SECTION_BLOCK) || (raw == 0 && blocks > 1) {
             return corrupt(format!("block {block} of {blocks} has {raw} bytes"));
         }

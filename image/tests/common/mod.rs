@@ -1,7 +1,11 @@
 //! Images for tests.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
-use ckpt_image::{Chunk, Codec, Header, ImageSummary, Writer, WriterOptions};
+pub mod forge;
+
+use std::io::Write;
+
+use ckpt_image::{Chunk, Codec, Header, ImageSummary, Result, Writer, WriterOptions};
 
 pub const PAGE: usize = 4096;
 
@@ -50,22 +54,31 @@ pub fn chunk_of(pages: &[(u32, u64, Vec<u8>)]) -> Chunk {
     chunk
 }
 
-/// Three chunks in two spaces and three sections; a few kilobytes when compressed.
+/// Three chunks in two spaces and two sections.
+pub fn tiny(codec: Codec) -> Vec<u8> {
+    write_small(codec, header(), 0).0
+}
+
+/// The same with a third section of two blocks; a few kilobytes when compressed.
 pub fn small(codec: Codec) -> (Vec<u8>, ImageSummary) {
-    let mut writer = Writer::new(Vec::new(), &header(), options(codec)).unwrap();
-    writer.section("meta", 7, b"about the job").unwrap();
-    writer
-        .submit(chunk_of(&[
-            (1, 0x8000, page(8)),
-            (1, 0x9000, page(9)),
-            (0, 0x1000, page(1)),
-        ]))
-        .unwrap();
-    writer.submit(chunk_of(&[(1, 0x1000, page(101))])).unwrap();
-    writer.section("empty", 1, b"").unwrap();
-    writer
-        .submit(chunk_of(&[(0, 0x4000, page(4)), (0, 0x6000, page(6))]))
-        .unwrap();
-    writer.section("long", 1, &vec![42; 300 << 10]).unwrap();
+    write_small(codec, header(), 300 << 10)
+}
+
+pub fn write_small(codec: Codec, header: Header, long: usize) -> (Vec<u8>, ImageSummary) {
+    let mut writer = Writer::new(Vec::new(), &header, options(codec)).unwrap();
+    fill_small(&mut writer, long).unwrap();
     writer.finish().unwrap()
+}
+
+pub fn fill_small<W: Write + Send + 'static>(writer: &mut Writer<W>, long: usize) -> Result<()> {
+    writer.section("meta", 7, b"about the job")?;
+    let (near, far) = ([page(8), page(9)].concat(), page(1));
+    writer.submit(chunk_of(&[(1, 0x8000, near), (0, 0x1000, far)]))?;
+    writer.submit(chunk_of(&[(1, 0x1000, page(101))]))?;
+    writer.section("empty", 1, b"")?;
+    writer.submit(chunk_of(&[(0, 0x4000, page(4)), (0, 0x6000, page(6))]))?;
+    if long > 0 {
+        writer.section("long", 1, &vec![42; long])?;
+    }
+    Ok(())
 }
