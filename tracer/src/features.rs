@@ -8,6 +8,8 @@
 
 #![allow(unsafe_code)]
 
+mod table;
+
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::ffi::CStr;
 use std::fs;
@@ -19,6 +21,8 @@ use crate::kcmp::{KcmpType, kcmp};
 use crate::proc::pagemap::{PagemapScanner, ScanMethod};
 use crate::proc::{mounts, status};
 use crate::{Pid, Result, Tid};
+
+pub use table::FeatureRow;
 
 /// `CAP_SYS_PTRACE`
 pub const CAP_SYS_PTRACE: u32 = 19;
@@ -148,19 +152,6 @@ pub struct KernelFeatures {
     pub cpu: Cpu,
 }
 
-/// One row for `ckpt doctor` and the like.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FeatureRow {
-    /// The feature.
-    pub name: &'static str,
-    /// Whether it is there.
-    pub available: bool,
-    /// What does not work, or not as well, without it.
-    pub needed_for: &'static str,
-    /// What else is known.
-    pub detail: String,
-}
-
 impl KernelFeatures {
     /// Finds out. What cannot be found out counts as missing.
     pub fn probe() -> Self {
@@ -202,197 +193,6 @@ impl KernelFeatures {
             .map(str::parse);
         let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
         (next(), next())
-    }
-
-    /// All rows, for people.
-    pub fn table(&self) -> Vec<FeatureRow> {
-        let row = |name, available, needed_for, detail: &str| FeatureRow {
-            name,
-            available,
-            needed_for,
-            detail: detail.to_owned(),
-        };
-        let yama = match self.yama_scope {
-            None => "no Yama".to_owned(),
-            Some(scope) => format!("kernel.yama.ptrace_scope = {scope}"),
-        };
-        let rseq = format!("{} bytes of struct rseq in use", self.rseq_feature_size);
-        let hidepid = format!("hidepid={} on /proc", self.hidepid);
-        let set_tid = "needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in the pid namespace's owner";
-        let overcommit = format!("vm.overcommit_memory = {}", self.overcommit);
-        let uffd = if self.unprivileged_userfaultfd {
-            "1"
-        } else {
-            "0, faults in user mode only"
-        };
-        let uffd = format!("vm.unprivileged_userfaultfd = {uffd}");
-        let xsave = format!("{} bytes, XCR0 = {:#x}", self.cpu.xsave_size, self.cpu.xcr0);
-        let limits = format!(
-            "vm.max_map_count = {}, kernel.pid_max = {}, kernel.threads-max = {}",
-            self.max_map_count, self.pid_max, self.threads_max
-        );
-        vec![
-            row("kernel", true, "everything", &self.release),
-            row(
-                "processor",
-                true,
-                "restoring on another machine",
-                &self.cpu.model,
-            ),
-            row("xsave", self.cpu.xcr0 != 0, "vector registers", &xsave),
-            row("PTRACE_SEIZE", self.ptrace_seize, "everything", &yama),
-            row(
-                "ptrace of unrelated processes",
-                self.yama_scope.unwrap_or(0) == 0 || self.has_capability(CAP_SYS_PTRACE),
-                "checkpointing a job that `ckpt run` did not start",
-                &yama,
-            ),
-            row(
-                "PTRACE_GET_SYSCALL_INFO",
-                self.ptrace_syscall_info,
-                "telling where in a system call a task stopped",
-                "Linux 5.3",
-            ),
-            row(
-                "PTRACE_GET_RSEQ_CONFIGURATION",
-                self.ptrace_rseq,
-                "programs with restartable sequences (glibc 2.35 and later)",
-                &rseq,
-            ),
-            row(
-                "PTRACE_O_SUSPEND_SECCOMP",
-                self.suspend_seccomp,
-                "programs with seccomp filters",
-                "needs CAP_SYS_ADMIN",
-            ),
-            row(
-                "process_vm_readv",
-                self.process_vm_readv,
-                "reading memory fast",
-                "Linux 3.2",
-            ),
-            row(
-                "pidfd_open",
-                self.pidfd_open,
-                "naming processes safely",
-                "Linux 5.3",
-            ),
-            row(
-                "pidfd_getfd",
-                self.pidfd_getfd,
-                "contents of pipes and sockets, files that were deleted",
-                "Linux 5.6",
-            ),
-            row("kcmp", self.kcmp, "what processes share", "CONFIG_KCMP"),
-            row(
-                "PAGEMAP_SCAN",
-                self.pagemap_scan,
-                "finding pages fast, live checkpoints",
-                if self.pagemap_guard {
-                    "knows guard pages"
-                } else {
-                    "Linux 6.7"
-                },
-            ),
-            row(
-                "userfaultfd WP_ASYNC",
-                self.uffd_wp_async,
-                "live checkpoints",
-                &uffd,
-            ),
-            row(
-                "map_files",
-                self.map_files,
-                "mapped files that were deleted",
-                "needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE",
-            ),
-            row(
-                "clone3 set_tid",
-                self.set_tid,
-                "the old pids outside a new namespace",
-                set_tid,
-            ),
-            row(
-                "user namespace",
-                self.user_namespace,
-                "restoring without privilege when pids are taken",
-                "unshare(CLONE_NEWUSER), tried",
-            ),
-            row(
-                "pid namespace",
-                self.pid_namespace,
-                "restoring without privilege when pids are taken",
-                "unshare(CLONE_NEWPID) in a new user namespace, tried",
-            ),
-            row(
-                "time namespace",
-                self.time_namespace,
-                "monotonic clocks that go on where they were",
-                "unshare(CLONE_NEWTIME) in a new user namespace, tried",
-            ),
-            row(
-                "PR_SET_MM_MAP",
-                self.set_mm_map,
-                "brk, arguments, environment",
-                "Linux 3.18",
-            ),
-            row(
-                "PR_TIMER_CREATE_RESTORE_IDS",
-                self.timer_restore_ids,
-                "ids of POSIX timers without trying",
-                "Linux 6.15",
-            ),
-            row(
-                "MAP_FIXED_NOREPLACE",
-                self.map_fixed_noreplace,
-                "mapping safely",
-                "Linux 4.17",
-            ),
-            row(
-                "PR_SET_VMA_ANON_NAME",
-                self.anon_vma_name,
-                "names of memory",
-                "CONFIG_ANON_VMA_NAME",
-            ),
-            row(
-                "MADV_GUARD_INSTALL",
-                self.guard_install,
-                "guard pages",
-                "Linux 6.13",
-            ),
-            row("mseal", self.mseal, "sealed mappings", "Linux 6.10"),
-            row(
-                "MEMBARRIER_CMD_GET_REGISTRATIONS",
-                self.membarrier_registrations,
-                "programs that registered for membarrier",
-                "Linux 6.3",
-            ),
-            row(
-                "/proc shows all",
-                self.hidepid == 0,
-                "finding the parents of others' processes",
-                &hidepid,
-            ),
-            row(
-                "overcommit",
-                self.overcommit != 2,
-                "jobs that reserve more memory than there is",
-                &overcommit,
-            ),
-            row("swap", self.swap, "jobs larger than memory", ""),
-            row(
-                "limits of the system",
-                true,
-                "many mappings, tasks and large pids",
-                &limits,
-            ),
-            row(
-                "capabilities",
-                self.capabilities != 0,
-                "credentials, limits and pids of others",
-                &capability_names(self.capabilities),
-            ),
-        ]
     }
 
     /// Calls of our own that change nothing.
@@ -530,10 +330,14 @@ struct Child(libc::pid_t);
 impl Child {
     /// `main` runs in a copy of one thread of us: it may make system calls and nothing else.
     fn start(main: fn() -> !) -> Option<Self> {
+        let parent = std::process::id();
         // SAFETY: without flags clone is fork, but for the exit signal, which is none here. The
         // child makes only system calls: no allocation, no lock, no destructor.
         match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
-            0 => main(),
+            0 => {
+                die_with(parent);
+                main()
+            }
             pid if pid > 0 => Some(Self(pid as libc::pid_t)),
             _ => None,
         }
@@ -559,8 +363,9 @@ impl Drop for Child {
     }
 }
 
-fn die_with_parent() {
-    // SAFETY: a plain system call.
+/// Ends the child when the parent ends, or has ended before this could be said.
+fn die_with(parent: u32) {
+    // SAFETY: plain system calls.
     unsafe {
         libc::syscall(
             libc::SYS_prctl,
@@ -569,12 +374,15 @@ fn die_with_parent() {
             0,
             0,
             0,
-        )
-    };
+        );
+        // 0 is a parent in an outer pid namespace.
+        if ![0, i64::from(parent)].contains(&libc::syscall(libc::SYS_getppid)) {
+            libc::_exit(0);
+        }
+    }
 }
 
 fn pause_forever() -> ! {
-    die_with_parent();
     loop {
         // SAFETY: a plain system call.
         unsafe { libc::syscall(libc::SYS_pause) };
@@ -583,7 +391,6 @@ fn pause_forever() -> ! {
 
 /// One after the other: a security module may allow a user namespace and then no capability in it.
 fn try_namespaces() -> ! {
-    die_with_parent();
     let mut code = 0;
     let kinds = [libc::CLONE_NEWUSER, libc::CLONE_NEWPID, libc::CLONE_NEWTIME];
     // SAFETY: plain system calls; they change the child alone.
@@ -703,70 +510,6 @@ fn xcr0() -> u64 {
     }
 }
 
-/// Names of capabilities in the order of their numbers, see capabilities(7).
-const CAPABILITIES: [&str; 41] = [
-    "chown",
-    "dac_override",
-    "dac_read_search",
-    "fowner",
-    "fsetid",
-    "kill",
-    "setgid",
-    "setuid",
-    "setpcap",
-    "linux_immutable",
-    "net_bind_service",
-    "net_broadcast",
-    "net_admin",
-    "net_raw",
-    "ipc_lock",
-    "ipc_owner",
-    "sys_module",
-    "sys_rawio",
-    "sys_chroot",
-    "sys_ptrace",
-    "sys_pacct",
-    "sys_admin",
-    "sys_boot",
-    "sys_nice",
-    "sys_resource",
-    "sys_time",
-    "sys_tty_config",
-    "mknod",
-    "lease",
-    "audit_write",
-    "audit_control",
-    "setfcap",
-    "mac_override",
-    "mac_admin",
-    "syslog",
-    "wake_alarm",
-    "block_suspend",
-    "audit_read",
-    "perfmon",
-    "bpf",
-    "checkpoint_restore",
-];
-
-/// `all`, `none`, `all but X`, or the names.
-fn capability_names(set: u64) -> String {
-    let all = (1 << CAPABILITIES.len()) - 1;
-    let names = |set: u64| {
-        let named = CAPABILITIES
-            .iter()
-            .enumerate()
-            .filter(|(bit, _)| set >> bit & 1 == 1);
-        named.map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
-    };
-    let missing = all & !set;
-    match set & all {
-        0 => "none".to_owned(),
-        _ if missing == 0 => "all".to_owned(),
-        _ if missing.count_ones() < 8 => format!("all but {}", names(missing)),
-        _ => names(set),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -799,20 +542,6 @@ mod tests {
         let left =
             unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::__WCLONE | libc::WNOHANG) };
         assert_eq!((left, Errno::last()), (-1, Errno::ECHILD));
-    }
-
-    #[test]
-    fn capabilities_read_well() {
-        assert_eq!(capability_names(0), "none");
-        assert_eq!(capability_names(u64::MAX), "all");
-        assert_eq!(
-            capability_names(0x0000_01ff_feff_ffff),
-            "all but sys_resource"
-        );
-        assert_eq!(
-            capability_names(1 << CAP_CHECKPOINT_RESTORE | 1),
-            "chown, checkpoint_restore"
-        );
     }
 
     #[test]

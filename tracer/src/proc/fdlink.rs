@@ -128,3 +128,71 @@ fn bracketed(target: &[u8]) -> Option<FdLink> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain(target: &str) -> FdLink {
+        classify(target.as_bytes(), &|_| false)
+    }
+
+    fn file(path: &str, deleted: bool) -> FdLink {
+        FdLink::File {
+            path: path.into(),
+            deleted,
+        }
+    }
+
+    #[test]
+    fn every_kind() {
+        let anon = |name: &str| FdLink::AnonInode(name.into());
+        let cases = [
+            ("pipe:[10908]", FdLink::Pipe(10908)),
+            ("socket:[10909]", FdLink::Socket(10909)),
+            ("anon_inode:[eventfd]", anon("eventfd")),
+            ("anon_inode:inotify", anon("inotify")),
+            ("anon_inode:kvm-vcpu:0", anon("kvm-vcpu:0")),
+            ("anon_inode:[pidfd]", FdLink::PidFd),
+            ("pidfd:[5627]", FdLink::PidFd),
+            ("/memfd:x (deleted)", FdLink::Memfd(b"x".to_vec())),
+            (
+                "/memfd: (deleted) (deleted)",
+                FdLink::Memfd(b" (deleted)".to_vec()),
+            ),
+            ("/memfd:x", file("/memfd:x", false)),
+            ("/dev/pts/0", file("/dev/pts/0", false)),
+            ("/tmp/a\nb ", file("/tmp/a\nb ", false)),
+            ("/tmp/pipe:[1]", file("/tmp/pipe:[1]", false)),
+            ("/tmp/gone (deleted)", file("/tmp/gone", true)),
+            (
+                "mnt:[4026531832]",
+                FdLink::Namespace("mnt".into(), 4_026_531_832),
+            ),
+            ("pipe:[x]", FdLink::Other(b"pipe:[x]".to_vec())),
+            ("newthing:[3]", FdLink::Other(b"newthing:[3]".to_vec())),
+            ("", FdLink::Other(vec![])),
+        ];
+        for (target, expected) in cases {
+            assert_eq!(plain(target), expected, "{target:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_ends_like_a_deleted_one() {
+        let is_it = |path: &Path| path == Path::new("/tmp/x (deleted)");
+        assert_eq!(
+            classify(b"/tmp/x (deleted)", &is_it),
+            file("/tmp/x (deleted)", false)
+        );
+        assert_eq!(
+            classify(b"/tmp/x (deleted) (deleted)", &is_it),
+            file("/tmp/x (deleted)", true)
+        );
+        let memfd = |path: &Path| path == Path::new("/memfd:x (deleted)");
+        assert_eq!(
+            classify(b"/memfd:x (deleted)", &memfd),
+            file("/memfd:x (deleted)", false)
+        );
+    }
+}

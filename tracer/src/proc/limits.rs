@@ -116,3 +116,43 @@ fn parse(text: &[u8]) -> Result<Vec<Limit>, &[u8]> {
     limits.sort_by_key(|limit| limit.resource);
     Ok(limits)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_sources_agree() {
+        let own = Pid(std::process::id() as i32);
+        let by_call = read_limits(own).unwrap();
+        assert_eq!(by_call.len(), 16);
+        assert_eq!(by_call, read_limits_file(own).unwrap());
+        assert_eq!(by_call[7].resource, libc::RLIMIT_NOFILE as i32);
+        assert!(by_call[7].soft > 2);
+    }
+
+    #[test]
+    fn the_file_s_columns() {
+        let text =
+            b"Limit                     Soft Limit           Hard Limit           Units     \n\
+            Max open files            1024                 unlimited            files     \n\
+            Max cpu time              unlimited            7                    seconds   \n\
+            Max nice priority         0                    0                    \n\
+            Max of something new      1                    2                    apples    \n";
+        let limit = |resource, soft, hard| Limit {
+            resource,
+            soft,
+            hard,
+        };
+        let expected = [
+            limit(0, RLIM_INFINITY, 7),
+            limit(7, 1024, RLIM_INFINITY),
+            limit(13, 0, 0),
+        ];
+        assert_eq!(parse(text).unwrap(), expected);
+        assert_eq!(
+            parse(b"\nMax cpu time  few many\n"),
+            Err(&b"Max cpu time  few many"[..])
+        );
+    }
+}

@@ -293,3 +293,191 @@ fn detail(vma: &mut Vma, line: &[u8]) -> Option<()> {
     }
     Some(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nobody(_: &Path) -> Option<((u32, u32), u64)> {
+        None
+    }
+
+    fn names(text: &str) -> Vec<VmaName> {
+        parse(text.as_bytes(), &nobody)
+            .unwrap()
+            .into_iter()
+            .map(|vma| vma.name)
+            .collect()
+    }
+
+    fn file(path: &str, deleted: bool) -> VmaName {
+        VmaName::File {
+            path: path.into(),
+            deleted,
+        }
+    }
+
+    const SMAPS: &str = "\
+55c65977a000-55c65977f000 r-xp 00002000 fe:0a 247030                     /usr/bin/cat
+Size:                 20 kB
+KernelPageSize:        4 kB
+MMUPageSize:           4 kB
+Rss:                  16 kB
+Pss:                   8 kB
+Pss_Dirty:             0 kB
+Anonymous:             4 kB
+Swap:                 12 kB
+SwapPss:               1 kB
+Locked:                8 kB
+THPeligible:           0
+ProtectionKey:         3
+VmFlags: rd ex mr mw me sl zz q
+7ffc86ae1000-7ffc86b02000 rw-p 00000000 00:00 0                          [stack]
+KernelPageSize:     2048 kB
+VmFlags: rd wr mr mw me gd ac uw
+";
+
+    #[test]
+    fn a_mapping_with_its_details() {
+        let vmas = parse(SMAPS.as_bytes(), &nobody).unwrap();
+        assert_eq!(vmas.len(), 2);
+        let cat = &vmas[0];
+        assert_eq!((cat.start, cat.end), (0x55c6_5977_a000, 0x55c6_5977_f000));
+        assert_eq!(
+            (cat.read, cat.write, cat.exec, cat.shared),
+            (true, false, true, false)
+        );
+        assert_eq!(
+            (cat.offset, cat.dev, cat.inode),
+            (0x2000, (254, 10), 247_030)
+        );
+        assert_eq!(cat.name, file("/usr/bin/cat", false));
+        assert_eq!(cat.raw_name, None);
+        assert_eq!((cat.rss, cat.pss, cat.anon), (16 << 10, 8 << 10, 4 << 10));
+        assert_eq!(
+            (cat.swap, cat.locked, cat.kernel_page_size),
+            (12 << 10, 8 << 10, 4 << 10)
+        );
+        assert_eq!(cat.protection_key, 3);
+        assert_eq!(
+            cat.flags,
+            VmFlags::READ
+                | VmFlags::EXEC
+                | VmFlags::MAY_READ
+                | VmFlags::MAY_WRITE
+                | VmFlags::MAY_EXEC
+                | VmFlags::SEALED
+        );
+        assert_eq!(cat.unknown_flags, ["zz", "q"]);
+        let stack = &vmas[1];
+        assert_eq!(stack.name, VmaName::Stack);
+        assert!(stack.flags.contains(VmFlags::GROWS_DOWN | VmFlags::UFFD_WP));
+        assert_eq!(stack.kernel_page_size, 2 << 20);
+        assert!(stack.is_private_anonymous() && !cat.is_private_anonymous());
+    }
+
+    #[test]
+    fn names_that_are_no_files() {
+        let text = "\
+1000-2000 rw-p 00000000 00:00 0 
+2000-3000 rw-p 00000000 00:00 0                          [heap]
+3000-4000 r--p 00000000 00:00 0                          [vvar]
+4000-5000 r--p 00000000 00:00 0                          [vvar_vclock]
+5000-6000 r-xp 00000000 00:00 0                          [vdso]
+6000-7000 rw-p 00000000 00:00 0                          [anon:my ] name]
+7000-8000 rw-s 00000000 00:01 1025                       [anon_shmem:x]
+8000-9000 rw-s 00000000 00:0f 10913                      anon_inode:[io_uring]
+9000-a000 --xp 00000000 00:00 0                          [uprobes]
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+";
+        let expected = [
+            VmaName::Anonymous,
+            VmaName::Heap,
+            VmaName::Vvar,
+            VmaName::VvarVclock,
+            VmaName::Vdso,
+            VmaName::AnonNamed(b"my ] name".to_vec()),
+            VmaName::AnonShmemNamed(b"x".to_vec()),
+            VmaName::OtherSpecial("anon_inode:[io_uring]".into()),
+            VmaName::OtherSpecial("[uprobes]".into()),
+            VmaName::Vsyscall,
+        ];
+        assert_eq!(names(text), expected);
+    }
+
+    #[test]
+    fn paths_with_blanks_newlines_and_words_of_the_kernel() {
+        let text = r"1000-2000 rw-s 00000000 fe:00 1          /tmp/a b  c
+2000-3000 rw-s 00000000 fe:00 2          /tmp/a\012b
+3000-4000 rw-s 00000000 fe:00 3          /tmp/gone (deleted)
+4000-5000 rw-s 00000000 fe:00 4          /tmp/gone (deleted) (deleted)
+5000-6000 rw-s 00000000 00:01 1025       /dev/zero (deleted)
+6000-7000 rw-p 00000000 fe:00 7          /[heap]
+7000-8000 rw-s 00000000 00:01 8          /memfd:x y (deleted)
+8000-9000 rw-s 00000000 fe:00 9          /tmp/ (deleted)
+";
+        let expected = [
+            file("/tmp/a b  c", false),
+            file("/tmp/a\nb", false),
+            file("/tmp/gone", true),
+            file("/tmp/gone (deleted)", true),
+            file("/dev/zero", true),
+            file("/[heap]", false),
+            file("/memfd:x y", true),
+            file("/tmp/", true),
+        ];
+        assert_eq!(names(text), expected);
+        let vmas = parse(text.as_bytes(), &nobody).unwrap();
+        let raw: Vec<_> = vmas.iter().map(|vma| vma.raw_name.is_some()).collect();
+        assert_eq!(raw, [false, true, true, true, true, false, true, true]);
+        assert_eq!(vmas[1].raw_name.as_deref(), Some(&br"/tmp/a\012b"[..]));
+    }
+
+    #[test]
+    fn the_file_itself_decides_what_its_name_is() {
+        let exists = |path: &Path| match path.to_str()? {
+            "/tmp/x (deleted)" => Some(((254, 0), 5)),
+            r"/tmp/back\012slash" => Some(((254, 0), 6)),
+            "/btrfs (deleted)" => Some(((0, 33), 7)),
+            "/other (deleted)" => Some(((254, 0), 99)),
+            _ => None,
+        };
+        let text = r"1000-2000 rw-s 00000000 fe:00 5          /tmp/x (deleted)
+2000-3000 rw-s 00000000 fe:00 6          /tmp/back\012slash
+3000-4000 rw-s 00000000 00:20 7          /btrfs (deleted)
+4000-5000 rw-s 00000000 fe:00 8          /other (deleted)
+5000-6000 rw-s 00000000 fe:00 9          /tmp/x (deleted)
+";
+        let vmas = parse(text.as_bytes(), &exists).unwrap();
+        let got: Vec<_> = vmas.iter().map(|vma| vma.name.clone()).collect();
+        let expected = [
+            file("/tmp/x (deleted)", false),
+            file(r"/tmp/back\012slash", false),
+            file("/btrfs (deleted)", false),
+            file("/other", true),
+            file("/tmp/x", true),
+        ];
+        assert_eq!(got, expected);
+        assert_eq!(vmas[0].raw_name, None);
+        assert!(vmas[3].raw_name.is_some());
+    }
+
+    #[test]
+    fn odd_text_is_an_error_that_names_the_line() {
+        let odd = [
+            "Size: 4 kB",
+            "1000 rw-p 0 00:00 0",
+            "1000-2000 rw 0 00:00 0",
+            "2000-1000 rw-p 0 00:00 0 ",
+            "1000-2000 rw-p 0 00:00",
+            "1000-2000 rw-p 0 0000 0 ",
+            "1000-99999999999999999 rw-p 0 00:00 0 ",
+        ];
+        for line in odd {
+            assert_eq!(parse(line.as_bytes(), &nobody), Err(line.as_bytes()));
+        }
+        let detail = "1000-2000 rw-p 0 00:00 0 \nRss: many kB\n";
+        assert_eq!(parse(detail.as_bytes(), &nobody), Err(&b"Rss: many kB"[..]));
+        assert_eq!(parse(b"", &nobody), Ok(vec![]));
+    }
+}

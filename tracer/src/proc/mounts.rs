@@ -99,3 +99,43 @@ fn mount(line: &[u8]) -> Option<Mount> {
         super_options: text(super_options),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_with_odd_names() {
+        let text = br"22 27 0:21 / /proc rw,relatime - proc proc rw
+23 22 254:0 /sub\040dir /mnt/a\012b\134c rw,noatime shared:7 master:1 - ext4 /dev/my\040disk rw,errors=continue
+24 23 0:9 / /x rw - tmpfs  rw,size=4k
+";
+        let table = parse(text).unwrap();
+        assert_eq!(table.all().len(), 3);
+        let odd = table.mount_of(23).unwrap();
+        assert_eq!((odd.parent, odd.dev), (22, (254, 0)));
+        assert_eq!(odd.root.to_str(), Some("/sub dir"));
+        assert_eq!(odd.mount_point.to_str(), Some("/mnt/a\nb\\c"));
+        assert_eq!(
+            (odd.options.as_str(), odd.super_options.as_str()),
+            ("rw,noatime", "rw,errors=continue")
+        );
+        assert_eq!(odd.propagation, ["shared:7", "master:1"]);
+        assert_eq!(
+            (odd.fs_type.as_str(), &*odd.source),
+            ("ext4", &b"/dev/my disk"[..])
+        );
+        let unnamed = table.mount_of(24).unwrap();
+        assert_eq!(
+            (&*unnamed.source, unnamed.super_options.as_str()),
+            (&b""[..], "rw,size=4k")
+        );
+        assert_eq!(table.mount_of(17), None);
+    }
+
+    #[test]
+    fn odd_text_is_an_error_that_names_the_line() {
+        assert_eq!(parse(b"1 2 3:4 / /\n"), Err(&b"1 2 3:4 / /"[..]));
+        assert_eq!(parse(b""), Ok(MountTable::default()));
+    }
+}

@@ -149,3 +149,88 @@ fn parse(text: &[u8]) -> Option<Stat> {
         exit_code: dec(field(52)?)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fields from the third on.
+    const REST: &str = "S 5623 5626 5231 34817 -1 4194560 3085 6532 23 3 5 2 -1 -2 39 19 7 0 140044 \
+        18935808 3686 18446744073709551615 94525806936064 94525806936405 140722568173040 11 12 0 0 \
+        16781312 2 0 0 0 17 1 9 2 0 0 0 94525806947760 94525806948376 94526584950784 \
+        140722568173812 140722568173863 140722568173864 140722568175567 256\n";
+
+    #[test]
+    fn every_field() {
+        let stat = parse(format!("5626 (python3) {REST}").as_bytes()).unwrap();
+        assert_eq!((stat.pid, stat.state), (5626, TaskState::Sleeping));
+        assert_eq!(
+            (stat.ppid, stat.pgrp, stat.session),
+            (Pid(5623), 5626, 5231)
+        );
+        assert_eq!(
+            (stat.tty_nr, stat.tty(), stat.tpgid),
+            (34817, Some((136, 1)), -1)
+        );
+        assert_eq!(
+            (stat.utime, stat.stime, stat.cutime, stat.cstime),
+            (5, 2, -1, -2)
+        );
+        assert_eq!((stat.priority, stat.nice, stat.num_threads), (39, 19, 7));
+        assert_eq!(stat.starttime, 140_044);
+        assert_eq!(
+            (stat.start_code, stat.end_code),
+            (94_525_806_936_064, 94_525_806_936_405)
+        );
+        assert_eq!(stat.start_stack, 140_722_568_173_040);
+        assert_eq!((stat.kstkesp, stat.kstkeip), (11, 12));
+        assert_eq!(
+            (stat.exit_signal, stat.rt_priority, stat.policy),
+            (17, 9, 2)
+        );
+        assert_eq!(
+            (stat.start_data, stat.end_data),
+            (94_525_806_947_760, 94_525_806_948_376)
+        );
+        assert_eq!(stat.start_brk, 94_526_584_950_784);
+        assert_eq!(
+            (stat.arg_start, stat.arg_end),
+            (140_722_568_173_812, 140_722_568_173_863)
+        );
+        assert_eq!(
+            (stat.env_start, stat.env_end),
+            (140_722_568_173_864, 140_722_568_175_567)
+        );
+        assert_eq!(stat.exit_code, 256);
+        assert!(!stat.is_kernel_thread());
+    }
+
+    #[test]
+    fn names_that_look_like_fields() {
+        for name in [&b"a) S 1 (b"[..], b")", b"", b"\n\xff )(", b" "] {
+            let text = [b"7 (", name, b") ", REST.as_bytes()].concat();
+            let stat = parse(&text).unwrap();
+            assert_eq!((&*stat.comm, stat.ppid), (name, Pid(5623)));
+        }
+    }
+
+    #[test]
+    fn odd_text_is_no_stat() {
+        for text in ["", "1", "1 (a", ")1 (a", "1 (a) S 1 2", "x (a) S 1 2 3 4"] {
+            assert_eq!(parse(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_s_own_threads_are_recognised() {
+        let own = read_stat(Pid(std::process::id() as i32)).unwrap();
+        assert!(!own.is_kernel_thread());
+        assert!(
+            Stat {
+                flags: 0x0020_8040,
+                ..own
+            }
+            .is_kernel_thread()
+        );
+    }
+}

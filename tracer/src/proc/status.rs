@@ -287,3 +287,128 @@ fn name(text: &[u8]) -> Comm {
     }
     Comm(plain)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &[u8] = b"\
+Name:\ta\\nb\\\\n :\xff\n\
+Umask:\t0027\n\
+State:\tt (tracing stop)\n\
+Tgid:\t5583\n\
+Ngid:\t0\n\
+Pid:\t5584\n\
+PPid:\t5573\n\
+TracerPid:\t77\n\
+Uid:\t1000\t1001\t1002\t4294967295\n\
+Gid:\t1\t2\t3\t4\n\
+FDSize:\t256\n\
+Groups:\t4 24 4294967294 \n\
+NStgid:\t5583\t1\n\
+NSpid:\t5584\t2\n\
+NSpgid:\t5583\t1\n\
+NSsid:\t5231\t0\n\
+Kthread:\t0\n\
+VmPeak:\t    3060 kB\n\
+VmLck:\t       8 kB\n\
+CoreDumping:\t0\n\
+THP_enabled:\t1\n\
+Threads:\t3\n\
+SigQ:\t0/96365\n\
+SigPnd:\t0000000000000001\n\
+ShdPnd:\t8000000000000000\n\
+SigBlk:\t0000000000010000\n\
+SigIgn:\t0000000000001000\n\
+SigCgt:\t0000000180000000\n\
+CapInh:\t0000000000000000\n\
+CapPrm:\t000001fffeffffff\n\
+CapEff:\t0000000000200000\n\
+CapBnd:\t000001fffeffffff\n\
+CapAmb:\t0000000000000001\n\
+NoNewPrivs:\t1\n\
+Seccomp:\t2\n\
+Seccomp_filters:\t3\n\
+Speculation_Store_Bypass:\tthread vulnerable\n\
+Cpus_allowed_list:\t0-1\n";
+
+    #[test]
+    fn every_field() {
+        let status = parse(TEXT).unwrap();
+        let ids = |real, effective, saved, fs| Ids {
+            real,
+            effective,
+            saved,
+            fs,
+        };
+        let expected = Status {
+            name: Comm(b"a\nb\\n :\xff".to_vec()),
+            umask: Some(0o27),
+            state: TaskState::TracingStop,
+            tgid: Pid(5583),
+            tid: Tid(5584),
+            ppid: Pid(5573),
+            tracer_pid: 77,
+            uid: ids(1000, 1001, 1002, u32::MAX),
+            gid: ids(1, 2, 3, 4),
+            groups: vec![4, 24, 4_294_967_294],
+            ns_tgid: vec![5583, 1],
+            ns_pid: vec![5584, 2],
+            ns_pgid: vec![5583, 1],
+            ns_sid: vec![5231, 0],
+            kernel_thread: Some(false),
+            locked: Some(8192),
+            core_dumping: Some(false),
+            thp_enabled: Some(true),
+            threads: 3,
+            signals: SignalSets {
+                pending: 1,
+                shared_pending: 1 << 63,
+                blocked: 0x10000,
+                ignored: 0x1000,
+                caught: 0x1_8000_0000,
+            },
+            capabilities: Capabilities {
+                inheritable: 0,
+                permitted: 0x1ff_feff_ffff,
+                effective: 1 << 21,
+                bounding: 0x1ff_feff_ffff,
+                ambient: 1,
+            },
+            no_new_privs: true,
+            seccomp: Some(2),
+            seccomp_filters: Some(3),
+        };
+        assert_eq!(status, expected);
+    }
+
+    #[test]
+    fn an_old_kernel_and_a_zombie_say_less() {
+        let status =
+            parse(b"Name:\tsh\nState:\tZ (zombie)\nTgid:\t5\nPid:\t5\nPPid:\t1\n").unwrap();
+        assert!(status.state.has_ended());
+        assert_eq!(
+            (status.umask, status.locked, status.seccomp_filters),
+            (None, None, None)
+        );
+    }
+
+    #[test]
+    fn odd_text_is_an_error_that_names_the_line() {
+        assert_eq!(parse(b"Pid:\tx\n"), Err(b"Pid:\tx".to_vec()));
+        assert_eq!(
+            parse(b"Pid:\t1\nUid:\t1 2 3\n"),
+            Err(b"Uid:\t1 2 3".to_vec())
+        );
+        assert!(parse(b"").is_err());
+        assert!(parse(b"State:\t\n").is_err());
+    }
+
+    #[test]
+    fn a_thread_of_ours() {
+        let own = Pid(std::process::id() as i32);
+        let status = read_task(own, own.leader()).unwrap();
+        assert_eq!((status.tgid, status.tid), (own, own.leader()));
+        assert!(status.threads >= 1 && !status.ns_pid.is_empty());
+    }
+}

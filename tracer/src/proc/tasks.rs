@@ -371,3 +371,121 @@ pub fn timens_offsets(process: impl Into<ProcDir>) -> Result<Vec<ClockOffset>> {
         .map(|line| parse(line).ok_or_else(|| dir.syntax("timens_offsets", line)))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own() -> Pid {
+        Pid(std::process::id() as i32)
+    }
+
+    #[test]
+    fn arguments_that_are_empty() {
+        assert_eq!(strings(b"a\0\0b\0"), [&b"a"[..], b"", b"b"]);
+        assert_eq!(strings(b"overwritten"), [b"overwritten"]);
+        assert_eq!(strings(b"\0"), [b""]);
+        assert!(strings(b"").is_empty());
+    }
+
+    #[test]
+    fn system_calls() {
+        assert_eq!(parse_syscall(b"running\n"), Some(InSyscall::Running));
+        let outside = InSyscall::Outside {
+            sp: 0x7ffc_0000_0000,
+            pc: 0x40_1000,
+        };
+        assert_eq!(
+            parse_syscall(b"-1 0x7ffc00000000 0x401000\n"),
+            Some(outside)
+        );
+        let inside = InSyscall::Inside {
+            nr: 35,
+            args: [1, 2, 3, 4, 5, 6],
+            sp: 0x7f,
+            pc: 0x40,
+        };
+        assert_eq!(
+            parse_syscall(b"35 0x1 0x2 0x3 0x4 0x5 0x6 0x7f 0x40\n"),
+            Some(inside)
+        );
+        assert_eq!(parse_syscall(b"35 0x1 0x2\n"), None);
+        assert_eq!(parse_syscall(b"0\n"), None);
+    }
+
+    #[test]
+    fn what_we_know_of_ourselves() {
+        assert!(list_tasks(own()).unwrap().contains(&own().leader()));
+        assert_eq!(exe(own()).unwrap(), Some(std::env::current_exe().unwrap()));
+        assert_eq!(cwd(own()).unwrap(), Some(std::env::current_dir().unwrap()));
+        let arguments: Vec<_> = std::env::args().map(String::into_bytes).collect();
+        assert_eq!(cmdline(own()).unwrap(), arguments);
+        let vector = auxv(own()).unwrap();
+        assert_eq!(vector.len() % 16, 0);
+        assert_eq!(vector[vector.len() - 16..], [0; 16]);
+        assert!(
+            namespaces(own())
+                .unwrap()
+                .iter()
+                .any(|(name, inode)| name == "pid" && *inode != 0)
+        );
+        assert!(oom_score_adj(own()).unwrap() >= -1000);
+        personality(own()).unwrap();
+        coredump_filter(own()).unwrap();
+        loginuid(own()).unwrap();
+        cgroup(own()).unwrap();
+        timens_offsets(own()).unwrap();
+        wchan(own()).unwrap();
+    }
+
+    #[test]
+    fn both_ways_to_find_children_agree() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = Pid(child.id() as i32);
+        let root = ProcRoot::default();
+        // Other tests have children that come and go: look for this one only.
+        let by_file = children(&root, own()).unwrap();
+        let by_parent = children_by_parent(&root, own()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(by_file.contains(&pid) && by_parent.contains(&pid));
+        assert!(matches!(children(&root, pid), Err(Error::Died { .. })));
+    }
+
+    #[test]
+    fn captured_files_read_like_live_ones() {
+        let root = std::env::temp_dir().join(format!("ckpt-proc-{}", own()));
+        let dir = root.join("42");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("cgroup"), "0::/a:b\n4:cpu,memory:/x\n").unwrap();
+        std::fs::write(dir.join("timens_offsets"), "monotonic  -5  7\n7 1 2\n").unwrap();
+        std::fs::write(dir.join("loginuid"), "4294967295").unwrap();
+        std::fs::write(dir.join("comm"), b"a\n)\xff\n").unwrap();
+        std::fs::write(dir.join("coredump_filter"), "x").unwrap();
+        let process = ProcRoot::new(&root).process(Pid(42));
+        let groups = cgroup(&process).unwrap();
+        let offsets = timens_offsets(&process).unwrap();
+        let (login, name) = (loginuid(&process).unwrap(), comm(&process).unwrap());
+        let (odd, missing) = (coredump_filter(&process), oom_score_adj(&process));
+        std::fs::remove_dir_all(&root).unwrap();
+        assert_eq!(groups[0].path, b"/a:b");
+        assert_eq!(
+            (groups[1].hierarchy, groups[1].controllers.as_str()),
+            (4, "cpu,memory")
+        );
+        assert_eq!(
+            (offsets[0].clock.as_str(), offsets[0].seconds),
+            ("monotonic", -5)
+        );
+        assert_eq!(
+            (offsets[1].clock.as_str(), offsets[1].nanoseconds),
+            ("boottime", 2)
+        );
+        assert_eq!((login, &*name), (None, &b"a\n)\xff"[..]));
+        assert!(matches!(odd, Err(Error::ProcSyntax { .. })));
+        assert!(matches!(missing, Err(Error::Proc { .. })));
+    }
+}

@@ -89,3 +89,40 @@ fn field(timers: &mut Vec<PosixTimer>, line: &[u8]) -> Option<()> {
     }
     Some(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_notification() {
+        let text = b"ID: 3\nsignal: 0/0000000000000000\nnotify: thread/pid.9\nClockID: -6\n\
+            ID: 2\nsignal: 40/00007fff86e452a8\nnotify: signal/tid.5626\nClockID: 1\n\
+            ID: 1\nsignal: 14/0000000000000001\nnotify: none/pid.5626\nClockID: 7\n\
+            ID: 0\nsignal: 60/ffffffffffffffff\nnotify: signal/pid.5626\nClockID: 0\n";
+        let timer = |id, signal, sigval, notify, clock| PosixTimer {
+            id,
+            signal,
+            sigval,
+            notify,
+            clock,
+        };
+        let expected = [
+            timer(0, 60, u64::MAX, Notify::Signal, 0),
+            timer(1, 14, 1, Notify::None, 7),
+            timer(2, 40, 0x7fff_86e4_52a8, Notify::Thread(Tid(5626)), 1),
+            timer(3, 0, 0, Notify::LibraryThread, -6),
+        ];
+        assert_eq!(parse(text).unwrap(), expected);
+        assert_eq!(parse(b"").unwrap(), []);
+    }
+
+    #[test]
+    fn odd_text_is_an_error_that_names_the_line() {
+        assert_eq!(parse(b"signal: 1/0\n"), Err(&b"signal: 1/0"[..]));
+        assert_eq!(
+            parse(b"ID: 1\nnotify: carrier pigeon/pid.1\n").unwrap_err(),
+            b"notify: carrier pigeon/pid.1"
+        );
+    }
+}
