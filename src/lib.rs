@@ -9,9 +9,11 @@ pub mod capture;
 pub mod check;
 pub mod cli;
 pub mod error;
+pub mod holes;
 pub mod objects;
 pub mod progress;
 pub mod restore;
 pub mod snapshot;
+pub mod syscalls;
 
 pub use error::{Error, Obstacle, Result};

@@ -10,6 +10,8 @@ use ckpt_tracer::Pid;
 use crate::error::Result;
 use crate::progress::Progress;
 
+pub mod source;
+
 /// What becomes of the job after its checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum After {

@@ -80,3 +80,20 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let membarrier = calls.call("membarrier", libc::SYS_membarrier, args).unwrap_or(0) as u32;
     Ok(Asked { brk, dumpable, thp_disabled: thp != 0, membarrier })
 }
+
+/// `brk`, exec and argument ranges from `/proc/PID/stat`.
+pub fn layout(stat: &ckpt_tracer::proc::stat::Stat, brk: u64) -> Layout {
+    Layout {
+        start_code: stat.start_code,
+        end_code: stat.end_code,
+        start_data: stat.start_data,
+        end_data: stat.end_data,
+        start_brk: stat.start_brk,
+        brk,
+        start_stack: stat.start_stack,
+        arg_start: stat.arg_start,
+        arg_end: stat.arg_end,
+        env_start: stat.env_start,
+        env_end: stat.env_end,
+    }
+}

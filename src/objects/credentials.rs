@@ -1,6 +1,9 @@
 //! Who a task is: ids, groups, capabilities. Threads have their own each.
 
+use ckpt_tracer::proc::status::{Ids, Status};
 use serde::{Deserialize, Serialize};
+
+use crate::restore::plan::Builder;
 
 /// A task's credentials (credentials(7), capabilities(7)).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,4 +28,81 @@ pub struct Credentials {
     pub securebits: u32,
     /// `PR_GET_NO_NEW_PRIVS`.
     pub no_new_privs: bool,
+}
+
+impl Credentials {
+    /// From a task's status; the securebits are asked from inside.
+    pub fn of(status: &Status, securebits: u32) -> Self {
+        let ids = |i: &Ids| [i.real, i.effective, i.saved, i.fs];
+        Self {
+            uid: ids(&status.uid),
+            gid: ids(&status.gid),
+            groups: status.groups.clone(),
+            inheritable: status.capabilities.inheritable,
+            permitted: status.capabilities.permitted,
+            effective: status.capabilities.effective,
+            bounding: status.capabilities.bounding,
+            ambient: status.capabilities.ambient,
+            securebits,
+            no_new_privs: status.no_new_privs,
+        }
+    }
+
+    /// What differs from what a process started by us has now is set, in an order in which
+    /// each step is still permitted: groups, bounding set, ids with capabilities kept, then the
+    /// capability sets themselves, securebits last.
+    pub fn rebuild(&self, now: &Credentials, plan: &mut Builder) {
+        let object = || "credentials".to_owned();
+        if self.groups != now.groups {
+            let bytes: Vec<u8> = self.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+            let at = plan.data(&bytes);
+            plan.syscall(libc::SYS_setgroups, &[self.groups.len() as u64, at], object);
+        }
+        for cap in 0..64 {
+            let bit = 1 << cap;
+            if now.bounding & bit != 0 && self.bounding & bit == 0 {
+                plan.syscall(libc::SYS_prctl, &[libc::PR_CAPBSET_DROP as u64, cap], object);
+            }
+        }
+        let ids_differ = self.uid != now.uid || self.gid != now.gid;
+        if ids_differ {
+            // SECBIT_KEEP_CAPS and SECBIT_NO_SETUID_FIXUP: capabilities stay through setresuid.
+            let keep = 1 << 4 | 1 << 2;
+            plan.syscall(libc::SYS_prctl, &[libc::PR_SET_SECUREBITS as u64, keep], object);
+            let [r, e, s, f] = self.gid.map(u64::from);
+            plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
+            plan.syscall(libc::SYS_setfsgid, &[f], object);
+            let [r, e, s, f] = self.uid.map(u64::from);
+            plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
+            plan.syscall(libc::SYS_setfsuid, &[f], object);
+        }
+        if ids_differ || self.securebits != now.securebits {
+            let bits = u64::from(self.securebits);
+            plan.syscall(libc::SYS_prctl, &[libc::PR_SET_SECUREBITS as u64, bits], object);
+        }
+        let sets = |c: &Credentials| (c.effective, c.permitted, c.inheritable);
+        if ids_differ || sets(self) != sets(now) {
+            // _LINUX_CAPABILITY_VERSION_3, our own thread.
+            let header = plan.data(&[0x2008_0522u32, 0].map(u32::to_le_bytes).concat());
+            let words = [
+                self.effective as u32,
+                self.permitted as u32,
+                self.inheritable as u32,
+                (self.effective >> 32) as u32,
+                (self.permitted >> 32) as u32,
+                (self.inheritable >> 32) as u32,
+            ];
+            let data = plan.data(&words.map(u32::to_le_bytes).concat());
+            plan.syscall(libc::SYS_capset, &[header, data], object);
+        }
+        if self.ambient != 0 {
+            for cap in (0..64).filter(|cap| self.ambient & 1 << cap != 0) {
+                let args = [libc::PR_CAP_AMBIENT as u64, libc::PR_CAP_AMBIENT_RAISE as u64, cap];
+                plan.syscall(libc::SYS_prctl, &args, object);
+            }
+        }
+        if self.no_new_privs && !now.no_new_privs {
+            plan.syscall(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as u64, 1], object);
+        }
+    }
 }

@@ -1,6 +1,9 @@
 //! Resource limits.
 
+use ckpt_tracer::Pid;
 use serde::{Deserialize, Serialize};
+
+use crate::restore::plan::Builder;
 
 /// One limit (getrlimit(2)); `u64::MAX` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,4 +14,56 @@ pub struct Limit {
     pub soft: u64,
     /// As far as an unprivileged process may raise it.
     pub hard: u64,
+}
+
+/// The limits of a process.
+pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
+    let limits = ckpt_tracer::proc::limits::read_limits(pid)?;
+    Ok(limits
+        .into_iter()
+        .map(|l| Limit { resource: l.resource as u32, soft: l.soft, hard: l.hard })
+        .collect())
+}
+
+/// Sets the limits. Where a hard limit cannot be raised to what it was, the soft limit alone
+/// is set as far as it goes; the result is looked at afterwards and told as a warning.
+pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
+    for limit in limits {
+        let now = current(limit.resource);
+        let hard = if limit.hard > now.1 && !plan.host().may_raise_limits { now.1 } else { limit.hard };
+        let soft = limit.soft.min(hard);
+        if hard < limit.hard {
+            plan.warn(format!(
+                "the hard limit of {} is {} instead of {}: raising it needs CAP_SYS_RESOURCE",
+                name(limit.resource),
+                hard,
+                limit.hard
+            ));
+        }
+        let at = plan.data(&[soft, hard].map(u64::to_le_bytes).concat());
+        plan.syscall(libc::SYS_prlimit64, &[0, u64::from(limit.resource), at, 0], || {
+            format!("the limit of {}", name(limit.resource))
+        });
+    }
+}
+
+/// Our own limit, which the restored process inherits.
+pub fn current(resource: u32) -> (u64, u64) {
+    read(resource).unwrap_or((u64::MAX, u64::MAX))
+}
+
+fn read(resource: u32) -> Option<(u64, u64)> {
+    let me = Pid(std::process::id() as i32);
+    let limits = ckpt_tracer::proc::limits::read_limits(me).ok()?;
+    limits.iter().find(|l| l.resource as u32 == resource).map(|l| (l.soft, l.hard))
+}
+
+/// `RLIMIT_NOFILE` and so on, for messages.
+pub fn name(resource: u32) -> &'static str {
+    const NAMES: [&str; 16] = [
+        "CPU time", "file size", "data size", "stack size", "core file size", "resident set",
+        "processes", "open files", "locked memory", "address space", "file locks",
+        "pending signals", "message queue bytes", "nice", "real-time priority", "real-time time",
+    ];
+    NAMES.get(resource as usize).copied().unwrap_or("an unknown resource")
 }

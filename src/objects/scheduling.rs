@@ -1,20 +1,79 @@
 //! How a task is scheduled.
+#![allow(unsafe_code)]
 
+use ckpt_tracer::Tid;
 use serde::{Deserialize, Serialize};
+
+use crate::restore::plan::Builder;
 
 /// Scheduling of one task (sched(7), ioprio_set(2), `PR_SET_TIMERSLACK`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scheduling {
-    /// `struct sched_attr` as sched_getattr(2) gives it.
+    /// `struct sched_attr` as sched_getattr(2) gives it: policy, flags, nice, priority,
+    /// deadline parameters, utilisation clamps.
     #[serde(with = "serde_bytes")]
     pub attr: Vec<u8>,
-    /// Nice value, -20 to 19.
-    pub nice: i32,
     /// CPUs the task may run on, a bit each.
     #[serde(with = "serde_bytes")]
     pub affinity: Vec<u8>,
-    /// I/O priority, class and data.
+    /// I/O priority, class and data; 0 is "follow the nice value".
     pub io_priority: i32,
     /// Timer slack in nanoseconds.
     pub timer_slack: u64,
+}
+
+/// Room for `struct sched_attr` of kernels to come; the first four bytes tell the size.
+const ATTR_ROOM: usize = 128;
+/// Room for 8,192 CPUs.
+const AFFINITY_ROOM: usize = 1024;
+/// `IOPRIO_WHO_PROCESS`, which means one task.
+const IOPRIO_WHO_PROCESS: u64 = 1;
+
+/// What can be asked from outside; the timer slack comes from inside.
+pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
+    let mut attr = vec![0u8; ATTR_ROOM];
+    // SAFETY: the kernel writes at most ATTR_ROOM bytes.
+    let r = unsafe {
+        libc::syscall(libc::SYS_sched_getattr, tid.raw(), attr.as_mut_ptr(), ATTR_ROOM, 0)
+    };
+    let size = attr.first_chunk().map_or(0, |b| u32::from_le_bytes(*b) as usize);
+    attr.truncate(if r == 0 { size.min(ATTR_ROOM) } else { 0 });
+    let mut affinity = vec![0u8; AFFINITY_ROOM];
+    // SAFETY: the kernel writes at most AFFINITY_ROOM bytes and returns how many.
+    let n = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getaffinity,
+            tid.raw(),
+            AFFINITY_ROOM,
+            affinity.as_mut_ptr(),
+        )
+    };
+    affinity.truncate(n.max(0) as usize);
+    // SAFETY: a system call without pointers.
+    let io = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid.raw()) };
+    Scheduling { attr, affinity, io_priority: io.max(0) as i32, timer_slack }
+}
+
+impl Scheduling {
+    /// Sets what differs from `now`, the scheduling of the process that restores. An affinity
+    /// that names CPUs which do not exist here is left alone with a warning.
+    pub fn rebuild(&self, now: &Scheduling, plan: &mut Builder) {
+        let object = || "scheduling".to_owned();
+        if self.affinity != now.affinity && !self.affinity.is_empty() {
+            let at = plan.data(&self.affinity);
+            let args = [0, self.affinity.len() as u64, at];
+            plan.try_syscall(libc::SYS_sched_setaffinity, &args, "the CPU affinity is not kept");
+        }
+        if self.attr != now.attr && !self.attr.is_empty() {
+            let at = plan.data(&self.attr);
+            let what = "the scheduling policy, priority or nice value is not kept";
+            plan.try_syscall(libc::SYS_sched_setattr, &[0, at, 0], what);
+        }
+        if self.io_priority != now.io_priority {
+            let args = [IOPRIO_WHO_PROCESS, 0, self.io_priority as u64];
+            plan.try_syscall(libc::SYS_ioprio_set, &args, "the I/O priority is not kept");
+        }
+        let args = [libc::PR_SET_TIMERSLACK as u64, self.timer_slack];
+        plan.syscall(libc::SYS_prctl, &args, object);
+    }
 }

@@ -1,6 +1,10 @@
 //! Seccomp filters.
 
+use ckpt_tracer::Result;
+use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
+
+use crate::restore::plan::Builder;
 
 /// One installed filter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,4 +23,35 @@ pub struct Seccomp {
     pub mode: u32,
     /// With mode 2.
     pub filters: Vec<Filter>,
+}
+
+/// The filters of a task; needs CAP_SYS_ADMIN, which the preflight has made sure of.
+pub fn capture(task: &Stopped, mode: u32) -> Result<Seccomp> {
+    if mode != 2 {
+        return Ok(Seccomp { mode, filters: Vec::new() });
+    }
+    let filters = task.seccomp_filters()?;
+    let filters = filters.into_iter().map(|(program, flags)| Filter { program, flags }).collect();
+    Ok(Seccomp { mode, filters })
+}
+
+/// `SECCOMP_SET_MODE_FILTER`.
+const SET_MODE_FILTER: u64 = 1;
+
+impl Seccomp {
+    /// Installs the filters. They are not in force while the tracer suspends them.
+    pub fn rebuild(&self, plan: &mut Builder) {
+        for filter in &self.filters {
+            let object = || "seccomp filter".to_owned();
+            let program = plan.data(&filter.program);
+            let mut fprog = [0u8; 16];
+            let len = (filter.program.len() / 8) as u16;
+            fprog[..2].copy_from_slice(&len.to_le_bytes());
+            fprog[8..].copy_from_slice(&program.to_le_bytes());
+            let at = plan.data(&fprog);
+            // Not NEW_LISTENER and TSYNC: no listener exists here, each thread sets its own.
+            let flags = filter.flags & !(1 | 8 | 16);
+            plan.syscall(libc::SYS_seccomp, &[SET_MODE_FILTER, flags, at], object);
+        }
+    }
 }

@@ -1,6 +1,11 @@
 //! Signal actions and pending signals.
 
+use ckpt_tracer::Result;
+use ckpt_tracer::remote::RemoteCalls;
+use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
+
+use crate::restore::plan::Builder;
 
 /// What a process does on a signal (`struct kernel_sigaction`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,5 +36,72 @@ impl Pending {
     /// Where it came from, `si_code`.
     pub fn code(&self) -> i32 {
         self.0.get(8..).and_then(|b| b.first_chunk()).map_or(0, |b| i32::from_le_bytes(*b))
+    }
+}
+
+/// Highest signal number.
+pub const SIGNALS: u32 = 64;
+
+/// All actions that are not the plain default.
+pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
+    let mut actions = Vec::new();
+    for signal in 1..=SIGNALS {
+        if signal == libc::SIGKILL as u32 || signal == libc::SIGSTOP as u32 {
+            continue;
+        }
+        let out = calls.scratch().raw();
+        let args = [u64::from(signal), 0, out, 8, 0, 0];
+        calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
+        let words: [u8; 32] = calls.read_scratch(0)?;
+        let word = |i: usize| u64::from_le_bytes(words[i * 8..][..8].try_into().unwrap_or([0; 8]));
+        let action = Action {
+            signal,
+            handler: word(0),
+            flags: word(1),
+            restorer: word(2),
+            mask: word(3),
+        };
+        if action != (Action { signal, ..Action::default() }) {
+            actions.push(action);
+        }
+    }
+    Ok(actions)
+}
+
+/// The signals waiting for a task, or for its process.
+pub fn capture_pending(task: &Stopped, shared: bool) -> Result<Vec<Pending>> {
+    let pending = task.pending_signals(shared)?;
+    Ok(pending.into_iter().map(|info| Pending(info.to_vec())).collect())
+}
+
+/// Sets the actions.
+pub fn rebuild_actions(actions: &[Action], plan: &mut Builder) {
+    for action in actions {
+        let words = [action.handler, action.flags, action.restorer, action.mask];
+        let at = plan.data(&words.map(u64::to_le_bytes).concat());
+        plan.syscall(
+            libc::SYS_rt_sigaction,
+            &[u64::from(action.signal), at, 0, 8],
+            || format!("the action of signal {}", action.signal),
+        );
+    }
+}
+
+/// Queues signals for the calling thread, or for its process. From the process itself the
+/// kernel takes any `si_code` (kernel/signal.c, `do_rt_sigqueueinfo`).
+pub fn rebuild_pending(pending: &[Pending], pid: i32, thread: Option<i32>, plan: &mut Builder) {
+    for info in pending {
+        let at = plan.data(&info.0);
+        let signal = info.signal();
+        let object = || format!("pending signal {signal}");
+        match thread {
+            Some(tid) => {
+                let args = [pid as u64, tid as u64, signal as u64, at];
+                plan.syscall(libc::SYS_rt_tgsigqueueinfo, &args, object);
+            }
+            None => {
+                plan.syscall(libc::SYS_rt_sigqueueinfo, &[pid as u64, signal as u64, at], object);
+            }
+        }
     }
 }

@@ -1,11 +1,16 @@
 //! One thread: registers and everything that the kernel keeps a task.
 
+use ckpt_tracer::proc::status::read_task;
+use ckpt_tracer::remote::RemoteCalls;
+use ckpt_tracer::{Result, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Credentials;
-use super::scheduling::Scheduling;
-use super::seccomp::Seccomp;
-use super::signals::Pending;
+use super::scheduling::{self, Scheduling};
+use super::seccomp::{self, Seccomp};
+use super::signals::{self, Pending};
+use crate::capture::source::Source;
+use crate::restore::plan::Builder;
 
 /// A thread.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -80,3 +85,126 @@ registers!(
     r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs,
     eflags, rsp, ss, fs_base, gs_base, ds, es, fs, gs
 );
+
+/// What only the thread itself can ask for.
+struct Asked {
+    alternate_stack: (u64, u32, u64),
+    clear_child_tid: u64,
+    parent_death_signal: u32,
+    timer_slack: u64,
+    securebits: u32,
+}
+
+/// `PR_GET_TID_ADDRESS` (CONFIG_CHECKPOINT_RESTORE).
+const PR_GET_TID_ADDRESS: u64 = 40;
+/// `SS_ONSTACK`: not a property of the alternate stack, but of the moment.
+const SS_ONSTACK: u32 = 1;
+
+fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
+    let out = calls.scratch().raw();
+    let prctl = |calls: &mut RemoteCalls<'_>, name, option: u64, arg: u64| {
+        calls.call(name, libc::SYS_prctl, [option, arg, 0, 0, 0, 0])
+    };
+    calls.call("sigaltstack", libc::SYS_sigaltstack, [0, out, 0, 0, 0, 0])?;
+    prctl(calls, "prctl(PR_GET_TID_ADDRESS)", PR_GET_TID_ADDRESS, out + 24)?;
+    prctl(calls, "prctl(PR_GET_PDEATHSIG)", libc::PR_GET_PDEATHSIG as u64, out + 32)?;
+    let slack = prctl(calls, "prctl(PR_GET_TIMERSLACK)", libc::PR_GET_TIMERSLACK as u64, 0)?;
+    let bits = prctl(calls, "prctl(PR_GET_SECUREBITS)", libc::PR_GET_SECUREBITS as u64, 0)?;
+    let answer: [u8; 36] = calls.read_scratch(0)?;
+    let word = |i: usize| u64::from_le_bytes(answer[i..][..8].try_into().unwrap_or([0; 8]));
+    let half = |i: usize| u32::from_le_bytes(answer[i..][..4].try_into().unwrap_or([0; 4]));
+    Ok(Asked {
+        alternate_stack: (word(0), half(8) & !SS_ONSTACK, word(16)),
+        clear_child_tid: word(24),
+        parent_death_signal: half(32),
+        timer_slack: slack,
+        securebits: bits as u32,
+    })
+}
+
+/// Captures the thread that remote calls are already running in.
+pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Thread> {
+    let asked = ask(calls)?;
+    let task = calls.task();
+    let tid = task.tid();
+    let status = read_task(source.pid, tid)?;
+    let mode = status.seccomp.unwrap_or(0);
+    Ok(Thread {
+        tid: tid.raw(),
+        name: status.name.0.clone(),
+        regs: calls.original_regs().into(),
+        xstate: task.xstate()?,
+        signal_mask: calls.original_mask(),
+        pending: signals::capture_pending(task, false)?,
+        alternate_stack: asked.alternate_stack,
+        rseq: task.rseq()?.map(|r| Rseq {
+            address: r.rseq_abi_pointer,
+            length: r.rseq_abi_size,
+            signature: r.signature,
+            flags: r.flags,
+        }),
+        robust_list: robust_list(tid)?,
+        clear_child_tid: asked.clear_child_tid,
+        scheduling: scheduling::capture(tid, asked.timer_slack),
+        credentials: Credentials::of(&status, asked.securebits),
+        parent_death_signal: asked.parent_death_signal,
+        seccomp: seccomp::capture(task, mode)?,
+    })
+}
+
+/// get_robust_list(2) of another task.
+#[allow(unsafe_code)]
+fn robust_list(tid: Tid) -> Result<(u64, u64)> {
+    let (mut head, mut len) = (0u64, 0u64);
+    // SAFETY: the kernel writes one word each.
+    let r =
+        unsafe { libc::syscall(libc::SYS_get_robust_list, tid.raw(), &raw mut head, &raw mut len) };
+    nix::errno::Errno::result(r)
+        .map_err(|errno| ckpt_tracer::Error::from_errno("get_robust_list", tid, errno))?;
+    Ok((head, len))
+}
+
+impl Thread {
+    /// What the thread does for itself in the new process, after its memory is complete.
+    /// Registers, extended state and signal mask are set by the tracer.
+    pub fn rebuild(&self, pid: i32, plan: &mut Builder) {
+        let tid = self.tid;
+        let object = || format!("thread {tid}");
+        let prctl = |plan: &mut Builder, option: i32, arg: u64| {
+            plan.syscall(libc::SYS_prctl, &[option as u64, arg], object);
+        };
+        let mut name = self.name.clone();
+        name.push(0);
+        let name = plan.data(&name);
+        prctl(plan, libc::PR_SET_NAME, name);
+        plan.syscall(libc::SYS_set_tid_address, &[self.clear_child_tid], object);
+        if self.robust_list.0 != 0 {
+            let (head, len) = self.robust_list;
+            plan.syscall(libc::SYS_set_robust_list, &[head, len], object);
+        }
+        if let Some(rseq) = self.rseq {
+            let Rseq { address, length, signature, flags } = rseq;
+            let args = [address, u64::from(length), u64::from(flags), u64::from(signature)];
+            plan.syscall(libc::SYS_rseq, &args, object);
+        }
+        let (sp, flags, size) = self.alternate_stack;
+        if size != 0 {
+            let mut stack = [0u8; 24];
+            stack[..8].copy_from_slice(&sp.to_le_bytes());
+            stack[8..12].copy_from_slice(&flags.to_le_bytes());
+            stack[16..].copy_from_slice(&size.to_le_bytes());
+            let at = plan.data(&stack);
+            plan.syscall(libc::SYS_sigaltstack, &[at, 0], object);
+        }
+        signals::rebuild_pending(&self.pending, pid, Some(tid), plan);
+        let now = plan.host().scheduling.clone();
+        self.scheduling.rebuild(&now, plan);
+        let now = plan.host().credentials.clone();
+        self.credentials.rebuild(&now, plan);
+        // After the credentials, whose change clears it (prctl(2)).
+        if self.parent_death_signal != 0 {
+            prctl(plan, libc::PR_SET_PDEATHSIG, u64::from(self.parent_death_signal));
+        }
+        self.seccomp.rebuild(plan);
+    }
+}

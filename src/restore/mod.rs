@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::error::Result;
 use crate::progress::Progress;
 
+pub mod plan;
+
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FilesPolicy {

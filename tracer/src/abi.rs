@@ -21,6 +21,9 @@ pub const NT_X86_XSTATE: u32 = 0x202;
 /// `PTRACE_EVENT_STOP`: a seized task stopped by `PTRACE_INTERRUPT` or by a group stop.
 pub const PTRACE_EVENT_STOP: i32 = 128;
 
+/// io_pgetevents(2), which `libc` lacks for this target.
+pub const SYS_IO_PGETEVENTS: i64 = 333;
+
 /// Errors by which a system call asks to be restarted; never seen by programs
 /// (include/linux/errno.h).
 pub const ERESTARTSYS: i64 = 512;

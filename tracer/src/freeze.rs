@@ -171,7 +171,7 @@ fn wait_interrupted(mut task: Running) -> Result<Option<Stopped>> {
 
 fn is_dead(pid: Pid, tid: Tid) -> bool {
     match status::read_task(pid, tid) {
-        Ok(status) => matches!(status.state, 'Z' | 'X'),
+        Ok(status) => status.state.has_ended(),
         Err(_) => true,
     }
 }
@@ -188,12 +188,12 @@ fn explain_refusal(pid: Pid, tid: Tid) -> Error {
                 s.tracer_pid
             )
         }
-        Ok(s) if s.state == 'Z' => {
+        Ok(s) if s.state.has_ended() => {
             format!("process {pid} ({}) has already ended and waits for its parent", s.name)
         }
         Ok(s) => {
             let me = nix::unistd::geteuid().as_raw();
-            let owner = s.uid[0];
+            let owner = s.uid.real;
             if me != 0 && owner != me {
                 format!(
                     "process {pid} ({}) belongs to uid {owner} and you are uid {me}; run ckpt as \

@@ -398,6 +398,17 @@ impl<'a> RemoteCalls<'a> {
         &self.original
     }
 
+    /// The signals that the task blocks by itself.
+    pub fn original_mask(&self) -> u64 {
+        self.mask
+    }
+
+    /// The stopped task, to be looked into. Its registers and its signal mask are those of the
+    /// remote calls.
+    pub fn task(&self) -> &Stopped {
+        self.task
+    }
+
     /// Where the scratch memory is.
     pub fn scratch(&self) -> RemoteAddr {
         self.scratch
@@ -583,7 +594,7 @@ const EINTR_WITHOUT_HANDLER: &[i64] = &[
     libc::SYS_semtimedop,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_io_getevents,
-    libc::SYS_io_pgetevents,
+    abi::SYS_IO_PGETEVENTS,
     libc::SYS_io_uring_enter,
     libc::SYS_read,
     libc::SYS_readv,

@@ -1,6 +1,18 @@
 //! epoll(7).
 
+use std::cmp::Ordering;
+use std::collections::HashMap;
+
+use ckpt_tracer::Error;
+use ckpt_tracer::kcmp::{KcmpType, kcmp};
+use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
+
+use super::{Kind, Look, Staging};
+use crate::capture::source::{Collector, Source};
+use crate::error::{Obstacle, Result};
+use crate::restore::plan::Builder;
 
 /// An interest list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,4 +32,97 @@ pub struct Entry {
     pub events: u32,
     /// The program's word.
     pub data: u64,
+}
+
+/// Fills in the entries of the epoll sets among `looks`, whose descriptions begin at `first`.
+///
+/// fdinfo names an entry by the number it was added under. Which description that was is told
+/// by `KCMP_EPOLL_TFD`; the obvious candidate is asked first.
+pub fn capture_entries(
+    source: &Source,
+    looks: &[&Look],
+    first: usize,
+    collector: &mut Collector,
+) -> Result<()> {
+    for (index, set) in looks.iter().enumerate() {
+        let FdDetail::Epoll { targets } = &set.info.detail else { continue };
+        let mut entries = Vec::with_capacity(targets.len());
+        let mut seen: HashMap<i32, u32> = HashMap::new();
+        for target in targets {
+            // One number may have been added for several descriptions, one after the other.
+            let turn = seen.entry(target.tfd).or_default();
+            let found = find(source, looks, set.fd, target, *turn)?;
+            *turn += 1;
+            match found {
+                Some(at) => entries.push(Entry {
+                    fd: target.tfd,
+                    description: first + at,
+                    events: target.events,
+                    data: target.data,
+                }),
+                None => collector.obstacles.push(Obstacle::new(
+                    set.object(source),
+                    format!(
+                        "is an epoll set that watches a file added as fd {}, which only a process \
+                         outside the job still has open",
+                        target.tfd
+                    ),
+                    "remove it from the set before the checkpoint",
+                )),
+            }
+        }
+        if let Kind::Epoll(epoll) = &mut collector.descriptions[first + index].kind {
+            epoll.entries = entries;
+        }
+    }
+    Ok(())
+}
+
+fn find(
+    source: &Source,
+    looks: &[&Look],
+    epoll: i32,
+    target: &EpollTarget,
+    turn: u32,
+) -> Result<Option<usize>> {
+    let mut candidates: Vec<usize> =
+        (0..looks.len()).filter(|&i| looks[i].stat.st_ino == target.ino).collect();
+    candidates.sort_by_key(|&i| looks[i].fd != target.tfd);
+    for at in candidates {
+        let leader = source.pid.leader();
+        let what = KcmpType::EpollTfd {
+            fd: looks[at].fd,
+            efd: epoll,
+            tfd: target.tfd as u32,
+            toff: turn,
+        };
+        match kcmp(leader, leader, what) {
+            Ok(Ordering::Equal) => return Ok(Some(at)),
+            Ok(_) => {}
+            Err(Error::Kernel { errno: Errno::ENOENT, .. }) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(None)
+}
+
+impl Epoll {
+    /// Adds the entries: each description gets the number that it was added under for a
+    /// moment.
+    pub fn rebuild_entries(&self, at: i32, staging: Staging, plan: &mut Builder) {
+        for entry in &self.entries {
+            let object = || format!("the epoll entry for fd {}", entry.fd);
+            let fd = entry.fd as u64;
+            let from = staging.of(entry.description) as u64;
+            plan.expect(libc::SYS_dup3, &[from, fd, libc::O_CLOEXEC as u64], fd, object);
+            // struct epoll_event is packed on x86-64.
+            let mut event = [0; 12];
+            event[..4].copy_from_slice(&entry.events.to_le_bytes());
+            event[4..].copy_from_slice(&entry.data.to_le_bytes());
+            let event = plan.data(&event);
+            let args = [at as u64, libc::EPOLL_CTL_ADD as u64, fd, event];
+            plan.syscall(libc::SYS_epoll_ctl, &args, object);
+            plan.syscall(libc::SYS_close, &[fd], object);
+        }
+    }
 }

@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{Kind, Look, sys};
+use crate::capture::source::{Collector, Contents};
+use crate::error::Obstacle;
 use crate::objects::SpaceId;
+use crate::restore::plan::Builder;
 
 /// A file that lives in memory. Descriptions of one file share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,4 +28,67 @@ pub struct MemFd {
     pub huge_page_size: u64,
     /// Its contents in the image.
     pub contents: SpaceId,
+}
+
+/// `HUGETLBFS_MAGIC`.
+const HUGETLBFS: i64 = 0x9584_58f6;
+
+/// Captures a memfd. Descriptions of one file share its contents.
+pub fn capture(
+    look: &Look,
+    name: &[u8],
+    collector: &mut Collector,
+) -> Result<MemFd, Box<Obstacle>> {
+    let inode = look.stat.st_ino;
+    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
+        Kind::MemFd(m) if m.inode == inode => Some(m.contents),
+        _ => None,
+    });
+    let size = look.stat.st_size as u64;
+    let contents = match known {
+        Some(space) => space,
+        None => {
+            let fd = look.copy.try_clone().map_err(|e| {
+                let object = format!("the memfd {}", String::from_utf8_lossy(name));
+                Box::new(Obstacle::without_remedy(object, format!("cannot be copied: {e}")))
+            })?;
+            collector.space_for(Contents::File(fd.into(), size))
+        }
+    };
+    let huge_page_size = match sys::fstatfs(&look.copy) {
+        Some((HUGETLBFS, block)) => block,
+        _ => 0,
+    };
+    Ok(MemFd {
+        name: name.to_vec(),
+        inode,
+        size,
+        mode: look.stat.st_mode & 0o7777,
+        seals: sys::fcntl(&look.copy, libc::F_GET_SEALS).unwrap_or(0) as u32,
+        offset: look.info.pos,
+        huge_page_size,
+        contents,
+    })
+}
+
+impl MemFd {
+    /// Seals the file, once it is filled and mapped.
+    pub fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
+        // A file made without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.
+        if self.seals & !(libc::F_SEAL_SEAL as u32) != 0 {
+            let object = || format!("the seals of /memfd:{}", String::from_utf8_lossy(&self.name));
+            let args = [at as u64, libc::F_ADD_SEALS as u64, self.seals.into()];
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
+    }
+
+    /// Flags of memfd_create(2) that make such a file.
+    pub fn create_flags(&self) -> u32 {
+        let sealing = self.seals != libc::F_SEAL_SEAL as u32;
+        let mut flags = if sealing { libc::MFD_ALLOW_SEALING } else { 0 };
+        if self.huge_page_size != 0 {
+            flags |= libc::MFD_HUGETLB | self.huge_page_size.trailing_zeros() << 26;
+        }
+        flags
+    }
 }

@@ -1,6 +1,18 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use ckpt_tracer::proc::fdinfo::{self, FdDetail, FdInfo};
+use ckpt_tracer::proc::fdlink::{self, FdLink};
+use ckpt_tracer::{Error, kcmp};
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
+
+use super::Snapshot;
+use crate::capture::source::{Collector, Source};
+use crate::error::Obstacle;
+use crate::restore::plan::{Builder, Inherited};
 
 pub mod device;
 pub mod epoll;
@@ -11,7 +23,10 @@ pub mod pipe;
 pub mod regular;
 pub mod signalfd;
 pub mod outside;
+pub mod sys;
 pub mod timerfd;
+
+type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
 /// One descriptor of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,4 +85,384 @@ pub enum Kind {
     /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
     /// with its other end outside.
     Outside(outside::Outside),
+}
+
+/// Captures all descriptors of a process. What several descriptors share is told by kcmp(2)
+/// among those that look alike. Nothing is executed in the process.
+pub fn capture(source: &Source, collector: &mut Collector) -> Result<Vec<FdEntry>> {
+    let numbers = fdlink::list_fds(source.dir.clone())?;
+    let mut looks: Vec<Look> = Vec::with_capacity(numbers.len());
+    for fd in numbers {
+        match Look::at(source, fd) {
+            Ok(look) => looks.push(look),
+            // Closed meanwhile; only possible while the process runs (`ckpt check`).
+            Err(Error::Kernel { errno: Errno::EBADF, .. }) => {}
+            Err(Error::Proc { source: e, .. }) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let groups = group(source, &looks)?;
+    let first = collector.descriptions.len();
+    let pipes = pipe::Ends::of(&looks);
+    let mut entries = Vec::with_capacity(looks.len());
+    for (offset, group) in groups.iter().enumerate() {
+        let look = &looks[group[0]];
+        match kind(source, look, &pipes, collector) {
+            Ok(kind) => collector.descriptions.push(Description {
+                kind,
+                flags: look.info.flags,
+                owner: look.owner(),
+            }),
+            Err(obstacle) => {
+                collector.obstacles.push(*obstacle);
+                continue;
+            }
+        }
+        entries.extend(group.iter().map(|&i| FdEntry {
+            fd: looks[i].fd,
+            description: first + offset,
+            close_on_exec: looks[i].info.cloexec,
+        }));
+    }
+    if collector.obstacles.is_empty() {
+        let watched: Vec<_> = groups.iter().map(|g| &looks[g[0]]).collect();
+        epoll::capture_entries(source, &watched, first, collector)?;
+    }
+    entries.sort_by_key(|e| e.fd);
+    Ok(entries)
+}
+
+/// A descriptor as seen from outside.
+pub struct Look {
+    /// Its number.
+    pub fd: i32,
+    /// Where its link leads.
+    pub link: FdLink,
+    /// Its fdinfo.
+    pub info: FdInfo,
+    /// A copy of ours for the same description.
+    pub copy: OwnedFd,
+    /// `fstat` of it.
+    pub stat: libc::stat,
+}
+
+impl Look {
+    fn at(source: &Source, fd: i32) -> Result<Self, Error> {
+        let copy = source.pidfd.get_fd(fd)?;
+        let stat = sys::fstat(&copy).map_err(|errno| Error::Kernel {
+            call: "fstat",
+            object: format!("fd {fd} of process {}", source.pid),
+            errno,
+        })?;
+        Ok(Self {
+            fd,
+            link: fdlink::read_fd_link(source.dir.clone(), fd)?,
+            info: fdinfo::read_fdinfo(source.dir.clone(), fd)?,
+            copy,
+            stat,
+        })
+    }
+
+    /// What the kernel prints for it.
+    pub fn name(&self) -> String {
+        match &self.link {
+            FdLink::File { path, deleted: false } => path.display().to_string(),
+            FdLink::File { path, deleted: true } => format!("{} (deleted)", path.display()),
+            FdLink::Pipe(inode) => format!("pipe:[{inode}]"),
+            FdLink::Socket(inode) => format!("socket:[{inode}]"),
+            FdLink::AnonInode(name) => format!("anon_inode:[{name}]"),
+            FdLink::Memfd(name) => format!("/memfd:{}", String::from_utf8_lossy(name)),
+            FdLink::PidFd => "a pidfd".into(),
+            FdLink::Namespace(kind, inode) => format!("{kind}:[{inode}]"),
+            FdLink::Other(name) => String::from_utf8_lossy(name).into_owned(),
+        }
+    }
+
+    /// `fd 3 of process 12 (name)`, for messages.
+    pub fn object(&self, source: &Source) -> String {
+        format!("fd {} of {}", self.fd, source.title())
+    }
+
+    /// Access mode: `O_RDONLY`, `O_WRONLY` or `O_RDWR`.
+    pub fn access(&self) -> i32 {
+        self.info.flags as i32 & libc::O_ACCMODE
+    }
+
+    fn file_type(&self) -> u32 {
+        self.stat.st_mode & libc::S_IFMT
+    }
+
+    fn owner(&self) -> Option<Owner> {
+        if self.info.flags as i32 & libc::O_PATH != 0 {
+            return None;
+        }
+        let (kind, id) = sys::owner(&self.copy)?;
+        let signal = sys::owner_signal(&self.copy);
+        (id != 0 || signal != 0).then_some(Owner { kind, id, signal })
+    }
+}
+
+/// Indices of descriptors, grouped by open file description, in the order of first numbers.
+fn group(source: &Source, looks: &[Look]) -> Result<Vec<Vec<usize>>> {
+    let mut alike: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
+    for (i, look) in looks.iter().enumerate() {
+        let key = (look.stat.st_dev, look.stat.st_ino, look.info.flags, look.info.pos);
+        alike.entry(key).or_default().push(i);
+    }
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for candidates in alike.into_values() {
+        if candidates.len() == 1 {
+            groups.push(candidates);
+            continue;
+        }
+        let leader = source.pid.leader();
+        let pairs = candidates.iter().map(|&i| (leader, looks[i].fd)).collect();
+        for same in kcmp::group_files(pairs)? {
+            let of = |fd: i32| looks.iter().position(|l| l.fd == fd).unwrap_or(0);
+            let mut members: Vec<usize> = same.iter().map(|(_, fd)| of(*fd)).collect();
+            members.sort_unstable();
+            groups.push(members);
+        }
+    }
+    groups.sort();
+    Ok(groups)
+}
+
+fn kind(
+    source: &Source,
+    look: &Look,
+    pipes: &pipe::Ends,
+    collector: &mut Collector,
+) -> Result<Kind, Box<Obstacle>> {
+    let unsupported = |what: &str, remedy: &str| {
+        Box::new(Obstacle::new(
+            look.object(source),
+            format!("is {what} ({}), which is not supported", look.name()),
+            remedy,
+        ))
+    };
+    match (&look.link, &look.info.detail) {
+        (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) => {
+            Ok(Kind::EventFd(eventfd::EventFd { count: *count, semaphore: *semaphore }))
+        }
+        (FdLink::AnonInode(_), FdDetail::SignalFd { mask }) => {
+            Ok(Kind::SignalFd(signalfd::SignalFd { mask: *mask }))
+        }
+        (FdLink::AnonInode(_), FdDetail::TimerFd(timer)) => {
+            Ok(Kind::TimerFd(timerfd::TimerFd::of(timer)))
+        }
+        (FdLink::AnonInode(name), FdDetail::Epoll { .. }) if name == "eventpoll" => {
+            Ok(Kind::Epoll(epoll::Epoll { entries: Vec::new() }))
+        }
+        (FdLink::AnonInode(name), _) if name == "eventpoll" => {
+            Ok(Kind::Epoll(epoll::Epoll { entries: Vec::new() }))
+        }
+        (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
+            inotify::capture(source, look, watches).map(Kind::Inotify)
+        }
+        (FdLink::AnonInode(name), _) if name == "inotify" => {
+            Ok(Kind::Inotify(inotify::Inotify { watches: Vec::new() }))
+        }
+        (FdLink::AnonInode(name), _) => {
+            Err(unsupported(&format!("an {name} descriptor"), "close it before the checkpoint"))
+        }
+        (FdLink::Memfd(name), _) => memfd::capture(look, name, collector).map(Kind::MemFd),
+        (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes)?),
+        (FdLink::Socket(_), _) if look.fd <= 2 => {
+            Ok(outside::capture(look, outside::Surroundings::Socket))
+        }
+        (FdLink::Socket(_), _) => {
+            Err(unsupported("a socket", "close it before the checkpoint; sockets come later"))
+        }
+        (FdLink::File { path, deleted }, _) => match look.file_type() {
+            libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
+                regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
+            }
+            _ if look.info.flags as i32 & libc::O_PATH != 0 => {
+                regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
+            }
+            libc::S_IFCHR if device::is_stateless(look) => Ok(device::capture(look, path)),
+            libc::S_IFCHR if sys::is_terminal(&look.copy) => {
+                Ok(outside::capture(look, outside::Surroundings::Terminal))
+            }
+            libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
+            libc::S_IFIFO => Ok(outside::capture(look, outside::Surroundings::Pipe)),
+            libc::S_IFBLK => Err(unsupported("a block device", "close it before the checkpoint")),
+            _ => Err(unsupported("a file of an unknown type", "close it before the checkpoint")),
+        },
+        (FdLink::PidFd, _) => Err(unsupported("a pidfd", "close it before the checkpoint")),
+        (FdLink::Namespace(..) | FdLink::Other(_), _) => {
+            Err(unsupported("a file of an unknown kind", "close it before the checkpoint"))
+        }
+    }
+}
+
+/// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
+/// until every descriptor of the process has been made from it.
+#[derive(Clone, Copy, Debug)]
+pub struct Staging {
+    base: i32,
+    descriptions: i32,
+}
+
+impl Staging {
+    /// Above every number that the process uses.
+    pub fn above(process: &super::process::Process, snapshot: &Snapshot) -> Self {
+        let fds = process.fds.iter().map(|e| e.fd);
+        let watched = snapshot.descriptions.iter().flat_map(|d| match &d.kind {
+            Kind::Epoll(e) => e.entries.as_slice(),
+            _ => &[],
+        });
+        let highest = fds.chain(watched.map(|e| e.fd)).max().unwrap_or(2).max(2);
+        // 0 to 3 are where calls that create descriptors put them.
+        Self { base: highest + 8, descriptions: snapshot.descriptions.len() as i32 }
+    }
+
+    /// The number of a description.
+    pub fn of(self, description: usize) -> i32 {
+        self.base + description as i32
+    }
+
+    /// The number of a mapped file with contents from the image, opened for reading or for
+    /// both.
+    pub fn mapped_file(self, file: usize, writable: bool) -> i32 {
+        self.base + self.descriptions + 2 * file as i32 + i32::from(writable)
+    }
+
+    /// First and last number used.
+    pub fn range(self, snapshot: &Snapshot) -> (i32, i32) {
+        (self.base, self.mapped_file(snapshot.mapped_files.len(), true))
+    }
+}
+
+/// Flags that open(2) takes again; creation flags do not belong to an open description.
+fn reopen_flags(flags: u32) -> u32 {
+    let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
+    let tmpfile = libc::O_TMPFILE & !libc::O_DIRECTORY;
+    (flags & !(not | tmpfile) as u32) | libc::O_NOCTTY as u32
+}
+
+/// Opens every description at its staging number. Called with no other descriptor open.
+pub fn open_descriptions(
+    snapshot: &Snapshot,
+    request: &crate::restore::Request<'_>,
+    staging: Staging,
+    plan: &mut Builder,
+) -> Result<(), Vec<Obstacle>> {
+    let mut obstacles = Vec::new();
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        let at = staging.of(index);
+        let flags = description.flags;
+        match &description.kind {
+            Kind::Regular(r) => {
+                if let Err(o) = r.rebuild(index, flags, at, request, plan) {
+                    obstacles.push(*o);
+                }
+            }
+            Kind::Device(d) => d.rebuild(reopen_flags(flags), at, plan),
+            // Made with the first of its ends.
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, staging, plan),
+            Kind::EventFd(e) => e.rebuild(flags, at, plan),
+            Kind::SignalFd(s) => s.rebuild(flags, at, plan),
+            Kind::TimerFd(t) => t.rebuild(flags, at, plan),
+            Kind::Epoll(_) => {
+                plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
+                place(0, at, plan, || "an epoll set".into());
+            }
+            Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
+            Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::Outside(o) => match o.rebuild(index, flags, snapshot, request) {
+                Ok(what) => plan.inherit(at, what),
+                Err(o) => obstacles.push(*o),
+            },
+        }
+    }
+    if obstacles.is_empty() { Ok(()) } else { Err(obstacles) }
+}
+
+/// Moves a descriptor from where the kernel put it to its staging number.
+pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String) {
+    let args = [from as u64, to as u64, libc::O_CLOEXEC as u64];
+    plan.expect(libc::SYS_dup3, &args, to as u64, &object);
+    plan.syscall(libc::SYS_close, &[from as u64], &object);
+}
+
+/// With every description open: what refers to other descriptions, then flags, owners and
+/// locks, and the process's own numbers.
+pub fn finish(process: &super::process::Process, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        let at = staging.of(index);
+        if let Kind::Epoll(set) = &description.kind {
+            set.rebuild_entries(at, staging, plan);
+        }
+        rebuild_status(description, at, plan);
+        match &description.kind {
+            Kind::Regular(r) => r.rebuild_locks(at, plan),
+            Kind::MemFd(m) => m.rebuild_seals(at, plan),
+            _ => {}
+        }
+    }
+    for entry in &process.fds {
+        let cloexec = if entry.close_on_exec { libc::O_CLOEXEC } else { 0 };
+        let args = [staging.of(entry.description) as u64, entry.fd as u64, cloexec as u64];
+        plan.expect(libc::SYS_dup3, &args, entry.fd as u64, || format!("fd {}", entry.fd));
+    }
+    let (first, _) = staging.range(snapshot);
+    plan.syscall(libc::SYS_close_range, &[first as u64, u64::from(u32::MAX), 0], || {
+        "the descriptors used in between".into()
+    });
+    // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
+    // when nothing more is closed.
+    for entry in &process.fds {
+        if let Kind::Regular(r) = &snapshot.descriptions[entry.description].kind {
+            r.rebuild_posix_locks(entry.fd, plan);
+        }
+    }
+}
+
+/// Status flags that F_SETFL sets, and who gets SIGIO.
+fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
+    if description.flags as i32 & libc::O_PATH != 0 {
+        return;
+    }
+    let object = || format!("the owner and flags of an open file ({})", description.kind.label());
+    if let Some(owner) = description.owner {
+        const F_SETOWN_EX: u64 = 15;
+        const F_SETSIG: u64 = 10;
+        if owner.id != 0 {
+            let data = plan.data(&[owner.kind, owner.id].map(i32::to_le_bytes).concat());
+            plan.syscall(libc::SYS_fcntl, &[at as u64, F_SETOWN_EX, data], object);
+        }
+        if owner.signal != 0 {
+            plan.syscall(libc::SYS_fcntl, &[at as u64, F_SETSIG, owner.signal as u64], object);
+        }
+    }
+    let settable = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32;
+    let wanted = description.flags & settable;
+    let opened_with = match description.kind {
+        Kind::Regular(_) | Kind::Device(_) => wanted & !(libc::O_ASYNC as u32),
+        _ => 0,
+    };
+    if wanted != opened_with || matches!(description.kind, Kind::Outside(_)) {
+        let flags = description.flags & (settable | libc::O_DIRECT as u32 | libc::O_NOATIME as u32);
+        plan.syscall(libc::SYS_fcntl, &[at as u64, libc::F_SETFL as u64, flags.into()], object);
+    }
+}
+
+impl Kind {
+    /// What kind of file, for messages.
+    pub fn label(&self) -> String {
+        match self {
+            Kind::Regular(r) => r.path.display().to_string(),
+            Kind::Device(d) => d.path.display().to_string(),
+            Kind::Pipe(p) => format!("pipe:[{}]", p.inode),
+            Kind::EventFd(_) => "eventfd".into(),
+            Kind::SignalFd(_) => "signalfd".into(),
+            Kind::TimerFd(_) => "timerfd".into(),
+            Kind::Epoll(_) => "epoll".into(),
+            Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
+            Kind::Inotify(_) => "inotify".into(),
+            Kind::Outside(o) => o.name.clone(),
+        }
+    }
 }

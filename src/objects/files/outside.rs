@@ -3,6 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{Kind, Look};
+use crate::error::Obstacle;
+use crate::objects::Snapshot;
+use crate::restore::Request;
+use crate::restore::plan::Inherited;
+
 /// Something of the surroundings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outside {
@@ -23,4 +29,58 @@ pub enum Surroundings {
     Pipe,
     /// A connected socket.
     Socket,
+}
+
+/// Captures a descriptor that leads outside.
+pub fn capture(look: &Look, what: Surroundings) -> Kind {
+    Kind::Outside(Outside { fd: look.fd, what, name: look.name() })
+}
+
+impl Outside {
+    /// What the restored job gets in its place: what `--fd` names, our own descriptor of that
+    /// number, or for a terminal any of ours that was the same one.
+    pub fn rebuild(
+        &self,
+        index: usize,
+        flags: u32,
+        snapshot: &Snapshot,
+        request: &Request<'_>,
+    ) -> Result<Inherited, Box<Obstacle>> {
+        let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
+        let mut numbers = numbers.filter(|e| e.description == index).map(|e| e.fd);
+        if let Some(path) = numbers.clone().find_map(|fd| request.fds.get(&fd)) {
+            return Ok(Inherited::Named(path.clone(), flags));
+        }
+        if let Some(fd) = numbers.find(|fd| *fd <= 2) {
+            return Ok(Inherited::Own(fd));
+        }
+        if self.what == Surroundings::Terminal
+            && let Some(fd) = snapshot.standard_terminal(&self.name)
+        {
+            return Ok(Inherited::Own(fd));
+        }
+        let what = match self.what {
+            Surroundings::Terminal => "a terminal",
+            Surroundings::Pipe => "a pipe",
+            Surroundings::Socket => "a socket",
+        };
+        Err(Box::new(Obstacle::new(
+            format!("fd {} of the job", self.fd),
+            format!("was {what} ({}) with its far end outside the job", self.name),
+            format!("say what it shall be with --fd {}=PATH", self.fd),
+        )))
+    }
+}
+
+impl Snapshot {
+    /// Which of descriptors 0 to 2 was the terminal of that name.
+    fn standard_terminal(&self, name: &str) -> Option<i32> {
+        let fds = self.processes.iter().flat_map(|p| &p.fds);
+        fds.filter(|e| e.fd <= 2)
+            .find(|e| match &self.descriptions[e.description].kind {
+                Kind::Outside(o) => o.what == Surroundings::Terminal && o.name == name,
+                _ => false,
+            })
+            .map(|e| e.fd)
+    }
 }

@@ -1,11 +1,18 @@
 //! Regular files, directories and `O_PATH` handles.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::{Kind, Look};
+use crate::capture::source::{Collector, Contents, Source};
+use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
+use crate::restore::plan::{Builder, Inherited};
+use crate::restore::{FilesPolicy, Request};
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,4 +51,207 @@ pub enum LockKind {
     Posix,
     /// `F_OFD_SETLK`.
     Ofd,
+}
+
+/// Captures a file, a directory or an `O_PATH` handle.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    path: &Path,
+    deleted: bool,
+    collector: &mut Collector,
+) -> Result<Regular, Box<Obstacle>> {
+    let refuse = |reason: String, remedy: &str| {
+        Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
+    };
+    let file = File::from(look.copy.try_clone().map_err(|e| {
+        Box::new(Obstacle::without_remedy(look.object(source), format!("cannot be copied: {e}")))
+    })?);
+    let identity = match file.metadata() {
+        Ok(meta) => FileIdentity::of(&meta),
+        Err(e) => return refuse(format!("cannot be looked at: {e}"), "close it"),
+    };
+    let mut locks = Vec::new();
+    for lock in &look.info.locks {
+        let kind = match lock.kind.as_str() {
+            "FLOCK" => LockKind::Flock,
+            "POSIX" => LockKind::Posix,
+            "OFDLCK" => LockKind::Ofd,
+            other => {
+                let reason = format!("({}) holds a {other}, which is not supported", path.display());
+                return refuse(reason, "release it before the checkpoint");
+            }
+        };
+        let len = lock.end.map_or(0, |end| end - lock.start + 1);
+        let exclusive = lock.access == "WRITE";
+        locks.push(Lock { kind, exclusive, start: lock.start, len });
+    }
+    let mut path = path.to_owned();
+    let mut contents = None;
+    if deleted {
+        match other_name(&file, &path) {
+            // Another hard link still leads to it.
+            Some(name) => path = name,
+            None if identity.mode & libc::S_IFMT != libc::S_IFREG => {
+                let reason = format!("is a directory that was deleted ({})", path.display());
+                return refuse(reason, "close it before the checkpoint");
+            }
+            None => {
+                let size = identity.size;
+                let readable = match readable(source, look) {
+                    Ok(readable) => readable,
+                    Err(e) => {
+                        let reason = format!(
+                            "is a deleted file ({}) that cannot be read: {e}",
+                            path.display()
+                        );
+                        return refuse(reason, "close it before the checkpoint");
+                    }
+                };
+                let known = collector.descriptions.iter().find_map(|d| match &d.kind {
+                    Kind::Regular(r)
+                        if r.contents.is_some()
+                            && r.identity.inode == identity.inode
+                            && r.identity.device == identity.device =>
+                    {
+                        r.contents
+                    }
+                    _ => None,
+                });
+                contents = Some(known.unwrap_or_else(|| {
+                    collector.space_for(Contents::File(readable, size))
+                }));
+            }
+        }
+    }
+    Ok(Regular { path, identity, offset: look.info.pos, contents, locks })
+}
+
+/// A descriptor of ours that reads the file: the job's may be write-only.
+fn readable(source: &Source, look: &Look) -> std::io::Result<File> {
+    File::open(source.dir.join(format!("fd/{}", look.fd)))
+}
+
+/// Looks for another name of a file that was unlinked under the one it was opened by, among
+/// its former neighbours.
+fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
+    let meta = file.metadata().ok()?;
+    if meta.nlink() == 0 {
+        return None;
+    }
+    let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (meta.dev(), meta.ino());
+    std::fs::read_dir(path.parent()?).ok()?.flatten().find_map(|entry| {
+        (entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)))
+            .then(|| entry.path())
+    })
+}
+
+impl Regular {
+    fn object(&self) -> String {
+        format!("the open file {}", self.path.display())
+    }
+
+    /// Opens the file at its staging number, once it is the one that it was.
+    pub fn rebuild(
+        &self,
+        index: usize,
+        flags: u32,
+        at: i32,
+        request: &Request<'_>,
+        plan: &mut Builder,
+    ) -> Result<(), Box<Obstacle>> {
+        let object = || self.object();
+        if self.contents.is_some() {
+            plan.inherit(at, Inherited::DeletedFile(index));
+        } else {
+            self.check(request)?;
+            let path = plan.path(&self.path);
+            let args = [libc::AT_FDCWD as u64, path, u64::from(super::reopen_flags(flags)), 0];
+            plan.expect(libc::SYS_openat, &args, 0, object);
+            super::place(0, at, plan, object);
+        }
+        if self.offset != 0 && flags as i32 & libc::O_PATH == 0 {
+            let args = [at as u64, self.offset, libc::SEEK_SET as u64];
+            plan.expect(libc::SYS_lseek, &args, self.offset, object);
+        }
+        Ok(())
+    }
+
+    fn check(&self, request: &Request<'_>) -> Result<(), Box<Obstacle>> {
+        let refuse = |reason: String, remedy: &str| {
+            Err(Box::new(Obstacle::new(self.object(), reason, remedy)))
+        };
+        let meta = match std::fs::symlink_metadata(&self.path) {
+            Ok(meta) if meta.is_symlink() && !self.is(libc::S_IFLNK) => {
+                std::fs::metadata(&self.path)
+            }
+            other => other,
+        };
+        let meta = match meta {
+            Ok(meta) => meta,
+            Err(e) => return refuse(format!("cannot be opened: {e}"), "put it back in its place"),
+        };
+        if request.files == FilesPolicy::Adopt || !self.is(libc::S_IFREG) {
+            return Ok(());
+        }
+        let adopt = "put the old one back, or take what is there with --files adopt";
+        if meta.ino() != self.identity.inode {
+            return refuse("was replaced by another file since the checkpoint".into(), adopt);
+        }
+        if meta.len() < self.identity.size {
+            let reason = format!(
+                "has shrunk from {} to {} bytes since the checkpoint",
+                self.identity.size,
+                meta.len()
+            );
+            return refuse(reason, adopt);
+        }
+        Ok(())
+    }
+
+    fn is(&self, kind: u32) -> bool {
+        self.identity.mode & libc::S_IFMT == kind
+    }
+
+    /// Takes the locks that belong to the description.
+    pub fn rebuild_locks(&self, at: i32, plan: &mut Builder) {
+        for lock in &self.locks {
+            let object = || format!("a lock on {}", self.path.display());
+            match lock.kind {
+                LockKind::Flock => {
+                    let how = if lock.exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+                    let args = [at as u64, (how | libc::LOCK_NB) as u64];
+                    plan.syscall(libc::SYS_flock, &args, object);
+                }
+                LockKind::Ofd => {
+                    let data = plan.data(&lock.flock());
+                    let args = [at as u64, libc::F_OFD_SETLK as u64, data];
+                    plan.syscall(libc::SYS_fcntl, &args, object);
+                }
+                LockKind::Posix => {}
+            }
+        }
+    }
+
+    /// Takes the locks that belong to the process.
+    pub fn rebuild_posix_locks(&self, fd: i32, plan: &mut Builder) {
+        for lock in self.locks.iter().filter(|l| l.kind == LockKind::Posix) {
+            let data = plan.data(&lock.flock());
+            let args = [fd as u64, libc::F_SETLK as u64, data];
+            let object = || format!("a lock on {}", self.path.display());
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
+    }
+}
+
+impl Lock {
+    /// `struct flock`.
+    fn flock(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        let kind = if self.exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as i16;
+        bytes[0..2].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.start.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.len.to_le_bytes());
+        bytes
+    }
 }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::restore::plan::Builder;
+
 /// A timer read through a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TimerFd {
@@ -15,4 +17,42 @@ pub struct TimerFd {
     pub remaining: (i64, i64),
     /// Repetition.
     pub interval: (i64, i64),
+}
+
+/// `TFD_IOC_SET_TICKS`, `_IOW('T', 0, u64)` (CONFIG_CHECKPOINT_RESTORE).
+const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
+
+impl TimerFd {
+    /// From its fdinfo.
+    pub fn of(timer: &ckpt_tracer::proc::fdinfo::TimerFd) -> Self {
+        let pair = |(s, ns): (u64, u64)| (s as i64, ns as i64);
+        Self {
+            clock: timer.clockid,
+            ticks: timer.ticks,
+            settime_flags: timer.settime_flags,
+            remaining: pair(timer.value),
+            interval: pair(timer.interval),
+        }
+    }
+
+    /// Creates it at its staging number, running.
+    pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) {
+        let object = || "a timerfd".to_owned();
+        let flags = flags & libc::O_NONBLOCK as u32;
+        plan.expect(libc::SYS_timerfd_create, &[self.clock as u64, flags.into()], 0, object);
+        // A periodic timer that is due at this very moment shows nothing remaining; the
+        // smallest time starts it.
+        let due = self.remaining == (0, 0) && self.interval != (0, 0);
+        let remaining = if due { (0, 1) } else { self.remaining };
+        if remaining != (0, 0) {
+            let words = [self.interval.0, self.interval.1, remaining.0, remaining.1];
+            let data = plan.data(&words.map(i64::to_le_bytes).concat());
+            plan.syscall(libc::SYS_timerfd_settime, &[0, 0, data, 0], object);
+        }
+        if self.ticks != 0 {
+            let data = plan.data(&self.ticks.to_le_bytes());
+            plan.syscall(libc::SYS_ioctl, &[0, TFD_IOC_SET_TICKS, data], object);
+        }
+        super::place(0, at, plan, object);
+    }
 }

@@ -1,0 +1,124 @@
+//! What a capture works on: the process as it is seen from outside, and the tables of what
+//! several objects may share.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use ckpt_tracer::mem::ProcessMemory;
+use ckpt_tracer::pidfd::PidFd;
+use ckpt_tracer::proc::stat::{Stat, read_stat};
+use ckpt_tracer::proc::status::{Status, read_status};
+use ckpt_tracer::proc::{ProcDir, ProcRoot};
+use ckpt_tracer::{Error, Pid};
+
+use crate::error::{Obstacle, Result};
+use crate::objects::files::Description;
+use crate::objects::memory::{MappedFile, SharedMemory};
+use crate::objects::SpaceId;
+
+/// A process seen from outside.
+pub struct Source {
+    /// Its id.
+    pub pid: Pid,
+    /// `/proc/PID`.
+    pub dir: ProcDir,
+    /// Handle that stays tied to this very process.
+    pub pidfd: PidFd,
+    /// Its memory.
+    pub mem: ProcessMemory,
+    /// `/proc/PID/stat`.
+    pub stat: Stat,
+    /// `/proc/PID/status`.
+    pub status: Status,
+}
+
+impl Source {
+    /// Opens the handles and reads what is cheap.
+    pub fn open(pid: Pid) -> Result<Self, Error> {
+        let dir = ProcRoot::default().process(pid);
+        Ok(Self {
+            pidfd: PidFd::open(pid)?,
+            mem: ProcessMemory::open(pid)?,
+            stat: read_stat(dir.clone())?,
+            status: read_status(dir.clone())?,
+            dir,
+            pid,
+        })
+    }
+
+    /// `process 12 (name)`, for messages.
+    pub fn title(&self) -> String {
+        format!("process {} ({})", self.pid, self.stat.comm)
+    }
+}
+
+/// Where the contents of a space come from, other than an address space's own pages.
+#[derive(Debug)]
+pub enum Contents {
+    /// A file of that size.
+    File(File, u64),
+    /// Memory of the process: (offset in the object, address, bytes).
+    Memory(Pid, Vec<(u64, u64, u64)>),
+}
+
+/// Tables of what is shared, filled while objects are captured; and everything that stands
+/// in the way.
+#[derive(Default)]
+pub struct Collector {
+    /// See [`Snapshot::descriptions`](crate::objects::Snapshot).
+    pub descriptions: Vec<Description>,
+    /// See [`Snapshot::mapped_files`](crate::objects::Snapshot).
+    pub mapped_files: Vec<MappedFile>,
+    /// See [`Snapshot::shared_memory`](crate::objects::Snapshot).
+    pub shared_memory: Vec<SharedMemory>,
+    /// Spaces to be written besides the address spaces.
+    pub contents: Vec<(SpaceId, Contents)>,
+    /// What cannot be captured.
+    pub obstacles: Vec<Obstacle>,
+    files_by_key: HashMap<(PathBuf, u64), usize>,
+    spaces: u32,
+}
+
+impl Collector {
+    /// A new space.
+    pub fn new_space(&mut self) -> SpaceId {
+        self.spaces += 1;
+        SpaceId(self.spaces - 1)
+    }
+
+    /// A new space with contents to be written.
+    pub fn space_for(&mut self, contents: Contents) -> SpaceId {
+        let space = self.new_space();
+        self.contents.push((space, contents));
+        space
+    }
+
+    /// The index of a mapped file that was entered already.
+    pub fn known_file(&self, path: &Path, inode: u64) -> Option<usize> {
+        self.files_by_key.get(&(path.to_owned(), inode)).copied()
+    }
+
+    /// The index of a mapped file, entered on first sight.
+    pub fn mapped_file(
+        &mut self,
+        path: &Path,
+        inode: u64,
+        make: impl FnOnce(&mut Self) -> MappedFile,
+    ) -> usize {
+        let key = (path.to_owned(), inode);
+        if let Some(&index) = self.files_by_key.get(&key) {
+            return index;
+        }
+        let file = make(self);
+        self.mapped_files.push(file);
+        self.files_by_key.insert(key, self.mapped_files.len() - 1);
+        self.mapped_files.len() - 1
+    }
+}
+
+/// Turns a descriptor into a file, for positioned reads.
+pub fn into_file(fd: OwnedFd) -> File {
+    File::from(fd)
+}

@@ -1,0 +1,50 @@
+//! Free places in an address space.
+
+/// Highest address that user memory may have with four-level page tables.
+const TOP: u64 = 0x7fff_ffff_f000;
+/// Lowest address used; far above `vm.mmap_min_addr`.
+const BOTTOM: u64 = 0x1_0000_0000;
+/// Distance kept to what is there: a stack below may grow, and the kernel keeps a gap
+/// (`stack_guard_gap`, 1 MiB) below stacks.
+const MARGIN: u64 = 4 << 20;
+
+/// Finds `len` free bytes, page aligned, with a margin around; the ranges need not be sorted
+/// and may overlap. The highest fitting hole wins.
+pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64> {
+    let mut ranges: Vec<(u64, u64)> = taken.into_iter().collect();
+    ranges.sort_unstable();
+    let len = len.next_multiple_of(4096);
+    let mut best = None;
+    let mut free_from = BOTTOM;
+    for (start, end) in ranges.into_iter().chain([(TOP, TOP)]) {
+        let from = free_from + MARGIN;
+        let to = start.min(TOP).saturating_sub(MARGIN);
+        if to > from && to - from >= len {
+            best = Some((to - len) & !4095);
+        }
+        free_from = free_from.max(end);
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hole_keeps_its_distance() {
+        let taken = [(0x7f00_0000_0000, TOP), (0x5555_0000_0000, 0x5555_1000_0000)];
+        let at = find(taken, 10_000).unwrap();
+        assert_eq!(at % 4096, 0);
+        assert!(at + 12_288 + MARGIN <= 0x7f00_0000_0000);
+        assert!(at >= 0x5555_1000_0000 + MARGIN);
+    }
+
+    #[test]
+    fn no_hole_is_no_hole() {
+        assert_eq!(find([(0, TOP)], 4096), None);
+        assert!(find([], 4096).is_some());
+        // Overlapping and unsorted.
+        assert_eq!(find([(0x10_0000_0000, TOP), (0, 0x20_0000_0000)], 4096), None);
+    }
+}

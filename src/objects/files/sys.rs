@@ -1,0 +1,113 @@
+//! The few system calls on descriptors of ours that tell about a description of the job's.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+
+/// fstat(2).
+pub fn fstat(fd: &impl AsRawFd) -> Result<libc::stat, Errno> {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `stat` is live and of the size that the kernel writes.
+    let r = unsafe { libc::fstat(fd.as_raw_fd(), &mut stat) };
+    Errno::result(r).map(|_| stat)
+}
+
+/// `F_GETOWN_EX`: kind and id of who gets SIGIO.
+pub fn owner(fd: &OwnedFd) -> Option<(i32, i32)> {
+    const F_GETOWN_EX: i32 = 16;
+    let mut owner = [0i32; 2];
+    // SAFETY: the kernel writes two ints (`struct f_owner_ex`).
+    let r = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, owner.as_mut_ptr()) };
+    (r == 0).then_some((owner[0], owner[1]))
+}
+
+/// `F_GETSIG`.
+pub fn owner_signal(fd: &OwnedFd) -> i32 {
+    const F_GETSIG: i32 = 11;
+    // SAFETY: a call without pointers.
+    unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) }.max(0)
+}
+
+/// isatty(3).
+pub fn is_terminal(fd: &OwnedFd) -> bool {
+    // SAFETY: a call without pointers of ours.
+    unsafe { libc::isatty(fd.as_raw_fd()) == 1 }
+}
+
+/// A fcntl without a pointer; `None` when it fails.
+pub fn fcntl(fd: &OwnedFd, command: i32) -> Option<i32> {
+    // SAFETY: only called with commands that take no argument.
+    let r = unsafe { libc::fcntl(fd.as_raw_fd(), command) };
+    (r >= 0).then_some(r)
+}
+
+/// `FIONREAD`: bytes that can be read at once.
+pub fn unread(fd: &OwnedFd) -> usize {
+    let mut n = 0i32;
+    // SAFETY: the kernel writes one int.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &mut n) };
+    if r == 0 { n.max(0) as usize } else { 0 }
+}
+
+/// poll(2) without waiting: the events that hold now.
+pub fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
+    let mut p = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: one live entry.
+    unsafe { libc::poll(&mut p, 1, 0) };
+    p.revents
+}
+
+/// tee(2): copies up to `len` bytes between pipes without consuming them.
+pub fn tee(from: &OwnedFd, to: &OwnedFd, len: usize) -> Result<usize, Errno> {
+    // SAFETY: a call without pointers.
+    let r = unsafe { libc::tee(from.as_raw_fd(), to.as_raw_fd(), len, libc::SPLICE_F_NONBLOCK) };
+    Errno::result(r).map(|n| n as usize)
+}
+
+/// A pipe of our own with at least that capacity.
+pub fn pipe(capacity: i32) -> Result<(OwnedFd, OwnedFd), Errno> {
+    use std::os::fd::FromRawFd;
+    let mut fds = [0; 2];
+    // SAFETY: the kernel writes two ints.
+    let r = unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    Errno::result(r)?;
+    // SAFETY: the kernel just gave us these descriptors.
+    let ends = unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) };
+    // SAFETY: a call without pointers.
+    let r = unsafe { libc::fcntl(ends.1.as_raw_fd(), libc::F_SETPIPE_SZ, capacity) };
+    Errno::result(r)?;
+    Ok(ends)
+}
+
+/// fstatfs(2): type and block size of the file system.
+pub fn fstatfs(fd: &OwnedFd) -> Option<(i64, u64)> {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut s: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `s` is live and of the size that the kernel writes.
+    let r = unsafe { libc::fstatfs(fd.as_raw_fd(), &mut s) };
+    (r == 0).then_some((s.f_type, s.f_bsize as u64))
+}
+
+/// open_by_handle_at(2): an `O_PATH` descriptor for a file handle, given any descriptor on its
+/// mount.
+pub fn open_by_handle(mount: &impl AsRawFd, kind: i32, handle: &[u8]) -> Result<OwnedFd, Errno> {
+    use std::os::fd::FromRawFd;
+    let mut buffer = Vec::with_capacity(8 + handle.len());
+    buffer.extend_from_slice(&(handle.len() as u32).to_ne_bytes());
+    buffer.extend_from_slice(&kind.to_ne_bytes());
+    buffer.extend_from_slice(handle);
+    // SAFETY: `buffer` is a `struct file_handle` with its bytes behind it.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_raw_fd(),
+            buffer.as_ptr(),
+            libc::O_PATH | libc::O_CLOEXEC,
+        )
+    };
+    let fd = Errno::result(r)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}

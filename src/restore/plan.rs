@@ -1,0 +1,373 @@
+//! The plan under construction: operations, the data they point to, and to which object each
+//! one belongs.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use ckpt_restorer::{MAIN_STACK, Op, OpKind, Plan as PlanHeader, THREAD_STACK, ThreadPlan};
+use ckpt_tracer::blob::Blob;
+
+use crate::objects::credentials::Credentials;
+use crate::objects::scheduling::Scheduling;
+
+/// What a new process has before the plan sets anything, and what it may do.
+#[derive(Clone, Debug)]
+pub struct HostState {
+    /// Our own credentials.
+    pub credentials: Credentials,
+    /// Our own scheduling.
+    pub scheduling: Scheduling,
+    /// CAP_SYS_RESOURCE is held.
+    pub may_raise_limits: bool,
+}
+
+/// A point at which the restorer hands over to the tracer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Every mapping that holds pages of the image is there and can be filled.
+    Fill,
+    /// All threads exist and are parked.
+    Threads,
+}
+
+/// A descriptor that the new process gets from the restoring one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inherit {
+    /// Its number in the new process until the plan has placed it.
+    pub number: i32,
+    /// What it is.
+    pub what: Inherited,
+}
+
+/// What is inherited.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Inherited {
+    /// A memfd of the snapshot, by description.
+    MemFd(usize),
+    /// A nameless file with contents from the image, opened as the description says.
+    DeletedFile(usize),
+    /// A nameless file with the contents of a mapped file; writable or not.
+    MappedFile(usize, bool),
+    /// One of our own descriptors, for something outside the job.
+    Own(i32),
+    /// A file named by `--fd N=PATH`.
+    Named(PathBuf, u32),
+}
+
+/// Operations of one thread, with the object each belongs to.
+#[derive(Clone, Debug, Default)]
+struct List {
+    ops: Vec<Op>,
+    objects: Vec<u32>,
+}
+
+/// A plan under construction. Everything is placed from `base` on: the restorer, the stack of
+/// its first thread, then the data; operations and further stacks follow when it is finished.
+#[derive(Debug)]
+pub struct Builder {
+    base: u64,
+    blob: Blob,
+    data_base: u64,
+    data: Vec<u8>,
+    main: List,
+    threads: Vec<(List, u64)>,
+    in_thread: bool,
+    objects: Vec<String>,
+    stages: Vec<(usize, Stage)>,
+    warnings: Vec<String>,
+    conditional: Vec<(usize, usize, String)>,
+    inherit: Vec<Inherit>,
+    host: HostState,
+}
+
+/// A finished plan.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Where it goes.
+    pub base: u64,
+    /// Bytes, from `base` on; the remainder up to `len` is zero.
+    pub image: Vec<u8>,
+    /// Bytes in all, page aligned.
+    pub len: u64,
+    /// First instruction.
+    pub entry: u64,
+    /// Initial stack pointer.
+    pub stack: u64,
+    /// Address of the plan's header, the argument of the restorer.
+    pub header: u64,
+    /// The stages, by index of their operation.
+    pub stages: Vec<(usize, Stage)>,
+    /// What is not kept, decided while planning.
+    pub warnings: Vec<String>,
+    /// Warnings that hold if an operation fails: address of its result, text.
+    pub conditional: Vec<(u64, String)>,
+    /// Descriptors that the process needs from us.
+    pub inherit: Vec<Inherit>,
+    lists: Vec<(u64, List)>,
+    objects: Vec<String>,
+}
+
+impl Builder {
+    /// A plan to be placed at `base`.
+    pub fn new(base: u64, host: HostState) -> Self {
+        let blob = Blob::load();
+        let data_base = base + blob.image.len() as u64 + MAIN_STACK;
+        Self {
+            base,
+            blob,
+            data_base,
+            data: Vec::new(),
+            main: List::default(),
+            threads: Vec::new(),
+            in_thread: false,
+            objects: Vec::new(),
+            stages: Vec::new(),
+            warnings: Vec::new(),
+            conditional: Vec::new(),
+            inherit: Vec::new(),
+            host,
+        }
+    }
+
+    /// What the new process has already.
+    pub fn host(&self) -> &HostState {
+        &self.host
+    }
+
+    /// Adds bytes; returns their address.
+    pub fn data(&mut self, bytes: &[u8]) -> u64 {
+        let at = self.data.len().next_multiple_of(16);
+        self.data.resize(at, 0);
+        self.data.extend_from_slice(bytes);
+        self.data_base + at as u64
+    }
+
+    /// Room for the kernel to write into.
+    pub fn reserve(&mut self, len: usize) -> u64 {
+        self.data(&vec![0; len])
+    }
+
+    /// A path as a C string.
+    pub fn path(&mut self, path: &Path) -> u64 {
+        let mut bytes = path.as_os_str().as_bytes().to_vec();
+        bytes.push(0);
+        self.data(&bytes)
+    }
+
+    /// A system call that must succeed.
+    pub fn syscall(&mut self, nr: i64, args: &[u64], object: impl FnOnce() -> String) {
+        self.push(Op::syscall(nr, six(args)), object());
+    }
+
+    /// A system call with the answer that it must give.
+    pub fn expect(&mut self, nr: i64, args: &[u64], answer: u64, object: impl FnOnce() -> String) {
+        self.push(Op::syscall(nr, six(args)).expecting(answer), object());
+    }
+
+    /// A system call that may fail, which then is told as a warning.
+    pub fn try_syscall(&mut self, nr: i64, args: &[u64], warning: &str) {
+        self.push(Op::syscall(nr, six(args)).may_fail(), warning.to_owned());
+        let list = if self.in_thread { self.threads.len() } else { 0 };
+        let index = self.list().ops.len() - 1;
+        self.conditional.push((list, index, warning.to_owned()));
+    }
+
+    /// A system call of which nobody needs to know whether it succeeded.
+    pub fn attempt(&mut self, nr: i64, args: &[u64], object: impl FnOnce() -> String) {
+        self.push(Op::syscall(nr, six(args)).may_fail(), object());
+    }
+
+    /// Hands over to the tracer.
+    pub fn stage(&mut self, stage: Stage) {
+        self.stages.push((self.main.ops.len(), stage));
+        self.push(Op::other(OpKind::Trap, [0; 6]), format!("stage {stage:?}"));
+    }
+
+    /// Notes something that will not be as it was.
+    pub fn warn(&mut self, warning: String) {
+        self.warnings.push(warning);
+    }
+
+    /// Asks for a descriptor.
+    pub fn inherit(&mut self, number: i32, what: Inherited) {
+        self.inherit.push(Inherit { number, what });
+    }
+
+    /// Creates a thread with that id; `fill` appends what it does for itself.
+    pub fn thread(&mut self, tid: i32, fill: impl FnOnce(&mut Self)) {
+        // ThreadPlan and stack contents are written at the end, when addresses are known.
+        let ids = self.data(&tid.to_le_bytes());
+        let plan = self.reserve(size_of::<ThreadPlan>());
+        let args = self.reserve(88);
+        self.push(Op::other(OpKind::Thread, [plan, args, 88, ids, 0, 0]), format!("thread {tid}"));
+        let last = self.main.ops.len() - 1;
+        self.main.ops[last] = self.main.ops[last].expecting(tid as u64);
+        self.threads.push((List::default(), args));
+        self.in_thread = true;
+        fill(self);
+        self.in_thread = false;
+    }
+
+    /// Waits until all threads are parked.
+    pub fn join(&mut self) {
+        self.push(Op::other(OpKind::Join, [0; 6]), "threads".into());
+    }
+
+    fn list(&mut self) -> &mut List {
+        match self.threads.last_mut() {
+            Some((list, _)) if self.in_thread => list,
+            _ => &mut self.main,
+        }
+    }
+
+    fn push(&mut self, op: Op, object: String) {
+        if self.objects.last() != Some(&object) {
+            self.objects.push(object);
+        }
+        let index = (self.objects.len() - 1) as u32;
+        let list = self.list();
+        list.ops.push(op);
+        list.objects.push(index);
+    }
+
+    /// Lays everything out.
+    pub fn finish(mut self) -> Plan {
+        let header = self.reserve(size_of::<PlanHeader>());
+        let ops_base = (self.data_base + self.data.len() as u64).next_multiple_of(64);
+        let mut next = ops_base;
+        let mut lists = Vec::with_capacity(self.threads.len() + 1);
+        let mains = std::mem::take(&mut self.main);
+        let threads = std::mem::take(&mut self.threads);
+        let spawns: Vec<[u64; 6]> = mains
+            .ops
+            .iter()
+            .filter(|op| op.kind == OpKind::Thread as u32)
+            .map(|op| op.args)
+            .collect();
+        for list in std::iter::once(mains).chain(threads.into_iter().map(|(list, _)| list)) {
+            let len = (list.ops.len() * size_of::<Op>()) as u64;
+            lists.push((next, list));
+            next += len;
+        }
+        let stacks = next.next_multiple_of(64);
+        let mut stack = stacks;
+        for (args, (ops, list)) in spawns.iter().zip(&lists[1..]) {
+            let [plan, clone_args, _, ids, ..] = *args;
+            let words = [*ops, list.ops.len() as u64, header];
+            self.put(plan, &words.map(u64::to_le_bytes).concat());
+            let flags = libc::CLONE_VM
+                | libc::CLONE_FS
+                | libc::CLONE_FILES
+                | libc::CLONE_SIGHAND
+                | libc::CLONE_THREAD
+                | libc::CLONE_SYSVSEM;
+            // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
+            let words =
+                [flags as u64, 0, 0, 0, 0, stack, THREAD_STACK - 8, 0, ids, 1, 0];
+            self.put(clone_args, &words.map(u64::to_le_bytes).concat());
+            stack += THREAD_STACK;
+        }
+        let end = stack.next_multiple_of(4096);
+        let words = [lists[0].0, lists[0].1.ops.len() as u64];
+        self.put(header, &words.map(u64::to_le_bytes).concat());
+        self.put(header + 16, &(spawns.len() as u32).to_le_bytes());
+
+        let mut image = self.blob.placed_at(self.base);
+        image.resize((self.data_base - self.base) as usize, 0);
+        image.append(&mut self.data);
+        image.resize((ops_base - self.base) as usize, 0);
+        for (_, list) in &lists {
+            for op in &list.ops {
+                image.extend_from_slice(&op.to_bytes());
+            }
+        }
+        if !spawns.is_empty() {
+            image.resize((stacks - self.base) as usize, 0);
+            for args in &spawns {
+                image.resize(image.len() + THREAD_STACK as usize - 8, 0);
+                image.extend_from_slice(&args[0].to_le_bytes());
+            }
+        }
+        let result_of = |list: usize, index: usize| {
+            lists[list].0 + (index * size_of::<Op>()) as u64
+                + std::mem::offset_of!(Op, result) as u64
+        };
+        let conditional = self
+            .conditional
+            .into_iter()
+            .map(|(list, index, text)| (result_of(list, index), text))
+            .collect();
+        Plan {
+            base: self.base,
+            len: end - self.base,
+            entry: self.base + self.blob.entry,
+            stack: self.data_base,
+            header,
+            image,
+            stages: self.stages,
+            warnings: self.warnings,
+            conditional,
+            inherit: self.inherit,
+            lists,
+            objects: self.objects,
+        }
+    }
+
+    fn put(&mut self, at: u64, bytes: &[u8]) {
+        let at = (at - self.data_base) as usize;
+        self.data[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+fn six(args: &[u64]) -> [u64; 6] {
+    std::array::from_fn(|i| args.get(i).copied().unwrap_or(0))
+}
+
+impl Plan {
+    /// The operation at an address: its text, and the object that it belongs to.
+    pub fn operation_at(&self, address: u64) -> Option<(String, &str)> {
+        let (base, list) = self.lists.iter().find(|(base, list)| {
+            (*base..*base + (list.ops.len() * size_of::<Op>()) as u64).contains(&address)
+        })?;
+        let index = ((address - base) / size_of::<Op>() as u64) as usize;
+        Some((describe(&list.ops[index]), &self.objects[list.objects[index] as usize]))
+    }
+
+    /// The stage of an operation of the first thread.
+    pub fn stage_at(&self, index: u64) -> Option<Stage> {
+        self.stages.iter().find(|(at, _)| *at as u64 == index).map(|(_, stage)| *stage)
+    }
+
+    /// The whole plan as text, one operation a line, threads after the first one's list.
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        for (number, (_, list)) in self.lists.iter().enumerate() {
+            if number > 0 {
+                text.push_str(&format!("thread list {number}:\n"));
+            }
+            for (op, object) in list.ops.iter().zip(&list.objects) {
+                let object = &self.objects[*object as usize];
+                text.push_str(&format!("{:<70} # {object}\n", describe(op)));
+            }
+        }
+        text
+    }
+}
+
+fn describe(op: &Op) -> String {
+    if op.kind == OpKind::Thread as u32 {
+        return format!("clone3(thread {})", op.expect);
+    }
+    if op.kind == OpKind::Trap as u32 {
+        return "hand over to the tracer".into();
+    }
+    if op.kind == OpKind::Join as u32 {
+        return "wait for the threads".into();
+    }
+    let used = op.args.iter().rposition(|a| *a != 0).map_or(0, |i| i + 1);
+    let args: Vec<String> = op.args[..used]
+        .iter()
+        .map(|a| if *a < 10_000 { a.to_string() } else { format!("{a:#x}") })
+        .collect();
+    format!("{}({})", crate::syscalls::name(op.nr), args.join(", "))
+}
