@@ -500,8 +500,10 @@ fn cpu() -> Cpu {
     cpu
 }
 
+/// # Safety
+/// The processor has XSAVE and the system has enabled it.
 #[target_feature(enable = "xsave")]
-fn xcr0() -> u64 {
+unsafe fn xcr0() -> u64 {
     // SAFETY: the target feature says that the instruction exists, and the caller that it is enabled;
     // register 0 always exists then.
     #[allow(unused_unsafe)]

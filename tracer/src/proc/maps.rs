@@ -129,30 +129,41 @@ pub fn read_maps(process: impl Into<ProcDir>) -> Result<Vec<Vma>> {
 
 fn read(dir: ProcDir, name: &str) -> Result<Vec<Vma>> {
     let text = dir.read(name)?;
-    parse(&text, &|path| identity(&dir, path)).map_err(|line| dir.syntax(name, line))
+    parse(&text, &|path| identities(&dir, path)).map_err(|line| dir.syntax(name, line))
 }
 
-/// Device and inode of a path, looked up from our root and then from the target's.
-fn identity(dir: &ProcDir, path: &Path) -> Option<((u32, u32), u64)> {
-    let inner = dir.join("root").join(path.strip_prefix("/").ok()?);
-    let found = std::fs::metadata(path)
-        .or_else(|_| std::fs::metadata(inner))
-        .ok()?;
-    Some((
-        (libc::major(found.dev()), libc::minor(found.dev())),
-        found.ino(),
-    ))
+/// Device and inode.
+type Identity = ((u32, u32), u64);
+
+/// What a path leads to from our root and from the target's.
+fn identities(dir: &ProcDir, path: &Path) -> Vec<Identity> {
+    let inner = path
+        .strip_prefix("/")
+        .map(|path| dir.join("root").join(path));
+    let both = [Some(path.to_owned()), inner.ok()];
+    let found = both
+        .into_iter()
+        .flatten()
+        .filter_map(|path| std::fs::metadata(path).ok());
+    found
+        .map(|file| {
+            (
+                (libc::major(file.dev()), libc::minor(file.dev())),
+                file.ino(),
+            )
+        })
+        .collect()
 }
 
-type Identity<'a> = &'a dyn Fn(&Path) -> Option<((u32, u32), u64)>;
+type Lookup<'a> = &'a dyn Fn(&Path) -> Vec<Identity>;
 
 /// Parses maps or smaps; the error is the line that was not understood.
-fn parse<'a>(text: &'a [u8], identity: Identity<'_>) -> Result<Vec<Vma>, &'a [u8]> {
+fn parse<'a>(text: &'a [u8], lookup: Lookup<'_>) -> Result<Vec<Vma>, &'a [u8]> {
     let mut vmas: Vec<Vma> = Vec::new();
     for line in lines(text).filter(|line| !line.is_empty()) {
         // A mapping begins with a hexadecimal digit in lower case, a detail with a capital.
         if !line[0].is_ascii_uppercase() {
-            vmas.push(header(line, identity).ok_or(line)?);
+            vmas.push(header(line, lookup).ok_or(line)?);
         } else if let Some(vma) = vmas.last_mut() {
             detail(vma, line).ok_or(line)?;
         } else {
@@ -163,7 +174,7 @@ fn parse<'a>(text: &'a [u8], identity: Identity<'_>) -> Result<Vec<Vma>, &'a [u8
 }
 
 /// `55f8-55f9 rw-p 00000000 fe:00 18504      /path with spaces`
-fn header(line: &[u8], identity: Identity<'_>) -> Option<Vma> {
+fn header(line: &[u8], lookup: Lookup<'_>) -> Option<Vma> {
     let mut parts = line.splitn(6, |&byte| byte == b' ');
     let range = parts.next()?;
     let dash = range.iter().position(|&byte| byte == b'-')?;
@@ -176,7 +187,7 @@ fn header(line: &[u8], identity: Identity<'_>) -> Option<Vma> {
     let inode = dec(parts.next()?)?;
     // Padded with blanks up to a column; no name begins with a blank.
     let raw = parts.next().unwrap_or_default().trim_ascii_start();
-    let (name, exact) = name(raw, dev, inode, identity);
+    let (name, exact) = name(raw, dev, inode, lookup);
     (start <= end).then(|| Vma {
         start,
         end,
@@ -202,7 +213,7 @@ fn header(line: &[u8], identity: Identity<'_>) -> Option<Vma> {
 }
 
 /// The name, and whether the kernel's text says it byte by byte.
-fn name(raw: &[u8], dev: (u32, u32), inode: u64, identity: Identity<'_>) -> (VmaName, bool) {
+fn name(raw: &[u8], dev: (u32, u32), inode: u64, lookup: Lookup<'_>) -> (VmaName, bool) {
     let inside = |prefix: &[u8]| Some(raw.strip_prefix(prefix)?.strip_suffix(b"]")?.to_vec());
     let special = match raw {
         b"" => VmaName::Anonymous,
@@ -212,7 +223,7 @@ fn name(raw: &[u8], dev: (u32, u32), inode: u64, identity: Identity<'_>) -> (Vma
         b"[vvar]" => VmaName::Vvar,
         b"[vvar_vclock]" => VmaName::VvarVclock,
         b"[vsyscall]" => VmaName::Vsyscall,
-        [b'/', ..] => return file_name(raw, dev, inode, identity),
+        [b'/', ..] => return file_name(raw, dev, inode, lookup),
         _ => match (inside(b"[anon:"), inside(b"[anon_shmem:")) {
             (Some(name), _) => VmaName::AnonNamed(name),
             (_, Some(name)) => VmaName::AnonShmemNamed(name),
@@ -225,7 +236,7 @@ fn name(raw: &[u8], dev: (u32, u32), inode: u64, identity: Identity<'_>) -> (Vma
 /// The kernel writes a newline as `\012` but does not escape the backslash, and it appends
 /// `" (deleted)"`, which may as well be a part of the name. So of the readings that the text allows,
 /// take the one whose file is the mapped one; when there is none, the likely one.
-fn file_name(raw: &[u8], dev: (u32, u32), inode: u64, identity: Identity<'_>) -> (VmaName, bool) {
+fn file_name(raw: &[u8], dev: (u32, u32), inode: u64, lookup: Lookup<'_>) -> (VmaName, bool) {
     let plain = unescape_octal(raw);
     let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
     let escaped = *plain != *raw;
@@ -233,11 +244,12 @@ fn file_name(raw: &[u8], dev: (u32, u32), inode: u64, identity: Identity<'_>) ->
     if escaped || cut.is_some() {
         let readings = [raw, &plain];
         for reading in readings.into_iter().skip(usize::from(!escaped)) {
-            let found = identity(Path::new(OsStr::from_bytes(reading)));
+            let found = lookup(Path::new(OsStr::from_bytes(reading)));
             // A device with major 0 has no fixed number: btrfs subvolumes, overlayfs.
-            if found.is_some_and(|((major, minor), ino)| {
+            let same = |&((major, minor), ino): &Identity| {
                 ino == inode && ((major, minor) == dev || major == 0)
-            }) {
+            };
+            if found.iter().any(same) {
                 let exact = reading == raw;
                 return (
                     VmaName::File {
@@ -298,8 +310,8 @@ fn detail(vma: &mut Vma, line: &[u8]) -> Option<()> {
 mod tests {
     use super::*;
 
-    fn nobody(_: &Path) -> Option<((u32, u32), u64)> {
-        None
+    fn nobody(_: &Path) -> Vec<Identity> {
+        Vec::new()
     }
 
     fn names(text: &str) -> Vec<VmaName> {
@@ -435,12 +447,12 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 
     #[test]
     fn the_file_itself_decides_what_its_name_is() {
-        let exists = |path: &Path| match path.to_str()? {
-            "/tmp/x (deleted)" => Some(((254, 0), 5)),
-            r"/tmp/back\012slash" => Some(((254, 0), 6)),
-            "/btrfs (deleted)" => Some(((0, 33), 7)),
-            "/other (deleted)" => Some(((254, 0), 99)),
-            _ => None,
+        let exists = |path: &Path| match path.to_str().unwrap_or_default() {
+            "/tmp/x (deleted)" => vec![((254, 0), 5)],
+            r"/tmp/back\012slash" => vec![((254, 0), 6)],
+            "/btrfs (deleted)" => vec![((0, 33), 7)],
+            "/other (deleted)" => vec![((254, 0), 98), ((254, 0), 99)],
+            _ => vec![],
         };
         let text = r"1000-2000 rw-s 00000000 fe:00 5          /tmp/x (deleted)
 2000-3000 rw-s 00000000 fe:00 6          /tmp/back\012slash
