@@ -14,6 +14,7 @@ pub mod objects;
 pub mod progress;
 pub mod restore;
 pub mod snapshot;
+pub mod supervise;
 pub mod syscalls;
 
 pub use error::{Error, Obstacle, Result};

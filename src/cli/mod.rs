@@ -9,6 +9,7 @@ pub mod exit;
 mod output;
 pub mod progress;
 pub mod restore;
+pub mod run;
 
 use exit::{Outcome, Role};
 
@@ -44,6 +45,8 @@ pub struct Loudness {
 enum Command {
     /// Write a checkpoint of a running process; it goes on afterwards.
     Attach(attach::Attach),
+    /// Start a program, take checkpoints of it at an interval, and return its exit code.
+    Run(run::Run),
     /// Rebuild a job from its image and return its exit code.
     Restore(restore::Restore),
 }
@@ -51,7 +54,7 @@ enum Command {
 impl Command {
     fn role(&self) -> Role {
         match self {
-            Command::Restore(_) => Role::Supervisor,
+            Command::Run(_) | Command::Restore(_) => Role::Supervisor,
             _ => Role::Tool,
         }
     }
@@ -59,6 +62,7 @@ impl Command {
     fn run(&self) -> Outcome {
         match self {
             Command::Attach(args) => attach::run(args),
+            Command::Run(args) => run::run(args),
             Command::Restore(args) => restore::run(args),
         }
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::exit::{Failure, Outcome, complain};
+use super::run::{leave_standard_streams, take_over_signals, wait};
 use super::{Loudness, output, progress};
 use crate::restore::{self, FilesPolicy};
 
@@ -115,8 +116,9 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     if args.loudness.verbose {
         output::note(&format!("ckpt: running as process {}", restored.pid));
     }
-    let code = restored.wait()?;
-    Ok(u8::try_from(code).unwrap_or(u8::MAX))
+    let signals = take_over_signals()?;
+    leave_standard_streams()?;
+    wait(restored.pid, &signals, None)
 }
 
 #[cfg(test)]

@@ -1,0 +1,139 @@
+//! `ckpt run`: a program with checkpoints at an interval.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use ckpt_image::Codec;
+use clap::Args;
+
+use super::exit::{Failure, Outcome, complain};
+use super::{Loudness, output};
+use crate::supervise::interval::parse_duration;
+use crate::supervise::periodic::{Periodic, Plan, Tell};
+use crate::supervise::retention::Images;
+use crate::supervise::{self, Signals};
+
+/// Arguments of `ckpt run`.
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Run {
+    /// The name of the images, NAME.1.ckpt, NAME.2.ckpt …; the program's name unless given.
+    #[arg(long, value_name = "NAME")]
+    name: Option<OsString>,
+    /// The directory of the images; it is made if it does not exist.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    dir: PathBuf,
+    /// Take a checkpoint each time this much time has passed: 30s, 5m, 1h, or plain seconds. Without it none is taken.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    interval: Option<Duration>,
+    /// Keep this many of the newest images and remove older ones; the last good one always stays.
+    #[arg(long, value_name = "COUNT", default_value = "2", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: u32,
+    /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
+    #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
+    codec: Codec,
+    #[command(flatten)]
+    loudness: Loudness,
+    /// The program and its arguments.
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "PROG"
+    )]
+    command: Vec<OsString>,
+}
+
+const EXAMPLES: &str = "\
+The program gets every signal that is sent to ckpt, and its exit code is returned. A checkpoint
+that fails is reported in one line on standard error; the program goes on.
+
+Examples:
+  ckpt run --interval 10m -- ./simulate input.dat
+  ckpt run --name job --dir /var/ckpt --interval 1h --keep 3 -- python3 train.py
+  restore /var/ckpt/job.7.ckpt     go on from the seventh checkpoint";
+
+pub(crate) fn run(args: &Run) -> Outcome {
+    let (program, arguments) = args.command.split_first().ok_or(Failure::Told)?;
+    let images = Images::new(&args.dir, name_of(args, program)?);
+    if args.interval.is_some() {
+        let made = std::fs::create_dir_all(&args.dir).and_then(|()| images.counters());
+        made.map_err(|error| {
+            let dir = output::visible(args.dir.as_os_str().as_bytes());
+            Failure::Message(format!(
+                "cannot use the directory {dir}: {error}; choose another with --dir"
+            ))
+        })?;
+    }
+    let signals = take_over_signals()?;
+    let mut command = Command::new(program);
+    command.args(arguments);
+    let pid = supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
+        let program = output::visible(program.as_bytes());
+        Failure::Message(format!(
+            "cannot start {program}: {error}; check its name and PATH"
+        ))
+    })?;
+    leave_standard_streams()?;
+    let mut periodic = args.interval.map(|interval| {
+        let plan = Plan {
+            interval,
+            images,
+            keep: args.keep as usize,
+            codec: args.codec,
+        };
+        let (quiet, verbose) = (args.loudness.quiet, args.loudness.verbose);
+        let failed: Tell = Box::new(|line| complain(&line));
+        let done: Tell = Box::new(move |line| {
+            if verbose && !quiet {
+                complain(&line);
+            }
+        });
+        Periodic::new(plan, pid, failed, done)
+    });
+    wait(pid, &signals, periodic.as_mut())
+}
+
+/// Waits in the foreground for a job; its exit code.
+pub(crate) fn wait(pid: i32, signals: &Signals, periodic: Option<&mut Periodic>) -> Outcome {
+    let code = supervise::wait_for(pid, signals, periodic).map_err(|errno| {
+        Failure::Message(format!("cannot wait for process {pid}: {}", errno.desc()))
+    })?;
+    Ok(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+pub(crate) fn take_over_signals() -> Result<Signals, Failure> {
+    Signals::take_over()
+        .map_err(|errno| Failure::Message(format!("cannot prepare for signals: {}", errno.desc())))
+}
+
+/// Lets go of standard input and output: while we held them, whoever is at their other ends would
+/// not see the program close its own.
+pub(crate) fn leave_standard_streams() -> Result<(), Failure> {
+    let left = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .and_then(|null| {
+            nix::unistd::dup2_stdin(&null)?;
+            Ok(nix::unistd::dup2_stdout(&null)?)
+        });
+    left.map_err(|error| Failure::Message(format!("cannot use /dev/null: {error}")))
+}
+
+fn name_of(args: &Run, program: &OsString) -> Result<OsString, Failure> {
+    let name = match &args.name {
+        Some(name) => Some(name.as_os_str()),
+        None => Path::new(program).file_name(),
+    };
+    match name {
+        Some(name) if !name.is_empty() && !name.as_bytes().contains(&b'/') => Ok(name.to_owned()),
+        _ => Err(Failure::Usage(
+            "--name wants a file name without a slash; the directory goes to --dir".into(),
+        )),
+    }
+}

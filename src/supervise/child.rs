@@ -1,0 +1,135 @@
+//! The loop that waits for a program.
+
+use std::io;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, raise};
+use nix::unistd::{Pid, getpgid, getpgrp};
+
+use super::periodic::Periodic;
+use super::signals::{Received, is_forwarded, stops_the_shell_job};
+use super::sys::{Change, Signals, changed, send};
+
+/// Starts a program in our process group, with the signals that we were started with; its pid.
+/// `traced` says that checkpoints will be taken of it.
+///
+/// # Errors
+/// When the program cannot be started.
+pub fn start(mut command: Command, signals: &Signals, traced: bool) -> io::Result<i32> {
+    signals.leave_to(&mut command, traced);
+    // Dropping the handle leaves the child alone; `wait_for` waits for it.
+    Ok(command.spawn()?.id() as i32)
+}
+
+/// Waits for the end of `child`, a child of this process, passes signals on to it meanwhile, and
+/// takes checkpoints when they are due. Returns its exit code, 128 plus the signal that ended it.
+///
+/// # Errors
+/// When the kernel refuses to wait: `ECHILD` when somebody else waited for the child.
+pub fn wait_for(
+    child: i32,
+    signals: &Signals,
+    mut periodic: Option<&mut Periodic>,
+) -> nix::Result<i32> {
+    let mut end = None;
+    loop {
+        while let Some(received) = signals.next()? {
+            match end {
+                None => forward(child, &received)?,
+                // Only the last checkpoint is being waited for; whoever asks us to end means it.
+                Some(_) if is_forwarded(&received, child, false) => {
+                    periodic.iter_mut().for_each(|periodic| periodic.abandon());
+                }
+                Some(_) => {}
+            }
+        }
+        // A child may change again while its last change is dealt with.
+        while end.is_none() {
+            match changed(child)? {
+                Some(Change::Ended(code)) => end = Some(code),
+                Some(Change::Stopped(signal)) if stops_the_shell_job(signal) => stop_like(signal)?,
+                Some(Change::Stopped(_)) => {}
+                None => break,
+            }
+        }
+        let now = Instant::now();
+        let timeout = match periodic.as_deref_mut() {
+            Some(periodic) => {
+                periodic.reap(now)?;
+                match end {
+                    Some(code) if !periodic.is_busy() => return Ok(code),
+                    Some(_) => None,
+                    None => periodic.begin_if_due(now),
+                }
+            }
+            None if end.is_some() => return Ok(end.unwrap_or_default()),
+            None => None,
+        };
+        let mut fds = [PollFd::new(
+            std::os::fd::AsFd::as_fd(signals),
+            PollFlags::POLLIN,
+        )];
+        match poll(&mut fds, poll_timeout(timeout)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// Rounded up, so that what is due is due when the poll ends; at most what poll can take.
+fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
+    let Some(timeout) = timeout else {
+        return PollTimeout::NONE;
+    };
+    let millis = timeout.as_nanos().div_ceil(1_000_000);
+    i32::try_from(millis)
+        .ok()
+        .and_then(|ms| ms.try_into().ok())
+        .unwrap_or(PollTimeout::MAX)
+}
+
+fn forward(child: i32, received: &Received) -> nix::Result<()> {
+    let same_group = getpgid(Some(Pid::from_raw(child))).is_ok_and(|group| group == getpgrp());
+    if !is_forwarded(received, child, same_group) {
+        return Ok(());
+    }
+    match send(child, received) {
+        // It has become another user's (a set-uid program): a shell could not signal it either.
+        Ok(()) | Err(Errno::ESRCH | Errno::EPERM) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Stops us by the signal that stopped the child, so that our shell gets its prompt back; returns
+/// when we are continued. In an orphaned process group the kernel ignores it, as for any program.
+fn stop_like(signal: i32) -> nix::Result<()> {
+    let signal = Signal::try_from(signal)?;
+    raise(signal)?;
+    // The signal is blocked, so that it can be read; it takes effect only now.
+    let mut only = SigSet::empty();
+    only.add(signal);
+    only.thread_unblock()?;
+    if signal == Signal::SIGTSTP {
+        only.thread_block()
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_never_end_early() {
+        let millis = |timeout| poll_timeout(Some(timeout)).as_millis();
+        assert_eq!(millis(Duration::ZERO), Some(0));
+        assert_eq!(millis(Duration::from_nanos(1)), Some(1));
+        assert_eq!(millis(Duration::from_micros(1500)), Some(2));
+        assert_eq!(millis(Duration::MAX), PollTimeout::MAX.as_millis());
+        assert!(poll_timeout(None).is_none());
+    }
+}
