@@ -1,10 +1,20 @@
-//! Reading every byte of an image.
+//! Reading every byte of an image, on several processors.
+
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, Builder};
 
 use crate::error::{Error, Part, Result};
 use crate::header::HEADER_BYTES;
 use crate::index::{FOOTER_BYTES, KIND_CHUNK, RECORD_BYTES, Record};
 use crate::reader::Reader;
 use crate::section::{part_of, read_record, resize};
+
+/// Threads at most, so that memory is bounded on any machine: each holds a chunk's raw and stored bytes.
+const THREADS: usize = 8;
+
+/// Images smaller than this are read sooner than a thread is started.
+const WORTH_A_THREAD: u64 = 4 << 20;
 
 /// What [`Reader::verify`] found whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -21,36 +31,61 @@ pub struct VerifySummary {
     pub digest: [u8; 32],
 }
 
+/// The next record to read, handed out in file order.
+#[derive(Default)]
+struct Queue {
+    at: usize,
+    chunks: usize,
+    /// The damage that is first in the file, and where; nothing is handed out after the first one found.
+    damage: Option<(u64, Error)>,
+}
+
 impl Reader {
     /// Reads every byte, checks every digest, and decodes every chunk and section.
-    /// `progress` is told bytes done and bytes in total.
+    /// `progress` is told bytes done and bytes in total, in the calling thread.
     ///
     /// # Errors
     /// The first damage in file order: `Corrupt`, `Codec`, `Truncated` or `Io`.
     pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifySummary> {
-        let index = &self.layout.index[..];
-        let total = self.source.len;
-        let mut done = (HEADER_BYTES + FOOTER_BYTES + index.len()) as u64;
-        let (mut raw, mut scratch) = (Vec::new(), Vec::new());
-        let (mut at, mut chunk) = (0, 0);
-        progress(done, total);
-        while let Some(record) = index.get(at..).and_then(Record::at) {
-            let end = at + RECORD_BYTES + record.table_len.get() as usize;
-            let part = || {
-                if record.kind == KIND_CHUNK {
-                    Part::Chunk(chunk)
-                } else {
-                    part_of(&record)
-                }
-            };
-            self.compare_header(&record, &index[at..end], &mut scratch, part)?;
-            read_record(&self.source, &record, &mut raw, &mut scratch, part)?;
-            chunk += usize::from(record.kind == KIND_CHUNK);
-            at = end;
-            done += record.total();
-            progress(done, total);
-        }
         let footer = &self.layout.footer;
+        let total = self.source.len;
+        let mut done = (HEADER_BYTES + FOOTER_BYTES + self.layout.index.len()) as u64;
+        progress(done, total);
+        let queue = Mutex::new(Queue::default());
+        let threads = match total {
+            ..WORTH_A_THREAD => 0,
+            _ => thread::available_parallelism()
+                .map_or(1, Into::into)
+                .min(THREADS),
+        };
+        thread::scope(|scope| {
+            let (tell, told) = channel();
+            let mut started = 0;
+            for _ in 0..threads {
+                let (tell, queue) = (tell.clone(), &queue);
+                let thread = Builder::new().name("ckpt-verify".into());
+                started += usize::from(
+                    thread
+                        .spawn_scoped(scope, move || self.verify_some(queue, &tell))
+                        .is_ok(),
+                );
+            }
+            if started == 0 {
+                self.verify_some(&queue, &tell);
+            }
+            drop(tell);
+            for bytes in told {
+                done += bytes;
+                progress(done, total);
+            }
+        });
+        let damage = queue
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .damage;
+        if let Some((_, error)) = damage {
+            return Err(error);
+        }
         Ok(VerifySummary {
             bytes: done,
             chunks: footer.chunks.get(),
@@ -58,6 +93,49 @@ impl Reader {
             sections: footer.sections.get(),
             digest: footer.root,
         })
+    }
+
+    /// The life of one verifying thread.
+    fn verify_some(&self, queue: &Mutex<Queue>, tell: &Sender<u64>) {
+        let index = &self.layout.index[..];
+        let lock = || queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut raw, mut scratch) = (Vec::new(), Vec::new());
+        loop {
+            let mut next = lock();
+            let record = index.get(next.at..).and_then(Record::at);
+            let (Some(record), None) = (record, &next.damage) else {
+                return;
+            };
+            let end = next.at + RECORD_BYTES + record.table_len.get() as usize;
+            let (expected, chunk) = (&index[next.at..end], next.chunks);
+            next.at = end;
+            next.chunks += usize::from(record.kind == KIND_CHUNK);
+            drop(next);
+            let part = || {
+                if record.kind == KIND_CHUNK {
+                    Part::Chunk(chunk)
+                } else {
+                    part_of(&record)
+                }
+            };
+            let checked = self
+                .compare_header(&record, expected, &mut scratch, part)
+                .and_then(|()| read_record(&self.source, &record, &mut raw, &mut scratch, part));
+            match checked {
+                // The caller's thread listens until all senders are gone.
+                Ok(()) => drop(tell.send(record.total())),
+                Err(error) => {
+                    let (offset, mut queue) = (record.offset.get(), lock());
+                    if queue
+                        .damage
+                        .as_ref()
+                        .is_none_or(|(before, _)| offset < *before)
+                    {
+                        queue.damage = Some((offset, error));
+                    }
+                }
+            }
+        }
     }
 
     /// The record's header and run table in the file must be those in the index.

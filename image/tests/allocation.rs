@@ -45,8 +45,13 @@ fn peak<T>(body: impl FnOnce() -> T) -> (T, usize) {
     (result, PEAK.load(SeqCst) - before)
 }
 
-/// Beyond the file's size: one decoded chunk and one being decoded, decoder state, error texts.
-const CONSTANT: usize = 2 * MAX_CHUNK + (1 << 20);
+/// Beyond the file's size: for each verifying thread one decoded chunk and one being decoded, decoder state, error texts.
+fn constant(chunk: usize) -> usize {
+    let threads = std::thread::available_parallelism()
+        .map_or(1, Into::into)
+        .min(8);
+    threads * 2 * chunk + (1 << 20)
+}
 
 fn read_all(path: &std::path::Path) {
     let Ok(reader) = Reader::open(path) else {
@@ -85,7 +90,7 @@ fn memory_is_bounded() {
             let mut bad = good.clone();
             bad[at..at + 8].copy_from_slice(&value.to_le_bytes());
             reseal(&mut bad);
-            measure("a lying number", &bad, CONSTANT);
+            measure("a lying number", &bad, constant(MAX_CHUNK));
         }
     }
 
@@ -103,14 +108,14 @@ fn memory_is_bounded() {
         .collect();
     let bytes = forge(&good, &chunks);
     assert!(bytes.len() > 9 << 20);
-    measure("runs of one page", &bytes, 2 << 20);
+    measure("runs of one page", &bytes, constant(CHUNK_BYTES));
 
     // And nothing but the smallest chunks and sections.
     let zeros = zstd::bulk::compress(&[0; PAGE], 1).unwrap();
     let chunks: Vec<_> = (0..30_000)
         .map(|n| Forged::chunk(2, &[(1, n, 1)], zeros.clone()))
         .collect();
-    measure("smallest chunks", &forge(&good, &chunks), 1 << 20);
+    measure("smallest chunks", &forge(&good, &chunks), constant(PAGE));
     let sections: Vec<_> = (0..30_000u32)
         .map(|n| Forged::block(format!("s{n}").as_bytes(), 0, 1, vec![]))
         .collect();
@@ -135,7 +140,7 @@ fn memory_is_bounded() {
         .collect();
     let bytes = forge(&good, &bomb);
     assert!(bytes.len() < 100_000);
-    let used = measure("a section's bomb", &bytes, 1 << 20);
+    let used = measure("a section's bomb", &bytes, constant(256 << 10));
     assert!(used > 256 << 10, "the section was not read");
 
     the_writer_is_bounded();

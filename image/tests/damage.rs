@@ -237,3 +237,41 @@ fn other_architectures_open_but_are_told() {
     );
     reader.require_arch(ckpt_image::Arch::Aarch64).unwrap();
 }
+
+#[test]
+fn the_first_damage_in_the_file_is_told() {
+    let mut writer = ckpt_image::Writer::new(Vec::new(), &header(), options(Codec::None)).unwrap();
+    for n in 0..40 {
+        writer
+            .submit(chunk_of(&[(0, n << 20, noise(n, 64 * PAGE))]))
+            .unwrap();
+    }
+    let good = writer.finish().unwrap().0;
+    let chunks = Reader::from_bytes(good.clone()).unwrap().chunks().to_vec();
+    let mut told = Vec::new();
+    let mut record = |done, total| told.push((done, total));
+    let summary = Reader::from_bytes(good.clone())
+        .unwrap()
+        .verify(&mut record)
+        .unwrap();
+    assert_eq!(summary.bytes, good.len() as u64);
+    assert_eq!(
+        (told.len(), told.last()),
+        (41, Some(&(summary.bytes, summary.bytes)))
+    );
+    for damaged in [[0, 1], [3, 20], [38, 39]] {
+        let mut bad = good.clone();
+        for chunk in damaged {
+            bad[chunks[chunk].offset as usize + 1000] ^= 4;
+        }
+        let error = Reader::from_bytes(bad)
+            .unwrap()
+            .verify(&mut |_, _| {})
+            .unwrap_err();
+        let expected = Part::Chunk(damaged[0]);
+        assert!(
+            matches!(&error, Error::Corrupt { part, .. } if *part == expected),
+            "{error}"
+        );
+    }
+}
