@@ -1,12 +1,179 @@
 //! Whether a process can be checkpointed and restored: everything that stands in the way,
 //! found from outside before anything is touched.
 
-use ckpt_tracer::Pid;
+use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::proc::status::{Status, read_status};
+use ckpt_tracer::proc::{ProcRoot, tasks};
+use ckpt_tracer::{Error as TracerError, Pid};
+use nix::unistd::geteuid;
 
-use crate::error::{Obstacle, Result};
+use crate::capture::source::{Collector, Source};
+use crate::error::{Error, Obstacle, Result};
+use crate::objects::process;
 
 /// All obstacles to a checkpoint of `pid`; empty when there is none. Touches nothing.
 pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
-    let _ = pid;
-    Ok(Vec::new())
+    if let Err(obstacle) = accessible(pid) {
+        return Ok(vec![obstacle]);
+    }
+    let source = match Source::open(pid) {
+        Ok(source) => source,
+        Err(TracerError::Proc { source, .. }) if source.raw_os_error() == Some(libc::EACCES) => {
+            return Ok(vec![denied(pid)]);
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let mut collector = Collector::default();
+    inside_the_job(&source, &mut collector)?;
+    match process::capture_from_outside(&source, &mut collector) {
+        Ok(_) => Ok(collector.obstacles),
+        Err(Error::Tracer(TracerError::Proc { source, .. }))
+            if source.raw_os_error() == Some(libc::EACCES) =>
+        {
+            Ok(vec![denied(pid)])
+        }
+        Err(Error::Tracer(TracerError::Kernel { call: "pidfd_getfd", errno, .. }))
+            if errno == nix::errno::Errno::EPERM =>
+        {
+            Ok(vec![denied(pid)])
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn no_such(pid: Pid) -> Obstacle {
+    Obstacle::new(
+        format!("process {pid}"),
+        "does not exist",
+        "look for the right one with `pgrep -a NAME`",
+    )
+}
+
+/// What can be said by everyone's view of the process.
+fn accessible(pid: Pid) -> Result<(), Obstacle> {
+    let dir = ProcRoot::default().process(pid);
+    let (Ok(stat), Ok(status)) = (read_stat(dir.clone()), read_status(dir)) else {
+        return Err(no_such(pid));
+    };
+    let object = format!("process {pid} ({})", stat.comm);
+    if status.tgid != pid {
+        return Err(Obstacle::new(
+            format!("{pid}"),
+            format!("is a thread of process {}, not a process", status.tgid),
+            format!("name the process: ckpt attach {}", status.tgid),
+        ));
+    }
+    if stat.is_kernel_thread() {
+        let reason = "is a thread of the kernel, which cannot be checkpointed";
+        return Err(Obstacle::without_remedy(object, reason));
+    }
+    if status.state.has_ended() {
+        let reason = if tasks::list_tasks(pid).map_or(0, |t| t.len()) > 1 {
+            "has lost its first thread while others go on, which is not supported"
+        } else {
+            "has already ended and waits for its parent to notice (a zombie)"
+        };
+        return Err(Obstacle::without_remedy(object, reason));
+    }
+    if pid.raw() as u32 == std::process::id() {
+        return Err(Obstacle::new(
+            object,
+            "is ckpt itself",
+            "name the process that you want to checkpoint",
+        ));
+    }
+    if status.tracer_pid != 0 {
+        return Err(Obstacle::new(object, traced_by(status.tracer_pid), "end that one first"));
+    }
+    let me = geteuid().as_raw();
+    if me != 0 && [status.uid.real, status.uid.effective, status.uid.saved] != [me; 3] {
+        return Err(Obstacle::new(
+            object,
+            format!("belongs to uid {} and you are uid {me}", status.uid.real),
+            "run ckpt as that user or as root",
+        ));
+    }
+    Ok(())
+}
+
+fn traced_by(tracer: i32) -> String {
+    let name = tasks::comm(Pid(tracer)).map_or_else(|_| "?".into(), |c| c.to_string());
+    format!("is being traced by {name} (pid {tracer}), and a process has one tracer at most")
+}
+
+fn denied(pid: Pid) -> Obstacle {
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    let object = format!("process {pid}");
+    match scope.trim() {
+        "" | "0" => Obstacle::new(
+            object,
+            "may not be traced by you: it changed its privileges or made itself undumpable",
+            "run ckpt as root",
+        ),
+        scope => Obstacle::new(
+            object,
+            format!("may not be traced by you: kernel.yama.ptrace_scope is {scope}"),
+            "start the program with `ckpt run`, or have the setting lowered",
+        ),
+    }
+}
+
+/// What of the process's own state is in the way.
+fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
+    let object = source.title();
+    let mut refuse = |reason: String, remedy: Option<&str>| {
+        collector.obstacles.push(Obstacle {
+            object: object.clone(),
+            reason,
+            remedy: remedy.map(str::to_owned),
+        });
+    };
+    for child in tasks::children(&ProcRoot::default(), source.pid)? {
+        let name = tasks::comm(child).map_or_else(|_| "?".into(), |c| c.to_string());
+        refuse(
+            format!("has a child process {child} ({name}), and trees are not supported yet"),
+            Some("wait until it has ended"),
+        );
+    }
+    if is_32_bit(source) {
+        refuse("is a 32-bit program, which is not supported".into(), Some("use a 64-bit build"));
+    }
+    if source.status.ns_pid.len() > 1 {
+        refuse("is in a pid namespace of its own, which is not supported yet".into(), None);
+    }
+    for tid in tasks::list_tasks(source.pid)? {
+        let Ok(status) = read_status((source.pid, tid)) else { continue };
+        if let Some(reason) = seccomp_in_the_way(&status) {
+            refuse(reason, Some("run ckpt as root"));
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn seccomp_in_the_way(status: &Status) -> Option<String> {
+    match status.seccomp {
+        Some(1) => Some("is under strict seccomp, which is not supported".into()),
+        Some(2) if !may_suspend_seccomp() => Some(
+            "has seccomp filters, which could kill it on a call made from outside; suspending \
+             them needs CAP_SYS_ADMIN"
+                .into(),
+        ),
+        _ => None,
+    }
+}
+
+/// `PTRACE_O_SUSPEND_SECCOMP` wants CAP_SYS_ADMIN, and a tracer that is not under seccomp itself.
+pub fn may_suspend_seccomp() -> bool {
+    const CAP_SYS_ADMIN: u64 = 1 << 21;
+    let me = read_status(Pid(std::process::id() as i32));
+    me.is_ok_and(|s| s.capabilities.effective & CAP_SYS_ADMIN != 0 && s.seccomp != Some(2))
+}
+
+/// A program without a 64-bit auxiliary vector and code segment: told by the executable.
+fn is_32_bit(source: &Source) -> bool {
+    let mut ident = [0; 5];
+    std::fs::File::open(source.dir.join("exe"))
+        .and_then(|f| std::os::unix::fs::FileExt::read_exact_at(&f, &mut ident, 0))
+        .is_ok_and(|()| ident[..4] == *b"\x7fELF" && ident[4] == 1)
 }

@@ -10,6 +10,7 @@ pub mod check;
 pub mod cli;
 pub mod error;
 pub mod holes;
+pub mod host;
 pub mod objects;
 pub mod progress;
 pub mod restore;

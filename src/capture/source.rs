@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::mem::ProcessMemory;
@@ -116,9 +115,4 @@ impl Collector {
         self.files_by_key.insert(key, self.mapped_files.len() - 1);
         self.mapped_files.len() - 1
     }
-}
-
-/// Turns a descriptor into a file, for positioned reads.
-pub fn into_file(fd: OwnedFd) -> File {
-    File::from(fd)
 }

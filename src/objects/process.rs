@@ -2,14 +2,26 @@
 
 use std::path::PathBuf;
 
+use ckpt_tracer::RemoteAddr;
+use ckpt_tracer::freeze::Frozen;
+use ckpt_tracer::proc::maps::{VmFlags, Vma, read_smaps};
+use ckpt_tracer::proc::pagemap::PagemapScanner;
+use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::tasks;
+use ckpt_tracer::proc::timers::read_timers;
+use ckpt_tracer::remote::{self, Cave, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
-use super::address_space::AddressSpace;
-use super::files::FdEntry;
-use super::limits::Limit;
-use super::signals::{Action, Pending};
-use super::thread::Thread;
-use super::timers::{IntervalTimers, PosixTimer};
+use super::address_space::{self, AddressSpace};
+use super::files::{self, FdEntry};
+use super::limits::{self, Limit};
+use super::signals::{self, Action, Pending};
+use super::thread::{self, Thread};
+use super::timers::{self, IntervalTimers, PosixTimer};
+use super::{SpaceId, memory};
+use crate::capture::source::{Collector, Source};
+use crate::error::{Obstacle, Result};
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,4 +69,133 @@ pub struct Process {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
+}
+
+/// What can be captured of a process without executing anything in it. Also the heart of
+/// `ckpt check`, since it finds everything that stands in the way.
+pub struct FromOutside {
+    /// Mappings, as the kernel lists them.
+    pub vmas: Vec<Vma>,
+    /// Mappings, classified.
+    pub memory: memory::Captured,
+    /// Descriptors.
+    pub fds: Vec<FdEntry>,
+    /// Which pages are to be stored.
+    pub scanner: PagemapScanner,
+}
+
+/// Captures from outside; obstacles go into the collector.
+pub fn capture_from_outside(source: &Source, collector: &mut Collector) -> Result<FromOutside> {
+    let fds = files::capture(source, collector)?;
+    let vmas = read_smaps(source.dir.clone())?;
+    let scanner = PagemapScanner::open(source.dir.clone())?;
+    let memory = memory::capture(source, &vmas, &scanner, collector)?;
+    Ok(FromOutside { vmas, memory, fds, scanner })
+}
+
+/// Room for the answers of remote calls.
+const SCRATCH: u64 = 4096;
+
+/// Captures a frozen process. The leader is made ready for remote calls once; the other
+/// threads take their turns with its scratch memory.
+pub fn capture(
+    frozen: &mut Frozen,
+    source: &Source,
+    outside: FromOutside,
+    space: SpaceId,
+) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
+    let FromOutside { vmas, memory, fds, scanner } = outside;
+    let dir = source.dir.clone();
+    let pid = source.pid;
+    let stopped = frozen.tasks().iter().any(|t| t.stopped_by_signal());
+    let pending = frozen.tasks().first().map(|t| signals::capture_pending(t, true));
+    let pending = pending.transpose()?.unwrap_or_default();
+    let listed = read_timers(dir.clone())?;
+
+    remote::leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
+    let taken = vmas.iter().map(|v| (v.start, v.end));
+    let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
+        Obstacle::without_remedy(source.title(), "has no free address for 4096 bytes")
+    });
+    let scratch = RemoteAddr(scratch.map_err(crate::Error::refuse)?);
+    let cave = Cave::dig(&source.mem, &vmas)?;
+    let (leader, others) = frozen.tasks_mut().split_first_mut().ok_or(
+        ckpt_tracer::Error::Died { tid: pid.leader() },
+    )?;
+    let mut calls = RemoteCalls::begin(leader, &cave, scratch, SCRATCH)?;
+    let asked = address_space::capture(&mut calls)?;
+    let actions = signals::capture_actions(&mut calls)?;
+    let interval_timers = timers::capture_interval(&mut calls)?;
+    let posix_timers = timers::capture_posix(&mut calls, &listed)?;
+    let get = [PR_GET_CHILD_SUBREAPER, scratch.raw(), 0, 0, 0, 0];
+    calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
+    let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
+    let lock_future = locks_future(&mut calls, &vmas)?;
+    let mut threads = vec![thread::capture(&mut calls, source)?];
+    for task in others {
+        let mut calls = RemoteCalls::begin_borrowing(task, &cave, scratch)?;
+        threads.push(thread::capture(&mut calls, source)?);
+        calls.finish()?;
+    }
+    calls.finish()?;
+    cave.fill_in()?;
+
+    let link = |name: &str| {
+        std::fs::read_link(dir.join(name)).map_err(|source| crate::Error::File {
+            what: "look at",
+            path: dir.join(name),
+            source,
+        })
+    };
+    let status = read_status(dir.clone())?;
+    let process = Process {
+        pid: pid.raw(),
+        parent: status.ppid.raw(),
+        group: source.stat.pgrp,
+        session: source.stat.session,
+        stopped,
+        command_line: dir.read("cmdline")?,
+        memory: AddressSpace {
+            space,
+            layout: address_space::layout(&read_stat(dir.clone())?, asked.brk),
+            auxv: tasks::auxv(dir.clone())?,
+            executable: memory.executable,
+            mappings: memory.mappings,
+            lock_future,
+            thp_disabled: asked.thp_disabled,
+            dumpable: asked.dumpable,
+            membarrier: asked.membarrier,
+        },
+        threads,
+        actions,
+        pending,
+        interval_timers,
+        posix_timers,
+        fds,
+        cwd: link("cwd")?,
+        root: link("root")?,
+        umask: status.umask.unwrap_or(0o022),
+        limits: limits::capture(pid)?,
+        personality: tasks::personality(dir.clone())?,
+        child_subreaper,
+        oom_score_adj: tasks::oom_score_adj(dir.clone())?,
+        coredump_filter: tasks::coredump_filter(dir)?,
+    };
+    Ok((process, vmas, scanner))
+}
+
+/// `PR_GET_CHILD_SUBREAPER`.
+const PR_GET_CHILD_SUBREAPER: u64 = 37;
+
+/// Whether `mlockall(MCL_FUTURE)` is in force: nothing tells, but a new mapping shows it, and
+/// the scratch memory is one. Asked only where something is locked at all.
+fn locks_future(calls: &mut RemoteCalls<'_>, vmas: &[Vma]) -> Result<bool> {
+    if !vmas.iter().any(|v| v.flags.contains(VmFlags::LOCKED)) {
+        return Ok(false);
+    }
+    let pid = calls.pid();
+    let scratch = calls.scratch().raw();
+    let now = read_smaps(pid)?;
+    let locked = |v: &Vma| v.start == scratch && v.flags.contains(VmFlags::LOCKED);
+    Ok(now.iter().any(locked))
 }

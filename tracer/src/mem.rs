@@ -103,3 +103,38 @@ pub fn write_vm(pid: Pid, addr: RemoteAddr, bytes: &[u8]) -> Result<usize> {
         errno,
     })
 }
+
+/// Most pieces that one `process_vm_readv` takes (`UIO_MAXIOV`).
+pub const MAX_PIECES: usize = 1024;
+
+/// Appends pieces of another process's memory, at most [`MAX_PIECES`], to `into` in one call.
+/// Returns the bytes appended, which end before the first unreadable page. Any thread may
+/// call it.
+pub fn append_vm(pid: Pid, pieces: &[(u64, usize)], into: &mut Vec<u8>) -> Result<usize> {
+    let total: usize = pieces.iter().map(|(_, len)| len).sum();
+    into.reserve(total);
+    let room = into.spare_capacity_mut();
+    let local = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: total };
+    let remote: Vec<libc::iovec> = pieces
+        .iter()
+        .map(|&(addr, len)| libc::iovec { iov_base: addr as *mut _, iov_len: len })
+        .collect();
+    // SAFETY: `local` covers reserved room of ours; `remote` is only interpreted in the other
+    // process.
+    let n = unsafe {
+        libc::process_vm_readv(pid.raw(), &local, 1, remote.as_ptr(), remote.len() as u64, 0)
+    };
+    match Errno::result(n) {
+        Ok(n) => {
+            // SAFETY: the kernel has initialised `n` bytes behind the old length.
+            unsafe { into.set_len(into.len() + n as usize) };
+            Ok(n as usize)
+        }
+        Err(Errno::EFAULT) => Ok(0),
+        Err(Errno::ESRCH) => Err(Error::Died { tid: pid.leader() }),
+        Err(errno) => {
+            let addr = RemoteAddr(pieces.first().map_or(0, |p| p.0));
+            Err(Error::Memory { what: "read", pid, addr, len: total, errno })
+        }
+    }
+}

@@ -37,7 +37,7 @@ use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
 use crate::proc::maps::{Vma, VmaName};
 use crate::task::{Regs, Resume, Stop, Stopped, Waited};
-use crate::{Error, RemoteAddr, Result, Tid};
+use crate::{Error, Pid, RemoteAddr, Result, Tid};
 
 global_asm!(
     ".pushsection .rodata.ckpt_cave, \"a\", @progbits",
@@ -391,6 +391,11 @@ impl<'a> RemoteCalls<'a> {
     /// The task.
     pub fn tid(&self) -> Tid {
         self.task.tid()
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        self.cave.mem.pid()
     }
 
     /// The registers with which the task will go on.

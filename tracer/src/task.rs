@@ -162,6 +162,11 @@ impl Stopped {
         self.stop
     }
 
+    /// Whether the whole process is stopped by a signal (SIGSTOP, SIGTSTP …), not only by us.
+    pub fn stopped_by_signal(&self) -> bool {
+        matches!(self.stop, Stop::Event(signal) if signal != libc::SIGTRAP)
+    }
+
     /// Lets it go on, delivering `signal` (0: none).
     pub fn resume(self, how: Resume, signal: i32) -> Result<Running> {
         request("PTRACE_CONT", how as u32, self.tid, 0, signal as usize)?;
@@ -178,6 +183,13 @@ impl Stopped {
     pub fn set_options(&self, options: i32) -> Result<()> {
         request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as usize)
             .map(drop)
+    }
+
+    /// Suspends the task's seccomp filters for as long as it is traced
+    /// (`PTRACE_O_SUSPEND_SECCOMP`). Needs CAP_SYS_ADMIN.
+    pub fn suspend_seccomp(&self) -> Result<()> {
+        const SUSPEND_SECCOMP: i32 = 1 << 21;
+        self.set_options(libc::PTRACE_O_TRACESYSGOOD | SUSPEND_SECCOMP)
     }
 
     /// The message of the current event: for [`Stop::Clone`] the new task's tid.

@@ -1,9 +1,11 @@
 //! memfd_create(2).
 
+use std::fs::File;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Look, sys};
-use crate::capture::source::{Collector, Contents};
+use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::restore::plan::Builder;
@@ -35,6 +37,7 @@ const HUGETLBFS: i64 = 0x9584_58f6;
 
 /// Captures a memfd. Descriptions of one file share its contents.
 pub fn capture(
+    source: &Source,
     look: &Look,
     name: &[u8],
     collector: &mut Collector,
@@ -48,11 +51,12 @@ pub fn capture(
     let contents = match known {
         Some(space) => space,
         None => {
-            let fd = look.copy.try_clone().map_err(|e| {
-                let object = format!("the memfd {}", String::from_utf8_lossy(name));
-                Box::new(Obstacle::without_remedy(object, format!("cannot be copied: {e}")))
+            // Opened anew: looking for holes moves the offset, and that of `copy` is the job's.
+            let file = File::open(source.dir.join(format!("fd/{}", look.fd))).map_err(|e| {
+                let reason = format!("is a memfd that cannot be read: {e}");
+                Box::new(Obstacle::without_remedy(look.object(source), reason))
             })?;
-            collector.space_for(Contents::File(fd.into(), size))
+            collector.space_for(Contents::File(file, size))
         }
     };
     let huge_page_size = match sys::fstatfs(&look.copy) {

@@ -266,7 +266,7 @@ fn kind(
         (FdLink::AnonInode(name), _) => {
             Err(unsupported(&format!("an {name} descriptor"), "close it before the checkpoint"))
         }
-        (FdLink::Memfd(name), _) => memfd::capture(look, name, collector).map(Kind::MemFd),
+        (FdLink::Memfd(name), _) => memfd::capture(source, look, name, collector).map(Kind::MemFd),
         (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes)?),
         (FdLink::Socket(_), _) if look.fd <= 2 => {
             Ok(outside::capture(look, outside::Surroundings::Socket))

@@ -1,0 +1,264 @@
+//! Pages on their way into the image.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use ckpt_image::{Chunk, Writer};
+use ckpt_tracer::mem::{self, MAX_PIECES, ProcessMemory};
+use ckpt_tracer::RemoteAddr;
+
+use super::source::Contents;
+use crate::error::{Error, Result};
+use crate::objects::SpaceId;
+use crate::progress::Progress;
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+
+/// Collects pages into chunks and hands full chunks to the writer.
+pub struct PageSink<'a, W: Write + Send + 'static> {
+    writer: &'a mut Writer<W>,
+    chunk: Chunk,
+    progress: &'a dyn Progress,
+    stored: u64,
+}
+
+impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
+    /// A sink in front of a writer.
+    pub fn new(writer: &'a mut Writer<W>, progress: &'a dyn Progress) -> Self {
+        let chunk = writer.chunk();
+        Self { writer, chunk, progress, stored: 0 }
+    }
+
+    /// Bytes of pages that went into the image so far.
+    pub fn stored(&self) -> u64 {
+        self.stored
+    }
+
+    /// Takes ranges of a process's memory. Pages of zeros are left out where `zero_is_default`.
+    pub fn memory(
+        &mut self,
+        mem: &ProcessMemory,
+        space: SpaceId,
+        ranges: impl IntoIterator<Item = (u64, u64)>,
+        zero_is_default: bool,
+    ) -> Result<()> {
+        self.views(mem, space, ranges.into_iter().map(|(s, e)| (s, s, e - s)), zero_is_default)
+    }
+
+    /// Takes memory that shows an object at other offsets than its addresses:
+    /// (offset, address, bytes).
+    fn views(
+        &mut self,
+        mem: &ProcessMemory,
+        space: SpaceId,
+        views: impl IntoIterator<Item = (u64, u64, u64)>,
+        zero_is_default: bool,
+    ) -> Result<()> {
+        let mut batch: Vec<(u64, u64, usize)> = Vec::new();
+        let mut room = self.chunk.room();
+        for (mut offset, mut address, mut left) in views {
+            while left > 0 {
+                if room < PAGE || batch.len() == MAX_PIECES {
+                    self.read_batch(mem, space, &batch, zero_is_default)?;
+                    batch.clear();
+                    room = self.chunk.room();
+                    if room < PAGE {
+                        self.submit()?;
+                        room = self.chunk.room();
+                    }
+                }
+                let piece = left.min((room / PAGE * PAGE) as u64);
+                batch.push((offset, address, piece as usize));
+                room -= piece as usize;
+                (offset, address, left) = (offset + piece, address + piece, left - piece);
+            }
+        }
+        self.read_batch(mem, space, &batch, zero_is_default)
+    }
+
+    fn read_batch(
+        &mut self,
+        mem: &ProcessMemory,
+        space: SpaceId,
+        batch: &[(u64, u64, usize)],
+        zero_is_default: bool,
+    ) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let from = self.chunk.data.len();
+        let pieces: Vec<(u64, usize)> = batch.iter().map(|&(_, a, len)| (a, len)).collect();
+        let total: usize = pieces.iter().map(|(_, len)| len).sum();
+        let mut got = mem::append_vm(mem.pid(), &pieces, &mut self.chunk.data)?;
+        if got < total {
+            // PROT_NONE and its like: page protections are overridden by /proc/PID/mem.
+            self.chunk.data.resize(from + total, 0);
+            let mut at = 0;
+            for &(address, len) in &pieces {
+                let skip = got.min(len);
+                got -= skip;
+                if skip < len {
+                    let into = &mut self.chunk.data[from + at + skip..from + at + len];
+                    mem.read(RemoteAddr(address + skip as u64), into)?;
+                }
+                at += len;
+            }
+        }
+        self.progress.advance(total as u64);
+        self.note(space, batch, from, zero_is_default);
+        Ok(())
+    }
+
+    /// Enters the runs of what was read, dropping pages of zeros where they are the default.
+    fn note(
+        &mut self,
+        space: SpaceId,
+        batch: &[(u64, u64, usize)],
+        from: usize,
+        zero_is_default: bool,
+    ) {
+        let (mut read, mut write) = (from, from);
+        for &(offset, _, len) in batch {
+            for page in (0..len).step_by(PAGE) {
+                let at = read + page;
+                if zero_is_default && is_zero(&self.chunk.data[at..at + PAGE]) {
+                    continue;
+                }
+                if at != write {
+                    self.chunk.data.copy_within(at..at + PAGE, write);
+                }
+                write += PAGE;
+                self.push_run(space, offset + page as u64);
+            }
+            read += len;
+        }
+        self.chunk.data.truncate(write);
+    }
+
+    fn push_run(&mut self, space: SpaceId, start: u64) {
+        match self.chunk.runs.last_mut() {
+            Some(run) if run.space == space.0 && run.end(PAGE as u32) == start => run.pages += 1,
+            _ => self.chunk.runs.push(ckpt_image::PageRun { space: space.0, start, pages: 1 }),
+        }
+    }
+
+    fn submit(&mut self) -> Result<()> {
+        let next = self.writer.chunk();
+        let full = std::mem::replace(&mut self.chunk, next);
+        self.stored += full.data.len() as u64;
+        self.writer.submit(full)?;
+        Ok(())
+    }
+
+    /// Takes the contents of a space that is not an address space.
+    pub fn contents(
+        &mut self,
+        mem: &ProcessMemory,
+        space: SpaceId,
+        contents: &Contents,
+    ) -> Result<()> {
+        match contents {
+            Contents::File(file, size) => self.file(space, file, *size),
+            Contents::Memory(_, views) => self.views(mem, space, views.iter().copied(), true),
+        }
+    }
+
+    /// Takes a file's data; holes stay holes.
+    fn file(&mut self, space: SpaceId, file: &File, size: u64) -> Result<()> {
+        let error = |source| Error::File { what: "read", path: "a file of the job".into(), source };
+        let mut at = 0;
+        while let Some((start, end)) = next_data(file, at, size) {
+            let start = start / PAGE as u64 * PAGE as u64;
+            let mut offset = start;
+            while offset < end {
+                if self.chunk.room() < PAGE {
+                    self.submit()?;
+                }
+                let room = (self.chunk.room() / PAGE * PAGE) as u64;
+                let len = room.min((end - offset).next_multiple_of(PAGE as u64)) as usize;
+                let from = self.chunk.data.len();
+                self.chunk.data.resize(from + len, 0);
+                let wanted = (len as u64).min(size - offset) as usize;
+                read_up_to(file, &mut self.chunk.data[from..from + wanted], offset)
+                    .map_err(error)?;
+                self.progress.advance(len as u64);
+                self.note(space, &[(offset, 0, len)], from, true);
+                offset += len as u64;
+            }
+            at = offset;
+        }
+        Ok(())
+    }
+
+    /// Hands over what is left; returns the bytes of pages stored in all.
+    pub fn finish(mut self) -> Result<u64> {
+        let last = std::mem::take(&mut self.chunk);
+        self.stored += last.data.len() as u64;
+        self.writer.submit(last)?;
+        Ok(self.stored)
+    }
+}
+
+fn read_up_to(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    while !into.is_empty() {
+        match file.read_at(into, offset) {
+            // Shrunk meanwhile: what is gone reads as zeros.
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                into = &mut into[n..];
+                offset += n as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// The next stretch of data at or after `from`; all of it where the file system cannot tell.
+fn next_data(file: &File, from: u64, size: u64) -> Option<(u64, u64)> {
+    use nix::errno::Errno;
+    if from >= size {
+        return None;
+    }
+    match seek(file, from, libc::SEEK_DATA) {
+        Ok(start) => {
+            let end = seek(file, start, libc::SEEK_HOLE).unwrap_or(size);
+            Some((start, end.min(size)))
+        }
+        Err(Errno::ENXIO) => None,
+        Err(_) => Some((from, size)),
+    }
+}
+
+#[allow(unsafe_code)]
+fn seek(file: &File, offset: u64, whence: i32) -> Result<u64, nix::errno::Errno> {
+    // SAFETY: a call without pointers. The offset belongs to a description that was opened by
+    // us, or its position is read from fdinfo before; SEEK_DATA moves only our own.
+    let at = unsafe { libc::lseek(file.as_raw_fd(), offset as i64, whence) };
+    nix::errno::Errno::result(at).map(|at| at as u64)
+}
+
+/// Whether a page holds nothing but zeros; a page of data is told by its first words.
+fn is_zero(page: &[u8]) -> bool {
+    page.chunks_exact(64).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_is_zero_to_the_last_byte() {
+        let mut page = vec![0; PAGE];
+        assert!(is_zero(&page));
+        page[PAGE - 1] = 1;
+        assert!(!is_zero(&page));
+        page[PAGE - 1] = 0;
+        page[0] = 0x80;
+        assert!(!is_zero(&page));
+    }
+}

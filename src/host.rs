@@ -1,0 +1,109 @@
+//! What the machine is, for the image's header and for the comparison at restore.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ckpt_image::{Arch, Codec, FormatVersion, Header};
+use ckpt_tracer::proc::maps::{VmaName, read_maps};
+use ckpt_tracer::proc::tasks;
+use ckpt_tracer::{Pid, RemoteAddr, mem};
+
+use crate::capture::source::Source;
+use crate::error::Result;
+use crate::objects::process::Process;
+use crate::objects::{Host, Snapshot};
+
+fn text(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap_or_default().trim_end().to_owned()
+}
+
+/// The fixed header of an image of that process, as far as it is known before the freeze.
+pub fn image_header(source: &Source) -> Result<Header> {
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let words = tasks::cmdline(source.dir.clone()).unwrap_or_default();
+    let words: Vec<_> = words.iter().map(|w| String::from_utf8_lossy(w)).collect();
+    Ok(Header {
+        version: FormatVersion::CURRENT,
+        arch: Arch::native(),
+        page_size: 4096,
+        created_unix_ns: created.as_nanos() as u64,
+        boot_id: boot_id(),
+        image_id: ckpt_image::random_id()?,
+        pid: source.pid.raw() as u32,
+        processes: 1,
+        threads: source.stat.num_threads,
+        codec: Codec::default(),
+        comm: source.stat.comm.to_string(),
+        host: text("/proc/sys/kernel/hostname"),
+        kernel: format!(
+            "{} {}",
+            text("/proc/sys/kernel/osrelease"),
+            text("/proc/sys/kernel/version")
+        ),
+        cpu: cpu_model(),
+        command_line: words.join(" "),
+    })
+}
+
+/// This boot of this machine.
+pub fn boot_id() -> [u8; 16] {
+    let hex: Vec<u8> = text("/proc/sys/kernel/random/boot_id")
+        .bytes()
+        .filter_map(|b| char::from(b).to_digit(16).map(|d| d as u8))
+        .collect();
+    std::array::from_fn(|i| match hex.get(2 * i..2 * i + 2) {
+        Some([high, low]) => high << 4 | low,
+        _ => 0,
+    })
+}
+
+fn cpu_model() -> String {
+    let info = text("/proc/cpuinfo");
+    let model = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": "));
+    model.map(|(_, name)| name.to_owned()).unwrap_or_default()
+}
+
+/// What a restore has to agree with.
+pub fn describe(process: &Process) -> Result<Host> {
+    let xstate = &process.threads[0].xstate;
+    // Software-reserved bytes of the fxsave area (arch/x86/include/asm/user.h): XCR0.
+    let xcr0 = xstate.get(464..472).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b));
+    Ok(Host {
+        kernel: text("/proc/sys/kernel/osrelease"),
+        name: text("/proc/sys/kernel/hostname"),
+        vdso_digest: vdso_digest(),
+        xstate_size: xstate.len() as u32,
+        xcr0,
+        monotonic_ns: clock(libc::CLOCK_MONOTONIC),
+        boottime_ns: clock(libc::CLOCK_BOOTTIME),
+        realtime_ns: clock(libc::CLOCK_REALTIME),
+    })
+}
+
+/// BLAKE3 of this kernel's vDSO, read from our own memory.
+pub fn vdso_digest() -> Vec<u8> {
+    let me = Pid(std::process::id() as i32);
+    let maps = read_maps(me).unwrap_or_default();
+    let Some(vdso) = maps.iter().find(|v| v.name == VmaName::Vdso) else { return Vec::new() };
+    let mut bytes = vec![0; vdso.len() as usize];
+    match mem::read_vm(me, RemoteAddr(vdso.start), &mut bytes) {
+        Ok(n) if n == bytes.len() => blake3::hash(&bytes).as_bytes().to_vec(),
+        _ => Vec::new(),
+    }
+}
+
+#[allow(unsafe_code)]
+fn clock(id: i32) -> u64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec.
+    unsafe { libc::clock_gettime(id, &mut t) };
+    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+}
+
+/// Adds build ids to the files that are mapped; done when the job runs again.
+pub fn read_build_ids(snapshot: &mut Snapshot) {
+    for file in &mut snapshot.mapped_files {
+        if file.contents.is_none() {
+            file.identity.read_build_id(&file.path);
+        }
+    }
+}

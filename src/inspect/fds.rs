@@ -1,0 +1,117 @@
+//! What each process has open.
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+
+use crate::objects::Snapshot;
+use crate::objects::files::{Description, Kind};
+
+/// A descriptor as `ckpt inspect --fds` shows it; the JSON keys stay as they are.
+#[derive(Clone, Debug, Serialize)]
+pub struct FdView {
+    /// Its process.
+    pub pid: i32,
+    /// Its number.
+    pub fd: i32,
+    /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
+    /// `memfd`, `inotify`, `surroundings` (a terminal, or a far end outside the job) or `unknown`.
+    pub kind: &'static str,
+    /// Its path, or what stands for one.
+    pub path: String,
+    /// Offset in bytes, where the kind has one.
+    pub offset: Option<u64>,
+    /// Access mode and status flags, such as `O_RDWR|O_APPEND`, and `O_CLOEXEC` of the descriptor.
+    pub flags: String,
+    /// Other descriptors of the same open file description, as `PID:FD`; at most 16 of them.
+    pub shared_with: Vec<String>,
+    /// How many there are.
+    pub shared_with_count: usize,
+}
+
+/// More sharers are counted and not named, so that the table grows with the number of descriptors only.
+const SHARERS_SHOWN: usize = 16;
+
+/// All descriptors of a snapshot.
+pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
+    let mut users: HashMap<usize, Vec<(i32, i32)>> = HashMap::new();
+    for process in &snapshot.processes {
+        for entry in &process.fds {
+            users.entry(entry.description).or_default().push((process.pid, entry.fd));
+        }
+    }
+    let mut views = Vec::new();
+    for process in &snapshot.processes {
+        for entry in &process.fds {
+            let description = snapshot.descriptions.get(entry.description);
+            let kind = description.map(|description| &description.kind);
+            let sharers = users.get(&entry.description).map_or(&[][..], Vec::as_slice);
+            let others = sharers.iter().filter(|other| **other != (process.pid, entry.fd));
+            views.push(FdView {
+                pid: process.pid,
+                fd: entry.fd,
+                kind: kind.map_or("unknown", kind_name),
+                path: kind.map_or_else(String::new, name),
+                offset: kind.and_then(offset),
+                flags: flags(description, entry.close_on_exec),
+                shared_with: others
+                    .take(SHARERS_SHOWN)
+                    .map(|(pid, fd)| format!("{pid}:{fd}"))
+                    .collect(),
+                shared_with_count: sharers.len().saturating_sub(1),
+            });
+        }
+    }
+    views
+}
+
+fn kind_name(kind: &Kind) -> &'static str {
+    match kind {
+        Kind::Regular(_) => "regular",
+        Kind::Device(_) => "device",
+        Kind::Pipe(_) => "pipe",
+        Kind::EventFd(_) => "eventfd",
+        Kind::SignalFd(_) => "signalfd",
+        Kind::TimerFd(_) => "timerfd",
+        Kind::Epoll(_) => "epoll",
+        Kind::MemFd(_) => "memfd",
+        Kind::Inotify(_) => "inotify",
+        Kind::Stdio(_) => "surroundings",
+        #[allow(unreachable_patterns)]
+        _ => "unknown",
+    }
+}
+
+/// What an open file is called.
+pub(super) fn name(kind: &Kind) -> String {
+    match kind {
+        Kind::Regular(file) => file.path.to_string_lossy().into_owned(),
+        Kind::Device(device) => device.path.to_string_lossy().into_owned(),
+        Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
+        Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
+        Kind::Stdio(stdio) => stdio.name.clone(),
+        Kind::EventFd(event) => format!("eventfd:{}", event.count),
+        Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
+        Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),
+        other => kind_name(other).into(),
+    }
+}
+
+fn offset(kind: &Kind) -> Option<u64> {
+    match kind {
+        Kind::Regular(file) => Some(file.offset),
+        Kind::MemFd(memfd) => Some(memfd.offset),
+        _ => None,
+    }
+}
+
+fn flags(description: Option<&Description>, close_on_exec: bool) -> String {
+    let mut text = match description {
+        Some(description) => super::calls::open_flags(description.flags.into()),
+        None => String::new(),
+    };
+    if close_on_exec {
+        text += if text.is_empty() { "O_CLOEXEC" } else { "|O_CLOEXEC" };
+    }
+    text
+}

@@ -1,0 +1,159 @@
+//! What is mapped, and how much of it the image holds.
+
+use ckpt_image::Reader;
+use serde::Serialize;
+
+use crate::objects::memory::{Backing, KernelMapping, Mapping};
+use crate::objects::{Snapshot, SpaceId};
+
+/// A mapping as `ckpt inspect --maps` shows it; the JSON keys stay as they are.
+#[derive(Clone, Debug, Serialize)]
+pub struct MapView {
+    /// Its process.
+    pub pid: i32,
+    /// First address.
+    pub start: u64,
+    /// First address after it.
+    pub end: u64,
+    /// As in `/proc/PID/maps`: `rw-p`.
+    pub permissions: String,
+    /// Offset in the file or object, in bytes.
+    pub offset: u64,
+    /// Bytes of its pages that the image holds, before compression. Pages of shared memory are
+    /// counted at each mapping that shows them.
+    pub stored_bytes: u64,
+    /// The file's path, `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]` or nothing.
+    pub path: String,
+}
+
+/// All mappings of a snapshot.
+pub fn maps(reader: &Reader, snapshot: &Snapshot) -> Vec<MapView> {
+    let mut views = Vec::new();
+    for process in &snapshot.processes {
+        let own = Stored::of(reader, process.memory.space);
+        for mapping in &process.memory.mappings {
+            let (offset, shared) = match &mapping.backing {
+                Backing::PrivateFile { offset, .. } | Backing::SharedFile { offset, .. } => (*offset, 0),
+                Backing::SharedMemory { offset, object } => {
+                    (*offset, shared(reader, snapshot, *object, *offset, mapping))
+                }
+                Backing::Description { offset, .. } => (*offset, 0),
+                _ => (0, 0),
+            };
+            views.push(MapView {
+                pid: process.pid,
+                start: mapping.start,
+                end: mapping.end,
+                permissions: permissions(mapping),
+                offset,
+                stored_bytes: own.between(mapping.start, mapping.end).saturating_add(shared),
+                path: path(snapshot, process.memory.layout, mapping),
+            });
+        }
+    }
+    views
+}
+
+fn shared(
+    reader: &Reader,
+    snapshot: &Snapshot,
+    object: usize,
+    offset: u64,
+    mapping: &Mapping,
+) -> u64 {
+    let Some(object) = snapshot.shared_memory.get(object) else { return 0 };
+    let end = offset.saturating_add(mapping.end.saturating_sub(mapping.start));
+    Stored::of(reader, object.space).between(offset, end)
+}
+
+fn permissions(mapping: &Mapping) -> String {
+    let letter = |bit: i32, letter| if mapping.prot & bit as u32 != 0 { letter } else { '-' };
+    let shared = match mapping.backing {
+        Backing::SharedFile { .. } | Backing::SharedMemory { .. } => 's',
+        Backing::Description { private: false, .. } => 's',
+        _ => 'p',
+    };
+    let letters = [
+        letter(libc::PROT_READ, 'r'),
+        letter(libc::PROT_WRITE, 'w'),
+        letter(libc::PROT_EXEC, 'x'),
+        shared,
+    ];
+    letters.iter().collect()
+}
+
+fn path(
+    snapshot: &Snapshot,
+    layout: crate::objects::address_space::Layout,
+    mapping: &Mapping,
+) -> String {
+    match &mapping.backing {
+        Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } => {
+            let file = snapshot.mapped_files.get(*file);
+            file.map_or_else(String::new, |file| file.path.to_string_lossy().into_owned())
+        }
+        Backing::Description { description, .. } => {
+            let description = snapshot.descriptions.get(*description);
+            description.map_or_else(String::new, |found| super::fds::name(&found.kind))
+        }
+        Backing::SharedMemory { object, .. } => format!("[shared:{object}]"),
+        Backing::Kernel(KernelMapping::Vdso) => "[vdso]".into(),
+        Backing::Kernel(KernelMapping::Vvar) => "[vvar]".into(),
+        Backing::Kernel(KernelMapping::VvarVclock) => "[vvar_vclock]".into(),
+        Backing::Anonymous | Backing::AnonymousHuge { .. } => {
+            let range = mapping.start..mapping.end;
+            match &mapping.name {
+                Some(name) => format!("[anon:{}]", String::from_utf8_lossy(name)),
+                // As show_map_vma in fs/proc/task_mmu.c tells them.
+                None if mapping.start < layout.brk && mapping.end > layout.start_brk => "[heap]".into(),
+                None if range.contains(&layout.start_stack) => "[stack]".into(),
+                None => String::new(),
+            }
+        }
+    }
+}
+
+/// How many bytes of a space the image holds up to each of its runs.
+pub(super) struct Stored {
+    /// Start of a run, its end, and the bytes of all runs before it; ascending.
+    runs: Vec<(u64, u64, u64)>,
+}
+
+impl Stored {
+    pub(super) fn of(reader: &Reader, space: SpaceId) -> Self {
+        let page = reader.header().page_size;
+        let mut before = 0u64;
+        let runs = reader.runs_of(space.0).map(|(run, _)| {
+            let entry = (run.start, run.end(page), before);
+            before = before.saturating_add(run.bytes(page));
+            entry
+        });
+        Stored { runs: runs.collect() }
+    }
+
+    /// Bytes held from `start` up to `end`.
+    pub(super) fn between(&self, start: u64, end: u64) -> u64 {
+        self.below(end).saturating_sub(self.below(start))
+    }
+
+    fn below(&self, address: u64) -> u64 {
+        let after = self.runs.partition_point(|(start, ..)| *start < address);
+        let last = after.checked_sub(1).and_then(|at| self.runs.get(at));
+        last.map_or(0, |(start, end, before)| before.saturating_add(address.min(*end) - start))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_bytes_are_counted_by_range() {
+        let stored = Stored { runs: vec![(0x1000, 0x3000, 0), (0x5000, 0x6000, 0x2000)] };
+        assert_eq!(stored.between(0, u64::MAX), 0x3000);
+        assert_eq!(stored.between(0x2000, 0x5000), 0x1000);
+        assert_eq!(stored.between(0x3000, 0x5000), 0);
+        assert_eq!(stored.between(0x5000, 0x6000), 0x1000);
+        assert_eq!(stored.between(0x6000, 0x5000), 0, "a range that ends before it begins");
+    }
+}

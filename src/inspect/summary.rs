@@ -1,0 +1,109 @@
+//! What an image is, in a few lines.
+
+use ckpt_image::Reader;
+use serde::Serialize;
+
+use crate::objects::Snapshot;
+
+/// What `ckpt inspect` shows first; the JSON keys stay as they are.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Path of the image.
+    pub image: String,
+    /// Version of the file format, such as `1.0`.
+    pub format: String,
+    /// Identity of the image, 32 hexadecimal digits.
+    pub image_id: String,
+    /// Architecture, such as `x86_64`.
+    pub arch: String,
+    /// Name of the job's first process.
+    pub name: String,
+    /// Its pid.
+    pub pid: u32,
+    /// Its command line, cut at 512 bytes.
+    pub command_line: String,
+    /// The machine.
+    pub host: String,
+    /// Its kernel.
+    pub kernel: String,
+    /// Its processor.
+    pub cpu: String,
+    /// When the checkpoint was taken, nanoseconds since 1970.
+    pub created_unix_ns: u64,
+    /// Number of processes.
+    pub processes: u32,
+    /// Number of threads.
+    pub threads: u32,
+    /// Number of pages.
+    pub pages: u64,
+    /// Bytes of memory in the image before compression.
+    pub memory_bytes: u64,
+    /// Bytes of the image.
+    pub image_bytes: u64,
+    /// Memory by image: 4.0 means a quarter.
+    pub ratio: f64,
+    /// The codec, such as `zstd:1`.
+    pub codec: String,
+    /// The processes, the job's first one first.
+    pub process_list: Vec<ProcessView>,
+}
+
+/// A process in the summary.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProcessView {
+    /// Its id.
+    pub pid: i32,
+    /// Its parent's.
+    pub parent: i32,
+    /// Number of threads.
+    pub threads: usize,
+    /// Number of descriptors.
+    pub fds: usize,
+    /// Number of mappings.
+    pub mappings: usize,
+    /// Whether a signal had stopped it.
+    pub stopped: bool,
+    /// Its arguments.
+    pub command_line: Vec<String>,
+}
+
+/// The summary of an image.
+pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
+    let header = reader.header();
+    let memory_bytes = reader.pages().saturating_mul(header.page_size.into());
+    Summary {
+        image: reader.path().to_string_lossy().into_owned(),
+        format: header.version.to_string(),
+        image_id: header.image_id.iter().map(|byte| format!("{byte:02x}")).collect(),
+        arch: header.arch.to_string(),
+        name: header.comm.clone(),
+        pid: header.pid,
+        command_line: header.command_line.clone(),
+        host: header.host.clone(),
+        kernel: header.kernel.clone(),
+        cpu: header.cpu.clone(),
+        created_unix_ns: header.created_unix_ns,
+        processes: header.processes,
+        threads: header.threads,
+        pages: reader.pages(),
+        memory_bytes,
+        image_bytes: reader.bytes(),
+        ratio: memory_bytes as f64 / reader.bytes().max(1) as f64,
+        codec: header.codec.to_string(),
+        process_list: snapshot.processes.iter().map(process).collect(),
+    }
+}
+
+fn process(process: &crate::objects::process::Process) -> ProcessView {
+    let line = process.command_line.strip_suffix(b"\0").unwrap_or(&process.command_line);
+    let words = line.split(|byte| *byte == 0);
+    ProcessView {
+        pid: process.pid,
+        parent: process.parent,
+        threads: process.threads.len(),
+        fds: process.fds.len(),
+        mappings: process.memory.mappings.len(),
+        stopped: process.stopped,
+        command_line: words.map(|word| String::from_utf8_lossy(word).into_owned()).collect(),
+    }
+}

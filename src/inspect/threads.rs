@@ -1,0 +1,94 @@
+//! Where each thread was.
+
+use std::collections::HashMap;
+
+use ckpt_image::Reader;
+use serde::Serialize;
+
+use super::calls::{self, Context, State};
+use super::disassembly::{Disassembler, LONGEST};
+use super::fds;
+use super::mapped::MappedFiles;
+use super::memory::{ImageMemory, TargetMemory};
+use super::symbols::Symbols;
+use crate::objects::Snapshot;
+use crate::objects::process::Process;
+use crate::objects::thread::Thread;
+
+/// A thread as `ckpt inspect --threads` shows it; the JSON keys stay as they are.
+#[derive(Clone, Debug, Serialize)]
+pub struct ThreadView {
+    /// Its process.
+    pub pid: i32,
+    /// Its id.
+    pub tid: i32,
+    /// Its name.
+    pub name: String,
+    /// `stopped` (by a signal), `waiting` in a system call, or `running`.
+    pub state: &'static str,
+    /// The system call it was in or just leaving, with its arguments; null in its own code.
+    pub call: Option<String>,
+    /// What the call returned, when it was leaving it.
+    pub result: Option<String>,
+    /// The instruction pointer.
+    pub address: u64,
+    /// What is at that address: function, offset, file.
+    pub symbol: Option<String>,
+    /// The instruction there, disassembled.
+    pub instruction: Option<String>,
+}
+
+/// All threads of a snapshot.
+pub fn threads(reader: &Reader, snapshot: &Snapshot) -> Vec<ThreadView> {
+    let files = MappedFiles::new(snapshot);
+    let symbols = Symbols::new(&files);
+    let disassembler = Disassembler::new();
+    let mut views = Vec::new();
+    for process in &snapshot.processes {
+        let memory = ImageMemory::new(reader, snapshot, process, &files);
+        let names: HashMap<i32, usize> =
+            process.fds.iter().map(|entry| (entry.fd, entry.description)).collect();
+        let fd = |fd: i32| {
+            let description = snapshot.descriptions.get(*names.get(&fd)?)?;
+            Some(fds::name(&description.kind))
+        };
+        let context = Context { memory: &memory, fd: &fd };
+        for thread in &process.threads {
+            let address = thread.regs.rip;
+            let mut code = [0; LONGEST];
+            let got = memory.read(address, &mut code);
+            let symbol = symbols.name(&process.memory.mappings, address);
+            let instruction = disassembler.first(&code[..got], address);
+            views.push(view(process, thread, &context, symbol, instruction));
+        }
+    }
+    views
+}
+
+fn view(
+    process: &Process,
+    thread: &Thread,
+    context: &Context<'_>,
+    symbol: Option<String>,
+    instruction: Option<String>,
+) -> ThreadView {
+    let describe = |number| calls::describe(context, number, calls::arguments(&thread.regs));
+    let (state, call, result) = match calls::state(&thread.regs) {
+        State::Running => ("running", None, None),
+        State::Waiting(number) => ("waiting", Some(describe(number)), None),
+        State::Returning(number, value) => {
+            ("running", Some(describe(number)), Some(calls::result(value)))
+        }
+    };
+    ThreadView {
+        pid: process.pid,
+        tid: thread.tid,
+        name: String::from_utf8_lossy(&thread.name).into_owned(),
+        state: if process.stopped { "stopped" } else { state },
+        call,
+        result,
+        address: thread.regs.rip,
+        symbol,
+        instruction,
+    }
+}
