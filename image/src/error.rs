@@ -170,6 +170,15 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
+    /// Something that is not a regular file has the name that the image should get.
+    #[error(
+        "{}: there is something of this name that is not a regular file, and an image is not put in its place; choose another name, or - to write a stream",
+        path.display()
+    )]
+    NotAFile {
+        /// The image's path.
+        path: PathBuf,
+    },
     /// The place the image is written to took no more bytes.
     #[error("cannot write the image: {source}{}", hint(source))]
     Sink {

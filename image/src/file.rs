@@ -32,7 +32,8 @@ impl ImageFile {
     /// what killed processes left there for the same name.
     ///
     /// # Errors
-    /// `Io` when `path` has no file name or is a directory, or when the file cannot be created.
+    /// `NotAFile` when `path` is a directory, device, fifo or socket; `Io` when it has no file name
+    /// or the file cannot be created.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let fail = |action, source| Error::Io {
@@ -43,8 +44,9 @@ impl ImageFile {
         let name = path
             .file_name()
             .ok_or_else(|| fail("create the image", io::ErrorKind::InvalidFilename.into()))?;
-        if path.is_dir() {
-            return Err(fail("create the image", io::ErrorKind::IsADirectory.into()));
+        // A rename over /dev/stdout, say, would take it from everybody.
+        if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+            return Err(Error::NotAFile { path: path.into() });
         }
         let directory = directory_of(path);
         // What cannot be swept away is in nobody's way.

@@ -21,12 +21,15 @@ use crate::pipeline::{Job, Pipeline, TellOfPanic};
 /// Records that may wait to be written beside those being compressed, so that neither side waits for small jitter.
 const SLACK: usize = 4;
 
+/// Threads where one on each processor is asked for: more compress faster than any sink takes, and each costs memory.
+const MOST_THREADS: usize = 64;
+
 /// How a [`Writer`] works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WriterOptions {
     /// Compression of chunks and sections.
     pub codec: Codec,
-    /// Compressing threads; 0 stands for one on each processor.
+    /// Compressing threads; 0 stands for one on each processor, up to 64. Each costs about 2 MiB of buffers.
     pub threads: usize,
 }
 
@@ -80,7 +83,7 @@ impl<W: Write + Send + 'static> Writer<W> {
             )));
         }
         let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, Into::into),
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)),
             threads => threads,
         };
         let pipeline = Arc::new(Pipeline::new(threads + SLACK));

@@ -141,14 +141,17 @@ fn long_and_odd_names() {
         ImageFile::create(&path).unwrap().commit().unwrap();
         assert!(path.exists());
     }
-    for bad in [
-        directory.path().to_path_buf(),
-        directory.path().join("no/such/place"),
-        "/".into(),
-        "..".into(),
-    ] {
+    for bad in ["/", "..", "/no/such/place"] {
         assert!(
-            matches!(ImageFile::create(&bad), Err(Error::Io { .. })),
+            matches!(ImageFile::create(bad), Err(Error::Io { .. })),
+            "{bad}"
+        );
+    }
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+    for bad in [directory.path(), Path::new("/dev/null"), &link] {
+        assert!(
+            matches!(ImageFile::create(bad), Err(Error::NotAFile { .. })),
             "{}",
             bad.display()
         );
