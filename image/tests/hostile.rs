@@ -204,6 +204,34 @@ fn lies_of_sections() {
 }
 
 #[test]
+fn nothing_hides_between_the_records_and_the_index() {
+    let good = forge(&tiny(Codec::None), &[raw_chunk(&[(0, 1, 1)])]);
+    read_all(good.clone()).unwrap();
+    let (index, footer) = (forge::index(&good).unwrap(), good.len() - forge::FOOTER);
+    for at in [forge::HEADER, index.start] {
+        let mut bad = good.clone();
+        bad.splice(at..at, [0; 100]);
+        for field in [16, 32] {
+            let number = &mut bad[footer + 100 + field..][..8];
+            let moved = u64::from_le_bytes((&*number).try_into().unwrap()) + 100;
+            number.copy_from_slice(&moved.to_le_bytes());
+        }
+        reseal(&mut bad);
+        let error = read_all(bad).unwrap_err();
+        assert!(
+            matches!(
+                &error,
+                Error::Corrupt {
+                    part: Part::Index,
+                    ..
+                }
+            ),
+            "{at}: {error}"
+        );
+    }
+}
+
+#[test]
 fn overlaps_are_told() {
     let cases: [&[Forged]; 4] = [
         &[raw_chunk(&[(0, 1, 2), (0, 2, 1)])],

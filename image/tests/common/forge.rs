@@ -150,11 +150,11 @@ pub fn forge(model: &[u8], records: &[Forged]) -> Vec<u8> {
         bytes.extend_from_slice(&record.stored);
         index.extend_from_slice(&head);
         chunks += u64::from(record.kind == 1);
-        pages += if record.kind == 1 {
-            u64::from(record.raw) / 4096
-        } else {
-            0
-        };
+        // As the run tables say, whatever the raw lengths do.
+        let entries = record.table.chunks_exact(12);
+        pages += entries
+            .map(|run| (u32_at(run, 4) as u64 & 0xfff) + 1)
+            .sum::<u64>();
         runs += record.table.len() as u64 / 12;
         sections += u64::from(record.kind == 2 && record.block == 0);
     }
