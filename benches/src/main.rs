@@ -1,0 +1,160 @@
+//! `ckpt-bench`: what checkpoints and restores cost, as ratios to a floor measured in the same run.
+//!
+//! One program plays all parts, because `cargo run` builds one binary: it re-executes itself as the
+//! target that is checkpointed ([`target`]), as the plain loop that reads memory back ([`floor`]),
+//! and as the program that does nothing but system calls ([`system_calls`]).
+#![deny(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+
+mod beat;
+mod bench;
+mod floor;
+mod namespace;
+mod report;
+mod sys;
+mod system_calls;
+mod target;
+mod tools;
+
+use bench::Bench;
+use report::Report;
+
+/// Measures ckpt: `all`, or one subject. Figures are medians; ratios are taken round by round.
+#[derive(Parser, Debug)]
+#[command(name = "ckpt-bench", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Everything below.
+    All(Common),
+    /// The floor alone: plain loops of process_vm_readv + write, and of pread into fresh memory.
+    Floor(Sized),
+    /// A checkpoint and a restart of a target of one size, against the floor.
+    Size(Sized),
+    /// A target with very many threads.
+    Threads(Threads),
+    /// System calls under `ckpt run` against the same without it.
+    Overhead(Common),
+    /// Memory that ckpt itself uses, by the target's size.
+    Memory(Common),
+    /// Codecs: time, pause, size.
+    Codecs(Sized),
+    /// The program that is checkpointed.
+    #[command(hide = true)]
+    Target(target::Args),
+    /// The program that does system calls.
+    #[command(hide = true)]
+    SystemCalls(system_calls::Args),
+    /// The loop that reads memory back.
+    #[command(hide = true)]
+    ReadBack(floor::ReadBack),
+}
+
+/// Options of every subject.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct Common {
+    /// Where images go; a directory of its own is made there and removed again.
+    #[arg(long, default_value = "/dev/shm")]
+    dir: PathBuf,
+    /// Few rounds and small sizes: shows that everything works, not how fast it is.
+    #[arg(long)]
+    quick: bool,
+    /// Print the figures as a JSON object.
+    #[arg(long)]
+    json: bool,
+    /// How often each thing is measured.
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// The directory that holds `ckpt` and `restore`; that of this program unless given.
+    #[arg(long, value_name = "DIR")]
+    bin: Option<PathBuf>,
+}
+
+#[derive(Args, Debug, Clone)]
+struct Sized {
+    #[command(flatten)]
+    common: Common,
+    /// Memory of the target.
+    #[arg(long)]
+    mib: Option<u64>,
+    /// Its threads.
+    #[arg(long, default_value_t = 5)]
+    threads: usize,
+}
+
+#[derive(Args, Debug, Clone)]
+struct Threads {
+    #[command(flatten)]
+    common: Common,
+    /// Its threads.
+    #[arg(long)]
+    count: Option<usize>,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Target(args) => target::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::SystemCalls(args) => system_calls::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::ReadBack(args) => floor::read_back(&args).map(|()| ExitCode::SUCCESS),
+        command => measure(&command),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("ckpt-bench: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn measure(command: &Command) -> Result<ExitCode> {
+    let common = match command {
+        Command::Floor(args) | Command::Size(args) | Command::Codecs(args) => &args.common,
+        Command::Threads(args) => &args.common,
+        Command::All(common) | Command::Overhead(common) | Command::Memory(common) => common,
+        Command::Target(_) | Command::SystemCalls(_) | Command::ReadBack(_) => {
+            anyhow::bail!("not a subject")
+        }
+    };
+    let Some(scratch) = namespace::scratch() else {
+        return namespace::run_inside(&common.dir);
+    };
+    namespace::settle_in()?;
+    let bench = Bench::new(common, scratch).context("cannot begin")?;
+    let mut report = Report::new(&common.dir);
+    subjects(command, &bench, &mut report);
+    if common.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(ExitCode::from(u8::from(!report.failures.is_empty())))
+}
+
+/// Runs what was asked for; what fails is noted, and the rest goes on.
+fn subjects(command: &Command, bench: &Bench, report: &mut Report) {
+    let quick = bench.quick;
+    let pick = |full: u64, small: u64| if quick { small } else { full };
+    match command {
+        Command::Floor(a) => bench.floor(a.mib.unwrap_or(pick(1024, 128)), a.threads, report),
+        Command::Size(a) => bench.size(a.mib.unwrap_or(pick(1024, 128)), a.threads, report),
+        Command::Codecs(a) => bench.codecs(a.mib.unwrap_or(pick(512, 64)), a.threads, report),
+        Command::Threads(a) => bench.threads(a.count.unwrap_or(pick(10_000, 500) as usize), report),
+        Command::Overhead(_) => bench.overhead(report),
+        Command::Memory(_) => bench.memory(report),
+        _ => {
+            bench.size(64, 5, report);
+            bench.size(pick(1024, 128), 5, report);
+            bench.threads(pick(10_000, 500) as usize, report);
+            bench.memory(report);
+            bench.codecs(pick(512, 64), 5, report);
+            bench.overhead(report);
+        }
+    }
+}

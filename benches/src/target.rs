@@ -1,0 +1,90 @@
+//! The program that is checkpointed: so much memory, so many threads, some of which beat.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::beat::{BeatPage, MAX_BEATING};
+use crate::sys;
+
+/// What the memory holds.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Fill {
+    /// Random bytes.
+    Random,
+    /// Of each page one half random, the other one text.
+    Half,
+}
+
+/// Arguments of the hidden subcommand `target`.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    #[arg(long)]
+    page: PathBuf,
+    #[arg(long)]
+    mib: u64,
+    #[arg(long)]
+    threads: usize,
+    #[arg(long, value_enum)]
+    fill: Fill,
+}
+
+static PAGE: OnceLock<BeatPage> = OnceLock::new();
+
+/// Sets up, says so in the page, and beats until it is killed.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let page = *PAGE.get_or_init(|| BeatPage::open(&args.page).expect("the page of beats"));
+    let memory = sys::map_fresh((args.mib << 20) as usize, false)?;
+    fill(memory, args.fill);
+    let beating = args.threads.min(MAX_BEATING).min(5);
+    for number in 1..args.threads {
+        let body = if number < beating { beat } else { sleep };
+        sys::spawn_small(body, number)?;
+    }
+    page.0.address.store(memory.as_ptr() as u64, Relaxed);
+    page.0.len.store(memory.len() as u64, Relaxed);
+    page.0.beating.store(beating as u32, Relaxed);
+    page.0.ready.store(1, Relaxed);
+    beat(std::ptr::null_mut());
+    Ok(())
+}
+
+extern "C" fn beat(number: *mut libc::c_void) -> *mut libc::c_void {
+    let page = PAGE.get().expect("set before any thread");
+    loop {
+        page.beat(number as usize);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+extern "C" fn sleep(_: *mut libc::c_void) -> *mut libc::c_void {
+    loop {
+        std::thread::park();
+    }
+}
+
+fn fill(memory: &mut [u8], fill: Fill) {
+    const TEXT: &[u8] = b"The quick brown fox jumps over the lazy dog, again and again. ";
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for page in memory.chunks_exact_mut(4096) {
+        let random = match fill {
+            Fill::Random => page.len(),
+            Fill::Half => page.len() / 2,
+        };
+        let (noise, text) = page.split_at_mut(random);
+        for word in noise.chunks_exact_mut(8) {
+            // xorshift64*
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            word.copy_from_slice(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+        }
+        for piece in text.chunks_mut(TEXT.len()) {
+            piece.copy_from_slice(&TEXT[..piece.len()]);
+        }
+    }
+}
