@@ -11,6 +11,7 @@ pub mod cli;
 pub mod error;
 pub mod holes;
 pub mod host;
+pub mod inspect;
 pub mod objects;
 pub mod progress;
 pub mod restore;

@@ -2,14 +2,18 @@
 
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub mod attach;
+pub mod check;
 pub mod exit;
+pub mod inspect;
+pub mod manual;
 mod output;
 pub mod progress;
 pub mod restore;
 pub mod run;
+pub mod verify;
 
 use exit::{Outcome, Role};
 
@@ -49,6 +53,16 @@ enum Command {
     Run(run::Run),
     /// Rebuild a job from its image and return its exit code.
     Restore(restore::Restore),
+    /// Say what can be checkpointed here, or what stands in the way with one process.
+    Check(check::Check),
+    /// Show what is in an image.
+    Inspect(inspect::Inspect),
+    /// Read the whole of an image and check that it fits together.
+    Verify(verify::Verify),
+    /// Print completions for a shell.
+    Completions(manual::Completions),
+    /// Write the manual pages.
+    Man(manual::ManPages),
 }
 
 impl Command {
@@ -64,6 +78,13 @@ impl Command {
             Command::Attach(args) => attach::run(args),
             Command::Run(args) => run::run(args),
             Command::Restore(args) => restore::run(args),
+            Command::Check(args) => check::run(args),
+            Command::Inspect(args) => inspect::run(args),
+            Command::Verify(args) => verify::run(args),
+            Command::Completions(args) => {
+                manual::completions(args, Cli::command(), RestoreCli::command())
+            }
+            Command::Man(args) => manual::pages(args, Cli::command(), RestoreCli::command()),
         }
     }
 }
@@ -98,8 +119,6 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
 
-use comfy_table::{ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use super::exit::Failure;
@@ -46,6 +46,15 @@ pub(crate) fn table(head: &[&str]) -> Table {
     table
 }
 
+/// Aligns the columns of these numbers to the right.
+pub(crate) fn right_align(table: &mut Table, columns: &[usize]) {
+    for column in columns {
+        if let Some(column) = table.column_mut(*column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
 /// A table's text without the spaces at the ends of its lines.
 pub(crate) fn table_text(table: &Table) -> String {
     table
@@ -85,9 +94,36 @@ pub(crate) fn bytes(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
+/// A moment as `2026-11-22 03:10:39 UTC`, from nanoseconds since 1970.
+pub(crate) fn time(unix_ns: u64) -> String {
+    let seconds = unix_ns / 1_000_000_000;
+    let (days, rest) = (seconds / 86400, seconds % 86400);
+    // Years that begin in March put the leap day last; 719468 days lie between 0000-03-01 and 1970.
+    let shifted = days + 719_468;
+    let (era, day) = (shifted / 146_097, shifted % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let year = era * 400 + year + u64::from(month >= 10);
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn moments_read_well() {
+        let at = |seconds: u64| time(seconds * 1_000_000_000);
+        assert_eq!(at(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(at(951_827_696), "2000-02-29 12:34:56 UTC");
+        assert_eq!(at(1_772_323_199), "2026-02-28 23:59:59 UTC");
+        assert_eq!(at(1_772_323_200), "2026-03-01 00:00:00 UTC");
+        assert_eq!(time(u64::MAX), "2554-07-21 23:34:33 UTC");
+    }
 
     #[test]
     fn figures_read_well() {

@@ -38,9 +38,18 @@ mod tests {
     #[test]
     fn instructions_are_decoded() {
         let disassembler = Disassembler::new();
-        assert_eq!(disassembler.first(&[0x0f, 0x05, 0xc3], 0).unwrap(), "syscall");
-        assert_eq!(disassembler.first(&[0x48, 0x89, 0xe7], 0).unwrap(), "mov rdi, rsp");
-        assert_eq!(disassembler.first(&[0xeb, 0xfe], 0x1000).unwrap(), "jmp 0x1000");
+        assert_eq!(
+            disassembler.first(&[0x0f, 0x05, 0xc3], 0).unwrap(),
+            "syscall"
+        );
+        assert_eq!(
+            disassembler.first(&[0x48, 0x89, 0xe7], 0).unwrap(),
+            "mov rdi, rsp"
+        );
+        assert_eq!(
+            disassembler.first(&[0xeb, 0xfe], 0x1000).unwrap(),
+            "jmp 0x1000"
+        );
         assert_eq!(disassembler.first(&[], 0), None);
     }
 }

@@ -15,7 +15,8 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `surroundings` (a terminal, or a far end outside the job) or `unknown`.
+    /// `memfd`, `inotify`, `outside` (a terminal, or a pipe or socket whose far end is
+    /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
     pub path: String,
@@ -37,7 +38,10 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
     let mut users: HashMap<usize, Vec<(i32, i32)>> = HashMap::new();
     for process in &snapshot.processes {
         for entry in &process.fds {
-            users.entry(entry.description).or_default().push((process.pid, entry.fd));
+            users
+                .entry(entry.description)
+                .or_default()
+                .push((process.pid, entry.fd));
         }
     }
     let mut views = Vec::new();
@@ -46,7 +50,9 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
             let description = snapshot.descriptions.get(entry.description);
             let kind = description.map(|description| &description.kind);
             let sharers = users.get(&entry.description).map_or(&[][..], Vec::as_slice);
-            let others = sharers.iter().filter(|other| **other != (process.pid, entry.fd));
+            let others = sharers
+                .iter()
+                .filter(|other| **other != (process.pid, entry.fd));
             views.push(FdView {
                 pid: process.pid,
                 fd: entry.fd,
@@ -76,7 +82,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
-        Kind::Stdio(_) => "surroundings",
+        Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
     }
@@ -89,7 +95,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Device(device) => device.path.to_string_lossy().into_owned(),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
-        Kind::Stdio(stdio) => stdio.name.clone(),
+        Kind::Outside(outside) => outside.name.clone(),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
         Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),
@@ -111,7 +117,11 @@ fn flags(description: Option<&Description>, close_on_exec: bool) -> String {
         None => String::new(),
     };
     if close_on_exec {
-        text += if text.is_empty() { "O_CLOEXEC" } else { "|O_CLOEXEC" };
+        text += if text.is_empty() {
+            "O_CLOEXEC"
+        } else {
+            "|O_CLOEXEC"
+        };
     }
     text
 }

@@ -18,7 +18,10 @@ pub struct MappedFiles<'a> {
 impl<'a> MappedFiles<'a> {
     /// The mapped files of a snapshot.
     pub fn new(snapshot: &'a Snapshot) -> Self {
-        MappedFiles { files: &snapshot.mapped_files, open: RefCell::default() }
+        MappedFiles {
+            files: &snapshot.mapped_files,
+            open: RefCell::default(),
+        }
     }
 
     /// What the snapshot says of the file of this index.
@@ -30,7 +33,9 @@ impl<'a> MappedFiles<'a> {
     pub fn file(&self, index: usize) -> Option<Rc<File>> {
         let record = self.record(index)?;
         let mut open = self.open.borrow_mut();
-        open.entry(index).or_insert_with(|| open_same(record).map(Rc::new)).clone()
+        open.entry(index)
+            .or_insert_with(|| open_same(record).map(Rc::new))
+            .clone()
     }
 }
 
@@ -46,7 +51,10 @@ fn open_same(record: &MappedFile) -> Option<File> {
         .open(&record.path)
         .ok()?;
     let now = file.metadata().ok()?;
-    let modified = now.mtime().checked_mul(1_000_000_000)?.checked_add(now.mtime_nsec())?;
+    let modified = now
+        .mtime()
+        .checked_mul(1_000_000_000)?
+        .checked_add(now.mtime_nsec())?;
     let same = now.is_file()
         && now.size() == record.identity.size
         && modified == record.identity.modified_ns;

@@ -1,8 +1,11 @@
 //! What is mapped, and how much of it the image holds.
 
+use std::collections::HashMap;
+
 use ckpt_image::Reader;
 use serde::Serialize;
 
+use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, KernelMapping, Mapping};
 use crate::objects::{Snapshot, SpaceId};
 
@@ -19,8 +22,8 @@ pub struct MapView {
     pub permissions: String,
     /// Offset in the file or object, in bytes.
     pub offset: u64,
-    /// Bytes of its pages that the image holds, before compression. Pages of shared memory are
-    /// counted at each mapping that shows them.
+    /// Bytes of its pages that the image holds, before compression. Pages of shared memory
+    /// are counted at each mapping that shows them.
     pub stored_bytes: u64,
     /// The file's path, `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]` or nothing.
     pub path: String,
@@ -29,24 +32,28 @@ pub struct MapView {
 /// All mappings of a snapshot.
 pub fn maps(reader: &Reader, snapshot: &Snapshot) -> Vec<MapView> {
     let mut views = Vec::new();
+    let mut stored: HashMap<SpaceId, Stored> = HashMap::new();
+    let mut count = |space, start, end| {
+        stored
+            .entry(space)
+            .or_insert_with(|| Stored::of(reader, space))
+            .between(start, end)
+    };
     for process in &snapshot.processes {
-        let own = Stored::of(reader, process.memory.space);
         for mapping in &process.memory.mappings {
-            let (offset, shared) = match &mapping.backing {
-                Backing::PrivateFile { offset, .. } | Backing::SharedFile { offset, .. } => (*offset, 0),
-                Backing::SharedMemory { offset, object } => {
-                    (*offset, shared(reader, snapshot, *object, *offset, mapping))
-                }
-                Backing::Description { offset, .. } => (*offset, 0),
-                _ => (0, 0),
-            };
+            let (offset, shared) = object(snapshot, &mapping.backing);
+            let mut bytes = count(process.memory.space, mapping.start, mapping.end);
+            if let Some(space) = shared {
+                let size = mapping.end.saturating_sub(mapping.start);
+                bytes = bytes.saturating_add(count(space, offset, offset.saturating_add(size)));
+            }
             views.push(MapView {
                 pid: process.pid,
                 start: mapping.start,
                 end: mapping.end,
                 permissions: permissions(mapping),
                 offset,
-                stored_bytes: own.between(mapping.start, mapping.end).saturating_add(shared),
+                stored_bytes: bytes,
                 path: path(snapshot, process.memory.layout, mapping),
             });
         }
@@ -54,20 +61,49 @@ pub fn maps(reader: &Reader, snapshot: &Snapshot) -> Vec<MapView> {
     views
 }
 
-fn shared(
-    reader: &Reader,
-    snapshot: &Snapshot,
-    object: usize,
-    offset: u64,
-    mapping: &Mapping,
-) -> u64 {
-    let Some(object) = snapshot.shared_memory.get(object) else { return 0 };
-    let end = offset.saturating_add(mapping.end.saturating_sub(mapping.start));
-    Stored::of(reader, object.space).between(offset, end)
+/// Where in its object a mapping begins, and the space of the object, if it has one of its own.
+fn object(snapshot: &Snapshot, backing: &Backing) -> (u64, Option<SpaceId>) {
+    match backing {
+        Backing::PrivateFile { file, offset } | Backing::SharedFile { file, offset, .. } => (
+            *offset,
+            snapshot
+                .mapped_files
+                .get(*file)
+                .and_then(|file| file.contents),
+        ),
+        Backing::SharedMemory { object, offset } => (
+            *offset,
+            snapshot
+                .shared_memory
+                .get(*object)
+                .map(|object| object.space),
+        ),
+        Backing::Description {
+            description,
+            offset,
+            ..
+        } => {
+            let kind = snapshot
+                .descriptions
+                .get(*description)
+                .map(|found| &found.kind);
+            let Some(Kind::MemFd(memfd)) = kind else {
+                return (*offset, None);
+            };
+            (*offset, Some(memfd.contents))
+        }
+        _ => (0, None),
+    }
 }
 
 fn permissions(mapping: &Mapping) -> String {
-    let letter = |bit: i32, letter| if mapping.prot & bit as u32 != 0 { letter } else { '-' };
+    let letter = |bit: i32, letter| {
+        if mapping.prot & bit as u32 != 0 {
+            letter
+        } else {
+            '-'
+        }
+    };
     let shared = match mapping.backing {
         Backing::SharedFile { .. } | Backing::SharedMemory { .. } => 's',
         Backing::Description { private: false, .. } => 's',
@@ -105,7 +141,9 @@ fn path(
             match &mapping.name {
                 Some(name) => format!("[anon:{}]", String::from_utf8_lossy(name)),
                 // As show_map_vma in fs/proc/task_mmu.c tells them.
-                None if mapping.start < layout.brk && mapping.end > layout.start_brk => "[heap]".into(),
+                None if mapping.start < layout.brk && mapping.end > layout.start_brk => {
+                    "[heap]".into()
+                }
                 None if range.contains(&layout.start_stack) => "[stack]".into(),
                 None => String::new(),
             }
@@ -128,7 +166,9 @@ impl Stored {
             before = before.saturating_add(run.bytes(page));
             entry
         });
-        Stored { runs: runs.collect() }
+        Stored {
+            runs: runs.collect(),
+        }
     }
 
     /// Bytes held from `start` up to `end`.
@@ -139,7 +179,9 @@ impl Stored {
     fn below(&self, address: u64) -> u64 {
         let after = self.runs.partition_point(|(start, ..)| *start < address);
         let last = after.checked_sub(1).and_then(|at| self.runs.get(at));
-        last.map_or(0, |(start, end, before)| before.saturating_add(address.min(*end) - start))
+        last.map_or(0, |(start, end, before)| {
+            before.saturating_add(address.min(*end) - start)
+        })
     }
 }
 
@@ -149,11 +191,17 @@ mod tests {
 
     #[test]
     fn stored_bytes_are_counted_by_range() {
-        let stored = Stored { runs: vec![(0x1000, 0x3000, 0), (0x5000, 0x6000, 0x2000)] };
+        let stored = Stored {
+            runs: vec![(0x1000, 0x3000, 0), (0x5000, 0x6000, 0x2000)],
+        };
         assert_eq!(stored.between(0, u64::MAX), 0x3000);
         assert_eq!(stored.between(0x2000, 0x5000), 0x1000);
         assert_eq!(stored.between(0x3000, 0x5000), 0);
         assert_eq!(stored.between(0x5000, 0x6000), 0x1000);
-        assert_eq!(stored.between(0x6000, 0x5000), 0, "a range that ends before it begins");
+        assert_eq!(
+            stored.between(0x6000, 0x5000),
+            0,
+            "a range that ends before it begins"
+        );
     }
 }

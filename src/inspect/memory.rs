@@ -33,16 +33,28 @@ impl<'a> ImageMemory<'a> {
         process: &'a Process,
         files: &'a MappedFiles<'a>,
     ) -> Self {
-        ImageMemory { reader, snapshot, process, files }
+        ImageMemory {
+            reader,
+            snapshot,
+            process,
+            files,
+        }
     }
 
     /// The part of the page around `address` from there on, as much of it as `into` takes.
     fn piece(&self, address: u64, into: &mut [u8]) -> Option<()> {
         let mapping = find(&self.process.memory.mappings, address)?;
-        if self.stored(self.process.memory.space, address, into).is_some() {
+        if self
+            .stored(self.process.memory.space, address, into)
+            .is_some()
+        {
             return Some(());
         }
-        if mapping.guards.iter().any(|(start, end)| (*start..*end).contains(&address)) {
+        if mapping
+            .guards
+            .iter()
+            .any(|(start, end)| (*start..*end).contains(&address))
+        {
             return None;
         }
         let inside = address - mapping.start;
@@ -55,7 +67,11 @@ impl<'a> ImageMemory<'a> {
                 let space = self.snapshot.shared_memory.get(*object)?.space;
                 self.stored_or_zero(space, offset.checked_add(inside)?, into);
             }
-            Backing::Description { description, offset, .. } => {
+            Backing::Description {
+                description,
+                offset,
+                ..
+            } => {
                 let Kind::MemFd(memfd) = &self.snapshot.descriptions.get(*description)?.kind else {
                     return None;
                 };
@@ -75,7 +91,10 @@ impl<'a> ImageMemory<'a> {
         // The rest of a file's last page reads as zeros.
         let rest = record.identity.size.checked_sub(offset)?;
         let (present, beyond) = into.split_at_mut(into.len().min(rest as usize));
-        self.files.file(index)?.read_exact_at(present, offset).ok()?;
+        self.files
+            .file(index)?
+            .read_exact_at(present, offset)
+            .ok()?;
         beyond.fill(0);
         Some(())
     }
@@ -100,7 +119,9 @@ impl TargetMemory for ImageMemory<'_> {
         let page = u64::from(self.reader.header().page_size);
         let mut done = 0;
         while done < into.len() {
-            let Some(at) = address.checked_add(done as u64) else { break };
+            let Some(at) = address.checked_add(done as u64) else {
+                break;
+            };
             let piece = (page - at % page).min((into.len() - done) as u64) as usize;
             if self.piece(at, &mut into[done..done + piece]).is_none() {
                 break;
@@ -114,5 +135,34 @@ impl TargetMemory for ImageMemory<'_> {
 /// The mapping around an address; mappings are in ascending order, or nothing useful is found.
 pub fn find(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
     let after = mappings.partition_point(|mapping| mapping.start <= address);
-    mappings.get(after.checked_sub(1)?).filter(|mapping| address < mapping.end)
+    mappings
+        .get(after.checked_sub(1)?)
+        .filter(|mapping| address < mapping.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inspect::fixture::{MEMORY, good_image, snapshot};
+
+    #[test]
+    fn memory_comes_from_pages_zeros_and_files() {
+        let (snapshot, reader) = (snapshot(), good_image());
+        let files = MappedFiles::new(&snapshot);
+        let memory = ImageMemory::new(&reader, &snapshot, &snapshot.processes[0], &files);
+        let mut bytes = [1; 4];
+        assert_eq!(memory.read(MEMORY + 4096 - 2, &mut bytes), 4);
+        assert_eq!(
+            bytes,
+            [0, 0, 0x90, 0x90],
+            "a page of zeros, then the stored one"
+        );
+        assert_eq!(
+            memory.read(MEMORY + 4 * 4096 - 2, &mut bytes),
+            2,
+            "the mapping ends"
+        );
+        assert_eq!(memory.read(0x1000, &mut bytes), 0, "the file is gone");
+        assert_eq!(memory.read(u64::MAX, &mut bytes), 0);
+    }
 }

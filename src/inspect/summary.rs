@@ -31,9 +31,9 @@ pub struct Summary {
     /// When the checkpoint was taken, nanoseconds since 1970.
     pub created_unix_ns: u64,
     /// Number of processes.
-    pub processes: u32,
+    pub processes: usize,
     /// Number of threads.
-    pub threads: u32,
+    pub threads: usize,
     /// Number of pages.
     pub pages: u64,
     /// Bytes of memory in the image before compression.
@@ -74,7 +74,11 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
     Summary {
         image: reader.path().to_string_lossy().into_owned(),
         format: header.version.to_string(),
-        image_id: header.image_id.iter().map(|byte| format!("{byte:02x}")).collect(),
+        image_id: header
+            .image_id
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect(),
         arch: header.arch.to_string(),
         name: header.comm.clone(),
         pid: header.pid,
@@ -83,8 +87,12 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
         kernel: header.kernel.clone(),
         cpu: header.cpu.clone(),
         created_unix_ns: header.created_unix_ns,
-        processes: header.processes,
-        threads: header.threads,
+        processes: snapshot.processes.len(),
+        threads: snapshot
+            .processes
+            .iter()
+            .map(|process| process.threads.len())
+            .sum(),
         pages: reader.pages(),
         memory_bytes,
         image_bytes: reader.bytes(),
@@ -95,7 +103,10 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
 }
 
 fn process(process: &crate::objects::process::Process) -> ProcessView {
-    let line = process.command_line.strip_suffix(b"\0").unwrap_or(&process.command_line);
+    let line = process
+        .command_line
+        .strip_suffix(b"\0")
+        .unwrap_or(&process.command_line);
     let words = line.split(|byte| *byte == 0);
     ProcessView {
         pid: process.pid,
@@ -104,6 +115,8 @@ fn process(process: &crate::objects::process::Process) -> ProcessView {
         fds: process.fds.len(),
         mappings: process.memory.mappings.len(),
         stopped: process.stopped,
-        command_line: words.map(|word| String::from_utf8_lossy(word).into_owned()).collect(),
+        command_line: words
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .collect(),
     }
 }

@@ -29,7 +29,10 @@ struct Table {
 impl<'a> Symbols<'a> {
     /// Names in the files of a snapshot.
     pub fn new(files: &'a MappedFiles<'a>) -> Self {
-        Symbols { files, tables: RefCell::default() }
+        Symbols {
+            files,
+            tables: RefCell::default(),
+        }
     }
 
     /// What an address is called: `read+0x12 (libc.so.6)`, `libc.so.6+0x3f12` when the file has
@@ -45,8 +48,12 @@ impl<'a> Symbols<'a> {
             _ => return None,
         };
         let path = &self.files.record(index)?.path;
-        let file = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-        match self.table(index).and_then(|table| table.symbol(offset)) {
+        let file = path
+            .file_name()
+            .unwrap_or(path.as_os_str())
+            .to_string_lossy();
+        let table = self.table(index);
+        match table.as_deref().and_then(|table| table.symbol(offset)) {
             Some((name, 0)) => Some(format!("{name} ({file})")),
             Some((name, beyond)) => Some(format!("{name}+{beyond:#x} ({file})")),
             None => Some(format!("{file}+{offset:#x}")),
@@ -70,7 +77,13 @@ impl Table {
         }
         let segments = parsed
             .segments()
-            .map(|segment| (segment.file_range().0, segment.file_range().1, segment.address()))
+            .map(|segment| {
+                (
+                    segment.file_range().0,
+                    segment.file_range().1,
+                    segment.address(),
+                )
+            })
             .collect();
         let mut symbols: Vec<_> = parsed
             .symbols()
@@ -91,7 +104,9 @@ impl Table {
             let inside = offset.checked_sub(*start).filter(|inside| inside < size)?;
             address.checked_add(inside)
         })?;
-        let after = self.symbols.partition_point(|(start, ..)| *start <= address);
+        let after = self
+            .symbols
+            .partition_point(|(start, ..)| *start <= address);
         let before = &self.symbols[..after];
         // Aliases of one address stand side by side; the first of them that reaches far enough.
         let last = before.last()?.0;
@@ -128,7 +143,12 @@ mod tests {
     #[test]
     fn our_own_symbols_are_found() {
         let table = Table::read(&File::open("/proc/self/exe").unwrap()).unwrap();
-        assert!(table.symbols.iter().any(|(_, _, name)| name.contains("our_own_symbols")));
+        assert!(
+            table
+                .symbols
+                .iter()
+                .any(|(_, _, name)| name.contains("our_own_symbols"))
+        );
         assert!(!table.segments.is_empty());
     }
 }

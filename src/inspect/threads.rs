@@ -46,13 +46,19 @@ pub fn threads(reader: &Reader, snapshot: &Snapshot) -> Vec<ThreadView> {
     let mut views = Vec::new();
     for process in &snapshot.processes {
         let memory = ImageMemory::new(reader, snapshot, process, &files);
-        let names: HashMap<i32, usize> =
-            process.fds.iter().map(|entry| (entry.fd, entry.description)).collect();
+        let names: HashMap<i32, usize> = process
+            .fds
+            .iter()
+            .map(|entry| (entry.fd, entry.description))
+            .collect();
         let fd = |fd: i32| {
             let description = snapshot.descriptions.get(*names.get(&fd)?)?;
             Some(fds::name(&description.kind))
         };
-        let context = Context { memory: &memory, fd: &fd };
+        let context = Context {
+            memory: &memory,
+            fd: &fd,
+        };
         for thread in &process.threads {
             let address = thread.regs.rip;
             let mut code = [0; LONGEST];
@@ -76,9 +82,11 @@ fn view(
     let (state, call, result) = match calls::state(&thread.regs) {
         State::Running => ("running", None, None),
         State::Waiting(number) => ("waiting", Some(describe(number)), None),
-        State::Returning(number, value) => {
-            ("running", Some(describe(number)), Some(calls::result(value)))
-        }
+        State::Returning(number, value) => (
+            "running",
+            Some(describe(number)),
+            Some(calls::result(value)),
+        ),
     };
     ThreadView {
         pid: process.pid,
@@ -90,5 +98,26 @@ fn view(
         address: thread.regs.rip,
         symbol,
         instruction,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inspect::fixture::{good_image, snapshot};
+
+    #[test]
+    fn threads_show_their_call_and_instruction() {
+        let mut snapshot = snapshot();
+        let regs = &mut snapshot.processes[0].threads[1].regs;
+        (regs.orig_rax, regs.rax, regs.rdi, regs.rdx) = (0, -512i64 as u64, 1, 8);
+        let views = threads(&good_image(), &snapshot);
+        assert_eq!((views[0].state, &views[0].call), ("running", &None));
+        assert_eq!(views[0].instruction.as_deref(), Some("nop"));
+        assert_eq!(views[1].state, "waiting");
+        assert_eq!(
+            views[1].call.as_deref(),
+            Some("read(1<eventfd:3>, NULL, 8)")
+        );
     }
 }

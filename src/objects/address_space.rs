@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SpaceId;
 use super::memory::Mapping;
+use crate::restore::plan::Builder;
 
 /// An address space.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -95,5 +96,55 @@ pub fn layout(stat: &ckpt_tracer::proc::stat::Stat, brk: u64) -> Layout {
         arg_end: stat.arg_end,
         env_start: stat.env_start,
         env_end: stat.env_end,
+    }
+}
+
+impl AddressSpace {
+    /// The fields of the address space, once everything is mapped (`PR_SET_MM_MAP`, which asks
+    /// for no privilege as long as the executable stays; fs/exec.c set that one).
+    pub fn rebuild_fields(&self, plan: &mut Builder) {
+        const PR_SET_MM_MAP: u64 = 14;
+        let l = &self.layout;
+        let auxv = plan.data(&self.auxv);
+        let words = [
+            l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, l.brk, l.start_stack,
+            l.arg_start, l.arg_end, l.env_start, l.env_end, auxv,
+        ];
+        let mut map = words.map(u64::to_le_bytes).concat();
+        map.extend_from_slice(&(self.auxv.len() as u32).to_le_bytes());
+        map.extend_from_slice(&u32::MAX.to_le_bytes());
+        let at = plan.data(&map);
+        let args = [libc::PR_SET_MM as u64, PR_SET_MM_MAP, at, map.len() as u64];
+        plan.syscall(libc::SYS_prctl, &args, || "the fields of the address space".into());
+        for bit in (0..32).filter(|bit| self.membarrier & 1 << bit != 0) {
+            let args = [1u64 << bit, 0, 0];
+            plan.syscall(libc::SYS_membarrier, &args, || "a membarrier registration".into());
+        }
+        if self.thp_disabled {
+            const PR_SET_THP_DISABLE: u64 = 41;
+            plan.syscall(libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1], || {
+                "the switch for transparent huge pages".into()
+            });
+        }
+    }
+
+    /// What must find the mappings complete: `mlockall` and seals.
+    pub fn rebuild_locks(&self, plan: &mut Builder) {
+        if self.lock_future {
+            let flags = libc::MCL_FUTURE as u64;
+            plan.try_syscall(libc::SYS_mlockall, &[flags], "mlockall(MCL_FUTURE) is not in force");
+        }
+        for mapping in &self.mappings {
+            mapping.seal(plan);
+        }
+    }
+
+    /// Dumpability, which a change of credentials resets.
+    pub fn rebuild_dumpable(&self, plan: &mut Builder) {
+        // 2 is what the kernel itself sets for programs with privileges; 0 is the nearest.
+        let dumpable = u64::from(self.dumpable == 1);
+        plan.syscall(libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, dumpable], || {
+            "dumpability".into()
+        });
     }
 }

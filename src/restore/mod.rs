@@ -1,12 +1,31 @@
 //! An image becomes a running job: the plan, and its execution.
+//!
+//! Everything that can be checked is checked before a process exists: the image's metadata,
+//! the machine, the files, the pid. Then a process is created that executes the job's own
+//! executable and is stopped before its first instruction ([`spawn`]), and the plan
+//! ([`planner`]) is executed in it ([`driver`]).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
-use crate::progress::Progress;
+use ckpt_image::{Arch, Reader};
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::tasks;
+use ckpt_tracer::{Pid, Tid};
 
+use crate::error::{Error, Obstacle, Result};
+use crate::host;
+use crate::objects::credentials::Credentials;
+use crate::objects::{Snapshot, scheduling};
+use crate::progress::Progress;
+use crate::snapshot;
+
+pub mod contents;
+pub mod driver;
+pub mod fill;
 pub mod plan;
+pub mod planner;
+pub mod spawn;
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,19 +65,153 @@ impl Restored {
     /// Waits for the root's end; its exit code, or 128 plus the signal that ended it. Signals
     /// that the caller gets meanwhile are not passed on here; see `supervise`.
     pub fn wait(self) -> Result<i32> {
-        let _ = self.pid;
-        Err(crate::Error::Restore("not built yet".into()))
+        use nix::sys::wait::{WaitStatus, waitpid};
+        loop {
+            match waitpid(nix::unistd::Pid::from_raw(self.pid), None) {
+                Ok(WaitStatus::Exited(_, code)) => return Ok(code),
+                Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => {
+                    let text = format!("cannot wait for process {}: {}", self.pid, e.desc());
+                    return Err(Error::Restore(text));
+                }
+            }
+        }
     }
 }
 
 /// The plan as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
-    let _ = request;
-    Err(crate::Error::Restore("not built yet".into()))
+    let (_, snapshot) = open(request)?;
+    let host = host_state(snapshot.processes[0].pid)?;
+    let planned = planner::plan(&snapshot, request, &host, &[]).map_err(Error::Refused)?;
+    let mut text = String::new();
+    for warning in &planned.plan.warnings {
+        text.push_str(&format!("# warning: {warning}\n"));
+    }
+    text.push_str(&planned.plan.to_text());
+    Ok(text)
 }
 
 /// Restores. On error no process is left behind.
 pub fn restore(request: &Request<'_>) -> Result<Restored> {
-    let _ = request;
-    Err(crate::Error::Restore("not built yet".into()))
+    let (image, snapshot) = open(request)?;
+    let process = &snapshot.processes[0];
+    let host = host_state(process.pid)?;
+    // A first plan finds what stands in the way, before anything exists.
+    let planned = planner::plan(&snapshot, request, &host, &[]).map_err(Error::Refused)?;
+    if Path::new(&format!("/proc/{}", process.pid)).exists() {
+        return Err(Error::refuse(pid_taken(process.pid)));
+    }
+    let descriptors = contents::open_all(&planned.plan.inherit, &snapshot, &image)?;
+    let executable = contents::executable(&snapshot, &image)?;
+    let (child, leader) = spawn::spawn(process, &executable, descriptors)?;
+    let warnings = driver::rebuild(&image, &snapshot, request, &host, &child, leader)?;
+    let pid = child.pid();
+    child.keep();
+    Ok(Restored { pid, warnings })
+}
+
+fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
+    let image = Reader::open(request.image)?;
+    image.require_arch(Arch::native())?;
+    let snapshot = snapshot::read(&image, request.image)?;
+    let faults = crate::inspect::references::check(&snapshot, &image);
+    if let Some(fault) = faults.into_iter().next() {
+        return Err(Error::Metadata { path: request.image.to_owned(), what: fault });
+    }
+    refuse_other_machine(&snapshot)?;
+    Ok((image, snapshot))
+}
+
+/// What the processor and the kernel must have in common with those of the checkpoint.
+fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
+    let was = &snapshot.host;
+    let mut obstacles = Vec::new();
+    let now = ckpt_tracer::features::KernelFeatures::probe().cpu.xcr0;
+    let missing = was.xcr0 & !now;
+    if missing != 0 {
+        obstacles.push(Obstacle::new(
+            "the job",
+            format!(
+                "may use processor state that this machine does not have ({})",
+                component_names(missing)
+            ),
+            "restore it on a machine with the same or a newer processor",
+        ));
+    }
+    let uses_vdso = snapshot.processes.iter().any(|p| {
+        use crate::objects::memory::{Backing, KernelMapping};
+        p.memory.mappings.iter().any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
+    });
+    if uses_vdso && was.vdso_digest != host::vdso_digest() {
+        obstacles.push(Obstacle::new(
+            "the job",
+            format!(
+                "was checkpointed on kernel {} with another vDSO, which is not supported yet",
+                was.kernel
+            ),
+            "restore it on a machine with that kernel",
+        ));
+    }
+    if obstacles.is_empty() { Ok(()) } else { Err(Error::Refused(obstacles)) }
+}
+
+/// Names of xsave components (Intel SDM volume 1, chapter 13).
+fn component_names(bits: u64) -> String {
+    const NAMES: &[(u64, &str)] = &[
+        (1 << 1, "SSE"),
+        (1 << 2, "AVX"),
+        (3 << 3, "MPX"),
+        (7 << 5, "AVX-512"),
+        (1 << 9, "protection keys"),
+        (3 << 17, "AMX"),
+    ];
+    let names: Vec<&str> =
+        NAMES.iter().filter(|(mask, _)| bits & mask != 0).map(|(_, name)| *name).collect();
+    if names.is_empty() { format!("components {bits:#x}") } else { names.join(", ") }
+}
+
+/// What the new process will have from us before the plan sets anything.
+fn host_state(_pid: i32) -> Result<plan::HostState> {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    let me = Pid(std::process::id() as i32);
+    let status = read_status(me)?;
+    let mut credentials = Credentials::of(&status, own_securebits());
+    // Exec by root gives all permitted capabilities; by others, none but the ambient ones.
+    if status.uid.effective == 0 {
+        credentials.permitted = status.capabilities.bounding;
+        credentials.effective = status.capabilities.bounding;
+    } else {
+        credentials.permitted = status.capabilities.ambient;
+        credentials.effective = status.capabilities.ambient;
+    }
+    Ok(plan::HostState {
+        scheduling: scheduling::capture(Tid(me.raw()), 0),
+        may_raise_limits: status.capabilities.effective & CAP_SYS_RESOURCE != 0,
+        credentials,
+    })
+}
+
+#[allow(unsafe_code)]
+fn own_securebits() -> u32 {
+    // SAFETY: a call without pointers.
+    unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) }.max(0) as u32
+}
+
+/// The obstacle that somebody else has the pid.
+pub(crate) fn pid_taken(pid: i32) -> Obstacle {
+    let name = tasks::comm(Pid(pid)).map_or_else(|_| "?".into(), |c| c.to_string());
+    let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
+    let who = if leader == pid {
+        format!("process {pid} ({name})")
+    } else {
+        format!("a thread of process {leader} ({name})")
+    };
+    Obstacle::new(
+        format!("the pid {pid}"),
+        format!("is taken by {who}"),
+        "end that one first, or restore in a pid namespace of its own: unshare --pid --fork \
+         --mount-proc restore IMAGE",
+    )
 }

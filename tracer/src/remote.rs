@@ -512,6 +512,38 @@ impl<'a> RemoteCalls<'a> {
         self.cave.mem.read_array(self.scratch + offset)
     }
 
+    /// Leaves the task in its stop, to go on elsewhere: with other registers and another
+    /// signal mask. The scratch memory stays mapped; it is the caller's now.
+    pub fn leave_at(mut self, regs: &Regs, mask: u64) -> Result<()> {
+        self.entered = false;
+        self.owns_scratch = false;
+        self.task.set_signal_mask(mask)?;
+        self.task.set_regs(regs)
+    }
+
+    /// Begins a system call and interrupts it before it can wait: what it leaves in the task
+    /// (a restart block) stays. Returns the kernel's raw answer, an `-ERESTART*` included; the
+    /// task is then in its event stop.
+    pub fn begin_and_interrupt(mut self, nr: i64, args: [u64; 6]) -> Result<i64> {
+        let regs = self.call_regs(cave_image().call, nr, args);
+        self.task.set_regs(&regs)?;
+        self.to_syscall_stop()?;
+        self.task.interrupt()?;
+        let mut signal = 0;
+        loop {
+            match advance(self.task, Resume::Cont, signal)? {
+                Stop::Event(_) => break,
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+        let answer = self.task.regs()?.rax as i64;
+        self.entered = false;
+        self.task.set_regs(&self.original)?;
+        self.task.set_signal_mask(self.mask)?;
+        Ok(answer)
+    }
+
     /// Puts everything back: the task is stopped as it was found.
     pub fn finish(mut self) -> Result<()> {
         self.go_home()

@@ -29,7 +29,11 @@ pub fn describe(context: &Context<'_>, number: u64, arguments: [u64; 6]) -> Stri
     let mut shown = Vec::new();
     for (at, kind) in kinds.split_ascii_whitespace().enumerate().take(6) {
         // The operation decides whether a futex's fourth argument is a time.
-        let kind = if name == "futex" && at == 3 && !futex_waits(arguments[1]) { "int" } else { kind };
+        let kind = if name == "futex" && at == 3 && !futex_waits(arguments[1]) {
+            "int"
+        } else {
+            kind
+        };
         let next = arguments.get(at + 1).copied().unwrap_or(0);
         shown.push(context.argument(kind, arguments[at], next));
     }
@@ -37,7 +41,11 @@ pub fn describe(context: &Context<'_>, number: u64, arguments: [u64; 6]) -> Stri
 }
 
 fn raw(arguments: &[u64]) -> String {
-    arguments.iter().map(|value| format!("{value:#x}")).collect::<Vec<_>>().join(", ")
+    arguments
+        .iter()
+        .map(|value| format!("{value:#x}"))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn futex_waits(operation: u64) -> bool {
@@ -62,7 +70,9 @@ impl Context<'_> {
             "off" => (value as i64).to_string(),
             "mode" => format!("{value:#o}"),
             "sig" => flags::signal(value),
-            "set" => self.or_pointer(value, |memory| Some(set(u64::from_le_bytes(bytes(memory, value)?)))),
+            "set" => self.or_pointer(value, |memory| {
+                Some(set(u64::from_le_bytes(bytes(memory, value)?)))
+            }),
             "ts" => self.or_pointer(value, |memory| time(memory, value, 9)),
             "tv" => self.or_pointer(value, |memory| time(memory, value, 6)),
             "pollfds" => self.array(value, next, 8, |element| self.pollfd(element)),
@@ -151,7 +161,11 @@ impl Context<'_> {
     fn pollfd(&self, bytes: &[u8; 16]) -> String {
         let fd = i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         let events = u16::from_le_bytes([bytes[4], bytes[5]]);
-        format!("{{{}, {}}}", self.descriptor(fd), flags::bits(events.into(), flags::POLL, "0"))
+        format!(
+            "{{{}, {}}}",
+            self.descriptor(fd),
+            flags::bits(events.into(), flags::POLL, "0")
+        )
     }
 }
 
@@ -165,7 +179,11 @@ pub fn open_flags(value: u64) -> String {
 }
 
 fn pointer(value: u64) -> String {
-    if value == 0 { "NULL".into() } else { format!("{value:#x}") }
+    if value == 0 {
+        "NULL".into()
+    } else {
+        format!("{value:#x}")
+    }
 }
 
 fn bytes<const N: usize>(memory: &dyn TargetMemory, address: u64) -> Option<[u8; N]> {
@@ -183,15 +201,31 @@ fn time(memory: &dyn TargetMemory, address: u64, digits: usize) -> Option<String
 /// `struct iovec`.
 fn iovec(bytes: &[u8; 16]) -> String {
     let (base, len) = bytes.split_at(8);
-    let number = |bytes: &[u8]| bytes.first_chunk().map_or(0, |chunk| u64::from_le_bytes(*chunk));
+    let number = |bytes: &[u8]| {
+        bytes
+            .first_chunk()
+            .map_or(0, |chunk| u64::from_le_bytes(*chunk))
+    };
     format!("{{{}, {}}}", pointer(number(base)), number(len))
 }
 
 fn set(mask: u64) -> String {
     let member = |signal: &u64| mask >> (signal - 1) & 1 == 1;
     let (prefix, shown) = match mask.count_ones() {
-        0..=32 => ("", (1..=64).filter(member).map(flags::signal).collect::<Vec<_>>()),
-        _ => ("~", (1..=64).filter(|signal| !member(signal)).map(flags::signal).collect()),
+        0..=32 => (
+            "",
+            (1..=64)
+                .filter(member)
+                .map(flags::signal)
+                .collect::<Vec<_>>(),
+        ),
+        _ => (
+            "~",
+            (1..=64)
+                .filter(|signal| !member(signal))
+                .map(flags::signal)
+                .collect(),
+        ),
     };
     format!("{prefix}[{}]", shown.join(" "))
 }

@@ -13,7 +13,11 @@ pub(super) fn bits(value: u64, names: &[(u64, &str)], zero: &str) -> String {
     if left != 0 {
         out.push(format!("{left:#x}"));
     }
-    if out.is_empty() { zero.into() } else { out.join("|") }
+    if out.is_empty() {
+        zero.into()
+    } else {
+        out.join("|")
+    }
 }
 
 /// The name of `value`, or its number.
@@ -24,7 +28,9 @@ pub(super) fn one(value: u64, names: &[(u64, &str)]) -> String {
 
 /// A signal's name.
 pub(super) fn signal(number: u64) -> String {
-    let known = i32::try_from(number).ok().and_then(|n| nix::sys::signal::Signal::try_from(n).ok());
+    let known = i32::try_from(number)
+        .ok()
+        .and_then(|n| nix::sys::signal::Signal::try_from(n).ok());
     match (known, number) {
         (Some(signal), _) => signal.as_str().into(),
         (None, 34..=64) => format!("SIGRTMIN+{}", number - 34),
@@ -91,7 +97,10 @@ mod tests {
 
     #[test]
     fn flags_have_names() {
-        assert_eq!(bits(libc::O_CLOEXEC as u64 | 1 << 40, OPEN, "0"), "O_CLOEXEC|0x10000000000");
+        assert_eq!(
+            bits(libc::O_CLOEXEC as u64 | 1 << 40, OPEN, "0"),
+            "O_CLOEXEC|0x10000000000"
+        );
         assert_eq!(bits(0, PROT, "PROT_NONE"), "PROT_NONE");
         assert_eq!(bits(0x22, MAP, "0"), "MAP_PRIVATE|MAP_ANONYMOUS");
         assert_eq!(bits(3, MAP, "0"), "MAP_SHARED_VALIDATE");

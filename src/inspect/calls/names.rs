@@ -24,10 +24,7 @@ const NAMES: &[(u64, &str)] = &[
          setrlimit chroot sync acct settimeofday mount umount2 swapon swapoff reboot sethostname \
          setdomainname iopl ioperm",
     ),
-    (
-        175,
-        "init_module delete_module",
-    ),
+    (175, "init_module delete_module"),
     (
         179,
         "quotactl nfsservctl getpmsg putpmsg afs_syscall tuxcall security gettid readahead \

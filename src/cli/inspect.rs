@@ -1,0 +1,235 @@
+//! `ckpt inspect`: what is in an image.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use ckpt_image::Reader;
+use clap::Args;
+use serde::Serialize;
+
+use super::exit::Outcome;
+use super::output::{self, visible};
+use crate::inspect::fds::FdView;
+use crate::inspect::maps::MapView;
+use crate::inspect::summary::Summary;
+use crate::inspect::threads::ThreadView;
+use crate::inspect::{fds, maps, summary, threads};
+use crate::snapshot;
+
+/// Arguments of `ckpt inspect`.
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Inspect {
+    /// The image to look into.
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// Show what is mapped, and how much of it the image holds.
+    #[arg(long)]
+    maps: bool,
+    /// Show the open files.
+    #[arg(long)]
+    fds: bool,
+    /// Show where each thread was: its system call with arguments, function and instruction.
+    #[arg(long)]
+    threads: bool,
+    /// Print everything that is asked for as a JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ckpt inspect job.ckpt             who, where, when, how large
+  ckpt inspect --threads job.ckpt   what was each thread waiting for?
+  ckpt inspect --fds --json job.ckpt | jq '.fds[].path'";
+
+/// What `ckpt inspect --json` prints; the keys stay as they are. Lists that were not asked for are
+/// left out.
+#[derive(Serialize)]
+struct Everything {
+    summary: Summary,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<Vec<ThreadView>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    maps: Option<Vec<MapView>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fds: Option<Vec<FdView>>,
+}
+
+pub(crate) fn run(args: &Inspect) -> Outcome {
+    let reader = Reader::open(&args.image)?;
+    let snapshot = snapshot::read(&reader, &args.image)?;
+    let everything = Everything {
+        summary: summary::summary(&reader, &snapshot),
+        threads: args.threads.then(|| threads::threads(&reader, &snapshot)),
+        maps: args.maps.then(|| maps::maps(&reader, &snapshot)),
+        fds: args.fds.then(|| fds::fds(&snapshot)),
+    };
+    output::print(if args.json {
+        output::json(&everything)?
+    } else {
+        text(&everything)
+    })?;
+    Ok(0)
+}
+
+fn text(everything: &Everything) -> String {
+    let mut parts = Vec::new();
+    if everything.threads.is_none() && everything.maps.is_none() && everything.fds.is_none() {
+        parts.push(summary_text(&everything.summary));
+    }
+    parts.extend(everything.threads.as_deref().map(threads_text));
+    parts.extend(everything.maps.as_deref().map(maps_text));
+    parts.extend(everything.fds.as_deref().map(fds_text));
+    parts.join("\n")
+}
+
+fn summary_text(summary: &Summary) -> String {
+    let size = format!(
+        "{}, codec {}, ratio {:.2}",
+        output::bytes(summary.image_bytes),
+        summary.codec,
+        summary.ratio
+    );
+    let memory = format!(
+        "{} in {}",
+        output::bytes(summary.memory_bytes),
+        output::count(summary.pages, "page")
+    );
+    let rows = [
+        ("image", summary.image.clone()),
+        (
+            "format",
+            format!(
+                "{} for {}, id {}",
+                summary.format, summary.arch, summary.image_id
+            ),
+        ),
+        ("job", format!("{}, pid {}", summary.name, summary.pid)),
+        ("command line", summary.command_line.clone()),
+        ("host", summary.host.clone()),
+        ("kernel", summary.kernel.clone()),
+        ("processor", summary.cpu.clone()),
+        ("taken", output::time(summary.created_unix_ns)),
+        ("processes", summary.processes.to_string()),
+        ("threads", summary.threads.to_string()),
+        ("memory", memory),
+        ("size", size),
+    ];
+    let mut text = String::new();
+    for (name, value) in rows {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{name:<14}{}", visible(value.as_bytes()));
+    }
+    if summary.process_list.len() > 1 {
+        let mut table = output::table(&[
+            "pid",
+            "parent",
+            "threads",
+            "fds",
+            "mappings",
+            "command line",
+        ]);
+        for process in &summary.process_list {
+            table.add_row([
+                process.pid.to_string(),
+                process.parent.to_string(),
+                process.threads.to_string(),
+                process.fds.to_string(),
+                process.mappings.to_string(),
+                visible(process.command_line.join(" ").as_bytes()),
+            ]);
+        }
+        let _ = write!(text, "\n{}", output::table_text(&table));
+    }
+    text
+}
+
+fn threads_text(threads: &[ThreadView]) -> String {
+    let head = [
+        "pid",
+        "tid",
+        "name",
+        "state",
+        "at",
+        "instruction",
+        "system call",
+    ];
+    let mut table = output::table(&head);
+    for thread in threads {
+        let place = thread
+            .symbol
+            .clone()
+            .unwrap_or_else(|| format!("{:#x}", thread.address));
+        let call = match (&thread.call, &thread.result) {
+            (Some(call), Some(result)) => format!("{call} = {result}"),
+            (Some(call), None) => call.clone(),
+            (None, _) => "-".into(),
+        };
+        table.add_row([
+            thread.pid.to_string(),
+            thread.tid.to_string(),
+            visible(thread.name.as_bytes()),
+            thread.state.into(),
+            visible(place.as_bytes()),
+            thread.instruction.clone().unwrap_or_else(|| "?".into()),
+            visible(call.as_bytes()),
+        ]);
+    }
+    output::table_text(&table)
+}
+
+fn maps_text(maps: &[MapView]) -> String {
+    let mut table = output::table(&["pid", "range", "perm", "offset", "size", "stored", "path"]);
+    for map in maps {
+        table.add_row([
+            map.pid.to_string(),
+            format!("{:08x}-{:08x}", map.start, map.end),
+            map.permissions.clone(),
+            format!("{:08x}", map.offset),
+            output::bytes(map.end.saturating_sub(map.start)),
+            output::bytes(map.stored_bytes),
+            visible(map.path.as_bytes()),
+        ]);
+    }
+    output::right_align(&mut table, &[4, 5]);
+    output::table_text(&table)
+}
+
+fn fds_text(fds: &[FdView]) -> String {
+    let mut table = output::table(&[
+        "pid",
+        "fd",
+        "kind",
+        "path",
+        "offset",
+        "flags",
+        "shared with",
+    ]);
+    for fd in fds {
+        let mut shared = fd.shared_with.join(" ");
+        if fd.shared_with_count > fd.shared_with.len() {
+            let _ = write!(
+                shared,
+                " and {} more",
+                fd.shared_with_count - fd.shared_with.len()
+            );
+        }
+        table.add_row([
+            fd.pid.to_string(),
+            fd.fd.to_string(),
+            fd.kind.into(),
+            visible(fd.path.as_bytes()),
+            fd.offset
+                .map_or_else(|| "-".into(), |offset| offset.to_string()),
+            fd.flags.clone(),
+            if shared.is_empty() {
+                "-".into()
+            } else {
+                shared
+            },
+        ]);
+    }
+    output::right_align(&mut table, &[1, 4]);
+    output::table_text(&table)
+}

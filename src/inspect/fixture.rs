@@ -1,0 +1,164 @@
+//! A small job for tests: one process with two threads, three mappings and two descriptors.
+
+use std::path::PathBuf;
+
+use ckpt_image::{Header, Reader, Writer, WriterOptions};
+
+use crate::objects::address_space::{AddressSpace, Layout};
+use crate::objects::files::{Description, FdEntry, Kind, device, eventfd};
+use crate::objects::memory::{Backing, FileIdentity, MappedFile, Mapping, MappingFlags};
+use crate::objects::process::Process;
+use crate::objects::thread::{GeneralRegisters, Thread};
+use crate::objects::{Host, Snapshot, SpaceId};
+
+/// Where the fixture's anonymous memory is: three pages, the second of which is stored.
+pub(crate) const MEMORY: u64 = 0x10_0000;
+
+pub(crate) fn mapping(start: u64, pages: u64, backing: Backing) -> Mapping {
+    Mapping {
+        start,
+        end: start + pages * 4096,
+        prot: 3,
+        backing,
+        flags: MappingFlags::empty(),
+        name: None,
+        protection_key: 0,
+        guards: Vec::new(),
+    }
+}
+
+fn thread(tid: i32) -> Thread {
+    Thread {
+        tid,
+        name: b"test".to_vec(),
+        regs: GeneralRegisters {
+            orig_rax: u64::MAX,
+            rip: MEMORY + 4096,
+            ..Default::default()
+        },
+        xstate: Vec::new(),
+        signal_mask: 0,
+        pending: Vec::new(),
+        alternate_stack: (0, 2, 0),
+        rseq: None,
+        robust_list: (0, 0),
+        clear_child_tid: 0,
+        scheduling: Default::default(),
+        credentials: Default::default(),
+        parent_death_signal: 0,
+        seccomp: Default::default(),
+    }
+}
+
+pub(crate) fn snapshot() -> Snapshot {
+    let file = MappedFile {
+        path: PathBuf::from("/nonexistent/program"),
+        identity: FileIdentity {
+            device: (0, 0),
+            inode: 1,
+            mode: 0o100755,
+            size: 4096,
+            modified_ns: 0,
+            build_id: None,
+        },
+        contents: None,
+    };
+    let file_backing = Backing::PrivateFile { file: 0, offset: 0 };
+    let process = Process {
+        pid: 50,
+        parent: 1,
+        group: 50,
+        session: 50,
+        stopped: false,
+        command_line: b"program\0argument\0".to_vec(),
+        memory: AddressSpace {
+            space: SpaceId(1),
+            layout: Layout::default(),
+            auxv: Vec::new(),
+            executable: 0,
+            mappings: vec![
+                mapping(0x1000, 1, file_backing),
+                mapping(MEMORY, 3, Backing::Anonymous),
+                mapping(MEMORY + 3 * 4096, 1, Backing::Anonymous),
+            ],
+            lock_future: false,
+            thp_disabled: false,
+            dumpable: 1,
+            membarrier: 0,
+        },
+        threads: vec![thread(50), thread(51)],
+        actions: Vec::new(),
+        pending: Vec::new(),
+        interval_timers: Default::default(),
+        posix_timers: Vec::new(),
+        fds: [0, 1]
+            .map(|fd| FdEntry {
+                fd,
+                description: fd as usize,
+                close_on_exec: fd == 1,
+            })
+            .into(),
+        cwd: "/".into(),
+        root: "/".into(),
+        umask: 0o22,
+        limits: Vec::new(),
+        personality: 0,
+        child_subreaper: false,
+        oom_score_adj: 0,
+        coredump_filter: None,
+    };
+    let null = device::Device {
+        path: "/dev/null".into(),
+        number: (1, 3),
+    };
+    let event = eventfd::EventFd {
+        count: 3,
+        semaphore: false,
+    };
+    let description = |kind| Description {
+        kind,
+        flags: 2,
+        owner: None,
+    };
+    Snapshot {
+        host: Host {
+            kernel: String::new(),
+            name: String::new(),
+            vdso_digest: Vec::new(),
+            xstate_size: 0,
+            xcr0: 0,
+            monotonic_ns: 0,
+            boottime_ns: 0,
+            realtime_ns: 0,
+        },
+        processes: vec![process],
+        descriptions: vec![
+            description(Kind::Device(null)),
+            description(Kind::EventFd(event)),
+        ],
+        mapped_files: vec![file],
+        shared_memory: Vec::new(),
+    }
+}
+
+/// An image with these pages: space, address, the byte it is filled with.
+pub(crate) fn image(pages: &[(u32, u64, u8)]) -> Reader {
+    let header = Header {
+        pid: 50,
+        processes: 1,
+        threads: 2,
+        ..Header::default()
+    };
+    let mut writer = Writer::new(Vec::new(), &header, WriterOptions::default()).unwrap();
+    let mut chunk = writer.chunk();
+    for (space, address, byte) in pages {
+        chunk.push(*space, *address, 4096, &[*byte; 4096]);
+    }
+    writer.submit(chunk).unwrap();
+    Reader::from_bytes(writer.finish().unwrap().0).unwrap()
+}
+
+/// The image that fits [`snapshot`].
+pub(crate) fn good_image() -> Reader {
+    image(&[(1, MEMORY + 4096, 0x90)])
+}

@@ -1,0 +1,73 @@
+//! Descriptors and open file descriptions.
+
+use crate::objects::Snapshot;
+use crate::objects::files::Kind;
+use crate::objects::process::Process;
+
+use super::{Faults, require};
+
+/// What descriptions say of themselves and of each other.
+pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
+    for (number, description) in snapshot.descriptions.iter().enumerate() {
+        match &description.kind {
+            Kind::Epoll(epoll) => {
+                for entry in &epoll.entries {
+                    require!(
+                        faults,
+                        entry.description < snapshot.descriptions.len(),
+                        "entry {} of the epoll in description {number} refers to description {}, \
+                         which does not exist",
+                        entry.fd,
+                        entry.description
+                    );
+                    require!(
+                        faults,
+                        entry.description != number && entry.fd >= 0,
+                        "entry {} of the epoll in description {number} is none that an epoll can have",
+                        entry.fd
+                    );
+                }
+            }
+            Kind::Pipe(pipe) => {
+                let unread = pipe
+                    .unread
+                    .iter()
+                    .fold(0u64, |sum, bytes| sum + bytes.len() as u64);
+                require!(
+                    faults,
+                    unread <= pipe.capacity.into(),
+                    "the pipe in description {number} holds {unread} bytes and has room for {}",
+                    pipe.capacity
+                );
+            }
+            Kind::Outside(outside) => require!(
+                faults,
+                outside.fd >= 0,
+                "description {number} comes from the impossible descriptor {}",
+                outside.fd
+            ),
+            _ => {}
+        }
+    }
+}
+
+/// A process's descriptors.
+pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut Faults) {
+    let pid = process.pid;
+    let mut last = -1;
+    for entry in &process.fds {
+        let fd = entry.fd;
+        require!(
+            faults,
+            fd > last,
+            "fd {fd} of process {pid} is out of order or exists twice"
+        );
+        last = last.max(fd);
+        require!(
+            faults,
+            entry.description < snapshot.descriptions.len(),
+            "fd {fd} of process {pid} refers to description {}, which does not exist",
+            entry.description
+        );
+    }
+}

@@ -1,0 +1,156 @@
+use super::*;
+use crate::inspect::fixture::{MEMORY, good_image, image, mapping, snapshot};
+use crate::objects::SpaceId;
+use crate::objects::files::epoll::{Entry, Epoll};
+use crate::objects::files::{Description, Kind};
+use crate::objects::memory::{Backing, SharedMemory};
+
+/// The one fault of a snapshot that was changed.
+fn fault(change: impl FnOnce(&mut Snapshot)) -> String {
+    let mut snapshot = snapshot();
+    change(&mut snapshot);
+    let faults = check(&snapshot, &good_image());
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    faults[0].clone()
+}
+
+#[test]
+fn a_good_image_has_no_fault() {
+    assert_eq!(check(&snapshot(), &good_image()), Vec::<String>::new());
+}
+
+#[test]
+fn tasks() {
+    let twice = fault(|s| s.processes[0].threads[1].tid = 50);
+    assert_eq!(twice, "thread 50 of process 50 exists twice");
+    let leader = fault(|s| s.processes[0].threads.reverse());
+    assert_eq!(leader, "the first thread of process 50 is not its leader");
+    let root = fault(|s| {
+        s.processes[0].pid = 60;
+        s.processes[0].threads[0].tid = 60;
+    });
+    assert!(root.contains("the header says"), "{root}");
+}
+
+#[test]
+fn mappings() {
+    let overlap = fault(|s| s.processes[0].memory.mappings[2].start -= 4096);
+    assert!(overlap.contains("overlaps"), "{overlap}");
+    let odd = fault(|s| s.processes[0].memory.mappings[0].end += 1);
+    assert!(odd.contains("no range of pages"), "{odd}");
+    let file = Backing::PrivateFile { file: 7, offset: 0 };
+    let missing = fault(|s| s.processes[0].memory.mappings[0].backing = file);
+    assert!(
+        missing.contains("file 7, which does not exist"),
+        "{missing}"
+    );
+    let offset = Backing::PrivateFile {
+        file: 0,
+        offset: u64::MAX - 4095,
+    };
+    let wrapped = fault(|s| s.processes[0].memory.mappings[0].backing = offset);
+    assert!(wrapped.contains("impossible offset"), "{wrapped}");
+    let guard = fault(|s| s.processes[0].memory.mappings[1].guards = vec![(0, 4096)]);
+    assert!(guard.contains("guard pages"), "{guard}");
+    assert!(fault(|s| s.processes[0].memory.executable = 1).contains("executable"));
+}
+
+#[test]
+fn descriptors() {
+    assert!(fault(|s| s.processes[0].fds[1].description = 9).contains("description 9"));
+    assert!(fault(|s| s.processes[0].fds[1].fd = 0).contains("exists twice"));
+    let epoll = |description| {
+        let entry = Entry {
+            fd: 1,
+            description,
+            events: 1,
+            data: 0,
+        };
+        let kind = Kind::Epoll(Epoll {
+            entries: vec![entry],
+        });
+        Description {
+            kind,
+            flags: 0,
+            owner: None,
+        }
+    };
+    assert!(fault(|s| s.descriptions.push(epoll(9))).contains("description 9"));
+    assert!(fault(|s| s.descriptions.push(epoll(2))).contains("none that an epoll can have"));
+}
+
+#[test]
+fn pages_belong_somewhere() {
+    let of = |pages: &[(u32, u64, u8)]| check(&snapshot(), &image(pages));
+    // Across the border of two mappings that touch.
+    assert!(of(&[(1, MEMORY + 8192, 1), (1, MEMORY + 12288, 1)]).is_empty());
+    for (page, expected) in [
+        ((1, 0x8000), "the stored page at 0x8000 of process 50"),
+        (
+            (1, MEMORY + 4 * 4096),
+            "the stored page at 0x104000 of process 50",
+        ),
+        ((2, 0), "the pages of space 2 belong to nothing"),
+    ] {
+        let faults = of(&[(page.0, page.1, 1)]);
+        assert!(
+            faults.len() == 1 && faults[0].contains(expected),
+            "{faults:?}"
+        );
+    }
+}
+
+#[test]
+fn spaces_have_one_owner_and_an_end() {
+    let shared = |space| SharedMemory {
+        space,
+        size: 4096,
+        inode: 1,
+        huge_page_size: 0,
+    };
+    let fault = fault(|s| s.shared_memory.push(shared(SpaceId(1))));
+    assert!(
+        fault.contains("belongs to a process and to a file"),
+        "{fault}"
+    );
+    let mut long = snapshot();
+    long.shared_memory.push(shared(SpaceId(2)));
+    assert!(check(&long, &image(&[(2, 0, 1)])).is_empty());
+    assert!(check(&long, &image(&[(2, 4096, 1)]))[0].contains("reach beyond"));
+    let view = Backing::SharedMemory {
+        object: 0,
+        offset: 0,
+    };
+    long.processes[0]
+        .memory
+        .mappings
+        .push(mapping(0x200_0000, 2, view));
+    assert!(check(&long, &image(&[]))[0].contains("reaches beyond"));
+}
+
+#[test]
+fn hostile_numbers_do_no_harm() {
+    let mut hostile = snapshot();
+    let process = &mut hostile.processes[0];
+    for mapping in &mut process.memory.mappings {
+        (mapping.start, mapping.end) = (u64::MAX - 4095, 4096);
+        mapping.backing = Backing::AnonymousHuge { page_size: 0 };
+    }
+    process.memory.mappings.reverse();
+    process.fds[0].fd = i32::MIN;
+    process.fds[1].fd = i32::MAX;
+    process.pid = i32::MIN;
+    assert!(!check(&hostile, &good_image()).is_empty());
+}
+
+#[test]
+fn faults_are_described_up_to_a_bound() {
+    let mut many = snapshot();
+    many.processes[0].fds = vec![many.processes[0].fds[0]; 10_000];
+    let faults = check(&many, &good_image());
+    assert_eq!(faults.len(), MAX_FAULTS + 1);
+    assert_eq!(
+        faults[MAX_FAULTS],
+        format!("and {} more faults", 10_000 - 1 - MAX_FAULTS)
+    );
+}

@@ -1,0 +1,215 @@
+//! Files that the new process inherits: their contents come from the image, or they are ours.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use ckpt_image::Reader;
+use nix::errno::Errno;
+
+use super::plan::{Inherit, Inherited};
+use crate::error::{Error, Result};
+use crate::objects::files::Kind;
+use crate::objects::files::memfd::MemFd;
+use crate::objects::{Snapshot, SpaceId};
+
+/// Makes every descriptor that the plan asks for.
+pub fn open_all(
+    inherit: &[Inherit],
+    snapshot: &Snapshot,
+    image: &Reader,
+) -> Result<Vec<(OwnedFd, i32)>> {
+    let mut made = Made { files: Vec::new() };
+    inherit
+        .iter()
+        .map(|i| Ok((open(&i.what, snapshot, image, &mut made)?, i.number)))
+        .collect()
+}
+
+/// Files made so far, by space: several descriptors may lead to one.
+struct Made {
+    files: Vec<(SpaceId, File)>,
+}
+
+impl Made {
+    fn get(&mut self, space: SpaceId, make: impl FnOnce() -> Result<File>) -> Result<&File> {
+        if let Some(at) = self.files.iter().position(|(s, _)| *s == space) {
+            return Ok(&self.files[at].1);
+        }
+        let file = make()?;
+        self.files.push((space, file));
+        Ok(&self.files[self.files.len() - 1].1)
+    }
+}
+
+fn open(
+    what: &Inherited,
+    snapshot: &Snapshot,
+    image: &Reader,
+    made: &mut Made,
+) -> Result<OwnedFd> {
+    match what {
+        Inherited::Own(fd) => own(*fd),
+        Inherited::Named(path, flags) => {
+            let access = *flags as i32 & libc::O_ACCMODE;
+            let file = OpenOptions::new()
+                .read(access != libc::O_WRONLY)
+                .write(access != libc::O_RDONLY)
+                .custom_flags(libc::O_NOCTTY)
+                .open(path)
+                .map_err(|source| Error::File { what: "open", path: path.clone(), source })?;
+            Ok(file.into())
+        }
+        Inherited::MemFd(index) => {
+            let description = &snapshot.descriptions[*index];
+            let Kind::MemFd(memfd) = &description.kind else {
+                return Err(Error::Restore(format!("description {index} is no memfd")));
+            };
+            let file = made.get(memfd.contents, || {
+                let file = create_memfd(memfd)?;
+                fill(&file, memfd.contents, memfd.size, image)?;
+                Ok(file)
+            })?;
+            let file = reopen(file, description.flags)?;
+            seek(&file, memfd.offset)?;
+            Ok(file.into())
+        }
+        Inherited::DeletedFile(index) => {
+            let description = &snapshot.descriptions[*index];
+            let Kind::Regular(regular) = &description.kind else {
+                return Err(Error::Restore(format!("description {index} is no file")));
+            };
+            let space = regular.contents.unwrap_or(SpaceId(u32::MAX));
+            let (size, mode) = (regular.identity.size, regular.identity.mode);
+            let file = made.get(space, || nameless(&regular.path, space, size, mode, image))?;
+            Ok(reopen(file, description.flags)?.into())
+        }
+        Inherited::MappedFile(index, writable) => {
+            let record = &snapshot.mapped_files[*index];
+            let space = record.contents.unwrap_or(SpaceId(u32::MAX));
+            let (size, mode) = (record.identity.size, record.identity.mode);
+            let file = made.get(space, || nameless(&record.path, space, size, mode, image))?;
+            let access = if *writable { libc::O_RDWR } else { libc::O_RDONLY };
+            Ok(reopen(file, access as u32)?.into())
+        }
+    }
+}
+
+/// The executable: the file itself, or one made from the image.
+pub fn executable(snapshot: &Snapshot, image: &Reader) -> Result<File> {
+    let record = &snapshot.mapped_files[snapshot.processes[0].memory.executable];
+    match record.contents {
+        None => File::open(&record.path).map_err(|source| Error::File {
+            what: "open the executable",
+            path: record.path.clone(),
+            source,
+        }),
+        Some(space) => {
+            let mode = record.identity.mode | 0o500;
+            let file = nameless(&record.path, space, record.identity.size, mode, image)?;
+            // Not open for writing anywhere, else exec answers ETXTBSY.
+            reopen(&file, libc::O_RDONLY as u32)
+        }
+    }
+}
+
+fn own(fd: i32) -> Result<OwnedFd> {
+    // SAFETY: a call without pointers.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    let copy = Errno::result(copy).map_err(|_| {
+        Error::Restore(format!(
+            "the job's descriptor {fd} led outside and restore has no descriptor {fd} to give it; \
+             redirect it, for instance {}",
+            if fd == 0 { "restore IMAGE </dev/null".into() } else { format!("{fd}>/dev/null") }
+        ))
+    })?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+/// A file without a name, beside where the original was if that is possible.
+fn nameless(path: &Path, space: SpaceId, size: u64, mode: u32, image: &Reader) -> Result<File> {
+    let temp = std::env::temp_dir();
+    let places = [path.parent().unwrap_or(Path::new("/")), &temp, Path::new("/var/tmp")];
+    let mut last = None;
+    for place in places {
+        let made = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_TMPFILE)
+            .open(place);
+        match made {
+            Ok(file) => {
+                fill(&file, space, size, image)?;
+                // Ownership of a root's restore is the caller's to keep; the mode is the file's.
+                let _ = file.set_permissions(PermissionsExt::from_mode(mode & 0o777));
+                return Ok(file);
+            }
+            Err(e) => last = Some(e),
+        }
+    }
+    let source = last.unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
+    Err(Error::File { what: "make a nameless file in", path: temp, source })
+}
+
+fn create_memfd(memfd: &MemFd) -> Result<File> {
+    let name = CString::new(memfd.name.clone()).unwrap_or_default();
+    // SAFETY: `name` is a C string.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), memfd.create_flags() | libc::MFD_CLOEXEC) };
+    let fd = Errno::result(fd).map_err(|e| {
+        let name = name.to_string_lossy();
+        Error::Restore(format!("the memfd {name} cannot be created: {}", e.desc()))
+    })?;
+    // SAFETY: the kernel just gave us this descriptor.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let _ = file.set_permissions(PermissionsExt::from_mode(memfd.mode));
+    Ok(file)
+}
+
+/// Another description of the same file, with that access mode.
+fn reopen(file: &File, flags: u32) -> Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let access = flags as i32 & libc::O_ACCMODE;
+    let status = flags as i32 & (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT);
+    OpenOptions::new()
+        .read(access != libc::O_WRONLY)
+        .write(access != libc::O_RDONLY)
+        .custom_flags(status)
+        .open(&path)
+        .map_err(|source| Error::File { what: "open", path: path.into(), source })
+}
+
+fn seek(file: &File, offset: u64) -> Result<()> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    file.seek(SeekFrom::Start(offset))
+        .map(drop)
+        .map_err(|source| Error::File { what: "seek in", path: "a memfd".into(), source })
+}
+
+/// Writes a space of the image into a file; holes stay holes.
+fn fill(file: &File, space: SpaceId, size: u64, image: &Reader) -> Result<()> {
+    let error = |source| Error::File { what: "write", path: "a nameless file".into(), source };
+    file.set_len(size).map_err(error)?;
+    let page_size = image.header().page_size;
+    let mut chunks: Vec<usize> = image.runs_of(space.0).map(|(_, chunk)| chunk).collect();
+    chunks.dedup();
+    let (mut data, mut scratch) = (Vec::new(), Vec::new());
+    for chunk in chunks {
+        image.read_chunk(chunk, &mut data, &mut scratch)?;
+        let mut at = 0;
+        for run in image.runs(chunk) {
+            let len = run.bytes(page_size) as usize;
+            if run.space == space.0 && run.start < size {
+                let keep = len.min((size - run.start) as usize);
+                file.write_all_at(&data[at..at + keep], run.start).map_err(error)?;
+            }
+            at += len;
+        }
+    }
+    Ok(())
+}
