@@ -12,7 +12,6 @@ pub mod error;
 pub mod holes;
 pub mod host;
 pub mod inspect;
-pub mod inspect;
 pub mod objects;
 pub mod progress;
 pub mod restore;
