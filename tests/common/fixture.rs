@@ -1,0 +1,76 @@
+//! A fixture at work; its protocol stands at the top of `fixtures/fixture.h`.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::isolate::Case;
+use super::job::{Ended, Job, start};
+use super::wait::until;
+
+/// The run of one fixture.
+pub struct Fixture {
+    pub job: Job,
+    dir: PathBuf,
+}
+
+/// Starts the fixture `name` in the directory `run` of the test and waits until it is set up.
+/// Skips the test when it says that the machine lacks something.
+pub fn fixture(case: &Case, name: &str) -> Fixture {
+    start_in(case, name, "run", Command::new(case.fixtures().join(name)))
+}
+
+/// Likewise with a command of one's own, which is given the fixture's directory, `DIR/where`.
+pub fn start_in(case: &Case, name: &str, place: &str, mut command: Command) -> Fixture {
+    let dir = case.path(place);
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    super::isolate::open_to_all(&dir);
+    command.arg(&dir).current_dir(case.dir());
+    let job = start(&mut command, &case.path(&format!("{name}.log")));
+    let mut fixture = Fixture { job, dir };
+    let what = format!("{name} to be ready");
+    until(&what, || {
+        if let Some(verdict) = fixture.verdict_if_there() {
+            if let Some(lacking) = verdict.strip_prefix("SKIP: ") {
+                case.skip(lacking);
+            }
+            panic!("{name} did not set itself up: {verdict}");
+        }
+        if let Some(ended) = fixture.job.ended() {
+            panic!("{name} ended before it was ready: {ended:?}");
+        }
+        fixture.dir.join("ready").exists().then_some(())
+    });
+    fixture
+}
+
+impl Fixture {
+    /// Its pid.
+    pub fn pid(&self) -> i32 {
+        self.job.pid
+    }
+
+    /// Lets it check itself.
+    pub fn go(&self) {
+        fs::write(self.dir.join("go"), "").expect("the test's directory is writable");
+    }
+
+    fn verdict_if_there(&self) -> Option<String> {
+        fs::read_to_string(self.dir.join("verdict")).ok()
+    }
+
+    /// Lets it check itself, and demands that it passes and exits with `Exited(0)`.
+    pub fn passes(mut self) {
+        self.go();
+        let what = format!("the end of the fixture {}", self.pid());
+        let ended = until(&what, || self.job.ended());
+        let verdict = self.verdict_if_there().unwrap_or_else(|| "no verdict".into());
+        assert_eq!(verdict.trim(), "PASS", "and {ended:?}");
+        assert_eq!(ended, Ended::Exited(0));
+    }
+
+    /// The process has become another; the run goes on.
+    pub fn continued_by(&mut self, job: Job) {
+        self.job = job;
+    }
+}

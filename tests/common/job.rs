@@ -1,0 +1,99 @@
+//! A process under test, and its end. A killed process keeps its pid until it is reaped, so the
+//! tests reap at once; in their namespaces they are pid 1 and may wait for orphans as well.
+
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::wait::until;
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    Exited(i32),
+    Killed(i32),
+}
+
+/// A running process.
+#[derive(Debug)]
+pub struct Job {
+    /// Its pid.
+    pub pid: i32,
+    /// The child of ours whose end is its end: itself, or the `restore` that waits for it.
+    waited: i32,
+    reaped: bool,
+}
+
+/// Starts a program with nothing to read, and its output appended to `log`.
+pub fn start(command: &mut Command, log: &Path) -> Job {
+    command.stdin(Stdio::null()).stdout(appended(log)).stderr(appended(log));
+    let child = command.spawn();
+    let child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    Job::of(child.id() as i32)
+}
+
+/// A file to write to at its end.
+pub fn appended(path: &Path) -> File {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()))
+}
+
+impl Job {
+    /// A child of ours, or an orphan of our namespace.
+    pub fn of(pid: i32) -> Self {
+        Job { pid, waited: pid, reaped: false }
+    }
+
+    /// A process that `restore`, a child of ours, waits for.
+    pub fn behind(pid: i32, restore: i32) -> Self {
+        Job { pid, waited: restore, reaped: false }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        if let Err(error) = kill(Pid::from_raw(self.pid), signal) {
+            panic!("cannot send {signal} to {}: {error}", self.pid);
+        }
+    }
+
+    /// Its end, if it has come.
+    pub fn ended(&mut self) -> Option<Ended> {
+        let status = waitpid(Pid::from_raw(self.waited), Some(WaitPidFlag::WNOHANG));
+        let ended = match status {
+            Ok(WaitStatus::Exited(_, code)) => Ended::Exited(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Killed(signal as i32),
+            Ok(_) => return None,
+            Err(error) => panic!("cannot wait for {}: {error}", self.waited),
+        };
+        self.reaped = true;
+        Some(ended)
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Ended {
+        let what = format!("the end of {}", self.pid);
+        until(&what, || self.ended())
+    }
+
+    /// Kills it with SIGKILL and reaps it; its pid is free then.
+    pub fn kill(mut self) -> Ended {
+        self.kill_and_reap()
+    }
+
+    fn kill_and_reap(&mut self) -> Ended {
+        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        let what = format!("the end of {} after SIGKILL", self.pid);
+        until(&what, || self.ended())
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if !self.reaped && !std::thread::panicking() {
+            self.kill_and_reap();
+        }
+    }
+}

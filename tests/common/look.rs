@@ -1,0 +1,242 @@
+//! What can be seen of a process from outside: the same before and after a checkpoint, and before
+//! a kill and after the restore.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use super::wait::until;
+
+/// Lines of `/proc/PID/status` that a checkpoint does not change. `FDSize` is the room in the
+/// descriptor table, which only grows; the memory in use and the switches are statistics.
+const STATUS: &[&str] = &[
+    "Name", "Umask", "Uid", "Gid", "FDSize", "Groups", "NStgid", "NSpid", "NSpgid", "NSsid",
+    "VmLck", "VmPin", "VmExe", "VmLib", "VmStk", "Threads", "SigIgn", "SigCgt", "CapInh", "CapPrm",
+    "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters", "THP_enabled",
+    "Cpus_allowed", "Mems_allowed", "x86_Thread_features",
+];
+/// Likewise of a thread.
+const THREAD: &[&str] = &["Name", "SigBlk", "Seccomp", "CapEff", "Cpus_allowed", "Uid", "Gid"];
+/// Fields of `/proc/PID/stat`, by their number in proc(5): priority, nice, the code, the stack's
+/// start, exit signal, realtime priority, policy, then data, brk, arguments and environment.
+const STAT: &[usize] = &[18, 19, 26, 27, 28, 38, 40, 41, 45, 46, 47, 48, 49, 50, 51];
+
+/// One look: what is seen under each name.
+pub type Look = BTreeMap<String, String>;
+
+/// Looks at a process.
+pub fn look(pid: i32) -> Look {
+    let proc = format!("/proc/{pid}");
+    let mut seen = Look::new();
+    for file in
+        ["cmdline", "environ", "comm", "limits", "cgroup", "personality", "oom_score_adj", "timers"]
+    {
+        let text = fs::read(format!("{proc}/{file}")).unwrap_or_default();
+        seen.insert(file.into(), String::from_utf8_lossy(&text).replace('\0', "\\0"));
+    }
+    for file in ["coredump_filter", "timerslack_ns", "loginuid", "uid_map", "mountinfo"] {
+        let text = fs::read_to_string(format!("{proc}/{file}")).unwrap_or_default();
+        seen.insert(file.into(), text);
+    }
+    let auxv = fs::read(format!("{proc}/auxv")).unwrap_or_default();
+    seen.insert("auxv".into(), format!("{auxv:02x?}"));
+    for link in ["cwd", "exe", "root"] {
+        seen.insert(link.into(), link_of(format!("{proc}/{link}")));
+    }
+    let maps = fs::read_to_string(format!("{proc}/maps")).unwrap_or_default();
+    seen.insert("maps".into(), maps.lines().map(|line| mapping(line) + "\n").collect());
+    status(&mut seen, "status", &format!("{proc}/status"), STATUS);
+    stat(&mut seen, "stat", &format!("{proc}/stat"));
+    for tid in numbers(&format!("{proc}/task")) {
+        let task = format!("{proc}/task/{tid}");
+        status(&mut seen, &format!("task {tid}"), &format!("{task}/status"), THREAD);
+        stat(&mut seen, &format!("task {tid} stat"), &format!("{task}/stat"));
+    }
+    for fd in numbers(&format!("{proc}/fd")) {
+        let target = without_number(&link_of(format!("{proc}/fd/{fd}")));
+        let info = fs::read_to_string(format!("{proc}/fdinfo/{fd}")).unwrap_or_default();
+        // The inode number of a pipe or memfd is another one after a restore, the mount's as well.
+        let same = |line: &&str| !line.starts_with("mnt_id:") && !line.starts_with("ino:");
+        let info: Vec<&str> = info.lines().filter(same).collect();
+        seen.insert(format!("fd {fd}"), format!("{target} {}", info.join(" ")));
+    }
+    seen
+}
+
+fn link_of(path: String) -> String {
+    fs::read_link(path).map_or_else(|error| error.to_string(), |to| to.display().to_string())
+}
+
+fn numbers(dir: &str) -> Vec<i32> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// `pipe:[123]` and `socket:[123]` without what is in brackets.
+fn without_number(target: &str) -> String {
+    match target.split_once(":[") {
+        Some((kind, _)) => format!("{kind}:[]"),
+        None => target.into(),
+    }
+}
+
+/// A line of maps; shared memory and deleted files get new inodes (and devices) by a restore.
+fn mapping(line: &str) -> String {
+    let mut parts: Vec<&str> = line.split_whitespace().collect();
+    let remade = line.ends_with("(deleted)") || line.contains("/SYSV");
+    if remade && parts.len() > 5 {
+        (parts[3], parts[4]) = ("*", "*");
+    }
+    parts.join(" ")
+}
+
+fn status(seen: &mut Look, name: &str, file: &str, wanted: &[&str]) {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
+        if wanted.contains(&key) {
+            seen.insert(format!("{name} {key}"), value.trim().into());
+        }
+    }
+}
+
+fn stat(seen: &mut Look, name: &str, file: &str) {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let Some((_, rest)) = text.rsplit_once(") ") else { return };
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let wanted = STAT.iter().filter_map(|n| Some(format!("{n}={}", fields.get(n - 3)?)));
+    seen.insert(name.into(), wanted.collect::<Vec<_>>().join(" "));
+}
+
+/// A field of `/proc/PID/status`.
+pub fn status_field(pid: i32, key: &str) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    Some(line.trim().into())
+}
+
+/// The state letter of every thread.
+pub fn states(pid: i32) -> Vec<(i32, char)> {
+    let state = |tid: i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+        Some((tid, stat.rsplit_once(") ")?.1.chars().next()?))
+    };
+    numbers(&format!("/proc/{pid}/task")).into_iter().filter_map(state).collect()
+}
+
+/// Demands that nobody traces the process or any thread of it, and that none is stopped.
+pub fn assert_let_go(pid: i32) {
+    for (tid, _) in states(pid) {
+        let file = format!("/proc/{pid}/task/{tid}/status");
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let tracer = text.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+        // A thread may end meanwhile, and then there is no line.
+        assert_eq!(tracer.map_or("0", str::trim), "0", "task {tid} is traced");
+    }
+    let stopped: Vec<_> = states(pid).into_iter().filter(|(_, s)| "tTZX".contains(*s)).collect();
+    assert!(stopped.is_empty(), "stopped or dead tasks: {stopped:?}");
+    assert!(!states(pid).is_empty(), "process {pid} is gone");
+}
+
+/// Several looks at a running process, which cover what it changes itself all the time.
+pub struct Looks(BTreeMap<String, BTreeSet<String>>, usize);
+
+impl Looks {
+    /// Looks a few times at a process.
+    pub fn at(pid: i32) -> Self {
+        let mut looks = Looks(BTreeMap::new(), 0);
+        for _ in 0..6 {
+            for (name, value) in look(pid) {
+                looks.0.entry(name).or_default().insert(value);
+            }
+            looks.1 += 1;
+            // Not a wait for a state: time for the process to change by itself.
+            std::thread::sleep(Duration::from_millis(4));
+        }
+        looks
+    }
+
+    /// Everything in a look that was never seen before, except under the names in `except`
+    /// (beginnings of names).
+    pub fn differences(&self, now: &Look, except: &[&str]) -> String {
+        let mut text = String::new();
+        let names: BTreeSet<&String> = self.0.keys().chain(now.keys()).collect();
+        for name in names {
+            if except.iter().any(|prefix| name.starts_with(prefix)) {
+                continue;
+            }
+            match (self.0.get(name), now.get(name)) {
+                (Some(before), Some(now)) if before.contains(now) => {}
+                (Some(before), Some(now)) => {
+                    let before = before.first().expect("it was seen at least once");
+                    let _ = writeln!(text, "{name}:{}", line_diff(before, now));
+                }
+                (Some(before), None) => {
+                    let _ = writeln!(text, "{name}: gone, was {:?}", before.first());
+                }
+                (None, now) => {
+                    let _ = writeln!(text, "{name}: new, {now:?}");
+                }
+            }
+        }
+        text
+    }
+
+    /// Demands that the process looks as it did. What it changes itself may take a few looks.
+    pub fn assert_same(&self, pid: i32, except: &[&str]) {
+        let mut last = String::new();
+        for _ in 0..10 {
+            last = self.differences(&look(pid), except);
+            if last.is_empty() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(4));
+        }
+        panic!("process {pid} does not look as before:\n{last}");
+    }
+}
+
+fn line_diff(before: &str, now: &str) -> String {
+    if !before.contains('\n') && !now.contains('\n') {
+        return format!(" {before:?}, now {now:?}");
+    }
+    let (old, new): (Vec<_>, Vec<_>) = (before.lines().collect(), now.lines().collect());
+    let gone = old.iter().filter(|line| !new.contains(line)).map(|line| format!("\n  - {line}"));
+    let come = new.iter().filter(|line| !old.contains(line)).map(|line| format!("\n  + {line}"));
+    gone.chain(come).collect()
+}
+
+/// All processes of the namespace, for the message of a wait that ended in vain.
+pub fn everybody() -> String {
+    let mut text = String::from("processes:\n");
+    for pid in numbers("/proc") {
+        let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
+        let tracer = status_field(pid, "TracerPid").unwrap_or_default();
+        let _ = writeln!(text, "  {pid} {:?} tracer {tracer} {command}", states(pid));
+        for (tid, _) in states(pid) {
+            let read = |file: &str| {
+                fs::read_to_string(Path::new(&format!("/proc/{pid}/task/{tid}/{file}")))
+                    .unwrap_or_default()
+            };
+            let _ = writeln!(text, "    {tid}: in {} {}", read("wchan"), read("syscall").trim());
+        }
+    }
+    text
+}
+
+/// Waits until no process but us is in the namespace.
+pub fn assert_nobody_left() {
+    let others = || numbers("/proc").into_iter().filter(|pid| *pid != 1).collect::<Vec<_>>();
+    until("the other processes to be gone", || {
+        while let Ok(status) =
+            nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG))
+        {
+            if status == nix::sys::wait::WaitStatus::StillAlive {
+                break;
+            }
+        }
+        others().is_empty().then_some(())
+    });
+}

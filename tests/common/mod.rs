@@ -1,0 +1,21 @@
+//! What the end-to-end tests share: a pid namespace for each test ([`isolate`]), processes that
+//! are reaped when they end ([`job`]), the command lines ([`tool`]), what can be seen of a
+//! process from outside ([`look`]), and waiting for a state ([`wait`]).
+#![allow(dead_code, missing_docs, unreachable_pub)]
+
+pub mod fixture;
+pub mod isolate;
+pub mod job;
+pub mod look;
+pub mod tool;
+pub mod wait;
+
+#[allow(unused_imports)]
+pub use {
+    fixture::{Fixture, fixture},
+    isolate::{Case, isolated, isolated_as_user},
+    job::{Ended, Job, start},
+    look::Looks,
+    tool::{Output, attach, ckpt, restore_cmd, restored, run},
+    wait::{holds_for, until},
+};

@@ -1,0 +1,143 @@
+//! Every fixture through checkpoint, kill and restore: it judges itself, and from outside it
+//! looks as before.
+
+mod common;
+
+use common::look::{self, assert_let_go};
+use common::tool::{ckpt, leftovers};
+use common::{Case, Looks, attach, fixture, isolated, isolated_as_user, restored};
+use std::os::unix::fs::MetadataExt;
+
+/// What looks different after a restore, and may: beginnings of names of looks, by fixture.
+const EXCEPTIONS: &[(&str, &[&str])] = &[];
+
+fn exceptions(name: &str) -> &'static [&'static str] {
+    let found = EXCEPTIONS.iter().find(|(fixture, _)| *fixture == name);
+    found.map_or(&[], |(_, names)| names)
+}
+
+/// A checkpoint, after which it goes on as if nothing had been.
+fn goes_on(case: &Case, name: &str) {
+    let fixture = fixture(case, name);
+    let before = Looks::at(fixture.pid());
+    let (image, figures) = attach(case, fixture.pid(), "job.ckpt", &[]);
+    assert_let_go(fixture.pid());
+    before.assert_same(fixture.pid(), &[]);
+    assert_eq!(figures["pid"], fixture.pid());
+    assert_eq!(leftovers(case.dir()), ["job.ckpt"]);
+    assert_eq!(image.metadata().expect("it is there").mode() & 0o777, 0o600);
+    ckpt(case, ["verify".as_ref(), image.as_os_str()]).ok();
+    fixture.passes();
+}
+
+/// A checkpoint, then death, then a new life; `times` times.
+fn lives_again(case: &Case, name: &str, times: usize) {
+    let mut fixture = fixture(case, name);
+    let before = Looks::at(fixture.pid());
+    for _ in 0..times {
+        let pid = fixture.pid();
+        let (image, _) = attach(case, pid, "job.ckpt", &["--kill"]);
+        let ended = common::until("its end", || fixture.job.ended());
+        assert_eq!(ended, common::Ended::Killed(9));
+        fixture.continued_by(restored(case, &image, &[]));
+        assert_eq!(fixture.pid(), pid, "the pid is another one");
+        assert_let_go(pid);
+        before.assert_same(pid, exceptions(name));
+    }
+    fixture.passes();
+}
+
+/// A hundred checkpoints while it runs.
+fn hundred(case: &Case, name: &str) {
+    let fixture = fixture(case, name);
+    for _ in 0..100 {
+        attach(case, fixture.pid(), "job.ckpt", &["--codec", "none"]);
+        assert_let_go(fixture.pid());
+    }
+    fixture.passes();
+}
+
+macro_rules! matrix {
+    ($($name:ident)*; twins $($twin:ident = $file:literal)*; hundred $($often:ident)*) => {
+        const LISTED: &[&str] = &[$(stringify!($name)),*];
+
+        matrix!(@ goes_on isolated, super::goes_on; $($name)* ; $($twin = $file)*);
+        matrix!(@ lives_again isolated, |case, name| super::lives_again(case, name, 1);
+            $($name)* ; $($twin = $file)*);
+        matrix!(@ three_lives isolated, |case, name| super::lives_again(case, name, 3);
+            $($name)* ; $($twin = $file)*);
+        matrix!(@ as_user isolated_as_user, |case, name| super::as_user(case, name);
+            $($name)* ; $($twin = $file)*);
+        matrix!(@ hundred isolated, super::hundred; $($often)* ;);
+    };
+    (@ $module:ident $isolated:ident, $body:expr; $($name:ident)*; $($twin:ident = $file:literal)*)
+    => {
+        mod $module {
+            $(#[test]
+            fn $name() {
+                let name = concat!(stringify!($module), "::", stringify!($name));
+                super::$isolated(name, |case| ($body)(case, stringify!($name)));
+            })*
+            $(#[test]
+            fn $twin() {
+                let name = concat!(stringify!($module), "::", stringify!($twin));
+                super::$isolated(name, |case| {
+                    if !case.fixtures().join($file).exists() {
+                        case.skip("musl-gcc (musl-tools)");
+                    }
+                    ($body)(case, $file)
+                });
+            })*
+        }
+    };
+}
+
+/// Like `lives_again`, of an ordinary user in a user namespace.
+fn as_user(case: &Case, name: &str) {
+    let all = ckpt_fixtures::all();
+    let needs_root = |word: &String| word == "root" || word == "ckpt-root";
+    if all.iter().any(|f| f.name == name && f.needs.iter().any(needs_root)) {
+        case.skip("root");
+    }
+    lives_again(case, name, 1);
+}
+
+matrix! {
+    aio anon_private anon_shared anonname bigsparse brk cleartid counter creds cwd dumpable
+    epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup fd_grown
+    fd_hardlink fd_opath fd_regular file_deleted file_private file_shared flock_self fsgs
+    growsdown guard hugetlb inhandler inotify limits madvflags maps membarrier memfd mlock
+    mlockall mmfields nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
+    protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
+    restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction
+    sigaltstack sigmask signalfd sigpending sleepers stack subreaper thp thpdisable
+    threadname threads threads500 timerfd timers_itimer timers_posix umask vdso xstate;
+twins
+    counter_static = "counter.static" threads_static = "threads.static"
+    sigpending_static = "sigpending.static" vdso_static = "vdso.static"
+    restart_nanosleep_static = "restart_nanosleep.static" rseq_static = "rseq.static"
+    robust_static = "robust.static" sleepers_static = "sleepers.static"
+    counter_musl = "counter.musl" threads_musl = "threads.musl";
+hundred sleepers threads rseq
+}
+
+#[test]
+fn every_fixture_is_listed() {
+    let all: Vec<String> = ckpt_fixtures::all().into_iter().map(|f| f.name).collect();
+    assert_eq!(LISTED, all, "put the names of all fixtures into the list in tests/fixtures.rs");
+}
+
+#[test]
+fn a_broken_fixture_does_not_pass() {
+    isolated("a_broken_fixture_does_not_pass", |case| {
+        let mut command = std::process::Command::new(case.fixtures().join("counter"));
+        command.env("FIXTURE_BREAK", "1");
+        let mut fixture = common::fixture::start_in(case, "counter", "run", command);
+        let (image, _) = attach(case, fixture.pid(), "job.ckpt", &["--kill"]);
+        common::until("its end", || fixture.job.ended());
+        fixture.continued_by(restored(case, &image, &[]));
+        fixture.go();
+        let ended = common::until("the verdict", || fixture.job.ended());
+        assert_eq!(ended, common::Ended::Exited(1), "{}", look::everybody());
+    });
+}
