@@ -176,6 +176,20 @@ fn a_sink_that_panics() {
     assert!(matches!(error, Error::WriterDied), "{error}");
 }
 
+#[test]
+fn a_sink_that_panics_stops_a_caller_that_waits_for_room() {
+    let error = in_time("a caller of a panicking sink", || {
+        let mut writer = Writer::new(Panics, &header(), options(Codec::None)).unwrap();
+        let mut many = (0..50).map(|n| {
+            let mut chunk = writer.chunk();
+            chunk.push(0, n << 20, PAGE as u32, &page(n));
+            writer.submit(chunk)
+        });
+        many.find_map(Result::err)
+    });
+    assert!(matches!(error, Some(Error::WriterDied)), "{error:?}");
+}
+
 /// A sink that waits at a gate, and drops a token when it is dropped.
 struct Gate(Arc<(Mutex<bool>, Condvar)>, mpsc::Sender<()>);
 
