@@ -100,7 +100,7 @@ fn features_table(rows: &[FeatureRow]) -> String {
         let detail = output::visible(row.detail.as_bytes());
         table.add_row([row.name, here, row.needed_for, &detail]);
     }
-    output::table_text(&table)
+    output::table_text(table)
 }
 
 fn process(pid: i32, json: bool) -> Outcome {

@@ -140,7 +140,7 @@ fn summary_text(summary: &Summary) -> String {
                 visible(process.command_line.join(" ").as_bytes()),
             ]);
         }
-        let _ = write!(text, "\n{}", output::table_text(&table));
+        let _ = write!(text, "\n{}", output::table_text(table));
     }
     text
 }
@@ -176,7 +176,7 @@ fn threads_text(threads: &[ThreadView]) -> String {
             visible(call.as_bytes()),
         ]);
     }
-    output::table_text(&table)
+    output::table_text(table)
 }
 
 fn maps_text(maps: &[MapView]) -> String {
@@ -193,7 +193,7 @@ fn maps_text(maps: &[MapView]) -> String {
         ]);
     }
     output::right_align(&mut table, &[4, 5]);
-    output::table_text(&table)
+    output::table_text(table)
 }
 
 fn fds_text(fds: &[FdView]) -> String {
@@ -231,5 +231,5 @@ fn fds_text(fds: &[FdView]) -> String {
         ]);
     }
     output::right_align(&mut table, &[1, 4]);
-    output::table_text(&table)
+    output::table_text(table)
 }

@@ -56,7 +56,10 @@ pub(crate) fn right_align(table: &mut Table, columns: &[usize]) {
 }
 
 /// A table's text without the spaces at the ends of its lines.
-pub(crate) fn table_text(table: &Table) -> String {
+pub(crate) fn table_text(mut table: Table) -> String {
+    table.column_iter_mut().for_each(|column| {
+        column.set_padding((0, 2));
+    });
     table
         .lines()
         .map(|line| format!("{}\n", line.trim_end()))

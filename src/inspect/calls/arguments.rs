@@ -95,6 +95,7 @@ impl Context<'_> {
             "wait" => flags::bits(value, flags::WAIT, "0"),
             "flock" => flags::bits(value, flags::FLOCK, "0"),
             "clock" => flags::one(value as i32 as u64, flags::CLOCK),
+            "timer" => flags::bits(value, flags::TIMER, "0"),
             "seek" => flags::one(value, flags::SEEK),
             "fcntl" => flags::one(value, flags::FCNTL),
             "how" => flags::one(value, flags::HOW),
@@ -169,10 +170,13 @@ impl Context<'_> {
     }
 }
 
+/// What the kernel adds to every file that a 64-bit program opens; the `libc` crate says 0.
+const O_LARGEFILE: u64 = 0x8000;
+
 /// Access mode and flags of open(2).
 pub fn open_flags(value: u64) -> String {
     let mode = ["O_RDONLY", "O_WRONLY", "O_RDWR", "0x3"][(value & 3) as usize];
-    match flags::bits(value & !3, flags::OPEN, "") {
+    match flags::bits(value & !(3 | O_LARGEFILE), flags::OPEN, "") {
         rest if rest.is_empty() => mode.into(),
         rest => format!("{mode}|{rest}"),
     }

@@ -61,7 +61,7 @@ pub(super) const CALLS: &[(&str, &str)] = &[
     ("epoll_pwait2", "fd ptr int ts set len"),
     ("epoll_ctl", "fd epollctl fd ptr"),
     ("nanosleep", "ts ptr"),
-    ("clock_nanosleep", "clock hex ts ptr"),
+    ("clock_nanosleep", "clock timer ts ptr"),
     ("clock_gettime", "clock ptr"),
     ("futex", "ptr futex int ts ptr hex"),
     ("futex_waitv", "ptr int hex ts clock"),
