@@ -282,6 +282,20 @@ fn bytes_that_do_not_decode_are_told() {
             "{codec}: {error}"
         );
     }
+    let gzip = |pages: usize, more: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(1));
+        std::io::Write::write_all(&mut encoder, &vec![7; pages * PAGE]).unwrap();
+        Forged::chunk(
+            3,
+            &runs,
+            [encoder.finish().unwrap(), more.to_vec()].concat(),
+        )
+    };
+    for bad in [gzip(3, b""), gzip(5, b""), gzip(4, b"more")] {
+        let error = read_forged(&[bad]).unwrap_err();
+        assert!(matches!(error, Error::Codec { .. }), "{error}");
+    }
+    read_forged(&[gzip(4, b"")]).unwrap();
     let good = zstd::bulk::compress(&vec![7; 4 * PAGE], 1).unwrap();
     read_forged(&[Forged::chunk(2, &runs, good)]).unwrap();
 }
