@@ -72,7 +72,6 @@ fn wrong_command_lines_end_with_2() {
 fn failures_are_said_once_with_the_commands_code() {
     for (program, arguments, code) in [
         (CKPT, &["attach", NOBODY][..], 1),
-        (CKPT, &["check", NOBODY], 1),
         (CKPT, &["inspect", "/nonexistent"], 1),
         (CKPT, &["verify", "/nonexistent"], 1),
         (CKPT, &["verify", "/dev/null"], 1),
@@ -85,6 +84,14 @@ fn failures_are_said_once_with_the_commands_code() {
         assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
         assert!(text.starts_with("ckpt: "), "{arguments:?}: {text}");
     }
+}
+
+#[test]
+fn an_obstacle_is_the_answer_of_check() {
+    let output = output(CKPT, &["check", NOBODY]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stdout).contains(NOBODY));
+    assert!(output.stderr.is_empty());
 }
 
 #[test]

@@ -14,11 +14,18 @@ use crate::sys;
 /// Bytes a turn of the loops.
 const PIECE: usize = 1 << 20;
 
-/// Seconds of process_vm_readv + write + fsync of a process's memory into a new file.
-pub(crate) fn write_out(pid: i32, address: u64, len: u64, path: &Path) -> Result<f64> {
+/// What a loop took, in seconds.
+#[derive(Clone, Copy)]
+pub(crate) struct Took {
+    pub(crate) wall: f64,
+    pub(crate) processor: f64,
+}
+
+/// The process_vm_readv + write + fsync of a process's memory into a new file.
+pub(crate) fn write_out(pid: i32, address: u64, len: u64, path: &Path) -> Result<Took> {
     remove(path)?;
     let mut buffer = vec![1; PIECE];
-    let begun = Instant::now();
+    let (begun, used) = (Instant::now(), sys::own_processor_time());
     let mut file = File::create_new(path)?;
     let mut at = 0;
     while at < len {
@@ -29,7 +36,10 @@ pub(crate) fn write_out(pid: i32, address: u64, len: u64, path: &Path) -> Result
         at += read as u64;
     }
     file.sync_all()?;
-    Ok(begun.elapsed().as_secs_f64())
+    Ok(Took {
+        wall: begun.elapsed().as_secs_f64(),
+        processor: sys::own_processor_time() - used,
+    })
 }
 
 /// Removes a file that may not be there, before time is taken.
@@ -53,7 +63,7 @@ pub(crate) struct ReadBack {
 pub(crate) fn read_back(args: &ReadBack) -> Result<()> {
     let file = File::open(&args.file)?;
     let len = file.metadata()?.len() as usize;
-    let memory = sys::map_fresh(len, false)?;
+    let memory = sys::map_fresh(len)?;
     let begun = Instant::now();
     for (turn, piece) in memory.chunks_mut(PIECE).enumerate() {
         file.read_exact_at(piece, (turn * PIECE) as u64)?;

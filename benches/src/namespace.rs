@@ -45,5 +45,6 @@ fn run_with(scratch: &Path) -> Result<ExitCode> {
 /// What the process inside does first.
 pub(crate) fn settle_in() -> Result<()> {
     sys::end_by_signals();
+    sys::keep_descriptors().context("cannot mark descriptors")?;
     sys::mount_proc().context("cannot mount /proc of the pid namespace")
 }

@@ -56,17 +56,13 @@ pub(crate) fn map_shared<T>(file: &File) -> Result<&'static T> {
 }
 
 /// Fresh private memory, never unmapped; no page of it is there yet.
-pub(crate) fn map_fresh(len: usize, huge: bool) -> Result<&'static mut [u8]> {
+pub(crate) fn map_fresh(len: usize) -> Result<&'static mut [u8]> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping at an address of the kernel's choice.
     let at = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, -1, 0) };
     if at == libc::MAP_FAILED {
         return Err(Error::last_os_error());
-    }
-    if huge {
-        // SAFETY: advice about the mapping just made.
-        check(unsafe { libc::madvise(at, len, libc::MADV_HUGEPAGE) }.into())?;
     }
     // SAFETY: `len` zeroed bytes that nobody else knows of and that stay for ever.
     Ok(unsafe { std::slice::from_raw_parts_mut(at.cast(), len) })
@@ -117,8 +113,18 @@ pub(crate) fn read_other(pid: i32, address: u64, into: &mut [u8]) -> Result<usiz
     check(n as i64).map(|n| n as usize)
 }
 
-/// Waits for a child; its status and the most memory it had resident, in bytes.
-pub(crate) fn wait_with_memory(pid: i32) -> Result<(i32, u64)> {
+/// What a child left behind.
+pub(crate) struct Ended {
+    /// As wait(2) has it.
+    pub(crate) status: i32,
+    /// The most memory it had resident, in bytes.
+    pub(crate) memory: u64,
+    /// Processor time, in seconds.
+    pub(crate) processor: f64,
+}
+
+/// Waits for a child.
+pub(crate) fn wait_with_usage(pid: i32) -> Result<Ended> {
     let mut status = 0;
     // SAFETY: the kernel writes one status and one rusage.
     let (done, usage) = unsafe {
@@ -126,7 +132,28 @@ pub(crate) fn wait_with_memory(pid: i32) -> Result<(i32, u64)> {
         (libc::wait4(pid, &raw mut status, 0, &raw mut usage), usage)
     };
     check(done.into())?;
-    Ok((status, usage.ru_maxrss as u64 * 1024))
+    let memory = usage.ru_maxrss as u64 * 1024;
+    Ok(Ended {
+        status,
+        memory,
+        processor: processor(&usage),
+    })
+}
+
+/// Processor time that this process has used, in seconds.
+pub(crate) fn own_processor_time() -> f64 {
+    // SAFETY: the kernel writes one rusage.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        usage
+    };
+    processor(&usage)
+}
+
+fn processor(usage: &libc::rusage) -> f64 {
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
 /// getppid(2), by the system call and nothing else.
@@ -186,6 +213,13 @@ pub(crate) fn end_by_signals() {
     }
     // SAFETY: a call without pointers.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+/// Keeps what we inherited to ourselves: the target shall have no descriptors that lead outside.
+pub(crate) fn keep_descriptors() -> Result<()> {
+    let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+    // SAFETY: a call without pointers; nothing is closed before an exec.
+    check(unsafe { libc::close_range(3, u32::MAX, flags) }.into()).map(drop)
 }
 
 /// The parent of the measuring process outlives the signals that end it, to clean up.

@@ -38,11 +38,15 @@ static PAGE: OnceLock<BeatPage> = OnceLock::new();
 /// Sets up, says so in the page, and beats until it is killed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let page = *PAGE.get_or_init(|| BeatPage::open(&args.page).expect("the page of beats"));
-    let memory = sys::map_fresh((args.mib << 20) as usize, false)?;
+    let memory = sys::map_fresh((args.mib << 20) as usize)?;
     fill(memory, args.fill);
     let beating = args.threads.min(MAX_BEATING).min(5);
     for number in 1..args.threads {
-        let body = if number < beating { beat } else { sleep };
+        let body = match number % 2 {
+            _ if number < beating => beat,
+            0 => park,
+            _ => sleep,
+        };
         sys::spawn_small(body, number)?;
     }
     page.0.address.store(memory.as_ptr() as u64, Relaxed);
@@ -61,9 +65,17 @@ extern "C" fn beat(number: *mut libc::c_void) -> *mut libc::c_void {
     }
 }
 
-extern "C" fn sleep(_: *mut libc::c_void) -> *mut libc::c_void {
+/// Waits without a limit of time, as for a lock.
+extern "C" fn park(_: *mut libc::c_void) -> *mut libc::c_void {
     loop {
         std::thread::park();
+    }
+}
+
+/// Waits with one, which a restart must not begin anew.
+extern "C" fn sleep(_: *mut libc::c_void) -> *mut libc::c_void {
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
     }
 }
 

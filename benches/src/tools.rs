@@ -104,6 +104,8 @@ struct Said {
 pub(crate) struct Checkpoint {
     /// From the start of `ckpt attach` to its end.
     pub(crate) seconds: f64,
+    /// Processor time of all its threads.
+    pub(crate) processor: f64,
     /// The longest gap between two beats of any thread meanwhile.
     pub(crate) gap: f64,
     /// The pause by its own account.
@@ -177,9 +179,9 @@ impl Tools {
             .take()
             .context("piped above")?
             .read_to_string(&mut said)?;
-        let (status, memory) = sys::wait_with_memory(child.id() as i32)?;
+        let ended = sys::wait_with_usage(child.id() as i32)?;
         let seconds = begun.elapsed().as_secs_f64();
-        ensure!(status == 0, "`ckpt attach` failed");
+        ensure!(ended.status == 0, "`ckpt attach` failed");
         // The beat that ends the longest gap may be yet to come.
         let gap_ends = sys::now();
         while target.page.last_beats() < gap_ends {
@@ -193,9 +195,10 @@ impl Tools {
         let gap = target.page.longest_gap();
         Ok(Checkpoint {
             seconds,
+            processor: ended.processor,
             gap,
             paused,
-            memory,
+            memory: ended.memory,
             image_bytes,
             memory_bytes,
         })

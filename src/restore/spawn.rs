@@ -128,7 +128,12 @@ pub fn spawn(
 
     let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACESYSGOOD;
     let task = Running::seize_with(Tid(pid), options)?;
-    drop(go_write);
+    // The child holds this end as well, so it waits for a byte and not for the end.
+    std::io::Write::write_all(&mut File::from(go_write), b"!").map_err(|source| Error::File {
+        what: "write to",
+        path: "the new process".into(),
+        source,
+    })?;
     let mut task = match task.wait_stopped() {
         Ok(stopped) => stopped,
         Err(_) => return Err(failed_before_exec(report_read)),
@@ -139,6 +144,12 @@ pub fn spawn(
             Ok(stopped) => stopped,
             Err(_) => return Err(failed_before_exec(report_read)),
         };
+    }
+    // The exec stop is inside the system call; its exit would be taken for that of the first
+    // remote call. The event stop is behind it, still before the program's first instruction.
+    task.interrupt()?;
+    while !matches!(task.stop(), Stop::Event(_)) {
+        task.advance(ckpt_tracer::task::Resume::Cont, 0)?;
     }
     Ok((child, task))
 }

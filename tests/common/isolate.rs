@@ -105,6 +105,7 @@ fn in_namespace(name: &str, who: Who, body: impl FnOnce(&Case)) {
 
 fn inside(case: &Case, body: impl FnOnce(&Case)) {
     assert_eq!(std::process::id(), 1, "this test runs in a namespace of its own");
+    close_inherited();
     // The job's session is then inside of the namespace, like its processes.
     nix::unistd::setsid().expect("pid 1 leads no process group yet");
     // Its other end is held by the outer half alone: whatever ends that ends us.
@@ -114,6 +115,17 @@ fn inside(case: &Case, body: impl FnOnce(&Case)) {
     });
     body(case);
     fs::write(case.dir.join(".done"), "").expect("the test's directory is writable");
+}
+
+/// Closes what we inherited beyond the standard streams (make's job server, say): a process
+/// under test would have it as well.
+fn close_inherited() {
+    let fds = fs::read_dir("/proc/self/fd").expect("/proc is mounted").flatten();
+    let fds = fds.filter_map(|fd| fd.file_name().to_str()?.parse::<i32>().ok());
+    for fd in fds.filter(|fd| *fd > 2).collect::<Vec<_>>() {
+        // The one that listed them is closed already.
+        let _ = nix::unistd::close(fd);
+    }
 }
 
 fn outside(name: &str, who: Who) {

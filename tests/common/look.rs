@@ -57,9 +57,7 @@ pub fn look(pid: i32) -> Look {
     for fd in numbers(&format!("{proc}/fd")) {
         let target = without_number(&link_of(format!("{proc}/fd/{fd}")));
         let info = fs::read_to_string(format!("{proc}/fdinfo/{fd}")).unwrap_or_default();
-        // The inode number of a pipe or memfd is another one after a restore, the mount's as well.
-        let same = |line: &&str| !line.starts_with("mnt_id:") && !line.starts_with("ino:");
-        let info: Vec<&str> = info.lines().filter(same).collect();
+        let info: Vec<&str> = info.lines().filter(stays).collect();
         seen.insert(format!("fd {fd}"), format!("{target} {}", info.join(" ")));
     }
     seen
@@ -74,12 +72,18 @@ fn numbers(dir: &str) -> Vec<i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// `pipe:[123]` and `socket:[123]` without what is in brackets.
+/// `pipe:[123]` and `socket:[123]` without the number.
 fn without_number(target: &str) -> String {
     match target.split_once(":[") {
-        Some((kind, _)) => format!("{kind}:[]"),
-        None => target.into(),
+        Some((kind @ ("pipe" | "socket"), _)) => format!("{kind}:[]"),
+        _ => target.into(),
     }
+}
+
+/// A line of fdinfo that stays. The inode and mount of a pipe or memfd are others after a
+/// restore, and what remains of a timer shrinks.
+fn stays(line: &&str) -> bool {
+    !["mnt_id:", "ino:", "it_value:", "ticks:"].iter().any(|key| line.starts_with(key))
 }
 
 /// A line of maps; shared memory and deleted files get new inodes (and devices) by a restore.

@@ -33,25 +33,30 @@ impl Bench {
         let (image, raw) = (self.file("image"), self.file("raw"));
         let target = Target::start(&self.scratch, mib, threads, Fill::Random)?;
         let (address, len) = target.memory();
-        let (mut all, mut gaps, mut paused) =
-            (Pairs::default(), Samples::default(), Samples::default());
+        let (mut all, mut processor) = (Pairs::default(), Pairs::default());
+        let (mut gaps, mut paused) = (Samples::default(), Samples::default());
         for round in 0..self.rounds(if mib > SMALL { 7 } else { 10 }) {
             let plain = || floor::write_out(target.pid(), address, len, &raw);
             let attach = || self.tools.attach(&target, &image, "none");
-            let (seconds, checkpoint) = if round % 2 == 0 {
-                let seconds = plain()?;
-                (seconds, attach()?)
+            let (floor, checkpoint) = if round % 2 == 0 {
+                let floor = plain()?;
+                (floor, attach()?)
             } else {
                 let checkpoint = attach()?;
                 (plain()?, checkpoint)
             };
-            all.push(checkpoint.seconds, seconds);
+            all.push(checkpoint.seconds, floor.wall);
+            processor.push(checkpoint.processor, floor.processor);
             gaps.push(checkpoint.gap);
             paused.push(checkpoint.paused);
         }
         let figure = |what, samples| Figure::new(subject, what, Unit::Seconds, samples);
         let whole = figure("checkpoint", &all.values).beside(&all.floors, &all.ratios);
         report.figures.push(whole.judged(mib));
+        let work = figure("checkpoint, processor time", &processor.values);
+        report
+            .figures
+            .push(work.beside(&processor.floors, &processor.ratios));
         report
             .figures
             .push(figure("pause, longest gap of beats", &gaps));
@@ -111,7 +116,7 @@ impl Bench {
         let (address, len) = target.memory();
         let (mut out, mut back) = (Samples::default(), Samples::default());
         for _ in 0..self.rounds(7) {
-            out.push(floor::write_out(target.pid(), address, len, &raw)?);
+            out.push(floor::write_out(target.pid(), address, len, &raw)?.wall);
             back.push(floor::read_in(&raw)?);
         }
         target.end()?;
