@@ -67,6 +67,8 @@ pub fn name(nr: u64) -> String {
         (libc::SYS_seccomp, "seccomp"),
         (libc::SYS_membarrier, "membarrier"),
         (libc::SYS_clone3, "clone3"),
+        (libc::SYS_setpriority, "setpriority"),
+        (libc::SYS_pkey_free, "pkey_free"),
         (libc::SYS_pkey_alloc, "pkey_alloc"),
         (libc::SYS_pkey_mprotect, "pkey_mprotect"),
         (libc::SYS_ftruncate, "ftruncate"),

@@ -80,6 +80,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         },
         fds,
         stopped: args.stopped,
+        foreground: !args.stopped && !args.detach,
         progress: &*progress,
     };
     if args.dry_run {

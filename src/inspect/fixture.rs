@@ -81,7 +81,7 @@ pub(crate) fn snapshot() -> Snapshot {
                 mapping(MEMORY, 3, Backing::Anonymous),
                 mapping(MEMORY + 3 * 4096, 1, Backing::Anonymous),
             ],
-            lock_future: false,
+            lock_future: 0,
             thp_disabled: false,
             dumpable: 1,
             membarrier: 0,

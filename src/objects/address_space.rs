@@ -23,8 +23,8 @@ pub struct AddressSpace {
     pub executable: usize,
     /// What is mapped, in ascending order, without the vsyscall page.
     pub mappings: Vec<Mapping>,
-    /// `mlockall(MCL_FUTURE)` is in force.
-    pub lock_future: bool,
+    /// `MCL_FUTURE`, possibly with `MCL_ONFAULT`, when mappings to come are locked; else 0.
+    pub lock_future: u32,
     /// `PR_GET_THP_DISABLE`.
     pub thp_disabled: bool,
     /// `PR_GET_DUMPABLE`: 0, 1 or 2.
@@ -130,9 +130,8 @@ impl AddressSpace {
 
     /// What must find the mappings complete: `mlockall` and seals.
     pub fn rebuild_locks(&self, plan: &mut Builder) {
-        if self.lock_future {
-            let flags = libc::MCL_FUTURE as u64;
-            plan.try_syscall(libc::SYS_mlockall, &[flags], "mlockall(MCL_FUTURE) is not in force");
+        if self.lock_future != 0 {
+            plan.try_syscall(libc::SYS_mlockall, &[self.lock_future.into()], "mlockall(MCL_FUTURE) is not in force");
         }
         for mapping in &self.mappings {
             mapping.seal(plan);

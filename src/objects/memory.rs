@@ -315,6 +315,10 @@ fn backing(
     if vma.shared && path == Path::new("/dev/zero") {
         return Ok(shared_memory(source, vma, all, collector));
     }
+    if path == Path::new("/[aio]") {
+        let remedy = "let the program end its asynchronous I/O (io_destroy) before the checkpoint";
+        return Err(refuse("is the ring of an AIO context,", "not supported yet", Some(remedy)));
+    }
     if is_memfd(path) {
         let description = memfd_mapping(source, vma, all, collector);
         return Ok(Backing::Description {
@@ -563,6 +567,12 @@ impl Mapping {
         u64::from(if once_writable { self.prot | write } else { self.prot })
     }
 
+    /// The protection key that the program gave, 0 for none; an execute-only mapping has the
+    /// kernel's.
+    fn given_key(&self) -> u32 {
+        if self.prot == libc::PROT_EXEC as u32 { 0 } else { self.protection_key }
+    }
+
     /// `MAP_*` beyond private, shared, anonymous.
     fn map_flags(&self) -> i32 {
         let mut flags = libc::MAP_FIXED_NOREPLACE;
@@ -708,12 +718,15 @@ pub fn map_all(
         }
     }
     close_open(&mut open, plan);
-    for (object, at) in snapshot.shared_memory.iter().zip(shared_at) {
+    for (index, (object, at)) in snapshot.shared_memory.iter().zip(shared_at).enumerate() {
         let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         if object.huge_page_size != 0 {
             flags |= libc::MAP_HUGETLB
                 | (object.huge_page_size.trailing_zeros() << libc::MAP_HUGE_SHIFT) as i32;
-        } else {
+        } else if mappings.iter().any(|m| {
+            m.flags.contains(MappingFlags::NO_RESERVE)
+                && matches!(m.backing, Backing::SharedMemory { object, .. } if object == index)
+        }) {
             flags |= libc::MAP_NORESERVE;
         }
         let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
@@ -775,11 +788,10 @@ pub fn finish(mappings: &[Mapping], snapshot: &Snapshot, shared_at: &SharedAt, p
     for (object, at) in snapshot.shared_memory.iter().zip(shared_at) {
         plan.syscall(libc::SYS_munmap, &[*at, object.mapped_len()], || "shared memory".into());
     }
-    pkeys(mappings, plan);
     for m in mappings {
         let shared = matches!(m.backing, Backing::SharedMemory { .. });
-        if m.protection_key != 0 {
-            let args = [m.start, m.len(), m.prot.into(), m.protection_key.into()];
+        if m.given_key() != 0 {
+            let args = [m.start, m.len(), m.prot.into(), m.given_key().into()];
             plan.syscall(libc::SYS_pkey_mprotect, &args, || m.object());
         } else if shared || m.mapped_prot() != u64::from(m.prot) {
             let args = [m.start, m.len(), m.prot.into()];
@@ -789,15 +801,16 @@ pub fn finish(mappings: &[Mapping], snapshot: &Snapshot, shared_at: &SharedAt, p
     }
 }
 
-/// Protection keys are given out from the lowest free one; those that no mapping has are
-/// freed again.
-fn pkeys(mappings: &[Mapping], plan: &mut Builder) {
-    let highest = mappings.iter().map(|m| m.protection_key).max().unwrap_or(0);
+/// Protection keys are given out from the lowest free one; those that no mapping was given are
+/// freed again. Done before anything is mapped: the kernel takes a key of its own for
+/// execute-only mappings (`execute_only_pkey`, arch/x86/mm/pkeys.c).
+pub fn allocate_keys(mappings: &[Mapping], plan: &mut Builder) {
+    let highest = mappings.iter().map(Mapping::given_key).max().unwrap_or(0);
     for key in 1..=highest {
         plan.expect(libc::SYS_pkey_alloc, &[0, 0], key.into(), || format!("protection key {key}"));
     }
     for key in 1..highest {
-        if !mappings.iter().any(|m| m.protection_key == key) {
+        if !mappings.iter().any(|m| m.given_key() == key) {
             plan.syscall(libc::SYS_pkey_free, &[key.into()], || format!("protection key {key}"));
         }
     }

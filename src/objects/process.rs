@@ -90,6 +90,19 @@ pub fn capture_from_outside(source: &Source, collector: &mut Collector) -> Resul
     let vmas = read_smaps(source.dir.clone())?;
     let scanner = PagemapScanner::open(source.dir.clone())?;
     let memory = memory::capture(source, &vmas, &scanner, collector)?;
+    for name in ["cwd", "root"] {
+        let link = std::fs::read_link(source.dir.join(name)).unwrap_or_default();
+        let there = std::fs::metadata(source.dir.join(name));
+        let named = std::fs::metadata(&link);
+        let reachable = matches!((&there, &named), (Ok(a), Ok(b)) if memory::same_file(a, b));
+        if !reachable {
+            collector.obstacles.push(Obstacle::new(
+                source.title(),
+                format!("has the directory {} as its {name}, which was deleted", link.display()),
+                "let the program change to another directory",
+            ));
+        }
+    }
     Ok(FromOutside { vmas, memory, fds, scanner })
 }
 
@@ -130,7 +143,7 @@ pub fn capture(
     let get = [PR_GET_CHILD_SUBREAPER, scratch.raw(), 0, 0, 0, 0];
     calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
     let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
-    let lock_future = locks_future(&mut calls, &vmas)?;
+    let lock_future = lock_future(&mut calls, &vmas)?;
     let mut threads = vec![thread::capture(&mut calls, source)?];
     for task in others {
         let mut calls = RemoteCalls::begin_borrowing(task, &cave, scratch)?;
@@ -187,15 +200,17 @@ pub fn capture(
 /// `PR_GET_CHILD_SUBREAPER`.
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 
-/// Whether `mlockall(MCL_FUTURE)` is in force: nothing tells, but a new mapping shows it, and
-/// the scratch memory is one. Asked only where something is locked at all.
-fn locks_future(calls: &mut RemoteCalls<'_>, vmas: &[Vma]) -> Result<bool> {
+/// What `mlockall` has asked for mappings to come: nothing tells, but a new mapping shows it,
+/// and the scratch memory is one. Asked only where something is locked at all.
+fn lock_future(calls: &mut RemoteCalls<'_>, vmas: &[Vma]) -> Result<u32> {
     if !vmas.iter().any(|v| v.flags.contains(VmFlags::LOCKED)) {
-        return Ok(false);
+        return Ok(0);
     }
-    let pid = calls.pid();
     let scratch = calls.scratch().raw();
-    let now = read_smaps(pid)?;
-    let locked = |v: &Vma| v.start == scratch && v.flags.contains(VmFlags::LOCKED);
-    Ok(now.iter().any(locked))
+    let now = read_smaps(calls.pid())?;
+    let Some(new) = now.iter().find(|v| v.start <= scratch && scratch < v.end) else {
+        return Ok(0);
+    };
+    let bit = |flag, bit: i32| if new.flags.contains(flag) { bit as u32 } else { 0 };
+    Ok(bit(VmFlags::LOCKED, libc::MCL_FUTURE) | bit(VmFlags::LOCK_ON_FAULT, libc::MCL_ONFAULT))
 }

@@ -13,6 +13,8 @@ pub struct Scheduling {
     /// deadline parameters, utilisation clamps.
     #[serde(with = "serde_bytes")]
     pub attr: Vec<u8>,
+    /// Nice value; `attr` has it for SCHED_OTHER and SCHED_BATCH only.
+    pub nice: i32,
     /// CPUs the task may run on, a bit each.
     #[serde(with = "serde_bytes")]
     pub affinity: Vec<u8>,
@@ -51,7 +53,10 @@ pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
     affinity.truncate(n.max(0) as usize);
     // SAFETY: a system call without pointers.
     let io = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid.raw()) };
-    Scheduling { attr, affinity, io_priority: io.max(0) as i32, timer_slack }
+    // SAFETY: a call without pointers. The raw call answers 20 minus the nice value.
+    let nice = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid.raw()) };
+    let nice = if nice > 0 { 20 - nice as i32 } else { 0 };
+    Scheduling { attr, nice, affinity, io_priority: io.max(0) as i32, timer_slack }
 }
 
 impl Scheduling {
@@ -63,6 +68,10 @@ impl Scheduling {
             let at = plan.data(&self.affinity);
             let args = [0, self.affinity.len() as u64, at];
             plan.try_syscall(libc::SYS_sched_setaffinity, &args, "the CPU affinity is not kept");
+        }
+        if self.nice != now.nice {
+            let args = [libc::PRIO_PROCESS as u64, 0, self.nice as u64];
+            plan.try_syscall(libc::SYS_setpriority, &args, "the nice value is not kept");
         }
         if self.attr != now.attr && !self.attr.is_empty() {
             let at = plan.data(&self.attr);

@@ -71,6 +71,9 @@ fn open(
             let file = made.get(memfd.contents, || {
                 let file = create_memfd(memfd)?;
                 fill(&file, memfd.contents, memfd.size, image)?;
+                if !memfd.is_writable(snapshot) {
+                    seal(&file, memfd)?;
+                }
                 Ok(file)
             })?;
             let file = reopen(file, description.flags)?;
@@ -102,11 +105,16 @@ fn open(
 pub fn executable(snapshot: &Snapshot, image: &Reader) -> Result<File> {
     let record = &snapshot.mapped_files[snapshot.processes[0].memory.executable];
     match record.contents {
-        None => File::open(&record.path).map_err(|source| Error::File {
-            what: "open the executable",
-            path: record.path.clone(),
-            source,
-        }),
+        // A program may be executable without being readable.
+        None => OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(&record.path)
+            .map_err(|source| Error::File {
+                what: "open the executable",
+                path: record.path.clone(),
+                source,
+            }),
         Some(space) => {
             let mode = record.identity.mode | 0o500;
             let file = nameless(&record.path, space, record.identity.size, mode, image)?;
@@ -168,6 +176,18 @@ fn create_memfd(memfd: &MemFd) -> Result<File> {
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
     let _ = file.set_permissions(PermissionsExt::from_mode(memfd.mode));
     Ok(file)
+}
+
+fn seal(file: &File, memfd: &MemFd) -> Result<()> {
+    if memfd.seals & !(libc::F_SEAL_SEAL as u32) == 0 {
+        return Ok(());
+    }
+    // SAFETY: a call without pointers.
+    let r = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, memfd.seals) };
+    Errno::result(r).map(drop).map_err(|e| {
+        let name = String::from_utf8_lossy(&memfd.name);
+        Error::Restore(format!("the memfd {name} cannot be sealed: {}", e.desc()))
+    })
 }
 
 /// Another description of the same file, with that access mode.

@@ -26,6 +26,7 @@ pub mod fill;
 pub mod plan;
 pub mod planner;
 pub mod spawn;
+pub mod terminal;
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +48,8 @@ pub struct Request<'a> {
     pub fds: BTreeMap<i32, PathBuf>,
     /// Leave the job stopped, for a debugger.
     pub stopped: bool,
+    /// The caller waits for the job: a job that led its process group gets the terminal.
+    pub foreground: bool,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -59,6 +62,8 @@ pub struct Restored {
     /// What could not be brought back exactly, without harm to the job (a hard limit, say);
     /// one sentence each.
     pub warnings: Vec<String>,
+    /// The terminal is the job's until this is dropped.
+    pub terminal: Option<terminal::Foreground>,
 }
 
 impl Restored {
@@ -106,10 +111,13 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let descriptors = contents::open_all(&planned.plan.inherit, &snapshot, &image)?;
     let executable = contents::executable(&snapshot, &image)?;
     let (child, leader) = spawn::spawn(process, &executable, descriptors)?;
+    let own_group = process.group == process.pid && process.session != process.pid;
+    let terminal =
+        (request.foreground && own_group).then(|| terminal::Foreground::give(process.pid)).flatten();
     let warnings = driver::rebuild(&image, &snapshot, request, &host, &child, leader)?;
     let pid = child.pid();
     child.keep();
-    Ok(Restored { pid, warnings })
+    Ok(Restored { pid, warnings, terminal })
 }
 
 fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {

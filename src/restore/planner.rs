@@ -90,6 +90,7 @@ fn build(
     {
         obstacles.push(*o);
     }
+    memory::allocate_keys(&memory.mappings, plan_ref);
     memory::map_all(&memory.mappings, snapshot, staging, shared_at, plan_ref);
     plan_ref.stage(Stage::Fill);
     memory::finish(&memory.mappings, snapshot, shared_at, plan_ref);
@@ -109,6 +110,7 @@ fn build(
         plan_ref.join();
     }
     plan_ref.stage(Stage::Threads);
+    files::rebuild_owners(process, snapshot, plan_ref);
     if let Err(o) = timers::create_posix(&process.posix_timers, plan_ref) {
         obstacles.push(o);
     }

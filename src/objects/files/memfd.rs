@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look, sys};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
-use crate::objects::SpaceId;
+use crate::objects::{Snapshot, SpaceId};
 use crate::restore::plan::Builder;
 
 /// A file that lives in memory. Descriptions of one file share `inode`.
@@ -76,6 +76,26 @@ pub fn capture(
 }
 
 impl MemFd {
+    /// Whether this description is the one to seal the file through: the first that may write, as
+    /// F_ADD_SEALS wants it. Where there is none the restoring process has sealed it already,
+    /// since nobody can have it mapped for writing.
+    pub fn seals_through(&self, index: usize, snapshot: &Snapshot) -> bool {
+        self.writable(snapshot).next() == Some(index)
+    }
+
+    /// Whether any description of the file may write.
+    pub fn is_writable(&self, snapshot: &Snapshot) -> bool {
+        self.writable(snapshot).next().is_some()
+    }
+
+    fn writable<'a>(&self, snapshot: &'a Snapshot) -> impl Iterator<Item = usize> + 'a {
+        let inode = self.inode;
+        snapshot.descriptions.iter().enumerate().filter_map(move |(i, d)| match &d.kind {
+            Kind::MemFd(m) if m.inode == inode && d.flags as i32 & libc::O_ACCMODE != 0 => Some(i),
+            _ => None,
+        })
+    }
+
     /// Seals the file, once it is filled and mapped.
     pub fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
         // A file made without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.

@@ -398,7 +398,7 @@ pub fn finish(process: &super::process::Process, snapshot: &Snapshot, staging: S
         rebuild_status(description, at, plan);
         match &description.kind {
             Kind::Regular(r) => r.rebuild_locks(at, plan),
-            Kind::MemFd(m) => m.rebuild_seals(at, plan),
+            Kind::MemFd(m) if m.seals_through(index, snapshot) => m.rebuild_seals(at, plan),
             _ => {}
         }
     }
@@ -420,32 +420,77 @@ pub fn finish(process: &super::process::Process, snapshot: &Snapshot, staging: S
     }
 }
 
-/// Status flags that F_SETFL sets, and who gets SIGIO.
+/// Flags that F_SETFL sets.
+const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32;
+
+/// Status flags that the way of opening has not set already.
 fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
     if description.flags as i32 & libc::O_PATH != 0 {
         return;
     }
-    let object = || format!("the owner and flags of an open file ({})", description.kind.label());
-    if let Some(owner) = description.owner {
-        const F_SETOWN_EX: u64 = 15;
-        const F_SETSIG: u64 = 10;
-        if owner.id != 0 {
-            let data = plan.data(&[owner.kind, owner.id].map(i32::to_le_bytes).concat());
-            plan.syscall(libc::SYS_fcntl, &[at as u64, F_SETOWN_EX, data], object);
-        }
-        if owner.signal != 0 {
-            plan.syscall(libc::SYS_fcntl, &[at as u64, F_SETSIG, owner.signal as u64], object);
-        }
-    }
-    let settable = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32;
-    let wanted = description.flags & settable;
+    let wanted = description.flags & SETTABLE & !(libc::O_ASYNC as u32);
     let opened_with = match description.kind {
-        Kind::Regular(_) | Kind::Device(_) => wanted & !(libc::O_ASYNC as u32),
+        Kind::Regular(_) | Kind::Device(_) => wanted,
         _ => 0,
     };
     if wanted != opened_with || matches!(description.kind, Kind::Outside(_)) {
-        let flags = description.flags & (settable | libc::O_DIRECT as u32 | libc::O_NOATIME as u32);
-        plan.syscall(libc::SYS_fcntl, &[at as u64, libc::F_SETFL as u64, flags.into()], object);
+        set_flags(description, at, wanted, plan);
+    }
+}
+
+fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Builder) {
+    let others = description.flags & (libc::O_DIRECT | libc::O_NOATIME) as u32;
+    let args = [fd as u64, libc::F_SETFL as u64, (settable | others).into()];
+    plan.syscall(libc::SYS_fcntl, &args, || {
+        format!("the flags of an open file ({})", description.kind.label())
+    });
+}
+
+/// Who gets SIGIO; done when every thread exists that may be the one.
+pub fn rebuild_owners(process: &super::process::Process, snapshot: &Snapshot, plan: &mut Builder) {
+    let mut done = vec![false; snapshot.descriptions.len()];
+    for entry in &process.fds {
+        let description = &snapshot.descriptions[entry.description];
+        if std::mem::replace(&mut done[entry.description], true) {
+            continue;
+        }
+        let fd = entry.fd as u64;
+        let label = description.kind.label();
+        if let Some(owner) = description.owner {
+            owner.rebuild(fd, process, &label, plan);
+        }
+        let asynchronous = description.flags as i32 & libc::O_ASYNC != 0;
+        if asynchronous && description.flags as i32 & libc::O_PATH == 0 {
+            set_flags(description, entry.fd, description.flags & SETTABLE, plan);
+        }
+    }
+}
+
+impl Owner {
+    fn rebuild(&self, fd: u64, process: &super::process::Process, label: &str, plan: &mut Builder) {
+        const F_SETOWN_EX: u64 = 15;
+        const F_SETSIG: u64 = 10;
+        const F_OWNER_TID: i32 = 0;
+        const F_OWNER_PID: i32 = 1;
+        let object = || format!("the owner of an open file ({label})");
+        let inside = match self.kind {
+            F_OWNER_TID => process.threads.iter().any(|t| t.tid == self.id),
+            F_OWNER_PID => process.pid == self.id,
+            _ => process.group == self.id,
+        };
+        if self.id != 0 && inside {
+            let data = plan.data(&[self.kind, self.id].map(i32::to_le_bytes).concat());
+            plan.syscall(libc::SYS_fcntl, &[fd, F_SETOWN_EX, data], object);
+        } else if self.id != 0 {
+            plan.warn(format!(
+                "{label} sent its signals to {}, which is not part of the job, and now sends them \
+                 to nobody",
+                self.id
+            ));
+        }
+        if self.signal != 0 {
+            plan.syscall(libc::SYS_fcntl, &[fd, F_SETSIG, self.signal as u64], object);
+        }
     }
 }
 
