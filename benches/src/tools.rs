@@ -15,7 +15,7 @@ use crate::sys;
 use crate::target::Fill;
 
 /// Nothing that is measured takes longer.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A target that beats. It is killed when dropped.
 pub(crate) struct Target {
@@ -209,10 +209,9 @@ impl Tools {
     pub(crate) fn restore(&self, pid: i32, page: BeatPage, image: &Path) -> Result<Restart> {
         let errors = image.with_extension("err");
         let mut command = Command::new(&self.restore);
-        command
-            .arg(image)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
+        // The page of beats has changed, as it should.
+        command.args(["--files", "adopt"]).arg(image);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(File::create(&errors)?);
         page.reset();
         let (begun, started) = (Instant::now(), sys::now());
@@ -225,7 +224,13 @@ impl Tools {
             if ended.is_some() || begun.elapsed() > PATIENCE {
                 let _ = child.kill();
                 let said = std::fs::read_to_string(&errors).unwrap_or_default();
-                bail!("`restore` failed: {}", said.trim());
+                match ended {
+                    Some(status) => bail!("`restore` ended with {status}: {}", said.trim()),
+                    None => bail!(
+                        "nothing beats {PATIENCE:?} after `restore` began: {}",
+                        said.trim()
+                    ),
+                }
             }
             std::thread::sleep(Duration::from_micros(500));
         };
