@@ -57,7 +57,9 @@ pub fn look(pid: i32) -> Look {
     for fd in numbers(&format!("{proc}/fd")) {
         let target = without_number(&link_of(format!("{proc}/fd/{fd}")));
         let info = fs::read_to_string(format!("{proc}/fdinfo/{fd}")).unwrap_or_default();
-        let info: Vec<&str> = info.lines().filter(stays).collect();
+        let mut info: Vec<&str> = info.lines().filter(stays).map(watched).collect();
+        // An epoll descriptor lists what it watches in the order of kernel addresses.
+        info.sort_unstable();
         seen.insert(format!("fd {fd}"), format!("{target} {}", info.join(" ")));
     }
     seen
@@ -72,12 +74,25 @@ fn numbers(dir: &str) -> Vec<i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// `pipe:[123]` and `socket:[123]` without the number.
+/// `pipe:[123]` and `socket:[123]` without the number; a deleted file is another after a restore,
+/// nameless from the beginning.
 fn without_number(target: &str) -> String {
     match target.split_once(":[") {
         Some((kind @ ("pipe" | "socket"), _)) => format!("{kind}:[]"),
+        _ => without_name(target),
+    }
+}
+
+fn without_name(target: &str) -> String {
+    match target.rsplit_once('/') {
+        Some((dir, name)) if name.ends_with("(deleted)") => format!("{dir}/* (deleted)"),
         _ => target.into(),
     }
+}
+
+/// What an epoll descriptor watches, without the inode's number.
+fn watched(line: &str) -> &str {
+    line.split_once(" ino:").filter(|_| line.starts_with("tfd:")).map_or(line, |(start, _)| start)
 }
 
 /// A line of fdinfo that stays. The inode and mount of a pipe or memfd are others after a
@@ -93,7 +108,7 @@ fn mapping(line: &str) -> String {
     if remade && parts.len() > 5 {
         (parts[3], parts[4]) = ("*", "*");
     }
-    parts.join(" ")
+    without_name(&parts.join(" "))
 }
 
 fn status(seen: &mut Look, name: &str, file: &str, wanted: &[&str]) {

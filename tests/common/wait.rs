@@ -3,8 +3,12 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// Nothing that is waited for takes longer, on the slowest machine.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+/// Nothing that is waited for takes longer, on the slowest machine. `CKPT_TEST_DEADLINE` names
+/// another number of seconds.
+pub fn deadline() -> Duration {
+    let seconds = std::env::var("CKPT_TEST_DEADLINE").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(60))
+}
 
 /// Polls until `state` is there; panics with `what` when it does not come.
 pub fn until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
@@ -15,8 +19,9 @@ pub fn until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
             return value;
         }
         assert!(
-            begun.elapsed() < DEADLINE,
-            "waited {DEADLINE:?} for {what}\n{}",
+            begun.elapsed() < deadline(),
+            "waited {:?} for {what}\n{}",
+            deadline(),
             super::look::everybody()
         );
         sleep(pause);

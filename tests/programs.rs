@@ -1,0 +1,221 @@
+//! Ordinary programs: checkpointed from outside in the middle of their work, killed, restored,
+//! three times in a row. The result is that of a run that nobody disturbed.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::look::assert_let_go;
+use common::tool::restored_in_front;
+use common::{Case, Ended, attach, isolated, isolated_as_user, restored, run, start, until};
+
+/// A source file of tests/programs.
+fn source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(name)
+}
+
+/// The line that tests/programs/README.md promises, of a run in DIR/name that nobody disturbs.
+fn undisturbed(case: &Case, program: &dyn Fn() -> Command) -> String {
+    let dir = case.path("undisturbed");
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+    let out = run(case, program().arg(&dir));
+    out.ok();
+    fs::read_to_string(dir.join("result")).expect("it has a result")
+}
+
+fn progress(dir: &Path) -> u32 {
+    let text = fs::read_to_string(dir.join("progress")).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+fn same_result(case: &Case, program: &dyn Fn() -> Command) {
+    let dir = case.path("run");
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    let mut job = start(program().arg(&dir).current_dir(case.dir()), &case.path("program.log"));
+    let round = |number: u32| {
+        until(&format!("round {number}"), || (progress(&dir) >= number).then_some(()));
+    };
+    round(2);
+    attach(case, job.pid, "job.ckpt", &[]);
+    assert_let_go(job.pid);
+    for life in 1..=3 {
+        round(3 + 3 * life);
+        let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+        let ended = until("its end", || job.ended());
+        let by_us = if life == 3 { Ended::Exited(137) } else { Ended::Killed(9) };
+        assert_eq!(ended, by_us, "before life {life}");
+        job = match life {
+            2 => restored_in_front(case, &image, &[]),
+            _ => restored(case, &image, &[]),
+        };
+    }
+    round(15);
+    fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+    assert_eq!(job.wait(), Ended::Exited(0));
+    let result = fs::read_to_string(dir.join("result")).expect("it has a result");
+    assert_eq!(result, undisturbed(case, program));
+}
+
+/// Builds a program into the test's directory.
+fn built(case: &Case, command: &mut Command) -> PathBuf {
+    let program = case.path("program");
+    run(case, command.arg("-o").arg(&program)).ok();
+    program
+}
+
+fn with_interpreter(case: &Case, interpreter: &str, whence: &str, file: &str) {
+    case.needs_program(interpreter, whence);
+    same_result(case, &|| {
+        let mut command = Command::new(interpreter);
+        command.arg(source(file));
+        command
+    });
+}
+
+/// Debian's Python: numpy is installed for that one.
+fn python(case: &Case, file: &str, module: &str) {
+    const PYTHON: &str = "/usr/bin/python3";
+    if !Path::new(PYTHON).exists() {
+        case.skip("/usr/bin/python3 (python3)");
+    }
+    let import = run(case, Command::new(PYTHON).args(["-c", &format!("import {module}")]));
+    if import.code() != 0 {
+        case.skip(&format!("the module {module} (python3-{module})"));
+    }
+    same_result(case, &|| {
+        let mut command = Command::new(PYTHON);
+        command.arg(source(file));
+        command
+    });
+}
+
+#[test]
+fn python_threads() {
+    isolated("python_threads", |case| python(case, "threads.py", "queue"));
+}
+
+#[test]
+fn python_threads_of_an_ordinary_user() {
+    isolated_as_user("python_threads_of_an_ordinary_user", |case| {
+        python(case, "threads.py", "queue");
+    });
+}
+
+#[test]
+fn python_arrays() {
+    isolated("python_arrays", |case| python(case, "arrays.py", "numpy"));
+}
+
+#[test]
+fn sqlite_transaction() {
+    isolated("sqlite_transaction", |case| python(case, "ledger.py", "sqlite3"));
+}
+
+#[test]
+fn perl() {
+    isolated("perl", |case| with_interpreter(case, "perl", "perl", "hashes.pl"));
+}
+
+#[test]
+fn bash() {
+    isolated("bash", |case| with_interpreter(case, "bash", "bash", "count.sh"));
+}
+
+#[test]
+fn node() {
+    isolated("node", |case| with_interpreter(case, "node", "nodejs", "sums.js"));
+}
+
+#[test]
+fn node_of_an_ordinary_user() {
+    isolated_as_user("node_of_an_ordinary_user", |case| {
+        with_interpreter(case, "node", "nodejs", "sums.js");
+    });
+}
+
+fn java(case: &Case, options: &[&str]) {
+    case.needs_program("javac", "default-jdk-headless");
+    let classes = case.path("classes");
+    run(case, Command::new("javac").arg("-d").arg(&classes).arg(source("Sums.java"))).ok();
+    same_result(case, &|| {
+        let mut command = Command::new("java");
+        command.args(options).arg("-cp").arg(&classes).arg("Sums");
+        command
+    });
+}
+
+#[test]
+fn java_virtual_machine() {
+    isolated("java_virtual_machine", |case| java(case, &[]));
+}
+
+/// Without the file /tmp/hsperfdata_USER/PID, which has the same name in every pid namespace.
+#[test]
+fn java_of_an_ordinary_user() {
+    isolated_as_user("java_of_an_ordinary_user", |case| {
+        java(case, &["-XX:-UsePerfData", "-XX:+UseParallelGC"]);
+    });
+}
+
+#[test]
+fn goroutines() {
+    isolated("goroutines", |case| {
+        case.needs_program("go", "golang-go");
+        let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/go-cache");
+        let mut command = Command::new("go");
+        command.env("CGO_ENABLED", "0").env("GOCACHE", cache).env("GOPATH", case.path("go"));
+        command.env("GOFLAGS", "-modcacherw").env("GO111MODULE", "off");
+        let program = case.path("program");
+        run(case, command.args(["build", "-o"]).arg(&program).arg(source("pool.go"))).ok();
+        same_result(case, &|| Command::new(&program));
+    });
+}
+
+fn compiled(case: &Case, compiler: &str, whence: &str, options: &[&str], file: &str) {
+    case.needs_program(compiler, whence);
+    let program = built(case, Command::new(compiler).args(options).arg(source(file)));
+    same_result(case, &|| Command::new(&program));
+}
+
+#[test]
+fn c() {
+    isolated("c", |case| compiled(case, "gcc", "gcc", &["-O2", "-pthread"], "waves.c"));
+}
+
+#[test]
+fn c_static() {
+    isolated("c_static", |case| {
+        compiled(case, "gcc", "gcc", &["-O2", "-pthread", "-static"], "waves.c");
+    });
+}
+
+#[test]
+fn c_stripped() {
+    isolated("c_stripped", |case| {
+        compiled(case, "gcc", "gcc", &["-O2", "-pthread", "-static-pie", "-s"], "waves.c");
+    });
+}
+
+#[test]
+fn c_static_of_an_ordinary_user() {
+    isolated_as_user("c_static_of_an_ordinary_user", |case| {
+        compiled(case, "gcc", "gcc", &["-O2", "-pthread", "-static"], "waves.c");
+    });
+}
+
+#[test]
+fn musl_static() {
+    isolated("musl_static", |case| {
+        compiled(case, "musl-gcc", "musl-tools", &["-O2", "-static"], "waves.c");
+    });
+}
+
+#[test]
+fn rust_threads() {
+    isolated("rust_threads", |case| {
+        compiled(case, "rustc", "the Rust toolchain", &["-O", "--edition=2024"], "pool.rs");
+    });
+}
