@@ -107,7 +107,7 @@ pub fn capture_from_outside(source: &Source, collector: &mut Collector) -> Resul
 }
 
 /// Room for the answers of remote calls.
-const SCRATCH: u64 = 4096;
+const SCRATCH: u64 = 16 * 1024;
 
 /// Captures a frozen process. The leader is made ready for remote calls once; the other
 /// threads take their turns with its scratch memory.
@@ -128,10 +128,10 @@ pub fn capture(
     remote::leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     let taken = vmas.iter().map(|v| (v.start, v.end));
     let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
-        Obstacle::without_remedy(source.title(), "has no free address for 4096 bytes")
+        Obstacle::without_remedy(source.title(), "has no free room in its address space for remote calls")
     });
     let scratch = RemoteAddr(scratch.map_err(crate::Error::refuse)?);
-    let cave = Cave::dig(&source.mem, &vmas)?;
+    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(stopped);
     let (leader, others) = frozen.tasks_mut().split_first_mut().ok_or(
         ckpt_tracer::Error::Died { tid: pid.leader() },
     )?;

@@ -1,7 +1,7 @@
 //! Signal actions and pending signals.
 
 use ckpt_tracer::Result;
-use ckpt_tracer::remote::RemoteCalls;
+use ckpt_tracer::remote::{Call, RemoteCalls};
 use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
@@ -42,18 +42,28 @@ impl Pending {
 /// Highest signal number.
 pub const SIGNALS: u32 = 64;
 
+/// Bytes of `struct kernel_sigaction`.
+const ACTION_BYTES: u64 = 32;
+
 /// All actions that are not the plain default.
 pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
+    let unchangeable = [libc::SIGKILL as u64, libc::SIGSTOP as u64];
+    let signals: Vec<u64> =
+        (1..=SIGNALS.into()).filter(|s| !unchangeable.contains(s)).collect();
+    let out = |signal: u64| (signal - 1) * ACTION_BYTES;
+    let list: Vec<Call> = signals
+        .iter()
+        .map(|&signal| {
+            let args = [signal, 0, (calls.scratch() + out(signal)).raw(), 8];
+            Call::new("rt_sigaction", libc::SYS_rt_sigaction, &args)
+        })
+        .collect();
+    calls.batch_ok(u64::from(SIGNALS) * ACTION_BYTES, &list)?;
     let mut actions = Vec::new();
-    for signal in 1..=SIGNALS {
-        if signal == libc::SIGKILL as u32 || signal == libc::SIGSTOP as u32 {
-            continue;
-        }
-        let out = calls.scratch().raw();
-        let args = [u64::from(signal), 0, out, 8, 0, 0];
-        calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
-        let words: [u8; 32] = calls.read_scratch(0)?;
+    for signal in signals {
+        let words: [u8; ACTION_BYTES as usize] = calls.read_scratch(out(signal))?;
         let word = |i: usize| u64::from_le_bytes(words[i * 8..][..8].try_into().unwrap_or([0; 8]));
+        let signal = signal as u32;
         let action = Action {
             signal,
             handler: word(0),

@@ -1,7 +1,7 @@
 //! One thread: registers and everything that the kernel keeps a task.
 
 use ckpt_tracer::proc::status::read_task;
-use ckpt_tracer::remote::RemoteCalls;
+use ckpt_tracer::remote::{Call, RemoteCalls};
 use ckpt_tracer::{Result, Tid};
 use serde::{Deserialize, Serialize};
 
@@ -102,14 +102,18 @@ const SS_ONSTACK: u32 = 1;
 
 fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let out = calls.scratch().raw();
-    let prctl = |calls: &mut RemoteCalls<'_>, name, option: u64, arg: u64| {
-        calls.call(name, libc::SYS_prctl, [option, arg, 0, 0, 0, 0])
-    };
-    calls.call("sigaltstack", libc::SYS_sigaltstack, [0, out, 0, 0, 0, 0])?;
-    prctl(calls, "prctl(PR_GET_TID_ADDRESS)", PR_GET_TID_ADDRESS, out + 24)?;
-    prctl(calls, "prctl(PR_GET_PDEATHSIG)", libc::PR_GET_PDEATHSIG as u64, out + 32)?;
-    let slack = prctl(calls, "prctl(PR_GET_TIMERSLACK)", libc::PR_GET_TIMERSLACK as u64, 0)?;
-    let bits = prctl(calls, "prctl(PR_GET_SECUREBITS)", libc::PR_GET_SECUREBITS as u64, 0)?;
+    let prctl = |name, option: u64, arg: u64| Call::new(name, libc::SYS_prctl, &[option, arg]);
+    let answers = calls.batch_ok(
+        64,
+        &[
+            Call::new("sigaltstack", libc::SYS_sigaltstack, &[0, out]),
+            prctl("prctl(PR_GET_TID_ADDRESS)", PR_GET_TID_ADDRESS, out + 24),
+            prctl("prctl(PR_GET_PDEATHSIG)", libc::PR_GET_PDEATHSIG as u64, out + 32),
+            prctl("prctl(PR_GET_TIMERSLACK)", libc::PR_GET_TIMERSLACK as u64, 0),
+            prctl("prctl(PR_GET_SECUREBITS)", libc::PR_GET_SECUREBITS as u64, 0),
+        ],
+    )?;
+    let (slack, bits) = (answers[3], answers[4]);
     let answer: [u8; 36] = calls.read_scratch(0)?;
     let word = |i: usize| u64::from_le_bytes(answer[i..][..8].try_into().unwrap_or([0; 8]));
     let half = |i: usize| u32::from_le_bytes(answer[i..][..4].try_into().unwrap_or([0; 4]));

@@ -4,9 +4,9 @@
 //!
 //! The task must survive the loss of its tracer at any moment: when a tracer dies the kernel
 //! resumes its tasks where they are, with the registers they have then. So a task is only
-//! ever sent to a piece of code that finds its own way home. That piece (the *cave*, below
-//! 256 bytes) makes the wanted system call; behind it stands the way home: unmap the scratch
-//! memory, put back the signal mask, the nine registers that were touched and the flags, and
+//! ever sent to a piece of code that finds its own way home. That piece (the *cave*, some
+//! 300 bytes) makes the wanted system call; behind it stands the way home: unmap the scratch
+//! memory, put back the signal mask, the registers that were touched and the flags, and
 //! jump to where the task was. In the ordinary course the way home is never walked: the tracer
 //! stops the task at the system call's exit and sets the next call, or the original registers.
 //!
@@ -15,6 +15,14 @@
 //!
 //! The cave is put into unused bytes at the end of the vDSO, or of another executable mapping.
 //! Nothing executes there, and the kernel gives the process a private copy of that page.
+//!
+//! # Why a doorbell
+//!
+//! Waiting for each call by its entry and exit stops costs two switches to the tracer and
+//! back; with many threads, or on a busy machine, that is most of the pause. So calls are made
+//! in batches, the last of which sends the task a signal that the program ignores. A traced
+//! task stops for it all the same (`sig_ignored`, kernel/signal.c), once; if the tracer is gone
+//! nothing happens. Where the program catches every such signal, calls are made one by one.
 //!
 //! # Order of events, and what a dead tracer leaves at each point
 //!
@@ -53,6 +61,22 @@ global_asm!(
     // Every further call.
     "ckpt_cave_call:",
     "    syscall",
+    "    jmp 1f",
+    // A list of calls in the scratch memory, from rbx up to rbp, 64 bytes each: number, six
+    // operands, answer.
+    "ckpt_cave_batch:",
+    "    mov rax, qword ptr [rbx]",
+    "    mov rdi, qword ptr [rbx + 8]",
+    "    mov rsi, qword ptr [rbx + 16]",
+    "    mov rdx, qword ptr [rbx + 24]",
+    "    mov r10, qword ptr [rbx + 32]",
+    "    mov r8,  qword ptr [rbx + 40]",
+    "    mov r9,  qword ptr [rbx + 48]",
+    "    syscall",
+    "    mov qword ptr [rbx + 56], rax",
+    "    add rbx, 64",
+    "    cmp rbx, rbp",
+    "    jb ckpt_cave_batch",
     "1:  mov rdi, qword ptr [rip + ckpt_cave_scratch]",
     "    mov rsi, qword ptr [rip + ckpt_cave_scratch_len]",
     "    mov eax, 11", // munmap
@@ -73,6 +97,8 @@ global_asm!(
     "    mov r9,  qword ptr [rip + ckpt_cave_regs + 40]",
     "    mov rcx, qword ptr [rip + ckpt_cave_regs + 48]",
     "    mov r11, qword ptr [rip + ckpt_cave_regs + 56]",
+    "    mov rbx, qword ptr [rip + ckpt_cave_regs + 80]",
+    "    mov rbp, qword ptr [rip + ckpt_cave_regs + 88]",
     // Flags without a stack: OF by an addition that overflows or not, the rest by sahf.
     // The direction flag was never changed.
     "    mov rax, qword ptr [rip + ckpt_cave_flags]",
@@ -91,8 +117,8 @@ global_asm!(
     ".quad 0",
     "ckpt_cave_flags:",
     ".quad 0",
-    "ckpt_cave_regs:", // rdi rsi rdx r10 r8 r9 rcx r11 rax rip
-    ".fill 10, 8, 0",
+    "ckpt_cave_regs:", // rdi rsi rdx r10 r8 r9 rcx r11 rax rip rbx rbp
+    ".fill 12, 8, 0",
     "ckpt_cave_end:",
     ".popsection",
 );
@@ -101,6 +127,7 @@ unsafe extern "C" {
     static ckpt_cave_start: u8;
     static ckpt_cave_boot: u8;
     static ckpt_cave_call: u8;
+    static ckpt_cave_batch: u8;
     static ckpt_cave_unmap: u8;
     static ckpt_cave_magic: u8;
     static ckpt_cave_scratch: u8;
@@ -112,6 +139,7 @@ struct CaveImage {
     bytes: &'static [u8],
     boot: u64,
     call: u64,
+    batch: u64,
     unmap: u64,
     magic: u64,
     data: u64,
@@ -126,6 +154,7 @@ fn cave_image() -> CaveImage {
         bytes,
         boot: (&raw const ckpt_cave_boot) as u64 - start,
         call: (&raw const ckpt_cave_call) as u64 - start,
+        batch: (&raw const ckpt_cave_batch) as u64 - start,
         unmap: (&raw const ckpt_cave_unmap) as u64 - start,
         magic: (&raw const ckpt_cave_magic) as u64 - start,
         data: (&raw const ckpt_cave_scratch) as u64 - start,
@@ -142,6 +171,7 @@ pub struct Cave<'m> {
     mem: &'m ProcessMemory,
     addr: RemoteAddr,
     before: Vec<u8>,
+    doorbell: Option<i32>,
 }
 
 impl<'m> Cave<'m> {
@@ -158,12 +188,19 @@ impl<'m> Cave<'m> {
             // A tracer died here; what was below it was unused.
             before.fill(0);
         }
-        let cave = Cave { mem, addr, before };
+        let cave = Cave { mem, addr, before, doorbell: None };
         for i in 0..SLOTS {
             mem.write(cave.slot(i), image.bytes)?;
         }
         fault::hit(Step::CaveWritten)?;
         Ok(cave)
+    }
+
+    /// Looks for a signal that can be the doorbell of batches; `stopped` says that the process
+    /// is in a group stop.
+    pub fn with_doorbell(mut self, stopped: bool) -> Self {
+        self.doorbell = doorbell(self.mem.pid(), stopped);
+        self
     }
 
     fn slot(&self, index: u64) -> RemoteAddr {
@@ -313,6 +350,39 @@ pub struct RemoteCalls<'a> {
     scratch_len: u64,
     owns_scratch: bool,
     entered: bool,
+    doorbell: Option<i32>,
+}
+
+/// One call of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// For messages.
+    pub name: &'static str,
+    /// Its number.
+    pub nr: i64,
+    /// Its operands.
+    pub args: [u64; 6],
+}
+
+impl Call {
+    /// A call with up to six operands.
+    pub fn new(name: &'static str, nr: i64, args: &[u64]) -> Self {
+        Self { name, nr, args: std::array::from_fn(|i| args.get(i).copied().unwrap_or(0)) }
+    }
+}
+
+/// Bytes of a call in the list that the cave works through.
+const CALL_BYTES: u64 = 64;
+
+/// A signal that the process ignores, to be the doorbell. SIGCONT wakes a stopped process, so
+/// it is the last choice and none for a stopped one.
+fn doorbell(pid: Pid, stopped: bool) -> Option<i32> {
+    let signals = crate::proc::status::read_status(pid).ok()?.signals;
+    let cont = (!stopped).then_some(libc::SIGCONT);
+    [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
+        .into_iter()
+        .chain(cont)
+        .find(|signal| signals.caught & (1 << (signal - 1)) == 0)
 }
 
 impl<'a> RemoteCalls<'a> {
@@ -385,6 +455,7 @@ impl<'a> RemoteCalls<'a> {
             scratch_len: 0,
             owns_scratch: false,
             entered: false,
+            doorbell: cave.doorbell,
         })
     }
 
@@ -439,6 +510,8 @@ impl<'a> RemoteCalls<'a> {
             home.r11,
             home.rax,
             home.rip,
+            home.rbx,
+            home.rbp,
         ];
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         self.cave.mem.write(self.slot + cave_image().data, &bytes)
@@ -463,7 +536,8 @@ impl<'a> RemoteCalls<'a> {
         self.task.set_regs(regs)?;
         self.entered = true;
         fault::hit(Step::CaveEntered)?;
-        self.task.set_signal_mask(!0)
+        let open = self.doorbell.map_or(0, |signal| 1 << (signal - 1));
+        self.task.set_signal_mask(!open)
     }
 
     /// Runs the task from the registers set up to the exit of the system call.
@@ -498,6 +572,82 @@ impl<'a> RemoteCalls<'a> {
         let regs = self.call_regs(cave_image().call, nr, args);
         self.task.set_regs(&regs)?;
         self.run_call(name)
+    }
+
+    /// Executes several system calls, in order, with one stop at the end; returns the raw
+    /// answers. `list` is where in the scratch memory the list may stand, behind everything that
+    /// the calls use; it takes 64 bytes a call and 192 more.
+    pub fn batch(&mut self, list: u64, calls: &[Call]) -> Result<Vec<i64>> {
+        let Some(doorbell) = self.doorbell else {
+            return calls.iter().map(|c| self.raw_call(c)).collect();
+        };
+        fault::hit(Step::RemoteCall)?;
+        let end = list + (calls.len() as u64 + 1) * CALL_BYTES;
+        // SI_QUEUE from the task itself; the value tells nobody anything.
+        let mut info = [0u8; 128];
+        info[..4].copy_from_slice(&doorbell.to_le_bytes());
+        info[8..12].copy_from_slice(&(-1i32).to_le_bytes());
+        let (pid, tid) = (self.pid().raw() as u64, self.task.tid().raw() as u64);
+        let ring = [pid, tid, doorbell as u64, (self.scratch + end).raw(), 0, 0];
+        let ring = Call { name: "doorbell", nr: libc::SYS_rt_tgsigqueueinfo, args: ring };
+        let mut bytes = Vec::with_capacity((end - list) as usize + info.len());
+        for call in calls.iter().chain([&ring]) {
+            bytes.extend_from_slice(&(call.nr as u64).to_le_bytes());
+            call.args.iter().for_each(|a| bytes.extend_from_slice(&a.to_le_bytes()));
+            bytes.extend_from_slice(&0u64.to_le_bytes());
+        }
+        bytes.extend_from_slice(&info);
+        self.write_scratch(list, &bytes)?;
+
+        let mut regs = self.call_regs(cave_image().batch, 0, [0; 6]);
+        regs.rbx = (self.scratch + list).raw();
+        regs.rbp = (self.scratch + end).raw();
+        self.task.set_regs(&regs)?;
+        let mut signal = 0;
+        loop {
+            match advance(self.task, Resume::Cont, signal)? {
+                Stop::Signal(arrived) if arrived == doorbell => {
+                    if self.task.regs()?.rbx == regs.rbp - CALL_BYTES {
+                        break;
+                    }
+                    // One from elsewhere, which the program ignores.
+                    signal = 0;
+                }
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+        let mut answers = vec![0u8; (end - list) as usize];
+        self.cave.mem.read(self.scratch + list, &mut answers)?;
+        let answers = answers.chunks_exact(CALL_BYTES as usize).take(calls.len());
+        Ok(answers
+            .map(|call| i64::from_le_bytes(call[56..64].try_into().unwrap_or([0; 8])))
+            .collect())
+    }
+
+    fn raw_call(&mut self, call: &Call) -> Result<i64> {
+        match self.call(call.name, call.nr, call.args) {
+            Ok(answer) => Ok(answer as i64),
+            Err(Error::Remote { errno, .. }) => Ok(-(errno as i64)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// As [`batch`](Self::batch), where every call must succeed.
+    pub fn batch_ok(&mut self, list: u64, calls: &[Call]) -> Result<Vec<u64>> {
+        let tid = self.task.tid();
+        let answers = self.batch(list, calls)?;
+        answers
+            .into_iter()
+            .zip(calls)
+            .map(|(answer, call)| match answer {
+                -4095..0 => {
+                    let errno = Errno::from_raw(-answer as i32);
+                    Err(Error::Remote { tid, call: call.name, errno })
+                }
+                _ => Ok(answer as u64),
+            })
+            .collect()
     }
 
     /// Writes into the scratch memory.
@@ -559,8 +709,13 @@ impl<'a> RemoteCalls<'a> {
             self.task.set_regs(&regs)?;
             self.run_call("munmap")?;
         }
-        // Only on the way out of an event stop does the kernel restart an interrupted call,
-        // and look at signals that came in meanwhile.
+        // Only on the way out of an event stop, or of the stop for a signal, does the kernel
+        // restart an interrupted call, and look at signals that came in meanwhile.
+        if self.at_doorbell() {
+            self.task.set_signal_mask(self.mask)?;
+            fault::hit(Step::CaveLeaving)?;
+            return self.task.set_regs(&self.original);
+        }
         self.task.interrupt()?;
         let mut signal = 0;
         while !matches!(self.task.stop(), Stop::Event(_)) {
@@ -572,6 +727,12 @@ impl<'a> RemoteCalls<'a> {
         self.task.set_signal_mask(self.mask)?;
         fault::hit(Step::CaveLeaving)?;
         self.task.set_regs(&self.original)
+    }
+}
+
+impl RemoteCalls<'_> {
+    fn at_doorbell(&self) -> bool {
+        matches!((self.task.stop(), self.doorbell), (Stop::Signal(at), Some(bell)) if at == bell)
     }
 }
 
