@@ -32,11 +32,11 @@ pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
         {
             Ok(vec![denied(pid)])
         }
-        Err(Error::Tracer(TracerError::Kernel { call: "pidfd_getfd", errno, .. }))
-            if errno == nix::errno::Errno::EPERM =>
-        {
-            Ok(vec![denied(pid)])
-        }
+        Err(Error::Tracer(TracerError::Kernel {
+            call: "pidfd_getfd",
+            errno,
+            ..
+        })) if errno == nix::errno::Errno::EPERM => Ok(vec![denied(pid)]),
         Err(e) => Err(e),
     }
 }
@@ -83,7 +83,11 @@ fn accessible(pid: Pid) -> Result<(), Obstacle> {
         ));
     }
     if status.tracer_pid != 0 {
-        return Err(Obstacle::new(object, traced_by(status.tracer_pid), "end that one first"));
+        return Err(Obstacle::new(
+            object,
+            traced_by(status.tracer_pid),
+            "end that one first",
+        ));
     }
     let me = geteuid().as_raw();
     if me != 0 && [status.uid.real, status.uid.effective, status.uid.saved] != [me; 3] {
@@ -136,13 +140,21 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
         );
     }
     if is_32_bit(source) {
-        refuse("is a 32-bit program, which is not supported".into(), Some("use a 64-bit build"));
+        refuse(
+            "is a 32-bit program, which is not supported".into(),
+            Some("use a 64-bit build"),
+        );
     }
     if source.status.ns_pid.len() > 1 {
-        refuse("is in a pid namespace of its own, which is not supported yet".into(), None);
+        refuse(
+            "is in a pid namespace of its own, which is not supported yet".into(),
+            None,
+        );
     }
     for tid in tasks::list_tasks(source.pid)? {
-        let Ok(status) = read_status((source.pid, tid)) else { continue };
+        let Ok(status) = read_status((source.pid, tid)) else {
+            continue;
+        };
         if let Some(reason) = seccomp_in_the_way(&status) {
             refuse(reason, Some("run ckpt as root"));
             break;

@@ -28,12 +28,20 @@ impl Obstacle {
         reason: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        Self { object: object.into(), reason: reason.into(), remedy: Some(remedy.into()) }
+        Self {
+            object: object.into(),
+            reason: reason.into(),
+            remedy: Some(remedy.into()),
+        }
     }
 
     /// An obstacle that nothing can be done about.
     pub fn without_remedy(object: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self { object: object.into(), reason: reason.into(), remedy: None }
+        Self {
+            object: object.into(),
+            reason: reason.into(),
+            remedy: None,
+        }
     }
 }
 

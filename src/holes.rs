@@ -33,7 +33,10 @@ mod tests {
 
     #[test]
     fn a_hole_keeps_its_distance() {
-        let taken = [(0x7f00_0000_0000, TOP), (0x5555_0000_0000, 0x5555_1000_0000)];
+        let taken = [
+            (0x7f00_0000_0000, TOP),
+            (0x5555_0000_0000, 0x5555_1000_0000),
+        ];
         let at = find(taken, 10_000).unwrap();
         assert_eq!(at % 4096, 0);
         assert!(at + 12_288 + MARGIN <= 0x7f00_0000_0000);
@@ -45,6 +48,9 @@ mod tests {
         assert_eq!(find([(0, TOP)], 4096), None);
         assert!(find([], 4096).is_some());
         // Overlapping and unsorted.
-        assert_eq!(find([(0x10_0000_0000, TOP), (0, 0x20_0000_0000)], 4096), None);
+        assert_eq!(
+            find([(0x10_0000_0000, TOP), (0, 0x20_0000_0000)], 4096),
+            None
+        );
     }
 }

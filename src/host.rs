@@ -13,12 +13,17 @@ use crate::objects::process::Process;
 use crate::objects::{Host, Snapshot};
 
 fn text(path: &str) -> String {
-    std::fs::read_to_string(path).unwrap_or_default().trim_end().to_owned()
+    std::fs::read_to_string(path)
+        .unwrap_or_default()
+        .trim_end()
+        .to_owned()
 }
 
 /// The fixed header of an image of that process, as far as it is known before the freeze.
 pub fn image_header(source: &Source) -> Result<Header> {
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let created = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let words = tasks::cmdline(source.dir.clone()).unwrap_or_default();
     let words: Vec<_> = words.iter().map(|w| String::from_utf8_lossy(w)).collect();
     Ok(Header {
@@ -58,7 +63,9 @@ pub fn boot_id() -> [u8; 16] {
 
 fn cpu_model() -> String {
     let info = text("/proc/cpuinfo");
-    let model = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": "));
+    let model = info
+        .lines()
+        .find_map(|l| l.strip_prefix("model name")?.split_once(": "));
     model.map(|(_, name)| name.to_owned()).unwrap_or_default()
 }
 
@@ -66,7 +73,10 @@ fn cpu_model() -> String {
 pub fn describe(process: &Process) -> Result<Host> {
     let xstate = &process.threads[0].xstate;
     // Software-reserved bytes of the fxsave area (arch/x86/include/asm/user.h): XCR0.
-    let xcr0 = xstate.get(464..472).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b));
+    let xcr0 = xstate
+        .get(464..472)
+        .and_then(|b| b.first_chunk())
+        .map_or(0, |b| u64::from_le_bytes(*b));
     Ok(Host {
         kernel: text("/proc/sys/kernel/osrelease"),
         name: text("/proc/sys/kernel/hostname"),
@@ -83,7 +93,9 @@ pub fn describe(process: &Process) -> Result<Host> {
 pub fn vdso_digest() -> Vec<u8> {
     let me = Pid(std::process::id() as i32);
     let maps = read_maps(me).unwrap_or_default();
-    let Some(vdso) = maps.iter().find(|v| v.name == VmaName::Vdso) else { return Vec::new() };
+    let Some(vdso) = maps.iter().find(|v| v.name == VmaName::Vdso) else {
+        return Vec::new();
+    };
     let mut bytes = vec![0; vdso.len() as usize];
     match mem::read_vm(me, RemoteAddr(vdso.start), &mut bytes) {
         Ok(n) if n == bytes.len() => blake3::hash(&bytes).as_bytes().to_vec(),
@@ -93,7 +105,10 @@ pub fn vdso_digest() -> Vec<u8> {
 
 #[allow(unsafe_code)]
 fn clock(id: i32) -> u64 {
-    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut t = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the kernel writes one timespec.
     unsafe { libc::clock_gettime(id, &mut t) };
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64

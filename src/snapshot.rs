@@ -24,6 +24,8 @@ pub fn encode(snapshot: &Snapshot) -> Vec<u8> {
 /// Reads and decodes the snapshot of an image.
 pub fn read(image: &Reader, path: &Path) -> Result<Snapshot> {
     let bytes = image.section(SECTION, LIMIT)?;
-    ciborium::from_reader(bytes.as_slice())
-        .map_err(|e| Error::Metadata { path: path.to_owned(), what: e.to_string() })
+    ciborium::from_reader(bytes.as_slice()).map_err(|e| Error::Metadata {
+        path: path.to_owned(),
+        what: e.to_string(),
+    })
 }

@@ -24,7 +24,16 @@ fn main() {
     let mut cargo = Command::new(env::var_os("CARGO").expect("set by cargo"));
     cargo
         .current_dir(&restorer)
-        .args(["build", "--quiet", "--profile", "blob", "--bin", "restorer", "--target", target])
+        .args([
+            "build",
+            "--quiet",
+            "--profile",
+            "blob",
+            "--bin",
+            "restorer",
+            "--target",
+            target,
+        ])
         .arg("--target-dir")
         .arg(&target_dir)
         .env("CKPT_BLOB", "1");
@@ -45,7 +54,10 @@ fn main() {
         }
     }
     let status = cargo.status().expect("cargo can be started");
-    assert!(status.success(), "building the freestanding restorer failed");
+    assert!(
+        status.success(),
+        "building the freestanding restorer failed"
+    );
 
     let blob = target_dir.join(target).join("blob/restorer");
     check(&std::fs::read(&blob).expect("the restorer was built"));
@@ -55,10 +67,20 @@ fn main() {
 fn check(bytes: &[u8]) {
     let elf = ElfFile64::<Endianness>::parse(bytes).expect("the restorer is a 64-bit ELF file");
     let end = elf.endian();
-    for header in elf.elf_header().program_headers(end, bytes).expect("program headers") {
+    for header in elf
+        .elf_header()
+        .program_headers(end, bytes)
+        .expect("program headers")
+    {
         let kind = header.p_type(end);
-        assert!(kind != elf::PT_INTERP, "the restorer wants a dynamic linker");
-        assert!(kind != elf::PT_TLS, "the restorer uses thread-local storage");
+        assert!(
+            kind != elf::PT_INTERP,
+            "the restorer wants a dynamic linker"
+        );
+        assert!(
+            kind != elf::PT_TLS,
+            "the restorer uses thread-local storage"
+        );
         if kind == elf::PT_LOAD {
             let size = header.p_vaddr(end) + header.p_memsz(end);
             assert!(size <= MAX_SIZE, "the restorer has grown to {size} bytes");
@@ -66,12 +88,18 @@ fn check(bytes: &[u8]) {
     }
     for (at, relocation) in elf.dynamic_relocations().into_iter().flatten() {
         assert!(
-            matches!(relocation.flags(), RelocationFlags::Elf { r_type: elf::R_X86_64_RELATIVE }),
+            matches!(
+                relocation.flags(),
+                RelocationFlags::Elf {
+                    r_type: elf::R_X86_64_RELATIVE
+                }
+            ),
             "the restorer has a relocation at {at:#x} that its loader does not know"
         );
     }
     assert!(
-        !elf.dynamic_symbols().any(|s| s.is_undefined() && s.name().is_ok_and(|n| !n.is_empty())),
+        !elf.dynamic_symbols()
+            .any(|s| s.is_undefined() && s.name().is_ok_and(|n| !n.is_empty())),
         "the restorer has undefined symbols"
     );
 }

@@ -107,7 +107,14 @@ impl Op {
 
     /// An operation of another kind.
     pub const fn other(kind: OpKind, args: [u64; 6]) -> Self {
-        Self { kind: kind as u32, flags: 0, nr: 0, args, expect: 0, result: 0 }
+        Self {
+            kind: kind as u32,
+            flags: 0,
+            nr: 0,
+            args,
+            expect: 0,
+            result: 0,
+        }
     }
 
     /// The same, with the answer that it must have.

@@ -84,7 +84,10 @@ pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
         fault::hit(Step::BeforeSync)?;
         Ok(file.commit()?)
     };
-    checkpoint(request, file, commit).map(|report| Report { path: Some(path.to_owned()), ..report })
+    checkpoint(request, file, commit).map(|report| Report {
+        path: Some(path.to_owned()),
+        ..report
+    })
 }
 
 /// Checkpoints into a stream. With [`After::Stop`] and [`After::Kill`] "complete" means that
@@ -102,7 +105,11 @@ pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Re
 
 fn refuse_obstacles(pid: Pid) -> Result<()> {
     let obstacles = crate::check::obstacles(pid)?;
-    if obstacles.is_empty() { Ok(()) } else { Err(Error::Refused(obstacles)) }
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Refused(obstacles))
+    }
 }
 
 fn checkpoint<W: Write + Send + 'static>(
@@ -113,7 +120,10 @@ fn checkpoint<W: Write + Send + 'static>(
     let begun = Instant::now();
     let mut source = Source::open(request.pid)?;
     let header = host::image_header(&source)?;
-    let options = WriterOptions { codec: request.codec, threads: 0 };
+    let options = WriterOptions {
+        codec: request.codec,
+        threads: 0,
+    };
     let mut writer = Writer::new(sink, &header, options)?;
 
     let frozen_at = Instant::now();
@@ -127,14 +137,21 @@ fn checkpoint<W: Write + Send + 'static>(
         let mut sink = PageSink::new(&mut writer, request.progress);
         let process = &snapshot.processes[0];
         let ranges = stored_ranges(&captured.vmas, &captured.scanner)?;
-        request.progress.begin(ranges.iter().map(|r| r.bytes()).sum());
+        request
+            .progress
+            .begin(ranges.iter().map(|r| r.bytes()).sum());
         let half = ranges.len() / 2;
         for (i, range) in ranges.iter().enumerate() {
             if i == half {
                 fault::hit(Step::PagesHalf)?;
             }
             let space = process.memory.space;
-            sink.memory(&source.mem, space, range.runs.iter().copied(), range.zero_is_default)?;
+            sink.memory(
+                &source.mem,
+                space,
+                range.runs.iter().copied(),
+                range.zero_is_default,
+            )?;
         }
         for (space, contents) in &captured.contents {
             sink.contents(&source.mem, *space, contents)?;
@@ -154,7 +171,11 @@ fn checkpoint<W: Write + Send + 'static>(
     request.progress.end();
 
     host::read_build_ids(&mut snapshot);
-    writer.section(snapshot::SECTION, snapshot::VERSION, &snapshot::encode(&snapshot))?;
+    writer.section(
+        snapshot::SECTION,
+        snapshot::VERSION,
+        &snapshot::encode(&snapshot),
+    )?;
     let (sink, summary) = writer.finish()?;
     commit(sink)?;
     if let Some(frozen) = held {
@@ -205,7 +226,13 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
     }
     let (process, vmas, scanner) = process::capture(frozen, source, outside, space)?;
     let host = host::describe(&process)?;
-    let Collector { descriptions, mapped_files, shared_memory, contents, .. } = collector;
+    let Collector {
+        descriptions,
+        mapped_files,
+        shared_memory,
+        contents,
+        ..
+    } = collector;
     let snapshot = Snapshot {
         host,
         processes: vec![process],
@@ -213,7 +240,12 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
         mapped_files,
         shared_memory,
     };
-    Ok(CapturedJob { snapshot, vmas, scanner, contents })
+    Ok(CapturedJob {
+        snapshot,
+        vmas,
+        scanner,
+        contents,
+    })
 }
 
 /// Pages of one mapping that go into the image.
@@ -232,16 +264,25 @@ fn stored_ranges(vmas: &[Vma], scanner: &PagemapScanner) -> Result<Vec<StoredRan
     use ckpt_tracer::proc::maps::VmaName as Name;
     let mut ranges = Vec::new();
     for vma in vmas {
-        let kernels =
-            matches!(vma.name, Name::Vdso | Name::Vvar | Name::VvarVclock | Name::Vsyscall);
+        let kernels = matches!(
+            vma.name,
+            Name::Vdso | Name::Vvar | Name::VvarVclock | Name::Vsyscall
+        );
         if kernels {
             continue;
         }
-        let Some(query) = PageQuery::stored_pages(vma) else { continue };
+        let Some(query) = PageQuery::stored_pages(vma) else {
+            continue;
+        };
         let mut runs = Vec::new();
-        scanner.scan(vma.start..vma.end, query, |run| runs.push((run.start, run.end)))?;
+        scanner.scan(vma.start..vma.end, query, |run| {
+            runs.push((run.start, run.end))
+        })?;
         if !runs.is_empty() {
-            ranges.push(StoredRange { runs, zero_is_default: vma.is_private_anonymous() });
+            ranges.push(StoredRange {
+                runs,
+                zero_is_default: vma.is_private_anonymous(),
+            });
         }
     }
     Ok(ranges)

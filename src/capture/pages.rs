@@ -6,8 +6,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use ckpt_image::{Chunk, Writer};
-use ckpt_tracer::mem::{self, MAX_PIECES, ProcessMemory};
 use ckpt_tracer::RemoteAddr;
+use ckpt_tracer::mem::{self, MAX_PIECES, ProcessMemory};
 
 use super::source::Contents;
 use crate::error::{Error, Result};
@@ -29,7 +29,12 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
     /// A sink in front of a writer.
     pub fn new(writer: &'a mut Writer<W>, progress: &'a dyn Progress) -> Self {
         let chunk = writer.chunk();
-        Self { writer, chunk, progress, stored: 0 }
+        Self {
+            writer,
+            chunk,
+            progress,
+            stored: 0,
+        }
     }
 
     /// Bytes of pages that went into the image so far.
@@ -45,7 +50,12 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         ranges: impl IntoIterator<Item = (u64, u64)>,
         zero_is_default: bool,
     ) -> Result<()> {
-        self.views(mem, space, ranges.into_iter().map(|(s, e)| (s, s, e - s)), zero_is_default)
+        self.views(
+            mem,
+            space,
+            ranges.into_iter().map(|(s, e)| (s, s, e - s)),
+            zero_is_default,
+        )
     }
 
     /// Takes memory that shows an object at other offsets than its addresses:
@@ -141,7 +151,11 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
     fn push_run(&mut self, space: SpaceId, start: u64) {
         match self.chunk.runs.last_mut() {
             Some(run) if run.space == space.0 && run.end(PAGE as u32) == start => run.pages += 1,
-            _ => self.chunk.runs.push(ckpt_image::PageRun { space: space.0, start, pages: 1 }),
+            _ => self.chunk.runs.push(ckpt_image::PageRun {
+                space: space.0,
+                start,
+                pages: 1,
+            }),
         }
     }
 
@@ -168,7 +182,11 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
 
     /// Takes a file's data; holes stay holes.
     fn file(&mut self, space: SpaceId, file: &File, size: u64) -> Result<()> {
-        let error = |source| Error::File { what: "read", path: "a file of the job".into(), source };
+        let error = |source| Error::File {
+            what: "read",
+            path: "a file of the job".into(),
+            source,
+        };
         let mut at = 0;
         while let Some((start, end)) = next_data(file, at, size) {
             let start = start / PAGE as u64 * PAGE as u64;
@@ -244,7 +262,8 @@ fn seek(file: &File, offset: u64, whence: i32) -> Result<u64, nix::errno::Errno>
 
 /// Whether a page holds nothing but zeros; a page of data is told by its first words.
 fn is_zero(page: &[u8]) -> bool {
-    page.chunks_exact(64).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+    page.chunks_exact(64)
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 #[cfg(test)]

@@ -13,9 +13,9 @@ use ckpt_tracer::proc::{ProcDir, ProcRoot};
 use ckpt_tracer::{Error, Pid};
 
 use crate::error::{Obstacle, Result};
+use crate::objects::SpaceId;
 use crate::objects::files::Description;
 use crate::objects::memory::{MappedFile, SharedMemory};
-use crate::objects::SpaceId;
 
 /// A process seen from outside.
 pub struct Source {

@@ -78,8 +78,15 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let thp = calls.call("prctl(PR_GET_THP_DISABLE)", libc::SYS_prctl, get_thp)?;
     // Absent before Linux 6.3; then the common registration is made at restore.
     let args = [MEMBARRIER_GET_REGISTRATIONS, 0, 0, 0, 0, 0];
-    let membarrier = calls.call("membarrier", libc::SYS_membarrier, args).unwrap_or(0) as u32;
-    Ok(Asked { brk, dumpable, thp_disabled: thp != 0, membarrier })
+    let membarrier = calls
+        .call("membarrier", libc::SYS_membarrier, args)
+        .unwrap_or(0) as u32;
+    Ok(Asked {
+        brk,
+        dumpable,
+        thp_disabled: thp != 0,
+        membarrier,
+    })
 }
 
 /// `brk`, exec and argument ranges from `/proc/PID/stat`.
@@ -107,18 +114,32 @@ impl AddressSpace {
         let l = &self.layout;
         let auxv = plan.data(&self.auxv);
         let words = [
-            l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, l.brk, l.start_stack,
-            l.arg_start, l.arg_end, l.env_start, l.env_end, auxv,
+            l.start_code,
+            l.end_code,
+            l.start_data,
+            l.end_data,
+            l.start_brk,
+            l.brk,
+            l.start_stack,
+            l.arg_start,
+            l.arg_end,
+            l.env_start,
+            l.env_end,
+            auxv,
         ];
         let mut map = words.map(u64::to_le_bytes).concat();
         map.extend_from_slice(&(self.auxv.len() as u32).to_le_bytes());
         map.extend_from_slice(&u32::MAX.to_le_bytes());
         let at = plan.data(&map);
         let args = [libc::PR_SET_MM as u64, PR_SET_MM_MAP, at, map.len() as u64];
-        plan.syscall(libc::SYS_prctl, &args, || "the fields of the address space".into());
+        plan.syscall(libc::SYS_prctl, &args, || {
+            "the fields of the address space".into()
+        });
         for bit in (0..32).filter(|bit| self.membarrier & 1 << bit != 0) {
             let args = [1u64 << bit, 0, 0];
-            plan.syscall(libc::SYS_membarrier, &args, || "a membarrier registration".into());
+            plan.syscall(libc::SYS_membarrier, &args, || {
+                "a membarrier registration".into()
+            });
         }
         if self.thp_disabled {
             const PR_SET_THP_DISABLE: u64 = 41;
@@ -131,7 +152,11 @@ impl AddressSpace {
     /// What must find the mappings complete: `mlockall` and seals.
     pub fn rebuild_locks(&self, plan: &mut Builder) {
         if self.lock_future != 0 {
-            plan.try_syscall(libc::SYS_mlockall, &[self.lock_future.into()], "mlockall(MCL_FUTURE) is not in force");
+            plan.try_syscall(
+                libc::SYS_mlockall,
+                &[self.lock_future.into()],
+                "mlockall(MCL_FUTURE) is not in force",
+            );
         }
         for mapping in &self.mappings {
             mapping.seal(plan);
@@ -142,8 +167,10 @@ impl AddressSpace {
     pub fn rebuild_dumpable(&self, plan: &mut Builder) {
         // 2 is what the kernel itself sets for programs with privileges; 0 is the nearest.
         let dumpable = u64::from(self.dumpable == 1);
-        plan.syscall(libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, dumpable], || {
-            "dumpability".into()
-        });
+        plan.syscall(
+            libc::SYS_prctl,
+            &[libc::PR_SET_DUMPABLE as u64, dumpable],
+            || "dumpability".into(),
+        );
     }
 }

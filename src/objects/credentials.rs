@@ -61,14 +61,22 @@ impl Credentials {
         for cap in 0..64 {
             let bit = 1 << cap;
             if now.bounding & bit != 0 && self.bounding & bit == 0 {
-                plan.syscall(libc::SYS_prctl, &[libc::PR_CAPBSET_DROP as u64, cap], object);
+                plan.syscall(
+                    libc::SYS_prctl,
+                    &[libc::PR_CAPBSET_DROP as u64, cap],
+                    object,
+                );
             }
         }
         let ids_differ = self.uid != now.uid || self.gid != now.gid;
         if ids_differ {
             // SECBIT_KEEP_CAPS and SECBIT_NO_SETUID_FIXUP: capabilities stay through setresuid.
             let keep = 1 << 4 | 1 << 2;
-            plan.syscall(libc::SYS_prctl, &[libc::PR_SET_SECUREBITS as u64, keep], object);
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_SECUREBITS as u64, keep],
+                object,
+            );
             let [r, e, s, f] = self.gid.map(u64::from);
             plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
             plan.syscall(libc::SYS_setfsgid, &[f], object);
@@ -78,7 +86,11 @@ impl Credentials {
         }
         if ids_differ || self.securebits != now.securebits {
             let bits = u64::from(self.securebits);
-            plan.syscall(libc::SYS_prctl, &[libc::PR_SET_SECUREBITS as u64, bits], object);
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_SECUREBITS as u64, bits],
+                object,
+            );
         }
         let sets = |c: &Credentials| (c.effective, c.permitted, c.inheritable);
         if ids_differ || sets(self) != sets(now) {
@@ -97,12 +109,20 @@ impl Credentials {
         }
         if self.ambient != 0 {
             for cap in (0..64).filter(|cap| self.ambient & 1 << cap != 0) {
-                let args = [libc::PR_CAP_AMBIENT as u64, libc::PR_CAP_AMBIENT_RAISE as u64, cap];
+                let args = [
+                    libc::PR_CAP_AMBIENT as u64,
+                    libc::PR_CAP_AMBIENT_RAISE as u64,
+                    cap,
+                ];
                 plan.syscall(libc::SYS_prctl, &args, object);
             }
         }
         if self.no_new_privs && !now.no_new_privs {
-            plan.syscall(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as u64, 1], object);
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_NO_NEW_PRIVS as u64, 1],
+                object,
+            );
         }
     }
 }

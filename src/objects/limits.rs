@@ -21,7 +21,11 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
     let limits = ckpt_tracer::proc::limits::read_limits(pid)?;
     Ok(limits
         .into_iter()
-        .map(|l| Limit { resource: l.resource as u32, soft: l.soft, hard: l.hard })
+        .map(|l| Limit {
+            resource: l.resource as u32,
+            soft: l.soft,
+            hard: l.hard,
+        })
         .collect())
 }
 
@@ -30,7 +34,11 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
 pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
     for limit in limits {
         let now = current(limit.resource);
-        let hard = if limit.hard > now.1 && !plan.host().may_raise_limits { now.1 } else { limit.hard };
+        let hard = if limit.hard > now.1 && !plan.host().may_raise_limits {
+            now.1
+        } else {
+            limit.hard
+        };
         let soft = limit.soft.min(hard);
         if hard < limit.hard {
             plan.warn(format!(
@@ -41,9 +49,11 @@ pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
             ));
         }
         let at = plan.data(&[soft, hard].map(u64::to_le_bytes).concat());
-        plan.syscall(libc::SYS_prlimit64, &[0, u64::from(limit.resource), at, 0], || {
-            format!("the limit of {}", name(limit.resource))
-        });
+        plan.syscall(
+            libc::SYS_prlimit64,
+            &[0, u64::from(limit.resource), at, 0],
+            || format!("the limit of {}", name(limit.resource)),
+        );
     }
 }
 
@@ -55,15 +65,34 @@ pub fn current(resource: u32) -> (u64, u64) {
 fn read(resource: u32) -> Option<(u64, u64)> {
     let me = Pid(std::process::id() as i32);
     let limits = ckpt_tracer::proc::limits::read_limits(me).ok()?;
-    limits.iter().find(|l| l.resource as u32 == resource).map(|l| (l.soft, l.hard))
+    limits
+        .iter()
+        .find(|l| l.resource as u32 == resource)
+        .map(|l| (l.soft, l.hard))
 }
 
 /// `RLIMIT_NOFILE` and so on, for messages.
 pub fn name(resource: u32) -> &'static str {
     const NAMES: [&str; 16] = [
-        "CPU time", "file size", "data size", "stack size", "core file size", "resident set",
-        "processes", "open files", "locked memory", "address space", "file locks",
-        "pending signals", "message queue bytes", "nice", "real-time priority", "real-time time",
+        "CPU time",
+        "file size",
+        "data size",
+        "stack size",
+        "core file size",
+        "resident set",
+        "processes",
+        "open files",
+        "locked memory",
+        "address space",
+        "file locks",
+        "pending signals",
+        "message queue bytes",
+        "nice",
+        "real-time priority",
+        "real-time time",
     ];
-    NAMES.get(resource as usize).copied().unwrap_or("an unknown resource")
+    NAMES
+        .get(resource as usize)
+        .copied()
+        .unwrap_or("an unknown resource")
 }

@@ -215,7 +215,10 @@ pub fn capture(
         }
     }
     let executable = executable(source, vmas, collector)?;
-    Ok(Captured { mappings, executable })
+    Ok(Captured {
+        mappings,
+        executable,
+    })
 }
 
 fn prot(vma: &Vma) -> u32 {
@@ -244,22 +247,26 @@ fn mapping_flags(vma: &Vma) -> MappingFlags {
         (VmFlags::DROPPABLE, MappingFlags::DROPPABLE),
         (VmFlags::SYNC_FAULT, MappingFlags::SYNC),
     ];
-    TABLE.iter().filter(|(vm, _)| vma.flags.contains(*vm)).fold(
-        MappingFlags::empty(),
-        |all, (_, flag)| all | *flag,
-    )
+    TABLE
+        .iter()
+        .filter(|(vm, _)| vma.flags.contains(*vm))
+        .fold(MappingFlags::empty(), |all, (_, flag)| all | *flag)
 }
 
 fn guards(vma: &Vma, scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
     let mut found = Vec::new();
-    if scanner.has_guard() && !vma.flags.contains(VmFlags::PFN_MAP) && !vma.flags.contains(VmFlags::IO)
+    if scanner.has_guard()
+        && !vma.flags.contains(VmFlags::PFN_MAP)
+        && !vma.flags.contains(VmFlags::IO)
     {
         let query = PageQuery {
             required: PageCategories::GUARD,
             report: PageCategories::GUARD,
             ..PageQuery::default()
         };
-        scanner.scan(vma.start..vma.end, query, |run| found.push((run.start, run.end)))?;
+        scanner.scan(vma.start..vma.end, query, |run| {
+            found.push((run.start, run.end))
+        })?;
     }
     Ok(found)
 }
@@ -271,7 +278,12 @@ fn backing(
     collector: &mut Collector,
 ) -> Result<Backing, Box<Obstacle>> {
     let refuse = |what: &str, reason: &str, remedy: Option<&str>| {
-        let object = format!("memory {:#x}-{:#x} of {}", vma.start, vma.end, source.title());
+        let object = format!(
+            "memory {:#x}-{:#x} of {}",
+            vma.start,
+            vma.end,
+            source.title()
+        );
         Box::new(Obstacle {
             object,
             reason: format!("{what} {reason}"),
@@ -280,18 +292,30 @@ fn backing(
     };
     let uffd = VmFlags::UFFD_MISSING | VmFlags::UFFD_WP | VmFlags::UFFD_MINOR;
     if vma.flags.intersects(uffd) {
-        return Err(refuse("is registered with userfaultfd,", "which is not supported", None));
+        return Err(refuse(
+            "is registered with userfaultfd,",
+            "which is not supported",
+            None,
+        ));
     }
     if vma.flags.contains(VmFlags::SHADOW_STACK) {
         let remedy = "start the program with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off";
-        return Err(refuse("is a shadow stack,", "which is not supported", Some(remedy)));
+        return Err(refuse(
+            "is a shadow stack,",
+            "which is not supported",
+            Some(remedy),
+        ));
     }
     let path = match &vma.name {
         VmaName::Vdso => return Ok(Backing::Kernel(KernelMapping::Vdso)),
         VmaName::Vvar => return Ok(Backing::Kernel(KernelMapping::Vvar)),
         VmaName::VvarVclock => return Ok(Backing::Kernel(KernelMapping::VvarVclock)),
         VmaName::OtherSpecial(name) => {
-            return Err(refuse(&format!("is {name},"), "a kind that is not supported", None));
+            return Err(refuse(
+                &format!("is {name},"),
+                "a kind that is not supported",
+                None,
+            ));
         }
         VmaName::File { path, .. } => Some(path.as_path()),
         _ => None,
@@ -299,11 +323,15 @@ fn backing(
     if vma.flags.contains(VmFlags::HUGETLB) && !path.is_some_and(is_memfd) {
         let ours = path.is_some_and(|p| p == Path::new("/anon_hugepage"));
         return match (ours, vma.shared) {
-            (true, false) => Ok(Backing::AnonymousHuge { page_size: vma.kernel_page_size }),
+            (true, false) => Ok(Backing::AnonymousHuge {
+                page_size: vma.kernel_page_size,
+            }),
             (true, true) => Ok(shared_memory(source, vma, all, collector)),
-            (false, _) => {
-                Err(refuse("is a hugetlbfs file,", "a kind that is not supported", None))
-            }
+            (false, _) => Err(refuse(
+                "is a hugetlbfs file,",
+                "a kind that is not supported",
+                None,
+            )),
         };
     }
     let Some(path) = path else {
@@ -317,7 +345,11 @@ fn backing(
     }
     if path == Path::new("/[aio]") {
         let remedy = "let the program end its asynchronous I/O (io_destroy) before the checkpoint";
-        return Err(refuse("is the ring of an AIO context,", "not supported yet", Some(remedy)));
+        return Err(refuse(
+            "is the ring of an AIO context,",
+            "not supported yet",
+            Some(remedy),
+        ));
     }
     if is_memfd(path) {
         let description = memfd_mapping(source, vma, all, collector);
@@ -328,11 +360,19 @@ fn backing(
         });
     }
     if path.starts_with("/SYSV00000000") || path.to_string_lossy().starts_with("/SYSV") {
-        return Err(refuse("is System V shared memory,", "which is not supported yet", None));
+        return Err(refuse(
+            "is System V shared memory,",
+            "which is not supported yet",
+            None,
+        ));
     }
     if vma.flags.contains(VmFlags::PFN_MAP) || vma.flags.contains(VmFlags::IO) {
         let what = format!("is memory of the device {},", path.display());
-        return Err(refuse(&what, "which only the device's driver can bring back", None));
+        return Err(refuse(
+            &what,
+            "which only the device's driver can bring back",
+            None,
+        ));
     }
     let file = mapped_file(source, vma, path, all, collector);
     Ok(if vma.shared {
@@ -342,7 +382,10 @@ fn backing(
             writable: vma.flags.contains(VmFlags::MAY_WRITE),
         }
     } else {
-        Backing::PrivateFile { file, offset: vma.offset }
+        Backing::PrivateFile {
+            file,
+            offset: vma.offset,
+        }
     })
 }
 
@@ -388,7 +431,10 @@ fn contents_of(source: &Source, vma: &Vma, all: &[Vma], private: bool) -> (Conte
 }
 
 fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> Backing {
-    let known = collector.shared_memory.iter().position(|m| m.inode == vma.inode);
+    let known = collector
+        .shared_memory
+        .iter()
+        .position(|m| m.inode == vma.inode);
     let object = known.unwrap_or_else(|| {
         let (contents, size) = contents_of(source, vma, all, false);
         let space = collector.space_for(contents);
@@ -401,7 +447,10 @@ fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
         });
         collector.shared_memory.len() - 1
     });
-    Backing::SharedMemory { object, offset: vma.offset }
+    Backing::SharedMemory {
+        object,
+        offset: vma.offset,
+    }
 }
 
 /// The description behind a mapped memfd: one that the job holds open, or, when its
@@ -414,9 +463,12 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
     open.unwrap_or_else(|| {
         let (contents, size) = contents_of(source, vma, all, !vma.shared);
         let name = match &vma.name {
-            VmaName::File { path, .. } => {
-                path.as_os_str().as_bytes().strip_prefix(b"/memfd:").unwrap_or_default().to_vec()
-            }
+            VmaName::File { path, .. } => path
+                .as_os_str()
+                .as_bytes()
+                .strip_prefix(b"/memfd:")
+                .unwrap_or_default()
+                .to_vec(),
             _ => Vec::new(),
         };
         let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
@@ -450,7 +502,11 @@ fn mapped_file(
     collector.mapped_file(path, vma.inode, |collector| {
         if !deleted && let Ok(meta) = std::fs::metadata(path) {
             let identity = FileIdentity::of(&meta);
-            return MappedFile { path: path.to_owned(), identity, contents: None };
+            return MappedFile {
+                path: path.to_owned(),
+                identity,
+                contents: None,
+            };
         }
         // No name leads to it any more: it goes into the image as a whole.
         let (contents, size) = contents_of(source, vma, all, !vma.shared);
@@ -467,19 +523,25 @@ fn mapped_file(
             build_id: None,
         });
         let contents = Some(collector.space_for(contents));
-        MappedFile { path: path.to_owned(), identity, contents }
+        MappedFile {
+            path: path.to_owned(),
+            identity,
+            contents,
+        }
     })
 }
 
 /// The executable, which in general is mapped as well.
 fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Result<usize> {
     let link = source.dir.join("exe");
-    let error = |e| crate::Error::File { what: "look at", path: link.clone(), source: e };
+    let error = |e| crate::Error::File {
+        what: "look at",
+        path: link.clone(),
+        source: e,
+    };
     let meta = std::fs::metadata(&link).map_err(error)?;
     let mapped = vmas.iter().find_map(|v| match &v.name {
-        VmaName::File { path, .. } if v.inode == meta.ino() => {
-            collector.known_file(path, v.inode)
-        }
+        VmaName::File { path, .. } if v.inode == meta.ino() => collector.known_file(path, v.inode),
         _ => None,
     });
     if let Some(index) = mapped {
@@ -498,11 +560,13 @@ fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Resul
     let path = std::fs::read_link(&link).map_err(error)?;
     let exists = std::fs::metadata(&path).is_ok_and(|m| same_file(&m, &meta));
     let file = File::open(&link).map_err(error)?;
-    Ok(collector.mapped_file(&path, meta.ino(), |collector| MappedFile {
-        path: path.clone(),
-        identity: FileIdentity::of(&meta),
-        contents: (!exists).then(|| collector.space_for(Contents::File(file, meta.len()))),
-    }))
+    Ok(
+        collector.mapped_file(&path, meta.ino(), |collector| MappedFile {
+            path: path.clone(),
+            identity: FileIdentity::of(&meta),
+            contents: (!exists).then(|| collector.space_for(Contents::File(file, meta.len()))),
+        }),
+    )
 }
 
 /// Whether two looks were at one file.
@@ -542,7 +606,10 @@ pub fn build_id(path: &Path) -> Option<Vec<u8>> {
     }
     let cache = object::ReadCache::new(file);
     let elf = object::File::parse(&cache).ok()?;
-    object::Object::build_id(&elf).ok().flatten().map(<[u8]>::to_vec)
+    object::Object::build_id(&elf)
+        .ok()
+        .flatten()
+        .map(<[u8]>::to_vec)
 }
 
 /// Where shared memory objects are mapped as a whole while they are filled and handed out.
@@ -563,14 +630,25 @@ impl Mapping {
         let write = libc::PROT_WRITE as u32;
         let once_writable = self.flags.contains(MappingFlags::ACCOUNTED)
             && self.prot & write == 0
-            && matches!(self.backing, Backing::Anonymous | Backing::PrivateFile { .. });
-        u64::from(if once_writable { self.prot | write } else { self.prot })
+            && matches!(
+                self.backing,
+                Backing::Anonymous | Backing::PrivateFile { .. }
+            );
+        u64::from(if once_writable {
+            self.prot | write
+        } else {
+            self.prot
+        })
     }
 
     /// The protection key that the program gave, 0 for none; an execute-only mapping has the
     /// kernel's.
     fn given_key(&self) -> u32 {
-        if self.prot == libc::PROT_EXEC as u32 { 0 } else { self.protection_key }
+        if self.prot == libc::PROT_EXEC as u32 {
+            0
+        } else {
+            self.protection_key
+        }
     }
 
     /// `MAP_*` beyond private, shared, anonymous.
@@ -599,9 +677,10 @@ impl Mapping {
         ];
         plan.expect(libc::SYS_mmap, &args, self.start, || self.object());
         // Before pages come, so that they come as huge pages or not.
-        for (flag, advice) in
-            [(MappingFlags::HUGE, libc::MADV_HUGEPAGE), (MappingFlags::NO_HUGE, libc::MADV_NOHUGEPAGE)]
-        {
+        for (flag, advice) in [
+            (MappingFlags::HUGE, libc::MADV_HUGEPAGE),
+            (MappingFlags::NO_HUGE, libc::MADV_NOHUGEPAGE),
+        ] {
             if self.flags.contains(flag) {
                 let args = [self.start, self.len(), advice as u64];
                 plan.attempt(libc::SYS_madvise, &args, || self.object());
@@ -624,18 +703,25 @@ pub fn clear_and_move(
         VmaName::VvarVclock => Some(KernelMapping::VvarVclock),
         _ => None,
     };
-    for vma in present.iter().filter(|v| kind(v).is_none() && v.name != VmaName::Vsyscall) {
+    for vma in present
+        .iter()
+        .filter(|v| kind(v).is_none() && v.name != VmaName::Vsyscall)
+    {
         plan.syscall(libc::SYS_munmap, &[vma.start, vma.len()], || {
             "the address space of the new process".into()
         });
     }
     let kernels: Vec<&Vma> = present.iter().filter(|v| kind(v).is_some()).collect();
     let wanted = |v: &Vma| {
-        mappings.iter().find(|m| kind(v).is_some_and(|k| m.backing == Backing::Kernel(k)))
+        mappings
+            .iter()
+            .find(|m| kind(v).is_some_and(|k| m.backing == Backing::Kernel(k)))
     };
     for m in mappings {
         if let Backing::Kernel(k) = m.backing
-            && !kernels.iter().any(|v| kind(v) == Some(k) && v.len() == m.len())
+            && !kernels
+                .iter()
+                .any(|v| kind(v) == Some(k) && v.len() == m.len())
         {
             return Err(Box::new(Obstacle::without_remedy(
                 m.object(),
@@ -645,9 +731,9 @@ pub fn clear_and_move(
     }
     // Through a free place when any of them overlaps a place where one shall go.
     let crowded = kernels.iter().any(|v| {
-        mappings.iter().any(|m| {
-            matches!(m.backing, Backing::Kernel(_)) && m.start < v.end && v.start < m.end
-        })
+        mappings
+            .iter()
+            .any(|m| matches!(m.backing, Backing::Kernel(_)) && m.start < v.end && v.start < m.end)
     });
     let mut at: Vec<u64> = kernels.iter().map(|v| v.start).collect();
     let steps = if crowded { 2 } else { 1 };
@@ -706,12 +792,24 @@ pub fn map_all(
                 let fd = file_fd(*file, false, snapshot, staging, &mut open, plan);
                 m.map(libc::MAP_PRIVATE, fd, *offset, plan);
             }
-            Backing::SharedFile { file, offset, writable } => {
+            Backing::SharedFile {
+                file,
+                offset,
+                writable,
+            } => {
                 let fd = file_fd(*file, *writable, snapshot, staging, &mut open, plan);
                 m.map(libc::MAP_SHARED, fd, *offset, plan);
             }
-            Backing::Description { description, offset, private } => {
-                let how = if *private { libc::MAP_PRIVATE } else { libc::MAP_SHARED };
+            Backing::Description {
+                description,
+                offset,
+                private,
+            } => {
+                let how = if *private {
+                    libc::MAP_PRIVATE
+                } else {
+                    libc::MAP_SHARED
+                };
                 m.map(how, staging.of(*description).into(), *offset, plan);
             }
             Backing::SharedMemory { .. } | Backing::Kernel(_) => {}
@@ -760,8 +858,17 @@ fn file_fd(
     if *open != Some((file, writable)) {
         close_open(open, plan);
         let path = plan.path(&record.path);
-        let access = if writable { libc::O_RDWR } else { libc::O_RDONLY };
-        let args = [libc::AT_FDCWD as u64, path, (access | libc::O_CLOEXEC) as u64, 0];
+        let access = if writable {
+            libc::O_RDWR
+        } else {
+            libc::O_RDONLY
+        };
+        let args = [
+            libc::AT_FDCWD as u64,
+            path,
+            (access | libc::O_CLOEXEC) as u64,
+            0,
+        ];
         let object = || format!("the mapped file {}", record.path.display());
         plan.expect(libc::SYS_openat, &args, 0, object);
         *open = Some((file, writable));
@@ -786,7 +893,9 @@ pub fn finish(mappings: &[Mapping], snapshot: &Snapshot, shared_at: &SharedAt, p
         }
     }
     for (object, at) in snapshot.shared_memory.iter().zip(shared_at) {
-        plan.syscall(libc::SYS_munmap, &[*at, object.mapped_len()], || "shared memory".into());
+        plan.syscall(libc::SYS_munmap, &[*at, object.mapped_len()], || {
+            "shared memory".into()
+        });
     }
     for m in mappings {
         let shared = matches!(m.backing, Backing::SharedMemory { .. });
@@ -807,11 +916,15 @@ pub fn finish(mappings: &[Mapping], snapshot: &Snapshot, shared_at: &SharedAt, p
 pub fn allocate_keys(mappings: &[Mapping], plan: &mut Builder) {
     let highest = mappings.iter().map(Mapping::given_key).max().unwrap_or(0);
     for key in 1..=highest {
-        plan.expect(libc::SYS_pkey_alloc, &[0, 0], key.into(), || format!("protection key {key}"));
+        plan.expect(libc::SYS_pkey_alloc, &[0, 0], key.into(), || {
+            format!("protection key {key}")
+        });
     }
     for key in 1..highest {
         if !mappings.iter().any(|m| m.given_key() == key) {
-            plan.syscall(libc::SYS_pkey_free, &[key.into()], || format!("protection key {key}"));
+            plan.syscall(libc::SYS_pkey_free, &[key.into()], || {
+                format!("protection key {key}")
+            });
         }
     }
 }
@@ -842,18 +955,30 @@ impl Mapping {
         }
         for (start, end) in &self.guards {
             let args = [*start, end - start, MADV_GUARD_INSTALL];
-            plan.syscall(libc::SYS_madvise, &args, || format!("guard pages in {}", self.object()));
+            plan.syscall(libc::SYS_madvise, &args, || {
+                format!("guard pages in {}", self.object())
+            });
         }
         if let Some(name) = &self.name {
             let mut name = name.clone();
             name.push(0);
             let name = plan.data(&name);
-            let args = [u64::from(libc::PR_SET_VMA as u32), 0, range[0], range[1], name];
+            let args = [
+                u64::from(libc::PR_SET_VMA as u32),
+                0,
+                range[0],
+                range[1],
+                name,
+            ];
             plan.attempt(libc::SYS_prctl, &args, || self.object());
         }
         if self.flags.contains(MappingFlags::LOCKED) {
             let on_fault = self.flags.contains(MappingFlags::LOCK_ON_FAULT);
-            let flags = if on_fault { libc::MLOCK_ONFAULT as u64 } else { 0 };
+            let flags = if on_fault {
+                libc::MLOCK_ONFAULT as u64
+            } else {
+                0
+            };
             let warning = format!("{} is not locked in memory", self.object());
             plan.try_syscall(libc::SYS_mlock2, &[range[0], range[1], flags], &warning);
         }
@@ -880,7 +1005,11 @@ pub fn check_file(file: &MappedFile, request: &Request<'_>) -> Result<(), Box<Ob
         Ok(meta) => meta,
         Err(e) => {
             let reason = format!("cannot be opened: {e}");
-            return Err(Box::new(Obstacle::new(object, reason, "put it back in its place")));
+            return Err(Box::new(Obstacle::new(
+                object,
+                reason,
+                "put it back in its place",
+            )));
         }
     };
     let now = FileIdentity::of(&meta);

@@ -98,12 +98,20 @@ pub fn capture_from_outside(source: &Source, collector: &mut Collector) -> Resul
         if !reachable {
             collector.obstacles.push(Obstacle::new(
                 source.title(),
-                format!("has the directory {} as its {name}, which was deleted", link.display()),
+                format!(
+                    "has the directory {} as its {name}, which was deleted",
+                    link.display()
+                ),
                 "let the program change to another directory",
             ));
         }
     }
-    Ok(FromOutside { vmas, memory, fds, scanner })
+    Ok(FromOutside {
+        vmas,
+        memory,
+        fds,
+        scanner,
+    })
 }
 
 /// Room for the answers of remote calls.
@@ -117,24 +125,36 @@ pub fn capture(
     outside: FromOutside,
     space: SpaceId,
 ) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
-    let FromOutside { vmas, memory, fds, scanner } = outside;
+    let FromOutside {
+        vmas,
+        memory,
+        fds,
+        scanner,
+    } = outside;
     let dir = source.dir.clone();
     let pid = source.pid;
     let stopped = frozen.tasks().iter().any(|t| t.stopped_by_signal());
-    let pending = frozen.tasks().first().map(|t| signals::capture_pending(t, true));
+    let pending = frozen
+        .tasks()
+        .first()
+        .map(|t| signals::capture_pending(t, true));
     let pending = pending.transpose()?.unwrap_or_default();
     let listed = read_timers(dir.clone())?;
 
     remote::leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     let taken = vmas.iter().map(|v| (v.start, v.end));
     let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
-        Obstacle::without_remedy(source.title(), "has no free room in its address space for remote calls")
+        Obstacle::without_remedy(
+            source.title(),
+            "has no free room in its address space for remote calls",
+        )
     });
     let scratch = RemoteAddr(scratch.map_err(crate::Error::refuse)?);
     let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(stopped);
-    let (leader, others) = frozen.tasks_mut().split_first_mut().ok_or(
-        ckpt_tracer::Error::Died { tid: pid.leader() },
-    )?;
+    let (leader, others) = frozen
+        .tasks_mut()
+        .split_first_mut()
+        .ok_or(ckpt_tracer::Error::Died { tid: pid.leader() })?;
     let mut calls = RemoteCalls::begin(leader, &cave, scratch, SCRATCH)?;
     let asked = address_space::capture(&mut calls)?;
     let actions = signals::capture_actions(&mut calls)?;
@@ -211,6 +231,12 @@ fn lock_future(calls: &mut RemoteCalls<'_>, vmas: &[Vma]) -> Result<u32> {
     let Some(new) = now.iter().find(|v| v.start <= scratch && scratch < v.end) else {
         return Ok(0);
     };
-    let bit = |flag, bit: i32| if new.flags.contains(flag) { bit as u32 } else { 0 };
+    let bit = |flag, bit: i32| {
+        if new.flags.contains(flag) {
+            bit as u32
+        } else {
+            0
+        }
+    };
     Ok(bit(VmFlags::LOCKED, libc::MCL_FUTURE) | bit(VmFlags::LOCK_ON_FAULT, libc::MCL_ONFAULT))
 }

@@ -36,9 +36,17 @@ pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
     let mut attr = vec![0u8; ATTR_ROOM];
     // SAFETY: the kernel writes at most ATTR_ROOM bytes.
     let r = unsafe {
-        libc::syscall(libc::SYS_sched_getattr, tid.raw(), attr.as_mut_ptr(), ATTR_ROOM, 0)
+        libc::syscall(
+            libc::SYS_sched_getattr,
+            tid.raw(),
+            attr.as_mut_ptr(),
+            ATTR_ROOM,
+            0,
+        )
     };
-    let size = attr.first_chunk().map_or(0, |b| u32::from_le_bytes(*b) as usize);
+    let size = attr
+        .first_chunk()
+        .map_or(0, |b| u32::from_le_bytes(*b) as usize);
     attr.truncate(if r == 0 { size.min(ATTR_ROOM) } else { 0 });
     let mut affinity = vec![0u8; AFFINITY_ROOM];
     // SAFETY: the kernel writes at most AFFINITY_ROOM bytes and returns how many.
@@ -56,7 +64,13 @@ pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
     // SAFETY: a call without pointers. The raw call answers 20 minus the nice value.
     let nice = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid.raw()) };
     let nice = if nice > 0 { 20 - nice as i32 } else { 0 };
-    Scheduling { attr, nice, affinity, io_priority: io.max(0) as i32, timer_slack }
+    Scheduling {
+        attr,
+        nice,
+        affinity,
+        io_priority: io.max(0) as i32,
+        timer_slack,
+    }
 }
 
 impl Scheduling {
@@ -67,7 +81,11 @@ impl Scheduling {
         if self.affinity != now.affinity && !self.affinity.is_empty() {
             let at = plan.data(&self.affinity);
             let args = [0, self.affinity.len() as u64, at];
-            plan.try_syscall(libc::SYS_sched_setaffinity, &args, "the CPU affinity is not kept");
+            plan.try_syscall(
+                libc::SYS_sched_setaffinity,
+                &args,
+                "the CPU affinity is not kept",
+            );
         }
         if self.nice != now.nice {
             let args = [libc::PRIO_PROCESS as u64, 0, self.nice as u64];

@@ -28,10 +28,16 @@ pub struct Seccomp {
 /// The filters of a task; needs CAP_SYS_ADMIN, which the preflight has made sure of.
 pub fn capture(task: &Stopped, mode: u32) -> Result<Seccomp> {
     if mode != 2 {
-        return Ok(Seccomp { mode, filters: Vec::new() });
+        return Ok(Seccomp {
+            mode,
+            filters: Vec::new(),
+        });
     }
     let filters = task.seccomp_filters()?;
-    let filters = filters.into_iter().map(|(program, flags)| Filter { program, flags }).collect();
+    let filters = filters
+        .into_iter()
+        .map(|(program, flags)| Filter { program, flags })
+        .collect();
     Ok(Seccomp { mode, filters })
 }
 

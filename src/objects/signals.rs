@@ -35,7 +35,10 @@ impl Pending {
 
     /// Where it came from, `si_code`.
     pub fn code(&self) -> i32 {
-        self.0.get(8..).and_then(|b| b.first_chunk()).map_or(0, |b| i32::from_le_bytes(*b))
+        self.0
+            .get(8..)
+            .and_then(|b| b.first_chunk())
+            .map_or(0, |b| i32::from_le_bytes(*b))
     }
 }
 
@@ -48,8 +51,9 @@ const ACTION_BYTES: u64 = 32;
 /// All actions that are not the plain default.
 pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
     let unchangeable = [libc::SIGKILL as u64, libc::SIGSTOP as u64];
-    let signals: Vec<u64> =
-        (1..=SIGNALS.into()).filter(|s| !unchangeable.contains(s)).collect();
+    let signals: Vec<u64> = (1..=SIGNALS.into())
+        .filter(|s| !unchangeable.contains(s))
+        .collect();
     let out = |signal: u64| (signal - 1) * ACTION_BYTES;
     let list: Vec<Call> = signals
         .iter()
@@ -71,7 +75,12 @@ pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
             restorer: word(2),
             mask: word(3),
         };
-        if action != (Action { signal, ..Action::default() }) {
+        if action
+            != (Action {
+                signal,
+                ..Action::default()
+            })
+        {
             actions.push(action);
         }
     }
@@ -81,7 +90,10 @@ pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
 /// The signals waiting for a task, or for its process.
 pub fn capture_pending(task: &Stopped, shared: bool) -> Result<Vec<Pending>> {
     let pending = task.pending_signals(shared)?;
-    Ok(pending.into_iter().map(|info| Pending(info.to_vec())).collect())
+    Ok(pending
+        .into_iter()
+        .map(|info| Pending(info.to_vec()))
+        .collect())
 }
 
 /// Sets the actions.
@@ -110,7 +122,11 @@ pub fn rebuild_pending(pending: &[Pending], pid: i32, thread: Option<i32>, plan:
                 plan.syscall(libc::SYS_rt_tgsigqueueinfo, &args, object);
             }
             None => {
-                plan.syscall(libc::SYS_rt_sigqueueinfo, &[pid as u64, signal as u64, at], object);
+                plan.syscall(
+                    libc::SYS_rt_sigqueueinfo,
+                    &[pid as u64, signal as u64, at],
+                    object,
+                );
             }
         }
     }

@@ -108,9 +108,21 @@ fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
         &[
             Call::new("sigaltstack", libc::SYS_sigaltstack, &[0, out]),
             prctl("prctl(PR_GET_TID_ADDRESS)", PR_GET_TID_ADDRESS, out + 24),
-            prctl("prctl(PR_GET_PDEATHSIG)", libc::PR_GET_PDEATHSIG as u64, out + 32),
-            prctl("prctl(PR_GET_TIMERSLACK)", libc::PR_GET_TIMERSLACK as u64, 0),
-            prctl("prctl(PR_GET_SECUREBITS)", libc::PR_GET_SECUREBITS as u64, 0),
+            prctl(
+                "prctl(PR_GET_PDEATHSIG)",
+                libc::PR_GET_PDEATHSIG as u64,
+                out + 32,
+            ),
+            prctl(
+                "prctl(PR_GET_TIMERSLACK)",
+                libc::PR_GET_TIMERSLACK as u64,
+                0,
+            ),
+            prctl(
+                "prctl(PR_GET_SECUREBITS)",
+                libc::PR_GET_SECUREBITS as u64,
+                0,
+            ),
         ],
     )?;
     let (slack, bits) = (answers[3], answers[4]);
@@ -161,8 +173,14 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
 fn robust_list(tid: Tid) -> Result<(u64, u64)> {
     let (mut head, mut len) = (0u64, 0u64);
     // SAFETY: the kernel writes one word each.
-    let r =
-        unsafe { libc::syscall(libc::SYS_get_robust_list, tid.raw(), &raw mut head, &raw mut len) };
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_get_robust_list,
+            tid.raw(),
+            &raw mut head,
+            &raw mut len,
+        )
+    };
     nix::errno::Errno::result(r)
         .map_err(|errno| ckpt_tracer::Error::from_errno("get_robust_list", tid, errno))?;
     Ok((head, len))
@@ -187,8 +205,18 @@ impl Thread {
             plan.syscall(libc::SYS_set_robust_list, &[head, len], object);
         }
         if let Some(rseq) = self.rseq {
-            let Rseq { address, length, signature, flags } = rseq;
-            let args = [address, u64::from(length), u64::from(flags), u64::from(signature)];
+            let Rseq {
+                address,
+                length,
+                signature,
+                flags,
+            } = rseq;
+            let args = [
+                address,
+                u64::from(length),
+                u64::from(flags),
+                u64::from(signature),
+            ];
             plan.syscall(libc::SYS_rseq, &args, object);
         }
         let (sp, flags, size) = self.alternate_stack;
@@ -207,7 +235,11 @@ impl Thread {
         self.credentials.rebuild(&now, plan);
         // After the credentials, whose change clears it (prctl(2)).
         if self.parent_death_signal != 0 {
-            prctl(plan, libc::PR_SET_PDEATHSIG, u64::from(self.parent_death_signal));
+            prctl(
+                plan,
+                libc::PR_SET_PDEATHSIG,
+                u64::from(self.parent_death_signal),
+            );
         }
         self.seccomp.rebuild(plan);
     }

@@ -43,7 +43,11 @@ pub fn capture_interval(calls: &mut RemoteCalls<'_>) -> Result<IntervalTimers> {
     let mut timers = IntervalTimers::default();
     for which in 0..3 {
         let out = calls.scratch().raw();
-        calls.call("getitimer", libc::SYS_getitimer, [which as u64, out, 0, 0, 0, 0])?;
+        calls.call(
+            "getitimer",
+            libc::SYS_getitimer,
+            [which as u64, out, 0, 0, 0, 0],
+        )?;
         timers.0[which] = four(calls.read_scratch(0)?);
     }
     Ok(timers)
@@ -62,10 +66,17 @@ pub fn capture_posix(
     for timer in listed {
         let id = timer.id as u64;
         let out = calls.scratch().raw();
-        calls.call("timer_gettime", libc::SYS_timer_gettime, [id, out, 0, 0, 0, 0])?;
+        calls.call(
+            "timer_gettime",
+            libc::SYS_timer_gettime,
+            [id, out, 0, 0, 0, 0],
+        )?;
         let [is, ins, vs, vns] = four(calls.read_scratch(0)?);
-        let overrun =
-            calls.call("timer_getoverrun", libc::SYS_timer_getoverrun, [id, 0, 0, 0, 0, 0])?;
+        let overrun = calls.call(
+            "timer_getoverrun",
+            libc::SYS_timer_getoverrun,
+            [id, 0, 0, 0, 0, 0],
+        )?;
         let (notify, thread) = match timer.notify {
             Notify::Signal | Notify::LibraryThread => (libc::SIGEV_SIGNAL, None),
             Notify::Thread(tid) => (libc::SIGEV_THREAD_ID, Some(tid.raw())),
@@ -127,7 +138,11 @@ pub fn create_posix(timers: &[PosixTimer], plan: &mut Builder) -> Result<(), Obs
             timer.value,
             timer.thread.unwrap_or(0),
         ));
-        plan.syscall(libc::SYS_timer_create, &[timer.clock as u64, event, out], object);
+        plan.syscall(
+            libc::SYS_timer_create,
+            &[timer.clock as u64, event, out],
+            object,
+        );
         // The id is in memory: asking for the overrun of the id that must be there fails with
         // EINVAL if the kernel gave another.
         plan.syscall(libc::SYS_timer_getoverrun, &[timer.id as u64], object);
@@ -148,9 +163,18 @@ fn sigevent(notify: i32, signal: i32, value: u64, thread: i32) -> Vec<u8> {
 /// Starts the POSIX timers.
 pub fn start_posix(timers: &[PosixTimer], plan: &mut Builder) {
     for timer in timers.iter().filter(|t| t.remaining != (0, 0)) {
-        let words = [timer.interval.0, timer.interval.1, timer.remaining.0, timer.remaining.1];
+        let words = [
+            timer.interval.0,
+            timer.interval.1,
+            timer.remaining.0,
+            timer.remaining.1,
+        ];
         let at = plan.data(&words.map(i64::to_le_bytes).concat());
         let object = || format!("POSIX timer {}", timer.id);
-        plan.syscall(libc::SYS_timer_settime, &[timer.id as u64, 0, at, 0], object);
+        plan.syscall(
+            libc::SYS_timer_settime,
+            &[timer.id as u64, 0, at, 0],
+            object,
+        );
     }
 }

@@ -45,12 +45,7 @@ impl Made {
     }
 }
 
-fn open(
-    what: &Inherited,
-    snapshot: &Snapshot,
-    image: &Reader,
-    made: &mut Made,
-) -> Result<OwnedFd> {
+fn open(what: &Inherited, snapshot: &Snapshot, image: &Reader, made: &mut Made) -> Result<OwnedFd> {
     match what {
         Inherited::Own(fd) => own(*fd),
         Inherited::Named(path, flags) => {
@@ -60,7 +55,11 @@ fn open(
                 .write(access != libc::O_RDONLY)
                 .custom_flags(libc::O_NOCTTY)
                 .open(path)
-                .map_err(|source| Error::File { what: "open", path: path.clone(), source })?;
+                .map_err(|source| Error::File {
+                    what: "open",
+                    path: path.clone(),
+                    source,
+                })?;
             Ok(file.into())
         }
         Inherited::MemFd(index) => {
@@ -95,7 +94,11 @@ fn open(
             let space = record.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (record.identity.size, record.identity.mode);
             let file = made.get(space, || nameless(&record.path, space, size, mode, image))?;
-            let access = if *writable { libc::O_RDWR } else { libc::O_RDONLY };
+            let access = if *writable {
+                libc::O_RDWR
+            } else {
+                libc::O_RDONLY
+            };
             Ok(reopen(file, access as u32)?.into())
         }
     }
@@ -131,7 +134,11 @@ fn own(fd: i32) -> Result<OwnedFd> {
         Error::Restore(format!(
             "the job's descriptor {fd} led outside and restore has no descriptor {fd} to give it; \
              redirect it, for instance {}",
-            if fd == 0 { "restore IMAGE </dev/null".into() } else { format!("{fd}>/dev/null") }
+            if fd == 0 {
+                "restore IMAGE </dev/null".into()
+            } else {
+                format!("{fd}>/dev/null")
+            }
         ))
     })?;
     // SAFETY: the kernel just gave us this descriptor.
@@ -141,7 +148,11 @@ fn own(fd: i32) -> Result<OwnedFd> {
 /// A file without a name, beside where the original was if that is possible.
 fn nameless(path: &Path, space: SpaceId, size: u64, mode: u32, image: &Reader) -> Result<File> {
     let temp = std::env::temp_dir();
-    let places = [path.parent().unwrap_or(Path::new("/")), &temp, Path::new("/var/tmp")];
+    let places = [
+        path.parent().unwrap_or(Path::new("/")),
+        &temp,
+        Path::new("/var/tmp"),
+    ];
     let mut last = None;
     for place in places {
         let made = OpenOptions::new()
@@ -161,7 +172,11 @@ fn nameless(path: &Path, space: SpaceId, size: u64, mode: u32, image: &Reader) -
         }
     }
     let source = last.unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
-    Err(Error::File { what: "make a nameless file in", path: temp, source })
+    Err(Error::File {
+        what: "make a nameless file in",
+        path: temp,
+        source,
+    })
 }
 
 fn create_memfd(memfd: &MemFd) -> Result<File> {
@@ -200,7 +215,11 @@ fn reopen(file: &File, flags: u32) -> Result<File> {
         .write(access != libc::O_RDONLY)
         .custom_flags(status)
         .open(&path)
-        .map_err(|source| Error::File { what: "open", path: path.into(), source })
+        .map_err(|source| Error::File {
+            what: "open",
+            path: path.into(),
+            source,
+        })
 }
 
 fn seek(file: &File, offset: u64) -> Result<()> {
@@ -208,12 +227,20 @@ fn seek(file: &File, offset: u64) -> Result<()> {
     let mut file = file;
     file.seek(SeekFrom::Start(offset))
         .map(drop)
-        .map_err(|source| Error::File { what: "seek in", path: "a memfd".into(), source })
+        .map_err(|source| Error::File {
+            what: "seek in",
+            path: "a memfd".into(),
+            source,
+        })
 }
 
 /// Writes a space of the image into a file; holes stay holes.
 fn fill(file: &File, space: SpaceId, size: u64, image: &Reader) -> Result<()> {
-    let error = |source| Error::File { what: "write", path: "a nameless file".into(), source };
+    let error = |source| Error::File {
+        what: "write",
+        path: "a nameless file".into(),
+        source,
+    };
     file.set_len(size).map_err(error)?;
     let page_size = image.header().page_size;
     let mut chunks: Vec<usize> = image.runs_of(space.0).map(|(_, chunk)| chunk).collect();
@@ -226,7 +253,8 @@ fn fill(file: &File, space: SpaceId, size: u64, image: &Reader) -> Result<()> {
             let len = run.bytes(page_size) as usize;
             if run.space == space.0 && run.start < size {
                 let keep = len.min((size - run.start) as usize);
-                file.write_all_at(&data[at..at + keep], run.start).map_err(error)?;
+                file.write_all_at(&data[at..at + keep], run.start)
+                    .map_err(error)?;
             }
             at += len;
         }

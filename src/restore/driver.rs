@@ -64,7 +64,11 @@ fn place(
     mem.write(RemoteAddr(plan.base), &plan.image)?;
     let code = Blob::load().image.len() as u64;
     let prot = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-    calls.call("mprotect", libc::SYS_mprotect, [plan.base, code, prot, 0, 0, 0])?;
+    calls.call(
+        "mprotect",
+        libc::SYS_mprotect,
+        [plan.base, code, prot, 0, 0, 0],
+    )?;
     let mut regs: Regs = *calls.original_regs();
     regs.rip = plan.entry;
     regs.rsp = plan.stack;
@@ -124,17 +128,27 @@ fn run(
 fn failed_operation(plan: &Plan, mem: &ProcessMemory) -> Error {
     let unknown = || Error::Restore("the restorer failed without saying where".into());
     let failed_at = std::mem::offset_of!(ckpt_restorer::Plan, failed) as u64;
-    let Ok(at) = mem.read_u64(RemoteAddr(plan.header) + failed_at) else { return unknown() };
+    let Ok(at) = mem.read_u64(RemoteAddr(plan.header) + failed_at) else {
+        return unknown();
+    };
     let result_at = std::mem::offset_of!(ckpt_restorer::Op, result) as u64;
-    let Ok(result) = mem.read_u64(RemoteAddr(at) + result_at) else { return unknown() };
-    let Some((op, object)) = plan.operation_at(at) else { return unknown() };
+    let Ok(result) = mem.read_u64(RemoteAddr(at) + result_at) else {
+        return unknown();
+    };
+    let Some((op, object)) = plan.operation_at(at) else {
+        return unknown();
+    };
     let result = result as i64;
     let reason = if (-4095..0).contains(&result) {
         Errno::from_raw(-result as i32).desc().to_owned()
     } else {
         format!("the kernel answered {result:#x}, which is not what the job had")
     };
-    Error::Operation { object: object.to_owned(), op, reason }
+    Error::Operation {
+        object: object.to_owned(),
+        op,
+        reason,
+    }
 }
 
 /// What was not kept: decided while planning, or told by an operation that was allowed to fail.
@@ -143,7 +157,10 @@ fn warnings(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String>> {
     for (at, text) in &plan.conditional {
         let result = mem.read_u64(RemoteAddr(*at))? as i64;
         if result < 0 {
-            all.push(format!("{text}: {}", Errno::from_raw(-result as i32).desc()));
+            all.push(format!(
+                "{text}: {}",
+                Errno::from_raw(-result as i32).desc()
+            ));
         }
     }
     all.sort();
@@ -159,7 +176,10 @@ fn adjust_from_outside(process: &Process, pid: Pid) {
         process.oom_score_adj.to_string(),
     );
     if let Some(filter) = process.coredump_filter {
-        let _ = std::fs::write(format!("/proc/{pid}/coredump_filter"), format!("{filter:#x}"));
+        let _ = std::fs::write(
+            format!("/proc/{pid}/coredump_filter"),
+            format!("{filter:#x}"),
+        );
     }
 }
 
@@ -192,7 +212,10 @@ fn remove_restorer(
     let maps = read_maps(Pid(process.pid))?;
     let cave = Cave::dig(mem, &maps)?;
     let mut calls = RemoteCalls::begin_borrowing(leader, &cave, RemoteAddr(plan.stack))?;
-    let trap = process.actions.iter().find(|a| a.signal == libc::SIGTRAP as u32);
+    let trap = process
+        .actions
+        .iter()
+        .find(|a| a.signal == libc::SIGTRAP as u32);
     if let Some(action) = trap {
         let words = [action.handler, action.flags, action.restorer, action.mask];
         let at = RemoteAddr(plan.stack);
@@ -200,7 +223,11 @@ fn remove_restorer(
         let args = [libc::SIGTRAP as u64, at.raw(), 0, 8, 0, 0];
         calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
     }
-    calls.call("munmap", libc::SYS_munmap, [plan.base, plan.len, 0, 0, 0, 0])?;
+    calls.call(
+        "munmap",
+        libc::SYS_munmap,
+        [plan.base, plan.len, 0, 0, 0, 0],
+    )?;
     calls.finish()?;
     cave.fill_in()?;
     Ok(())
@@ -297,7 +324,10 @@ fn rearm(
     }
     let (nr, args) = match regs.orig_rax as i64 {
         libc::SYS_nanosleep => (libc::SYS_nanosleep, [remainder, remainder, 0, 0, 0, 0]),
-        _ => (libc::SYS_clock_nanosleep, [regs.rdi, 0, remainder, remainder, 0, 0]),
+        _ => (
+            libc::SYS_clock_nanosleep,
+            [regs.rdi, 0, remainder, remainder, 0, 0],
+        ),
     };
     let maps = read_maps(Pid(process.pid))?;
     let cave = Cave::dig(mem, &maps)?;
@@ -314,5 +344,7 @@ fn rearm(
 /// Mapped files are looked at before anything is created.
 pub fn file_obstacles(snapshot: &Snapshot, request: &Request<'_>) -> Vec<crate::Obstacle> {
     let files = snapshot.mapped_files.iter();
-    files.filter_map(|f| memory::check_file(f, request).err().map(|o| *o)).collect()
+    files
+        .filter_map(|f| memory::check_file(f, request).err().map(|o| *o))
+        .collect()
 }

@@ -36,7 +36,10 @@ impl Places<'_> {
             // A run may go on into the next mapping; /proc/PID/mem takes both.
             let whole = run.start + len <= mapping.end;
             let writable = mapping.prot & libc::PROT_WRITE as u32 != 0;
-            return Ok(Some((run.start, whole && writable && mapping.protection_key == 0)));
+            return Ok(Some((
+                run.start,
+                whole && writable && mapping.protection_key == 0,
+            )));
         }
         for &(space, base, size) in &self.shared {
             if space == run.space {
@@ -89,13 +92,17 @@ pub fn fill(
             request.progress.advance(done? as u64);
         }
     };
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(chunks.max(1));
+    let workers = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(chunks.max(1));
     let result = std::thread::scope(|scope| {
         let handles: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
         let mut result = work();
         for handle in handles {
             let other = handle.join().unwrap_or_else(|_| {
-                Err(Error::Restore("a thread that fills in memory panicked".into()))
+                Err(Error::Restore(
+                    "a thread that fills in memory panicked".into(),
+                ))
             });
             result = result.and(other);
         }
@@ -120,12 +127,20 @@ fn fill_chunk(
     for run in image.runs(chunk) {
         let len = run.bytes(page_size) as usize;
         let bytes = data.get(at..at + len).ok_or_else(|| {
-            Error::Restore(format!("chunk {chunk} of the image is shorter than its runs"))
+            Error::Restore(format!(
+                "chunk {chunk} of the image is shorter than its runs"
+            ))
         })?;
         at += len;
-        let Some((address, writable)) = places.of(&run, len as u64)? else { continue };
+        let Some((address, writable)) = places.of(&run, len as u64)? else {
+            continue;
+        };
         let address = RemoteAddr(address);
-        let done = if writable { mem::write_vm(pid, address, bytes).unwrap_or(0) } else { 0 };
+        let done = if writable {
+            mem::write_vm(pid, address, bytes).unwrap_or(0)
+        } else {
+            0
+        };
         if done < len {
             mem.write(address + done as u64, &bytes[done..])?;
         }

@@ -112,12 +112,17 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let executable = contents::executable(&snapshot, &image)?;
     let (child, leader) = spawn::spawn(process, &executable, descriptors)?;
     let own_group = process.group == process.pid && process.session != process.pid;
-    let terminal =
-        (request.foreground && own_group).then(|| terminal::Foreground::give(process.pid)).flatten();
+    let terminal = (request.foreground && own_group)
+        .then(|| terminal::Foreground::give(process.pid))
+        .flatten();
     let warnings = driver::rebuild(&image, &snapshot, request, &host, &child, leader)?;
     let pid = child.pid();
     child.keep();
-    Ok(Restored { pid, warnings, terminal })
+    Ok(Restored {
+        pid,
+        warnings,
+        terminal,
+    })
 }
 
 fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
@@ -126,7 +131,10 @@ fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
     let snapshot = snapshot::read(&image, request.image)?;
     let faults = crate::inspect::references::check(&snapshot, &image);
     if let Some(fault) = faults.into_iter().next() {
-        return Err(Error::Metadata { path: request.image.to_owned(), what: fault });
+        return Err(Error::Metadata {
+            path: request.image.to_owned(),
+            what: fault,
+        });
     }
     refuse_other_machine(&snapshot)?;
     Ok((image, snapshot))
@@ -150,7 +158,10 @@ fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
     }
     let uses_vdso = snapshot.processes.iter().any(|p| {
         use crate::objects::memory::{Backing, KernelMapping};
-        p.memory.mappings.iter().any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
+        p.memory
+            .mappings
+            .iter()
+            .any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
     });
     if uses_vdso && was.vdso_digest != host::vdso_digest() {
         obstacles.push(Obstacle::new(
@@ -162,7 +173,11 @@ fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
             "restore it on a machine with that kernel",
         ));
     }
-    if obstacles.is_empty() { Ok(()) } else { Err(Error::Refused(obstacles)) }
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Refused(obstacles))
+    }
 }
 
 /// Names of xsave components (Intel SDM volume 1, chapter 13).
@@ -175,9 +190,16 @@ fn component_names(bits: u64) -> String {
         (1 << 9, "protection keys"),
         (3 << 17, "AMX"),
     ];
-    let names: Vec<&str> =
-        NAMES.iter().filter(|(mask, _)| bits & mask != 0).map(|(_, name)| *name).collect();
-    if names.is_empty() { format!("components {bits:#x}") } else { names.join(", ") }
+    let names: Vec<&str> = NAMES
+        .iter()
+        .filter(|(mask, _)| bits & mask != 0)
+        .map(|(_, name)| *name)
+        .collect();
+    if names.is_empty() {
+        format!("components {bits:#x}")
+    } else {
+        names.join(", ")
+    }
 }
 
 /// What the new process will have from us before the plan sets anything.

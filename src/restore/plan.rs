@@ -167,7 +167,11 @@ impl Builder {
     /// A system call that may fail, which then is told as a warning.
     pub fn try_syscall(&mut self, nr: i64, args: &[u64], warning: &str) {
         self.push(Op::syscall(nr, six(args)).may_fail(), warning.to_owned());
-        let list = if self.in_thread { self.threads.len() } else { 0 };
+        let list = if self.in_thread {
+            self.threads.len()
+        } else {
+            0
+        };
         let index = self.list().ops.len() - 1;
         self.conditional.push((list, index, warning.to_owned()));
     }
@@ -199,7 +203,10 @@ impl Builder {
         let ids = self.data(&tid.to_le_bytes());
         let plan = self.reserve(size_of::<ThreadPlan>());
         let args = self.reserve(88);
-        self.push(Op::other(OpKind::Thread, [plan, args, 88, ids, 0, 0]), format!("thread {tid}"));
+        self.push(
+            Op::other(OpKind::Thread, [plan, args, 88, ids, 0, 0]),
+            format!("thread {tid}"),
+        );
         let last = self.main.ops.len() - 1;
         self.main.ops[last] = self.main.ops[last].expecting(tid as u64);
         self.threads.push((List::default(), args));
@@ -262,8 +269,19 @@ impl Builder {
                 | libc::CLONE_THREAD
                 | libc::CLONE_SYSVSEM;
             // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
-            let words =
-                [flags as u64, 0, 0, 0, 0, stack, THREAD_STACK - 8, 0, ids, 1, 0];
+            let words = [
+                flags as u64,
+                0,
+                0,
+                0,
+                0,
+                stack,
+                THREAD_STACK - 8,
+                0,
+                ids,
+                1,
+                0,
+            ];
             self.put(clone_args, &words.map(u64::to_le_bytes).concat());
             stack += THREAD_STACK;
         }
@@ -289,7 +307,8 @@ impl Builder {
             }
         }
         let result_of = |list: usize, index: usize| {
-            lists[list].0 + (index * size_of::<Op>()) as u64
+            lists[list].0
+                + (index * size_of::<Op>()) as u64
                 + std::mem::offset_of!(Op, result) as u64
         };
         let conditional = self
@@ -330,12 +349,18 @@ impl Plan {
             (*base..*base + (list.ops.len() * size_of::<Op>()) as u64).contains(&address)
         })?;
         let index = ((address - base) / size_of::<Op>() as u64) as usize;
-        Some((describe(&list.ops[index]), &self.objects[list.objects[index] as usize]))
+        Some((
+            describe(&list.ops[index]),
+            &self.objects[list.objects[index] as usize],
+        ))
     }
 
     /// The stage of an operation of the first thread.
     pub fn stage_at(&self, index: u64) -> Option<Stage> {
-        self.stages.iter().find(|(at, _)| *at as u64 == index).map(|(_, stage)| *stage)
+        self.stages
+            .iter()
+            .find(|(at, _)| *at as u64 == index)
+            .map(|(_, stage)| *stage)
     }
 
     /// The whole plan as text, one operation a line, threads after the first one's list.
@@ -367,7 +392,13 @@ fn describe(op: &Op) -> String {
     let used = op.args.iter().rposition(|a| *a != 0).map_or(0, |i| i + 1);
     let args: Vec<String> = op.args[..used]
         .iter()
-        .map(|a| if *a < 10_000 { a.to_string() } else { format!("{a:#x}") })
+        .map(|a| {
+            if *a < 10_000 {
+                a.to_string()
+            } else {
+                format!("{a:#x}")
+            }
+        })
         .collect();
     format!("{}({})", crate::syscalls::name(op.nr), args.join(", "))
 }

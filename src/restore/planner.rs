@@ -42,7 +42,15 @@ pub fn plan(
     };
     // The size does not depend on the place, so the first plan is made for it alone.
     let mut taken = taken();
-    let draft = build(snapshot, request, host, present, 0, &vec![0; snapshot.shared_memory.len()], 0)?;
+    let draft = build(
+        snapshot,
+        request,
+        host,
+        present,
+        0,
+        &vec![0; snapshot.shared_memory.len()],
+        0,
+    )?;
     let mut place = |len: u64| {
         let at = holes::find(taken.iter().copied(), len)?;
         taken.push((at, at + len.next_multiple_of(4096)));
@@ -122,7 +130,11 @@ fn build(
     timers::rebuild_interval(&process.interval_timers, plan_ref);
     timers::start_posix(&process.posix_timers, plan_ref);
 
-    if obstacles.is_empty() { Ok(plan.finish()) } else { Err(obstacles) }
+    if obstacles.is_empty() {
+        Ok(plan.finish())
+    } else {
+        Err(obstacles)
+    }
 }
 
 /// Files whose contents come from the image are made by the restoring process.
@@ -139,7 +151,10 @@ fn inherit_mapped_files(snapshot: &Snapshot, staging: Staging, plan: &mut Builde
     wanted.sort_unstable();
     wanted.dedup();
     for (file, writable) in wanted {
-        plan.inherit(staging.mapped_file(file, writable), Inherited::MappedFile(file, writable));
+        plan.inherit(
+            staging.mapped_file(file, writable),
+            Inherited::MappedFile(file, writable),
+        );
     }
 }
 
@@ -168,8 +183,12 @@ fn rebuild_places(process: &Process, plan: &mut Builder) {
 
 /// Which descriptions of the snapshot are memfds, with their contents still to be filled in.
 pub fn memfds(snapshot: &Snapshot) -> impl Iterator<Item = (usize, &files::memfd::MemFd)> {
-    snapshot.descriptions.iter().enumerate().filter_map(|(i, d)| match &d.kind {
-        Kind::MemFd(m) => Some((i, m)),
-        _ => None,
-    })
+    snapshot
+        .descriptions
+        .iter()
+        .enumerate()
+        .filter_map(|(i, d)| match &d.kind {
+            Kind::MemFd(m) => Some((i, m)),
+            _ => None,
+        })
 }

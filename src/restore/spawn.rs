@@ -95,8 +95,10 @@ pub fn spawn(
     let executable = above(executable.as_raw_fd())?;
     let (go_read, go_write) = pipe()?;
     let (report_read, report_write) = pipe()?;
-    let (go_in_child, report_in_child) =
-        (above(go_read.as_raw_fd())?, above(report_write.as_raw_fd())?);
+    let (go_in_child, report_in_child) = (
+        above(go_read.as_raw_fd())?,
+        above(report_write.as_raw_fd())?,
+    );
     let orders = Orders {
         executable: executable.as_raw_fd(),
         descriptors: moved,
@@ -116,7 +118,11 @@ pub fn spawn(
     // SAFETY: without CLONE_VM this is a fork; the child runs `execute`, which makes nothing but
     // system calls on memory prepared above, and never returns.
     let r = unsafe {
-        libc::syscall(libc::SYS_clone3, &raw mut args, std::mem::size_of::<CloneArgs>())
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            std::mem::size_of::<CloneArgs>(),
+        )
     };
     if r == 0 {
         // SAFETY: we are the child.
@@ -140,7 +146,10 @@ pub fn spawn(
     };
     while task.stop() != Stop::Exec {
         // A signal from outside that nobody asked for.
-        task = match task.resume(ckpt_tracer::task::Resume::Cont, 0)?.wait_stopped() {
+        task = match task
+            .resume(ckpt_tracer::task::Resume::Cont, 0)?
+            .wait_stopped()
+        {
             Ok(stopped) => stopped,
             Err(_) => return Err(failed_before_exec(report_read)),
         };
@@ -180,7 +189,10 @@ fn failed_before_exec(report: OwnedFd) -> Error {
             let step = ["placing descriptors", "executing the program's file"]
                 .get(step as usize)
                 .unwrap_or(&"starting");
-            format!("the new process failed at {step}: {}", Errno::from_raw(errno).desc())
+            format!(
+                "the new process failed at {step}: {}",
+                Errno::from_raw(errno).desc()
+            )
         }
         _ => "the new process was killed before it could start".to_owned(),
     };
@@ -205,7 +217,13 @@ unsafe fn execute(orders: &Orders) -> ! {
         // All but SIGTRAP: the restorer's breakpoints must not find it blocked, since the
         // kernel then resets its action (force_sig_info_to_task).
         let mask: u64 = !(1 << (libc::SIGTRAP - 1));
-        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0, 8);
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const mask,
+            0,
+            8,
+        );
         for signal in 1..=64 {
             if signal != libc::SIGKILL && signal != libc::SIGSTOP {
                 let default = [0u64; 4];
@@ -223,7 +241,11 @@ unsafe fn execute(orders: &Orders) -> ! {
                 fail(0);
             }
             if to > first {
-                libc::close_range(first as u32, to as u32 - 1, libc::CLOSE_RANGE_CLOEXEC as i32);
+                libc::close_range(
+                    first as u32,
+                    to as u32 - 1,
+                    libc::CLOSE_RANGE_CLOEXEC as i32,
+                );
             }
             first = to + 1;
         }
@@ -270,7 +292,10 @@ fn duplicate_above(fd: RawFd, lowest: i32) -> Result<OwnedFd> {
 /// The soft limit up to the hard one, for us and so for the new process until the plan sets
 /// the job's own.
 fn raise_descriptor_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: one live structure.
     unsafe {
         if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {

@@ -15,7 +15,11 @@ impl Foreground {
     /// Gives the terminal to `group`, if it is ours to give: we have one and are in its
     /// foreground.
     pub fn give(group: i32) -> Option<Self> {
-        let terminal = OpenOptions::new().read(true).write(true).open("/dev/tty").ok()?;
+        let terminal = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/tty")
+            .ok()?;
         // SAFETY: calls without pointers.
         let (foreground, ours) =
             unsafe { (libc::tcgetpgrp(terminal.as_raw_fd()), libc::getpgrp()) };

@@ -27,7 +27,10 @@ impl Blob {
         let end = file.endian();
         let header = file.elf_header();
         let mut image = Vec::new();
-        for segment in header.program_headers(end, ELF).expect("checked by build.rs") {
+        for segment in header
+            .program_headers(end, ELF)
+            .expect("checked by build.rs")
+        {
             if segment.p_type(end) != elf::PT_LOAD {
                 continue;
             }
@@ -46,12 +49,18 @@ impl Blob {
             .map(|(at, r)| {
                 debug_assert!(matches!(
                     r.flags(),
-                    RelocationFlags::Elf { r_type: elf::R_X86_64_RELATIVE }
+                    RelocationFlags::Elf {
+                        r_type: elf::R_X86_64_RELATIVE
+                    }
                 ));
                 (at, r.addend() as u64)
             })
             .collect();
-        Self { image, entry: header.e_entry(end), relocations }
+        Self {
+            image,
+            entry: header.e_entry(end),
+            relocations,
+        }
     }
 
     /// The bytes for a placement at `base`.

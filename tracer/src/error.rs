@@ -128,7 +128,11 @@ impl Error {
         if errno == Errno::ESRCH {
             Error::Died { tid }
         } else {
-            Error::Kernel { call, object: format!("task {tid}"), errno }
+            Error::Kernel {
+                call,
+                object: format!("task {tid}"),
+                errno,
+            }
         }
     }
 }

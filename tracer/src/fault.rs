@@ -71,7 +71,9 @@ impl fmt::Display for Step {
 /// Marks a step of the work; fails or dies there when a test asked for it.
 #[cfg(feature = "faults")]
 pub fn hit(step: Step) -> crate::Result<()> {
-    let Ok(wanted) = std::env::var("CKPT_FAULT") else { return Ok(()) };
+    let Ok(wanted) = std::env::var("CKPT_FAULT") else {
+        return Ok(());
+    };
     let (name, action) = wanted.split_once(':').unwrap_or((&wanted, ""));
     if name != step.name() {
         return Ok(());

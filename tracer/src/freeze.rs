@@ -25,16 +25,24 @@ impl Frozen {
     /// Stops every task of `pid`: seize and interrupt all, then rescan until nothing new is
     /// found. On any error everything seized so far is let go.
     pub fn freeze(pid: Pid) -> Result<Self> {
-        let mut frozen = Frozen { pid, tasks: Vec::new() };
+        let mut frozen = Frozen {
+            pid,
+            tasks: Vec::new(),
+        };
         let mut known: HashSet<Tid> = HashSet::new();
         for round in 0.. {
-            let fresh: Vec<Tid> =
-                tasks::list_tasks(pid)?.into_iter().filter(|t| !known.contains(t)).collect();
+            let fresh: Vec<Tid> = tasks::list_tasks(pid)?
+                .into_iter()
+                .filter(|t| !known.contains(t))
+                .collect();
             if fresh.is_empty() {
                 break;
             }
             if round == MAX_ROUNDS {
-                return Err(Error::ThreadsGrow { pid, rounds: MAX_ROUNDS });
+                return Err(Error::ThreadsGrow {
+                    pid,
+                    rounds: MAX_ROUNDS,
+                });
             }
             known.extend(&fresh);
             frozen.stop_tasks(&fresh)?;
@@ -43,7 +51,9 @@ impl Frozen {
             return Err(Error::Died { tid: pid.leader() });
         }
         // The leader first: it is the one that remote calls for the process run in.
-        frozen.tasks.sort_by_key(|t| (t.tid() != pid.leader(), t.tid()));
+        frozen
+            .tasks
+            .sort_by_key(|t| (t.tid() != pid.leader(), t.tid()));
         fault::hit(Step::Frozen)?;
         Ok(frozen)
     }
@@ -58,7 +68,10 @@ impl Frozen {
                 Ok(task) => seized.push(task),
                 // A task that ended meanwhile is no obstacle.
                 Err(Error::Died { .. }) => {}
-                Err(Error::Kernel { errno: Errno::EPERM, .. }) => {
+                Err(Error::Kernel {
+                    errno: Errno::EPERM,
+                    ..
+                }) => {
                     if !is_dead(self.pid, tid) {
                         failure = Some(explain_refusal(self.pid, tid));
                         break;
@@ -189,7 +202,10 @@ fn explain_refusal(pid: Pid, tid: Tid) -> Error {
             )
         }
         Ok(s) if s.state.has_ended() => {
-            format!("process {pid} ({}) has already ended and waits for its parent", s.name)
+            format!(
+                "process {pid} ({}) has already ended and waits for its parent",
+                s.name
+            )
         }
         Ok(s) => {
             let me = nix::unistd::geteuid().as_raw();

@@ -68,40 +68,62 @@ impl ProcessMemory {
 
     fn error(&self, what: &'static str, addr: RemoteAddr, len: usize, e: std::io::Error) -> Error {
         let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-        Error::Memory { what, pid: self.pid, addr, len, errno }
+        Error::Memory {
+            what,
+            pid: self.pid,
+            addr,
+            len,
+            errno,
+        }
     }
 }
 
 /// Reads `into.len()` bytes with `process_vm_readv(2)`; returns how many were read before
 /// the first unreadable page. Any thread may call it.
 pub fn read_vm(pid: Pid, addr: RemoteAddr, into: &mut [u8]) -> Result<usize> {
-    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-    let remote = libc::iovec { iov_base: addr.raw() as *mut _, iov_len: into.len() };
+    let local = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: into.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: addr.raw() as *mut _,
+        iov_len: into.len(),
+    };
     // SAFETY: `local` covers `into`, which is borrowed mutably for the call; `remote` is
     // only interpreted in the other process.
     let n = unsafe { libc::process_vm_readv(pid.raw(), &local, 1, &remote, 1, 0) };
-    Errno::result(n).map(|n| n as usize).map_err(|errno| Error::Memory {
-        what: "read",
-        pid,
-        addr,
-        len: into.len(),
-        errno,
-    })
+    Errno::result(n)
+        .map(|n| n as usize)
+        .map_err(|errno| Error::Memory {
+            what: "read",
+            pid,
+            addr,
+            len: into.len(),
+            errno,
+        })
 }
 
 /// Writes with `process_vm_writev(2)` as far as pages are writable; returns how many bytes.
 pub fn write_vm(pid: Pid, addr: RemoteAddr, bytes: &[u8]) -> Result<usize> {
-    let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
-    let remote = libc::iovec { iov_base: addr.raw() as *mut _, iov_len: bytes.len() };
+    let local = libc::iovec {
+        iov_base: bytes.as_ptr() as *mut _,
+        iov_len: bytes.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: addr.raw() as *mut _,
+        iov_len: bytes.len(),
+    };
     // SAFETY: the kernel only reads `local`, which covers `bytes`.
     let n = unsafe { libc::process_vm_writev(pid.raw(), &local, 1, &remote, 1, 0) };
-    Errno::result(n).map(|n| n as usize).map_err(|errno| Error::Memory {
-        what: "write",
-        pid,
-        addr,
-        len: bytes.len(),
-        errno,
-    })
+    Errno::result(n)
+        .map(|n| n as usize)
+        .map_err(|errno| Error::Memory {
+            what: "write",
+            pid,
+            addr,
+            len: bytes.len(),
+            errno,
+        })
 }
 
 /// Most pieces that one `process_vm_readv` takes (`UIO_MAXIOV`).
@@ -114,15 +136,28 @@ pub fn append_vm(pid: Pid, pieces: &[(u64, usize)], into: &mut Vec<u8>) -> Resul
     let total: usize = pieces.iter().map(|(_, len)| len).sum();
     into.reserve(total);
     let room = into.spare_capacity_mut();
-    let local = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: total };
+    let local = libc::iovec {
+        iov_base: room.as_mut_ptr().cast(),
+        iov_len: total,
+    };
     let remote: Vec<libc::iovec> = pieces
         .iter()
-        .map(|&(addr, len)| libc::iovec { iov_base: addr as *mut _, iov_len: len })
+        .map(|&(addr, len)| libc::iovec {
+            iov_base: addr as *mut _,
+            iov_len: len,
+        })
         .collect();
     // SAFETY: `local` covers reserved room of ours; `remote` is only interpreted in the other
     // process.
     let n = unsafe {
-        libc::process_vm_readv(pid.raw(), &local, 1, remote.as_ptr(), remote.len() as u64, 0)
+        libc::process_vm_readv(
+            pid.raw(),
+            &local,
+            1,
+            remote.as_ptr(),
+            remote.len() as u64,
+            0,
+        )
     };
     match Errno::result(n) {
         Ok(n) => {
@@ -134,7 +169,13 @@ pub fn append_vm(pid: Pid, pieces: &[(u64, usize)], into: &mut Vec<u8>) -> Resul
         Err(Errno::ESRCH) => Err(Error::Died { tid: pid.leader() }),
         Err(errno) => {
             let addr = RemoteAddr(pieces.first().map_or(0, |p| p.0));
-            Err(Error::Memory { what: "read", pid, addr, len: total, errno })
+            Err(Error::Memory {
+                what: "read",
+                pid,
+                addr,
+                len: total,
+                errno,
+            })
         }
     }
 }

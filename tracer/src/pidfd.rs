@@ -22,7 +22,10 @@ impl PidFd {
         let fd = Errno::result(fd)
             .map_err(|errno| Error::from_errno("pidfd_open", pid.leader(), errno))?;
         // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
-        Ok(Self { pid, fd: unsafe { OwnedFd::from_raw_fd(fd as i32) } })
+        Ok(Self {
+            pid,
+            fd: unsafe { OwnedFd::from_raw_fd(fd as i32) },
+        })
     }
 
     /// The process.
@@ -34,8 +37,7 @@ impl PidFd {
     /// (`pidfd_getfd(2)`, Linux 5.6). Needs the right to trace the process.
     pub fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
         // SAFETY: a system call without pointers.
-        let copy =
-            unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.fd.as_raw_fd(), fd, 0) };
+        let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.fd.as_raw_fd(), fd, 0) };
         let copy = Errno::result(copy).map_err(|errno| Error::Kernel {
             call: "pidfd_getfd",
             object: format!("fd {fd} of process {}", self.pid),

@@ -180,15 +180,22 @@ impl<'m> Cave<'m> {
         let image = cave_image();
         let slot = image.bytes.len().next_multiple_of(16);
         let need = slot * SLOTS as usize;
-        let addr = find_room(mem, maps, need)?
-            .ok_or(Error::NoCodeCave { pid: mem.pid(), need })?;
+        let addr = find_room(mem, maps, need)?.ok_or(Error::NoCodeCave {
+            pid: mem.pid(),
+            need,
+        })?;
         let mut before = vec![0; need];
         mem.read(addr, &mut before)?;
         if before[image.magic as usize..].starts_with(b"ckptcave") {
             // A tracer died here; what was below it was unused.
             before.fill(0);
         }
-        let cave = Cave { mem, addr, before, doorbell: None };
+        let cave = Cave {
+            mem,
+            addr,
+            before,
+            doorbell: None,
+        };
         for i in 0..SLOTS {
             mem.write(cave.slot(i), image.bytes)?;
         }
@@ -223,8 +230,10 @@ impl Drop for Cave<'_> {
 /// vDSO first, or for a cave that a dead tracer left.
 fn find_room(mem: &ProcessMemory, maps: &[Vma], need: usize) -> Result<Option<RemoteAddr>> {
     let image = cave_image();
-    let mut executable: Vec<&Vma> =
-        maps.iter().filter(|v| v.exec && !v.shared && v.name != VmaName::Vsyscall).collect();
+    let mut executable: Vec<&Vma> = maps
+        .iter()
+        .filter(|v| v.exec && !v.shared && v.name != VmaName::Vsyscall)
+        .collect();
     executable.sort_by_key(|v| v.name != VmaName::Vdso);
     for vma in executable {
         let mut offset = 0;
@@ -251,7 +260,11 @@ fn find_room(mem: &ProcessMemory, maps: &[Vma], need: usize) -> Result<Option<Re
 
 fn find_stale(bytes: &[u8], image: &CaveImage) -> Option<usize> {
     let code = &image.bytes[..image.magic as usize + 8];
-    bytes.windows(code.len()).step_by(16).position(|w| w == code).map(|i| i * 16)
+    bytes
+        .windows(code.len())
+        .step_by(16)
+        .position(|w| w == code)
+        .map(|i| i * 16)
 }
 
 fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
@@ -367,7 +380,11 @@ pub struct Call {
 impl Call {
     /// A call with up to six operands.
     pub fn new(name: &'static str, nr: i64, args: &[u64]) -> Self {
-        Self { name, nr, args: std::array::from_fn(|i| args.get(i).copied().unwrap_or(0)) }
+        Self {
+            name,
+            nr,
+            args: std::array::from_fn(|i| args.get(i).copied().unwrap_or(0)),
+        }
     }
 }
 
@@ -548,7 +565,11 @@ impl<'a> RemoteCalls<'a> {
         let answer = self.task.regs()?.rax;
         if (-4095..0).contains(&(answer as i64)) {
             let errno = Errno::from_raw(-(answer as i64) as i32);
-            return Err(Error::Remote { tid: self.task.tid(), call, errno });
+            return Err(Error::Remote {
+                tid: self.task.tid(),
+                call,
+                errno,
+            });
         }
         Ok(answer)
     }
@@ -589,11 +610,17 @@ impl<'a> RemoteCalls<'a> {
         info[8..12].copy_from_slice(&(-1i32).to_le_bytes());
         let (pid, tid) = (self.pid().raw() as u64, self.task.tid().raw() as u64);
         let ring = [pid, tid, doorbell as u64, (self.scratch + end).raw(), 0, 0];
-        let ring = Call { name: "doorbell", nr: libc::SYS_rt_tgsigqueueinfo, args: ring };
+        let ring = Call {
+            name: "doorbell",
+            nr: libc::SYS_rt_tgsigqueueinfo,
+            args: ring,
+        };
         let mut bytes = Vec::with_capacity((end - list) as usize + info.len());
         for call in calls.iter().chain([&ring]) {
             bytes.extend_from_slice(&(call.nr as u64).to_le_bytes());
-            call.args.iter().for_each(|a| bytes.extend_from_slice(&a.to_le_bytes()));
+            call.args
+                .iter()
+                .for_each(|a| bytes.extend_from_slice(&a.to_le_bytes()));
             bytes.extend_from_slice(&0u64.to_le_bytes());
         }
         bytes.extend_from_slice(&info);
@@ -643,7 +670,11 @@ impl<'a> RemoteCalls<'a> {
             .map(|(answer, call)| match answer {
                 -4095..0 => {
                     let errno = Errno::from_raw(-answer as i32);
-                    Err(Error::Remote { tid, call: call.name, errno })
+                    Err(Error::Remote {
+                        tid,
+                        call: call.name,
+                        errno,
+                    })
                 }
                 _ => Ok(answer as u64),
             })
@@ -746,13 +777,19 @@ impl Drop for RemoteCalls<'_> {
 /// on at the sequence's abort handler, as the kernel would have it after a preemption. After
 /// any detour the kernel no longer knows, so it is decided here.
 pub fn effective_rip(task: &Stopped, mem: &ProcessMemory, regs: &Regs) -> Result<u64> {
-    let Some(conf) = task.rseq()? else { return Ok(regs.rip) };
+    let Some(conf) = task.rseq()? else {
+        return Ok(regs.rip);
+    };
     let at = RemoteAddr(conf.rseq_abi_pointer) + abi::RSEQ_CS_OFFSET;
-    let Ok(descriptor) = mem.read_u64(at) else { return Ok(regs.rip) };
+    let Ok(descriptor) = mem.read_u64(at) else {
+        return Ok(regs.rip);
+    };
     if descriptor == 0 {
         return Ok(regs.rip);
     }
-    let Ok(words) = mem.read_array::<32>(RemoteAddr(descriptor)) else { return Ok(regs.rip) };
+    let Ok(words) = mem.read_array::<32>(RemoteAddr(descriptor)) else {
+        return Ok(regs.rip);
+    };
     let word = |i: usize| u64::from_le_bytes(words[i..i + 8].try_into().unwrap_or([0; 8]));
     let (start, len, abort) = (word(8), word(16), word(24));
     if regs.rip.wrapping_sub(start) < len {
@@ -814,9 +851,7 @@ const EINTR_WITHOUT_HANDLER: &[i64] = &[
 pub fn hide_interruption(task: &Stopped) -> Result<()> {
     let mut regs = task.regs()?;
     let nr = regs.orig_rax as i64;
-    if nr >= 0
-        && regs.rax as i64 == -i64::from(libc::EINTR)
-        && EINTR_WITHOUT_HANDLER.contains(&nr)
+    if nr >= 0 && regs.rax as i64 == -i64::from(libc::EINTR) && EINTR_WITHOUT_HANDLER.contains(&nr)
     {
         regs.rax = (-abi::ERESTARTNOHAND) as u64;
         task.set_regs(&regs)?;

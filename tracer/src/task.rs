@@ -118,7 +118,10 @@ impl Running {
         if !libc::WIFSTOPPED(status) {
             return Ok(Waited::Gone(status));
         }
-        Ok(Waited::Stopped(Stopped { tid: self.tid, stop: decode_stop(status) }))
+        Ok(Waited::Stopped(Stopped {
+            tid: self.tid,
+            stop: decode_stop(status),
+        }))
     }
 
     /// Waits and expects a stop.
@@ -149,7 +152,10 @@ impl Stopped {
     /// Stands in for a task while it is resumed in place; every request on it answers ESRCH,
     /// since the task runs.
     pub(crate) fn absent(tid: Tid) -> Self {
-        Self { tid, stop: Stop::Other(0) }
+        Self {
+            tid,
+            stop: Stop::Other(0),
+        }
     }
 
     /// The task.
@@ -176,13 +182,26 @@ impl Stopped {
     /// Lets it go for good, delivering `signal` (0: none). A process in a group stop stays
     /// stopped (`__ptrace_unlink` in kernel/ptrace.c reinstates it).
     pub fn detach(self, signal: i32) -> Result<()> {
-        request("PTRACE_DETACH", libc::PTRACE_DETACH, self.tid, 0, signal as usize).map(drop)
+        request(
+            "PTRACE_DETACH",
+            libc::PTRACE_DETACH,
+            self.tid,
+            0,
+            signal as usize,
+        )
+        .map(drop)
     }
 
     /// Changes the `PTRACE_O_*` options.
     pub fn set_options(&self, options: i32) -> Result<()> {
-        request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as usize)
-            .map(drop)
+        request(
+            "PTRACE_SETOPTIONS",
+            libc::PTRACE_SETOPTIONS,
+            self.tid,
+            0,
+            options as usize,
+        )
+        .map(drop)
     }
 
     /// Suspends the task's seccomp filters for as long as it is traced
@@ -196,7 +215,13 @@ impl Stopped {
     pub fn event_message(&self) -> Result<u64> {
         let mut message: libc::c_ulong = 0;
         let data = ptr::addr_of_mut!(message) as usize;
-        request("PTRACE_GETEVENTMSG", libc::PTRACE_GETEVENTMSG, self.tid, 0, data)?;
+        request(
+            "PTRACE_GETEVENTMSG",
+            libc::PTRACE_GETEVENTMSG,
+            self.tid,
+            0,
+            data,
+        )?;
         Ok(message)
     }
 
@@ -228,13 +253,23 @@ impl Stopped {
 
     /// Sets the extended state.
     pub fn set_xstate(&self, xstate: &[u8]) -> Result<()> {
-        self.regset(libc::PTRACE_SETREGSET, &mut xstate.to_vec()).map(drop)
+        self.regset(libc::PTRACE_SETREGSET, &mut xstate.to_vec())
+            .map(drop)
     }
 
     fn regset(&self, req: u32, bytes: &mut [u8]) -> Result<usize> {
-        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let mut iov = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
         let data = ptr::addr_of_mut!(iov) as usize;
-        request("PTRACE_GETREGSET", req, self.tid, abi::NT_X86_XSTATE as usize, data)?;
+        request(
+            "PTRACE_GETREGSET",
+            req,
+            self.tid,
+            abi::NT_X86_XSTATE as usize,
+            data,
+        )?;
         Ok(iov.iov_len)
     }
 
@@ -242,14 +277,27 @@ impl Stopped {
     pub fn signal_mask(&self) -> Result<u64> {
         let mut mask = 0u64;
         let data = ptr::addr_of_mut!(mask) as usize;
-        request("PTRACE_GETSIGMASK", abi::PTRACE_GETSIGMASK, self.tid, 8, data)?;
+        request(
+            "PTRACE_GETSIGMASK",
+            abi::PTRACE_GETSIGMASK,
+            self.tid,
+            8,
+            data,
+        )?;
         Ok(mask)
     }
 
     /// Sets the blocked signals.
     pub fn set_signal_mask(&self, mask: u64) -> Result<()> {
         let data = ptr::from_ref(&mask) as usize;
-        request("PTRACE_SETSIGMASK", abi::PTRACE_SETSIGMASK, self.tid, 8, data).map(drop)
+        request(
+            "PTRACE_SETSIGMASK",
+            abi::PTRACE_SETSIGMASK,
+            self.tid,
+            8,
+            data,
+        )
+        .map(drop)
     }
 
     /// Pending signals in the order in which they are queued: the task's own, or those of
@@ -260,7 +308,11 @@ impl Stopped {
         loop {
             let args = PeekSigInfoArgs {
                 off: all.len() as u64,
-                flags: if shared { abi::PTRACE_PEEKSIGINFO_SHARED } else { 0 },
+                flags: if shared {
+                    abi::PTRACE_PEEKSIGINFO_SHARED
+                } else {
+                    0
+                },
                 nr: BATCH as i32,
             };
             let mut batch: [SigInfo; BATCH] = [[0; 128]; BATCH];
@@ -282,7 +334,13 @@ impl Stopped {
     pub fn signal_info(&self) -> Result<SigInfo> {
         let mut info: SigInfo = [0; 128];
         let data = info.as_mut_ptr() as usize;
-        request("PTRACE_GETSIGINFO", libc::PTRACE_GETSIGINFO, self.tid, 0, data)?;
+        request(
+            "PTRACE_GETSIGINFO",
+            libc::PTRACE_GETSIGINFO,
+            self.tid,
+            0,
+            data,
+        )?;
         Ok(info)
     }
 
@@ -292,11 +350,19 @@ impl Stopped {
         let mut conf = RseqConfiguration::default();
         let size = size_of::<RseqConfiguration>();
         let data = ptr::addr_of_mut!(conf) as usize;
-        match request("PTRACE_GET_RSEQ", abi::PTRACE_GET_RSEQ_CONFIGURATION, self.tid, size, data)
-        {
+        match request(
+            "PTRACE_GET_RSEQ",
+            abi::PTRACE_GET_RSEQ_CONFIGURATION,
+            self.tid,
+            size,
+            data,
+        ) {
             Ok(_) if conf.rseq_abi_pointer == 0 => Ok(None),
             Ok(_) => Ok(Some(conf)),
-            Err(Error::Kernel { errno: Errno::EIO | Errno::EINVAL, .. }) => Ok(None),
+            Err(Error::Kernel {
+                errno: Errno::EIO | Errno::EINVAL,
+                ..
+            }) => Ok(None),
             Err(e) => Err(e),
         }
     }
@@ -315,7 +381,10 @@ impl Stopped {
                 0,
             ) {
                 Ok(n) => n as usize,
-                Err(Error::Kernel { errno: Errno::ENOENT, .. }) => return Ok(filters),
+                Err(Error::Kernel {
+                    errno: Errno::ENOENT,
+                    ..
+                }) => return Ok(filters),
                 Err(e) => return Err(e),
             };
             let mut program = vec![0u8; len * 8];
@@ -327,7 +396,10 @@ impl Stopped {
                 index,
                 data,
             )?;
-            let mut meta = SeccompMetadata { filter_off: index as u64, flags: 0 };
+            let mut meta = SeccompMetadata {
+                filter_off: index as u64,
+                flags: 0,
+            };
             let data = ptr::addr_of_mut!(meta) as usize;
             request(
                 "PTRACE_SECCOMP_GET_METADATA",

@@ -29,7 +29,10 @@ pub fn is_stateless(look: &Look) -> bool {
 pub fn capture(look: &Look, path: &Path) -> Kind {
     let number = look.stat.st_rdev;
     let number = (libc::major(number), libc::minor(number));
-    Kind::Device(Device { path: path.to_owned(), number })
+    Kind::Device(Device {
+        path: path.to_owned(),
+        number,
+    })
 }
 
 impl Device {

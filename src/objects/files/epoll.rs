@@ -45,7 +45,9 @@ pub fn capture_entries(
     collector: &mut Collector,
 ) -> Result<()> {
     for (index, set) in looks.iter().enumerate() {
-        let FdDetail::Epoll { targets } = &set.info.detail else { continue };
+        let FdDetail::Epoll { targets } = &set.info.detail else {
+            continue;
+        };
         let mut entries = Vec::with_capacity(targets.len());
         let mut seen: HashMap<i32, u32> = HashMap::new();
         for target in targets {
@@ -85,8 +87,9 @@ fn find(
     target: &EpollTarget,
     turn: u32,
 ) -> Result<Option<usize>> {
-    let mut candidates: Vec<usize> =
-        (0..looks.len()).filter(|&i| looks[i].stat.st_ino == target.ino).collect();
+    let mut candidates: Vec<usize> = (0..looks.len())
+        .filter(|&i| looks[i].stat.st_ino == target.ino)
+        .collect();
     candidates.sort_by_key(|&i| looks[i].fd != target.tfd);
     for at in candidates {
         let leader = source.pid.leader();
@@ -99,7 +102,10 @@ fn find(
         match kcmp(leader, leader, what) {
             Ok(Ordering::Equal) => return Ok(Some(at)),
             Ok(_) => {}
-            Err(Error::Kernel { errno: Errno::ENOENT, .. }) => {}
+            Err(Error::Kernel {
+                errno: Errno::ENOENT,
+                ..
+            }) => {}
             Err(e) => return Err(e.into()),
         }
     }
@@ -114,7 +120,12 @@ impl Epoll {
             let object = || format!("the epoll entry for fd {}", entry.fd);
             let fd = entry.fd as u64;
             let from = staging.of(entry.description) as u64;
-            plan.expect(libc::SYS_dup3, &[from, fd, libc::O_CLOEXEC as u64], fd, object);
+            plan.expect(
+                libc::SYS_dup3,
+                &[from, fd, libc::O_CLOEXEC as u64],
+                fd,
+                object,
+            );
             // struct epoll_event is packed on x86-64.
             let mut event = [0; 12];
             event[..4].copy_from_slice(&entry.events.to_le_bytes());

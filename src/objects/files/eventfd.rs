@@ -17,7 +17,11 @@ impl EventFd {
     /// Creates it at its staging number.
     pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) {
         let object = || "an eventfd".to_owned();
-        let semaphore = if self.semaphore { libc::EFD_SEMAPHORE } else { 0 };
+        let semaphore = if self.semaphore {
+            libc::EFD_SEMAPHORE
+        } else {
+            0
+        };
         let flags = semaphore | flags as i32 & libc::O_NONBLOCK;
         plan.expect(libc::SYS_eventfd2, &[0, flags as u64], 0, object);
         if self.count != 0 {

@@ -61,7 +61,11 @@ pub fn capture(
                 "run ckpt as root, which may ask the kernel for it",
             )));
         };
-        found.push(Watch { wd: watch.wd, mask: watch.mask, path });
+        found.push(Watch {
+            wd: watch.wd,
+            mask: watch.mask,
+            path,
+        });
     }
     found.sort_by_key(|w| w.wd);
     Ok(Inotify { watches: found })
@@ -79,11 +83,13 @@ fn path_by_handle(watch: &InotifyWatch) -> Option<PathBuf> {
     }
     let mounts = mounts::read_mounts(Pid(std::process::id() as i32)).ok()?;
     let on_it = mounts.all().iter().filter(|m| m.dev == watch.sdev);
-    on_it.filter_map(|mount| File::open(&mount.mount_point).ok()).find_map(|mount| {
-        let fd = sys::open_by_handle(&mount, watch.handle_type, &watch.handle).ok()?;
-        let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
-        is_it(watch, &path).then_some(path)
-    })
+    on_it
+        .filter_map(|mount| File::open(&mount.mount_point).ok())
+        .find_map(|mount| {
+            let fd = sys::open_by_handle(&mount, watch.handle_type, &watch.handle).ok()?;
+            let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
+            is_it(watch, &path).then_some(path)
+        })
 }
 
 /// The working directory, the directories of open files, and their ancestors and entries.
@@ -92,20 +98,28 @@ fn path_by_search(source: &Source, watch: &InotifyWatch) -> Option<PathBuf> {
     places.extend(std::fs::read_link(source.dir.join("cwd")));
     places.extend(std::fs::read_link(source.dir.join("exe")));
     if let Ok(fds) = std::fs::read_dir(source.dir.join("fd")) {
-        places.extend(fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok()));
+        places.extend(
+            fds.flatten()
+                .filter_map(|fd| std::fs::read_link(fd.path()).ok()),
+        );
     }
     places.extend(["/tmp", "/etc", "/var/log", "/dev"].map(PathBuf::from));
     let mut all: Vec<&Path> = places.iter().flat_map(|p| p.ancestors()).collect();
     all.sort();
     all.dedup();
-    let direct = all.iter().find(|p| is_it(watch, p)).map(|p| p.to_path_buf());
+    let direct = all
+        .iter()
+        .find(|p| is_it(watch, p))
+        .map(|p| p.to_path_buf());
     direct.or_else(|| {
-        all.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).find_map(|entries| {
-            entries
-                .flatten()
-                .find(|e| e.ino() == watch.ino && is_it(watch, &e.path()))
-                .map(|e| e.path())
-        })
+        all.iter()
+            .filter_map(|dir| std::fs::read_dir(dir).ok())
+            .find_map(|entries| {
+                entries
+                    .flatten()
+                    .find(|e| e.ino() == watch.ino && is_it(watch, &e.path()))
+                    .map(|e| e.path())
+            })
     })
 }
 
@@ -123,7 +137,12 @@ impl Inotify {
             let object = || format!("the inotify watch on {}", watch.path.display());
             while next < watch.wd {
                 let mask = libc::IN_DELETE_SELF.into();
-                plan.expect(libc::SYS_inotify_add_watch, &[0, path, mask], next as u64, object);
+                plan.expect(
+                    libc::SYS_inotify_add_watch,
+                    &[0, path, mask],
+                    next as u64,
+                    object,
+                );
                 plan.syscall(libc::SYS_inotify_rm_watch, &[0, next as u64], object);
                 next += 1;
             }
@@ -134,7 +153,12 @@ impl Inotify {
             next += 1;
         }
         // Removing a watch queues IN_IGNORED; those events were never the program's.
-        if self.watches.iter().enumerate().any(|(i, w)| w.wd != i as i32 + 1) {
+        if self
+            .watches
+            .iter()
+            .enumerate()
+            .any(|(i, w)| w.wd != i as i32 + 1)
+        {
             let room = plan.reserve(64 * 1024);
             plan.syscall(libc::SYS_read, &[0, room, 64 * 1024], object);
         }

@@ -90,17 +90,28 @@ impl MemFd {
 
     fn writable<'a>(&self, snapshot: &'a Snapshot) -> impl Iterator<Item = usize> + 'a {
         let inode = self.inode;
-        snapshot.descriptions.iter().enumerate().filter_map(move |(i, d)| match &d.kind {
-            Kind::MemFd(m) if m.inode == inode && d.flags as i32 & libc::O_ACCMODE != 0 => Some(i),
-            _ => None,
-        })
+        snapshot
+            .descriptions
+            .iter()
+            .enumerate()
+            .filter_map(move |(i, d)| match &d.kind {
+                Kind::MemFd(m) if m.inode == inode && d.flags as i32 & libc::O_ACCMODE != 0 => {
+                    Some(i)
+                }
+                _ => None,
+            })
     }
 
     /// Seals the file, once it is filled and mapped.
     pub fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
         // A file made without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.
         if self.seals & !(libc::F_SEAL_SEAL as u32) != 0 {
-            let object = || format!("the seals of /memfd:{}", String::from_utf8_lossy(&self.name));
+            let object = || {
+                format!(
+                    "the seals of /memfd:{}",
+                    String::from_utf8_lossy(&self.name)
+                )
+            };
             let args = [at as u64, libc::F_ADD_SEALS as u64, self.seals.into()];
             plan.syscall(libc::SYS_fcntl, &args, object);
         }

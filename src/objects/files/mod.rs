@@ -19,10 +19,10 @@ pub mod epoll;
 pub mod eventfd;
 pub mod inotify;
 pub mod memfd;
+pub mod outside;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
-pub mod outside;
 pub mod sys;
 pub mod timerfd;
 
@@ -96,7 +96,10 @@ pub fn capture(source: &Source, collector: &mut Collector) -> Result<Vec<FdEntry
         match Look::at(source, fd) {
             Ok(look) => looks.push(look),
             // Closed meanwhile; only possible while the process runs (`ckpt check`).
-            Err(Error::Kernel { errno: Errno::EBADF, .. }) => {}
+            Err(Error::Kernel {
+                errno: Errno::EBADF,
+                ..
+            }) => {}
             Err(Error::Proc { source: e, .. }) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(e.into()),
         }
@@ -166,8 +169,14 @@ impl Look {
     /// What the kernel prints for it.
     pub fn name(&self) -> String {
         match &self.link {
-            FdLink::File { path, deleted: false } => path.display().to_string(),
-            FdLink::File { path, deleted: true } => format!("{} (deleted)", path.display()),
+            FdLink::File {
+                path,
+                deleted: false,
+            } => path.display().to_string(),
+            FdLink::File {
+                path,
+                deleted: true,
+            } => format!("{} (deleted)", path.display()),
             FdLink::Pipe(inode) => format!("pipe:[{inode}]"),
             FdLink::Socket(inode) => format!("socket:[{inode}]"),
             FdLink::AnonInode(name) => format!("anon_inode:[{name}]"),
@@ -206,7 +215,12 @@ impl Look {
 fn group(source: &Source, looks: &[Look]) -> Result<Vec<Vec<usize>>> {
     let mut alike: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
     for (i, look) in looks.iter().enumerate() {
-        let key = (look.stat.st_dev, look.stat.st_ino, look.info.flags, look.info.pos);
+        let key = (
+            look.stat.st_dev,
+            look.stat.st_ino,
+            look.info.flags,
+            look.info.pos,
+        );
         alike.entry(key).or_default().push(i);
     }
     let mut groups: Vec<Vec<usize>> = Vec::new();
@@ -243,7 +257,10 @@ fn kind(
     };
     match (&look.link, &look.info.detail) {
         (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) => {
-            Ok(Kind::EventFd(eventfd::EventFd { count: *count, semaphore: *semaphore }))
+            Ok(Kind::EventFd(eventfd::EventFd {
+                count: *count,
+                semaphore: *semaphore,
+            }))
         }
         (FdLink::AnonInode(_), FdDetail::SignalFd { mask }) => {
             Ok(Kind::SignalFd(signalfd::SignalFd { mask: *mask }))
@@ -252,28 +269,32 @@ fn kind(
             Ok(Kind::TimerFd(timerfd::TimerFd::of(timer)))
         }
         (FdLink::AnonInode(name), FdDetail::Epoll { .. }) if name == "eventpoll" => {
-            Ok(Kind::Epoll(epoll::Epoll { entries: Vec::new() }))
+            Ok(Kind::Epoll(epoll::Epoll {
+                entries: Vec::new(),
+            }))
         }
-        (FdLink::AnonInode(name), _) if name == "eventpoll" => {
-            Ok(Kind::Epoll(epoll::Epoll { entries: Vec::new() }))
-        }
+        (FdLink::AnonInode(name), _) if name == "eventpoll" => Ok(Kind::Epoll(epoll::Epoll {
+            entries: Vec::new(),
+        })),
         (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
             inotify::capture(source, look, watches).map(Kind::Inotify)
         }
-        (FdLink::AnonInode(name), _) if name == "inotify" => {
-            Ok(Kind::Inotify(inotify::Inotify { watches: Vec::new() }))
-        }
-        (FdLink::AnonInode(name), _) => {
-            Err(unsupported(&format!("an {name} descriptor"), "close it before the checkpoint"))
-        }
+        (FdLink::AnonInode(name), _) if name == "inotify" => Ok(Kind::Inotify(inotify::Inotify {
+            watches: Vec::new(),
+        })),
+        (FdLink::AnonInode(name), _) => Err(unsupported(
+            &format!("an {name} descriptor"),
+            "close it before the checkpoint",
+        )),
         (FdLink::Memfd(name), _) => memfd::capture(source, look, name, collector).map(Kind::MemFd),
         (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes)?),
         (FdLink::Socket(_), _) if look.fd <= 2 => {
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }
-        (FdLink::Socket(_), _) => {
-            Err(unsupported("a socket", "close it before the checkpoint; sockets come later"))
-        }
+        (FdLink::Socket(_), _) => Err(unsupported(
+            "a socket",
+            "close it before the checkpoint; sockets come later",
+        )),
         (FdLink::File { path, deleted }, _) => match look.file_type() {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
                 regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
@@ -287,13 +308,20 @@ fn kind(
             }
             libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
             libc::S_IFIFO => Ok(outside::capture(look, outside::Surroundings::Pipe)),
-            libc::S_IFBLK => Err(unsupported("a block device", "close it before the checkpoint")),
-            _ => Err(unsupported("a file of an unknown type", "close it before the checkpoint")),
+            libc::S_IFBLK => Err(unsupported(
+                "a block device",
+                "close it before the checkpoint",
+            )),
+            _ => Err(unsupported(
+                "a file of an unknown type",
+                "close it before the checkpoint",
+            )),
         },
         (FdLink::PidFd, _) => Err(unsupported("a pidfd", "close it before the checkpoint")),
-        (FdLink::Namespace(..) | FdLink::Other(_), _) => {
-            Err(unsupported("a file of an unknown kind", "close it before the checkpoint"))
-        }
+        (FdLink::Namespace(..) | FdLink::Other(_), _) => Err(unsupported(
+            "a file of an unknown kind",
+            "close it before the checkpoint",
+        )),
     }
 }
 
@@ -315,7 +343,10 @@ impl Staging {
         });
         let highest = fds.chain(watched.map(|e| e.fd)).max().unwrap_or(2).max(2);
         // 0 to 3 are where calls that create descriptors put them.
-        Self { base: highest + 8, descriptions: snapshot.descriptions.len() as i32 }
+        Self {
+            base: highest + 8,
+            descriptions: snapshot.descriptions.len() as i32,
+        }
     }
 
     /// The number of a description.
@@ -331,7 +362,10 @@ impl Staging {
 
     /// First and last number used.
     pub fn range(self, snapshot: &Snapshot) -> (i32, i32) {
-        (self.base, self.mapped_file(snapshot.mapped_files.len(), true))
+        (
+            self.base,
+            self.mapped_file(snapshot.mapped_files.len(), true),
+        )
     }
 }
 
@@ -377,7 +411,11 @@ pub fn open_descriptions(
             },
         }
     }
-    if obstacles.is_empty() { Ok(()) } else { Err(obstacles) }
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(obstacles)
+    }
 }
 
 /// Moves a descriptor from where the kernel put it to its staging number.
@@ -389,7 +427,12 @@ pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String
 
 /// With every description open: what refers to other descriptions, then flags, owners and
 /// locks, and the process's own numbers.
-pub fn finish(process: &super::process::Process, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+pub fn finish(
+    process: &super::process::Process,
+    snapshot: &Snapshot,
+    staging: Staging,
+    plan: &mut Builder,
+) {
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
@@ -403,14 +446,26 @@ pub fn finish(process: &super::process::Process, snapshot: &Snapshot, staging: S
         }
     }
     for entry in &process.fds {
-        let cloexec = if entry.close_on_exec { libc::O_CLOEXEC } else { 0 };
-        let args = [staging.of(entry.description) as u64, entry.fd as u64, cloexec as u64];
-        plan.expect(libc::SYS_dup3, &args, entry.fd as u64, || format!("fd {}", entry.fd));
+        let cloexec = if entry.close_on_exec {
+            libc::O_CLOEXEC
+        } else {
+            0
+        };
+        let args = [
+            staging.of(entry.description) as u64,
+            entry.fd as u64,
+            cloexec as u64,
+        ];
+        plan.expect(libc::SYS_dup3, &args, entry.fd as u64, || {
+            format!("fd {}", entry.fd)
+        });
     }
     let (first, _) = staging.range(snapshot);
-    plan.syscall(libc::SYS_close_range, &[first as u64, u64::from(u32::MAX), 0], || {
-        "the descriptors used in between".into()
-    });
+    plan.syscall(
+        libc::SYS_close_range,
+        &[first as u64, u64::from(u32::MAX), 0],
+        || "the descriptors used in between".into(),
+    );
     // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
     // when nothing more is closed.
     for entry in &process.fds {

@@ -33,7 +33,11 @@ pub enum Surroundings {
 
 /// Captures a descriptor that leads outside.
 pub fn capture(look: &Look, what: Surroundings) -> Kind {
-    Kind::Outside(Outside { fd: look.fd, what, name: look.name() })
+    Kind::Outside(Outside {
+        fd: look.fd,
+        what,
+        name: look.name(),
+    })
 }
 
 impl Outside {
@@ -66,7 +70,10 @@ impl Outside {
         };
         Err(Box::new(Obstacle::new(
             format!("fd {} of the job", self.fd),
-            format!("was {what} ({}) with its far end outside the job", self.name),
+            format!(
+                "was {what} ({}) with its far end outside the job",
+                self.name
+            ),
             format!("say what it shall be with --fd {}=PATH", self.fd),
         )))
     }

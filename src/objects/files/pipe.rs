@@ -74,11 +74,18 @@ pub fn capture(source: &Source, look: &Look, ends: &Ends) -> Result<Kind, Box<Ob
         unread = contents(look, capacity).map_err(|errno| {
             Box::new(Obstacle::without_remedy(
                 look.object(source),
-                format!("is a pipe whose contents cannot be copied: {}", errno.desc()),
+                format!(
+                    "is a pipe whose contents cannot be copied: {}",
+                    errno.desc()
+                ),
             ))
         })?;
     }
-    Ok(Kind::Pipe(PipeEnd { inode, capacity: capacity as u32, unread }))
+    Ok(Kind::Pipe(PipeEnd {
+        inode,
+        capacity: capacity as u32,
+        unread,
+    }))
 }
 
 fn contents(look: &Look, capacity: i32) -> Result<Vec<ByteBuf>, Errno> {
@@ -126,7 +133,9 @@ pub fn rebuild(
         return;
     }
     // O_DIRECT is packet mode, a property of the write end.
-    let packets = ends.iter().any(|(_, flags, _)| flags & libc::O_DIRECT as u32 != 0);
+    let packets = ends
+        .iter()
+        .any(|(_, flags, _)| flags & libc::O_DIRECT as u32 != 0);
     let out = plan.reserve(8);
     let direct = if packets { libc::O_DIRECT } else { 0 };
     plan.expect(libc::SYS_pipe2, &[out, direct as u64], 0, object);
@@ -134,7 +143,11 @@ pub fn rebuild(
         let args = [1, libc::F_SETPIPE_SZ as u64, end.capacity.into()];
         plan.syscall(libc::SYS_fcntl, &args, object);
     }
-    for piece in ends.iter().flat_map(|(_, _, p)| &p.unread).take_while(|p| !p.is_empty()) {
+    for piece in ends
+        .iter()
+        .flat_map(|(_, _, p)| &p.unread)
+        .take_while(|p| !p.is_empty())
+    {
         let data = plan.data(piece);
         let len = piece.len() as u64;
         plan.expect(libc::SYS_write, &[1, data, len], len, object);
@@ -153,7 +166,12 @@ pub fn rebuild(
         let path = plan.path(Path::new("/proc/self/fd/0"));
         let flags = *flags & (libc::O_ACCMODE | libc::O_NONBLOCK) as u32;
         let flags = flags | libc::O_CLOEXEC as u32;
-        plan.expect(libc::SYS_openat, &[libc::AT_FDCWD as u64, path, flags.into(), 0], 2, object);
+        plan.expect(
+            libc::SYS_openat,
+            &[libc::AT_FDCWD as u64, path, flags.into(), 0],
+            2,
+            object,
+        );
         super::place(2, at, plan, object);
     }
     plan.syscall(libc::SYS_close, &[0], object);

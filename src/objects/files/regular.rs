@@ -65,7 +65,10 @@ pub fn capture(
         Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
     };
     let file = File::from(look.copy.try_clone().map_err(|e| {
-        Box::new(Obstacle::without_remedy(look.object(source), format!("cannot be copied: {e}")))
+        Box::new(Obstacle::without_remedy(
+            look.object(source),
+            format!("cannot be copied: {e}"),
+        ))
     })?);
     let identity = match file.metadata() {
         Ok(meta) => FileIdentity::of(&meta),
@@ -78,13 +81,21 @@ pub fn capture(
             "POSIX" => LockKind::Posix,
             "OFDLCK" => LockKind::Ofd,
             other => {
-                let reason = format!("({}) holds a {other}, which is not supported", path.display());
+                let reason = format!(
+                    "({}) holds a {other}, which is not supported",
+                    path.display()
+                );
                 return refuse(reason, "release it before the checkpoint");
             }
         };
         let len = lock.end.map_or(0, |end| end - lock.start + 1);
         let exclusive = lock.access == "WRITE";
-        locks.push(Lock { kind, exclusive, start: lock.start, len });
+        locks.push(Lock {
+            kind,
+            exclusive,
+            start: lock.start,
+            len,
+        });
     }
     let mut path = path.to_owned();
     let mut contents = None;
@@ -118,13 +129,19 @@ pub fn capture(
                     }
                     _ => None,
                 });
-                contents = Some(known.unwrap_or_else(|| {
-                    collector.space_for(Contents::File(readable, size))
-                }));
+                contents = Some(
+                    known.unwrap_or_else(|| collector.space_for(Contents::File(readable, size))),
+                );
             }
         }
     }
-    Ok(Regular { path, identity, offset: look.info.pos, contents, locks })
+    Ok(Regular {
+        path,
+        identity,
+        offset: look.info.pos,
+        contents,
+        locks,
+    })
 }
 
 /// A descriptor of ours that reads the file: the job's may be write-only.
@@ -140,10 +157,13 @@ fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
         return None;
     }
     let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (meta.dev(), meta.ino());
-    std::fs::read_dir(path.parent()?).ok()?.flatten().find_map(|entry| {
-        (entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)))
-            .then(|| entry.path())
-    })
+    std::fs::read_dir(path.parent()?)
+        .ok()?
+        .flatten()
+        .find_map(|entry| {
+            (entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)))
+                .then(|| entry.path())
+        })
 }
 
 impl Regular {
@@ -166,7 +186,12 @@ impl Regular {
         } else {
             self.check(request)?;
             let path = plan.path(&self.path);
-            let args = [libc::AT_FDCWD as u64, path, u64::from(super::reopen_flags(flags)), 0];
+            let args = [
+                libc::AT_FDCWD as u64,
+                path,
+                u64::from(super::reopen_flags(flags)),
+                0,
+            ];
             plan.expect(libc::SYS_openat, &args, 0, object);
             super::place(0, at, plan, object);
         }
@@ -196,7 +221,10 @@ impl Regular {
         }
         let adopt = "put the old one back, or take what is there with --files adopt";
         if meta.ino() != self.identity.inode {
-            return refuse("was replaced by another file since the checkpoint".into(), adopt);
+            return refuse(
+                "was replaced by another file since the checkpoint".into(),
+                adopt,
+            );
         }
         if meta.len() < self.identity.size {
             let reason = format!(
@@ -219,7 +247,11 @@ impl Regular {
             let object = || format!("a lock on {}", self.path.display());
             match lock.kind {
                 LockKind::Flock => {
-                    let how = if lock.exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+                    let how = if lock.exclusive {
+                        libc::LOCK_EX
+                    } else {
+                        libc::LOCK_SH
+                    };
                     let args = [at as u64, (how | libc::LOCK_NB) as u64];
                     plan.syscall(libc::SYS_flock, &args, object);
                 }
@@ -248,7 +280,11 @@ impl Lock {
     /// `struct flock`.
     fn flock(&self) -> [u8; 32] {
         let mut bytes = [0; 32];
-        let kind = if self.exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as i16;
+        let kind = if self.exclusive {
+            libc::F_WRLCK
+        } else {
+            libc::F_RDLCK
+        } as i16;
         bytes[0..2].copy_from_slice(&kind.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.start.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.len.to_le_bytes());

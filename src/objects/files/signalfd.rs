@@ -17,7 +17,12 @@ impl SignalFd {
         let object = || "a signalfd".to_owned();
         let mask = plan.data(&self.mask.to_le_bytes());
         let flags = flags & libc::O_NONBLOCK as u32;
-        plan.expect(libc::SYS_signalfd4, &[u64::MAX, mask, 8, flags.into()], 0, object);
+        plan.expect(
+            libc::SYS_signalfd4,
+            &[u64::MAX, mask, 8, flags.into()],
+            0,
+            object,
+        );
         super::place(0, at, plan, object);
     }
 }

@@ -53,7 +53,11 @@ pub fn unread(fd: &OwnedFd) -> usize {
 
 /// poll(2) without waiting: the events that hold now.
 pub fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
-    let mut p = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    let mut p = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events,
+        revents: 0,
+    };
     // SAFETY: one live entry.
     unsafe { libc::poll(&mut p, 1, 0) };
     p.revents
@@ -62,7 +66,14 @@ pub fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
 /// tee(2): copies up to `len` bytes between pipes without consuming them.
 pub fn tee(from: &OwnedFd, to: &OwnedFd, len: usize) -> Result<usize, Errno> {
     // SAFETY: a call without pointers.
-    let r = unsafe { libc::tee(from.as_raw_fd(), to.as_raw_fd(), len, libc::SPLICE_F_NONBLOCK) };
+    let r = unsafe {
+        libc::tee(
+            from.as_raw_fd(),
+            to.as_raw_fd(),
+            len,
+            libc::SPLICE_F_NONBLOCK,
+        )
+    };
     Errno::result(r).map(|n| n as usize)
 }
 

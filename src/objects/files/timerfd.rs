@@ -39,7 +39,12 @@ impl TimerFd {
     pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) {
         let object = || "a timerfd".to_owned();
         let flags = flags & libc::O_NONBLOCK as u32;
-        plan.expect(libc::SYS_timerfd_create, &[self.clock as u64, flags.into()], 0, object);
+        plan.expect(
+            libc::SYS_timerfd_create,
+            &[self.clock as u64, flags.into()],
+            0,
+            object,
+        );
         // A periodic timer that is due at this very moment shows nothing remaining; the
         // smallest time starts it.
         let due = self.remaining == (0, 0) && self.interval != (0, 0);
