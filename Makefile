@@ -1,0 +1,48 @@
+# make demo   a computation is checkpointed, killed with -9 and restored
+# make test   everything; installs what the tests need
+# make lint   formatting, clippy, documentation, the freestanding restorer
+# make bench  figures as ratios in one run (docs/performance.md)
+
+CARGO ?= cargo
+# One set of features everywhere, so that everything is built once.
+FEATURES = --features faults
+
+.PHONY: all demo test lint bench fuzz install clean deps
+
+all:
+	$(CARGO) build --release
+
+deps:
+	@scripts/install-test-deps
+
+demo:
+	@scripts/install-build-deps
+	@demo/run
+
+test: deps
+	@rm -rf target/test-skips
+	fixtures/selfcheck.sh
+	@scripts/run-tests
+	@scripts/show-skips
+
+lint:
+	@scripts/install-build-deps
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets $(FEATURES) -- -D warnings
+	CKPT_BLOB=1 $(CARGO) clippy -p ckpt-restorer --bin restorer --profile blob \
+		--target-dir target/blob-lint -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps $(FEATURES)
+
+bench:
+	@scripts/install-build-deps
+	$(CARGO) build --release
+	$(CARGO) run --release -p ckpt-benches --bin ckpt-bench -- all
+
+fuzz:
+	cd fuzz && $(CARGO) fuzz run reader
+
+install:
+	$(CARGO) install --path .
+
+clean:
+	$(CARGO) clean
