@@ -30,7 +30,11 @@ fn exceptions(name: &str) -> &'static [&'static str] {
 fn is_refused(case: &Case, name: &str, words: &[&str]) {
     let fixture = fixture(case, name);
     let before = Looks::at(fixture.pid());
-    ckpt(case, ["attach", &fixture.pid().to_string(), "-o", "job.ckpt"]).refused(1, words);
+    ckpt(
+        case,
+        ["attach", &fixture.pid().to_string(), "-o", "job.ckpt"],
+    )
+    .refused(1, words);
     assert_let_go(fixture.pid());
     before.assert_same(fixture.pid(), &[]);
     assert!(leftovers(case.dir()).is_empty());
@@ -63,9 +67,7 @@ fn lives_again(case: &Case, name: &str, times: usize) {
     let before = Looks::at(fixture.pid());
     for _ in 0..times {
         let pid = fixture.pid();
-        let (image, _) = attach(case, pid, "job.ckpt", &["--kill"]);
-        let ended = common::until("its end", || fixture.job.ended());
-        assert_eq!(ended, common::Ended::Killed(9));
+        let image = fixture.killed_into(case, "job.ckpt");
         fixture.continued_by(restored(case, &image, &[]));
         assert_eq!(fixture.pid(), pid, "the pid is another one");
         assert_let_go(pid);
@@ -124,7 +126,11 @@ fn as_user(case: &Case, name: &str) {
     let all = ckpt_fixtures::all();
     let needs_root = |word: &String| word == "root" || word == "ckpt-root";
     // `creds` sets supplementary groups, which a user namespace of an ordinary user denies.
-    if name == "creds" || all.iter().any(|f| f.name == name && f.needs.iter().any(needs_root)) {
+    if name == "creds"
+        || all
+            .iter()
+            .any(|f| f.name == name && f.needs.iter().any(needs_root))
+    {
         case.skip("root");
     }
     lives_again(case, name, 1);
@@ -152,7 +158,10 @@ hundred sleepers threads rseq
 #[test]
 fn every_fixture_is_listed() {
     let all: Vec<String> = ckpt_fixtures::all().into_iter().map(|f| f.name).collect();
-    assert_eq!(LISTED, all, "put the names of all fixtures into the list in tests/fixtures.rs");
+    assert_eq!(
+        LISTED, all,
+        "put the names of all fixtures into the list in tests/fixtures.rs"
+    );
 }
 
 #[test]
@@ -161,8 +170,7 @@ fn a_broken_fixture_does_not_pass() {
         let mut command = std::process::Command::new(case.fixtures().join("counter"));
         command.env("FIXTURE_BREAK", "1");
         let mut fixture = common::fixture::start_in(case, "counter", "run", command);
-        let (image, _) = attach(case, fixture.pid(), "job.ckpt", &["--kill"]);
-        common::until("its end", || fixture.job.ended());
+        let image = fixture.killed_into(case, "job.ckpt");
         fixture.continued_by(restored(case, &image, &[]));
         fixture.go();
         let ended = common::until("the verdict", || fixture.job.ended());

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use super::isolate::Case;
 use super::job::{Ended, Job, start};
+use super::tool::attach;
 use super::wait::until;
 
 /// The run of one fixture.
@@ -64,9 +65,24 @@ impl Fixture {
         self.go();
         let what = format!("the end of the fixture {}", self.pid());
         let ended = until(&what, || self.job.ended());
-        let verdict = self.verdict_if_there().unwrap_or_else(|| "no verdict".into());
+        let verdict = self
+            .verdict_if_there()
+            .unwrap_or_else(|| "no verdict".into());
         assert_eq!(verdict.trim(), "PASS", "and {ended:?}");
         assert_eq!(ended, Ended::Exited(0));
+    }
+
+    /// A path in its directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Takes a checkpoint and kills it; the image.
+    pub fn killed_into(&mut self, case: &Case, image: &str) -> PathBuf {
+        let (image, _) = attach(case, self.pid(), image, &["--kill"]);
+        let ended = until("its end after attach --kill", || self.job.ended());
+        assert_eq!(ended, Ended::Killed(9));
+        image
     }
 
     /// The process has become another; the run goes on.

@@ -98,13 +98,23 @@ pub fn isolated_as_user(name: &str, body: impl FnOnce(&Case)) {
 
 fn in_namespace(name: &str, who: Who, body: impl FnOnce(&Case)) {
     match std::env::var_os(INSIDE) {
-        Some(dir) => inside(&Case { dir: dir.into(), name: name.into() }, body),
+        Some(dir) => inside(
+            &Case {
+                dir: dir.into(),
+                name: name.into(),
+            },
+            body,
+        ),
         None => outside(name, who),
     }
 }
 
 fn inside(case: &Case, body: impl FnOnce(&Case)) {
-    assert_eq!(std::process::id(), 1, "this test runs in a namespace of its own");
+    assert_eq!(
+        std::process::id(),
+        1,
+        "this test runs in a namespace of its own"
+    );
     close_inherited();
     // The job's session is then inside of the namespace, like its processes.
     nix::unistd::setsid().expect("pid 1 leads no process group yet");
@@ -120,7 +130,9 @@ fn inside(case: &Case, body: impl FnOnce(&Case)) {
 /// Closes what we inherited beyond the standard streams (make's job server, say): a process
 /// under test would have it as well.
 fn close_inherited() {
-    let fds = fs::read_dir("/proc/self/fd").expect("/proc is mounted").flatten();
+    let fds = fs::read_dir("/proc/self/fd")
+        .expect("/proc is mounted")
+        .flatten();
     let fds = fds.filter_map(|fd| fd.file_name().to_str()?.parse::<i32>().ok());
     for fd in fds.filter(|fd| *fd > 2).collect::<Vec<_>>() {
         // The one that listed them is closed already.
@@ -169,7 +181,11 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new(title: &str, who: Who) -> Self {
-        let name = format!("ckpt-test.{}.{}", std::process::id(), title.replace("::", "."));
+        let name = format!(
+            "ckpt-test.{}.{}",
+            std::process::id(),
+            title.replace("::", ".")
+        );
         let dir = std::env::temp_dir().join(name);
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir(&dir).expect("the temporary directory is writable");
@@ -191,7 +207,11 @@ impl Scratch {
                 continue;
             }
             let tail = &content[content.len().saturating_sub(6000)..];
-            let name = file.strip_prefix(&self.0).unwrap_or(&file).display().to_string();
+            let name = file
+                .strip_prefix(&self.0)
+                .unwrap_or(&file)
+                .display()
+                .to_string();
             text += &format!("--- {name}\n{}\n", String::from_utf8_lossy(tail).trim_end());
         }
         text
@@ -217,7 +237,10 @@ impl Drop for Scratch {
         }
         if fs::remove_dir_all(&self.0).is_err() {
             // Tests take permissions away from directories.
-            let _ = Command::new("chmod").args(["-R", "u+rwx"]).arg(&self.0).status();
+            let _ = Command::new("chmod")
+                .args(["-R", "u+rwx"])
+                .arg(&self.0)
+                .status();
             let _ = fs::remove_dir_all(&self.0);
         }
     }
@@ -244,7 +267,14 @@ fn unshare(who: Who) -> Command {
         Who::OrdinaryUser if is_root() => {
             let mut command = Command::new("setpriv");
             let nobody = NOBODY.to_string();
-            command.args(["--reuid", &nobody, "--regid", &nobody, "--clear-groups", "unshare"]);
+            command.args([
+                "--reuid",
+                &nobody,
+                "--regid",
+                &nobody,
+                "--clear-groups",
+                "unshare",
+            ]);
             command
         }
         _ => Command::new("unshare"),
@@ -266,9 +296,14 @@ fn namespaces(who: Who) -> Result<(), String> {
     }
     let me = std::env::current_exe().expect("we have a name");
     if who == Who::OrdinaryUser && is_root() {
-        let out = unshare(who).args([Path::new("test"), Path::new("-x"), &me]).status();
+        let out = unshare(who)
+            .args([Path::new("test"), Path::new("-x"), &me])
+            .status();
         if !out.is_ok_and(|status| status.success()) {
-            return Err(format!("{} that an ordinary user may execute", me.display()));
+            return Err(format!(
+                "{} that an ordinary user may execute",
+                me.display()
+            ));
         }
     }
     Ok(())

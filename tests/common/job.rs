@@ -30,7 +30,10 @@ pub struct Job {
 
 /// Starts a program with nothing to read, and its output appended to `log`.
 pub fn start(command: &mut Command, log: &Path) -> Job {
-    command.stdin(Stdio::null()).stdout(appended(log)).stderr(appended(log));
+    command
+        .stdin(Stdio::null())
+        .stdout(appended(log))
+        .stderr(appended(log));
     let child = command.spawn();
     let child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
     Job::of(child.id() as i32)
@@ -45,12 +48,20 @@ pub fn appended(path: &Path) -> File {
 impl Job {
     /// A child of ours, or an orphan of our namespace.
     pub fn of(pid: i32) -> Self {
-        Job { pid, waited: pid, reaped: false }
+        Job {
+            pid,
+            waited: pid,
+            reaped: false,
+        }
     }
 
     /// A process that `restore`, a child of ours, waits for.
     pub fn behind(pid: i32, restore: i32) -> Self {
-        Job { pid, waited: restore, reaped: false }
+        Job {
+            pid,
+            waited: restore,
+            reaped: false,
+        }
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -70,6 +81,11 @@ impl Job {
         };
         self.reaped = true;
         Some(ended)
+    }
+
+    /// Its end has been seen by somebody else; nothing is left to be reaped.
+    pub fn ended_already(&mut self) {
+        self.reaped = true;
     }
 
     /// Waits for its end.

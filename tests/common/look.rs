@@ -12,13 +12,47 @@ use super::wait::until;
 /// Lines of `/proc/PID/status` that a checkpoint does not change. `FDSize` is the room in the
 /// descriptor table, which only grows; the memory in use and the switches are statistics.
 const STATUS: &[&str] = &[
-    "Name", "Umask", "Uid", "Gid", "FDSize", "Groups", "NStgid", "NSpid", "NSpgid", "NSsid",
-    "VmLck", "VmPin", "VmExe", "VmLib", "VmStk", "Threads", "SigIgn", "SigCgt", "CapInh", "CapPrm",
-    "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters", "THP_enabled",
-    "Cpus_allowed", "Mems_allowed", "x86_Thread_features",
+    "Name",
+    "Umask",
+    "Uid",
+    "Gid",
+    "FDSize",
+    "Groups",
+    "NStgid",
+    "NSpid",
+    "NSpgid",
+    "NSsid",
+    "VmLck",
+    "VmPin",
+    "VmExe",
+    "VmLib",
+    "VmStk",
+    "Threads",
+    "SigIgn",
+    "SigCgt",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "NoNewPrivs",
+    "Seccomp",
+    "Seccomp_filters",
+    "THP_enabled",
+    "Cpus_allowed",
+    "Mems_allowed",
+    "x86_Thread_features",
 ];
 /// Likewise of a thread.
-const THREAD: &[&str] = &["Name", "SigBlk", "Seccomp", "CapEff", "Cpus_allowed", "Uid", "Gid"];
+const THREAD: &[&str] = &[
+    "Name",
+    "SigBlk",
+    "Seccomp",
+    "CapEff",
+    "Cpus_allowed",
+    "Uid",
+    "Gid",
+];
 /// Fields of `/proc/PID/stat`, by their number in proc(5): priority, nice, the code, the stack's
 /// start, exit signal, realtime priority, policy, then data, brk, arguments and environment.
 const STAT: &[usize] = &[18, 19, 26, 27, 28, 38, 40, 41, 45, 46, 47, 48, 49, 50, 51];
@@ -30,13 +64,29 @@ pub type Look = BTreeMap<String, String>;
 pub fn look(pid: i32) -> Look {
     let proc = format!("/proc/{pid}");
     let mut seen = Look::new();
-    for file in
-        ["cmdline", "environ", "comm", "limits", "cgroup", "personality", "oom_score_adj", "timers"]
-    {
+    for file in [
+        "cmdline",
+        "environ",
+        "comm",
+        "limits",
+        "cgroup",
+        "personality",
+        "oom_score_adj",
+        "timers",
+    ] {
         let text = fs::read(format!("{proc}/{file}")).unwrap_or_default();
-        seen.insert(file.into(), String::from_utf8_lossy(&text).replace('\0', "\\0"));
+        seen.insert(
+            file.into(),
+            String::from_utf8_lossy(&text).replace('\0', "\\0"),
+        );
     }
-    for file in ["coredump_filter", "timerslack_ns", "loginuid", "uid_map", "mountinfo"] {
+    for file in [
+        "coredump_filter",
+        "timerslack_ns",
+        "loginuid",
+        "uid_map",
+        "mountinfo",
+    ] {
         let text = fs::read_to_string(format!("{proc}/{file}")).unwrap_or_default();
         seen.insert(file.into(), text);
     }
@@ -46,13 +96,25 @@ pub fn look(pid: i32) -> Look {
         seen.insert(link.into(), link_of(format!("{proc}/{link}")));
     }
     let maps = fs::read_to_string(format!("{proc}/maps")).unwrap_or_default();
-    seen.insert("maps".into(), maps.lines().map(|line| mapping(line) + "\n").collect());
+    seen.insert(
+        "maps".into(),
+        maps.lines().map(|line| mapping(line) + "\n").collect(),
+    );
     status(&mut seen, "status", &format!("{proc}/status"), STATUS);
     stat(&mut seen, "stat", &format!("{proc}/stat"));
     for tid in numbers(&format!("{proc}/task")) {
         let task = format!("{proc}/task/{tid}");
-        status(&mut seen, &format!("task {tid}"), &format!("{task}/status"), THREAD);
-        stat(&mut seen, &format!("task {tid} stat"), &format!("{task}/stat"));
+        status(
+            &mut seen,
+            &format!("task {tid}"),
+            &format!("{task}/status"),
+            THREAD,
+        );
+        stat(
+            &mut seen,
+            &format!("task {tid} stat"),
+            &format!("{task}/stat"),
+        );
     }
     for fd in numbers(&format!("{proc}/fd")) {
         let target = without_number(&link_of(format!("{proc}/fd/{fd}")));
@@ -71,7 +133,9 @@ fn link_of(path: String) -> String {
 
 fn numbers(dir: &str) -> Vec<i32> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
 }
 
 /// `pipe:[123]` and `socket:[123]` without the number; a deleted file is another after a restore,
@@ -92,13 +156,17 @@ fn without_name(target: &str) -> String {
 
 /// What an epoll descriptor watches, without the inode's number.
 fn watched(line: &str) -> &str {
-    line.split_once(" ino:").filter(|_| line.starts_with("tfd:")).map_or(line, |(start, _)| start)
+    line.split_once(" ino:")
+        .filter(|_| line.starts_with("tfd:"))
+        .map_or(line, |(start, _)| start)
 }
 
 /// A line of fdinfo that stays. The inode and mount of a pipe or memfd are others after a
 /// restore, and what remains of a timer shrinks.
 fn stays(line: &&str) -> bool {
-    !["mnt_id:", "ino:", "it_value:", "ticks:"].iter().any(|key| line.starts_with(key))
+    !["mnt_id:", "ino:", "it_value:", "ticks:"]
+        .iter()
+        .any(|key| line.starts_with(key))
 }
 
 /// A line of maps; shared memory and deleted files get new inodes (and devices) by a restore.
@@ -122,16 +190,22 @@ fn status(seen: &mut Look, name: &str, file: &str, wanted: &[&str]) {
 
 fn stat(seen: &mut Look, name: &str, file: &str) {
     let text = fs::read_to_string(file).unwrap_or_default();
-    let Some((_, rest)) = text.rsplit_once(") ") else { return };
+    let Some((_, rest)) = text.rsplit_once(") ") else {
+        return;
+    };
     let fields: Vec<&str> = rest.split_whitespace().collect();
-    let wanted = STAT.iter().filter_map(|n| Some(format!("{n}={}", fields.get(n - 3)?)));
+    let wanted = STAT
+        .iter()
+        .filter_map(|n| Some(format!("{n}={}", fields.get(n - 3)?)));
     seen.insert(name.into(), wanted.collect::<Vec<_>>().join(" "));
 }
 
 /// A field of `/proc/PID/status`.
 pub fn status_field(pid: i32, key: &str) -> Option<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     Some(line.trim().into())
 }
 
@@ -141,7 +215,10 @@ pub fn states(pid: i32) -> Vec<(i32, char)> {
         let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
         Some((tid, stat.rsplit_once(") ")?.1.chars().next()?))
     };
-    numbers(&format!("/proc/{pid}/task")).into_iter().filter_map(state).collect()
+    numbers(&format!("/proc/{pid}/task"))
+        .into_iter()
+        .filter_map(state)
+        .collect()
 }
 
 /// Demands that nobody traces the process or any thread of it, and that none is stopped.
@@ -149,11 +226,16 @@ pub fn assert_let_go(pid: i32) {
     for (tid, _) in states(pid) {
         let file = format!("/proc/{pid}/task/{tid}/status");
         let text = fs::read_to_string(file).unwrap_or_default();
-        let tracer = text.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+        let tracer = text
+            .lines()
+            .find_map(|line| line.strip_prefix("TracerPid:"));
         // A thread may end meanwhile, and then there is no line.
         assert_eq!(tracer.map_or("0", str::trim), "0", "task {tid} is traced");
     }
-    let stopped: Vec<_> = states(pid).into_iter().filter(|(_, s)| "tTZX".contains(*s)).collect();
+    let stopped: Vec<_> = states(pid)
+        .into_iter()
+        .filter(|(_, s)| "tTZX".contains(*s))
+        .collect();
     assert!(stopped.is_empty(), "stopped or dead tasks: {stopped:?}");
     assert!(!states(pid).is_empty(), "process {pid} is gone");
 }
@@ -221,8 +303,14 @@ fn line_diff(before: &str, now: &str) -> String {
         return format!(" {before:?}, now {now:?}");
     }
     let (old, new): (Vec<_>, Vec<_>) = (before.lines().collect(), now.lines().collect());
-    let gone = old.iter().filter(|line| !new.contains(line)).map(|line| format!("\n  - {line}"));
-    let come = new.iter().filter(|line| !old.contains(line)).map(|line| format!("\n  + {line}"));
+    let gone = old
+        .iter()
+        .filter(|line| !new.contains(line))
+        .map(|line| format!("\n  - {line}"));
+    let come = new
+        .iter()
+        .filter(|line| !old.contains(line))
+        .map(|line| format!("\n  + {line}"));
     gone.chain(come).collect()
 }
 
@@ -239,7 +327,12 @@ pub fn everybody() -> String {
                 fs::read_to_string(Path::new(&format!("/proc/{pid}/task/{tid}/{file}")))
                     .unwrap_or_default()
             };
-            let _ = writeln!(text, "    {tid}: in {} {}", read("wchan"), read("syscall").trim());
+            let _ = writeln!(
+                text,
+                "    {tid}: in {} {}",
+                read("wchan"),
+                read("syscall").trim()
+            );
         }
     }
     text
@@ -247,7 +340,12 @@ pub fn everybody() -> String {
 
 /// Waits until no process but us is in the namespace.
 pub fn assert_nobody_left() {
-    let others = || numbers("/proc").into_iter().filter(|pid| *pid != 1).collect::<Vec<_>>();
+    let others = || {
+        numbers("/proc")
+            .into_iter()
+            .filter(|pid| *pid != 1)
+            .collect::<Vec<_>>()
+    };
     until("the other processes to be gone", || {
         while let Ok(status) =
             nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG))

@@ -7,6 +7,7 @@ pub mod fixture;
 pub mod isolate;
 pub mod job;
 pub mod look;
+pub mod odd;
 pub mod tool;
 pub mod wait;
 
@@ -16,6 +17,7 @@ pub use {
     isolate::{Case, isolated, isolated_as_user},
     job::{Ended, Job, start},
     look::Looks,
+    odd::odd,
     tool::{Output, attach, ckpt, restore_cmd, restored, run},
     wait::{holds_for, until},
 };

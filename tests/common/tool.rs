@@ -40,7 +40,10 @@ impl Output {
     /// also may not be longer than a person reads.
     pub fn refused(&self, code: i32, words: &[&str]) {
         assert_eq!(self.code(), code, "{words:?} were expected: {self:#?}");
-        let line = self.stderr.lines().find(|line| words.iter().all(|word| line.contains(word)));
+        let line = self
+            .stderr
+            .lines()
+            .find(|line| words.iter().all(|word| line.contains(word)));
         let line = line.unwrap_or_else(|| panic!("no line with {words:?}: {self:#?}"));
         assert!(line.starts_with("ckpt: "), "{line}");
         assert!(line.len() < 500, "{line}");
@@ -54,12 +57,19 @@ pub fn run(case: &Case, command: &mut Command) -> Output {
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let out = case.path(&format!(".out{number}"));
     let err = case.path(&format!("command{number}.log"));
-    command.stdin(Stdio::null()).stdout(appended(&out)).stderr(appended(&err));
+    command
+        .stdin(Stdio::null())
+        .stdout(appended(&out))
+        .stderr(appended(&err));
     let child = command.spawn();
     let child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
     let ended = Job::of(child.id() as i32).wait();
     let text = |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into();
-    let output = Output { ended, stdout: text(&out), stderr: text(&err) };
+    let output = Output {
+        ended,
+        stdout: text(&out),
+        stderr: text(&err),
+    };
     let _ = fs::remove_file(&out);
     if output.stderr.is_empty() {
         let _ = fs::remove_file(&err);
@@ -84,10 +94,16 @@ pub fn attach(case: &Case, pid: i32, image: &str, args: &[&str]) -> (PathBuf, Va
     let path = case.path(image);
     let out = run(
         case,
-        Command::new(CKPT).args(["attach", &pid.to_string(), "--json", "-o"]).arg(&path).args(args),
+        Command::new(CKPT)
+            .args(["attach", &pid.to_string(), "--json", "-o"])
+            .arg(&path)
+            .args(args),
     );
     let figures = serde_json::from_str(out.ok());
-    (path, figures.unwrap_or_else(|error| panic!("{error}: {out:#?}")))
+    (
+        path,
+        figures.unwrap_or_else(|error| panic!("{error}: {out:#?}")),
+    )
 }
 
 /// A restore in the background that must succeed.
@@ -103,13 +119,20 @@ pub fn restored_in_front(case: &Case, image: &Path, args: &[&str]) -> Job {
     let log = case.path("restore.log");
     let seen = fs::metadata(&log).map_or(0, |meta| meta.len() as usize);
     let mut command = restore_cmd(image, args);
-    command.arg("--verbose").stdin(Stdio::null()).stdout(appended(&log)).stderr(appended(&log));
+    command
+        .arg("--verbose")
+        .stdin(Stdio::null())
+        .stdout(appended(&log))
+        .stderr(appended(&log));
     let child = command.spawn().expect("it was built");
     let mut restore = Job::of(child.id() as i32);
     let pid = until("the restored job to run", || {
         let text = fs::read(&log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text[seen.min(text.len())..]).into_owned();
-        let pid = text.split("running as process ").nth(1).and_then(|rest| rest.split('\n').next());
+        let pid = text
+            .split("running as process ")
+            .nth(1)
+            .and_then(|rest| rest.split('\n').next());
         if pid.is_none() {
             let ended = restore.ended();
             assert!(ended.is_none(), "restore {ended:?}: {text}");
@@ -123,7 +146,9 @@ pub fn restored_in_front(case: &Case, image: &Path, args: &[&str]) -> Job {
 
 /// What `attach` leaves beside the image when it is interrupted.
 pub fn leftovers(dir: &Path) -> Vec<String> {
-    let names = fs::read_dir(dir).expect("the directory is readable").flatten();
+    let names = fs::read_dir(dir)
+        .expect("the directory is readable")
+        .flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.contains(".ckpt")).collect()
 }

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 /// Nothing that is waited for takes longer, on the slowest machine. `CKPT_TEST_DEADLINE` names
 /// another number of seconds.
 pub fn deadline() -> Duration {
-    let seconds = std::env::var("CKPT_TEST_DEADLINE").ok().and_then(|text| text.parse().ok());
+    let seconds = std::env::var("CKPT_TEST_DEADLINE")
+        .ok()
+        .and_then(|text| text.parse().ok());
     Duration::from_secs(seconds.unwrap_or(60))
 }
 

@@ -1,0 +1,127 @@
+//! A failure, or death, at each step of attach and restore: the target of an attach is unharmed
+//! and the next attach works; of a failed restore nothing is left.
+#![cfg(feature = "faults")]
+
+mod common;
+
+use std::process::Command;
+
+use ckpt_tracer::fault::Step;
+use common::look::{assert_let_go, assert_nobody_left, states};
+use common::tool::{CKPT, leftovers};
+use common::{
+    Case, Ended, Fixture, Looks, attach, fixture, isolated, restore_cmd, restored, run, until,
+};
+
+/// Waits until the kernel has taken the tracer's death to its end.
+fn let_go(target: &Fixture) {
+    until("its tasks to be let go", || {
+        let stopped = states(target.pid()).iter().any(|(_, state)| "tT".contains(*state));
+        (!stopped).then_some(())
+    });
+    assert_let_go(target.pid());
+}
+
+/// Timers and sleeps notice what happens to them, computations when a register is lost.
+fn targets(case: &Case) -> [Fixture; 2] {
+    ["sleepers", "timers_posix"].map(|name| {
+        let command = Command::new(case.fixtures().join(name));
+        common::fixture::start_in(case, name, &format!("run-{name}"), command)
+    })
+}
+
+fn attach_with(case: &Case, target: &Fixture, fault: &str) -> common::Output {
+    let pid = target.pid().to_string();
+    let mut command = Command::new(CKPT);
+    command.args(["attach", &pid, "-o", "job.ckpt"]).env("CKPT_FAULT", fault);
+    run(case, command.current_dir(case.dir()))
+}
+
+fn attach_fails(case: &Case, step: &str) {
+    for target in targets(case) {
+        let before = Looks::at(target.pid());
+        let out = attach_with(case, &target, step);
+        out.refused(1, &["fault injected", step]);
+        assert_let_go(target.pid());
+        before.assert_same(target.pid(), &[]);
+        assert!(leftovers(case.dir()).is_empty(), "{:?}", leftovers(case.dir()));
+        works(case, target);
+    }
+}
+
+fn attach_dies(case: &Case, step: &str) {
+    for target in targets(case) {
+        let before = Looks::at(target.pid());
+        let out = attach_with(case, &target, &format!("{step}:kill"));
+        assert_eq!(out.ended, Ended::Killed(9), "the step was not reached");
+        let_go(&target);
+        before.assert_same(target.pid(), &[]);
+        assert!(!case.path("job.ckpt").exists(), "half an image");
+        works(case, target);
+    }
+}
+
+/// The next checkpoint works, and clears away what a killed one left.
+fn works(case: &Case, mut target: Fixture) {
+    attach(case, target.pid(), "job.ckpt", &[]);
+    assert_let_go(target.pid());
+    assert_eq!(leftovers(case.dir()), ["job.ckpt"]);
+    let image = target.killed_into(case, "job.ckpt");
+    target.continued_by(restored(case, &image, &[]));
+    target.passes();
+    std::fs::remove_file(image).expect("it is there");
+}
+
+fn restore_ends(case: &Case, fault: &str) {
+    let mut target = fixture(case, "threads");
+    let image = target.killed_into(case, "job.ckpt");
+    let out = run(case, restore_cmd(&image, &[]).env("CKPT_FAULT", fault));
+    if fault.ends_with(":kill") {
+        assert_eq!(out.ended, Ended::Killed(9), "the step was not reached");
+    } else {
+        out.refused(99, &["fault injected", fault]);
+    }
+    assert_nobody_left();
+    target.continued_by(restored(case, &image, &[]));
+    target.passes();
+}
+
+macro_rules! steps {
+    (attach $($attach:ident)*; restore $($restore:ident)*) => {
+        const LISTED: &[&str] = &[$(stringify!($attach),)* $(stringify!($restore),)*];
+        mod attach_fails {
+            $(#[test] fn $attach() { super::at("attach_fails", stringify!($attach), super::attach_fails) })*
+        }
+        mod attach_dies {
+            $(#[test] fn $attach() { super::at("attach_dies", stringify!($attach), super::attach_dies) })*
+        }
+        mod restore_fails {
+            $(#[test] fn $restore() { super::at("restore_fails", stringify!($restore), super::restore_ends) })*
+        }
+        mod restore_dies {
+            $(#[test] fn $restore() {
+                super::at("restore_dies", stringify!($restore), |case, step| {
+                    super::restore_ends(case, &format!("{step}:kill"));
+                })
+            })*
+        }
+    };
+}
+
+steps! {
+attach
+    seized frozen cave_written cave_entered remote_call cave_leaving state_captured pages_half
+    release release_half before_sync before_rename;
+restore
+    restore_spawned restore_mapped restore_filled restore_threads restore_release
+}
+
+fn at(module: &str, step: &str, body: impl FnOnce(&Case, &str)) {
+    isolated(&format!("{module}::{step}"), |case| body(case, &step.replace('_', "-")));
+}
+
+#[test]
+fn every_step_is_listed() {
+    let all: Vec<String> = Step::ALL.iter().map(|step| step.name().replace('-', "_")).collect();
+    assert_eq!(LISTED, all);
+}

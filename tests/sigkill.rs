@@ -1,0 +1,139 @@
+//! `ckpt attach` killed at random moments, and its target killed under it.
+//!
+//! `CKPT_KILLS` is how often (300), `CKPT_SEED` repeats a run.
+
+mod common;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::job::appended;
+use common::look::{assert_let_go, states};
+use common::tool::{CKPT, leftovers};
+use common::{Case, Ended, Job, Looks, attach, ckpt, fixture, isolated, until};
+use nix::sys::signal::Signal;
+
+/// Marsaglia's xorshift.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let seed = std::env::var("CKPT_SEED").ok().and_then(|text| text.parse().ok());
+        let seed = seed.unwrap_or_else(|| {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.map_or(1, |now| now.as_nanos() as u64 | 1)
+        });
+        eprintln!("CKPT_SEED={seed}");
+        Random(seed)
+    }
+
+    /// A moment between nothing and `most`.
+    fn moment(&mut self, most: Duration) -> Duration {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        most.mul_f64((self.0 >> 11) as f64 / (1u64 << 53) as f64)
+    }
+}
+
+fn times(most: u32) -> u32 {
+    let wish = std::env::var("CKPT_KILLS").ok().and_then(|text| text.parse().ok());
+    wish.unwrap_or(300).min(most)
+}
+
+/// `ckpt attach` in the background, its messages in `attach.log`.
+fn begin(case: &Case, pid: i32, image: &str) -> Job {
+    let log = case.path("attach.log");
+    let mut command = Command::new(CKPT);
+    command.args(["attach", &pid.to_string(), "-q", "-o", image]).current_dir(case.dir());
+    command.stdout(appended(&log)).stderr(appended(&log));
+    Job::of(command.spawn().expect("it was built").id() as i32)
+}
+
+/// How long an attach takes: the longest of a few.
+fn duration(case: &Case, pid: i32) -> Duration {
+    let measure = |_| {
+        let begun = Instant::now();
+        attach(case, pid, "job.ckpt", &[]);
+        begun.elapsed()
+    };
+    (0..5).map(measure).max().expect("there are five")
+}
+
+/// Lets time pass: a wait for a random moment is what these tests are about.
+fn pass(time: Duration) {
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
+#[test]
+fn killed_at_any_moment() {
+    isolated("killed_at_any_moment", |case| {
+        let mut random = Random::new();
+        let target = fixture(case, "sleepers");
+        let longest = duration(case, target.pid());
+        let before = Looks::at(target.pid());
+        let mut early = 0;
+        for number in 0..times(u32::MAX) {
+            let _ = std::fs::remove_file(case.path("job.ckpt"));
+            let tool = begin(case, target.pid(), "job.ckpt");
+            pass(random.moment(longest.mul_f64(1.1)));
+            let whole = tool.kill() == Ended::Exited(0);
+            early += u32::from(!whole);
+            // The kernel detaches when the tool's last thread is gone, which reaping shows.
+            until(&format!("tasks let go after kill {number}"), || {
+                let stopped = states(target.pid()).iter().any(|(_, state)| "tT".contains(*state));
+                (!stopped).then_some(())
+            });
+            assert_let_go(target.pid());
+            before.assert_same(target.pid(), &[]);
+            if case.path("job.ckpt").exists() {
+                ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
+            } else {
+                assert!(!whole, "an exit code of 0 without an image");
+            }
+            attach(case, target.pid(), "job.ckpt", &["-q"]);
+            assert_eq!(leftovers(case.dir()), ["job.ckpt"], "after kill {number}");
+        }
+        eprintln!("{early} attaches were killed before their end");
+        target.passes();
+    });
+}
+
+#[test]
+fn target_killed_at_any_moment() {
+    isolated("target_killed_at_any_moment", |case| {
+        let mut random = Random::new();
+        let mut longest = None;
+        for number in 0..times(50) {
+            let place = format!("run{number}");
+            let command = Command::new(case.fixtures().join("sleepers"));
+            let mut target = common::fixture::start_in(case, "sleepers", &place, command);
+            let longest = *longest.get_or_insert_with(|| duration(case, target.pid()));
+            let _ = std::fs::remove_file(case.path("job.ckpt"));
+            let _ = std::fs::remove_file(case.path("attach.log"));
+            let tool = begin(case, target.pid(), "job.ckpt");
+            pass(random.moment(longest));
+            target.job.signal(Signal::SIGKILL);
+            let code = tool.wait();
+            let ended = until("the target's end", || target.job.ended());
+            assert_eq!(ended, Ended::Killed(9));
+            let said = std::fs::read_to_string(case.path("attach.log")).unwrap_or_default();
+            match code {
+                Ended::Exited(0) => {
+                    assert_eq!(leftovers(case.dir()), ["job.ckpt"]);
+                    ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
+                }
+                Ended::Exited(1) => {
+                    assert!(leftovers(case.dir()).is_empty(), "{:?}", leftovers(case.dir()));
+                    assert!(said.starts_with("ckpt: "), "{said}");
+                    assert_eq!(said.lines().count(), 1, "{said}");
+                    assert!(!said.contains("panicked"), "{said}");
+                }
+                other => panic!("ckpt {other:?} after kill {number}: {said}"),
+            }
+        }
+    });
+}
