@@ -9,10 +9,20 @@ use nix::unistd::geteuid;
 
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
-use crate::objects::process;
+use crate::objects::process::{self, Depth};
 
 /// All obstacles to a checkpoint of `pid`; empty when there is none. Touches nothing.
 pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
+    look(pid, Depth::Full)
+}
+
+/// The same before a checkpoint, at a glance: what takes time with the size of the memory is
+/// looked at once only, when the process is frozen.
+pub fn obstacles_at_a_glance(pid: Pid) -> Result<Vec<Obstacle>> {
+    look(pid, Depth::Glance)
+}
+
+fn look(pid: Pid, depth: Depth) -> Result<Vec<Obstacle>> {
     if let Err(obstacle) = accessible(pid) {
         return Ok(vec![obstacle]);
     }
@@ -25,7 +35,7 @@ pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
     };
     let mut collector = Collector::default();
     inside_the_job(&source, &mut collector)?;
-    match process::capture_from_outside(&source, &mut collector) {
+    match process::capture_from_outside(&source, depth, &mut collector) {
         Ok(_) => Ok(collector.obstacles),
         Err(Error::Tracer(TracerError::Proc { source, .. }))
             if source.raw_os_error() == Some(libc::EACCES) =>
@@ -34,9 +44,9 @@ pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
         }
         Err(Error::Tracer(TracerError::Kernel {
             call: "pidfd_getfd",
-            errno,
+            errno: nix::errno::Errno::EPERM,
             ..
-        })) if errno == nix::errno::Errno::EPERM => Ok(vec![denied(pid)]),
+        })) => Ok(vec![denied(pid)]),
         Err(e) => Err(e),
     }
 }

@@ -1,7 +1,7 @@
 //! Free places in an address space.
 
 /// Highest address that user memory may have with four-level page tables.
-const TOP: u64 = 0x7fff_ffff_f000;
+pub const TOP: u64 = 0x7fff_ffff_f000;
 /// Lowest address used; far above `vm.mmap_min_addr`.
 const BOTTOM: u64 = 0x1_0000_0000;
 /// Distance kept to what is there: a stack below may grow, and the kernel keeps a gap

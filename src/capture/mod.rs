@@ -78,13 +78,14 @@ pub struct Report {
 
 /// Checkpoints into a file: complete and synced when this returns, or not there at all.
 pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
+    let begun = Instant::now();
     refuse_obstacles(request.pid)?;
     let file = ImageFile::create(path)?;
     let commit = |file: ImageFile| {
         fault::hit(Step::BeforeSync)?;
         Ok(file.commit()?)
     };
-    checkpoint(request, file, commit).map(|report| Report {
+    checkpoint(request, begun, file, commit).map(|report| Report {
         path: Some(path.to_owned()),
         ..report
     })
@@ -93,8 +94,9 @@ pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
 /// Checkpoints into a stream. With [`After::Stop`] and [`After::Kill`] "complete" means that
 /// everything was written without error.
 pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Result<Report> {
+    let begun = Instant::now();
     refuse_obstacles(request.pid)?;
-    checkpoint(request, sink, |mut sink| {
+    checkpoint(request, begun, sink, |mut sink| {
         sink.flush().map_err(|source| Error::File {
             what: "write",
             path: "the image to the pipe".into(),
@@ -104,7 +106,7 @@ pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Re
 }
 
 fn refuse_obstacles(pid: Pid) -> Result<()> {
-    let obstacles = crate::check::obstacles(pid)?;
+    let obstacles = crate::check::obstacles_at_a_glance(pid)?;
     if obstacles.is_empty() {
         Ok(())
     } else {
@@ -114,10 +116,10 @@ fn refuse_obstacles(pid: Pid) -> Result<()> {
 
 fn checkpoint<W: Write + Send + 'static>(
     request: &Request<'_>,
+    begun: Instant,
     sink: W,
     commit: impl FnOnce(W) -> Result<()>,
 ) -> Result<Report> {
-    let begun = Instant::now();
     let mut source = Source::open(request.pid)?;
     let header = host::image_header(&source)?;
     let options = WriterOptions {
@@ -220,7 +222,7 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
     }
     let mut collector = Collector::default();
     let space = collector.new_space();
-    let outside = process::capture_from_outside(source, &mut collector)?;
+    let outside = process::capture_from_outside(source, process::Depth::Full, &mut collector)?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }

@@ -189,7 +189,7 @@ pub struct Captured {
 pub fn capture(
     source: &Source,
     vmas: &[Vma],
-    scanner: &PagemapScanner,
+    guards: &[(u64, u64)],
     collector: &mut Collector,
 ) -> Result<Captured> {
     let mut mappings = Vec::with_capacity(vmas.len());
@@ -209,7 +209,7 @@ pub fn capture(
                     _ => None,
                 },
                 protection_key: vma.protection_key,
-                guards: guards(vma, scanner)?,
+                guards: guards_in(vma, guards),
             }),
             Err(obstacle) => collector.obstacles.push(*obstacle),
         }
@@ -253,22 +253,26 @@ fn mapping_flags(vma: &Vma) -> MappingFlags {
         .fold(MappingFlags::empty(), |all, (_, flag)| all | *flag)
 }
 
-fn guards(vma: &Vma, scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
+/// All guard pages (`MADV_GUARD_INSTALL`) of an address space, in order.
+pub fn guard_pages(scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
     let mut found = Vec::new();
-    if scanner.has_guard()
-        && !vma.flags.contains(VmFlags::PFN_MAP)
-        && !vma.flags.contains(VmFlags::IO)
-    {
+    if scanner.has_guard() {
         let query = PageQuery {
             required: PageCategories::GUARD,
             report: PageCategories::GUARD,
             ..PageQuery::default()
         };
-        scanner.scan(vma.start..vma.end, query, |run| {
-            found.push((run.start, run.end))
+        scanner.scan(0..crate::holes::TOP, query, |run| {
+            found.push((run.start, run.end));
         })?;
     }
     Ok(found)
+}
+
+fn guards_in(vma: &Vma, guards: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let first = guards.partition_point(|(_, end)| *end <= vma.start);
+    let inside = guards[first..].iter().take_while(|(start, _)| *start < vma.end);
+    inside.map(|(start, end)| (*start.max(&vma.start), *end.min(&vma.end))).collect()
 }
 
 fn backing(
@@ -995,8 +999,13 @@ impl Mapping {
 }
 
 /// Whether the file that was mapped is still there, as far as that can be told: the same size
-/// and time, or the same build id.
-pub fn check_file(file: &MappedFile, request: &Request<'_>) -> Result<(), Box<Obstacle>> {
+/// and time, or the same build id. A file of which the job only has shared mappings may have
+/// been written since, by the job itself; then it is enough that it is the same file.
+pub fn check_file(
+    file: &MappedFile,
+    shared_only: bool,
+    request: &Request<'_>,
+) -> Result<(), Box<Obstacle>> {
     if file.contents.is_some() {
         return Ok(());
     }
@@ -1014,7 +1023,9 @@ pub fn check_file(file: &MappedFile, request: &Request<'_>) -> Result<(), Box<Ob
     };
     let now = FileIdentity::of(&meta);
     let was = &file.identity;
-    if (now.size, now.modified_ns) == (was.size, was.modified_ns)
+    let same_inode = shared_only && now.inode == was.inode && now.size >= was.size;
+    if same_inode
+        || (now.size, now.modified_ns) == (was.size, was.modified_ns)
         || request.files == FilesPolicy::Adopt
         || (was.build_id.is_some() && build_id(&file.path) == was.build_id)
         || was.mode & libc::S_IFMT != libc::S_IFREG

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::freeze::Frozen;
-use ckpt_tracer::proc::maps::{VmFlags, Vma, read_smaps};
+use ckpt_tracer::proc::maps::{VmFlags, Vma, read_maps, read_smaps};
 use ckpt_tracer::proc::pagemap::PagemapScanner;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
@@ -84,12 +84,29 @@ pub struct FromOutside {
     pub scanner: PagemapScanner,
 }
 
+/// How closely memory is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// Mappings without their flags: nothing that costs time with the size of the memory.
+    Glance,
+    /// With flags and guard pages, for which the kernel walks the page tables.
+    Full,
+}
+
 /// Captures from outside; obstacles go into the collector.
-pub fn capture_from_outside(source: &Source, collector: &mut Collector) -> Result<FromOutside> {
+pub fn capture_from_outside(
+    source: &Source,
+    depth: Depth,
+    collector: &mut Collector,
+) -> Result<FromOutside> {
     let fds = files::capture(source, collector)?;
-    let vmas = read_smaps(source.dir.clone())?;
-    let scanner = PagemapScanner::open(source.dir.clone())?;
-    let memory = memory::capture(source, &vmas, &scanner, collector)?;
+    let dir = source.dir.clone();
+    let scanner = PagemapScanner::open(dir.clone())?;
+    let (vmas, guards) = match depth {
+        Depth::Glance => (read_maps(dir)?, Vec::new()),
+        Depth::Full => (read_smaps(dir)?, memory::guard_pages(&scanner)?),
+    };
+    let memory = memory::capture(source, &vmas, &guards, collector)?;
     for name in ["cwd", "root"] {
         let link = std::fs::read_link(source.dir.join(name)).unwrap_or_default();
         let there = std::fs::metadata(source.dir.join(name));

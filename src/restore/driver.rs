@@ -17,7 +17,7 @@ use super::{Request, fill};
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
-use crate::objects::{Snapshot, memory};
+use crate::objects::Snapshot;
 
 /// Rebuilds the process that stands at its exec stop.
 pub fn rebuild(
@@ -47,8 +47,12 @@ pub fn rebuild(
     let warnings = warnings(&planned.plan, &mem)?;
     adjust_from_outside(process, pid);
     let others = take_over(process)?;
-    remove_restorer(&mut leader, process, &planned.plan, &mem)?;
-    release(leader, others, process, &mem, request)?;
+    // One cave for all that is left to be done inside: a map of very many threads is long.
+    let cave = Cave::dig(&mem, &read_maps(pid)?)?;
+    remove_restorer(&mut leader, process, &planned.plan, &mem, &cave)?;
+    let tasks = set_states(leader, others, process, &cave)?;
+    cave.fill_in()?;
+    release(tasks, process, request)?;
     Ok(warnings)
 }
 
@@ -205,13 +209,12 @@ fn remove_restorer(
     process: &Process,
     plan: &Plan,
     mem: &ProcessMemory,
+    cave: &Cave<'_>,
 ) -> Result<()> {
     if process.threads[0].seccomp.mode == 2 {
         suspend_seccomp(leader)?;
     }
-    let maps = read_maps(Pid(process.pid))?;
-    let cave = Cave::dig(mem, &maps)?;
-    let mut calls = RemoteCalls::begin_borrowing(leader, &cave, RemoteAddr(plan.stack))?;
+    let mut calls = RemoteCalls::begin_borrowing(leader, cave, RemoteAddr(plan.stack))?;
     let trap = process
         .actions
         .iter()
@@ -229,7 +232,6 @@ fn remove_restorer(
         [plan.base, plan.len, 0, 0, 0, 0],
     )?;
     calls.finish()?;
-    cave.fill_in()?;
     Ok(())
 }
 
@@ -239,20 +241,24 @@ fn suspend_seccomp(task: &Stopped) -> Result<()> {
     Ok(task.set_options(options)?)
 }
 
-/// Gives every thread its registers and lets all go, the leader last: until then the loss of
-/// the tracer kills the whole process, which is then not there at all.
-fn release(
+/// Gives every thread its registers; the leader comes last.
+fn set_states(
     leader: Stopped,
     others: Vec<Stopped>,
     process: &Process,
-    mem: &ProcessMemory,
-    request: &Request<'_>,
-) -> Result<()> {
-    let mut tasks = Vec::with_capacity(others.len() + 1);
-    for (task, thread) in others.into_iter().zip(&process.threads[1..]) {
-        tasks.push(set_state(task, thread, process, mem)?);
-    }
-    tasks.push(set_state(leader, &process.threads[0], process, mem)?);
+    cave: &Cave<'_>,
+) -> Result<Vec<Stopped>> {
+    let (first, rest) = (&process.threads[..1], &process.threads[1..]);
+    let tasks = others.into_iter().chain([leader]);
+    tasks
+        .zip(rest.iter().chain(first))
+        .map(|(task, thread)| set_state(task, thread, process, cave))
+        .collect()
+}
+
+/// Lets all go, the leader last: until then the loss of the tracer kills the whole process,
+/// which is then not there at all.
+fn release(tasks: Vec<Stopped>, process: &Process, request: &Request<'_>) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
     if process.stopped || request.stopped {
         // Taken by the first task that runs, which stops them all.
@@ -276,11 +282,11 @@ fn set_state(
     mut task: Stopped,
     thread: &Thread,
     process: &Process,
-    mem: &ProcessMemory,
+    cave: &Cave<'_>,
 ) -> Result<Stopped> {
     let mut regs = Regs::from(&thread.regs);
     if regs.rax as i64 == -abi::ERESTART_RESTARTBLOCK && (regs.orig_rax as i64) >= 0 {
-        regs.rax = match rearm(&mut task, &regs, process, mem)? {
+        regs.rax = match rearm(&mut task, &regs, process, cave)? {
             Rearmed::Block => regs.rax,
             Rearmed::Finished => {
                 regs.orig_rax = u64::MAX;
@@ -312,7 +318,7 @@ fn rearm(
     task: &mut Stopped,
     regs: &Regs,
     process: &Process,
-    mem: &ProcessMemory,
+    cave: &Cave<'_>,
 ) -> Result<Rearmed> {
     let remainder = match regs.orig_rax as i64 {
         libc::SYS_nanosleep => regs.rsi,
@@ -329,22 +335,11 @@ fn rearm(
             [regs.rdi, 0, remainder, remainder, 0, 0],
         ),
     };
-    let maps = read_maps(Pid(process.pid))?;
-    let cave = Cave::dig(mem, &maps)?;
-    let calls = RemoteCalls::begin_borrowing(task, &cave, RemoteAddr(0))?;
+    let calls = RemoteCalls::begin_borrowing(task, cave, RemoteAddr(0))?;
     let answer = calls.begin_and_interrupt(nr, args)?;
-    cave.fill_in()?;
     Ok(match answer {
         a if a == -abi::ERESTART_RESTARTBLOCK => Rearmed::Block,
         0 => Rearmed::Finished,
         _ => Rearmed::No,
     })
-}
-
-/// Mapped files are looked at before anything is created.
-pub fn file_obstacles(snapshot: &Snapshot, request: &Request<'_>) -> Vec<crate::Obstacle> {
-    let files = snapshot.mapped_files.iter();
-    files
-        .filter_map(|f| memory::check_file(f, request).err().map(|o| *o))
-        .collect()
 }

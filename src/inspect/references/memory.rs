@@ -78,8 +78,8 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
         Backing::AnonymousHuge { page_size } => {
             let fits = page_size.is_power_of_two()
                 && *page_size >= page.into()
-                && mapping.start % page_size == 0
-                && mapping.end % page_size == 0;
+                && mapping.start.is_multiple_of(*page_size)
+                && mapping.end.is_multiple_of(*page_size);
             return if fits {
                 Ok(())
             } else {
@@ -233,7 +233,7 @@ fn pages(process: &Process, reader: &Reader, faults: &mut Faults) {
 }
 
 fn aligned(address: u64, page: u32) -> bool {
-    address % u64::from(page) == 0
+    address.is_multiple_of(u64::from(page))
 }
 
 fn round_up(size: u64, page: u32) -> u64 {
