@@ -22,10 +22,8 @@ impl PidFd {
         let fd = Errno::result(fd)
             .map_err(|errno| Error::from_errno("pidfd_open", pid.leader(), errno))?;
         // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
-        Ok(Self {
-            pid,
-            fd: unsafe { OwnedFd::from_raw_fd(fd as i32) },
-        })
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Ok(Self { pid, fd })
     }
 
     /// The process.

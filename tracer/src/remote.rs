@@ -560,7 +560,7 @@ impl<'a> RemoteCalls<'a> {
     /// Runs the task from the registers set up to the exit of the system call.
     fn run_call(&mut self, call: &'static str) -> Result<u64> {
         for _entry_then_exit in 0..2 {
-            self.to_syscall_stop()?;
+            self.reach_syscall_stop()?;
         }
         let answer = self.task.regs()?.rax;
         if (-4095..0).contains(&(answer as i64)) {
@@ -574,7 +574,7 @@ impl<'a> RemoteCalls<'a> {
         Ok(answer)
     }
 
-    fn to_syscall_stop(&mut self) -> Result<()> {
+    fn reach_syscall_stop(&mut self) -> Result<()> {
         let mut signal = 0;
         loop {
             match advance(self.task, Resume::Syscall, signal)? {
@@ -708,7 +708,7 @@ impl<'a> RemoteCalls<'a> {
     pub fn begin_and_interrupt(mut self, nr: i64, args: [u64; 6]) -> Result<i64> {
         let regs = self.call_regs(cave_image().call, nr, args);
         self.task.set_regs(&regs)?;
-        self.to_syscall_stop()?;
+        self.reach_syscall_stop()?;
         self.task.interrupt()?;
         let mut signal = 0;
         loop {
