@@ -204,12 +204,12 @@ fn what_the_program_sends_us_does_not_come_back() {
 #[test]
 fn we_stop_when_the_program_is_stopped_by_its_terminal() {
     let mut command = shell("kill -TSTP $$; exit 5");
-    let child = command.process_group(0).spawn().unwrap();
+    let mut child = command.process_group(0).spawn().unwrap();
     let group = pid(&child);
     let stopped = waitpid(group, Some(WaitPidFlag::WUNTRACED)).unwrap();
     assert_eq!(stopped, WaitStatus::Stopped(group, Signal::SIGTSTP));
     killpg(group, Signal::SIGCONT).unwrap();
-    assert_eq!(waitpid(group, None).unwrap(), WaitStatus::Exited(group, 5));
+    assert_eq!(child.wait().unwrap().code(), Some(5));
 }
 
 #[test]

@@ -16,7 +16,9 @@ use common::{
 /// Waits until the kernel has taken the tracer's death to its end.
 fn let_go(target: &Fixture) {
     until("its tasks to be let go", || {
-        let stopped = states(target.pid()).iter().any(|(_, state)| "tT".contains(*state));
+        let stopped = states(target.pid())
+            .iter()
+            .any(|(_, state)| "tT".contains(*state));
         (!stopped).then_some(())
     });
     assert_let_go(target.pid());
@@ -33,7 +35,9 @@ fn targets(case: &Case) -> [Fixture; 2] {
 fn attach_with(case: &Case, target: &Fixture, fault: &str) -> common::Output {
     let pid = target.pid().to_string();
     let mut command = Command::new(CKPT);
-    command.args(["attach", &pid, "-o", "job.ckpt"]).env("CKPT_FAULT", fault);
+    command
+        .args(["attach", &pid, "-o", "job.ckpt"])
+        .env("CKPT_FAULT", fault);
     run(case, command.current_dir(case.dir()))
 }
 
@@ -44,7 +48,11 @@ fn attach_fails(case: &Case, step: &str) {
         out.refused(1, &["fault injected", step]);
         assert_let_go(target.pid());
         before.assert_same(target.pid(), &[]);
-        assert!(leftovers(case.dir()).is_empty(), "{:?}", leftovers(case.dir()));
+        assert!(
+            leftovers(case.dir()).is_empty(),
+            "{:?}",
+            leftovers(case.dir())
+        );
         works(case, target);
     }
 }
@@ -117,11 +125,16 @@ restore
 }
 
 fn at(module: &str, step: &str, body: impl FnOnce(&Case, &str)) {
-    isolated(&format!("{module}::{step}"), |case| body(case, &step.replace('_', "-")));
+    isolated(&format!("{module}::{step}"), |case| {
+        body(case, &step.replace('_', "-"))
+    });
 }
 
 #[test]
 fn every_step_is_listed() {
-    let all: Vec<String> = Step::ALL.iter().map(|step| step.name().replace('-', "_")).collect();
+    let all: Vec<String> = Step::ALL
+        .iter()
+        .map(|step| step.name().replace('-', "_"))
+        .collect();
     assert_eq!(LISTED, all);
 }

@@ -13,7 +13,9 @@ use common::{Case, Ended, attach, isolated, isolated_as_user, restored, run, sta
 
 /// A source file of tests/programs.
 fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/programs")
+        .join(name)
 }
 
 /// The line that tests/programs/README.md promises, of a run in DIR/name that nobody disturbs.
@@ -34,9 +36,14 @@ fn progress(dir: &Path) -> u32 {
 fn same_result(case: &Case, program: &dyn Fn() -> Command) {
     let dir = case.path("run");
     fs::create_dir(&dir).expect("the test's directory is writable");
-    let mut job = start(program().arg(&dir).current_dir(case.dir()), &case.path("program.log"));
+    let mut job = start(
+        program().arg(&dir).current_dir(case.dir()),
+        &case.path("program.log"),
+    );
     let round = |number: u32| {
-        until(&format!("round {number}"), || (progress(&dir) >= number).then_some(()));
+        until(&format!("round {number}"), || {
+            (progress(&dir) >= number).then_some(())
+        });
     };
     round(2);
     attach(case, job.pid, "job.ckpt", &[]);
@@ -45,7 +52,11 @@ fn same_result(case: &Case, program: &dyn Fn() -> Command) {
         round(3 + 3 * life);
         let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
         let ended = until("its end", || job.ended());
-        let by_us = if life == 3 { Ended::Exited(137) } else { Ended::Killed(9) };
+        let by_us = if life == 3 {
+            Ended::Exited(137)
+        } else {
+            Ended::Killed(9)
+        };
         assert_eq!(ended, by_us, "before life {life}");
         job = match life {
             2 => restored_in_front(case, &image, &[]),
@@ -81,7 +92,10 @@ fn python(case: &Case, file: &str, module: &str) {
     if !Path::new(PYTHON).exists() {
         case.skip("/usr/bin/python3 (python3)");
     }
-    let import = run(case, Command::new(PYTHON).args(["-c", &format!("import {module}")]));
+    let import = run(
+        case,
+        Command::new(PYTHON).args(["-c", &format!("import {module}")]),
+    );
     if import.code() != 0 {
         case.skip(&format!("the module {module} (python3-{module})"));
     }
@@ -111,22 +125,30 @@ fn python_arrays() {
 
 #[test]
 fn sqlite_transaction() {
-    isolated("sqlite_transaction", |case| python(case, "ledger.py", "sqlite3"));
+    isolated("sqlite_transaction", |case| {
+        python(case, "ledger.py", "sqlite3")
+    });
 }
 
 #[test]
 fn perl() {
-    isolated("perl", |case| with_interpreter(case, "perl", "perl", "hashes.pl"));
+    isolated("perl", |case| {
+        with_interpreter(case, "perl", "perl", "hashes.pl")
+    });
 }
 
 #[test]
 fn bash() {
-    isolated("bash", |case| with_interpreter(case, "bash", "bash", "count.sh"));
+    isolated("bash", |case| {
+        with_interpreter(case, "bash", "bash", "count.sh")
+    });
 }
 
 #[test]
 fn node() {
-    isolated("node", |case| with_interpreter(case, "node", "nodejs", "sums.js"));
+    isolated("node", |case| {
+        with_interpreter(case, "node", "nodejs", "sums.js")
+    });
 }
 
 #[test]
@@ -139,7 +161,14 @@ fn node_of_an_ordinary_user() {
 fn java(case: &Case, options: &[&str]) {
     case.needs_program("javac", "default-jdk-headless");
     let classes = case.path("classes");
-    run(case, Command::new("javac").arg("-d").arg(&classes).arg(source("Sums.java"))).ok();
+    run(
+        case,
+        Command::new("javac")
+            .arg("-d")
+            .arg(&classes)
+            .arg(source("Sums.java")),
+    )
+    .ok();
     same_result(case, &|| {
         let mut command = Command::new("java");
         command.args(options).arg("-cp").arg(&classes).arg("Sums");
@@ -166,10 +195,22 @@ fn goroutines() {
         case.needs_program("go", "golang-go");
         let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/go-cache");
         let mut command = Command::new("go");
-        command.env("CGO_ENABLED", "0").env("GOCACHE", cache).env("GOPATH", case.path("go"));
-        command.env("GOFLAGS", "-modcacherw").env("GO111MODULE", "off");
+        command
+            .env("CGO_ENABLED", "0")
+            .env("GOCACHE", cache)
+            .env("GOPATH", case.path("go"));
+        command
+            .env("GOFLAGS", "-modcacherw")
+            .env("GO111MODULE", "off");
         let program = case.path("program");
-        run(case, command.args(["build", "-o"]).arg(&program).arg(source("pool.go"))).ok();
+        run(
+            case,
+            command
+                .args(["build", "-o"])
+                .arg(&program)
+                .arg(source("pool.go")),
+        )
+        .ok();
         same_result(case, &|| Command::new(&program));
     });
 }
@@ -182,40 +223,72 @@ fn compiled(case: &Case, compiler: &str, whence: &str, options: &[&str], file: &
 
 #[test]
 fn c() {
-    isolated("c", |case| compiled(case, "gcc", "gcc", &["-O2", "-pthread"], "waves.c"));
+    isolated("c", |case| {
+        compiled(case, "gcc", "gcc", &["-O2", "-pthread"], "waves.c")
+    });
 }
 
 #[test]
 fn c_static() {
     isolated("c_static", |case| {
-        compiled(case, "gcc", "gcc", &["-O2", "-pthread", "-static"], "waves.c");
+        compiled(
+            case,
+            "gcc",
+            "gcc",
+            &["-O2", "-pthread", "-static"],
+            "waves.c",
+        );
     });
 }
 
 #[test]
 fn c_stripped() {
     isolated("c_stripped", |case| {
-        compiled(case, "gcc", "gcc", &["-O2", "-pthread", "-static-pie", "-s"], "waves.c");
+        compiled(
+            case,
+            "gcc",
+            "gcc",
+            &["-O2", "-pthread", "-static-pie", "-s"],
+            "waves.c",
+        );
     });
 }
 
 #[test]
 fn c_static_of_an_ordinary_user() {
     isolated_as_user("c_static_of_an_ordinary_user", |case| {
-        compiled(case, "gcc", "gcc", &["-O2", "-pthread", "-static"], "waves.c");
+        compiled(
+            case,
+            "gcc",
+            "gcc",
+            &["-O2", "-pthread", "-static"],
+            "waves.c",
+        );
     });
 }
 
 #[test]
 fn musl_static() {
     isolated("musl_static", |case| {
-        compiled(case, "musl-gcc", "musl-tools", &["-O2", "-static"], "waves.c");
+        compiled(
+            case,
+            "musl-gcc",
+            "musl-tools",
+            &["-O2", "-static"],
+            "waves.c",
+        );
     });
 }
 
 #[test]
 fn rust_threads() {
     isolated("rust_threads", |case| {
-        compiled(case, "rustc", "the Rust toolchain", &["-O", "--edition=2024"], "pool.rs");
+        compiled(
+            case,
+            "rustc",
+            "the Rust toolchain",
+            &["-O", "--edition=2024"],
+            "pool.rs",
+        );
     });
 }

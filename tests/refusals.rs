@@ -23,14 +23,22 @@ const FAILED: i32 = 99;
 /// `ckpt attach` of the fixture is refused with these words, and nothing happened to it.
 fn attach_is_refused(case: &Case, fixture: Fixture, words: &[&str]) {
     let before = Looks::at(fixture.pid());
-    ckpt(case, ["attach", &fixture.pid().to_string(), "-o", "job.ckpt"]).refused(1, words);
+    ckpt(
+        case,
+        ["attach", &fixture.pid().to_string(), "-o", "job.ckpt"],
+    )
+    .refused(1, words);
     unharmed(case, fixture, &before);
 }
 
 fn unharmed(case: &Case, fixture: Fixture, before: &Looks) {
     assert_let_go(fixture.pid());
     before.assert_same(fixture.pid(), &[]);
-    assert!(leftovers(case.dir()).is_empty(), "{:?}", leftovers(case.dir()));
+    assert!(
+        leftovers(case.dir()).is_empty(),
+        "{:?}",
+        leftovers(case.dir())
+    );
     fixture.passes();
 }
 
@@ -49,15 +57,25 @@ fn no_such_process() {
 #[test]
 fn kernel_thread() {
     // It is only seen from the first pid namespace, and nothing is started here.
-    if fs::read_to_string("/proc/2/comm").unwrap_or_default().trim() != "kthreadd" {
+    if fs::read_to_string("/proc/2/comm")
+        .unwrap_or_default()
+        .trim()
+        != "kthreadd"
+    {
         return skipped("refusals::kernel_thread", "sight of the kernel's threads");
     }
     let image = std::env::temp_dir().join(format!("kthreadd.{}.ckpt", std::process::id()));
-    let out = Command::new(CKPT).args(["attach", "2", "-o"]).arg(&image).output();
+    let out = Command::new(CKPT)
+        .args(["attach", "2", "-o"])
+        .arg(&image)
+        .output();
     let out = out.expect("it was built");
     let said = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(1));
-    assert!(said.contains("process 2 (kthreadd)") && said.contains("thread of the kernel"), "{said}");
+    assert!(
+        said.contains("process 2 (kthreadd)") && said.contains("thread of the kernel"),
+        "{said}"
+    );
     assert!(!image.exists());
 }
 
@@ -71,7 +89,13 @@ fn another_users_process() {
         let out = run(
             case,
             Command::new("setpriv")
-                .args(["--reuid=65534", "--regid=65534", "--clear-groups", CKPT, "attach"])
+                .args([
+                    "--reuid=65534",
+                    "--regid=65534",
+                    "--clear-groups",
+                    CKPT,
+                    "attach",
+                ])
                 .args([&fixture.pid().to_string(), "-o", "job.ckpt"])
                 .current_dir(case.dir()),
         );
@@ -88,8 +112,13 @@ fn traced_already() {
         let fixture = fixture(case, "counter");
         let pid = fixture.pid().to_string();
         let mut strace = Command::new("strace");
-        let strace = start(strace.args(["-o", "/dev/null", "-p", &pid]), &case.path("strace.log"));
-        until("strace", || status_field(fixture.pid(), "TracerPid").filter(|tracer| tracer != "0"));
+        let strace = start(
+            strace.args(["-o", "/dev/null", "-p", &pid]),
+            &case.path("strace.log"),
+        );
+        until("strace", || {
+            status_field(fixture.pid(), "TracerPid").filter(|tracer| tracer != "0")
+        });
         let tracer = format!("strace (pid {})", strace.pid);
         let out = ckpt(case, ["attach", &pid, "-o", "job.ckpt"]);
         out.refused(1, &["traced by", &tracer, "end that one first"]);
@@ -107,9 +136,23 @@ fn program_of_32_bits() {
         let text = ".globl _start\n_start: mov $29, %eax\n int $0x80\n jmp _start\n";
         fs::write(&source, text).expect("the test's directory is writable");
         let (object, program) = (case.path("tiny.o"), case.path("tiny"));
-        run(case, Command::new("as").arg("--32").arg("-o").arg(&object).arg(&source)).ok();
+        run(
+            case,
+            Command::new("as")
+                .arg("--32")
+                .arg("-o")
+                .arg(&object)
+                .arg(&source),
+        )
+        .ok();
         let mut link = Command::new("ld");
-        run(case, link.args(["-m", "elf_i386", "-o"]).arg(&program).arg(&object)).ok();
+        run(
+            case,
+            link.args(["-m", "elf_i386", "-o"])
+                .arg(&program)
+                .arg(&object),
+        )
+        .ok();
         let mut job = start(&mut Command::new(&program), &case.path("tiny.log"));
         until("the program to wait", || match states(job.pid).first() {
             Some((_, 'S')) => Some(()),
@@ -126,7 +169,9 @@ fn program_of_32_bits() {
 fn zombie() {
     isolated("zombie", |case| {
         let job = start(&mut Command::new("true"), &case.path("true.log"));
-        until("a zombie", || (states(job.pid) == [(job.pid, 'Z')]).then_some(()));
+        until("a zombie", || {
+            (states(job.pid) == [(job.pid, 'Z')]).then_some(())
+        });
         let out = ckpt(case, ["attach", &job.pid.to_string(), "-o", "job.ckpt"]);
         out.refused(1, &["(true)", "already ended", "zombie"]);
     });
@@ -136,7 +181,12 @@ fn zombie() {
 fn ckpt_itself() {
     isolated("ckpt_itself", |case| {
         let script = format!("exec {CKPT} attach $$ -o job.ckpt");
-        let out = run(case, Command::new("sh").args(["-c", &script]).current_dir(case.dir()));
+        let out = run(
+            case,
+            Command::new("sh")
+                .args(["-c", &script])
+                .current_dir(case.dir()),
+        );
         out.refused(1, &["is ckpt itself"]);
     });
 }
@@ -147,7 +197,10 @@ fn thread_of_a_process() {
         let fixture = fixture(case, "threads");
         let before = Looks::at(fixture.pid());
         let threads = states(fixture.pid());
-        let thread = threads.iter().map(|(tid, _)| *tid).find(|tid| *tid != fixture.pid());
+        let thread = threads
+            .iter()
+            .map(|(tid, _)| *tid)
+            .find(|tid| *tid != fixture.pid());
         let thread = thread.expect("it has threads").to_string();
         let process = format!("thread of process {}", fixture.pid());
         let remedy = format!("ckpt attach {}", fixture.pid());
@@ -160,14 +213,22 @@ fn thread_of_a_process() {
 #[test]
 fn listening_socket() {
     isolated("listening_socket", |case| {
-        attach_is_refused(case, odd(case, "listen", None), &["fd 3", "socket", "not supported"]);
+        attach_is_refused(
+            case,
+            odd(case, "listen", None),
+            &["fd 3", "socket", "not supported"],
+        );
     });
 }
 
 #[test]
 fn io_uring() {
     isolated("io_uring", |case| {
-        attach_is_refused(case, odd(case, "uring", None), &["fd 3", "io_uring", "not supported"]);
+        attach_is_refused(
+            case,
+            odd(case, "uring", None),
+            &["fd 3", "io_uring", "not supported"],
+        );
     });
 }
 
@@ -176,7 +237,11 @@ fn process_with_a_child() {
     isolated("process_with_a_child", |case| {
         let target = odd(case, "child", None);
         let pid = format!("process {} (odd)", target.pid());
-        attach_is_refused(case, target, &[&pid, "child process", "wait until it has ended"]);
+        attach_is_refused(
+            case,
+            target,
+            &[&pid, "child process", "wait until it has ended"],
+        );
     });
 }
 
@@ -212,7 +277,15 @@ fn cannot_write(case: &Case, image: &Path, words: &[&str]) {
     };
     let count = files(dir);
     let pid = target.pid().to_string();
-    let out = ckpt(case, ["attach".as_ref(), pid.as_ref(), "-o".as_ref(), image.as_os_str()]);
+    let out = ckpt(
+        case,
+        [
+            "attach".as_ref(),
+            pid.as_ref(),
+            "-o".as_ref(),
+            image.as_os_str(),
+        ],
+    );
     out.refused(1, words);
     assert_eq!(files(dir), count, "something was left in {}", dir.display());
     unharmed(case, target, &before);
@@ -253,7 +326,13 @@ fn directory_without_permission() {
         let out = run(
             case,
             Command::new("setpriv")
-                .args(["--reuid=65534", "--regid=65534", "--clear-groups", CKPT, "attach"])
+                .args([
+                    "--reuid=65534",
+                    "--regid=65534",
+                    "--clear-groups",
+                    CKPT,
+                    "attach",
+                ])
                 .args([&target.pid().to_string(), "-o", "closed/job.ckpt"])
                 .current_dir(case.dir()),
         );
@@ -269,14 +348,25 @@ fn full_disk() {
         let disk = case.path("disk");
         fs::create_dir(&disk).expect("the test's directory is writable");
         let mut mount = Command::new("mount");
-        let out = run(case, mount.args(["-t", "tmpfs", "-o", "size=32k", "tmpfs"]).arg(&disk));
+        let out = run(
+            case,
+            mount
+                .args(["-t", "tmpfs", "-o", "size=32k", "tmpfs"])
+                .arg(&disk),
+        );
         if out.code() != 0 {
-            case.skip(&format!("permission to mount a tmpfs ({})", out.stderr.trim()));
+            case.skip(&format!(
+                "permission to mount a tmpfs ({})",
+                out.stderr.trim()
+            ));
         }
         let old = disk.join("job.ckpt");
         fs::write(&old, "older").expect("there is room for that");
         cannot_write(case, &old, &["job.ckpt", "No space left"]);
-        assert_eq!(fs::read_to_string(&old).expect("it is still there"), "older");
+        assert_eq!(
+            fs::read_to_string(&old).expect("it is still there"),
+            "older"
+        );
     });
 }
 
@@ -285,8 +375,16 @@ fn limited_file_size() {
     isolated("limited_file_size", |case| {
         let target = fixture(case, "threads");
         let before = Looks::at(target.pid());
-        let script = format!("ulimit -f 8; exec {CKPT} attach {} -o job.ckpt", target.pid());
-        let out = run(case, Command::new("bash").args(["-c", &script]).current_dir(case.dir()));
+        let script = format!(
+            "ulimit -f 8; exec {CKPT} attach {} -o job.ckpt",
+            target.pid()
+        );
+        let out = run(
+            case,
+            Command::new("bash")
+                .args(["-c", &script])
+                .current_dir(case.dir()),
+        );
         out.refused(1, &["job.ckpt", "File too large"]);
         unharmed(case, target, &before);
     });
@@ -300,7 +398,8 @@ fn reader_of_the_stream_goes_away() {
         let script = "$0 attach $1 -o - --codec none 2>ckpt.log | head -c 100 >/dev/null
             echo ${PIPESTATUS[0]}";
         let mut bash = Command::new("bash");
-        bash.args(["-c", script, CKPT, &target.pid().to_string()]).current_dir(case.dir());
+        bash.args(["-c", script, CKPT, &target.pid().to_string()])
+            .current_dir(case.dir());
         let out = run(case, &mut bash);
         assert_eq!(out.ok().trim(), "1");
         let said = fs::read_to_string(case.path("ckpt.log")).expect("it was written");
@@ -351,10 +450,22 @@ fn spoilt_images() {
             image
         };
         let flip = |at: usize| [whole[at] ^ 0x10];
-        for at in [64, 2000, whole.len() / 2, whole.len() - 200, whole.len() - 30] {
-            spoilt(&changed(at, &flip(at), false), &["corrupted", "another image"]);
+        for at in [
+            64,
+            2000,
+            whole.len() / 2,
+            whole.len() - 200,
+            whole.len() - 30,
+        ] {
+            spoilt(
+                &changed(at, &flip(at), false),
+                &["corrupted", "another image"],
+            );
         }
-        spoilt(&changed(8, &[2, 0], true), &["format 2.0", "newer", "newer ckpt"]);
+        spoilt(
+            &changed(8, &[2, 0], true),
+            &["format 2.0", "newer", "newer ckpt"],
+        );
         fs::write(&path, changed(16, &[2, 0], true)).expect("the test's directory is writable");
         let words = ["aarch64", "x86_64"];
         run(case, &mut restore_cmd(&path, &[])).refused(FAILED, &words);
@@ -371,11 +482,16 @@ fn spoilt_images() {
 fn damaged_page_found_during_the_restore() {
     isolated("damaged_page_found_during_the_restore", |case| {
         let (_target, image) = image_of(case, "anon_private");
-        let file = File::options().read(true).write(true).open(&image).expect("it is ours");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(&image)
+            .expect("it is ours");
         let mut bytes = [0; 1];
         // In the first chunk's stored bytes: not read before the process exists.
         file.read_exact_at(&mut bytes, 1500).expect("it is longer");
-        file.write_all_at(&[bytes[0] ^ 1], 1500).expect("it is ours");
+        file.write_all_at(&[bytes[0] ^ 1], 1500)
+            .expect("it is ours");
         restore_is_refused(case, &image, &["job.ckpt", "corrupted"]);
     });
 }
@@ -497,7 +613,10 @@ fn open_file_grown() {
         });
         target.continued_by(restored(case, &image, &[]));
         target.passes();
-        assert_eq!(fs::read_to_string(&file).expect("it is there"), "01234writtenre");
+        assert_eq!(
+            fs::read_to_string(&file).expect("it is there"),
+            "01234writtenre"
+        );
     });
 }
 
@@ -510,7 +629,11 @@ fn pipe_to_the_outside() {
         let script = "ODD=fd3 exec $0 $1 3>&1 >>odd.log";
         let script = format!("({script}) | cat >before");
         let mut shell = Command::new("sh");
-        shell.args(["-c", &script]).arg(common::odd::build(case)).arg(&dir).current_dir(case.dir());
+        shell
+            .args(["-c", &script])
+            .arg(common::odd::build(case))
+            .arg(&dir)
+            .current_dir(case.dir());
         let pipeline = start(&mut shell, &case.path("shell.log"));
         let pid = until("the program", || fs::read_to_string(dir.join("ready")).ok());
         let pid: i32 = pid.trim().parse().expect("it is a pid");
@@ -533,7 +656,8 @@ fn image_through_a_pipe() {
         let image = case.path("piped.ckpt");
         let script = "set -o pipefail; $0 attach $1 -o - --kill | cat >piped.ckpt";
         let mut bash = Command::new("bash");
-        bash.args(["-c", script, CKPT, &target.pid().to_string()]).current_dir(case.dir());
+        bash.args(["-c", script, CKPT, &target.pid().to_string()])
+            .current_dir(case.dir());
         let out = run(case, &mut bash);
         assert_eq!(out.code(), 0, "{out:?}");
         assert_eq!(until("its end", || target.job.ended()), Ended::Killed(9));
@@ -551,7 +675,9 @@ fn pid_may_not_be_chosen() {
         open_to_all(case.dir());
         let nobody = |program: &Path| {
             let mut command = Command::new("setpriv");
-            command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program);
+            command
+                .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+                .arg(program);
             command.current_dir(case.dir()).stdin(Stdio::null());
             command
         };
@@ -562,21 +688,37 @@ fn pid_may_not_be_chosen() {
         let mut target = common::fixture::start_in(case, "counter", "run", command);
         let pid = target.pid().to_string();
         let mut attach = nobody(Path::new(CKPT));
-        run(case, attach.args(["attach", &pid, "-o", "job.ckpt", "--kill"])).ok();
+        run(
+            case,
+            attach.args(["attach", &pid, "-o", "job.ckpt", "--kill"]),
+        )
+        .ok();
         assert_eq!(until("its end", || target.job.ended()), Ended::Killed(9));
         let mut restore = nobody(Path::new(common::tool::RESTORE));
         let out = run(case, restore.arg("job.ckpt"));
         let pid = format!("process {pid}");
-        out.refused(FAILED, &[&pid, "CAP_CHECKPOINT_RESTORE", "unshare", "restore IMAGE"]);
+        out.refused(
+            FAILED,
+            &[&pid, "CAP_CHECKPOINT_RESTORE", "unshare", "restore IMAGE"],
+        );
         // What the message advises.
         target.go();
         let mut unshare = nobody(Path::new("unshare"));
-        unshare.args(["--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]);
+        unshare.args([
+            "--user",
+            "--map-root-user",
+            "--pid",
+            "--fork",
+            "--mount-proc",
+        ]);
         run(case, unshare.arg(common::tool::RESTORE).arg("job.ckpt")).ok();
         let verdict = fs::read_to_string(target.path("verdict")).expect("it has judged itself");
         assert_eq!(verdict.trim(), "PASS");
         // An unprivileged reader of the image is its owner only.
-        let mode = fs::metadata(case.path("job.ckpt")).expect("it is there").permissions().mode();
+        let mode = fs::metadata(case.path("job.ckpt"))
+            .expect("it is there")
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
     });
 }

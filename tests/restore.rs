@@ -65,11 +65,20 @@ fn stopped_for_a_debugger() {
         let image = target.killed_into(case, "job.ckpt");
         let out = run(case, &mut restore_cmd(&image, &["--stopped"]));
         assert_eq!(out.ok(), format!("{}\n", target.pid()));
-        assert!(out.stderr.contains(&format!("gdb -p {}", target.pid())), "{out:?}");
+        assert!(
+            out.stderr.contains(&format!("gdb -p {}", target.pid())),
+            "{out:?}"
+        );
         target.continued_by(Job::of(target.pid()));
         let pid = target.pid();
-        let all_stopped = || common::look::states(pid).iter().all(|(_, state)| *state == 'T');
-        until("all its tasks to be stopped", || all_stopped().then_some(()));
+        let all_stopped = || {
+            common::look::states(pid)
+                .iter()
+                .all(|(_, state)| *state == 'T')
+        };
+        until("all its tasks to be stopped", || {
+            all_stopped().then_some(())
+        });
         assert!(holds_for(Duration::from_millis(100), all_stopped));
         assert_eq!(status_field(pid, "TracerPid").as_deref(), Some("0"));
         assert_eq!(before.differences(&look(pid), &[]), "");
@@ -86,7 +95,16 @@ fn debugger_attaches() {
         target.continued_by(restored(case, &image, &["--stopped"]));
         let pid = target.pid().to_string();
         let mut gdb = Command::new("gdb");
-        gdb.args(["-nx", "-batch", "-p", &pid, "-ex", "info threads", "-ex", "detach"]);
+        gdb.args([
+            "-nx",
+            "-batch",
+            "-p",
+            &pid,
+            "-ex",
+            "info threads",
+            "-ex",
+            "detach",
+        ]);
         let out = run(case, &mut gdb);
         assert!(out.stdout.contains(&format!("(LWP {pid})")), "{out:#?}");
         target.job.signal(Signal::SIGCONT);
@@ -101,8 +119,14 @@ fn left_stopped_by_attach() {
         let pid = target.pid();
         attach(case, pid, "job.ckpt", &["--stop"]);
         assert_eq!(status_field(pid, "TracerPid").as_deref(), Some("0"));
-        let all_stopped = || common::look::states(pid).iter().all(|(_, state)| *state == 'T');
-        until("all its tasks to be stopped", || all_stopped().then_some(()));
+        let all_stopped = || {
+            common::look::states(pid)
+                .iter()
+                .all(|(_, state)| *state == 'T')
+        };
+        until("all its tasks to be stopped", || {
+            all_stopped().then_some(())
+        });
         target.job.signal(Signal::SIGCONT);
         until("it to go on", || (!all_stopped()).then_some(()));
         target.passes();
@@ -117,7 +141,10 @@ fn dry_run_touches_nothing() {
         let out = run(case, &mut restore_cmd(&image, &["--dry-run"]));
         let plan = out.ok();
         for call in ["mmap", "clone3", "rt_sigaction"] {
-            assert!(plan.lines().any(|line| line.contains(call)), "no {call} in the plan:\n{plan}");
+            assert!(
+                plan.lines().any(|line| line.contains(call)),
+                "no {call} in the plan:\n{plan}"
+            );
         }
         assert_nobody_left();
         assert_eq!(fs::read(&image).expect("it is there"), before);
@@ -195,7 +222,10 @@ fn signals_are_passed_on() {
         let (mut target, image) = killed(case, "counter");
         let log = case.path("restore.log");
         let job = restored_in_front(case, &image, &[]);
-        let restore: i32 = status_field(job.pid, "PPid").expect("it runs").parse().expect("a pid");
+        let restore: i32 = status_field(job.pid, "PPid")
+            .expect("it runs")
+            .parse()
+            .expect("a pid");
         assert_ne!(restore, 1);
         // SIGTERM to `restore` ends the job, and so `restore`.
         let pid = nix::unistd::Pid::from_raw(restore);
@@ -235,7 +265,11 @@ fn no_descriptor_leaks_in() {
         let image = target.killed_into(case, "job.ckpt");
         let mut command = Command::new("bash");
         let script = "exec 7<$0 55</dev/null 99>>leak.log; exec $1 --detach $0";
-        command.args(["-c", script]).arg(&image).arg(RESTORE).current_dir(case.dir());
+        command
+            .args(["-c", script])
+            .arg(&image)
+            .arg(RESTORE)
+            .current_dir(case.dir());
         let out = run(case, &mut command);
         target.continued_by(Job::of(out.ok().trim().parse().expect("it is a pid")));
         before.assert_same(target.pid(), &[]);
@@ -266,9 +300,10 @@ fn lower_hard_limits_are_warned_of() {
     isolated("lower_hard_limits_are_warned_of", |case| {
         let caps = status_field(1, "CapEff").expect("we run");
         let caps = u64::from_str_radix(&caps, 16).expect("it is a number");
-        if caps & 1 << 24 != 0 && fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
-            map.split_whitespace().next_back() == Some("4294967295")
-        }) {
+        if caps & 1 << 24 != 0
+            && fs::read_to_string("/proc/self/uid_map")
+                .is_ok_and(|map| map.split_whitespace().next_back() == Some("4294967295"))
+        {
             case.skip("a machine on which root may not raise limits");
         }
         let mut command = Command::new("bash");
@@ -294,9 +329,14 @@ fn on_another_terminal() {
         let (image, _) = attach(case, pid, "job.ckpt", &["--kill"]);
         until("the end of the first terminal", || target.job.ended());
         let line = format!("exec {RESTORE} {} --verbose", image.display());
-        let second = start(&mut terminal(&line, &case.path("second.log")), &case.path("script.log"));
+        let second = start(
+            &mut terminal(&line, &case.path("second.log")),
+            &case.path("script.log"),
+        );
         until("the job on the second terminal", || {
-            text(&case.path("second.log")).contains("running as process").then_some(())
+            text(&case.path("second.log"))
+                .contains("running as process")
+                .then_some(())
         });
         let fd = fs::read_link(format!("/proc/{pid}/fd/0")).expect("it runs");
         assert!(fd.starts_with("/dev/pts"), "{}", fd.display());
@@ -336,7 +376,9 @@ fn on_terminal(case: &Case, name: &str) -> Fixture {
 fn terminal(line: &str, log: &Path) -> Command {
     File::create(log).expect("the test's directory is writable");
     let mut command = Command::new("script");
-    command.env("SHELL", "/bin/sh").args(["--quiet", "--return", "--flush", "--command", line]);
+    command
+        .env("SHELL", "/bin/sh")
+        .args(["--quiet", "--return", "--flush", "--command", line]);
     command.arg("--log-out").arg(log);
     command
 }

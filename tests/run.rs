@@ -15,7 +15,10 @@ use nix::sys::signal::Signal;
 fn supervised(case: &Case, name: &str) -> (Fixture, i32) {
     let mut command = Command::new(CKPT);
     command.args(["run", "--name=job", "--interval=1s", "--keep=2", "--dir"]);
-    command.arg(case.path("images")).arg("--").arg(case.fixtures().join(name));
+    command
+        .arg(case.path("images"))
+        .arg("--")
+        .arg(case.fixtures().join(name));
     let run = start_in(case, name, "run", command);
     let pid = fs::read_to_string(run.path("ready")).expect("it is ready");
     (run, pid.trim().parse().expect("it is a pid"))
@@ -32,12 +35,17 @@ fn images(case: &Case) -> Vec<String> {
 fn newest_images_are_kept_and_the_last_restores() {
     isolated("newest_images_are_kept_and_the_last_restores", |case| {
         let (mut run, pid) = supervised(case, "threads");
-        until("the fourth image", || case.path("images/job.4.ckpt").exists().then_some(()));
+        until("the fourth image", || {
+            case.path("images/job.4.ckpt").exists().then_some(())
+        });
         // The older one goes after the newer has come.
         until("two images", || (images(case).len() == 2).then_some(()));
         assert_let_go(pid);
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
-        assert_eq!(until("the end of ckpt run", || run.job.ended()), Ended::Exited(137));
+        assert_eq!(
+            until("the end of ckpt run", || run.job.ended()),
+            Ended::Exited(137)
+        );
         let kept = images(case);
         assert_eq!(kept.len(), 2, "{kept:?}");
         run.continued_by(restored(case, &case.path("images").join(&kept[1]), &[]));
@@ -50,7 +58,9 @@ fn newest_images_are_kept_and_the_last_restores() {
 fn exit_code_after_checkpoints() {
     isolated("exit_code_after_checkpoints", |case| {
         let (run, _) = supervised(case, "sleepers");
-        until("an image", || case.path("images/job.1.ckpt").exists().then_some(()));
+        until("an image", || {
+            case.path("images/job.1.ckpt").exists().then_some(())
+        });
         run.passes();
     });
 }
@@ -59,11 +69,15 @@ fn exit_code_after_checkpoints() {
 fn program_outlives_a_killed_supervisor() {
     isolated("program_outlives_a_killed_supervisor", |case| {
         let (mut run, pid) = supervised(case, "sleepers");
-        until("an image", || case.path("images/job.1.ckpt").exists().then_some(()));
+        until("an image", || {
+            case.path("images/job.1.ckpt").exists().then_some(())
+        });
         run.job.signal(Signal::SIGKILL);
         assert_eq!(until("its end", || run.job.ended()), Ended::Killed(9));
         // We are the reaper of the namespace, and now its parent.
-        until("a new parent", || (status_field(pid, "PPid")? == "1").then_some(()));
+        until("a new parent", || {
+            (status_field(pid, "PPid")? == "1").then_some(())
+        });
         run.continued_by(Job::of(pid));
         run.passes();
     });

@@ -18,7 +18,9 @@ struct Random(u64);
 
 impl Random {
     fn new() -> Self {
-        let seed = std::env::var("CKPT_SEED").ok().and_then(|text| text.parse().ok());
+        let seed = std::env::var("CKPT_SEED")
+            .ok()
+            .and_then(|text| text.parse().ok());
         let seed = seed.unwrap_or_else(|| {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
             now.map_or(1, |now| now.as_nanos() as u64 | 1)
@@ -37,7 +39,9 @@ impl Random {
 }
 
 fn times(most: u32) -> u32 {
-    let wish = std::env::var("CKPT_KILLS").ok().and_then(|text| text.parse().ok());
+    let wish = std::env::var("CKPT_KILLS")
+        .ok()
+        .and_then(|text| text.parse().ok());
     wish.unwrap_or(300).min(most)
 }
 
@@ -45,7 +49,9 @@ fn times(most: u32) -> u32 {
 fn begin(case: &Case, pid: i32, image: &str) -> Job {
     let log = case.path("attach.log");
     let mut command = Command::new(CKPT);
-    command.args(["attach", &pid.to_string(), "-q", "-o", image]).current_dir(case.dir());
+    command
+        .args(["attach", &pid.to_string(), "-q", "-o", image])
+        .current_dir(case.dir());
     command.stdout(appended(&log)).stderr(appended(&log));
     Job::of(command.spawn().expect("it was built").id() as i32)
 }
@@ -84,7 +90,9 @@ fn killed_at_any_moment() {
             early += u32::from(!whole);
             // The kernel detaches when the tool's last thread is gone, which reaping shows.
             until(&format!("tasks let go after kill {number}"), || {
-                let stopped = states(target.pid()).iter().any(|(_, state)| "tT".contains(*state));
+                let stopped = states(target.pid())
+                    .iter()
+                    .any(|(_, state)| "tT".contains(*state));
                 (!stopped).then_some(())
             });
             assert_let_go(target.pid());
@@ -127,7 +135,11 @@ fn target_killed_at_any_moment() {
                     ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
                 }
                 Ended::Exited(1) => {
-                    assert!(leftovers(case.dir()).is_empty(), "{:?}", leftovers(case.dir()));
+                    assert!(
+                        leftovers(case.dir()).is_empty(),
+                        "{:?}",
+                        leftovers(case.dir())
+                    );
                     assert!(said.starts_with("ckpt: "), "{said}");
                     assert_eq!(said.lines().count(), 1, "{said}");
                     assert!(!said.contains("panicked"), "{said}");

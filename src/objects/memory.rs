@@ -271,8 +271,12 @@ pub fn guard_pages(scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
 
 fn guards_in(vma: &Vma, guards: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let first = guards.partition_point(|(_, end)| *end <= vma.start);
-    let inside = guards[first..].iter().take_while(|(start, _)| *start < vma.end);
-    inside.map(|(start, end)| (*start.max(&vma.start), *end.min(&vma.end))).collect()
+    let inside = guards[first..]
+        .iter()
+        .take_while(|(start, _)| *start < vma.end);
+    inside
+        .map(|(start, end)| (*start.max(&vma.start), *end.min(&vma.end)))
+        .collect()
 }
 
 fn backing(

@@ -15,9 +15,9 @@ use super::planner::{self, Planned};
 use super::spawn::Child;
 use super::{Request, fill};
 use crate::error::{Error, Result};
+use crate::objects::Snapshot;
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
-use crate::objects::Snapshot;
 
 /// Rebuilds the process that stands at its exec stop.
 pub fn rebuild(
@@ -314,12 +314,7 @@ enum Rearmed {
 /// A sleep that was interrupted with its remainder written out goes on with that remainder:
 /// the same call is begun in the new task and interrupted at once, which leaves the kernel's
 /// restart block behind, expiry and all. The registers never show it.
-fn rearm(
-    task: &mut Stopped,
-    regs: &Regs,
-    process: &Process,
-    cave: &Cave<'_>,
-) -> Result<Rearmed> {
+fn rearm(task: &mut Stopped, regs: &Regs, process: &Process, cave: &Cave<'_>) -> Result<Rearmed> {
     let remainder = match regs.orig_rax as i64 {
         libc::SYS_nanosleep => regs.rsi,
         libc::SYS_clock_nanosleep => regs.r10,

@@ -88,9 +88,9 @@ fn build(
     for (index, file) in snapshot.mapped_files.iter().enumerate() {
         let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
         let shared_only = index != memory.executable
-            && !mappings.any(|m| {
-                matches!(m.backing, memory::Backing::PrivateFile { file, .. } if file == index)
-            });
+            && !mappings.any(
+                |m| matches!(m.backing, memory::Backing::PrivateFile { file, .. } if file == index),
+            );
         if let Err(o) = memory::check_file(file, shared_only, request) {
             obstacles.push(*o);
         }

@@ -13,7 +13,10 @@ pub fn build(case: &Case) -> PathBuf {
     if !program.exists() {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/odd.c");
         let mut command = Command::new("gcc");
-        command.args(["-O1", "-g", "-pthread", "-o"]).arg(&program).arg(source);
+        command
+            .args(["-O1", "-g", "-pthread", "-o"])
+            .arg(&program)
+            .arg(source);
         run(case, &mut command).ok();
     }
     program
@@ -22,6 +25,8 @@ pub fn build(case: &Case) -> PathBuf {
 /// Starts it in this situation, with this file.
 pub fn odd(case: &Case, situation: &str, file: Option<&Path>) -> Fixture {
     let mut command = Command::new(build(case));
-    command.env("ODD", situation).envs(file.map(|file| ("ODD_FILE", file)));
+    command
+        .env("ODD", situation)
+        .envs(file.map(|file| ("ODD_FILE", file)));
     start_in(case, situation, &format!("run-{situation}"), command)
 }
