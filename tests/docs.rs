@@ -1,0 +1,188 @@
+//! The pages of docs/ and README.md against the code: nothing that is there is left out.
+
+use std::fs;
+use std::path::Path;
+
+fn read(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The variants of an enum whose declaration begins with `head`, one a line of that indentation.
+fn variants(source: &str, head: &str) -> Vec<String> {
+    let (_, body) = source
+        .split_once(head)
+        .unwrap_or_else(|| panic!("there is no {head:?}"));
+    let (body, _) = body.split_once("\n}").expect("an enum has an end");
+    let names = body.lines().filter_map(|line| {
+        let line = line.strip_prefix("    ")?;
+        line.starts_with(|c: char| c.is_ascii_uppercase())
+            .then(|| line.split(|c: char| !c.is_ascii_alphanumeric()).next())?
+    });
+    let names: Vec<String> = names.map(str::to_owned).collect();
+    assert!(names.len() > 3, "{head:?} has no variants: {names:?}");
+    names
+}
+
+/// Those of `words` that `page` does not have in backquotes.
+fn missing<'a>(page: &str, words: impl IntoIterator<Item = &'a String>) -> Vec<&'a String> {
+    let quoted = |word: &&String| !page.contains(&format!("`{word}`"));
+    words.into_iter().filter(quoted).collect()
+}
+
+fn fixtures() -> Vec<String> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let entries = fs::read_dir(directory).expect("the fixtures are there");
+    let names = entries.filter_map(|entry| {
+        let name = entry.ok()?.file_name().into_string().ok()?;
+        name.strip_suffix(".c").map(str::to_owned)
+    });
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn every_fixture_has_its_row() {
+    let (page, fixtures) = (read("docs/supported.md"), fixtures());
+    assert!(fixtures.len() > 50);
+    assert_eq!(missing(&page, &fixtures), [""; 0], "name it in a row");
+}
+
+#[test]
+fn every_fixture_in_the_table_exists() {
+    let (page, fixtures) = (read("docs/supported.md"), fixtures());
+    let rows = page.lines().filter(|line| line.starts_with('|'));
+    let last = rows.filter_map(|row| row.trim_end_matches(['|', ' ']).rsplit('|').next());
+    // A cell of nothing but names in backquotes.
+    let cells = last.filter(|cell| {
+        let named = |word: &str| word.trim().starts_with('`') && word.trim().ends_with('`');
+        cell.split(',').all(named)
+    });
+    let names: Vec<String> = cells
+        .flat_map(|cell| cell.split(','))
+        .map(|name| name.trim().trim_matches('`').to_owned())
+        .collect();
+    assert!(names.len() > 50);
+    let unknown: Vec<_> = names.iter().filter(|n| !fixtures.contains(n)).collect();
+    assert_eq!(unknown, [""; 0], "no such file in fixtures/");
+}
+
+#[test]
+fn every_kind_of_file_and_memory_has_its_row() {
+    let page = read("docs/supported.md");
+    let kinds = variants(&read("src/objects/files/mod.rs"), "pub enum Kind {");
+    assert_eq!(missing(&page, &kinds), [""; 0], "kinds of open files");
+    let backings = variants(&read("src/objects/memory.rs"), "pub enum Backing {");
+    assert_eq!(missing(&page, &backings), [""; 0], "kinds of mappings");
+}
+
+#[test]
+fn every_command_is_in_the_readme() {
+    let page = read("README.md");
+    let commands = variants(&read("src/cli/mod.rs"), "enum Command {");
+    for command in commands {
+        // `ckpt man` is of `Man`.
+        let command = format!("`ckpt {}", command.to_lowercase());
+        assert!(page.contains(&command), "README.md lacks {command}`");
+    }
+}
+
+#[test]
+fn every_step_of_fault_injection_is_described() {
+    let page = read("docs/architecture.md");
+    let steps = read("tracer/src/fault.rs");
+    let (_, steps) = steps.split_once("\nsteps! {").expect("it has the list");
+    let (steps, _) = steps.split_once("\n}").expect("the list has an end");
+    let names: Vec<&str> = steps
+        .lines()
+        .filter_map(|line| line.split('"').nth(1))
+        .collect();
+    assert!(names.len() > 10);
+    for name in names {
+        assert!(
+            page.contains(&format!("\"{name}\"")),
+            "docs/architecture.md lacks the step {name}"
+        );
+    }
+}
+
+#[test]
+fn every_key_of_json_is_described() {
+    let page = read("docs/json.md");
+    let structs = [
+        ("src/cli/attach.rs", "struct Figures"),
+        ("src/cli/check.rs", "struct Here"),
+        ("src/cli/check.rs", "struct Feature"),
+        ("src/cli/check.rs", "struct Process"),
+        ("src/error.rs", "pub struct Obstacle"),
+        ("src/cli/inspect.rs", "struct Everything"),
+        ("src/inspect/summary.rs", "pub struct Summary"),
+        ("src/inspect/summary.rs", "pub struct ProcessView"),
+        ("src/inspect/threads.rs", "pub struct ThreadView"),
+        ("src/inspect/maps.rs", "pub struct MapView"),
+        ("src/inspect/fds.rs", "pub struct FdView"),
+    ];
+    for (file, head) in structs {
+        let source = read(file);
+        let (_, body) = source.split_once(head).expect(head);
+        let (body, _) = body.split_once("\n}").expect(head);
+        let fields = body.lines().filter_map(|line| {
+            let line = line.trim().trim_start_matches("pub ");
+            let (name, _) = line.split_once(": ")?;
+            let plain = |c: char| c.is_ascii_lowercase() || c == '_';
+            name.chars().all(plain).then(|| name.to_owned())
+        });
+        let fields: Vec<String> = fields.collect();
+        assert!(fields.len() > 1, "{head} of {file} has no fields");
+        assert_eq!(missing(&page, &fields), [""; 0], "{head} of {file}");
+    }
+}
+
+#[test]
+fn links_between_the_pages_lead_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut links = 0;
+    for page in [
+        "README.md",
+        "CHANGELOG.md",
+        "docs/architecture.md",
+        "docs/json.md",
+        "docs/limits.md",
+        "docs/supported.md",
+    ] {
+        let text = read(page);
+        let directory = root.join(page).parent().expect("in a directory").to_owned();
+        for rest in text.split("](").skip(1) {
+            let (target, _) = rest.split_once(')').expect("a link has an end");
+            if target.starts_with("https://") {
+                continue;
+            }
+            let (file, heading) = target.split_once('#').unwrap_or((target, ""));
+            let file = match file {
+                "" => root.join(page),
+                file => directory.join(file),
+            };
+            assert!(file.exists(), "{page}: there is no {target}");
+            if !heading.is_empty() {
+                let there = fs::read_to_string(&file).expect("it is a page");
+                let mut headings = there.lines().filter(|line| line.starts_with('#'));
+                assert!(
+                    headings.any(|line| anchor(line) == heading),
+                    "{page}: there is no heading {target}"
+                );
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 5);
+}
+
+/// The anchor of a heading, as code hosts make it.
+fn anchor(heading: &str) -> String {
+    let text = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = text
+        .chars()
+        .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
