@@ -17,6 +17,5 @@ pub mod progress;
 pub mod restore;
 pub mod snapshot;
 pub mod supervise;
-pub mod syscalls;
 
 pub use error::{Error, Obstacle, Result};

@@ -379,6 +379,10 @@ impl Plan {
     }
 }
 
+fn syscall_name(nr: u64) -> String {
+    crate::inspect::calls::names::name(nr).map_or_else(|| format!("syscall_{nr}"), str::to_owned)
+}
+
 fn describe(op: &Op) -> String {
     if op.kind == OpKind::Thread as u32 {
         return format!("clone3(thread {})", op.expect);
@@ -400,5 +404,5 @@ fn describe(op: &Op) -> String {
             }
         })
         .collect();
-    format!("{}({})", crate::syscalls::name(op.nr), args.join(", "))
+    format!("{}({})", syscall_name(op.nr), args.join(", "))
 }

@@ -34,6 +34,15 @@ pub fn start(command: &mut Command, log: &Path) -> Job {
         .stdin(Stdio::null())
         .stdout(appended(log))
         .stderr(appended(log));
+    spawn(command)
+}
+
+/// Starts a program as it is set up.
+#[expect(
+    clippy::zombie_processes,
+    reason = "the job is waited for by its pid, whoever started it"
+)]
+pub fn spawn(command: &mut Command) -> Job {
     let child = command.spawn();
     let child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
     Job::of(child.id() as i32)

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde_json::Value;
 
 use super::isolate::Case;
-use super::job::{Ended, Job, appended};
+use super::job::{Ended, Job, appended, spawn};
 use super::wait::until;
 
 pub const CKPT: &str = env!("CARGO_BIN_EXE_ckpt");
@@ -61,9 +61,7 @@ pub fn run(case: &Case, command: &mut Command) -> Output {
         .stdin(Stdio::null())
         .stdout(appended(&out))
         .stderr(appended(&err));
-    let child = command.spawn();
-    let child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-    let ended = Job::of(child.id() as i32).wait();
+    let ended = spawn(command).wait();
     let text = |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into();
     let output = Output {
         ended,
@@ -124,8 +122,7 @@ pub fn restored_in_front(case: &Case, image: &Path, args: &[&str]) -> Job {
         .stdin(Stdio::null())
         .stdout(appended(&log))
         .stderr(appended(&log));
-    let child = command.spawn().expect("it was built");
-    let mut restore = Job::of(child.id() as i32);
+    let mut restore = spawn(&mut command);
     let pid = until("the restored job to run", || {
         let text = fs::read(&log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text[seen.min(text.len())..]).into_owned();
