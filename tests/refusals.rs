@@ -302,9 +302,13 @@ fn no_such_directory() {
 #[test]
 fn image_is_a_directory() {
     isolated("image_is_a_directory", |case| {
-        let image = case.path("directory");
-        fs::create_dir(&image).expect("the test's directory is writable");
-        cannot_write(case, &image, &["directory"]);
+        let image = case.path("some/directory");
+        fs::create_dir_all(&image).expect("the test's directory is writable");
+        cannot_write(
+            case,
+            &image,
+            &["some/directory", "not a regular file", "another name"],
+        );
         assert!(image.is_dir());
     });
 }
@@ -444,8 +448,7 @@ fn spoilt_images() {
             let mut image = whole.clone();
             image[at..at + bytes.len()].copy_from_slice(bytes);
             if sealed {
-                let digest = *blake3::hash(&image[..992]).as_bytes();
-                image[992..1024].copy_from_slice(&digest);
+                seal(&mut image);
             }
             image
         };
@@ -476,6 +479,24 @@ fn spoilt_images() {
         target.continued_by(restored(case, &image, &[]));
         target.passes();
     });
+}
+
+/// Makes the digests of a changed header right again; see docs/image-format.md.
+fn seal(image: &mut [u8]) {
+    let digest = *blake3::hash(&image[..992]).as_bytes();
+    image[992..1024].copy_from_slice(&digest);
+    let footer = image.len() - 160;
+    let number = |at: usize| {
+        let bytes = image[footer + at..footer + at + 8].try_into();
+        u64::from_le_bytes(bytes.expect("these are eight")) as usize
+    };
+    let (index, len) = (number(16), number(24));
+    let mut root = blake3::Hasher::new();
+    root.update(&image[..1024])
+        .update(&image[index..index + len]);
+    image[footer + 88..footer + 120].copy_from_slice(root.finalize().as_bytes());
+    let seal = *blake3::hash(&image[footer..footer + 120]).as_bytes();
+    image[footer + 120..footer + 152].copy_from_slice(&seal);
 }
 
 #[test]
@@ -701,17 +722,20 @@ fn pid_may_not_be_chosen() {
             FAILED,
             &[&pid, "CAP_CHECKPOINT_RESTORE", "unshare", "restore IMAGE"],
         );
-        // What the message advises.
+        // What the message advises, word for word.
         target.go();
+        let advice = out
+            .stderr
+            .split("unshare ")
+            .nth(1)
+            .expect("it was looked for just now");
+        let (advice, _) = advice.split_once("restore IMAGE").expect("likewise");
         let mut unshare = nobody(Path::new("unshare"));
-        unshare.args([
-            "--user",
-            "--map-root-user",
-            "--pid",
-            "--fork",
-            "--mount-proc",
-        ]);
-        run(case, unshare.arg(common::tool::RESTORE).arg("job.ckpt")).ok();
+        unshare
+            .args(advice.split_whitespace())
+            .arg(common::tool::RESTORE)
+            .arg("job.ckpt");
+        run(case, &mut unshare).ok();
         let verdict = fs::read_to_string(target.path("verdict")).expect("it has judged itself");
         assert_eq!(verdict.trim(), "PASS");
         // An unprivileged reader of the image is its owner only.

@@ -307,7 +307,7 @@ fn lower_hard_limits_are_warned_of() {
             case.skip("a machine on which root may not raise limits");
         }
         let mut command = Command::new("bash");
-        let script = "ulimit -Hn 512; exec $0 --detach $1";
+        let script = "ulimit -n 512; exec $0 --detach $1";
         let (mut target, image) = killed(case, "counter");
         let out = run(case, command.args(["-c", script]).arg(RESTORE).arg(&image));
         assert!(out.stderr.contains("warning:"), "{out:?}");
@@ -369,7 +369,14 @@ fn on_terminal(case: &Case, name: &str) -> Fixture {
     let program = case.fixtures().join("counter");
     let dir = case.path("run");
     let line = format!("exec {} {}", program.display(), dir.display());
-    let command = terminal(&line, &case.path(&format!("{name}.log")));
+    let log = case.path(&format!("{name}-terminal.log"));
+    let script = format!(
+        "exec script --quiet --return --flush --command '{line}' --log-out {}",
+        log.display()
+    );
+    // A fixture is given its directory as the last word, which `sh` takes as its name.
+    let mut command = Command::new("sh");
+    command.env("SHELL", "/bin/sh").args(["-c", &script]);
     start_in(case, name, "run", command)
 }
 
