@@ -86,6 +86,18 @@ impl ImageFile {
         &self.path
     }
 
+    /// Puts everything written so far on disk; [`commit`](Self::commit) does so too.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(|source| Error::Io {
+            path: self.path.clone(),
+            action: "put the image on disk",
+            source,
+        })
+    }
+
     /// Puts everything on disk and gives the file its final name, replacing an older image atomically.
     /// A symbolic link of that name is replaced, not followed.
     ///
@@ -102,9 +114,7 @@ impl ImageFile {
                 source,
             }
         };
-        self.file
-            .sync_all()
-            .map_err(fail("put the image on disk"))?;
+        self.sync()?;
         fs::rename(&self.temporary, &self.path).map_err(fail("give the image its name"))?;
         self.committed = true;
         let directory =

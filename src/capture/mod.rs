@@ -83,6 +83,8 @@ pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
     let file = ImageFile::create(path)?;
     let commit = |file: ImageFile| {
         fault::hit(Step::BeforeSync)?;
+        file.sync()?;
+        fault::hit(Step::BeforeRename)?;
         Ok(file.commit()?)
     };
     checkpoint(request, begun, file, commit).map(|report| Report {
@@ -215,7 +217,6 @@ struct CapturedJob {
 
 fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
     for task in frozen.tasks() {
-        ckpt_tracer::remote::hide_interruption(task)?;
         if source.status.seccomp == Some(2) {
             task.suspend_seccomp()?;
         }

@@ -134,8 +134,8 @@ pub fn capture_from_outside(
 /// Room for the answers of remote calls.
 const SCRATCH: u64 = 16 * 1024;
 
-/// Captures a frozen process. The leader is made ready for remote calls once; the other
-/// threads take their turns with its scratch memory.
+/// Captures a frozen process. One thread after the other is made ready for remote
+/// calls, the leader first; the scratch memory goes from hand to hand.
 pub fn capture(
     frozen: &mut Frozen,
     source: &Source,
@@ -183,9 +183,8 @@ pub fn capture(
     let lock_future = lock_future(&mut calls, &vmas)?;
     let mut threads = vec![thread::capture(&mut calls, source)?];
     for task in others {
-        let mut calls = RemoteCalls::begin_borrowing(task, &cave, scratch)?;
+        calls = calls.hand_over(task)?;
         threads.push(thread::capture(&mut calls, source)?);
-        calls.finish()?;
     }
     calls.finish()?;
     cave.fill_in()?;

@@ -214,7 +214,7 @@ fn remove_restorer(
     if process.threads[0].seccomp.mode == 2 {
         suspend_seccomp(leader)?;
     }
-    let mut calls = RemoteCalls::begin_borrowing(leader, cave, RemoteAddr(plan.stack))?;
+    let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
     let trap = process
         .actions
         .iter()
@@ -330,7 +330,7 @@ fn rearm(task: &mut Stopped, regs: &Regs, process: &Process, cave: &Cave<'_>) ->
             [regs.rdi, 0, remainder, remainder, 0, 0],
         ),
     };
-    let calls = RemoteCalls::begin_borrowing(task, cave, RemoteAddr(0))?;
+    let calls = RemoteCalls::begin_without_scratch(task, cave)?;
     let answer = calls.begin_and_interrupt(nr, args)?;
     Ok(match answer {
         a if a == -abi::ERESTART_RESTARTBLOCK => Rearmed::Block,

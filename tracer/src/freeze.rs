@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use crate::error::AttachError;
 use crate::fault::{self, Step};
 use crate::proc::{status, tasks};
+use crate::remote::hide_interruption;
 use crate::task::{Resume, Running, Stop, Stopped, Waited};
 use crate::{Error, Pid, Result, Tid};
 
@@ -174,7 +175,11 @@ fn wait_interrupted(mut task: Running) -> Result<Option<Stopped>> {
         match task.wait()? {
             Waited::Gone(_) => return Ok(None),
             Waited::Stopped(stopped) => match stopped.stop() {
-                Stop::Event(_) => return Ok(Some(stopped)),
+                Stop::Event(_) => {
+                    // At once: whatever happens from here on, the task must not notice.
+                    hide_interruption(&stopped)?;
+                    return Ok(Some(stopped));
+                }
                 Stop::Signal(signal) => task = stopped.resume(Resume::Cont, signal)?,
                 _ => task = stopped.resume(Resume::Cont, 0)?,
             },

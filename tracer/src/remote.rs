@@ -77,7 +77,13 @@ global_asm!(
     "    add rbx, 64",
     "    cmp rbx, rbp",
     "    jb ckpt_cave_batch",
-    "1:  mov rdi, qword ptr [rip + ckpt_cave_scratch]",
+    // The way home. Only the owner of the scratch memory unmaps it; nobody else touches it.
+    "ckpt_cave_home:",
+    "1:  mov rsi, qword ptr [rip + ckpt_cave_owner_at]",
+    "    mov rsi, qword ptr [rsi]",
+    "    cmp rsi, qword ptr [rip + ckpt_cave_id]",
+    "    jne 2f",
+    "    mov rdi, qword ptr [rip + ckpt_cave_scratch]",
     "    mov rsi, qword ptr [rip + ckpt_cave_scratch_len]",
     "    mov eax, 11", // munmap
     // The last call: munmap of the scratch memory.
@@ -117,6 +123,10 @@ global_asm!(
     ".quad 0",
     "ckpt_cave_flags:",
     ".quad 0",
+    "ckpt_cave_owner_at:",
+    ".quad 0",
+    "ckpt_cave_id:",
+    ".quad 0",
     "ckpt_cave_regs:", // rdi rsi rdx r10 r8 r9 rcx r11 rax rip rbx rbp
     ".fill 12, 8, 0",
     "ckpt_cave_end:",
@@ -128,6 +138,7 @@ unsafe extern "C" {
     static ckpt_cave_boot: u8;
     static ckpt_cave_call: u8;
     static ckpt_cave_batch: u8;
+    static ckpt_cave_home: u8;
     static ckpt_cave_unmap: u8;
     static ckpt_cave_magic: u8;
     static ckpt_cave_scratch: u8;
@@ -140,6 +151,7 @@ struct CaveImage {
     boot: u64,
     call: u64,
     batch: u64,
+    home: u64,
     unmap: u64,
     magic: u64,
     data: u64,
@@ -155,14 +167,17 @@ fn cave_image() -> CaveImage {
         boot: (&raw const ckpt_cave_boot) as u64 - start,
         call: (&raw const ckpt_cave_call) as u64 - start,
         batch: (&raw const ckpt_cave_batch) as u64 - start,
+        home: (&raw const ckpt_cave_home) as u64 - start,
         unmap: (&raw const ckpt_cave_unmap) as u64 - start,
         magic: (&raw const ckpt_cave_magic) as u64 - start,
         data: (&raw const ckpt_cave_scratch) as u64 - start,
     }
 }
 
-/// How many tasks may be in a cave at once: the owner of the scratch memory and one other.
+/// How many tasks may be in a cave at once: one, and the next while the first hands over.
 const SLOTS: u64 = 2;
+/// Behind the slots stands the number of the one whose task owns the scratch memory.
+const OWNER_BYTES: usize = 16;
 
 /// Room in the target that remote calls execute in; empty of tasks except during
 /// [`RemoteCalls`].
@@ -179,7 +194,7 @@ impl<'m> Cave<'m> {
     pub fn dig(mem: &'m ProcessMemory, maps: &[Vma]) -> Result<Self> {
         let image = cave_image();
         let slot = image.bytes.len().next_multiple_of(16);
-        let need = slot * SLOTS as usize;
+        let need = slot * SLOTS as usize + OWNER_BYTES;
         let addr = find_room(mem, maps, need)?.ok_or(Error::NoCodeCave {
             pid: mem.pid(),
             need,
@@ -199,6 +214,7 @@ impl<'m> Cave<'m> {
         for i in 0..SLOTS {
             mem.write(cave.slot(i), image.bytes)?;
         }
+        cave.set_owner(0)?;
         fault::hit(Step::CaveWritten)?;
         Ok(cave)
     }
@@ -211,7 +227,19 @@ impl<'m> Cave<'m> {
     }
 
     fn slot(&self, index: u64) -> RemoteAddr {
-        self.addr + index * (self.before.len() as u64 / SLOTS)
+        let slots = (self.before.len() - OWNER_BYTES) as u64;
+        self.addr + index * (slots / SLOTS)
+    }
+
+    /// Where the number of the slot stands whose task owns the scratch memory.
+    fn owner_at(&self) -> RemoteAddr {
+        self.addr + (self.before.len() - OWNER_BYTES) as u64
+    }
+
+    /// Makes the task in that slot the owner of the scratch memory, and the other one not, in
+    /// one step.
+    fn set_owner(&self, slot: u64) -> Result<()> {
+        self.mem.write(self.owner_at(), &slot.to_le_bytes())
     }
 
     /// Puts back what stood there.
@@ -357,6 +385,7 @@ pub struct RemoteCalls<'a> {
     task: &'a mut Stopped,
     cave: &'a Cave<'a>,
     slot: RemoteAddr,
+    id: u64,
     original: Regs,
     mask: u64,
     scratch: RemoteAddr,
@@ -415,7 +444,8 @@ impl<'a> RemoteCalls<'a> {
         let mut calls = Self::prepare(task, cave, 0)?;
         calls.scratch = scratch;
         calls.scratch_len = scratch_len;
-        calls.write_way_home(scratch, scratch_len)?;
+        cave.set_owner(0)?;
+        calls.write_way_home()?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         let args = [
             scratch.raw(),
@@ -441,19 +471,35 @@ impl<'a> RemoteCalls<'a> {
         Ok(calls)
     }
 
-    /// Makes another task of the same address space ready; it uses the scratch memory of
-    /// `owner`, which stays ready meanwhile.
-    pub fn begin_borrowing(
-        task: &'a mut Stopped,
-        cave: &'a Cave<'a>,
-        scratch: RemoteAddr,
-    ) -> Result<Self> {
+    /// Makes the next task of the same address space ready and puts this one back as it was.
+    ///
+    /// The scratch memory changes hands, with both tasks in the cave and neither near it: if the
+    /// tracer dies, exactly one of them unmaps it on its way home, and the other does not touch
+    /// it.
+    pub fn hand_over(mut self, task: &'a mut Stopped) -> Result<Self> {
+        let mut next = Self::prepare(task, self.cave, 1 - self.id)?;
+        next.scratch = self.scratch;
+        next.scratch_len = self.scratch_len;
+        next.write_way_home()?;
+        let home = cave_image().home;
+        let regs = next.call_regs(home, libc::SYS_gettid, [0; 6]);
+        next.enter(&regs)?;
+        // This one may stand where it would still store an answer.
+        let regs = self.call_regs(home, libc::SYS_gettid, [0; 6]);
+        self.task.set_regs(&regs)?;
+        self.cave.set_owner(next.id)?;
+        self.owns_scratch = false;
+        next.owns_scratch = true;
+        self.go_home()?;
+        Ok(next)
+    }
+
+    /// Makes a task ready for calls that need no scratch memory.
+    pub fn begin_without_scratch(task: &'a mut Stopped, cave: &'a Cave<'a>) -> Result<Self> {
         let mut calls = Self::prepare(task, cave, 1)?;
-        calls.scratch = scratch;
-        // Length 0: the munmap on the way home does nothing.
-        calls.write_way_home(RemoteAddr(0), 0)?;
-        // gettid: a call that changes nothing, for the step before signals are blocked.
-        let regs = calls.call_regs(cave_image().call, libc::SYS_gettid, [0; 6]);
+        cave.set_owner(0)?;
+        calls.write_way_home()?;
+        let regs = calls.call_regs(cave_image().home, libc::SYS_gettid, [0; 6]);
         calls.enter(&regs)?;
         Ok(calls)
     }
@@ -464,6 +510,7 @@ impl<'a> RemoteCalls<'a> {
         let mask = task.signal_mask()?;
         Ok(Self {
             slot: cave.slot(slot),
+            id: slot,
             task,
             cave,
             original,
@@ -507,16 +554,18 @@ impl<'a> RemoteCalls<'a> {
         self.scratch
     }
 
-    fn write_way_home(&self, scratch: RemoteAddr, scratch_len: u64) -> Result<()> {
+    fn write_way_home(&self) -> Result<()> {
         let home = restarted(&self.original);
         let overflow = home.eflags & 0x800 != 0;
         // al becomes 0x80 (overflow) or 1; ah carries SF ZF AF PF CF for sahf.
         let flags = if overflow { 0x7f } else { 0 } | (home.eflags & 0xff) << 8;
         let words = [
-            scratch.raw(),
-            scratch_len,
+            self.scratch.raw(),
+            self.scratch_len,
             self.mask,
             flags,
+            self.cave.owner_at().raw(),
+            self.id,
             home.rdi,
             home.rsi,
             home.rdx,
