@@ -277,15 +277,11 @@ fn cannot_write(case: &Case, image: &Path, words: &[&str]) {
     };
     let count = files(dir);
     let pid = target.pid().to_string();
-    let out = ckpt(
-        case,
-        [
-            "attach".as_ref(),
-            pid.as_ref(),
-            "-o".as_ref(),
-            image.as_os_str(),
-        ],
-    );
+    let mut attach = Command::new(CKPT);
+    attach
+        .args(["attach", &pid, "--codec=none", "-o"])
+        .arg(image);
+    let out = run(case, &mut attach);
     out.refused(1, words);
     assert_eq!(files(dir), count, "something was left in {}", dir.display());
     unharmed(case, target, &before);
@@ -366,7 +362,7 @@ fn full_disk() {
         }
         let old = disk.join("job.ckpt");
         fs::write(&old, "older").expect("there is room for that");
-        cannot_write(case, &old, &["job.ckpt", "No space left"]);
+        cannot_write(case, &old, &["the image", "No space left", "free some space"]);
         assert_eq!(
             fs::read_to_string(&old).expect("it is still there"),
             "older"
@@ -389,7 +385,7 @@ fn limited_file_size() {
                 .args(["-c", &script])
                 .current_dir(case.dir()),
         );
-        out.refused(1, &["job.ckpt", "File too large"]);
+        out.refused(1, &["the image", "File too large"]);
         unharmed(case, target, &before);
     });
 }
@@ -508,11 +504,14 @@ fn damaged_page_found_during_the_restore() {
             .write(true)
             .open(&image)
             .expect("it is ours");
-        let mut bytes = [0; 1];
+        let mut table = [0; 4];
+        file.read_exact_at(&mut table, 1024 + 12)
+            .expect("it is longer");
         // In the first chunk's stored bytes: not read before the process exists.
-        file.read_exact_at(&mut bytes, 1500).expect("it is longer");
-        file.write_all_at(&[bytes[0] ^ 1], 1500)
-            .expect("it is ours");
+        let at = 1024 + 64 + u64::from(u32::from_le_bytes(table)) + 10;
+        let mut bytes = [0; 1];
+        file.read_exact_at(&mut bytes, at).expect("it is longer");
+        file.write_all_at(&[bytes[0] ^ 1], at).expect("it is ours");
         restore_is_refused(case, &image, &["job.ckpt", "corrupted"]);
     });
 }

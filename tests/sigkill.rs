@@ -7,10 +7,11 @@ mod common;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::fixture::start_in;
 use common::job::appended;
 use common::look::{assert_let_go, states};
 use common::tool::{CKPT, leftovers};
-use common::{Case, Ended, Job, Looks, attach, ckpt, fixture, isolated, until};
+use common::{Case, Ended, Job, Looks, attach, ckpt, isolated, until};
 use nix::sys::signal::Signal;
 
 /// Marsaglia's xorshift.
@@ -78,7 +79,10 @@ fn pass(time: Duration) {
 fn killed_at_any_moment() {
     isolated("killed_at_any_moment", |case| {
         let mut random = Random::new();
-        let target = fixture(case, "sleepers");
+        let mut command = Command::new(case.fixtures().join("sleepers"));
+        // There is an instant between the stop of a task and the look at what it was doing.
+        command.env("SLEEPERS_STOPPABLE", "1");
+        let mut target = start_in(case, "sleepers", "run", command);
         let longest = duration(case, target.pid());
         let before = Looks::at(target.pid());
         let mut early = 0;
@@ -95,6 +99,9 @@ fn killed_at_any_moment() {
                     .any(|(_, state)| "tT".contains(*state));
                 (!stopped).then_some(())
             });
+            if let Some(ended) = target.job.ended() {
+                panic!("the target {ended:?} after kill {number}, ckpt ended itself: {whole}");
+            }
             assert_let_go(target.pid());
             before.assert_same(target.pid(), &[]);
             if case.path("job.ckpt").exists() {
@@ -118,7 +125,7 @@ fn target_killed_at_any_moment() {
         for number in 0..times(50) {
             let place = format!("run{number}");
             let command = Command::new(case.fixtures().join("sleepers"));
-            let mut target = common::fixture::start_in(case, "sleepers", &place, command);
+            let mut target = start_in(case, "sleepers", &place, command);
             let longest = *longest.get_or_insert_with(|| duration(case, target.pid()));
             let _ = std::fs::remove_file(case.path("job.ckpt"));
             let _ = std::fs::remove_file(case.path("attach.log"));
