@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ckpt_image::Codec;
 use ckpt_tracer::Pid;
+use nix::sys::signal::{SigSet, Signal};
 use clap::Args;
 use serde::Serialize;
 
@@ -116,6 +117,12 @@ pub(crate) fn run(args: &Attach) -> Outcome {
             "an image is not for a terminal; redirect standard output, or name a file with -o FILE";
         return Err(Failure::Usage(text.into()));
     }
+    // Past a limit of the file size the write shall fail, and the job shall hear nothing of it.
+    let mut too_large = SigSet::empty();
+    too_large.add(Signal::SIGXFSZ);
+    too_large
+        .thread_block()
+        .map_err(|e| Failure::Message(format!("cannot block a signal: {}", e.desc())))?;
     let progress = progress::on_terminal("checkpoint", !args.loudness.quiet);
     let request = capture::Request {
         pid: Pid(args.pid),

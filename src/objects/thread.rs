@@ -2,7 +2,7 @@
 
 use ckpt_tracer::proc::status::read_task;
 use ckpt_tracer::remote::{Call, RemoteCalls};
-use ckpt_tracer::{Result, Tid};
+use ckpt_tracer::{RemoteAddr, Result, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Credentials;
@@ -145,10 +145,12 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
     let tid = task.tid();
     let status = read_task(source.pid, tid)?;
     let mode = status.seccomp.unwrap_or(0);
+    let mut regs = calls.original_regs().into();
+    unveil_restarted(&mut regs, source)?;
     Ok(Thread {
         tid: tid.raw(),
         name: status.name.0.clone(),
-        regs: calls.original_regs().into(),
+        regs,
         xstate: task.xstate()?,
         signal_mask: calls.original_mask(),
         pending: signals::capture_pending(task, false)?,
@@ -166,6 +168,39 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
         parent_death_signal: asked.parent_death_signal,
         seccomp: seccomp::capture(task, mode)?,
     })
+}
+
+/// A call that was interrupted and restarted once already shows restart_syscall(2) in place of
+/// its own number, and the restart block that knows better is the kernel's. The number is read
+/// from the program: the instruction that loads it stands shortly before the system call.
+fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Result<()> {
+    const RESTARTABLE: &[i64] =
+        &[libc::SYS_nanosleep, libc::SYS_clock_nanosleep, libc::SYS_poll, libc::SYS_futex];
+    const WINDOW: usize = 64;
+    let restarting = regs.rax as i64 == -ckpt_tracer::abi::ERESTART_RESTARTBLOCK;
+    if !restarting || regs.orig_rax != libc::SYS_restart_syscall as u64 {
+        return Ok(());
+    }
+    let code: [u8; WINDOW] = source
+        .mem
+        .read_array(RemoteAddr(regs.rip.wrapping_sub(WINDOW as u64)))
+        .unwrap_or([0; WINDOW]);
+    // mov eax, imm32
+    let loads = code.windows(5).rev().filter(|w| w[0] == 0xb8);
+    let mut numbers = loads.map(|w| i64::from(u32::from_le_bytes([w[1], w[2], w[3], w[4]])));
+    let number = numbers.find(|nr| RESTARTABLE.contains(nr)).ok_or_else(|| {
+        crate::Error::refuse(crate::Obstacle::new(
+            source.title(),
+            format!(
+                "has a thread that waits at {:#x} in a call which was interrupted before, and which \
+                 call it is cannot be told",
+                regs.rip
+            ),
+            "try again in a moment",
+        ))
+    })?;
+    regs.orig_rax = number as u64;
+    Ok(())
 }
 
 /// get_robust_list(2) of another task.

@@ -37,10 +37,14 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         if !self.kept {
-            // SAFETY: calls without pointers; the pid is our child's and not reaped yet.
-            unsafe {
-                libc::kill(self.pid, libc::SIGKILL);
-                libc::waitpid(self.pid, std::ptr::null_mut(), libc::__WALL);
+            // SAFETY: a call without pointers; the pid is our child's and not reaped yet.
+            unsafe { libc::kill(self.pid, libc::SIGKILL) };
+            // The leader's end is told only when every thread that we trace has been waited for.
+            let tasks = ckpt_tracer::proc::tasks::list_tasks(Tid(self.pid)).unwrap_or_default();
+            let others = tasks.into_iter().filter(|t| t.raw() != self.pid);
+            for tid in others.map(Tid::raw).chain([self.pid]) {
+                // SAFETY: the status is not asked for.
+                unsafe { libc::waitpid(tid, std::ptr::null_mut(), libc::__WALL) };
             }
         }
     }
@@ -169,7 +173,7 @@ fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
         Errno::EPERM => format!(
             "process {pid} cannot get its old pid: choosing a pid needs CAP_CHECKPOINT_RESTORE or \
              CAP_SYS_ADMIN; run restore as root, or in a user namespace of its own: unshare --user \
-             --map-root-user --pid --fork --mount-proc restore IMAGE"
+             --map-current-user --keep-caps --pid --fork --mount-proc restore IMAGE"
         ),
         Errno::EINVAL => format!(
             "process {pid} cannot get its old pid: it is above this system's kernel.pid_max; raise \

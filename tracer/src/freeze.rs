@@ -94,6 +94,8 @@ impl Frozen {
                 Err(e) => failure = failure.or(Some(e)),
             }
         }
+        // The leader last: if the process is killed now, its end is told only then.
+        seized.sort_by_key(|task| task.tid() == self.pid.leader());
         for task in seized {
             match wait_interrupted(task) {
                 Ok(Some(stopped)) => self.tasks.push(stopped),

@@ -913,7 +913,7 @@ impl Stopped {
     pub fn advance(&mut self, how: Resume, signal: i32) -> Result<()> {
         let tid = self.tid();
         let taken = std::mem::replace(self, Stopped::absent(tid));
-        match taken.resume(how, signal)?.wait()? {
+        match taken.resume(how, signal)?.wait_alone()? {
             Waited::Stopped(stopped) => {
                 *self = stopped;
                 Ok(())

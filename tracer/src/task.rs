@@ -101,27 +101,22 @@ impl Running {
         request("PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop)
     }
 
-    /// Waits until the task stops or ends.
+    /// Waits until the task stops or ends. A first thread's end is told only when all threads
+    /// that we trace have been waited for, so it is to be waited for last.
     pub fn wait(self) -> Result<Waited> {
-        let mut status = 0;
+        let tid = self.tid;
+        wait_for(tid.raw(), tid).map(|(_, waited)| waited)
+    }
+
+    /// Waits while every other task of ours is in a stop: whatever else happens is the end of
+    /// one of those (its process was killed), and that too is taken note of here.
+    pub fn wait_alone(self) -> Result<Waited> {
         loop {
-            // SAFETY: `status` is a live int.
-            let r = unsafe { libc::waitpid(self.tid.raw(), &mut status, libc::__WALL) };
-            match Errno::result(r) {
-                Err(Errno::EINTR) => continue,
-                // The task was a thread that ended or was swept away by exec.
-                Err(Errno::ECHILD) => return Ok(Waited::Gone(0)),
-                Err(errno) => return Err(Error::from_errno("waitpid", self.tid, errno)),
-                Ok(_) => break,
+            match wait_for(-1, self.tid)? {
+                (tid, waited) if tid == self.tid => return Ok(waited),
+                _ => continue,
             }
         }
-        if !libc::WIFSTOPPED(status) {
-            return Ok(Waited::Gone(status));
-        }
-        Ok(Waited::Stopped(Stopped {
-            tid: self.tid,
-            stop: decode_stop(status),
-        }))
     }
 
     /// Waits and expects a stop.
@@ -132,6 +127,27 @@ impl Running {
             Waited::Gone(_) => Err(Error::Died { tid }),
         }
     }
+}
+
+/// waitpid(2) for one task or, with -1, for any; ECHILD means that `expected` is gone: it was a
+/// thread that ended, or was swept away by exec.
+fn wait_for(which: i32, expected: Tid) -> Result<(Tid, Waited)> {
+    let mut status = 0;
+    let tid = loop {
+        // SAFETY: `status` is a live int.
+        let r = unsafe { libc::waitpid(which, &mut status, libc::__WALL) };
+        match Errno::result(r) {
+            Err(Errno::EINTR) => continue,
+            Err(Errno::ECHILD) => return Ok((expected, Waited::Gone(0))),
+            Err(errno) => return Err(Error::from_errno("waitpid", expected, errno)),
+            Ok(tid) => break Tid(tid),
+        }
+    };
+    if !libc::WIFSTOPPED(status) {
+        return Ok((tid, Waited::Gone(status)));
+    }
+    let stop = decode_stop(status);
+    Ok((tid, Waited::Stopped(Stopped { tid, stop })))
 }
 
 fn decode_stop(status: i32) -> Stop {

@@ -87,6 +87,9 @@ pub enum Kind {
     Outside(outside::Outside),
 }
 
+/// `MQUEUE_MAGIC`: the file system of POSIX message queues.
+const MQUEUE: i64 = 0x1980_0202;
+
 /// Captures all descriptors of a process. What several descriptors share is told by kcmp(2)
 /// among those that look alike. Nothing is executed in the process.
 pub fn capture(source: &Source, collector: &mut Collector) -> Result<Vec<FdEntry>> {
@@ -295,6 +298,9 @@ fn kind(
             "a socket",
             "close it before the checkpoint; sockets come later",
         )),
+        (FdLink::File { .. }, _) if sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) => {
+            Err(unsupported("a POSIX message queue", "close it before the checkpoint"))
+        }
         (FdLink::File { path, deleted }, _) => match look.file_type() {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
                 regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
@@ -383,10 +389,14 @@ pub fn open_descriptions(
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
-    let mut obstacles = Vec::new();
+    let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, request).collect();
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
+        if let Some(path) = named(index, snapshot, request) {
+            plan.inherit(at, Inherited::Named(path.clone(), flags));
+            continue;
+        }
         match &description.kind {
             Kind::Regular(r) => {
                 if let Err(o) = r.rebuild(index, flags, at, request, plan) {
@@ -398,14 +408,14 @@ pub fn open_descriptions(
             Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, staging, plan),
             Kind::EventFd(e) => e.rebuild(flags, at, plan),
             Kind::SignalFd(s) => s.rebuild(flags, at, plan),
-            Kind::TimerFd(t) => t.rebuild(flags, at, plan),
+            Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
             Kind::Epoll(_) => {
                 plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
                 place(0, at, plan, || "an epoll set".into());
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
-            Kind::Outside(o) => match o.rebuild(index, flags, snapshot, request) {
+            Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
             },
@@ -416,6 +426,36 @@ pub fn open_descriptions(
     } else {
         Err(obstacles)
     }
+}
+
+/// What `--fd N=PATH` says for a description, by any of its numbers.
+fn named<'a>(
+    description: usize,
+    snapshot: &Snapshot,
+    request: &'a crate::restore::Request<'_>,
+) -> Option<&'a std::path::PathBuf> {
+    let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
+    request
+        .fds
+        .iter()
+        .find(|(fd, _)| fds().any(|e| e.fd == **fd && e.description == description))
+        .map(|(_, path)| path)
+}
+
+/// `--fd` for numbers that the job does not have.
+fn unknown_numbers(
+    snapshot: &Snapshot,
+    request: &crate::restore::Request<'_>,
+) -> impl Iterator<Item = Obstacle> {
+    let has = |fd: &i32| snapshot.processes.iter().flat_map(|p| &p.fds).any(|e| e.fd == *fd);
+    let unknown: Vec<i32> = request.fds.keys().copied().filter(|fd| !has(fd)).collect();
+    unknown.into_iter().map(|fd| {
+        Obstacle::new(
+            format!("--fd {fd}"),
+            "names a descriptor that the job does not have",
+            "see its descriptors with: ckpt inspect IMAGE --fds",
+        )
+    })
 }
 
 /// Moves a descriptor from where the kernel put it to its staging number.

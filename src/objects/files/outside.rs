@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::restore::Request;
 use crate::restore::plan::Inherited;
 
 /// Something of the surroundings.
@@ -41,20 +40,14 @@ pub fn capture(look: &Look, what: Surroundings) -> Kind {
 }
 
 impl Outside {
-    /// What the restored job gets in its place: what `--fd` names, our own descriptor of that
-    /// number, or for a terminal any of ours that was the same one.
+    /// What the restored job gets in its place: our own descriptor of that number, or for a terminal any of ours that was the same one.
     pub fn rebuild(
         &self,
         index: usize,
-        flags: u32,
         snapshot: &Snapshot,
-        request: &Request<'_>,
     ) -> Result<Inherited, Box<Obstacle>> {
         let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
         let mut numbers = numbers.filter(|e| e.description == index).map(|e| e.fd);
-        if let Some(path) = numbers.clone().find_map(|fd| request.fds.get(&fd)) {
-            return Ok(Inherited::Named(path.clone(), flags));
-        }
         if let Some(fd) = numbers.find(|fd| *fd <= 2) {
             return Ok(Inherited::Own(fd));
         }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::objects::Host;
 use crate::restore::plan::Builder;
 
 /// A timer read through a descriptor.
@@ -35,8 +36,24 @@ impl TimerFd {
         }
     }
 
+    /// The time to set: relative as it remains, or for an absolute timer the moment. On the wall
+    /// clock that is the moment that the program meant; on a clock of the machine's, which may
+    /// stand anywhere, what remains counts from now.
+    fn due(&self, remaining: (i64, i64), host: &Host) -> (i64, i64) {
+        if self.settime_flags & libc::TFD_TIMER_ABSTIME as u32 == 0 {
+            return remaining;
+        }
+        const CLOCK_REALTIME_ALARM: i32 = 8;
+        let from = match self.clock {
+            libc::CLOCK_REALTIME | CLOCK_REALTIME_ALARM => host.realtime_ns,
+            clock => crate::host::clock(clock),
+        };
+        let at = from as i128 + i128::from(remaining.0) * 1_000_000_000 + i128::from(remaining.1);
+        ((at / 1_000_000_000) as i64, (at % 1_000_000_000) as i64)
+    }
+
     /// Creates it at its staging number, running.
-    pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) {
+    pub fn rebuild(&self, flags: u32, at: i32, host: &Host, plan: &mut Builder) {
         let object = || "a timerfd".to_owned();
         let flags = flags & libc::O_NONBLOCK as u32;
         plan.expect(
@@ -50,9 +67,11 @@ impl TimerFd {
         let due = self.remaining == (0, 0) && self.interval != (0, 0);
         let remaining = if due { (0, 1) } else { self.remaining };
         if remaining != (0, 0) {
-            let words = [self.interval.0, self.interval.1, remaining.0, remaining.1];
+            let due = self.due(remaining, host);
+            let words = [self.interval.0, self.interval.1, due.0, due.1];
             let data = plan.data(&words.map(i64::to_le_bytes).concat());
-            plan.syscall(libc::SYS_timerfd_settime, &[0, 0, data, 0], object);
+            let args = [0, self.settime_flags.into(), data, 0];
+            plan.syscall(libc::SYS_timerfd_settime, &args, object);
         }
         if self.ticks != 0 {
             let data = plan.data(&self.ticks.to_le_bytes());
