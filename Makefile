@@ -39,7 +39,7 @@ bench:
 	$(CARGO) run --release -p ckpt-benches --bin ckpt-bench -- all
 
 fuzz:
-	cd fuzz && $(CARGO) fuzz run reader
+	cd fuzz && $(CARGO) fuzz run image
 
 install:
 	$(CARGO) install --path .
