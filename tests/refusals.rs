@@ -362,7 +362,11 @@ fn full_disk() {
         }
         let old = disk.join("job.ckpt");
         fs::write(&old, "older").expect("there is room for that");
-        cannot_write(case, &old, &["the image", "No space left", "free some space"]);
+        cannot_write(
+            case,
+            &old,
+            &["the image", "No space left", "free some space"],
+        );
         assert_eq!(
             fs::read_to_string(&old).expect("it is still there"),
             "older"
