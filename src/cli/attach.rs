@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use ckpt_image::Codec;
 use ckpt_tracer::Pid;
-use nix::sys::signal::{SigSet, Signal};
 use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
 use super::exit::{Failure, Outcome};

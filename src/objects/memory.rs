@@ -518,7 +518,9 @@ fn mapped_file(
         }
         // No name leads to it any more: it goes into the image as a whole.
         // A shared view shows the file itself, a private one possibly the process's own pages.
-        let shared = all.iter().any(|v| v.shared && (v.dev, v.inode) == (vma.dev, vma.inode));
+        let shared = all
+            .iter()
+            .any(|v| v.shared && (v.dev, v.inode) == (vma.dev, vma.inode));
         let (contents, size) = contents_of(source, vma, all, !shared);
         let identity = match &contents {
             Contents::File(file, _) => file.metadata().ok().map(|m| FileIdentity::of(&m)),

@@ -171,24 +171,24 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
 }
 
 /// A call that was interrupted and restarted once already shows restart_syscall(2) in place of
-/// its own number, and the restart block that knows better is the kernel's. The number is read
-/// from the program: the instruction that loads it stands shortly before the system call.
+/// its own number, and the restart block that knows better is the kernel's. There are four such
+/// calls; which one it is, the program tells: the instruction that loads the number stands
+/// shortly before the system call, or before the call of the library's `syscall`, or else the
+/// operands fit only one of them.
 fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Result<()> {
-    const RESTARTABLE: &[i64] =
-        &[libc::SYS_nanosleep, libc::SYS_clock_nanosleep, libc::SYS_poll, libc::SYS_futex];
-    const WINDOW: usize = 64;
+    /// `mov eax, imm32`
+    const LOAD_EAX: u8 = 0xb8;
+    /// `mov edi, imm32`
+    const LOAD_EDI: u8 = 0xbf;
     let restarting = regs.rax as i64 == -ckpt_tracer::abi::ERESTART_RESTARTBLOCK;
     if !restarting || regs.orig_rax != libc::SYS_restart_syscall as u64 {
         return Ok(());
     }
-    let code: [u8; WINDOW] = source
-        .mem
-        .read_array(RemoteAddr(regs.rip.wrapping_sub(WINDOW as u64)))
-        .unwrap_or([0; WINDOW]);
-    // mov eax, imm32
-    let loads = code.windows(5).rev().filter(|w| w[0] == 0xb8);
-    let mut numbers = loads.map(|w| i64::from(u32::from_le_bytes([w[1], w[2], w[3], w[4]])));
-    let number = numbers.find(|nr| RESTARTABLE.contains(nr)).ok_or_else(|| {
+    let caller = source.mem.read_u64(RemoteAddr(regs.rsp)).unwrap_or(0);
+    let number = loaded_before(source, regs.rip, LOAD_EAX)
+        .or_else(|| loaded_before(source, caller, LOAD_EDI))
+        .or_else(|| fitting_call(regs));
+    let number = number.ok_or_else(|| {
         crate::Error::refuse(crate::Obstacle::new(
             source.title(),
             format!(
@@ -201,6 +201,37 @@ fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Resu
     })?;
     regs.orig_rax = number as u64;
     Ok(())
+}
+
+/// The number of a restartable call that an instruction shortly before `address` loads.
+fn loaded_before(source: &Source, address: u64, opcode: u8) -> Option<i64> {
+    const RESTARTABLE: &[i64] = &[
+        libc::SYS_nanosleep,
+        libc::SYS_clock_nanosleep,
+        libc::SYS_poll,
+        libc::SYS_futex,
+    ];
+    const WINDOW: usize = 64;
+    let from = RemoteAddr(address.wrapping_sub(WINDOW as u64));
+    let code: [u8; WINDOW] = source.mem.read_array(from).ok()?;
+    let loads = code.windows(5).rev().filter(|w| w[0] == opcode);
+    let mut numbers = loads.map(|w| i64::from(u32::from_le_bytes([w[1], w[2], w[3], w[4]])));
+    numbers.find(|nr| RESTARTABLE.contains(nr))
+}
+
+/// The restartable call that the operands fit, where they fit no other.
+fn fitting_call(regs: &GeneralRegisters) -> Option<i64> {
+    let pointer = |word: u64| word >= 0x1_0000;
+    let futex_wait = matches!(regs.rsi & 0x7f, 0 | 9) && regs.rsi != 0 && regs.rsi < 0x200;
+    if regs.rdi < 16 && regs.rsi == 0 && pointer(regs.rdx) {
+        Some(libc::SYS_clock_nanosleep)
+    } else if pointer(regs.rdi) && futex_wait && pointer(regs.r10) {
+        Some(libc::SYS_futex)
+    } else if pointer(regs.rdi) && pointer(regs.rsi) {
+        Some(libc::SYS_nanosleep)
+    } else {
+        None
+    }
 }
 
 /// get_robust_list(2) of another task.

@@ -792,9 +792,7 @@ impl<'a> RemoteCalls<'a> {
         // Only on the way out of an event stop, or of the stop for a signal, does the kernel
         // restart an interrupted call, and look at signals that came in meanwhile.
         if self.at_doorbell() {
-            self.task.set_signal_mask(self.mask)?;
-            fault::hit(Step::CaveLeaving)?;
-            return self.task.set_regs(&self.original);
+            return self.set_original();
         }
         self.task.interrupt()?;
         let mut signal = 0;
@@ -804,9 +802,15 @@ impl<'a> RemoteCalls<'a> {
                 _ => signal = 0,
             }
         }
+        self.set_original()
+    }
+
+    fn set_original(&self) -> Result<()> {
         self.task.set_signal_mask(self.mask)?;
-        fault::hit(Step::CaveLeaving)?;
-        self.task.set_regs(&self.original)
+        // Whatever fails, the registers are set: the cave is about to be filled in.
+        let fault = fault::hit(Step::CaveLeaving);
+        self.task.set_regs(&self.original)?;
+        fault
     }
 }
 

@@ -160,9 +160,13 @@ impl Look {
             object: format!("fd {fd} of process {}", source.pid),
             errno,
         })?;
+        let link = fdlink::read_fd_link(source.dir.clone(), fd)?;
+        if matches!(&link, FdLink::AnonInode(name) if name == "timerfd") {
+            sys::count_expirations(&copy);
+        }
         Ok(Self {
             fd,
-            link: fdlink::read_fd_link(source.dir.clone(), fd)?,
+            link,
             info: fdinfo::read_fdinfo(source.dir.clone(), fd)?,
             copy,
             stat,
@@ -299,7 +303,10 @@ fn kind(
             "close it before the checkpoint; sockets come later",
         )),
         (FdLink::File { .. }, _) if sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) => {
-            Err(unsupported("a POSIX message queue", "close it before the checkpoint"))
+            Err(unsupported(
+                "a POSIX message queue",
+                "close it before the checkpoint",
+            ))
         }
         (FdLink::File { path, deleted }, _) => match look.file_type() {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
@@ -447,7 +454,13 @@ fn unknown_numbers(
     snapshot: &Snapshot,
     request: &crate::restore::Request<'_>,
 ) -> impl Iterator<Item = Obstacle> {
-    let has = |fd: &i32| snapshot.processes.iter().flat_map(|p| &p.fds).any(|e| e.fd == *fd);
+    let has = |fd: &i32| {
+        snapshot
+            .processes
+            .iter()
+            .flat_map(|p| &p.fds)
+            .any(|e| e.fd == *fd)
+    };
     let unknown: Vec<i32> = request.fds.keys().copied().filter(|fd| !has(fd)).collect();
     unknown.into_iter().map(|fd| {
         Obstacle::new(

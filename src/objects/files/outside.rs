@@ -41,11 +41,7 @@ pub fn capture(look: &Look, what: Surroundings) -> Kind {
 
 impl Outside {
     /// What the restored job gets in its place: our own descriptor of that number, or for a terminal any of ours that was the same one.
-    pub fn rebuild(
-        &self,
-        index: usize,
-        snapshot: &Snapshot,
-    ) -> Result<Inherited, Box<Obstacle>> {
+    pub fn rebuild(&self, index: usize, snapshot: &Snapshot) -> Result<Inherited, Box<Obstacle>> {
         let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
         let mut numbers = numbers.filter(|e| e.description == index).map(|e| e.fd);
         if let Some(fd) = numbers.find(|fd| *fd <= 2) {

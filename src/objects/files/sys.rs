@@ -122,3 +122,12 @@ pub fn open_by_handle(mount: &impl AsRawFd, kind: i32, handle: &[u8]) -> Result<
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
+
+/// timerfd_gettime(2), for its effect: an expired periodic timer is stopped until somebody looks
+/// at it, and its later expirations are counted only then.
+pub fn count_expirations(timer: &OwnedFd) {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut value: libc::itimerspec = unsafe { std::mem::zeroed() };
+    // SAFETY: `value` is live and of the size that the kernel writes.
+    unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &mut value) };
+}
