@@ -94,10 +94,12 @@ impl Frozen {
                 Err(e) => failure = failure.or(Some(e)),
             }
         }
-        // The leader last: if the process is killed now, its end is told only then.
+        // The leader last, with all others in their stops: if the process is killed now, its end is
+        // told only when theirs have been taken note of.
         seized.sort_by_key(|task| task.tid() == self.pid.leader());
         for task in seized {
-            match wait_interrupted(task) {
+            let leader = task.tid() == self.pid.leader();
+            match wait_interrupted(task, leader) {
                 Ok(Some(stopped)) => self.tasks.push(stopped),
                 Ok(None) => {}
                 Err(e) => failure = failure.or(Some(e)),
@@ -172,9 +174,14 @@ fn send_signal(pid: Pid, signal: i32) -> Result<()> {
 /// Waits for the stop that `PTRACE_INTERRUPT` brings. A signal that was just being delivered
 /// is delivered: its handler's frame is set up, and the pending interrupt then stops the task
 /// before the handler's first instruction.
-fn wait_interrupted(mut task: Running) -> Result<Option<Stopped>> {
+fn wait_interrupted(mut task: Running, leader: bool) -> Result<Option<Stopped>> {
     loop {
-        match task.wait()? {
+        let waited = if leader {
+            task.wait_alone()?
+        } else {
+            task.wait()?
+        };
+        match waited {
             Waited::Gone(_) => return Ok(None),
             Waited::Stopped(stopped) => match stopped.stop() {
                 Stop::Event(_) => {
