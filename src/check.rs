@@ -1,10 +1,14 @@
 //! Whether a process can be checkpointed and restored: everything that stands in the way,
 //! found from outside before anything is touched.
 
+use std::cmp::Ordering;
+
+use ckpt_tracer::kcmp::{KcmpType, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcRoot, tasks};
-use ckpt_tracer::{Error as TracerError, Pid};
+use ckpt_tracer::{Error as TracerError, Pid, Tid};
+use nix::errno::Errno;
 use nix::unistd::geteuid;
 
 use crate::capture::source::{Collector, Source};
@@ -155,11 +159,24 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
             Some("use a 64-bit build"),
         );
     }
-    if source.status.ns_pid.len() > 1 {
-        refuse(
-            "is in a pid namespace of its own, which is not supported yet".into(),
-            None,
+    for kind in other_namespaces(source)? {
+        let remedy = format!(
+            "run ckpt, and later restore, inside it: nsenter --target {} --{} ckpt …",
+            source.pid,
+            nsenter_option(&kind)
         );
+        refuse(
+            format!("is in another {kind} namespace than ckpt, which is not supported yet"),
+            Some(&remedy),
+        );
+    }
+    for tid in tasks::list_tasks(source.pid)? {
+        if let Some(what) = own_table(source.pid, tid)? {
+            let reason =
+                format!("has a thread {tid} with {what} of its own, which is not supported");
+            refuse(reason, None);
+            break;
+        }
     }
     for tid in tasks::list_tasks(source.pid)? {
         let Ok(status) = read_status((source.pid, tid)) else {
@@ -171,6 +188,54 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Kinds of namespaces in which the process is elsewhere than we are. The restored process is
+/// in those of `restore`, so it would find itself in other surroundings.
+fn other_namespaces(source: &Source) -> Result<Vec<String>> {
+    let ours = tasks::namespaces(Pid(std::process::id() as i32))?;
+    let theirs = match tasks::namespaces(source.dir.clone()) {
+        Ok(theirs) => theirs,
+        // Told by whatever else needs the right to look into the process.
+        Err(TracerError::Proc { source, .. }) if source.raw_os_error() == Some(libc::EACCES) => {
+            return Ok(Vec::new());
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let differ = theirs.into_iter().filter(|namespace| {
+        // Those for children say nothing of the process itself.
+        !namespace.0.ends_with("_for_children") && !ours.contains(namespace)
+    });
+    Ok(differ.map(|(kind, _)| kind).collect())
+}
+
+/// The option of nsenter(1) for a kind of namespace.
+fn nsenter_option(kind: &str) -> &str {
+    match kind {
+        "mnt" => "mount",
+        other => other,
+    }
+}
+
+/// What a thread does not share with the first one, though threads do as a rule: it was created
+/// without CLONE_FILES or CLONE_FS, or left by unshare(2).
+fn own_table(pid: Pid, tid: Tid) -> Result<Option<&'static str>> {
+    for (what, name) in [
+        (KcmpType::Files, "a table of descriptors"),
+        (KcmpType::Fs, "a working directory"),
+    ] {
+        match kcmp(pid.leader(), tid, what) {
+            Ok(Ordering::Equal) | Err(TracerError::Died { .. }) => {}
+            Ok(_) => return Ok(Some(name)),
+            // As above.
+            Err(TracerError::Kernel {
+                errno: Errno::EPERM,
+                ..
+            }) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(None)
 }
 
 fn seccomp_in_the_way(status: &Status) -> Option<String> {

@@ -246,6 +246,24 @@ fn process_with_a_child() {
 }
 
 #[test]
+fn thread_with_descriptors_of_its_own() {
+    isolated("thread_with_descriptors_of_its_own", |case| {
+        let target = odd(case, "own-files", None);
+        let pid = format!("process {} (odd)", target.pid());
+        attach_is_refused(case, target, &[&pid, "table of descriptors of its own"]);
+    });
+}
+
+#[test]
+fn another_namespace() {
+    isolated("another_namespace", |case| {
+        let target = odd(case, "own-uts", None);
+        let pid = format!("process {} (odd)", target.pid());
+        attach_is_refused(case, target, &[&pid, "uts namespace", "nsenter", "--uts"]);
+    });
+}
+
+#[test]
 fn several_obstacles_are_told_at_once() {
     isolated("several_obstacles_are_told_at_once", |case| {
         let target = odd(case, "child", None);

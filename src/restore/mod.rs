@@ -238,6 +238,20 @@ pub(crate) fn pid_taken(pid: i32) -> Obstacle {
     } else {
         format!("a thread of process {leader} ({name})")
     };
+    // A zombie cannot be ended again; its parent has to take note of its end.
+    if let Ok(status) = read_status(Tid(pid))
+        && status.state.has_ended()
+    {
+        let parent = status.ppid;
+        return Obstacle::new(
+            format!("the pid {pid}"),
+            format!(
+                "is taken by {who}, which has ended but which its parent {parent} has not waited for"
+            ),
+            "let the parent wait for it or end the parent, or restore in a pid namespace of its own: \
+             unshare --pid --fork --mount-proc restore IMAGE",
+        );
+    }
     Obstacle::new(
         format!("the pid {pid}"),
         format!("is taken by {who}"),

@@ -6,6 +6,9 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <pthread.h>
+#include <sched.h>
+#include <semaphore.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
@@ -21,6 +24,17 @@ static bool is(const char *name)
 	const char *odd = getenv("ODD");
 
 	return odd && !strcmp(odd, name);
+}
+
+static sem_t alone;
+
+static void *unshared(void *unused)
+{
+	(void)unused;
+	FX_SYS(unshare(CLONE_FILES));
+	sem_post(&alone);
+	for (;;)
+		pause();
 }
 
 int main(int argc, char **argv)
@@ -48,6 +62,14 @@ int main(int argc, char **argv)
 		if (!child)
 			for (;;)
 				pause();
+	} else if (is("own-files")) {
+		pthread_t thread;
+
+		FX_CHECK(!pthread_create(&thread, NULL, unshared, NULL), "pthread_create");
+		sem_wait(&alone);
+	} else if (is("own-uts")) {
+		if (unshare(CLONE_NEWUTS))
+			fx_skip("permission for a uts namespace (%s)", strerror(errno));
 	} else if (is("map")) {
 		fd = FX_SYS(open(file, O_RDONLY));
 		map = mmap(NULL, FX_PAGE, PROT_READ, MAP_PRIVATE, fd, 0);
