@@ -73,7 +73,7 @@ fn every_kind_of_file_and_memory_has_its_row() {
     let page = read("docs/supported.md");
     let kinds = variants(&read("src/objects/files/mod.rs"), "pub enum Kind {");
     assert_eq!(missing(&page, &kinds), [""; 0], "kinds of open files");
-    let backings = variants(&read("src/objects/memory.rs"), "pub enum Backing {");
+    let backings = variants(&read("src/objects/memory/mod.rs"), "pub enum Backing {");
     assert_eq!(missing(&page, &backings), [""; 0], "kinds of mappings");
 }
 

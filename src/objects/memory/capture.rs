@@ -1,0 +1,425 @@
+//! Mappings of a live process: what each one is, and where contents come from that no name
+//! leads to any more.
+
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
+use ckpt_tracer::proc::pagemap::{PageCategories, PageQuery, PagemapScanner};
+
+use super::{
+    Backing, FileIdentity, KernelMapping, MappedFile, Mapping, MappingFlags, SharedMemory,
+    same_file,
+};
+use crate::capture::source::{Collector, Contents, Source};
+use crate::error::Obstacle;
+use crate::objects::files;
+
+type Result<T, E = crate::Error> = std::result::Result<T, E>;
+
+/// Refusals and records for one process's mappings.
+pub struct Captured {
+    /// The mappings, without the vsyscall page.
+    pub mappings: Vec<Mapping>,
+    /// Index of the executable in the collector's mapped files.
+    pub executable: usize,
+}
+
+/// Classifies every mapping. `descriptions` tells which descriptions of the process are
+/// memfds, by inode.
+pub fn capture(
+    source: &Source,
+    vmas: &[Vma],
+    guards: &[(u64, u64)],
+    collector: &mut Collector,
+) -> Result<Captured> {
+    let mut mappings = Vec::with_capacity(vmas.len());
+    for vma in vmas {
+        if vma.name == VmaName::Vsyscall {
+            continue;
+        }
+        match backing(source, vma, vmas, collector) {
+            Ok(backing) => mappings.push(Mapping {
+                start: vma.start,
+                end: vma.end,
+                prot: prot(vma),
+                backing,
+                flags: mapping_flags(vma),
+                name: match &vma.name {
+                    VmaName::AnonNamed(name) | VmaName::AnonShmemNamed(name) => Some(name.clone()),
+                    _ => None,
+                },
+                protection_key: vma.protection_key,
+                guards: guards_in(vma, guards),
+            }),
+            Err(obstacle) => collector.obstacles.push(*obstacle),
+        }
+    }
+    let executable = executable(source, vmas, collector)?;
+    Ok(Captured {
+        mappings,
+        executable,
+    })
+}
+
+fn prot(vma: &Vma) -> u32 {
+    let bit = |set: bool, bit: i32| if set { bit as u32 } else { 0 };
+    bit(vma.read, libc::PROT_READ)
+        | bit(vma.write, libc::PROT_WRITE)
+        | bit(vma.exec, libc::PROT_EXEC)
+}
+
+fn mapping_flags(vma: &Vma) -> MappingFlags {
+    const TABLE: &[(VmFlags, MappingFlags)] = &[
+        (VmFlags::GROWS_DOWN, MappingFlags::GROWS_DOWN),
+        (VmFlags::LOCKED, MappingFlags::LOCKED),
+        (VmFlags::LOCK_ON_FAULT, MappingFlags::LOCK_ON_FAULT),
+        (VmFlags::NO_RESERVE, MappingFlags::NO_RESERVE),
+        (VmFlags::ACCOUNT, MappingFlags::ACCOUNTED),
+        (VmFlags::DONT_COPY, MappingFlags::DONT_FORK),
+        (VmFlags::WIPE_ON_FORK, MappingFlags::WIPE_ON_FORK),
+        (VmFlags::DONT_DUMP, MappingFlags::DONT_DUMP),
+        (VmFlags::MERGEABLE, MappingFlags::MERGEABLE),
+        (VmFlags::HUGEPAGE, MappingFlags::HUGE),
+        (VmFlags::NO_HUGEPAGE, MappingFlags::NO_HUGE),
+        (VmFlags::SEQ_READ, MappingFlags::SEQUENTIAL),
+        (VmFlags::RAND_READ, MappingFlags::RANDOM),
+        (VmFlags::SEALED, MappingFlags::SEALED),
+        (VmFlags::DROPPABLE, MappingFlags::DROPPABLE),
+        (VmFlags::SYNC_FAULT, MappingFlags::SYNC),
+    ];
+    TABLE
+        .iter()
+        .filter(|(vm, _)| vma.flags.contains(*vm))
+        .fold(MappingFlags::empty(), |all, (_, flag)| all | *flag)
+}
+
+/// All guard pages (`MADV_GUARD_INSTALL`) of an address space, in order.
+pub fn guard_pages(scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
+    let mut found = Vec::new();
+    if scanner.has_guard() {
+        let query = PageQuery {
+            required: PageCategories::GUARD,
+            report: PageCategories::GUARD,
+            ..PageQuery::default()
+        };
+        scanner.scan(0..crate::holes::TOP, query, |run| {
+            found.push((run.start, run.end));
+        })?;
+    }
+    Ok(found)
+}
+
+fn guards_in(vma: &Vma, guards: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let first = guards.partition_point(|(_, end)| *end <= vma.start);
+    let inside = guards[first..]
+        .iter()
+        .take_while(|(start, _)| *start < vma.end);
+    inside
+        .map(|(start, end)| (*start.max(&vma.start), *end.min(&vma.end)))
+        .collect()
+}
+
+fn backing(
+    source: &Source,
+    vma: &Vma,
+    all: &[Vma],
+    collector: &mut Collector,
+) -> Result<Backing, Box<Obstacle>> {
+    let refuse = |what: &str, reason: &str, remedy: Option<&str>| {
+        let object = format!(
+            "memory {:#x}-{:#x} of {}",
+            vma.start,
+            vma.end,
+            source.title()
+        );
+        Box::new(Obstacle {
+            object,
+            reason: format!("{what} {reason}"),
+            remedy: remedy.map(str::to_owned),
+        })
+    };
+    let uffd = VmFlags::UFFD_MISSING | VmFlags::UFFD_WP | VmFlags::UFFD_MINOR;
+    if vma.flags.intersects(uffd) {
+        return Err(refuse(
+            "is registered with userfaultfd,",
+            "which is not supported",
+            None,
+        ));
+    }
+    if vma.flags.contains(VmFlags::SHADOW_STACK) {
+        let remedy = "start the program with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off";
+        return Err(refuse(
+            "is a shadow stack,",
+            "which is not supported",
+            Some(remedy),
+        ));
+    }
+    let path = match &vma.name {
+        VmaName::Vdso => return Ok(Backing::Kernel(KernelMapping::Vdso)),
+        VmaName::Vvar => return Ok(Backing::Kernel(KernelMapping::Vvar)),
+        VmaName::VvarVclock => return Ok(Backing::Kernel(KernelMapping::VvarVclock)),
+        VmaName::OtherSpecial(name) => {
+            return Err(refuse(
+                &format!("is {name},"),
+                "a kind that is not supported",
+                None,
+            ));
+        }
+        VmaName::File { path, .. } => Some(path.as_path()),
+        _ => None,
+    };
+    if vma.flags.contains(VmFlags::HUGETLB) && !path.is_some_and(is_memfd) {
+        let ours = path.is_some_and(|p| p == Path::new("/anon_hugepage"));
+        return match (ours, vma.shared) {
+            (true, false) => Ok(Backing::AnonymousHuge {
+                page_size: vma.kernel_page_size,
+            }),
+            (true, true) => Ok(shared_memory(source, vma, all, collector)),
+            (false, _) => Err(refuse(
+                "is a hugetlbfs file,",
+                "a kind that is not supported",
+                None,
+            )),
+        };
+    }
+    let Some(path) = path else {
+        if vma.shared {
+            return Ok(shared_memory(source, vma, all, collector));
+        }
+        return Ok(Backing::Anonymous);
+    };
+    if vma.shared && path == Path::new("/dev/zero") {
+        return Ok(shared_memory(source, vma, all, collector));
+    }
+    if path == Path::new("/[aio]") {
+        let remedy = "let the program end its asynchronous I/O (io_destroy) before the checkpoint";
+        return Err(refuse(
+            "is the ring of an AIO context,",
+            "not supported yet",
+            Some(remedy),
+        ));
+    }
+    if is_memfd(path) {
+        let description = memfd_mapping(source, vma, all, collector);
+        return Ok(Backing::Description {
+            description,
+            offset: vma.offset,
+            private: !vma.shared,
+        });
+    }
+    if path.starts_with("/SYSV00000000") || path.to_string_lossy().starts_with("/SYSV") {
+        return Err(refuse(
+            "is System V shared memory,",
+            "which is not supported yet",
+            None,
+        ));
+    }
+    if vma.flags.contains(VmFlags::PFN_MAP) || vma.flags.contains(VmFlags::IO) {
+        let what = format!("is memory of the device {},", path.display());
+        return Err(refuse(
+            &what,
+            "which only the device's driver can bring back",
+            None,
+        ));
+    }
+    let file = mapped_file(source, vma, path, all, collector);
+    Ok(if vma.shared {
+        Backing::SharedFile {
+            file,
+            offset: vma.offset,
+            writable: vma.flags.contains(VmFlags::MAY_WRITE),
+        }
+    } else {
+        Backing::PrivateFile {
+            file,
+            offset: vma.offset,
+        }
+    })
+}
+
+fn is_memfd(path: &Path) -> bool {
+    path.to_string_lossy().starts_with("/memfd:")
+}
+
+/// Ranges of memory in which the object with that inode is mapped: (offset, address, bytes).
+fn views(vma: &Vma, all: &[Vma], private: bool) -> Vec<(u64, u64, u64)> {
+    let mut views: Vec<_> = all
+        .iter()
+        .filter(|v| (v.dev, v.inode) == (vma.dev, vma.inode) && v.shared != private)
+        .map(|v| (v.offset, v.start, v.end - v.start))
+        .collect();
+    views.sort_unstable();
+    // Every offset once.
+    let mut done = 0;
+    views.retain_mut(|(offset, address, len)| {
+        let skip = done.max(*offset) - *offset;
+        if skip >= *len {
+            return false;
+        }
+        (*offset, *address, *len) = (*offset + skip, *address + skip, *len - skip);
+        done = *offset + *len;
+        true
+    });
+    views
+}
+
+/// The file behind a mapping, through `/proc/PID/map_files` (which wants
+/// CAP_CHECKPOINT_RESTORE), or its views in memory.
+fn contents_of(source: &Source, vma: &Vma, all: &[Vma], private: bool) -> (Contents, u64) {
+    let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
+    if let Ok(file) = File::open(source.dir.join(name))
+        && let Ok(meta) = file.metadata()
+    {
+        let size = meta.len();
+        return (Contents::File(file, size), size);
+    }
+    let views = views(vma, all, private);
+    let size = views.last().map_or(0, |(offset, _, len)| offset + len);
+    (Contents::Memory(source.pid, views), size)
+}
+
+fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> Backing {
+    let known = collector
+        .shared_memory
+        .iter()
+        .position(|m| m.inode == vma.inode);
+    let object = known.unwrap_or_else(|| {
+        let (contents, size) = contents_of(source, vma, all, false);
+        let space = collector.space_for(contents);
+        let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
+        collector.shared_memory.push(SharedMemory {
+            space,
+            size,
+            inode: vma.inode,
+            huge_page_size: if hugetlb { vma.kernel_page_size } else { 0 },
+        });
+        collector.shared_memory.len() - 1
+    });
+    Backing::SharedMemory {
+        object,
+        offset: vma.offset,
+    }
+}
+
+/// The description behind a mapped memfd: one that the job holds open, or, when its
+/// descriptors are all closed, one made for the purpose.
+fn memfd_mapping(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> usize {
+    let open = collector.descriptions.iter().position(|d| {
+        matches!(&d.kind, files::Kind::MemFd(m) if m.inode == vma.inode)
+            && (!vma.shared || !vma.flags.contains(VmFlags::MAY_WRITE) || d.flags & 3 == 2)
+    });
+    open.unwrap_or_else(|| {
+        let (contents, size) = contents_of(source, vma, all, !vma.shared);
+        let name = match &vma.name {
+            VmaName::File { path, .. } => path
+                .as_os_str()
+                .as_bytes()
+                .strip_prefix(b"/memfd:")
+                .unwrap_or_default()
+                .to_vec(),
+            _ => Vec::new(),
+        };
+        let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
+        let contents = collector.space_for(contents);
+        collector.descriptions.push(files::Description {
+            kind: files::Kind::MemFd(files::memfd::MemFd {
+                name,
+                inode: vma.inode,
+                size,
+                mode: 0o777,
+                seals: 0,
+                offset: 0,
+                huge_page_size: if hugetlb { vma.kernel_page_size } else { 0 },
+                contents,
+            }),
+            flags: libc::O_RDWR as u32,
+            owner: None,
+        });
+        collector.descriptions.len() - 1
+    })
+}
+
+fn mapped_file(
+    source: &Source,
+    vma: &Vma,
+    path: &Path,
+    all: &[Vma],
+    collector: &mut Collector,
+) -> usize {
+    let deleted = matches!(vma.name, VmaName::File { deleted: true, .. });
+    collector.mapped_file(path, vma.inode, |collector| {
+        if !deleted && let Ok(meta) = std::fs::metadata(path) {
+            let identity = FileIdentity::of(&meta);
+            return MappedFile {
+                path: path.to_owned(),
+                identity,
+                contents: None,
+            };
+        }
+        // No name leads to it any more: it goes into the image as a whole.
+        // A shared view shows the file itself, a private one possibly the process's own pages.
+        let shared = all
+            .iter()
+            .any(|v| v.shared && (v.dev, v.inode) == (vma.dev, vma.inode));
+        let (contents, size) = contents_of(source, vma, all, !shared);
+        let identity = match &contents {
+            Contents::File(file, _) => file.metadata().ok().map(|m| FileIdentity::of(&m)),
+            Contents::Memory(..) => None,
+        };
+        let identity = identity.unwrap_or(FileIdentity {
+            device: vma.dev,
+            inode: vma.inode,
+            mode: libc::S_IFREG | 0o700,
+            size,
+            modified_ns: 0,
+            build_id: None,
+        });
+        let contents = Some(collector.space_for(contents));
+        MappedFile {
+            path: path.to_owned(),
+            identity,
+            contents,
+        }
+    })
+}
+
+/// The executable, which in general is mapped as well.
+fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Result<usize> {
+    let link = source.dir.join("exe");
+    let error = |e| crate::Error::File {
+        what: "look at",
+        path: link.clone(),
+        source: e,
+    };
+    let meta = std::fs::metadata(&link).map_err(error)?;
+    let mapped = vmas.iter().find_map(|v| match &v.name {
+        VmaName::File { path, .. } if v.inode == meta.ino() => collector.known_file(path, v.inode),
+        _ => None,
+    });
+    if let Some(index) = mapped {
+        // Where `map_files` may not be opened, the executable's whole file still can.
+        let file = &collector.mapped_files[index];
+        if let Some(space) = file.contents
+            && let Some(at) = collector.contents.iter().position(|(s, _)| *s == space)
+            && matches!(collector.contents[at].1, Contents::Memory(..))
+        {
+            let file = File::open(&link).map_err(error)?;
+            collector.contents[at].1 = Contents::File(file, meta.len());
+            collector.mapped_files[index].identity = FileIdentity::of(&meta);
+        }
+        return Ok(index);
+    }
+    let path = std::fs::read_link(&link).map_err(error)?;
+    let exists = std::fs::metadata(&path).is_ok_and(|m| same_file(&m, &meta));
+    let file = File::open(&link).map_err(error)?;
+    Ok(
+        collector.mapped_file(&path, meta.ino(), |collector| MappedFile {
+            path: path.clone(),
+            identity: FileIdentity::of(&meta),
+            contents: (!exists).then(|| collector.space_for(Contents::File(file, meta.len()))),
+        }),
+    )
+}

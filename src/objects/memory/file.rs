@@ -1,0 +1,93 @@
+//! What tells whether a mapped file is still the one that it was.
+
+use std::fs::{File, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::{FileIdentity, MappedFile};
+use crate::error::Obstacle;
+use crate::restore::{FilesPolicy, Request};
+
+/// Whether two looks were at one file.
+pub fn same_file(a: &Metadata, b: &Metadata) -> bool {
+    (a.dev(), a.ino()) == (b.dev(), b.ino())
+}
+
+impl FileIdentity {
+    /// What a file is, without its build id (see [`read_build_id`](Self::read_build_id)).
+    pub fn of(meta: &Metadata) -> Self {
+        Self {
+            device: (libc::major(meta.dev()), libc::minor(meta.dev())),
+            inode: meta.ino(),
+            mode: meta.mode(),
+            size: meta.len(),
+            modified_ns: meta.mtime() * 1_000_000_000 + meta.mtime_nsec(),
+            build_id: None,
+        }
+    }
+
+    /// Reads the build id of an ELF file; leaves the identity alone for other files.
+    pub fn read_build_id(&mut self, path: &Path) {
+        self.build_id = build_id(path);
+    }
+}
+
+/// The build id of an ELF file.
+pub fn build_id(path: &Path) -> Option<Vec<u8>> {
+    let file = File::open(path).ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut magic = [0; 4];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut magic, 0).ok()?;
+    if magic != *b"\x7fELF" {
+        return None;
+    }
+    let cache = object::ReadCache::new(file);
+    let elf = object::File::parse(&cache).ok()?;
+    object::Object::build_id(&elf)
+        .ok()
+        .flatten()
+        .map(<[u8]>::to_vec)
+}
+
+/// Whether the file that was mapped is still there, as far as that can be told: the same size
+/// and time, or the same build id. A file of which the job only has shared mappings may have
+/// been written since, by the job itself; then it is enough that it is the same file.
+pub fn check_file(
+    file: &MappedFile,
+    shared_only: bool,
+    request: &Request<'_>,
+) -> Result<(), Box<Obstacle>> {
+    if file.contents.is_some() {
+        return Ok(());
+    }
+    let object = format!("the mapped file {}", file.path.display());
+    let meta = match std::fs::metadata(&file.path) {
+        Ok(meta) => meta,
+        Err(e) => {
+            let reason = format!("cannot be opened: {e}");
+            return Err(Box::new(Obstacle::new(
+                object,
+                reason,
+                "put it back in its place",
+            )));
+        }
+    };
+    let now = FileIdentity::of(&meta);
+    let was = &file.identity;
+    let same_inode = shared_only && now.inode == was.inode && now.size >= was.size;
+    if same_inode
+        || (now.size, now.modified_ns) == (was.size, was.modified_ns)
+        || request.files == FilesPolicy::Adopt
+        || (was.build_id.is_some() && build_id(&file.path) == was.build_id)
+        || was.mode & libc::S_IFMT != libc::S_IFREG
+    {
+        return Ok(());
+    }
+    Err(Box::new(Obstacle::new(
+        object,
+        "was changed since the checkpoint, and the job would go on with other contents",
+        "put the old one back, or take what is there with --files adopt",
+    )))
+}

@@ -1,0 +1,390 @@
+//! Mappings as operations of a plan.
+
+use ckpt_tracer::proc::maps::{Vma, VmaName};
+
+use super::{Backing, KernelMapping, Mapping, MappingFlags, SharedMemory};
+use crate::error::Obstacle;
+use crate::objects::{Snapshot, files};
+use crate::restore::plan::Builder;
+
+/// Where shared memory objects are mapped as a whole while they are filled and handed out.
+pub type SharedAt = Vec<u64>;
+
+impl Mapping {
+    fn object(&self) -> String {
+        format!("memory {:#x}-{:#x}", self.start, self.end)
+    }
+
+    fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Read-only private memory that is counted against the commit limit was writable once;
+    /// mapping it writable and protecting it afterwards brings the same about.
+    fn mapped_prot(&self) -> u64 {
+        let write = libc::PROT_WRITE as u32;
+        let once_writable = self.flags.contains(MappingFlags::ACCOUNTED)
+            && self.prot & write == 0
+            && matches!(
+                self.backing,
+                Backing::Anonymous | Backing::PrivateFile { .. }
+            );
+        u64::from(if once_writable {
+            self.prot | write
+        } else {
+            self.prot
+        })
+    }
+
+    /// The protection key that the program gave, 0 for none; an execute-only mapping has the
+    /// kernel's.
+    fn given_key(&self) -> u32 {
+        if self.prot == libc::PROT_EXEC as u32 {
+            0
+        } else {
+            self.protection_key
+        }
+    }
+
+    /// `MAP_*` beyond private, shared, anonymous.
+    fn map_flags(&self) -> i32 {
+        let mut flags = libc::MAP_FIXED_NOREPLACE;
+        let table = [
+            (MappingFlags::GROWS_DOWN, libc::MAP_GROWSDOWN),
+            (MappingFlags::NO_RESERVE, libc::MAP_NORESERVE),
+        ];
+        for (flag, map) in table {
+            if self.flags.contains(flag) {
+                flags |= map;
+            }
+        }
+        flags
+    }
+
+    fn map(&self, flags: i32, fd: i64, offset: u64, plan: &mut Builder) {
+        let args = [
+            self.start,
+            self.len(),
+            self.mapped_prot(),
+            (flags | self.map_flags()) as u64,
+            fd as u64,
+            offset,
+        ];
+        plan.expect(libc::SYS_mmap, &args, self.start, || self.object());
+        // Before pages come, so that they come as huge pages or not.
+        for (flag, advice) in [
+            (MappingFlags::HUGE, libc::MADV_HUGEPAGE),
+            (MappingFlags::NO_HUGE, libc::MADV_NOHUGEPAGE),
+        ] {
+            if self.flags.contains(flag) {
+                let args = [self.start, self.len(), advice as u64];
+                plan.attempt(libc::SYS_madvise, &args, || self.object());
+            }
+        }
+    }
+}
+
+/// Removes what the new process has mapped and moves the kernel's mappings to where the job
+/// had them.
+pub fn clear_and_move(
+    mappings: &[Mapping],
+    present: &[Vma],
+    hole: u64,
+    plan: &mut Builder,
+) -> Result<(), Box<Obstacle>> {
+    let kind = |v: &Vma| match v.name {
+        VmaName::Vdso => Some(KernelMapping::Vdso),
+        VmaName::Vvar => Some(KernelMapping::Vvar),
+        VmaName::VvarVclock => Some(KernelMapping::VvarVclock),
+        _ => None,
+    };
+    for vma in present
+        .iter()
+        .filter(|v| kind(v).is_none() && v.name != VmaName::Vsyscall)
+    {
+        plan.syscall(libc::SYS_munmap, &[vma.start, vma.len()], || {
+            "the address space of the new process".into()
+        });
+    }
+    let kernels: Vec<&Vma> = present.iter().filter(|v| kind(v).is_some()).collect();
+    let wanted = |v: &Vma| {
+        mappings
+            .iter()
+            .find(|m| kind(v).is_some_and(|k| m.backing == Backing::Kernel(k)))
+    };
+    for m in mappings {
+        if let Backing::Kernel(k) = m.backing
+            && !kernels
+                .iter()
+                .any(|v| kind(v) == Some(k) && v.len() == m.len())
+        {
+            return Err(Box::new(Obstacle::without_remedy(
+                m.object(),
+                format!("is the kernel's {k:?}, which this kernel does not have in that size"),
+            )));
+        }
+    }
+    // Through a free place when any of them overlaps a place where one shall go.
+    let crowded = kernels.iter().any(|v| {
+        mappings
+            .iter()
+            .any(|m| matches!(m.backing, Backing::Kernel(_)) && m.start < v.end && v.start < m.end)
+    });
+    let mut at: Vec<u64> = kernels.iter().map(|v| v.start).collect();
+    let steps = if crowded { 2 } else { 1 };
+    for step in 0..steps {
+        let mut aside = hole;
+        for (i, vma) in kernels.iter().enumerate() {
+            let object = || format!("the kernel's {}", kind(vma).map_or("", |k| k.label()));
+            let Some(m) = wanted(vma) else {
+                if step == 0 {
+                    plan.syscall(libc::SYS_munmap, &[vma.start, vma.len()], object);
+                }
+                continue;
+            };
+            let to = if step + 1 == steps { m.start } else { aside };
+            aside += vma.len();
+            if to != at[i] {
+                let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+                let args = [at[i], vma.len(), vma.len(), flags, to];
+                plan.expect(libc::SYS_mremap, &args, to, object);
+                at[i] = to;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl KernelMapping {
+    /// Its name in `/proc/PID/maps`.
+    pub fn label(self) -> &'static str {
+        match self {
+            KernelMapping::Vdso => "[vdso]",
+            KernelMapping::Vvar => "[vvar]",
+            KernelMapping::VvarVclock => "[vvar_vclock]",
+        }
+    }
+}
+
+/// Maps everything, so that pages can be filled in.
+pub fn map_all(
+    mappings: &[Mapping],
+    snapshot: &Snapshot,
+    staging: files::Staging,
+    shared_at: &SharedAt,
+    plan: &mut Builder,
+) {
+    let mut open: Option<(usize, bool)> = None;
+    for m in mappings {
+        match &m.backing {
+            Backing::Anonymous => m.map(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0, plan),
+            Backing::AnonymousHuge { page_size } => {
+                let size = page_size.trailing_zeros() << libc::MAP_HUGE_SHIFT;
+                let huge = libc::MAP_HUGETLB | size as i32;
+                m.map(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | huge, -1, 0, plan);
+            }
+            Backing::PrivateFile { file, offset } => {
+                let fd = file_fd(*file, false, snapshot, staging, &mut open, plan);
+                m.map(libc::MAP_PRIVATE, fd, *offset, plan);
+            }
+            Backing::SharedFile {
+                file,
+                offset,
+                writable,
+            } => {
+                let fd = file_fd(*file, *writable, snapshot, staging, &mut open, plan);
+                m.map(libc::MAP_SHARED, fd, *offset, plan);
+            }
+            Backing::Description {
+                description,
+                offset,
+                private,
+            } => {
+                let how = if *private {
+                    libc::MAP_PRIVATE
+                } else {
+                    libc::MAP_SHARED
+                };
+                m.map(how, staging.of(*description).into(), *offset, plan);
+            }
+            Backing::SharedMemory { .. } | Backing::Kernel(_) => {}
+        }
+    }
+    close_open(&mut open, plan);
+    for (index, (object, at)) in snapshot.shared_memory.iter().zip(shared_at).enumerate() {
+        let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        if object.huge_page_size != 0 {
+            flags |= libc::MAP_HUGETLB
+                | (object.huge_page_size.trailing_zeros() << libc::MAP_HUGE_SHIFT) as i32;
+        } else if mappings.iter().any(|m| {
+            m.flags.contains(MappingFlags::NO_RESERVE)
+                && matches!(m.backing, Backing::SharedMemory { object, .. } if object == index)
+        }) {
+            flags |= libc::MAP_NORESERVE;
+        }
+        let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let args = [*at, object.mapped_len(), prot, flags as u64, u64::MAX, 0];
+        plan.expect(libc::SYS_mmap, &args, *at, || "shared memory".into());
+    }
+}
+
+impl SharedMemory {
+    /// Bytes to map, whole pages.
+    pub fn mapped_len(&self) -> u64 {
+        self.size.next_multiple_of(self.huge_page_size.max(4096))
+    }
+}
+
+/// The descriptor to map a file from: an inherited one for contents from the image, else the
+/// file opened at descriptor 0. Mappings of one file mostly follow each other, so it stays
+/// open until another is needed.
+fn file_fd(
+    file: usize,
+    writable: bool,
+    snapshot: &Snapshot,
+    staging: files::Staging,
+    open: &mut Option<(usize, bool)>,
+    plan: &mut Builder,
+) -> i64 {
+    let record = &snapshot.mapped_files[file];
+    if record.contents.is_some() {
+        return staging.mapped_file(file, writable).into();
+    }
+    if *open != Some((file, writable)) {
+        close_open(open, plan);
+        let path = plan.path(&record.path);
+        let access = if writable {
+            libc::O_RDWR
+        } else {
+            libc::O_RDONLY
+        };
+        let args = [
+            libc::AT_FDCWD as u64,
+            path,
+            (access | libc::O_CLOEXEC) as u64,
+            0,
+        ];
+        let object = || format!("the mapped file {}", record.path.display());
+        plan.expect(libc::SYS_openat, &args, 0, object);
+        *open = Some((file, writable));
+    }
+    0
+}
+
+fn close_open(open: &mut Option<(usize, bool)>, plan: &mut Builder) {
+    if open.take().is_some() {
+        plan.syscall(libc::SYS_close, &[0], || "a mapped file".into());
+    }
+}
+
+/// With all pages filled in: shared memory in its places, protections and advice as they were.
+pub fn finish(mappings: &[Mapping], snapshot: &Snapshot, shared_at: &SharedAt, plan: &mut Builder) {
+    for m in mappings {
+        if let Backing::SharedMemory { object, offset } = m.backing {
+            // An old length of 0 makes another view of shared pages (mremap(2)).
+            let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+            let args = [shared_at[object] + offset, 0, m.len(), flags, m.start];
+            plan.expect(libc::SYS_mremap, &args, m.start, || m.object());
+        }
+    }
+    for (object, at) in snapshot.shared_memory.iter().zip(shared_at) {
+        plan.syscall(libc::SYS_munmap, &[*at, object.mapped_len()], || {
+            "shared memory".into()
+        });
+    }
+    for m in mappings {
+        let shared = matches!(m.backing, Backing::SharedMemory { .. });
+        if m.given_key() != 0 {
+            let args = [m.start, m.len(), m.prot.into(), m.given_key().into()];
+            plan.syscall(libc::SYS_pkey_mprotect, &args, || m.object());
+        } else if shared || m.mapped_prot() != u64::from(m.prot) {
+            let args = [m.start, m.len(), m.prot.into()];
+            plan.syscall(libc::SYS_mprotect, &args, || m.object());
+        }
+        m.advise(plan);
+    }
+}
+
+/// Protection keys are given out from the lowest free one; those that no mapping was given are
+/// freed again. Done before anything is mapped: the kernel takes a key of its own for
+/// execute-only mappings (`execute_only_pkey`, arch/x86/mm/pkeys.c).
+pub fn allocate_keys(mappings: &[Mapping], plan: &mut Builder) {
+    let highest = mappings.iter().map(Mapping::given_key).max().unwrap_or(0);
+    for key in 1..=highest {
+        plan.expect(libc::SYS_pkey_alloc, &[0, 0], key.into(), || {
+            format!("protection key {key}")
+        });
+    }
+    for key in 1..highest {
+        if !mappings.iter().any(|m| m.given_key() == key) {
+            plan.syscall(libc::SYS_pkey_free, &[key.into()], || {
+                format!("protection key {key}")
+            });
+        }
+    }
+}
+
+/// `MADV_GUARD_INSTALL` (Linux 6.13).
+const MADV_GUARD_INSTALL: u64 = 102;
+
+impl Mapping {
+    fn advise(&self, plan: &mut Builder) {
+        let advice = [
+            (MappingFlags::DONT_FORK, libc::MADV_DONTFORK),
+            (MappingFlags::WIPE_ON_FORK, libc::MADV_WIPEONFORK),
+            (MappingFlags::DONT_DUMP, libc::MADV_DONTDUMP),
+            (MappingFlags::MERGEABLE, libc::MADV_MERGEABLE),
+            (MappingFlags::SEQUENTIAL, libc::MADV_SEQUENTIAL),
+            (MappingFlags::RANDOM, libc::MADV_RANDOM),
+        ];
+        if matches!(self.backing, Backing::Kernel(_)) {
+            return;
+        }
+        let range = [self.start, self.len()];
+        for (flag, advice) in advice {
+            // hugetlb mappings carry DONT_DUMP-like flags of their own that may be refused.
+            if self.flags.contains(flag) {
+                let args = [range[0], range[1], advice as u64];
+                plan.syscall(libc::SYS_madvise, &args, || self.object());
+            }
+        }
+        for (start, end) in &self.guards {
+            let args = [*start, end - start, MADV_GUARD_INSTALL];
+            plan.syscall(libc::SYS_madvise, &args, || {
+                format!("guard pages in {}", self.object())
+            });
+        }
+        if let Some(name) = &self.name {
+            let mut name = name.clone();
+            name.push(0);
+            let name = plan.data(&name);
+            let args = [
+                u64::from(libc::PR_SET_VMA as u32),
+                0,
+                range[0],
+                range[1],
+                name,
+            ];
+            plan.attempt(libc::SYS_prctl, &args, || self.object());
+        }
+        if self.flags.contains(MappingFlags::LOCKED) {
+            let on_fault = self.flags.contains(MappingFlags::LOCK_ON_FAULT);
+            let flags = if on_fault {
+                libc::MLOCK_ONFAULT as u64
+            } else {
+                0
+            };
+            let warning = format!("{} is not locked in memory", self.object());
+            plan.try_syscall(libc::SYS_mlock2, &[range[0], range[1], flags], &warning);
+        }
+    }
+
+    /// Seals the mapping; after this nothing can be changed any more.
+    pub fn seal(&self, plan: &mut Builder) {
+        const SYS_MSEAL: i64 = 462;
+        if self.flags.contains(MappingFlags::SEALED) && !matches!(self.backing, Backing::Kernel(_))
+        {
+            plan.syscall(SYS_MSEAL, &[self.start, self.len(), 0], || self.object());
+        }
+    }
+}

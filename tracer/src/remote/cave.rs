@@ -1,0 +1,330 @@
+//! The cave: a piece of code that makes system calls and finds its own way home. Why and how
+//! stands in the module above.
+#![allow(unsafe_code)]
+
+use std::arch::global_asm;
+
+use super::{advance, doorbell};
+use crate::fault::{self, Step};
+use crate::mem::ProcessMemory;
+use crate::proc::maps::{Vma, VmaName};
+use crate::task::{Resume, Stop, Stopped};
+use crate::{Error, RemoteAddr, Result};
+
+global_asm!(
+    ".pushsection .rodata.ckpt_cave, \"a\", @progbits",
+    ".balign 8",
+    "ckpt_cave_start:",
+    // First call: mmap of the scratch memory at a chosen address. Only if that worked may
+    // the way home unmap it.
+    "ckpt_cave_boot:",
+    "    syscall",
+    "    cmp rax, qword ptr [rip + ckpt_cave_scratch]",
+    "    jne 2f",
+    "    jmp 1f",
+    // Every further call.
+    "ckpt_cave_call:",
+    "    syscall",
+    "    jmp 1f",
+    // A list of calls in the scratch memory, from rbx up to rbp, 64 bytes each: number, six
+    // operands, answer.
+    "ckpt_cave_batch:",
+    "    mov rax, qword ptr [rbx]",
+    "    mov rdi, qword ptr [rbx + 8]",
+    "    mov rsi, qword ptr [rbx + 16]",
+    "    mov rdx, qword ptr [rbx + 24]",
+    "    mov r10, qword ptr [rbx + 32]",
+    "    mov r8,  qword ptr [rbx + 40]",
+    "    mov r9,  qword ptr [rbx + 48]",
+    "    syscall",
+    "    mov qword ptr [rbx + 56], rax",
+    "    add rbx, 64",
+    "    cmp rbx, rbp",
+    "    jb ckpt_cave_batch",
+    // The way home. Only the owner of the scratch memory unmaps it; nobody else touches it.
+    "ckpt_cave_home:",
+    "1:  mov rsi, qword ptr [rip + ckpt_cave_owner_at]",
+    "    mov rsi, qword ptr [rsi]",
+    "    cmp rsi, qword ptr [rip + ckpt_cave_id]",
+    "    jne 2f",
+    "    mov rdi, qword ptr [rip + ckpt_cave_scratch]",
+    "    mov rsi, qword ptr [rip + ckpt_cave_scratch_len]",
+    "    mov eax, 11", // munmap
+    // The last call: munmap of the scratch memory.
+    "ckpt_cave_unmap:",
+    "    syscall",
+    "2:  mov edi, 2", // SIG_SETMASK
+    "    lea rsi, [rip + ckpt_cave_mask]",
+    "    xor edx, edx",
+    "    mov r10d, 8",
+    "    mov eax, 14", // rt_sigprocmask
+    "    syscall",
+    "    mov rdi, qword ptr [rip + ckpt_cave_regs + 0]",
+    "    mov rsi, qword ptr [rip + ckpt_cave_regs + 8]",
+    "    mov rdx, qword ptr [rip + ckpt_cave_regs + 16]",
+    "    mov r10, qword ptr [rip + ckpt_cave_regs + 24]",
+    "    mov r8,  qword ptr [rip + ckpt_cave_regs + 32]",
+    "    mov r9,  qword ptr [rip + ckpt_cave_regs + 40]",
+    "    mov rcx, qword ptr [rip + ckpt_cave_regs + 48]",
+    "    mov r11, qword ptr [rip + ckpt_cave_regs + 56]",
+    "    mov rbx, qword ptr [rip + ckpt_cave_regs + 80]",
+    "    mov rbp, qword ptr [rip + ckpt_cave_regs + 88]",
+    // Flags without a stack: OF by an addition that overflows or not, the rest by sahf.
+    // The direction flag was never changed.
+    "    mov rax, qword ptr [rip + ckpt_cave_flags]",
+    "    add al, 1",
+    "    sahf",
+    "    mov rax, qword ptr [rip + ckpt_cave_regs + 64]",
+    "    jmp qword ptr [rip + ckpt_cave_regs + 72]",
+    ".balign 8",
+    "ckpt_cave_magic:",
+    ".ascii \"ckptcave\"",
+    "ckpt_cave_scratch:",
+    ".quad 0",
+    "ckpt_cave_scratch_len:",
+    ".quad 0",
+    "ckpt_cave_mask:",
+    ".quad 0",
+    "ckpt_cave_flags:",
+    ".quad 0",
+    "ckpt_cave_owner_at:",
+    ".quad 0",
+    "ckpt_cave_id:",
+    ".quad 0",
+    "ckpt_cave_regs:", // rdi rsi rdx r10 r8 r9 rcx r11 rax rip rbx rbp
+    ".fill 12, 8, 0",
+    "ckpt_cave_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static ckpt_cave_start: u8;
+    static ckpt_cave_boot: u8;
+    static ckpt_cave_call: u8;
+    static ckpt_cave_batch: u8;
+    static ckpt_cave_home: u8;
+    static ckpt_cave_unmap: u8;
+    static ckpt_cave_magic: u8;
+    static ckpt_cave_scratch: u8;
+    static ckpt_cave_end: u8;
+}
+
+/// The cave's code and where things are in it.
+pub(super) struct CaveImage {
+    pub(super) bytes: &'static [u8],
+    pub(super) boot: u64,
+    pub(super) call: u64,
+    pub(super) batch: u64,
+    pub(super) home: u64,
+    pub(super) unmap: u64,
+    pub(super) magic: u64,
+    pub(super) data: u64,
+}
+
+pub(super) fn cave_image() -> CaveImage {
+    let start = (&raw const ckpt_cave_start) as u64;
+    let len = (&raw const ckpt_cave_end) as u64 - start;
+    // SAFETY: the assembler laid out `len` initialised, immutable bytes from that symbol on.
+    let bytes = unsafe { std::slice::from_raw_parts(&raw const ckpt_cave_start, len as usize) };
+    CaveImage {
+        bytes,
+        boot: (&raw const ckpt_cave_boot) as u64 - start,
+        call: (&raw const ckpt_cave_call) as u64 - start,
+        batch: (&raw const ckpt_cave_batch) as u64 - start,
+        home: (&raw const ckpt_cave_home) as u64 - start,
+        unmap: (&raw const ckpt_cave_unmap) as u64 - start,
+        magic: (&raw const ckpt_cave_magic) as u64 - start,
+        data: (&raw const ckpt_cave_scratch) as u64 - start,
+    }
+}
+
+/// How many tasks may be in a cave at once: one, and the next while the first hands over.
+const SLOTS: u64 = 2;
+/// Behind the slots stands the number of the one whose task owns the scratch memory.
+const OWNER_BYTES: usize = 16;
+
+/// Room in the target that remote calls execute in; empty of tasks except during
+/// [`RemoteCalls`](super::RemoteCalls).
+#[derive(Debug)]
+pub struct Cave<'m> {
+    pub(super) mem: &'m ProcessMemory,
+    addr: RemoteAddr,
+    before: Vec<u8>,
+    pub(super) doorbell: Option<i32>,
+}
+
+impl<'m> Cave<'m> {
+    /// Finds unused room and writes the cave there. All tasks must be stopped.
+    pub fn dig(mem: &'m ProcessMemory, maps: &[Vma]) -> Result<Self> {
+        let image = cave_image();
+        let slot = image.bytes.len().next_multiple_of(16);
+        let need = slot * SLOTS as usize + OWNER_BYTES;
+        let addr = find_room(mem, maps, need)?.ok_or(Error::NoCodeCave {
+            pid: mem.pid(),
+            need,
+        })?;
+        let mut before = vec![0; need];
+        mem.read(addr, &mut before)?;
+        if before[image.magic as usize..].starts_with(b"ckptcave") {
+            // A tracer died here; what was below it was unused.
+            before.fill(0);
+        }
+        let cave = Cave {
+            mem,
+            addr,
+            before,
+            doorbell: None,
+        };
+        for i in 0..SLOTS {
+            mem.write(cave.slot(i), image.bytes)?;
+        }
+        cave.set_owner(0)?;
+        fault::hit(Step::CaveWritten)?;
+        Ok(cave)
+    }
+
+    /// Looks for a signal that can be the doorbell of batches; `stopped` says that the process
+    /// is in a group stop.
+    pub fn with_doorbell(mut self, stopped: bool) -> Self {
+        self.doorbell = doorbell(self.mem.pid(), stopped);
+        self
+    }
+
+    pub(super) fn slot(&self, index: u64) -> RemoteAddr {
+        let slots = (self.before.len() - OWNER_BYTES) as u64;
+        self.addr + index * (slots / SLOTS)
+    }
+
+    /// Where the number of the slot stands whose task owns the scratch memory.
+    pub(super) fn owner_at(&self) -> RemoteAddr {
+        self.addr + (self.before.len() - OWNER_BYTES) as u64
+    }
+
+    /// Makes the task in that slot the owner of the scratch memory, and the other one not, in
+    /// one step.
+    pub(super) fn set_owner(&self, slot: u64) -> Result<()> {
+        self.mem.write(self.owner_at(), &slot.to_le_bytes())
+    }
+
+    /// Puts back what stood there.
+    pub fn fill_in(self) -> Result<()> {
+        self.mem.write(self.addr, &self.before)
+    }
+}
+
+impl Drop for Cave<'_> {
+    fn drop(&mut self) {
+        let _ = self.mem.write(self.addr, &self.before);
+    }
+}
+
+/// Looks for a run of `need` equal filler bytes (0x00 or 0xcc) in executable memory, in the
+/// vDSO first, or for a cave that a dead tracer left.
+fn find_room(mem: &ProcessMemory, maps: &[Vma], need: usize) -> Result<Option<RemoteAddr>> {
+    let image = cave_image();
+    let mut executable: Vec<&Vma> = maps
+        .iter()
+        .filter(|v| v.exec && !v.shared && v.name != VmaName::Vsyscall)
+        .collect();
+    executable.sort_by_key(|v| v.name != VmaName::Vdso);
+    for vma in executable {
+        let mut offset = 0;
+        let len = (vma.end - vma.start) as usize;
+        while offset < len {
+            // The pieces overlap so that no run is cut.
+            let piece = (len - offset).min(1 << 20);
+            let mut bytes = vec![0; piece];
+            let base = RemoteAddr(vma.start + offset as u64);
+            if mem.read(base, &mut bytes).is_err() {
+                break;
+            }
+            if let Some(at) = find_stale(&bytes, &image).or_else(|| find_filler(&bytes, need)) {
+                return Ok(Some(base + at as u64));
+            }
+            if piece < 1 << 20 {
+                break;
+            }
+            offset += piece - 4096;
+        }
+    }
+    Ok(None)
+}
+
+fn find_stale(bytes: &[u8], image: &CaveImage) -> Option<usize> {
+    let code = &image.bytes[..image.magic as usize + 8];
+    bytes
+        .windows(code.len())
+        .step_by(16)
+        .position(|w| w == code)
+        .map(|i| i * 16)
+}
+
+fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
+    // 64 bytes of distance to what stands before: a table may end in zeros that count.
+    const MARGIN: usize = 64;
+    let mut run = 0;
+    for i in 0..bytes.len() {
+        let filler = bytes[i] == 0 || bytes[i] == 0xcc;
+        run = match (filler, run > 0 && bytes[i] == bytes[i - 1]) {
+            (true, true) => run + 1,
+            (true, false) => 1,
+            _ => 0,
+        };
+        let start = (i + 1 - run + MARGIN).next_multiple_of(16);
+        if run > 0 && i + 1 >= start + need {
+            return Some(start);
+        }
+    }
+    None
+}
+
+/// Moves tasks out of a cave that a dead tracer left them in. All tasks must be stopped; a
+/// task inside runs home instruction by instruction.
+pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()> {
+    let image = cave_image();
+    let slot = image.bytes.len() as u64;
+    for task in tasks {
+        for _ in 0..256 {
+            let rip = RemoteAddr(task.regs()?.rip);
+            // The code before the magic, wherever in it the task is.
+            let mut around = vec![0u8; 2 * slot as usize];
+            let from = RemoteAddr(rip.raw().saturating_sub(slot));
+            if mem.read(from, &mut around).is_err() {
+                // Too close to the border of a mapping to be the middle of a cave, or not
+                // readable: look at the bytes from the page's start instead.
+                let page = RemoteAddr(rip.raw() & !0xfff);
+                around = vec![0u8; 4096];
+                if mem.read(page, &mut around).is_err() {
+                    break;
+                }
+                if !inside_stale(&around, rip.raw() - page.raw(), &image) {
+                    break;
+                }
+            } else if !inside_stale(&around, rip.raw() - from.raw(), &image) {
+                break;
+            }
+            step_once(task)?;
+        }
+    }
+    Ok(())
+}
+
+fn inside_stale(bytes: &[u8], rip: u64, image: &CaveImage) -> bool {
+    let code = &image.bytes[..image.magic as usize + 8];
+    bytes
+        .windows(code.len())
+        .position(|w| w == code)
+        .is_some_and(|at| (at as u64..at as u64 + image.magic).contains(&rip))
+}
+
+/// One instruction, passing on signals that arrive.
+fn step_once(task: &mut Stopped) -> Result<()> {
+    let mut signal = 0;
+    loop {
+        match advance(task, Resume::Step, signal)? {
+            Stop::Signal(libc::SIGTRAP) => return Ok(()),
+            Stop::Signal(other) => signal = other,
+            _ => signal = 0,
+        }
+    }
+}
