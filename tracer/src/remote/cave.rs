@@ -13,6 +13,25 @@ use crate::{Error, RemoteAddr, Result};
 
 global_asm!(
     ".pushsection .rodata.ckpt_cave, \"a\", @progbits",
+    // Referred to from wherever the compiler puts the code below.
+    ".globl ckpt_cave_start",
+    ".hidden ckpt_cave_start",
+    ".globl ckpt_cave_boot",
+    ".hidden ckpt_cave_boot",
+    ".globl ckpt_cave_call",
+    ".hidden ckpt_cave_call",
+    ".globl ckpt_cave_batch",
+    ".hidden ckpt_cave_batch",
+    ".globl ckpt_cave_home",
+    ".hidden ckpt_cave_home",
+    ".globl ckpt_cave_unmap",
+    ".hidden ckpt_cave_unmap",
+    ".globl ckpt_cave_magic",
+    ".hidden ckpt_cave_magic",
+    ".globl ckpt_cave_scratch",
+    ".hidden ckpt_cave_scratch",
+    ".globl ckpt_cave_end",
+    ".hidden ckpt_cave_end",
     ".balign 8",
     "ckpt_cave_start:",
     // First call: mmap of the scratch memory at a chosen address. Only if that worked may
