@@ -98,7 +98,7 @@ fn run(
 ) -> Result<()> {
     let plan = &planned.plan;
     loop {
-        leader.advance(Resume::Cont, 0)?;
+        leader.advance(mem.pid(), Resume::Cont, 0)?;
         match leader.stop() {
             Stop::Signal(libc::SIGTRAP) => {}
             Stop::Signal(signal) => {

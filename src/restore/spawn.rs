@@ -9,8 +9,8 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use ckpt_tracer::Tid;
 use ckpt_tracer::task::{Running, Stop, Stopped};
+use ckpt_tracer::{Pid, Tid};
 use nix::errno::Errno;
 
 use crate::error::{Error, Result};
@@ -162,7 +162,7 @@ pub fn spawn(
     // remote call. The event stop is behind it, still before the program's first instruction.
     task.interrupt()?;
     while !matches!(task.stop(), Stop::Event(_)) {
-        task.advance(ckpt_tracer::task::Resume::Cont, 0)?;
+        task.advance(Pid(pid), ckpt_tracer::task::Resume::Cont, 0)?;
     }
     Ok((child, task))
 }

@@ -9,7 +9,7 @@ use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
 use crate::proc::maps::{Vma, VmaName};
 use crate::task::{Resume, Stop, Stopped};
-use crate::{Error, RemoteAddr, Result};
+use crate::{Error, Pid, RemoteAddr, Result};
 
 global_asm!(
     ".pushsection .rodata.ckpt_cave, \"a\", @progbits",
@@ -322,7 +322,7 @@ pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()
             } else if !inside_stale(&around, rip.raw() - from.raw(), &image) {
                 break;
             }
-            step_once(task)?;
+            step_once(mem.pid(), task)?;
         }
     }
     Ok(())
@@ -337,10 +337,10 @@ fn inside_stale(bytes: &[u8], rip: u64, image: &CaveImage) -> bool {
 }
 
 /// One instruction, passing on signals that arrive.
-fn step_once(task: &mut Stopped) -> Result<()> {
+fn step_once(pid: Pid, task: &mut Stopped) -> Result<()> {
     let mut signal = 0;
     loop {
-        match advance(task, Resume::Step, signal)? {
+        match advance(pid, task, Resume::Step, signal)? {
             Stop::Signal(libc::SIGTRAP) => return Ok(()),
             Stop::Signal(other) => signal = other,
             _ => signal = 0,

@@ -50,9 +50,9 @@ use restart::restarted;
 pub use restart::{effective_rip, hide_interruption};
 
 /// Resumes a task in place and waits for its next stop.
-fn advance(task: &mut Stopped, how: Resume, signal: i32) -> Result<Stop> {
+fn advance(pid: Pid, task: &mut Stopped, how: Resume, signal: i32) -> Result<Stop> {
     let tid = task.tid();
-    task.advance(how, signal)?;
+    task.advance(pid, how, signal)?;
     match task.stop() {
         Stop::Exec | Stop::Clone | Stop::Other(_) => Err(Error::UnexpectedStop {
             tid,
@@ -310,7 +310,7 @@ impl<'a> RemoteCalls<'a> {
     fn reach_syscall_stop(&mut self) -> Result<()> {
         let mut signal = 0;
         loop {
-            match advance(self.task, Resume::Syscall, signal)? {
+            match advance(self.cave.mem.pid(), self.task, Resume::Syscall, signal)? {
                 Stop::Syscall => return Ok(()),
                 // Only SIGSTOP comes through a full mask. It takes effect when the task is
                 // let go; in between the tracer's word counts.
@@ -365,7 +365,7 @@ impl<'a> RemoteCalls<'a> {
         self.task.set_regs(&regs)?;
         let mut signal = 0;
         loop {
-            match advance(self.task, Resume::Cont, signal)? {
+            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
                 Stop::Signal(arrived) if arrived == doorbell => {
                     if self.task.regs()?.rbx == regs.rbp - CALL_BYTES {
                         break;
@@ -445,7 +445,7 @@ impl<'a> RemoteCalls<'a> {
         self.task.interrupt()?;
         let mut signal = 0;
         loop {
-            match advance(self.task, Resume::Cont, signal)? {
+            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
                 Stop::Event(_) => break,
                 Stop::Signal(arrived) => signal = arrived,
                 _ => signal = 0,
@@ -481,7 +481,7 @@ impl<'a> RemoteCalls<'a> {
         self.task.interrupt()?;
         let mut signal = 0;
         while !matches!(self.task.stop(), Stop::Event(_)) {
-            match advance(self.task, Resume::Cont, signal)? {
+            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
                 Stop::Signal(arrived) => signal = arrived,
                 _ => signal = 0,
             }
@@ -511,11 +511,20 @@ impl Drop for RemoteCalls<'_> {
 }
 
 impl Stopped {
-    /// Resumes the task and waits for its next stop, in place.
-    pub fn advance(&mut self, how: Resume, signal: i32) -> Result<()> {
+    /// Resumes the task, of that process, and waits for its next stop, in place; every other task
+    /// of ours is in a stop. If the process is killed now, a first thread's end is told only when
+    /// the others have been waited for, so for that one they are waited for as well. For the
+    /// others that would be a walk over all tasks at each stop.
+    pub fn advance(&mut self, pid: Pid, how: Resume, signal: i32) -> Result<()> {
         let tid = self.tid();
         let taken = std::mem::replace(self, Stopped::absent(tid));
-        match taken.resume(how, signal)?.wait_alone()? {
+        let running = taken.resume(how, signal)?;
+        let waited = if tid == pid.leader() {
+            running.wait_alone()?
+        } else {
+            running.wait()?
+        };
+        match waited {
             Waited::Stopped(stopped) => {
                 *self = stopped;
                 Ok(())
