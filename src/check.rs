@@ -40,6 +40,10 @@ fn look(pid: Pid, depth: Depth) -> Result<Vec<Obstacle>> {
     let mut collector = Collector::default();
     inside_the_job(&source, &mut collector)?;
     match process::capture_from_outside(&source, depth, &mut collector) {
+        // What is missing in a process that is ending is no property of it.
+        Ok(_) if !collector.obstacles.is_empty() && has_ended(pid) => {
+            Err(TracerError::Died { tid: pid.leader() }.into())
+        }
         Ok(_) => Ok(collector.obstacles),
         Err(Error::Tracer(TracerError::Proc { source, .. }))
             if source.raw_os_error() == Some(libc::EACCES) =>
@@ -53,6 +57,10 @@ fn look(pid: Pid, depth: Depth) -> Result<Vec<Obstacle>> {
         })) => Ok(vec![denied(pid)]),
         Err(e) => Err(e),
     }
+}
+
+fn has_ended(pid: Pid) -> bool {
+    read_status(pid).map_or(true, |status| status.state.has_ended())
 }
 
 fn no_such(pid: Pid) -> Obstacle {

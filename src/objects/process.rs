@@ -108,7 +108,21 @@ pub fn capture_from_outside(
     };
     let memory = memory::capture(source, &vmas, &guards, collector)?;
     for name in ["cwd", "root"] {
-        let link = std::fs::read_link(source.dir.join(name)).unwrap_or_default();
+        let link = match std::fs::read_link(source.dir.join(name)) {
+            Ok(link) => link,
+            // A process that is ending has none any more.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let tid = source.pid.leader();
+                return Err(ckpt_tracer::Error::Died { tid }.into());
+            }
+            Err(source_error) => {
+                return Err(crate::Error::File {
+                    what: "look at",
+                    path: source.dir.join(name),
+                    source: source_error,
+                });
+            }
+        };
         let there = std::fs::metadata(source.dir.join(name));
         let named = std::fs::metadata(&link);
         let reachable = matches!((&there, &named), (Ok(a), Ok(b)) if memory::same_file(a, b));
