@@ -3,7 +3,7 @@
 
 use std::cmp::Ordering;
 
-use ckpt_tracer::kcmp::{KcmpType, kcmp};
+use ckpt_tracer::kcmp::{KcmpType, group_tasks, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcRoot, tasks};
@@ -13,50 +13,120 @@ use nix::unistd::geteuid;
 
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
+use crate::job::Family;
 use crate::objects::process::{self, Depth};
 
-/// All obstacles to a checkpoint of `pid`; empty when there is none. Touches nothing.
+/// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
+/// nothing.
 pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
-    look(pid, Depth::Full)
+    look(&[pid], Depth::Full)
 }
 
 /// The same before a checkpoint, at a glance: what takes time with the size of the memory is
-/// looked at once only, when the process is frozen.
-pub fn obstacles_at_a_glance(pid: Pid) -> Result<Vec<Obstacle>> {
-    look(pid, Depth::Glance)
+/// looked at once only, when the job is frozen.
+pub fn obstacles_at_a_glance(roots: &[Pid]) -> Result<Vec<Obstacle>> {
+    look(roots, Depth::Glance)
 }
 
-fn look(pid: Pid, depth: Depth) -> Result<Vec<Obstacle>> {
-    if let Err(obstacle) = accessible(pid) {
-        return Ok(vec![obstacle]);
-    }
-    let source = match Source::open(pid) {
-        Ok(source) => source,
-        Err(TracerError::Proc { source, .. }) if source.raw_os_error() == Some(libc::EACCES) => {
-            return Ok(vec![denied(pid)]);
+fn look(roots: &[Pid], depth: Depth) -> Result<Vec<Obstacle>> {
+    for &root in roots {
+        if let Err(obstacle) = accessible(root) {
+            return Ok(vec![obstacle]);
         }
-        Err(e) => return Err(e.into()),
-    };
+    }
+    let family = Family::of_all(roots)?;
+    let mut sources = Vec::with_capacity(family.living.len());
+    for &pid in &family.living {
+        if !roots.contains(&pid)
+            && let Err(obstacle) = accessible(pid)
+        {
+            // Unless it was there only for a moment.
+            if has_ended(pid) {
+                continue;
+            }
+            return Ok(vec![obstacle]);
+        }
+        match Source::open(pid) {
+            Ok(source) => sources.push(source),
+            Err(TracerError::Proc { source, .. })
+                if source.raw_os_error() == Some(libc::EACCES) =>
+            {
+                return Ok(vec![denied(pid)]);
+            }
+            Err(_) if !roots.contains(&pid) && has_ended(pid) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let all: Vec<&Source> = sources.iter().collect();
+    look_at_all(&all, depth)
+}
+
+fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
     let mut collector = Collector::default();
-    inside_the_job(&source, &mut collector)?;
-    match process::capture_from_outside(&source, depth, &mut collector) {
+    for source in sources {
+        inside_the_job(source, &mut collector)?;
+    }
+    let seen = shared_by_processes(sources, &mut collector)
+        .and_then(|()| process::capture_from_outside(sources, depth, &mut collector));
+    let root = sources[0].pid;
+    match seen {
         // What is missing in a process that is ending is no property of it.
-        Ok(_) if !collector.obstacles.is_empty() && has_ended(pid) => {
-            Err(TracerError::Died { tid: pid.leader() }.into())
+        Ok(_) if !collector.obstacles.is_empty() && has_ended(root) => {
+            Err(TracerError::Died { tid: root.leader() }.into())
         }
         Ok(_) => Ok(collector.obstacles),
-        Err(Error::Tracer(TracerError::Proc { source, .. }))
-            if source.raw_os_error() == Some(libc::EACCES) =>
-        {
-            Ok(vec![denied(pid)])
+        // Another process than the root may end at any time; the frozen job will tell.
+        Err(Error::Tracer(TracerError::Died { tid })) if tid != root.leader() => {
+            Ok(collector.obstacles)
+        }
+        Err(Error::Tracer(TracerError::Proc { source, path })) => {
+            let whose = sources.iter().find(|s| path.starts_with(s.dir.path()));
+            match source.raw_os_error() {
+                Some(libc::EACCES) => Ok(vec![denied(whose.map_or(root, |s| s.pid))]),
+                _ => Err(TracerError::Proc { source, path }.into()),
+            }
         }
         Err(Error::Tracer(TracerError::Kernel {
             call: "pidfd_getfd",
-            errno: nix::errno::Errno::EPERM,
-            ..
-        })) => Ok(vec![denied(pid)]),
+            errno: Errno::EPERM,
+            object,
+        })) => {
+            let whose = sources.iter().find(|s| object.ends_with(&format!("process {}", s.pid)));
+            Ok(vec![denied(whose.map_or(root, |s| s.pid))])
+        }
         Err(e) => Err(e),
     }
+}
+
+/// Processes that share more than fork leaves them sharing: each process has an address space, a
+/// table of descriptors, directories and signal actions of its own.
+pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Result<()> {
+    if sources.len() < 2 {
+        return Ok(());
+    }
+    let leaders: Vec<Tid> = sources.iter().map(|s| s.pid.leader()).collect();
+    for (what, name) in [
+        (KcmpType::Vm, "its memory (CLONE_VM)"),
+        (KcmpType::Files, "its table of descriptors (CLONE_FILES)"),
+        (KcmpType::Fs, "its working directory (CLONE_FS)"),
+        (KcmpType::Sighand, "its signal actions (CLONE_SIGHAND)"),
+    ] {
+        for group in group_tasks(leaders.clone(), what)? {
+            let [first, second, ..] = group[..] else {
+                continue;
+            };
+            let title = |tid: Tid| sources.iter().find(|s| s.pid.leader() == tid).map(|s| s.title());
+            collector.obstacles.push(Obstacle::new(
+                title(second).unwrap_or_default(),
+                format!(
+                    "shares {name} with {}, which is not supported",
+                    title(first).unwrap_or_default()
+                ),
+                "try again in a moment if it has only just been started, or wait until it has ended",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn has_ended(pid: Pid) -> bool {
@@ -154,13 +224,6 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
             remedy: remedy.map(str::to_owned),
         });
     };
-    for child in tasks::children(&ProcRoot::default(), source.pid)? {
-        let name = tasks::comm(child).map_or_else(|_| "?".into(), |c| c.to_string());
-        refuse(
-            format!("has a child process {child} ({name}), and trees are not supported yet"),
-            Some("wait until it has ended"),
-        );
-    }
     if is_32_bit(source) {
         refuse(
             "is a 32-bit program, which is not supported".into(),

@@ -123,3 +123,20 @@ pub fn read_build_ids(snapshot: &mut Snapshot) {
         }
     }
 }
+
+/// The soft limit of descriptors up to the hard one: a job may have many, and we hold a copy of
+/// each.
+#[allow(unsafe_code)]
+pub fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: one live structure.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}

@@ -12,6 +12,7 @@ pub mod error;
 pub mod holes;
 pub mod host;
 pub mod inspect;
+pub mod job;
 pub mod objects;
 pub mod progress;
 pub mod restore;

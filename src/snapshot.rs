@@ -10,7 +10,7 @@ use crate::objects::Snapshot;
 /// Name of the image's section that holds the snapshot.
 pub const SECTION: &str = "snapshot";
 /// Version of the section's contents.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// More metadata than this is not believed; 10,000 threads make about 40 MB.
 const LIMIT: u64 = 1 << 30;
 

@@ -25,6 +25,10 @@ pub enum OpKind {
     Thread = 2,
     /// Wait until every thread created so far has executed its own operations and parked.
     Join = 3,
+    /// Create a process: operands as of [`OpKind::Thread`]. It executes its operations in the
+    /// creator's memory, on a stack of its own, and traps at their end; one that was forked is
+    /// led elsewhere by the tracer before it executes anything.
+    Process = 4,
 }
 
 /// The answer may be an error; it is kept in `result` and the plan goes on.
@@ -50,7 +54,8 @@ pub struct Op {
     pub result: i64,
 }
 
-/// A list of operations for one thread other than the first.
+/// A list of operations for a thread other than the first, or for a process that has yet no
+/// memory of its own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThreadPlan {
@@ -60,6 +65,8 @@ pub struct ThreadPlan {
     pub count: u64,
     /// The plan that it belongs to.
     pub plan: u64,
+    /// Not 0: a process, which at its end traps with [`DONE`] or [`FAILED`] instead of parking.
+    pub process: u64,
 }
 
 /// What the restorer finds at the address in its first argument.
@@ -86,7 +93,7 @@ pub const FAILED: u64 = u64::MAX - 1;
 const _: () = {
     assert!(size_of::<Op>() == 80);
     assert!(offset_of!(Op, args) == 16);
-    assert!(size_of::<ThreadPlan>() == 24);
+    assert!(size_of::<ThreadPlan>() == 32);
     assert!(size_of::<Plan>() == 32);
     assert!(offset_of!(Plan, parked) == 20);
     assert!(offset_of!(Plan, failed) == 24);

@@ -13,19 +13,22 @@ use std::time::{Duration, Instant};
 use ckpt_image::{Codec, ImageFile, Writer, WriterOptions};
 use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
-use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
 
 use crate::error::{Error, Result};
 use crate::host;
-use crate::objects::{Snapshot, SpaceId, process};
+use crate::job::FrozenJob;
+use crate::objects::process::{self, Process};
+use crate::objects::{Snapshot, SpaceId, memory, zombie};
 use crate::progress::Progress;
 use crate::snapshot;
 
+mod cow;
 pub mod pages;
 pub mod source;
 
+use cow::Comparison;
 use pages::PageSink;
 use source::{Collector, Source};
 
@@ -43,14 +46,26 @@ pub enum After {
 
 /// A wish for a checkpoint.
 pub struct Request<'a> {
-    /// The process.
+    /// The process: it and all that descend from it are the job.
     pub pid: Pid,
+    /// Further processes that belong to the job with their descendants, though another process
+    /// has adopted them.
+    pub adopted: Vec<Pid>,
     /// How pages are compressed.
     pub codec: Codec,
     /// What becomes of the job.
     pub after: After,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
+}
+
+impl Request<'_> {
+    /// The root of the job, and what was adopted.
+    fn roots(&self) -> Vec<Pid> {
+        let mut roots = vec![self.pid];
+        roots.extend(&self.adopted);
+        roots
+    }
 }
 
 /// What a checkpoint was.
@@ -79,7 +94,7 @@ pub struct Report {
 /// Checkpoints into a file: complete and synced when this returns, or not there at all.
 pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
     let begun = Instant::now();
-    refuse_obstacles(request.pid)?;
+    refuse_obstacles(&request.roots())?;
     let file = ImageFile::create(path)?;
     let commit = |file: ImageFile| {
         fault::hit(Step::BeforeSync)?;
@@ -97,7 +112,7 @@ pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
 /// everything was written without error.
 pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Result<Report> {
     let begun = Instant::now();
-    refuse_obstacles(request.pid)?;
+    refuse_obstacles(&request.roots())?;
     checkpoint(request, begun, sink, |mut sink| {
         sink.flush().map_err(|source| Error::File {
             what: "write",
@@ -107,8 +122,8 @@ pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Re
     })
 }
 
-fn refuse_obstacles(pid: Pid) -> Result<()> {
-    let obstacles = crate::check::obstacles_at_a_glance(pid)?;
+fn refuse_obstacles(roots: &[Pid]) -> Result<()> {
+    let obstacles = crate::check::obstacles_at_a_glance(roots)?;
     if obstacles.is_empty() {
         Ok(())
     } else {
@@ -122,8 +137,8 @@ fn checkpoint<W: Write + Send + 'static>(
     sink: W,
     commit: impl FnOnce(W) -> Result<()>,
 ) -> Result<Report> {
-    let mut source = Source::open(request.pid)?;
-    let header = host::image_header(&source)?;
+    host::raise_descriptor_limit();
+    let header = host::image_header(&Source::open(request.pid)?)?;
     let options = WriterOptions {
         codec: request.codec,
         threads: 0,
@@ -131,40 +146,14 @@ fn checkpoint<W: Write + Send + 'static>(
     let mut writer = Writer::new(sink, &header, options)?;
 
     let frozen_at = Instant::now();
-    let mut frozen = Frozen::freeze(request.pid)?;
-    // The process may have called exec since it was looked at first.
-    source = Source::open(source.pid)?;
-    let captured = capture_frozen(&mut frozen, &source)?;
+    let mut frozen = FrozenJob::freeze(&request.roots())?;
+    let sources = open_sources(&frozen)?;
+    let mut captured = capture_frozen(&mut frozen, &sources)?;
     fault::hit(Step::StateCaptured)?;
-    let mut snapshot = captured.snapshot;
-    let memory_bytes = {
-        let mut sink = PageSink::new(&mut writer, request.progress);
-        let process = &snapshot.processes[0];
-        let ranges = stored_ranges(&captured.vmas, &captured.scanner)?;
-        request
-            .progress
-            .begin(ranges.iter().map(|r| r.bytes()).sum());
-        let half = ranges.len() / 2;
-        for (i, range) in ranges.iter().enumerate() {
-            if i == half {
-                fault::hit(Step::PagesHalf)?;
-            }
-            let space = process.memory.space;
-            sink.memory(
-                &source.mem,
-                space,
-                range.runs.iter().copied(),
-                range.zero_is_default,
-            )?;
-        }
-        for (space, contents) in &captured.contents {
-            sink.contents(&source.mem, *space, contents)?;
-        }
-        sink.finish()?
-    };
+    let memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
     fault::hit(Step::Release)?;
 
-    let threads = frozen.tasks().len() as u32;
+    let threads = frozen.tasks() as u32;
     let mut held = None;
     if request.after == After::Continue {
         frozen.thaw()?;
@@ -174,6 +163,7 @@ fn checkpoint<W: Write + Send + 'static>(
     let mut paused = frozen_at.elapsed();
     request.progress.end();
 
+    let mut snapshot = captured.snapshot;
     host::read_build_ids(&mut snapshot);
     writer.section(
         snapshot::SECTION,
@@ -184,15 +174,15 @@ fn checkpoint<W: Write + Send + 'static>(
     commit(sink)?;
     if let Some(frozen) = held {
         match request.after {
-            After::Kill => kill(&source, frozen)?,
+            After::Kill => kill(&sources, frozen)?,
             _ => frozen.leave_stopped()?,
         }
         paused = frozen_at.elapsed();
     }
     Ok(Report {
-        name: source.stat.comm.to_string(),
+        name: sources[0].stat.comm.to_string(),
         pid: request.pid.raw(),
-        processes: 1,
+        processes: snapshot.processes.len() as u32,
         threads,
         memory_bytes,
         image_bytes: summary.bytes,
@@ -202,33 +192,62 @@ fn checkpoint<W: Write + Send + 'static>(
     })
 }
 
-fn kill(source: &Source, frozen: Frozen) -> Result<()> {
-    source.pidfd.signal(libc::SIGKILL)?;
-    frozen.thaw()?;
-    Ok(())
+/// What is known of a process from outside, once it is frozen: it may have called exec since it
+/// was looked at first.
+fn open_sources(frozen: &FrozenJob) -> Result<Vec<Source>> {
+    let sources = frozen.processes.iter().map(|f| Source::open(f.pid()));
+    Ok(sources.collect::<ckpt_tracer::Result<_>>()?)
+}
+
+/// All at once, so that none sees the end of another one.
+fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
+    for source in sources {
+        match source.pidfd.signal(libc::SIGKILL) {
+            // Ended by the end of another one, in a pid namespace.
+            Ok(()) | Err(ckpt_tracer::Error::Died { .. }) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    frozen.thaw()
 }
 
 struct CapturedJob {
     snapshot: Snapshot,
-    vmas: Vec<Vma>,
-    scanner: PagemapScanner,
+    /// Of each process.
+    memory: Vec<(Vec<Vma>, PagemapScanner)>,
     contents: Vec<(SpaceId, source::Contents)>,
 }
 
-fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
-    for task in frozen.tasks() {
+fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob> {
+    for (frozen, source) in job.processes.iter().zip(sources) {
         if source.status.seccomp == Some(2) {
-            task.suspend_seccomp()?;
+            for task in frozen.tasks() {
+                task.suspend_seccomp()?;
+            }
         }
     }
     let mut collector = Collector::default();
-    let space = collector.new_space();
-    let outside = process::capture_from_outside(source, process::Depth::Full, &mut collector)?;
+    let all: Vec<&Source> = sources.iter().collect();
+    crate::check::shared_by_processes(&all, &mut collector)?;
+    let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
-    let (process, vmas, scanner) = process::capture(frozen, source, outside, space)?;
-    let host = host::describe(&process)?;
+    let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
+    let mut memory = Vec::with_capacity(sources.len());
+    for ((frozen, source), outside) in job.processes.iter_mut().zip(sources).zip(outside) {
+        let space = collector.new_space();
+        let (mut process, vmas, scanner) = process::capture(frozen, source, outside, space)?;
+        process.forked = processes
+            .iter()
+            .find(|p| p.pid == process.parent)
+            .is_some_and(|parent| process.is_fork_of(parent));
+        processes.push(process);
+        memory.push((vmas, scanner));
+    }
+    let zombies = job.ended.iter().map(|pid| zombie::capture(*pid));
+    let zombies = zombies.collect::<Result<_>>()?;
+    let host = host::describe(&processes[0])?;
     let Collector {
         descriptions,
         mapped_files,
@@ -238,17 +257,93 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
     } = collector;
     let snapshot = Snapshot {
         host,
-        processes: vec![process],
+        processes,
+        zombies,
         descriptions,
         mapped_files,
         shared_memory,
     };
     Ok(CapturedJob {
         snapshot,
-        vmas,
-        scanner,
+        memory,
         contents,
     })
+}
+
+/// Streams the pages of all processes and what else has contents; answers the bytes stored.
+fn write_pages<W: Write + Send + 'static>(
+    writer: &mut Writer<W>,
+    sources: &[Source],
+    captured: &mut CapturedJob,
+    progress: &dyn Progress,
+) -> Result<u64> {
+    let mut sink = PageSink::new(writer, progress);
+    let processes = &mut captured.snapshot.processes;
+    let mut held: Vec<Vec<(u64, u64)>> = Vec::with_capacity(processes.len());
+    let mut stored: Vec<Vec<StoredRange>> = Vec::with_capacity(processes.len());
+    for (index, (vmas, scanner)) in captured.memory.iter().enumerate() {
+        let mut ranges = stored_ranges(vmas, scanner)?;
+        held.push(ranges.iter().flat_map(|r| r.runs.clone()).collect());
+        if processes[index].forked {
+            let shared = leave_to_parent(&mut ranges, index, processes, sources, &held)?;
+            processes[index].memory.inherited = shared;
+        }
+        stored.push(ranges);
+    }
+    progress.begin(stored.iter().flatten().map(StoredRange::bytes).sum());
+    let half = stored.iter().map(Vec::len).sum::<usize>() / 2;
+    let mut count = 0;
+    for (index, ranges) in stored.iter().enumerate() {
+        for range in ranges {
+            if count == half {
+                fault::hit(Step::PagesHalf)?;
+            }
+            count += 1;
+            sink.memory(
+                &sources[index].mem,
+                processes[index].memory.space,
+                range.runs.iter().copied(),
+                range.zero_is_default,
+            )?;
+        }
+    }
+    for (space, contents) in &captured.contents {
+        sink.contents(*space, contents)?;
+    }
+    sink.finish()
+}
+
+/// Takes the pages out of `ranges` that a forked process has in common with its parent; answers
+/// them.
+fn leave_to_parent(
+    ranges: &mut [StoredRange],
+    child: usize,
+    processes: &[Process],
+    sources: &[Source],
+    held: &[Vec<(u64, u64)>],
+) -> Result<Vec<(u64, u64)>> {
+    let parent_pid = processes[child].parent;
+    let Some(parent) = processes.iter().position(|p| p.pid == parent_pid) else {
+        return Ok(Vec::new());
+    };
+    let over = memory::inherited(
+        &processes[parent].memory.mappings,
+        &processes[child].memory.mappings,
+    );
+    let over: Vec<(u64, u64)> = over.iter().map(|i| (i.start, i.end)).collect();
+    let comparison = Comparison {
+        parent: &sources[parent].mem,
+        child: &sources[child].mem,
+        common: memory::intersect(&held[parent], &over),
+        pagemap: Comparison::pagemap(&sources[child].dir),
+    };
+    let mut inherited = Vec::new();
+    for range in ranges {
+        let split = comparison.split(&range.runs)?;
+        range.runs = split.own;
+        inherited.extend(split.inherited);
+    }
+    Ok(memory::join(inherited))
 }
 
 /// Pages of one mapping that go into the image.

@@ -170,13 +170,19 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
     /// Takes the contents of a space that is not an address space.
     pub fn contents(
         &mut self,
-        mem: &ProcessMemory,
         space: SpaceId,
         contents: &Contents,
     ) -> Result<()> {
         match contents {
             Contents::File(file, size) => self.file(space, file, *size),
-            Contents::Memory(_, views) => self.views(mem, space, views.iter().copied(), true),
+            Contents::Memory(views) => {
+                for of_one in views.chunk_by(|a, b| a.0 == b.0) {
+                    let mem = ProcessMemory::open(of_one[0].0)?;
+                    let views = of_one.iter().map(|v| (v.1, v.2, v.3));
+                    self.views(&mem, space, views, true)?;
+                }
+                Ok(())
+            }
         }
     }
 

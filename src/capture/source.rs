@@ -58,8 +58,8 @@ impl Source {
 pub enum Contents {
     /// A file of that size.
     File(File, u64),
-    /// Memory of the process: (offset in the object, address, bytes).
-    Memory(Pid, Vec<(u64, u64, u64)>),
+    /// Memory of processes that show it: (process, offset in the object, address, bytes).
+    Memory(Vec<(Pid, u64, u64, u64)>),
 }
 
 /// Tables of what is shared, filled while objects are captured; and everything that stands

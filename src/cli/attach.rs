@@ -126,6 +126,7 @@ pub(crate) fn run(args: &Attach) -> Outcome {
     let progress = progress::on_terminal("checkpoint", !args.loudness.quiet);
     let request = capture::Request {
         pid: Pid(args.pid),
+        adopted: Vec::new(),
         codec: args.codec,
         after: match (args.kill, args.stop) {
             (true, _) => After::Kill,

@@ -23,6 +23,8 @@ pub struct AddressSpace {
     pub executable: usize,
     /// What is mapped, in ascending order, without the vsyscall page.
     pub mappings: Vec<Mapping>,
+    /// Pages that are as in the parent's address space, and are stored there; ascending.
+    pub inherited: Vec<(u64, u64)>,
     /// `MCL_FUTURE`, possibly with `MCL_ONFAULT`, when mappings to come are locked; else 0.
     pub lock_future: u32,
     /// `PR_GET_THP_DISABLE`.

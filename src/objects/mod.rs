@@ -15,6 +15,7 @@ pub mod seccomp;
 pub mod signals;
 pub mod thread;
 pub mod timers;
+pub mod zombie;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,8 +30,10 @@ pub struct SpaceId(pub u32);
 pub struct Snapshot {
     /// What the job ran on.
     pub host: Host,
-    /// Its processes; the root of the job first.
+    /// Its processes; parents before their children, the root of the job first.
     pub processes: Vec<process::Process>,
+    /// Processes that have ended and were not waited for.
+    pub zombies: Vec<zombie::Zombie>,
     /// Open file descriptions, referred to by their index.
     pub descriptions: Vec<files::Description>,
     /// Files that are mapped, referred to by their index.

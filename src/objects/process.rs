@@ -14,7 +14,7 @@ use ckpt_tracer::remote::{self, Cave, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
-use super::files::{self, FdEntry};
+use super::files::{self, FdEntry, regular::Lock};
 use super::limits::{self, Limit};
 use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
@@ -30,6 +30,9 @@ pub struct Process {
     pub pid: i32,
     /// Its parent's id; 0 when the parent is not part of what it can see.
     pub parent: i32,
+    /// It was forked by its parent and has executed nothing else since: it shares unchanged pages
+    /// with it.
+    pub forked: bool,
     /// Process group.
     pub group: i32,
     /// Session.
@@ -53,6 +56,8 @@ pub struct Process {
     pub posix_timers: Vec<PosixTimer>,
     /// Descriptors, ascending.
     pub fds: Vec<FdEntry>,
+    /// POSIX locks, each with a descriptor of the file.
+    pub record_locks: Vec<(i32, Lock)>,
     /// Current directory.
     pub cwd: PathBuf,
     /// Root directory.
@@ -71,6 +76,18 @@ pub struct Process {
     pub coredump_filter: Option<u32>,
 }
 
+impl Process {
+    /// Whether the process was forked by that parent, and neither has executed a program since.
+    pub fn is_fork_of(&self, parent: &Process) -> bool {
+        let (mine, theirs) = (&self.memory, &parent.memory);
+        self.parent == parent.pid
+            && mine.executable == theirs.executable
+            && mine.auxv == theirs.auxv
+            && mine.layout.start_stack == theirs.layout.start_stack
+            && mine.layout.start_code == theirs.layout.start_code
+    }
+}
+
 /// What can be captured of a process without executing anything in it. Also the heart of
 /// `ckpt check`, since it finds everything that stands in the way.
 pub struct FromOutside {
@@ -80,6 +97,8 @@ pub struct FromOutside {
     pub memory: memory::Captured,
     /// Descriptors.
     pub fds: Vec<FdEntry>,
+    /// POSIX locks, by descriptor.
+    pub record_locks: Vec<(i32, Lock)>,
     /// Which pages are to be stored.
     pub scanner: PagemapScanner,
 }
@@ -93,13 +112,37 @@ pub enum Depth {
     Full,
 }
 
-/// Captures from outside; obstacles go into the collector.
+/// Captures processes from outside, in the order of `sources`; obstacles go into the collector.
 pub fn capture_from_outside(
-    source: &Source,
+    sources: &[&Source],
     depth: Depth,
     collector: &mut Collector,
+) -> Result<Vec<FromOutside>> {
+    let survey = files::Survey::of(sources)?;
+    let fds = files::capture(sources, &survey, collector)?;
+    let locks = survey.seen.into_iter().map(|seen| {
+        let locks = seen.into_iter().map(|s| (s.fd, s.locks));
+        locks.flat_map(|(fd, locks)| locks.into_iter().map(move |l| (fd, l)))
+    });
+    sources
+        .iter()
+        .zip(fds.into_iter().zip(locks))
+        .map(|(source, (fds, locks))| {
+            let outside = one_from_outside(source, depth, fds, collector)?;
+            Ok(FromOutside {
+                record_locks: locks.collect(),
+                ..outside
+            })
+        })
+        .collect()
+}
+
+fn one_from_outside(
+    source: &Source,
+    depth: Depth,
+    fds: Vec<FdEntry>,
+    collector: &mut Collector,
 ) -> Result<FromOutside> {
-    let fds = files::capture(source, collector)?;
     let dir = source.dir.clone();
     let scanner = PagemapScanner::open(dir.clone())?;
     let (vmas, guards) = match depth {
@@ -141,6 +184,7 @@ pub fn capture_from_outside(
         vmas,
         memory,
         fds,
+        record_locks: Vec::new(),
         scanner,
     })
 }
@@ -160,6 +204,7 @@ pub fn capture(
         vmas,
         memory,
         fds,
+        record_locks,
         scanner,
     } = outside;
     let dir = source.dir.clone();
@@ -214,6 +259,7 @@ pub fn capture(
     let process = Process {
         pid: pid.raw(),
         parent: status.ppid.raw(),
+        forked: false,
         group: source.stat.pgrp,
         session: source.stat.session,
         stopped,
@@ -224,6 +270,7 @@ pub fn capture(
             auxv: tasks::auxv(dir.clone())?,
             executable: memory.executable,
             mappings: memory.mappings,
+            inherited: Vec::new(),
             lock_future,
             thp_disabled: asked.thp_disabled,
             dumpable: asked.dumpable,
@@ -235,6 +282,7 @@ pub fn capture(
         interval_timers,
         posix_timers,
         fds,
+        record_locks,
         cwd: link("cwd")?,
         root: link("root")?,
         umask: status.umask.unwrap_or(0o022),

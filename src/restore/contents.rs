@@ -89,6 +89,7 @@ fn open(what: &Inherited, snapshot: &Snapshot, image: &Reader, made: &mut Made) 
             let file = made.get(space, || nameless(&regular.path, space, size, mode, image))?;
             Ok(reopen(file, description.flags)?.into())
         }
+        Inherited::Executable(file) => Ok(executable(*file, snapshot, image)?.into()),
         Inherited::MappedFile(index, writable) => {
             let record = &snapshot.mapped_files[*index];
             let space = record.contents.unwrap_or(SpaceId(u32::MAX));
@@ -104,9 +105,9 @@ fn open(what: &Inherited, snapshot: &Snapshot, image: &Reader, made: &mut Made) 
     }
 }
 
-/// The executable: the file itself, or one made from the image.
-pub fn executable(snapshot: &Snapshot, image: &Reader) -> Result<File> {
-    let record = &snapshot.mapped_files[snapshot.processes[0].memory.executable];
+/// An executable: the file itself, or one made from the image.
+pub fn executable(file: usize, snapshot: &Snapshot, image: &Reader) -> Result<File> {
+    let record = &snapshot.mapped_files[file];
     match record.contents {
         // A program may be executable without being readable.
         None => OpenOptions::new()

@@ -1,4 +1,6 @@
-//! Executes a plan in the new process, then makes its threads what they were and lets go.
+//! Executes the plans in the new processes, then makes their threads what they were and lets go.
+
+use std::collections::VecDeque;
 
 use ckpt_image::Reader;
 use ckpt_tracer::blob::Blob;
@@ -6,54 +8,233 @@ use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::proc::maps::read_maps;
 use ckpt_tracer::remote::{Cave, RemoteCalls};
-use ckpt_tracer::task::{Regs, Resume, Running, Stop, Stopped};
+use ckpt_tracer::task::{Regs, Resume, Running, Stop, Stopped, Waited};
 use ckpt_tracer::{Pid, RemoteAddr, Tid, abi};
 use nix::errno::Errno;
 
-use super::plan::{HostState, Plan, Stage};
-use super::planner::{self, Planned};
-use super::spawn::Child;
-use super::{Request, fill};
+use super::fill::Pages;
+use super::plan::{Plan, Stage};
+use super::planner::{Job, Planned};
+use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
-use crate::objects::Snapshot;
+use crate::objects::memory::SharedAt;
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
 
-/// Rebuilds the process that stands at its exec stop.
+/// A new process on its way.
+struct Live {
+    index: usize,
+    leader: Stopped,
+    mem: ProcessMemory,
+    planned: Planned,
+    /// Its other threads, once they are ours.
+    others: Vec<Stopped>,
+}
+
+/// Those on their way.
+struct Driver<'a> {
+    job: &'a Job<'a>,
+    pages: Pages<'a>,
+    brood: &'a mut Brood,
+    live: Vec<Live>,
+    /// Created and not yet begun: index in the snapshot, and what shared memory its parent has.
+    waiting: VecDeque<(usize, Stopped, Option<SharedAt>)>,
+    /// Phantoms, in the order of their creation.
+    phantoms: Vec<(Stopped, ProcessMemory)>,
+}
+
+/// Rebuilds the job, whose root stands at its exec stop: all processes are brought to one line
+/// after the other, and let go together.
 pub fn rebuild(
+    job: &Job<'_>,
     image: &Reader,
-    snapshot: &Snapshot,
-    request: &Request<'_>,
-    host: &HostState,
-    child: &Child,
-    mut leader: Stopped,
+    brood: &mut Brood,
+    root: Stopped,
 ) -> Result<Vec<String>> {
-    let process = &snapshot.processes[0];
-    let pid = Pid(child.pid());
     fault::hit(Step::RestoreSpawned)?;
-    let present = read_maps(pid)?;
-    let planned = planner::plan(snapshot, request, host, &present).map_err(Error::Refused)?;
-    let mem = ProcessMemory::open(pid)?;
-    place(&mut leader, &mem, &present, &planned.plan)?;
-    run(&mut leader, &mem, &planned, |stage| match stage {
-        Stage::Fill => {
-            fault::hit(Step::RestoreMapped)?;
-            fill::fill(image, snapshot, &planned.shared_at, pid.raw(), request)?;
-            fault::hit(Step::RestoreFilled)?;
-            Ok(())
-        }
-        Stage::Threads => Ok(fault::hit(Step::RestoreThreads)?),
-    })?;
-    let warnings = warnings(&planned.plan, &mem)?;
-    adjust_from_outside(process, pid);
-    let others = take_over(process)?;
-    // One cave for all that is left to be done inside: a map of very many threads is long.
-    let cave = Cave::dig(&mem, &read_maps(pid)?)?;
-    remove_restorer(&mut leader, process, &planned.plan, &mem, &cave)?;
-    let tasks = set_states(leader, others, process, &cave)?;
-    cave.fill_in()?;
-    release(tasks, process, request)?;
+    let progress = job.request.progress;
+    progress.begin(image.pages() * u64::from(image.header().page_size));
+    let mut driver = Driver {
+        job,
+        pages: Pages::of(image, progress),
+        brood,
+        live: Vec::with_capacity(job.snapshot.processes.len()),
+        waiting: VecDeque::from([(0, root, None)]),
+        phantoms: Vec::new(),
+    };
+    while let Some((index, leader, shared_at)) = driver.waiting.pop_front() {
+        let live = driver.begin(index, leader, shared_at)?;
+        driver.live.push(live);
+    }
+    progress.end();
+    fault::hit(Step::RestoreFilled)?;
+    driver.join_groups()?;
+    let mut lives = std::mem::take(&mut driver.live);
+    for live in &mut lives {
+        live.run_to_its_end()?;
+    }
+    let mut warnings = Vec::new();
+    let mut complete = Vec::with_capacity(lives.len());
+    for live in lives {
+        warnings.extend(warnings_of(&live.planned.plan, &live.mem)?);
+        complete.push(live.complete(job)?);
+    }
+    warnings.sort();
+    warnings.dedup();
+    release(complete, job)?;
     Ok(warnings)
+}
+
+impl Driver<'_> {
+    /// Places the restorer and runs it until the process is filled and its children exist.
+    fn begin(
+        &mut self,
+        index: usize,
+        mut leader: Stopped,
+        shared_at: Option<SharedAt>,
+    ) -> Result<Live> {
+        let pid = Pid(self.job.snapshot.processes[index].pid);
+        let present = read_maps(pid)?;
+        let planned = self.job.plan(index, &present, shared_at.as_ref());
+        let planned = planned.map_err(Error::Refused)?;
+        let mem = ProcessMemory::open(pid)?;
+        place(&mut leader, &mem, &present, &planned.plan)?;
+        let forked = shared_at.is_some();
+        let mut born = Vec::new();
+        run_to(&mut leader, &mem, &planned.plan, Stage::Fill, &mut |_| Ok(()))?;
+        fault::hit(Step::RestoreMapped)?;
+        let snapshot = self.job.snapshot;
+        self.pages.fill(snapshot, index, forked, &planned.shared_at)?;
+        run_to(&mut leader, &mem, &planned.plan, Stage::Born, &mut |tid| {
+            born.push(tid);
+            self.adopt(index, tid, &mem, &planned)
+        })?;
+        Ok(Live {
+            index,
+            leader,
+            mem,
+            planned,
+            others: Vec::new(),
+        })
+    }
+
+    /// Takes over what `creator` has just created, a process that is traced from its beginning.
+    fn adopt(
+        &mut self,
+        creator: usize,
+        tid: Tid,
+        mem: &ProcessMemory,
+        planned: &Planned,
+    ) -> Result<()> {
+        self.brood.add(tid.raw());
+        let mut task = Running::auto_attached(tid).wait_stopped()?;
+        let snapshot = self.job.snapshot;
+        let index = snapshot.processes.iter().position(|p| p.pid == tid.raw());
+        match index {
+            Some(index) if self.job.births[index].forked => {
+                let places = Some(planned.shared_at.clone());
+                self.waiting.push_back((index, task, places));
+            }
+            Some(index) => {
+                while task.stop() != Stop::Exec {
+                    task = task.resume(Resume::Cont, 0)?.wait_stopped()?;
+                    if matches!(task.stop(), Stop::Signal(libc::SIGTRAP)) {
+                        return Err(failed_operation(&planned.plan, mem));
+                    }
+                }
+                spawn::leave_exec(&mut task)?;
+                self.waiting.push_back((index, task, None));
+            }
+            None => {
+                run_to_trap(&mut task, &planned.plan, mem, &mut |tid| {
+                    self.adopt(creator, tid, mem, planned)
+                })?;
+                let mem = ProcessMemory::open(mem.pid())?;
+                self.phantoms.push((task, mem));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every process joins its group; then phantoms have done their part, and end.
+    fn join_groups(&mut self) -> Result<()> {
+        let mut phantoms = std::mem::take(&mut self.phantoms);
+        let unexpected = &mut |tid| {
+            Err(Error::Restore(format!(
+                "process {tid} was created at a time that was not planned; this is a bug of ckpt"
+            )))
+        };
+        for live in &mut self.live {
+            run_to(&mut live.leader, &live.mem, &live.planned.plan, Stage::Joined, unexpected)?;
+            live.leader.set_options(TAKEN_OVER)?;
+        }
+        // Their plans are those of their creators, all of which are the same to an error's text.
+        let plan = &self.live[0].planned.plan;
+        for (task, mem) in &mut phantoms {
+            run_to_trap(task, plan, mem, unexpected)?;
+        }
+        for (task, _) in phantoms {
+            end(task)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lets a phantom end as it is to end.
+fn end(task: Stopped) -> Result<()> {
+    let mut task = task.resume(Resume::Cont, 0)?;
+    loop {
+        match task.wait()? {
+            Waited::Gone(_) => return Ok(()),
+            Waited::Stopped(stopped) => {
+                let signal = match stopped.stop() {
+                    Stop::Signal(signal) => signal,
+                    _ => 0,
+                };
+                task = stopped.resume(Resume::Cont, signal)?;
+            }
+        }
+    }
+}
+
+/// When a process creates no more processes.
+const TAKEN_OVER: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
+
+/// A process whose tasks have their registers.
+struct Complete {
+    index: usize,
+    tasks: Vec<Stopped>,
+}
+
+impl Live {
+    fn run_to_its_end(&mut self) -> Result<()> {
+        let unexpected = &mut |tid| {
+            Err(Error::Restore(format!(
+                "process {tid} was created at a time that was not planned; this is a bug of ckpt"
+            )))
+        };
+        let plan = &self.planned.plan;
+        run_to(&mut self.leader, &self.mem, plan, Stage::Threads, unexpected)?;
+        fault::hit(Step::RestoreThreads)?;
+        run_to_done(&mut self.leader, &self.mem, plan)
+    }
+
+    /// Removes the restorer and gives every task its state.
+    fn complete(mut self, job: &Job<'_>) -> Result<Complete> {
+        let process = &job.snapshot.processes[self.index];
+        let pid = Pid(process.pid);
+        adjust_from_outside(process, pid);
+        self.others = take_over(process)?;
+        // One cave for all that is left to be done inside: a map of very many threads is long.
+        let cave = Cave::dig(&self.mem, &read_maps(pid)?)?;
+        remove_restorer(&mut self.leader, process, &self.planned.plan, &self.mem, &cave)?;
+        let tasks = set_states(self.leader, self.others, process, &cave)?;
+        cave.fill_in()?;
+        Ok(Complete {
+            index: self.index,
+            tasks,
+        })
+    }
 }
 
 /// Puts restorer and plan into a hole of the process and sends its first thread there.
@@ -89,42 +270,61 @@ fn restorer_mask() -> u64 {
     !(1 << (libc::SIGTRAP - 1))
 }
 
-/// Runs the restorer to its end, doing our part at each stage.
-fn run(
+/// Runs the restorer to a stage. Processes that it creates meanwhile are handed to `born`.
+fn run_to(
     leader: &mut Stopped,
     mem: &ProcessMemory,
-    planned: &Planned,
-    mut at_stage: impl FnMut(Stage) -> Result<()>,
+    plan: &Plan,
+    stage: Stage,
+    born: &mut dyn FnMut(Tid) -> Result<()>,
 ) -> Result<()> {
-    let plan = &planned.plan;
+    let word = run_to_trap(leader, plan, mem, born)?;
+    match plan.stage_at(word) {
+        Some(at) if at == stage => Ok(()),
+        _ => Err(Error::Restore(format!(
+            "the restorer stopped at operation {word}, which is not {stage:?}; this is a bug of ckpt"
+        ))),
+    }
+}
+
+fn run_to_done(leader: &mut Stopped, mem: &ProcessMemory, plan: &Plan) -> Result<()> {
+    match run_to_trap(leader, plan, mem, &mut |_| Ok(()))? {
+        ckpt_restorer::DONE => Ok(()),
+        word => Err(Error::Restore(format!(
+            "the restorer stopped at operation {word}, which is not its end; this is a bug of ckpt"
+        ))),
+    }
+}
+
+/// Runs the restorer until it hands over; what it hands over with.
+fn run_to_trap(
+    task: &mut Stopped,
+    plan: &Plan,
+    mem: &ProcessMemory,
+    born: &mut dyn FnMut(Tid) -> Result<()>,
+) -> Result<u64> {
     loop {
-        leader.advance(mem.pid(), Resume::Cont, 0)?;
-        match leader.stop() {
+        task.advance_among_others(Resume::Cont, 0)?;
+        match task.stop() {
             Stop::Signal(libc::SIGTRAP) => {}
             Stop::Signal(signal) => {
-                let regs = leader.regs()?;
+                let regs = task.regs()?;
                 return Err(Error::Restore(format!(
                     "the restorer met signal {signal} at {:#x} in the new process; this is a bug of \
                      ckpt",
                     regs.rip
                 )));
             }
+            Stop::Clone => {
+                born(Tid(task.event_message()? as i32))?;
+                continue;
+            }
             // A stop or a continue from outside.
             _ => continue,
         }
-        let word = leader.regs()?.rax;
-        match word {
-            ckpt_restorer::DONE => return Ok(()),
+        match task.regs()?.rax {
             ckpt_restorer::FAILED => return Err(failed_operation(plan, mem)),
-            index => match plan.stage_at(index) {
-                Some(stage) => at_stage(stage)?,
-                None => {
-                    return Err(Error::Restore(format!(
-                        "the restorer stopped at operation {index}, which is no stage; this is a \
-                         bug of ckpt"
-                    )));
-                }
-            },
+            word => return Ok(word),
         }
     }
 }
@@ -156,7 +356,7 @@ fn failed_operation(plan: &Plan, mem: &ProcessMemory) -> Error {
 }
 
 /// What was not kept: decided while planning, or told by an operation that was allowed to fail.
-fn warnings(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String>> {
+fn warnings_of(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String>> {
     let mut all = plan.warnings.clone();
     for (at, text) in &plan.conditional {
         let result = mem.read_u64(RemoteAddr(*at))? as i64;
@@ -256,22 +456,23 @@ fn set_states(
         .collect()
 }
 
-/// Lets all go, the leader last: until then the loss of the tracer kills the whole process,
-/// which is then not there at all.
-fn release(tasks: Vec<Stopped>, process: &Process, request: &Request<'_>) -> Result<()> {
+/// Lets all go, of each process the leader last: until then the loss of the tracer kills the
+/// whole process, which is then not there at all.
+fn release(complete: Vec<Complete>, job: &Job<'_>) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
-    if process.stopped || request.stopped {
-        // Taken by the first task that runs, which stops them all.
-        nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(process.pid),
-            nix::sys::signal::Signal::SIGSTOP,
-        )
-        .map_err(|e| Error::Restore(format!("cannot stop the new process: {}", e.desc())))?;
+    for Complete { index, .. } in &complete {
+        let process = &job.snapshot.processes[*index];
+        if process.stopped || job.request.stopped {
+            // Taken by the first task that runs, which stops them all.
+            let pid = nix::unistd::Pid::from_raw(process.pid);
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)
+                .map_err(|e| Error::Restore(format!("cannot stop process {pid}: {}", e.desc())))?;
+        }
     }
-    for task in &tasks {
+    for task in complete.iter().flat_map(|c| &c.tasks) {
         task.set_options(0)?;
     }
-    for task in tasks {
+    for task in complete.into_iter().flat_map(|c| c.tasks) {
         task.detach(0)?;
     }
     Ok(())

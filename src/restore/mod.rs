@@ -19,7 +19,9 @@ use crate::objects::credentials::Credentials;
 use crate::objects::{Snapshot, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
+use planner::Job;
 
+pub mod births;
 pub mod contents;
 pub mod driver;
 pub mod fill;
@@ -85,44 +87,81 @@ impl Restored {
     }
 }
 
-/// The plan as text, one operation a line. Touches nothing.
+/// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
-    let (_, snapshot) = open(request)?;
-    let host = host_state(snapshot.processes[0].pid)?;
-    let planned = planner::plan(&snapshot, request, &host, &[]).map_err(Error::Refused)?;
+    let (image, snapshot) = open(request)?;
+    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     let mut text = String::new();
-    for warning in &planned.plan.warnings {
-        text.push_str(&format!("# warning: {warning}\n"));
+    for (index, process) in snapshot.processes.iter().enumerate() {
+        let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
+        if snapshot.processes.len() > 1 {
+            text.push_str(&format!("# process {}\n", process.pid));
+        }
+        for warning in &planned.plan.warnings {
+            text.push_str(&format!("# warning: {warning}\n"));
+        }
+        text.push_str(&planned.plan.to_text());
     }
-    text.push_str(&planned.plan.to_text());
     Ok(text)
 }
 
 /// Restores. On error no process is left behind.
 pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let (image, snapshot) = open(request)?;
-    let process = &snapshot.processes[0];
-    let host = host_state(process.pid)?;
-    // A first plan finds what stands in the way, before anything exists.
-    let planned = planner::plan(&snapshot, request, &host, &[]).map_err(Error::Refused)?;
-    if Path::new(&format!("/proc/{}", process.pid)).exists() {
-        return Err(Error::refuse(pid_taken(process.pid)));
+    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
+    // First plans find what stands in the way, before anything exists.
+    let mut obstacles = Vec::new();
+    let mut inherit = Vec::new();
+    for index in 0..snapshot.processes.len() {
+        match job.plan(index, &[], None) {
+            Ok(planned) if index == 0 => inherit = planned.plan.inherit,
+            Ok(_) => {}
+            Err(more) => obstacles.extend(more),
+        }
     }
-    let descriptors = contents::open_all(&planned.plan.inherit, &snapshot, &image)?;
-    let executable = contents::executable(&snapshot, &image)?;
-    let (child, leader) = spawn::spawn(process, &executable, descriptors)?;
-    let own_group = process.group == process.pid && process.session != process.pid;
+    obstacles.extend(pids_taken(&job));
+    if !obstacles.is_empty() {
+        return Err(Error::Refused(obstacles));
+    }
+    let root = &snapshot.processes[0];
+    let descriptors = contents::open_all(&inherit, &snapshot, &image)?;
+    let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
+    adopt_orphans();
+    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
+    let warnings = driver::rebuild(&job, &image, &mut brood, leader)?;
+    let own_group = root.group == root.pid && root.session != root.pid;
     let terminal = (request.foreground && own_group)
-        .then(|| terminal::Foreground::give(process.pid))
+        .then(|| terminal::Foreground::give(root.pid))
         .flatten();
-    let warnings = driver::rebuild(&image, &snapshot, request, &host, &child, leader)?;
-    let pid = child.pid();
-    child.keep();
+    brood.keep();
     Ok(Restored {
-        pid,
+        pid: root.pid,
         warnings,
         terminal,
     })
+}
+
+/// Processes of the job that lose their parents become ours, as they were somebody's before.
+#[allow(unsafe_code)]
+fn adopt_orphans() {
+    // SAFETY: a call without pointers.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+}
+
+/// Ids of the job that somebody else has.
+fn pids_taken(job: &Job<'_>) -> Vec<Obstacle> {
+    let snapshot = job.snapshot;
+    let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
+    let tids = tids.map(|t| t.tid);
+    let zombies = snapshot.zombies.iter().map(|z| z.pid);
+    let helpers = job.births.iter().flat_map(births::Births::all).map(|b| b.pid);
+    let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let taken = ids
+        .into_iter()
+        .filter(|id| Path::new(&format!("/proc/{id}")).exists());
+    taken.map(pid_taken).collect()
 }
 
 fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
@@ -203,7 +242,7 @@ fn component_names(bits: u64) -> String {
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state(_pid: i32) -> Result<plan::HostState> {
+fn host_state() -> Result<plan::HostState> {
     const CAP_SYS_RESOURCE: u64 = 1 << 24;
     let me = Pid(std::process::id() as i32);
     let status = read_status(me)?;

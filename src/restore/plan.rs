@@ -26,6 +26,10 @@ pub struct HostState {
 pub enum Stage {
     /// Every mapping that holds pages of the image is there and can be filled.
     Fill,
+    /// The process leads its session or group, and has created its children.
+    Born,
+    /// It is in its group; zombies and other helpers may end now.
+    Joined,
     /// All threads exist and are parked.
     Threads,
 }
@@ -48,6 +52,8 @@ pub enum Inherited {
     DeletedFile(usize),
     /// A nameless file with the contents of a mapped file; writable or not.
     MappedFile(usize, bool),
+    /// The executable of a process, by mapped file.
+    Executable(usize),
     /// One of our own descriptors, for something outside the job.
     Own(i32),
     /// A file named by `--fd N=PATH`.
@@ -61,6 +67,17 @@ struct List {
     objects: Vec<u32>,
 }
 
+/// A thread or process that the plan creates.
+#[derive(Clone, Debug)]
+struct Task {
+    list: List,
+    /// Where its [`ThreadPlan`] is.
+    plan: u64,
+    /// Where its `struct clone_args` is.
+    args: u64,
+    process: bool,
+}
+
 /// A plan under construction. Everything is placed from `base` on: the restorer, the stack of
 /// its first thread, then the data; operations and further stacks follow when it is finished.
 #[derive(Debug)]
@@ -70,8 +87,9 @@ pub struct Builder {
     data_base: u64,
     data: Vec<u8>,
     main: List,
-    threads: Vec<(List, u64)>,
-    in_thread: bool,
+    tasks: Vec<Task>,
+    /// Whose list is being appended to: 0 is the first thread's, else the task before.
+    current: usize,
     objects: Vec<String>,
     stages: Vec<(usize, Stage)>,
     warnings: Vec<String>,
@@ -118,8 +136,8 @@ impl Builder {
             data_base,
             data: Vec::new(),
             main: List::default(),
-            threads: Vec::new(),
-            in_thread: false,
+            tasks: Vec::new(),
+            current: 0,
             objects: Vec::new(),
             stages: Vec::new(),
             warnings: Vec::new(),
@@ -167,18 +185,19 @@ impl Builder {
     /// A system call that may fail, which then is told as a warning.
     pub fn try_syscall(&mut self, nr: i64, args: &[u64], warning: &str) {
         self.push(Op::syscall(nr, six(args)).may_fail(), warning.to_owned());
-        let list = if self.in_thread {
-            self.threads.len()
-        } else {
-            0
-        };
         let index = self.list().ops.len() - 1;
+        let list = self.current;
         self.conditional.push((list, index, warning.to_owned()));
     }
 
     /// A system call of which nobody needs to know whether it succeeded.
     pub fn attempt(&mut self, nr: i64, args: &[u64], object: impl FnOnce() -> String) {
         self.push(Op::syscall(nr, six(args)).may_fail(), object());
+    }
+
+    /// Hands over to the tracer, in the list of a process that the plan creates.
+    pub fn pause(&mut self) {
+        self.push(Op::other(OpKind::Trap, [0; 6]), "helper process".into());
     }
 
     /// Hands over to the tracer.
@@ -199,20 +218,53 @@ impl Builder {
 
     /// Creates a thread with that id; `fill` appends what it does for itself.
     pub fn thread(&mut self, tid: i32, fill: impl FnOnce(&mut Self)) {
+        const FLAGS: i32 = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        let object = format!("thread {tid}");
+        self.task(OpKind::Thread, tid, FLAGS as u64, 0, object, fill);
+    }
+
+    /// Creates a process with that id by clone3(2) with `flags`; `fill` appends what it does.
+    pub fn process(&mut self, pid: i32, flags: u64, fill: impl FnOnce(&mut Self)) {
+        // A child of the parent's parent sends the signal that we send ourselves (clone(2)).
+        let parent = libc::CLONE_PARENT as u64;
+        let signal = if flags & parent == 0 { libc::SIGCHLD } else { 0 };
+        let object = format!("process {pid}");
+        self.task(OpKind::Process, pid, flags, signal as u64, object, fill);
+    }
+
+    fn task(
+        &mut self,
+        kind: OpKind,
+        tid: i32,
+        flags: u64,
+        exit_signal: u64,
+        object: String,
+        fill: impl FnOnce(&mut Self),
+    ) {
         // ThreadPlan and stack contents are written at the end, when addresses are known.
         let ids = self.data(&tid.to_le_bytes());
         let plan = self.reserve(size_of::<ThreadPlan>());
         let args = self.reserve(88);
-        self.push(
-            Op::other(OpKind::Thread, [plan, args, 88, ids, 0, 0]),
-            format!("thread {tid}"),
-        );
-        let last = self.main.ops.len() - 1;
-        self.main.ops[last] = self.main.ops[last].expecting(tid as u64);
-        self.threads.push((List::default(), args));
-        self.in_thread = true;
+        // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
+        let words = [flags, 0, 0, 0, exit_signal, 0, THREAD_STACK - 8, 0, ids, 1, 0];
+        self.put(args, &words.map(u64::to_le_bytes).concat());
+        let op = Op::other(kind, [plan, args, 88, 0, 0, 0]).expecting(tid as u64);
+        self.push(op, object);
+        let process = kind == OpKind::Process;
+        let outer = std::mem::replace(&mut self.current, self.tasks.len() + 1);
+        self.tasks.push(Task {
+            list: List::default(),
+            plan,
+            args,
+            process,
+        });
         fill(self);
-        self.in_thread = false;
+        self.current = outer;
     }
 
     /// Waits until all threads are parked.
@@ -221,9 +273,9 @@ impl Builder {
     }
 
     fn list(&mut self) -> &mut List {
-        match self.threads.last_mut() {
-            Some((list, _)) if self.in_thread => list,
-            _ => &mut self.main,
+        match self.current.checked_sub(1) {
+            Some(task) => &mut self.tasks[task].list,
+            None => &mut self.main,
         }
     }
 
@@ -242,53 +294,29 @@ impl Builder {
         let header = self.reserve(size_of::<PlanHeader>());
         let ops_base = (self.data_base + self.data.len() as u64).next_multiple_of(64);
         let mut next = ops_base;
-        let mut lists = Vec::with_capacity(self.threads.len() + 1);
+        let mut lists = Vec::with_capacity(self.tasks.len() + 1);
         let mains = std::mem::take(&mut self.main);
-        let threads = std::mem::take(&mut self.threads);
-        let spawns: Vec<[u64; 6]> = mains
-            .ops
-            .iter()
-            .filter(|op| op.kind == OpKind::Thread as u32)
-            .map(|op| op.args)
-            .collect();
-        for list in std::iter::once(mains).chain(threads.into_iter().map(|(list, _)| list)) {
+        let mut tasks = std::mem::take(&mut self.tasks);
+        let of_tasks = tasks.iter_mut().map(|t| std::mem::take(&mut t.list));
+        for list in std::iter::once(mains).chain(of_tasks) {
             let len = (list.ops.len() * size_of::<Op>()) as u64;
             lists.push((next, list));
             next += len;
         }
         let stacks = next.next_multiple_of(64);
         let mut stack = stacks;
-        for (args, (ops, list)) in spawns.iter().zip(&lists[1..]) {
-            let [plan, clone_args, _, ids, ..] = *args;
-            let words = [*ops, list.ops.len() as u64, header];
-            self.put(plan, &words.map(u64::to_le_bytes).concat());
-            let flags = libc::CLONE_VM
-                | libc::CLONE_FS
-                | libc::CLONE_FILES
-                | libc::CLONE_SIGHAND
-                | libc::CLONE_THREAD
-                | libc::CLONE_SYSVSEM;
-            // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
-            let words = [
-                flags as u64,
-                0,
-                0,
-                0,
-                0,
-                stack,
-                THREAD_STACK - 8,
-                0,
-                ids,
-                1,
-                0,
-            ];
-            self.put(clone_args, &words.map(u64::to_le_bytes).concat());
+        for (task, (ops, list)) in tasks.iter().zip(&lists[1..]) {
+            let words = [*ops, list.ops.len() as u64, header, task.process.into()];
+            self.put(task.plan, &words.map(u64::to_le_bytes).concat());
+            let stack_field = task.args + 5 * 8;
+            self.put(stack_field, &stack.to_le_bytes());
             stack += THREAD_STACK;
         }
+        let threads = tasks.iter().filter(|t| !t.process).count();
         let end = stack.next_multiple_of(4096);
         let words = [lists[0].0, lists[0].1.ops.len() as u64];
         self.put(header, &words.map(u64::to_le_bytes).concat());
-        self.put(header + 16, &(spawns.len() as u32).to_le_bytes());
+        self.put(header + 16, &(threads as u32).to_le_bytes());
 
         let mut image = self.blob.placed_at(self.base);
         image.resize((self.data_base - self.base) as usize, 0);
@@ -299,11 +327,11 @@ impl Builder {
                 image.extend_from_slice(&op.to_bytes());
             }
         }
-        if !spawns.is_empty() {
+        if !tasks.is_empty() {
             image.resize((stacks - self.base) as usize, 0);
-            for args in &spawns {
+            for task in &tasks {
                 image.resize(image.len() + THREAD_STACK as usize - 8, 0);
-                image.extend_from_slice(&args[0].to_le_bytes());
+                image.extend_from_slice(&task.plan.to_le_bytes());
             }
         }
         let result_of = |list: usize, index: usize| {
@@ -386,6 +414,9 @@ fn syscall_name(nr: u64) -> String {
 fn describe(op: &Op) -> String {
     if op.kind == OpKind::Thread as u32 {
         return format!("clone3(thread {})", op.expect);
+    }
+    if op.kind == OpKind::Process as u32 {
+        return format!("clone3(process {})", op.expect);
     }
     if op.kind == OpKind::Trap as u32 {
         return "hand over to the tracer".into();

@@ -1,166 +1,482 @@
-//! From the snapshot to the plan: the order of the work in the new process.
+//! From the snapshot to the plans: the order of the work in each new process.
 
+use std::collections::HashMap;
+
+use ckpt_image::Reader;
 use ckpt_tracer::proc::maps::Vma;
 
 use super::Request;
+use super::births::{Birth, Births, Body, Phantom};
 use super::plan::{Builder, HostState, Inherited, Plan, Stage};
 use crate::error::Obstacle;
 use crate::holes;
-use crate::objects::files::{self, Kind, Staging};
+use crate::objects::files::{self, Staging};
+use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
-use crate::objects::{Snapshot, limits, memory, signals, timers};
+use crate::objects::{Snapshot, SpaceId, limits, signals, timers};
 
 /// Room for the kernel's mappings while they are moved.
 const ASIDE: u64 = 256 * 1024;
+
+/// What all plans of a job are made from.
+pub struct Job<'a> {
+    /// The job.
+    pub snapshot: &'a Snapshot,
+    /// Who creates whom.
+    pub births: Vec<Births>,
+    /// What was asked for.
+    pub request: &'a Request<'a>,
+    /// What a new process has from us.
+    pub host: HostState,
+    /// Our own process group.
+    pub group: i32,
+    /// Pages that each address space of a job with forks has at its checkpoint; ascending.
+    held: HashMap<SpaceId, Vec<(u64, u64)>>,
+}
 
 /// Everything that the driver needs to know.
 pub struct Planned {
     /// The plan.
     pub plan: Plan,
-    /// Where each shared memory object is mapped as a whole during [`Stage::Fill`].
-    pub shared_at: Vec<u64>,
+    /// Where shared memory objects are mapped as a whole during [`Stage::Fill`].
+    pub shared_at: SharedAt,
 }
 
-/// Makes the plan. `present` is what the new process has mapped; empty for a dry run.
-pub fn plan(
-    snapshot: &Snapshot,
-    request: &Request<'_>,
-    host: &HostState,
-    present: &[Vma],
-) -> Result<Planned, Vec<Obstacle>> {
-    let process = &snapshot.processes[0];
-    let taken = || {
-        let job = process.memory.mappings.iter().map(|m| (m.start, m.end));
-        let now = present.iter().map(|v| (v.start, v.end));
-        job.chain(now).collect::<Vec<_>>()
-    };
-    let no_room = || {
-        vec![Obstacle::without_remedy(
-            format!("process {}", process.pid),
-            "has no free room in its address space for the restorer",
-        )]
-    };
-    // The size does not depend on the place, so the first plan is made for it alone.
-    let mut taken = taken();
-    let draft = build(
-        snapshot,
-        request,
-        host,
-        present,
-        0,
-        &vec![0; snapshot.shared_memory.len()],
-        0,
-    )?;
-    let mut place = |len: u64| {
-        let at = holes::find(taken.iter().copied(), len)?;
-        taken.push((at, at + len.next_multiple_of(4096)));
-        Some(at)
-    };
-    let base = place(draft.len).ok_or_else(no_room)?;
-    let aside = place(ASIDE).ok_or_else(no_room)?;
-    let mut shared_at = Vec::new();
-    for object in &snapshot.shared_memory {
-        let align = object.huge_page_size.max(4096);
-        let at = place(object.mapped_len() + align).ok_or_else(no_room)?;
-        shared_at.push(at.next_multiple_of(align));
+impl<'a> Job<'a> {
+    /// Decides what concerns the job as a whole.
+    pub fn new(
+        snapshot: &'a Snapshot,
+        image: &Reader,
+        request: &'a Request<'a>,
+        host: HostState,
+    ) -> Result<Self, Vec<Obstacle>> {
+        let births = super::births::decide(snapshot)?;
+        let mut held = HashMap::new();
+        if births.iter().any(|b| b.forked) {
+            held = pages_held(snapshot, image);
+        }
+        Ok(Self {
+            snapshot,
+            births,
+            request,
+            host,
+            group: nix::unistd::getpgrp().as_raw(),
+            held,
+        })
     }
-    let plan = build(snapshot, request, host, present, base, &shared_at, aside)?;
-    Ok(Planned { plan, shared_at })
+
+    fn process(&self, index: usize) -> &'a Process {
+        &self.snapshot.processes[index]
+    }
+
+    /// The parent of a process that is created as its fork.
+    fn forked_from(&self, index: usize) -> Option<&'a Process> {
+        let parent = self.process(index).parent;
+        let processes = &self.snapshot.processes;
+        let found = processes.iter().find(|p| p.pid == parent);
+        found.filter(|_| self.births[index].forked)
+    }
+
+    /// The process and its forks, and theirs: they have shared memory from one another.
+    fn forks(&self, index: usize) -> Vec<usize> {
+        let mut forks = vec![index];
+        let mut next = 0;
+        while let Some(&at) = forks.get(next) {
+            next += 1;
+            for birth in self.births[at].all() {
+                if let Body::Process {
+                    index,
+                    forked: true,
+                } = birth.body
+                {
+                    forks.push(index);
+                }
+            }
+        }
+        forks
+    }
+
+    /// Makes the plan of a process. `present` is what it has mapped (nothing for a dry run);
+    /// `shared_at` is where its parent has shared memory, when it was forked.
+    pub fn plan(
+        &self,
+        index: usize,
+        present: &[Vma],
+        shared_at: Option<&SharedAt>,
+    ) -> Result<Planned, Vec<Obstacle>> {
+        let process = self.process(index);
+        let forks = self.forks(index);
+        let of_forks = |i: &usize| &self.process(*i).memory.mappings;
+        let job = forks.iter().flat_map(of_forks).map(|m| (m.start, m.end));
+        let now = present.iter().map(|v| (v.start, v.end));
+        let mut taken: Vec<(u64, u64)> = job.chain(now).collect();
+        let no_room = || {
+            vec![Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                "has no free room in its address space for the restorer",
+            )]
+        };
+        let uses = |object: usize| {
+            let mut mappings = forks.iter().flat_map(of_forks);
+            mappings.any(|m| matches!(m.backing, memory::Backing::SharedMemory { object: o, .. } if o == object))
+        };
+        let mut place = |len: u64| {
+            let at = holes::find(taken.iter().copied(), len)?;
+            taken.push((at, at + len.next_multiple_of(4096)));
+            Some(at)
+        };
+        let shared_at = match shared_at {
+            Some(places) => places.clone(),
+            None => {
+                let mut places = Vec::new();
+                for (i, object) in self.snapshot.shared_memory.iter().enumerate() {
+                    let align = object.huge_page_size.max(4096);
+                    let at = match uses(i) {
+                        true => Some(place(object.mapped_len() + align).ok_or_else(no_room)?),
+                        false => None,
+                    };
+                    places.push(at.map(|at| at.next_multiple_of(align)));
+                }
+                places
+            }
+        };
+        let aside = place(ASIDE).ok_or_else(no_room)?;
+        // The size does not depend on the place, so the first plan is made for it alone.
+        let build = |base| {
+            let plan = Build {
+                job: self,
+                index,
+                process,
+                present,
+                shared_at: &shared_at,
+                aside,
+            };
+            plan.build(base)
+        };
+        let base = place(build(0)?.len).ok_or_else(no_room)?;
+        let plan = build(base)?;
+        Ok(Planned { plan, shared_at })
+    }
 }
 
-fn build(
-    snapshot: &Snapshot,
-    request: &Request<'_>,
-    host: &HostState,
-    present: &[Vma],
-    base: u64,
-    shared_at: &Vec<u64>,
-    aside: u64,
-) -> Result<Plan, Vec<Obstacle>> {
-    let process = &snapshot.processes[0];
-    let mut plan = Builder::new(base, host.clone());
-    let plan_ref = &mut plan;
-    let mut obstacles = Vec::new();
+/// By address space, the pages that it has in the image, or in common with its parent.
+fn pages_held(snapshot: &Snapshot, image: &Reader) -> HashMap<SpaceId, Vec<(u64, u64)>> {
+    let page_size = image.header().page_size;
+    let mut held: HashMap<SpaceId, Vec<(u64, u64)>> = HashMap::new();
+    for process in &snapshot.processes {
+        held.insert(process.memory.space, process.memory.inherited.clone());
+    }
+    for run in (0..image.chunks().len()).flat_map(|chunk| image.runs(chunk)) {
+        if let Some(runs) = held.get_mut(&SpaceId(run.space)) {
+            runs.push((run.start, run.end(page_size)));
+        }
+    }
+    for runs in held.values_mut() {
+        *runs = memory::join(std::mem::take(runs));
+    }
+    held
+}
 
-    let memory = &process.memory;
-    let staging = Staging::above(process, snapshot);
-    inherit_mapped_files(snapshot, staging, plan_ref);
-    for (index, file) in snapshot.mapped_files.iter().enumerate() {
-        let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
-        let shared_only = index != memory.executable
-            && !mappings.any(
-                |m| matches!(m.backing, memory::Backing::PrivateFile { file, .. } if file == index),
-            );
-        if let Err(o) = memory::check_file(file, shared_only, request) {
-            obstacles.push(*o);
+/// One plan in the making.
+struct Build<'a> {
+    job: &'a Job<'a>,
+    index: usize,
+    process: &'a Process,
+    present: &'a [Vma],
+    shared_at: &'a SharedAt,
+    aside: u64,
+}
+
+impl Build<'_> {
+    fn build(&self, base: u64) -> Result<Plan, Vec<Obstacle>> {
+        let mut plan = Builder::new(base, self.job.host.clone());
+        let mut obstacles = Vec::new();
+        let parent = self.job.forked_from(self.index);
+        let parent: &[memory::Mapping] = parent.map_or(&[], |p| &p.memory.mappings);
+        let inherited = memory::inherited(parent, &self.process.memory.mappings);
+        let forked = Forked {
+            parent,
+            inherited: &inherited,
+        };
+        self.memory(forked, &mut plan, &mut obstacles);
+        if self.index == 0 {
+            self.descriptions(&mut plan, &mut obstacles);
+        }
+        let mappings = &self.process.memory.mappings;
+        memory::place_shared(mappings, self.shared_at, forked, &mut plan);
+        self.family(&mut plan);
+        memory::finish(mappings, self.job.snapshot, self.shared_at, forked, &mut plan);
+        self.process.memory.rebuild_fields(&mut plan);
+        self.process_state(&mut plan, &mut obstacles);
+        if obstacles.is_empty() {
+            Ok(plan.finish())
+        } else {
+            Err(obstacles)
         }
     }
 
-    // READ_IMPLIES_EXEC would change what mmap does.
-    plan_ref.syscall(libc::SYS_personality, &[0], || "personality".into());
-    if let Err(o) = memory::clear_and_move(&memory.mappings, present, aside, plan_ref)
-        && !present.is_empty()
-    {
-        obstacles.push(*o);
+    /// Everything mapped, up to the point where pages are filled in.
+    fn memory(&self, forked: Forked<'_>, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
+        let snapshot = self.job.snapshot;
+        let mappings = &self.process.memory.mappings;
+        let staging = Staging::above(snapshot);
+        if self.index == 0 {
+            self.inherit_files(staging, plan);
+            for (index, file) in snapshot.mapped_files.iter().enumerate() {
+                let shared_only = !is_mapped_privately(snapshot, index);
+                if let Err(o) = memory::check_file(file, shared_only, self.job.request) {
+                    obstacles.push(*o);
+                }
+            }
+        }
+        // READ_IMPLIES_EXEC would change what mmap does.
+        plan.syscall(libc::SYS_personality, &[0], || "personality".into());
+        let mut keep: Vec<(u64, u64)> = forked.inherited.iter().map(|i| (i.start, i.end)).collect();
+        if !forked.parent.is_empty() {
+            let shared = snapshot.shared_memory.iter().zip(self.shared_at);
+            keep.extend(shared.filter_map(|(o, at)| at.map(|at| (at, at + o.mapped_len()))));
+        }
+        let keep = memory::join(keep);
+        if let Err(o) = memory::clear_and_move(mappings, self.present, &keep, self.aside, plan)
+            && !self.present.is_empty()
+        {
+            obstacles.push(*o);
+        }
+        memory::free_keys(forked.parent, plan);
+        memory::allocate_keys(mappings, plan);
+        memory::map_all(mappings, snapshot, staging, self.shared_at, forked, plan);
+        memory::drop_pages(&self.surplus(forked), plan);
+        plan.stage(Stage::Fill);
     }
-    memory::allocate_keys(&memory.mappings, plan_ref);
-    memory::map_all(&memory.mappings, snapshot, staging, shared_at, plan_ref);
-    plan_ref.stage(Stage::Fill);
-    memory::finish(&memory.mappings, snapshot, shared_at, plan_ref);
-    memory.rebuild_fields(plan_ref);
 
-    if let Err(more) = files::open_descriptions(snapshot, request, staging, plan_ref) {
-        obstacles.extend(more);
+    /// Pages that the fork brought along and that the process does not have.
+    fn surplus(&self, forked: Forked<'_>) -> Vec<(u64, u64)> {
+        let Some(parent) = self.job.forked_from(self.index) else {
+            return Vec::new();
+        };
+        let held = |process: &Process| self.job.held.get(&process.memory.space);
+        let (Some(theirs), Some(mine)) = (held(parent), held(self.process)) else {
+            return Vec::new();
+        };
+        let private = forked.inherited.iter().filter(|i| {
+            let backing = &forked.parent[i.parent].backing;
+            matches!(
+                backing,
+                memory::Backing::Anonymous
+                    | memory::Backing::PrivateFile { .. }
+                    | memory::Backing::Description { private: true, .. }
+            )
+        });
+        let over: Vec<(u64, u64)> = private.map(|i| (i.start, i.end)).collect();
+        memory::subtract(&memory::intersect(theirs, &over), mine)
     }
-    files::finish(process, snapshot, staging, plan_ref);
-    rebuild_places(process, plan_ref);
-    signals::rebuild_actions(&process.actions, plan_ref);
 
-    for thread in &process.threads[1..] {
-        plan_ref.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));
+    /// Every open file description of the job, for all processes to come.
+    fn descriptions(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
+        let (snapshot, request) = (self.job.snapshot, self.job.request);
+        let staging = Staging::above(snapshot);
+        if let Err(more) = files::open_descriptions(snapshot, request, staging, plan) {
+            obstacles.extend(more);
+        }
+        files::complete_descriptions(snapshot, staging, plan);
     }
-    if process.threads.len() > 1 {
-        plan_ref.join();
-    }
-    plan_ref.stage(Stage::Threads);
-    files::rebuild_owners(process, snapshot, plan_ref);
-    if let Err(o) = timers::create_posix(&process.posix_timers, plan_ref) {
-        obstacles.push(o);
-    }
-    signals::rebuild_pending(&process.pending, process.pid, None, plan_ref);
-    memory.rebuild_locks(plan_ref);
-    limits::rebuild(&process.limits, plan_ref);
-    process.threads[0].rebuild(process.pid, plan_ref);
-    memory.rebuild_dumpable(plan_ref);
-    timers::rebuild_interval(&process.interval_timers, plan_ref);
-    timers::start_posix(&process.posix_timers, plan_ref);
 
-    if obstacles.is_empty() {
-        Ok(plan.finish())
-    } else {
-        Err(obstacles)
+    /// Children, session and group.
+    fn family(&self, plan: &mut Builder) {
+        let births = &self.job.births[self.index];
+        let process = self.process;
+        let subreaper = |on: u64, plan: &mut Builder| {
+            let args = [libc::PR_SET_CHILD_SUBREAPER as u64, on];
+            plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
+        };
+        if births.adopts {
+            subreaper(1, plan);
+        }
+        for birth in &births.early {
+            self.birth(birth, plan);
+        }
+        if process.session == process.pid {
+            plan.expect(libc::SYS_setsid, &[], process.pid as u64, || {
+                format!("the session of process {}", process.pid)
+            });
+        } else if process.group == process.pid {
+            plan.syscall(libc::SYS_setpgid, &[0, 0], || {
+                format!("the process group {}", process.pid)
+            });
+        }
+        for birth in &births.late {
+            self.birth(birth, plan);
+        }
+        plan.stage(Stage::Born);
+        let joins = if births.joins_ours {
+            Some(self.job.group)
+        } else {
+            births.joins
+        };
+        if let Some(group) = joins {
+            plan.syscall(libc::SYS_setpgid, &[0, group as u64], || {
+                format!("the process group {group}")
+            });
+        }
+        plan.stage(Stage::Joined);
+        // What has ended is waited for; zombies are not.
+        for birth in births.all() {
+            if matches!(&birth.body, Body::Phantom(p) if p.zombie.is_none()) && !birth.adopted {
+                let args = [birth.pid as u64, 0, 0, 0];
+                plan.expect(libc::SYS_wait4, &args, birth.pid as u64, || {
+                    "a helper process".into()
+                });
+            }
+        }
+        let any_ended = births.all().any(|b| matches!(b.body, Body::Phantom(_)));
+        if any_ended {
+            // Setting the default action of SIGCHLD forgets one that is pending (sigaction(2)).
+            let default = plan.data(&[0; 32]);
+            let args = [libc::SIGCHLD as u64, default, 0, 8];
+            plan.syscall(libc::SYS_rt_sigaction, &args, || "SIGCHLD".into());
+        }
+        if births.adopts {
+            subreaper(0, plan);
+        }
+    }
+
+    fn birth(&self, birth: &Birth, plan: &mut Builder) {
+        let parent = if birth.adopted { libc::CLONE_PARENT } else { 0 };
+        match &birth.body {
+            Body::Process { forked: true, .. } => plan.process(birth.pid, parent as u64, |_| {}),
+            Body::Process { index, .. } => {
+                let flags = libc::CLONE_VM | libc::CLONE_VFORK | parent;
+                plan.process(birth.pid, flags as u64, |plan| self.execute(*index, plan));
+            }
+            Body::Phantom(phantom) => {
+                let flags = (libc::CLONE_VM | parent) as u64;
+                plan.process(birth.pid, flags, |plan| self.phantom(birth.pid, phantom, plan));
+            }
+        }
+    }
+
+    /// What a process does that comes to be by executing its program.
+    fn execute(&self, index: usize, plan: &mut Builder) {
+        let process = self.job.process(index);
+        let staging = Staging::above(self.job.snapshot);
+        let mut name = process.threads[0].name.clone();
+        name.push(0);
+        let name = plan.data(&name);
+        let argv = plan.data(&[name, 0].map(u64::to_le_bytes).concat());
+        let (empty, none) = (plan.data(&[0]), plan.data(&[0; 8]));
+        let fd = staging.executable(process.memory.executable) as u64;
+        let args = [fd, empty, argv, none, libc::AT_EMPTY_PATH as u64];
+        plan.syscall(libc::SYS_execveat, &args, || {
+            format!("the program of process {}", process.pid)
+        });
+    }
+
+    /// What a process does that ends before the job goes on; it hands over twice, when it leads
+    /// what it is to lead, and when it is in its group.
+    fn phantom(&self, pid: i32, phantom: &Phantom, plan: &mut Builder) {
+        let object = || format!("helper process {pid}");
+        if phantom.leads_session {
+            plan.syscall(libc::SYS_setsid, &[], object);
+        } else if phantom.leads_group {
+            plan.syscall(libc::SYS_setpgid, &[0, 0], object);
+        }
+        let mut name = phantom.name.clone();
+        name.push(0);
+        let name = plan.data(&name);
+        plan.syscall(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, name], object);
+        for birth in &phantom.births {
+            self.birth(birth, plan);
+        }
+        plan.pause();
+        if let Some(group) = phantom.joins {
+            // It is only shown; that of restore is as good as one that is gone.
+            plan.attempt(libc::SYS_setpgid, &[0, group as u64], object);
+        }
+        plan.pause();
+        let status = phantom.zombie.unwrap_or(0);
+        let signal = status & 0x7f;
+        if signal != 0 {
+            let no_core = plan.data(&[0; 16]);
+            let args = [libc::RLIMIT_CORE.into(), no_core];
+            plan.syscall(libc::SYS_setrlimit, &args, object);
+            let mask = plan.data(&[0; 8]);
+            let args = [libc::SIG_SETMASK as u64, mask, 0, 8];
+            plan.syscall(libc::SYS_rt_sigprocmask, &args, object);
+            plan.syscall(libc::SYS_kill, &[pid as u64, signal as u64], object);
+        }
+        let code = (status >> 8) & 0xff;
+        plan.syscall(libc::SYS_exit_group, &[code as u64], object);
+    }
+
+    /// All that is the process's own and not memory.
+    fn process_state(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
+        let (process, snapshot) = (self.process, self.job.snapshot);
+        let staging = Staging::above(snapshot);
+        if self.index == 0 {
+            files::seal(snapshot, staging, plan);
+        }
+        files::number(process, staging, plan);
+        rebuild_places(process, plan);
+        signals::rebuild_actions(&process.actions, plan);
+        for thread in &process.threads[1..] {
+            plan.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));
+        }
+        if process.threads.len() > 1 {
+            plan.join();
+        }
+        plan.stage(Stage::Threads);
+        files::rebuild_owners(self.index, snapshot, plan);
+        if let Err(o) = timers::create_posix(&process.posix_timers, plan) {
+            obstacles.push(o);
+        }
+        signals::rebuild_pending(&process.pending, process.pid, None, plan);
+        process.memory.rebuild_locks(plan);
+        limits::rebuild(&process.limits, plan);
+        process.threads[0].rebuild(process.pid, plan);
+        process.memory.rebuild_dumpable(plan);
+        timers::rebuild_interval(&process.interval_timers, plan);
+        timers::start_posix(&process.posix_timers, plan);
+    }
+
+    /// Files whose contents come from the image are made by the restoring process, and the
+    /// programs that are executed are opened by it.
+    fn inherit_files(&self, staging: Staging, plan: &mut Builder) {
+        let snapshot = self.job.snapshot;
+        let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
+        let mut wanted: Vec<(usize, bool)> = mappings
+            .filter_map(|m| match m.backing {
+                memory::Backing::PrivateFile { file, .. } => Some((file, false)),
+                memory::Backing::SharedFile { file, writable, .. } => Some((file, writable)),
+                _ => None,
+            })
+            .filter(|(file, _)| snapshot.mapped_files[*file].contents.is_some())
+            .collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        for (file, writable) in wanted {
+            plan.inherit(
+                staging.mapped_file(file, writable),
+                Inherited::MappedFile(file, writable),
+            );
+        }
+        let others = snapshot.processes.iter().zip(&self.job.births).skip(1);
+        let executed = others.filter(|(_, b)| !b.forked);
+        let mut programs: Vec<usize> = executed.map(|(p, _)| p.memory.executable).collect();
+        programs.sort_unstable();
+        programs.dedup();
+        for file in programs {
+            plan.inherit(staging.executable(file), Inherited::Executable(file));
+        }
     }
 }
 
-/// Files whose contents come from the image are made by the restoring process.
-fn inherit_mapped_files(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
-    let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
-    let mut wanted: Vec<(usize, bool)> = mappings
-        .filter_map(|m| match m.backing {
-            memory::Backing::PrivateFile { file, .. } => Some((file, false)),
-            memory::Backing::SharedFile { file, writable, .. } => Some((file, writable)),
-            _ => None,
-        })
-        .filter(|(file, _)| snapshot.mapped_files[*file].contents.is_some())
-        .collect();
-    wanted.sort_unstable();
-    wanted.dedup();
-    for (file, writable) in wanted {
-        plan.inherit(
-            staging.mapped_file(file, writable),
-            Inherited::MappedFile(file, writable),
-        );
-    }
+/// Whether pages of the file are needed as they were, and not only as they are.
+fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
+    let is = |m: &memory::Mapping| matches!(m.backing, memory::Backing::PrivateFile { file: f, .. } if f == file);
+    snapshot
+        .processes
+        .iter()
+        .any(|p| p.memory.executable == file || p.memory.mappings.iter().any(is))
 }
 
 /// Directories, umask, personality, and the like.
@@ -184,16 +500,4 @@ fn rebuild_places(process: &Process, plan: &mut Builder) {
         let args = [process.personality.into()];
         plan.syscall(libc::SYS_personality, &args, || "personality".into());
     }
-}
-
-/// Which descriptions of the snapshot are memfds, with their contents still to be filled in.
-pub fn memfds(snapshot: &Snapshot) -> impl Iterator<Item = (usize, &files::memfd::MemFd)> {
-    snapshot
-        .descriptions
-        .iter()
-        .enumerate()
-        .filter_map(|(i, d)| match &d.kind {
-            Kind::MemFd(m) => Some((i, m)),
-            _ => None,
-        })
 }

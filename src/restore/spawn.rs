@@ -1,4 +1,4 @@
-//! The new process: created under its old pid, with the descriptors that it needs from us,
+//! The first new process: created under its old pid, with the descriptors that it needs from us,
 //! executing the job's own executable up to its first instruction.
 //!
 //! The exec makes `/proc/PID/exe`, a clean address space and the kernel's mappings without
@@ -10,43 +10,53 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use ckpt_tracer::task::{Running, Stop, Stopped};
-use ckpt_tracer::{Pid, Tid};
+use ckpt_tracer::Tid;
 use nix::errno::Errno;
 
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
 
-/// Kills and reaps the new process unless it was let go.
-pub struct Child {
-    pid: i32,
+/// The new processes: killed and reaped unless they were let go.
+#[derive(Default)]
+pub struct Brood {
+    pids: Vec<i32>,
     kept: bool,
 }
 
-impl Child {
-    /// Its pid.
-    pub fn pid(&self) -> i32 {
-        self.pid
+impl Brood {
+    /// One more.
+    pub fn add(&mut self, pid: i32) {
+        self.pids.push(pid);
     }
 
-    /// The process is complete; it stays.
+    /// All are complete; they stay.
     pub fn keep(mut self) {
         self.kept = true;
     }
 }
 
-impl Drop for Child {
+impl Drop for Brood {
     fn drop(&mut self) {
-        if !self.kept {
-            // SAFETY: a call without pointers; the pid is our child's and not reaped yet.
-            unsafe { libc::kill(self.pid, libc::SIGKILL) };
+        if self.kept {
+            return;
+        }
+        for pid in &self.pids {
+            // SAFETY: a call without pointers; the pids are our children's or tracees', and are not
+            // free for others before they have been waited for.
+            unsafe { libc::kill(*pid, libc::SIGKILL) };
+        }
+        for pid in self.pids.iter().rev() {
             // The leader's end is told only when every thread that we trace has been waited for.
-            let tasks = ckpt_tracer::proc::tasks::list_tasks(Tid(self.pid)).unwrap_or_default();
-            let others = tasks.into_iter().filter(|t| t.raw() != self.pid);
-            for tid in others.map(Tid::raw).chain([self.pid]) {
+            let tasks = ckpt_tracer::proc::tasks::list_tasks(Tid(*pid)).unwrap_or_default();
+            let others = tasks.into_iter().filter(|t| t.raw() != *pid);
+            for tid in others.map(Tid::raw).chain([*pid]) {
                 // SAFETY: the status is not asked for.
                 unsafe { libc::waitpid(tid, std::ptr::null_mut(), libc::__WALL) };
             }
         }
+        // Zombies that the end of their parents left to us, a subreaper.
+        // SAFETY: as above.
+        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) } > 0 {}
     }
 }
 
@@ -56,8 +66,6 @@ struct Orders {
     executable: RawFd,
     /// (our descriptor, number in the child), ascending by number; ours are above all numbers.
     descriptors: Vec<(RawFd, i32)>,
-    new_session: bool,
-    new_group: bool,
     name: CString,
     go: RawFd,
     report: RawFd,
@@ -84,8 +92,8 @@ pub fn spawn(
     process: &Process,
     executable: &File,
     descriptors: Vec<(OwnedFd, i32)>,
-) -> Result<(Child, Stopped)> {
-    raise_descriptor_limit();
+) -> Result<(Brood, Stopped)> {
+    crate::host::raise_descriptor_limit();
     let highest = descriptors.iter().map(|(_, to)| *to).max().unwrap_or(2);
     let above = |fd: RawFd| duplicate_above(fd, highest + 1);
     let mut kept: Vec<OwnedFd> = Vec::new();
@@ -106,8 +114,6 @@ pub fn spawn(
     let orders = Orders {
         executable: executable.as_raw_fd(),
         descriptors: moved,
-        new_session: process.session == process.pid,
-        new_group: process.group == process.pid,
         name: CString::new(process.threads[0].name.clone()).unwrap_or_default(),
         go: go_in_child.as_raw_fd(),
         report: report_in_child.as_raw_fd(),
@@ -133,11 +139,11 @@ pub fn spawn(
         unsafe { execute(&orders) }
     }
     Errno::result(r).map_err(|errno| cannot_have_pid(pid, errno))?;
-    let child = Child { pid, kept: false };
+    let mut brood = Brood::default();
+    brood.add(pid);
     drop((go_read, report_write, go_in_child, report_in_child, kept));
 
-    let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACESYSGOOD;
-    let task = Running::seize_with(Tid(pid), options)?;
+    let task = Running::seize_with(Tid(pid), BIRTH_OPTIONS)?;
     // The child holds this end as well, so it waits for a byte and not for the end.
     std::io::Write::write_all(&mut File::from(go_write), b"!").map_err(|source| Error::File {
         what: "write to",
@@ -158,13 +164,27 @@ pub fn spawn(
             Err(_) => return Err(failed_before_exec(report_read)),
         };
     }
-    // The exec stop is inside the system call; its exit would be taken for that of the first
-    // remote call. The event stop is behind it, still before the program's first instruction.
+    leave_exec(&mut task)?;
+    Ok((brood, task))
+}
+
+/// While processes create others: the loss of the tracer ends them, and what they create is
+/// traced from its beginning.
+pub const BIRTH_OPTIONS: i32 = libc::PTRACE_O_EXITKILL
+    | libc::PTRACE_O_TRACEEXEC
+    | libc::PTRACE_O_TRACESYSGOOD
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACEVFORK
+    | libc::PTRACE_O_TRACECLONE;
+
+/// The exec stop is inside the system call; its exit would be taken for that of the first
+/// remote call. The event stop is behind it, still before the program's first instruction.
+pub fn leave_exec(task: &mut Stopped) -> Result<()> {
     task.interrupt()?;
     while !matches!(task.stop(), Stop::Event(_)) {
-        task.advance(Pid(pid), ckpt_tracer::task::Resume::Cont, 0)?;
+        task.advance_among_others(ckpt_tracer::task::Resume::Cont, 0)?;
     }
-    Ok((child, task))
+    Ok(())
 }
 
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
@@ -234,11 +254,6 @@ unsafe fn execute(orders: &Orders) -> ! {
                 libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8);
             }
         }
-        if orders.new_session {
-            libc::setsid();
-        } else if orders.new_group {
-            libc::setpgid(0, 0);
-        }
         let mut first = 0;
         for &(fd, to) in &orders.descriptors {
             if libc::dup3(fd, to, 0) < 0 {
@@ -291,20 +306,4 @@ fn duplicate_above(fd: RawFd, lowest: i32) -> Result<OwnedFd> {
     })?;
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-}
-
-/// The soft limit up to the hard one, for us and so for the new process until the plan sets
-/// the job's own.
-fn raise_descriptor_limit() {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: one live structure.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
-        }
-    }
 }

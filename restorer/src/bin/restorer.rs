@@ -97,7 +97,7 @@ mod blob {
             } else if op.kind == OpKind::Trap as u32 {
                 trap(i);
                 0
-            } else if op.kind == OpKind::Thread as u32 {
+            } else if op.kind == OpKind::Thread as u32 || op.kind == OpKind::Process as u32 {
                 // SAFETY: the planner made the stack and the arguments.
                 unsafe { clone3(op.args[1], op.args[2]) }
             } else {
@@ -156,7 +156,10 @@ mod blob {
         let mine = unsafe { read_volatile(mine) };
         let plan = mine.plan as *mut Plan;
         // SAFETY: as above.
-        unsafe { run(plan, mine.ops as *mut Op, mine.count) };
+        let ok = unsafe { run(plan, mine.ops as *mut Op, mine.count) };
+        while mine.process != 0 {
+            trap(if ok { DONE } else { FAILED });
+        }
         // SAFETY: as above.
         let parked = unsafe { AtomicU32::from_ptr(&raw mut (*plan).parked) };
         parked.fetch_add(1, Ordering::SeqCst);

@@ -39,8 +39,8 @@ pub struct Entry {
 /// fdinfo names an entry by the number it was added under. Which description that was is told
 /// by `KCMP_EPOLL_TFD`; the obvious candidate is asked first.
 pub fn capture_entries(
-    source: &Source,
-    looks: &[&Look],
+    sources: &[&Source],
+    looks: &[Look],
     first: usize,
     collector: &mut Collector,
 ) -> Result<()> {
@@ -53,7 +53,7 @@ pub fn capture_entries(
         for target in targets {
             // One number may have been added for several descriptions, one after the other.
             let turn = seen.entry(target.tfd).or_default();
-            let found = find(source, looks, set.fd, target, *turn)?;
+            let found = find(looks, set, target, *turn)?;
             *turn += 1;
             match found {
                 Some(at) => entries.push(Entry {
@@ -63,7 +63,7 @@ pub fn capture_entries(
                     data: target.data,
                 }),
                 None => collector.obstacles.push(Obstacle::new(
-                    set.object(source),
+                    set.object(sources[set.process]),
                     format!(
                         "is an epoll set that watches a file added as fd {}, which only a process \
                          outside the job still has open",
@@ -81,25 +81,23 @@ pub fn capture_entries(
 }
 
 fn find(
-    source: &Source,
-    looks: &[&Look],
-    epoll: i32,
+    looks: &[Look],
+    set: &Look,
     target: &EpollTarget,
     turn: u32,
 ) -> Result<Option<usize>> {
     let mut candidates: Vec<usize> = (0..looks.len())
         .filter(|&i| looks[i].stat.st_ino == target.ino)
         .collect();
-    candidates.sort_by_key(|&i| looks[i].fd != target.tfd);
+    candidates.sort_by_key(|&i| (looks[i].process != set.process, looks[i].fd != target.tfd));
     for at in candidates {
-        let leader = source.pid.leader();
         let what = KcmpType::EpollTfd {
             fd: looks[at].fd,
-            efd: epoll,
+            efd: set.fd,
             tfd: target.tfd as u32,
             toff: turn,
         };
-        match kcmp(leader, leader, what) {
+        match kcmp(looks[at].leader, set.leader, what) {
             Ok(Ordering::Equal) => return Ok(Some(at)),
             Ok(_) => {}
             Err(Error::Kernel {

@@ -1,12 +1,7 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
-use std::collections::HashMap;
-use std::os::fd::OwnedFd;
-
-use ckpt_tracer::proc::fdinfo::{self, FdDetail, FdInfo};
-use ckpt_tracer::proc::fdlink::{self, FdLink};
-use ckpt_tracer::{Error, kcmp};
-use nix::errno::Errno;
+use ckpt_tracer::proc::fdinfo::FdDetail;
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
@@ -23,8 +18,11 @@ pub mod outside;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
+mod survey;
 pub mod sys;
 pub mod timerfd;
+
+pub use survey::{Look, Seen, Survey};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
@@ -90,163 +88,37 @@ pub enum Kind {
 /// `MQUEUE_MAGIC`: the file system of POSIX message queues.
 const MQUEUE: i64 = 0x1980_0202;
 
-/// Captures all descriptors of a process. What several descriptors share is told by kcmp(2)
-/// among those that look alike. Nothing is executed in the process.
-pub fn capture(source: &Source, collector: &mut Collector) -> Result<Vec<FdEntry>> {
-    let numbers = fdlink::list_fds(source.dir.clone())?;
-    let mut looks: Vec<Look> = Vec::with_capacity(numbers.len());
-    for fd in numbers {
-        match Look::at(source, fd) {
-            Ok(look) => looks.push(look),
-            // Closed meanwhile; only possible while the process runs (`ckpt check`).
-            Err(Error::Kernel {
-                errno: Errno::EBADF,
-                ..
-            }) => {}
-            Err(Error::Proc { source: e, .. }) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    let groups = group(source, &looks)?;
+/// Captures the open file descriptions of the job, and each process's descriptors; nothing is
+/// executed in the processes. Answers one list a process, in the order of `sources`.
+pub fn capture(
+    sources: &[&Source],
+    survey: &Survey,
+    collector: &mut Collector,
+) -> Result<Vec<Vec<FdEntry>>> {
     let first = collector.descriptions.len();
-    let pipes = pipe::Ends::of(&looks);
-    let mut entries = Vec::with_capacity(looks.len());
-    for (offset, group) in groups.iter().enumerate() {
-        let look = &looks[group[0]];
-        match kind(source, look, &pipes, collector) {
+    let pipes = pipe::Ends::of(&survey.looks);
+    for look in &survey.looks {
+        match kind(sources[look.process], look, &pipes, collector) {
             Ok(kind) => collector.descriptions.push(Description {
                 kind,
                 flags: look.info.flags,
                 owner: look.owner(),
             }),
-            Err(obstacle) => {
-                collector.obstacles.push(*obstacle);
-                continue;
-            }
+            Err(obstacle) => collector.obstacles.push(*obstacle),
         }
-        entries.extend(group.iter().map(|&i| FdEntry {
-            fd: looks[i].fd,
-            description: first + offset,
-            close_on_exec: looks[i].info.cloexec,
-        }));
     }
     if collector.obstacles.is_empty() {
-        let watched: Vec<_> = groups.iter().map(|g| &looks[g[0]]).collect();
-        epoll::capture_entries(source, &watched, first, collector)?;
+        epoll::capture_entries(sources, &survey.looks, first, collector)?;
     }
-    entries.sort_by_key(|e| e.fd);
-    Ok(entries)
-}
-
-/// A descriptor as seen from outside.
-pub struct Look {
-    /// Its number.
-    pub fd: i32,
-    /// Where its link leads.
-    pub link: FdLink,
-    /// Its fdinfo.
-    pub info: FdInfo,
-    /// A copy of ours for the same description.
-    pub copy: OwnedFd,
-    /// `fstat` of it.
-    pub stat: libc::stat,
-}
-
-impl Look {
-    fn at(source: &Source, fd: i32) -> Result<Self, Error> {
-        let copy = source.pidfd.get_fd(fd)?;
-        let stat = sys::fstat(&copy).map_err(|errno| Error::Kernel {
-            call: "fstat",
-            object: format!("fd {fd} of process {}", source.pid),
-            errno,
-        })?;
-        let link = fdlink::read_fd_link(source.dir.clone(), fd)?;
-        if matches!(&link, FdLink::AnonInode(name) if name == "timerfd") {
-            sys::count_expirations(&copy);
-        }
-        Ok(Self {
-            fd,
-            link,
-            info: fdinfo::read_fdinfo(source.dir.clone(), fd)?,
-            copy,
-            stat,
-        })
-    }
-
-    /// What the kernel prints for it.
-    pub fn name(&self) -> String {
-        match &self.link {
-            FdLink::File {
-                path,
-                deleted: false,
-            } => path.display().to_string(),
-            FdLink::File {
-                path,
-                deleted: true,
-            } => format!("{} (deleted)", path.display()),
-            FdLink::Pipe(inode) => format!("pipe:[{inode}]"),
-            FdLink::Socket(inode) => format!("socket:[{inode}]"),
-            FdLink::AnonInode(name) => format!("anon_inode:[{name}]"),
-            FdLink::Memfd(name) => format!("/memfd:{}", String::from_utf8_lossy(name)),
-            FdLink::PidFd => "a pidfd".into(),
-            FdLink::Namespace(kind, inode) => format!("{kind}:[{inode}]"),
-            FdLink::Other(name) => String::from_utf8_lossy(name).into_owned(),
-        }
-    }
-
-    /// `fd 3 of process 12 (name)`, for messages.
-    pub fn object(&self, source: &Source) -> String {
-        format!("fd {} of {}", self.fd, source.title())
-    }
-
-    /// Access mode: `O_RDONLY`, `O_WRONLY` or `O_RDWR`.
-    pub fn access(&self) -> i32 {
-        self.info.flags as i32 & libc::O_ACCMODE
-    }
-
-    fn file_type(&self) -> u32 {
-        self.stat.st_mode & libc::S_IFMT
-    }
-
-    fn owner(&self) -> Option<Owner> {
-        if self.info.flags as i32 & libc::O_PATH != 0 {
-            return None;
-        }
-        let (kind, id) = sys::owner(&self.copy)?;
-        let signal = sys::owner_signal(&self.copy);
-        (id != 0 || signal != 0).then_some(Owner { kind, id, signal })
-    }
-}
-
-/// Indices of descriptors, grouped by open file description, in the order of first numbers.
-fn group(source: &Source, looks: &[Look]) -> Result<Vec<Vec<usize>>> {
-    let mut alike: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
-    for (i, look) in looks.iter().enumerate() {
-        let key = (
-            look.stat.st_dev,
-            look.stat.st_ino,
-            look.info.flags,
-            look.info.pos,
-        );
-        alike.entry(key).or_default().push(i);
-    }
-    let mut groups: Vec<Vec<usize>> = Vec::new();
-    for candidates in alike.into_values() {
-        if candidates.len() == 1 {
-            groups.push(candidates);
-            continue;
-        }
-        let leader = source.pid.leader();
-        let pairs = candidates.iter().map(|&i| (leader, looks[i].fd)).collect();
-        for same in kcmp::group_files(pairs)? {
-            let of = |fd: i32| looks.iter().position(|l| l.fd == fd).unwrap_or(0);
-            let mut members: Vec<usize> = same.iter().map(|(_, fd)| of(*fd)).collect();
-            members.sort_unstable();
-            groups.push(members);
-        }
-    }
-    groups.sort();
-    Ok(groups)
+    let entries = survey.seen.iter().map(|seen| {
+        let entry = |s: &Seen| FdEntry {
+            fd: s.fd,
+            description: first + s.look,
+            close_on_exec: s.close_on_exec,
+        };
+        seen.iter().map(entry).collect()
+    });
+    Ok(entries.collect())
 }
 
 fn kind(
@@ -339,17 +211,19 @@ fn kind(
 }
 
 /// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
-/// until every descriptor of the process has been made from it.
+/// until every descriptor of every process has been made from it. The root opens them all; the
+/// other processes have them from their creators.
 #[derive(Clone, Copy, Debug)]
 pub struct Staging {
     base: i32,
     descriptions: i32,
+    files: i32,
 }
 
 impl Staging {
-    /// Above every number that the process uses.
-    pub fn above(process: &super::process::Process, snapshot: &Snapshot) -> Self {
-        let fds = process.fds.iter().map(|e| e.fd);
+    /// Above every number that a process of the job uses.
+    pub fn above(snapshot: &Snapshot) -> Self {
+        let fds = snapshot.processes.iter().flat_map(|p| &p.fds).map(|e| e.fd);
         let watched = snapshot.descriptions.iter().flat_map(|d| match &d.kind {
             Kind::Epoll(e) => e.entries.as_slice(),
             _ => &[],
@@ -359,6 +233,7 @@ impl Staging {
         Self {
             base: highest + 8,
             descriptions: snapshot.descriptions.len() as i32,
+            files: snapshot.mapped_files.len() as i32,
         }
     }
 
@@ -373,12 +248,14 @@ impl Staging {
         self.base + self.descriptions + 2 * file as i32 + i32::from(writable)
     }
 
-    /// First and last number used.
-    pub fn range(self, snapshot: &Snapshot) -> (i32, i32) {
-        (
-            self.base,
-            self.mapped_file(snapshot.mapped_files.len(), true),
-        )
+    /// The number of an executable, a mapped file.
+    pub fn executable(self, file: usize) -> i32 {
+        self.base + self.descriptions + 2 * self.files + file as i32
+    }
+
+    /// The first number used; none of the job's is as high.
+    pub fn first(self) -> i32 {
+        self.base
     }
 }
 
@@ -471,21 +348,16 @@ fn unknown_numbers(
     })
 }
 
-/// Moves a descriptor from where the kernel put it to its staging number.
+/// Moves a descriptor from where the kernel put it to its staging number, where it outlives the
+/// exec of other processes.
 pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String) {
-    let args = [from as u64, to as u64, libc::O_CLOEXEC as u64];
+    let args = [from as u64, to as u64, 0];
     plan.expect(libc::SYS_dup3, &args, to as u64, &object);
     plan.syscall(libc::SYS_close, &[from as u64], &object);
 }
 
-/// With every description open: what refers to other descriptions, then flags, owners and
-/// locks, and the process's own numbers.
-pub fn finish(
-    process: &super::process::Process,
-    snapshot: &Snapshot,
-    staging: Staging,
-    plan: &mut Builder,
-) {
+/// With every description open: what refers to other descriptions, then flags and locks.
+pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
@@ -494,10 +366,25 @@ pub fn finish(
         rebuild_status(description, at, plan);
         match &description.kind {
             Kind::Regular(r) => r.rebuild_locks(at, plan),
-            Kind::MemFd(m) if m.seals_through(index, snapshot) => m.rebuild_seals(at, plan),
             _ => {}
         }
     }
+}
+
+/// Seals files, once every process has mapped them.
+pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        match &description.kind {
+            Kind::MemFd(m) if m.seals_through(index, snapshot) => {
+                m.rebuild_seals(staging.of(index), plan);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The process's own numbers, and its locks.
+pub fn number(process: &super::process::Process, staging: Staging, plan: &mut Builder) {
     for entry in &process.fds {
         let cloexec = if entry.close_on_exec {
             libc::O_CLOEXEC
@@ -513,18 +400,15 @@ pub fn finish(
             format!("fd {}", entry.fd)
         });
     }
-    let (first, _) = staging.range(snapshot);
     plan.syscall(
         libc::SYS_close_range,
-        &[first as u64, u64::from(u32::MAX), 0],
+        &[staging.first() as u64, u64::from(u32::MAX), 0],
         || "the descriptors used in between".into(),
     );
     // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
     // when nothing more is closed.
-    for entry in &process.fds {
-        if let Kind::Regular(r) = &snapshot.descriptions[entry.description].kind {
-            r.rebuild_posix_locks(entry.fd, plan);
-        }
+    for (fd, lock) in &process.record_locks {
+        lock.rebuild_posix(*fd, plan);
     }
 }
 
@@ -554,10 +438,13 @@ fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Build
     });
 }
 
-/// Who gets SIGIO; done when every thread exists that may be the one.
-pub fn rebuild_owners(process: &super::process::Process, snapshot: &Snapshot, plan: &mut Builder) {
+/// Who gets SIGIO; done when every process and thread exists that may be the one, by the first
+/// process that has the description.
+pub fn rebuild_owners(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
+    let before = snapshot.processes[..index].iter().flat_map(|p| &p.fds);
     let mut done = vec![false; snapshot.descriptions.len()];
-    for entry in &process.fds {
+    before.for_each(|entry| done[entry.description] = true);
+    for entry in &snapshot.processes[index].fds {
         let description = &snapshot.descriptions[entry.description];
         if std::mem::replace(&mut done[entry.description], true) {
             continue;
@@ -565,7 +452,7 @@ pub fn rebuild_owners(process: &super::process::Process, snapshot: &Snapshot, pl
         let fd = entry.fd as u64;
         let label = description.kind.label();
         if let Some(owner) = description.owner {
-            owner.rebuild(fd, process, &label, plan);
+            owner.rebuild(fd, snapshot, &label, plan);
         }
         let asynchronous = description.flags as i32 & libc::O_ASYNC != 0;
         if asynchronous && description.flags as i32 & libc::O_PATH == 0 {
@@ -575,17 +462,17 @@ pub fn rebuild_owners(process: &super::process::Process, snapshot: &Snapshot, pl
 }
 
 impl Owner {
-    fn rebuild(&self, fd: u64, process: &super::process::Process, label: &str, plan: &mut Builder) {
+    fn rebuild(&self, fd: u64, snapshot: &Snapshot, label: &str, plan: &mut Builder) {
         const F_SETOWN_EX: u64 = 15;
         const F_SETSIG: u64 = 10;
         const F_OWNER_TID: i32 = 0;
         const F_OWNER_PID: i32 = 1;
         let object = || format!("the owner of an open file ({label})");
-        let inside = match self.kind {
+        let inside = snapshot.processes.iter().any(|process| match self.kind {
             F_OWNER_TID => process.threads.iter().any(|t| t.tid == self.id),
             F_OWNER_PID => process.pid == self.id,
             _ => process.group == self.id,
-        };
+        });
         if self.id != 0 && inside {
             let data = plan.data(&[self.kind, self.id].map(i32::to_le_bytes).concat());
             plan.syscall(libc::SYS_fcntl, &[fd, F_SETOWN_EX, data], object);

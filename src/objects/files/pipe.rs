@@ -159,7 +159,7 @@ pub fn rebuild(
         let at = staging.of(*i);
         if slot < 2 && !used[slot] {
             used[slot] = true;
-            let args = [slot as u64, at as u64, libc::O_CLOEXEC as u64];
+            let args = [slot as u64, at as u64, 0];
             plan.expect(libc::SYS_dup3, &args, at as u64, object);
             continue;
         }

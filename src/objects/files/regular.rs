@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::proc::fdinfo::LockLine;
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Look};
@@ -25,7 +26,7 @@ pub struct Regular {
     pub offset: u64,
     /// Its contents in the image, where no name leads to it any more.
     pub contents: Option<SpaceId>,
-    /// Locks held through this description, or by the process on this file.
+    /// Locks held through this description.
     pub locks: Vec<Lock>,
 }
 
@@ -78,7 +79,6 @@ pub fn capture(
     for lock in &look.info.locks {
         let kind = match lock.kind.as_str() {
             "FLOCK" => LockKind::Flock,
-            "POSIX" => LockKind::Posix,
             "OFDLCK" => LockKind::Ofd,
             other => {
                 let reason = format!(
@@ -88,14 +88,7 @@ pub fn capture(
                 return refuse(reason, "release it before the checkpoint");
             }
         };
-        let len = lock.end.map_or(0, |end| end - lock.start + 1);
-        let exclusive = lock.access == "WRITE";
-        locks.push(Lock {
-            kind,
-            exclusive,
-            start: lock.start,
-            len,
-        });
+        locks.push(Lock::of(kind, lock));
     }
     let mut path = path.to_owned();
     let mut contents = None;
@@ -264,19 +257,26 @@ impl Regular {
             }
         }
     }
-
-    /// Takes the locks that belong to the process.
-    pub fn rebuild_posix_locks(&self, fd: i32, plan: &mut Builder) {
-        for lock in self.locks.iter().filter(|l| l.kind == LockKind::Posix) {
-            let data = plan.data(&lock.flock());
-            let args = [fd as u64, libc::F_SETLK as u64, data];
-            let object = || format!("a lock on {}", self.path.display());
-            plan.syscall(libc::SYS_fcntl, &args, object);
-        }
-    }
 }
 
 impl Lock {
+    /// From fdinfo.
+    pub fn of(kind: LockKind, lock: &LockLine) -> Self {
+        Self {
+            kind,
+            exclusive: lock.access == "WRITE",
+            start: lock.start,
+            len: lock.end.map_or(0, |end| end - lock.start + 1),
+        }
+    }
+
+    /// Takes a POSIX lock for the process that executes this.
+    pub fn rebuild_posix(&self, fd: i32, plan: &mut Builder) {
+        let data = plan.data(&self.flock());
+        let args = [fd as u64, libc::F_SETLK as u64, data];
+        plan.syscall(libc::SYS_fcntl, &args, || format!("a lock on fd {fd}"));
+    }
+
     /// `struct flock`.
     fn flock(&self) -> [u8; 32] {
         let mut bytes = [0; 32];

@@ -10,12 +10,12 @@ use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use ckpt_tracer::proc::pagemap::{PageCategories, PageQuery, PagemapScanner};
 
 use super::{
-    Backing, FileIdentity, KernelMapping, MappedFile, Mapping, MappingFlags, SharedMemory,
-    same_file,
+    Backing, FileIdentity, KernelMapping, MappedFile, Mapping, MappingFlags, SharedMemory, join,
+    same_file, subtract,
 };
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
-use crate::objects::files;
+use crate::objects::{SpaceId, files};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
@@ -278,7 +278,29 @@ fn contents_of(source: &Source, vma: &Vma, all: &[Vma], private: bool) -> (Conte
     }
     let views = views(vma, all, private);
     let size = views.last().map_or(0, |(offset, _, len)| offset + len);
-    (Contents::Memory(source.pid, views), size)
+    let of_it = |(offset, address, len)| (source.pid, offset, address, len);
+    (
+        Contents::Memory(views.into_iter().map(of_it).collect()),
+        size,
+    )
+}
+
+/// Where an object can only be read through mappings: what this process shows of it and no
+/// process before did.
+fn add_views(space: SpaceId, source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> u64 {
+    let contents = collector.contents.iter_mut().find(|(s, _)| *s == space);
+    let Some((_, Contents::Memory(known))) = contents else {
+        return 0;
+    };
+    let mut end = 0;
+    for (offset, address, len) in views(vma, all, false) {
+        let shown = join(known.iter().map(|v| (v.1, v.1 + v.3)).collect());
+        for (from, to) in subtract(&[(offset, offset + len)], &shown) {
+            known.push((source.pid, from, address + (from - offset), to - from));
+        }
+        end = end.max(offset + len);
+    }
+    end
 }
 
 fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> Backing {
@@ -286,6 +308,12 @@ fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
         .shared_memory
         .iter()
         .position(|m| m.inode == vma.inode);
+    if let Some(object) = known {
+        let space = collector.shared_memory[object].space;
+        let end = add_views(space, source, vma, all, collector);
+        let size = &mut collector.shared_memory[object].size;
+        *size = end.max(*size);
+    }
     let object = known.unwrap_or_else(|| {
         let (contents, size) = contents_of(source, vma, all, false);
         let space = collector.space_for(contents);
@@ -367,7 +395,7 @@ fn mapped_file(
         let (contents, size) = contents_of(source, vma, all, !shared);
         let identity = match &contents {
             Contents::File(file, _) => file.metadata().ok().map(|m| FileIdentity::of(&m)),
-            Contents::Memory(..) => None,
+            Contents::Memory(_) => None,
         };
         let identity = identity.unwrap_or(FileIdentity {
             device: vma.dev,
@@ -404,7 +432,7 @@ fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Resul
         let file = &collector.mapped_files[index];
         if let Some(space) = file.contents
             && let Some(at) = collector.contents.iter().position(|(s, _)| *s == space)
-            && matches!(collector.contents[at].1, Contents::Memory(..))
+            && matches!(collector.contents[at].1, Contents::Memory(_))
         {
             let file = File::open(&link).map_err(error)?;
             collector.contents[at].1 = Contents::File(file, meta.len());

@@ -8,11 +8,16 @@ use super::SpaceId;
 
 mod capture;
 mod file;
+mod inherit;
 mod rebuild;
 
 pub use capture::{Captured, capture, guard_pages};
 pub use file::{build_id, check_file, same_file};
-pub use rebuild::{SharedAt, allocate_keys, clear_and_move, finish, map_all};
+pub use inherit::{Inherited, inherited, intersect, join, subtract};
+pub use rebuild::{
+    Forked, SharedAt, allocate_keys, clear_and_move, drop_pages, finish, free_keys, map_all,
+    place_shared,
+};
 
 /// One mapping.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

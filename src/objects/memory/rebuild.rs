@@ -2,13 +2,38 @@
 
 use ckpt_tracer::proc::maps::{Vma, VmaName};
 
-use super::{Backing, KernelMapping, Mapping, MappingFlags, SharedMemory};
+use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
 use crate::error::Obstacle;
 use crate::objects::{Snapshot, files};
 use crate::restore::plan::Builder;
 
-/// Where shared memory objects are mapped as a whole while they are filled and handed out.
-pub type SharedAt = Vec<u64>;
+/// Where shared memory objects are mapped as a whole while they are filled and handed out; none
+/// for those that the process and its forks have no part in.
+pub type SharedAt = Vec<Option<u64>>;
+
+/// What is there already when a process that was forked begins to rebuild its memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Forked<'a> {
+    /// The parent's mappings.
+    pub parent: &'a [Mapping],
+    /// What of them came over.
+    pub inherited: &'a [Inherited],
+}
+
+impl Forked<'_> {
+    fn ranges(&self) -> Vec<(u64, u64)> {
+        self.inherited.iter().map(|i| (i.start, i.end)).collect()
+    }
+
+    /// Stretches within a mapping that are there.
+    fn within<'a>(&'a self, m: &Mapping) -> impl Iterator<Item = &'a Inherited> {
+        let (start, end) = (m.start, m.end);
+        let from = self.inherited.partition_point(|i| i.end <= start);
+        self.inherited[from..]
+            .iter()
+            .take_while(move |i| i.start < end)
+    }
+}
 
 impl Mapping {
     fn object(&self) -> String {
@@ -85,10 +110,11 @@ impl Mapping {
 }
 
 /// Removes what the new process has mapped and moves the kernel's mappings to where the job
-/// had them.
+/// had them. What is in `keep` (ascending) stays.
 pub fn clear_and_move(
     mappings: &[Mapping],
     present: &[Vma],
+    keep: &[(u64, u64)],
     hole: u64,
     plan: &mut Builder,
 ) -> Result<(), Box<Obstacle>> {
@@ -102,9 +128,11 @@ pub fn clear_and_move(
         .iter()
         .filter(|v| kind(v).is_none() && v.name != VmaName::Vsyscall)
     {
-        plan.syscall(libc::SYS_munmap, &[vma.start, vma.len()], || {
-            "the address space of the new process".into()
-        });
+        for (start, end) in subtract(&[(vma.start, vma.end)], keep) {
+            plan.syscall(libc::SYS_munmap, &[start, end - start], || {
+                "the address space of the new process".into()
+            });
+        }
     }
     let kernels: Vec<&Vma> = present.iter().filter(|v| kind(v).is_some()).collect();
     let wanted = |v: &Vma| {
@@ -172,10 +200,16 @@ pub fn map_all(
     snapshot: &Snapshot,
     staging: files::Staging,
     shared_at: &SharedAt,
+    forked: Forked<'_>,
     plan: &mut Builder,
 ) {
     let mut open: Option<(usize, bool)> = None;
-    for m in mappings {
+    let there = forked.ranges();
+    let missing = mappings.iter().flat_map(|m| {
+        let pieces = subtract(&[(m.start, m.end)], &there);
+        pieces.into_iter().map(|(start, end)| m.part(start, end))
+    });
+    for m in missing {
         match &m.backing {
             Backing::Anonymous => m.map(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0, plan),
             Backing::AnonymousHuge { page_size } => {
@@ -211,15 +245,28 @@ pub fn map_all(
         }
     }
     close_open(&mut open, plan);
+    // A forked process has them from its parent.
+    if forked.parent.is_empty() {
+        map_shared(snapshot, shared_at, plan);
+    }
+}
+
+/// Maps shared memory objects as a whole, to be filled and handed out.
+fn map_shared(snapshot: &Snapshot, shared_at: &SharedAt, plan: &mut Builder) {
+    let no_reserve = |index: usize| {
+        let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
+        mappings.any(|m| {
+            m.flags.contains(MappingFlags::NO_RESERVE)
+                && matches!(m.backing, Backing::SharedMemory { object, .. } if object == index)
+        })
+    };
     for (index, (object, at)) in snapshot.shared_memory.iter().zip(shared_at).enumerate() {
+        let Some(at) = at else { continue };
         let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         if object.huge_page_size != 0 {
             flags |= libc::MAP_HUGETLB
                 | (object.huge_page_size.trailing_zeros() << libc::MAP_HUGE_SHIFT) as i32;
-        } else if mappings.iter().any(|m| {
-            m.flags.contains(MappingFlags::NO_RESERVE)
-                && matches!(m.backing, Backing::SharedMemory { object, .. } if object == index)
-        }) {
+        } else if no_reserve(index) {
             flags |= libc::MAP_NORESERVE;
         }
         let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
@@ -277,23 +324,63 @@ fn close_open(open: &mut Option<(usize, bool)>, plan: &mut Builder) {
     }
 }
 
-/// With all pages filled in: shared memory in its places, protections and advice as they were.
-pub fn finish(mappings: &[Mapping], snapshot: &Snapshot, shared_at: &SharedAt, plan: &mut Builder) {
+/// Shared memory, filled, into its places.
+pub fn place_shared(
+    mappings: &[Mapping],
+    shared_at: &SharedAt,
+    forked: Forked<'_>,
+    plan: &mut Builder,
+) {
+    let there = forked.ranges();
     for m in mappings {
-        if let Backing::SharedMemory { object, offset } = m.backing {
+        let Backing::SharedMemory { object, .. } = m.backing else {
+            continue;
+        };
+        let Some(at) = shared_at[object] else {
+            continue;
+        };
+        for (start, end) in subtract(&[(m.start, m.end)], &there) {
+            let part = m.part(start, end);
+            let Backing::SharedMemory { offset, .. } = part.backing else {
+                continue;
+            };
             // An old length of 0 makes another view of shared pages (mremap(2)).
             let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-            let args = [shared_at[object] + offset, 0, m.len(), flags, m.start];
-            plan.expect(libc::SYS_mremap, &args, m.start, || m.object());
+            let args = [at + offset, 0, part.len(), flags, part.start];
+            plan.expect(libc::SYS_mremap, &args, part.start, || part.object());
         }
     }
+}
+
+/// Drops pages that came over with the fork and that the process did not have.
+pub fn drop_pages(pages: &[(u64, u64)], plan: &mut Builder) {
+    for (start, end) in pages {
+        let args = [*start, end - start, libc::MADV_DONTNEED as u64];
+        plan.syscall(libc::SYS_madvise, &args, || {
+            "pages that only the parent has".into()
+        });
+    }
+}
+
+/// With all pages filled in, and all forks made: protections and advice as they were.
+pub fn finish(
+    mappings: &[Mapping],
+    snapshot: &Snapshot,
+    shared_at: &SharedAt,
+    forked: Forked<'_>,
+    plan: &mut Builder,
+) {
     for (object, at) in snapshot.shared_memory.iter().zip(shared_at) {
+        let Some(at) = at else { continue };
         plan.syscall(libc::SYS_munmap, &[*at, object.mapped_len()], || {
             "shared memory".into()
         });
     }
     for m in mappings {
-        let shared = matches!(m.backing, Backing::SharedMemory { .. });
+        let shared = matches!(m.backing, Backing::SharedMemory { .. })
+            || forked
+                .within(m)
+                .any(|i| forked.parent[i.parent].mapped_prot() != u64::from(m.prot));
         if m.given_key() != 0 {
             let args = [m.start, m.len(), m.prot.into(), m.given_key().into()];
             plan.syscall(libc::SYS_pkey_mprotect, &args, || m.object());
@@ -302,6 +389,18 @@ pub fn finish(mappings: &[Mapping], snapshot: &Snapshot, shared_at: &SharedAt, p
             plan.syscall(libc::SYS_mprotect, &args, || m.object());
         }
         m.advise(plan);
+    }
+}
+
+/// Gives back the keys that a forked process has from its parent.
+pub fn free_keys(parent: &[Mapping], plan: &mut Builder) {
+    let mut keys: Vec<u32> = parent.iter().map(Mapping::given_key).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    for key in keys.into_iter().filter(|key| *key != 0) {
+        plan.syscall(libc::SYS_pkey_free, &[key.into()], || {
+            format!("protection key {key}")
+        });
     }
 }
 

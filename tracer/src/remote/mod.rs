@@ -533,6 +533,15 @@ impl Stopped {
         }
     }
 
+    /// Resumes the task and waits for its next stop, in place, and for nothing else: other tasks
+    /// may come to their stops meanwhile.
+    pub fn advance_among_others(&mut self, how: Resume, signal: i32) -> Result<()> {
+        let tid = self.tid();
+        let taken = std::mem::replace(self, Stopped::absent(tid));
+        *self = taken.resume(how, signal)?.wait_stopped()?;
+        Ok(())
+    }
+
     /// Asks for an event stop, to be reached on the next resume.
     pub fn interrupt(&self) -> Result<()> {
         crate::task::Running::auto_attached(self.tid()).interrupt()

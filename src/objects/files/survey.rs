@@ -1,0 +1,204 @@
+//! Which open file descriptions the processes of a job hold, and under which numbers.
+
+use std::cmp::Ordering;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use ckpt_tracer::kcmp::{KcmpType, kcmp};
+use ckpt_tracer::proc::fdinfo::{self, FdInfo};
+use ckpt_tracer::proc::fdlink::{self, FdLink};
+use ckpt_tracer::{Error, Result, Tid};
+use nix::errno::Errno;
+
+use super::regular::{Lock, LockKind};
+use super::{Owner, sys};
+use crate::capture::source::Source;
+
+/// All descriptors of a job.
+pub struct Survey {
+    /// One for each open file description, in the order in which they were met.
+    pub looks: Vec<Look>,
+    /// The descriptors of each process, ascending.
+    pub seen: Vec<Vec<Seen>>,
+}
+
+/// A descriptor of a process.
+pub struct Seen {
+    /// Its number.
+    pub fd: i32,
+    /// Index of its description in [`Survey::looks`].
+    pub look: usize,
+    /// `FD_CLOEXEC`.
+    pub close_on_exec: bool,
+    /// POSIX locks of this process on the file; they belong to the process, whoever else has
+    /// the description.
+    pub locks: Vec<Lock>,
+}
+
+/// An open file description as seen from outside, through the first descriptor that led to it.
+pub struct Look {
+    /// Index of the process.
+    pub process: usize,
+    /// That process's first thread.
+    pub leader: Tid,
+    /// The descriptor's number there.
+    pub fd: i32,
+    /// Where its link leads.
+    pub link: FdLink,
+    /// Its fdinfo.
+    pub info: FdInfo,
+    /// A copy of ours for the same description.
+    pub copy: OwnedFd,
+    /// `fstat` of it.
+    pub stat: libc::stat,
+}
+
+/// What two descriptors have in common that may be of one description: device, inode, flags and
+/// offset. The kernel is asked only among those.
+type Alike = (u64, u64, u32, u64);
+
+impl Survey {
+    /// Looks at every descriptor of every process.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] of pidfd_getfd(2) or kcmp(2), above all EPERM; [`Error::Proc`].
+    pub fn of(sources: &[&Source]) -> Result<Self> {
+        let mut survey = Self {
+            looks: Vec::new(),
+            seen: Vec::with_capacity(sources.len()),
+        };
+        // Candidates of one look, sorted by the kernel's order of descriptions.
+        let mut alike: HashMap<Alike, Vec<usize>> = HashMap::new();
+        for (process, source) in sources.iter().enumerate() {
+            let mut seen = Vec::new();
+            for fd in fdlink::list_fds(source.dir.clone())? {
+                match Look::at(source, process, fd) {
+                    Ok(look) => seen.push(survey.enter(look, &mut alike)?),
+                    // Closed meanwhile; only possible while the process runs (`ckpt check`).
+                    Err(Error::Kernel {
+                        errno: Errno::EBADF,
+                        ..
+                    }) => {}
+                    Err(Error::Proc { source: e, .. })
+                        if e.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            survey.seen.push(seen);
+        }
+        Ok(survey)
+    }
+
+    fn enter(&mut self, mut look: Look, alike: &mut HashMap<Alike, Vec<usize>>) -> Result<Seen> {
+        let (posix, others) = std::mem::take(&mut look.info.locks)
+            .into_iter()
+            .partition(|l| l.kind == "POSIX");
+        look.info.locks = others;
+        let locks: Vec<fdinfo::LockLine> = posix;
+        let mut seen = Seen {
+            fd: look.fd,
+            look: self.looks.len(),
+            close_on_exec: look.info.cloexec,
+            locks: locks
+                .iter()
+                .map(|lock| Lock::of(LockKind::Posix, lock))
+                .collect(),
+        };
+        let key = (
+            look.stat.st_dev,
+            look.stat.st_ino,
+            look.info.flags,
+            look.info.pos,
+        );
+        let candidates = alike.entry(key).or_default();
+        let (mut low, mut high) = (0, candidates.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let other = &self.looks[candidates[middle]];
+            match kcmp(
+                look.leader,
+                other.leader,
+                KcmpType::File(look.fd, other.fd),
+            ) {
+                Ok(Ordering::Equal) => {
+                    seen.look = candidates[middle];
+                    return Ok(seen);
+                }
+                Ok(Ordering::Less) => high = middle,
+                Ok(Ordering::Greater) => low = middle + 1,
+                Err(e) => return Err(e),
+            }
+        }
+        candidates.insert(low, self.looks.len());
+        self.looks.push(look);
+        Ok(seen)
+    }
+}
+
+impl Look {
+    fn at(source: &Source, process: usize, fd: i32) -> Result<Self> {
+        let copy = source.pidfd.get_fd(fd)?;
+        let stat = sys::fstat(&copy).map_err(|errno| Error::Kernel {
+            call: "fstat",
+            object: format!("fd {fd} of process {}", source.pid),
+            errno,
+        })?;
+        let link = fdlink::read_fd_link(source.dir.clone(), fd)?;
+        if matches!(&link, FdLink::AnonInode(name) if name == "timerfd") {
+            sys::count_expirations(&copy);
+        }
+        Ok(Self {
+            process,
+            leader: source.pid.leader(),
+            fd,
+            link,
+            info: fdinfo::read_fdinfo(source.dir.clone(), fd)?,
+            copy,
+            stat,
+        })
+    }
+
+    /// What the kernel prints for it.
+    pub fn name(&self) -> String {
+        match &self.link {
+            FdLink::File {
+                path,
+                deleted: false,
+            } => path.display().to_string(),
+            FdLink::File {
+                path,
+                deleted: true,
+            } => format!("{} (deleted)", path.display()),
+            FdLink::Pipe(inode) => format!("pipe:[{inode}]"),
+            FdLink::Socket(inode) => format!("socket:[{inode}]"),
+            FdLink::AnonInode(name) => format!("anon_inode:[{name}]"),
+            FdLink::Memfd(name) => format!("/memfd:{}", String::from_utf8_lossy(name)),
+            FdLink::PidFd => "a pidfd".into(),
+            FdLink::Namespace(kind, inode) => format!("{kind}:[{inode}]"),
+            FdLink::Other(name) => String::from_utf8_lossy(name).into_owned(),
+        }
+    }
+
+    /// `fd 3 of process 12 (name)`, for messages.
+    pub fn object(&self, source: &Source) -> String {
+        format!("fd {} of {}", self.fd, source.title())
+    }
+
+    /// Access mode: `O_RDONLY`, `O_WRONLY` or `O_RDWR`.
+    pub fn access(&self) -> i32 {
+        self.info.flags as i32 & libc::O_ACCMODE
+    }
+
+    pub(super) fn file_type(&self) -> u32 {
+        self.stat.st_mode & libc::S_IFMT
+    }
+
+    pub(super) fn owner(&self) -> Option<Owner> {
+        if self.info.flags as i32 & libc::O_PATH != 0 {
+            return None;
+        }
+        let (kind, id) = sys::owner(&self.copy)?;
+        let signal = sys::owner_signal(&self.copy);
+        (id != 0 || signal != 0).then_some(Owner { kind, id, signal })
+    }
+}

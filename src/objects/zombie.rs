@@ -1,0 +1,39 @@
+//! A process that has ended, and whose parent has not waited for it yet.
+
+use ckpt_tracer::Pid;
+use ckpt_tracer::proc::ProcRoot;
+use ckpt_tracer::proc::stat::read_stat;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+
+/// What is left of a process that has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zombie {
+    /// Its id.
+    pub pid: i32,
+    /// Its parent, which is to wait for it.
+    pub parent: i32,
+    /// Process group.
+    pub group: i32,
+    /// Session.
+    pub session: i32,
+    /// What wait(2) will tell, as the kernel encodes it.
+    pub status: i32,
+    /// Name.
+    #[serde(with = "serde_bytes")]
+    pub name: Vec<u8>,
+}
+
+/// Captures what is left; everything is in `/proc/PID/stat`.
+pub fn capture(pid: Pid) -> Result<Zombie> {
+    let stat = read_stat(ProcRoot::default().process(pid))?;
+    Ok(Zombie {
+        pid: pid.raw(),
+        parent: stat.ppid.raw(),
+        group: stat.pgrp,
+        session: stat.session,
+        status: stat.exit_code,
+        name: stat.comm.0.clone(),
+    })
+}

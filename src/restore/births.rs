@@ -1,0 +1,320 @@
+//! Who creates whom, and when: the tree of a job, with its sessions and process groups.
+//!
+//! A child is in the session of its creator at that moment, and only setsid(2) leaves a session.
+//! So a child that is still in the session its parent was born into is created before the
+//! parent's setsid, and one whose session's leader has gone is created by a *phantom*: a process
+//! that has the leader's id for a while. A phantom leads a group whose leader has gone, too, and a
+//! zombie is a phantom that is not waited for.
+
+use std::collections::HashMap;
+
+use crate::error::Obstacle;
+use crate::objects::Snapshot;
+use crate::objects::process::Process;
+use crate::objects::zombie::Zombie;
+
+/// A process that somebody creates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Birth {
+    /// Its id.
+    pub pid: i32,
+    /// It becomes a child of its creator's parent (`CLONE_PARENT`).
+    pub adopted: bool,
+    /// What it is.
+    pub body: Body,
+}
+
+/// What is created.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// A process of the snapshot, by index.
+    Process {
+        /// Index in the snapshot.
+        index: usize,
+        /// By a fork that leaves it its parent's memory, not by exec of its program.
+        forked: bool,
+    },
+    /// A process that ends before the job goes on.
+    Phantom(Phantom),
+}
+
+/// A process that ends before the job goes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Phantom {
+    /// Its name.
+    pub name: Vec<u8>,
+    /// It leads a session.
+    pub leads_session: bool,
+    /// It leads a group.
+    pub leads_group: bool,
+    /// A group that it joins.
+    pub joins: Option<i32>,
+    /// What its parent will be told; without one it is waited for before the job goes on.
+    pub zombie: Option<i32>,
+    /// Whom it creates.
+    pub births: Vec<Birth>,
+}
+
+/// What one process creates.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Births {
+    /// Before it leads a session.
+    pub early: Vec<Birth>,
+    /// After.
+    pub late: Vec<Birth>,
+    /// It adopts the children of phantoms.
+    pub adopts: bool,
+    /// The group that it joins; of those that lead one or stay in that of `restore`, none.
+    pub joins: Option<i32>,
+    /// It is in the group of `restore`, and is not created there.
+    pub joins_ours: bool,
+    /// It was created as a fork of its parent.
+    pub forked: bool,
+}
+
+impl Births {
+    /// Everything that it creates itself.
+    pub fn all(&self) -> impl Iterator<Item = &Birth> {
+        self.early.iter().chain(&self.late)
+    }
+}
+
+/// When in the life of its creator somebody is created.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    Early,
+    Late,
+}
+
+struct Tree<'a> {
+    snapshot: &'a Snapshot,
+    index: HashMap<i32, usize>,
+    births: Vec<Births>,
+    /// The session that each process is born into.
+    born_into: Vec<i32>,
+    /// Phantoms that lead sessions: by id, the creator and the list.
+    phantoms: HashMap<i32, (usize, When)>,
+    obstacles: Vec<Obstacle>,
+}
+
+/// Decides for every process of the snapshot what it creates.
+///
+/// # Errors
+/// What cannot be brought about: sessions and groups that the kernel has no way to make again.
+pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
+    let index = snapshot.processes.iter().enumerate();
+    let mut tree = Tree {
+        snapshot,
+        index: index.map(|(i, p)| (p.pid, i)).collect(),
+        births: vec![Births::default(); snapshot.processes.len()],
+        born_into: Vec::with_capacity(snapshot.processes.len()),
+        phantoms: HashMap::new(),
+        obstacles: Vec::new(),
+    };
+    for (i, process) in snapshot.processes.iter().enumerate() {
+        tree.place(i, process);
+    }
+    for zombie in &snapshot.zombies {
+        tree.place_zombie(zombie);
+    }
+    for (i, process) in snapshot.processes.iter().enumerate() {
+        tree.join_group(i, process);
+    }
+    if tree.obstacles.is_empty() {
+        Ok(tree.births)
+    } else {
+        Err(tree.obstacles)
+    }
+}
+
+impl Tree<'_> {
+    /// Who creates a child of `parent`, and whether by `CLONE_PARENT`.
+    fn creator(&self, parent: i32) -> (usize, bool) {
+        match self.index.get(&parent) {
+            Some(&at) => (at, false),
+            None => (0, true),
+        }
+    }
+
+    fn leads(&self, index: usize) -> bool {
+        let process = &self.snapshot.processes[index];
+        process.session == process.pid
+    }
+
+    /// When `creator` is in that session.
+    fn when(&self, creator: usize, session: i32) -> Option<When> {
+        if self.leads(creator) && session == self.snapshot.processes[creator].pid {
+            return Some(When::Late);
+        }
+        (session == self.born_into[creator]).then_some(if self.leads(creator) {
+            When::Early
+        } else {
+            When::Late
+        })
+    }
+
+    fn list(&mut self, creator: usize, when: When) -> &mut Vec<Birth> {
+        match when {
+            When::Early => &mut self.births[creator].early,
+            When::Late => &mut self.births[creator].late,
+        }
+    }
+
+    fn place(&mut self, index: usize, process: &Process) {
+        if index == 0 {
+            self.born_into.push(if process.session == process.pid {
+                0
+            } else {
+                process.session
+            });
+            return;
+        }
+        let (creator, adopted) = self.creator(process.parent);
+        let body = |forked| Body::Process { index, forked };
+        let birth = |forked| Birth {
+            pid: process.pid,
+            adopted,
+            body: body(forked),
+        };
+        let own = process.session == process.pid;
+        let when = if own {
+            Some(When::Late)
+        } else {
+            self.when(creator, process.session)
+        };
+        let Some(when) = when else {
+            return self.place_by_phantom(index, process);
+        };
+        let forked = process.forked && !adopted;
+        let before = match when {
+            When::Late if self.leads(creator) => self.snapshot.processes[creator].pid,
+            _ => self.born_into[creator],
+        };
+        self.born_into.push(before);
+        self.births[index].forked = forked;
+        self.list(creator, when).push(birth(forked));
+    }
+
+    /// A process whose session no longer has its leader: that one comes back for a while.
+    fn place_by_phantom(&mut self, index: usize, process: &Process) {
+        self.born_into.push(process.session);
+        let session = process.session;
+        let living = self.index.contains_key(&session);
+        let (creator, adopted) = self.creator(process.parent);
+        if living {
+            self.obstacles.push(Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                format!(
+                    "is in the session of process {session} without having been created in it, which \
+                     cannot be brought about again"
+                ),
+            ));
+            return;
+        }
+        let (at, when) = *self
+            .phantoms
+            .entry(session)
+            .or_insert((creator, When::Late));
+        let list = self.list(at, when);
+        if !list.iter().any(|b| b.pid == session) {
+            list.push(Birth {
+                pid: session,
+                adopted,
+                body: Body::Phantom(Phantom {
+                    leads_session: true,
+                    leads_group: true,
+                    ..Phantom::default()
+                }),
+            });
+        }
+        let birth = Birth {
+            pid: process.pid,
+            adopted: false,
+            body: Body::Process {
+                index,
+                forked: false,
+            },
+        };
+        if let Some(Birth {
+            body: Body::Phantom(phantom),
+            ..
+        }) = list.iter_mut().find(|b| b.pid == session)
+        {
+            phantom.births.push(birth);
+        }
+        self.births[at].adopts |= !adopted;
+    }
+
+    fn place_zombie(&mut self, zombie: &Zombie) {
+        let (creator, adopted) = self.creator(zombie.parent);
+        let leads_session = zombie.session == zombie.pid;
+        let phantom = Phantom {
+            name: zombie.name.clone(),
+            leads_session,
+            leads_group: zombie.group == zombie.pid && !leads_session,
+            joins: (zombie.group != zombie.pid).then_some(zombie.group),
+            zombie: Some(zombie.status),
+            births: Vec::new(),
+        };
+        // A leader that others were waiting for to be placed is there already.
+        let when = self.when(creator, zombie.session).unwrap_or(When::Late);
+        let list = self.list(creator, when);
+        if let Some(Birth {
+            body: Body::Phantom(known),
+            ..
+        }) = list.iter_mut().find(|b| b.pid == zombie.pid)
+        {
+            let births = std::mem::take(&mut known.births);
+            *known = Phantom { births, ..phantom };
+            return;
+        }
+        list.push(Birth {
+            pid: zombie.pid,
+            adopted,
+            body: Body::Phantom(phantom),
+        });
+    }
+
+    /// The group of a process: that of a member, of a phantom, or of `restore`.
+    fn join_group(&mut self, index: usize, process: &Process) {
+        let group = process.group;
+        if group == process.pid || process.session == process.pid {
+            return;
+        }
+        let root = &self.snapshot.processes[0];
+        let exists = self.index.contains_key(&group)
+            || self.snapshot.zombies.iter().any(|z| z.pid == group)
+            || self.births.iter().flat_map(Births::all).any(|b| b.pid == group);
+        let ours = !exists && group == root.group && process.session == root.session;
+        if ours {
+            self.births[index].joins_ours = index != 0;
+            return;
+        }
+        self.births[index].joins = Some(group);
+        if exists {
+            return;
+        }
+        let (creator, adopted) = self.creator(process.parent);
+        let (creator, adopted) = if index == 0 { (0, false) } else { (creator, adopted) };
+        let Some(when) = self.when(creator, process.session) else {
+            self.obstacles.push(Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                format!(
+                    "is in the process group {group} without its leader, in a session without its leader, \
+                     which cannot be brought about again"
+                ),
+            ));
+            return;
+        };
+        let phantom = Phantom {
+            leads_group: true,
+            ..Phantom::default()
+        };
+        let birth = Birth {
+            pid: group,
+            adopted,
+            body: Body::Phantom(phantom),
+        };
+        self.list(creator, when).insert(0, birth);
+    }
+}
