@@ -19,7 +19,12 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
 ];
 
 /// What is not supported: the fixture and the words that name the object and the remedy.
-const REFUSED: &[(&str, &[&str])] = &[("aio", &["AIO context", "io_destroy"])];
+const REFUSED: &[(&str, &[&str])] = &[
+    ("aio", &["AIO context", "io_destroy"]),
+    ("tree_files_struct", &["table of descriptors", "CLONE_FILES"]),
+    ("tree_fs_struct", &["working directory", "CLONE_FS"]),
+    ("tree_vm", &["memory", "CLONE_VM"]),
+];
 
 fn exceptions(name: &str) -> &'static [&'static str] {
     let found = EXCEPTIONS.iter().find(|(fixture, _)| *fixture == name);
@@ -144,8 +149,12 @@ matrix! {
     mlockall mmfields nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
     protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
     restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction
-    sigaltstack sigmask signalfd sigpending sleepers stack subreaper thp thpdisable
-    threadname threads threads500 timerfd timers_itimer timers_posix umask vdso xstate;
+    sigaltstack sigmask signalfd sigpending sleepers stack subreaper thp thpdisable threadname
+    threads threads500 timerfd timers_itimer timers_posix tree_cow tree_creds tree_deep
+    tree_exec tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_locks
+    tree_memfd tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session
+    tree_session_gone tree_sharedfd tree_shm tree_sigchld tree_stopped tree_thousand tree_vm
+    tree_wait tree_wide tree_zombie umask vdso xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"
     sigpending_static = "sigpending.static" vdso_static = "vdso.static"

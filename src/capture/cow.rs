@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use ckpt_tracer::mem::{self, ProcessMemory};
+use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::proc::ProcDir;
 
 use super::pages::PAGE;
@@ -73,12 +73,10 @@ impl Comparison<'_> {
         if (0..pages).all(|page| !shared(page)) {
             return Ok(());
         }
+        // Not by process_vm_readv(2): see `Reading::shared`.
         let of = |memory: &ProcessMemory| {
             let mut bytes = vec![0; len as usize];
-            let got = mem::read_vm(memory.pid(), ckpt_tracer::RemoteAddr(at), &mut bytes).unwrap_or(0);
-            if got < bytes.len() {
-                memory.read(ckpt_tracer::RemoteAddr(at), &mut bytes)?;
-            }
+            memory.read(ckpt_tracer::RemoteAddr(at), &mut bytes)?;
             Ok::<_, ckpt_tracer::Error>(bytes)
         };
         let (parent, child) = (of(self.parent)?, of(self.child)?);

@@ -29,7 +29,7 @@ pub mod pages;
 pub mod source;
 
 use cow::Comparison;
-use pages::PageSink;
+use pages::{PageSink, Reading};
 use source::{Collector, Source};
 
 /// What becomes of the job after its checkpoint.
@@ -303,7 +303,7 @@ fn write_pages<W: Write + Send + 'static>(
                 &sources[index].mem,
                 processes[index].memory.space,
                 range.runs.iter().copied(),
-                range.zero_is_default,
+                range.how,
             )?;
         }
     }
@@ -349,7 +349,7 @@ fn leave_to_parent(
 /// Pages of one mapping that go into the image.
 struct StoredRange {
     runs: Vec<(u64, u64)>,
-    zero_is_default: bool,
+    how: Reading,
 }
 
 impl StoredRange {
@@ -379,7 +379,10 @@ fn stored_ranges(vmas: &[Vma], scanner: &PagemapScanner) -> Result<Vec<StoredRan
         if !runs.is_empty() {
             ranges.push(StoredRange {
                 runs,
-                zero_is_default: vma.is_private_anonymous(),
+                how: Reading {
+                    zero_is_default: vma.is_private_anonymous(),
+                    shared: vma.pss < vma.rss,
+                },
             });
         }
     }

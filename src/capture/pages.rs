@@ -17,6 +17,17 @@ use crate::progress::Progress;
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 
+/// How pages of a mapping are read.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading {
+    /// Pages of zeros are left out, since that is what pages are there by default.
+    pub zero_is_default: bool,
+    /// Other processes may have the same pages since a fork. process_vm_readv(2) pins pages, and
+    /// the kernel gives the process copies of its own first (`gup_must_unshare`, mm/internal.h),
+    /// with which the job would grow; reading `/proc/PID/mem` leaves them shared.
+    pub shared: bool,
+}
+
 /// Collects pages into chunks and hands full chunks to the writer.
 pub struct PageSink<'a, W: Write + Send + 'static> {
     writer: &'a mut Writer<W>,
@@ -42,20 +53,16 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         self.stored
     }
 
-    /// Takes ranges of a process's memory. Pages of zeros are left out where `zero_is_default`.
+    /// Takes ranges of a process's memory.
     pub fn memory(
         &mut self,
         mem: &ProcessMemory,
         space: SpaceId,
         ranges: impl IntoIterator<Item = (u64, u64)>,
-        zero_is_default: bool,
+        how: Reading,
     ) -> Result<()> {
-        self.views(
-            mem,
-            space,
-            ranges.into_iter().map(|(s, e)| (s, s, e - s)),
-            zero_is_default,
-        )
+        let views = ranges.into_iter().map(|(s, e)| (s, s, e - s));
+        self.views(mem, space, views, how)
     }
 
     /// Takes memory that shows an object at other offsets than its addresses:
@@ -65,14 +72,14 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         mem: &ProcessMemory,
         space: SpaceId,
         views: impl IntoIterator<Item = (u64, u64, u64)>,
-        zero_is_default: bool,
+        how: Reading,
     ) -> Result<()> {
         let mut batch: Vec<(u64, u64, usize)> = Vec::new();
         let mut room = self.chunk.room();
         for (mut offset, mut address, mut left) in views {
             while left > 0 {
                 if room < PAGE || batch.len() == MAX_PIECES {
-                    self.read_batch(mem, space, &batch, zero_is_default)?;
+                    self.read_batch(mem, space, &batch, how)?;
                     batch.clear();
                     room = self.chunk.room();
                     if room < PAGE {
@@ -86,7 +93,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
                 (offset, address, left) = (offset + piece, address + piece, left - piece);
             }
         }
-        self.read_batch(mem, space, &batch, zero_is_default)
+        self.read_batch(mem, space, &batch, how)
     }
 
     fn read_batch(
@@ -94,7 +101,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         mem: &ProcessMemory,
         space: SpaceId,
         batch: &[(u64, u64, usize)],
-        zero_is_default: bool,
+        how: Reading,
     ) -> Result<()> {
         if batch.is_empty() {
             return Ok(());
@@ -102,7 +109,10 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         let from = self.chunk.data.len();
         let pieces: Vec<(u64, usize)> = batch.iter().map(|&(_, a, len)| (a, len)).collect();
         let total: usize = pieces.iter().map(|(_, len)| len).sum();
-        let mut got = mem::append_vm(mem.pid(), &pieces, &mut self.chunk.data)?;
+        let mut got = match how.shared {
+            true => 0,
+            false => mem::append_vm(mem.pid(), &pieces, &mut self.chunk.data)?,
+        };
         if got < total {
             // PROT_NONE and its like: page protections are overridden by /proc/PID/mem.
             self.chunk.data.resize(from + total, 0);
@@ -118,7 +128,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
             }
         }
         self.progress.advance(total as u64);
-        self.note(space, batch, from, zero_is_default);
+        self.note(space, batch, from, how.zero_is_default);
         Ok(())
     }
 
@@ -179,7 +189,11 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
                 for of_one in views.chunk_by(|a, b| a.0 == b.0) {
                     let mem = ProcessMemory::open(of_one[0].0)?;
                     let views = of_one.iter().map(|v| (v.1, v.2, v.3));
-                    self.views(&mem, space, views, true)?;
+                    let how = Reading {
+                        zero_is_default: true,
+                        shared: false,
+                    };
+                    self.views(&mem, space, views, how)?;
                 }
                 Ok(())
             }

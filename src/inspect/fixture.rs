@@ -67,6 +67,8 @@ pub(crate) fn snapshot() -> Snapshot {
     let process = Process {
         pid: 50,
         parent: 1,
+        forked: false,
+        record_locks: Vec::new(),
         group: 50,
         session: 50,
         stopped: false,
@@ -81,6 +83,7 @@ pub(crate) fn snapshot() -> Snapshot {
                 mapping(MEMORY, 3, Backing::Anonymous),
                 mapping(MEMORY + 3 * 4096, 1, Backing::Anonymous),
             ],
+            inherited: Vec::new(),
             lock_future: 0,
             thp_disabled: false,
             dumpable: 1,
@@ -121,6 +124,7 @@ pub(crate) fn snapshot() -> Snapshot {
         owner: None,
     };
     Snapshot {
+        zombies: Vec::new(),
         host: Host {
             kernel: String::new(),
             name: String::new(),

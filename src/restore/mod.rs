@@ -148,8 +148,22 @@ fn adopt_orphans() {
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
 }
 
-/// Ids of the job that somebody else has.
+/// Ids of the job that somebody else has. Those of processes that have just been killed are free
+/// when their parent has taken note, so that is waited for.
 fn pids_taken(job: &Job<'_>) -> Vec<Obstacle> {
+    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
+    let begun = std::time::Instant::now();
+    loop {
+        let taken = ids_taken(job);
+        let ended = |id: &i32| read_status(Tid(*id)).is_ok_and(|s| s.state.has_ended());
+        if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
+            return taken.into_iter().map(pid_taken).collect();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+fn ids_taken(job: &Job<'_>) -> Vec<i32> {
     let snapshot = job.snapshot;
     let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
     let tids = tids.map(|t| t.tid);
@@ -158,10 +172,8 @@ fn pids_taken(job: &Job<'_>) -> Vec<Obstacle> {
     let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
     ids.sort_unstable();
     ids.dedup();
-    let taken = ids
-        .into_iter()
-        .filter(|id| Path::new(&format!("/proc/{id}")).exists());
-    taken.map(pid_taken).collect()
+    ids.retain(|id| Path::new(&format!("/proc/{id}")).exists());
+    ids
 }
 
 fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {

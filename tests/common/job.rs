@@ -97,6 +97,22 @@ impl Job {
         self.reaped = true;
     }
 
+    /// Its children, their children, and so on; zombies too.
+    pub fn descendants(&self) -> Vec<i32> {
+        let mut found = vec![self.pid];
+        let mut next = 0;
+        while let Some(pid) = found.get(next).copied() {
+            next += 1;
+            let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+            for task in tasks.into_iter().flatten().flatten() {
+                let children = std::fs::read_to_string(task.path().join("children"));
+                let children = children.unwrap_or_default();
+                found.extend(children.split_whitespace().flat_map(str::parse::<i32>));
+            }
+        }
+        found.split_off(1)
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> Ended {
         let what = format!("the end of {}", self.pid);
@@ -112,6 +128,19 @@ impl Job {
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         let what = format!("the end of {} after SIGKILL", self.pid);
         until(&what, || self.ended())
+    }
+}
+
+/// Waits for processes that have become ours when their parents ended.
+pub fn reap_orphans(pids: &[i32]) {
+    for &pid in pids {
+        until(&format!("the end of {pid}, a descendant"), || {
+            match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => None,
+                // Waited for by its own parent, before that one ended.
+                _ => (!Path::new(&format!("/proc/{pid}")).exists()).then_some(()),
+            }
+        });
     }
 }
 
