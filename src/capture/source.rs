@@ -76,6 +76,9 @@ pub struct Collector {
     pub contents: Vec<(SpaceId, Contents)>,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
+    /// The job is frozen. While it runs, contents that are just being changed are no obstacle and
+    /// need not be read.
+    pub frozen: bool,
     files_by_key: HashMap<(PathBuf, u64), usize>,
     spaces: u32,
 }

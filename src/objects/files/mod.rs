@@ -166,7 +166,7 @@ fn kind(
             "close it before the checkpoint",
         )),
         (FdLink::Memfd(name), _) => memfd::capture(source, look, name, collector).map(Kind::MemFd),
-        (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes)?),
+        (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes, collector.frozen)?),
         (FdLink::Socket(_), _) if look.fd <= 2 => {
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }

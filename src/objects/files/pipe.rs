@@ -61,7 +61,12 @@ impl Ends {
 }
 
 /// Captures one end; what is in the pipe is copied without being consumed.
-pub fn capture(source: &Source, look: &Look, ends: &Ends) -> Result<Kind, Box<Obstacle>> {
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    ends: &Ends,
+    frozen: bool,
+) -> Result<Kind, Box<Obstacle>> {
     let FdLink::Pipe(inode) = look.link else {
         return Ok(outside::capture(look, outside::Surroundings::Pipe));
     };
@@ -70,7 +75,7 @@ pub fn capture(source: &Source, look: &Look, ends: &Ends) -> Result<Kind, Box<Ob
     }
     let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
     let mut unread = Vec::new();
-    if look.access() != libc::O_WRONLY {
+    if frozen && look.access() != libc::O_WRONLY {
         unread = contents(look, capacity).map_err(|errno| {
             Box::new(Obstacle::without_remedy(
                 look.object(source),
