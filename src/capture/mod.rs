@@ -226,10 +226,8 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
             }
         }
     }
-    let mut collector = Collector {
-        frozen: true,
-        ..Collector::default()
-    };
+    let mut collector = Collector::default();
+    collector.frozen = true;
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
