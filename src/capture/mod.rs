@@ -234,11 +234,21 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
+    let stopped: Vec<(Pid, i32)> = job
+        .processes
+        .iter()
+        .zip(sources)
+        .filter(|(frozen, _)| frozen.stopped_by().is_some())
+        .map(|(_, source)| (source.status.ppid, source.pid.raw()))
+        .collect();
     let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
     let mut memory = Vec::with_capacity(sources.len());
     for ((frozen, source), outside) in job.processes.iter_mut().zip(sources).zip(outside) {
         let space = collector.new_space();
-        let (mut process, vmas, scanner) = process::capture(frozen, source, outside, space)?;
+        let children = stopped.iter().filter(|(parent, _)| *parent == source.pid);
+        let children: Vec<i32> = children.map(|(_, child)| *child).collect();
+        let (mut process, vmas, scanner) =
+            process::capture(frozen, source, outside, space, &children)?;
         process.forked = processes
             .iter()
             .find(|p| p.pid == process.parent)

@@ -71,7 +71,8 @@ pub(crate) fn snapshot() -> Snapshot {
         record_locks: Vec::new(),
         group: 50,
         session: 50,
-        stopped: false,
+        stopped: None,
+        untold_stops: Vec::new(),
         command_line: b"program\0argument\0".to_vec(),
         memory: AddressSpace {
             space: SpaceId(1),

@@ -37,8 +37,10 @@ pub struct Process {
     pub group: i32,
     /// Session.
     pub session: i32,
-    /// It was stopped (by a signal) when the checkpoint began.
-    pub stopped: bool,
+    /// The signal that had stopped it when the checkpoint began, if one had.
+    pub stopped: Option<i32>,
+    /// Children that are stopped and whose stop it has not been told by wait(2) yet.
+    pub untold_stops: Vec<i32>,
     /// Command line, `\0` after each argument.
     #[serde(with = "serde_bytes")]
     pub command_line: Vec<u8>,
@@ -199,6 +201,7 @@ pub fn capture(
     source: &Source,
     outside: FromOutside,
     space: SpaceId,
+    stopped_children: &[i32],
 ) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
     let FromOutside {
         vmas,
@@ -209,7 +212,7 @@ pub fn capture(
     } = outside;
     let dir = source.dir.clone();
     let pid = source.pid;
-    let stopped = frozen.tasks().iter().any(|t| t.stopped_by_signal());
+    let stopped = frozen.stopped_by();
     let pending = frozen
         .tasks()
         .first()
@@ -226,7 +229,7 @@ pub fn capture(
         )
     });
     let scratch = RemoteAddr(scratch.map_err(crate::Error::refuse)?);
-    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(stopped);
+    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(stopped.is_some());
     let (leader, others) = frozen
         .tasks_mut()
         .split_first_mut()
@@ -240,6 +243,7 @@ pub fn capture(
     calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
     let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
     let lock_future = lock_future(&mut calls, &vmas)?;
+    let untold_stops = untold_stops(&mut calls, stopped_children)?;
     let mut threads = vec![thread::capture(&mut calls, source)?];
     for task in others {
         calls = calls.hand_over(task)?;
@@ -263,6 +267,7 @@ pub fn capture(
         group: source.stat.pgrp,
         session: source.stat.session,
         stopped,
+        untold_stops,
         command_line: dir.read("cmdline")?,
         memory: AddressSpace {
             space,
@@ -297,6 +302,25 @@ pub fn capture(
 
 /// `PR_GET_CHILD_SUBREAPER`.
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
+
+/// Which of its stopped children wait(2) would still tell the process about: asked without taking
+/// it (`WNOWAIT`).
+fn untold_stops(calls: &mut RemoteCalls<'_>, stopped: &[i32]) -> Result<Vec<i32>> {
+    const OPTIONS: i32 = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT;
+    /// `si_pid` in `siginfo_t`.
+    const SI_PID: u64 = 16;
+    let mut untold = Vec::new();
+    let info = calls.scratch().raw();
+    for &child in stopped {
+        calls.write_scratch(0, &[0; 128])?;
+        let args = [libc::P_PID.into(), child as u64, info, OPTIONS as u64, 0, 0];
+        calls.call("waitid", libc::SYS_waitid, args)?;
+        if i32::from_le_bytes(calls.read_scratch(SI_PID)?) == child {
+            untold.push(child);
+        }
+    }
+    Ok(untold)
+}
 
 /// What `mlockall` has asked for mappings to come: nothing tells, but a new mapping shows it,
 /// and the scratch memory is one. Asked only where something is locked at all.

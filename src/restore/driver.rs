@@ -16,6 +16,7 @@ use super::fill::Pages;
 use super::plan::{Plan, Stage};
 use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
+use super::stop;
 use crate::error::{Error, Result};
 use crate::objects::memory::SharedAt;
 use crate::objects::process::Process;
@@ -75,13 +76,14 @@ pub fn rebuild(
     }
     let mut warnings = Vec::new();
     let mut complete = Vec::with_capacity(lives.len());
-    for live in lives {
+    // Children before their parents, who may have to take note of their stops.
+    for live in lives.into_iter().rev() {
         warnings.extend(warnings_of(&live.planned.plan, &live.mem)?);
         complete.push(live.complete(job)?);
     }
     warnings.sort();
     warnings.dedup();
-    release(complete, job)?;
+    release(complete)?;
     Ok(warnings)
 }
 
@@ -200,9 +202,14 @@ fn end(task: Stopped) -> Result<()> {
 /// When a process creates no more processes.
 const TAKEN_OVER: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
 
+/// The signal that is to stop a process before it runs.
+fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
+    let wished = job.request.stopped.then_some(libc::SIGSTOP);
+    process.stopped.or(wished)
+}
+
 /// A process whose tasks have their registers.
 struct Complete {
-    index: usize,
     tasks: Vec<Stopped>,
 }
 
@@ -227,13 +234,15 @@ impl Live {
         self.others = take_over(process)?;
         // One cave for all that is left to be done inside: a map of very many threads is long.
         let cave = Cave::dig(&self.mem, &read_maps(pid)?)?;
+        let place = self.planned.plan.stack;
+        take_note_of_stops(&mut self.leader, &self.mem, place, process, job, &cave)?;
         remove_restorer(&mut self.leader, process, &self.planned.plan, &self.mem, &cave)?;
-        let tasks = set_states(self.leader, self.others, process, &cave)?;
+        let mut tasks = set_states(self.leader, self.others, process, &cave)?;
         cave.fill_in()?;
-        Ok(Complete {
-            index: self.index,
-            tasks,
-        })
+        if let Some(signal) = stop_signal(process, job) {
+            stop::by_signal(&mut tasks, process, signal)?;
+        }
+        Ok(Complete { tasks })
     }
 }
 
@@ -403,6 +412,50 @@ fn take_over(process: &Process) -> Result<Vec<Stopped>> {
     Ok(stopped)
 }
 
+/// A process's children that are stopped have just told it so: what the process was told in its former life it
+/// is not told again, and no SIGCHLD is left that was not there.
+fn take_note_of_stops(
+    leader: &mut Stopped,
+    mem: &ProcessMemory,
+    place: u64,
+    process: &Process,
+    job: &Job<'_>,
+    cave: &Cave<'_>,
+) -> Result<()> {
+    let children = job.snapshot.processes.iter().filter(|p| {
+        p.parent == process.pid && p.pid != process.pid && stop_signal(p, job).is_some()
+    });
+    let children: Vec<i32> = children.map(|p| p.pid).collect();
+    if children.is_empty() {
+        return Ok(());
+    }
+    let at = RemoteAddr(place);
+    let sigchld = 1u64 << (libc::SIGCHLD - 1);
+    mem.write(at, &[sigchld, 0, 0].map(u64::to_le_bytes).concat())?;
+    if process.threads[0].seccomp.mode == 2 {
+        suspend_seccomp(leader)?;
+    }
+    let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
+    for child in children {
+        if !process.untold_stops.contains(&child) {
+            let how = (libc::WUNTRACED | libc::WNOHANG) as u64;
+            let args = [child as u64, 0, how, 0, 0, 0];
+            calls.call("wait4", libc::SYS_wait4, args)?;
+        }
+    }
+    let waits = |p: &crate::objects::signals::Pending| p.signal() == libc::SIGCHLD;
+    if !process.pending.iter().any(waits) {
+        let args = [at.raw(), 0, at.raw() + 8, 8, 0, 0];
+        match calls.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
+            Ok(_) => {}
+            Err(ckpt_tracer::Error::Remote { errno: Errno::EAGAIN, .. }) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    calls.finish()?;
+    Ok(())
+}
+
 /// Unmaps the restorer. Traps are over, so SIGTRAP's own action is set here.
 fn remove_restorer(
     leader: &mut Stopped,
@@ -458,17 +511,8 @@ fn set_states(
 
 /// Lets all go, of each process the leader last: until then the loss of the tracer kills the
 /// whole process, which is then not there at all.
-fn release(complete: Vec<Complete>, job: &Job<'_>) -> Result<()> {
+fn release(complete: Vec<Complete>) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
-    for Complete { index, .. } in &complete {
-        let process = &job.snapshot.processes[*index];
-        if process.stopped || job.request.stopped {
-            // Taken by the first task that runs, which stops them all.
-            let pid = nix::unistd::Pid::from_raw(process.pid);
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)
-                .map_err(|e| Error::Restore(format!("cannot stop process {pid}: {}", e.desc())))?;
-        }
-    }
     for task in complete.iter().flat_map(|c| &c.tasks) {
         task.set_options(0)?;
     }

@@ -28,6 +28,7 @@ pub mod fill;
 pub mod plan;
 pub mod planner;
 pub mod spawn;
+pub mod stop;
 pub mod terminal;
 
 /// What to do with files that are not as they were at the checkpoint.

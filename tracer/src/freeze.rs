@@ -123,6 +123,15 @@ impl Frozen {
         &mut self.tasks
     }
 
+    /// The signal that had stopped the process before we did, if one had.
+    pub fn stopped_by(&self) -> Option<i32> {
+        let mut stops = self.tasks.iter().map(Stopped::stop);
+        stops.find_map(|stop| match stop {
+            Stop::Event(signal) if signal != libc::SIGTRAP => Some(signal),
+            _ => None,
+        })
+    }
+
     /// Lets every task go on. A task that died meanwhile is no error.
     pub fn thaw(mut self) -> Result<()> {
         self.release(0)
