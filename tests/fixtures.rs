@@ -4,6 +4,7 @@
 mod common;
 
 use common::look::{self, assert_let_go};
+use common::refused::attach_is_refused;
 use common::tool::{ckpt, leftovers};
 use common::{Case, Looks, attach, fixture, isolated, isolated_as_user, restored};
 use std::os::unix::fs::MetadataExt;
@@ -26,25 +27,10 @@ fn exceptions(name: &str) -> &'static [&'static str] {
     found.map_or(&[], |(_, names)| names)
 }
 
-/// A checkpoint that is refused, after which it goes on as if nothing had been.
-fn is_refused(case: &Case, name: &str, words: &[&str]) {
-    let fixture = fixture(case, name);
-    let before = Looks::at(fixture.pid());
-    ckpt(
-        case,
-        ["attach", &fixture.pid().to_string(), "-o", "job.ckpt"],
-    )
-    .refused(1, words);
-    assert_let_go(fixture.pid());
-    before.assert_same(fixture.pid(), &[]);
-    assert!(leftovers(case.dir()).is_empty());
-    fixture.passes();
-}
-
 /// A checkpoint, after which it goes on as if nothing had been.
 fn goes_on(case: &Case, name: &str) {
     if let Some((_, words)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
-        return is_refused(case, name, words);
+        return attach_is_refused(case, fixture(case, name), words);
     }
     let fixture = fixture(case, name);
     let before = Looks::at(fixture.pid());
@@ -61,7 +47,7 @@ fn goes_on(case: &Case, name: &str) {
 /// A checkpoint, then death, then a new life; `times` times.
 fn lives_again(case: &Case, name: &str, times: usize) {
     if let Some((_, words)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
-        return is_refused(case, name, words);
+        return attach_is_refused(case, fixture(case, name), words);
     }
     let mut fixture = fixture(case, name);
     let before = Looks::at(fixture.pid());
@@ -141,10 +127,10 @@ matrix! {
     epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup fd_grown
     fd_hardlink fd_opath fd_regular file_deleted file_private file_shared flock_self fsgs
     growsdown guard hugetlb inhandler inotify limits madvflags maps membarrier memfd mlock
-    mlockall mmfields nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
+    mlockall mmfields mseal nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
     protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
     restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction
-    sigaltstack sigmask signalfd sigpending sleepers stack subreaper thp thpdisable
+    sigaltstack sigmask signalfd sigpending sleepers stack stopped subreaper thp thpdisable
     threadname threads threads500 timerfd timers_itimer timers_posix umask vdso xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"
