@@ -17,6 +17,8 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
     ("fd_deleted", &["fd 5"]),
     // Its name is gone and another one leads to it: it is opened by that one.
     ("fd_hardlink", &["fd 3"]),
+    // Likewise.
+    ("fifo", &["fd 11", "fd 12"]),
 ];
 
 /// What is not supported: the fixture and the words that name the object and the remedy.
@@ -125,7 +127,7 @@ fn as_user(case: &Case, name: &str) {
 matrix! {
     aio anon_private anon_shared anonname bigsparse brk cleartid counter creds cwd dumpable
     epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup fd_grown
-    fd_hardlink fd_opath fd_regular file_deleted file_private file_shared flock_self fsgs
+    fd_hardlink fd_opath fd_regular fifo file_deleted file_private file_shared flock_self fsgs
     growsdown guard hugetlb inhandler inotify limits madvflags maps membarrier memfd mlock
     mlockall mmfields mseal nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
     protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep

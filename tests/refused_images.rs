@@ -238,32 +238,61 @@ fn open_file_grown() {
     });
 }
 
-/// A pipe outside of the job as fd 3; its other end is read by `cat`.
+/// A pipe or FIFO outside of the job as fd 3; the script makes it, and `$0 $1` of it is the program.
+fn to_the_outside(case: &Case, script: &str, name: &str) {
+    let dir = case.path("run");
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", script])
+        .arg(common::odd::build(case))
+        .arg(&dir)
+        .current_dir(case.dir());
+    let shell = start(&mut shell, &case.path("shell.log"));
+    let pid = until("the program", || fs::read_to_string(dir.join("ready")).ok());
+    let pid: i32 = pid.trim().parse().expect("it is a pid");
+    let (image, _) = common::attach(case, pid, "job.ckpt", &["--kill"]);
+    assert!(matches!(shell.wait(), Ended::Exited(_)));
+    restore_is_refused(case, &image, &["fd 3", name, "outside", "--fd 3=PATH"]);
+    let given = case.path("given");
+    File::create(&given).expect("the test's directory is writable");
+    let job = restored(case, &image, &["--fd", &format!("3={}", given.display())]);
+    fs::write(dir.join("go"), "").expect("the test's directory is writable");
+    assert_eq!(job.wait(), Ended::Exited(0));
+    assert_eq!(fs::read_to_string(&given).expect("it is there"), "hello\n");
+}
+
 #[test]
 fn pipe_to_the_outside() {
     isolated("pipe_to_the_outside", |case| {
-        let dir = case.path("run");
-        fs::create_dir(&dir).expect("the test's directory is writable");
-        let script = "ODD=fd3 exec $0 $1 3>&1 >>odd.log";
-        let script = format!("({script}) | cat >before");
-        let mut shell = Command::new("sh");
-        shell
-            .args(["-c", &script])
-            .arg(common::odd::build(case))
-            .arg(&dir)
-            .current_dir(case.dir());
-        let pipeline = start(&mut shell, &case.path("shell.log"));
-        let pid = until("the program", || fs::read_to_string(dir.join("ready")).ok());
-        let pid: i32 = pid.trim().parse().expect("it is a pid");
-        let (image, _) = common::attach(case, pid, "job.ckpt", &["--kill"]);
-        assert!(matches!(pipeline.wait(), Ended::Exited(_)));
-        restore_is_refused(case, &image, &["fd 3", "pipe", "outside", "--fd 3=PATH"]);
-        let given = case.path("given");
-        File::create(&given).expect("the test's directory is writable");
-        let job = restored(case, &image, &["--fd", &format!("3={}", given.display())]);
-        fs::write(dir.join("go"), "").expect("the test's directory is writable");
-        assert_eq!(job.wait(), Ended::Exited(0));
-        assert_eq!(fs::read_to_string(&given).expect("it is there"), "hello\n");
+        let script = "(ODD=fd3 exec $0 $1 3>&1 >>odd.log) | cat >before";
+        to_the_outside(case, script, "pipe");
+    });
+}
+
+#[test]
+fn fifo_to_the_outside() {
+    isolated("fifo_to_the_outside", |case| {
+        let script = "mkfifo fifo; cat fifo >before & ODD=fd3 $0 $1 3>fifo >>odd.log; wait";
+        to_the_outside(case, script, "/fifo");
+    });
+}
+
+#[test]
+fn fifo_missing() {
+    isolated("fifo_missing", |case| {
+        let (mut target, image) = killed(case, "fifo");
+        let fifo = target.path("lonely");
+        fs::remove_file(&fifo).expect("it is ours");
+        let name = fifo.display().to_string();
+        let remedy = format!("mkfifo {name}");
+        restore_is_refused(case, &image, &[&name, "No such file", &remedy]);
+        fs::write(&fifo, "").expect("the test's directory is writable");
+        restore_is_refused(case, &image, &[&name, "something else", &remedy]);
+        fs::remove_file(&fifo).expect("it is ours");
+        run(case, Command::new("mkfifo").arg(&fifo)).ok();
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
     });
 }
 

@@ -14,7 +14,7 @@ pub struct FdView {
     pub pid: i32,
     /// Its number.
     pub fd: i32,
-    /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
+    /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
     /// `memfd`, `inotify`, `outside` (a terminal, or a pipe or socket whose far end is
     /// outside the job) or `unknown`.
     pub kind: &'static str,
@@ -76,6 +76,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Regular(_) => "regular",
         Kind::Device(_) => "device",
         Kind::Pipe(_) => "pipe",
+        Kind::Fifo(_) => "fifo",
         Kind::EventFd(_) => "eventfd",
         Kind::SignalFd(_) => "signalfd",
         Kind::TimerFd(_) => "timerfd",
@@ -94,6 +95,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Regular(file) => file.path.to_string_lossy().into_owned(),
         Kind::Device(device) => device.path.to_string_lossy().into_owned(),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
+        Kind::Fifo(fifo) => fifo.path.to_string_lossy().into_owned(),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),

@@ -17,6 +17,7 @@ use crate::restore::plan::{Builder, Inherited};
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
+pub mod fifo;
 pub mod inotify;
 pub mod memfd;
 pub mod outside;
@@ -70,6 +71,8 @@ pub enum Kind {
     Device(device::Device),
     /// One end of a pipe that is wholly inside the job.
     Pipe(pipe::PipeEnd),
+    /// One end of a FIFO that nobody outside the job has open.
+    Fifo(fifo::FifoEnd),
     /// eventfd(2).
     EventFd(eventfd::EventFd),
     /// signalfd(2).
@@ -320,7 +323,7 @@ fn kind(
                 Ok(outside::capture(look, outside::Surroundings::Terminal))
             }
             libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
-            libc::S_IFIFO => Ok(outside::capture(look, outside::Surroundings::Pipe)),
+            libc::S_IFIFO => fifo::capture(source, look, path, *deleted, pipes),
             libc::S_IFBLK => Err(unsupported(
                 "a block device",
                 "close it before the checkpoint",
@@ -413,6 +416,11 @@ pub fn open_descriptions(
             Kind::Device(d) => d.rebuild(reopen_flags(flags), at, plan),
             // Made with the first of its ends.
             Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, staging, plan),
+            Kind::Fifo(f) => {
+                if let Err(o) = fifo::rebuild(f, index, snapshot, request, staging, plan) {
+                    obstacles.push(*o);
+                }
+            }
             Kind::EventFd(e) => e.rebuild(flags, at, plan),
             Kind::SignalFd(s) => s.rebuild(flags, at, plan),
             Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
@@ -609,6 +617,7 @@ impl Kind {
             Kind::Regular(r) => r.path.display().to_string(),
             Kind::Device(d) => d.path.display().to_string(),
             Kind::Pipe(p) => format!("pipe:[{}]", p.inode),
+            Kind::Fifo(f) => f.path.display().to_string(),
             Kind::EventFd(_) => "eventfd".into(),
             Kind::SignalFd(_) => "signalfd".into(),
             Kind::TimerFd(_) => "timerfd".into(),

@@ -151,7 +151,7 @@ fn readable(source: &Source, look: &Look) -> std::io::Result<File> {
 
 /// Looks for another name of a file that was unlinked under the one it was opened by, among
 /// its former neighbours.
-fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
+pub(super) fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
     let meta = file.metadata().ok()?;
     if meta.nlink() == 0 {
         return None;

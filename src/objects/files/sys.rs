@@ -51,6 +51,16 @@ pub fn unread(fd: &OwnedFd) -> usize {
     if r == 0 { n.max(0) as usize } else { 0 }
 }
 
+/// access(2) for creating names in a directory.
+pub fn may_write(directory: &std::path::Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let Ok(path) = std::ffi::CString::new(directory.as_os_str().as_bytes()) else {
+        return false;
+    };
+    // SAFETY: `path` is a C string.
+    unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) == 0 }
+}
+
 /// poll(2) without waiting: the events that hold now.
 pub fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
     let mut p = libc::pollfd {
