@@ -129,7 +129,7 @@ matrix! {
     epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup fd_grown
     fd_hardlink fd_opath fd_regular fifo file_deleted file_private file_shared flock_self fsgs
     growsdown guard hugetlb inhandler inotify limits madvflags maps membarrier memfd mlock
-    mlockall mmfields mseal nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
+    mlockall mmfields mseal nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pkey
     protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
     restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction
     sigaltstack sigmask signalfd sigpending sleepers stack stopped subreaper thp thpdisable

@@ -15,7 +15,7 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `outside` (a terminal, or a pipe or socket whose far end is
+    /// `memfd`, `inotify`, `pidfd`, `outside` (a terminal, or a pipe or socket whose far end is
     /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
@@ -83,6 +83,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
+        Kind::PidFd(_) => "pidfd",
         Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
@@ -101,6 +102,10 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
         Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),
+        Kind::PidFd(pidfd) => match pidfd.task {
+            Some(task) => format!("pidfd:{task}"),
+            None => "pidfd of an ended process".into(),
+        },
         other => kind_name(other).into(),
     }
 }

@@ -48,6 +48,8 @@ pub enum Inherited {
     DeletedFile(usize),
     /// A nameless file with the contents of a mapped file; writable or not.
     MappedFile(usize, bool),
+    /// A pidfd of a process that has ended, by description.
+    EndedProcess(usize),
     /// One of our own descriptors, for something outside the job.
     Own(i32),
     /// A file named by `--fd N=PATH`.

@@ -5,7 +5,8 @@ use std::os::fd::OwnedFd;
 
 use ckpt_tracer::proc::fdinfo::{self, FdDetail, FdInfo};
 use ckpt_tracer::proc::fdlink::{self, FdLink};
-use ckpt_tracer::{Error, kcmp};
+use ckpt_tracer::proc::tasks::list_tasks;
+use ckpt_tracer::{Error, Tid, kcmp};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,7 @@ pub mod fifo;
 pub mod inotify;
 pub mod memfd;
 pub mod outside;
+pub mod pidfd;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
@@ -85,6 +87,8 @@ pub enum Kind {
     MemFd(memfd::MemFd),
     /// inotify(7).
     Inotify(inotify::Inotify),
+    /// pidfd_open(2).
+    PidFd(pidfd::PidFd),
     /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
     /// with its other end outside.
     Outside(outside::Outside),
@@ -333,7 +337,11 @@ fn kind(
                 "close it before the checkpoint",
             )),
         },
-        (FdLink::PidFd, _) => Err(unsupported("a pidfd", "close it before the checkpoint")),
+        (FdLink::PidFd, _) => {
+            let tasks = list_tasks(source.pid).unwrap_or_default();
+            let is_ours = |task| tasks.contains(&Tid(task));
+            pidfd::capture(source, look, is_ours).map(Kind::PidFd)
+        }
         (FdLink::Namespace(..) | FdLink::Other(_), _) => Err(unsupported(
             "a file of an unknown kind",
             "close it before the checkpoint",
@@ -430,6 +438,7 @@ pub fn open_descriptions(
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -497,7 +506,7 @@ pub fn finish(
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
-            set.rebuild_entries(at, staging, plan);
+            set.rebuild_entries(at, staging, |d| pidfd::is_late(d, snapshot), plan);
         }
         rebuild_status(description, at, plan);
         match &description.kind {
@@ -624,6 +633,7 @@ impl Kind {
             Kind::Epoll(_) => "epoll".into(),
             Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
+            Kind::PidFd(_) => "pidfd".into(),
             Kind::Outside(o) => o.name.clone(),
         }
     }
