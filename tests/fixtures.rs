@@ -18,6 +18,7 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
     // Its name is gone and another one leads to it: it is opened by that one.
     ("fd_hardlink", &["fd 3"]),
     // Likewise.
+    ("fd_tmpfile", &["fd 3", "fd 4"]),
     ("fifo", &["fd 11", "fd 12"]),
 ];
 
@@ -127,8 +128,8 @@ fn as_user(case: &Case, name: &str) {
 matrix! {
     aio anon_private anon_shared anonname bigsparse brk cleartid counter creds cwd dumpable
     epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup fd_grown
-    fd_hardlink fd_opath fd_regular fifo file_deleted file_private file_shared flock_self fsgs
-    growsdown guard hugetlb inhandler inotify limits madvflags maps membarrier memfd mlock
+    fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private file_shared flock_self fsgs
+    growsdown guard hugetlb inhandler inotify lease limits madvflags maps membarrier memfd mlock
     mlockall mmfields mseal nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pkey
     protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
     restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction

@@ -124,6 +124,7 @@ fn build(
     }
     plan_ref.stage(Stage::Threads);
     files::pidfd::rebuild_late(0, snapshot, plan_ref);
+    files::regular::rebuild_leases(0, snapshot, plan_ref);
     files::rebuild_owners(process, snapshot, plan_ref);
     if let Err(o) = timers::create_posix(&process.posix_timers, plan_ref) {
         obstacles.push(o);

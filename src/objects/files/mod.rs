@@ -396,7 +396,9 @@ impl Staging {
 /// Flags that open(2) takes again; creation flags do not belong to an open description.
 fn reopen_flags(flags: u32) -> u32 {
     let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
-    let tmpfile = libc::O_TMPFILE & !libc::O_DIRECTORY;
+    // O_TMPFILE has the bit of O_DIRECTORY in it.
+    let tmpfile = flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE;
+    let tmpfile = if tmpfile { libc::O_TMPFILE } else { 0 };
     (flags & !(not | tmpfile) as u32) | libc::O_NOCTTY as u32
 }
 

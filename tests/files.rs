@@ -1,0 +1,190 @@
+//! Open files on file systems that tests do not run on by themselves, and files whose names nobody
+//! finds.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use common::fixture::start_in;
+use common::look::assert_let_go;
+use common::refused::attach_is_refused;
+use common::{Case, attach, fixture, isolated, restored, run};
+
+/// A tmpfs in the test's directory; without permission the test is skipped.
+fn tmpfs(case: &Case, name: &str) {
+    let place = case.path(name);
+    fs::create_dir(&place).expect("the test's directory is writable");
+    let mut mount = Command::new("mount");
+    let out = run(case, mount.args(["-t", "tmpfs", "tmpfs"]).arg(&place));
+    if out.code() != 0 {
+        let why = out.stderr.trim();
+        case.skip(&format!("permission to mount a tmpfs ({why})"));
+    }
+}
+
+/// The fixture with its files on a tmpfs: a checkpoint, then three lives.
+fn on_tmpfs(name: &str) {
+    isolated(&format!("{name}_on_tmpfs"), |case| {
+        tmpfs(case, "tmpfs");
+        let command = Command::new(case.fixtures().join(name));
+        let mut target = start_in(case, name, "tmpfs/run", command);
+        attach(case, target.pid(), "job.ckpt", &[]);
+        assert_let_go(target.pid());
+        for _ in 0..3 {
+            let image = target.killed_into(case, "job.ckpt");
+            target.continued_by(restored(case, &image, &[]));
+            assert_let_go(target.pid());
+        }
+        target.passes();
+    });
+}
+
+#[test]
+fn fd_dir_on_tmpfs() {
+    on_tmpfs("fd_dir");
+}
+
+#[test]
+fn fd_deleted_on_tmpfs() {
+    on_tmpfs("fd_deleted");
+}
+
+#[test]
+fn fd_tmpfile_on_tmpfs() {
+    on_tmpfs("fd_tmpfile");
+}
+
+#[test]
+fn fifo_on_tmpfs() {
+    on_tmpfs("fifo");
+}
+
+#[test]
+fn inotify_on_tmpfs() {
+    on_tmpfs("inotify");
+}
+
+#[test]
+fn lease_on_tmpfs() {
+    on_tmpfs("lease");
+}
+
+/// A file with a name that is nowhere near the one by which it was opened: not taken for a nameless
+/// one, since what is written to a copy would never be seen under the name.
+#[test]
+fn name_that_is_not_found() {
+    isolated("name_that_is_not_found", |case| {
+        let target = fixture(case, "fd_tmpfile");
+        let (from, to) = (target.path("below/deeper"), case.path("elsewhere"));
+        fs::rename(&from, &to).expect("it is ours");
+        let pid = target.pid().to_string();
+        let out = common::ckpt(case, ["check", &pid]);
+        assert_eq!(out.code(), 1);
+        assert!(out.stdout.contains("was not found"), "{out:?}");
+        assert!(!Path::new(&from).exists());
+        fs::rename(&to, &from).expect("it is ours");
+        attach(case, target.pid(), "job.ckpt", &[]);
+        target.passes();
+    });
+}
+
+/// A lease that somebody waits to be given up.
+#[test]
+fn lease_that_is_broken() {
+    isolated("lease_that_is_broken", |case| {
+        let file = case.path("leased");
+        fs::write(&file, "").expect("the test's directory is writable");
+        let target = common::odd(case, "breaking", Some(&file));
+        attach_is_refused(case, target, &["fd 3", "lease", "try again"]);
+    });
+}
+
+/// A descriptor that is refused by this word for its kind.
+fn is_refused(case: &Case, situation: &str, words: &[&str]) {
+    attach_is_refused(case, common::odd(case, situation, None), words);
+}
+
+/// Reading the events would take them from the program.
+#[test]
+fn inotify_with_unread_events() {
+    isolated("inotify_with_unread_events", |case| {
+        is_refused(
+            case,
+            "inotify",
+            &["fd 3", "inotify", "not read", "try again"],
+        );
+    });
+}
+
+#[test]
+fn fanotify() {
+    isolated("fanotify", |case| {
+        is_refused(
+            case,
+            "fanotify",
+            &["fd 3", "fanotify", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn userfaultfd() {
+    isolated("userfaultfd", |case| {
+        is_refused(
+            case,
+            "userfaultfd",
+            &["fd 3", "userfaultfd", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn perf_event() {
+    isolated("perf_event", |case| {
+        is_refused(
+            case,
+            "perf",
+            &["fd 3", "perf_event", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn bpf_map() {
+    isolated("bpf_map", |case| {
+        is_refused(
+            case,
+            "bpf",
+            &["fd 3", "bpf-map", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn namespace() {
+    isolated("namespace", |case| {
+        is_refused(
+            case,
+            "namespace",
+            &["fd 3", "uts:[", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn pidfd_of_a_stranger() {
+    isolated("pidfd_of_a_stranger", |case| {
+        is_refused(
+            case,
+            "stranger",
+            &[
+                "fd 3",
+                "pidfd of process 1 (",
+                "not part of the job",
+                "close it",
+            ],
+        );
+    });
+}
