@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::fixture::start_in;
+use common::fixture::{killed, start_in};
 use common::look::assert_let_go;
 use common::refused::attach_is_refused;
 use common::{Case, attach, fixture, isolated, restored, run};
@@ -186,5 +186,23 @@ fn pidfd_of_a_stranger() {
                 "close it",
             ],
         );
+    });
+}
+
+/// One end of a pipe inside the job becomes a file; the other end is still a pipe's.
+#[test]
+fn an_end_of_a_pipe_is_replaced() {
+    isolated("an_end_of_a_pipe_is_replaced", |case| {
+        let (mut target, image) = killed(case, "pipe");
+        let given = case.path("given");
+        fs::write(&given, "").expect("the test's directory is writable");
+        let option = format!("3={}", given.display());
+        target.continued_by(restored(case, &image, &["--fd", &option]));
+        let link = |fd: i32| {
+            let link = format!("/proc/{}/fd/{fd}", target.pid());
+            fs::read_link(link).expect("it is open")
+        };
+        assert_eq!(link(3), given);
+        assert!(link(4).to_string_lossy().starts_with("pipe:["));
     });
 }

@@ -425,7 +425,7 @@ pub fn open_descriptions(
             }
             Kind::Device(d) => d.rebuild(reopen_flags(flags), at, plan),
             // Made with the first of its ends.
-            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, staging, plan),
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, request, staging, plan),
             Kind::Fifo(f) => {
                 if let Err(o) = fifo::rebuild(f, index, snapshot, request, staging, plan) {
                     obstacles.push(*o);

@@ -218,3 +218,107 @@ fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
     let both = all.iter().position(|p| has(p, set) && has(p, description));
     both.or_else(|| all.iter().position(|p| has(p, set)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::epoll::{Entry, Epoll};
+    use super::super::{Description, FdEntry};
+    use super::*;
+    use crate::inspect::fixture;
+    use crate::restore::plan::HostState;
+
+    fn entry(fd: i32, description: usize) -> FdEntry {
+        FdEntry {
+            fd,
+            description,
+            close_on_exec: false,
+        }
+    }
+
+    /// Two processes: the first has, under 0, an epoll set that watches the second's pidfd, which
+    /// both have under 1; under 2 the first has its own.
+    fn snapshot() -> Snapshot {
+        let mut snapshot = fixture::snapshot();
+        let (parent, child) = (snapshot.processes[0].pid, 77);
+        let watches = |fd| Entry {
+            fd,
+            description: 1,
+            events: 1,
+            data: 9,
+        };
+        let pidfd = |task| {
+            Kind::PidFd(PidFd {
+                task: Some(task),
+                thread: false,
+                status: None,
+            })
+        };
+        let entries = vec![watches(1), watches(2), watches(5)];
+        let kinds = [Kind::Epoll(Epoll { entries }), pidfd(child), pidfd(parent)];
+        snapshot.descriptions = kinds
+            .map(|kind| Description {
+                kind,
+                flags: libc::O_RDWR as u32,
+                owner: None,
+            })
+            .into();
+        let mut second = snapshot.processes[0].clone();
+        second.pid = child;
+        second.fds = vec![entry(0, 0), entry(1, 1)];
+        snapshot.processes[0].fds = vec![entry(0, 0), entry(1, 1), entry(2, 2)];
+        snapshot.processes.push(second);
+        snapshot
+    }
+
+    fn late(index: usize) -> (Vec<String>, Vec<String>) {
+        let mut plan = Builder::new(
+            0,
+            HostState {
+                credentials: Default::default(),
+                scheduling: Default::default(),
+                may_raise_limits: false,
+            },
+        );
+        rebuild_late(index, &snapshot(), &mut plan);
+        let plan = plan.finish();
+        let text = plan.to_text();
+        let calls = text.lines().map(|line| {
+            // What follows is an address.
+            let end = line.find(", 0x").or(line.find(" #")).unwrap_or(line.len());
+            line[..end].trim_end().to_owned()
+        });
+        (calls.collect(), plan.warnings)
+    }
+
+    #[test]
+    fn the_first_holder_of_set_and_pidfd_adds_it() {
+        let (calls, warnings) = late(0);
+        let expected = [
+            "pidfd_open(77)",
+            "dup3(3, 1)",
+            "epoll_ctl(0, 1, 1",
+            "dup3(3, 5)",
+            "epoll_ctl(0, 1, 5",
+            "close(5)",
+            "close(3)",
+        ];
+        assert_eq!(calls, expected);
+        // Under 2 is another file by now.
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("as fd 2"), "{warnings:?}");
+    }
+
+    #[test]
+    fn others_open_it_for_themselves() {
+        let (calls, warnings) = late(1);
+        assert_eq!(calls, ["pidfd_open(77)", "dup3(2, 1)", "close(2)"]);
+        assert_eq!(warnings, [""; 0]);
+    }
+
+    #[test]
+    fn only_those_of_the_first_process_are_there_at_once() {
+        let snapshot = snapshot();
+        let late: Vec<bool> = (0..4).map(|d| is_late(d, &snapshot)).collect();
+        assert_eq!(late, [false, true, false, false]);
+    }
+}

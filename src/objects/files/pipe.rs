@@ -13,6 +13,7 @@ use super::{Kind, Look, Staging, outside, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::restore::Request;
 use crate::restore::plan::Builder;
 
 /// One end.
@@ -146,6 +147,7 @@ pub fn rebuild(
     end: &PipeEnd,
     index: usize,
     snapshot: &Snapshot,
+    request: &Request<'_>,
     staging: Staging,
     plan: &mut Builder,
 ) {
@@ -158,6 +160,7 @@ pub fn rebuild(
             Kind::Pipe(p) if p.inode == end.inode => Some((i, d.flags, p)),
             _ => None,
         })
+        .filter(|(i, ..)| super::named(*i, snapshot, request).is_none())
         .collect();
     if ends.first().map(|(i, ..)| *i) != Some(index) {
         return;
