@@ -154,20 +154,38 @@ pub fn pidfd_info(fd: i32, info: &mut [u8; 64]) -> Result<(), Errno> {
 /// A pidfd of a child of ours that has ended with this wait status and has been waited for.
 pub fn pidfd_of_nobody(status: i32, flags: u32) -> Result<OwnedFd, Errno> {
     use std::os::fd::FromRawFd;
+    // The child waits for its end: where SIGCHLD is ignored its pid is free as soon as it ends.
+    let (wait, go) = pipe(4096)?;
     // SAFETY: the child makes only system calls, and never returns from here.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         // SAFETY: as above.
-        unsafe { end_with(status) }
+        unsafe {
+            libc::close(go.as_raw_fd());
+            poll_forever(wait.as_raw_fd());
+            end_with(status)
+        }
     }
     Errno::result(pid)?;
-    // SAFETY: a call without pointers; the child is not reaped yet, so the pid is its own.
+    // SAFETY: a call without pointers; the child still runs, so the pid is its own.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) };
     let fd = Errno::result(fd);
+    drop(go);
     // SAFETY: the status is not asked for.
     unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd? as i32) })
+}
+
+/// Waits until every writer of a pipe has gone.
+fn poll_forever(fd: i32) {
+    let mut p = libc::pollfd {
+        fd,
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one live entry.
+    while unsafe { libc::poll(&mut p, 1, -1) } < 1 {}
 }
 
 /// SAFETY: only to be called in the child of a fork; makes only system calls.
