@@ -12,64 +12,67 @@ use common::look::assert_let_go;
 use common::refused::attach_is_refused;
 use common::{Case, attach, fixture, isolated, restored, run};
 
-/// A tmpfs in the test's directory; without permission the test is skipped.
-fn tmpfs(case: &Case, name: &str) {
+/// Mounts a file system as DIR/name; without permission the test is skipped.
+fn mounted(case: &Case, kind: &str, options: &str, name: &str) {
     let place = case.path(name);
     fs::create_dir(&place).expect("the test's directory is writable");
     let mut mount = Command::new("mount");
-    let out = run(case, mount.args(["-t", "tmpfs", "tmpfs"]).arg(&place));
+    mount.args(["-t", kind, "-o", options, kind]).arg(&place);
+    let out = run(case, &mut mount);
     if out.code() != 0 {
         let why = out.stderr.trim();
-        case.skip(&format!("permission to mount a tmpfs ({why})"));
+        case.skip(&format!("permission to mount {kind} ({why})"));
     }
 }
 
-/// The fixture with its files on a tmpfs: a checkpoint, then three lives.
-fn on_tmpfs(name: &str) {
-    isolated(&format!("{name}_on_tmpfs"), |case| {
-        tmpfs(case, "tmpfs");
-        let command = Command::new(case.fixtures().join(name));
-        let mut target = start_in(case, name, "tmpfs/run", command);
-        attach(case, target.pid(), "job.ckpt", &[]);
+/// The fixture with its files in DIR/place: a checkpoint, then three lives.
+fn lives_in(case: &Case, fixture: &str, place: &str) {
+    let command = Command::new(case.fixtures().join(fixture));
+    let mut target = start_in(case, fixture, &format!("{place}/run"), command);
+    attach(case, target.pid(), "job.ckpt", &[]);
+    assert_let_go(target.pid());
+    for _ in 0..3 {
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored(case, &image, &[]));
         assert_let_go(target.pid());
-        for _ in 0..3 {
-            let image = target.killed_into(case, "job.ckpt");
-            target.continued_by(restored(case, &image, &[]));
-            assert_let_go(target.pid());
+    }
+    target.passes();
+}
+
+fn on_tmpfs(case: &Case, fixture: &str) {
+    mounted(case, "tmpfs", "size=64m", "mounted");
+    lives_in(case, fixture, "mounted");
+}
+
+/// An overlay, as containers have it.
+fn on_overlay(case: &Case, fixture: &str) {
+    // Not on an overlay itself, which cannot be the upper part of another.
+    mounted(case, "tmpfs", "size=64m", "parts");
+    for part in ["lower", "upper", "work"] {
+        let part = case.path("parts").join(part);
+        fs::create_dir(part).expect("it was just mounted");
+    }
+    let parts = case.path("parts");
+    let parts = parts.display();
+    let options = format!("lowerdir={parts}/lower,upperdir={parts}/upper,workdir={parts}/work");
+    mounted(case, "overlay", &options, "mounted");
+    lives_in(case, fixture, "mounted");
+}
+
+macro_rules! elsewhere {
+    ($module:ident: $($fixture:ident)*) => {
+        mod $module {
+            $(#[test]
+            fn $fixture() {
+                let name = concat!(stringify!($module), "::", stringify!($fixture));
+                super::isolated(name, |case| super::$module(case, stringify!($fixture)));
+            })*
         }
-        target.passes();
-    });
+    };
 }
 
-#[test]
-fn fd_dir_on_tmpfs() {
-    on_tmpfs("fd_dir");
-}
-
-#[test]
-fn fd_deleted_on_tmpfs() {
-    on_tmpfs("fd_deleted");
-}
-
-#[test]
-fn fd_tmpfile_on_tmpfs() {
-    on_tmpfs("fd_tmpfile");
-}
-
-#[test]
-fn fifo_on_tmpfs() {
-    on_tmpfs("fifo");
-}
-
-#[test]
-fn inotify_on_tmpfs() {
-    on_tmpfs("inotify");
-}
-
-#[test]
-fn lease_on_tmpfs() {
-    on_tmpfs("lease");
-}
+elsewhere!(on_tmpfs: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
+elsewhere!(on_overlay: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
 
 /// A file with a name that is nowhere near the one by which it was opened: not taken for a nameless
 /// one, since what is written to a copy would never be seen under the name.
