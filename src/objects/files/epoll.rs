@@ -139,7 +139,8 @@ impl Epoll {
 }
 
 impl Entry {
-    fn object(&self) -> String {
+    /// What it is called in messages.
+    pub fn object(&self) -> String {
         format!("the epoll entry for fd {}", self.fd)
     }
 

@@ -13,6 +13,7 @@ use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::tasks;
 use serde::{Deserialize, Serialize};
 
+use super::epoll::{Entry, Epoll};
 use super::{Kind, Look, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
@@ -168,41 +169,42 @@ pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
             plan.expect(libc::SYS_dup3, &args, entry.fd as u64, object);
         }
         for (at, set) in adds {
-            let Some(efd) = process.fds.iter().find(|e| e.description == at) else {
-                continue;
-            };
-            for entry in set.entries.iter().filter(|e| e.description == description) {
-                let holder = process.fds.iter().find(|e| e.fd == entry.fd);
-                match holder.map(|e| e.description) {
-                    Some(d) if d == description => entry.add(efd.fd, entry.fd, plan),
-                    None => {
-                        let fd = entry.fd as u64;
-                        if entry.fd != free {
-                            plan.expect(libc::SYS_dup3, &[free as u64, fd, 0], fd, object);
-                        }
-                        entry.add(efd.fd, entry.fd, plan);
-                        if entry.fd != free {
-                            plan.syscall(libc::SYS_close, &[fd], object);
-                        }
-                    }
-                    // Whoever closes another file's number may lose its locks.
-                    Some(_) => plan.warn(format!(
-                        "the epoll set of fd {} watches a pidfd that was added as fd {}, which is \
-                         another file by now, and does not watch it any more",
-                        efd.fd, entry.fd
-                    )),
-                }
+            let entries = set.entries.iter();
+            for entry in entries.filter(|e| e.description == description) {
+                watch(process, at, entry, free, plan);
             }
         }
         plan.syscall(libc::SYS_close, &[free as u64], object);
     }
 }
 
+/// Adds the pidfd that is open as `fd` to the epoll set of description `set`, under its number.
+fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Builder) {
+    let Some(set) = process.fds.iter().find(|e| e.description == set) else {
+        return;
+    };
+    let holder = process.fds.iter().find(|e| e.fd == entry.fd);
+    match holder.map(|e| e.description) {
+        Some(d) if d == entry.description => entry.add(set.fd, entry.fd, plan),
+        None if entry.fd == fd => entry.add(set.fd, fd, plan),
+        None => {
+            let object = || entry.object();
+            let number = entry.fd as u64;
+            plan.expect(libc::SYS_dup3, &[fd as u64, number, 0], number, object);
+            entry.add(set.fd, entry.fd, plan);
+            plan.syscall(libc::SYS_close, &[number], object);
+        }
+        // Whoever closes another file's number may lose its locks.
+        Some(_) => plan.warn(format!(
+            "the epoll set of fd {} watches a pidfd that was added as fd {}, which is another file \
+             by now, and does not watch it any more",
+            set.fd, entry.fd
+        )),
+    }
+}
+
 /// The epoll sets that a process has open, each once.
-fn sets<'a>(
-    process: &Process,
-    snapshot: &'a Snapshot,
-) -> impl Iterator<Item = (usize, &'a super::epoll::Epoll)> {
+fn sets<'a>(process: &Process, snapshot: &'a Snapshot) -> impl Iterator<Item = (usize, &'a Epoll)> {
     let held: BTreeSet<usize> = process.fds.iter().map(|e| e.description).collect();
     held.into_iter()
         .filter_map(|at| match &snapshot.descriptions.get(at)?.kind {
@@ -221,7 +223,6 @@ fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::epoll::{Entry, Epoll};
     use super::super::{Description, FdEntry};
     use super::*;
     use crate::inspect::fixture;
