@@ -7,7 +7,7 @@ use ckpt_tracer::kcmp::{KcmpType, group_tasks, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcRoot, tasks};
-use ckpt_tracer::{Error as TracerError, Pid, Tid};
+use ckpt_tracer::{Error as TracerError, Pid, Tid, refusal};
 use nix::errno::Errno;
 use nix::unistd::geteuid;
 
@@ -198,20 +198,9 @@ fn traced_by(tracer: i32) -> String {
 }
 
 fn denied(pid: Pid) -> Obstacle {
-    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    let object = format!("process {pid}");
-    match scope.trim() {
-        "" | "0" => Obstacle::new(
-            object,
-            "may not be traced by you: it changed its privileges or made itself undumpable",
-            "run ckpt as root",
-        ),
-        scope => Obstacle::new(
-            object,
-            format!("may not be traced by you: kernel.yama.ptrace_scope is {scope}"),
-            "start the program with `ckpt run`, or have the setting lowered",
-        ),
-    }
+    let (why, remedy) = refusal::why();
+    let reason = format!("may not be traced by you: {why}");
+    Obstacle::new(format!("process {pid}"), reason, remedy)
 }
 
 /// What of the process's own state is in the way.

@@ -8,15 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::look::assert_let_go;
-use common::tool::restored_in_front;
+use common::tool::{restored_in_front, source};
 use common::{Case, Ended, attach, isolated, isolated_as_user, restored, run, start, until};
-
-/// A source file of tests/programs.
-fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/programs")
-        .join(name)
-}
 
 /// The line that tests/programs/README.md promises, of a run in DIR/name that nobody disturbs.
 fn undisturbed(case: &Case, program: &dyn Fn() -> Command) -> String {

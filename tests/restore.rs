@@ -8,21 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::fixture::start_in;
+use common::fixture::{killed, start_in};
 use common::job::appended;
-use common::look::{assert_let_go, assert_nobody_left, look, status_field};
+use common::look::{all_stopped, assert_let_go, assert_nobody_left, look, status_field};
 use common::tool::{RESTORE, restored_in_front};
 use common::{
     Case, Ended, Fixture, Job, Looks, attach, fixture, holds_for, isolated, restore_cmd, restored,
     run, start, until,
 };
 use nix::sys::signal::Signal;
-
-fn killed(case: &Case, name: &str) -> (Fixture, PathBuf) {
-    let mut target = fixture(case, name);
-    let image = target.killed_into(case, "job.ckpt");
-    (target, image)
-}
 
 #[test]
 fn in_the_background() {
@@ -71,11 +65,7 @@ fn stopped_for_a_debugger() {
         );
         target.continued_by(Job::of(target.pid()));
         let pid = target.pid();
-        let all_stopped = || {
-            common::look::states(pid)
-                .iter()
-                .all(|(_, state)| *state == 'T')
-        };
+        let all_stopped = || all_stopped(pid);
         until("all its tasks to be stopped", || {
             all_stopped().then_some(())
         });
@@ -119,11 +109,7 @@ fn left_stopped_by_attach() {
         let pid = target.pid();
         attach(case, pid, "job.ckpt", &["--stop"]);
         assert_eq!(status_field(pid, "TracerPid").as_deref(), Some("0"));
-        let all_stopped = || {
-            common::look::states(pid)
-                .iter()
-                .all(|(_, state)| *state == 'T')
-        };
+        let all_stopped = || all_stopped(pid);
         until("all its tasks to be stopped", || {
             all_stopped().then_some(())
         });
@@ -245,13 +231,13 @@ fn stops_and_goes_on_with_its_job() {
         let (mut target, image) = killed(case, "threads");
         target.continued_by(restored_in_front(case, &image, &[]));
         target.job.signal(Signal::SIGSTOP);
-        let state = |letter: char| {
-            let states = common::look::states(target.pid());
-            !states.is_empty() && states.iter().all(|(_, state)| *state == letter)
-        };
-        until("the job to be stopped", || state('T').then_some(()));
+        until("the job to be stopped", || {
+            all_stopped(target.pid()).then_some(())
+        });
         target.job.signal(Signal::SIGCONT);
-        until("the job to go on", || (!state('T')).then_some(()));
+        until("the job to go on", || {
+            (!all_stopped(target.pid())).then_some(())
+        });
         target.passes();
     });
 }

@@ -102,10 +102,23 @@ pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
         fault::hit(Step::BeforeRename)?;
         Ok(file.commit()?)
     };
-    checkpoint(request, begun, file, commit).map(|report| Report {
+    let report = checkpoint(request, begun, file, commit).map_err(|error| named(error, path))?;
+    Ok(Report {
         path: Some(path.to_owned()),
         ..report
     })
+}
+
+/// The writer does not know where its bytes go, but whoever reads the message has to.
+fn named(error: Error, path: &Path) -> Error {
+    match error {
+        Error::Image(ckpt_image::Error::Sink { source }) => Error::Image(ckpt_image::Error::Io {
+            path: path.to_owned(),
+            action: "write the image",
+            source,
+        }),
+        other => other,
+    }
 }
 
 /// Checkpoints into a stream. With [`After::Stop`] and [`After::Kill`] "complete" means that

@@ -1,7 +1,7 @@
 //! What a capture works on: the process as it is seen from outside, and the tables of what
 //! several objects may share.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -74,6 +74,8 @@ pub struct Collector {
     pub shared_memory: Vec<SharedMemory>,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
+    /// Ids of all tasks of the job.
+    pub tasks: HashSet<i32>,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
     /// The job is frozen. While it runs, contents that are just being changed are no obstacle and

@@ -14,8 +14,8 @@ pub struct FdView {
     pub pid: i32,
     /// Its number.
     pub fd: i32,
-    /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `outside` (a terminal, or a pipe or socket whose far end is
+    /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
+    /// `memfd`, `inotify`, `pidfd`, `outside` (a terminal, or a pipe or socket whose far end is
     /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
@@ -76,12 +76,14 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Regular(_) => "regular",
         Kind::Device(_) => "device",
         Kind::Pipe(_) => "pipe",
+        Kind::Fifo(_) => "fifo",
         Kind::EventFd(_) => "eventfd",
         Kind::SignalFd(_) => "signalfd",
         Kind::TimerFd(_) => "timerfd",
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
+        Kind::PidFd(_) => "pidfd",
         Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
@@ -94,11 +96,16 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Regular(file) => file.path.to_string_lossy().into_owned(),
         Kind::Device(device) => device.path.to_string_lossy().into_owned(),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
+        Kind::Fifo(fifo) => fifo.path.to_string_lossy().into_owned(),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
         Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),
+        Kind::PidFd(pidfd) => match pidfd.task {
+            Some(task) => format!("pidfd:{task}"),
+            None => "pidfd of an ended process".into(),
+        },
         other => kind_name(other).into(),
     }
 }

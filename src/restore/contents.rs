@@ -79,6 +79,16 @@ fn open(what: &Inherited, snapshot: &Snapshot, image: &Reader, made: &mut Made) 
             seek(&file, memfd.offset)?;
             Ok(file.into())
         }
+        Inherited::EndedProcess(index) => {
+            let description = &snapshot.descriptions[*index];
+            let Kind::PidFd(pidfd) = &description.kind else {
+                return Err(Error::Restore(format!("description {index} is no pidfd")));
+            };
+            pidfd.of_nobody(description.flags).map_err(|e| {
+                let reason = e.desc();
+                Error::Restore(format!("a pidfd of an ended process: {reason}"))
+            })
+        }
         Inherited::DeletedFile(index) => {
             let description = &snapshot.descriptions[*index];
             let Kind::Regular(regular) = &description.kind else {

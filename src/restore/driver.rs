@@ -79,6 +79,8 @@ pub fn rebuild(
     // Children before their parents, who may have to take note of their stops.
     for live in lives.into_iter().rev() {
         warnings.extend(warnings_of(&live.planned.plan, &live.mem)?);
+        let process = &job.snapshot.processes[live.index];
+        warnings.extend(adjust_from_outside(process, Pid(process.pid)));
         complete.push(live.complete(job)?);
     }
     warnings.sort();
@@ -230,7 +232,6 @@ impl Live {
     fn complete(mut self, job: &Job<'_>) -> Result<Complete> {
         let process = &job.snapshot.processes[self.index];
         let pid = Pid(process.pid);
-        adjust_from_outside(process, pid);
         self.others = take_over(process)?;
         // One cave for all that is left to be done inside: a map of very many threads is long.
         let cave = Cave::dig(&self.mem, &read_maps(pid)?)?;
@@ -381,19 +382,23 @@ fn warnings_of(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// What is written through `/proc`; lowering the OOM score wants CAP_SYS_RESOURCE and is then
-/// left as it is.
-fn adjust_from_outside(process: &Process, pid: Pid) {
-    let _ = std::fs::write(
-        format!("/proc/{pid}/oom_score_adj"),
-        process.oom_score_adj.to_string(),
-    );
-    if let Some(filter) = process.coredump_filter {
-        let _ = std::fs::write(
-            format!("/proc/{pid}/coredump_filter"),
-            format!("{filter:#x}"),
-        );
-    }
+/// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
+/// what the kernel does not take is left as it is, with a warning.
+fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
+    let score = process.oom_score_adj.to_string();
+    let filter = process.coredump_filter.map(|filter| format!("{filter:#x}"));
+    let wanted = [("oom_score_adj", Some(score)), ("coredump_filter", filter)];
+    let refused = wanted.into_iter().filter_map(|(file, value)| {
+        let (path, value) = (format!("/proc/{pid}/{file}"), value?);
+        let error = std::fs::write(&path, &value).err()?;
+        let is = std::fs::read_to_string(&path).unwrap_or_else(|_| "unknown".into());
+        Some(format!(
+            "{file} was {value} and is {} now: {}",
+            is.trim(),
+            Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc()
+        ))
+    });
+    refused.collect()
 }
 
 /// Attaches to the parked threads, in the order of the snapshot.
@@ -582,4 +587,51 @@ fn rearm(task: &mut Stopped, regs: &Regs, process: &Process, cave: &Cave<'_>) ->
         0 => Rearmed::Finished,
         _ => Rearmed::No,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inspect::fixture;
+
+    /// A process that ends with the test.
+    struct Sleeper(std::process::Child);
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_score_that_cannot_be_lowered_is_told() {
+        let sleeper = std::process::Command::new("sleep").arg("1000").spawn();
+        let sleeper = Sleeper(sleeper.expect("sleep is installed"));
+        let pid = Pid(sleeper.0.id() as i32);
+        let mut process = fixture::snapshot().processes.remove(0);
+        process.oom_score_adj = -1000;
+        process.coredump_filter = Some(0x21);
+        let warnings = adjust_from_outside(&process, pid);
+        let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
+        let score = file("oom_score_adj").expect("it runs");
+        let filter = file("coredump_filter").expect("it runs");
+        assert_eq!(filter.trim(), "00000021");
+        // Told unless it was done, as for those with CAP_SYS_RESOURCE.
+        assert_eq!(warnings.is_empty(), score.trim() == "-1000", "{warnings:?}");
+        for warning in warnings {
+            let expected = format!("oom_score_adj was -1000 and is {} now: ", score.trim());
+            assert!(warning.starts_with(&expected), "{warning}");
+        }
+    }
+
+    #[test]
+    fn a_filter_that_cannot_be_set_is_told() {
+        let mut process = fixture::snapshot().processes.remove(0);
+        process.coredump_filter = Some(0x21);
+        // No process has this pid.
+        let warnings = adjust_from_outside(&process, Pid(i32::MAX));
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[1].starts_with("coredump_filter was 0x21 and is unknown now"));
+    }
 }

@@ -54,6 +54,8 @@ pub enum Inherited {
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),
+    /// A pidfd of a process that has ended, by description.
+    EndedProcess(usize),
     /// One of our own descriptors, for something outside the job.
     Own(i32),
     /// A file named by `--fd N=PATH`.

@@ -425,6 +425,8 @@ impl Build<'_> {
             plan.join();
         }
         plan.stage(Stage::Threads);
+        files::pidfd::rebuild_late(self.index, snapshot, plan);
+        files::regular::rebuild_leases(self.index, snapshot, plan);
         files::rebuild_owners(self.index, snapshot, plan);
         if let Err(o) = timers::create_posix(&process.posix_timers, plan) {
             obstacles.push(o);

@@ -9,6 +9,10 @@
 #include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
+#include <linux/bpf.h>
+#include <linux/perf_event.h>
+#include <sys/fanotify.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
@@ -35,6 +39,43 @@ static void *unshared(void *unused)
 	sem_post(&alone);
 	for (;;)
 		pause();
+}
+
+/* Descriptors of kinds that are refused; the first is 3. */
+static void other_files(const char *file)
+{
+	long fd = 0;
+
+	if (is("breaking")) {
+		fd = FX_SYS(open(file, O_RDONLY));
+		signal(SIGIO, SIG_IGN);
+		if (fcntl(fd, F_SETLEASE, F_RDLCK))
+			fx_skip("leases on this file system (%s)", strerror(errno));
+		FX_EQ("open", open(file, O_WRONLY | O_NONBLOCK), -1);
+	} else if (is("inotify")) {
+		fd = FX_SYS(inotify_init1(IN_NONBLOCK));
+		FX_SYS(inotify_add_watch(fd, fx_dir, IN_CREATE));
+		close(FX_SYS(open(fx_path("created"), O_CREAT | O_WRONLY, 0600)));
+	} else if (is("fanotify")) {
+		fd = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY);
+	} else if (is("userfaultfd")) {
+		fd = syscall(SYS_userfaultfd, 1 /* UFFD_USER_MODE_ONLY */);
+	} else if (is("perf")) {
+		struct perf_event_attr attr = { .type = PERF_TYPE_SOFTWARE, .size = sizeof(attr), .config = PERF_COUNT_SW_TASK_CLOCK,
+			.exclude_kernel = 1 };
+
+		fd = syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0);
+	} else if (is("bpf")) {
+		uint32_t attr[32] = { BPF_MAP_TYPE_ARRAY, 4, 4, 1 };
+
+		fd = syscall(SYS_bpf, BPF_MAP_CREATE, attr, sizeof(attr));
+	} else if (is("namespace")) {
+		fd = open("/proc/self/ns/uts", O_RDONLY);
+	} else if (is("stranger")) {
+		fd = syscall(SYS_pidfd_open, 1, 0);
+	}
+	if (fd < 0)
+		fx_skip("%s (%s)", getenv("ODD"), strerror(errno));
 }
 
 int main(int argc, char **argv)
@@ -79,6 +120,8 @@ int main(int argc, char **argv)
 	} else if (is("file")) {
 		fd = FX_SYS(open(file, O_RDWR));
 		FX_SYS(lseek(fd, 5, SEEK_SET));
+	} else {
+		other_files(file);
 	}
 	fx_ready();
 	fx_wait_go();

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use crate::error::AttachError;
 use crate::fault::{self, Step};
 use crate::proc::{status, tasks};
+use crate::refusal;
 use crate::remote::hide_interruption;
 use crate::task::{Resume, Running, Stop, Stopped, Waited};
 use crate::{Error, Pid, Result, Tid};
@@ -239,28 +240,14 @@ fn explain_refusal(pid: Pid, tid: Tid) -> Error {
                      that user or as root",
                     s.name
                 )
-            } else if yama_scope() >= 1 {
-                format!(
-                    "the Yama setting kernel.yama.ptrace_scope={} forbids attaching to process \
-                     {pid} ({}); start the program with `ckpt run`, or have the setting lowered",
-                    yama_scope(),
-                    s.name
-                )
             } else {
+                let (why, remedy) = refusal::why();
                 format!(
-                    "the kernel does not let you trace process {pid} ({}): it has changed its \
-                     privileges or made itself undumpable; run ckpt as root",
+                    "process {pid} ({}) may not be traced by you: {why}; {remedy}",
                     s.name
                 )
             }
         }
     };
     AttachError::Refused { reason }.into()
-}
-
-fn yama_scope() -> u32 {
-    std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
-        .ok()
-        .and_then(|s| s.trim().parse().ok())
-        .unwrap_or(0)
 }

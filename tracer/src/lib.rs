@@ -7,6 +7,7 @@
 //! * [`remote`]: system calls executed in a stopped task, such that the task survives the
 //!   loss of its tracer at any moment;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
+//! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
 //! * [`features`]: what this kernel and this user can do, probed once.
 
@@ -22,6 +23,7 @@ pub mod kcmp;
 pub mod mem;
 pub mod pidfd;
 pub mod proc;
+pub mod refusal;
 pub mod remote;
 pub mod task;
 

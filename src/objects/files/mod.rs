@@ -1,7 +1,9 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
+use ckpt_tracer::Tid;
 use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::fdlink::FdLink;
+use ckpt_tracer::proc::tasks::list_tasks;
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
@@ -12,9 +14,11 @@ use crate::restore::plan::{Builder, Inherited};
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
+pub mod fifo;
 pub mod inotify;
 pub mod memfd;
 pub mod outside;
+pub mod pidfd;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
@@ -68,6 +72,8 @@ pub enum Kind {
     Device(device::Device),
     /// One end of a pipe that is wholly inside the job.
     Pipe(pipe::PipeEnd),
+    /// One end of a FIFO that nobody outside the job has open.
+    Fifo(fifo::FifoEnd),
     /// eventfd(2).
     EventFd(eventfd::EventFd),
     /// signalfd(2).
@@ -80,6 +86,8 @@ pub enum Kind {
     MemFd(memfd::MemFd),
     /// inotify(7).
     Inotify(inotify::Inotify),
+    /// pidfd_open(2).
+    PidFd(pidfd::PidFd),
     /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
     /// with its other end outside.
     Outside(outside::Outside),
@@ -95,6 +103,10 @@ pub fn capture(
     survey: &Survey,
     collector: &mut Collector,
 ) -> Result<Vec<Vec<FdEntry>>> {
+    for source in sources {
+        let tasks = list_tasks(source.dir.clone()).unwrap_or_default();
+        collector.tasks.extend(tasks.into_iter().map(Tid::raw));
+    }
     let first = collector.descriptions.len();
     let pipes = pipe::Ends::of(&survey.looks);
     for look in &survey.looks {
@@ -192,7 +204,7 @@ fn kind(
                 Ok(outside::capture(look, outside::Surroundings::Terminal))
             }
             libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
-            libc::S_IFIFO => Ok(outside::capture(look, outside::Surroundings::Pipe)),
+            libc::S_IFIFO => fifo::capture(source, look, path, *deleted, pipes),
             libc::S_IFBLK => Err(unsupported(
                 "a block device",
                 "close it before the checkpoint",
@@ -202,7 +214,10 @@ fn kind(
                 "close it before the checkpoint",
             )),
         },
-        (FdLink::PidFd, _) => Err(unsupported("a pidfd", "close it before the checkpoint")),
+        (FdLink::PidFd, _) => {
+            let is_ours = |task| collector.tasks.contains(&task);
+            pidfd::capture(source, look, is_ours).map(Kind::PidFd)
+        }
         (FdLink::Namespace(..) | FdLink::Other(_), _) => Err(unsupported(
             "a file of an unknown kind",
             "close it before the checkpoint",
@@ -262,7 +277,9 @@ impl Staging {
 /// Flags that open(2) takes again; creation flags do not belong to an open description.
 fn reopen_flags(flags: u32) -> u32 {
     let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
-    let tmpfile = libc::O_TMPFILE & !libc::O_DIRECTORY;
+    // O_TMPFILE has the bit of O_DIRECTORY in it.
+    let tmpfile = flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE;
+    let tmpfile = if tmpfile { libc::O_TMPFILE } else { 0 };
     (flags & !(not | tmpfile) as u32) | libc::O_NOCTTY as u32
 }
 
@@ -289,7 +306,12 @@ pub fn open_descriptions(
             }
             Kind::Device(d) => d.rebuild(reopen_flags(flags), at, plan),
             // Made with the first of its ends.
-            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, staging, plan),
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, request, staging, plan),
+            Kind::Fifo(f) => {
+                if let Err(o) = fifo::rebuild(f, index, snapshot, request, staging, plan) {
+                    obstacles.push(*o);
+                }
+            }
             Kind::EventFd(e) => e.rebuild(flags, at, plan),
             Kind::SignalFd(s) => s.rebuild(flags, at, plan),
             Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
@@ -299,6 +321,7 @@ pub fn open_descriptions(
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -361,7 +384,7 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
-            set.rebuild_entries(at, staging, plan);
+            set.rebuild_entries(at, staging, |d| pidfd::is_late(d, snapshot), plan);
         }
         rebuild_status(description, at, plan);
         match &description.kind {
@@ -496,12 +519,14 @@ impl Kind {
             Kind::Regular(r) => r.path.display().to_string(),
             Kind::Device(d) => d.path.display().to_string(),
             Kind::Pipe(p) => format!("pipe:[{}]", p.inode),
+            Kind::Fifo(f) => f.path.display().to_string(),
             Kind::EventFd(_) => "eventfd".into(),
             Kind::SignalFd(_) => "signalfd".into(),
             Kind::TimerFd(_) => "timerfd".into(),
             Kind::Epoll(_) => "epoll".into(),
             Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
+            Kind::PidFd(_) => "pidfd".into(),
             Kind::Outside(o) => o.name.clone(),
         }
     }

@@ -1,5 +1,6 @@
 //! Regular files, directories and `O_PATH` handles.
 
+use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -10,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
-use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
+use crate::objects::{Snapshot, SpaceId};
 use crate::restore::plan::{Builder, Inherited};
 use crate::restore::{FilesPolicy, Request};
 
@@ -33,7 +34,7 @@ pub struct Regular {
 /// A file lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lock {
-    /// flock(2), POSIX or OFD (fcntl(2)).
+    /// flock(2), POSIX or OFD lock (fcntl(2)), or a lease.
     pub kind: LockKind,
     /// For writing.
     pub exclusive: bool,
@@ -52,6 +53,8 @@ pub enum LockKind {
     Posix,
     /// `F_OFD_SETLK`.
     Ofd,
+    /// `F_SETLEASE`.
+    Lease,
 }
 
 /// Captures a file, a directory or an `O_PATH` handle.
@@ -80,6 +83,12 @@ pub fn capture(
         let kind = match lock.kind.as_str() {
             "FLOCK" => LockKind::Flock,
             "OFDLCK" => LockKind::Ofd,
+            "LEASE" if lock.mode == "ACTIVE" => LockKind::Lease,
+            "LEASE" => {
+                let name = path.display();
+                let reason = format!("({name}) holds a lease that another process breaks");
+                return refuse(reason, "try again in a moment");
+            }
             other => {
                 let reason = format!(
                     "({}) holds a {other}, which is not supported",
@@ -99,6 +108,14 @@ pub fn capture(
             None if identity.mode & libc::S_IFMT != libc::S_IFREG => {
                 let reason = format!("is a directory that was deleted ({})", path.display());
                 return refuse(reason, "close it before the checkpoint");
+            }
+            None if file.metadata().is_ok_and(|m| m.nlink() > 0) => {
+                let reason = format!(
+                    "has lost the name by which it was opened ({}), and the one that it still has \
+                     was not found",
+                    path.display()
+                );
+                return refuse(reason, "move it to that directory, or close it");
             }
             None => {
                 let size = identity.size;
@@ -142,21 +159,61 @@ fn readable(source: &Source, look: &Look) -> std::io::Result<File> {
     File::open(source.dir.join(format!("fd/{}", look.fd)))
 }
 
-/// Looks for another name of a file that was unlinked under the one it was opened by, among
-/// its former neighbours.
-fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
+/// How many names are looked at for that of a file that has another one.
+const NAMES: usize = 10_000;
+
+/// Looks for another name of a file that was unlinked under the one it was opened by: among its
+/// former neighbours, then in the directories below them. So is found what was made by `O_TMPFILE`
+/// and got a name later.
+pub(super) fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
     let meta = file.metadata().ok()?;
     if meta.nlink() == 0 {
         return None;
     }
     let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (meta.dev(), meta.ino());
-    std::fs::read_dir(path.parent()?)
-        .ok()?
-        .flatten()
-        .find_map(|entry| {
-            (entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)))
-                .then(|| entry.path())
-        })
+    let mut left = NAMES;
+    let mut directories = VecDeque::from([path.parent()?.to_owned()]);
+    while let Some(directory) = directories.pop_front() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)) {
+                return Some(entry.path());
+            }
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                directories.push_back(entry.path());
+            }
+            left = left.checked_sub(1)?;
+        }
+    }
+    None
+}
+
+/// Takes the leases, each in the first process that has the description, under its lowest number
+/// there: a break tells that number. Any open of the file would break the lease, so this comes when
+/// every process has opened and mapped what it has.
+pub fn rebuild_leases(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
+    let Some((process, before)) = snapshot.processes[..=index].split_last() else {
+        return;
+    };
+    let before = before.iter().flat_map(|p| &p.fds);
+    let mut done: HashSet<usize> = before.map(|e| e.description).collect();
+    for entry in &process.fds {
+        let Kind::Regular(file) = &snapshot.descriptions[entry.description].kind else {
+            continue;
+        };
+        if !done.insert(entry.description) {
+            continue;
+        }
+        for lease in file.locks.iter().filter(|l| l.kind == LockKind::Lease) {
+            let how = if lease.exclusive {
+                libc::F_WRLCK
+            } else {
+                libc::F_RDLCK
+            };
+            let args = [entry.fd as u64, libc::F_SETLEASE as u64, how as u64];
+            let object = || format!("the lease on {}", file.path.display());
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
+    }
 }
 
 impl Regular {
@@ -253,7 +310,7 @@ impl Regular {
                     let args = [at as u64, libc::F_OFD_SETLK as u64, data];
                     plan.syscall(libc::SYS_fcntl, &args, object);
                 }
-                LockKind::Posix => {}
+                LockKind::Posix | LockKind::Lease => {}
             }
         }
     }

@@ -198,7 +198,7 @@ fn backing(
         let remedy = "let the program end its asynchronous I/O (io_destroy) before the checkpoint";
         return Err(refuse(
             "is the ring of an AIO context,",
-            "not supported yet",
+            "which is not supported: the kernel shows nobody its requests in flight",
             Some(remedy),
         ));
     }
