@@ -13,6 +13,7 @@ use nix::unistd::geteuid;
 
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
+use crate::objects::ipc;
 use crate::objects::process::{self, Depth};
 
 /// All obstacles to a checkpoint of `pid`; empty when there is none. Touches nothing.
@@ -39,7 +40,9 @@ fn look(pid: Pid, depth: Depth) -> Result<Vec<Obstacle>> {
     };
     let mut collector = Collector::default();
     inside_the_job(&source, &mut collector)?;
-    match process::capture_from_outside(&source, depth, &mut collector) {
+    let looked = process::capture_from_outside(&source, depth, &mut collector)
+        .and_then(|outside| ipc::capture(&[(&source, &outside.vmas)], &mut collector));
+    match looked {
         // What is missing in a process that is ending is no property of it.
         Ok(_) if !collector.obstacles.is_empty() && has_ended(pid) => {
             Err(TracerError::Died { tid: pid.leader() }.into())

@@ -19,7 +19,7 @@ use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
 
 use crate::error::{Error, Result};
 use crate::host;
-use crate::objects::{Snapshot, SpaceId, process};
+use crate::objects::{Snapshot, SpaceId, ipc, process};
 use crate::progress::Progress;
 use crate::snapshot;
 
@@ -224,6 +224,7 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
     let mut collector = Collector::default();
     let space = collector.new_space();
     let outside = process::capture_from_outside(source, process::Depth::Full, &mut collector)?;
+    ipc::capture(&[(source, &outside.vmas)], &mut collector)?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
@@ -234,6 +235,7 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
         mapped_files,
         shared_memory,
         contents,
+        ipc,
         ..
     } = collector;
     let snapshot = Snapshot {
@@ -242,6 +244,7 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
         descriptions,
         mapped_files,
         shared_memory,
+        ipc,
     };
     Ok(CapturedJob {
         snapshot,

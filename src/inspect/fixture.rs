@@ -138,6 +138,7 @@ pub(crate) fn snapshot() -> Snapshot {
         ],
         mapped_files: vec![file],
         shared_memory: Vec::new(),
+        ipc: Default::default(),
     }
 }
 

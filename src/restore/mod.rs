@@ -16,7 +16,7 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::credentials::Credentials;
-use crate::objects::{Snapshot, scheduling};
+use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
 
@@ -90,6 +90,7 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     let (_, snapshot) = open(request)?;
     let host = host_state(snapshot.processes[0].pid)?;
     let planned = planner::plan(&snapshot, request, &host, &[]).map_err(Error::Refused)?;
+    ipc::refuse(&snapshot)?;
     let mut text = String::new();
     for warning in &planned.plan.warnings {
         text.push_str(&format!("# warning: {warning}\n"));
@@ -108,6 +109,8 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     if Path::new(&format!("/proc/{}", process.pid)).exists() {
         return Err(Error::refuse(pid_taken(process.pid)));
     }
+    ipc::refuse(&snapshot)?;
+    let objects = ipc::Prepared::new(&snapshot, &image)?;
     let descriptors = contents::open_all(&planned.plan.inherit, &snapshot, &image)?;
     let executable = contents::executable(&snapshot, &image)?;
     let (child, leader) = spawn::spawn(process, &executable, descriptors)?;
@@ -118,6 +121,7 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let warnings = driver::rebuild(&image, &snapshot, request, &host, &child, leader)?;
     let pid = child.pid();
     child.keep();
+    objects.keep();
     Ok(Restored {
         pid,
         warnings,

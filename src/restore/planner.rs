@@ -7,6 +7,7 @@ use super::plan::{Builder, HostState, Inherited, Plan, Stage};
 use crate::error::Obstacle;
 use crate::holes;
 use crate::objects::files::{self, Kind, Staging};
+use crate::objects::ipc::sysv_shm;
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, memory, signals, timers};
 
@@ -49,7 +50,7 @@ pub fn plan(
         present,
         0,
         &vec![0; snapshot.shared_memory.len()],
-        0,
+        [0; 2],
     )?;
     let mut place = |len: u64| {
         let at = holes::find(taken.iter().copied(), len)?;
@@ -64,7 +65,14 @@ pub fn plan(
         let at = place(object.mapped_len() + align).ok_or_else(no_room)?;
         shared_at.push(at.next_multiple_of(align));
     }
-    let plan = build(snapshot, request, host, present, base, &shared_at, aside)?;
+    let mut segment_at = 0;
+    if let Some((len, align)) = sysv_shm::room(process, snapshot) {
+        segment_at = place(len + align)
+            .ok_or_else(no_room)?
+            .next_multiple_of(align);
+    }
+    let free = [aside, segment_at];
+    let plan = build(snapshot, request, host, present, base, &shared_at, free)?;
     Ok(Planned { plan, shared_at })
 }
 
@@ -75,7 +83,7 @@ fn build(
     present: &[Vma],
     base: u64,
     shared_at: &Vec<u64>,
-    aside: u64,
+    [aside, segment_at]: [u64; 2],
 ) -> Result<Plan, Vec<Obstacle>> {
     let process = &snapshot.processes[0];
     let mut plan = Builder::new(base, host.clone());
@@ -105,6 +113,7 @@ fn build(
     }
     memory::allocate_keys(&memory.mappings, plan_ref);
     memory::map_all(&memory.mappings, snapshot, staging, shared_at, plan_ref);
+    sysv_shm::attach(process, snapshot, segment_at, plan_ref);
     plan_ref.stage(Stage::Fill);
     memory::finish(&memory.mappings, snapshot, shared_at, plan_ref);
     memory.rebuild_fields(plan_ref);

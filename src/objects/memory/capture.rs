@@ -16,6 +16,7 @@ use super::{
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::files;
+use crate::objects::ipc::sysv_shm;
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
@@ -171,6 +172,10 @@ fn backing(
         VmaName::File { path, .. } => Some(path.as_path()),
         _ => None,
     };
+    if sysv_shm::is_segment(vma) {
+        let contents = || contents_of(source, vma, all, false).0;
+        return Ok(sysv_shm::mapping(vma, contents, collector));
+    }
     if vma.flags.contains(VmFlags::HUGETLB) && !path.is_some_and(is_memfd) {
         let ours = path.is_some_and(|p| p == Path::new("/anon_hugepage"));
         return match (ours, vma.shared) {
@@ -209,13 +214,6 @@ fn backing(
             offset: vma.offset,
             private: !vma.shared,
         });
-    }
-    if path.starts_with("/SYSV00000000") || path.to_string_lossy().starts_with("/SYSV") {
-        return Err(refuse(
-            "is System V shared memory,",
-            "which is not supported yet",
-            None,
-        ));
     }
     if vma.flags.contains(VmFlags::PFN_MAP) || vma.flags.contains(VmFlags::IO) {
         let what = format!("is memory of the device {},", path.display());
@@ -367,7 +365,7 @@ fn mapped_file(
         let (contents, size) = contents_of(source, vma, all, !shared);
         let identity = match &contents {
             Contents::File(file, _) => file.metadata().ok().map(|m| FileIdentity::of(&m)),
-            Contents::Memory(..) => None,
+            Contents::Memory(..) | Contents::Segment(..) => None,
         };
         let identity = identity.unwrap_or(FileIdentity {
             device: vma.dev,
