@@ -228,7 +228,8 @@ fn capture_frozen(frozen: &mut Frozen, source: &Source) -> Result<CapturedJob> {
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
-    let (process, vmas, scanner) = process::capture(frozen, source, outside, space)?;
+    let (process, vmas, scanner) =
+        process::capture(frozen, source, outside, space, &collector.ipc)?;
     let host = host::describe(&process)?;
     let Collector {
         descriptions,

@@ -106,6 +106,7 @@ pub(crate) fn snapshot() -> Snapshot {
         child_subreaper: false,
         oom_score_adj: 0,
         coredump_filter: None,
+        semaphore_adjustments: Vec::new(),
     };
     let null = device::Device {
         path: "/dev/null".into(),

@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
 use super::files::{self, FdEntry};
+use super::ipc::Ipc;
+use super::ipc::undo::{self, Adjustment};
 use super::limits::{self, Limit};
 use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
@@ -69,6 +71,9 @@ pub struct Process {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
+    /// What its end does to semaphores.
+    #[serde(default)]
+    pub semaphore_adjustments: Vec<Adjustment>,
 }
 
 /// What can be captured of a process without executing anything in it. Also the heart of
@@ -155,6 +160,7 @@ pub fn capture(
     source: &Source,
     outside: FromOutside,
     space: SpaceId,
+    ipc: &Ipc,
 ) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
     let FromOutside {
         vmas,
@@ -172,6 +178,7 @@ pub fn capture(
     let pending = pending.transpose()?.unwrap_or_default();
     let listed = read_timers(dir.clone())?;
 
+    let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
     remote::leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     let taken = vmas.iter().map(|v| (v.start, v.end));
     let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
@@ -195,6 +202,7 @@ pub fn capture(
     calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
     let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
     let lock_future = lock_future(&mut calls, &vmas)?;
+    let semaphore_adjustments = undo::capture(&mut calls, &ipc.semaphores, &tids)?;
     let mut threads = vec![thread::capture(&mut calls, source)?];
     for task in others {
         calls = calls.hand_over(task)?;
@@ -243,6 +251,7 @@ pub fn capture(
         child_subreaper,
         oom_score_adj: tasks::oom_score_adj(dir.clone())?,
         coredump_filter: tasks::coredump_filter(dir)?,
+        semaphore_adjustments,
     };
     Ok((process, vmas, scanner))
 }

@@ -118,10 +118,10 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let terminal = (request.foreground && own_group)
         .then(|| terminal::Foreground::give(process.pid))
         .flatten();
-    let warnings = driver::rebuild(&image, &snapshot, request, &host, &child, leader)?;
+    let mut warnings = driver::rebuild(&image, &snapshot, request, &host, &child, leader)?;
     let pid = child.pid();
     child.keep();
-    objects.keep();
+    warnings.extend(objects.keep());
     Ok(Restored {
         pid,
         warnings,

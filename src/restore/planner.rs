@@ -7,7 +7,7 @@ use super::plan::{Builder, HostState, Inherited, Plan, Stage};
 use crate::error::Obstacle;
 use crate::holes;
 use crate::objects::files::{self, Kind, Staging};
-use crate::objects::ipc::sysv_shm;
+use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, memory, signals, timers};
 
@@ -124,6 +124,8 @@ fn build(
     files::finish(process, snapshot, staging, plan_ref);
     rebuild_places(process, plan_ref);
     signals::rebuild_actions(&process.actions, plan_ref);
+    sysv_sem::rebuild(process, snapshot, plan_ref);
+    sysv_msg::rebuild(process, snapshot, plan_ref);
 
     for thread in &process.threads[1..] {
         plan_ref.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));

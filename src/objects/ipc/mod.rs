@@ -29,10 +29,14 @@ use nix::errno::Errno;
 use super::Snapshot;
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
+use crate::host;
 
 pub mod sys;
+pub mod sysv_msg;
+pub mod sysv_sem;
 pub mod sysv_shm;
 pub mod table;
+pub mod undo;
 
 use table::{Row, Type};
 
@@ -44,6 +48,19 @@ pub struct Ipc {
     pub place: Place,
     /// Segments of System V shared memory, referred to by their index.
     pub segments: Vec<sysv_shm::Segment>,
+    /// Sets of System V semaphores, referred to by their index.
+    pub semaphores: Vec<sysv_sem::Set>,
+    /// System V message queues.
+    pub queues: Vec<sysv_msg::Queue>,
+}
+
+/// How an object is known to be the job's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Claim {
+    /// A process of the job used it last, or waits for it.
+    Used,
+    /// The job's user made or changed it since the job began; it may be another program's.
+    Possible,
 }
 
 /// What tells an object from one that has the same id elsewhere.
@@ -216,17 +233,98 @@ fn failed(object: &Object, kind: Type, what: &str, errno: Errno) -> Error {
 /// The job, as far as it shows whose an object is.
 struct Job {
     pids: Vec<i32>,
+    uids: Vec<u32>,
+    /// When it began, seconds since 1970.
+    began: i64,
+    /// What its threads wait for: the system call and its first operand.
+    waits: Vec<(i64, i32)>,
+}
+
+impl Job {
+    fn of(processes: &[(&Source, &[Vma])]) -> Self {
+        let sources = || processes.iter().map(|(source, _)| source);
+        let ticks = sources().map(|s| s.stat.starttime).min().unwrap_or(0);
+        Self {
+            pids: sources().map(|s| s.pid.raw()).collect(),
+            uids: sources().map(|s| s.status.uid.effective).collect(),
+            began: host::unix_time_of_ticks(ticks),
+            waits: sources().flat_map(|source| waits(source)).collect(),
+        }
+    }
+
+    /// Whether a thread of the job is in one of these calls for the object with that id.
+    fn waits(&self, id: i32, calls: &[i64]) -> bool {
+        let mut waits = self.waits.iter();
+        waits.any(|(call, object)| *object == id && calls.contains(call))
+    }
+
+    /// How an object is the job's, if it is.
+    fn claim(&self, row: &Row, used: bool) -> Option<Claim> {
+        let possible =
+            self.uids.contains(&(row.get("cuid") as u32)) && row.get("ctime") >= self.began;
+        match (used, possible) {
+            (true, _) => Some(Claim::Used),
+            (false, true) => Some(Claim::Possible),
+            (false, false) => None,
+        }
+    }
+}
+
+/// System calls that threads of a process are in, with their first operands.
+fn waits(source: &Source) -> Vec<(i64, i32)> {
+    let call = |tid| {
+        let file = source.dir.path().join(format!("task/{tid}/syscall"));
+        let text = std::fs::read_to_string(file).ok()?;
+        let mut words = text.split_whitespace();
+        let call = words.next()?.parse().ok()?;
+        let first = words.next()?.strip_prefix("0x")?;
+        Some((call, u64::from_str_radix(first, 16).ok()? as i32))
+    };
+    let tasks = tasks::list_tasks(source.pid).unwrap_or_default();
+    tasks.into_iter().filter_map(call).collect()
 }
 
 /// Enters everything that belongs to the job, once all its processes have been looked at from
 /// outside. Touches nothing.
 pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Result<()> {
-    let job = Job {
-        pids: processes.iter().map(|(s, _)| s.pid.raw()).collect(),
-    };
+    let kinds = [Type::Shm, Type::Sem, Type::Msg];
+    let [shm, sem, msg] = kinds.map(table::read);
+    let (shm, sem, msg) = (shm?, sem?, msg?);
+    if shm.is_empty() && sem.is_empty() && msg.is_empty() && collector.ipc.segments.is_empty() {
+        return Ok(());
+    }
+    let job = Job::of(processes);
     collector.ipc.place = Place::here();
-    sysv_shm::survey(processes, &job, &table::read(Type::Shm)?, collector);
+    sysv_shm::survey(processes, &job, &shm, collector);
+    sysv_sem::survey(&job, &sem, collector);
+    sysv_msg::survey(&job, &msg, collector);
     Ok(())
+}
+
+/// Whether an object that may be another program's is to be created; a warning tells what becomes
+/// of it unless it is still there. One with a key stays away: others would come across it.
+fn wants_possible(
+    object: &Object,
+    kind: Type,
+    rows: &[Row],
+    here: bool,
+    warnings: &mut Vec<String>,
+) -> bool {
+    let reason = match object.find(kind, rows, here) {
+        Ok(Found::Same(_)) => return false,
+        Ok(Found::Missing) if object.key == 0 => match may_create(object, kind) {
+            Ok(()) => return true,
+            Err(obstacle) => obstacle.reason,
+        },
+        Ok(Found::Missing) => "does not exist any more".into(),
+        Err(obstacle) => obstacle.reason,
+    };
+    warnings.push(format!(
+        "{} was made by the job's user while the job ran, but not used by it so far; it {reason} and \
+         is left so",
+        object.title(kind),
+    ));
+    false
 }
 
 /// Refuses a restore here if anything stands in its way.
@@ -244,13 +342,25 @@ fn in_the_way(snapshot: &Snapshot) -> Result<Vec<Obstacle>> {
     for segment in &snapshot.ipc.segments {
         obstacles.extend(segment.in_the_way(&rows, here).err());
     }
+    let rows = table::read(Type::Sem)?;
+    for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {
+        obstacles.extend(set.in_the_way(index, &rows, here, snapshot).err());
+    }
+    let rows = table::read(Type::Msg)?;
+    for queue in &snapshot.ipc.queues {
+        obstacles.extend(queue.in_the_way(&rows, here, snapshot).err());
+    }
     Ok(obstacles)
 }
 
-/// Objects made ready for a restore. What was created goes again unless it is [kept](Self::keep).
+/// Objects made ready for a restore. What was created goes again, and what was changed is undone,
+/// unless it is [kept](Self::keep).
 #[derive(Default)]
 pub struct Prepared {
     segments: Vec<sysv_shm::Ready>,
+    semaphores: Vec<sysv_sem::Ready>,
+    queues: Vec<sysv_msg::Ready>,
+    warnings: Vec<String>,
 }
 
 impl Prepared {
@@ -260,16 +370,28 @@ impl Prepared {
         let mut prepared = Self::default();
         let rows = table::read(Type::Shm)?;
         for segment in &snapshot.ipc.segments {
-            prepared.segments.push(segment.prepare(&rows, here, image)?);
+            let ready = segment.prepare(&rows, here, image)?;
+            prepared.segments.push(ready);
+        }
+        let rows = table::read(Type::Sem)?;
+        for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {
+            let ready = set.prepare(index, &rows, here, snapshot, &mut prepared.warnings)?;
+            prepared.semaphores.extend(ready);
+        }
+        let rows = table::read(Type::Msg)?;
+        for queue in &snapshot.ipc.queues {
+            let ready = queue.prepare(&rows, here, snapshot, &mut prepared.warnings)?;
+            prepared.queues.extend(ready);
         }
         Ok(prepared)
     }
 
-    /// The job has them now.
-    pub fn keep(self) {
-        for segment in self.segments {
-            segment.keep();
-        }
+    /// The job has them now; returns what is not as it was.
+    pub fn keep(self) -> Vec<String> {
+        self.segments.into_iter().for_each(sysv_shm::Ready::keep);
+        self.semaphores.into_iter().for_each(sysv_sem::Ready::keep);
+        self.queues.into_iter().for_each(sysv_msg::Ready::keep);
+        self.warnings
     }
 }
 

@@ -132,12 +132,6 @@ pub fn sem_values(id: i32, count: usize) -> Result<Vec<u16>> {
     Ok(values)
 }
 
-/// `SETALL`.
-pub fn sem_set_values(id: i32, values: &[u16]) -> Result<()> {
-    // SAFETY: as above, read this time.
-    Errno::result(unsafe { libc::semctl(id, 0, libc::SETALL, values.as_ptr()) }).map(drop)
-}
-
 /// `GETPID`, `GETNCNT` or `GETZCNT` of a semaphore.
 pub fn sem_get(id: i32, number: usize, command: i32) -> Result<i32> {
     // SAFETY: only called with commands that take no argument.
