@@ -340,6 +340,23 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
     })
 }
 
+/// The file behind a mapping, if a descriptor leads to it.
+fn open_file<'a>(
+    path: &Path,
+    vma: &Vma,
+    collector: &'a Collector,
+) -> Option<&'a files::regular::Regular> {
+    collector.descriptions.iter().find_map(|d| match &d.kind {
+        files::Kind::Regular(r)
+            if r.identity.inode == vma.inode
+                && (r.identity.device == vma.dev || r.path == path) =>
+        {
+            Some(r)
+        }
+        _ => None,
+    })
+}
+
 fn mapped_file(
     source: &Source,
     vma: &Vma,
@@ -355,6 +372,14 @@ fn mapped_file(
                 path: path.to_owned(),
                 identity,
                 contents: None,
+            };
+        }
+        // One that is open as well must stay one file with what its descriptors lead to.
+        if let Some(open) = open_file(path, vma, collector) {
+            return MappedFile {
+                path: open.path.clone(),
+                identity: open.identity.clone(),
+                contents: open.contents,
             };
         }
         // No name leads to it any more: it goes into the image as a whole.
