@@ -15,7 +15,7 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `outside` (a terminal, or a pipe or socket whose far end is
+    /// `memfd`, `inotify`, `mqueue`, `outside` (a terminal, or a pipe or socket whose far end is
     /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
@@ -82,6 +82,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
+        Kind::MessageQueue(_) => "mqueue",
         Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
@@ -96,6 +97,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
         Kind::Outside(outside) => outside.name.clone(),
+        Kind::MessageQueue(queue) => format!("/{}", String::from_utf8_lossy(&queue.name)),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
         Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),

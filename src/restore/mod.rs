@@ -90,7 +90,7 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     let (_, snapshot) = open(request)?;
     let host = host_state(snapshot.processes[0].pid)?;
     let planned = planner::plan(&snapshot, request, &host, &[]).map_err(Error::Refused)?;
-    ipc::refuse(&snapshot)?;
+    ipc::refuse(&snapshot, request)?;
     let mut text = String::new();
     for warning in &planned.plan.warnings {
         text.push_str(&format!("# warning: {warning}\n"));
@@ -109,8 +109,8 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     if Path::new(&format!("/proc/{}", process.pid)).exists() {
         return Err(Error::refuse(pid_taken(process.pid)));
     }
-    ipc::refuse(&snapshot)?;
-    let objects = ipc::Prepared::new(&snapshot, &image)?;
+    ipc::refuse(&snapshot, request)?;
+    let objects = ipc::Prepared::new(&snapshot, &image, request)?;
     let descriptors = contents::open_all(&planned.plan.inherit, &snapshot, &image)?;
     let executable = contents::executable(&snapshot, &image)?;
     let (child, leader) = spawn::spawn(process, &executable, descriptors)?;

@@ -30,7 +30,9 @@ use super::Snapshot;
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
+use crate::restore::Request;
 
+pub mod mqueue;
 pub mod sys;
 pub mod sysv_msg;
 pub mod sysv_sem;
@@ -248,7 +250,7 @@ impl Job {
             pids: sources().map(|s| s.pid.raw()).collect(),
             uids: sources().map(|s| s.status.uid.effective).collect(),
             began: host::unix_time_of_ticks(ticks),
-            waits: sources().flat_map(|source| waits(source)).collect(),
+            waits: Vec::new(),
         }
     }
 
@@ -290,11 +292,15 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     let kinds = [Type::Shm, Type::Sem, Type::Msg];
     let [shm, sem, msg] = kinds.map(table::read);
     let (shm, sem, msg) = (shm?, sem?, msg?);
-    if shm.is_empty() && sem.is_empty() && msg.is_empty() && collector.ipc.segments.is_empty() {
-        return Ok(());
+    let mut job = Job::of(processes);
+    if !(sem.is_empty() && msg.is_empty()) {
+        job.waits = processes
+            .iter()
+            .flat_map(|(source, _)| waits(source))
+            .collect();
     }
-    let job = Job::of(processes);
     collector.ipc.place = Place::here();
+    mqueue::refuse_notifications(&job, &collector.descriptions, &mut collector.obstacles);
     sysv_shm::survey(processes, &job, &shm, collector);
     sysv_sem::survey(&job, &sem, collector);
     sysv_msg::survey(&job, &msg, collector);
@@ -328,16 +334,16 @@ fn wants_possible(
 }
 
 /// Refuses a restore here if anything stands in its way.
-pub fn refuse(snapshot: &Snapshot) -> Result<()> {
-    match in_the_way(snapshot)? {
+pub fn refuse(snapshot: &Snapshot, request: &Request<'_>) -> Result<()> {
+    match in_the_way(snapshot, request)? {
         obstacles if obstacles.is_empty() => Ok(()),
         obstacles => Err(Error::Refused(obstacles)),
     }
 }
 
-fn in_the_way(snapshot: &Snapshot) -> Result<Vec<Obstacle>> {
+fn in_the_way(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let here = snapshot.ipc.place == Place::here();
-    let mut obstacles = Vec::new();
+    let mut obstacles = mqueue::in_the_way(snapshot, here, request);
     let rows = table::read(Type::Shm)?;
     for segment in &snapshot.ipc.segments {
         obstacles.extend(segment.in_the_way(&rows, here).err());
@@ -360,14 +366,18 @@ pub struct Prepared {
     segments: Vec<sysv_shm::Ready>,
     semaphores: Vec<sysv_sem::Ready>,
     queues: Vec<sysv_msg::Ready>,
+    posix: Vec<mqueue::Ready>,
     warnings: Vec<String>,
 }
 
 impl Prepared {
     /// Creates what is missing and puts back what is there. Nothing of the job runs.
-    pub fn new(snapshot: &Snapshot, image: &Reader) -> Result<Self> {
+    pub fn new(snapshot: &Snapshot, image: &Reader, request: &Request<'_>) -> Result<Self> {
         let here = snapshot.ipc.place == Place::here();
-        let mut prepared = Self::default();
+        let mut prepared = Self {
+            posix: mqueue::prepare(snapshot, request)?,
+            ..Self::default()
+        };
         let rows = table::read(Type::Shm)?;
         for segment in &snapshot.ipc.segments {
             let ready = segment.prepare(&rows, here, image)?;
@@ -391,6 +401,7 @@ impl Prepared {
         self.segments.into_iter().for_each(sysv_shm::Ready::keep);
         self.semaphores.into_iter().for_each(sysv_sem::Ready::keep);
         self.queues.into_iter().for_each(sysv_msg::Ready::keep);
+        self.posix.into_iter().for_each(mqueue::Ready::keep);
         self.warnings
     }
 }

@@ -304,3 +304,27 @@ pub fn open_queue(name: &[u8], access: i32) -> Result<OwnedFd> {
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
+
+/// `mq_open(3)` that creates a queue for that many messages of that size.
+pub fn create_queue(name: &[u8], most: i64, size: i64) -> Result<OwnedFd> {
+    let name = CString::new(name).map_err(|_| Errno::EINVAL)?;
+    let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC;
+    let attributes = QueueAttributes {
+        most,
+        size,
+        ..QueueAttributes::default()
+    };
+    // SAFETY: a C string and one structure.
+    let fd = unsafe { libc::syscall(libc::SYS_mq_open, name.as_ptr(), flags, 0o600, &attributes) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// `mq_unlink(3)`.
+pub fn unlink_queue(name: &[u8]) {
+    if let Ok(name) = CString::new(name) {
+        // SAFETY: a C string.
+        unsafe { libc::syscall(libc::SYS_mq_unlink, name.as_ptr()) };
+    }
+}
