@@ -16,6 +16,8 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
     ("fd_deleted", &["fd 5"]),
     // Its name is gone and another one leads to it: it is opened by that one.
     ("fd_hardlink", &["fd 3"]),
+    // Opened with O_NOFOLLOW by a name that is gone, which says how the name was looked up.
+    ("shm_posix", &["fd 3", "fd 4"]),
 ];
 
 /// What is not supported: the fixture and the words that name the object and the remedy.

@@ -380,7 +380,7 @@ impl Prepared {
         };
         let rows = table::read(Type::Shm)?;
         for segment in &snapshot.ipc.segments {
-            let ready = segment.prepare(&rows, here, image)?;
+            let ready = segment.prepare(&rows, here, image, &mut prepared.warnings)?;
             prepared.segments.push(ready);
         }
         let rows = table::read(Type::Sem)?;

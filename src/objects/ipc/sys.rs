@@ -52,10 +52,15 @@ impl Attached {
         unsafe { std::ptr::copy(bytes.as_ptr(), self.at.add(offset), len) };
     }
 
-    /// Makes everything zero.
+    /// Makes everything zero, and a hole if the kernel can.
     pub fn clear(&self) {
-        // SAFETY: as above.
-        unsafe { std::ptr::write_bytes(self.at, 0, self.len) };
+        let len = self.len.next_multiple_of(4096);
+        // SAFETY: whole pages of the attached segment, which nothing borrows from.
+        unsafe {
+            if libc::madvise(self.at.cast(), len, libc::MADV_REMOVE) != 0 {
+                std::ptr::write_bytes(self.at, 0, self.len);
+            }
+        }
     }
 }
 

@@ -82,7 +82,11 @@ impl Set {
         snapshot: &Snapshot,
     ) -> Result<Vec<(u16, i16)>, Obstacle> {
         let refuse = |reason: String| {
-            let remedy = "restore in an IPC namespace of its own: unshare --ipc restore IMAGE";
+            let remedy = format!(
+                "remove it if nobody else needs it (ipcrm -s {}), or restore in an IPC namespace \
+                 of its own: unshare --ipc restore IMAGE",
+                self.object.id
+            );
             Obstacle::new(self.title(), reason, remedy)
         };
         if row.get("nsems") as usize != self.values.len() {

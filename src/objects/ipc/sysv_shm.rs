@@ -218,7 +218,13 @@ impl Segment {
     }
 
     /// Creates it or takes what is there, and fills in its contents.
-    pub(super) fn prepare(&self, rows: &[Row], here: bool, image: &Reader) -> Result<Ready> {
+    pub(super) fn prepare(
+        &self,
+        rows: &[Row],
+        here: bool,
+        image: &Reader,
+        warnings: &mut Vec<String>,
+    ) -> Result<Ready> {
         self.in_the_way(rows, here).map_err(Error::refuse)?;
         let failed = |what, errno| super::failed(&self.object, Type::Shm, what, errno);
         let found = self.object.find(Type::Shm, rows, here);
@@ -237,15 +243,12 @@ impl Segment {
             )?;
         }
         let mut ready = Ready {
-            segment: self.clone(),
+            object: self.object,
             attached: None,
             created,
         };
         let attached = Attached::new(self.object.id, self.size, true);
         let attached = attached.map_err(|e| failed("attached", e))?;
-        if created && self.destroyed {
-            sys::shm_control(self.object.id, libc::IPC_RMID).map_err(|e| failed("removed", e))?;
-        }
         if !created {
             attached.clear();
         }
@@ -253,14 +256,17 @@ impl Segment {
             attached.write(offset, bytes);
             Ok(())
         })?;
-        ready.attached = Some(attached);
         if created {
             let set = sys::shm_set(self.object.id, self.object.access());
             set.map_err(|e| failed("given to its owner", e))?;
         }
-        if created && self.locked {
-            let lock = sys::shm_control(self.object.id, libc::SHM_LOCK);
-            lock.map_err(|e| failed("locked in memory", e))?;
+        if created && self.locked && sys::shm_control(self.object.id, libc::SHM_LOCK).is_err() {
+            warnings.push(format!("{} is not locked in memory", self.title()));
+        }
+        if created && self.destroyed {
+            sys::shm_control(self.object.id, libc::IPC_RMID).map_err(|e| failed("removed", e))?;
+            // Until the job has it, we do.
+            ready.attached = Some(attached);
         }
         Ok(ready)
     }
@@ -273,9 +279,9 @@ impl Segment {
     }
 }
 
-/// A segment that is there and filled, attached by us until the job has it.
+/// A segment that is there and filled.
 pub(super) struct Ready {
-    segment: Segment,
+    object: Object,
     attached: Option<Attached>,
     created: bool,
 }
@@ -284,8 +290,7 @@ impl Ready {
     pub(super) fn keep(mut self) {
         if self.created {
             // The time of the last change is then one of the job's life.
-            let object = self.segment.object;
-            let _ = sys::shm_set(object.id, object.access());
+            let _ = sys::shm_set(self.object.id, self.object.access());
         }
         self.created = false;
     }
@@ -294,7 +299,7 @@ impl Ready {
 impl Drop for Ready {
     fn drop(&mut self) {
         if self.created {
-            let _ = sys::shm_control(self.segment.object.id, libc::IPC_RMID);
+            let _ = sys::shm_control(self.object.id, libc::IPC_RMID);
         }
         self.attached = None;
     }

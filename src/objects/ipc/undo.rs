@@ -206,7 +206,8 @@ fn ask_about(
             number: n as u16,
             value: set.values[n],
             side,
-            low: 0,
+            // Nothing can be out of range before it is moved, but -32768.
+            low: if side == Side::Below { -1 } else { 0 },
             high: highest,
         })
         .collect();
@@ -337,7 +338,7 @@ mod tests {
                 for side in [Side::Above, Side::Below] {
                     let ask =
                         |x| kernel(&question(0, value, side, x), value, adjusted).unwrap_err();
-                    let beyond = (1..=32767).find(|x| ask(*x) == Errno::ERANGE);
+                    let beyond = (0..=32767).find(|x| ask(*x) == Errno::ERANGE);
                     let expected = match side {
                         Side::Above => adjusted,
                         Side::Below => -adjusted,
