@@ -14,6 +14,7 @@ use nix::unistd::geteuid;
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
 use crate::job::Family;
+use crate::objects::ipc;
 use crate::objects::process::{self, Depth};
 
 /// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
@@ -67,7 +68,12 @@ fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
         inside_the_job(source, &mut collector)?;
     }
     let seen = shared_by_processes(sources, &mut collector)
-        .and_then(|()| process::capture_from_outside(sources, depth, &mut collector));
+        .and_then(|()| process::capture_from_outside(sources, depth, &mut collector))
+        .and_then(|outside| {
+            let vmas = outside.iter().map(|o| o.vmas.as_slice());
+            let seen: Vec<_> = sources.iter().copied().zip(vmas).collect();
+            ipc::capture(&seen, &mut collector)
+        });
     let root = sources[0].pid;
     match seen {
         // What is missing in a process that is ending is no property of it.

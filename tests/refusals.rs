@@ -197,19 +197,6 @@ fn io_uring() {
 }
 
 #[test]
-fn process_with_a_child() {
-    isolated("process_with_a_child", |case| {
-        let target = odd(case, "child", None);
-        let pid = format!("process {} (odd)", target.pid());
-        attach_is_refused(
-            case,
-            target,
-            &[&pid, "child process", "wait until it has ended"],
-        );
-    });
-}
-
-#[test]
 fn thread_with_descriptors_of_its_own() {
     isolated("thread_with_descriptors_of_its_own", |case| {
         let target = odd(case, "own-files", None);
@@ -230,7 +217,7 @@ fn another_namespace() {
 #[test]
 fn several_obstacles_are_told_at_once() {
     isolated("several_obstacles_are_told_at_once", |case| {
-        let target = odd(case, "child", None);
+        let target = odd(case, "own-files", None);
         let out = ckpt(case, ["check", "--json", &target.pid().to_string()]);
         assert_eq!(out.code(), 1);
         let told: serde_json::Value = serde_json::from_str(&out.stdout).expect("it is JSON");

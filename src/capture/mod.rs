@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::process::{self, Process};
-use crate::objects::{Snapshot, SpaceId, memory, zombie};
+use crate::objects::{Snapshot, SpaceId, ipc, memory, zombie};
 use crate::progress::Progress;
 use crate::snapshot;
 
@@ -244,6 +244,8 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
+    let vmas = outside.iter().map(|o| o.vmas.as_slice());
+    ipc::capture(&all.iter().copied().zip(vmas).collect::<Vec<_>>(), &mut collector)?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
@@ -261,7 +263,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         let children = stopped.iter().filter(|(parent, _)| *parent == source.pid);
         let children: Vec<i32> = children.map(|(_, child)| *child).collect();
         let (mut process, vmas, scanner) =
-            process::capture(frozen, source, outside, space, &children)?;
+            process::capture(frozen, source, outside, space, &children, &collector.ipc)?;
         process.forked = processes
             .iter()
             .find(|p| p.pid == process.parent)
@@ -277,6 +279,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         mapped_files,
         shared_memory,
         contents,
+        ipc,
         ..
     } = collector;
     let snapshot = Snapshot {
@@ -286,6 +289,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         descriptions,
         mapped_files,
         shared_memory,
+        ipc,
     };
     Ok(CapturedJob {
         snapshot,

@@ -15,6 +15,7 @@ use ckpt_tracer::{Error, Pid};
 use crate::error::{Obstacle, Result};
 use crate::objects::SpaceId;
 use crate::objects::files::Description;
+use crate::objects::ipc::Ipc;
 use crate::objects::memory::{MappedFile, SharedMemory};
 
 /// A process seen from outside.
@@ -60,6 +61,8 @@ pub enum Contents {
     File(File, u64),
     /// Memory of processes that show it: (process, offset in the object, address, bytes).
     Memory(Vec<(Pid, u64, u64, u64)>),
+    /// A System V segment that nobody has attached: its id, its size.
+    Segment(i32, u64),
 }
 
 /// Tables of what is shared, filled while objects are captured; and everything that stands
@@ -72,6 +75,8 @@ pub struct Collector {
     pub mapped_files: Vec<MappedFile>,
     /// See [`Snapshot::shared_memory`](crate::objects::Snapshot).
     pub shared_memory: Vec<SharedMemory>,
+    /// See [`Snapshot::ipc`](crate::objects::Snapshot).
+    pub ipc: Ipc,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
     /// Ids of all tasks of the job.

@@ -110,6 +110,7 @@ pub(crate) fn snapshot() -> Snapshot {
         child_subreaper: false,
         oom_score_adj: 0,
         coredump_filter: None,
+        semaphore_adjustments: Vec::new(),
     };
     let null = device::Device {
         path: "/dev/null".into(),
@@ -143,6 +144,7 @@ pub(crate) fn snapshot() -> Snapshot {
         ],
         mapped_files: vec![file],
         shared_memory: Vec::new(),
+        ipc: Default::default(),
     }
 }
 

@@ -6,6 +6,7 @@
 //! index nothing unchecked, and their cost is that of sorting what is there.
 
 mod files;
+mod ipc;
 mod memory;
 
 use std::collections::HashSet;
@@ -30,8 +31,10 @@ pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
     header(snapshot, reader, &mut faults);
     processes(snapshot, &mut faults);
     files::descriptions(snapshot, &mut faults);
+    ipc::objects(snapshot, &mut faults);
     for process in &snapshot.processes {
         files::descriptors(snapshot, process, &mut faults);
+        ipc::adjustments(snapshot, process, &mut faults);
         memory::mappings(snapshot, process, reader.header().page_size, &mut faults);
     }
     memory::spaces(snapshot, reader, &mut faults);

@@ -7,6 +7,7 @@
 pub mod address_space;
 pub mod credentials;
 pub mod files;
+pub mod ipc;
 pub mod limits;
 pub mod memory;
 pub mod process;
@@ -40,6 +41,9 @@ pub struct Snapshot {
     pub mapped_files: Vec<memory::MappedFile>,
     /// Shared anonymous memory, referred to by its index.
     pub shared_memory: Vec<memory::SharedMemory>,
+    /// Objects of the IPC namespace.
+    #[serde(default)]
+    pub ipc: ipc::Ipc,
 }
 
 /// What the job ran on, as far as a restore must agree with it.

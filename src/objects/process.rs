@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
 use super::files::{self, FdEntry, regular::Lock};
+use super::ipc::Ipc;
+use super::ipc::undo::{self, Adjustment};
 use super::limits::{self, Limit};
 use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
@@ -76,6 +78,9 @@ pub struct Process {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
+    /// What its end does to semaphores.
+    #[serde(default)]
+    pub semaphore_adjustments: Vec<Adjustment>,
 }
 
 impl Process {
@@ -202,6 +207,7 @@ pub fn capture(
     outside: FromOutside,
     space: SpaceId,
     stopped_children: &[i32],
+    ipc: &Ipc,
 ) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
     let FromOutside {
         vmas,
@@ -220,6 +226,7 @@ pub fn capture(
     let pending = pending.transpose()?.unwrap_or_default();
     let listed = read_timers(dir.clone())?;
 
+    let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
     remote::leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     let taken = vmas.iter().map(|v| (v.start, v.end));
     let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
@@ -244,6 +251,7 @@ pub fn capture(
     let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
     let lock_future = lock_future(&mut calls, &vmas)?;
     let untold_stops = untold_stops(&mut calls, stopped_children)?;
+    let semaphore_adjustments = undo::capture(&mut calls, &ipc.semaphores, &tids)?;
     let mut threads = vec![thread::capture(&mut calls, source)?];
     for task in others {
         calls = calls.hand_over(task)?;
@@ -296,6 +304,7 @@ pub fn capture(
         child_subreaper,
         oom_score_adj: tasks::oom_score_adj(dir.clone())?,
         coredump_filter: tasks::coredump_filter(dir)?,
+        semaphore_adjustments,
     };
     Ok((process, vmas, scanner))
 }

@@ -253,6 +253,18 @@ fn fill(file: &File, space: SpaceId, size: u64, image: &Reader) -> Result<()> {
         source,
     };
     file.set_len(size).map_err(error)?;
+    each_run(image, space, |offset, bytes| {
+        let keep = (bytes.len() as u64).min(size.saturating_sub(offset)) as usize;
+        file.write_all_at(&bytes[..keep], offset).map_err(error)
+    })
+}
+
+/// Every run of pages of a space: its offset and its bytes.
+pub fn each_run(
+    image: &Reader,
+    space: SpaceId,
+    mut take: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
     let page_size = image.header().page_size;
     let mut chunks: Vec<usize> = image.runs_of(space.0).map(|(_, chunk)| chunk).collect();
     chunks.dedup();
@@ -262,10 +274,8 @@ fn fill(file: &File, space: SpaceId, size: u64, image: &Reader) -> Result<()> {
         let mut at = 0;
         for run in image.runs(chunk) {
             let len = run.bytes(page_size) as usize;
-            if run.space == space.0 && run.start < size {
-                let keep = len.min((size - run.start) as usize);
-                file.write_all_at(&data[at..at + keep], run.start)
-                    .map_err(error)?;
+            if run.space == space.0 {
+                take(run.start, &data[at..at + len])?;
             }
             at += len;
         }

@@ -16,7 +16,7 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::credentials::Credentials;
-use crate::objects::{Snapshot, scheduling};
+use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
 use planner::Job;
@@ -91,6 +91,7 @@ impl Restored {
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
     let (image, snapshot) = open(request)?;
+    ipc::refuse(&snapshot, request)?;
     let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     let mut text = String::new();
     for (index, process) in snapshot.processes.iter().enumerate() {
@@ -124,17 +125,20 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     if !obstacles.is_empty() {
         return Err(Error::Refused(obstacles));
     }
+    ipc::refuse(&snapshot, request)?;
+    let objects = ipc::Prepared::new(&snapshot, &image, request)?;
     let root = &snapshot.processes[0];
     let descriptors = contents::open_all(&inherit, &snapshot, &image)?;
     let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
     adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
-    let warnings = driver::rebuild(&job, &image, &mut brood, leader)?;
+    let mut warnings = driver::rebuild(&job, &image, &mut brood, leader)?;
     let own_group = root.group == root.pid && root.session != root.pid;
     let terminal = (request.foreground && own_group)
         .then(|| terminal::Foreground::give(root.pid))
         .flatten();
     brood.keep();
+    warnings.extend(objects.keep());
     Ok(Restored {
         pid: root.pid,
         warnings,

@@ -11,6 +11,7 @@ use super::plan::{Builder, HostState, Inherited, Plan, Stage};
 use crate::error::Obstacle;
 use crate::holes;
 use crate::objects::files::{self, Staging};
+use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, SpaceId, limits, signals, timers};
@@ -141,6 +142,11 @@ impl<'a> Job<'a> {
             }
         };
         let aside = place(ASIDE).ok_or_else(no_room)?;
+        let mut segment_at = 0;
+        if let Some((len, align)) = sysv_shm::room(process, self.snapshot) {
+            let at = place(len + align).ok_or_else(no_room)?;
+            segment_at = at.next_multiple_of(align);
+        }
         // The size does not depend on the place, so the first plan is made for it alone.
         let build = |base| {
             let plan = Build {
@@ -150,6 +156,7 @@ impl<'a> Job<'a> {
                 present,
                 shared_at: &shared_at,
                 aside,
+                segment_at,
             };
             plan.build(base)
         };
@@ -185,6 +192,7 @@ struct Build<'a> {
     present: &'a [Vma],
     shared_at: &'a SharedAt,
     aside: u64,
+    segment_at: u64,
 }
 
 impl Build<'_> {
@@ -246,6 +254,7 @@ impl Build<'_> {
         memory::allocate_keys(mappings, plan);
         memory::map_all(mappings, snapshot, staging, self.shared_at, forked, plan);
         memory::drop_pages(&self.surplus(forked), plan);
+        sysv_shm::attach(self.process, snapshot, self.segment_at, plan);
         plan.stage(Stage::Fill);
     }
 
@@ -418,6 +427,8 @@ impl Build<'_> {
         files::number(process, staging, plan);
         rebuild_places(process, plan);
         signals::rebuild_actions(&process.actions, plan);
+        sysv_sem::rebuild(process, snapshot, plan);
+        sysv_msg::rebuild(process, snapshot, plan);
         for thread in &process.threads[1..] {
             plan.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));
         }

@@ -5,6 +5,7 @@
 #include "../../fixtures/fixture.h"
 
 #include <arpa/inet.h>
+#include <mqueue.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <sched.h>
@@ -14,6 +15,8 @@
 #include <sys/fanotify.h>
 #include <sys/inotify.h>
 #include <sys/ioctl.h>
+#include <sys/ipc.h>
+#include <sys/sem.h>
 #include <sys/socket.h>
 
 static pid_t child;
@@ -21,6 +24,13 @@ static pid_t child;
 static void end_child(void)
 {
 	kill(child, SIGKILL);
+}
+
+static int set;
+
+static void remove_set(void)
+{
+	semctl(set, 0, IPC_RMID);
 }
 
 static bool is(const char *name)
@@ -111,6 +121,20 @@ int main(int argc, char **argv)
 	} else if (is("own-uts")) {
 		if (unshare(CLONE_NEWUTS))
 			fx_skip("permission for a uts namespace (%s)", strerror(errno));
+	} else if (is("mq-nameless") || is("mq-notify")) {
+		struct sigevent event = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1 };
+
+		fd = mq_open("/odd", O_RDWR | O_CREAT, 0600, NULL);
+		if (fd < 0)
+			fx_skip("POSIX message queues (%s)", strerror(errno));
+		mq_unlink("/odd");
+		if (is("mq-notify"))
+			FX_SYS(mq_notify(fd, &event));
+		else
+			FX_SYS(mq_send(fd, "text", 4, 0));
+	} else if (is("sem-fresh")) {
+		fx_cleanup = remove_set;
+		set = FX_SYS(semget(0x46000001, 2, IPC_CREAT | IPC_EXCL | 0600));
 	} else if (is("map")) {
 		fd = FX_SYS(open(file, O_RDONLY));
 		map = mmap(NULL, FX_PAGE, PROT_READ, MAP_PRIVATE, fd, 0);

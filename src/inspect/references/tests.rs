@@ -154,3 +154,63 @@ fn faults_are_described_up_to_a_bound() {
         format!("and {} more faults", 10_000 - 1 - MAX_FAULTS)
     );
 }
+
+#[test]
+fn objects_of_the_ipc_namespace() {
+    use crate::objects::ipc::undo::Adjustment;
+    use crate::objects::ipc::{Claim, Object, sysv_sem, sysv_shm};
+    let object = Object {
+        id: 7,
+        key: 0,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        creator_uid: 0,
+        creator_gid: 0,
+    };
+    let segment = |size| sysv_shm::Segment {
+        object,
+        size,
+        destroyed: false,
+        locked: false,
+        huge_page_size: 0,
+        contents: SpaceId(2),
+    };
+    let mut good = snapshot();
+    good.ipc.segments.push(segment(5000));
+    let view = |segment| Backing::SysV {
+        segment,
+        offset: 0,
+        writable: true,
+    };
+    let mappings = &mut good.processes[0].memory.mappings;
+    mappings.push(mapping(0x200_0000, 2, view(0)));
+    assert!(check(&good, &image(&[(2, 4096, 1)])).is_empty());
+    assert!(check(&good, &image(&[(2, 8192, 1)]))[0].contains("reach beyond"));
+    good.processes[0].memory.mappings[3].end += 4096;
+    assert!(check(&good, &image(&[]))[0].contains("beyond the 5000 bytes of segment 0"));
+    good.processes[0].memory.mappings[3].backing = view(1);
+    assert!(check(&good, &image(&[]))[0].contains("segment 1, which does not exist"));
+    let empty = fault(|s| s.ipc.segments.push(segment(0)));
+    assert!(empty.contains("impossible size"), "{empty}");
+
+    let set = |value, operators| sysv_sem::Set {
+        object,
+        claim: Claim::Used,
+        values: vec![value],
+        operators,
+    };
+    let high = fault(|s| s.ipc.semaphores.push(set(32768, vec![1])));
+    assert!(high.contains("above 32767"), "{high}");
+    let short = fault(|s| s.ipc.semaphores.push(set(1, Vec::new())));
+    assert!(short.contains("1 values of 0"), "{short}");
+    let adjusts = fault(|s| {
+        s.ipc.semaphores.push(set(1, vec![1]));
+        s.processes[0].semaphore_adjustments.push(Adjustment {
+            set: 0,
+            semaphore: 1,
+            by: 1,
+        });
+    });
+    assert!(adjusts.contains("semaphore 1 of set 0"), "{adjusts}");
+}

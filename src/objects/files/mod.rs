@@ -7,6 +7,7 @@ use ckpt_tracer::proc::tasks::list_tasks;
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
+use super::ipc::mqueue;
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::restore::plan::{Builder, Inherited};
@@ -88,6 +89,8 @@ pub enum Kind {
     Inotify(inotify::Inotify),
     /// pidfd_open(2).
     PidFd(pidfd::PidFd),
+    /// A POSIX message queue, mq_overview(7).
+    MessageQueue(mqueue::MessageQueue),
     /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
     /// with its other end outside.
     Outside(outside::Outside),
@@ -186,11 +189,12 @@ fn kind(
             "a socket",
             "close it before the checkpoint; sockets come later",
         )),
-        (FdLink::File { .. }, _) if sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) => {
-            Err(unsupported(
-                "a POSIX message queue",
-                "close it before the checkpoint",
-            ))
+        (FdLink::File { path, .. }, _)
+            if look.file_type() == libc::S_IFREG
+                && look.info.flags as i32 & libc::O_PATH == 0
+                && sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) =>
+        {
+            mqueue::capture(source, look, path).map(Kind::MessageQueue)
         }
         (FdLink::File { path, deleted }, _) => match look.file_type() {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
@@ -322,6 +326,7 @@ pub fn open_descriptions(
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
             Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
+            Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -336,7 +341,7 @@ pub fn open_descriptions(
 }
 
 /// What `--fd N=PATH` says for a description, by any of its numbers.
-fn named<'a>(
+pub(crate) fn named<'a>(
     description: usize,
     snapshot: &Snapshot,
     request: &'a crate::restore::Request<'_>,
@@ -527,6 +532,7 @@ impl Kind {
             Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
             Kind::PidFd(_) => "pidfd".into(),
+            Kind::MessageQueue(q) => q.title(),
             Kind::Outside(o) => o.name.clone(),
         }
     }

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
+use crate::objects::ipc::sysv_shm;
 use crate::objects::{SpaceId, files};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
@@ -171,6 +172,10 @@ fn backing(
         VmaName::File { path, .. } => Some(path.as_path()),
         _ => None,
     };
+    if sysv_shm::is_segment(vma) {
+        let contents = || contents_of(source, vma, all, false).0;
+        return Ok(sysv_shm::mapping(vma, contents, collector));
+    }
     if vma.flags.contains(VmFlags::HUGETLB) && !path.is_some_and(is_memfd) {
         let ours = path.is_some_and(|p| p == Path::new("/anon_hugepage"));
         return match (ours, vma.shared) {
@@ -209,13 +214,6 @@ fn backing(
             offset: vma.offset,
             private: !vma.shared,
         });
-    }
-    if path.starts_with("/SYSV00000000") || path.to_string_lossy().starts_with("/SYSV") {
-        return Err(refuse(
-            "is System V shared memory,",
-            "which is not supported yet",
-            None,
-        ));
     }
     if vma.flags.contains(VmFlags::PFN_MAP) || vma.flags.contains(VmFlags::IO) {
         let what = format!("is memory of the device {},", path.display());
@@ -370,6 +368,23 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
     })
 }
 
+/// The file behind a mapping, if a descriptor leads to it.
+fn open_file<'a>(
+    path: &Path,
+    vma: &Vma,
+    collector: &'a Collector,
+) -> Option<&'a files::regular::Regular> {
+    collector.descriptions.iter().find_map(|d| match &d.kind {
+        files::Kind::Regular(r)
+            if r.identity.inode == vma.inode
+                && (r.identity.device == vma.dev || r.path == path) =>
+        {
+            Some(r)
+        }
+        _ => None,
+    })
+}
+
 fn mapped_file(
     source: &Source,
     vma: &Vma,
@@ -387,6 +402,14 @@ fn mapped_file(
                 contents: None,
             };
         }
+        // One that is open as well must stay one file with what its descriptors lead to.
+        if let Some(open) = open_file(path, vma, collector) {
+            return MappedFile {
+                path: open.path.clone(),
+                identity: open.identity.clone(),
+                contents: open.contents,
+            };
+        }
         // No name leads to it any more: it goes into the image as a whole.
         // A shared view shows the file itself, a private one possibly the process's own pages.
         let shared = all
@@ -395,7 +418,7 @@ fn mapped_file(
         let (contents, size) = contents_of(source, vma, all, !shared);
         let identity = match &contents {
             Contents::File(file, _) => file.metadata().ok().map(|m| FileIdentity::of(&m)),
-            Contents::Memory(_) => None,
+            Contents::Memory(_) | Contents::Segment(..) => None,
         };
         let identity = identity.unwrap_or(FileIdentity {
             device: vma.dev,

@@ -73,6 +73,15 @@ pub enum Backing {
         /// Bytes.
         offset: u64,
     },
+    /// Attached System V shared memory.
+    SysV {
+        /// Index in the snapshot's segments.
+        segment: usize,
+        /// Bytes.
+        offset: u64,
+        /// Attached for writing too.
+        writable: bool,
+    },
     /// A memfd or another file that the job holds open, shared: an open file description.
     Description {
         /// Index in the snapshot's descriptions.

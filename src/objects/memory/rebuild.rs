@@ -241,7 +241,8 @@ pub fn map_all(
                 };
                 m.map(how, staging.of(*description).into(), *offset, plan);
             }
-            Backing::SharedMemory { .. } | Backing::Kernel(_) => {}
+            // Segments are attached by a call of their own.
+            Backing::SharedMemory { .. } | Backing::SysV { .. } | Backing::Kernel(_) => {}
         }
     }
     close_open(&mut open, plan);
