@@ -15,7 +15,7 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `outside` (a terminal, or a pipe or socket whose far end is
+    /// `memfd`, `inotify`, `unix` (a unix domain socket), `outside` (a terminal, or a pipe or socket whose far end is
     /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
@@ -82,6 +82,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
+        Kind::UnixSocket(_) => "unix",
         Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
@@ -95,6 +96,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Device(device) => device.path.to_string_lossy().into_owned(),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
+        Kind::UnixSocket(socket) => socket.label(),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),

@@ -13,6 +13,7 @@ pub mod process;
 pub mod scheduling;
 pub mod seccomp;
 pub mod signals;
+pub mod sockets;
 pub mod thread;
 pub mod timers;
 

@@ -8,6 +8,7 @@
 //!   loss of its tracer at any moment;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
 //! * [`proc`]: typed readers of `/proc`;
+//! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
 //! * [`features`]: what this kernel and this user can do, probed once.
 
 pub mod abi;
@@ -24,6 +25,7 @@ pub mod pidfd;
 pub mod proc;
 pub mod remote;
 pub mod task;
+pub mod unix_diag;
 
 pub use addr::RemoteAddr;
 pub use error::{Error, Result};

@@ -1,15 +1,17 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use ckpt_tracer::proc::fdinfo::{self, FdDetail, FdInfo};
 use ckpt_tracer::proc::fdlink::{self, FdLink};
-use ckpt_tracer::{Error, kcmp};
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::{Error, Pid, kcmp};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
+use super::sockets::{self, unix};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::restore::plan::{Builder, Inherited};
@@ -82,6 +84,8 @@ pub enum Kind {
     MemFd(memfd::MemFd),
     /// inotify(7).
     Inotify(inotify::Inotify),
+    /// A unix domain socket.
+    UnixSocket(unix::UnixSocket),
     /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
     /// with its other end outside.
     Outside(outside::Outside),
@@ -107,13 +111,37 @@ pub fn capture(source: &Source, collector: &mut Collector) -> Result<Vec<FdEntry
             Err(e) => return Err(e.into()),
         }
     }
-    let groups = group(source, &looks)?;
+    let mut groups = group(source, &looks)?;
     let first = collector.descriptions.len();
+    let mut survey = survey(source, &looks, &groups)?;
+    // What is only in flight between sockets has no number in any process.
+    let ourselves = Source::open(Pid(std::process::id() as i32))?;
+    let seen_by_us = looks.len();
+    for copy in &survey.in_flight {
+        groups.push(vec![looks.len()]);
+        looks.push(Look::at(&ourselves, copy.as_raw_fd())?);
+    }
     let pipes = pipe::Ends::of(&looks);
     let mut entries = Vec::with_capacity(looks.len());
     for (offset, group) in groups.iter().enumerate() {
         let look = &looks[group[0]];
-        match kind(source, look, &pipes, collector) {
+        let in_flight = group[0] >= seen_by_us;
+        let source = if in_flight { &ourselves } else { source };
+        let standard = group.iter().any(|&i| looks[i].fd <= 2) && !in_flight;
+        let outside = |obstacle: Obstacle| match standard {
+            true => Ok(outside::capture(look, outside::Surroundings::Socket)),
+            false => Err(Box::new(obstacle)),
+        };
+        let kind = match survey.kind(offset, first, outside) {
+            Some(kind) => kind,
+            None => kind(source, look, &pipes, collector),
+        };
+        let kind = if in_flight {
+            sockets::may_be_in_flight(kind)
+        } else {
+            kind
+        };
+        match kind {
             Ok(kind) => collector.descriptions.push(Description {
                 kind,
                 flags: look.info.flags,
@@ -124,18 +152,41 @@ pub fn capture(source: &Source, collector: &mut Collector) -> Result<Vec<FdEntry
                 continue;
             }
         }
-        entries.extend(group.iter().map(|&i| FdEntry {
+        entries.extend(group.iter().filter(|_| !in_flight).map(|&i| FdEntry {
             fd: looks[i].fd,
             description: first + offset,
             close_on_exec: looks[i].info.cloexec,
         }));
     }
+    collector.descriptions.extend(survey.ghosts());
     if collector.obstacles.is_empty() {
-        let watched: Vec<_> = groups.iter().map(|g| &looks[g[0]]).collect();
+        let own = groups.iter().filter(|g| g[0] < seen_by_us);
+        let watched: Vec<_> = own.map(|g| &looks[g[0]]).collect();
         epoll::capture_entries(source, &watched, first, collector)?;
     }
     entries.sort_by_key(|e| e.fd);
     Ok(entries)
+}
+
+/// Looks at the sockets among the descriptors, one a description.
+fn survey(
+    source: &Source,
+    looks: &[Look],
+    groups: &[Vec<usize>],
+) -> Result<sockets::survey::Survey> {
+    let open: Vec<sockets::survey::Open<'_>> = groups
+        .iter()
+        .map(|group| {
+            let look = &looks[group[0]];
+            sockets::survey::Open {
+                copy: &look.copy,
+                object: look.object(source),
+                directory: source.dir.join("cwd"),
+            }
+        })
+        .collect();
+    let held = read_status(source.dir.clone()).is_ok_and(|status| sockets::is_held(&status));
+    sockets::survey::survey(&open, held)
 }
 
 /// A descriptor as seen from outside.
@@ -299,8 +350,8 @@ fn kind(
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }
         (FdLink::Socket(_), _) => Err(unsupported(
-            "a socket",
-            "close it before the checkpoint; sockets come later",
+            &sockets::family(&look.copy),
+            "close it before the checkpoint",
         )),
         (FdLink::File { .. }, _) if sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) => {
             Err(unsupported(
@@ -344,6 +395,7 @@ fn kind(
 pub struct Staging {
     base: i32,
     descriptions: i32,
+    mapped_files: i32,
 }
 
 impl Staging {
@@ -359,6 +411,7 @@ impl Staging {
         Self {
             base: highest + 8,
             descriptions: snapshot.descriptions.len() as i32,
+            mapped_files: snapshot.mapped_files.len() as i32,
         }
     }
 
@@ -371,6 +424,11 @@ impl Staging {
     /// both.
     pub fn mapped_file(self, file: usize, writable: bool) -> i32 {
         self.base + self.descriptions + 2 * file as i32 + i32::from(writable)
+    }
+
+    /// Further numbers, for what the plan needs only while it runs.
+    pub fn spare(self, number: usize) -> i32 {
+        self.base + self.descriptions + 2 * self.mapped_files + 2 + number as i32
     }
 
     /// First and last number used.
@@ -400,6 +458,15 @@ pub fn open_descriptions(
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
+        if let Kind::UnixSocket(socket) = &description.kind {
+            if let Some(path) = named(index, snapshot, request) {
+                obstacles.push(socket.not_replaceable(path));
+            }
+            if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
+                obstacles.extend(more);
+            }
+            continue;
+        }
         if let Some(path) = named(index, snapshot, request) {
             plan.inherit(at, Inherited::Named(path.clone(), flags));
             continue;
@@ -422,6 +489,7 @@ pub fn open_descriptions(
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::UnixSocket(_) => {}
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -486,6 +554,7 @@ pub fn finish(
     staging: Staging,
     plan: &mut Builder,
 ) {
+    sockets::rebuild::finish(snapshot, staging, plan);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
@@ -615,6 +684,7 @@ impl Kind {
             Kind::Epoll(_) => "epoll".into(),
             Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
+            Kind::UnixSocket(s) => s.label(),
             Kind::Outside(o) => o.name.clone(),
         }
     }

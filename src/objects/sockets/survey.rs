@@ -1,0 +1,491 @@
+//! All sockets of a job together: who is connected to whom, what waits where, and which files
+//! are only in flight between them.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use ckpt_tracer::kcmp::{KcmpType, kcmp};
+use ckpt_tracer::{Tid, unix_diag};
+use nix::errno::Errno;
+use serde_bytes::ByteBuf;
+
+use super::queue::{self, Seen};
+use super::unix::{GHOST, Message, Name, Role, Style, UnixSocket, show};
+use super::{names, options, sys};
+use crate::error::{Obstacle, Result};
+use crate::objects::files::sys as files_sys;
+
+/// An open file description of the job, as the survey needs to know it.
+pub struct Open<'a> {
+    /// A descriptor of ours for it.
+    pub copy: &'a OwnedFd,
+    /// `fd 3 of process 12 (name)`, for messages.
+    pub object: String,
+    /// Relative names are meant from there: `/proc/PID/cwd`.
+    pub directory: PathBuf,
+}
+
+/// What is known of a socket.
+#[derive(Debug)]
+pub enum Verdict {
+    /// It can be captured.
+    Inside(Box<UnixSocket>),
+    /// The other side is outside the job.
+    Outside(Box<Obstacle>),
+    /// It cannot be captured.
+    Refused(Box<Obstacle>),
+}
+
+/// Everything about the unix domain sockets of a job.
+#[derive(Default)]
+pub struct Survey {
+    /// By the number of the description: first those that were given, in their order, then
+    /// those in flight.
+    pub verdicts: HashMap<usize, Verdict>,
+    /// Descriptions that only unread messages hold, in the order of their numbers.
+    pub in_flight: Vec<OwnedFd>,
+    /// Sockets that are gone, but have left something: descriptions behind all others.
+    pub ghosts: Vec<UnixSocket>,
+}
+
+/// One socket of the job.
+struct Live {
+    number: usize,
+    copy: OwnedFd,
+    object: String,
+    directory: PathBuf,
+    inode: u64,
+    style: Style,
+    seen: Vec<(Seen, Vec<usize>)>,
+    fault: Option<String>,
+}
+
+/// Looks at the unix domain sockets among all descriptions of the job. `held` says that the job
+/// cannot run meanwhile.
+pub fn survey(open: &[Open<'_>], held: bool) -> Result<Survey> {
+    let mut known = Known::of(open);
+    let mut live = Vec::new();
+    for (number, o) in open.iter().enumerate() {
+        live.extend(Live::of(
+            number,
+            o.copy,
+            o.object.clone(),
+            o.directory.clone(),
+        ));
+    }
+    if live.is_empty() {
+        return Ok(Survey::default());
+    }
+    let mut at = 0;
+    while at < live.len() {
+        let found = live[at].read(held, &mut known)?;
+        let (inode, directory) = (live[at].inode, live[at].directory.clone());
+        for (number, copy) in found {
+            let object = format!("a socket in flight in socket:[{inode}]");
+            live.extend(Live::of(number, &copy, object, directory.clone()));
+            known.in_flight.push(copy);
+        }
+        at += 1;
+    }
+    let table = Table::read(&live)?;
+    let mut survey = Survey {
+        in_flight: known.in_flight,
+        ..Survey::default()
+    };
+    let mut ghosts = Ghosts::default();
+    for socket in &live {
+        let verdict = judge(socket, &table, &mut ghosts);
+        survey.verdicts.insert(socket.number, verdict);
+    }
+    survey.ghosts = ghosts.made;
+    Ok(survey)
+}
+
+/// Descriptions that have a number.
+struct Known {
+    all: Vec<(u64, u64, i32)>,
+    in_flight: Vec<OwnedFd>,
+}
+
+impl Known {
+    fn of(open: &[Open<'_>]) -> Self {
+        let all = open.iter().map(|o| Self::entry(o.copy)).collect();
+        Self {
+            all,
+            in_flight: Vec::new(),
+        }
+    }
+
+    fn entry(fd: &OwnedFd) -> (u64, u64, i32) {
+        let stat = files_sys::fstat(fd);
+        let (device, inode) = stat.map_or((0, 0), |s| (s.st_dev, s.st_ino));
+        (device, inode, fd.as_raw_fd())
+    }
+
+    /// The number of a description that was found in a message, and whether it is new.
+    fn number(&mut self, fd: &OwnedFd) -> Result<(usize, bool)> {
+        let (device, inode, raw) = Self::entry(fd);
+        let me = Tid(std::process::id() as i32);
+        for (number, (d, i, other)) in self.all.iter().enumerate() {
+            if (*d, *i) == (device, inode) && kcmp(me, me, KcmpType::File(raw, *other))?.is_eq() {
+                return Ok((number, false));
+            }
+        }
+        self.all.push((device, inode, raw));
+        Ok((self.all.len() - 1, true))
+    }
+}
+
+impl Live {
+    /// `None` for what is no unix domain socket.
+    fn of(number: usize, copy: &OwnedFd, object: String, directory: PathBuf) -> Option<Self> {
+        if !super::is_unix(copy) {
+            return None;
+        }
+        let style = Style::of(sys::int_option(copy, libc::SO_TYPE).ok()?)?;
+        Some(Self {
+            number,
+            inode: files_sys::fstat(copy).ok()?.st_ino,
+            copy: copy.try_clone().ok()?,
+            object,
+            directory,
+            style,
+            seen: Vec::new(),
+            fault: None,
+        })
+    }
+
+    /// Reads the queue; returns the descriptions that were found there first.
+    fn read(&mut self, held: bool, known: &mut Known) -> Result<Vec<(usize, OwnedFd)>> {
+        let mut found = Vec::new();
+        let seen = match queue::contents(&self.copy, self.style, held) {
+            Ok(seen) => seen,
+            Err(fault) => {
+                self.fault = Some(fault.reason());
+                return Ok(found);
+            }
+        };
+        let mut descriptors = 0;
+        for mut message in seen {
+            let mut rights = Vec::new();
+            for fd in std::mem::take(&mut message.rights) {
+                descriptors += 1;
+                let (number, new) = known.number(&fd)?;
+                rights.push(number);
+                if new {
+                    found.push((number, fd));
+                }
+            }
+            self.seen.push((message, rights));
+        }
+        if held && descriptors < in_queue(&self.copy) {
+            self.fault = Some(queue::Fault::HiddenDescriptors.reason());
+        }
+        Ok(found)
+    }
+
+    fn refuse(&self, reason: impl Into<String>, remedy: &str) -> Verdict {
+        Verdict::Refused(Box::new(Obstacle::new(&self.object, reason, remedy)))
+    }
+}
+
+/// How many descriptors the kernel counts in a socket's queue (Linux 5.7; 0 before).
+fn in_queue(socket: &OwnedFd) -> usize {
+    let path = format!("/proc/self/fdinfo/{}", socket.as_raw_fd());
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("scm_fds:")?.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// What the kernel tells of all sockets, and which of them are the job's.
+struct Table<'a> {
+    diag: HashMap<u64, unix_diag::UnixSocket>,
+    live: HashMap<u64, &'a Live>,
+    /// Clients in backlogs of the job's, and the listening socket.
+    waiting: HashSet<u64>,
+    /// Names of listening sockets of the job.
+    listening: HashSet<(Style, Vec<u8>)>,
+    /// Names that datagram sockets of the job are bound to.
+    datagram: HashMap<Vec<u8>, u64>,
+}
+
+impl<'a> Table<'a> {
+    fn read(live: &'a [Live]) -> Result<Self> {
+        let diag = unix_diag::dump()?.into_iter();
+        let mut table = Self {
+            diag: diag.map(|s| (s.inode.into(), s)).collect(),
+            live: live.iter().map(|l| (l.inode, l)).collect(),
+            waiting: HashSet::new(),
+            listening: HashSet::new(),
+            datagram: HashMap::new(),
+        };
+        for socket in live {
+            let name = sys::own_name(&socket.copy).unwrap_or_default();
+            if socket.style == Style::Datagram && !name.is_empty() {
+                table.datagram.entry(name).or_insert(socket.inode);
+                continue;
+            }
+            if let Some(diag) = table.diag.get(&socket.inode).filter(|d| d.listening) {
+                table
+                    .waiting
+                    .extend(diag.pending.iter().map(|i| u64::from(*i)));
+                table.listening.insert((socket.style, name));
+            }
+        }
+        Ok(table)
+    }
+}
+
+/// Sockets that are gone.
+#[derive(Default)]
+struct Ghosts {
+    made: Vec<UnixSocket>,
+    /// Datagram senders that are no peers, by name.
+    senders: HashMap<Vec<u8>, u64>,
+}
+
+impl Ghosts {
+    fn add(&mut self, style: Style, name: &[u8], role: Role) -> u64 {
+        let inode = GHOST + self.made.len() as u64;
+        self.made.push(UnixSocket {
+            inode,
+            style,
+            name: (!name.is_empty()).then(|| Name {
+                bytes: ByteBuf::from(name),
+                // Of a stream it was accepted from, or connected to, somebody who listened.
+                bound: style == Style::Datagram,
+                file: names::gone(name),
+            }),
+            role,
+            shutdown: 0,
+            reset: false,
+            queue: Vec::new(),
+            options: Vec::new(),
+        });
+        inode
+    }
+
+    fn sender(&mut self, name: &[u8]) -> u64 {
+        if let Some(inode) = self.senders.get(name) {
+            return *inode;
+        }
+        let inode = self.add(Style::Datagram, name, Role::Unconnected);
+        self.senders.insert(name.to_vec(), inode);
+        inode
+    }
+}
+
+fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Verdict {
+    const CLOSE: &str = "close it before the checkpoint";
+    let Some(diag) = table.diag.get(&socket.inode) else {
+        return socket.refuse("is a unix socket that the kernel does not list", CLOSE);
+    };
+    if let Some(reason) = &socket.fault {
+        return socket.refuse(
+            format!("is a unix socket that {reason}"),
+            "let the program read it before the checkpoint",
+        );
+    }
+    match sys::filter_len(&socket.copy) {
+        Ok(0) | Err(Errno::ENOPROTOOPT | Errno::EINVAL) => {}
+        _ => {
+            return socket.refuse(
+                "is a unix socket with a filter, which is not supported",
+                CLOSE,
+            );
+        }
+    }
+    let bytes = sys::own_name(&socket.copy).unwrap_or_default();
+    let role = match role(socket, diag, table, ghosts) {
+        Ok(role) => role,
+        Err(verdict) => return verdict,
+    };
+    let reset = files_sys::poll_now(&socket.copy, 0) & libc::POLLERR != 0;
+    let gone = matches!(role, Role::Connected { peer } if peer >= GHOST);
+    if reset && (socket.style == Style::Datagram || !gone) {
+        return socket.refuse(
+            "is a unix socket with an error that the program has not been told yet",
+            "let the program read from it before the checkpoint",
+        );
+    }
+    let bound = is_bound(socket, diag, &bytes, table);
+    let queue = socket
+        .seen
+        .iter()
+        .map(|(seen, rights)| Message {
+            data: ByteBuf::from(seen.data.clone()),
+            from: sender(socket, &role, seen, table, ghosts),
+            rights: rights.clone(),
+            credentials: seen.sender.map(|s| (s.pid, s.uid, s.gid)),
+        })
+        .collect();
+    let file = diag.file.map(|(_, inode)| inode);
+    Verdict::Inside(Box::new(UnixSocket {
+        inode: socket.inode,
+        style: socket.style,
+        name: (!bytes.is_empty()).then(|| Name {
+            file: names::file(&socket.copy, &bytes, file, &socket.directory),
+            bytes: ByteBuf::from(bytes),
+            bound,
+        }),
+        role,
+        shutdown: diag.shutdown & 3,
+        reset,
+        queue,
+        options: options::capture(&socket.copy, socket.style),
+    }))
+}
+
+/// Whether a socket was bound to its name itself: any that did not get it from the socket that
+/// it was accepted from.
+fn is_bound(socket: &Live, diag: &unix_diag::UnixSocket, name: &[u8], table: &Table<'_>) -> bool {
+    if socket.style == Style::Datagram || diag.listening || diag.peer.is_none() {
+        return true;
+    }
+    !table.listening.contains(&(socket.style, name.to_vec())) && names::in_use(name) == Some(true)
+}
+
+fn role(
+    socket: &Live,
+    diag: &unix_diag::UnixSocket,
+    table: &Table<'_>,
+    ghosts: &mut Ghosts,
+) -> std::result::Result<Role, Verdict> {
+    if diag.listening {
+        return backlog(socket, diag, table);
+    }
+    let peer_name = || sys::peer_name(&socket.copy).unwrap_or_default();
+    match diag.peer {
+        None => Ok(Role::Unconnected),
+        Some(0) if table.waiting.contains(&socket.inode) => {
+            if sys::unsent(&socket.copy) == 0 {
+                return Ok(Role::Pending);
+            }
+            Err(socket.refuse(
+                "is a unix socket that has sent data into a connection which nobody has accepted \
+                 yet, where it cannot be looked at",
+                "try again when the connection has been accepted",
+            ))
+        }
+        Some(0) if socket.style == Style::Datagram || diag.shutdown == 3 => {
+            let role = Role::Connected { peer: socket.inode };
+            let peer = ghosts.add(socket.style, &peer_name(), role);
+            Ok(Role::Connected { peer })
+        }
+        Some(0) => Err(outside(
+            socket,
+            "waiting to be accepted by",
+            &peer_name(),
+            None,
+        )),
+        Some(peer) => connected(socket, u64::from(peer), &peer_name(), table),
+    }
+}
+
+fn connected(
+    socket: &Live,
+    peer: u64,
+    peer_name: &[u8],
+    table: &Table<'_>,
+) -> std::result::Result<Role, Verdict> {
+    let datagram = socket.style == Style::Datagram;
+    if table.live.contains_key(&peer) {
+        let back = table.diag.get(&peer).and_then(|d| d.peer);
+        if datagram && peer_name.is_empty() && back != Some(socket.inode as u32) {
+            return Err(socket.refuse(
+                format!(
+                    "is a datagram socket connected to socket:[{peer}], which has no name and is \
+                     connected to another one"
+                ),
+                "close it before the checkpoint",
+            ));
+        }
+        return Ok(Role::Connected { peer });
+    }
+    if datagram && peer_name.first().is_some_and(|b| *b == b'/') {
+        return Ok(Role::Beyond {
+            address: ByteBuf::from(peer_name),
+        });
+    }
+    Err(outside(socket, "connected to", peer_name, Some(peer)))
+}
+
+/// The refusal of a socket whose other side is not in the job.
+fn outside(socket: &Live, how: &str, name: &[u8], inode: Option<u64>) -> Verdict {
+    let what = match (name.is_empty(), inode) {
+        (false, _) => show(name),
+        (true, Some(inode)) => format!("socket:[{inode}]"),
+        (true, None) => "a socket".into(),
+    };
+    let who = match inode.and_then(names::holder) {
+        Some(holder) => format!("{what} of {holder}"),
+        None if inode.is_none() => names::holder_of_name(name),
+        None => what,
+    };
+    Verdict::Outside(Box::new(Obstacle::new(
+        &socket.object,
+        format!("is a unix socket {how} {who}, outside the job"),
+        "close it before the checkpoint",
+    )))
+}
+
+fn backlog(
+    socket: &Live,
+    diag: &unix_diag::UnixSocket,
+    table: &Table<'_>,
+) -> std::result::Result<Role, Verdict> {
+    let wait = "try again when the connection has been accepted";
+    for client in &diag.pending {
+        let inode = u64::from(*client);
+        if inode == 0 {
+            let reason = "is a listening unix socket with a connection waiting to be accepted \
+                          whose client has closed it already; what it sent cannot be looked at";
+            return Err(socket.refuse(reason, wait));
+        }
+        if !table.live.contains_key(&inode) {
+            let who = names::holder(inode).unwrap_or_else(|| "a process".into());
+            let reason = format!(
+                "is a listening unix socket with a connection of {who} waiting to be accepted, \
+                 which is outside the job"
+            );
+            return Err(socket.refuse(reason, wait));
+        }
+    }
+    Ok(Role::Listening {
+        backlog: diag.unsent,
+        pending: diag.pending.iter().map(|i| u64::from(*i)).collect(),
+    })
+}
+
+/// Inode of the socket that a message comes from.
+fn sender(socket: &Live, role: &Role, seen: &Seen, table: &Table<'_>, ghosts: &mut Ghosts) -> u64 {
+    let peer = match role {
+        Role::Connected { peer } => Some(*peer),
+        _ => None,
+    };
+    if socket.style != Style::Datagram {
+        return peer.unwrap_or_else(|| ghosts.sender(&[]));
+    }
+    if !seen.name.is_empty() {
+        let peer_is_it = sys::peer_name(&socket.copy).ok().as_ref() == Some(&seen.name);
+        return match table.datagram.get(&seen.name) {
+            Some(inode) => *inode,
+            None if peer_is_it && peer.is_some() => peer.unwrap_or_default(),
+            None => ghosts.sender(&seen.name),
+        };
+    }
+    let unnamed = |inode: &u64| {
+        table.live.get(inode).map_or(*inode >= GHOST, |l| {
+            sys::own_name(&l.copy).is_ok_and(|n| n.is_empty())
+        })
+    };
+    let to_us = |live: &&&Live| {
+        let diag = table.diag.get(&live.inode);
+        diag.and_then(|d| d.peer).map(u64::from) == Some(socket.inode) && unnamed(&live.inode)
+    };
+    peer.filter(unnamed)
+        .or_else(|| table.live.values().find(to_us).map(|l| l.inode))
+        .unwrap_or_else(|| ghosts.sender(&[]))
+}
