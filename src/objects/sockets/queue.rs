@@ -131,7 +131,8 @@ fn stream(
         data.truncate(piece.len);
         if !piece.rights.is_empty() && held {
             // Bytes in front of the one with which the descriptors come.
-            let plain = without_rights(socket, at, piece.len, offset)?;
+            offset.set(at)?;
+            let plain = sys::before_last_message(socket, piece.len)?;
             if plain > 0 {
                 let rest = data.split_off(plain);
                 pieces.push(Seen {
@@ -151,28 +152,6 @@ fn stream(
         });
     }
     Ok(pieces)
-}
-
-/// How many of the `len` bytes from `at` on can be read without descriptors coming along.
-fn without_rights(
-    socket: &OwnedFd,
-    at: usize,
-    len: usize,
-    offset: &mut PeekOffset<'_>,
-) -> Result<usize, Fault> {
-    let mut buffer = vec![0; len];
-    // `low` bytes come without, `high` with them.
-    let (mut low, mut high) = (0, len);
-    while high - low > 1 {
-        let middle = low + (high - low) / 2;
-        offset.set(at)?;
-        if look(socket, &mut buffer[..middle])?.rights.is_empty() {
-            low = middle;
-        } else {
-            high = middle;
-        }
-    }
-    Ok(low)
 }
 
 /// Datagrams and packets, one after the other.

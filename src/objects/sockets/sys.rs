@@ -231,3 +231,32 @@ pub fn connect(fd: &impl AsRawFd, address: &[u8]) -> Result<(), Errno> {
     let r = unsafe { libc::connect(fd.as_raw_fd(), address.as_ptr().cast(), len) };
     Errno::result(r).map(drop)
 }
+
+/// How many of the `len` unread bytes of a stream stand in messages that end before the last of
+/// these bytes; `len` is not 0.
+///
+/// A look copies message by message, and one that cannot be copied whole does not count. So the
+/// last byte is to be copied to where no memory is.
+pub fn before_last_message(fd: &impl AsRawFd, len: usize) -> Result<usize, Errno> {
+    let mut buffer = vec![0u8; len - 1];
+    let part = |base: *mut u8, len: usize| libc::iovec {
+        iov_base: base.cast(),
+        iov_len: len,
+    };
+    let mut parts = [
+        part(buffer.as_mut_ptr(), buffer.len()),
+        part(std::ptr::without_provenance_mut(8), 1),
+    ];
+    // SAFETY: plain integers and pointers, for which zero is valid.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = parts.as_mut_ptr();
+    header.msg_iovlen = parts.len();
+    let how = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: everything that `header` points to is live but for the last part, which the kernel
+    // finds to be nobody's memory.
+    let n = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, how) };
+    match Errno::result(n) {
+        Err(Errno::EFAULT) => Ok(0),
+        other => Ok(other? as usize),
+    }
+}
