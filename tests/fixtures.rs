@@ -144,8 +144,8 @@ matrix! {
     mlockall mmfields nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
     protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
     restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction
-    sigaltstack sigmask signalfd sigpending sleepers sock_halfclosed sock_pair sock_rights
-    sock_seqpacket stack subreaper thp thpdisable
+    sigaltstack sigmask signalfd sigpending sleepers sock_abstract sock_deleted sock_dgram
+    sock_halfclosed sock_listen sock_named sock_options sock_pair sock_rights sock_seqpacket stack subreaper thp thpdisable
     threadname threads threads500 timerfd timers_itimer timers_posix umask vdso xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"

@@ -7,6 +7,7 @@
 
 mod files;
 mod memory;
+mod sockets;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -30,6 +31,7 @@ pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
     header(snapshot, reader, &mut faults);
     processes(snapshot, &mut faults);
     files::descriptions(snapshot, &mut faults);
+    sockets::sockets(snapshot, &mut faults);
     for process in &snapshot.processes {
         files::descriptors(snapshot, process, &mut faults);
         memory::mappings(snapshot, process, reader.header().page_size, &mut faults);

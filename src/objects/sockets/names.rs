@@ -123,15 +123,18 @@ fn trim(name: &[u8]) -> &[u8] {
     }
 }
 
-/// The file of a name whose socket is gone: only the way to it matters.
-pub fn gone(bytes: &[u8]) -> Option<NameFile> {
+/// The file of a name whose socket is gone: only the way to it matters. `cwd` is the directory of a
+/// process that has heard of it.
+pub fn gone(bytes: &[u8], cwd: &Path) -> Option<NameFile> {
     if bytes.first().is_none_or(|b| *b == 0) {
         return None;
     }
     let name = Path::new(OsStr::from_bytes(bytes));
-    let directory = name.is_relative().then(|| PathBuf::from("/"));
+    let directory = name
+        .is_relative()
+        .then(|| std::fs::read_link(cwd).unwrap_or_else(|_| "/".into()));
     Some(NameFile {
-        named: Path::new("/").join(name),
+        named: directory.as_deref().unwrap_or(Path::new("/")).join(name),
         directory,
         now: None,
         mode: 0o777,

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ckpt_tracer::kcmp::{KcmpType, kcmp};
 use ckpt_tracer::{Tid, unix_diag};
@@ -247,7 +247,7 @@ struct Ghosts {
 }
 
 impl Ghosts {
-    fn add(&mut self, style: Style, name: &[u8], role: Role) -> u64 {
+    fn add(&mut self, style: Style, name: &[u8], cwd: &Path, role: Role) -> u64 {
         let inode = GHOST + self.made.len() as u64;
         self.made.push(UnixSocket {
             inode,
@@ -256,7 +256,7 @@ impl Ghosts {
                 bytes: ByteBuf::from(name),
                 // Of a stream it was accepted from, or connected to, somebody who listened.
                 bound: style == Style::Datagram,
-                file: names::gone(name),
+                file: names::gone(name, cwd),
             }),
             role,
             shutdown: 0,
@@ -267,11 +267,11 @@ impl Ghosts {
         inode
     }
 
-    fn sender(&mut self, name: &[u8]) -> u64 {
+    fn sender(&mut self, name: &[u8], cwd: &Path) -> u64 {
         if let Some(inode) = self.senders.get(name) {
             return *inode;
         }
-        let inode = self.add(Style::Datagram, name, Role::Unconnected);
+        let inode = self.add(Style::Datagram, name, cwd, Role::Unconnected);
         self.senders.insert(name.to_vec(), inode);
         inode
     }
@@ -371,7 +371,7 @@ fn role(
         }
         Some(0) if socket.style == Style::Datagram || diag.shutdown == 3 => {
             let role = Role::Connected { peer: socket.inode };
-            let peer = ghosts.add(socket.style, &peer_name(), role);
+            let peer = ghosts.add(socket.style, &peer_name(), &socket.directory, role);
             Ok(Role::Connected { peer })
         }
         Some(0) => Err(outside(
@@ -461,19 +461,20 @@ fn backlog(
 
 /// Inode of the socket that a message comes from.
 fn sender(socket: &Live, role: &Role, seen: &Seen, table: &Table<'_>, ghosts: &mut Ghosts) -> u64 {
+    let cwd = &socket.directory;
     let peer = match role {
         Role::Connected { peer } => Some(*peer),
         _ => None,
     };
     if socket.style != Style::Datagram {
-        return peer.unwrap_or_else(|| ghosts.sender(&[]));
+        return peer.unwrap_or_else(|| ghosts.sender(&[], cwd));
     }
     if !seen.name.is_empty() {
         let peer_is_it = sys::peer_name(&socket.copy).ok().as_ref() == Some(&seen.name);
         return match table.datagram.get(&seen.name) {
             Some(inode) => *inode,
             None if peer_is_it && peer.is_some() => peer.unwrap_or_default(),
-            None => ghosts.sender(&seen.name),
+            None => ghosts.sender(&seen.name, cwd),
         };
     }
     let unnamed = |inode: &u64| {
@@ -487,5 +488,5 @@ fn sender(socket: &Live, role: &Role, seen: &Seen, table: &Table<'_>, ghosts: &m
     };
     peer.filter(unnamed)
         .or_else(|| table.live.values().find(to_us).map(|l| l.inode))
-        .unwrap_or_else(|| ghosts.sender(&[]))
+        .unwrap_or_else(|| ghosts.sender(&[], cwd))
 }
