@@ -114,19 +114,22 @@ pub fn capture(source: &Source, collector: &mut Collector) -> Result<Vec<FdEntry
     let mut groups = group(source, &looks)?;
     let first = collector.descriptions.len();
     let mut survey = survey(source, &looks, &groups)?;
-    // What is only in flight between sockets has no number in any process.
-    let ourselves = Source::open(Pid(std::process::id() as i32))?;
+    // What is only in flight between sockets has no number in any process but ours.
+    let ourselves = match survey.in_flight.as_slice() {
+        [] => None,
+        _ => Some(Source::open(Pid(std::process::id() as i32))?),
+    };
     let seen_by_us = looks.len();
-    for copy in &survey.in_flight {
+    for (copy, source) in survey.in_flight.iter().zip(ourselves.iter().cycle()) {
         groups.push(vec![looks.len()]);
-        looks.push(Look::at(&ourselves, copy.as_raw_fd())?);
+        looks.push(Look::at(source, copy.as_raw_fd())?);
     }
     let pipes = pipe::Ends::of(&looks);
     let mut entries = Vec::with_capacity(looks.len());
     for (offset, group) in groups.iter().enumerate() {
         let look = &looks[group[0]];
         let in_flight = group[0] >= seen_by_us;
-        let source = if in_flight { &ourselves } else { source };
+        let source = ourselves.as_ref().filter(|_| in_flight).unwrap_or(source);
         let standard = group.iter().any(|&i| looks[i].fd <= 2) && !in_flight;
         let outside = |obstacle: Obstacle| match standard {
             true => Ok(outside::capture(look, outside::Surroundings::Socket)),

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirEntryExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::Pid;
@@ -47,9 +47,15 @@ pub fn file(socket: &OwnedFd, bytes: &[u8], inode: Option<u32>, cwd: &Path) -> O
     let named = directory.as_deref().unwrap_or(Path::new("/")).join(name);
     let now = if is_it(&named) {
         Some(named.clone())
+    } else if let Some((whole, without)) = link {
+        [whole, without].into_iter().find(|path| is_it(path))
     } else {
-        let candidates = link.map(|(whole, without)| [whole, without]);
-        candidates.and_then(|c| c.into_iter().find(|path| is_it(path)))
+        // Without privilege only those that were renamed in their directory are found.
+        let neighbours = named.parent().and_then(|d| std::fs::read_dir(d).ok());
+        let mut neighbours = neighbours.into_iter().flatten().flatten();
+        neighbours.find_map(|entry| {
+            (Some(entry.ino() as u32) == inode && is_it(&entry.path())).then(|| entry.path())
+        })
     };
     let meta = now.as_ref().and_then(|p| std::fs::symlink_metadata(p).ok());
     let of = |from_file: fn(&std::fs::Metadata) -> u32, from_stat: fn(&libc::stat) -> u32| {

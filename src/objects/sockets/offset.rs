@@ -71,7 +71,12 @@ fn guard(socket: &OwnedFd, before: i32) -> Result<(libc::pid_t, OwnedFd), Errno>
             let how = libc::SIG_BLOCK;
             libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, 0, 8);
             libc::setsid();
-            libc::close(write_end);
+            // Everything else, or what is ours would not end with us.
+            for (first, last) in [(0, low), (low + 1, high), (high + 1, u32::MAX)] {
+                if first < last {
+                    libc::syscall(libc::SYS_close_range, first, last - 1, 0);
+                }
+            }
             let mut wait = libc::pollfd {
                 fd: read_end,
                 events: libc::POLLIN,
@@ -90,4 +95,45 @@ fn guard(socket: &OwnedFd, before: i32) -> Result<(libc::pid_t, OwnedFd), Errno>
     }
     let pid = Errno::result(pid)?;
     Ok((pid as libc::pid_t, write))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        let (a, b) = UnixStream::pair().expect("a pair");
+        (a.into(), b.into())
+    }
+
+    fn option(socket: &OwnedFd) -> i32 {
+        sys::int_option(socket, libc::SO_PEEK_OFF).expect("it has it")
+    }
+
+    #[test]
+    fn the_offset_is_put_back() {
+        for before in [-1, 3] {
+            let (socket, _other) = pair();
+            sys::set_int_option(&socket, libc::SO_PEEK_OFF, before).expect("it has it");
+            let mut offset = PeekOffset::of(&socket).expect("it has it");
+            offset.set(7).expect("it has it");
+            assert_eq!(option(&socket), 7);
+            drop(offset);
+            assert_eq!(option(&socket), before);
+        }
+    }
+
+    #[test]
+    fn the_guard_puts_it_back_when_we_die() {
+        let (socket, _other) = pair();
+        let mut offset = PeekOffset::of(&socket).expect("it has it");
+        offset.set(7).expect("it has it");
+        // What the kernel does at our death: the pipe is closed, and nothing more.
+        let (pid, pipe) = offset.guard.take().expect("it is guarded");
+        drop(pipe);
+        // SAFETY: the pid is our child's and not reaped yet; the status is not asked for.
+        unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
+        assert_eq!(option(&socket), -1);
+    }
 }

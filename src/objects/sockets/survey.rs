@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use serde_bytes::ByteBuf;
 
 use super::queue::{self, Seen};
-use super::unix::{GHOST, Message, Name, Role, Style, UnixSocket, show};
+use super::unix::{GHOST, Message, Name, NameFile, Role, Style, UnixSocket, show};
 use super::{names, options, sys};
 use crate::error::{Obstacle, Result};
 use crate::objects::files::sys as files_sys;
@@ -88,7 +88,7 @@ pub fn survey(open: &[Open<'_>], held: bool) -> Result<Survey> {
         }
         at += 1;
     }
-    let table = Table::read(&live)?;
+    let table = Table::read(&live, held)?;
     let mut survey = Survey {
         in_flight: known.in_flight,
         ..Survey::default()
@@ -161,6 +161,8 @@ impl Live {
         let mut found = Vec::new();
         let seen = match queue::contents(&self.copy, self.style, held) {
             Ok(seen) => seen,
+            // Read by the job between two calls of ours.
+            Err(queue::Fault::Kernel(_)) if !held => Vec::new(),
             Err(fault) => {
                 self.fault = Some(fault.reason());
                 return Ok(found);
@@ -203,6 +205,8 @@ fn in_queue(socket: &OwnedFd) -> usize {
 struct Table<'a> {
     diag: HashMap<u64, unix_diag::UnixSocket>,
     live: HashMap<u64, &'a Live>,
+    /// The job cannot run meanwhile.
+    held: bool,
     /// Clients in backlogs of the job's, and the listening socket.
     waiting: HashSet<u64>,
     /// Names of listening sockets of the job.
@@ -212,11 +216,12 @@ struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    fn read(live: &'a [Live]) -> Result<Self> {
+    fn read(live: &'a [Live], held: bool) -> Result<Self> {
         let diag = unix_diag::dump()?.into_iter();
         let mut table = Self {
             diag: diag.map(|s| (s.inode.into(), s)).collect(),
             live: live.iter().map(|l| (l.inode, l)).collect(),
+            held,
             waiting: HashSet::new(),
             listening: HashSet::new(),
             datagram: HashMap::new(),
@@ -235,6 +240,22 @@ impl<'a> Table<'a> {
             }
         }
         Ok(table)
+    }
+}
+
+impl Table<'_> {
+    /// While the job runs, it may also have a socket that it did not have when its descriptors
+    /// were listed.
+    fn is_of_the_job(&self, inode: u64) -> bool {
+        let lately = |live: &&Live| {
+            let process = live.directory.parent().unwrap_or(Path::new("/proc/self"));
+            let link = format!("socket:[{inode}]");
+            let fds = std::fs::read_dir(process.join("fd")).into_iter();
+            fds.flatten()
+                .flatten()
+                .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|l| l.as_os_str() == &*link))
+        };
+        self.live.contains_key(&inode) || !self.held && self.live.values().any(lately)
     }
 }
 
@@ -279,7 +300,10 @@ impl Ghosts {
 
 fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Verdict {
     const CLOSE: &str = "close it before the checkpoint";
-    let Some(diag) = table.diag.get(&socket.inode) else {
+    // It may be closed by now if the job runs.
+    let closed = unix_diag::UnixSocket::default();
+    let listed = table.diag.get(&socket.inode);
+    let Some(diag) = listed.or((!table.held).then_some(&closed)) else {
         return socket.refuse("is a unix socket that the kernel does not list", CLOSE);
     };
     if let Some(reason) = &socket.fault {
@@ -310,7 +334,20 @@ fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Verdict {
             "let the program read from it before the checkpoint",
         );
     }
-    let bound = is_bound(socket, diag, &bytes, table);
+    if hides_messages(socket, &role, table) {
+        return socket.refuse(
+            "is a unix socket with empty messages among the unread ones, which the kernel shows \
+             once only and did so before",
+            "let the program read them before the checkpoint",
+        );
+    }
+    let file = names::file(
+        &socket.copy,
+        &bytes,
+        diag.file.map(|(_, inode)| inode),
+        &socket.directory,
+    );
+    let bound = is_bound(socket, diag, &bytes, file.as_ref(), table);
     let queue = socket
         .seen
         .iter()
@@ -321,12 +358,11 @@ fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Verdict {
             credentials: seen.sender.map(|s| (s.pid, s.uid, s.gid)),
         })
         .collect();
-    let file = diag.file.map(|(_, inode)| inode);
     Verdict::Inside(Box::new(UnixSocket {
         inode: socket.inode,
         style: socket.style,
         name: (!bytes.is_empty()).then(|| Name {
-            file: names::file(&socket.copy, &bytes, file, &socket.directory),
+            file,
             bytes: ByteBuf::from(bytes),
             bound,
         }),
@@ -340,11 +376,47 @@ fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Verdict {
 
 /// Whether a socket was bound to its name itself: any that did not get it from the socket that
 /// it was accepted from.
-fn is_bound(socket: &Live, diag: &unix_diag::UnixSocket, name: &[u8], table: &Table<'_>) -> bool {
+fn is_bound(
+    socket: &Live,
+    diag: &unix_diag::UnixSocket,
+    name: &[u8],
+    file: Option<&NameFile>,
+    table: &Table<'_>,
+) -> bool {
     if socket.style == Style::Datagram || diag.listening || diag.peer.is_none() {
         return true;
     }
-    !table.listening.contains(&(socket.style, name.to_vec())) && names::in_use(name) == Some(true)
+    if table.listening.contains(&(socket.style, name.to_vec())) {
+        return false;
+    }
+    let in_use = match file {
+        Some(file) => file.now.as_deref().and_then(names::is_live),
+        None => names::in_use(name),
+    };
+    in_use == Some(true)
+}
+
+/// Whether more memory is taken by what the peer has sent than the messages that were seen
+/// take. Only said of sockets whose peer sends to nobody else.
+fn hides_messages(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
+    let Role::Connected { peer } = role else {
+        return false;
+    };
+    let Some(peer) = table.live.get(peer) else {
+        return false;
+    };
+    let nameless = |l: &Live| sys::own_name(&l.copy).is_ok_and(|n| n.is_empty());
+    let alone = match socket.style {
+        Style::Stream => false,
+        Style::SeqPacket => true,
+        Style::Datagram => nameless(socket) && nameless(peer),
+    };
+    if !table.held || !alone {
+        return false;
+    }
+    let lengths: Vec<usize> = socket.seen.iter().map(|(m, _)| m.data.len()).collect();
+    let seen = sys::unsent_of(socket.style.number(), &lengths);
+    seen.is_ok_and(|seen| seen < sys::unsent(&peer.copy))
 }
 
 fn role(
@@ -391,9 +463,10 @@ fn connected(
     table: &Table<'_>,
 ) -> std::result::Result<Role, Verdict> {
     let datagram = socket.style == Style::Datagram;
-    if table.live.contains_key(&peer) {
+    if table.is_of_the_job(peer) {
         let back = table.diag.get(&peer).and_then(|d| d.peer);
-        if datagram && peer_name.is_empty() && back != Some(socket.inode as u32) {
+        let mutual = back == Some(socket.inode as u32);
+        if datagram && peer_name.is_empty() && !mutual && table.held {
             return Err(socket.refuse(
                 format!(
                     "is a datagram socket connected to socket:[{peer}], which has no name and is \
@@ -444,7 +517,7 @@ fn backlog(
                           whose client has closed it already; what it sent cannot be looked at";
             return Err(socket.refuse(reason, wait));
         }
-        if !table.live.contains_key(&inode) {
+        if !table.is_of_the_job(inode) {
             let who = names::holder(inode).unwrap_or_else(|| "a process".into());
             let reason = format!(
                 "is a listening unix socket with a connection of {who} waiting to be accepted, \

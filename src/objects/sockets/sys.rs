@@ -224,6 +224,25 @@ pub fn socket(kind: i32) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// `SIOCOUTQ` of a socket of ours that has sent messages of these lengths, which nobody has read.
+pub fn unsent_of(kind: i32, lengths: &[usize]) -> Result<usize, Errno> {
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let mut fds = [0; 2];
+    // SAFETY: the kernel writes two ints.
+    Errno::result(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) })?;
+    // SAFETY: the kernel just gave us these descriptors; nobody else owns them.
+    let [from, _to] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let buffer = vec![0u8; lengths.iter().copied().max().unwrap_or(0)];
+    let room = i32::try_from(lengths.iter().sum::<usize>()).map_err(|_| Errno::EOVERFLOW)?;
+    set_int_option(&from, libc::SO_SNDBUF, room.saturating_add(1 << 20))?;
+    for len in lengths {
+        // SAFETY: `buffer` is live and at least that long.
+        let n = unsafe { libc::send(from.as_raw_fd(), buffer.as_ptr().cast(), *len, 0) };
+        Errno::result(n)?;
+    }
+    Ok(unsent(&from))
+}
+
 /// connect(2).
 pub fn connect(fd: &impl AsRawFd, address: &[u8]) -> Result<(), Errno> {
     let len = address.len() as libc::socklen_t;
