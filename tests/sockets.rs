@@ -106,7 +106,7 @@ fn datagrams_to_somebody_outside() {
         let image = target.killed_into(case, "job.ckpt");
         drop(log);
         let name = path.display().to_string();
-        run(case, &mut restore_cmd(&image, &[])).refused(1, &[&name, "nobody", "start"]);
+        run(case, &mut restore_cmd(&image, &[])).refused(99, &[&name, "nobody", "start"]);
         fs::remove_file(&path).expect("it was left behind");
         let log = UnixDatagram::bind(&path).expect("it is free");
         target.continued_by(restored(case, &image, &[]));
@@ -126,11 +126,11 @@ fn name_that_another_one_has() {
         let other = UnixListener::bind(&path).expect("it is free");
         let name = path.display().to_string();
         let holder = format!("process {}", std::process::id());
-        run(case, &mut restore_cmd(&image, &[])).refused(1, &[&name, &holder, "live socket"]);
+        run(case, &mut restore_cmd(&image, &[])).refused(99, &[&name, &holder, "live socket"]);
         drop(other);
         fs::remove_file(&path).expect("it was left behind");
         fs::write(&path, "precious").expect("the directory is writable");
-        run(case, &mut restore_cmd(&image, &[])).refused(1, &[&name, "another file", "move"]);
+        run(case, &mut restore_cmd(&image, &[])).refused(99, &[&name, "another file", "move"]);
         assert_eq!(fs::read(&path).expect("it is there"), b"precious");
         fs::remove_file(&path).expect("it is there");
         target.continued_by(restored(case, &image, &[]));

@@ -59,7 +59,8 @@ impl Drop for PeekOffset<'_> {
 /// A process that puts the option back when the pipe ends, that is, when we let go or die.
 fn guard(socket: &OwnedFd, before: i32) -> Result<(libc::pid_t, OwnedFd), Errno> {
     let (read, write) = crate::objects::files::sys::pipe(4096)?;
-    let (socket, read_end, write_end) = (socket.as_raw_fd(), read.as_raw_fd(), write.as_raw_fd());
+    let (socket, read_end) = (socket.as_raw_fd(), read.as_raw_fd());
+    let (low, high) = (socket.min(read_end) as u32, socket.max(read_end) as u32);
     // SAFETY: the child makes only system calls on values that were computed before, and leaves
     // by _exit.
     let pid = unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
