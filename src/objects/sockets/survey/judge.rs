@@ -11,29 +11,18 @@ use super::{Ghosts, Live, Table, Verdict};
 use crate::error::Obstacle;
 use crate::objects::files::sys as files_sys;
 
+const CLOSE: &str = "close it before the checkpoint";
+
 /// What is to be said of one socket.
 pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Verdict {
-    const CLOSE: &str = "close it before the checkpoint";
     // It may be closed by now if the job runs.
     let closed = unix_diag::UnixSocket::default();
     let listed = table.diag.get(&socket.inode);
     let Some(diag) = listed.or((!table.held).then_some(&closed)) else {
         return socket.refuse("is a unix socket that the kernel does not list", CLOSE);
     };
-    if let Some(reason) = &socket.fault {
-        return socket.refuse(
-            format!("is a unix socket that {reason}"),
-            "let the program read it before the checkpoint",
-        );
-    }
-    match sys::filter_len(&socket.copy) {
-        Ok(0) | Err(Errno::ENOPROTOOPT | Errno::EINVAL) => {}
-        _ => {
-            return socket.refuse(
-                "is a unix socket with a filter, which is not supported",
-                CLOSE,
-            );
-        }
+    if let Some(refusal) = unreadable(socket) {
+        return refusal;
     }
     let bytes = sys::own_name(&socket.copy).unwrap_or_default();
     let role = match role(socket, diag, table, ghosts) {
@@ -62,16 +51,7 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
         &socket.directory,
     );
     let bound = is_bound(socket, diag, &bytes, file.as_ref(), table);
-    let queue = socket
-        .seen
-        .iter()
-        .map(|(seen, rights)| Message {
-            data: ByteBuf::from(seen.data.clone()),
-            from: sender(socket, &role, seen, table, ghosts),
-            rights: rights.clone(),
-            credentials: seen.sender.map(|s| (s.pid, s.uid, s.gid)),
-        })
-        .collect();
+    let queue = messages(socket, &role, table, ghosts);
     Verdict::Inside(Box::new(UnixSocket {
         inode: socket.inode,
         style: socket.style,
@@ -86,6 +66,40 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
         queue,
         options: options::capture(&socket.copy, socket.style),
     }))
+}
+
+/// The refusal of a socket that cannot be looked at whole.
+fn unreadable(socket: &Live) -> Option<Verdict> {
+    if let Some(reason) = &socket.fault {
+        return Some(socket.refuse(
+            format!("is a unix socket that {reason}"),
+            "let the program read it before the checkpoint",
+        ));
+    }
+    match sys::filter_len(&socket.copy) {
+        Ok(0) | Err(Errno::ENOPROTOOPT | Errno::EINVAL) => {}
+        _ => {
+            return Some(socket.refuse(
+                "is a unix socket with a filter, which is not supported",
+                CLOSE,
+            ));
+        }
+    }
+    None
+}
+
+/// The record of what was seen in the queue.
+fn messages(socket: &Live, role: &Role, table: &Table<'_>, ghosts: &mut Ghosts) -> Vec<Message> {
+    socket
+        .seen
+        .iter()
+        .map(|(seen, rights)| Message {
+            data: ByteBuf::from(seen.data.clone()),
+            from: sender(socket, role, seen, table, ghosts),
+            rights: rights.clone(),
+            credentials: seen.sender.map(|s| (s.pid, s.uid, s.gid)),
+        })
+        .collect()
 }
 
 /// Whether a socket was bound to its name itself: any that did not get it from the socket that
