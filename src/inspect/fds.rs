@@ -15,7 +15,7 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `pidfd`, `mqueue`, `outside` (a terminal, or a pipe or socket whose far end is
+    /// `memfd`, `inotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `outside` (a terminal, or a pipe or socket whose far end is
     /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
@@ -85,6 +85,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Inotify(_) => "inotify",
         Kind::PidFd(_) => "pidfd",
         Kind::MessageQueue(_) => "mqueue",
+        Kind::UnixSocket(_) => "unix",
         Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
@@ -99,6 +100,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
         Kind::Fifo(fifo) => fifo.path.to_string_lossy().into_owned(),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
+        Kind::UnixSocket(socket) => socket.label(),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::MessageQueue(queue) => format!("/{}", String::from_utf8_lossy(&queue.name)),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),

@@ -8,6 +8,7 @@
 mod files;
 mod ipc;
 mod memory;
+mod sockets;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -32,6 +33,7 @@ pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
     processes(snapshot, &mut faults);
     files::descriptions(snapshot, &mut faults);
     ipc::objects(snapshot, &mut faults);
+    sockets::sockets(snapshot, &mut faults);
     for process in &snapshot.processes {
         files::descriptors(snapshot, process, &mut faults);
         ipc::adjustments(snapshot, process, &mut faults);

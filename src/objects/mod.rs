@@ -14,6 +14,7 @@ pub mod process;
 pub mod scheduling;
 pub mod seccomp;
 pub mod signals;
+pub mod sockets;
 pub mod thread;
 pub mod timers;
 pub mod zombie;

@@ -125,8 +125,8 @@ pub fn capture_from_outside(
     depth: Depth,
     collector: &mut Collector,
 ) -> Result<Vec<FromOutside>> {
-    let survey = files::Survey::of(sources)?;
-    let fds = files::capture(sources, &survey, collector)?;
+    let mut survey = files::Survey::of(sources)?;
+    let fds = files::capture(sources, &mut survey, collector)?;
     let locks = survey.seen.into_iter().map(|seen| {
         let locks = seen.into_iter().map(|s| (s.fd, s.locks));
         locks.flat_map(|(fd, locks)| locks.into_iter().map(move |l| (fd, l)))

@@ -18,6 +18,7 @@
 #include <sys/ipc.h>
 #include <sys/sem.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 
 static pid_t child;
 
@@ -38,6 +39,18 @@ static bool is(const char *name)
 	const char *odd = getenv("ODD");
 
 	return odd && !strcmp(odd, name);
+}
+
+/* A unix socket that is bound or connected to ODD_FILE. */
+static int unix_socket(int type, const char *path, int (*call)(int, const struct sockaddr *, socklen_t))
+{
+	struct sockaddr_un a = { .sun_family = AF_UNIX };
+	int fd = FX_SYS(socket(AF_UNIX, type, 0));
+
+	FX_CHECK(strlen(path) < sizeof(a.sun_path), "%s is too long for an address", path);
+	strcpy(a.sun_path, path);
+	FX_SYS(call(fd, (void *)&a, sizeof(a)));
+	return fd;
 }
 
 static sem_t alone;
@@ -101,6 +114,15 @@ int main(int argc, char **argv)
 		fd = FX_SYS(socket(AF_INET, SOCK_STREAM, 0));
 		FX_SYS(bind(fd, (void *)&any, sizeof(any)));
 		FX_SYS(listen(fd, 1));
+	} else if (is("unix-stream")) {
+		fd = unix_socket(SOCK_STREAM, file, connect);
+	} else if (is("unix-datagram")) {
+		fd = unix_socket(SOCK_DGRAM, file, connect);
+	} else if (is("unix-listen") || is("unix-unaccepted")) {
+		fd = unix_socket(SOCK_STREAM, file, bind);
+		FX_SYS(listen(fd, 3));
+		if (is("unix-unaccepted"))
+			FX_EQ("write", write(unix_socket(SOCK_STREAM, file, connect), "early", 5), 5);
 	} else if (is("uring")) {
 		char params[120] = "";
 
@@ -155,6 +177,8 @@ int main(int argc, char **argv)
 		FX_EQ("position", FX_SYS(lseek(fd, 0, SEEK_CUR)), 5);
 		FX_EQ("write", FX_SYS(write(fd, "written", 7)), 7);
 	}
+	if (is("unix-datagram"))
+		FX_EQ("send", send(fd, "after", 5, 0), 5);
 	if (is("fd3"))
 		FX_EQ("write", FX_SYS(write(3, "hello\n", 6)), 6);
 	if (is("echo")) {

@@ -9,6 +9,7 @@
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
 //! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
+//! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
 //! * [`features`]: what this kernel and this user can do, probed once.
 
 pub mod abi;
@@ -26,6 +27,7 @@ pub mod proc;
 pub mod refusal;
 pub mod remote;
 pub mod task;
+pub mod unix_diag;
 
 pub use addr::RemoteAddr;
 pub use error::{Error, Result};

@@ -1,13 +1,16 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
-use ckpt_tracer::Tid;
+use std::os::fd::AsRawFd;
+
 use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::fdlink::FdLink;
 use ckpt_tracer::proc::tasks::list_tasks;
+use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
 use super::ipc::mqueue;
+use super::sockets::{self, unix};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::restore::plan::{Builder, Inherited};
@@ -91,6 +94,8 @@ pub enum Kind {
     PidFd(pidfd::PidFd),
     /// A POSIX message queue, mq_overview(7).
     MessageQueue(mqueue::MessageQueue),
+    /// A unix domain socket.
+    UnixSocket(unix::UnixSocket),
     /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
     /// with its other end outside.
     Outside(outside::Outside),
@@ -103,7 +108,7 @@ const MQUEUE: i64 = 0x1980_0202;
 /// executed in the processes. Answers one list a process, in the order of `sources`.
 pub fn capture(
     sources: &[&Source],
-    survey: &Survey,
+    survey: &mut Survey,
     collector: &mut Collector,
 ) -> Result<Vec<Vec<FdEntry>>> {
     for source in sources {
@@ -111,9 +116,36 @@ pub fn capture(
         collector.tasks.extend(tasks.into_iter().map(Tid::raw));
     }
     let first = collector.descriptions.len();
+    let open = survey.looks.iter().map(|look| sockets::survey::Open {
+        copy: &look.copy,
+        object: look.object(sources[look.process]),
+        directory: sources[look.process].dir.join("cwd"),
+    });
+    let mut found = sockets::survey::survey(&open.collect::<Vec<_>>(), collector.frozen)?;
+    // What is only in flight between sockets has no number in any process but ours.
+    let ourselves = Source::open(Pid(std::process::id() as i32))?;
+    let seen_in_job = survey.looks.len();
+    for copy in &found.in_flight {
+        let look = Look::at(&ourselves, sources.len(), copy.as_raw_fd())?;
+        survey.looks.push(look);
+    }
+    let mut sources = sources.to_vec();
+    sources.push(&ourselves);
     let pipes = pipe::Ends::of(&survey.looks);
-    for look in &survey.looks {
-        match kind(sources[look.process], look, &pipes, collector) {
+    for (number, look) in survey.looks.iter().enumerate() {
+        let outside = |obstacle: Obstacle| match survey.is_standard(number) {
+            true => Ok(outside::capture(look, outside::Surroundings::Socket)),
+            false => Err(Box::new(obstacle)),
+        };
+        let kind = match found.kind(number, first, outside) {
+            Some(kind) => kind,
+            None => kind(sources[look.process], look, &pipes, collector),
+        };
+        let kind = match number < seen_in_job {
+            true => kind,
+            false => sockets::may_be_in_flight(kind),
+        };
+        match kind {
             Ok(kind) => collector.descriptions.push(Description {
                 kind,
                 flags: look.info.flags,
@@ -122,8 +154,9 @@ pub fn capture(
             Err(obstacle) => collector.obstacles.push(*obstacle),
         }
     }
+    collector.descriptions.extend(found.ghosts());
     if collector.obstacles.is_empty() {
-        epoll::capture_entries(sources, &survey.looks, first, collector)?;
+        epoll::capture_entries(&sources, &survey.looks, first, collector)?;
     }
     let entries = survey.seen.iter().map(|seen| {
         let entry = |s: &Seen| FdEntry {
@@ -186,8 +219,8 @@ fn kind(
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }
         (FdLink::Socket(_), _) => Err(unsupported(
-            "a socket",
-            "close it before the checkpoint; sockets come later",
+            &sockets::family(&look.copy),
+            "close it before the checkpoint",
         )),
         (FdLink::File { path, .. }, _)
             if look.file_type() == libc::S_IFREG
@@ -272,6 +305,11 @@ impl Staging {
         self.base + self.descriptions + 2 * self.files + file as i32
     }
 
+    /// Further numbers, for what the plan needs only while it runs.
+    pub fn spare(self, number: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + number as i32
+    }
+
     /// The first number used; none of the job's is as high.
     pub fn first(self) -> i32 {
         self.base
@@ -298,6 +336,15 @@ pub fn open_descriptions(
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
+        if let Kind::UnixSocket(socket) = &description.kind {
+            if let Some(path) = named(index, snapshot, request) {
+                obstacles.push(socket.not_replaceable(path));
+            }
+            if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
+                obstacles.extend(more);
+            }
+            continue;
+        }
         if let Some(path) = named(index, snapshot, request) {
             plan.inherit(at, Inherited::Named(path.clone(), flags));
             continue;
@@ -327,6 +374,7 @@ pub fn open_descriptions(
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
             Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
             Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
+            Kind::UnixSocket(_) => {}
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -386,6 +434,7 @@ pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String
 
 /// With every description open: what refers to other descriptions, then flags and locks.
 pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    sockets::rebuild::finish(snapshot, staging, plan);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
@@ -533,6 +582,7 @@ impl Kind {
             Kind::Inotify(_) => "inotify".into(),
             Kind::PidFd(_) => "pidfd".into(),
             Kind::MessageQueue(q) => q.title(),
+            Kind::UnixSocket(s) => s.label(),
             Kind::Outside(o) => o.name.clone(),
         }
     }
