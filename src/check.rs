@@ -97,7 +97,9 @@ fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
             errno: Errno::EPERM,
             object,
         })) => {
-            let whose = sources.iter().find(|s| object.ends_with(&format!("process {}", s.pid)));
+            let whose = sources
+                .iter()
+                .find(|s| object.ends_with(&format!("process {}", s.pid)));
             Ok(vec![denied(whose.map_or(root, |s| s.pid))])
         }
         Err(e) => Err(e),
@@ -121,7 +123,12 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
             let [first, second, ..] = group[..] else {
                 continue;
             };
-            let title = |tid: Tid| sources.iter().find(|s| s.pid.leader() == tid).map(|s| s.title());
+            let title = |tid: Tid| {
+                sources
+                    .iter()
+                    .find(|s| s.pid.leader() == tid)
+                    .map(|s| s.title())
+            };
             collector.obstacles.push(Obstacle::new(
                 title(second).unwrap_or_default(),
                 format!(

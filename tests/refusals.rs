@@ -217,11 +217,23 @@ fn another_namespace() {
 #[test]
 fn several_obstacles_are_told_at_once() {
     isolated("several_obstacles_are_told_at_once", |case| {
-        let target = odd(case, "own-files", None);
+        let target = odd(case, "netlink-twice", None);
         let out = ckpt(case, ["check", "--json", &target.pid().to_string()]);
         assert_eq!(out.code(), 1);
         let told: serde_json::Value = serde_json::from_str(&out.stdout).expect("it is JSON");
         assert_eq!(told["possible"], false);
+        assert_eq!(
+            told["obstacles"].as_array().map(Vec::len),
+            Some(2),
+            "{told}"
+        );
+        let objects = [0, 1].map(|i| told["obstacles"][i]["object"].to_string());
+        // One socket of the process, one that only its child has.
+        let own = format!("of process {} (odd)", target.pid());
+        assert!(
+            objects[0].contains(&own) && !objects[1].contains(&own),
+            "{told}"
+        );
         assert!(told["obstacles"][0]["remedy"].is_string(), "{told}");
         target.passes();
     });

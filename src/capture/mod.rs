@@ -245,7 +245,10 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
     let vmas = outside.iter().map(|o| o.vmas.as_slice());
-    ipc::capture(&all.iter().copied().zip(vmas).collect::<Vec<_>>(), &mut collector)?;
+    ipc::capture(
+        &all.iter().copied().zip(vmas).collect::<Vec<_>>(),
+        &mut collector,
+    )?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }

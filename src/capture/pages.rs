@@ -179,11 +179,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
     }
 
     /// Takes the contents of a space that is not an address space.
-    pub fn contents(
-        &mut self,
-        space: SpaceId,
-        contents: &Contents,
-    ) -> Result<()> {
+    pub fn contents(&mut self, space: SpaceId, contents: &Contents) -> Result<()> {
         match contents {
             Contents::File(file, size) => self.file(space, file, *size),
             Contents::Memory(views) => {

@@ -70,6 +70,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
         })?;
     }
     let signals = take_over_signals()?;
+    supervise::adopt_orphans();
     let mut command = Command::new(program);
     command.args(arguments);
     let pid = supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {

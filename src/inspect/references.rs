@@ -5,6 +5,7 @@
 //! be believed. Restoring relies on these checks, so they bear any snapshot that decodes: they
 //! index nothing unchecked, and their cost is that of sorting what is there.
 
+mod family;
 mod files;
 mod ipc;
 mod memory;
@@ -31,6 +32,7 @@ pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
     let mut faults = Faults::default();
     header(snapshot, reader, &mut faults);
     processes(snapshot, &mut faults);
+    family::family(snapshot, reader.header().page_size, &mut faults);
     files::descriptions(snapshot, &mut faults);
     ipc::objects(snapshot, &mut faults);
     sockets::sockets(snapshot, &mut faults);

@@ -105,10 +105,13 @@ impl Driver<'_> {
         place(&mut leader, &mem, &present, &planned.plan)?;
         let forked = shared_at.is_some();
         let mut born = Vec::new();
-        run_to(&mut leader, &mem, &planned.plan, Stage::Fill, &mut |_| Ok(()))?;
+        run_to(&mut leader, &mem, &planned.plan, Stage::Fill, &mut |_| {
+            Ok(())
+        })?;
         fault::hit(Step::RestoreMapped)?;
         let snapshot = self.job.snapshot;
-        self.pages.fill(snapshot, index, forked, &planned.shared_at)?;
+        self.pages
+            .fill(snapshot, index, forked, &planned.shared_at)?;
         run_to(&mut leader, &mem, &planned.plan, Stage::Born, &mut |tid| {
             born.push(tid);
             self.adopt(index, tid, &mem, &planned)
@@ -169,7 +172,13 @@ impl Driver<'_> {
             )))
         };
         for live in &mut self.live {
-            run_to(&mut live.leader, &live.mem, &live.planned.plan, Stage::Joined, unexpected)?;
+            run_to(
+                &mut live.leader,
+                &live.mem,
+                &live.planned.plan,
+                Stage::Joined,
+                unexpected,
+            )?;
             live.leader.set_options(TAKEN_OVER)?;
         }
         // Their plans are those of their creators, all of which are the same to an error's text.
@@ -223,7 +232,13 @@ impl Live {
             )))
         };
         let plan = &self.planned.plan;
-        run_to(&mut self.leader, &self.mem, plan, Stage::Threads, unexpected)?;
+        run_to(
+            &mut self.leader,
+            &self.mem,
+            plan,
+            Stage::Threads,
+            unexpected,
+        )?;
         fault::hit(Step::RestoreThreads)?;
         run_to_done(&mut self.leader, &self.mem, plan)
     }
@@ -237,7 +252,13 @@ impl Live {
         let cave = Cave::dig(&self.mem, &read_maps(pid)?)?;
         let place = self.planned.plan.stack;
         take_note_of_stops(&mut self.leader, &self.mem, place, process, job, &cave)?;
-        remove_restorer(&mut self.leader, process, &self.planned.plan, &self.mem, &cave)?;
+        remove_restorer(
+            &mut self.leader,
+            process,
+            &self.planned.plan,
+            &self.mem,
+            &cave,
+        )?;
         let mut tasks = set_states(self.leader, self.others, process, &cave)?;
         cave.fill_in()?;
         if let Some(signal) = stop_signal(process, job) {
@@ -453,7 +474,10 @@ fn take_note_of_stops(
         let args = [at.raw(), 0, at.raw() + 8, 8, 0, 0];
         match calls.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
             Ok(_) => {}
-            Err(ckpt_tracer::Error::Remote { errno: Errno::EAGAIN, .. }) => {}
+            Err(ckpt_tracer::Error::Remote {
+                errno: Errno::EAGAIN,
+                ..
+            }) => {}
             Err(e) => return Err(e.into()),
         }
     }

@@ -130,7 +130,8 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let root = &snapshot.processes[0];
     let descriptors = contents::open_all(&inherit, &snapshot, &image)?;
     let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
-    adopt_orphans();
+    // Processes of the job that lose their parents become ours.
+    crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
     let mut warnings = driver::rebuild(&job, &image, &mut brood, leader)?;
     let own_group = root.group == root.pid && root.session != root.pid;
@@ -144,13 +145,6 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         warnings,
         terminal,
     })
-}
-
-/// Processes of the job that lose their parents become ours, as they were somebody's before.
-#[allow(unsafe_code)]
-fn adopt_orphans() {
-    // SAFETY: a call without pointers.
-    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
 }
 
 /// Ids of the job that somebody else has. Those of processes that have just been killed are free
@@ -173,7 +167,11 @@ fn ids_taken(job: &Job<'_>) -> Vec<i32> {
     let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
     let tids = tids.map(|t| t.tid);
     let zombies = snapshot.zombies.iter().map(|z| z.pid);
-    let helpers = job.births.iter().flat_map(births::Births::all).map(|b| b.pid);
+    let helpers = job
+        .births
+        .iter()
+        .flat_map(births::Births::all)
+        .map(|b| b.pid);
     let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
     ids.sort_unstable();
     ids.dedup();

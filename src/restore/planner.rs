@@ -213,7 +213,13 @@ impl Build<'_> {
         let mappings = &self.process.memory.mappings;
         memory::place_shared(mappings, self.shared_at, forked, &mut plan);
         self.family(&mut plan);
-        memory::finish(mappings, self.job.snapshot, self.shared_at, forked, &mut plan);
+        memory::finish(
+            mappings,
+            self.job.snapshot,
+            self.shared_at,
+            forked,
+            &mut plan,
+        );
         self.process.memory.rebuild_fields(&mut plan);
         self.process_state(&mut plan, &mut obstacles);
         if obstacles.is_empty() {
@@ -359,7 +365,9 @@ impl Build<'_> {
             }
             Body::Phantom(phantom) => {
                 let flags = (libc::CLONE_VM | parent) as u64;
-                plan.process(birth.pid, flags, |plan| self.phantom(birth.pid, phantom, plan));
+                plan.process(birth.pid, flags, |plan| {
+                    self.phantom(birth.pid, phantom, plan)
+                });
             }
         }
     }

@@ -15,4 +15,4 @@ pub mod signals;
 mod sys;
 
 pub use child::{start, wait_for};
-pub use sys::Signals;
+pub use sys::{Signals, adopt_orphans};

@@ -73,6 +73,11 @@ impl Periodic {
         self.running.is_some()
     }
 
+    /// The process that takes a checkpoint now.
+    pub(super) fn helper(&self) -> Option<i32> {
+        self.running.as_ref().map(|helper| helper.pid)
+    }
+
     /// Begins a checkpoint when one is due; how long there is to wait until the next. While one
     /// is being taken its end, a `SIGCHLD`, is all there is to wait for.
     pub(super) fn begin_if_due(&mut self, now: Instant) -> Option<Duration> {
@@ -104,6 +109,8 @@ impl Periodic {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("ckpt").arg("attach").arg(self.pid.to_string());
         command.arg(format!("--codec={}", self.plan.codec));
+        // What the program's end has left to us belongs to the job as well.
+        command.arg(format!("--adopted-by={}", std::process::id()));
         command
             .arg("-o")
             .arg(std::path::absolute(self.plan.images.path(counter))?);

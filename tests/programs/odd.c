@@ -129,12 +129,17 @@ int main(int argc, char **argv)
 		fd = syscall(SYS_io_uring_setup, 4, params);
 		if (fd < 0)
 			fx_skip("io_uring (%s)", strerror(errno));
-	} else if (is("child")) {
+	} else if (is("netlink-twice")) {
+		int other;
+
+		fd = FX_SYS(socket(AF_NETLINK, SOCK_RAW, 0));
+		other = FX_SYS(socket(AF_NETLINK, SOCK_RAW, 0));
 		fx_cleanup = end_child;
 		child = FX_SYS(fork());
 		if (!child)
 			for (;;)
 				pause();
+		close(other);
 	} else if (is("own-files")) {
 		pthread_t thread;
 

@@ -4,6 +4,7 @@ use crate::objects::SpaceId;
 use crate::objects::files::epoll::{Entry, Epoll};
 use crate::objects::files::{Description, Kind};
 use crate::objects::memory::{Backing, SharedMemory};
+use crate::objects::zombie::Zombie;
 
 /// The one fault of a snapshot that was changed.
 fn fault(change: impl FnOnce(&mut Snapshot)) -> String {
@@ -30,6 +31,52 @@ fn tasks() {
         s.processes[0].threads[0].tid = 60;
     });
     assert!(root.contains("the header says"), "{root}");
+}
+
+/// A child of process 50, forked, that has its pages.
+fn with_child(snapshot: &mut Snapshot) {
+    let mut child = snapshot.processes[0].clone();
+    (child.pid, child.parent, child.forked) = (70, 50, true);
+    child.threads.truncate(1);
+    child.threads[0].tid = 70;
+    child.memory.space = SpaceId(77);
+    child.memory.inherited = vec![(MEMORY, MEMORY + 4096)];
+    snapshot.processes.push(child);
+}
+
+#[test]
+fn trees() {
+    let mut good = snapshot();
+    with_child(&mut good);
+    assert_eq!(check(&good, &good_image()), Vec::<String>::new());
+    let fault_of = |change: fn(&mut Snapshot)| {
+        fault(|s| {
+            with_child(s);
+            change(s);
+        })
+    };
+    let before = fault_of(|s| (s.processes[0].parent, s.processes[1].parent) = (70, 50));
+    assert_eq!(before, "process 50 comes before its parent 70");
+    let alone = fault_of(|s| s.processes[1].parent = 4);
+    assert!(alone.contains("a parent that is not there"), "{alone}");
+    let nowhere = fault_of(|s| s.processes[1].memory.inherited[0].1 += 1 << 30);
+    assert!(nowhere.contains("where it has no memory"), "{nowhere}");
+    let stopped = fault_of(|s| s.processes[1].stopped = Some(libc::SIGHUP));
+    assert!(stopped.contains("stops nobody"), "{stopped}");
+    let zombie = |pid, parent, status| Zombie {
+        pid,
+        parent,
+        group: pid,
+        session: 50,
+        status,
+        name: b"ended".to_vec(),
+    };
+    let taken = fault(|s| s.zombies.push(zombie(51, 50, 0)));
+    assert!(taken.contains("another one's"), "{taken}");
+    let orphan = fault(|s| s.zombies.push(zombie(80, 9, 0)));
+    assert!(orphan.contains("the parent of process 80"), "{orphan}");
+    let status = fault(|s| s.zombies.push(zombie(80, 50, 0x7f)));
+    assert!(status.contains("in no possible way"), "{status}");
 }
 
 #[test]

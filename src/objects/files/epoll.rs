@@ -80,12 +80,7 @@ pub fn capture_entries(
     Ok(())
 }
 
-fn find(
-    looks: &[Look],
-    set: &Look,
-    target: &EpollTarget,
-    turn: u32,
-) -> Result<Option<usize>> {
+fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
     let mut candidates: Vec<usize> = (0..looks.len())
         .filter(|&i| looks[i].stat.st_ino == target.ino)
         .collect();

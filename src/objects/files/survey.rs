@@ -121,11 +121,7 @@ impl Survey {
         while low < high {
             let middle = low + (high - low) / 2;
             let other = &self.looks[candidates[middle]];
-            match kcmp(
-                look.leader,
-                other.leader,
-                KcmpType::File(look.fd, other.fd),
-            ) {
+            match kcmp(look.leader, other.leader, KcmpType::File(look.fd, other.fd)) {
                 Ok(Ordering::Equal) => {
                     seen.look = candidates[middle];
                     return Ok(seen);

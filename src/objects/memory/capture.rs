@@ -285,7 +285,13 @@ fn contents_of(source: &Source, vma: &Vma, all: &[Vma], private: bool) -> (Conte
 
 /// Where an object can only be read through mappings: what this process shows of it and no
 /// process before did.
-fn add_views(space: SpaceId, source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> u64 {
+fn add_views(
+    space: SpaceId,
+    source: &Source,
+    vma: &Vma,
+    all: &[Vma],
+    collector: &mut Collector,
+) -> u64 {
     let contents = collector.contents.iter_mut().find(|(s, _)| *s == space);
     let Some((_, Contents::Memory(known))) = contents else {
         return 0;

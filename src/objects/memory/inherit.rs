@@ -206,6 +206,9 @@ mod tests {
         assert_eq!(intersect(&a, &b), [(5, 10), (20, 25), (28, 29), (45, 50)]);
         assert_eq!(subtract(&a, &[]), a);
         assert_eq!(intersect(&a, &[]), []);
-        assert_eq!(join(vec![(20, 30), (0, 5), (5, 9), (25, 40)]), [(0, 9), (20, 40)]);
+        assert_eq!(
+            join(vec![(20, 30), (0, 5), (5, 9), (25, 40)]),
+            [(0, 9), (20, 40)]
+        );
     }
 }
