@@ -12,6 +12,7 @@ use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcDir, ProcRoot};
 use ckpt_tracer::{Error, Pid};
 
+use super::save_files::SaveFiles;
 use crate::error::{Obstacle, Result};
 use crate::objects::SpaceId;
 use crate::objects::files::Description;
@@ -74,6 +75,8 @@ pub struct Collector {
     pub shared_memory: Vec<SharedMemory>,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
+    /// Files whose contents are wanted.
+    pub save_files: SaveFiles,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
     /// The job is frozen. While it runs, contents that are just being changed are no obstacle and

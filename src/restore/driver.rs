@@ -17,6 +17,7 @@ use super::plan::{Plan, Stage};
 use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
+use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
@@ -48,6 +49,7 @@ struct Driver<'a> {
 pub fn rebuild(
     job: &Job<'_>,
     image: &Reader,
+    cuts: &[Cut],
     brood: &mut Brood,
     root: Stopped,
 ) -> Result<Vec<String>> {
@@ -81,7 +83,7 @@ pub fn rebuild(
     }
     warnings.sort();
     warnings.dedup();
-    release(complete, job)?;
+    release(complete, job, cuts)?;
     Ok(warnings)
 }
 
@@ -457,8 +459,9 @@ fn set_states(
 }
 
 /// Lets all go, of each process the leader last: until then the loss of the tracer kills the
-/// whole process, which is then not there at all.
-fn release(complete: Vec<Complete>, job: &Job<'_>) -> Result<()> {
+/// whole process, which is then not there at all. Files are cut back when nothing else is left to
+/// be done.
+fn release(complete: Vec<Complete>, job: &Job<'_>, cuts: &[Cut]) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
     for Complete { index, .. } in &complete {
         let process = &job.snapshot.processes[*index];
@@ -468,6 +471,9 @@ fn release(complete: Vec<Complete>, job: &Job<'_>) -> Result<()> {
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)
                 .map_err(|e| Error::Restore(format!("cannot stop process {pid}: {}", e.desc())))?;
         }
+    }
+    for cut in cuts {
+        cut.make()?;
     }
     for task in complete.iter().flat_map(|c| &c.tasks) {
         task.set_options(0)?;

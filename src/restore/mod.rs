@@ -19,14 +19,18 @@ use crate::objects::credentials::Credentials;
 use crate::objects::{Snapshot, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
+use crate::objects::files::changed::Cut;
 use planner::Job;
+use put::PutFiles;
 
 pub mod births;
 pub mod contents;
 pub mod driver;
 pub mod fill;
+pub mod paths;
 pub mod plan;
 pub mod planner;
+pub mod put;
 pub mod spawn;
 pub mod terminal;
 
@@ -38,6 +42,8 @@ pub enum FilesPolicy {
     Strict,
     /// Take what is there.
     Adopt,
+    /// As strict, and files that the job writes lose what was appended after the checkpoint.
+    Truncate,
 }
 
 /// A wish for a restore.
@@ -46,6 +52,10 @@ pub struct Request<'a> {
     pub image: &'a Path,
     /// About changed files.
     pub files: FilesPolicy,
+    /// Where the job's paths lead now (`--map-path OLD=NEW`).
+    pub map_paths: Vec<paths::Mapping>,
+    /// About files whose contents the image holds.
+    pub put_files: PutFiles,
     /// Descriptors that get another file than they had (`--fd N=PATH`).
     pub fds: BTreeMap<i32, PathBuf>,
     /// Leave the job stopped, for a debugger.
@@ -92,6 +102,12 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     let (image, snapshot) = open(request)?;
     let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     let mut text = String::new();
+    for put in put::decide(&snapshot, &image, request.put_files)? {
+        text.push_str(&format!("# {}\n", put.describe()));
+    }
+    for cut in Cut::all(&snapshot, request).map_err(Error::Refused)? {
+        text.push_str(&format!("# {}\n", cut.describe()));
+    }
     for (index, process) in snapshot.processes.iter().enumerate() {
         let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
@@ -120,25 +136,41 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         }
     }
     obstacles.extend(pids_taken(&job));
+    let puts = refused_or(put::decide(&snapshot, &image, request.put_files), &mut obstacles)?;
+    let cuts = Cut::all(&snapshot, request).map_err(Error::Refused);
+    let cuts = refused_or(cuts, &mut obstacles)?;
     if !obstacles.is_empty() {
         return Err(Error::Refused(obstacles));
     }
+    let put_back = put::put(&puts, &image)?;
     let root = &snapshot.processes[0];
     let descriptors = contents::open_all(&inherit, &snapshot, &image)?;
     let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
     adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
-    let warnings = driver::rebuild(&job, &image, &mut brood, leader)?;
+    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader)?;
     let own_group = root.group == root.pid && root.session != root.pid;
     let terminal = (request.foreground && own_group)
         .then(|| terminal::Foreground::give(root.pid))
         .flatten();
     brood.keep();
+    warnings.extend(put_back.keep());
     Ok(Restored {
         pid: root.pid,
         warnings,
         terminal,
     })
+}
+
+/// Collects a refusal with the others.
+fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
+    match result {
+        Err(Error::Refused(more)) => {
+            obstacles.extend(more);
+            Ok(T::default())
+        }
+        other => other,
+    }
 }
 
 /// Processes of the job that lose their parents become ours, as they were somebody's before.
@@ -179,7 +211,7 @@ fn ids_taken(job: &Job<'_>) -> Vec<i32> {
 fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
     let image = Reader::open(request.image)?;
     image.require_arch(Arch::native())?;
-    let snapshot = snapshot::read(&image, request.image)?;
+    let mut snapshot = snapshot::read(&image, request.image)?;
     let faults = crate::inspect::references::check(&snapshot, &image);
     if let Some(fault) = faults.into_iter().next() {
         return Err(Error::Metadata {
@@ -188,6 +220,8 @@ fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
         });
     }
     refuse_other_machine(&snapshot)?;
+    paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
+    put::forget(request.put_files, &mut snapshot);
     Ok((image, snapshot))
 }
 
