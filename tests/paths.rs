@@ -4,14 +4,17 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use common::look::assert_nobody_left;
 use common::tool::CKPT;
-use common::{Case, Ended, Job, attach, ckpt, isolated, restore_cmd, restored, run, start, until};
+use common::{
+    Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restore_cmd, restored, run, start,
+    until,
+};
 use nix::sys::signal::Signal;
 
 /// `tests/programs/logger.py` at work in a directory of its own, with an interpreter of its own.
@@ -324,41 +327,62 @@ fn saved(case: &Case) -> (Logger, PathBuf, SystemTime) {
     (logger, image, modified)
 }
 
-use std::os::unix::fs::PermissionsExt;
-
 #[test]
 fn files_are_put_back() {
-    isolated("files_are_put_back", |case| {
-        let (mut logger, image, modified) = saved(case);
-        let (log, state) = (logger.path("out.log"), logger.path("state.bin"));
-        logger.refused(case, &image, &[], &[&log, "No such file"]);
-        let words = [&*state, "changed after the checkpoint", "--overwrite"];
-        logger.refused(case, &image, &["--put-files"], &words);
-        let put = ["--put-files", "--overwrite"];
-        let dry = run(case, restore_cmd(&image, &put).arg("--dry-run"));
-        assert!(dry.ok().contains(&format!("# create {log} ")), "{dry:#?}");
+    isolated("files_are_put_back", put_back);
+}
+
+#[test]
+fn files_are_put_back_by_an_ordinary_user() {
+    isolated_as_user("files_are_put_back_by_an_ordinary_user", put_back);
+}
+
+fn put_back(case: &Case) {
+    let (mut logger, image, modified) = saved(case);
+    let (log, state) = (logger.path("out.log"), logger.path("state.bin"));
+    logger.refused(case, &image, &[], &[&log, "No such file"]);
+    let words = [&*state, "changed after the checkpoint", "--overwrite"];
+    logger.refused(case, &image, &["--put-files"], &words);
+    let put = ["--put-files", "--overwrite"];
+    let dry = run(case, restore_cmd(&image, &put).arg("--dry-run"));
+    assert!(dry.ok().contains(&format!("# create {log} ")), "{dry:#?}");
+    assert!(
+        dry.ok().contains(&format!("# overwrite {state} ")),
+        "{dry:#?}"
+    );
+    assert!(!Path::new(&log).exists());
+    let before = names(&logger.dir);
+    logger.goes_on(case, &image, &put);
+    let mut with_log = before.clone();
+    with_log.push("out.log".into());
+    with_log.sort();
+    assert_eq!(names(&logger.dir), with_log);
+    let meta = fs::metadata(&state).expect("it is there");
+    assert_eq!(meta.len(), 64 << 20);
+    assert_eq!(meta.mode() & 0o7777, 0o640);
+    assert_eq!(meta.modified().expect("it has one"), modified);
+    assert!(
+        meta.blocks() < 100,
+        "holes stay holes: {} blocks",
+        meta.blocks()
+    );
+    let bytes = fs::read(&state).expect("it is there");
+    assert!(bytes.starts_with(STATE) && bytes.ends_with(b"end"));
+    logger.passes();
+}
+
+#[test]
+fn an_image_without_files_is_told() {
+    isolated("an_image_without_files_is_told", |case| {
+        let mut logger = Logger::start(case, "a");
+        let image = logger.killed_into(case, &[]);
+        let out = run(case, restore_cmd(&image, &["--put-files"]).arg("--detach"));
+        let pid = out.ok().trim().parse().expect("it is a pid");
         assert!(
-            dry.ok().contains(&format!("# overwrite {state} ")),
-            "{dry:#?}"
+            out.stderr.contains("warning: the image has no file for"),
+            "{out:#?}"
         );
-        assert!(!Path::new(&log).exists());
-        let before = names(&logger.dir);
-        logger.goes_on(case, &image, &put);
-        let mut with_log = before.clone();
-        with_log.push("out.log".into());
-        with_log.sort();
-        assert_eq!(names(&logger.dir), with_log);
-        let meta = fs::metadata(&state).expect("it is there");
-        assert_eq!(meta.len(), 64 << 20);
-        assert_eq!(meta.mode() & 0o7777, 0o640);
-        assert_eq!(meta.modified().expect("it has one"), modified);
-        assert!(
-            meta.blocks() < 100,
-            "holes stay holes: {} blocks",
-            meta.blocks()
-        );
-        let bytes = fs::read(&state).expect("it is there");
-        assert!(bytes.starts_with(STATE) && bytes.ends_with(b"end"));
+        logger.job = Job::of(pid);
         logger.passes();
     });
 }

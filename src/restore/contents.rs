@@ -317,3 +317,35 @@ fn each_run(
     }
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inspect::fixture;
+
+    #[test]
+    fn contents_are_compared_with_their_holes() {
+        let image = fixture::image(&[(5, 0, b'a'), (5, 3 * 4096, b'b')]);
+        let (space, size) = (SpaceId(5), 3 * 4096 + 100);
+        let path = Path::new("a file");
+        let made = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open(std::env::temp_dir());
+        let file = made.unwrap();
+        fill(&file, path, space, size, &image).unwrap();
+        let is_same = || same(&file, path, space, size, &image).unwrap();
+        assert!(is_same());
+        for at in [0, 5000, size - 1] {
+            let mut was = [0];
+            file.read_exact_at(&mut was, at).unwrap();
+            file.write_all_at(b"x", at).unwrap();
+            assert!(!is_same(), "byte {at}");
+            file.write_all_at(&was, at).unwrap();
+            assert!(is_same());
+        }
+        file.set_len(size - 1).unwrap();
+        assert!(!is_same());
+    }
+}

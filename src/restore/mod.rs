@@ -102,6 +102,9 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     let (image, snapshot) = open(request)?;
     let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     let mut text = String::new();
+    if let Some(warning) = put::warning(request.put_files, &snapshot) {
+        text.push_str(&format!("# warning: {warning}\n"));
+    }
     for put in put::decide(&snapshot, &image, request.put_files)? {
         text.push_str(&format!("# {}\n", put.describe()));
     }
@@ -154,6 +157,7 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         .then(|| terminal::Foreground::give(root.pid))
         .flatten();
     brood.keep();
+    warnings.extend(put::warning(request.put_files, &snapshot));
     warnings.extend(put_back.keep());
     Ok(Restored {
         pid: root.pid,

@@ -43,6 +43,14 @@ pub fn forget(policy: PutFiles, snapshot: &mut Snapshot) {
     }
 }
 
+/// Something that was asked for and that the image does not have.
+pub fn warning(policy: PutFiles, snapshot: &Snapshot) -> Option<String> {
+    let nothing = policy != PutFiles::No && saved(snapshot).next().is_none();
+    nothing.then(|| {
+        "the image has no file for --put-files; name them to ckpt attach with --save-files".into()
+    })
+}
+
 /// Whether the file of that path is put back, and so is as it was.
 pub fn covers(snapshot: &Snapshot, path: &Path) -> bool {
     saved(snapshot).any(|(file, _)| file.path == path)
@@ -193,6 +201,7 @@ impl Put<'_> {
         contents::fill(&file, &self.path, self.saved.space, identity.size, image)?;
         let meta = file.metadata().map_err(|source| self.error(source))?;
         let (uid, gid) = self.saved.owner;
+        let mut mode = identity.mode & 0o7777;
         if (meta.uid(), meta.gid()) != (uid, gid)
             && let Err(e) = std::os::unix::fs::fchown(&file, Some(uid), Some(gid))
         {
@@ -201,12 +210,14 @@ impl Put<'_> {
                 self.path.display(),
                 meta.uid()
             ));
+            // Nobody shall run as somebody else by that.
+            mode &= 0o777;
         }
         // After the owner, whose change takes set-user-ID away.
-        let mode = Permissions::from_mode(identity.mode & 0o7777);
-        let at_least = UNIX_EPOCH + Duration::from_nanos(identity.modified_ns.max(0) as u64);
+        let mode = Permissions::from_mode(mode);
+        let modified = UNIX_EPOCH + Duration::from_nanos(identity.modified_ns.max(0) as u64);
         file.set_permissions(mode)
-            .and_then(|()| file.set_times(FileTimes::new().set_modified(at_least)))
+            .and_then(|()| file.set_times(FileTimes::new().set_modified(modified)))
             .and_then(|()| file.sync_all())
             .map_err(|source| self.error(source))?;
         Ok(prepared)
@@ -352,4 +363,77 @@ fn exchange(prepared: Prepared, path: &Path) -> io::Result<PathBuf> {
     }
     prepared.placed();
     Ok(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory with a file of old contents, which has just been exchanged for a new one.
+    fn exchanged(name: &str) -> (PathBuf, PathBuf, Undo) {
+        let dir = std::env::temp_dir().join(format!("ckpt-put-{name}.{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir(&dir).unwrap();
+        let (path, at) = (dir.join("file"), dir.join(".file.put"));
+        fs::write(&path, "old").unwrap();
+        fs::write(&at, "new").unwrap();
+        let meta = fs::metadata(&at).unwrap();
+        let old = exchange(Prepared { at }, &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        let mut undo = Undo::default();
+        undo.done.push(Done {
+            path: path.clone(),
+            new: (meta.dev(), meta.ino()),
+            old: Some(old),
+        });
+        (dir, path, undo)
+    }
+
+    fn files(dir: &Path) -> usize {
+        fs::read_dir(dir).unwrap().count()
+    }
+
+    #[test]
+    fn what_was_overwritten_comes_back() {
+        let (dir, path, undo) = exchanged("back");
+        drop(undo);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(files(&dir), 1);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_kept_leaves_nothing_beside() {
+        let (dir, path, undo) = exchanged("kept");
+        assert_eq!(undo.keep(), [""; 0]);
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(files(&dir), 1);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_somebody_else_put_there_stays() {
+        let (dir, path, undo) = exchanged("else");
+        fs::write(dir.join("theirs"), "theirs").unwrap();
+        fs::rename(dir.join("theirs"), &path).unwrap();
+        drop(undo);
+        assert_eq!(fs::read(&path).unwrap(), b"theirs");
+        // The old one is not lost either.
+        assert_eq!(files(&dir), 2);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_created_over_a_file() {
+        let dir = std::env::temp_dir().join(format!("ckpt-put-over.{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir(&dir).unwrap();
+        let (path, at) = (dir.join("file"), dir.join(".file.put"));
+        fs::write(&path, "old").unwrap();
+        fs::write(&at, "new").unwrap();
+        assert!(create(Prepared { at }, &path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(files(&dir), 1);
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{self, FsType};
@@ -36,7 +36,7 @@ impl Change {
         if (now.size, now.modified_ns) == (was.size, was.modified_ns) {
             return None;
         }
-        if now.inode != was.inode {
+        if !now.is_same_file(was) {
             return Some(Change::Replaced);
         }
         match now.size.cmp(&was.size) {
@@ -67,8 +67,14 @@ impl Change {
     }
 }
 
-/// Refuses a file that is not what it was, as far as the policy minds.
-pub fn check(file: &Regular, written: &Written, policy: FilesPolicy) -> Result<(), Box<Obstacle>> {
+/// Refuses a file that is not what it was, as far as the policy minds. `flags` are those of the
+/// description.
+pub fn check(
+    file: &Regular,
+    flags: u32,
+    written: &Written,
+    policy: FilesPolicy,
+) -> Result<(), Box<Obstacle>> {
     let refuse =
         |reason: String, remedy: &str| Err(Box::new(Obstacle::new(file.object(), reason, remedy)));
     let now = match look(file) {
@@ -81,6 +87,8 @@ pub fn check(file: &Regular, written: &Written, policy: FilesPolicy) -> Result<(
     match Change::between(&file.identity, &now) {
         None => Ok(()),
         Some(change) if change.by_writing() && written.has(file) => Ok(()),
+        // Through such a handle nothing is read.
+        Some(change) if change != Change::Replaced && flags as i32 & libc::O_PATH != 0 => Ok(()),
         Some(change) => {
             let reason = change.reason(file.identity.size, now.len());
             let adopt = "put the old one back, or take what is there with --files adopt";
@@ -208,7 +216,7 @@ impl Cut {
             .open(&file.path);
         let opened = opened.and_then(|f| Ok((f.metadata()?, f)));
         match opened {
-            Ok((meta, opened)) if meta.ino() == file.identity.inode => Ok(Some(Self {
+            Ok((meta, opened)) if grown(&meta) => Ok(Some(Self {
                 path: file.path.clone(),
                 file: opened,
                 now: meta.len(),
@@ -262,5 +270,16 @@ mod tests {
         assert_eq!(change(&|was| was.size -= 1), Some(Change::Grown));
         let other = |was: &mut FileIdentity| (was.inode, was.size) = (was.inode + 1, was.size - 1);
         assert_eq!(change(&other), Some(Change::Replaced));
+        // An inode number that was free again.
+        let anew = |was: &mut FileIdentity| {
+            (was.created_ns, was.size) = (was.created_ns.map(|t| t - 1), was.size - 1);
+        };
+        let known = same.created_ns.is_some();
+        let told = if known {
+            Change::Replaced
+        } else {
+            Change::Grown
+        };
+        assert_eq!(change(&anew), Some(told));
     }
 }

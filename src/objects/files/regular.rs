@@ -218,7 +218,7 @@ impl Regular {
         } else {
             // What is put back is what it was.
             if self.saved.is_none() {
-                changed::check(self, checks.0, checks.1)?;
+                changed::check(self, flags, checks.0, checks.1)?;
             }
             let path = plan.path(&self.path);
             let args = [
