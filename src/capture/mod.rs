@@ -26,10 +26,12 @@ use crate::snapshot;
 
 mod cow;
 pub mod pages;
+pub mod save_files;
 pub mod source;
 
 use cow::Comparison;
 use pages::{PageSink, Reading};
+use save_files::SaveFiles;
 use source::{Collector, Source};
 
 /// What becomes of the job after its checkpoint.
@@ -55,6 +57,8 @@ pub struct Request<'a> {
     pub codec: Codec,
     /// What becomes of the job.
     pub after: After,
+    /// Open files whose contents go into the image.
+    pub save_files: SaveFiles,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -89,6 +93,8 @@ pub struct Report {
     pub paused: Duration,
     /// The image, unless it went to a pipe.
     pub path: Option<PathBuf>,
+    /// What the user should know of a checkpoint that succeeded, one sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// Checkpoints into a file: complete and synced when this returns, or not there at all.
@@ -161,7 +167,7 @@ fn checkpoint<W: Write + Send + 'static>(
     let frozen_at = Instant::now();
     let mut frozen = FrozenJob::freeze(&request.roots())?;
     let sources = open_sources(&frozen)?;
-    let mut captured = capture_frozen(&mut frozen, &sources)?;
+    let mut captured = capture_frozen(&mut frozen, &sources, &request.save_files)?;
     fault::hit(Step::StateCaptured)?;
     let memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
     fault::hit(Step::Release)?;
@@ -202,7 +208,12 @@ fn checkpoint<W: Write + Send + 'static>(
         total: begun.elapsed(),
         paused,
         path: None,
+        warnings: captured.unmatched.iter().map(unmatched).collect(),
     })
+}
+
+fn unmatched(pattern: &String) -> String {
+    format!("--save-files {pattern} matches no file that the job has open")
 }
 
 /// What is known of a process from outside, once it is frozen: it may have called exec since it
@@ -229,9 +240,15 @@ struct CapturedJob {
     /// Of each process.
     memory: Vec<(Vec<Vma>, PagemapScanner)>,
     contents: Vec<(SpaceId, source::Contents)>,
+    /// Patterns of [`Request::save_files`] without a file.
+    unmatched: Vec<String>,
 }
 
-fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob> {
+fn capture_frozen(
+    job: &mut FrozenJob,
+    sources: &[Source],
+    save_files: &SaveFiles,
+) -> Result<CapturedJob> {
     for (frozen, source) in job.processes.iter().zip(sources) {
         if source.status.seccomp == Some(2) {
             for task in frozen.tasks() {
@@ -241,6 +258,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
     }
     let mut collector = Collector::default();
     collector.frozen = true;
+    collector.save_files = save_files.clone();
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
@@ -283,6 +301,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         shared_memory,
         contents,
         ipc,
+        save_files,
         ..
     } = collector;
     let snapshot = Snapshot {
@@ -298,6 +317,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         snapshot,
         memory,
         contents,
+        unmatched: save_files.unmatched(),
     })
 }
 

@@ -12,6 +12,7 @@ use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcDir, ProcRoot};
 use ckpt_tracer::{Error, Pid};
 
+use super::save_files::SaveFiles;
 use crate::error::{Obstacle, Result};
 use crate::objects::SpaceId;
 use crate::objects::files::Description;
@@ -81,6 +82,8 @@ pub struct Collector {
     pub contents: Vec<(SpaceId, Contents)>,
     /// Ids of all tasks of the job.
     pub tasks: HashSet<i32>,
+    /// Files whose contents are wanted.
+    pub save_files: SaveFiles,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
     /// The job is frozen. While it runs, contents that are just being changed are no obstacle and

@@ -15,8 +15,9 @@ use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
-use super::exit::{Failure, Outcome};
+use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output, progress};
+use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
 use crate::{Error, Obstacle};
 
@@ -42,6 +43,9 @@ pub struct Attach {
     /// Take the other children of that process too: orphans of the job, which it has adopted.
     #[arg(long, value_name = "PID", hide = true)]
     adopted_by: Option<i32>,
+    /// Store the contents of open files that match, for `restore --put-files`: GLOB is matched with the file's name, or with its whole path if it has a slash; may be repeated.
+    #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
+    save_files: Vec<Pattern>,
     /// Print the figures as a JSON object.
     #[arg(long)]
     json: bool,
@@ -53,6 +57,7 @@ const EXAMPLES: &str = "\
 Examples:
   ckpt attach 4242                    write NAME.4242.ckpt here; the process goes on
   ckpt attach 4242 -o job.ckpt --kill write job.ckpt, then end the process
+  ckpt attach 4242 --save-files '*.log' --save-files '/data/**'
   ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
 
 /// The children of `by` that are neither the job's root nor this process.
@@ -151,6 +156,7 @@ pub(crate) fn run(args: &Attach) -> Outcome {
             (_, true) => After::Stop,
             _ => After::Continue,
         },
+        save_files: SaveFiles::new(args.save_files.clone()),
         progress: &*progress,
     };
     let report = if to_stdout {
@@ -167,6 +173,10 @@ pub(crate) fn run(args: &Attach) -> Outcome {
     };
     drop(progress);
     let report = report?;
+    if !args.loudness.quiet {
+        let warnings = report.warnings.iter();
+        warnings.for_each(|warning| complain(&format!("warning: {warning}")));
+    }
     tell(args, &report, to_stdout)
 }
 

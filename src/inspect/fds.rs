@@ -22,6 +22,9 @@ pub struct FdView {
     pub path: String,
     /// Offset in bytes, where the kind has one.
     pub offset: Option<u64>,
+    /// Size in bytes of the file, if the image has its contents: a deleted file, a memfd, or one of
+    /// `--save-files`.
+    pub saved_bytes: Option<u64>,
     /// Access mode and status flags, such as `O_RDWR|O_APPEND`, and `O_CLOEXEC` of the descriptor.
     pub flags: String,
     /// Other descriptors of the same open file description, as `PID:FD`; at most 16 of them.
@@ -59,6 +62,7 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
                 kind: kind.map_or("unknown", kind_name),
                 path: kind.map_or_else(String::new, name),
                 offset: kind.and_then(offset),
+                saved_bytes: kind.and_then(saved_bytes),
                 flags: flags(description, entry.close_on_exec),
                 shared_with: others
                     .take(SHARERS_SHOWN)
@@ -118,6 +122,17 @@ fn offset(kind: &Kind) -> Option<u64> {
     match kind {
         Kind::Regular(file) => Some(file.offset),
         Kind::MemFd(memfd) => Some(memfd.offset),
+        _ => None,
+    }
+}
+
+fn saved_bytes(kind: &Kind) -> Option<u64> {
+    match kind {
+        Kind::Regular(file) => {
+            let saved = file.contents.is_some() || file.saved.is_some();
+            saved.then_some(file.identity.size)
+        }
+        Kind::MemFd(memfd) => Some(memfd.size),
         _ => None,
     }
 }

@@ -60,6 +60,7 @@ pub(crate) fn snapshot() -> Snapshot {
             size: 4096,
             modified_ns: 0,
             build_id: None,
+            created_ns: None,
         },
         contents: None,
     };

@@ -18,6 +18,7 @@ use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
 use super::stop;
 use crate::error::{Error, Result};
+use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
@@ -49,6 +50,7 @@ struct Driver<'a> {
 pub fn rebuild(
     job: &Job<'_>,
     image: &Reader,
+    cuts: &[Cut],
     brood: &mut Brood,
     root: Stopped,
 ) -> Result<Vec<String>> {
@@ -85,7 +87,7 @@ pub fn rebuild(
     }
     warnings.sort();
     warnings.dedup();
-    release(complete)?;
+    release(complete, cuts)?;
     Ok(warnings)
 }
 
@@ -539,9 +541,13 @@ fn set_states(
 }
 
 /// Lets all go, of each process the leader last: until then the loss of the tracer kills the
-/// whole process, which is then not there at all.
-fn release(complete: Vec<Complete>) -> Result<()> {
+/// whole process, which is then not there at all. Files are cut back when nothing else is left to
+/// be done.
+fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
+    for cut in cuts {
+        cut.make()?;
+    }
     for task in complete.iter().flat_map(|c| &c.tasks) {
         task.set_options(0)?;
     }

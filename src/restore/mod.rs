@@ -16,17 +16,21 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::credentials::Credentials;
+use crate::objects::files::changed::Cut;
 use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
 use planner::Job;
+use put::PutFiles;
 
 pub mod births;
 pub mod contents;
 pub mod driver;
 pub mod fill;
+pub mod paths;
 pub mod plan;
 pub mod planner;
+pub mod put;
 pub mod spawn;
 pub mod stop;
 pub mod terminal;
@@ -39,6 +43,8 @@ pub enum FilesPolicy {
     Strict,
     /// Take what is there.
     Adopt,
+    /// As strict, and files that the job writes lose what was appended after the checkpoint.
+    Truncate,
 }
 
 /// A wish for a restore.
@@ -47,6 +53,10 @@ pub struct Request<'a> {
     pub image: &'a Path,
     /// About changed files.
     pub files: FilesPolicy,
+    /// Where the job's paths lead now (`--map-path OLD=NEW`).
+    pub map_paths: Vec<paths::Mapping>,
+    /// About files whose contents the image holds.
+    pub put_files: PutFiles,
     /// Descriptors that get another file than they had (`--fd N=PATH`).
     pub fds: BTreeMap<i32, PathBuf>,
     /// Leave the job stopped, for a debugger.
@@ -94,6 +104,15 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     ipc::refuse(&snapshot, request)?;
     let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     let mut text = String::new();
+    if let Some(warning) = put::warning(request.put_files, &snapshot) {
+        text.push_str(&format!("# warning: {warning}\n"));
+    }
+    for put in put::decide(&snapshot, &image, request.put_files)? {
+        text.push_str(&format!("# {}\n", put.describe()));
+    }
+    for cut in Cut::all(&snapshot, request).map_err(Error::Refused)? {
+        text.push_str(&format!("# {}\n", cut.describe()));
+    }
     for (index, process) in snapshot.processes.iter().enumerate() {
         let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
@@ -122,10 +141,17 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         }
     }
     obstacles.extend(pids_taken(&job));
+    let puts = refused_or(
+        put::decide(&snapshot, &image, request.put_files),
+        &mut obstacles,
+    )?;
+    let cuts = Cut::all(&snapshot, request).map_err(Error::Refused);
+    let cuts = refused_or(cuts, &mut obstacles)?;
     if !obstacles.is_empty() {
         return Err(Error::Refused(obstacles));
     }
     ipc::refuse(&snapshot, request)?;
+    let put_back = put::put(&puts, &image)?;
     let objects = ipc::Prepared::new(&snapshot, &image, request)?;
     let root = &snapshot.processes[0];
     let descriptors = contents::open_all(&inherit, &snapshot, &image)?;
@@ -133,18 +159,31 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
-    let mut warnings = driver::rebuild(&job, &image, &mut brood, leader)?;
+    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader)?;
     let own_group = root.group == root.pid && root.session != root.pid;
     let terminal = (request.foreground && own_group)
         .then(|| terminal::Foreground::give(root.pid))
         .flatten();
     brood.keep();
     warnings.extend(objects.keep());
+    warnings.extend(put::warning(request.put_files, &snapshot));
+    warnings.extend(put_back.keep());
     Ok(Restored {
         pid: root.pid,
         warnings,
         terminal,
     })
+}
+
+/// Collects a refusal with the others.
+fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
+    match result {
+        Err(Error::Refused(more)) => {
+            obstacles.extend(more);
+            Ok(T::default())
+        }
+        other => other,
+    }
 }
 
 /// Ids of the job that somebody else has. Those of processes that have just been killed are free
@@ -182,7 +221,7 @@ fn ids_taken(job: &Job<'_>) -> Vec<i32> {
 fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
     let image = Reader::open(request.image)?;
     image.require_arch(Arch::native())?;
-    let snapshot = snapshot::read(&image, request.image)?;
+    let mut snapshot = snapshot::read(&image, request.image)?;
     let faults = crate::inspect::references::check(&snapshot, &image);
     if let Some(fault) = faults.into_iter().next() {
         return Err(Error::Metadata {
@@ -191,6 +230,8 @@ fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
         });
     }
     refuse_other_machine(&snapshot)?;
+    paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
+    put::forget(request.put_files, &mut snapshot);
     Ok((image, snapshot))
 }
 

@@ -237,6 +237,9 @@ impl Build<'_> {
         if self.index == 0 {
             self.inherit_files(staging, plan);
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
+                if super::put::covers(snapshot, &file.path) {
+                    continue;
+                }
                 let shared_only = !is_mapped_privately(snapshot, index);
                 if let Err(o) = memory::check_file(file, shared_only, self.job.request) {
                     obstacles.push(*o);

@@ -174,7 +174,10 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
         .iter()
         .filter_map(|description| match &description.kind {
             Kind::MemFd(memfd) => Some((memfd.contents, memfd.size)),
-            Kind::Regular(file) => Some((file.contents?, file.identity.size)),
+            Kind::Regular(file) => {
+                let saved = file.saved.map(|saved| saved.space);
+                Some((file.contents.or(saved)?, file.identity.size))
+            }
             _ => None,
         });
     let segments = snapshot.ipc.segments.iter();

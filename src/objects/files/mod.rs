@@ -15,6 +15,7 @@ use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::restore::plan::{Builder, Inherited};
 
+pub mod changed;
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
@@ -333,6 +334,7 @@ pub fn open_descriptions(
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
     let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, request).collect();
+    let written = changed::Written::by(snapshot);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
@@ -351,7 +353,7 @@ pub fn open_descriptions(
         }
         match &description.kind {
             Kind::Regular(r) => {
-                if let Err(o) = r.rebuild(index, flags, at, request, plan) {
+                if let Err(o) = r.rebuild(index, flags, at, (&written, request.files), plan) {
                     obstacles.push(*o);
                 }
             }

@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use ckpt_tracer::proc::fdinfo::LockLine;
 use serde::{Deserialize, Serialize};
 
+use super::changed::{self, Written};
 use super::{Kind, Look};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::memory::FileIdentity;
 use crate::objects::{Snapshot, SpaceId};
+use crate::restore::FilesPolicy;
 use crate::restore::plan::{Builder, Inherited};
-use crate::restore::{FilesPolicy, Request};
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,8 +28,20 @@ pub struct Regular {
     pub offset: u64,
     /// Its contents in the image, where no name leads to it any more.
     pub contents: Option<SpaceId>,
+    /// Its contents in the image, as `--save-files` asked for.
+    #[serde(default)]
+    pub saved: Option<Saved>,
     /// Locks held through this description.
     pub locks: Vec<Lock>,
+}
+
+/// A named file that can be put back as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Its contents in the image.
+    pub space: SpaceId,
+    /// Its owner, and its owner's group.
+    pub owner: (u32, u32),
 }
 
 /// A file lock.
@@ -118,9 +131,8 @@ pub fn capture(
                 return refuse(reason, "move it to that directory, or close it");
             }
             None => {
-                let size = identity.size;
-                let readable = match readable(source, look) {
-                    Ok(readable) => readable,
+                contents = match contents_of(source, look, &identity, collector) {
+                    Ok(space) => Some(space),
                     Err(e) => {
                         let reason = format!(
                             "is a deleted file ({}) that cannot be read: {e}",
@@ -129,29 +141,55 @@ pub fn capture(
                         return refuse(reason, "close it before the checkpoint");
                     }
                 };
-                let known = collector.descriptions.iter().find_map(|d| match &d.kind {
-                    Kind::Regular(r)
-                        if r.contents.is_some()
-                            && r.identity.inode == identity.inode
-                            && r.identity.device == identity.device =>
-                    {
-                        r.contents
-                    }
-                    _ => None,
-                });
-                contents = Some(
-                    known.unwrap_or_else(|| collector.space_for(Contents::File(readable, size))),
-                );
             }
         }
+    }
+    let mut saved = None;
+    let is_file = identity.mode & libc::S_IFMT == libc::S_IFREG;
+    if is_file && collector.save_files.wants(&path) && contents.is_none() {
+        saved = match contents_of(source, look, &identity, collector) {
+            Ok(space) => Some(Saved {
+                space,
+                owner: (look.stat.st_uid, look.stat.st_gid),
+            }),
+            Err(e) => {
+                let reason = format!("({}) cannot be read to be saved: {e}", path.display());
+                return refuse(reason, "make it readable, or leave it out of --save-files");
+            }
+        };
     }
     Ok(Regular {
         path,
         identity,
         offset: look.info.pos,
         contents,
+        saved,
         locks,
     })
+}
+
+/// Has the file's contents stored, once for all descriptions of it.
+fn contents_of(
+    source: &Source,
+    look: &Look,
+    identity: &FileIdentity,
+    collector: &mut Collector,
+) -> std::io::Result<SpaceId> {
+    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
+        Kind::Regular(r)
+            if r.identity.inode == identity.inode && r.identity.device == identity.device =>
+        {
+            r.contents.or(r.saved.map(|saved| saved.space))
+        }
+        _ => None,
+    });
+    match known {
+        Some(space) => Ok(space),
+        None => {
+            let file = readable(source, look)?;
+            Ok(collector.space_for(Contents::File(file, identity.size)))
+        }
+    }
 }
 
 /// A descriptor of ours that reads the file: the job's may be write-only.
@@ -217,7 +255,8 @@ pub fn rebuild_leases(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
 }
 
 impl Regular {
-    fn object(&self) -> String {
+    /// For messages.
+    pub fn object(&self) -> String {
         format!("the open file {}", self.path.display())
     }
 
@@ -227,14 +266,17 @@ impl Regular {
         index: usize,
         flags: u32,
         at: i32,
-        request: &Request<'_>,
+        checks: (&Written, FilesPolicy),
         plan: &mut Builder,
     ) -> Result<(), Box<Obstacle>> {
         let object = || self.object();
         if self.contents.is_some() {
             plan.inherit(at, Inherited::DeletedFile(index));
         } else {
-            self.check(request)?;
+            // What is put back is what it was.
+            if self.saved.is_none() {
+                changed::check(self, flags, checks.0, checks.1)?;
+            }
             let path = plan.path(&self.path);
             let args = [
                 libc::AT_FDCWD as u64,
@@ -252,42 +294,8 @@ impl Regular {
         Ok(())
     }
 
-    fn check(&self, request: &Request<'_>) -> Result<(), Box<Obstacle>> {
-        let refuse = |reason: String, remedy: &str| {
-            Err(Box::new(Obstacle::new(self.object(), reason, remedy)))
-        };
-        let meta = match std::fs::symlink_metadata(&self.path) {
-            Ok(meta) if meta.is_symlink() && !self.is(libc::S_IFLNK) => {
-                std::fs::metadata(&self.path)
-            }
-            other => other,
-        };
-        let meta = match meta {
-            Ok(meta) => meta,
-            Err(e) => return refuse(format!("cannot be opened: {e}"), "put it back in its place"),
-        };
-        if request.files == FilesPolicy::Adopt || !self.is(libc::S_IFREG) {
-            return Ok(());
-        }
-        let adopt = "put the old one back, or take what is there with --files adopt";
-        if meta.ino() != self.identity.inode {
-            return refuse(
-                "was replaced by another file since the checkpoint".into(),
-                adopt,
-            );
-        }
-        if meta.len() < self.identity.size {
-            let reason = format!(
-                "has shrunk from {} to {} bytes since the checkpoint",
-                self.identity.size,
-                meta.len()
-            );
-            return refuse(reason, adopt);
-        }
-        Ok(())
-    }
-
-    fn is(&self, kind: u32) -> bool {
+    /// Whether it is a file of that type (`S_IFREG` …).
+    pub fn is(&self, kind: u32) -> bool {
         self.identity.mode & libc::S_IFMT == kind
     }
 

@@ -252,9 +252,9 @@ impl Segment {
         if !created {
             attached.clear();
         }
-        each_run(image, self.contents, |offset, bytes| {
+        each_run(self.contents, self.size, image, |offset, bytes| {
             attached.write(offset, bytes);
-            Ok(())
+            Ok(true)
         })?;
         if created {
             let set = sys::shm_set(self.object.id, self.object.access());

@@ -433,6 +433,7 @@ fn mapped_file(
             size,
             modified_ns: 0,
             build_id: None,
+            created_ns: None,
         });
         let contents = Some(collector.space_for(contents));
         MappedFile {

@@ -172,6 +172,9 @@ pub struct FileIdentity {
     pub modified_ns: i64,
     /// The build id of an ELF file.
     pub build_id: Option<Vec<u8>>,
+    /// When it was made, nanoseconds since 1970, where the file system knows.
+    #[serde(default)]
+    pub created_ns: Option<i64>,
 }
 
 /// Shared anonymous memory (`MAP_SHARED | MAP_ANONYMOUS`).

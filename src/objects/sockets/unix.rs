@@ -121,6 +121,39 @@ pub struct NameFile {
     pub gid: u32,
 }
 
+impl UnixSocket {
+    /// Calls `f` with every path of it.
+    pub fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+        if let Some(name) = &mut self.name {
+            each_path_of_address(&mut name.bytes, f);
+            if let Some(file) = &mut name.file {
+                f(&mut file.named);
+                file.directory.iter_mut().for_each(&mut *f);
+                file.now.iter_mut().for_each(&mut *f);
+            }
+        }
+        if let Role::Beyond { address } = &mut self.role {
+            each_path_of_address(address, f);
+        }
+    }
+}
+
+/// An address that is an absolute path; relative ones move with their directory.
+fn each_path_of_address(address: &mut ByteBuf, f: &mut dyn FnMut(&mut PathBuf)) {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    if address.first() != Some(&b'/') {
+        return;
+    }
+    let end = address.iter().position(|b| *b == 0);
+    let (path, rest) = address.split_at(end.unwrap_or(address.len()));
+    let mut path = PathBuf::from(std::ffi::OsStr::from_bytes(path));
+    let rest = rest.to_vec();
+    f(&mut path);
+    let mut bytes = path.into_os_string().into_vec();
+    bytes.extend(rest);
+    *address = ByteBuf::from(bytes);
+}
+
 /// An unread message, or a piece of a stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
