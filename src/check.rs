@@ -106,8 +106,8 @@ fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
     }
 }
 
-/// Processes that share more than fork leaves them sharing: each process has an address space, a
-/// table of descriptors, directories and signal actions of its own.
+/// Processes that share more than a fork leaves them sharing. What is shared with the parent, and
+/// can be made again, is noted.
 pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Result<()> {
     if sources.len() < 2 {
         return Ok(());
@@ -120,26 +120,46 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
         (KcmpType::Sighand, "its signal actions (CLONE_SIGHAND)"),
     ] {
         for group in group_tasks(leaders.clone(), what)? {
-            let [first, second, ..] = group[..] else {
-                continue;
-            };
-            let title = |tid: Tid| {
-                sources
-                    .iter()
-                    .find(|s| s.pid.leader() == tid)
-                    .map(|s| s.title())
-            };
-            collector.obstacles.push(Obstacle::new(
-                title(second).unwrap_or_default(),
-                format!(
-                    "shares {name} with {}, which is not supported",
-                    title(first).unwrap_or_default()
-                ),
-                "try again in a moment if it has only just been started, or wait until it has ended",
-            ));
+            let members = group
+                .iter()
+                .flat_map(|tid| sources.iter().find(|s| s.pid.leader() == *tid));
+            let members: Vec<&&Source> = members.collect();
+            for member in &members[1..] {
+                let parent = members.iter().find(|m| m.pid == member.status.ppid);
+                // Over in a moment, as a rule; if not, the freeze will tell.
+                if !collector.frozen && parent.is_some_and(|p| waits_in_vfork(p)) {
+                    continue;
+                }
+                let with_parent = parent.is_some();
+                let shares = collector.shares.entry(member.pid).or_default();
+                match what {
+                    KcmpType::Files if with_parent => shares.files = true,
+                    KcmpType::Fs if with_parent => shares.fs = true,
+                    _ => collector.obstacles.push(Obstacle::new(
+                        member.title(),
+                        format!(
+                            "shares {name} with {}, which is not supported",
+                            members[0].title()
+                        ),
+                        "try again in a moment if it has only just been started, or wait until it \
+                         has ended",
+                    )),
+                }
+            }
         }
     }
     Ok(())
+}
+
+/// Whether a thread of the process has lent its memory to a child that is about to execute a
+/// program.
+fn waits_in_vfork(source: &Source) -> bool {
+    let threads = tasks::list_tasks(source.dir.clone()).unwrap_or_default();
+    threads.into_iter().any(|tid| {
+        let dir = ProcRoot::default().task(source.pid, tid);
+        matches!(tasks::syscall(dir), Ok(tasks::InSyscall::Inside { nr, .. })
+            if [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&nr))
+    })
 }
 
 fn has_ended(pid: Pid) -> bool {

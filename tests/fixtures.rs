@@ -27,11 +27,6 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
 /// What is not supported: the fixture and the words that name the object and the remedy.
 const REFUSED: &[(&str, &[&str])] = &[
     ("aio", &["AIO context", "io_destroy"]),
-    (
-        "tree_files_struct",
-        &["table of descriptors", "CLONE_FILES"],
-    ),
-    ("tree_fs_struct", &["working directory", "CLONE_FS"]),
     ("tree_vm", &["memory", "CLONE_VM"]),
 ];
 

@@ -196,6 +196,15 @@ fn io_uring() {
     });
 }
 
+/// The kernel stops no task that waits in vfork(2); nobody waits for it for ever.
+#[test]
+fn waiting_in_vfork() {
+    isolated("waiting_in_vfork", |case| {
+        let target = odd(case, "vfork", None);
+        attach_is_refused(case, target, &["vfork", "try again"]);
+    });
+}
+
 #[test]
 fn thread_with_descriptors_of_its_own() {
     isolated("thread_with_descriptors_of_its_own", |case| {

@@ -375,3 +375,40 @@ fn terminal(line: &str, log: &Path) -> Command {
     command.arg("--log-out").arg(log);
     command
 }
+
+/// In its own control group, where one can be made.
+#[test]
+fn control_group() {
+    isolated("control_group", |case| {
+        case.needs_root();
+        let name = format!("ckpt-test.{}", std::process::id());
+        let made = ["unified", "", "freezer"]
+            .into_iter()
+            .find_map(|hierarchy| {
+                let group = Path::new("/sys/fs/cgroup").join(hierarchy).join(&name);
+                fs::create_dir(&group).ok()?;
+                let is_one = group.join("cgroup.procs").exists();
+                let group = Some(group).filter(|group| is_one || fs::remove_dir(group).is_err());
+                group.filter(|_| is_one)
+            });
+        let Some(group) = made else {
+            case.skip("a control group hierarchy below /sys/fs/cgroup that can be written");
+        };
+        let mut target = fixture(case, "tree_deep");
+        let tree = [vec![target.pid()], target.job.descendants()].concat();
+        for pid in &tree {
+            fs::write(group.join("cgroup.procs"), pid.to_string()).expect("it may be entered");
+        }
+        let groups = || {
+            tree.iter()
+                .map(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")))
+        };
+        let before: Vec<_> = groups().map(Result::unwrap).collect();
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored(case, &image, &[]));
+        let after: Vec<_> = groups().map(Result::unwrap).collect();
+        assert_eq!(before, after);
+        target.passes();
+        until("the group to be empty", || fs::remove_dir(&group).ok());
+    });
+}

@@ -285,6 +285,11 @@ fn capture_frozen(
         let children: Vec<i32> = children.map(|(_, child)| *child).collect();
         let (mut process, vmas, scanner) =
             process::capture(frozen, source, outside, space, &children, &collector.ipc)?;
+        process.shares = collector
+            .shares
+            .get(&source.pid)
+            .copied()
+            .unwrap_or_default();
         process.forked = processes
             .iter()
             .find(|p| p.pid == process.parent)

@@ -18,6 +18,7 @@ use crate::objects::SpaceId;
 use crate::objects::files::Description;
 use crate::objects::ipc::Ipc;
 use crate::objects::memory::{MappedFile, SharedMemory};
+use crate::objects::process::Shares;
 
 /// A process seen from outside.
 pub struct Source {
@@ -80,6 +81,8 @@ pub struct Collector {
     pub ipc: Ipc,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
+    /// What processes share with their parents.
+    pub shares: HashMap<Pid, Shares>,
     /// Ids of all tasks of the job.
     pub tasks: HashSet<i32>,
     /// Files whose contents are wanted.

@@ -5,6 +5,7 @@
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
 pub mod address_space;
+pub mod cgroup;
 pub mod credentials;
 pub mod files;
 pub mod ipc;

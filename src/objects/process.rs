@@ -14,6 +14,7 @@ use ckpt_tracer::remote::{self, Cave, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
+use super::cgroup::{self, Cgroup};
 use super::files::{self, FdEntry, regular::Lock};
 use super::ipc::Ipc;
 use super::ipc::undo::{self, Adjustment};
@@ -35,6 +36,8 @@ pub struct Process {
     /// It was forked by its parent and has executed nothing else since: it shares unchanged pages
     /// with it.
     pub forked: bool,
+    /// What it shares with its parent beyond what a fork leaves shared.
+    pub shares: Shares,
     /// Process group.
     pub group: i32,
     /// Session.
@@ -74,6 +77,8 @@ pub struct Process {
     pub personality: u32,
     /// `PR_GET_CHILD_SUBREAPER`.
     pub child_subreaper: bool,
+    /// Control groups.
+    pub cgroups: Vec<Cgroup>,
     /// `/proc/PID/oom_score_adj`.
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
@@ -81,6 +86,23 @@ pub struct Process {
     /// What its end does to semaphores.
     #[serde(default)]
     pub semaphore_adjustments: Vec<Adjustment>,
+}
+
+/// Tables that a process shares with its parent, clone(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shares {
+    /// Descriptors (`CLONE_FILES`).
+    pub files: bool,
+    /// Directories and umask (`CLONE_FS`).
+    pub fs: bool,
+}
+
+impl Shares {
+    /// Flags of clone(2).
+    pub fn flags(self) -> i32 {
+        let files = if self.files { libc::CLONE_FILES } else { 0 };
+        files | if self.fs { libc::CLONE_FS } else { 0 }
+    }
 }
 
 impl Process {
@@ -272,6 +294,7 @@ pub fn capture(
         pid: pid.raw(),
         parent: status.ppid.raw(),
         forked: false,
+        shares: Shares::default(),
         group: source.stat.pgrp,
         session: source.stat.session,
         stopped,
@@ -302,6 +325,7 @@ pub fn capture(
         limits: limits::capture(pid)?,
         personality: tasks::personality(dir.clone())?,
         child_subreaper,
+        cgroups: cgroup::capture(dir.clone())?,
         oom_score_adj: tasks::oom_score_adj(dir.clone())?,
         coredump_filter: tasks::coredump_filter(dir)?,
         semaphore_adjustments,

@@ -186,6 +186,12 @@ impl Tree<'_> {
             return self.place_by_phantom(index, process);
         };
         let forked = process.forked && !adopted;
+        if process.shares.files && !forked || process.shares.fs && adopted {
+            self.obstacles.push(Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                "shares tables with a process that did not fork it, which is not supported",
+            ));
+        }
         let before = match when {
             When::Late if self.leads(creator) => self.snapshot.processes[creator].pid,
             _ => self.born_into[creator],

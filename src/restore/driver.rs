@@ -18,6 +18,7 @@ use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
 use super::stop;
 use crate::error::{Error, Result};
+use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
 use crate::objects::process::Process;
@@ -421,7 +422,9 @@ fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
             Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc()
         ))
     });
-    refused.collect()
+    refused
+        .chain(cgroup::rebuild(&process.cgroups, pid))
+        .collect()
 }
 
 /// Attaches to the parked threads, in the order of the snapshot.

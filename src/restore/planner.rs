@@ -361,9 +361,16 @@ impl Build<'_> {
     fn birth(&self, birth: &Birth, plan: &mut Builder) {
         let parent = if birth.adopted { libc::CLONE_PARENT } else { 0 };
         match &birth.body {
-            Body::Process { forked: true, .. } => plan.process(birth.pid, parent as u64, |_| {}),
+            Body::Process {
+                forked: true,
+                index,
+            } => {
+                let flags = parent | self.job.process(*index).shares.flags();
+                plan.process(birth.pid, flags as u64, |_| {});
+            }
             Body::Process { index, .. } => {
-                let flags = libc::CLONE_VM | libc::CLONE_VFORK | parent;
+                let shares = self.job.process(*index).shares.flags();
+                let flags = libc::CLONE_VM | libc::CLONE_VFORK | parent | shares;
                 plan.process(birth.pid, flags as u64, |plan| self.execute(*index, plan));
             }
             Body::Phantom(phantom) => {
@@ -435,7 +442,9 @@ impl Build<'_> {
         if self.index == 0 {
             files::seal(snapshot, staging, plan);
         }
-        files::number(process, staging, plan);
+        if !process.shares.files {
+            files::number(process, staging, plan);
+        }
         rebuild_places(process, plan);
         signals::rebuild_actions(&process.actions, plan);
         sysv_sem::rebuild(process, snapshot, plan);
@@ -447,9 +456,11 @@ impl Build<'_> {
             plan.join();
         }
         plan.stage(Stage::Threads);
-        files::pidfd::rebuild_late(self.index, snapshot, plan);
-        files::regular::rebuild_leases(self.index, snapshot, plan);
-        files::rebuild_owners(self.index, snapshot, plan);
+        if !process.shares.files {
+            files::pidfd::rebuild_late(self.index, snapshot, plan);
+            files::regular::rebuild_leases(self.index, snapshot, plan);
+            files::rebuild_owners(self.index, snapshot, plan);
+        }
         if let Err(o) = timers::create_posix(&process.posix_timers, plan) {
             obstacles.push(o);
         }
@@ -505,6 +516,20 @@ fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
 
 /// Directories, umask, personality, and the like.
 fn rebuild_places(process: &Process, plan: &mut Builder) {
+    if !process.shares.fs {
+        rebuild_directories(process, plan);
+    }
+    if process.child_subreaper {
+        let args = [libc::PR_SET_CHILD_SUBREAPER as u64, 1];
+        plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
+    }
+    if process.personality != 0 {
+        let args = [process.personality.into()];
+        plan.syscall(libc::SYS_personality, &args, || "personality".into());
+    }
+}
+
+fn rebuild_directories(process: &Process, plan: &mut Builder) {
     let cwd = plan.path(&process.cwd);
     plan.syscall(libc::SYS_chdir, &[cwd], || {
         format!("the working directory {}", process.cwd.display())
@@ -516,12 +541,4 @@ fn rebuild_places(process: &Process, plan: &mut Builder) {
         });
     }
     plan.syscall(libc::SYS_umask, &[process.umask.into()], || "umask".into());
-    if process.child_subreaper {
-        let args = [libc::PR_SET_CHILD_SUBREAPER as u64, 1];
-        plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
-    }
-    if process.personality != 0 {
-        let args = [process.personality.into()];
-        plan.syscall(libc::SYS_personality, &args, || "personality".into());
-    }
 }

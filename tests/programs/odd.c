@@ -101,6 +101,31 @@ static void other_files(const char *file)
 		fx_skip("%s (%s)", getenv("ODD"), strerror(errno));
 }
 
+static volatile pid_t tid_of_forker;
+
+/* Waits in vfork(2), since its child does not execute a program. */
+static void *forker(void *arg)
+{
+	tid_of_forker = fx_tid();
+	if (!vfork()) {
+		while (!fx_go())
+			fx_nap(FX_MS);
+		_exit(0);
+	}
+	return arg;
+}
+
+static bool in_vfork(pid_t tid)
+{
+	char path[64], text[256];
+
+	if (!tid)
+		return false;
+	snprintf(path, sizeof(path), "/proc/self/task/%d/syscall", tid);
+	fx_slurp(path, text, sizeof(text));
+	return atol(text) == SYS_vfork;
+}
+
 int main(int argc, char **argv)
 {
 	const char *file = getenv("ODD_FILE");
@@ -140,6 +165,11 @@ int main(int argc, char **argv)
 			for (;;)
 				pause();
 		close(other);
+	} else if (is("vfork")) {
+		tid_of_forker = 0;
+		fx_thread(forker, NULL);
+		while (!in_vfork(tid_of_forker))
+			fx_nap(FX_MS);
 	} else if (is("own-files")) {
 		pthread_t thread;
 
