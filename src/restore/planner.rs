@@ -211,7 +211,8 @@ impl Build<'_> {
             self.descriptions(&mut plan, &mut obstacles);
         }
         let mappings = &self.process.memory.mappings;
-        memory::place_shared(mappings, self.shared_at, forked, &mut plan);
+        let objects = &self.job.snapshot.shared_memory;
+        memory::place_shared(mappings, objects, self.shared_at, forked, &mut plan);
         self.family(&mut plan);
         memory::finish(
             mappings,

@@ -182,6 +182,11 @@ fn backing(
             (true, false) => Ok(Backing::AnonymousHuge {
                 page_size: vma.kernel_page_size,
             }),
+            (true, true) if seen_twice(vma, all) => Err(refuse(
+                "is shared memory of huge pages that is mapped twice,",
+                "which is not supported",
+                None,
+            )),
             (true, true) => Ok(shared_memory(source, vma, all, collector)),
             (false, _) => Err(refuse(
                 "is a hugetlbfs file,",
@@ -235,6 +240,17 @@ fn backing(
             file,
             offset: vma.offset,
         }
+    })
+}
+
+/// Whether another mapping of the process shows pages of the same object.
+fn seen_twice(vma: &Vma, all: &[Vma]) -> bool {
+    let end = |v: &Vma| v.offset + (v.end - v.start);
+    all.iter().any(|v| {
+        v.start != vma.start
+            && (v.dev, v.inode) == (vma.dev, vma.inode)
+            && v.offset < end(vma)
+            && vma.offset < end(v)
     })
 }
 
