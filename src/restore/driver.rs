@@ -105,6 +105,7 @@ impl Driver<'_> {
         let planned = self.job.plan(index, &present, shared_at.as_ref());
         let planned = planned.map_err(Error::Refused)?;
         let mem = ProcessMemory::open(pid)?;
+        leader.note_only(true);
         place(&mut leader, &mem, &present, &planned.plan)?;
         let forked = shared_at.is_some();
         let mut born = Vec::new();
@@ -251,6 +252,7 @@ impl Live {
         let process = &job.snapshot.processes[self.index];
         let pid = Pid(process.pid);
         self.others = take_over(process)?;
+        self.leader.note_only(self.others.is_empty());
         // One cave for all that is left to be done inside: a map of very many threads is long.
         let cave = Cave::dig(&self.mem, &read_maps(pid)?)?;
         let place = self.planned.plan.stack;

@@ -57,6 +57,8 @@ impl Frozen {
         frozen
             .tasks
             .sort_by_key(|t| (t.tid() != pid.leader(), t.tid()));
+        let only = frozen.tasks.len() == 1;
+        frozen.tasks.iter_mut().for_each(|t| t.note_only(only));
         fault::hit(Step::Frozen)?;
         Ok(frozen)
     }
@@ -99,8 +101,11 @@ impl Frozen {
         // The leader last, with all others in their stops: if the process is killed now, its end is
         // told only when theirs have been taken note of.
         seized.sort_by_key(|task| task.tid() == self.pid.leader());
+        // Until a second task is found, which then is waited for alone.
+        let only = seized.len() == 1 && self.tasks.is_empty();
         for task in seized {
             let leader = task.tid() == self.pid.leader();
+            let task = if only { task.only() } else { task };
             match wait_interrupted(task, leader) {
                 Ok(Some(stopped)) => self.tasks.push(stopped),
                 Ok(None) => {}

@@ -43,6 +43,19 @@ pub enum Waited {
     Gone(i32),
 }
 
+impl Waited {
+    /// With what is known of the task that was waited for.
+    fn of(self, task: &Running) -> Self {
+        match self {
+            Waited::Stopped(stopped) => Waited::Stopped(Stopped {
+                only: task.only,
+                ..stopped
+            }),
+            gone => gone,
+        }
+    }
+}
+
 /// What a look at a running task brought.
 #[derive(Debug)]
 pub enum Polled {
@@ -67,6 +80,7 @@ pub enum Resume {
 #[derive(Debug)]
 pub struct Running {
     tid: Tid,
+    only: bool,
 }
 
 /// A seized task in a ptrace stop.
@@ -74,6 +88,7 @@ pub struct Running {
 pub struct Stopped {
     tid: Tid,
     stop: Stop,
+    only: bool,
 }
 
 fn request(call: &'static str, req: u32, tid: Tid, addr: usize, data: usize) -> Result<i64> {
@@ -92,12 +107,17 @@ impl Running {
     /// Attaches with options of one's own (`PTRACE_O_*`).
     pub fn seize_with(tid: Tid, options: i32) -> Result<Self> {
         request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize)?;
-        Ok(Self { tid })
+        Ok(Self { tid, only: false })
     }
 
     /// A task that the kernel seized for us (`PTRACE_O_TRACECLONE`).
     pub fn auto_attached(tid: Tid) -> Self {
-        Self { tid }
+        Self { tid, only: false }
+    }
+
+    /// Notes that it is the only task of its process, see [`wait_alone`](Self::wait_alone).
+    pub fn only(self) -> Self {
+        Self { only: true, ..self }
     }
 
     /// The task.
@@ -114,15 +134,19 @@ impl Running {
     /// that we trace have been waited for, so it is to be waited for last.
     pub fn wait(self) -> Result<Waited> {
         let tid = self.tid;
-        wait_for(tid.raw(), tid).map(|(_, waited)| waited)
+        wait_for(tid.raw(), tid).map(|(_, waited)| waited.of(&self))
     }
 
     /// Waits while every other task of ours is in a stop: whatever else happens is the end of
-    /// one of those (its process was killed), and that too is taken note of here.
+    /// one of those (its process was killed), and that too is taken note of here. The only task of
+    /// a process needs none of that, and the kernel need not walk over all of ours.
     pub fn wait_alone(self) -> Result<Waited> {
+        if self.only {
+            return self.wait();
+        }
         loop {
             match wait_for(-1, self.tid)? {
-                (tid, waited) if tid == self.tid => return Ok(waited),
+                (tid, waited) if tid == self.tid => return Ok(waited.of(&self)),
                 _ => continue,
             }
         }
@@ -131,11 +155,17 @@ impl Running {
     /// Looks whether it has stopped or ended. With `all` the ends of other tasks are taken note of
     /// as in [`wait_alone`](Self::wait_alone).
     pub fn poll(self, all: bool) -> Result<Polled> {
-        let which = if all { -1 } else { self.tid.raw() };
+        let which = if all && !self.only {
+            -1
+        } else {
+            self.tid.raw()
+        };
         loop {
             match wait_with(which, self.tid, libc::WNOHANG)? {
                 None => return Ok(Polled::Runs(self)),
-                Some((tid, waited)) if tid == self.tid => return Ok(Polled::Came(waited)),
+                Some((tid, waited)) if tid == self.tid => {
+                    return Ok(Polled::Came(waited.of(&self)));
+                }
                 Some(_) => {}
             }
         }
@@ -179,7 +209,8 @@ fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Wai
         return Ok(Some((tid, Waited::Gone(status))));
     }
     let stop = decode_stop(status);
-    Ok(Some((tid, Waited::Stopped(Stopped { tid, stop }))))
+    let only = false;
+    Ok(Some((tid, Waited::Stopped(Stopped { tid, stop, only }))))
 }
 
 fn decode_stop(status: i32) -> Stop {
@@ -203,12 +234,19 @@ impl Stopped {
         Self {
             tid,
             stop: Stop::Other(0),
+            only: false,
         }
     }
 
     /// The task.
     pub fn tid(&self) -> Tid {
         self.tid
+    }
+
+    /// Notes whether it is the only task of its process that we trace, see
+    /// [`Running::wait_alone`].
+    pub fn note_only(&mut self, only: bool) {
+        self.only = only;
     }
 
     /// Why it stopped.
@@ -224,7 +262,10 @@ impl Stopped {
     /// Lets it go on, delivering `signal` (0: none).
     pub fn resume(self, how: Resume, signal: i32) -> Result<Running> {
         request("PTRACE_CONT", how as u32, self.tid, 0, signal as usize)?;
-        Ok(Running { tid: self.tid })
+        Ok(Running {
+            tid: self.tid,
+            only: self.only,
+        })
     }
 
     /// Lets it go for good, delivering `signal` (0: none). A process in a group stop stays
