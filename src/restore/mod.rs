@@ -134,8 +134,8 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let mut obstacles = Vec::new();
     let mut inherit = Vec::new();
     for index in 0..snapshot.processes.len() {
-        match job.plan(index, &[], None) {
-            Ok(planned) if index == 0 => inherit = planned.plan.inherit,
+        match job.draft(index) {
+            Ok(plan) if index == 0 => inherit = plan.inherit,
             Ok(_) => {}
             Err(more) => obstacles.extend(more),
         }

@@ -97,6 +97,22 @@ impl<'a> Job<'a> {
         forks
     }
 
+    /// What stands in the way of a process's plan; else a plan that is good for nothing but what it
+    /// asks for.
+    pub fn draft(&self, index: usize) -> Result<Plan, Vec<Obstacle>> {
+        let shared_at = vec![Some(0); self.snapshot.shared_memory.len()];
+        let draft = Build {
+            job: self,
+            index,
+            process: self.process(index),
+            present: &[],
+            shared_at: &shared_at,
+            aside: 0,
+            segment_at: 0,
+        };
+        draft.build(0)
+    }
+
     /// Makes the plan of a process. `present` is what it has mapped (nothing for a dry run);
     /// `shared_at` is where its parent has shared memory, when it was forked.
     pub fn plan(
