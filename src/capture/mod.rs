@@ -251,6 +251,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
     let host = host::describe(&processes[0])?;
     let Collector {
         descriptions,
+        terminals,
         mapped_files,
         shared_memory,
         contents,
@@ -261,6 +262,7 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         processes,
         zombies,
         descriptions,
+        terminals,
         mapped_files,
         shared_memory,
     };

@@ -72,6 +72,8 @@ pub struct Collector {
     pub mapped_files: Vec<MappedFile>,
     /// See [`Snapshot::shared_memory`](crate::objects::Snapshot).
     pub shared_memory: Vec<SharedMemory>,
+    /// See [`Snapshot::terminals`](crate::objects::Snapshot).
+    pub terminals: Vec<crate::objects::files::terminal::Terminal>,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
     /// What cannot be captured.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use serde::Serialize;
 
 use crate::objects::Snapshot;
+use crate::objects::files::terminal::Side;
 use crate::objects::files::{Description, Kind};
 
 /// A descriptor as `ckpt inspect --fds` shows it; the JSON keys stay as they are.
@@ -15,8 +16,8 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `outside` (a terminal, or a pipe or socket whose far end is
-    /// outside the job) or `unknown`.
+    /// `memfd`, `inotify`, `terminal`, `pty` (the master of a terminal), `outside` (a pipe or
+    /// socket whose far end is outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
     pub path: String,
@@ -82,6 +83,8 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
+        Kind::Terminal(end) if end.side == Side::Master => "pty",
+        Kind::Terminal(_) => "terminal",
         Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
@@ -95,6 +98,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Device(device) => device.path.to_string_lossy().into_owned(),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
+        Kind::Terminal(end) => end.name.clone(),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),

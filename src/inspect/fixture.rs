@@ -71,6 +71,7 @@ pub(crate) fn snapshot() -> Snapshot {
         record_locks: Vec::new(),
         group: 50,
         session: 50,
+        terminal: None,
         stopped: false,
         command_line: b"program\0argument\0".to_vec(),
         memory: AddressSpace {
@@ -140,6 +141,7 @@ pub(crate) fn snapshot() -> Snapshot {
             description(Kind::Device(null)),
             description(Kind::EventFd(event)),
         ],
+        terminals: Vec::new(),
         mapped_files: vec![file],
         shared_memory: Vec::new(),
     }

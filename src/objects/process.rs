@@ -37,6 +37,8 @@ pub struct Process {
     pub group: i32,
     /// Session.
     pub session: i32,
+    /// Its controlling terminal, by index in the snapshot's terminals.
+    pub terminal: Option<usize>,
     /// It was stopped (by a signal) when the checkpoint began.
     pub stopped: bool,
     /// Command line, `\0` after each argument.
@@ -97,6 +99,8 @@ pub struct FromOutside {
     pub memory: memory::Captured,
     /// Descriptors.
     pub fds: Vec<FdEntry>,
+    /// Controlling terminal.
+    pub terminal: Option<usize>,
     /// POSIX locks, by descriptor.
     pub record_locks: Vec<(i32, Lock)>,
     /// Which pages are to be stored.
@@ -119,18 +123,21 @@ pub fn capture_from_outside(
     collector: &mut Collector,
 ) -> Result<Vec<FromOutside>> {
     let survey = files::Survey::of(sources)?;
-    let fds = files::capture(sources, &survey, collector)?;
+    let terminals = files::terminal::Ends::of(sources, &survey.looks, collector);
+    let fds = files::capture(sources, &survey, &terminals, collector)?;
     let locks = survey.seen.into_iter().map(|seen| {
         let locks = seen.into_iter().map(|s| (s.fd, s.locks));
         locks.flat_map(|(fd, locks)| locks.into_iter().map(move |l| (fd, l)))
     });
     sources
         .iter()
+        .enumerate()
         .zip(fds.into_iter().zip(locks))
-        .map(|(source, (fds, locks))| {
+        .map(|((index, source), (fds, locks))| {
             let outside = one_from_outside(source, depth, fds, collector)?;
             Ok(FromOutside {
                 record_locks: locks.collect(),
+                terminal: terminals.controlling(index, source, collector),
                 ..outside
             })
         })
@@ -184,6 +191,7 @@ fn one_from_outside(
         vmas,
         memory,
         fds,
+        terminal: None,
         record_locks: Vec::new(),
         scanner,
     })
@@ -204,6 +212,7 @@ pub fn capture(
         vmas,
         memory,
         fds,
+        terminal,
         record_locks,
         scanner,
     } = outside;
@@ -262,6 +271,7 @@ pub fn capture(
         forked: false,
         group: source.stat.pgrp,
         session: source.stat.session,
+        terminal,
         stopped,
         command_line: dir.read("cmdline")?,
         memory: AddressSpace {

@@ -44,12 +44,13 @@ struct Driver<'a> {
 }
 
 /// Rebuilds the job, whose root stands at its exec stop: all processes are brought to one line
-/// after the other, and let go together.
+/// after the other, and let go together, after `before_release`.
 pub fn rebuild(
     job: &Job<'_>,
     image: &Reader,
     brood: &mut Brood,
     root: Stopped,
+    before_release: &mut dyn FnMut(),
 ) -> Result<Vec<String>> {
     fault::hit(Step::RestoreSpawned)?;
     let progress = job.request.progress;
@@ -81,6 +82,7 @@ pub fn rebuild(
     }
     warnings.sort();
     warnings.dedup();
+    before_release();
     release(complete, job)?;
     Ok(warnings)
 }

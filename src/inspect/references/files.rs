@@ -40,6 +40,12 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
                     pipe.capacity
                 );
             }
+            Kind::Terminal(end) => require!(
+                faults,
+                end.terminal < snapshot.terminals.len(),
+                "description {number} refers to terminal {}, which does not exist",
+                end.terminal
+            ),
             Kind::Outside(outside) => require!(
                 faults,
                 outside.fd >= 0,
@@ -54,6 +60,13 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
 /// A process's descriptors.
 pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut Faults) {
     let pid = process.pid;
+    require!(
+        faults,
+        process
+            .terminal
+            .is_none_or(|t| t < snapshot.terminals.len()),
+        "process {pid} refers to a controlling terminal that does not exist"
+    );
     let mut last = -1;
     for entry in &process.fds {
         let fd = entry.fd;

@@ -8,6 +8,7 @@ use super::Snapshot;
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::restore::plan::{Builder, Inherited};
+use crate::restore::terminals::Terminals;
 
 pub mod device;
 pub mod epoll;
@@ -20,6 +21,7 @@ pub mod regular;
 pub mod signalfd;
 mod survey;
 pub mod sys;
+pub mod terminal;
 pub mod timerfd;
 
 pub use survey::{Look, Seen, Survey};
@@ -80,8 +82,10 @@ pub enum Kind {
     MemFd(memfd::MemFd),
     /// inotify(7).
     Inotify(inotify::Inotify),
-    /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
-    /// with its other end outside.
+    /// A terminal, or the master of one.
+    Terminal(terminal::End),
+    /// Something of the surroundings that the restored job gets anew: a pipe with its other end
+    /// outside, or a socket.
     Outside(outside::Outside),
 }
 
@@ -93,12 +97,13 @@ const MQUEUE: i64 = 0x1980_0202;
 pub fn capture(
     sources: &[&Source],
     survey: &Survey,
+    terminals: &terminal::Ends,
     collector: &mut Collector,
 ) -> Result<Vec<Vec<FdEntry>>> {
     let first = collector.descriptions.len();
     let pipes = pipe::Ends::of(&survey.looks);
     for look in &survey.looks {
-        match kind(sources[look.process], look, &pipes, collector) {
+        match kind(sources[look.process], look, &pipes, terminals, collector) {
             Ok(kind) => collector.descriptions.push(Description {
                 kind,
                 flags: look.info.flags,
@@ -125,6 +130,7 @@ fn kind(
     source: &Source,
     look: &Look,
     pipes: &pipe::Ends,
+    terminals: &terminal::Ends,
     collector: &mut Collector,
 ) -> Result<Kind, Box<Obstacle>> {
     let unsupported = |what: &str, remedy: &str| {
@@ -134,6 +140,9 @@ fn kind(
             remedy,
         ))
     };
+    if let Some(end) = terminals.get(look) {
+        return terminal::capture(source, look, end, collector);
+    }
     match (&look.link, &look.info.detail) {
         (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) => {
             Ok(Kind::EventFd(eventfd::EventFd {
@@ -188,9 +197,6 @@ fn kind(
                 regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
             }
             libc::S_IFCHR if device::is_stateless(look) => Ok(device::capture(look, path)),
-            libc::S_IFCHR if sys::is_terminal(&look.copy) => {
-                Ok(outside::capture(look, outside::Surroundings::Terminal))
-            }
             libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
             libc::S_IFIFO => Ok(outside::capture(look, outside::Surroundings::Pipe)),
             libc::S_IFBLK => Err(unsupported(
@@ -253,6 +259,11 @@ impl Staging {
         self.base + self.descriptions + 2 * self.files + file as i32
     }
 
+    /// The number of a terminal that controls a session of the job.
+    pub fn terminal(self, terminal: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + terminal as i32
+    }
+
     /// The first number used; none of the job's is as high.
     pub fn first(self) -> i32 {
         self.base
@@ -270,6 +281,7 @@ fn reopen_flags(flags: u32) -> u32 {
 pub fn open_descriptions(
     snapshot: &Snapshot,
     request: &crate::restore::Request<'_>,
+    terminals: &Terminals,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
@@ -277,7 +289,7 @@ pub fn open_descriptions(
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
-        if let Some(path) = named(index, snapshot, request) {
+        if let Some(path) = replaced(index, snapshot, request) {
             plan.inherit(at, Inherited::Named(path.clone(), flags));
             continue;
         }
@@ -299,6 +311,10 @@ pub fn open_descriptions(
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
+                Ok(what) => plan.inherit(at, what),
+                Err(o) => obstacles.push(*o),
+            },
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -313,7 +329,7 @@ pub fn open_descriptions(
 }
 
 /// What `--fd N=PATH` says for a description, by any of its numbers.
-fn named<'a>(
+pub fn replaced<'a>(
     description: usize,
     snapshot: &Snapshot,
     request: &'a crate::restore::Request<'_>,
@@ -425,7 +441,7 @@ fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
         Kind::Regular(_) | Kind::Device(_) => wanted,
         _ => 0,
     };
-    if wanted != opened_with || matches!(description.kind, Kind::Outside(_)) {
+    if wanted != opened_with || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_)) {
         set_flags(description, at, wanted, plan);
     }
 }
@@ -502,6 +518,7 @@ impl Kind {
             Kind::Epoll(_) => "epoll".into(),
             Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
+            Kind::Terminal(t) => t.name.clone(),
             Kind::Outside(o) => o.name.clone(),
         }
     }
