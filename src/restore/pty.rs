@@ -8,8 +8,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use super::terminals::{Place, Terminals};
 use crate::error::{Error, Result};
 use crate::objects::Snapshot;
-use crate::objects::files::terminal::{End, Side, Terminal};
-use crate::tty;
+use crate::objects::files::terminal::{End, Pair, Side, Terminal};
+use crate::objects::files::unread::{self, Waiting};
+use crate::tty::{self, Modes};
 
 /// More ptys than this are not made to reach a number.
 const PATIENCE: u32 = 1024;
@@ -152,8 +153,9 @@ impl Pty {
             _ => None,
         });
         let mut ends = ends;
+        let waits = |p: &Pair| !p.output.is_empty() || !p.input.is_empty();
         let open = ends.any(|side| side == Side::Slave || side == Side::Controlling)
-            || terminal.pair.as_ref().is_none_or(|p| p.closed)
+            || terminal.pair.as_ref().is_none_or(|p| p.closed || waits(p))
             || terminals.is_led(index, snapshot);
         let slave = match open {
             true => Some(tty::peer(&master, libc::O_RDWR | libc::O_NOCTTY).map_err(error)?),
@@ -162,9 +164,29 @@ impl Pty {
         if let Some(state) = &terminal.state {
             tty::set_size(&master, state.size).map_err(error)?;
             tty::set_modes(&master, &state.modes).map_err(error)?;
+            if let (Some(slave), Some(pair)) = (&slave, &terminal.pair) {
+                refill(&master, slave, &state.modes, pair).map_err(error)?;
+            }
         }
         Ok(Self { master, slave })
     }
+}
+
+/// What waited to be read.
+fn refill(
+    master: &OwnedFd,
+    slave: &OwnedFd,
+    modes: &Modes,
+    pair: &Pair,
+) -> Result<(), nix::errno::Errno> {
+    if pair.output.is_empty() && pair.input.is_empty() {
+        return Ok(());
+    }
+    let waiting = Waiting {
+        output: pair.output.clone(),
+        input: pair.input.clone(),
+    };
+    unread::put(master, slave, *modes, &waiting)
 }
 
 /// A terminal whose other side has gone.

@@ -23,6 +23,7 @@ mod survey;
 pub mod sys;
 pub mod terminal;
 pub mod timerfd;
+pub mod unread;
 
 pub use survey::{Look, Seen, Survey};
 

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use super::{Kind, Look};
+use super::{Kind, Look, unread};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::tty::{self, Modes, Size};
@@ -59,8 +59,19 @@ pub struct Pair {
 pub struct Input {
     /// Its bytes.
     pub bytes: ByteBuf,
-    /// It was ended by the end-of-file character, and not by a character of its own.
-    pub ended: bool,
+    /// How it ends.
+    pub ending: Ending,
+}
+
+/// How a piece of input ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// It is a line, with the character that ended it.
+    Line,
+    /// By the end-of-file character, which is not part of it.
+    EndOfFile,
+    /// More may come: a line that is not complete, or no canonical mode.
+    Open,
 }
 
 /// One open file description of a terminal.
@@ -135,7 +146,40 @@ impl Ends {
                 ends.enter_controlling(look, collector);
             }
         }
+        if collector.frozen {
+            ends.look_inside(sources, looks, collector);
+        }
         ends
+    }
+
+    /// What waits in the ptys of a job that stands still.
+    fn look_inside(&self, sources: &[&Source], looks: &[Look], collector: &mut Collector) {
+        let with = |terminal: usize, wanted: &[Side]| {
+            let mut found = looks.iter().filter(|look| {
+                self.get(look)
+                    .is_some_and(|end| end.terminal == terminal && wanted.contains(&end.side))
+            });
+            found.next()
+        };
+        for terminal in self.first..collector.terminals.len() {
+            let Some(master) = with(terminal, &[Side::Master]) else {
+                continue;
+            };
+            let slave = with(terminal, &[Side::Slave, Side::Controlling]);
+            let Some(pair) = &mut collector.terminals[terminal].pair else {
+                continue;
+            };
+            match unread::look(&master.copy, slave.map(|look| &look.copy)) {
+                Ok(waiting) => {
+                    pair.output = waiting.output;
+                    pair.input = waiting.input;
+                }
+                Err(trouble) => {
+                    let object = master.object(sources[master.process]);
+                    collector.obstacles.push(trouble.obstacle(object));
+                }
+            }
+        }
     }
 
     fn insert(&mut self, look: &Look, terminal: usize, side: Side) {
@@ -191,14 +235,6 @@ impl Ends {
             closed,
             ..Pair::default()
         };
-        if collector.frozen
-            && let n @ 1.. = tty::unread(&look.copy)
-        {
-            return refuse(
-                format!("is the master of pty {index}, which has {n} bytes of unread output"),
-                "let its reader read them first, or try again in a moment",
-            );
-        }
         let terminal = Terminal {
             name: format!("/dev/pts/{index}"),
             device,
@@ -354,19 +390,6 @@ pub fn capture(
                 terminal.name, state.modes.line
             ),
             "close it before the checkpoint",
-        );
-    }
-    if collector.frozen
-        && terminal.pair.is_some()
-        && end.side != Side::Master
-        && let n @ 1.. = tty::unread(&look.copy)
-    {
-        return refuse(
-            format!(
-                "is the terminal {}, which has {n} bytes of unread input",
-                terminal.name
-            ),
-            "let its reader read them first, or try again in a moment",
         );
     }
     Ok(Kind::Terminal(end))
