@@ -217,9 +217,13 @@ pub fn unread(fd: &impl AsRawFd) -> usize {
 /// `TIOCGPTPEER`: the other side of a pty, given its master. With `O_PATH` nothing is opened.
 pub fn peer(master: &impl AsRawFd, flags: i32) -> Result<OwnedFd> {
     const TIOCGPTPEER: libc::c_ulong = 0x5441;
-    let fd = ioctl_number(master, TIOCGPTPEER, flags | libc::O_CLOEXEC)?;
-    // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let fd = ioctl_number(master, TIOCGPTPEER, flags)?;
+    // SAFETY: the kernel just gave us this descriptor. Asked for with O_CLOEXEC, its description
+    // would show that flag forever.
+    Ok(unsafe {
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        OwnedFd::from_raw_fd(fd)
+    })
 }
 
 /// A new pty's master, unlocked.

@@ -142,12 +142,12 @@ fn as_user(case: &Case, name: &str) {
 }
 
 matrix! {
-    aio anon_private anon_shared anonname bigsparse brk cleartid counter creds cwd dumpable
+    aio anon_private anon_shared anonname bigsparse brk cleartid counter creds cwd dev_tty dumpable
     epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup fd_grown
     fd_hardlink fd_opath fd_regular file_deleted file_private file_shared flock_self fsgs
     growsdown guard hugetlb inhandler inotify limits madvflags maps membarrier memfd mlock
     mlockall mmfields nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
-    protnone restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
+    protnone pty_locked pty_packet pty_pair pty_session pty_several restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
     restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction
     sigaltstack sigmask signalfd sigpending sleepers stack subreaper thp thpdisable threadname
     threads threads500 timerfd timers_itimer timers_posix tree_cow tree_creds tree_deep

@@ -115,9 +115,21 @@ pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Troubl
         return Ok(Waiting::default());
     }
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
-    let own = tty::peer(master, flags).map_err(Trouble::Failed)?;
-    let writable = super::sys::poll_now(&own, libc::POLLOUT) & libc::POLLOUT != 0;
-    if output && !writable && tty::unread(master) < DISCIPLINE {
+    // To try with a locked one would leave it unusable (`TTY_IO_ERROR`, pty_open of pty.c).
+    let own = match tty::is_locked(master) {
+        true => Err(Errno::EIO),
+        false => tty::peer(master, flags),
+    };
+    let own = match (own, slave) {
+        (Ok(own), _) => own,
+        // Locked, or in exclusive use. The job's own description may wait where it has no room.
+        (Err(_), Some(slave)) if tty::unread(master) < DISCIPLINE => {
+            let copy = slave.try_clone();
+            copy.map_err(|_| Trouble::Failed(Errno::EMFILE))?
+        }
+        (Err(errno), _) => return Err(Trouble::Failed(errno)),
+    };
+    if output && is_stopped(master, &own) {
         return Err(Trouble::Stopped);
     }
     // Beyond that, bytes may wait that were not processed yet.
@@ -131,6 +143,18 @@ pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Troubl
         modes: tty::modes(&own).map_err(Trouble::Failed)?,
     };
     work.in_helper(output, input).map_err(Trouble::Failed)
+}
+
+/// Whether nothing goes into the slave though there is room for it. What came last may still be
+/// on its way from the port's buffers, which are the room.
+fn is_stopped(master: &OwnedFd, slave: &OwnedFd) -> bool {
+    (0..ATTEMPTS / 10).all(|attempt| {
+        if attempt > 0 {
+            nap(1);
+        }
+        super::sys::poll_now(slave, libc::POLLOUT) & libc::POLLOUT == 0
+            && tty::unread(master) < DISCIPLINE
+    })
 }
 
 /// Puts into a new pty what waited in the old one; its modes are set afterwards.
@@ -157,7 +181,6 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
 
 struct Work<'a> {
     master: &'a OwnedFd,
-    /// Of a description that does not wait.
     slave: &'a OwnedFd,
     packets: bool,
     modes: Modes,
@@ -257,7 +280,6 @@ impl Work<'_> {
     }
 
     fn take_input(&self, area: &mut Area) -> Result<()> {
-        super::sys::poll_now(self.slave, libc::POLLIN);
         let canonical = self.modes.local & libc::ICANON != 0;
         if canonical {
             while let Some(n) = read_some(self.slave, area)? {
@@ -274,12 +296,12 @@ impl Work<'_> {
                     },
                 )?;
             }
-            let mut modes = self.modes;
-            modes.local &= !libc::ICANON;
-            modes.chars[libc::VMIN] = 1;
-            modes.chars[libc::VTIME] = 0;
-            tty::set_modes(self.slave, &modes)?;
         }
+        let mut modes = self.modes;
+        modes.local &= !libc::ICANON;
+        modes.chars[libc::VMIN] = 1;
+        modes.chars[libc::VTIME] = 0;
+        tty::set_modes(self.slave, &modes)?;
         while let Some(n @ 1..) = read_some(self.slave, area)? {
             area.line(n, Ending::Open)?;
         }
@@ -440,6 +462,9 @@ fn wait(child: i32) -> Result<()> {
 
 /// One read of input; nothing when there is none.
 fn read_some(slave: &OwnedFd, area: &mut Area) -> Result<Option<usize>> {
+    if super::sys::poll_now(slave, libc::POLLIN) & libc::POLLIN == 0 {
+        return Ok(None);
+    }
     let room = area.input.get_mut(area.input_len..area.input_len + 4096);
     match read(slave.as_raw_fd(), room.ok_or(Errno::E2BIG)?) {
         Ok(n) => {
