@@ -158,7 +158,10 @@ impl Pty {
             || terminal.pair.as_ref().is_none_or(|p| p.closed || waits(p))
             || terminals.is_led(index, snapshot);
         let slave = match open {
-            true => Some(tty::peer(&master, libc::O_RDWR | libc::O_NOCTTY).map_err(error)?),
+            true => Some(
+                tty::peer(&master, libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK)
+                    .map_err(error)?,
+            ),
             false => None,
         };
         if let Some(state) = &terminal.state {

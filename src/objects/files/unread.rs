@@ -359,7 +359,11 @@ impl Work<'_> {
     fn write_output(&self, bytes: &[u8]) -> Result<()> {
         let to = self.slave.as_raw_fd();
         let mut pieces = bytes.chunks(PIECE);
-        pieces.try_for_each(|piece| write_all(to, self.master, piece))
+        pieces.try_for_each(|piece| {
+            // What has come is passed on first, so that the buffers have room for most.
+            super::sys::poll_now(self.master, libc::POLLIN);
+            write_all(to, self.master, piece)
+        })
     }
 
     /// The same of output that was taken from a job: what has no room now will have it when its
@@ -370,6 +374,7 @@ impl Work<'_> {
         while !rest.is_empty() {
             let mut piece = &rest[..rest.len().min(PIECE)];
             let len = piece.len();
+            super::sys::poll_now(self.master, libc::POLLIN);
             let written = write_some(to, self.master, &mut piece);
             rest = &rest[len - piece.len()..];
             if written == Err(Errno::EAGAIN) {
