@@ -37,7 +37,7 @@ fn cat(shell: &mut Screen) {
 
 /// The shell is in the foreground of a terminal as it wants it.
 fn is_back(shell: &mut Screen) {
-    shell.runs("echo 'ba''ck'", "back");
+    shell.insist("echo 'ba''ck'\n", "back");
     until("the shell's own modes or its editor's", || {
         shell.types("\n");
         (shell.foreground() == shell.job.pid).then_some(())

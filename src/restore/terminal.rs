@@ -17,6 +17,8 @@ pub struct Foreground {
     terminal: File,
     ours: i32,
     root: i32,
+    /// The job has descriptors of it.
+    shown: bool,
     /// The job's group that has the terminal; none when the job is in our own.
     group: Option<i32>,
     /// The job's modes.
@@ -43,6 +45,7 @@ impl Foreground {
             terminal: tty::ours()?,
             ours: getpgrp().as_raw(),
             root: root.pid,
+            shown: terminals.ours().is_some(),
             group: own.then_some(group),
             modes: terminals
                 .ours()
@@ -95,7 +98,7 @@ impl Foreground {
 
     /// Tells the job that it has another screen, which it has not drawn on.
     pub fn redraw(&self) {
-        if self.before.is_some() {
+        if self.shown && self.before.is_some() {
             let _ = match self.group {
                 Some(group) => killpg(Pid::from_raw(group), Signal::SIGWINCH),
                 None => kill(Pid::from_raw(self.root), Signal::SIGWINCH),

@@ -202,7 +202,7 @@ impl Work<'_> {
         let area: *mut Area = area.cast();
         // SAFETY: the mapping is of that size, zero is valid for it, and the helper has ended when
         // we look at it. The helper makes system calls only, on that memory and its stack.
-        let result = unsafe {
+        unsafe {
             let mut all: libc::sigset_t = std::mem::zeroed();
             let mut before: libc::sigset_t = std::mem::zeroed();
             libc::sigfillset(&mut all);
@@ -218,8 +218,7 @@ impl Work<'_> {
             let found = ended.map(|()| (*area).waiting());
             libc::munmap(area.cast(), size_of::<Area>());
             found
-        };
-        result
+        }
     }
 
     fn work(&self, area: &mut Area, output: bool, input: bool) -> Result<()> {
