@@ -7,13 +7,14 @@ use ckpt_tracer::kcmp::{KcmpType, group_tasks, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcRoot, tasks};
-use ckpt_tracer::{Error as TracerError, Pid, Tid};
+use ckpt_tracer::{Error as TracerError, Pid, Tid, refusal};
 use nix::errno::Errno;
 use nix::unistd::geteuid;
 
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
 use crate::job::Family;
+use crate::objects::ipc;
 use crate::objects::process::{self, Depth};
 
 /// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
@@ -67,7 +68,12 @@ fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
         inside_the_job(source, &mut collector)?;
     }
     let seen = shared_by_processes(sources, &mut collector)
-        .and_then(|()| process::capture_from_outside(sources, depth, &mut collector));
+        .and_then(|()| process::capture_from_outside(sources, depth, &mut collector))
+        .and_then(|outside| {
+            let vmas = outside.iter().map(|o| o.vmas.as_slice());
+            let seen: Vec<_> = sources.iter().copied().zip(vmas).collect();
+            ipc::capture(&seen, &mut collector)
+        });
     let root = sources[0].pid;
     match seen {
         // What is missing in a process that is ending is no property of it.
@@ -91,15 +97,17 @@ fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
             errno: Errno::EPERM,
             object,
         })) => {
-            let whose = sources.iter().find(|s| object.ends_with(&format!("process {}", s.pid)));
+            let whose = sources
+                .iter()
+                .find(|s| object.ends_with(&format!("process {}", s.pid)));
             Ok(vec![denied(whose.map_or(root, |s| s.pid))])
         }
         Err(e) => Err(e),
     }
 }
 
-/// Processes that share more than fork leaves them sharing: each process has an address space, a
-/// table of descriptors, directories and signal actions of its own.
+/// Processes that share more than a fork leaves them sharing. What is shared with the parent, and
+/// can be made again, is noted.
 pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Result<()> {
     if sources.len() < 2 {
         return Ok(());
@@ -112,21 +120,46 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
         (KcmpType::Sighand, "its signal actions (CLONE_SIGHAND)"),
     ] {
         for group in group_tasks(leaders.clone(), what)? {
-            let [first, second, ..] = group[..] else {
-                continue;
-            };
-            let title = |tid: Tid| sources.iter().find(|s| s.pid.leader() == tid).map(|s| s.title());
-            collector.obstacles.push(Obstacle::new(
-                title(second).unwrap_or_default(),
-                format!(
-                    "shares {name} with {}, which is not supported",
-                    title(first).unwrap_or_default()
-                ),
-                "try again in a moment if it has only just been started, or wait until it has ended",
-            ));
+            let members = group
+                .iter()
+                .flat_map(|tid| sources.iter().find(|s| s.pid.leader() == *tid));
+            let members: Vec<&&Source> = members.collect();
+            for member in &members[1..] {
+                let parent = members.iter().find(|m| m.pid == member.status.ppid);
+                // Over in a moment, as a rule; if not, the freeze will tell.
+                if !collector.frozen && parent.is_some_and(|p| waits_in_vfork(p)) {
+                    continue;
+                }
+                let with_parent = parent.is_some();
+                let shares = collector.shares.entry(member.pid).or_default();
+                match what {
+                    KcmpType::Files if with_parent => shares.files = true,
+                    KcmpType::Fs if with_parent => shares.fs = true,
+                    _ => collector.obstacles.push(Obstacle::new(
+                        member.title(),
+                        format!(
+                            "shares {name} with {}, which is not supported",
+                            members[0].title()
+                        ),
+                        "try again in a moment if it has only just been started, or wait until it \
+                         has ended",
+                    )),
+                }
+            }
         }
     }
     Ok(())
+}
+
+/// Whether a thread of the process has lent its memory to a child that is about to execute a
+/// program.
+fn waits_in_vfork(source: &Source) -> bool {
+    let threads = tasks::list_tasks(source.dir.clone()).unwrap_or_default();
+    threads.into_iter().any(|tid| {
+        let dir = ProcRoot::default().task(source.pid, tid);
+        matches!(tasks::syscall(dir), Ok(tasks::InSyscall::Inside { nr, .. })
+            if [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&nr))
+    })
 }
 
 fn has_ended(pid: Pid) -> bool {
@@ -198,20 +231,9 @@ fn traced_by(tracer: i32) -> String {
 }
 
 fn denied(pid: Pid) -> Obstacle {
-    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    let object = format!("process {pid}");
-    match scope.trim() {
-        "" | "0" => Obstacle::new(
-            object,
-            "may not be traced by you: it changed its privileges or made itself undumpable",
-            "run ckpt as root",
-        ),
-        scope => Obstacle::new(
-            object,
-            format!("may not be traced by you: kernel.yama.ptrace_scope is {scope}"),
-            "start the program with `ckpt run`, or have the setting lowered",
-        ),
-    }
+    let (why, remedy) = refusal::why();
+    let reason = format!("may not be traced by you: {why}");
+    Obstacle::new(format!("process {pid}"), reason, remedy)
 }
 
 /// What of the process's own state is in the way.

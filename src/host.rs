@@ -115,6 +115,16 @@ pub fn clock(id: i32) -> u64 {
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
 
+/// The second since 1970 of a moment in clock ticks since the start of the machine, as
+/// `/proc/PID/stat` has it.
+#[allow(unsafe_code)]
+pub fn unix_time_of_ticks(ticks: u64) -> i64 {
+    // SAFETY: a call without pointers.
+    let a_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as u64;
+    let started = clock(libc::CLOCK_REALTIME).saturating_sub(clock(libc::CLOCK_BOOTTIME));
+    (started / 1_000_000_000 + ticks / a_second) as i64
+}
+
 /// Adds build ids to the files that are mapped; done when the job runs again.
 pub fn read_build_ids(snapshot: &mut Snapshot) {
     for file in &mut snapshot.mapped_files {

@@ -133,10 +133,7 @@ impl FrozenJob {
 }
 
 /// All are let go, whatever happens to one of them.
-fn each(
-    processes: Vec<Frozen>,
-    let_go: impl Fn(Frozen) -> ckpt_tracer::Result<()>,
-) -> Result<()> {
+fn each(processes: Vec<Frozen>, let_go: impl Fn(Frozen) -> ckpt_tracer::Result<()>) -> Result<()> {
     let results: Vec<_> = processes.into_iter().map(let_go).collect();
     Ok(results.into_iter().collect::<ckpt_tracer::Result<()>>()?)
 }

@@ -4,6 +4,7 @@
 mod common;
 
 use common::look::{self, assert_let_go};
+use common::refused::attach_is_refused;
 use common::tool::{ckpt, leftovers};
 use common::{Case, Looks, attach, fixture, isolated, isolated_as_user, restored};
 use std::os::unix::fs::MetadataExt;
@@ -16,13 +17,16 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
     ("fd_deleted", &["fd 5"]),
     // Its name is gone and another one leads to it: it is opened by that one.
     ("fd_hardlink", &["fd 3"]),
+    // Likewise.
+    ("fd_tmpfile", &["fd 3", "fd 4"]),
+    ("fifo", &["fd 11", "fd 12"]),
+    // Opened with O_NOFOLLOW by a name that is gone, which says how the name was looked up.
+    ("shm_posix", &["fd 3", "fd 4"]),
 ];
 
 /// What is not supported: the fixture and the words that name the object and the remedy.
 const REFUSED: &[(&str, &[&str])] = &[
     ("aio", &["AIO context", "io_destroy"]),
-    ("tree_files_struct", &["table of descriptors", "CLONE_FILES"]),
-    ("tree_fs_struct", &["working directory", "CLONE_FS"]),
     ("tree_vm", &["memory", "CLONE_VM"]),
 ];
 
@@ -31,25 +35,10 @@ fn exceptions(name: &str) -> &'static [&'static str] {
     found.map_or(&[], |(_, names)| names)
 }
 
-/// A checkpoint that is refused, after which it goes on as if nothing had been.
-fn is_refused(case: &Case, name: &str, words: &[&str]) {
-    let fixture = fixture(case, name);
-    let before = Looks::at(fixture.pid());
-    ckpt(
-        case,
-        ["attach", &fixture.pid().to_string(), "-o", "job.ckpt"],
-    )
-    .refused(1, words);
-    assert_let_go(fixture.pid());
-    before.assert_same(fixture.pid(), &[]);
-    assert!(leftovers(case.dir()).is_empty());
-    fixture.passes();
-}
-
 /// A checkpoint, after which it goes on as if nothing had been.
 fn goes_on(case: &Case, name: &str) {
     if let Some((_, words)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
-        return is_refused(case, name, words);
+        return attach_is_refused(case, fixture(case, name), words);
     }
     let fixture = fixture(case, name);
     let before = Looks::at(fixture.pid());
@@ -66,7 +55,7 @@ fn goes_on(case: &Case, name: &str) {
 /// A checkpoint, then death, then a new life; `times` times.
 fn lives_again(case: &Case, name: &str, times: usize) {
     if let Some((_, words)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
-        return is_refused(case, name, words);
+        return attach_is_refused(case, fixture(case, name), words);
     }
     let mut fixture = fixture(case, name);
     let before = Looks::at(fixture.pid());
@@ -142,14 +131,18 @@ fn as_user(case: &Case, name: &str) {
 }
 
 matrix! {
-    aio anon_private anon_shared anonname bigsparse brk cleartid counter creds cwd dev_tty dumpable
-    epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup fd_grown
-    fd_hardlink fd_opath fd_regular file_deleted file_private file_shared flock_self fsgs
-    growsdown guard hugetlb inhandler inotify limits madvflags maps membarrier memfd mlock
-    mlockall mmfields nnp noreserve oomscore pdeathsig personality pipe pipe_packet pkey
-    protnone pty_locked pty_packet pty_pair pty_session pty_several restart_epoll restart_futex restart_locks restart_misc restart_nanosleep
-    restart_poll restart_sysv robust rodata root rseq sched seccomp segv_regs sigaction
-    sigaltstack sigmask signalfd sigpending sleepers stack subreaper thp thpdisable threadname
+    aio anon_private anon_shared anonname bigsparse brk cleartid condvar counter creds cwd
+    dev_tty dumpable epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup
+    fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
+    file_shared flock_self fsgs growsdown guard hugetlb inhandler inotify lease limits madvflags
+    maps membarrier memfd mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held
+    nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pkey protnone
+    pty_locked pty_packet pty_pair pty_session pty_several
+    restart_epoll restart_futex restart_locks restart_misc restart_nanosleep restart_poll
+    restart_sysv robust rodata root rseq sched seccomp segv_regs sem_posix shm_posix sigaction
+    sigaltstack sigmask signalfd sigpending sleepers sock_abstract sock_deleted sock_dgram
+    sock_halfclosed sock_listen sock_named sock_options sock_pair sock_rights sock_seqpacket
+    stack stopped subreaper sysv_msg sysv_sem sysv_sem_undo sysv_shm thp thpdisable threadname
     threads threads500 timerfd timers_itimer timers_posix tree_cow tree_creds tree_deep
     tree_exec tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_locks
     tree_memfd tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session

@@ -8,15 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::look::assert_let_go;
-use common::tool::restored_in_front;
+use common::tool::{restored_in_front, source};
 use common::{Case, Ended, attach, isolated, isolated_as_user, restored, run, start, until};
-
-/// A source file of tests/programs.
-fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/programs")
-        .join(name)
-}
 
 /// The line that tests/programs/README.md promises, of a run in DIR/name that nobody disturbs.
 fn undisturbed(case: &Case, program: &dyn Fn() -> Command) -> String {
@@ -158,7 +151,7 @@ fn node_of_an_ordinary_user() {
     });
 }
 
-fn java(case: &Case, options: &[&str]) {
+fn java(case: &Case, class: &str, options: &[&str]) {
     case.needs_program("javac", "default-jdk-headless");
     let classes = case.path("classes");
     run(
@@ -166,26 +159,31 @@ fn java(case: &Case, options: &[&str]) {
         Command::new("javac")
             .arg("-d")
             .arg(&classes)
-            .arg(source("Sums.java")),
+            .arg(source(&format!("{class}.java"))),
     )
     .ok();
     same_result(case, &|| {
         let mut command = Command::new("java");
-        command.args(options).arg("-cp").arg(&classes).arg("Sums");
+        command.args(options).arg("-cp").arg(&classes).arg(class);
         command
     });
 }
 
 #[test]
 fn java_virtual_machine() {
-    isolated("java_virtual_machine", |case| java(case, &[]));
+    isolated("java_virtual_machine", |case| java(case, "Sums", &[]));
+}
+
+#[test]
+fn java_channels() {
+    isolated("java_channels", |case| java(case, "Channels", &[]));
 }
 
 /// Without the file /tmp/hsperfdata_USER/PID, which has the same name in every pid namespace.
 #[test]
 fn java_of_an_ordinary_user() {
     isolated_as_user("java_of_an_ordinary_user", |case| {
-        java(case, &["-XX:-UsePerfData", "-XX:+UseParallelGC"]);
+        java(case, "Sums", &["-XX:-UsePerfData", "-XX:+UseParallelGC"]);
     });
 }
 

@@ -8,21 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::fixture::start_in;
+use common::fixture::{killed, start_in};
 use common::job::appended;
-use common::look::{assert_let_go, assert_nobody_left, look, status_field};
+use common::look::{all_stopped, assert_let_go, assert_nobody_left, look, status_field};
 use common::tool::{RESTORE, restored_in_front};
 use common::{
     Case, Ended, Fixture, Job, Looks, attach, fixture, holds_for, isolated, restore_cmd, restored,
     run, start, until,
 };
 use nix::sys::signal::Signal;
-
-fn killed(case: &Case, name: &str) -> (Fixture, PathBuf) {
-    let mut target = fixture(case, name);
-    let image = target.killed_into(case, "job.ckpt");
-    (target, image)
-}
 
 #[test]
 fn in_the_background() {
@@ -71,11 +65,7 @@ fn stopped_for_a_debugger() {
         );
         target.continued_by(Job::of(target.pid()));
         let pid = target.pid();
-        let all_stopped = || {
-            common::look::states(pid)
-                .iter()
-                .all(|(_, state)| *state == 'T')
-        };
+        let all_stopped = || all_stopped(pid);
         until("all its tasks to be stopped", || {
             all_stopped().then_some(())
         });
@@ -119,11 +109,7 @@ fn left_stopped_by_attach() {
         let pid = target.pid();
         attach(case, pid, "job.ckpt", &["--stop"]);
         assert_eq!(status_field(pid, "TracerPid").as_deref(), Some("0"));
-        let all_stopped = || {
-            common::look::states(pid)
-                .iter()
-                .all(|(_, state)| *state == 'T')
-        };
+        let all_stopped = || all_stopped(pid);
         until("all its tasks to be stopped", || {
             all_stopped().then_some(())
         });
@@ -245,13 +231,13 @@ fn stops_and_goes_on_with_its_job() {
         let (mut target, image) = killed(case, "threads");
         target.continued_by(restored_in_front(case, &image, &[]));
         target.job.signal(Signal::SIGSTOP);
-        let state = |letter: char| {
-            let states = common::look::states(target.pid());
-            !states.is_empty() && states.iter().all(|(_, state)| *state == letter)
-        };
-        until("the job to be stopped", || state('T').then_some(()));
+        until("the job to be stopped", || {
+            all_stopped(target.pid()).then_some(())
+        });
         target.job.signal(Signal::SIGCONT);
-        until("the job to go on", || (!state('T')).then_some(()));
+        until("the job to go on", || {
+            (!all_stopped(target.pid())).then_some(())
+        });
         target.passes();
     });
 }
@@ -388,4 +374,41 @@ fn terminal(line: &str, log: &Path) -> Command {
         .args(["--quiet", "--return", "--flush", "--command", line]);
     command.arg("--log-out").arg(log);
     command
+}
+
+/// In its own control group, where one can be made.
+#[test]
+fn control_group() {
+    isolated("control_group", |case| {
+        case.needs_root();
+        let name = format!("ckpt-test.{}", std::process::id());
+        let made = ["unified", "", "freezer"]
+            .into_iter()
+            .find_map(|hierarchy| {
+                let group = Path::new("/sys/fs/cgroup").join(hierarchy).join(&name);
+                fs::create_dir(&group).ok()?;
+                let is_one = group.join("cgroup.procs").exists();
+                let group = Some(group).filter(|group| is_one || fs::remove_dir(group).is_err());
+                group.filter(|_| is_one)
+            });
+        let Some(group) = made else {
+            case.skip("a control group hierarchy below /sys/fs/cgroup that can be written");
+        };
+        let mut target = fixture(case, "tree_deep");
+        let tree = [vec![target.pid()], target.job.descendants()].concat();
+        for pid in &tree {
+            fs::write(group.join("cgroup.procs"), pid.to_string()).expect("it may be entered");
+        }
+        let groups = || {
+            tree.iter()
+                .map(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")))
+        };
+        let before: Vec<_> = groups().map(Result::unwrap).collect();
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored(case, &image, &[]));
+        let after: Vec<_> = groups().map(Result::unwrap).collect();
+        assert_eq!(before, after);
+        target.passes();
+        until("the group to be empty", || fs::remove_dir(&group).ok());
+    });
 }

@@ -82,3 +82,44 @@ fn program_outlives_a_killed_supervisor() {
         run.passes();
     });
 }
+
+/// A grandchild whose parent has ended is in the image as well, and is back after the restore.
+#[test]
+fn orphans_belong_to_the_job() {
+    isolated("orphans_belong_to_the_job", |case| {
+        let script = "sh -c 'sh orphan.sh & echo $! > orphan.pid'; echo > ready; \
+                      until [ -s out ]; do sleep 0.02; done; exit 7";
+        let orphan = "until [ -e go ]; do sleep 0.02; done; echo $$ > out.tmp; mv out.tmp out";
+        fs::write(case.path("orphan.sh"), orphan).expect("the test's directory is writable");
+        let mut command = Command::new(CKPT);
+        command
+            .args(["run", "--name=job", "--interval=1s", "--dir=.", "--"])
+            .args(["sh", "-c", script])
+            .current_dir(case.dir());
+        let mut run = common::start(&mut command, &case.path("run.log"));
+        let image = case.path("job.1.ckpt");
+        until("an image", || image.exists().then_some(()));
+        let orphan = fs::read_to_string(case.path("orphan.pid")).expect("it was written");
+        let orphan: i32 = orphan.trim().parse().expect("it is a pid");
+        let root = status_field(orphan, "PPid").expect("it lives");
+        assert_eq!(root, run.pid.to_string(), "ckpt run has adopted the orphan");
+        let children = run.descendants();
+        for pid in &children {
+            let pid = nix::unistd::Pid::from_raw(*pid);
+            let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+        }
+        assert_eq!(
+            until("the end of ckpt run", || run.ended()),
+            Ended::Exited(137)
+        );
+        common::job::reap_orphans(&children);
+
+        let mut job = restored(case, &image, &[]);
+        assert!(status_field(orphan, "PPid").is_some(), "the orphan is back");
+        fs::write(case.path("go"), "").expect("the test's directory is writable");
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        let out = fs::read_to_string(case.path("out")).expect("the orphan wrote it");
+        assert_eq!(out.trim(), orphan.to_string());
+        common::job::reap_orphans(&[orphan]);
+    });
+}

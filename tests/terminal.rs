@@ -280,3 +280,38 @@ fn editor_detached() {
         assert_eq!(text, "one\ntwo\n");
     });
 }
+
+/// A server with two windows: it has no terminal itself, and ptys whose slaves its children have.
+#[test]
+fn tmux_with_two_windows() {
+    isolated("tmux_with_two_windows", |case| {
+        case.needs_program("tmux", "tmux");
+        let socket = case.path("socket");
+        let tmux = |args: &[&str]| {
+            let mut command = Command::new("tmux");
+            command.env("TERM", "xterm").env_remove("TMUX");
+            command.args(["-f", "/dev/null", "-S"]).arg(&socket).args(args);
+            run(case, &mut command).ok().to_owned()
+        };
+        let shell = "bash --norc --noprofile -i";
+        tmux(&["new-session", "-d", "-s", "main", "-x", "80", "-y", "24", shell]);
+        tmux(&["new-window", "-t", "main", shell]);
+        for (window, word) in [("main:0", "first"), ("main:1", "second")] {
+            tmux(&["send-keys", "-t", window, &format!("word={word}"), "Enter"]);
+        }
+        let pid = tmux(&["display-message", "-p", "#{pid}"]);
+        let pid = pid.trim().parse().expect("it is a pid");
+        killed(case, pid);
+        reap_orphans(&[pid]);
+        let restored = common::restored(case, &case.path("job.ckpt"), &[]);
+        for (window, word) in [("main:0", "first"), ("main:1", "second")] {
+            tmux(&["send-keys", "-t", window, "echo 'it'' is' $word", "Enter"]);
+            until("the pane to answer", || {
+                let text = tmux(&["capture-pane", "-p", "-t", window]);
+                text.contains(&format!("it is {word}")).then_some(())
+            });
+        }
+        tmux(&["kill-server"]);
+        assert_eq!(restored.wait(), Ended::Exited(0));
+    });
+}

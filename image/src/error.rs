@@ -255,11 +255,9 @@ pub(crate) fn copy_of(error: &io::Error) -> io::Error {
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free some space or write the image elsewhere"
+            "; free some space there, or write the image elsewhere with -o"
         }
-        io::ErrorKind::FileTooLarge => {
-            "; raise the file size limit (ulimit -f) or write the image elsewhere"
-        }
+        io::ErrorKind::FileTooLarge => "; raise the file size limit (ulimit -f)",
         io::ErrorKind::PermissionDenied => "; choose a place you may access",
         io::ErrorKind::BrokenPipe => "; the program that reads the image has gone",
         _ => "",

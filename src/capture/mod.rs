@@ -20,16 +20,18 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::process::{self, Process};
-use crate::objects::{Snapshot, SpaceId, memory, zombie};
+use crate::objects::{Snapshot, SpaceId, ipc, memory, zombie};
 use crate::progress::Progress;
 use crate::snapshot;
 
 mod cow;
 pub mod pages;
+pub mod save_files;
 pub mod source;
 
 use cow::Comparison;
 use pages::{PageSink, Reading};
+use save_files::SaveFiles;
 use source::{Collector, Source};
 
 /// What becomes of the job after its checkpoint.
@@ -55,6 +57,8 @@ pub struct Request<'a> {
     pub codec: Codec,
     /// What becomes of the job.
     pub after: After,
+    /// Open files whose contents go into the image.
+    pub save_files: SaveFiles,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -89,6 +93,8 @@ pub struct Report {
     pub paused: Duration,
     /// The image, unless it went to a pipe.
     pub path: Option<PathBuf>,
+    /// What the user should know of a checkpoint that succeeded, one sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// Checkpoints into a file: complete and synced when this returns, or not there at all.
@@ -102,10 +108,23 @@ pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
         fault::hit(Step::BeforeRename)?;
         Ok(file.commit()?)
     };
-    checkpoint(request, begun, file, commit).map(|report| Report {
+    let report = checkpoint(request, begun, file, commit).map_err(|error| named(error, path))?;
+    Ok(Report {
         path: Some(path.to_owned()),
         ..report
     })
+}
+
+/// The writer does not know where its bytes go, but whoever reads the message has to.
+fn named(error: Error, path: &Path) -> Error {
+    match error {
+        Error::Image(ckpt_image::Error::Sink { source }) => Error::Image(ckpt_image::Error::Io {
+            path: path.to_owned(),
+            action: "write the image",
+            source,
+        }),
+        other => other,
+    }
 }
 
 /// Checkpoints into a stream. With [`After::Stop`] and [`After::Kill`] "complete" means that
@@ -148,7 +167,7 @@ fn checkpoint<W: Write + Send + 'static>(
     let frozen_at = Instant::now();
     let mut frozen = FrozenJob::freeze(&request.roots())?;
     let sources = open_sources(&frozen)?;
-    let mut captured = capture_frozen(&mut frozen, &sources)?;
+    let mut captured = capture_frozen(&mut frozen, &sources, &request.save_files)?;
     fault::hit(Step::StateCaptured)?;
     let memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
     fault::hit(Step::Release)?;
@@ -189,7 +208,12 @@ fn checkpoint<W: Write + Send + 'static>(
         total: begun.elapsed(),
         paused,
         path: None,
+        warnings: captured.unmatched.iter().map(unmatched).collect(),
     })
+}
+
+fn unmatched(pattern: &String) -> String {
+    format!("--save-files {pattern} matches no file that the job has open")
 }
 
 /// What is known of a process from outside, once it is frozen: it may have called exec since it
@@ -216,9 +240,15 @@ struct CapturedJob {
     /// Of each process.
     memory: Vec<(Vec<Vma>, PagemapScanner)>,
     contents: Vec<(SpaceId, source::Contents)>,
+    /// Patterns of [`Request::save_files`] without a file.
+    unmatched: Vec<String>,
 }
 
-fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob> {
+fn capture_frozen(
+    job: &mut FrozenJob,
+    sources: &[Source],
+    save_files: &SaveFiles,
+) -> Result<CapturedJob> {
     for (frozen, source) in job.processes.iter().zip(sources) {
         if source.status.seccomp == Some(2) {
             for task in frozen.tasks() {
@@ -228,17 +258,38 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
     }
     let mut collector = Collector::default();
     collector.frozen = true;
+    collector.save_files = save_files.clone();
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
+    let vmas = outside.iter().map(|o| o.vmas.as_slice());
+    ipc::capture(
+        &all.iter().copied().zip(vmas).collect::<Vec<_>>(),
+        &mut collector,
+    )?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
+    let stopped: Vec<(Pid, i32)> = job
+        .processes
+        .iter()
+        .zip(sources)
+        .filter(|(frozen, _)| frozen.stopped_by().is_some())
+        .map(|(_, source)| (source.status.ppid, source.pid.raw()))
+        .collect();
     let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
     let mut memory = Vec::with_capacity(sources.len());
     for ((frozen, source), outside) in job.processes.iter_mut().zip(sources).zip(outside) {
         let space = collector.new_space();
-        let (mut process, vmas, scanner) = process::capture(frozen, source, outside, space)?;
+        let children = stopped.iter().filter(|(parent, _)| *parent == source.pid);
+        let children: Vec<i32> = children.map(|(_, child)| *child).collect();
+        let (mut process, vmas, scanner) =
+            process::capture(frozen, source, outside, space, &children, &collector.ipc)?;
+        process.shares = collector
+            .shares
+            .get(&source.pid)
+            .copied()
+            .unwrap_or_default();
         process.forked = processes
             .iter()
             .find(|p| p.pid == process.parent)
@@ -255,6 +306,8 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         mapped_files,
         shared_memory,
         contents,
+        ipc,
+        save_files,
         ..
     } = collector;
     let snapshot = Snapshot {
@@ -265,11 +318,13 @@ fn capture_frozen(job: &mut FrozenJob, sources: &[Source]) -> Result<CapturedJob
         terminals,
         mapped_files,
         shared_memory,
+        ipc,
     };
     Ok(CapturedJob {
         snapshot,
         memory,
         contents,
+        unmatched: save_files.unmatched(),
     })
 }
 

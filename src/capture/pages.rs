@@ -12,6 +12,7 @@ use ckpt_tracer::mem::{self, MAX_PIECES, ProcessMemory};
 use super::source::Contents;
 use crate::error::{Error, Result};
 use crate::objects::SpaceId;
+use crate::objects::ipc::sys::Attached;
 use crate::progress::Progress;
 
 /// Bytes of a page.
@@ -178,11 +179,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
     }
 
     /// Takes the contents of a space that is not an address space.
-    pub fn contents(
-        &mut self,
-        space: SpaceId,
-        contents: &Contents,
-    ) -> Result<()> {
+    pub fn contents(&mut self, space: SpaceId, contents: &Contents) -> Result<()> {
         match contents {
             Contents::File(file, size) => self.file(space, file, *size),
             Contents::Memory(views) => {
@@ -197,7 +194,33 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
                 }
                 Ok(())
             }
+            Contents::Segment(id, size) => self.segment(space, *id, *size),
         }
+    }
+
+    /// Takes the contents of a System V segment, attached for the purpose.
+    fn segment(&mut self, space: SpaceId, id: i32, size: u64) -> Result<()> {
+        let attached = Attached::new(id, size, false).map_err(|errno| Error::File {
+            what: "attach",
+            path: format!("System V shared memory {id}").into(),
+            source: errno.into(),
+        })?;
+        let size = size.next_multiple_of(PAGE as u64);
+        let mut offset = 0;
+        while offset < size {
+            if self.chunk.room() < PAGE {
+                self.submit()?;
+            }
+            let room = (self.chunk.room() / PAGE * PAGE) as u64;
+            let len = room.min(size - offset) as usize;
+            let from = self.chunk.data.len();
+            self.chunk.data.resize(from + len, 0);
+            attached.read(offset, &mut self.chunk.data[from..]);
+            self.progress.advance(len as u64);
+            self.note(space, &[(offset, 0, len)], from, true);
+            offset += len as u64;
+        }
+        Ok(())
     }
 
     /// Takes a file's data; holes stay holes.

@@ -1,7 +1,7 @@
 //! What a capture works on: the process as it is seen from outside, and the tables of what
 //! several objects may share.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -12,10 +12,13 @@ use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcDir, ProcRoot};
 use ckpt_tracer::{Error, Pid};
 
+use super::save_files::SaveFiles;
 use crate::error::{Obstacle, Result};
 use crate::objects::SpaceId;
 use crate::objects::files::Description;
+use crate::objects::ipc::Ipc;
 use crate::objects::memory::{MappedFile, SharedMemory};
+use crate::objects::process::Shares;
 
 /// A process seen from outside.
 pub struct Source {
@@ -60,6 +63,8 @@ pub enum Contents {
     File(File, u64),
     /// Memory of processes that show it: (process, offset in the object, address, bytes).
     Memory(Vec<(Pid, u64, u64, u64)>),
+    /// A System V segment that nobody has attached: its id, its size.
+    Segment(i32, u64),
 }
 
 /// Tables of what is shared, filled while objects are captured; and everything that stands
@@ -74,8 +79,16 @@ pub struct Collector {
     pub shared_memory: Vec<SharedMemory>,
     /// See [`Snapshot::terminals`](crate::objects::Snapshot).
     pub terminals: Vec<crate::objects::files::terminal::Terminal>,
+    /// See [`Snapshot::ipc`](crate::objects::Snapshot).
+    pub ipc: Ipc,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
+    /// What processes share with their parents.
+    pub shares: HashMap<Pid, Shares>,
+    /// Ids of all tasks of the job.
+    pub tasks: HashSet<i32>,
+    /// Files whose contents are wanted.
+    pub save_files: SaveFiles,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
     /// The job is frozen. While it runs, contents that are just being changed are no obstacle and

@@ -9,12 +9,15 @@ use std::path::{Path, PathBuf};
 
 use ckpt_image::Codec;
 use ckpt_tracer::Pid;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::{ProcRoot, tasks};
 use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
-use super::exit::{Failure, Outcome};
+use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output, progress};
+use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
 use crate::{Error, Obstacle};
 
@@ -37,6 +40,12 @@ pub struct Attach {
     /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
     codec: Codec,
+    /// Take the other children of that process too: orphans of the job, which it has adopted.
+    #[arg(long, value_name = "PID", hide = true)]
+    adopted_by: Option<i32>,
+    /// Store the contents of open files that match, for `restore --put-files`: GLOB is matched with the file's name, or with its whole path if it has a slash; may be repeated.
+    #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
+    save_files: Vec<Pattern>,
     /// Print the figures as a JSON object.
     #[arg(long)]
     json: bool,
@@ -48,7 +57,19 @@ const EXAMPLES: &str = "\
 Examples:
   ckpt attach 4242                    write NAME.4242.ckpt here; the process goes on
   ckpt attach 4242 -o job.ckpt --kill write job.ckpt, then end the process
+  ckpt attach 4242 --save-files '*.log' --save-files '/data/**'
   ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
+
+/// The children of `by` that are neither the job's root nor this process.
+fn adopted(root: i32, by: i32) -> Result<Vec<Pid>, Failure> {
+    let me = std::process::id() as i32;
+    let children = tasks::children(&ProcRoot::default(), Pid(by)).map_err(crate::Error::from)?;
+    let living = |pid: &Pid| read_status(*pid).is_ok_and(|s| !s.state.has_ended());
+    Ok(children
+        .into_iter()
+        .filter(|pid| pid.raw() != root && pid.raw() != me && living(pid))
+        .collect())
+}
 
 /// What `ckpt attach --json` prints; the keys stay as they are.
 #[derive(Debug, Serialize)]
@@ -126,13 +147,16 @@ pub(crate) fn run(args: &Attach) -> Outcome {
     let progress = progress::on_terminal("checkpoint", !args.loudness.quiet);
     let request = capture::Request {
         pid: Pid(args.pid),
-        adopted: Vec::new(),
+        adopted: args
+            .adopted_by
+            .map_or_else(|| Ok(Vec::new()), |by| adopted(args.pid, by))?,
         codec: args.codec,
         after: match (args.kill, args.stop) {
             (true, _) => After::Kill,
             (_, true) => After::Stop,
             _ => After::Continue,
         },
+        save_files: SaveFiles::new(args.save_files.clone()),
         progress: &*progress,
     };
     let report = if to_stdout {
@@ -149,6 +173,10 @@ pub(crate) fn run(args: &Attach) -> Outcome {
     };
     drop(progress);
     let report = report?;
+    if !args.loudness.quiet {
+        let warnings = report.warnings.iter();
+        warnings.for_each(|warning| complain(&format!("warning: {warning}")));
+    }
     tell(args, &report, to_stdout)
 }
 

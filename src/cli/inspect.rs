@@ -203,6 +203,7 @@ fn fds_text(fds: &[FdView]) -> String {
         "kind",
         "path",
         "offset",
+        "saved",
         "flags",
         "shared with",
     ]);
@@ -222,6 +223,7 @@ fn fds_text(fds: &[FdView]) -> String {
             visible(fd.path.as_bytes()),
             fd.offset
                 .map_or_else(|| "-".into(), |offset| offset.to_string()),
+            fd.saved_bytes.map_or_else(|| "-".into(), output::bytes),
             fd.flags.clone(),
             if shared.is_empty() {
                 "-".into()
@@ -230,6 +232,6 @@ fn fds_text(fds: &[FdView]) -> String {
             },
         ]);
     }
-    output::right_align(&mut table, &[1, 4]);
+    output::right_align(&mut table, &[1, 4, 5]);
     output::table_text(table)
 }

@@ -10,6 +10,8 @@ use clap::{Args, ValueEnum};
 use super::exit::{Failure, Outcome, complain};
 use super::run::{leave_standard_streams, take_over_signals, wait};
 use super::{Loudness, output, progress};
+use crate::restore::paths::Mapping;
+use crate::restore::put::PutFiles;
 use crate::restore::{self, FilesPolicy};
 use crate::supervise::relay::Relay;
 use crate::supervise::{NoTerminal, Terminal, console};
@@ -33,6 +35,15 @@ pub struct Restore {
     /// Give descriptor N the file PATH instead of the one it had; may be repeated.
     #[arg(long = "fd", value_name = "N=PATH", value_parser = parse_fd)]
     fds: Vec<(i32, PathBuf)>,
+    /// Look for what lay at or below OLD at or below NEW: files, mapped files, programs, directories. May be repeated; the longest OLD wins.
+    #[arg(long = "map-path", value_name = "OLD=NEW", value_parser = parse_mapping)]
+    map_paths: Vec<Mapping>,
+    /// Put the files back whose contents `--save-files` stored, before the job opens them; never over one that was changed after the checkpoint.
+    #[arg(long)]
+    put_files: bool,
+    /// With --put-files: over one that was changed after the checkpoint as well.
+    #[arg(long, requires = "put_files")]
+    overwrite: bool,
     /// What to do with files that changed since the checkpoint.
     #[arg(long, value_name = "POLICY", default_value = "strict")]
     files: Files,
@@ -46,6 +57,8 @@ enum Files {
     Strict,
     /// Take the files as they are now.
     Adopt,
+    /// As strict, and cut files that the job was writing back to their length at the checkpoint.
+    Truncate,
 }
 
 const EXAMPLES: &str = "\
@@ -53,7 +66,12 @@ Examples:
   restore job.ckpt                 go on with the job here; return its exit code
   restore --detach job.ckpt        leave it running in the background
   restore --fd 1=new.log job.ckpt  send its standard output elsewhere
-  restore --stopped job.ckpt       leave it to `gdb -p PID`";
+  restore --stopped job.ckpt       leave it to `gdb -p PID`
+  restore --map-path /home/me/run=/scratch/run job.ckpt
+                                   its files are elsewhere now
+  restore --files truncate job.ckpt
+                                   cut its logs back to where they were
+  restore --put-files job.ckpt     with the files that --save-files stored";
 
 fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
     let (fd, path) = text
@@ -66,7 +84,30 @@ fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
     }
 }
 
+fn parse_mapping(text: &str) -> Result<Mapping, String> {
+    let (old, new) = text
+        .split_once('=')
+        .ok_or("OLD=NEW is wanted, such as /old/place=/new/place")?;
+    let old = PathBuf::from(old);
+    if !old.is_absolute() {
+        return Err(format!(
+            "{} is not the whole path, from / on",
+            old.display()
+        ));
+    }
+    let new = std::path::absolute(new).map_err(|_| "the new path is empty")?;
+    Ok(Mapping { old, new })
+}
+
 pub(crate) fn run(args: &Restore) -> Outcome {
+    for (index, mapping) in args.map_paths.iter().enumerate() {
+        if args.map_paths[..index].iter().any(|m| m.old == mapping.old) {
+            return Err(Failure::Usage(format!(
+                "--map-path {} is given twice; give each path once",
+                mapping.old.display()
+            )));
+        }
+    }
     let mut fds = BTreeMap::new();
     for (fd, path) in &args.fds {
         if fds.insert(*fd, path.clone()).is_some() {
@@ -81,6 +122,13 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         files: match args.files {
             Files::Strict => FilesPolicy::Strict,
             Files::Adopt => FilesPolicy::Adopt,
+            Files::Truncate => FilesPolicy::Truncate,
+        },
+        map_paths: args.map_paths.clone(),
+        put_files: match (args.put_files, args.overwrite) {
+            (false, _) => PutFiles::No,
+            (true, false) => PutFiles::UnlessNewer,
+            (true, true) => PutFiles::Overwrite,
         },
         fds,
         stopped: args.stopped,
@@ -157,6 +205,16 @@ fn serve(pid: i32, master: OwnedFd) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mappings_are_parsed() {
+        let mapping = parse_mapping("/a/b=/c=d").unwrap();
+        assert_eq!((mapping.old, mapping.new), ("/a/b".into(), "/c=d".into()));
+        assert!(parse_mapping("/a=here").unwrap().new.is_absolute());
+        for bad in ["/a", "a=/b", "=/b", "/a=", ""] {
+            assert!(parse_mapping(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn descriptors_are_parsed() {

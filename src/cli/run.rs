@@ -12,6 +12,7 @@ use clap::Args;
 
 use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output};
+use crate::capture::save_files::Pattern;
 use crate::supervise::interval::parse_duration;
 use crate::supervise::periodic::{Periodic, Plan, Tell};
 use crate::supervise::retention::Images;
@@ -36,6 +37,9 @@ pub struct Run {
     /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
     codec: Codec,
+    /// Store the contents of open files that match with each checkpoint, as `ckpt attach --save-files` does; may be repeated.
+    #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
+    save_files: Vec<Pattern>,
     #[command(flatten)]
     loudness: Loudness,
     /// The program and its arguments.
@@ -70,6 +74,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
         })?;
     }
     let signals = take_over_signals()?;
+    supervise::adopt_orphans();
     let mut command = Command::new(program);
     command.args(arguments);
     let pid = supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
@@ -85,6 +90,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
             images,
             keep: args.keep as usize,
             codec: args.codec,
+            save_files: args.save_files.clone(),
         };
         let (quiet, verbose) = (args.loudness.quiet, args.loudness.verbose);
         let failed: Tell = Box::new(|line| complain(&line));

@@ -15,14 +15,17 @@ pub struct FdView {
     pub pid: i32,
     /// Its number.
     pub fd: i32,
-    /// Kind of file: `regular`, `device`, `pipe`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `terminal`, `pty` (the master of a terminal), `outside` (a pipe or
-    /// socket whose far end is outside the job) or `unknown`.
+    /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
+    /// `memfd`, `inotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a terminal), `outside` (a pipe or socket whose far end is
+    /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
     pub path: String,
     /// Offset in bytes, where the kind has one.
     pub offset: Option<u64>,
+    /// Size in bytes of the file, if the image has its contents: a deleted file, a memfd, or one of
+    /// `--save-files`.
+    pub saved_bytes: Option<u64>,
     /// Access mode and status flags, such as `O_RDWR|O_APPEND`, and `O_CLOEXEC` of the descriptor.
     pub flags: String,
     /// Other descriptors of the same open file description, as `PID:FD`; at most 16 of them.
@@ -60,6 +63,7 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
                 kind: kind.map_or("unknown", kind_name),
                 path: kind.map_or_else(String::new, name),
                 offset: kind.and_then(offset),
+                saved_bytes: kind.and_then(saved_bytes),
                 flags: flags(description, entry.close_on_exec),
                 shared_with: others
                     .take(SHARERS_SHOWN)
@@ -77,6 +81,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Regular(_) => "regular",
         Kind::Device(_) => "device",
         Kind::Pipe(_) => "pipe",
+        Kind::Fifo(_) => "fifo",
         Kind::EventFd(_) => "eventfd",
         Kind::SignalFd(_) => "signalfd",
         Kind::TimerFd(_) => "timerfd",
@@ -85,6 +90,9 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Inotify(_) => "inotify",
         Kind::Terminal(end) if end.side == Side::Master => "pty",
         Kind::Terminal(_) => "terminal",
+        Kind::PidFd(_) => "pidfd",
+        Kind::MessageQueue(_) => "mqueue",
+        Kind::UnixSocket(_) => "unix",
         Kind::Outside(_) => "outside",
         #[allow(unreachable_patterns)]
         _ => "unknown",
@@ -97,12 +105,19 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Regular(file) => file.path.to_string_lossy().into_owned(),
         Kind::Device(device) => device.path.to_string_lossy().into_owned(),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
+        Kind::Fifo(fifo) => fifo.path.to_string_lossy().into_owned(),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
         Kind::Terminal(end) => end.name.clone(),
+        Kind::UnixSocket(socket) => socket.label(),
         Kind::Outside(outside) => outside.name.clone(),
+        Kind::MessageQueue(queue) => format!("/{}", String::from_utf8_lossy(&queue.name)),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
         Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),
+        Kind::PidFd(pidfd) => match pidfd.task {
+            Some(task) => format!("pidfd:{task}"),
+            None => "pidfd of an ended process".into(),
+        },
         other => kind_name(other).into(),
     }
 }
@@ -111,6 +126,17 @@ fn offset(kind: &Kind) -> Option<u64> {
     match kind {
         Kind::Regular(file) => Some(file.offset),
         Kind::MemFd(memfd) => Some(memfd.offset),
+        _ => None,
+    }
+}
+
+fn saved_bytes(kind: &Kind) -> Option<u64> {
+    match kind {
+        Kind::Regular(file) => {
+            let saved = file.contents.is_some() || file.saved.is_some();
+            saved.then_some(file.identity.size)
+        }
+        Kind::MemFd(memfd) => Some(memfd.size),
         _ => None,
     }
 }

@@ -60,6 +60,7 @@ pub(crate) fn snapshot() -> Snapshot {
             size: 4096,
             modified_ns: 0,
             build_id: None,
+            created_ns: None,
         },
         contents: None,
     };
@@ -68,11 +69,13 @@ pub(crate) fn snapshot() -> Snapshot {
         pid: 50,
         parent: 1,
         forked: false,
+        shares: Default::default(),
         record_locks: Vec::new(),
         group: 50,
         session: 50,
         terminal: None,
-        stopped: false,
+        stopped: None,
+        untold_stops: Vec::new(),
         command_line: b"program\0argument\0".to_vec(),
         memory: AddressSpace {
             space: SpaceId(1),
@@ -108,8 +111,10 @@ pub(crate) fn snapshot() -> Snapshot {
         limits: Vec::new(),
         personality: 0,
         child_subreaper: false,
+        cgroups: Vec::new(),
         oom_score_adj: 0,
         coredump_filter: None,
+        semaphore_adjustments: Vec::new(),
     };
     let null = device::Device {
         path: "/dev/null".into(),
@@ -144,6 +149,7 @@ pub(crate) fn snapshot() -> Snapshot {
         terminals: Vec::new(),
         mapped_files: vec![file],
         shared_memory: Vec::new(),
+        ipc: Default::default(),
     }
 }
 

@@ -78,6 +78,12 @@ fn object(snapshot: &Snapshot, backing: &Backing) -> (u64, Option<SpaceId>) {
                 .get(*object)
                 .map(|object| object.space),
         ),
+        Backing::SysV {
+            segment, offset, ..
+        } => {
+            let segment = snapshot.ipc.segments.get(*segment);
+            (*offset, segment.map(|segment| segment.contents))
+        }
         Backing::Description {
             description,
             offset,
@@ -105,7 +111,7 @@ fn permissions(mapping: &Mapping) -> String {
         }
     };
     let shared = match mapping.backing {
-        Backing::SharedFile { .. } | Backing::SharedMemory { .. } => 's',
+        Backing::SharedFile { .. } | Backing::SharedMemory { .. } | Backing::SysV { .. } => 's',
         Backing::Description { private: false, .. } => 's',
         _ => 'p',
     };
@@ -133,6 +139,11 @@ fn path(
             description.map_or_else(String::new, |found| super::fds::name(&found.kind))
         }
         Backing::SharedMemory { object, .. } => format!("[shared:{object}]"),
+        Backing::SysV { segment, .. } => {
+            let segment = snapshot.ipc.segments.get(*segment);
+            let key = segment.map_or(0, |segment| segment.object.key);
+            format!("/SYSV{key:08x}")
+        }
         Backing::Kernel(KernelMapping::Vdso) => "[vdso]".into(),
         Backing::Kernel(KernelMapping::Vvar) => "[vvar]".into(),
         Backing::Kernel(KernelMapping::VvarVclock) => "[vvar_vclock]".into(),

@@ -67,6 +67,12 @@ impl<'a> ImageMemory<'a> {
                 let space = self.snapshot.shared_memory.get(*object)?.space;
                 self.stored_or_zero(space, offset.checked_add(inside)?, into);
             }
+            Backing::SysV {
+                segment, offset, ..
+            } => {
+                let space = self.snapshot.ipc.segments.get(*segment)?.contents;
+                self.stored_or_zero(space, offset.checked_add(inside)?, into);
+            }
             Backing::Description {
                 description,
                 offset,

@@ -8,7 +8,7 @@ pub mod calls;
 pub mod disassembly;
 pub mod fds;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 pub mod mapped;
 pub mod maps;
 pub mod memory;

@@ -5,8 +5,11 @@
 //! be believed. Restoring relies on these checks, so they bear any snapshot that decodes: they
 //! index nothing unchecked, and their cost is that of sorting what is there.
 
+mod family;
 mod files;
+mod ipc;
 mod memory;
+mod sockets;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -29,9 +32,13 @@ pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
     let mut faults = Faults::default();
     header(snapshot, reader, &mut faults);
     processes(snapshot, &mut faults);
+    family::family(snapshot, reader.header().page_size, &mut faults);
     files::descriptions(snapshot, &mut faults);
+    ipc::objects(snapshot, &mut faults);
+    sockets::sockets(snapshot, &mut faults);
     for process in &snapshot.processes {
         files::descriptors(snapshot, process, &mut faults);
+        ipc::adjustments(snapshot, process, &mut faults);
         memory::mappings(snapshot, process, reader.header().page_size, &mut faults);
     }
     memory::spaces(snapshot, reader, &mut faults);

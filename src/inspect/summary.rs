@@ -114,7 +114,7 @@ fn process(process: &crate::objects::process::Process) -> ProcessView {
         threads: process.threads.len(),
         fds: process.fds.len(),
         mappings: process.memory.mappings.len(),
-        stopped: process.stopped,
+        stopped: process.stopped.is_some(),
         command_line: words
             .map(|word| String::from_utf8_lossy(word).into_owned())
             .collect(),

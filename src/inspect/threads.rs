@@ -92,7 +92,11 @@ fn view(
         pid: process.pid,
         tid: thread.tid,
         name: String::from_utf8_lossy(&thread.name).into_owned(),
-        state: if process.stopped { "stopped" } else { state },
+        state: if process.stopped.is_some() {
+            "stopped"
+        } else {
+            state
+        },
         call,
         result,
         address: thread.regs.rip,

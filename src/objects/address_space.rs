@@ -168,11 +168,46 @@ impl AddressSpace {
     /// Dumpability, which a change of credentials resets.
     pub fn rebuild_dumpable(&self, plan: &mut Builder) {
         // 2 is what the kernel itself sets for programs with privileges; 0 is the nearest.
+        if self.dumpable > 1 {
+            plan.warn(
+                "the process was dumpable for root alone (fs.suid_dumpable) and is not dumpable \
+                 at all now"
+                    .to_owned(),
+            );
+        }
         let dumpable = u64::from(self.dumpable == 1);
         plan.syscall(
             libc::SYS_prctl,
             &[libc::PR_SET_DUMPABLE as u64, dumpable],
             || "dumpability".into(),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::inspect::fixture;
+    use crate::objects::credentials::Credentials;
+    use crate::objects::scheduling::Scheduling;
+    use crate::restore::plan::{Builder, HostState};
+
+    #[test]
+    fn a_dumpability_that_nobody_may_set_is_told() {
+        let warnings = |dumpable| {
+            let host = HostState {
+                credentials: Credentials::default(),
+                scheduling: Scheduling::default(),
+                may_raise_limits: false,
+            };
+            let mut plan = Builder::new(0, host);
+            let mut memory = fixture::snapshot().processes.remove(0).memory;
+            memory.dumpable = dumpable;
+            memory.rebuild_dumpable(&mut plan);
+            plan.finish().warnings
+        };
+        assert_eq!(warnings(0), [""; 0]);
+        assert_eq!(warnings(1), [""; 0]);
+        assert_eq!(warnings(2).len(), 1);
+        assert!(warnings(2)[0].contains("suid_dumpable"));
     }
 }

@@ -5,14 +5,17 @@
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
 pub mod address_space;
+pub mod cgroup;
 pub mod credentials;
 pub mod files;
+pub mod ipc;
 pub mod limits;
 pub mod memory;
 pub mod process;
 pub mod scheduling;
 pub mod seccomp;
 pub mod signals;
+pub mod sockets;
 pub mod thread;
 pub mod timers;
 pub mod zombie;
@@ -42,6 +45,9 @@ pub struct Snapshot {
     pub mapped_files: Vec<memory::MappedFile>,
     /// Shared anonymous memory, referred to by its index.
     pub shared_memory: Vec<memory::SharedMemory>,
+    /// Objects of the IPC namespace.
+    #[serde(default)]
+    pub ipc: ipc::Ipc,
 }
 
 /// What the job ran on, as far as a restore must agree with it.

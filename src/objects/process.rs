@@ -14,7 +14,10 @@ use ckpt_tracer::remote::{self, Cave, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
+use super::cgroup::{self, Cgroup};
 use super::files::{self, FdEntry, regular::Lock};
+use super::ipc::Ipc;
+use super::ipc::undo::{self, Adjustment};
 use super::limits::{self, Limit};
 use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
@@ -33,14 +36,18 @@ pub struct Process {
     /// It was forked by its parent and has executed nothing else since: it shares unchanged pages
     /// with it.
     pub forked: bool,
+    /// What it shares with its parent beyond what a fork leaves shared.
+    pub shares: Shares,
     /// Process group.
     pub group: i32,
     /// Session.
     pub session: i32,
     /// Its controlling terminal, by index in the snapshot's terminals.
     pub terminal: Option<usize>,
-    /// It was stopped (by a signal) when the checkpoint began.
-    pub stopped: bool,
+    /// The signal that had stopped it when the checkpoint began, if one had.
+    pub stopped: Option<i32>,
+    /// Children that are stopped and whose stop it has not been told by wait(2) yet.
+    pub untold_stops: Vec<i32>,
     /// Command line, `\0` after each argument.
     #[serde(with = "serde_bytes")]
     pub command_line: Vec<u8>,
@@ -72,10 +79,32 @@ pub struct Process {
     pub personality: u32,
     /// `PR_GET_CHILD_SUBREAPER`.
     pub child_subreaper: bool,
+    /// Control groups.
+    pub cgroups: Vec<Cgroup>,
     /// `/proc/PID/oom_score_adj`.
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
+    /// What its end does to semaphores.
+    #[serde(default)]
+    pub semaphore_adjustments: Vec<Adjustment>,
+}
+
+/// Tables that a process shares with its parent, clone(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shares {
+    /// Descriptors (`CLONE_FILES`).
+    pub files: bool,
+    /// Directories and umask (`CLONE_FS`).
+    pub fs: bool,
+}
+
+impl Shares {
+    /// Flags of clone(2).
+    pub fn flags(self) -> i32 {
+        let files = if self.files { libc::CLONE_FILES } else { 0 };
+        files | if self.fs { libc::CLONE_FS } else { 0 }
+    }
 }
 
 impl Process {
@@ -122,9 +151,9 @@ pub fn capture_from_outside(
     depth: Depth,
     collector: &mut Collector,
 ) -> Result<Vec<FromOutside>> {
-    let survey = files::Survey::of(sources)?;
+    let mut survey = files::Survey::of(sources)?;
     let terminals = files::terminal::Ends::of(sources, &survey.looks, collector);
-    let fds = files::capture(sources, &survey, &terminals, collector)?;
+    let fds = files::capture(sources, &mut survey, &terminals, collector)?;
     let locks = survey.seen.into_iter().map(|seen| {
         let locks = seen.into_iter().map(|s| (s.fd, s.locks));
         locks.flat_map(|(fd, locks)| locks.into_iter().map(move |l| (fd, l)))
@@ -207,6 +236,8 @@ pub fn capture(
     source: &Source,
     outside: FromOutside,
     space: SpaceId,
+    stopped_children: &[i32],
+    ipc: &Ipc,
 ) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
     let FromOutside {
         vmas,
@@ -218,7 +249,7 @@ pub fn capture(
     } = outside;
     let dir = source.dir.clone();
     let pid = source.pid;
-    let stopped = frozen.tasks().iter().any(|t| t.stopped_by_signal());
+    let stopped = frozen.stopped_by();
     let pending = frozen
         .tasks()
         .first()
@@ -226,6 +257,7 @@ pub fn capture(
     let pending = pending.transpose()?.unwrap_or_default();
     let listed = read_timers(dir.clone())?;
 
+    let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
     remote::leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     let taken = vmas.iter().map(|v| (v.start, v.end));
     let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
@@ -235,7 +267,7 @@ pub fn capture(
         )
     });
     let scratch = RemoteAddr(scratch.map_err(crate::Error::refuse)?);
-    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(stopped);
+    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(stopped.is_some());
     let (leader, others) = frozen
         .tasks_mut()
         .split_first_mut()
@@ -249,6 +281,8 @@ pub fn capture(
     calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
     let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
     let lock_future = lock_future(&mut calls, &vmas)?;
+    let untold_stops = untold_stops(&mut calls, stopped_children)?;
+    let semaphore_adjustments = undo::capture(&mut calls, &ipc.semaphores, &tids)?;
     let mut threads = vec![thread::capture(&mut calls, source)?];
     for task in others {
         calls = calls.hand_over(task)?;
@@ -269,10 +303,12 @@ pub fn capture(
         pid: pid.raw(),
         parent: status.ppid.raw(),
         forked: false,
+        shares: Shares::default(),
         group: source.stat.pgrp,
         session: source.stat.session,
         terminal,
         stopped,
+        untold_stops,
         command_line: dir.read("cmdline")?,
         memory: AddressSpace {
             space,
@@ -299,14 +335,35 @@ pub fn capture(
         limits: limits::capture(pid)?,
         personality: tasks::personality(dir.clone())?,
         child_subreaper,
+        cgroups: cgroup::capture(dir.clone())?,
         oom_score_adj: tasks::oom_score_adj(dir.clone())?,
         coredump_filter: tasks::coredump_filter(dir)?,
+        semaphore_adjustments,
     };
     Ok((process, vmas, scanner))
 }
 
 /// `PR_GET_CHILD_SUBREAPER`.
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
+
+/// Which of its stopped children wait(2) would still tell the process about: asked without taking
+/// it (`WNOWAIT`).
+fn untold_stops(calls: &mut RemoteCalls<'_>, stopped: &[i32]) -> Result<Vec<i32>> {
+    const OPTIONS: i32 = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT;
+    /// `si_pid` in `siginfo_t`.
+    const SI_PID: u64 = 16;
+    let mut untold = Vec::new();
+    let info = calls.scratch().raw();
+    for &child in stopped {
+        calls.write_scratch(0, &[0; 128])?;
+        let args = [libc::P_PID.into(), child as u64, info, OPTIONS as u64, 0, 0];
+        calls.call("waitid", libc::SYS_waitid, args)?;
+        if i32::from_le_bytes(calls.read_scratch(SI_PID)?) == child {
+            untold.push(child);
+        }
+    }
+    Ok(untold)
+}
 
 /// What `mlockall` has asked for mappings to come: nothing tells, but a new mapping shows it,
 /// and the scratch memory is one. Asked only where something is locked at all.

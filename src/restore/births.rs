@@ -186,6 +186,12 @@ impl Tree<'_> {
             return self.place_by_phantom(index, process);
         };
         let forked = process.forked && !adopted;
+        if process.shares.files && !forked || process.shares.fs && adopted {
+            self.obstacles.push(Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                "shares tables with a process that did not fork it, which is not supported",
+            ));
+        }
         let before = match when {
             When::Late if self.leads(creator) => self.snapshot.processes[creator].pid,
             _ => self.born_into[creator],
@@ -284,7 +290,11 @@ impl Tree<'_> {
         let root = &self.snapshot.processes[0];
         let exists = self.index.contains_key(&group)
             || self.snapshot.zombies.iter().any(|z| z.pid == group)
-            || self.births.iter().flat_map(Births::all).any(|b| b.pid == group);
+            || self
+                .births
+                .iter()
+                .flat_map(Births::all)
+                .any(|b| b.pid == group);
         let ours = !exists && group == root.group && process.session == root.session;
         if ours {
             self.births[index].joins_ours = index != 0;
@@ -295,7 +305,11 @@ impl Tree<'_> {
             return;
         }
         let (creator, adopted) = self.creator(process.parent);
-        let (creator, adopted) = if index == 0 { (0, false) } else { (creator, adopted) };
+        let (creator, adopted) = if index == 0 {
+            (0, false)
+        } else {
+            (creator, adopted)
+        };
         let Some(when) = self.when(creator, process.session) else {
             self.obstacles.push(Obstacle::without_remedy(
                 format!("process {}", process.pid),

@@ -16,7 +16,10 @@ use super::fill::Pages;
 use super::plan::{Plan, Stage};
 use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
+use super::stop;
 use crate::error::{Error, Result};
+use crate::objects::cgroup;
+use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
@@ -48,6 +51,7 @@ struct Driver<'a> {
 pub fn rebuild(
     job: &Job<'_>,
     image: &Reader,
+    cuts: &[Cut],
     brood: &mut Brood,
     root: Stopped,
     before_release: &mut dyn FnMut(),
@@ -76,14 +80,17 @@ pub fn rebuild(
     }
     let mut warnings = Vec::new();
     let mut complete = Vec::with_capacity(lives.len());
-    for live in lives {
+    // Children before their parents, who may have to take note of their stops.
+    for live in lives.into_iter().rev() {
         warnings.extend(warnings_of(&live.planned.plan, &live.mem)?);
+        let process = &job.snapshot.processes[live.index];
+        warnings.extend(adjust_from_outside(process, Pid(process.pid)));
         complete.push(live.complete(job)?);
     }
     warnings.sort();
     warnings.dedup();
     before_release();
-    release(complete, job)?;
+    release(complete, cuts)?;
     Ok(warnings)
 }
 
@@ -103,10 +110,13 @@ impl Driver<'_> {
         place(&mut leader, &mem, &present, &planned.plan)?;
         let forked = shared_at.is_some();
         let mut born = Vec::new();
-        run_to(&mut leader, &mem, &planned.plan, Stage::Fill, &mut |_| Ok(()))?;
+        run_to(&mut leader, &mem, &planned.plan, Stage::Fill, &mut |_| {
+            Ok(())
+        })?;
         fault::hit(Step::RestoreMapped)?;
         let snapshot = self.job.snapshot;
-        self.pages.fill(snapshot, index, forked, &planned.shared_at)?;
+        self.pages
+            .fill(snapshot, index, forked, &planned.shared_at)?;
         run_to(&mut leader, &mem, &planned.plan, Stage::Born, &mut |tid| {
             born.push(tid);
             self.adopt(index, tid, &mem, &planned)
@@ -167,7 +177,13 @@ impl Driver<'_> {
             )))
         };
         for live in &mut self.live {
-            run_to(&mut live.leader, &live.mem, &live.planned.plan, Stage::Joined, unexpected)?;
+            run_to(
+                &mut live.leader,
+                &live.mem,
+                &live.planned.plan,
+                Stage::Joined,
+                unexpected,
+            )?;
             live.leader.set_options(TAKEN_OVER)?;
         }
         // Their plans are those of their creators, all of which are the same to an error's text.
@@ -202,9 +218,14 @@ fn end(task: Stopped) -> Result<()> {
 /// When a process creates no more processes.
 const TAKEN_OVER: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
 
+/// The signal that is to stop a process before it runs.
+fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
+    let wished = job.request.stopped.then_some(libc::SIGSTOP);
+    process.stopped.or(wished)
+}
+
 /// A process whose tasks have their registers.
 struct Complete {
-    index: usize,
     tasks: Vec<Stopped>,
 }
 
@@ -216,7 +237,13 @@ impl Live {
             )))
         };
         let plan = &self.planned.plan;
-        run_to(&mut self.leader, &self.mem, plan, Stage::Threads, unexpected)?;
+        run_to(
+            &mut self.leader,
+            &self.mem,
+            plan,
+            Stage::Threads,
+            unexpected,
+        )?;
         fault::hit(Step::RestoreThreads)?;
         run_to_done(&mut self.leader, &self.mem, plan)
     }
@@ -225,17 +252,24 @@ impl Live {
     fn complete(mut self, job: &Job<'_>) -> Result<Complete> {
         let process = &job.snapshot.processes[self.index];
         let pid = Pid(process.pid);
-        adjust_from_outside(process, pid);
         self.others = take_over(process)?;
         // One cave for all that is left to be done inside: a map of very many threads is long.
         let cave = Cave::dig(&self.mem, &read_maps(pid)?)?;
-        remove_restorer(&mut self.leader, process, &self.planned.plan, &self.mem, &cave)?;
-        let tasks = set_states(self.leader, self.others, process, &cave)?;
+        let place = self.planned.plan.stack;
+        take_note_of_stops(&mut self.leader, &self.mem, place, process, job, &cave)?;
+        remove_restorer(
+            &mut self.leader,
+            process,
+            &self.planned.plan,
+            &self.mem,
+            &cave,
+        )?;
+        let mut tasks = set_states(self.leader, self.others, process, &cave)?;
         cave.fill_in()?;
-        Ok(Complete {
-            index: self.index,
-            tasks,
-        })
+        if let Some(signal) = stop_signal(process, job) {
+            stop::by_signal(&mut tasks, process, signal)?;
+        }
+        Ok(Complete { tasks })
     }
 }
 
@@ -374,19 +408,25 @@ fn warnings_of(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// What is written through `/proc`; lowering the OOM score wants CAP_SYS_RESOURCE and is then
-/// left as it is.
-fn adjust_from_outside(process: &Process, pid: Pid) {
-    let _ = std::fs::write(
-        format!("/proc/{pid}/oom_score_adj"),
-        process.oom_score_adj.to_string(),
-    );
-    if let Some(filter) = process.coredump_filter {
-        let _ = std::fs::write(
-            format!("/proc/{pid}/coredump_filter"),
-            format!("{filter:#x}"),
-        );
-    }
+/// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
+/// what the kernel does not take is left as it is, with a warning.
+fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
+    let score = process.oom_score_adj.to_string();
+    let filter = process.coredump_filter.map(|filter| format!("{filter:#x}"));
+    let wanted = [("oom_score_adj", Some(score)), ("coredump_filter", filter)];
+    let refused = wanted.into_iter().filter_map(|(file, value)| {
+        let (path, value) = (format!("/proc/{pid}/{file}"), value?);
+        let error = std::fs::write(&path, &value).err()?;
+        let is = std::fs::read_to_string(&path).unwrap_or_else(|_| "unknown".into());
+        Some(format!(
+            "{file} was {value} and is {} now: {}",
+            is.trim(),
+            Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc()
+        ))
+    });
+    refused
+        .chain(cgroup::rebuild(&process.cgroups, pid))
+        .collect()
 }
 
 /// Attaches to the parked threads, in the order of the snapshot.
@@ -403,6 +443,53 @@ fn take_over(process: &Process) -> Result<Vec<Stopped>> {
         stopped.push(task.wait_stopped()?);
     }
     Ok(stopped)
+}
+
+/// A process's children that are stopped have just told it so: what the process was told in its former life it
+/// is not told again, and no SIGCHLD is left that was not there.
+fn take_note_of_stops(
+    leader: &mut Stopped,
+    mem: &ProcessMemory,
+    place: u64,
+    process: &Process,
+    job: &Job<'_>,
+    cave: &Cave<'_>,
+) -> Result<()> {
+    let children = job.snapshot.processes.iter().filter(|p| {
+        p.parent == process.pid && p.pid != process.pid && stop_signal(p, job).is_some()
+    });
+    let children: Vec<i32> = children.map(|p| p.pid).collect();
+    if children.is_empty() {
+        return Ok(());
+    }
+    let at = RemoteAddr(place);
+    let sigchld = 1u64 << (libc::SIGCHLD - 1);
+    mem.write(at, &[sigchld, 0, 0].map(u64::to_le_bytes).concat())?;
+    if process.threads[0].seccomp.mode == 2 {
+        suspend_seccomp(leader)?;
+    }
+    let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
+    for child in children {
+        if !process.untold_stops.contains(&child) {
+            let how = (libc::WUNTRACED | libc::WNOHANG) as u64;
+            let args = [child as u64, 0, how, 0, 0, 0];
+            calls.call("wait4", libc::SYS_wait4, args)?;
+        }
+    }
+    let waits = |p: &crate::objects::signals::Pending| p.signal() == libc::SIGCHLD;
+    if !process.pending.iter().any(waits) {
+        let args = [at.raw(), 0, at.raw() + 8, 8, 0, 0];
+        match calls.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
+            Ok(_) => {}
+            Err(ckpt_tracer::Error::Remote {
+                errno: Errno::EAGAIN,
+                ..
+            }) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    calls.finish()?;
+    Ok(())
 }
 
 /// Unmaps the restorer. Traps are over, so SIGTRAP's own action is set here.
@@ -459,17 +546,12 @@ fn set_states(
 }
 
 /// Lets all go, of each process the leader last: until then the loss of the tracer kills the
-/// whole process, which is then not there at all.
-fn release(complete: Vec<Complete>, job: &Job<'_>) -> Result<()> {
+/// whole process, which is then not there at all. Files are cut back when nothing else is left to
+/// be done.
+fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
-    for Complete { index, .. } in &complete {
-        let process = &job.snapshot.processes[*index];
-        if process.stopped || job.request.stopped {
-            // Taken by the first task that runs, which stops them all.
-            let pid = nix::unistd::Pid::from_raw(process.pid);
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)
-                .map_err(|e| Error::Restore(format!("cannot stop process {pid}: {}", e.desc())))?;
-        }
+    for cut in cuts {
+        cut.make()?;
     }
     for task in complete.iter().flat_map(|c| &c.tasks) {
         task.set_options(0)?;
@@ -540,4 +622,51 @@ fn rearm(task: &mut Stopped, regs: &Regs, process: &Process, cave: &Cave<'_>) ->
         0 => Rearmed::Finished,
         _ => Rearmed::No,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inspect::fixture;
+
+    /// A process that ends with the test.
+    struct Sleeper(std::process::Child);
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_score_that_cannot_be_lowered_is_told() {
+        let sleeper = std::process::Command::new("sleep").arg("1000").spawn();
+        let sleeper = Sleeper(sleeper.expect("sleep is installed"));
+        let pid = Pid(sleeper.0.id() as i32);
+        let mut process = fixture::snapshot().processes.remove(0);
+        process.oom_score_adj = -1000;
+        process.coredump_filter = Some(0x21);
+        let warnings = adjust_from_outside(&process, pid);
+        let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
+        let score = file("oom_score_adj").expect("it runs");
+        let filter = file("coredump_filter").expect("it runs");
+        assert_eq!(filter.trim(), "00000021");
+        // Told unless it was done, as for those with CAP_SYS_RESOURCE.
+        assert_eq!(warnings.is_empty(), score.trim() == "-1000", "{warnings:?}");
+        for warning in warnings {
+            let expected = format!("oom_score_adj was -1000 and is {} now: ", score.trim());
+            assert!(warning.starts_with(&expected), "{warning}");
+        }
+    }
+
+    #[test]
+    fn a_filter_that_cannot_be_set_is_told() {
+        let mut process = fixture::snapshot().processes.remove(0);
+        process.coredump_filter = Some(0x21);
+        // No process has this pid.
+        let warnings = adjust_from_outside(&process, Pid(i32::MAX));
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[1].starts_with("coredump_filter was 0x21 and is unknown now"));
+    }
 }

@@ -86,14 +86,20 @@ impl<'a> Pages<'a> {
         self.fill_chunks(&chunks, &places, &mem)
     }
 
-    fn fill_chunks(&self, chunks: &[usize], places: &Places<'_>, mem: &ProcessMemory) -> Result<()> {
+    fn fill_chunks(
+        &self,
+        chunks: &[usize],
+        places: &Places<'_>,
+        mem: &ProcessMemory,
+    ) -> Result<()> {
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
         let work = || -> Result<()> {
             let (mut data, mut scratch) = (Vec::new(), Vec::new());
             loop {
                 let at = next.fetch_add(1, Ordering::Relaxed);
-                let Some(&chunk) = chunks.get(at).filter(|_| !failed.load(Ordering::Relaxed)) else {
+                let Some(&chunk) = chunks.get(at).filter(|_| !failed.load(Ordering::Relaxed))
+                else {
                     return Ok(());
                 };
                 let done = self.fill_chunk(chunk, places, mem, &mut data, &mut scratch);

@@ -17,19 +17,24 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::credentials::Credentials;
-use crate::objects::{Snapshot, scheduling};
+use crate::objects::files::changed::Cut;
+use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
 use planner::Job;
+use put::PutFiles;
 
 pub mod births;
 pub mod contents;
 pub mod driver;
 pub mod fill;
+pub mod paths;
 pub mod plan;
 pub mod planner;
 pub mod pty;
+pub mod put;
 pub mod spawn;
+pub mod stop;
 pub mod terminal;
 pub mod terminals;
 
@@ -41,6 +46,8 @@ pub enum FilesPolicy {
     Strict,
     /// Take what is there.
     Adopt,
+    /// As strict, and files that the job writes lose what was appended after the checkpoint.
+    Truncate,
 }
 
 /// A wish for a restore.
@@ -49,6 +56,10 @@ pub struct Request<'a> {
     pub image: &'a Path,
     /// About changed files.
     pub files: FilesPolicy,
+    /// Where the job's paths lead now (`--map-path OLD=NEW`).
+    pub map_paths: Vec<paths::Mapping>,
+    /// About files whose contents the image holds.
+    pub put_files: PutFiles,
     /// Descriptors that get another file than they had (`--fd N=PATH`).
     pub fds: BTreeMap<i32, PathBuf>,
     /// Leave the job stopped, for a debugger.
@@ -95,8 +106,18 @@ impl Restored {
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
     let (image, snapshot) = open(request)?;
+    ipc::refuse(&snapshot, request)?;
     let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     let mut text = String::new();
+    if let Some(warning) = put::warning(request.put_files, &snapshot) {
+        text.push_str(&format!("# warning: {warning}\n"));
+    }
+    for put in put::decide(&snapshot, &image, request.put_files)? {
+        text.push_str(&format!("# {}\n", put.describe()));
+    }
+    for cut in Cut::all(&snapshot, request).map_err(Error::Refused)? {
+        text.push_str(&format!("# {}\n", cut.describe()));
+    }
     for (index, process) in snapshot.processes.iter().enumerate() {
         let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
@@ -125,16 +146,26 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         }
     }
     obstacles.extend(pids_taken(&job));
+    let puts = refused_or(
+        put::decide(&snapshot, &image, request.put_files),
+        &mut obstacles,
+    )?;
+    let cuts = Cut::all(&snapshot, request).map_err(Error::Refused);
+    let cuts = refused_or(cuts, &mut obstacles)?;
     if !obstacles.is_empty() {
         return Err(Error::Refused(obstacles));
     }
+    ipc::refuse(&snapshot, request)?;
+    let put_back = put::put(&puts, &image)?;
+    let objects = ipc::Prepared::new(&snapshot, &image, request)?;
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(&snapshot, &job.terminals)?;
     let descriptors = contents::open_all(&inherit, &snapshot, &image, &ptys)?;
     let lost = ptys.warnings.clone();
     let master = ptys.finish(&snapshot)?;
     let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
-    adopt_orphans();
+    // Processes of the job that lose their parents become ours.
+    crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
     let mut terminal = None;
     let lend = &mut || {
@@ -142,10 +173,13 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
             terminal = terminal::Foreground::lend(&snapshot, &job.terminals);
         }
     };
-    let mut warnings = driver::rebuild(&job, &image, &mut brood, leader, lend)?;
+    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader, lend)?;
     warnings.extend(lost);
     brood.keep();
     terminal.iter().for_each(terminal::Foreground::redraw);
+    warnings.extend(objects.keep());
+    warnings.extend(put::warning(request.put_files, &snapshot));
+    warnings.extend(put_back.keep());
     Ok(Restored {
         pid: root.pid,
         warnings,
@@ -154,11 +188,15 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     })
 }
 
-/// Processes of the job that lose their parents become ours, as they were somebody's before.
-#[allow(unsafe_code)]
-fn adopt_orphans() {
-    // SAFETY: a call without pointers.
-    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+/// Collects a refusal with the others.
+fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
+    match result {
+        Err(Error::Refused(more)) => {
+            obstacles.extend(more);
+            Ok(T::default())
+        }
+        other => other,
+    }
 }
 
 /// Ids of the job that somebody else has. Those of processes that have just been killed are free
@@ -181,7 +219,11 @@ fn ids_taken(job: &Job<'_>) -> Vec<i32> {
     let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
     let tids = tids.map(|t| t.tid);
     let zombies = snapshot.zombies.iter().map(|z| z.pid);
-    let helpers = job.births.iter().flat_map(births::Births::all).map(|b| b.pid);
+    let helpers = job
+        .births
+        .iter()
+        .flat_map(births::Births::all)
+        .map(|b| b.pid);
     let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
     ids.sort_unstable();
     ids.dedup();
@@ -192,7 +234,7 @@ fn ids_taken(job: &Job<'_>) -> Vec<i32> {
 fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
     let image = Reader::open(request.image)?;
     image.require_arch(Arch::native())?;
-    let snapshot = snapshot::read(&image, request.image)?;
+    let mut snapshot = snapshot::read(&image, request.image)?;
     let faults = crate::inspect::references::check(&snapshot, &image);
     if let Some(fault) = faults.into_iter().next() {
         return Err(Error::Metadata {
@@ -201,6 +243,8 @@ fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
         });
     }
     refuse_other_machine(&snapshot)?;
+    paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
+    put::forget(request.put_files, &mut snapshot);
     Ok((image, snapshot))
 }
 

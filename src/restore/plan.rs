@@ -54,6 +54,8 @@ pub enum Inherited {
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),
+    /// A pidfd of a process that has ended, by description.
+    EndedProcess(usize),
     /// One of our own descriptors, for something outside the job.
     Own(i32),
     /// A description of a terminal that is made anew, by index.
@@ -238,7 +240,11 @@ impl Builder {
     pub fn process(&mut self, pid: i32, flags: u64, fill: impl FnOnce(&mut Self)) {
         // A child of the parent's parent sends the signal that we send ourselves (clone(2)).
         let parent = libc::CLONE_PARENT as u64;
-        let signal = if flags & parent == 0 { libc::SIGCHLD } else { 0 };
+        let signal = if flags & parent == 0 {
+            libc::SIGCHLD
+        } else {
+            0
+        };
         let object = format!("process {pid}");
         self.task(OpKind::Process, pid, flags, signal as u64, object, fill);
     }
@@ -257,7 +263,19 @@ impl Builder {
         let plan = self.reserve(size_of::<ThreadPlan>());
         let args = self.reserve(88);
         // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
-        let words = [flags, 0, 0, 0, exit_signal, 0, THREAD_STACK - 8, 0, ids, 1, 0];
+        let words = [
+            flags,
+            0,
+            0,
+            0,
+            exit_signal,
+            0,
+            THREAD_STACK - 8,
+            0,
+            ids,
+            1,
+            0,
+        ];
         self.put(args, &words.map(u64::to_le_bytes).concat());
         let op = Op::other(kind, [plan, args, 88, 0, 0, 0]).expecting(tid as u64);
         self.push(op, object);

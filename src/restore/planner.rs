@@ -13,6 +13,7 @@ use crate::error::Obstacle;
 use crate::holes;
 use crate::objects::files::terminal::Terminal;
 use crate::objects::files::{self, Staging};
+use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, SpaceId, limits, signals, timers};
@@ -150,6 +151,11 @@ impl<'a> Job<'a> {
             }
         };
         let aside = place(ASIDE).ok_or_else(no_room)?;
+        let mut segment_at = 0;
+        if let Some((len, align)) = sysv_shm::room(process, self.snapshot) {
+            let at = place(len + align).ok_or_else(no_room)?;
+            segment_at = at.next_multiple_of(align);
+        }
         // The size does not depend on the place, so the first plan is made for it alone.
         let build = |base| {
             let plan = Build {
@@ -159,6 +165,7 @@ impl<'a> Job<'a> {
                 present,
                 shared_at: &shared_at,
                 aside,
+                segment_at,
             };
             plan.build(base)
         };
@@ -194,6 +201,7 @@ struct Build<'a> {
     present: &'a [Vma],
     shared_at: &'a SharedAt,
     aside: u64,
+    segment_at: u64,
 }
 
 impl Build<'_> {
@@ -212,9 +220,16 @@ impl Build<'_> {
             self.descriptions(&mut plan, &mut obstacles);
         }
         let mappings = &self.process.memory.mappings;
-        memory::place_shared(mappings, self.shared_at, forked, &mut plan);
+        let objects = &self.job.snapshot.shared_memory;
+        memory::place_shared(mappings, objects, self.shared_at, forked, &mut plan);
         self.family(&mut plan);
-        memory::finish(mappings, self.job.snapshot, self.shared_at, forked, &mut plan);
+        memory::finish(
+            mappings,
+            self.job.snapshot,
+            self.shared_at,
+            forked,
+            &mut plan,
+        );
         self.process.memory.rebuild_fields(&mut plan);
         self.process_state(&mut plan, &mut obstacles);
         if obstacles.is_empty() {
@@ -232,6 +247,9 @@ impl Build<'_> {
         if self.index == 0 {
             self.inherit_files(staging, plan);
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
+                if super::put::covers(snapshot, &file.path) {
+                    continue;
+                }
                 let shared_only = !is_mapped_privately(snapshot, index);
                 if let Err(o) = memory::check_file(file, shared_only, self.job.request) {
                     obstacles.push(*o);
@@ -255,6 +273,7 @@ impl Build<'_> {
         memory::allocate_keys(mappings, plan);
         memory::map_all(mappings, snapshot, staging, self.shared_at, forked, plan);
         memory::drop_pages(&self.surplus(forked), plan);
+        sysv_shm::attach(self.process, snapshot, self.segment_at, plan);
         plan.stage(Stage::Fill);
     }
 
@@ -410,14 +429,23 @@ impl Build<'_> {
     fn birth(&self, birth: &Birth, plan: &mut Builder) {
         let parent = if birth.adopted { libc::CLONE_PARENT } else { 0 };
         match &birth.body {
-            Body::Process { forked: true, .. } => plan.process(birth.pid, parent as u64, |_| {}),
+            Body::Process {
+                forked: true,
+                index,
+            } => {
+                let flags = parent | self.job.process(*index).shares.flags();
+                plan.process(birth.pid, flags as u64, |_| {});
+            }
             Body::Process { index, .. } => {
-                let flags = libc::CLONE_VM | libc::CLONE_VFORK | parent;
+                let shares = self.job.process(*index).shares.flags();
+                let flags = libc::CLONE_VM | libc::CLONE_VFORK | parent | shares;
                 plan.process(birth.pid, flags as u64, |plan| self.execute(*index, plan));
             }
             Body::Phantom(phantom) => {
                 let flags = (libc::CLONE_VM | parent) as u64;
-                plan.process(birth.pid, flags, |plan| self.phantom(birth.pid, phantom, plan));
+                plan.process(birth.pid, flags, |plan| {
+                    self.phantom(birth.pid, phantom, plan)
+                });
             }
         }
     }
@@ -482,9 +510,13 @@ impl Build<'_> {
         if self.index == 0 {
             files::seal(snapshot, staging, plan);
         }
-        files::number(process, staging, plan);
+        if !process.shares.files {
+            files::number(process, staging, plan);
+        }
         rebuild_places(process, plan);
         signals::rebuild_actions(&process.actions, plan);
+        sysv_sem::rebuild(process, snapshot, plan);
+        sysv_msg::rebuild(process, snapshot, plan);
         for thread in &process.threads[1..] {
             plan.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));
         }
@@ -492,7 +524,11 @@ impl Build<'_> {
             plan.join();
         }
         plan.stage(Stage::Threads);
-        files::rebuild_owners(self.index, snapshot, plan);
+        if !process.shares.files {
+            files::pidfd::rebuild_late(self.index, snapshot, plan);
+            files::regular::rebuild_leases(self.index, snapshot, plan);
+            files::rebuild_owners(self.index, snapshot, plan);
+        }
         if let Err(o) = timers::create_posix(&process.posix_timers, plan) {
             obstacles.push(o);
         }
@@ -554,6 +590,20 @@ fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
 
 /// Directories, umask, personality, and the like.
 fn rebuild_places(process: &Process, plan: &mut Builder) {
+    if !process.shares.fs {
+        rebuild_directories(process, plan);
+    }
+    if process.child_subreaper {
+        let args = [libc::PR_SET_CHILD_SUBREAPER as u64, 1];
+        plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
+    }
+    if process.personality != 0 {
+        let args = [process.personality.into()];
+        plan.syscall(libc::SYS_personality, &args, || "personality".into());
+    }
+}
+
+fn rebuild_directories(process: &Process, plan: &mut Builder) {
     let cwd = plan.path(&process.cwd);
     plan.syscall(libc::SYS_chdir, &[cwd], || {
         format!("the working directory {}", process.cwd.display())
@@ -565,12 +615,4 @@ fn rebuild_places(process: &Process, plan: &mut Builder) {
         });
     }
     plan.syscall(libc::SYS_umask, &[process.umask.into()], || "umask".into());
-    if process.child_subreaper {
-        let args = [libc::PR_SET_CHILD_SUBREAPER as u64, 1];
-        plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
-    }
-    if process.personality != 0 {
-        let args = [process.personality.into()];
-        plan.syscall(libc::SYS_personality, &args, || "personality".into());
-    }
 }

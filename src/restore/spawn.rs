@@ -9,8 +9,8 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use ckpt_tracer::task::{Running, Stop, Stopped};
 use ckpt_tracer::Tid;
+use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
 use crate::error::{Error, Result};
@@ -56,7 +56,8 @@ impl Drop for Brood {
         }
         // Zombies that the end of their parents left to us, a subreaper.
         // SAFETY: as above.
-        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) } > 0 {}
+        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) } > 0 {
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use super::plan::Inherited;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::terminal::{End, Side, Terminal};
-use crate::objects::files::{Kind, replaced};
+use crate::objects::files::{Kind, named};
 
 /// What a terminal becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ impl Terminals {
                 Kind::Terminal(end) => {
                     end.terminal == index
                         && end.side != Side::HungUp
-                        && replaced(at, snapshot, request).is_none()
+                        && named(at, snapshot, request).is_none()
                 }
                 _ => false,
             });

@@ -12,7 +12,7 @@ use nix::unistd::{Pid, getpgid, getpgrp};
 use super::Terminal;
 use super::periodic::Periodic;
 use super::signals::{Received, is_forwarded, stops_the_shell_job};
-use super::sys::{Change, Signals, changed, send};
+use super::sys::{Change, Signals, changed, reap_adopted, send};
 
 /// Starts a program in our process group, with the signals that we were started with; its pid.
 /// `traced` says that checkpoints will be taken of it.
@@ -62,6 +62,8 @@ pub fn wait_for(
                 None => break,
             }
         }
+        let helper = periodic.as_deref().and_then(Periodic::helper);
+        reap_adopted(&[child, helper.unwrap_or(child)]);
         let now = Instant::now();
         let timeout = match periodic.as_deref_mut() {
             Some(periodic) => {

@@ -17,7 +17,7 @@ pub mod signals;
 mod sys;
 
 pub use child::{start, wait_for};
-pub use sys::Signals;
+pub use sys::{Signals, adopt_orphans};
 
 /// What is done about a terminal while its job is waited for.
 pub trait Terminal {

@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use super::interval::next_due;
 use super::retention::Images;
 use super::sys::{Change, changed};
+use crate::capture::save_files::Pattern;
 
 /// How checkpoints of a program are taken.
 #[derive(Clone, Debug)]
@@ -30,6 +31,8 @@ pub struct Plan {
     pub keep: usize,
     /// How memory is compressed.
     pub codec: Codec,
+    /// Open files that go into the images.
+    pub save_files: Vec<Pattern>,
 }
 
 /// What is told while the program runs.
@@ -42,6 +45,8 @@ pub struct Periodic {
     /// `None` when the interval leads beyond what the clock can show.
     due: Option<Instant>,
     running: Option<Helper>,
+    /// What the last checkpoint warned of.
+    warning: String,
     failed: Tell,
     done: Tell,
 }
@@ -63,6 +68,7 @@ impl Periodic {
             pid,
             due,
             running: None,
+            warning: String::new(),
             failed,
             done,
         }
@@ -71,6 +77,11 @@ impl Periodic {
     /// Whether a checkpoint is being taken.
     pub(super) fn is_busy(&self) -> bool {
         self.running.is_some()
+    }
+
+    /// The process that takes a checkpoint now.
+    pub(super) fn helper(&self) -> Option<i32> {
+        self.running.as_ref().map(|helper| helper.pid)
     }
 
     /// Begins a checkpoint when one is due; how long there is to wait until the next. While one
@@ -104,6 +115,10 @@ impl Periodic {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("ckpt").arg("attach").arg(self.pid.to_string());
         command.arg(format!("--codec={}", self.plan.codec));
+        // What the program's end has left to us belongs to the job as well.
+        command.arg(format!("--adopted-by={}", std::process::id()));
+        let patterns = self.plan.save_files.iter();
+        command.args(patterns.map(|pattern| format!("--save-files={}", pattern.text())));
         command
             .arg("-o")
             .arg(std::path::absolute(self.plan.images.path(counter))?);
@@ -144,6 +159,12 @@ impl Periodic {
             self.fail(&format!("checkpoint {} failed: {reason}", helper.counter));
             return Ok(());
         }
+        // A warning that does not change is told once.
+        let warning = one_line(&mut helper.err);
+        if !warning.is_empty() && warning != self.warning {
+            (self.failed)(&warning);
+        }
+        self.warning = warning;
         (self.done)(&one_line(&mut helper.out));
         if let Err(error) = self.plan.images.prune(self.plan.keep) {
             (self.failed)(&format!("cannot remove older images: {error}"));

@@ -136,6 +136,33 @@ pub(super) enum Change {
     Stopped(i32),
 }
 
+/// Makes orphans among the descendants of this process its children (prctl(2)).
+pub fn adopt_orphans() {
+    // SAFETY: a call without pointers.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+}
+
+/// Waits for children that have ended and are none of `known`: orphans that we have adopted.
+pub(super) fn reap_adopted(known: &[i32]) {
+    loop {
+        let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+        let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        // SAFETY: the kernel writes one siginfo; it stays zero when there is nothing to tell.
+        let pid = unsafe {
+            if libc::waitid(libc::P_ALL, 0, info.as_mut_ptr(), options) != 0 {
+                return;
+            }
+            info.assume_init().si_pid()
+        };
+        // The first one that can be told hides others; it is waited for soon.
+        if pid == 0 || known.contains(&pid) {
+            return;
+        }
+        // SAFETY: the status is not asked for.
+        unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };
+    }
+}
+
 /// Asks what has become of a child of ours, without waiting.
 pub(super) fn changed(pid: i32) -> nix::Result<Option<Change>> {
     let mut status = 0;

@@ -45,6 +45,14 @@ pub fn start_in(case: &Case, name: &str, place: &str, mut command: Command) -> F
     fixture
 }
 
+/// Starts a fixture, takes a checkpoint and kills it: the fixture, whose life may go on, and the
+/// image.
+pub fn killed(case: &Case, name: &str) -> (Fixture, PathBuf) {
+    let mut target = fixture(case, name);
+    let image = target.killed_into(case, "job.ckpt");
+    (target, image)
+}
+
 impl Fixture {
     /// Its pid.
     pub fn pid(&self) -> i32 {

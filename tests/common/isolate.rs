@@ -282,7 +282,8 @@ fn unshare(who: Who) -> Command {
     if who == Who::OrdinaryUser || !is_root() {
         command.arg("--map-root-user");
     }
-    command.args(["--pid", "--mount-proc", "--kill-child", "--"]);
+    // System V objects outlive their processes; in a namespace of their own they go with it.
+    command.args(["--pid", "--ipc", "--mount-proc", "--kill-child", "--"]);
     command
 }
 

@@ -223,6 +223,12 @@ pub fn states(pid: i32) -> Vec<(i32, char)> {
         .collect()
 }
 
+/// Whether every thread is stopped by a signal, and by no tracer.
+pub fn all_stopped(pid: i32) -> bool {
+    let states = states(pid);
+    !states.is_empty() && states.iter().all(|(_, state)| *state == 'T')
+}
+
 /// Demands that nobody traces the process or any thread of it, and that none is stopped.
 pub fn assert_let_go(pid: i32) {
     for (tid, _) in states(pid) {

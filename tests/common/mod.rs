@@ -8,6 +8,7 @@ pub mod isolate;
 pub mod job;
 pub mod look;
 pub mod odd;
+pub mod refused;
 pub mod screen;
 pub mod tool;
 pub mod wait;

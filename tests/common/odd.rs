@@ -5,18 +5,17 @@ use std::process::Command;
 
 use super::fixture::{Fixture, start_in};
 use super::isolate::Case;
-use super::tool::run;
+use super::tool::{run, source};
 
 /// Builds it into the test's directory.
 pub fn build(case: &Case) -> PathBuf {
     let program = case.path("odd");
     if !program.exists() {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/odd.c");
         let mut command = Command::new("gcc");
         command
             .args(["-O1", "-g", "-pthread", "-o"])
             .arg(&program)
-            .arg(source);
+            .arg(source("odd.c"));
         run(case, &mut command).ok();
     }
     program

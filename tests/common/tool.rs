@@ -75,6 +75,23 @@ pub fn run(case: &Case, command: &mut Command) -> Output {
     output
 }
 
+/// A program run in the test's directory by a user without any privilege.
+pub fn nobody(case: &Case, program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(program);
+    command.current_dir(case.dir()).stdin(Stdio::null());
+    command
+}
+
+/// A source file of `tests/programs`.
+pub fn source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/programs")
+        .join(name)
+}
+
 /// `ckpt` with these arguments.
 pub fn ckpt<S: AsRef<std::ffi::OsStr>>(case: &Case, args: impl IntoIterator<Item = S>) -> Output {
     run(case, Command::new(CKPT).args(args).current_dir(case.dir()))

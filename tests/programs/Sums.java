@@ -7,7 +7,7 @@ import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
 import java.util.concurrent.Future;
 
-/** Compiled code, a heap that is collected, and a pool of threads. No java.nio: its channels keep a socket open. */
+/** Compiled code, a heap that is collected, and a pool of threads. */
 class Sums {
     static void write(File file, String text) throws IOException {
         try (FileWriter out = new FileWriter(file)) {

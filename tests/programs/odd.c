@@ -5,12 +5,20 @@
 #include "../../fixtures/fixture.h"
 
 #include <arpa/inet.h>
+#include <mqueue.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
+#include <linux/bpf.h>
+#include <linux/perf_event.h>
+#include <sys/fanotify.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
+#include <sys/ipc.h>
+#include <sys/sem.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 
 static pid_t child;
 
@@ -19,11 +27,30 @@ static void end_child(void)
 	kill(child, SIGKILL);
 }
 
+static int set;
+
+static void remove_set(void)
+{
+	semctl(set, 0, IPC_RMID);
+}
+
 static bool is(const char *name)
 {
 	const char *odd = getenv("ODD");
 
 	return odd && !strcmp(odd, name);
+}
+
+/* A unix socket that is bound or connected to ODD_FILE. */
+static int unix_socket(int type, const char *path, int (*call)(int, const struct sockaddr *, socklen_t))
+{
+	struct sockaddr_un a = { .sun_family = AF_UNIX };
+	int fd = FX_SYS(socket(AF_UNIX, type, 0));
+
+	FX_CHECK(strlen(path) < sizeof(a.sun_path), "%s is too long for an address", path);
+	strcpy(a.sun_path, path);
+	FX_SYS(call(fd, (void *)&a, sizeof(a)));
+	return fd;
 }
 
 static sem_t alone;
@@ -35,6 +62,68 @@ static void *unshared(void *unused)
 	sem_post(&alone);
 	for (;;)
 		pause();
+}
+
+/* Descriptors of kinds that are refused; the first is 3. */
+static void other_files(const char *file)
+{
+	long fd = 0;
+
+	if (is("breaking")) {
+		fd = FX_SYS(open(file, O_RDONLY));
+		signal(SIGIO, SIG_IGN);
+		if (fcntl(fd, F_SETLEASE, F_RDLCK))
+			fx_skip("leases on this file system (%s)", strerror(errno));
+		FX_EQ("open", open(file, O_WRONLY | O_NONBLOCK), -1);
+	} else if (is("inotify")) {
+		fd = FX_SYS(inotify_init1(IN_NONBLOCK));
+		FX_SYS(inotify_add_watch(fd, fx_dir, IN_CREATE));
+		close(FX_SYS(open(fx_path("created"), O_CREAT | O_WRONLY, 0600)));
+	} else if (is("fanotify")) {
+		fd = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY);
+	} else if (is("userfaultfd")) {
+		fd = syscall(SYS_userfaultfd, 1 /* UFFD_USER_MODE_ONLY */);
+	} else if (is("perf")) {
+		struct perf_event_attr attr = { .type = PERF_TYPE_SOFTWARE, .size = sizeof(attr), .config = PERF_COUNT_SW_TASK_CLOCK,
+			.exclude_kernel = 1 };
+
+		fd = syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0);
+	} else if (is("bpf")) {
+		uint32_t attr[32] = { BPF_MAP_TYPE_ARRAY, 4, 4, 1 };
+
+		fd = syscall(SYS_bpf, BPF_MAP_CREATE, attr, sizeof(attr));
+	} else if (is("namespace")) {
+		fd = open("/proc/self/ns/uts", O_RDONLY);
+	} else if (is("stranger")) {
+		fd = syscall(SYS_pidfd_open, 1, 0);
+	}
+	if (fd < 0)
+		fx_skip("%s (%s)", getenv("ODD"), strerror(errno));
+}
+
+static volatile pid_t tid_of_forker;
+
+/* Waits in vfork(2), since its child does not execute a program. */
+static void *forker(void *arg)
+{
+	tid_of_forker = fx_tid();
+	if (!vfork()) {
+		while (!fx_go())
+			fx_nap(FX_MS);
+		_exit(0);
+	}
+	return arg;
+}
+
+static bool in_vfork(pid_t tid)
+{
+	char path[64], text[256];
+
+	if (!tid)
+		return false;
+	snprintf(path, sizeof(path), "/proc/self/task/%d/syscall", tid);
+	fx_slurp(path, text, sizeof(text));
+	return atol(text) == SYS_vfork;
 }
 
 int main(int argc, char **argv)
@@ -50,18 +139,37 @@ int main(int argc, char **argv)
 		fd = FX_SYS(socket(AF_INET, SOCK_STREAM, 0));
 		FX_SYS(bind(fd, (void *)&any, sizeof(any)));
 		FX_SYS(listen(fd, 1));
+	} else if (is("unix-stream")) {
+		fd = unix_socket(SOCK_STREAM, file, connect);
+	} else if (is("unix-datagram")) {
+		fd = unix_socket(SOCK_DGRAM, file, connect);
+	} else if (is("unix-listen") || is("unix-unaccepted")) {
+		fd = unix_socket(SOCK_STREAM, file, bind);
+		FX_SYS(listen(fd, 3));
+		if (is("unix-unaccepted"))
+			FX_EQ("write", write(unix_socket(SOCK_STREAM, file, connect), "early", 5), 5);
 	} else if (is("uring")) {
 		char params[120] = "";
 
 		fd = syscall(SYS_io_uring_setup, 4, params);
 		if (fd < 0)
 			fx_skip("io_uring (%s)", strerror(errno));
-	} else if (is("child")) {
+	} else if (is("netlink-twice")) {
+		int other;
+
+		fd = FX_SYS(socket(AF_NETLINK, SOCK_RAW, 0));
+		other = FX_SYS(socket(AF_NETLINK, SOCK_RAW, 0));
 		fx_cleanup = end_child;
 		child = FX_SYS(fork());
 		if (!child)
 			for (;;)
 				pause();
+		close(other);
+	} else if (is("vfork")) {
+		tid_of_forker = 0;
+		fx_thread(forker, NULL);
+		while (!in_vfork(tid_of_forker))
+			fx_nap(FX_MS);
 	} else if (is("own-files")) {
 		pthread_t thread;
 
@@ -70,6 +178,20 @@ int main(int argc, char **argv)
 	} else if (is("own-uts")) {
 		if (unshare(CLONE_NEWUTS))
 			fx_skip("permission for a uts namespace (%s)", strerror(errno));
+	} else if (is("mq-nameless") || is("mq-notify")) {
+		struct sigevent event = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1 };
+
+		fd = mq_open("/odd", O_RDWR | O_CREAT, 0600, NULL);
+		if (fd < 0)
+			fx_skip("POSIX message queues (%s)", strerror(errno));
+		mq_unlink("/odd");
+		if (is("mq-notify"))
+			FX_SYS(mq_notify(fd, &event));
+		else
+			FX_SYS(mq_send(fd, "text", 4, 0));
+	} else if (is("sem-fresh")) {
+		fx_cleanup = remove_set;
+		set = FX_SYS(semget(0x46000001, 2, IPC_CREAT | IPC_EXCL | 0600));
 	} else if (is("map")) {
 		fd = FX_SYS(open(file, O_RDONLY));
 		map = mmap(NULL, FX_PAGE, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -79,6 +201,8 @@ int main(int argc, char **argv)
 	} else if (is("file")) {
 		fd = FX_SYS(open(file, O_RDWR));
 		FX_SYS(lseek(fd, 5, SEEK_SET));
+	} else {
+		other_files(file);
 	}
 	fx_ready();
 	fx_wait_go();
@@ -88,6 +212,8 @@ int main(int argc, char **argv)
 		FX_EQ("position", FX_SYS(lseek(fd, 0, SEEK_CUR)), 5);
 		FX_EQ("write", FX_SYS(write(fd, "written", 7)), 7);
 	}
+	if (is("unix-datagram"))
+		FX_EQ("send", send(fd, "after", 5, 0), 5);
 	if (is("fd3"))
 		FX_EQ("write", FX_SYS(write(3, "hello\n", 6)), 6);
 	if (is("echo")) {

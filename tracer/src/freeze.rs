@@ -1,14 +1,16 @@
 //! Stopping every task of a process, and letting go of it again.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use crate::error::AttachError;
 use crate::fault::{self, Step};
 use crate::proc::{status, tasks};
+use crate::refusal;
 use crate::remote::hide_interruption;
-use crate::task::{Resume, Running, Stop, Stopped, Waited};
+use crate::task::{Polled, Resume, Running, Stop, Stopped, Waited};
 use crate::{Error, Pid, Result, Tid};
 
 /// Rounds of looking for new tasks before giving up. A task can only be created by one that
@@ -123,6 +125,15 @@ impl Frozen {
         &mut self.tasks
     }
 
+    /// The signal that had stopped the process before we did, if one had.
+    pub fn stopped_by(&self) -> Option<i32> {
+        let mut stops = self.tasks.iter().map(Stopped::stop);
+        stops.find_map(|stop| match stop {
+            Stop::Event(signal) if signal != libc::SIGTRAP => Some(signal),
+            _ => None,
+        })
+    }
+
     /// Lets every task go on. A task that died meanwhile is no error.
     pub fn thaw(mut self) -> Result<()> {
         self.release(0)
@@ -176,12 +187,7 @@ fn send_signal(pid: Pid, signal: i32) -> Result<()> {
 /// before the handler's first instruction.
 fn wait_interrupted(mut task: Running, leader: bool) -> Result<Option<Stopped>> {
     loop {
-        let waited = if leader {
-            task.wait_alone()?
-        } else {
-            task.wait()?
-        };
-        match waited {
+        match wait_patiently(task, leader)? {
             Waited::Gone(_) => return Ok(None),
             Waited::Stopped(stopped) => match stopped.stop() {
                 Stop::Event(_) => {
@@ -194,6 +200,49 @@ fn wait_interrupted(mut task: Running, leader: bool) -> Result<Option<Stopped>> 
             },
         }
     }
+}
+
+/// A task that waits for what nothing can interrupt comes to no stop: in vfork(2) for its child's
+/// exec, or in I/O that does not end.
+/// The job stands still meanwhile.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Waits for the next stop, but not for ever.
+fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
+    const LONGEST_NAP: Duration = Duration::from_millis(2);
+    let begun = Instant::now();
+    let mut nap = Duration::from_micros(20);
+    loop {
+        task = match task.poll(leader)? {
+            Polled::Came(waited) => return Ok(waited),
+            Polled::Runs(task) => task,
+        };
+        if begun.elapsed() > PATIENCE {
+            return Err(does_not_stop(task.tid()));
+        }
+        std::thread::sleep(nap);
+        nap = (nap * 2).min(LONGEST_NAP);
+    }
+}
+
+fn does_not_stop(tid: Tid) -> Error {
+    let name = tasks::comm(tid).map_or_else(|_| "?".into(), |c| c.to_string());
+    let call = match tasks::syscall(tid) {
+        Ok(tasks::InSyscall::Inside { nr, .. }) => nr,
+        _ => -1,
+    };
+    let vfork = [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&call);
+    let reason = match vfork {
+        true => "waits in vfork for a child that has not executed its program yet",
+        false => {
+            "waits in the kernel for something that cannot be interrupted (a disk, a network file \
+                  system)"
+        }
+    };
+    AttachError::Refused {
+        reason: format!("task {tid} ({name}) {reason}; try again when that is over"),
+    }
+    .into()
 }
 
 fn is_dead(pid: Pid, tid: Tid) -> bool {
@@ -230,28 +279,14 @@ fn explain_refusal(pid: Pid, tid: Tid) -> Error {
                      that user or as root",
                     s.name
                 )
-            } else if yama_scope() >= 1 {
-                format!(
-                    "the Yama setting kernel.yama.ptrace_scope={} forbids attaching to process \
-                     {pid} ({}); start the program with `ckpt run`, or have the setting lowered",
-                    yama_scope(),
-                    s.name
-                )
             } else {
+                let (why, remedy) = refusal::why();
                 format!(
-                    "the kernel does not let you trace process {pid} ({}): it has changed its \
-                     privileges or made itself undumpable; run ckpt as root",
+                    "process {pid} ({}) may not be traced by you: {why}; {remedy}",
                     s.name
                 )
             }
         }
     };
     AttachError::Refused { reason }.into()
-}
-
-fn yama_scope() -> u32 {
-    std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
-        .ok()
-        .and_then(|s| s.trim().parse().ok())
-        .unwrap_or(0)
 }

@@ -7,7 +7,9 @@
 //! * [`remote`]: system calls executed in a stopped task, such that the task survives the
 //!   loss of its tracer at any moment;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
+//! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
+//! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
 //! * [`features`]: what this kernel and this user can do, probed once.
 
 pub mod abi;
@@ -22,8 +24,10 @@ pub mod kcmp;
 pub mod mem;
 pub mod pidfd;
 pub mod proc;
+pub mod refusal;
 pub mod remote;
 pub mod task;
+pub mod unix_diag;
 
 pub use addr::RemoteAddr;
 pub use error::{Error, Result};

@@ -43,6 +43,15 @@ pub enum Waited {
     Gone(i32),
 }
 
+/// What a look at a running task brought.
+#[derive(Debug)]
+pub enum Polled {
+    /// Nothing; it runs.
+    Runs(Running),
+    /// It has stopped or ended.
+    Came(Waited),
+}
+
 /// How a stopped task goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resume {
@@ -119,6 +128,19 @@ impl Running {
         }
     }
 
+    /// Looks whether it has stopped or ended. With `all` the ends of other tasks are taken note of
+    /// as in [`wait_alone`](Self::wait_alone).
+    pub fn poll(self, all: bool) -> Result<Polled> {
+        let which = if all { -1 } else { self.tid.raw() };
+        loop {
+            match wait_with(which, self.tid, libc::WNOHANG)? {
+                None => return Ok(Polled::Runs(self)),
+                Some((tid, waited)) if tid == self.tid => return Ok(Polled::Came(waited)),
+                Some(_) => {}
+            }
+        }
+    }
+
     /// Waits and expects a stop.
     pub fn wait_stopped(self) -> Result<Stopped> {
         let tid = self.tid;
@@ -132,22 +154,32 @@ impl Running {
 /// waitpid(2) for one task or, with -1, for any; ECHILD means that `expected` is gone: it was a
 /// thread that ended, or was swept away by exec.
 fn wait_for(which: i32, expected: Tid) -> Result<(Tid, Waited)> {
+    loop {
+        if let Some(waited) = wait_with(which, expected, 0)? {
+            return Ok(waited);
+        }
+    }
+}
+
+/// The same with options; nothing, with `WNOHANG`, if nothing has come.
+fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Waited)>> {
     let mut status = 0;
     let tid = loop {
         // SAFETY: `status` is a live int.
-        let r = unsafe { libc::waitpid(which, &mut status, libc::__WALL) };
+        let r = unsafe { libc::waitpid(which, &mut status, libc::__WALL | options) };
         match Errno::result(r) {
             Err(Errno::EINTR) => continue,
-            Err(Errno::ECHILD) => return Ok((expected, Waited::Gone(0))),
+            Err(Errno::ECHILD) => return Ok(Some((expected, Waited::Gone(0)))),
             Err(errno) => return Err(Error::from_errno("waitpid", expected, errno)),
+            Ok(0) => return Ok(None),
             Ok(tid) => break Tid(tid),
         }
     };
     if !libc::WIFSTOPPED(status) {
-        return Ok((tid, Waited::Gone(status)));
+        return Ok(Some((tid, Waited::Gone(status))));
     }
     let stop = decode_stop(status);
-    Ok((tid, Waited::Stopped(Stopped { tid, stop })))
+    Ok(Some((tid, Waited::Stopped(Stopped { tid, stop }))))
 }
 
 fn decode_stop(status: i32) -> Stop {

@@ -1,5 +1,7 @@
 //! Descriptors and open file descriptions.
 
+use serde_bytes::ByteBuf;
+
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
 use crate::objects::process::Process;
@@ -28,18 +30,8 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
                     );
                 }
             }
-            Kind::Pipe(pipe) => {
-                let unread = pipe
-                    .unread
-                    .iter()
-                    .fold(0u64, |sum, bytes| sum + bytes.len() as u64);
-                require!(
-                    faults,
-                    unread <= pipe.capacity.into(),
-                    "the pipe in description {number} holds {unread} bytes and has room for {}",
-                    pipe.capacity
-                );
-            }
+            Kind::Pipe(pipe) => contents(number, &pipe.unread, pipe.capacity, faults),
+            Kind::Fifo(fifo) => contents(number, &fifo.unread, fifo.capacity, faults),
             Kind::Terminal(end) => require!(
                 faults,
                 end.terminal < snapshot.terminals.len(),
@@ -55,6 +47,16 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
             _ => {}
         }
     }
+}
+
+/// What is in a pipe or FIFO.
+fn contents(number: usize, unread: &[ByteBuf], capacity: u32, faults: &mut Faults) {
+    let unread = unread.iter().fold(0, |sum, bytes| sum + bytes.len() as u64);
+    require!(
+        faults,
+        unread <= capacity.into(),
+        "the pipe in description {number} holds {unread} bytes and has room for {capacity}"
+    );
 }
 
 /// A process's descriptors.

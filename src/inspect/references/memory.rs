@@ -95,6 +95,9 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
             snapshot.shared_memory.len(),
             *offset,
         ),
+        Backing::SysV {
+            segment, offset, ..
+        } => ("segment", *segment, snapshot.ipc.segments.len(), *offset),
         Backing::Description {
             description,
             offset,
@@ -116,13 +119,22 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
         Backing::SharedMemory { object, .. } => {
             let object = snapshot.shared_memory.get(*object);
             match object {
-                Some(object) if end > round_up(object.size, page) => Err(format!(
+                Some(object) if end > round_up(object.size, page.into()) => Err(format!(
                     "reaches beyond the {} bytes of shared memory {number}",
                     object.size
                 )),
                 _ => Ok(()),
             }
         }
+        Backing::SysV { segment, .. } => match snapshot.ipc.segments.get(*segment) {
+            Some(found) if end > round_up(found.size, found.huge_page_size.max(page.into())) => {
+                Err(format!(
+                    "reaches beyond the {} bytes of segment {number}",
+                    found.size
+                ))
+            }
+            _ => Ok(()),
+        },
         _ => Ok(()),
     }
 }
@@ -162,10 +174,15 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
         .iter()
         .filter_map(|description| match &description.kind {
             Kind::MemFd(memfd) => Some((memfd.contents, memfd.size)),
-            Kind::Regular(file) => Some((file.contents?, file.identity.size)),
+            Kind::Regular(file) => {
+                let saved = file.saved.map(|saved| saved.space);
+                Some((file.contents.or(saved)?, file.identity.size))
+            }
             _ => None,
         });
-    for (space, size) in objects.chain(mapped).chain(open) {
+    let segments = snapshot.ipc.segments.iter();
+    let segments = segments.map(|segment| (segment.contents, segment.size));
+    for (space, size) in objects.chain(mapped).chain(open).chain(segments) {
         // One file may be open several times, and mapped as well.
         match owners.entry(space).or_insert(Owner::Object { size }) {
             Owner::Object { size: largest } => *largest = size.max(*largest),
@@ -188,7 +205,7 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
                     .map_or(0, |(run, _)| run.end(page));
                 require!(
                     faults,
-                    last <= round_up(*size, page),
+                    last <= round_up(*size, page.into()),
                     "the pages of space {space} reach beyond the {size} bytes of what they belong to"
                 );
             }
@@ -236,7 +253,6 @@ fn aligned(address: u64, page: u32) -> bool {
     address.is_multiple_of(u64::from(page))
 }
 
-fn round_up(size: u64, page: u32) -> u64 {
-    size.checked_next_multiple_of(page.into())
-        .unwrap_or(u64::MAX)
+fn round_up(size: u64, page: u64) -> u64 {
+    size.checked_next_multiple_of(page).unwrap_or(u64::MAX)
 }

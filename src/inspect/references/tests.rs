@@ -4,6 +4,7 @@ use crate::objects::SpaceId;
 use crate::objects::files::epoll::{Entry, Epoll};
 use crate::objects::files::{Description, Kind};
 use crate::objects::memory::{Backing, SharedMemory};
+use crate::objects::zombie::Zombie;
 
 /// The one fault of a snapshot that was changed.
 fn fault(change: impl FnOnce(&mut Snapshot)) -> String {
@@ -30,6 +31,52 @@ fn tasks() {
         s.processes[0].threads[0].tid = 60;
     });
     assert!(root.contains("the header says"), "{root}");
+}
+
+/// A child of process 50, forked, that has its pages.
+fn with_child(snapshot: &mut Snapshot) {
+    let mut child = snapshot.processes[0].clone();
+    (child.pid, child.parent, child.forked) = (70, 50, true);
+    child.threads.truncate(1);
+    child.threads[0].tid = 70;
+    child.memory.space = SpaceId(77);
+    child.memory.inherited = vec![(MEMORY, MEMORY + 4096)];
+    snapshot.processes.push(child);
+}
+
+#[test]
+fn trees() {
+    let mut good = snapshot();
+    with_child(&mut good);
+    assert_eq!(check(&good, &good_image()), Vec::<String>::new());
+    let fault_of = |change: fn(&mut Snapshot)| {
+        fault(|s| {
+            with_child(s);
+            change(s);
+        })
+    };
+    let before = fault_of(|s| (s.processes[0].parent, s.processes[1].parent) = (70, 50));
+    assert_eq!(before, "process 50 comes before its parent 70");
+    let alone = fault_of(|s| s.processes[1].parent = 4);
+    assert!(alone.contains("a parent that is not there"), "{alone}");
+    let nowhere = fault_of(|s| s.processes[1].memory.inherited[0].1 += 1 << 30);
+    assert!(nowhere.contains("where it has no memory"), "{nowhere}");
+    let stopped = fault_of(|s| s.processes[1].stopped = Some(libc::SIGHUP));
+    assert!(stopped.contains("stops nobody"), "{stopped}");
+    let zombie = |pid, parent, status| Zombie {
+        pid,
+        parent,
+        group: pid,
+        session: 50,
+        status,
+        name: b"ended".to_vec(),
+    };
+    let taken = fault(|s| s.zombies.push(zombie(51, 50, 0)));
+    assert!(taken.contains("another one's"), "{taken}");
+    let orphan = fault(|s| s.zombies.push(zombie(80, 9, 0)));
+    assert!(orphan.contains("the parent of process 80"), "{orphan}");
+    let status = fault(|s| s.zombies.push(zombie(80, 50, 0x7f)));
+    assert!(status.contains("in no possible way"), "{status}");
 }
 
 #[test]
@@ -153,4 +200,64 @@ fn faults_are_described_up_to_a_bound() {
         faults[MAX_FAULTS],
         format!("and {} more faults", 10_000 - 1 - MAX_FAULTS)
     );
+}
+
+#[test]
+fn objects_of_the_ipc_namespace() {
+    use crate::objects::ipc::undo::Adjustment;
+    use crate::objects::ipc::{Claim, Object, sysv_sem, sysv_shm};
+    let object = Object {
+        id: 7,
+        key: 0,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        creator_uid: 0,
+        creator_gid: 0,
+    };
+    let segment = |size| sysv_shm::Segment {
+        object,
+        size,
+        destroyed: false,
+        locked: false,
+        huge_page_size: 0,
+        contents: SpaceId(2),
+    };
+    let mut good = snapshot();
+    good.ipc.segments.push(segment(5000));
+    let view = |segment| Backing::SysV {
+        segment,
+        offset: 0,
+        writable: true,
+    };
+    let mappings = &mut good.processes[0].memory.mappings;
+    mappings.push(mapping(0x200_0000, 2, view(0)));
+    assert!(check(&good, &image(&[(2, 4096, 1)])).is_empty());
+    assert!(check(&good, &image(&[(2, 8192, 1)]))[0].contains("reach beyond"));
+    good.processes[0].memory.mappings[3].end += 4096;
+    assert!(check(&good, &image(&[]))[0].contains("beyond the 5000 bytes of segment 0"));
+    good.processes[0].memory.mappings[3].backing = view(1);
+    assert!(check(&good, &image(&[]))[0].contains("segment 1, which does not exist"));
+    let empty = fault(|s| s.ipc.segments.push(segment(0)));
+    assert!(empty.contains("impossible size"), "{empty}");
+
+    let set = |value, operators| sysv_sem::Set {
+        object,
+        claim: Claim::Used,
+        values: vec![value],
+        operators,
+    };
+    let high = fault(|s| s.ipc.semaphores.push(set(32768, vec![1])));
+    assert!(high.contains("above 32767"), "{high}");
+    let short = fault(|s| s.ipc.semaphores.push(set(1, Vec::new())));
+    assert!(short.contains("1 values of 0"), "{short}");
+    let adjusts = fault(|s| {
+        s.ipc.semaphores.push(set(1, vec![1]));
+        s.processes[0].semaphore_adjustments.push(Adjustment {
+            set: 0,
+            semaphore: 1,
+            by: 1,
+        });
+    });
+    assert!(adjusts.contains("semaphore 1 of set 0"), "{adjusts}");
 }

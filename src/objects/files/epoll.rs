@@ -80,12 +80,7 @@ pub fn capture_entries(
     Ok(())
 }
 
-fn find(
-    looks: &[Look],
-    set: &Look,
-    target: &EpollTarget,
-    turn: u32,
-) -> Result<Option<usize>> {
+fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
     let mut candidates: Vec<usize> = (0..looks.len())
         .filter(|&i| looks[i].stat.st_ino == target.ino)
         .collect();
@@ -112,10 +107,16 @@ fn find(
 
 impl Epoll {
     /// Adds the entries: each description gets the number that it was added under for a
-    /// moment.
-    pub fn rebuild_entries(&self, at: i32, staging: Staging, plan: &mut Builder) {
-        for entry in &self.entries {
-            let object = || format!("the epoll entry for fd {}", entry.fd);
+    /// moment. Those for which `later` holds are added when their descriptions are right.
+    pub fn rebuild_entries(
+        &self,
+        at: i32,
+        staging: Staging,
+        later: impl Fn(usize) -> bool,
+        plan: &mut Builder,
+    ) {
+        for entry in self.entries.iter().filter(|e| !later(e.description)) {
+            let object = || entry.object();
             let fd = entry.fd as u64;
             let from = staging.of(entry.description) as u64;
             plan.expect(
@@ -124,14 +125,26 @@ impl Epoll {
                 fd,
                 object,
             );
-            // struct epoll_event is packed on x86-64.
-            let mut event = [0; 12];
-            event[..4].copy_from_slice(&entry.events.to_le_bytes());
-            event[4..].copy_from_slice(&entry.data.to_le_bytes());
-            let event = plan.data(&event);
-            let args = [at as u64, libc::EPOLL_CTL_ADD as u64, fd, event];
-            plan.syscall(libc::SYS_epoll_ctl, &args, object);
+            entry.add(at, entry.fd, plan);
             plan.syscall(libc::SYS_close, &[fd], object);
         }
+    }
+}
+
+impl Entry {
+    /// What it is called in messages.
+    pub fn object(&self) -> String {
+        format!("the epoll entry for fd {}", self.fd)
+    }
+
+    /// Adds it to the set `epoll`, as what is open under `fd`.
+    pub fn add(&self, epoll: i32, fd: i32, plan: &mut Builder) {
+        // struct epoll_event is packed on x86-64.
+        let mut event = [0; 12];
+        event[..4].copy_from_slice(&self.events.to_le_bytes());
+        event[4..].copy_from_slice(&self.data.to_le_bytes());
+        let event = plan.data(&event);
+        let args = [epoll as u64, libc::EPOLL_CTL_ADD as u64, fd as u64, event];
+        plan.syscall(libc::SYS_epoll_ctl, &args, || self.object());
     }
 }

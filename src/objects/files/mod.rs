@@ -1,21 +1,30 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
+use std::os::fd::AsRawFd;
+
 use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::fdlink::FdLink;
+use ckpt_tracer::proc::tasks::list_tasks;
+use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
+use super::ipc::mqueue;
+use super::sockets::{self, unix};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::restore::plan::{Builder, Inherited};
 use crate::restore::terminals::Terminals;
 
+pub mod changed;
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
+pub mod fifo;
 pub mod inotify;
 pub mod memfd;
 pub mod outside;
+pub mod pidfd;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
@@ -71,6 +80,8 @@ pub enum Kind {
     Device(device::Device),
     /// One end of a pipe that is wholly inside the job.
     Pipe(pipe::PipeEnd),
+    /// One end of a FIFO that nobody outside the job has open.
+    Fifo(fifo::FifoEnd),
     /// eventfd(2).
     EventFd(eventfd::EventFd),
     /// signalfd(2).
@@ -85,6 +96,12 @@ pub enum Kind {
     Inotify(inotify::Inotify),
     /// A terminal, or the master of one.
     Terminal(terminal::End),
+    /// pidfd_open(2).
+    PidFd(pidfd::PidFd),
+    /// A POSIX message queue, mq_overview(7).
+    MessageQueue(mqueue::MessageQueue),
+    /// A unix domain socket.
+    UnixSocket(unix::UnixSocket),
     /// Something of the surroundings that the restored job gets anew: a pipe with its other end
     /// outside, or a socket.
     Outside(outside::Outside),
@@ -97,14 +114,45 @@ const MQUEUE: i64 = 0x1980_0202;
 /// executed in the processes. Answers one list a process, in the order of `sources`.
 pub fn capture(
     sources: &[&Source],
-    survey: &Survey,
+    survey: &mut Survey,
     terminals: &terminal::Ends,
     collector: &mut Collector,
 ) -> Result<Vec<Vec<FdEntry>>> {
+    for source in sources {
+        let tasks = list_tasks(source.dir.clone()).unwrap_or_default();
+        collector.tasks.extend(tasks.into_iter().map(Tid::raw));
+    }
     let first = collector.descriptions.len();
+    let open = survey.looks.iter().map(|look| sockets::survey::Open {
+        copy: &look.copy,
+        object: look.object(sources[look.process]),
+        directory: sources[look.process].dir.join("cwd"),
+    });
+    let mut found = sockets::survey::survey(&open.collect::<Vec<_>>(), collector.frozen)?;
+    // What is only in flight between sockets has no number in any process but ours.
+    let ourselves = Source::open(Pid(std::process::id() as i32))?;
+    let seen_in_job = survey.looks.len();
+    for copy in &found.in_flight {
+        let look = Look::at(&ourselves, sources.len(), copy.as_raw_fd())?;
+        survey.looks.push(look);
+    }
+    let mut sources = sources.to_vec();
+    sources.push(&ourselves);
     let pipes = pipe::Ends::of(&survey.looks);
-    for look in &survey.looks {
-        match kind(sources[look.process], look, &pipes, terminals, collector) {
+    for (number, look) in survey.looks.iter().enumerate() {
+        let outside = |obstacle: Obstacle| match survey.is_standard(number) {
+            true => Ok(outside::capture(look, outside::Surroundings::Socket)),
+            false => Err(Box::new(obstacle)),
+        };
+        let kind = match found.kind(number, first, outside) {
+            Some(kind) => kind,
+            None => kind(sources[look.process], look, &pipes, terminals, collector),
+        };
+        let kind = match number < seen_in_job {
+            true => kind,
+            false => sockets::may_be_in_flight(kind),
+        };
+        match kind {
             Ok(kind) => collector.descriptions.push(Description {
                 kind,
                 flags: look.info.flags,
@@ -113,8 +161,9 @@ pub fn capture(
             Err(obstacle) => collector.obstacles.push(*obstacle),
         }
     }
+    collector.descriptions.extend(found.ghosts());
     if collector.obstacles.is_empty() {
-        epoll::capture_entries(sources, &survey.looks, first, collector)?;
+        epoll::capture_entries(&sources, &survey.looks, first, collector)?;
     }
     let entries = survey.seen.iter().map(|seen| {
         let entry = |s: &Seen| FdEntry {
@@ -181,14 +230,15 @@ fn kind(
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }
         (FdLink::Socket(_), _) => Err(unsupported(
-            "a socket",
-            "close it before the checkpoint; sockets come later",
+            &sockets::family(&look.copy),
+            "close it before the checkpoint",
         )),
-        (FdLink::File { .. }, _) if sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) => {
-            Err(unsupported(
-                "a POSIX message queue",
-                "close it before the checkpoint",
-            ))
+        (FdLink::File { path, .. }, _)
+            if look.file_type() == libc::S_IFREG
+                && look.info.flags as i32 & libc::O_PATH == 0
+                && sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) =>
+        {
+            mqueue::capture(source, look, path).map(Kind::MessageQueue)
         }
         (FdLink::File { path, deleted }, _) => match look.file_type() {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
@@ -199,7 +249,7 @@ fn kind(
             }
             libc::S_IFCHR if device::is_stateless(look) => Ok(device::capture(look, path)),
             libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
-            libc::S_IFIFO => Ok(outside::capture(look, outside::Surroundings::Pipe)),
+            libc::S_IFIFO => fifo::capture(source, look, path, *deleted, pipes),
             libc::S_IFBLK => Err(unsupported(
                 "a block device",
                 "close it before the checkpoint",
@@ -209,7 +259,10 @@ fn kind(
                 "close it before the checkpoint",
             )),
         },
-        (FdLink::PidFd, _) => Err(unsupported("a pidfd", "close it before the checkpoint")),
+        (FdLink::PidFd, _) => {
+            let is_ours = |task| collector.tasks.contains(&task);
+            pidfd::capture(source, look, is_ours).map(Kind::PidFd)
+        }
         (FdLink::Namespace(..) | FdLink::Other(_), _) => Err(unsupported(
             "a file of an unknown kind",
             "close it before the checkpoint",
@@ -225,6 +278,7 @@ pub struct Staging {
     base: i32,
     descriptions: i32,
     files: i32,
+    terminals: i32,
 }
 
 impl Staging {
@@ -241,6 +295,7 @@ impl Staging {
             base: highest + 8,
             descriptions: snapshot.descriptions.len() as i32,
             files: snapshot.mapped_files.len() as i32,
+            terminals: snapshot.terminals.len() as i32,
         }
     }
 
@@ -265,6 +320,11 @@ impl Staging {
         self.base + self.descriptions + 3 * self.files + terminal as i32
     }
 
+    /// Further numbers, for what the plan needs only while it runs.
+    pub fn spare(self, number: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + self.terminals + number as i32
+    }
+
     /// The first number used; none of the job's is as high.
     pub fn first(self) -> i32 {
         self.base
@@ -274,7 +334,9 @@ impl Staging {
 /// Flags that open(2) takes again; creation flags do not belong to an open description.
 fn reopen_flags(flags: u32) -> u32 {
     let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
-    let tmpfile = libc::O_TMPFILE & !libc::O_DIRECTORY;
+    // O_TMPFILE has the bit of O_DIRECTORY in it.
+    let tmpfile = flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE;
+    let tmpfile = if tmpfile { libc::O_TMPFILE } else { 0 };
     (flags & !(not | tmpfile) as u32) | libc::O_NOCTTY as u32
 }
 
@@ -287,22 +349,37 @@ pub fn open_descriptions(
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
     let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, request).collect();
+    let written = changed::Written::by(snapshot);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
-        if let Some(path) = replaced(index, snapshot, request) {
+        if let Kind::UnixSocket(socket) = &description.kind {
+            if let Some(path) = named(index, snapshot, request) {
+                obstacles.push(socket.not_replaceable(path));
+            }
+            if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
+                obstacles.extend(more);
+            }
+            continue;
+        }
+        if let Some(path) = named(index, snapshot, request) {
             plan.inherit(at, Inherited::Named(path.clone(), flags));
             continue;
         }
         match &description.kind {
             Kind::Regular(r) => {
-                if let Err(o) = r.rebuild(index, flags, at, request, plan) {
+                if let Err(o) = r.rebuild(index, flags, at, (&written, request.files), plan) {
                     obstacles.push(*o);
                 }
             }
             Kind::Device(d) => d.rebuild(reopen_flags(flags), at, plan),
             // Made with the first of its ends.
-            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, staging, plan),
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, request, staging, plan),
+            Kind::Fifo(f) => {
+                if let Err(o) = fifo::rebuild(f, index, snapshot, request, staging, plan) {
+                    obstacles.push(*o);
+                }
+            }
             Kind::EventFd(e) => e.rebuild(flags, at, plan),
             Kind::SignalFd(s) => s.rebuild(flags, at, plan),
             Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
@@ -316,6 +393,9 @@ pub fn open_descriptions(
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
             },
+            Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
+            Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
+            Kind::UnixSocket(_) => {}
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -330,7 +410,7 @@ pub fn open_descriptions(
 }
 
 /// What `--fd N=PATH` says for a description, by any of its numbers.
-pub fn replaced<'a>(
+pub(crate) fn named<'a>(
     description: usize,
     snapshot: &Snapshot,
     request: &'a crate::restore::Request<'_>,
@@ -375,10 +455,11 @@ pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String
 
 /// With every description open: what refers to other descriptions, then flags and locks.
 pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    sockets::rebuild::finish(snapshot, staging, plan);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
-            set.rebuild_entries(at, staging, plan);
+            set.rebuild_entries(at, staging, |d| pidfd::is_late(d, snapshot), plan);
         }
         rebuild_status(description, at, plan);
         match &description.kind {
@@ -513,6 +594,7 @@ impl Kind {
             Kind::Regular(r) => r.path.display().to_string(),
             Kind::Device(d) => d.path.display().to_string(),
             Kind::Pipe(p) => format!("pipe:[{}]", p.inode),
+            Kind::Fifo(f) => f.path.display().to_string(),
             Kind::EventFd(_) => "eventfd".into(),
             Kind::SignalFd(_) => "signalfd".into(),
             Kind::TimerFd(_) => "timerfd".into(),
@@ -520,6 +602,9 @@ impl Kind {
             Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
             Kind::Terminal(t) => t.name.clone(),
+            Kind::PidFd(_) => "pidfd".into(),
+            Kind::MessageQueue(q) => q.title(),
+            Kind::UnixSocket(s) => s.label(),
             Kind::Outside(o) => o.name.clone(),
         }
     }

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use ckpt_tracer::proc::fdlink::FdLink;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -14,6 +13,7 @@ use super::{Kind, Look, Staging, outside, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::restore::Request;
 use crate::restore::plan::Builder;
 
 /// One end.
@@ -28,36 +28,69 @@ pub struct PipeEnd {
     pub unread: Vec<ByteBuf>,
 }
 
-/// Which ends of which pipes the process holds.
+/// Which ends of which pipes and FIFOs the job holds.
 pub struct Ends {
-    /// By inode: a read end's and a write end's index among the looks.
-    ends: HashMap<u64, (bool, bool)>,
+    /// By device and inode: whether there is a read end, and a write end.
+    ends: HashMap<(u64, u64), (bool, bool)>,
 }
 
 impl Ends {
     /// From all descriptors of the job.
     pub fn of(looks: &[Look]) -> Self {
-        let mut ends: HashMap<u64, (bool, bool)> = HashMap::new();
-        for look in looks {
-            if let FdLink::Pipe(inode) = look.link {
-                let (read, write) = ends.entry(inode).or_default();
-                *read |= look.access() != libc::O_WRONLY;
-                *write |= look.access() != libc::O_RDONLY;
-            }
+        let mut ends: HashMap<(u64, u64), (bool, bool)> = HashMap::new();
+        let is_pipe = |look: &&Look| {
+            look.stat.st_mode & libc::S_IFMT == libc::S_IFIFO
+                && look.info.flags as i32 & libc::O_PATH == 0
+        };
+        for look in looks.iter().filter(is_pipe) {
+            let key = (look.stat.st_dev, look.stat.st_ino);
+            let (read, write) = ends.entry(key).or_default();
+            *read |= look.access() != libc::O_WRONLY;
+            *write |= look.access() != libc::O_RDONLY;
         }
         Self { ends }
     }
 
-    /// Whether nobody outside the job can be at the other end: the job holds both, or the
-    /// other one is closed for good.
-    fn inside(&self, inode: u64, look: &Look) -> bool {
-        match self.ends.get(&inode) {
-            Some((true, true)) => true,
-            Some((true, false)) => sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0,
-            Some((false, true)) => sys::poll_now(&look.copy, libc::POLLOUT) & libc::POLLERR != 0,
-            _ => false,
+    fn of_pipe(&self, look: &Look) -> (bool, bool) {
+        let key = (look.stat.st_dev, look.stat.st_ino);
+        self.ends.get(&key).copied().unwrap_or_default()
+    }
+
+    /// Whether the job holds a read end of it.
+    pub fn has_reader(&self, look: &Look) -> bool {
+        self.of_pipe(look).0
+    }
+
+    /// Whether the job holds a write end of it.
+    pub fn has_writer(&self, look: &Look) -> bool {
+        self.of_pipe(look).1
+    }
+
+    /// Whether nobody outside the job can be at the other end: the job holds both, or nobody
+    /// holds the other one.
+    pub fn inside(&self, look: &Look) -> bool {
+        match self.of_pipe(look) {
+            (true, true) => true,
+            (true, false) => !has_writer(look),
+            (false, true) => sys::poll_now(&look.copy, libc::POLLOUT) & libc::POLLERR != 0,
+            (false, false) => false,
         }
     }
+}
+
+/// Whether anybody can write into what this read end reads. poll(2) tells when they have all
+/// gone, but not, for a FIFO, when none has ever come; tee(2) from an empty one then answers that
+/// there is nothing to wait for (`ipipe_prep`, fs/splice.c).
+fn has_writer(look: &Look) -> bool {
+    if sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0 {
+        return false;
+    }
+    let empty = sys::unread(&look.copy) == 0;
+    let none = || {
+        let (_read, write) = sys::pipe(4096)?;
+        sys::tee(&look.copy, &write, 1)
+    };
+    !(empty && none() == Ok(0))
 }
 
 /// Captures one end; what is in the pipe is copied without being consumed.
@@ -67,10 +100,7 @@ pub fn capture(
     ends: &Ends,
     frozen: bool,
 ) -> Result<Kind, Box<Obstacle>> {
-    let FdLink::Pipe(inode) = look.link else {
-        return Ok(outside::capture(look, outside::Surroundings::Pipe));
-    };
-    if !ends.inside(inode, look) {
+    if !ends.inside(look) {
         return Ok(outside::capture(look, outside::Surroundings::Pipe));
     }
     let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
@@ -87,13 +117,14 @@ pub fn capture(
         })?;
     }
     Ok(Kind::Pipe(PipeEnd {
-        inode,
+        inode: look.stat.st_ino,
         capacity: capacity as u32,
         unread,
     }))
 }
 
-fn contents(look: &Look, capacity: i32) -> Result<Vec<ByteBuf>, Errno> {
+/// What is in a pipe, copied without being consumed.
+pub fn contents(look: &Look, capacity: i32) -> Result<Vec<ByteBuf>, Errno> {
     let unread = sys::unread(&look.copy);
     if unread == 0 {
         return Ok(Vec::new());
@@ -121,6 +152,7 @@ pub fn rebuild(
     end: &PipeEnd,
     index: usize,
     snapshot: &Snapshot,
+    request: &Request<'_>,
     staging: Staging,
     plan: &mut Builder,
 ) {
@@ -133,6 +165,7 @@ pub fn rebuild(
             Kind::Pipe(p) if p.inode == end.inode => Some((i, d.flags, p)),
             _ => None,
         })
+        .filter(|(i, ..)| super::named(*i, snapshot, request).is_none())
         .collect();
     if ends.first().map(|(i, ..)| *i) != Some(index) {
         return;

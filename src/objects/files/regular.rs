@@ -1,5 +1,6 @@
 //! Regular files, directories and `O_PATH` handles.
 
+use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -7,13 +8,14 @@ use std::path::{Path, PathBuf};
 use ckpt_tracer::proc::fdinfo::LockLine;
 use serde::{Deserialize, Serialize};
 
+use super::changed::{self, Written};
 use super::{Kind, Look};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
-use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
+use crate::objects::{Snapshot, SpaceId};
+use crate::restore::FilesPolicy;
 use crate::restore::plan::{Builder, Inherited};
-use crate::restore::{FilesPolicy, Request};
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,14 +28,26 @@ pub struct Regular {
     pub offset: u64,
     /// Its contents in the image, where no name leads to it any more.
     pub contents: Option<SpaceId>,
+    /// Its contents in the image, as `--save-files` asked for.
+    #[serde(default)]
+    pub saved: Option<Saved>,
     /// Locks held through this description.
     pub locks: Vec<Lock>,
+}
+
+/// A named file that can be put back as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Its contents in the image.
+    pub space: SpaceId,
+    /// Its owner, and its owner's group.
+    pub owner: (u32, u32),
 }
 
 /// A file lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lock {
-    /// flock(2), POSIX or OFD (fcntl(2)).
+    /// flock(2), POSIX or OFD lock (fcntl(2)), or a lease.
     pub kind: LockKind,
     /// For writing.
     pub exclusive: bool,
@@ -52,6 +66,8 @@ pub enum LockKind {
     Posix,
     /// `F_OFD_SETLK`.
     Ofd,
+    /// `F_SETLEASE`.
+    Lease,
 }
 
 /// Captures a file, a directory or an `O_PATH` handle.
@@ -80,6 +96,12 @@ pub fn capture(
         let kind = match lock.kind.as_str() {
             "FLOCK" => LockKind::Flock,
             "OFDLCK" => LockKind::Ofd,
+            "LEASE" if lock.mode == "ACTIVE" => LockKind::Lease,
+            "LEASE" => {
+                let name = path.display();
+                let reason = format!("({name}) holds a lease that another process breaks");
+                return refuse(reason, "try again in a moment");
+            }
             other => {
                 let reason = format!(
                     "({}) holds a {other}, which is not supported",
@@ -100,10 +122,17 @@ pub fn capture(
                 let reason = format!("is a directory that was deleted ({})", path.display());
                 return refuse(reason, "close it before the checkpoint");
             }
+            None if file.metadata().is_ok_and(|m| m.nlink() > 0) => {
+                let reason = format!(
+                    "has lost the name by which it was opened ({}), and the one that it still has \
+                     was not found",
+                    path.display()
+                );
+                return refuse(reason, "move it to that directory, or close it");
+            }
             None => {
-                let size = identity.size;
-                let readable = match readable(source, look) {
-                    Ok(readable) => readable,
+                contents = match contents_of(source, look, &identity, collector) {
+                    Ok(space) => Some(space),
                     Err(e) => {
                         let reason = format!(
                             "is a deleted file ({}) that cannot be read: {e}",
@@ -112,29 +141,55 @@ pub fn capture(
                         return refuse(reason, "close it before the checkpoint");
                     }
                 };
-                let known = collector.descriptions.iter().find_map(|d| match &d.kind {
-                    Kind::Regular(r)
-                        if r.contents.is_some()
-                            && r.identity.inode == identity.inode
-                            && r.identity.device == identity.device =>
-                    {
-                        r.contents
-                    }
-                    _ => None,
-                });
-                contents = Some(
-                    known.unwrap_or_else(|| collector.space_for(Contents::File(readable, size))),
-                );
             }
         }
+    }
+    let mut saved = None;
+    let is_file = identity.mode & libc::S_IFMT == libc::S_IFREG;
+    if is_file && collector.save_files.wants(&path) && contents.is_none() {
+        saved = match contents_of(source, look, &identity, collector) {
+            Ok(space) => Some(Saved {
+                space,
+                owner: (look.stat.st_uid, look.stat.st_gid),
+            }),
+            Err(e) => {
+                let reason = format!("({}) cannot be read to be saved: {e}", path.display());
+                return refuse(reason, "make it readable, or leave it out of --save-files");
+            }
+        };
     }
     Ok(Regular {
         path,
         identity,
         offset: look.info.pos,
         contents,
+        saved,
         locks,
     })
+}
+
+/// Has the file's contents stored, once for all descriptions of it.
+fn contents_of(
+    source: &Source,
+    look: &Look,
+    identity: &FileIdentity,
+    collector: &mut Collector,
+) -> std::io::Result<SpaceId> {
+    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
+        Kind::Regular(r)
+            if r.identity.inode == identity.inode && r.identity.device == identity.device =>
+        {
+            r.contents.or(r.saved.map(|saved| saved.space))
+        }
+        _ => None,
+    });
+    match known {
+        Some(space) => Ok(space),
+        None => {
+            let file = readable(source, look)?;
+            Ok(collector.space_for(Contents::File(file, identity.size)))
+        }
+    }
 }
 
 /// A descriptor of ours that reads the file: the job's may be write-only.
@@ -142,25 +197,66 @@ fn readable(source: &Source, look: &Look) -> std::io::Result<File> {
     File::open(source.dir.join(format!("fd/{}", look.fd)))
 }
 
-/// Looks for another name of a file that was unlinked under the one it was opened by, among
-/// its former neighbours.
-fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
+/// How many names are looked at for that of a file that has another one.
+const NAMES: usize = 10_000;
+
+/// Looks for another name of a file that was unlinked under the one it was opened by: among its
+/// former neighbours, then in the directories below them. So is found what was made by `O_TMPFILE`
+/// and got a name later.
+pub(super) fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
     let meta = file.metadata().ok()?;
     if meta.nlink() == 0 {
         return None;
     }
     let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (meta.dev(), meta.ino());
-    std::fs::read_dir(path.parent()?)
-        .ok()?
-        .flatten()
-        .find_map(|entry| {
-            (entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)))
-                .then(|| entry.path())
-        })
+    let mut left = NAMES;
+    let mut directories = VecDeque::from([path.parent()?.to_owned()]);
+    while let Some(directory) = directories.pop_front() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)) {
+                return Some(entry.path());
+            }
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                directories.push_back(entry.path());
+            }
+            left = left.checked_sub(1)?;
+        }
+    }
+    None
+}
+
+/// Takes the leases, each in the first process that has the description, under its lowest number
+/// there: a break tells that number. Any open of the file would break the lease, so this comes when
+/// every process has opened and mapped what it has.
+pub fn rebuild_leases(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
+    let Some((process, before)) = snapshot.processes[..=index].split_last() else {
+        return;
+    };
+    let before = before.iter().flat_map(|p| &p.fds);
+    let mut done: HashSet<usize> = before.map(|e| e.description).collect();
+    for entry in &process.fds {
+        let Kind::Regular(file) = &snapshot.descriptions[entry.description].kind else {
+            continue;
+        };
+        if !done.insert(entry.description) {
+            continue;
+        }
+        for lease in file.locks.iter().filter(|l| l.kind == LockKind::Lease) {
+            let how = if lease.exclusive {
+                libc::F_WRLCK
+            } else {
+                libc::F_RDLCK
+            };
+            let args = [entry.fd as u64, libc::F_SETLEASE as u64, how as u64];
+            let object = || format!("the lease on {}", file.path.display());
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
+    }
 }
 
 impl Regular {
-    fn object(&self) -> String {
+    /// For messages.
+    pub fn object(&self) -> String {
         format!("the open file {}", self.path.display())
     }
 
@@ -170,14 +266,17 @@ impl Regular {
         index: usize,
         flags: u32,
         at: i32,
-        request: &Request<'_>,
+        checks: (&Written, FilesPolicy),
         plan: &mut Builder,
     ) -> Result<(), Box<Obstacle>> {
         let object = || self.object();
         if self.contents.is_some() {
             plan.inherit(at, Inherited::DeletedFile(index));
         } else {
-            self.check(request)?;
+            // What is put back is what it was.
+            if self.saved.is_none() {
+                changed::check(self, flags, checks.0, checks.1)?;
+            }
             let path = plan.path(&self.path);
             let args = [
                 libc::AT_FDCWD as u64,
@@ -195,42 +294,8 @@ impl Regular {
         Ok(())
     }
 
-    fn check(&self, request: &Request<'_>) -> Result<(), Box<Obstacle>> {
-        let refuse = |reason: String, remedy: &str| {
-            Err(Box::new(Obstacle::new(self.object(), reason, remedy)))
-        };
-        let meta = match std::fs::symlink_metadata(&self.path) {
-            Ok(meta) if meta.is_symlink() && !self.is(libc::S_IFLNK) => {
-                std::fs::metadata(&self.path)
-            }
-            other => other,
-        };
-        let meta = match meta {
-            Ok(meta) => meta,
-            Err(e) => return refuse(format!("cannot be opened: {e}"), "put it back in its place"),
-        };
-        if request.files == FilesPolicy::Adopt || !self.is(libc::S_IFREG) {
-            return Ok(());
-        }
-        let adopt = "put the old one back, or take what is there with --files adopt";
-        if meta.ino() != self.identity.inode {
-            return refuse(
-                "was replaced by another file since the checkpoint".into(),
-                adopt,
-            );
-        }
-        if meta.len() < self.identity.size {
-            let reason = format!(
-                "has shrunk from {} to {} bytes since the checkpoint",
-                self.identity.size,
-                meta.len()
-            );
-            return refuse(reason, adopt);
-        }
-        Ok(())
-    }
-
-    fn is(&self, kind: u32) -> bool {
+    /// Whether it is a file of that type (`S_IFREG` …).
+    pub fn is(&self, kind: u32) -> bool {
         self.identity.mode & libc::S_IFMT == kind
     }
 
@@ -253,7 +318,7 @@ impl Regular {
                     let args = [at as u64, libc::F_OFD_SETLK as u64, data];
                     plan.syscall(libc::SYS_fcntl, &args, object);
                 }
-                LockKind::Posix => {}
+                LockKind::Posix | LockKind::Lease => {}
             }
         }
     }

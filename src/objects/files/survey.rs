@@ -89,6 +89,12 @@ impl Survey {
         Ok(survey)
     }
 
+    /// Whether any process has it as descriptor 0, 1 or 2.
+    pub fn is_standard(&self, look: usize) -> bool {
+        let mut seen = self.seen.iter().flatten();
+        seen.any(|s| s.look == look && s.fd <= 2)
+    }
+
     fn enter(&mut self, mut look: Look, alike: &mut HashMap<Alike, Vec<usize>>) -> Result<Seen> {
         let (posix, others) = std::mem::take(&mut look.info.locks)
             .into_iter()
@@ -115,11 +121,7 @@ impl Survey {
         while low < high {
             let middle = low + (high - low) / 2;
             let other = &self.looks[candidates[middle]];
-            match kcmp(
-                look.leader,
-                other.leader,
-                KcmpType::File(look.fd, other.fd),
-            ) {
+            match kcmp(look.leader, other.leader, KcmpType::File(look.fd, other.fd)) {
                 Ok(Ordering::Equal) => {
                     seen.look = candidates[middle];
                     return Ok(seen);
@@ -136,7 +138,7 @@ impl Survey {
 }
 
 impl Look {
-    fn at(source: &Source, process: usize, fd: i32) -> Result<Self> {
+    pub(super) fn at(source: &Source, process: usize, fd: i32) -> Result<Self> {
         let copy = source.pidfd.get_fd(fd)?;
         let stat = sys::fstat(&copy).map_err(|errno| Error::Kernel {
             call: "fstat",

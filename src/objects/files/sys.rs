@@ -51,6 +51,16 @@ pub fn unread(fd: &OwnedFd) -> usize {
     if r == 0 { n.max(0) as usize } else { 0 }
 }
 
+/// access(2) for creating names in a directory.
+pub fn may_write(directory: &std::path::Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let Ok(path) = std::ffi::CString::new(directory.as_os_str().as_bytes()) else {
+        return false;
+    };
+    // SAFETY: `path` is a C string.
+    unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) == 0 }
+}
+
 /// poll(2) without waiting: the events that hold now.
 pub fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
     let mut p = libc::pollfd {
@@ -130,4 +140,72 @@ pub fn count_expirations(timer: &OwnedFd) {
     let mut value: libc::itimerspec = unsafe { std::mem::zeroed() };
     // SAFETY: `value` is live and of the size that the kernel writes.
     unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &mut value) };
+}
+
+/// `PIDFD_GET_INFO` into a `struct pidfd_info` of the first version.
+pub fn pidfd_info(fd: i32, info: &mut [u8; 64]) -> Result<(), Errno> {
+    /// `_IOWR(0xff, 11, struct pidfd_info)` with that version's size.
+    const PIDFD_GET_INFO: u64 = 0xc040_ff0b;
+    // SAFETY: the request holds the size that the kernel reads and writes.
+    let r = unsafe { libc::ioctl(fd, PIDFD_GET_INFO, info.as_mut_ptr()) };
+    Errno::result(r).map(drop)
+}
+
+/// A pidfd of a child of ours that has ended with this wait status and has been waited for.
+pub fn pidfd_of_nobody(status: i32, flags: u32) -> Result<OwnedFd, Errno> {
+    use std::os::fd::FromRawFd;
+    // The child waits for its end: where SIGCHLD is ignored its pid is free as soon as it ends.
+    let (wait, go) = pipe(4096)?;
+    // SAFETY: the child makes only system calls, and never returns from here.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        // SAFETY: as above.
+        unsafe {
+            libc::close(go.as_raw_fd());
+            poll_forever(wait.as_raw_fd());
+            end_with(status)
+        }
+    }
+    Errno::result(pid)?;
+    // SAFETY: a call without pointers; the child still runs, so the pid is its own.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) };
+    let fd = Errno::result(fd);
+    drop(go);
+    // SAFETY: the status is not asked for.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd? as i32) })
+}
+
+/// Waits until every writer of a pipe has gone.
+fn poll_forever(fd: i32) {
+    let mut p = libc::pollfd {
+        fd,
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one live entry.
+    while unsafe { libc::poll(&mut p, 1, -1) } < 1 {}
+}
+
+/// SAFETY: only to be called in the child of a fork; makes only system calls.
+unsafe fn end_with(status: i32) -> ! {
+    // SAFETY: as the function's.
+    unsafe {
+        let signal = status & 0x7f;
+        if signal != 0 {
+            let none = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // No core file beside that of the one that it stands for.
+            libc::setrlimit(libc::RLIMIT_CORE, &none);
+            let (default, mask) = ([0u64; 4], 0u64);
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8);
+            let set = libc::SIG_SETMASK;
+            libc::syscall(libc::SYS_rt_sigprocmask, set, &raw const mask, 0, 8);
+            libc::syscall(libc::SYS_kill, libc::syscall(libc::SYS_getpid), signal);
+        }
+        libc::_exit(status >> 8 & 0xff)
+    }
 }

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
+use crate::objects::ipc::sysv_shm;
 use crate::objects::{SpaceId, files};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
@@ -171,12 +172,21 @@ fn backing(
         VmaName::File { path, .. } => Some(path.as_path()),
         _ => None,
     };
+    if sysv_shm::is_segment(vma) {
+        let contents = || contents_of(source, vma, all, false).0;
+        return Ok(sysv_shm::mapping(vma, contents, collector));
+    }
     if vma.flags.contains(VmFlags::HUGETLB) && !path.is_some_and(is_memfd) {
         let ours = path.is_some_and(|p| p == Path::new("/anon_hugepage"));
         return match (ours, vma.shared) {
             (true, false) => Ok(Backing::AnonymousHuge {
                 page_size: vma.kernel_page_size,
             }),
+            (true, true) if seen_twice(vma, all) => Err(refuse(
+                "is shared memory of huge pages that is mapped twice,",
+                "which is not supported",
+                None,
+            )),
             (true, true) => Ok(shared_memory(source, vma, all, collector)),
             (false, _) => Err(refuse(
                 "is a hugetlbfs file,",
@@ -198,7 +208,7 @@ fn backing(
         let remedy = "let the program end its asynchronous I/O (io_destroy) before the checkpoint";
         return Err(refuse(
             "is the ring of an AIO context,",
-            "not supported yet",
+            "which is not supported: the kernel shows nobody its requests in flight",
             Some(remedy),
         ));
     }
@@ -209,13 +219,6 @@ fn backing(
             offset: vma.offset,
             private: !vma.shared,
         });
-    }
-    if path.starts_with("/SYSV00000000") || path.to_string_lossy().starts_with("/SYSV") {
-        return Err(refuse(
-            "is System V shared memory,",
-            "which is not supported yet",
-            None,
-        ));
     }
     if vma.flags.contains(VmFlags::PFN_MAP) || vma.flags.contains(VmFlags::IO) {
         let what = format!("is memory of the device {},", path.display());
@@ -237,6 +240,17 @@ fn backing(
             file,
             offset: vma.offset,
         }
+    })
+}
+
+/// Whether another mapping of the process shows pages of the same object.
+fn seen_twice(vma: &Vma, all: &[Vma]) -> bool {
+    let end = |v: &Vma| v.offset + (v.end - v.start);
+    all.iter().any(|v| {
+        v.start != vma.start
+            && (v.dev, v.inode) == (vma.dev, vma.inode)
+            && v.offset < end(vma)
+            && vma.offset < end(v)
     })
 }
 
@@ -287,7 +301,13 @@ fn contents_of(source: &Source, vma: &Vma, all: &[Vma], private: bool) -> (Conte
 
 /// Where an object can only be read through mappings: what this process shows of it and no
 /// process before did.
-fn add_views(space: SpaceId, source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> u64 {
+fn add_views(
+    space: SpaceId,
+    source: &Source,
+    vma: &Vma,
+    all: &[Vma],
+    collector: &mut Collector,
+) -> u64 {
     let contents = collector.contents.iter_mut().find(|(s, _)| *s == space);
     let Some((_, Contents::Memory(known))) = contents else {
         return 0;
@@ -370,6 +390,23 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
     })
 }
 
+/// The file behind a mapping, if a descriptor leads to it.
+fn open_file<'a>(
+    path: &Path,
+    vma: &Vma,
+    collector: &'a Collector,
+) -> Option<&'a files::regular::Regular> {
+    collector.descriptions.iter().find_map(|d| match &d.kind {
+        files::Kind::Regular(r)
+            if r.identity.inode == vma.inode
+                && (r.identity.device == vma.dev || r.path == path) =>
+        {
+            Some(r)
+        }
+        _ => None,
+    })
+}
+
 fn mapped_file(
     source: &Source,
     vma: &Vma,
@@ -387,6 +424,14 @@ fn mapped_file(
                 contents: None,
             };
         }
+        // One that is open as well must stay one file with what its descriptors lead to.
+        if let Some(open) = open_file(path, vma, collector) {
+            return MappedFile {
+                path: open.path.clone(),
+                identity: open.identity.clone(),
+                contents: open.contents,
+            };
+        }
         // No name leads to it any more: it goes into the image as a whole.
         // A shared view shows the file itself, a private one possibly the process's own pages.
         let shared = all
@@ -395,7 +440,7 @@ fn mapped_file(
         let (contents, size) = contents_of(source, vma, all, !shared);
         let identity = match &contents {
             Contents::File(file, _) => file.metadata().ok().map(|m| FileIdentity::of(&m)),
-            Contents::Memory(_) => None,
+            Contents::Memory(_) | Contents::Segment(..) => None,
         };
         let identity = identity.unwrap_or(FileIdentity {
             device: vma.dev,
@@ -404,6 +449,7 @@ fn mapped_file(
             size,
             modified_ns: 0,
             build_id: None,
+            created_ns: None,
         });
         let contents = Some(collector.space_for(contents));
         MappedFile {

@@ -23,7 +23,19 @@ impl FileIdentity {
             size: meta.len(),
             modified_ns: meta.mtime() * 1_000_000_000 + meta.mtime_nsec(),
             build_id: None,
+            created_ns: meta.created().ok().and_then(|time| {
+                let since = time.duration_since(std::time::UNIX_EPOCH).ok()?;
+                i64::try_from(since.as_nanos()).ok()
+            }),
         }
+    }
+
+    /// Whether both are of one file, whatever has been written to it. Inode numbers are given out
+    /// again at once by some file systems, so the time of creation counts too.
+    pub fn is_same_file(&self, other: &Self) -> bool {
+        let (mine, theirs) = (self.created_ns, other.created_ns);
+        let created_together = mine.is_none() || theirs.is_none() || mine == theirs;
+        self.inode == other.inode && created_together
     }
 
     /// Reads the build id of an ELF file; leaves the identity alone for other files.
@@ -76,8 +88,8 @@ pub fn check_file(
     };
     let now = FileIdentity::of(&meta);
     let was = &file.identity;
-    let same_inode = shared_only && now.inode == was.inode && now.size >= was.size;
-    if same_inode
+    let same_file = shared_only && now.is_same_file(was) && now.size >= was.size;
+    if same_file
         || (now.size, now.modified_ns) == (was.size, was.modified_ns)
         || request.files == FilesPolicy::Adopt
         || (was.build_id.is_some() && build_id(&file.path) == was.build_id)

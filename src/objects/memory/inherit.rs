@@ -53,8 +53,9 @@ fn same_object(p: &Mapping, m: &Mapping) -> bool {
         && origin(p) == origin(m)
         && p.flags.intersection(FIXED) == m.flags.intersection(FIXED)
         && p.protection_key == m.protection_key
-        // Not there in a child, or there without its contents.
-        && !p.flags.intersects(MappingFlags::SEALED)
+        && !p.flags.contains(MappingFlags::SEALED)
+        // Attached by shmat(2), which says who has it attached.
+        && !matches!(m.backing, Backing::SysV { .. })
 }
 
 /// The offset into what is behind the mapping; none where there is no such thing.
@@ -64,7 +65,10 @@ fn offset(backing: &Backing) -> Option<u64> {
         | Backing::SharedFile { offset, .. }
         | Backing::SharedMemory { offset, .. }
         | Backing::Description { offset, .. } => Some(offset),
-        Backing::Anonymous | Backing::AnonymousHuge { .. } | Backing::Kernel(_) => None,
+        Backing::Anonymous
+        | Backing::AnonymousHuge { .. }
+        | Backing::SysV { .. }
+        | Backing::Kernel(_) => None,
     }
 }
 
@@ -75,7 +79,10 @@ fn with_offset(backing: &Backing, to: u64) -> Backing {
         | Backing::SharedFile { offset, .. }
         | Backing::SharedMemory { offset, .. }
         | Backing::Description { offset, .. } => *offset = to,
-        Backing::Anonymous | Backing::AnonymousHuge { .. } | Backing::Kernel(_) => {}
+        Backing::Anonymous
+        | Backing::AnonymousHuge { .. }
+        | Backing::SysV { .. }
+        | Backing::Kernel(_) => {}
     }
     backing
 }
@@ -199,6 +206,9 @@ mod tests {
         assert_eq!(intersect(&a, &b), [(5, 10), (20, 25), (28, 29), (45, 50)]);
         assert_eq!(subtract(&a, &[]), a);
         assert_eq!(intersect(&a, &[]), []);
-        assert_eq!(join(vec![(20, 30), (0, 5), (5, 9), (25, 40)]), [(0, 9), (20, 40)]);
+        assert_eq!(
+            join(vec![(20, 30), (0, 5), (5, 9), (25, 40)]),
+            [(0, 9), (20, 40)]
+        );
     }
 }

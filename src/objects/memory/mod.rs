@@ -73,6 +73,15 @@ pub enum Backing {
         /// Bytes.
         offset: u64,
     },
+    /// Attached System V shared memory.
+    SysV {
+        /// Index in the snapshot's segments.
+        segment: usize,
+        /// Bytes.
+        offset: u64,
+        /// Attached for writing too.
+        writable: bool,
+    },
     /// A memfd or another file that the job holds open, shared: an open file description.
     Description {
         /// Index in the snapshot's descriptions.
@@ -163,6 +172,9 @@ pub struct FileIdentity {
     pub modified_ns: i64,
     /// The build id of an ELF file.
     pub build_id: Option<Vec<u8>>,
+    /// When it was made, nanoseconds since 1970, where the file system knows.
+    #[serde(default)]
+    pub created_ns: Option<i64>,
 }
 
 /// Shared anonymous memory (`MAP_SHARED | MAP_ANONYMOUS`).

@@ -241,7 +241,8 @@ pub fn map_all(
                 };
                 m.map(how, staging.of(*description).into(), *offset, plan);
             }
-            Backing::SharedMemory { .. } | Backing::Kernel(_) => {}
+            // Segments are attached by a call of their own.
+            Backing::SharedMemory { .. } | Backing::SysV { .. } | Backing::Kernel(_) => {}
         }
     }
     close_open(&mut open, plan);
@@ -327,6 +328,7 @@ fn close_open(open: &mut Option<(usize, bool)>, plan: &mut Builder) {
 /// Shared memory, filled, into its places.
 pub fn place_shared(
     mappings: &[Mapping],
+    objects: &[SharedMemory],
     shared_at: &SharedAt,
     forked: Forked<'_>,
     plan: &mut Builder,
@@ -344,9 +346,12 @@ pub fn place_shared(
             let Backing::SharedMemory { offset, .. } = part.backing else {
                 continue;
             };
-            // An old length of 0 makes another view of shared pages (mremap(2)).
+            // An old length of 0 makes another view of shared pages (mremap(2)). Huge pages can only
+            // be moved (`resize_is_valid`, mm/mremap.c), which serves for one view.
+            let moved = objects[object].huge_page_size != 0;
+            let old = if moved { part.len() } else { 0 };
             let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-            let args = [at + offset, 0, part.len(), flags, part.start];
+            let args = [at + offset, old, part.len(), flags, part.start];
             plan.expect(libc::SYS_mremap, &args, part.start, || part.object());
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{CAP_SYS_PTRACE, KernelFeatures};
 
-/// One row for `ckpt doctor` and the like.
+/// One row of what `ckpt check` prints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FeatureRow {
     /// The feature.
@@ -32,12 +32,6 @@ impl KernelFeatures {
         let hidepid = format!("hidepid={} on /proc", self.hidepid);
         let set_tid = "needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in the pid namespace's owner";
         let overcommit = format!("vm.overcommit_memory = {}", self.overcommit);
-        let uffd = if self.unprivileged_userfaultfd {
-            "1"
-        } else {
-            "0, faults in user mode only"
-        };
-        let uffd = format!("vm.unprivileged_userfaultfd = {uffd}");
         let xsave = format!("{} bytes, XCR0 = {:#x}", self.cpu.xsave_size, self.cpu.xcr0);
         let limits = format!(
             "vm.max_map_count = {}, kernel.pid_max = {}, kernel.threads-max = {}",
@@ -56,14 +50,8 @@ impl KernelFeatures {
             row(
                 "ptrace of unrelated processes",
                 self.yama_scope.unwrap_or(0) == 0 || self.has_capability(CAP_SYS_PTRACE),
-                "checkpointing a job that `ckpt run` did not start",
+                "a program that `ckpt run` did not start",
                 &yama,
-            ),
-            row(
-                "PTRACE_GET_SYSCALL_INFO",
-                self.ptrace_syscall_info,
-                "telling where in a system call a task stopped",
-                "Linux 5.3",
             ),
             row(
                 "PTRACE_GET_RSEQ_CONFIGURATION",
@@ -86,7 +74,7 @@ impl KernelFeatures {
             row(
                 "pidfd_open",
                 self.pidfd_open,
-                "naming processes safely",
+                "descriptors of the job, by pidfd_getfd",
                 "Linux 5.3",
             ),
             row(
@@ -99,18 +87,12 @@ impl KernelFeatures {
             row(
                 "PAGEMAP_SCAN",
                 self.pagemap_scan,
-                "finding pages fast, live checkpoints",
+                "finding pages fast",
                 if self.pagemap_guard {
                     "knows guard pages"
                 } else {
                     "Linux 6.7"
                 },
-            ),
-            row(
-                "userfaultfd WP_ASYNC",
-                self.uffd_wp_async,
-                "live checkpoints",
-                &uffd,
             ),
             row(
                 "map_files",
@@ -137,22 +119,10 @@ impl KernelFeatures {
                 "unshare(CLONE_NEWPID) in a new user namespace, tried",
             ),
             row(
-                "time namespace",
-                self.time_namespace,
-                "monotonic clocks that go on where they were",
-                "unshare(CLONE_NEWTIME) in a new user namespace, tried",
-            ),
-            row(
                 "PR_SET_MM_MAP",
                 self.set_mm_map,
                 "brk, arguments, environment",
                 "Linux 3.18",
-            ),
-            row(
-                "PR_TIMER_CREATE_RESTORE_IDS",
-                self.timer_restore_ids,
-                "ids of POSIX timers without trying",
-                "Linux 6.15",
             ),
             row(
                 "MAP_FIXED_NOREPLACE",
@@ -182,7 +152,7 @@ impl KernelFeatures {
             row(
                 "/proc shows all",
                 self.hidepid == 0,
-                "finding the parents of others' processes",
+                "processes of other users",
                 &hidepid,
             ),
             row(

@@ -1,0 +1,285 @@
+//! Whether a file is still what the job left, and what `restore --files` does about it.
+
+use std::collections::HashSet;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{self, FsType};
+
+use super::regular::Regular;
+use super::{Description, Kind};
+use crate::error::{Error, Obstacle, Result};
+use crate::objects::Snapshot;
+use crate::objects::memory::{Backing, FileIdentity};
+use crate::restore::{FilesPolicy, Request};
+
+/// How a file differs from what it was at the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    /// Another file has its name.
+    Replaced,
+    /// Bytes at its end are gone.
+    Shrunk,
+    /// There are bytes behind its end.
+    Grown,
+    /// The same size, and written since.
+    Rewritten,
+}
+
+impl Change {
+    /// The change from `was` to `now`. A file with another inode and yet the same size and time
+    /// is a faithful copy.
+    fn between(was: &FileIdentity, now: &Metadata) -> Option<Self> {
+        let now = FileIdentity::of(now);
+        if (now.size, now.modified_ns) == (was.size, was.modified_ns) {
+            return None;
+        }
+        if !now.is_same_file(was) {
+            return Some(Change::Replaced);
+        }
+        match now.size.cmp(&was.size) {
+            std::cmp::Ordering::Less => Some(Change::Shrunk),
+            std::cmp::Ordering::Greater => Some(Change::Grown),
+            // Of nothing there is nothing to rewrite.
+            std::cmp::Ordering::Equal if was.size == 0 => None,
+            std::cmp::Ordering::Equal => Some(Change::Rewritten),
+        }
+    }
+
+    /// Whether the job itself may have done that after the checkpoint, by writing.
+    fn by_writing(self) -> bool {
+        matches!(self, Change::Grown | Change::Rewritten)
+    }
+
+    fn reason(self, was: u64, now: u64) -> String {
+        match self {
+            Change::Replaced => "was replaced by another file since the checkpoint".into(),
+            Change::Shrunk => format!("has shrunk from {was} to {now} bytes since the checkpoint"),
+            Change::Grown => format!(
+                "which the job only reads, has grown from {was} to {now} bytes since the checkpoint"
+            ),
+            Change::Rewritten => {
+                "which the job only reads, was rewritten in place since the checkpoint".into()
+            }
+        }
+    }
+}
+
+/// Refuses a file that is not what it was, as far as the policy minds. `flags` are those of the
+/// description.
+pub fn check(
+    file: &Regular,
+    flags: u32,
+    written: &Written,
+    policy: FilesPolicy,
+) -> Result<(), Box<Obstacle>> {
+    let refuse =
+        |reason: String, remedy: &str| Err(Box::new(Obstacle::new(file.object(), reason, remedy)));
+    let now = match look(file) {
+        Ok(now) => now,
+        Err(e) => return refuse(format!("cannot be opened: {e}"), "put it back in its place"),
+    };
+    if policy == FilesPolicy::Adopt || !file.is(libc::S_IFREG) || is_of_the_kernel(&file.path) {
+        return Ok(());
+    }
+    match Change::between(&file.identity, &now) {
+        None => Ok(()),
+        Some(change) if change.by_writing() && written.has(file) => Ok(()),
+        // Through such a handle nothing is read.
+        Some(change) if change != Change::Replaced && flags as i32 & libc::O_PATH != 0 => Ok(()),
+        Some(change) => {
+            let reason = change.reason(file.identity.size, now.len());
+            let adopt = "put the old one back, or take what is there with --files adopt";
+            refuse(reason, adopt)
+        }
+    }
+}
+
+/// The file that the record's path leads to.
+fn look(file: &Regular) -> io::Result<Metadata> {
+    match std::fs::symlink_metadata(&file.path) {
+        Ok(meta) if meta.is_symlink() && !file.is(libc::S_IFLNK) => std::fs::metadata(&file.path),
+        other => other,
+    }
+}
+
+/// Files whose contents the kernel makes up when they are read; their inodes and times say nothing.
+fn is_of_the_kernel(path: &Path) -> bool {
+    // As in linux/magic.h.
+    const SYSFS: i64 = 0x6265_6572;
+    const DEBUGFS: i64 = 0x6462_6720;
+    const TRACEFS: i64 = 0x7472_6163;
+    const SECURITYFS: i64 = 0x7363_6673;
+    let known = [
+        statfs::PROC_SUPER_MAGIC,
+        statfs::CGROUP_SUPER_MAGIC,
+        statfs::CGROUP2_SUPER_MAGIC,
+        FsType(SYSFS),
+        FsType(DEBUGFS),
+        FsType(TRACEFS),
+        FsType(SECURITYFS),
+    ];
+    statfs::statfs(path).is_ok_and(|s| known.contains(&s.filesystem_type()))
+}
+
+/// The files that the job may have written since, as it has them open for writing, or mapped so.
+#[derive(Debug)]
+pub struct Written(HashSet<Inode>);
+
+/// Device and inode.
+type Inode = ((u32, u32), u64);
+
+fn inode(identity: &FileIdentity) -> Inode {
+    (identity.device, identity.inode)
+}
+
+impl Written {
+    /// By any process of the job.
+    pub fn by(snapshot: &Snapshot) -> Self {
+        let open = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
+            Kind::Regular(file) if writes(d) => Some(inode(&file.identity)),
+            _ => None,
+        });
+        let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
+        let mapped = mappings.filter_map(|m| match m.backing {
+            Backing::SharedFile {
+                file,
+                writable: true,
+                ..
+            } => Some(inode(&snapshot.mapped_files[file].identity)),
+            _ => None,
+        });
+        Self(open.chain(mapped).collect())
+    }
+
+    fn has(&self, file: &Regular) -> bool {
+        self.0.contains(&inode(&file.identity))
+    }
+}
+
+/// Whether the description is one to write through.
+fn writes(description: &Description) -> bool {
+    let flags = description.flags as i32;
+    flags & libc::O_PATH == 0 && flags & libc::O_ACCMODE != libc::O_RDONLY
+}
+
+/// A file that is to lose what was written to it after the checkpoint.
+#[derive(Debug)]
+pub struct Cut {
+    path: PathBuf,
+    file: File,
+    now: u64,
+    then: u64,
+}
+
+impl Cut {
+    /// All files that `--files truncate` cuts back: those that the job has open for writing and
+    /// that have grown. They are opened here, so that what may not be cut is refused in time.
+    pub fn all(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Self>, Vec<Obstacle>> {
+        let mut cuts: Vec<Self> = Vec::new();
+        let mut obstacles = Vec::new();
+        if request.files != FilesPolicy::Truncate {
+            return Ok(cuts);
+        }
+        for (index, description) in snapshot.descriptions.iter().enumerate() {
+            let Kind::Regular(file) = &description.kind else {
+                continue;
+            };
+            let stays = file.contents.is_some() || file.saved.is_some();
+            if stays || !writes(description) || super::named(index, snapshot, request).is_some() {
+                continue;
+            }
+            let known = cuts.iter().any(|cut| cut.path == file.path);
+            match Self::of(file) {
+                Ok(Some(cut)) if !known => cuts.push(cut),
+                Ok(_) => {}
+                Err(o) => obstacles.push(*o),
+            }
+        }
+        match obstacles.is_empty() {
+            true => Ok(cuts),
+            false => Err(obstacles),
+        }
+    }
+
+    fn of(file: &Regular) -> Result<Option<Self>, Box<Obstacle>> {
+        let grown = |meta: &Metadata| Change::between(&file.identity, meta) == Some(Change::Grown);
+        // What else may be wrong with it is told by `check`.
+        if !file.is(libc::S_IFREG) || !look(file).is_ok_and(|now| grown(&now)) {
+            return Ok(None);
+        }
+        let opened = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK)
+            .open(&file.path);
+        let opened = opened.and_then(|f| Ok((f.metadata()?, f)));
+        match opened {
+            Ok((meta, opened)) if grown(&meta) => Ok(Some(Self {
+                path: file.path.clone(),
+                file: opened,
+                now: meta.len(),
+                then: file.identity.size,
+            })),
+            Ok(_) => Ok(None),
+            Err(e) => Err(Box::new(Obstacle::new(
+                file.object(),
+                format!("has grown and cannot be cut back: {e}"),
+                "make it writable, or let it be with --files strict",
+            ))),
+        }
+    }
+
+    /// What is going to be done, in one line.
+    pub fn describe(&self) -> String {
+        let path = self.path.display();
+        format!("cut {path} from {} to {} bytes", self.now, self.then)
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// [`Error::File`] of ftruncate(2).
+    pub fn make(&self) -> Result<()> {
+        self.file.set_len(self.then).map_err(|source| Error::File {
+            what: "cut back",
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_changed_is_told_from_size_time_and_inode() {
+        let now = std::fs::metadata("/proc/self/exe").unwrap();
+        let same = FileIdentity::of(&now);
+        let change = |edit: &dyn Fn(&mut FileIdentity)| {
+            let mut was = same.clone();
+            edit(&mut was);
+            Change::between(&was, &now)
+        };
+        assert_eq!(change(&|_| {}), None);
+        assert_eq!(change(&|was| was.inode += 1), None);
+        assert_eq!(change(&|was| was.modified_ns -= 1), Some(Change::Rewritten));
+        assert_eq!(change(&|was| was.size += 1), Some(Change::Shrunk));
+        assert_eq!(change(&|was| was.size -= 1), Some(Change::Grown));
+        let other = |was: &mut FileIdentity| (was.inode, was.size) = (was.inode + 1, was.size - 1);
+        assert_eq!(change(&other), Some(Change::Replaced));
+        // An inode number that was free again.
+        let anew = |was: &mut FileIdentity| {
+            (was.created_ns, was.size) = (was.created_ns.map(|t| t - 1), was.size - 1);
+        };
+        let known = same.created_ns.is_some();
+        let told = if known {
+            Change::Replaced
+        } else {
+            Change::Grown
+        };
+        assert_eq!(change(&anew), Some(told));
+    }
+}

@@ -1,0 +1,204 @@
+//! FIFOs, fifo(7): pipes with a name, or with one that is gone.
+//!
+//! A FIFO is opened anew by its name, so that those who open it later meet the job there. One
+//! whose name is gone is made again and its name removed. Where somebody outside the job holds
+//! the other end, it is [`outside`].
+
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
+use crate::capture::source::Source;
+use crate::error::Obstacle;
+use crate::objects::Snapshot;
+use crate::restore::Request;
+use crate::restore::plan::Builder;
+
+/// One open file description of a FIFO: a read end, a write end, or both in one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FifoEnd {
+    /// Its name, or what it was.
+    pub path: PathBuf,
+    /// No name leads to it any more.
+    pub deleted: bool,
+    /// Device of the file system, major and minor.
+    pub device: (u32, u32),
+    /// Inode number; the ends of one FIFO share it and the device.
+    pub inode: u64,
+    /// Permission bits.
+    pub mode: u32,
+    /// `F_GETPIPE_SZ`, bytes.
+    pub capacity: u32,
+    /// What was written and not yet read, one entry a packet for `O_DIRECT`; of write ends
+    /// nothing.
+    pub unread: Vec<ByteBuf>,
+    /// A read end opened with `O_NONBLOCK` to which no writer has come yet: poll(2) does not
+    /// say that they have all gone (`fifo_open`, fs/pipe.c).
+    pub awaits_writer: bool,
+}
+
+/// Captures one end; what is in the FIFO is copied without being consumed.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    path: &Path,
+    deleted: bool,
+    ends: &pipe::Ends,
+) -> Result<Kind, Box<Obstacle>> {
+    if !ends.inside(look) {
+        return Ok(outside::capture(look, outside::Surroundings::Pipe));
+    }
+    let refuse = |reason: String| Box::new(Obstacle::without_remedy(look.object(source), reason));
+    let (mut path, mut nameless) = (path.to_owned(), deleted);
+    if deleted {
+        let copy = look.copy.try_clone();
+        let copy = File::from(copy.map_err(|e| refuse(format!("cannot be copied: {e}")))?);
+        if let Some(name) = regular::other_name(&copy, &path) {
+            (path, nameless) = (name, false);
+        }
+    }
+    let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
+    let reads = look.access() != libc::O_WRONLY;
+    let mut unread = Vec::new();
+    if reads {
+        unread = pipe::contents(look, capacity).map_err(|errno| {
+            let why = errno.desc();
+            refuse(format!("is a FIFO whose contents cannot be copied: {why}"))
+        })?;
+    } else if !ends.has_reader(look) && sys::unread(&look.copy) > 0 {
+        let name = path.display();
+        return Err(Box::new(Obstacle::new(
+            look.object(source),
+            format!("is a FIFO ({name}) with data that nobody has open to read"),
+            "read it, or close the FIFO",
+        )));
+    }
+    let hung_up = || sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
+    Ok(Kind::Fifo(FifoEnd {
+        path,
+        deleted: nameless,
+        device: (libc::major(look.stat.st_dev), libc::minor(look.stat.st_dev)),
+        inode: look.stat.st_ino,
+        mode: look.stat.st_mode & 0o7777,
+        capacity: capacity as u32,
+        unread,
+        awaits_writer: reads && !ends.has_writer(look) && !hung_up(),
+    }))
+}
+
+/// Opens all ends of a FIFO when the first of them comes.
+///
+/// One end for both directions is open meanwhile: with it no other open waits, and what was
+/// unread goes in through it.
+pub fn rebuild(
+    end: &FifoEnd,
+    index: usize,
+    snapshot: &Snapshot,
+    request: &Request<'_>,
+    staging: Staging,
+    plan: &mut Builder,
+) -> Result<(), Box<Obstacle>> {
+    let all = snapshot.descriptions.iter().enumerate();
+    let ends: Vec<(usize, &Description, &FifoEnd)> = all
+        .filter_map(|(i, d)| match &d.kind {
+            Kind::Fifo(f) if (f.device, f.inode) == (end.device, end.inode) => Some((i, d, f)),
+            _ => None,
+        })
+        .filter(|(i, ..)| super::named(*i, snapshot, request).is_none())
+        .collect();
+    if ends.first().map(|(i, ..)| *i) != Some(index) {
+        return Ok(());
+    }
+    let object = || format!("the FIFO {}", end.path.display());
+    end.open_first(snapshot, plan)?;
+    let access = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
+    let again = plan.path(Path::new("/proc/self/fd/0"));
+    let cwd = libc::AT_FDCWD as u64;
+    plan.expect(libc::SYS_openat, &[cwd, again, access], 1, object);
+    if end.capacity != 65536 {
+        let args = [1, libc::F_SETPIPE_SZ as u64, end.capacity.into()];
+        plan.syscall(libc::SYS_fcntl, &args, object);
+    }
+    let packets = libc::O_DIRECT as u32;
+    if ends.iter().any(|(_, d, _)| d.flags & packets != 0) {
+        let args = [1, libc::F_SETFL as u64, packets.into()];
+        plan.syscall(libc::SYS_fcntl, &args, object);
+    }
+    let unread = ends.iter().map(|(.., f)| &f.unread).find(|u| !u.is_empty());
+    for piece in unread.into_iter().flatten() {
+        let (data, len) = (plan.data(piece), piece.len() as u64);
+        plan.expect(libc::SYS_write, &[1, data, len], len, object);
+    }
+    let open = |at: u64, (i, d, _): &(usize, &Description, &FifoEnd), plan: &mut Builder| {
+        let access = d.flags as i32 & libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        plan.expect(libc::SYS_openat, &[cwd, again, access as u64], at, object);
+        let kept = libc::O_NONBLOCK | libc::O_DIRECT | libc::O_APPEND | libc::O_NOATIME;
+        let args = [at, libc::F_SETFL as u64, (d.flags & kept as u32).into()];
+        plan.syscall(libc::SYS_fcntl, &args, object);
+        super::place(at as i32, staging.of(*i), plan, object);
+    };
+    for end in ends.iter().filter(|(.., f)| !f.awaits_writer) {
+        open(2, end, plan);
+    }
+    plan.syscall(libc::SYS_close, &[1], object);
+    for end in ends.iter().filter(|(.., f)| f.awaits_writer) {
+        open(1, end, plan);
+    }
+    plan.syscall(libc::SYS_close, &[0], object);
+    Ok(())
+}
+
+impl FifoEnd {
+    /// Opens a read end as descriptor 0, which keeps the FIFO and what is in it.
+    fn open_first(&self, snapshot: &Snapshot, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
+        let object = || format!("the FIFO {}", self.path.display());
+        let cwd = libc::AT_FDCWD as u64;
+        let access = (libc::O_RDONLY | libc::O_NONBLOCK | libc::O_CLOEXEC) as u64;
+        if !self.deleted {
+            self.check()?;
+            let path = plan.path(&self.path);
+            plan.expect(libc::SYS_openat, &[cwd, path, access], 0, object);
+            return Ok(());
+        }
+        let path = plan.path(&self.free_name(snapshot));
+        let mode = u64::from(libc::S_IFIFO | 0o600);
+        plan.syscall(libc::SYS_mknodat, &[cwd, path, mode, 0], object);
+        plan.expect(libc::SYS_openat, &[cwd, path, access], 0, object);
+        plan.syscall(libc::SYS_unlinkat, &[cwd, path, 0], object);
+        plan.syscall(libc::SYS_fchmod, &[0, self.mode.into()], object);
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), Box<Obstacle>> {
+        let reason = match std::fs::metadata(&self.path) {
+            Ok(meta) if meta.file_type().is_fifo() => return Ok(()),
+            Ok(_) => "is something else by now".to_owned(),
+            Err(e) => format!("cannot be opened: {e}"),
+        };
+        let remedy = format!("make it again with: mkfifo {}", self.path.display());
+        let object = format!("the FIFO {}", self.path.display());
+        Err(Box::new(Obstacle::new(object, reason, remedy)))
+    }
+
+    /// A name for the moment in which the FIFO has one: its own if that is free.
+    fn free_name(&self, snapshot: &Snapshot) -> PathBuf {
+        let name = self.path.file_name().unwrap_or_default();
+        let pid = snapshot.processes.first().map_or(0, |p| p.pid);
+        let mut other = std::ffi::OsString::from(format!(".ckpt.{pid}.{}.", self.inode));
+        other.push(name);
+        let temp = std::env::temp_dir();
+        let places = [self.path.parent().unwrap_or(Path::new("/")), &temp];
+        let usable = places.into_iter().find(|place| sys::may_write(place));
+        let place = usable.unwrap_or(Path::new("/var/tmp"));
+        let own = place.join(name);
+        if own.symlink_metadata().is_err() {
+            own
+        } else {
+            place.join(other)
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Unread messages, copied without being consumed.
+
+use std::os::fd::OwnedFd;
+
+use nix::errno::Errno;
+
+use super::offset::PeekOffset;
+use super::sys::{self, Peeked, Sender};
+use super::unix::Style;
+use crate::objects::files::sys as files_sys;
+
+/// A message of a live socket.
+#[derive(Debug)]
+pub struct Seen {
+    /// Its bytes.
+    pub data: Vec<u8>,
+    /// The name of the socket that sent it (datagrams only).
+    pub name: Vec<u8>,
+    /// Copies of the descriptors in it.
+    pub rights: Vec<OwnedFd>,
+    /// Who sent it, where the reader would be told.
+    pub sender: Option<Sender>,
+}
+
+/// Why a queue cannot be copied.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The kernel's answer.
+    Kernel(Errno),
+    /// Something that the reader would be told before the first message.
+    PendingError,
+    /// A byte sent with `MSG_OOB`.
+    Urgent,
+    /// We may not have as many descriptors as are in a message.
+    TooManyDescriptors,
+    /// The queue holds fewer descriptors than the kernel counts.
+    HiddenDescriptors,
+}
+
+impl From<Errno> for Fault {
+    fn from(errno: Errno) -> Self {
+        Fault::Kernel(errno)
+    }
+}
+
+impl Fault {
+    /// Why, as the rest of a sentence that begins with the socket.
+    pub fn reason(&self) -> String {
+        match self {
+            Fault::Kernel(e) => format!("has unread data that cannot be looked at: {}", e.desc()),
+            Fault::PendingError => {
+                "has an error (ECONNRESET) to be told before its unread messages, which cannot be \
+                 looked at without taking it"
+                    .into()
+            }
+            Fault::Urgent => "holds an urgent byte (MSG_OOB), which is not supported".into(),
+            Fault::TooManyDescriptors => {
+                "carries more descriptors than ckpt may have open; raise its limit with ulimit -n"
+                    .into()
+            }
+            Fault::HiddenDescriptors => {
+                "carries descriptors that ckpt is not shown (SO_PASSRIGHTS)".into()
+            }
+        }
+    }
+}
+
+/// Everything that waits to be read from a socket. `held` says that the job cannot run; if not,
+/// messages behind the first one are left out, since looking at them needs an option of the
+/// socket.
+pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>, Fault> {
+    let state = files_sys::poll_now(socket, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP);
+    if state & libc::POLLPRI != 0 {
+        return Err(Fault::Urgent);
+    }
+    let total = files_sys::unread(socket);
+    if state & libc::POLLERR != 0 && style != Style::Stream {
+        // The next call tells the error, and it is gone.
+        let empty = total == 0 && (state & libc::POLLIN == 0 || state & libc::POLLRDHUP != 0);
+        return if empty {
+            Ok(Vec::new())
+        } else {
+            Err(Fault::PendingError)
+        };
+    }
+    let mut offset = PeekOffset::of(socket)?;
+    if !held && offset.before() >= 0 {
+        // A look would move it.
+        return Ok(Vec::new());
+    }
+    if style == Style::Stream {
+        stream(socket, total, held, &mut offset)
+    } else if state & libc::POLLIN != 0 {
+        messages(socket, style, held, &mut offset)
+    } else {
+        Ok(Vec::new())
+    }
+}
+
+fn look(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Peeked, Fault> {
+    let peeked = sys::peek(socket, buffer)?;
+    if peeked.flags & libc::MSG_CTRUNC != 0 {
+        return Err(Fault::TooManyDescriptors);
+    }
+    Ok(peeked)
+}
+
+/// A stream in pieces: a new one begins where descriptors come with a byte, where they end, and
+/// where somebody else has written.
+fn stream(
+    socket: &OwnedFd,
+    total: usize,
+    held: bool,
+    offset: &mut PeekOffset<'_>,
+) -> Result<Vec<Seen>, Fault> {
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    // Without unread bytes a look would take a pending error.
+    while at < total {
+        if at > 0 || offset.before() >= 0 {
+            if !held {
+                break;
+            }
+            offset.set(at)?;
+        }
+        let mut data = vec![0; total - at];
+        let piece = look(socket, &mut data)?;
+        if piece.len == 0 {
+            return Err(Fault::Kernel(Errno::EIO));
+        }
+        data.truncate(piece.len);
+        if !piece.rights.is_empty() && held {
+            // Bytes in front of the one with which the descriptors come.
+            offset.set(at)?;
+            let plain = sys::before_last_message(socket, piece.len)?;
+            if plain > 0 {
+                let rest = data.split_off(plain);
+                pieces.push(Seen {
+                    data: std::mem::replace(&mut data, rest),
+                    name: Vec::new(),
+                    rights: Vec::new(),
+                    sender: piece.sender,
+                });
+            }
+        }
+        at += piece.len;
+        pieces.push(Seen {
+            data,
+            name: Vec::new(),
+            rights: piece.rights,
+            sender: piece.sender,
+        });
+    }
+    Ok(pieces)
+}
+
+/// Datagrams and packets, one after the other.
+///
+/// The kernel marks an empty message that was looked at and skips it at further looks with an
+/// offset; the first message is therefore looked at without one.
+fn messages(
+    socket: &OwnedFd,
+    style: Style,
+    held: bool,
+    offset: &mut PeekOffset<'_>,
+) -> Result<Vec<Seen>, Fault> {
+    let mut seen = Vec::new();
+    let mut buffer = vec![0; 1 << 16];
+    let mut at = 0;
+    if offset.before() >= 0 {
+        offset.set(0)?;
+    }
+    let ended = style == Style::SeqPacket
+        && files_sys::poll_now(socket, libc::POLLRDHUP) & libc::POLLRDHUP != 0;
+    loop {
+        let peeked = match look(socket, &mut buffer) {
+            Err(Fault::Kernel(Errno::EAGAIN)) => break,
+            other => other?,
+        };
+        // The end of what a peer has sent looks like an empty packet.
+        if peeked.len == 0 && ended {
+            break;
+        }
+        let whole = peeked.len <= buffer.len();
+        if whole {
+            at += peeked.len;
+            seen.push(Seen {
+                data: buffer[..peeked.len].to_vec(),
+                name: peeked.name,
+                rights: peeked.rights,
+                sender: peeked.sender,
+            });
+        } else {
+            buffer.resize(peeked.len, 0);
+        }
+        if whole && !held {
+            break;
+        }
+        if !seen.is_empty() || offset.before() >= 0 {
+            offset.set(at)?;
+        }
+    }
+    Ok(seen)
+}

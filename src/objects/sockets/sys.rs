@@ -1,0 +1,281 @@
+//! The few system calls on sockets that tell about them without taking anything from them.
+#![allow(unsafe_code)]
+
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+
+/// Bytes of control messages that one message can carry: 253 descriptors and some words.
+const CONTROL: usize = 2048;
+
+/// getsockopt(2) of `SOL_SOCKET`.
+pub fn option(fd: &impl AsRawFd, number: i32) -> Result<Vec<u8>, Errno> {
+    let mut value = [0u8; 64];
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: `value` is live and `len` says how long.
+    let r = unsafe {
+        let value = value.as_mut_ptr().cast();
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, number, value, &mut len)
+    };
+    Errno::result(r)?;
+    Ok(value[..(len as usize).min(value.len())].to_vec())
+}
+
+/// An option that is an `int`.
+pub fn int_option(fd: &impl AsRawFd, number: i32) -> Result<i32, Errno> {
+    let value = option(fd, number)?;
+    let bytes = value.get(..4).ok_or(Errno::EINVAL)?;
+    Ok(i32::from_ne_bytes(bytes.try_into().unwrap_or_default()))
+}
+
+/// Sets an option that is an `int`.
+pub fn set_int_option(fd: &impl AsRawFd, number: i32, value: i32) -> Result<(), Errno> {
+    // SAFETY: the kernel reads one int.
+    let r = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            number,
+            (&raw const value).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    Errno::result(r).map(drop)
+}
+
+/// How many instructions the socket's filter has; 0 without one.
+pub fn filter_len(fd: &impl AsRawFd) -> Result<usize, Errno> {
+    const SO_GET_FILTER: i32 = libc::SO_ATTACH_FILTER;
+    let mut len: libc::socklen_t = 0;
+    // SAFETY: with a length of 0 nothing is written but the length.
+    let r = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_GET_FILTER,
+            std::ptr::null_mut(),
+            &mut len,
+        )
+    };
+    Errno::result(r).map(|_| len as usize)
+}
+
+/// The bytes of `sun_path` of getsockname(2) or getpeername(2); empty for an unnamed socket.
+fn address(
+    call: unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> i32,
+    fd: &impl AsRawFd,
+) -> Result<Vec<u8>, Errno> {
+    let mut buffer = [0u8; 128];
+    let mut len = buffer.len() as libc::socklen_t;
+    // SAFETY: `buffer` is live and `len` says how long.
+    let r = unsafe { call(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), &mut len) };
+    Errno::result(r)?;
+    Ok(sun_path(&buffer, len as usize))
+}
+
+/// The name in an address that the kernel wrote. It ends one with a path in a zero byte, which
+/// is no part of the name, and may count it.
+fn sun_path(buffer: &[u8], len: usize) -> Vec<u8> {
+    let name = buffer.get(2..len.min(buffer.len())).unwrap_or(&[]);
+    match name.first() {
+        None | Some(0) => name.to_vec(),
+        Some(_) => name.split(|b| *b == 0).next().unwrap_or(&[]).to_vec(),
+    }
+}
+
+/// getsockname(2).
+pub fn own_name(fd: &impl AsRawFd) -> Result<Vec<u8>, Errno> {
+    address(libc::getsockname, fd)
+}
+
+/// getpeername(2).
+pub fn peer_name(fd: &impl AsRawFd) -> Result<Vec<u8>, Errno> {
+    address(libc::getpeername, fd)
+}
+
+/// `SIOCOUTQ`: memory that messages take which this socket has sent and nobody has read.
+pub fn unsent(fd: &impl AsRawFd) -> usize {
+    let mut n = 0i32;
+    // SAFETY: the kernel writes one int.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &mut n) };
+    if r == 0 { n.max(0) as usize } else { 0 }
+}
+
+/// `SIOCUNIXFILE`: an `O_PATH` descriptor for the file that a socket is bound to. Wants
+/// CAP_NET_ADMIN.
+pub fn bound_file(fd: &impl AsRawFd) -> Result<OwnedFd, Errno> {
+    const SIOCUNIXFILE: libc::c_ulong = 0x89e0;
+    // SAFETY: a call without pointers.
+    let file = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCUNIXFILE, 0) };
+    let file = Errno::result(file)?;
+    // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(file) })
+}
+
+/// `struct ucred` of a control message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// Process id.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// A message that was looked at.
+#[derive(Debug, Default)]
+pub struct Peeked {
+    /// Bytes that it holds, though the buffer may have been shorter.
+    pub len: usize,
+    /// `MSG_TRUNC`, `MSG_CTRUNC` …
+    pub flags: i32,
+    /// The sender's name.
+    pub name: Vec<u8>,
+    /// Copies of the descriptors that it carries.
+    pub rights: Vec<OwnedFd>,
+    /// Who sent it.
+    pub sender: Option<Sender>,
+}
+
+/// Looks at the next message, which stays where it is.
+pub fn peek(fd: &impl AsRawFd, buffer: &mut [u8]) -> Result<Peeked, Errno> {
+    let mut name = [0u8; 128];
+    let mut control = [0u64; CONTROL / 8];
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: plain integers and pointers, for which zero is valid.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = name.as_mut_ptr().cast();
+    header.msg_namelen = name.len() as u32;
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = CONTROL;
+    let how = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: everything that `header` points to is live and as long as said.
+    let n = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, how) };
+    let len = Errno::result(n)? as usize;
+    let mut peeked = Peeked {
+        len,
+        flags: header.msg_flags,
+        name: sun_path(&name, header.msg_namelen as usize),
+        ..Peeked::default()
+    };
+    // SAFETY: the kernel filled the control buffer, and the macros stay inside what it says.
+    unsafe {
+        let mut at = libc::CMSG_FIRSTHDR(&header);
+        while !at.is_null() {
+            let len = (*at).cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize);
+            let data = libc::CMSG_DATA(at);
+            collect((*at).cmsg_level, (*at).cmsg_type, data, len, &mut peeked);
+            at = libc::CMSG_NXTHDR(&header, at);
+        }
+    }
+    Ok(peeked)
+}
+
+/// SAFETY: `data` is `len` bytes of a control message that the kernel wrote for us; called once
+/// for each, since it takes the descriptors.
+unsafe fn collect(level: i32, kind: i32, data: *const u8, len: usize, peeked: &mut Peeked) {
+    const SCM_PIDFD: i32 = 4;
+    if level != libc::SOL_SOCKET {
+        return;
+    }
+    // SAFETY: as the function's.
+    let words: Vec<i32> = unsafe {
+        (0..len / 4)
+            .map(|i| data.cast::<i32>().add(i).read_unaligned())
+            .collect()
+    };
+    match (kind, words.as_slice()) {
+        (libc::SCM_RIGHTS | SCM_PIDFD, fds) => {
+            let fds = fds.iter().filter(|fd| **fd >= 0);
+            // SAFETY: the kernel just gave us these descriptors; nobody else owns them.
+            let owned = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(*fd as RawFd) });
+            // A pidfd tells who sent it, and is made for each reader: it is no part of the
+            // message.
+            if kind == libc::SCM_RIGHTS {
+                peeked.rights.extend(owned);
+            } else {
+                owned.for_each(drop);
+            }
+        }
+        (libc::SCM_CREDENTIALS, [pid, uid, gid, ..]) => {
+            peeked.sender = Some(Sender {
+                pid: *pid,
+                uid: *uid as u32,
+                gid: *gid as u32,
+            });
+        }
+        _ => {}
+    }
+}
+
+/// A socket of our own.
+pub fn socket(kind: i32) -> Result<OwnedFd, Errno> {
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: a call without pointers.
+    let fd = Errno::result(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
+    // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `SIOCOUTQ` of a socket of ours that has sent messages of these lengths, which nobody has read.
+pub fn unsent_of(kind: i32, lengths: &[usize]) -> Result<usize, Errno> {
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let mut fds = [0; 2];
+    // SAFETY: the kernel writes two ints.
+    Errno::result(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) })?;
+    // SAFETY: the kernel just gave us these descriptors; nobody else owns them.
+    let [from, _to] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let buffer = vec![0u8; lengths.iter().copied().max().unwrap_or(0)];
+    let room = i32::try_from(lengths.iter().sum::<usize>()).map_err(|_| Errno::EOVERFLOW)?;
+    set_int_option(&from, libc::SO_SNDBUF, room.saturating_add(1 << 20))?;
+    for len in lengths {
+        // SAFETY: `buffer` is live and at least that long.
+        let n = unsafe { libc::send(from.as_raw_fd(), buffer.as_ptr().cast(), *len, 0) };
+        Errno::result(n)?;
+    }
+    Ok(unsent(&from))
+}
+
+/// connect(2).
+pub fn connect(fd: &impl AsRawFd, address: &[u8]) -> Result<(), Errno> {
+    let len = address.len() as libc::socklen_t;
+    // SAFETY: `address` is live and as long as said.
+    let r = unsafe { libc::connect(fd.as_raw_fd(), address.as_ptr().cast(), len) };
+    Errno::result(r).map(drop)
+}
+
+/// How many of the `len` unread bytes of a stream stand in messages that end before the last of
+/// these bytes; `len` is not 0.
+///
+/// A look copies message by message, and one that cannot be copied whole does not count. So the
+/// last byte is to be copied to where no memory is.
+pub fn before_last_message(fd: &impl AsRawFd, len: usize) -> Result<usize, Errno> {
+    let mut buffer = vec![0u8; len - 1];
+    let part = |base: *mut u8, len: usize| libc::iovec {
+        iov_base: base.cast(),
+        iov_len: len,
+    };
+    let mut parts = [
+        part(buffer.as_mut_ptr(), buffer.len()),
+        part(std::ptr::without_provenance_mut(8), 1),
+    ];
+    // SAFETY: plain integers and pointers, for which zero is valid.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = parts.as_mut_ptr();
+    header.msg_iovlen = parts.len();
+    let how = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: everything that `header` points to is live but for the last part, which the kernel
+    // finds to be nobody's memory.
+    let n = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, how) };
+    match Errno::result(n) {
+        Err(Errno::EFAULT) => Ok(0),
+        other => Ok(other? as usize),
+    }
+}

@@ -1,0 +1,165 @@
+//! `--map-path OLD=NEW`: the job's files are elsewhere now.
+//!
+//! The paths of the records are rewritten as soon as the snapshot is read; nothing else knows that
+//! they ever were others.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::Obstacle;
+use crate::objects::Snapshot;
+use crate::objects::files::Kind;
+
+/// One mapping: what lay at or below one path lies at or below another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// The path at the checkpoint; absolute.
+    pub old: PathBuf,
+    /// The path now; absolute.
+    pub new: PathBuf,
+}
+
+impl Mapping {
+    /// The path as it is now, if it is the old one or lies below it. Only whole components count.
+    fn apply(&self, path: &Path) -> Option<PathBuf> {
+        let rest = path.strip_prefix(&self.old).ok()?;
+        // Joining nothing would add a slash.
+        Some(match rest.as_os_str().is_empty() {
+            true => self.new.clone(),
+            false => self.new.join(rest),
+        })
+    }
+
+    fn components(&self) -> usize {
+        self.old.components().count()
+    }
+}
+
+/// Rewrites every path of the snapshot; of several mappings that fit, the longest old path wins.
+///
+/// # Errors
+/// An obstacle for each mapping that fits no path: it is mistyped more often than not.
+pub fn apply(mappings: &[Mapping], snapshot: &mut Snapshot) -> Result<(), Vec<Obstacle>> {
+    let mut longest_first: Vec<&Mapping> = mappings.iter().collect();
+    longest_first.sort_by_key(|mapping| std::cmp::Reverse(mapping.components()));
+    let mut used = vec![false; mappings.len()];
+    every_path(snapshot, &mut |path| {
+        for (mapping, used) in mappings.iter().zip(&mut used) {
+            *used |= path.starts_with(&mapping.old);
+        }
+        if let Some(new) = longest_first.iter().find_map(|m| m.apply(path)) {
+            *path = new;
+        }
+    });
+    let unused = mappings.iter().zip(used).filter(|(_, used)| !used);
+    let obstacles: Vec<Obstacle> = unused.map(|(mapping, _)| fits_nothing(mapping)).collect();
+    match obstacles.is_empty() {
+        true => Ok(()),
+        false => Err(obstacles),
+    }
+}
+
+fn fits_nothing(mapping: &Mapping) -> Obstacle {
+    Obstacle::new(
+        format!(
+            "--map-path {}={}",
+            mapping.old.display(),
+            mapping.new.display()
+        ),
+        "fits no path of the job",
+        "see its paths with: ckpt inspect IMAGE --fds --maps",
+    )
+}
+
+/// Calls `f` with every path that a restore uses.
+fn every_path(snapshot: &mut Snapshot, f: &mut dyn FnMut(&mut PathBuf)) {
+    for process in &mut snapshot.processes {
+        f(&mut process.cwd);
+        // Mapping `/` moves what lies below it; it does not lock the job up there.
+        if process.root != Path::new("/") {
+            f(&mut process.root);
+        }
+    }
+    for file in &mut snapshot.mapped_files {
+        f(&mut file.path);
+    }
+    for description in &mut snapshot.descriptions {
+        of_kind(&mut description.kind, f);
+    }
+}
+
+/// Paths of an open file. Every kind is named here, so that a new one is thought of.
+fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
+    match kind {
+        Kind::Regular(file) => f(&mut file.path),
+        Kind::Device(device) => f(&mut device.path),
+        Kind::Inotify(inotify) => inotify.watches.iter_mut().for_each(|w| f(&mut w.path)),
+        Kind::Fifo(fifo) => f(&mut fifo.path),
+        Kind::UnixSocket(socket) => socket.each_path(f),
+        // Without a path, or with one that is only shown.
+        Kind::Pipe(_)
+        | Kind::PidFd(_)
+        | Kind::MessageQueue(_)
+        | Kind::EventFd(_)
+        | Kind::SignalFd(_)
+        | Kind::TimerFd(_)
+        | Kind::Epoll(_)
+        | Kind::MemFd(_)
+        | Kind::Terminal(_)
+        | Kind::Outside(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inspect::fixture;
+
+    fn mapping(old: &str, new: &str) -> Mapping {
+        Mapping {
+            old: old.into(),
+            new: new.into(),
+        }
+    }
+
+    fn cwd_after(mappings: &[Mapping], cwd: &str) -> PathBuf {
+        let mut snapshot = fixture::snapshot();
+        snapshot.processes[0].cwd = cwd.into();
+        apply(mappings, &mut snapshot).expect("all fit");
+        snapshot.processes[0].cwd.clone()
+    }
+
+    #[test]
+    fn the_longest_prefix_wins() {
+        let both = [mapping("/a", "/x"), mapping("/a/b", "/y/z")];
+        assert_eq!(cwd_after(&both, "/a/b/c"), Path::new("/y/z/c"));
+        assert_eq!(cwd_after(&both, "/a/b"), Path::new("/y/z"));
+        let reversed = [mapping("/a/b/", "/y/z"), mapping("/a", "/x")];
+        assert_eq!(cwd_after(&reversed, "/a/b/c"), Path::new("/y/z/c"));
+    }
+
+    #[test]
+    fn what_was_mapped_is_not_mapped_again() {
+        let swapped = [mapping("/a", "/nonexistent"), mapping("/nonexistent", "/a")];
+        assert_eq!(cwd_after(&swapped, "/a/b"), Path::new("/nonexistent/b"));
+    }
+
+    #[test]
+    fn only_whole_components_count() {
+        let mut snapshot = fixture::snapshot();
+        snapshot.processes[0].cwd = "/home/annabel".into();
+        let refused = apply(&[mapping("/home/anna", "/x")], &mut snapshot).unwrap_err();
+        assert_eq!(refused.len(), 1);
+        assert_eq!(refused[0].object, "--map-path /home/anna=/x");
+        assert_eq!(snapshot.processes[0].cwd, Path::new("/home/annabel"));
+    }
+
+    #[test]
+    fn everything_can_be_moved() {
+        let mut snapshot = fixture::snapshot();
+        apply(&[mapping("/", "/mnt")], &mut snapshot).unwrap();
+        assert_eq!(snapshot.processes[0].cwd, Path::new("/mnt"));
+        assert_eq!(snapshot.processes[0].root, Path::new("/"));
+        let program = &snapshot.mapped_files[0].path;
+        assert_eq!(program, Path::new("/mnt/nonexistent/program"));
+    }
+}

@@ -1,0 +1,439 @@
+//! `--put-files`: files whose contents the image holds go back to their places, before the job
+//! opens them. A restore that fails takes everything back.
+
+use std::collections::HashSet;
+use std::fs::{self, File, FileTimes, Metadata, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use ckpt_image::Reader;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+
+use super::contents;
+use crate::error::{Error, Obstacle, Result};
+use crate::objects::Snapshot;
+use crate::objects::files::Kind;
+use crate::objects::files::regular::{Regular, Saved};
+
+/// What becomes of the files that the image holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PutFiles {
+    /// They stay in the image; the job takes those that are there.
+    #[default]
+    No,
+    /// They are put back, never over one that was changed after the checkpoint.
+    UnlessNewer,
+    /// They are put back over whatever is there.
+    Overwrite,
+}
+
+/// Makes the snapshot forget what is not to be put back: then it says of each file whether what is
+/// in its place matters.
+pub fn forget(policy: PutFiles, snapshot: &mut Snapshot) {
+    if policy != PutFiles::No {
+        return;
+    }
+    for description in &mut snapshot.descriptions {
+        if let Kind::Regular(file) = &mut description.kind {
+            file.saved = None;
+        }
+    }
+}
+
+/// Something that was asked for and that the image does not have.
+pub fn warning(policy: PutFiles, snapshot: &Snapshot) -> Option<String> {
+    let nothing = policy != PutFiles::No && saved(snapshot).next().is_none();
+    nothing.then(|| {
+        "the image has no file for --put-files; name them to ckpt attach with --save-files".into()
+    })
+}
+
+/// Whether the file of that path is put back, and so is as it was.
+pub fn covers(snapshot: &Snapshot, path: &Path) -> bool {
+    saved(snapshot).any(|(file, _)| file.path == path)
+}
+
+fn saved(snapshot: &Snapshot) -> impl Iterator<Item = (&Regular, Saved)> {
+    let kinds = snapshot.descriptions.iter().map(|d| &d.kind);
+    kinds.filter_map(|kind| match kind {
+        Kind::Regular(file) => Some((file, file.saved?)),
+        _ => None,
+    })
+}
+
+/// A file to be put back.
+#[derive(Debug)]
+pub struct Put<'a> {
+    file: &'a Regular,
+    saved: Saved,
+    /// Where: symbolic links in its place are followed.
+    path: PathBuf,
+    /// Something is there that is lost.
+    replaces: bool,
+}
+
+/// What has to be put back: nothing where the very contents are there already. Touches nothing.
+///
+/// # Errors
+/// [`Error::Refused`] names each file that is in the way; [`Error::Image`] when the image cannot
+/// be read.
+pub fn decide<'a>(
+    snapshot: &'a Snapshot,
+    image: &Reader,
+    policy: PutFiles,
+) -> Result<Vec<Put<'a>>> {
+    let mut puts: Vec<Put<'a>> = Vec::new();
+    let mut obstacles = Vec::new();
+    let mut seen: HashSet<&Path> = HashSet::new();
+    for (file, saved) in saved(snapshot) {
+        if !seen.insert(&file.path) {
+            continue;
+        }
+        let taken_at = snapshot.host.realtime_ns;
+        match decide_one(file, saved, image, policy, taken_at)? {
+            Ok(put) => puts.extend(put),
+            Err(o) => obstacles.push(*o),
+        }
+    }
+    match obstacles.is_empty() {
+        true => Ok(puts),
+        false => Err(Error::Refused(obstacles)),
+    }
+}
+
+type Decision<'a> = Result<Option<Put<'a>>, Box<Obstacle>>;
+
+fn decide_one<'a>(
+    file: &'a Regular,
+    saved: Saved,
+    image: &Reader,
+    policy: PutFiles,
+    taken_at: u64,
+) -> Result<Decision<'a>> {
+    let object = format!("the saved file {}", file.path.display());
+    let refuse = |reason: String, remedy: &str| {
+        Ok(Err(Box::new(Obstacle::new(object.clone(), reason, remedy))))
+    };
+    let path = fs::canonicalize(&file.path).unwrap_or_else(|_| file.path.clone());
+    let put = |replaces| Put {
+        file,
+        saved,
+        path: path.clone(),
+        replaces,
+    };
+    let meta = match fs::symlink_metadata(&path) {
+        Ok(meta) if meta.is_file() => meta,
+        Ok(_) => {
+            let reason = "cannot be put back: something else than a file is in its place".into();
+            return refuse(reason, "move that away");
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            if directory.is_dir() {
+                return Ok(Ok(Some(put(false))));
+            }
+            let directory = directory.display();
+            let reason = format!("cannot be put back: there is no directory {directory}");
+            return refuse(reason, "make it, or say where it is now with --map-path");
+        }
+        Err(e) => {
+            return refuse(
+                format!("cannot be put back: {e}"),
+                "see what is in its place",
+            );
+        }
+    };
+    if meta.len() == file.identity.size {
+        match File::open(&path) {
+            Ok(there) => {
+                let size = file.identity.size;
+                if contents::same(&there, &path, saved.space, size, image)? {
+                    return Ok(Ok(None));
+                }
+            }
+            Err(e) => {
+                let reason = format!("cannot be compared with what is in its place: {e}");
+                return refuse(reason, "make that readable");
+            }
+        }
+    }
+    if policy != PutFiles::Overwrite && modified_ns(&meta) > i128::from(taken_at) {
+        let reason = "would be put over a file that was changed after the checkpoint".into();
+        return refuse(reason, "move that away, or let it be lost with --overwrite");
+    }
+    Ok(Ok(Some(put(true))))
+}
+
+/// Time of the last change of contents, nanoseconds since 1970.
+fn modified_ns(meta: &Metadata) -> i128 {
+    i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec())
+}
+
+impl Put<'_> {
+    /// What is going to be done, in one line.
+    pub fn describe(&self) -> String {
+        let (path, size) = (self.path.display(), self.file.identity.size);
+        match self.replaces {
+            true => format!("overwrite {path} with the {size} bytes of the image"),
+            false => format!("create {path} with the {size} bytes of the image"),
+        }
+    }
+
+    /// A file beside the place, with everything that the old one had.
+    fn prepare(&self, image: &Reader, warnings: &mut Vec<String>) -> Result<Prepared> {
+        let name = self.path.file_name().unwrap_or_default();
+        // The name must not become longer than a file system takes.
+        let name: String = name.to_string_lossy().chars().take(50).collect();
+        let at = format!(".{name}.put.{}.{}", std::process::id(), self.saved.space.0);
+        let at = self.path.with_file_name(at);
+        let opened = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&at);
+        let file = opened.map_err(|source| self.error(source))?;
+        let prepared = Prepared { at };
+        let identity = &self.file.identity;
+        contents::fill(&file, &self.path, self.saved.space, identity.size, image)?;
+        let meta = file.metadata().map_err(|source| self.error(source))?;
+        let (uid, gid) = self.saved.owner;
+        let mut mode = identity.mode & 0o7777;
+        if (meta.uid(), meta.gid()) != (uid, gid)
+            && let Err(e) = std::os::unix::fs::fchown(&file, Some(uid), Some(gid))
+        {
+            warnings.push(format!(
+                "{} was put back and belongs to uid {} now, not to {uid}:{gid}: {e}",
+                self.path.display(),
+                meta.uid()
+            ));
+            // Nobody shall run as somebody else by that.
+            mode &= 0o777;
+        }
+        // After the owner, whose change takes set-user-ID away.
+        let mode = Permissions::from_mode(mode);
+        let modified = UNIX_EPOCH + Duration::from_nanos(identity.modified_ns.max(0) as u64);
+        file.set_permissions(mode)
+            .and_then(|()| file.set_times(FileTimes::new().set_modified(modified)))
+            .and_then(|()| file.sync_all())
+            .map_err(|source| self.error(source))?;
+        Ok(prepared)
+    }
+
+    fn error(&self, source: io::Error) -> Error {
+        Error::File {
+            what: "put back",
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+/// A file under a name of ours, removed with it.
+struct Prepared {
+    at: PathBuf,
+}
+
+impl Prepared {
+    /// It has its own name, or another file has this one.
+    fn placed(mut self) {
+        self.at = PathBuf::new();
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        if !self.at.as_os_str().is_empty() {
+            let _ = fs::remove_file(&self.at);
+        }
+    }
+}
+
+/// Files that were put back. Unless they are kept, everything becomes as it was before.
+#[derive(Default)]
+pub struct Undo {
+    done: Vec<Done>,
+    /// What is not as it was, one sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// One of them.
+struct Done {
+    path: PathBuf,
+    /// Device and inode of the new file.
+    new: (u64, u64),
+    /// Where the old one is.
+    old: Option<PathBuf>,
+}
+
+impl Undo {
+    /// The job has them.
+    pub fn keep(mut self) -> Vec<String> {
+        for done in std::mem::take(&mut self.done) {
+            if let Some(old) = done.old
+                && let Err(e) = fs::remove_file(&old)
+            {
+                let old = old.display();
+                self.warnings
+                    .push(format!("what was overwritten is left as {old}: {e}"));
+            }
+        }
+        std::mem::take(&mut self.warnings)
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        for done in self.done.iter().rev() {
+            let still =
+                fs::symlink_metadata(&done.path).is_ok_and(|m| (m.dev(), m.ino()) == done.new);
+            // Somebody else's by now: theirs stays, and the old one under the name that it has.
+            if !still {
+                continue;
+            }
+            let _ = match &done.old {
+                Some(old) => fs::rename(old, &done.path),
+                None => fs::remove_file(&done.path),
+            };
+        }
+    }
+}
+
+/// Puts the files into their places, each at once and as a whole.
+///
+/// # Errors
+/// [`Error::File`] and [`Error::Image`]; those that were put back already are taken back.
+pub fn put(puts: &[Put<'_>], image: &Reader) -> Result<Undo> {
+    let mut undo = Undo::default();
+    for put in puts {
+        let prepared = put.prepare(image, &mut undo.warnings)?;
+        let meta = fs::symlink_metadata(&prepared.at).map_err(|source| put.error(source))?;
+        let placed = match put.replaces {
+            true => exchange(prepared, &put.path).map(Some),
+            false => create(prepared, &put.path).map(|()| None),
+        };
+        let old = placed.map_err(|source| put.error(source))?;
+        undo.done.push(Done {
+            path: put.path.clone(),
+            new: (meta.dev(), meta.ino()),
+            old,
+        });
+    }
+    Ok(undo)
+}
+
+/// Gives the file its name, which nobody has.
+fn create(prepared: Prepared, path: &Path) -> io::Result<()> {
+    match renameat2(
+        AT_FDCWD,
+        &prepared.at,
+        AT_FDCWD,
+        path,
+        RenameFlags::RENAME_NOREPLACE,
+    ) {
+        Ok(()) => {
+            prepared.placed();
+            Ok(())
+        }
+        // Not every file system can. An own name remains, and is dropped.
+        Err(Errno::EINVAL | Errno::ENOSYS) => fs::hard_link(&prepared.at, path),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Gives the file the name of another one; where that one is now.
+fn exchange(prepared: Prepared, path: &Path) -> io::Result<PathBuf> {
+    let at = prepared.at.clone();
+    match renameat2(AT_FDCWD, &at, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => {}
+        // Not every file system can.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            let aside = at.with_extension("old");
+            fs::rename(path, &aside)?;
+            if let Err(e) = fs::rename(&at, path) {
+                fs::rename(&aside, path)?;
+                return Err(e);
+            }
+            fs::rename(&aside, &at)?;
+        }
+        Err(e) => return Err(e.into()),
+    }
+    prepared.placed();
+    Ok(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory with a file of old contents, which has just been exchanged for a new one.
+    fn exchanged(name: &str) -> (PathBuf, PathBuf, Undo) {
+        let dir = std::env::temp_dir().join(format!("ckpt-put-{name}.{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir(&dir).unwrap();
+        let (path, at) = (dir.join("file"), dir.join(".file.put"));
+        fs::write(&path, "old").unwrap();
+        fs::write(&at, "new").unwrap();
+        let meta = fs::metadata(&at).unwrap();
+        let old = exchange(Prepared { at }, &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        let mut undo = Undo::default();
+        undo.done.push(Done {
+            path: path.clone(),
+            new: (meta.dev(), meta.ino()),
+            old: Some(old),
+        });
+        (dir, path, undo)
+    }
+
+    fn files(dir: &Path) -> usize {
+        fs::read_dir(dir).unwrap().count()
+    }
+
+    #[test]
+    fn what_was_overwritten_comes_back() {
+        let (dir, path, undo) = exchanged("back");
+        drop(undo);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(files(&dir), 1);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_kept_leaves_nothing_beside() {
+        let (dir, path, undo) = exchanged("kept");
+        assert_eq!(undo.keep(), [""; 0]);
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(files(&dir), 1);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_somebody_else_put_there_stays() {
+        let (dir, path, undo) = exchanged("else");
+        fs::write(dir.join("theirs"), "theirs").unwrap();
+        fs::rename(dir.join("theirs"), &path).unwrap();
+        drop(undo);
+        assert_eq!(fs::read(&path).unwrap(), b"theirs");
+        // The old one is not lost either.
+        assert_eq!(files(&dir), 2);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_created_over_a_file() {
+        let dir = std::env::temp_dir().join(format!("ckpt-put-over.{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir(&dir).unwrap();
+        let (path, at) = (dir.join("file"), dir.join(".file.put"));
+        fs::write(&path, "old").unwrap();
+        fs::write(&at, "new").unwrap();
+        assert!(create(Prepared { at }, &path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(files(&dir), 1);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

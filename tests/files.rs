@@ -1,0 +1,211 @@
+//! Open files on file systems that tests do not run on by themselves, and files whose names nobody
+//! finds.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use common::fixture::{killed, start_in};
+use common::look::assert_let_go;
+use common::refused::attach_is_refused;
+use common::{Case, attach, fixture, isolated, restored, run};
+
+/// Mounts a file system as DIR/name; without permission the test is skipped.
+fn mounted(case: &Case, kind: &str, options: &str, name: &str) {
+    let place = case.path(name);
+    fs::create_dir(&place).expect("the test's directory is writable");
+    let mut mount = Command::new("mount");
+    mount.args(["-t", kind, "-o", options, kind]).arg(&place);
+    let out = run(case, &mut mount);
+    if out.code() != 0 {
+        let why = out.stderr.trim();
+        case.skip(&format!("permission to mount {kind} ({why})"));
+    }
+}
+
+/// The fixture with its files in DIR/place: a checkpoint, then three lives.
+fn lives_in(case: &Case, fixture: &str, place: &str) {
+    let command = Command::new(case.fixtures().join(fixture));
+    let mut target = start_in(case, fixture, &format!("{place}/run"), command);
+    attach(case, target.pid(), "job.ckpt", &[]);
+    assert_let_go(target.pid());
+    for _ in 0..3 {
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored(case, &image, &[]));
+        assert_let_go(target.pid());
+    }
+    target.passes();
+}
+
+fn on_tmpfs(case: &Case, fixture: &str) {
+    mounted(case, "tmpfs", "size=64m", "mounted");
+    lives_in(case, fixture, "mounted");
+}
+
+/// An overlay, as containers have it.
+fn on_overlay(case: &Case, fixture: &str) {
+    // Not on an overlay itself, which cannot be the upper part of another.
+    mounted(case, "tmpfs", "size=64m", "parts");
+    for part in ["lower", "upper", "work"] {
+        let part = case.path("parts").join(part);
+        fs::create_dir(part).expect("it was just mounted");
+    }
+    let parts = case.path("parts");
+    let parts = parts.display();
+    let options = format!("lowerdir={parts}/lower,upperdir={parts}/upper,workdir={parts}/work");
+    mounted(case, "overlay", &options, "mounted");
+    lives_in(case, fixture, "mounted");
+}
+
+macro_rules! elsewhere {
+    ($module:ident: $($fixture:ident)*) => {
+        mod $module {
+            $(#[test]
+            fn $fixture() {
+                let name = concat!(stringify!($module), "::", stringify!($fixture));
+                super::isolated(name, |case| super::$module(case, stringify!($fixture)));
+            })*
+        }
+    };
+}
+
+elsewhere!(on_tmpfs: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
+elsewhere!(on_overlay: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
+
+/// A file with a name that is nowhere near the one by which it was opened: not taken for a nameless
+/// one, since what is written to a copy would never be seen under the name.
+#[test]
+fn name_that_is_not_found() {
+    isolated("name_that_is_not_found", |case| {
+        let target = fixture(case, "fd_tmpfile");
+        let (from, to) = (target.path("below/deeper"), case.path("elsewhere"));
+        fs::rename(&from, &to).expect("it is ours");
+        let pid = target.pid().to_string();
+        let out = common::ckpt(case, ["check", &pid]);
+        assert_eq!(out.code(), 1);
+        assert!(out.stdout.contains("was not found"), "{out:?}");
+        assert!(!Path::new(&from).exists());
+        fs::rename(&to, &from).expect("it is ours");
+        attach(case, target.pid(), "job.ckpt", &[]);
+        target.passes();
+    });
+}
+
+/// A lease that somebody waits to be given up.
+#[test]
+fn lease_that_is_broken() {
+    isolated("lease_that_is_broken", |case| {
+        let file = case.path("leased");
+        fs::write(&file, "").expect("the test's directory is writable");
+        let target = common::odd(case, "breaking", Some(&file));
+        attach_is_refused(case, target, &["fd 3", "lease", "try again"]);
+    });
+}
+
+/// A descriptor that is refused by this word for its kind.
+fn is_refused(case: &Case, situation: &str, words: &[&str]) {
+    attach_is_refused(case, common::odd(case, situation, None), words);
+}
+
+/// Reading the events would take them from the program.
+#[test]
+fn inotify_with_unread_events() {
+    isolated("inotify_with_unread_events", |case| {
+        is_refused(
+            case,
+            "inotify",
+            &["fd 3", "inotify", "not read", "try again"],
+        );
+    });
+}
+
+#[test]
+fn fanotify() {
+    isolated("fanotify", |case| {
+        is_refused(
+            case,
+            "fanotify",
+            &["fd 3", "fanotify", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn userfaultfd() {
+    isolated("userfaultfd", |case| {
+        is_refused(
+            case,
+            "userfaultfd",
+            &["fd 3", "userfaultfd", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn perf_event() {
+    isolated("perf_event", |case| {
+        is_refused(
+            case,
+            "perf",
+            &["fd 3", "perf_event", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn bpf_map() {
+    isolated("bpf_map", |case| {
+        is_refused(
+            case,
+            "bpf",
+            &["fd 3", "bpf-map", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn namespace() {
+    isolated("namespace", |case| {
+        is_refused(
+            case,
+            "namespace",
+            &["fd 3", "uts:[", "not supported", "close it"],
+        );
+    });
+}
+
+#[test]
+fn pidfd_of_a_stranger() {
+    isolated("pidfd_of_a_stranger", |case| {
+        is_refused(
+            case,
+            "stranger",
+            &[
+                "fd 3",
+                "pidfd of process 1 (",
+                "not part of the job",
+                "close it",
+            ],
+        );
+    });
+}
+
+/// One end of a pipe inside the job becomes a file; the other end is still a pipe's.
+#[test]
+fn an_end_of_a_pipe_is_replaced() {
+    isolated("an_end_of_a_pipe_is_replaced", |case| {
+        let (mut target, image) = killed(case, "pipe");
+        let given = case.path("given");
+        fs::write(&given, "").expect("the test's directory is writable");
+        let option = format!("3={}", given.display());
+        target.continued_by(restored(case, &image, &["--fd", &option]));
+        let link = |fd: i32| {
+            let link = format!("/proc/{}/fd/{fd}", target.pid());
+            fs::read_link(link).expect("it is open")
+        };
+        assert_eq!(link(3), given);
+        assert!(link(4).to_string_lossy().starts_with("pipe:["));
+    });
+}

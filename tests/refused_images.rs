@@ -1,0 +1,348 @@
+//! Images that cannot be restored here, or not as they are: refused in one sentence that names the
+//! object and the remedy, and no process is left behind.
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::fixture::killed;
+use common::isolate::open_to_all;
+use common::look::assert_let_go;
+use common::refused::{FAILED, restore_is_refused};
+use common::tool::{CKPT, nobody};
+use common::{
+    Case, Ended, Fixture, Looks, ckpt, fixture, isolated, odd, restore_cmd, restored, run, start,
+    until,
+};
+
+#[test]
+fn spoilt_images() {
+    isolated("spoilt_images", |case| {
+        let (mut target, image) = killed(case, "threads");
+        let whole = fs::read(&image).expect("it was just written");
+        let path = case.path("spoilt.ckpt");
+        let spoilt = |bytes: &[u8], words: &[&str]| {
+            fs::write(&path, bytes).expect("the test's directory is writable");
+            let name = path.display().to_string();
+            let mut words = words.to_vec();
+            words.push(&name);
+            run(case, &mut restore_cmd(&path, &[])).refused(FAILED, &words);
+            ckpt(case, ["verify".as_ref(), path.as_os_str()]).refused(1, &words);
+        };
+        spoilt(b"", &["empty"]);
+        spoilt(b"#!/bin/sh\necho not an image\n", &["not an image of ckpt"]);
+        spoilt(&whole[..500], &["incomplete", "another image"]);
+        spoilt(&whole[..whole.len() / 2], &["incomplete", "another image"]);
+        spoilt(&whole[..whole.len() - 1], &["incomplete", "another image"]);
+        let changed = |at: usize, bytes: &[u8], sealed: bool| {
+            let mut image = whole.clone();
+            image[at..at + bytes.len()].copy_from_slice(bytes);
+            if sealed {
+                seal(&mut image);
+            }
+            image
+        };
+        let flip = |at: usize| [whole[at] ^ 0x10];
+        for at in [
+            64,
+            2000,
+            whole.len() / 2,
+            whole.len() - 200,
+            whole.len() - 30,
+        ] {
+            spoilt(
+                &changed(at, &flip(at), false),
+                &["corrupted", "another image"],
+            );
+        }
+        spoilt(
+            &changed(8, &[2, 0], true),
+            &["format 2.0", "newer", "newer ckpt"],
+        );
+        fs::write(&path, changed(16, &[2, 0], true)).expect("the test's directory is writable");
+        let words = ["aarch64", "x86_64"];
+        run(case, &mut restore_cmd(&path, &[])).refused(FAILED, &words);
+        fs::remove_file(&path).expect("it is there");
+        run(case, &mut restore_cmd(&path, &[])).refused(FAILED, &["no such image", "spoilt.ckpt"]);
+        common::look::assert_nobody_left();
+        // The whole one still works.
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+    });
+}
+
+/// Makes the digests of a changed header right again; see docs/image-format.md.
+fn seal(image: &mut [u8]) {
+    let digest = *blake3::hash(&image[..992]).as_bytes();
+    image[992..1024].copy_from_slice(&digest);
+    let footer = image.len() - 160;
+    let number = |at: usize| {
+        let bytes = image[footer + at..footer + at + 8].try_into();
+        u64::from_le_bytes(bytes.expect("these are eight")) as usize
+    };
+    let (index, len) = (number(16), number(24));
+    let mut root = blake3::Hasher::new();
+    root.update(&image[..1024])
+        .update(&image[index..index + len]);
+    image[footer + 88..footer + 120].copy_from_slice(root.finalize().as_bytes());
+    let seal = *blake3::hash(&image[footer..footer + 120]).as_bytes();
+    image[footer + 120..footer + 152].copy_from_slice(&seal);
+}
+
+#[test]
+fn damaged_page_found_during_the_restore() {
+    isolated("damaged_page_found_during_the_restore", |case| {
+        let (_target, image) = killed(case, "anon_private");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(&image)
+            .expect("it is ours");
+        let mut table = [0; 4];
+        file.read_exact_at(&mut table, 1024 + 12)
+            .expect("it is longer");
+        // In the first chunk's stored bytes: not read before the process exists.
+        let at = 1024 + 64 + u64::from(u32::from_le_bytes(table)) + 10;
+        let mut bytes = [0; 1];
+        file.read_exact_at(&mut bytes, at).expect("it is longer");
+        file.write_all_at(&[bytes[0] ^ 1], at).expect("it is ours");
+        restore_is_refused(case, &image, &["job.ckpt", "corrupted"]);
+    });
+}
+
+#[test]
+fn pid_taken() {
+    isolated("pid_taken", |case| {
+        let target = fixture(case, "counter");
+        let (image, _) = common::attach(case, target.pid(), "job.ckpt", &[]);
+        let before = Looks::at(target.pid());
+        let pid = format!("pid {}", target.pid());
+        let out = run(case, &mut restore_cmd(&image, &[]));
+        out.refused(FAILED, &[&pid, "taken", "(counter)", "unshare"]);
+        assert_let_go(target.pid());
+        before.assert_same(target.pid(), &[]);
+        target.passes();
+    });
+}
+
+#[test]
+fn program_file_missing() {
+    isolated("program_file_missing", |case| {
+        let program = case.path("program");
+        fs::copy(case.fixtures().join("counter"), &program).expect("there is room");
+        let command = Command::new(&program);
+        let mut target = common::fixture::start_in(case, "program", "run", command);
+        let image = target.killed_into(case, "job.ckpt");
+        let aside = case.path("aside");
+        fs::rename(&program, &aside).expect("it is ours");
+        let name = program.display().to_string();
+        restore_is_refused(case, &image, &[&name, "No such file", "put it back"]);
+        fs::rename(&aside, &program).expect("it is ours");
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+    });
+}
+
+#[test]
+fn mapped_file_changed() {
+    isolated("mapped_file_changed", |case| {
+        let file = case.path("mapped");
+        fs::write(&file, vec![b'a'; 9000]).expect("the test's directory is writable");
+        let mut target = odd(case, "map", Some(&file));
+        let image = target.killed_into(case, "job.ckpt");
+        let mut changed = vec![b'a'; 9000];
+        changed.extend([b'b'; 1000]);
+        fs::write(&file, changed).expect("it is ours");
+        let name = file.display().to_string();
+        restore_is_refused(case, &image, &[&name, "changed", "--files adopt"]);
+        target.continued_by(restored(case, &image, &["--files", "adopt"]));
+        target.passes();
+    });
+}
+
+/// A target with an open file of ten bytes, killed; the file then changes.
+fn open_file(case: &Case, change: impl FnOnce(&Path)) -> (Fixture, PathBuf, PathBuf) {
+    let file = case.path("opened");
+    fs::write(&file, "0123456789").expect("the test's directory is writable");
+    let mut target = odd(case, "file", Some(&file));
+    let image = target.killed_into(case, "job.ckpt");
+    change(&file);
+    (target, image, file)
+}
+
+fn adopted(case: &Case, (mut target, image, file): (Fixture, PathBuf, PathBuf), reason: &str) {
+    let name = file.display().to_string();
+    restore_is_refused(case, &image, &[&name, reason, "--files adopt"]);
+    target.continued_by(restored(case, &image, &["--files=adopt"]));
+    target.passes();
+    let text = fs::read_to_string(&file).expect("it is there");
+    assert_eq!(&text[5..], "written");
+}
+
+#[test]
+fn open_file_replaced() {
+    isolated("open_file_replaced", |case| {
+        let opened = open_file(case, |file| {
+            fs::write(case.path("new"), "abcdefghij").expect("the test's directory is writable");
+            fs::rename(case.path("new"), file).expect("it is ours");
+        });
+        adopted(case, opened, "replaced");
+    });
+}
+
+#[test]
+fn open_file_shrunk() {
+    isolated("open_file_shrunk", |case| {
+        let opened = open_file(case, |file| {
+            let file = File::options().write(true).open(file).expect("it is ours");
+            file.set_len(6).expect("it is ours");
+        });
+        adopted(case, opened, "shrunk from 10 to 6 bytes");
+    });
+}
+
+#[test]
+fn open_file_missing() {
+    isolated("open_file_missing", |case| {
+        let (mut target, image, file) =
+            open_file(case, |file| fs::remove_file(file).expect("it is ours"));
+        let name = file.display().to_string();
+        restore_is_refused(case, &image, &[&name, "No such file", "put it back"]);
+        fs::write(case.path("other"), "0123456789").expect("the test's directory is writable");
+        // Another file takes its place.
+        let other = format!("3={}", case.path("other").display());
+        target.continued_by(restored(case, &image, &["--fd", &other]));
+        target.go();
+        let ended = until("its end", || target.job.ended());
+        assert!(matches!(ended, Ended::Exited(_)), "{ended:?}");
+    });
+}
+
+#[test]
+fn open_file_grown() {
+    isolated("open_file_grown", |case| {
+        let (mut target, image, file) = open_file(case, |file| {
+            let mut file = File::options().append(true).open(file).expect("it is ours");
+            file.write_all(b"more").expect("it is ours");
+        });
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+        assert_eq!(
+            fs::read_to_string(&file).expect("it is there"),
+            "01234writtenre"
+        );
+    });
+}
+
+/// A pipe or FIFO outside of the job as fd 3; the script makes it, and `$0 $1` of it is the program.
+fn to_the_outside(case: &Case, script: &str, name: &str) {
+    let dir = case.path("run");
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", script])
+        .arg(common::odd::build(case))
+        .arg(&dir)
+        .current_dir(case.dir());
+    let shell = start(&mut shell, &case.path("shell.log"));
+    let pid = until("the program", || fs::read_to_string(dir.join("ready")).ok());
+    let pid: i32 = pid.trim().parse().expect("it is a pid");
+    let (image, _) = common::attach(case, pid, "job.ckpt", &["--kill"]);
+    assert!(matches!(shell.wait(), Ended::Exited(_)));
+    restore_is_refused(case, &image, &["fd 3", name, "outside", "--fd 3=PATH"]);
+    let given = case.path("given");
+    File::create(&given).expect("the test's directory is writable");
+    let job = restored(case, &image, &["--fd", &format!("3={}", given.display())]);
+    fs::write(dir.join("go"), "").expect("the test's directory is writable");
+    assert_eq!(job.wait(), Ended::Exited(0));
+    assert_eq!(fs::read_to_string(&given).expect("it is there"), "hello\n");
+}
+
+#[test]
+fn pipe_to_the_outside() {
+    isolated("pipe_to_the_outside", |case| {
+        let script = "(ODD=fd3 exec $0 $1 3>&1 >>odd.log) | cat >before";
+        to_the_outside(case, script, "pipe");
+    });
+}
+
+#[test]
+fn fifo_to_the_outside() {
+    isolated("fifo_to_the_outside", |case| {
+        let script = "mkfifo fifo; cat fifo >before & ODD=fd3 $0 $1 3>fifo >>odd.log; wait";
+        to_the_outside(case, script, "/fifo");
+    });
+}
+
+#[test]
+fn fifo_missing() {
+    isolated("fifo_missing", |case| {
+        let (mut target, image) = killed(case, "fifo");
+        let fifo = target.path("lonely");
+        fs::remove_file(&fifo).expect("it is ours");
+        let name = fifo.display().to_string();
+        let remedy = format!("mkfifo {name}");
+        restore_is_refused(case, &image, &[&name, "No such file", &remedy]);
+        fs::write(&fifo, "").expect("the test's directory is writable");
+        restore_is_refused(case, &image, &[&name, "something else", &remedy]);
+        fs::remove_file(&fifo).expect("it is ours");
+        run(case, Command::new("mkfifo").arg(&fifo)).ok();
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+    });
+}
+
+/// A user without any privilege, who may not choose pids: told so, with the way out, which works.
+#[test]
+fn pid_may_not_be_chosen() {
+    isolated("pid_may_not_be_chosen", |case| {
+        case.needs_root();
+        open_to_all(case.dir());
+        let log = case.path("counter.log");
+        File::create(&log).expect("the test's directory is writable");
+        open_to_all(&log);
+        let command = nobody(case, &case.fixtures().join("counter"));
+        let mut target = common::fixture::start_in(case, "counter", "run", command);
+        let pid = target.pid().to_string();
+        let mut attach = nobody(case, Path::new(CKPT));
+        run(
+            case,
+            attach.args(["attach", &pid, "-o", "job.ckpt", "--kill"]),
+        )
+        .ok();
+        assert_eq!(until("its end", || target.job.ended()), Ended::Killed(9));
+        let mut restore = nobody(case, Path::new(common::tool::RESTORE));
+        let out = run(case, restore.arg("job.ckpt"));
+        let pid = format!("process {pid}");
+        out.refused(
+            FAILED,
+            &[&pid, "CAP_CHECKPOINT_RESTORE", "unshare", "restore IMAGE"],
+        );
+        // What the message advises, word for word.
+        target.go();
+        let advice = out
+            .stderr
+            .split("unshare ")
+            .nth(1)
+            .expect("it was looked for just now");
+        let (advice, _) = advice.split_once("restore IMAGE").expect("likewise");
+        let mut unshare = nobody(case, Path::new("unshare"));
+        unshare
+            .args(advice.split_whitespace())
+            .arg(common::tool::RESTORE)
+            .arg("job.ckpt");
+        run(case, &mut unshare).ok();
+        let verdict = fs::read_to_string(target.path("verdict")).expect("it has judged itself");
+        assert_eq!(verdict.trim(), "PASS");
+        // An unprivileged reader of the image is its owner only.
+        let mode = fs::metadata(case.path("job.ckpt"))
+            .expect("it is there")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+    });
+}

@@ -1,0 +1,153 @@
+//! Processes that a signal has stopped, with several threads: a checkpoint leaves them stopped, a
+//! restore brings them back stopped, and SIGCONT continues them, with the right result.
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use common::fixture::start_in;
+use common::look::{all_stopped, states, status_field};
+use common::tool::restored_in_front;
+use common::{
+    Case, Fixture, Looks, attach, holds_for, isolated, isolated_as_user, restored, until,
+};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+
+/// The fixture, stopped by this signal in all its threads. It has a process group of its own: the
+/// signals of a terminal do not stop an orphaned one, as ours is.
+fn stopped(case: &Case, signal: Signal) -> (Fixture, Looks) {
+    let mut command = Command::new(case.fixtures().join("stopped"));
+    command.process_group(0);
+    let target = start_in(case, "stopped", "run", command);
+    let before = Looks::at(target.pid());
+    target.job.signal(signal);
+    until("all its threads to be stopped", || {
+        all_stopped(target.pid()).then_some(())
+    });
+    assert!(states(target.pid()).len() > 4);
+    (target, before)
+}
+
+/// It is stopped, remains so, nobody traces it, and it looks as before.
+fn remains_stopped(target: &Fixture, before: &Looks) {
+    let pid = target.pid();
+    until("all its threads to be stopped", || {
+        all_stopped(pid).then_some(())
+    });
+    assert!(holds_for(Duration::from_millis(100), || all_stopped(pid)));
+    assert_eq!(status_field(pid, "TracerPid").as_deref(), Some("0"));
+    before.assert_same(pid, &[]);
+}
+
+/// SIGCONT continues it, and it has seen just that one.
+fn passes_when_continued(target: Fixture) {
+    fs::write(target.path("continued"), "1").expect("the test's directory is writable");
+    target.job.signal(Signal::SIGCONT);
+    until("it to go on", || (!all_stopped(target.pid())).then_some(()));
+    target.passes();
+}
+
+#[test]
+fn attach_leaves_it_stopped() {
+    isolated("attach_leaves_it_stopped", |case| {
+        let (target, before) = stopped(case, Signal::SIGSTOP);
+        for _ in 0..3 {
+            attach(case, target.pid(), "job.ckpt", &[]);
+            remains_stopped(&target, &before);
+        }
+        passes_when_continued(target);
+    });
+}
+
+/// Also with `--stop`, which is what it is already.
+#[test]
+fn attach_and_stop() {
+    isolated("attach_and_stop", |case| {
+        let (target, before) = stopped(case, Signal::SIGSTOP);
+        attach(case, target.pid(), "job.ckpt", &["--stop"]);
+        remains_stopped(&target, &before);
+        passes_when_continued(target);
+    });
+}
+
+/// Three lives, each stopped at the checkpoint and at its beginning.
+fn comes_back(case: &Case, signal: Signal) {
+    let (mut target, before) = stopped(case, signal);
+    for _ in 0..3 {
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored(case, &image, &[]));
+        remains_stopped(&target, &before);
+    }
+    passes_when_continued(target);
+}
+
+#[test]
+fn comes_back_stopped() {
+    isolated("comes_back_stopped", |case| {
+        comes_back(case, Signal::SIGSTOP);
+    });
+}
+
+#[test]
+fn comes_back_stopped_of_an_ordinary_user() {
+    isolated_as_user("comes_back_stopped_of_an_ordinary_user", |case| {
+        comes_back(case, Signal::SIGSTOP);
+    });
+}
+
+/// By the signal of a terminal: Ctrl-Z.
+#[test]
+fn comes_back_stopped_from_the_keyboard() {
+    isolated("comes_back_stopped_from_the_keyboard", |case| {
+        comes_back(case, Signal::SIGTSTP);
+    });
+}
+
+/// In the foreground `restore` stops with its job, as a shell expects it of a job of its own, and
+/// continues it.
+#[test]
+fn comes_back_stopped_in_the_foreground() {
+    isolated("comes_back_stopped_in_the_foreground", |case| {
+        let (mut target, _) = stopped(case, Signal::SIGSTOP);
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored_in_front(case, &image, &[]));
+        until("all its threads to be stopped", || {
+            all_stopped(target.pid()).then_some(())
+        });
+        passes_when_continued(target);
+    });
+}
+
+/// Its parent is told of the stop once, by wait(2), and of the continuation.
+#[test]
+fn the_parent_can_wait_for_both() {
+    isolated("the_parent_can_wait_for_both", |case| {
+        let (mut target, _) = stopped(case, Signal::SIGSTOP);
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored(case, &image, &[]));
+        let pid = Pid::from_raw(target.pid());
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WCONTINUED | WaitPidFlag::WNOHANG;
+        let told = until("the stop", || {
+            match waitid(Id::Pid(pid), flags).expect("it is our child") {
+                WaitStatus::StillAlive => None,
+                status => Some(status),
+            }
+        });
+        assert_eq!(told, WaitStatus::Stopped(pid, Signal::SIGSTOP));
+        target.job.signal(Signal::SIGCONT);
+        let told = until("the continuation", || {
+            match waitid(Id::Pid(pid), flags).expect("it is our child") {
+                WaitStatus::StillAlive => None,
+                status => Some(status),
+            }
+        });
+        assert_eq!(told, WaitStatus::Continued(pid));
+        fs::write(target.path("continued"), "1").expect("the test's directory is writable");
+        target.passes();
+    });
+}
