@@ -18,5 +18,6 @@ pub mod progress;
 pub mod restore;
 pub mod snapshot;
 pub mod supervise;
+pub mod tty;
 
 pub use error::{Error, Obstacle, Result};

@@ -132,21 +132,22 @@ fn as_user(case: &Case, name: &str) {
 
 matrix! {
     aio anon_private anon_shared anonname bigsparse brk cleartid condvar counter creds cwd
-    dumpable epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir fd_dup
-    fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
+    dev_tty dumpable epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir
+    fd_dup fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
     file_shared flock_self fsgs growsdown guard hugetlb inhandler inotify lease limits madvflags
     maps membarrier memfd mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held
-    nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pkey protnone
-    restart_epoll restart_futex restart_locks restart_misc restart_nanosleep restart_poll
-    restart_sysv robust rodata root rseq sched seccomp segv_regs sem_posix shm_posix sigaction
-    sigaltstack sigmask signalfd sigpending sleepers sock_abstract sock_deleted sock_dgram
-    sock_halfclosed sock_listen sock_named sock_options sock_pair sock_rights sock_seqpacket
-    stack stopped subreaper sysv_msg sysv_sem sysv_sem_undo sysv_shm thp thpdisable threadname
-    threads threads500 timerfd timers_itimer timers_posix tree_cow tree_creds tree_deep
-    tree_exec tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_locks
-    tree_memfd tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session
-    tree_session_gone tree_sharedfd tree_shm tree_sigchld tree_stopped tree_thousand tree_vm
-    tree_wait tree_wide tree_zombie umask vdso xstate;
+    nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pkey protnone pty_locked
+    pty_packet pty_pair pty_session pty_several restart_epoll restart_futex restart_locks
+    restart_misc restart_nanosleep restart_poll restart_sysv robust rodata root rseq sched
+    seccomp segv_regs sem_posix shm_posix sigaction sigaltstack sigmask signalfd sigpending
+    sleepers sock_abstract sock_deleted sock_dgram sock_halfclosed sock_listen sock_named
+    sock_options sock_pair sock_rights sock_seqpacket stack stopped subreaper sysv_msg sysv_sem
+    sysv_sem_undo sysv_shm thp thpdisable threadname threads threads500 timerfd timers_itimer
+    timers_posix tree_cow tree_creds tree_deep tree_exec tree_fifo tree_files_struct
+    tree_fs_struct tree_futex tree_group tree_locks tree_memfd tree_orphan tree_pdeathsig
+    tree_pipe tree_ptrace_signals tree_session tree_session_gone tree_sharedfd tree_shm
+    tree_sigchld tree_stopped tree_thousand tree_vm tree_wait tree_wide tree_zombie umask vdso
+    xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"
     sigpending_static = "sigpending.static" vdso_static = "vdso.static"

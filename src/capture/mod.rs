@@ -302,6 +302,7 @@ fn capture_frozen(
     let host = host::describe(&processes[0])?;
     let Collector {
         descriptions,
+        terminals,
         mapped_files,
         shared_memory,
         contents,
@@ -314,6 +315,7 @@ fn capture_frozen(
         processes,
         zombies,
         descriptions,
+        terminals,
         mapped_files,
         shared_memory,
         ipc,

@@ -77,6 +77,8 @@ pub struct Collector {
     pub mapped_files: Vec<MappedFile>,
     /// See [`Snapshot::shared_memory`](crate::objects::Snapshot).
     pub shared_memory: Vec<SharedMemory>,
+    /// See [`Snapshot::terminals`](crate::objects::Snapshot).
+    pub terminals: Vec<crate::objects::files::terminal::Terminal>,
     /// See [`Snapshot::ipc`](crate::objects::Snapshot).
     pub ipc: Ipc,
     /// Spaces to be written besides the address spaces.

@@ -6,6 +6,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub mod attach;
 pub mod check;
+pub mod console;
 pub mod exit;
 pub mod inspect;
 pub mod manual;
@@ -53,6 +54,8 @@ enum Command {
     Run(run::Run),
     /// Rebuild a job from its image and return its exit code.
     Restore(restore::Restore),
+    /// Show the terminal of a job that was restored with --detach, and type at it.
+    Console(console::Console),
     /// Say what can be checkpointed here, or what stands in the way with one process.
     Check(check::Check),
     /// Show what is in an image.
@@ -78,6 +81,7 @@ impl Command {
             Command::Attach(args) => attach::run(args),
             Command::Run(args) => run::run(args),
             Command::Restore(args) => restore::run(args),
+            Command::Console(args) => console::run(args),
             Command::Check(args) => check::run(args),
             Command::Inspect(args) => inspect::run(args),
             Command::Verify(args) => verify::run(args),

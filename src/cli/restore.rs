@@ -1,6 +1,8 @@
 //! `restore`: a job goes on from its image.
 
 use std::collections::BTreeMap;
+use std::io::{stdin, stdout};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -11,6 +13,8 @@ use super::{Loudness, output, progress};
 use crate::restore::paths::Mapping;
 use crate::restore::put::PutFiles;
 use crate::restore::{self, FilesPolicy};
+use crate::supervise::relay::Relay;
+use crate::supervise::{NoTerminal, Terminal, console};
 
 /// Arguments of `restore`.
 #[derive(Args, Debug)]
@@ -143,15 +147,20 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     }
     let restored = restore::restore(&request);
     drop(progress);
-    let restored = restored?;
+    let mut restored = restored?;
     if !args.loudness.quiet {
         restored
             .warnings
             .iter()
             .for_each(|warning| complain(&format!("warning: {warning}")));
     }
-    if args.stopped {
+    if args.stopped || args.detach {
+        if let Some(master) = restored.master.take() {
+            serve(restored.pid, master)?;
+        }
         output::print_line(restored.pid)?;
+    }
+    if args.stopped {
         output::note(&format!(
             "ckpt: stopped; attach with: gdb -p {}",
             restored.pid
@@ -159,15 +168,38 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         return Ok(0);
     }
     if args.detach {
-        output::print_line(restored.pid)?;
         return Ok(0);
     }
     if args.loudness.verbose {
         output::note(&format!("ckpt: running as process {}", restored.pid));
     }
     let signals = take_over_signals()?;
+    let mut terminal: Box<dyn Terminal> = match (restored.master, restored.terminal) {
+        (Some(master), _) => Box::new(show(master)?),
+        (None, Some(lent)) => Box::new(lent),
+        (None, None) => Box::new(NoTerminal),
+    };
     leave_standard_streams()?;
-    wait(restored.pid, &signals, None)
+    wait(restored.pid, &signals, None, &mut *terminal)
+}
+
+/// Shows the job's terminal on ours.
+fn show(master: OwnedFd) -> Result<Relay, Failure> {
+    let shown = stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|input| Ok((input, stdout().as_fd().try_clone_to_owned()?)))
+        .and_then(|(input, output)| Relay::start(master, input, output));
+    shown.map_err(|error| Failure::Message(format!("cannot show the job's terminal: {error}")))
+}
+
+/// Leaves the job's terminal to a process that `ckpt console` finds.
+fn serve(pid: i32, master: OwnedFd) -> Result<(), Failure> {
+    console::serve(pid, master).map_err(|error| {
+        Failure::Message(format!(
+            "process {pid} runs, but its terminal cannot be kept: {error}"
+        ))
+    })
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::capture::save_files::Pattern;
 use crate::supervise::interval::parse_duration;
 use crate::supervise::periodic::{Periodic, Plan, Tell};
 use crate::supervise::retention::Images;
-use crate::supervise::{self, Signals};
+use crate::supervise::{self, NoTerminal, Signals, Terminal};
 
 /// Arguments of `ckpt run`.
 #[derive(Args, Debug)]
@@ -101,12 +101,17 @@ pub(crate) fn run(args: &Run) -> Outcome {
         });
         Periodic::new(plan, pid, failed, done)
     });
-    wait(pid, &signals, periodic.as_mut())
+    wait(pid, &signals, periodic.as_mut(), &mut NoTerminal)
 }
 
 /// Waits in the foreground for a job; its exit code.
-pub(crate) fn wait(pid: i32, signals: &Signals, periodic: Option<&mut Periodic>) -> Outcome {
-    let code = supervise::wait_for(pid, signals, periodic).map_err(|errno| {
+pub(crate) fn wait(
+    pid: i32,
+    signals: &Signals,
+    periodic: Option<&mut Periodic>,
+    terminal: &mut dyn Terminal,
+) -> Outcome {
+    let code = supervise::wait_for(pid, signals, periodic, terminal).map_err(|errno| {
         Failure::Message(format!("cannot wait for process {pid}: {}", errno.desc()))
     })?;
     Ok(u8::try_from(code).unwrap_or(u8::MAX))

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use serde::Serialize;
 
 use crate::objects::Snapshot;
+use crate::objects::files::terminal::Side;
 use crate::objects::files::{Description, Kind};
 
 /// A descriptor as `ckpt inspect --fds` shows it; the JSON keys stay as they are.
@@ -15,7 +16,7 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `outside` (a terminal, or a pipe or socket whose far end is
+    /// `memfd`, `inotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a terminal), `outside` (a pipe or socket whose far end is
     /// outside the job) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
@@ -87,6 +88,8 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
+        Kind::Terminal(end) if end.side == Side::Master => "pty",
+        Kind::Terminal(_) => "terminal",
         Kind::PidFd(_) => "pidfd",
         Kind::MessageQueue(_) => "mqueue",
         Kind::UnixSocket(_) => "unix",
@@ -104,6 +107,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
         Kind::Fifo(fifo) => fifo.path.to_string_lossy().into_owned(),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
+        Kind::Terminal(end) => end.name.clone(),
         Kind::UnixSocket(socket) => socket.label(),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::MessageQueue(queue) => format!("/{}", String::from_utf8_lossy(&queue.name)),

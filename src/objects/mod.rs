@@ -39,6 +39,8 @@ pub struct Snapshot {
     pub zombies: Vec<zombie::Zombie>,
     /// Open file descriptions, referred to by their index.
     pub descriptions: Vec<files::Description>,
+    /// Terminals, referred to by their index.
+    pub terminals: Vec<files::terminal::Terminal>,
     /// Files that are mapped, referred to by their index.
     pub mapped_files: Vec<memory::MappedFile>,
     /// Shared anonymous memory, referred to by its index.

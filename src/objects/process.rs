@@ -42,6 +42,8 @@ pub struct Process {
     pub group: i32,
     /// Session.
     pub session: i32,
+    /// Its controlling terminal, by index in the snapshot's terminals.
+    pub terminal: Option<usize>,
     /// The signal that had stopped it when the checkpoint began, if one had.
     pub stopped: Option<i32>,
     /// Children that are stopped and whose stop it has not been told by wait(2) yet.
@@ -126,6 +128,8 @@ pub struct FromOutside {
     pub memory: memory::Captured,
     /// Descriptors.
     pub fds: Vec<FdEntry>,
+    /// Controlling terminal.
+    pub terminal: Option<usize>,
     /// POSIX locks, by descriptor.
     pub record_locks: Vec<(i32, Lock)>,
     /// Which pages are to be stored.
@@ -148,18 +152,21 @@ pub fn capture_from_outside(
     collector: &mut Collector,
 ) -> Result<Vec<FromOutside>> {
     let mut survey = files::Survey::of(sources)?;
-    let fds = files::capture(sources, &mut survey, collector)?;
+    let terminals = files::terminal::Ends::of(sources, &survey.looks, collector);
+    let fds = files::capture(sources, &mut survey, &terminals, collector)?;
     let locks = survey.seen.into_iter().map(|seen| {
         let locks = seen.into_iter().map(|s| (s.fd, s.locks));
         locks.flat_map(|(fd, locks)| locks.into_iter().map(move |l| (fd, l)))
     });
     sources
         .iter()
+        .enumerate()
         .zip(fds.into_iter().zip(locks))
-        .map(|(source, (fds, locks))| {
+        .map(|((index, source), (fds, locks))| {
             let outside = one_from_outside(source, depth, fds, collector)?;
             Ok(FromOutside {
                 record_locks: locks.collect(),
+                terminal: terminals.controlling(index, source, collector),
                 ..outside
             })
         })
@@ -213,6 +220,7 @@ fn one_from_outside(
         vmas,
         memory,
         fds,
+        terminal: None,
         record_locks: Vec::new(),
         scanner,
     })
@@ -235,6 +243,7 @@ pub fn capture(
         vmas,
         memory,
         fds,
+        terminal,
         record_locks,
         scanner,
     } = outside;
@@ -297,6 +306,7 @@ pub fn capture(
         shares: Shares::default(),
         group: source.stat.pgrp,
         session: source.stat.session,
+        terminal,
         stopped,
         untold_stops,
         command_line: dir.read("cmdline")?,

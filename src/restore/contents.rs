@@ -12,6 +12,7 @@ use ckpt_image::Reader;
 use nix::errno::Errno;
 
 use super::plan::{Inherit, Inherited};
+use super::pty::{self, Ptys};
 use crate::error::{Error, Result};
 use crate::objects::files::Kind;
 use crate::objects::files::memfd::MemFd;
@@ -23,8 +24,10 @@ pub fn open_all(
     inherit: &[Inherit],
     snapshot: &Snapshot,
     image: &Reader,
+    ptys: &Ptys,
 ) -> Result<Vec<(OwnedFd, i32)>> {
-    let mut made = Made { files: Vec::new() };
+    let files = Vec::new();
+    let mut made = Made { files, ptys };
     inherit
         .iter()
         .map(|i| Ok((open(&i.what, snapshot, image, &mut made)?, i.number)))
@@ -32,11 +35,12 @@ pub fn open_all(
 }
 
 /// Files made so far, by space: several descriptors may lead to one.
-struct Made {
+struct Made<'a> {
     files: Vec<(SpaceId, File)>,
+    ptys: &'a Ptys,
 }
 
-impl Made {
+impl Made<'_> {
     fn get(&mut self, space: SpaceId, make: impl FnOnce() -> Result<File>) -> Result<&File> {
         if let Some(at) = self.files.iter().position(|(s, _)| *s == space) {
             return Ok(&self.files[at].1);
@@ -47,8 +51,27 @@ impl Made {
     }
 }
 
-fn open(what: &Inherited, snapshot: &Snapshot, image: &Reader, made: &mut Made) -> Result<OwnedFd> {
+fn open(
+    what: &Inherited,
+    snapshot: &Snapshot,
+    image: &Reader,
+    made: &mut Made<'_>,
+) -> Result<OwnedFd> {
     match what {
+        Inherited::Terminal(index) => {
+            let description = &snapshot.descriptions[*index];
+            match &description.kind {
+                Kind::Terminal(end) => made.ptys.open(end, description.flags),
+                _ => Err(Error::Restore(format!(
+                    "description {index} is no terminal"
+                ))),
+            }
+        }
+        Inherited::Leading(terminal) => made.ptys.slave(*terminal),
+        Inherited::OwnTerminal(controlling, flags) => {
+            let terminal = pty::own_terminal(*controlling, *flags);
+            terminal.ok_or_else(|| Error::Restore("our terminal is gone".into()))
+        }
         Inherited::Own(fd) => own(*fd),
         Inherited::Named(path, flags) => {
             let access = *flags as i32 & libc::O_ACCMODE;
@@ -156,7 +179,8 @@ fn own(fd: i32) -> Result<OwnedFd> {
         ))
     })?;
     // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+    let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+    Ok(pty::reopened(&copy).unwrap_or(copy))
 }
 
 /// A file without a name, beside where the original was if that is possible.

@@ -47,13 +47,14 @@ struct Driver<'a> {
 }
 
 /// Rebuilds the job, whose root stands at its exec stop: all processes are brought to one line
-/// after the other, and let go together.
+/// after the other, and let go together, after `before_release`.
 pub fn rebuild(
     job: &Job<'_>,
     image: &Reader,
     cuts: &[Cut],
     brood: &mut Brood,
     root: Stopped,
+    before_release: &mut dyn FnMut(),
 ) -> Result<Vec<String>> {
     fault::hit(Step::RestoreSpawned)?;
     let progress = job.request.progress;
@@ -88,6 +89,7 @@ pub fn rebuild(
     }
     warnings.sort();
     warnings.dedup();
+    before_release();
     release(complete, cuts)?;
     Ok(warnings)
 }
@@ -118,7 +120,7 @@ impl Driver<'_> {
             .fill(snapshot, index, forked, &planned.shared_at)?;
         run_to(&mut leader, &mem, &planned.plan, Stage::Born, &mut |tid| {
             born.push(tid);
-            self.adopt(index, tid, &mem, &planned)
+            self.adopt(tid, &mem, &planned)
         })?;
         Ok(Live {
             index,
@@ -130,13 +132,7 @@ impl Driver<'_> {
     }
 
     /// Takes over what `creator` has just created, a process that is traced from its beginning.
-    fn adopt(
-        &mut self,
-        creator: usize,
-        tid: Tid,
-        mem: &ProcessMemory,
-        planned: &Planned,
-    ) -> Result<()> {
+    fn adopt(&mut self, tid: Tid, mem: &ProcessMemory, planned: &Planned) -> Result<()> {
         self.brood.add(tid.raw());
         let mut task = Running::auto_attached(tid).wait_stopped()?;
         let snapshot = self.job.snapshot;
@@ -158,7 +154,7 @@ impl Driver<'_> {
             }
             None => {
                 run_to_trap(&mut task, &planned.plan, mem, &mut |tid| {
-                    self.adopt(creator, tid, mem, planned)
+                    self.adopt(tid, mem, planned)
                 })?;
                 let mem = ProcessMemory::open(mem.pid())?;
                 self.phantoms.push((task, mem));

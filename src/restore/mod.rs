@@ -6,6 +6,7 @@
 //! ([`planner`]) is executed in it ([`driver`]).
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use ckpt_image::{Arch, Reader};
@@ -30,10 +31,12 @@ pub mod fill;
 pub mod paths;
 pub mod plan;
 pub mod planner;
+pub mod pty;
 pub mod put;
 pub mod spawn;
 pub mod stop;
 pub mod terminal;
+pub mod terminals;
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,8 +78,10 @@ pub struct Restored {
     /// What could not be brought back exactly, without harm to the job (a hard limit, say);
     /// one sentence each.
     pub warnings: Vec<String>,
-    /// The terminal is the job's until this is dropped.
+    /// Our terminal is the job's until this is dropped.
     pub terminal: Option<terminal::Foreground>,
+    /// The master of the job's terminal, when that is a new one.
+    pub master: Option<OwnedFd>,
 }
 
 impl Restored {
@@ -154,17 +159,24 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let put_back = put::put(&puts, &image)?;
     let objects = ipc::Prepared::new(&snapshot, &image, request)?;
     let root = &snapshot.processes[0];
-    let descriptors = contents::open_all(&inherit, &snapshot, &image)?;
+    let ptys = pty::Ptys::make(&snapshot, &job.terminals)?;
+    let descriptors = contents::open_all(&inherit, &snapshot, &image, &ptys)?;
+    let lost = ptys.warnings.clone();
+    let master = ptys.finish(&snapshot)?;
     let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
-    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader)?;
-    let own_group = root.group == root.pid && root.session != root.pid;
-    let terminal = (request.foreground && own_group)
-        .then(|| terminal::Foreground::give(root.pid))
-        .flatten();
+    let mut terminal = None;
+    let lend = &mut || {
+        if request.foreground && master.is_none() && root.session != root.pid {
+            terminal = terminal::Foreground::lend(&snapshot, &job.terminals);
+        }
+    };
+    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader, lend)?;
+    warnings.extend(lost);
     brood.keep();
+    terminal.iter().for_each(terminal::Foreground::redraw);
     warnings.extend(objects.keep());
     warnings.extend(put::warning(request.put_files, &snapshot));
     warnings.extend(put_back.keep());
@@ -172,6 +184,7 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         pid: root.pid,
         warnings,
         terminal,
+        master,
     })
 }
 

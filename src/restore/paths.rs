@@ -104,6 +104,7 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
         | Kind::TimerFd(_)
         | Kind::Epoll(_)
         | Kind::MemFd(_)
+        | Kind::Terminal(_)
         | Kind::Outside(_) => {}
     }
 }

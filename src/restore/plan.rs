@@ -58,6 +58,12 @@ pub enum Inherited {
     EndedProcess(usize),
     /// One of our own descriptors, for something outside the job.
     Own(i32),
+    /// A description of a terminal that is made anew, by index.
+    Terminal(usize),
+    /// A terminal that controls a session of the job.
+    Leading(usize),
+    /// Our own terminal, by way of `/dev/tty` or not, with these flags.
+    OwnTerminal(bool, u32),
     /// A file named by `--fd N=PATH`.
     Named(PathBuf, u32),
 }

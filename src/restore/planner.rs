@@ -8,8 +8,10 @@ use ckpt_tracer::proc::maps::Vma;
 use super::Request;
 use super::births::{Birth, Births, Body, Phantom};
 use super::plan::{Builder, HostState, Inherited, Plan, Stage};
+use super::terminals::Terminals;
 use crate::error::Obstacle;
 use crate::holes;
+use crate::objects::files::terminal::Terminal;
 use crate::objects::files::{self, Staging};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
@@ -29,8 +31,10 @@ pub struct Job<'a> {
     pub request: &'a Request<'a>,
     /// What a new process has from us.
     pub host: HostState,
-    /// Our own process group.
+    /// The process group that takes the place of the one that started the job.
     pub group: i32,
+    /// What becomes of its terminals.
+    pub terminals: Terminals,
     /// Pages that each address space of a job with forks has at its checkpoint; ascending.
     held: HashMap<SpaceId, Vec<(u64, u64)>>,
 }
@@ -52,6 +56,7 @@ impl<'a> Job<'a> {
         host: HostState,
     ) -> Result<Self, Vec<Obstacle>> {
         let births = super::births::decide(snapshot)?;
+        let terminals = Terminals::decide(snapshot, request)?;
         let mut held = HashMap::new();
         if births.iter().any(|b| b.forked) {
             held = pages_held(snapshot, image);
@@ -61,7 +66,11 @@ impl<'a> Job<'a> {
             births,
             request,
             host,
-            group: nix::unistd::getpgrp().as_raw(),
+            group: match terminals.root_leads {
+                true => snapshot.processes[0].pid,
+                false => nix::unistd::getpgrp().as_raw(),
+            },
+            terminals,
             held,
         })
     }
@@ -310,7 +319,9 @@ impl Build<'_> {
     fn descriptions(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (snapshot, request) = (self.job.snapshot, self.job.request);
         let staging = Staging::above(snapshot);
-        if let Err(more) = files::open_descriptions(snapshot, request, staging, plan) {
+        if let Err(more) =
+            files::open_descriptions(snapshot, request, &self.job.terminals, staging, plan)
+        {
             obstacles.extend(more);
         }
         files::complete_descriptions(snapshot, staging, plan);
@@ -330,7 +341,8 @@ impl Build<'_> {
         for birth in &births.early {
             self.birth(birth, plan);
         }
-        if process.session == process.pid {
+        let leads = self.job.terminals.leads(self.index, self.job.snapshot);
+        if leads {
             plan.expect(libc::SYS_setsid, &[], process.pid as u64, || {
                 format!("the session of process {}", process.pid)
             });
@@ -339,11 +351,16 @@ impl Build<'_> {
                 format!("the process group {}", process.pid)
             });
         }
+        if leads {
+            self.control_terminal(plan);
+        }
         for birth in &births.late {
             self.birth(birth, plan);
         }
         plan.stage(Stage::Born);
-        let joins = if births.joins_ours {
+        let joins = if leads {
+            None
+        } else if births.joins_ours {
             Some(self.job.group)
         } else {
             births.joins
@@ -354,6 +371,9 @@ impl Build<'_> {
             });
         }
         plan.stage(Stage::Joined);
+        if leads {
+            self.foreground(plan);
+        }
         // What has ended is waited for; zombies are not.
         for birth in births.all() {
             if matches!(&birth.body, Body::Phantom(p) if p.zombie.is_none()) && !birth.adopted {
@@ -372,6 +392,53 @@ impl Build<'_> {
         }
         if births.adopts {
             subreaper(0, plan);
+        }
+    }
+
+    /// The controlling terminal of a session that the process leads, if it is made anew; with its
+    /// name for messages.
+    fn new_terminal(&self) -> Option<(usize, &Terminal)> {
+        let terminal = self.process.terminal?;
+        let led = self.job.terminals.is_led(terminal, self.job.snapshot);
+        led.then(|| (terminal, &self.job.snapshot.terminals[terminal]))
+    }
+
+    fn control_terminal(&self, plan: &mut Builder) {
+        let Some((terminal, record)) = self.new_terminal() else {
+            return;
+        };
+        let fd = Staging::above(self.job.snapshot).terminal(terminal) as u64;
+        plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSCTTY], || {
+            format!("the controlling terminal {}", record.name)
+        });
+    }
+
+    /// The foreground group, once all groups have their members; SIGTTOU is blocked in the restorer.
+    fn foreground(&self, plan: &mut Builder) {
+        let snapshot = self.job.snapshot;
+        let Some((terminal, record)) = self.new_terminal() else {
+            return;
+        };
+        let Some(group) = record.foreground else {
+            return;
+        };
+        let root = &snapshot.processes[0];
+        let group = if self.job.terminals.root_leads && group == root.group {
+            root.pid
+        } else {
+            group
+        };
+        let there = snapshot
+            .processes
+            .iter()
+            .any(|p| p.group == group || p.pid == group);
+        // That of a group that is gone is nobody's.
+        if there {
+            let fd = Staging::above(snapshot).terminal(terminal) as u64;
+            let data = plan.data(&group.to_le_bytes());
+            plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSPGRP, data], || {
+                format!("the foreground process group {group} of {}", record.name)
+            });
         }
     }
 
@@ -510,6 +577,12 @@ impl Build<'_> {
                 staging.mapped_file(file, writable),
                 Inherited::MappedFile(file, writable),
             );
+        }
+        let terminals = &self.job.terminals;
+        for terminal in 0..snapshot.terminals.len() {
+            if terminals.is_led(terminal, snapshot) {
+                plan.inherit(staging.terminal(terminal), Inherited::Leading(terminal));
+            }
         }
         let others = snapshot.processes.iter().zip(&self.job.births).skip(1);
         let executed = others.filter(|(_, b)| !b.forked);

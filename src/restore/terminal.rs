@@ -1,53 +1,127 @@
-//! The terminal that `restore` runs in, lent to the job while it is in the foreground.
-#![allow(unsafe_code)]
+//! The terminal that `restore` runs in, lent to the job while both are in the foreground.
 
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::fs::File;
 
-/// The terminal belongs to the job's process group; taken back when dropped.
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Pid, getpgrp};
+
+use super::terminals::Terminals;
+use crate::objects::Snapshot;
+use crate::supervise::Terminal;
+use crate::tty::{self, Modes};
+
+/// Our terminal, with the modes and the foreground group of the job while it is lent; ours again
+/// when this is dropped.
 #[derive(Debug)]
 pub struct Foreground {
     terminal: File,
     ours: i32,
+    root: i32,
+    /// The job has descriptors of it.
+    shown: bool,
+    /// The job's group that has the terminal; none when the job is in our own.
+    group: Option<i32>,
+    /// The job's modes.
+    modes: Option<Modes>,
+    /// Ours, while it is lent.
+    before: Option<Modes>,
 }
 
 impl Foreground {
-    /// Gives the terminal to `group`, if it is ours to give: we have one and are in its
-    /// foreground.
-    pub fn give(group: i32) -> Option<Self> {
-        let terminal = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/tty")
-            .ok()?;
-        // SAFETY: calls without pointers.
-        let (foreground, ours) =
-            unsafe { (libc::tcgetpgrp(terminal.as_raw_fd()), libc::getpgrp()) };
-        if foreground != ours || group == ours {
-            return None;
-        }
-        let lent = Self { terminal, ours };
-        lent.set(group).then_some(lent)
+    /// Lends the terminal to a job that is about to run, if it shall have ours and we have one.
+    pub fn lend(snapshot: &Snapshot, terminals: &Terminals) -> Option<Self> {
+        let root = &snapshot.processes[0];
+        let terminal = terminals.ours().or(root.terminal);
+        let record = terminal.map(|t| &snapshot.terminals[t]);
+        let member = |group: &i32| {
+            let mut processes = snapshot.processes.iter();
+            processes.any(|p| p.group == *group && p.session == root.session)
+        };
+        let foreground = record.and_then(|t| t.foreground).filter(member);
+        let group = foreground.unwrap_or(root.group);
+        // Without its leader among the job's processes, a group is ours now.
+        let own = group != root.group || group == root.pid;
+        let mut lent = Self {
+            terminal: tty::ours()?,
+            ours: getpgrp().as_raw(),
+            root: root.pid,
+            shown: terminals.ours().is_some(),
+            group: own.then_some(group),
+            modes: terminals
+                .ours()
+                .and(record)
+                .and_then(|t| Some(t.state?.modes)),
+            before: None,
+        };
+        lent.take();
+        Some(lent)
     }
 
-    fn set(&self, group: i32) -> bool {
-        // From the background the kernel answers with SIGTTOU unless that is blocked.
-        // SAFETY: the sets are plain integers and live.
-        unsafe {
-            let mut block: libc::sigset_t = std::mem::zeroed();
-            let mut before: libc::sigset_t = std::mem::zeroed();
-            libc::sigemptyset(&mut block);
-            libc::sigaddset(&mut block, libc::SIGTTOU);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &block, &mut before);
-            let r = libc::tcsetpgrp(self.terminal.as_raw_fd(), group);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-            r == 0
+    /// The job gets the terminal, unless we do not have it ourselves.
+    fn take(&mut self) {
+        if tty::foreground(&self.terminal) != Some(self.ours) {
+            return;
+        }
+        let Ok(before) = tty::modes(&self.terminal) else {
+            return;
+        };
+        self.before = Some(before);
+        if let Some(modes) = self.modes {
+            // Of a serial line, speed and format are the line's.
+            let modes = Modes {
+                control: before.control,
+                line: before.line,
+                input_speed: before.input_speed,
+                output_speed: before.output_speed,
+                ..modes
+            };
+            let _ = tty::set_modes(&self.terminal, &modes);
+        }
+        if let Some(group) = self.group {
+            let _ = tty::set_foreground(&self.terminal, group);
+        }
+    }
+
+    /// It is ours again; what the job had is remembered.
+    fn give_back(&mut self) {
+        let Some(before) = self.before.take() else {
+            return;
+        };
+        self.modes = tty::modes(&self.terminal).ok().or(self.modes);
+        let group = tty::foreground(&self.terminal);
+        if self.group.is_some() && group.is_some_and(|g| g != self.ours) {
+            self.group = group;
+        }
+        let _ = tty::set_foreground(&self.terminal, self.ours);
+        let _ = tty::set_modes(&self.terminal, &before);
+    }
+
+    /// Tells the job that it has another screen, which it has not drawn on.
+    pub fn redraw(&self) {
+        if self.shown && self.before.is_some() {
+            let _ = match self.group {
+                Some(group) => killpg(Pid::from_raw(group), Signal::SIGWINCH),
+                None => kill(Pid::from_raw(self.root), Signal::SIGWINCH),
+            };
+        }
+    }
+}
+
+impl Terminal for Foreground {
+    fn before_stop(&mut self) {
+        self.give_back();
+    }
+
+    fn after_stop(&mut self) {
+        self.take();
+        if let Some(group) = self.group {
+            let _ = killpg(Pid::from_raw(group), Signal::SIGCONT);
         }
     }
 }
 
 impl Drop for Foreground {
     fn drop(&mut self) {
-        self.set(self.ours);
+        self.give_back();
     }
 }

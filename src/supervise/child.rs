@@ -9,6 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
 use nix::unistd::{Pid, getpgid, getpgrp};
 
+use super::Terminal;
 use super::periodic::Periodic;
 use super::signals::{Received, is_forwarded, stops_the_shell_job};
 use super::sys::{Change, Signals, changed, reap_adopted, send};
@@ -33,11 +34,13 @@ pub fn wait_for(
     child: i32,
     signals: &Signals,
     mut periodic: Option<&mut Periodic>,
+    terminal: &mut dyn Terminal,
 ) -> nix::Result<i32> {
     let mut end = None;
     loop {
         while let Some(received) = signals.next()? {
             match end {
+                None if terminal.takes(received.signal) => {}
                 None => forward(child, &received)?,
                 // Only the last checkpoint is being waited for; whoever asks us to end means it.
                 Some(_) if is_forwarded(&received, child, false) => {
@@ -50,7 +53,11 @@ pub fn wait_for(
         while end.is_none() {
             match changed(child)? {
                 Some(Change::Ended(code)) => end = Some(code),
-                Some(Change::Stopped(signal)) if stops_the_shell_job(signal) => stop_like(signal)?,
+                Some(Change::Stopped(signal)) if stops_the_shell_job(signal) => {
+                    terminal.before_stop();
+                    stop_like(signal)?;
+                    terminal.after_stop();
+                }
                 Some(Change::Stopped(_)) => {}
                 None => break,
             }

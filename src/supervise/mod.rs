@@ -8,11 +8,32 @@
 //! status (see `wait_consider_task` in kernel/exit.c).
 
 mod child;
+pub mod console;
 pub mod interval;
 pub mod periodic;
+pub mod relay;
 pub mod retention;
 pub mod signals;
 mod sys;
 
 pub use child::{start, wait_for};
 pub use sys::{Signals, adopt_orphans};
+
+/// What is done about a terminal while its job is waited for.
+pub trait Terminal {
+    /// A signal has come; true when it was about the terminal and is not for the job.
+    fn takes(&mut self, _signal: i32) -> bool {
+        false
+    }
+
+    /// We are about to stop, because the job was stopped by its terminal.
+    fn before_stop(&mut self) {}
+
+    /// We go on.
+    fn after_stop(&mut self) {}
+}
+
+/// Of a job whose terminal needs nothing.
+pub struct NoTerminal;
+
+impl Terminal for NoTerminal {}

@@ -155,6 +155,7 @@ fn outside(name: &str, who: Who) {
         .env(INSIDE, &dir.0)
         .env(FIXTURES, fixtures.parent().expect("it is in a directory"))
         .env("TMPDIR", &dir.0)
+        .env("XDG_RUNTIME_DIR", &dir.0)
         .env("RUST_BACKTRACE", "0")
         .env_remove("CKPT_FAULT")
         .current_dir(&dir.0)

@@ -32,6 +32,12 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
             }
             Kind::Pipe(pipe) => contents(number, &pipe.unread, pipe.capacity, faults),
             Kind::Fifo(fifo) => contents(number, &fifo.unread, fifo.capacity, faults),
+            Kind::Terminal(end) => require!(
+                faults,
+                end.terminal < snapshot.terminals.len(),
+                "description {number} refers to terminal {}, which does not exist",
+                end.terminal
+            ),
             Kind::Outside(outside) => require!(
                 faults,
                 outside.fd >= 0,
@@ -56,6 +62,13 @@ fn contents(number: usize, unread: &[ByteBuf], capacity: u32, faults: &mut Fault
 /// A process's descriptors.
 pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut Faults) {
     let pid = process.pid;
+    require!(
+        faults,
+        process
+            .terminal
+            .is_none_or(|t| t < snapshot.terminals.len()),
+        "process {pid} refers to a controlling terminal that does not exist"
+    );
     let mut last = -1;
     for entry in &process.fds {
         let fd = entry.fd;

@@ -14,6 +14,7 @@ use super::sockets::{self, unix};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::restore::plan::{Builder, Inherited};
+use crate::restore::terminals::Terminals;
 
 pub mod changed;
 pub mod device;
@@ -29,7 +30,9 @@ pub mod regular;
 pub mod signalfd;
 mod survey;
 pub mod sys;
+pub mod terminal;
 pub mod timerfd;
+pub mod unread;
 
 pub use survey::{Look, Seen, Survey};
 
@@ -91,14 +94,16 @@ pub enum Kind {
     MemFd(memfd::MemFd),
     /// inotify(7).
     Inotify(inotify::Inotify),
+    /// A terminal, or the master of one.
+    Terminal(terminal::End),
     /// pidfd_open(2).
     PidFd(pidfd::PidFd),
     /// A POSIX message queue, mq_overview(7).
     MessageQueue(mqueue::MessageQueue),
     /// A unix domain socket.
     UnixSocket(unix::UnixSocket),
-    /// Something of the surroundings that the restored job gets anew: a terminal, or a pipe
-    /// with its other end outside.
+    /// Something of the surroundings that the restored job gets anew: a pipe with its other end
+    /// outside, or a socket.
     Outside(outside::Outside),
 }
 
@@ -110,6 +115,7 @@ const MQUEUE: i64 = 0x1980_0202;
 pub fn capture(
     sources: &[&Source],
     survey: &mut Survey,
+    terminals: &terminal::Ends,
     collector: &mut Collector,
 ) -> Result<Vec<Vec<FdEntry>>> {
     for source in sources {
@@ -140,7 +146,7 @@ pub fn capture(
         };
         let kind = match found.kind(number, first, outside) {
             Some(kind) => kind,
-            None => kind(sources[look.process], look, &pipes, collector),
+            None => kind(sources[look.process], look, &pipes, terminals, collector),
         };
         let kind = match number < seen_in_job {
             true => kind,
@@ -174,6 +180,7 @@ fn kind(
     source: &Source,
     look: &Look,
     pipes: &pipe::Ends,
+    terminals: &terminal::Ends,
     collector: &mut Collector,
 ) -> Result<Kind, Box<Obstacle>> {
     let unsupported = |what: &str, remedy: &str| {
@@ -183,6 +190,9 @@ fn kind(
             remedy,
         ))
     };
+    if let Some(end) = terminals.get(look) {
+        return terminal::capture(source, look, end, collector);
+    }
     match (&look.link, &look.info.detail) {
         (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) => {
             Ok(Kind::EventFd(eventfd::EventFd {
@@ -238,9 +248,6 @@ fn kind(
                 regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
             }
             libc::S_IFCHR if device::is_stateless(look) => Ok(device::capture(look, path)),
-            libc::S_IFCHR if sys::is_terminal(&look.copy) => {
-                Ok(outside::capture(look, outside::Surroundings::Terminal))
-            }
             libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
             libc::S_IFIFO => fifo::capture(source, look, path, *deleted, pipes),
             libc::S_IFBLK => Err(unsupported(
@@ -271,6 +278,7 @@ pub struct Staging {
     base: i32,
     descriptions: i32,
     files: i32,
+    terminals: i32,
 }
 
 impl Staging {
@@ -287,6 +295,7 @@ impl Staging {
             base: highest + 8,
             descriptions: snapshot.descriptions.len() as i32,
             files: snapshot.mapped_files.len() as i32,
+            terminals: snapshot.terminals.len() as i32,
         }
     }
 
@@ -306,9 +315,14 @@ impl Staging {
         self.base + self.descriptions + 2 * self.files + file as i32
     }
 
+    /// The number of a terminal that controls a session of the job.
+    pub fn terminal(self, terminal: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + terminal as i32
+    }
+
     /// Further numbers, for what the plan needs only while it runs.
     pub fn spare(self, number: usize) -> i32 {
-        self.base + self.descriptions + 3 * self.files + number as i32
+        self.base + self.descriptions + 3 * self.files + self.terminals + number as i32
     }
 
     /// The first number used; none of the job's is as high.
@@ -330,6 +344,7 @@ fn reopen_flags(flags: u32) -> u32 {
 pub fn open_descriptions(
     snapshot: &Snapshot,
     request: &crate::restore::Request<'_>,
+    terminals: &Terminals,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
@@ -374,6 +389,10 @@ pub fn open_descriptions(
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
+                Ok(what) => plan.inherit(at, what),
+                Err(o) => obstacles.push(*o),
+            },
             Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
             Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
             Kind::UnixSocket(_) => {}
@@ -443,9 +462,8 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
             set.rebuild_entries(at, staging, |d| pidfd::is_late(d, snapshot), plan);
         }
         rebuild_status(description, at, plan);
-        match &description.kind {
-            Kind::Regular(r) => r.rebuild_locks(at, plan),
-            _ => {}
+        if let Kind::Regular(r) = &description.kind {
+            r.rebuild_locks(at, plan);
         }
     }
 }
@@ -504,7 +522,7 @@ fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
         Kind::Regular(_) | Kind::Device(_) => wanted,
         _ => 0,
     };
-    if wanted != opened_with || matches!(description.kind, Kind::Outside(_)) {
+    if wanted != opened_with || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_)) {
         set_flags(description, at, wanted, plan);
     }
 }
@@ -582,6 +600,7 @@ impl Kind {
             Kind::Epoll(_) => "epoll".into(),
             Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
+            Kind::Terminal(t) => t.name.clone(),
             Kind::PidFd(_) => "pidfd".into(),
             Kind::MessageQueue(q) => q.title(),
             Kind::UnixSocket(s) => s.label(),

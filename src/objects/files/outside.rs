@@ -13,7 +13,7 @@ use crate::restore::plan::Inherited;
 pub struct Outside {
     /// The descriptor through which it was seen first; `restore` gives its own of that number.
     pub fd: i32,
-    /// What it was: a terminal, a pipe, a socket.
+    /// What it was: a pipe, a socket.
     pub what: Surroundings,
     /// The name that the kernel shows for it.
     pub name: String,
@@ -22,8 +22,6 @@ pub struct Outside {
 /// What may be taken from the surroundings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Surroundings {
-    /// A terminal.
-    Terminal,
     /// A pipe or FIFO with its other end outside.
     Pipe,
     /// A connected socket.
@@ -40,20 +38,14 @@ pub fn capture(look: &Look, what: Surroundings) -> Kind {
 }
 
 impl Outside {
-    /// What the restored job gets in its place: our own descriptor of that number, or for a terminal any of ours that was the same one.
+    /// What the restored job gets in its place: our own descriptor of that number.
     pub fn rebuild(&self, index: usize, snapshot: &Snapshot) -> Result<Inherited, Box<Obstacle>> {
         let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
         let mut numbers = numbers.filter(|e| e.description == index).map(|e| e.fd);
         if let Some(fd) = numbers.find(|fd| *fd <= 2) {
             return Ok(Inherited::Own(fd));
         }
-        if self.what == Surroundings::Terminal
-            && let Some(fd) = snapshot.standard_terminal(&self.name)
-        {
-            return Ok(Inherited::Own(fd));
-        }
         let what = match self.what {
-            Surroundings::Terminal => "a terminal",
             Surroundings::Pipe => "a pipe",
             Surroundings::Socket => "a socket",
         };
@@ -65,18 +57,5 @@ impl Outside {
             ),
             format!("say what it shall be with --fd {}=PATH", self.fd),
         )))
-    }
-}
-
-impl Snapshot {
-    /// Which of descriptors 0 to 2 was the terminal of that name.
-    fn standard_terminal(&self, name: &str) -> Option<i32> {
-        let fds = self.processes.iter().flat_map(|p| &p.fds);
-        fds.filter(|e| e.fd <= 2)
-            .find(|e| match &self.descriptions[e.description].kind {
-                Kind::Outside(o) => o.what == Surroundings::Terminal && o.name == name,
-                _ => false,
-            })
-            .map(|e| e.fd)
     }
 }

@@ -191,6 +191,11 @@ impl Look {
         self.info.flags as i32 & libc::O_ACCMODE
     }
 
+    /// `O_PATH`: a handle that opened nothing.
+    pub(super) fn is_path(&self) -> bool {
+        self.info.flags as i32 & libc::O_PATH != 0
+    }
+
     pub(super) fn file_type(&self) -> u32 {
         self.stat.st_mode & libc::S_IFMT
     }

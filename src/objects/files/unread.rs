@@ -1,0 +1,657 @@
+//! What waits in a pty of the job: written to one side and not yet read from the other.
+//!
+//! The kernel has no way to look at it, so it is read and put back at once, while the job stands
+//! still, by a helper process: if we are killed meanwhile, that one finishes its work. Whatever
+//! would keep the data from being put back is found before anything is read. Changing the modes
+//! for a moment is part of it: output must not be processed a second time, and a line that is not
+//! yet complete can only be read in non-canonical mode.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use serde_bytes::ByteBuf;
+
+use super::terminal::{Ending, Input};
+use crate::error::Obstacle;
+use crate::tty::{self, Modes};
+
+type Result<T, E = Errno> = std::result::Result<T, E>;
+
+/// More than the kernel lets wait in one direction: twice 8 KiB in the port's buffers (`pty.c`,
+/// `tty_buffer.c`), 4 KiB in the line discipline, and what the last write was over it.
+const ROOM: usize = 64 * 1024;
+/// Each line has a byte at least, or is an end of file that was typed.
+const LINES: usize = 8 * 1024;
+/// Attempts, with a nap of [`NAP`] each, before data is taken to be stuck.
+const ATTEMPTS: u32 = 2_000;
+/// Microseconds.
+const NAP: u32 = 100;
+/// What the line discipline holds; more waits in the port's buffers.
+const DISCIPLINE: usize = 4095;
+/// Written in pieces of this size, a pty takes more than in any other way that was found (22,448
+/// bytes of raw output; 20,480 in pieces of 256, 13,824 in one piece). The port's buffers are
+/// made to fit the first write into them, and count only as a whole.
+const PIECE: usize = 1020;
+
+/// Why what waits cannot be captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// A change of the slave's state that a reader in packet mode has not been told of.
+    Status,
+    /// The slave's output is stopped (Ctrl-S).
+    Stopped,
+    /// More was typed ahead than the line discipline may hold.
+    Much,
+    /// A call failed.
+    Failed(Errno),
+}
+
+impl Trouble {
+    /// The obstacle for a message.
+    pub fn obstacle(self, master: String) -> Obstacle {
+        let moment = "let its reader read first, or try again in a moment";
+        match self {
+            Trouble::Status => Obstacle::new(
+                master,
+                "is the master of a pty in packet mode that has a status which nobody has read yet",
+                moment,
+            ),
+            Trouble::Stopped => Obstacle::new(
+                master,
+                "is the master of a pty with unread output that was stopped with Ctrl-S",
+                "let it go on with Ctrl-Q",
+            ),
+            Trouble::Much => Obstacle::new(
+                master,
+                "is the master of a pty with more unread input than can be copied",
+                moment,
+            ),
+            Trouble::Failed(errno) => Obstacle::new(
+                master,
+                format!(
+                    "is the master of a pty whose unread data cannot be copied: {}",
+                    errno.desc()
+                ),
+                moment,
+            ),
+        }
+    }
+}
+
+/// What waits, in both directions.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    /// From the slave to the master.
+    pub output: Vec<u8>,
+    /// From the master to the slave.
+    pub input: Vec<Input>,
+}
+
+/// What the helper fills, in memory that both have.
+#[repr(C)]
+struct Area {
+    output_len: usize,
+    input_len: usize,
+    lines: usize,
+    lengths: [u32; LINES],
+    endings: [Ending; LINES],
+    output: [u8; ROOM],
+    input: [u8; ROOM],
+}
+
+/// Copies what waits in a pty whose tasks are all stopped, given its master. `slave` is a
+/// descriptor of the other side, if the job has one.
+pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Trouble> {
+    let ready = super::sys::poll_now(master, libc::POLLIN | libc::POLLPRI);
+    if tty::packet_mode(master) && ready & libc::POLLPRI != 0 {
+        return Err(Trouble::Status);
+    }
+    let output = ready & libc::POLLIN != 0 && tty::unread(master) > 0;
+    let lines = slave.and_then(|s| tty::modes(s).ok());
+    let lines = lines.is_some_and(|m| m.local & libc::ICANON != 0);
+    let input = slave.is_some_and(|s| lines || tty::unread(s) > 0);
+    if !output && !input {
+        return Ok(Waiting::default());
+    }
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
+    // To try with a locked one would leave it unusable (`TTY_IO_ERROR`, pty_open of pty.c).
+    let own = match tty::is_locked(master) {
+        true => Err(Errno::EIO),
+        false => tty::peer(master, flags),
+    };
+    let own = match (own, slave) {
+        (Ok(own), _) => own,
+        // Locked, or in exclusive use. The job's own description may wait where it has no room.
+        (Err(_), Some(slave)) if tty::unread(master) < DISCIPLINE => {
+            let copy = slave.try_clone();
+            copy.map_err(|_| Trouble::Failed(Errno::EMFILE))?
+        }
+        (Err(errno), _) => return Err(Trouble::Failed(errno)),
+    };
+    if output && is_stopped(master, &own) {
+        return Err(Trouble::Stopped);
+    }
+    // Beyond that, bytes may wait that were not processed yet.
+    if input && tty::unread(&own) > DISCIPLINE / 2 {
+        return Err(Trouble::Much);
+    }
+    let work = Work {
+        master,
+        slave: &own,
+        packets: tty::packet_mode(master),
+        modes: tty::modes(&own).map_err(Trouble::Failed)?,
+    };
+    work.in_helper(output, input).map_err(Trouble::Failed)
+}
+
+/// Whether nothing goes into the slave though there is room for it. What came last may still be
+/// on its way from the port's buffers, which are the room.
+fn is_stopped(master: &OwnedFd, slave: &OwnedFd) -> bool {
+    (0..ATTEMPTS / 10).all(|attempt| {
+        if attempt > 0 {
+            nap(1);
+        }
+        super::sys::poll_now(slave, libc::POLLOUT) & libc::POLLOUT == 0
+            && tty::unread(master) < DISCIPLINE
+    })
+}
+
+/// Puts into a new pty what waited in the old one; its modes are set afterwards.
+pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -> Result<()> {
+    let work = Work {
+        master,
+        slave,
+        packets: false,
+        modes,
+    };
+    tty::set_modes(slave, &work.unprocessed())?;
+    work.write_output(&waiting.output)?;
+    if !waiting.input.is_empty() {
+        let all: Vec<u8> = waiting
+            .input
+            .iter()
+            .flat_map(|i| i.bytes.to_vec())
+            .collect();
+        let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
+        work.put_pieces(&all, pieces)?;
+    }
+    tty::set_modes(slave, &work.modes)
+}
+
+struct Work<'a> {
+    master: &'a OwnedFd,
+    slave: &'a OwnedFd,
+    packets: bool,
+    modes: Modes,
+}
+
+impl Work<'_> {
+    fn in_helper(&self, output: bool, input: bool) -> Result<Waiting> {
+        // SAFETY: a new mapping.
+        let area = unsafe {
+            let (prot, flags) = (
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            );
+            libc::mmap(std::ptr::null_mut(), size_of::<Area>(), prot, flags, -1, 0)
+        };
+        if area == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        let area: *mut Area = area.cast();
+        // SAFETY: the mapping is of that size, zero is valid for it, and the helper has ended when
+        // we look at it. The helper makes system calls only, on that memory and its stack.
+        unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            let mut before: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+            let child = libc::fork();
+            if child == 0 {
+                libc::setsid();
+                let done = self.work(&mut *area, output, input);
+                libc::_exit(done.map_or_else(|e| e as i32, |()| 0));
+            }
+            let ended = Errno::result(child).and_then(wait);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+            let found = ended.map(|()| (*area).waiting());
+            libc::munmap(area.cast(), size_of::<Area>());
+            found
+        }
+    }
+
+    fn work(&self, area: &mut Area, output: bool, input: bool) -> Result<()> {
+        if output {
+            self.take_output(area)?;
+            self.put_output(area)?;
+        }
+        if input {
+            let taken = self.take_input(area);
+            let put = self.put_input(area);
+            taken.and(put)?;
+        }
+        Ok(())
+    }
+
+    fn take_output(&self, area: &mut Area) -> Result<()> {
+        let mut block = [0u8; 4097];
+        // Poll makes the kernel pass on what waits in the port's buffers.
+        while super::sys::poll_now(self.master, libc::POLLIN) & libc::POLLIN != 0 {
+            if tty::unread(self.master) == 0 {
+                break;
+            }
+            let n = read(self.master.as_raw_fd(), &mut block)?;
+            let data = &block[usize::from(self.packets).min(n)..n];
+            let to = area.output_len + data.len();
+            let room = area.output.get_mut(area.output_len..to);
+            room.ok_or(Errno::E2BIG)?.copy_from_slice(data);
+            area.output_len = to;
+        }
+        Ok(())
+    }
+
+    fn put_output(&self, area: &Area) -> Result<()> {
+        let processed = self.modes.output & libc::OPOST != 0;
+        if processed {
+            tty::set_modes(self.slave, &self.unprocessed())?;
+        }
+        let stopped = super::sys::poll_now(self.slave, libc::POLLOUT) & libc::POLLOUT == 0;
+        if stopped {
+            // Whoever stopped it, now it is stopped by a call, and starts by one.
+            flow(self.slave, libc::TCOOFF);
+            flow(self.slave, libc::TCOON);
+        }
+        let put = self.put_back(&area.output[..area.output_len]);
+        if stopped {
+            flow(self.slave, libc::TCOOFF);
+        }
+        if processed {
+            tty::set_modes(self.slave, &self.modes)?;
+        }
+        put
+    }
+
+    fn unprocessed(&self) -> Modes {
+        let mut modes = self.modes;
+        modes.output &= !libc::OPOST;
+        modes
+    }
+
+    fn take_input(&self, area: &mut Area) -> Result<()> {
+        let canonical = self.modes.local & libc::ICANON != 0;
+        if canonical {
+            while let Some(n) = read_some(self.slave, area)? {
+                let last = area.input[..area.input_len].last().copied();
+                let own = |c: u8| c != 0 && last == Some(c);
+                let ends = [self.modes.chars[libc::VEOL], self.modes.chars[libc::VEOL2]];
+                let complete = n > 0 && (last == Some(b'\n') || ends.into_iter().any(own));
+                area.line(
+                    n,
+                    if complete {
+                        Ending::Line
+                    } else {
+                        Ending::EndOfFile
+                    },
+                )?;
+            }
+        }
+        let mut modes = self.modes;
+        modes.local &= !libc::ICANON;
+        modes.chars[libc::VMIN] = 1;
+        modes.chars[libc::VTIME] = 0;
+        tty::set_modes(self.slave, &modes)?;
+        while let Some(n @ 1..) = read_some(self.slave, area)? {
+            area.line(n, Ending::Open)?;
+        }
+        Ok(())
+    }
+
+    fn put_input(&self, area: &Area) -> Result<()> {
+        let bytes = &area.input[..area.input_len];
+        let mut from = 0;
+        let pieces = (0..area.lines).map(|line| {
+            let to = from + area.lengths[line] as usize;
+            let piece = (&bytes[from..to], area.endings[line]);
+            from = to;
+            piece
+        });
+        let put = self.put_pieces(bytes, pieces);
+        put.and(tty::set_modes(self.slave, &self.modes))
+    }
+
+    /// Writes input; the modes are left as they had to be for that.
+    fn put_pieces<'a>(
+        &self,
+        all: &[u8],
+        pieces: impl Iterator<Item = (&'a [u8], Ending)>,
+    ) -> Result<()> {
+        let master = self.master.as_raw_fd();
+        let modes = self.verbatim(all);
+        tty::set_modes(self.slave, &modes)?;
+        let canonical = modes.local & libc::ICANON != 0;
+        let (mut ready, mut begun) = (0, false);
+        for (bytes, ending) in pieces {
+            write_all(master, self.slave, bytes)?;
+            if ending == Ending::EndOfFile {
+                write_all(master, self.slave, &[modes.chars[libc::VEOF]])?;
+            }
+            begun = canonical && ending == Ending::Open;
+            ready += if begun { 0 } else { bytes.len() };
+        }
+        // Another thread of the kernel works on what was written, and must find these modes.
+        let mut attempts = 0;
+        while tty::unread(self.slave) != ready && attempts < ATTEMPTS {
+            super::sys::poll_now(self.slave, libc::POLLIN);
+            nap(1);
+            attempts += 1;
+        }
+        super::sys::poll_now(self.slave, libc::POLLIN);
+        if begun && ready > 0 {
+            // Nothing tells of a line that has only begun behind others.
+            nap(30);
+        }
+        Ok(())
+    }
+
+    /// Writes output so that as much has room as there was.
+    fn write_output(&self, bytes: &[u8]) -> Result<()> {
+        let to = self.slave.as_raw_fd();
+        let mut pieces = bytes.chunks(PIECE);
+        pieces.try_for_each(|piece| {
+            // What has come is passed on first, so that the buffers have room for most.
+            super::sys::poll_now(self.master, libc::POLLIN);
+            write_all(to, self.master, piece)
+        })
+    }
+
+    /// The same of output that was taken from a job: what has no room now will have it when its
+    /// reader reads, and is left to a process that waits for that.
+    fn put_back(&self, bytes: &[u8]) -> Result<()> {
+        let to = self.slave.as_raw_fd();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let mut piece = &rest[..rest.len().min(PIECE)];
+            let len = piece.len();
+            super::sys::poll_now(self.master, libc::POLLIN);
+            let written = write_some(to, self.master, &mut piece);
+            rest = &rest[len - piece.len()..];
+            if written == Err(Errno::EAGAIN) {
+                // SAFETY: the copy makes system calls only, and ends.
+                unsafe {
+                    if libc::fork() == 0 {
+                        while !rest.is_empty() {
+                            let _ = write_some(to, self.master, &mut rest);
+                        }
+                        libc::_exit(0)
+                    }
+                }
+                return Ok(());
+            }
+            written?;
+        }
+        Ok(())
+    }
+
+    /// Modes in which these bytes are taken as they are: nothing is echoed, edited, turned into a
+    /// signal or into another byte; lines end as they did.
+    fn verbatim(&self, bytes: &[u8]) -> Modes {
+        let raw = self.modes.raw();
+        let mut modes = self.modes;
+        modes.input = raw.input;
+        modes.local = raw.local | (self.modes.local & libc::ICANON);
+        if self.packets {
+            // Whoever reads in packet mode is told of changes of flow control.
+            modes.input |= self.modes.input & libc::IXON;
+        }
+        let end = (1..=254)
+            .find(|c| *c != b'\n' && !bytes.contains(c))
+            .unwrap_or(255);
+        for (index, c) in modes.chars.iter_mut().enumerate() {
+            let kept = [libc::VEOL, libc::VEOL2, libc::VSTART, libc::VSTOP];
+            if !kept.contains(&index) {
+                *c = 0;
+            }
+        }
+        modes.chars[libc::VEOF] = end;
+        if modes.local & libc::ICANON == 0 {
+            modes.chars[libc::VMIN] = 1;
+            modes.chars[libc::VTIME] = 0;
+        }
+        modes
+    }
+}
+
+impl Area {
+    fn line(&mut self, len: usize, ending: Ending) -> Result<()> {
+        let at = self.lines;
+        *self.lengths.get_mut(at).ok_or(Errno::E2BIG)? = len as u32;
+        self.endings[at] = ending;
+        self.lines += 1;
+        Ok(())
+    }
+
+    fn waiting(&self) -> Waiting {
+        let mut from = 0;
+        let line = |at: usize| {
+            let to = from + self.lengths[at] as usize;
+            let bytes = ByteBuf::from(&self.input[from..to]);
+            from = to;
+            Input {
+                bytes,
+                ending: self.endings[at],
+            }
+        };
+        Waiting {
+            output: self.output[..self.output_len].to_vec(),
+            input: (0..self.lines).map(line).collect(),
+        }
+    }
+}
+
+fn wait(child: i32) -> Result<()> {
+    let mut status = 0;
+    // SAFETY: `status` is live.
+    while unsafe { libc::waitpid(child, &mut status, 0) } < 0 {
+        if Errno::last() != Errno::EINTR {
+            return Err(Errno::last());
+        }
+    }
+    match libc::WIFEXITED(status) {
+        true if status == 0 => Ok(()),
+        true => Err(Errno::from_raw(libc::WEXITSTATUS(status))),
+        false => Err(Errno::EINTR),
+    }
+}
+
+/// One read of input; nothing when there is none.
+fn read_some(slave: &OwnedFd, area: &mut Area) -> Result<Option<usize>> {
+    if super::sys::poll_now(slave, libc::POLLIN) & libc::POLLIN == 0 {
+        return Ok(None);
+    }
+    let room = area.input.get_mut(area.input_len..area.input_len + 4096);
+    match read(slave.as_raw_fd(), room.ok_or(Errno::E2BIG)?) {
+        Ok(n) => {
+            area.input_len += n;
+            Ok(Some(n))
+        }
+        Err(Errno::EAGAIN) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn read(fd: RawFd, buffer: &mut [u8]) -> Result<usize> {
+    // SAFETY: the buffer is live and of that length.
+    let n = unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
+    Errno::result(n).map(|n| n as usize)
+}
+
+/// Writes all; when there is no room, the other side is made to take in what has come.
+fn write_all(to: RawFd, other: &OwnedFd, bytes: &[u8]) -> Result<()> {
+    let mut rest = bytes;
+    write_some(to, other, &mut rest)
+}
+
+/// The same; what is left when there is no room for long stays in `rest`.
+fn write_some(to: RawFd, other: &OwnedFd, rest: &mut &[u8]) -> Result<()> {
+    let mut attempts = 0;
+    while !rest.is_empty() {
+        // SAFETY: the buffer is live and of that length.
+        let n = unsafe { libc::write(to, rest.as_ptr().cast(), rest.len()) };
+        match Errno::result(n) {
+            Ok(n) => *rest = &rest[n as usize..],
+            Err(Errno::EAGAIN) if attempts < ATTEMPTS => {
+                attempts += 1;
+                super::sys::poll_now(other, libc::POLLIN);
+                nap(1);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn nap(times: u32) {
+    // SAFETY: a call without pointers.
+    unsafe { libc::usleep(NAP * times) };
+}
+
+/// tcflow(3).
+fn flow(fd: &OwnedFd, action: i32) {
+    // SAFETY: a call without pointers.
+    unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCXONC, libc::c_long::from(action)) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pty() -> (OwnedFd, OwnedFd) {
+        let master = tty::new_pty(libc::O_NONBLOCK).unwrap();
+        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
+        let slave = tty::peer(&master, flags).unwrap();
+        (master, slave)
+    }
+
+    fn read_now(fd: &OwnedFd) -> Option<Vec<u8>> {
+        super::super::sys::poll_now(fd, libc::POLLIN);
+        let mut block = [0; 8192];
+        read(fd.as_raw_fd(), &mut block)
+            .ok()
+            .map(|n| block[..n].to_vec())
+    }
+
+    fn write_now(fd: &OwnedFd, other: &OwnedFd, bytes: &[u8]) {
+        write_all(fd.as_raw_fd(), other, bytes).unwrap();
+        super::super::sys::poll_now(other, libc::POLLIN);
+    }
+
+    #[test]
+    fn output_stays_and_is_put_into_another_one() {
+        let (master, slave) = pty();
+        write_now(&slave, &master, b"one\ntwo");
+        let waiting = look(&master, Some(&slave)).unwrap();
+        assert_eq!(waiting.output, b"one\r\ntwo");
+        assert_eq!(look(&master, Some(&slave)).unwrap().output, b"one\r\ntwo");
+        assert_eq!(read_now(&master).unwrap(), b"one\r\ntwo");
+        let (master, slave) = pty();
+        let modes = tty::modes(&slave).unwrap();
+        put(&master, &slave, modes, &waiting).unwrap();
+        assert_eq!(tty::modes(&slave).unwrap(), modes);
+        assert_eq!(read_now(&master).unwrap(), b"one\r\ntwo");
+    }
+
+    #[test]
+    fn a_full_pty_stays_full() {
+        for (first, then) in [
+            (1, 1),
+            (4095, 8192),
+            (4095, 256),
+            (100, 1000),
+            (1024, 511),
+            (1792, 7),
+        ] {
+            let (master, slave) = pty();
+            tty::set_modes(&slave, &tty::modes(&slave).unwrap().raw()).unwrap();
+            let all: Vec<u8> = (0..30_000u32).map(|i| (i % 251) as u8).collect();
+            let mut written = 0;
+            let mut fill = |len: usize| {
+                let chunk = &all[written..written + len];
+                // SAFETY: the buffer is live and of that length.
+                let n = unsafe { libc::write(slave.as_raw_fd(), chunk.as_ptr().cast(), len) };
+                super::super::sys::poll_now(&master, libc::POLLIN);
+                written += n.max(0) as usize;
+                n > 0
+            };
+            fill(first);
+            while fill(then) {}
+            for _ in 0..3 {
+                let waiting = look(&master, Some(&slave)).unwrap();
+                assert!(
+                    waiting.output == all[..written],
+                    "{first}, {then}: {written} bytes"
+                );
+            }
+            let mut read = Vec::new();
+            while let Some(block) = read_now(&master) {
+                read.extend(block);
+            }
+            assert!(read == all[..written], "{first}, {then}: {written} bytes");
+        }
+    }
+
+    #[test]
+    fn lines_stay_lines_and_a_begun_one_begun() {
+        let (master, slave) = pty();
+        write_now(&master, &slave, b"first\nsec\x04\x04begu");
+        let echoed = read_now(&master);
+        for _ in 0..2 {
+            let waiting = look(&master, Some(&slave)).unwrap();
+            let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
+            let expected: [(&[u8], Ending); 4] = [
+                (b"first\n", Ending::Line),
+                (b"sec", Ending::EndOfFile),
+                (b"", Ending::EndOfFile),
+                (b"begu", Ending::Open),
+            ];
+            assert_eq!(pieces.collect::<Vec<_>>(), expected);
+            assert_eq!(
+                waiting.output, b"",
+                "nothing is echoed again; before: {echoed:?}"
+            );
+        }
+        let waiting = look(&master, Some(&slave)).unwrap();
+        let (other, new) = pty();
+        let modes = tty::modes(&slave).unwrap();
+        put(&other, &new, modes, &waiting).unwrap();
+        for (master, slave) in [(&master, &slave), (&other, &new)] {
+            assert_eq!(read_now(slave).unwrap(), b"first\n");
+            assert_eq!(read_now(slave).unwrap(), b"sec");
+            assert_eq!(read_now(slave).unwrap(), b"");
+            assert_eq!(read_now(slave), None);
+            write_now(master, slave, b"n\n");
+            assert_eq!(read_now(slave).unwrap(), b"begun\n");
+        }
+    }
+
+    #[test]
+    fn bytes_in_raw_mode_are_not_looked_at() {
+        let (master, slave) = pty();
+        let modes = tty::modes(&slave).unwrap();
+        tty::set_modes(&slave, &modes.raw()).unwrap();
+        let bytes: Vec<u8> = (0..=255).collect();
+        write_now(&master, &slave, &bytes);
+        tty::set_modes(
+            &slave,
+            &Modes {
+                local: modes.raw().local | libc::ISIG,
+                ..modes
+            },
+        )
+        .unwrap();
+        let waiting = look(&master, Some(&slave)).unwrap();
+        assert_eq!(waiting.input[0].bytes, bytes);
+        assert_eq!(read_now(&slave).unwrap(), bytes);
+        assert_eq!(read_now(&master), None);
+    }
+}

@@ -1,0 +1,240 @@
+//! Pseudo-terminals are made here, in the restoring process; the new processes inherit them.
+
+use std::fs::OpenOptions;
+use std::io::IsTerminal;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::terminals::{Place, Terminals};
+use crate::error::{Error, Result};
+use crate::objects::Snapshot;
+use crate::objects::files::terminal::{End, Pair, Side, Terminal};
+use crate::objects::files::unread::{self, Waiting};
+use crate::tty::{self, Modes};
+
+/// More ptys than this are not made to reach a number.
+const PATIENCE: u32 = 1024;
+
+/// The new ptys, by terminal of the snapshot.
+#[derive(Default)]
+pub struct Ptys {
+    ptys: Vec<Option<Pty>>,
+    /// What is not as it was; one sentence each.
+    pub warnings: Vec<String>,
+}
+
+struct Pty {
+    master: OwnedFd,
+    /// Open until all is set, if it was ever opened.
+    slave: Option<OwnedFd>,
+}
+
+fn failed(what: &str, terminal: &str) -> impl Fn(std::io::Error) -> Error {
+    let text = format!("cannot {what} a pty in place of {terminal}");
+    move |e| Error::Restore(format!("{text}: {e}"))
+}
+
+impl Ptys {
+    /// Makes every pty that the job needs.
+    pub fn make(snapshot: &Snapshot, terminals: &Terminals) -> Result<Self> {
+        let mut made = Self::default();
+        made.ptys.resize_with(snapshot.terminals.len(), || None);
+        // Numbers are given out from the lowest that is free, and the job's own come first.
+        let mut pairs: Vec<usize> = (0..snapshot.terminals.len())
+            .filter(|t| terminals.place(*t) == Place::Pair)
+            .collect();
+        pairs.sort_by_key(|t| snapshot.terminals[*t].device);
+        let mut spare = Vec::new();
+        for index in pairs {
+            let terminal = &snapshot.terminals[index];
+            let master = made.numbered(terminal, &mut spare)?;
+            made.ptys[index] = Some(Pty::of(master, index, terminal, snapshot, terminals)?);
+        }
+        drop(spare);
+        if let Some(index) = terminals.fresh() {
+            let terminal = &snapshot.terminals[index];
+            let master = tty::new_pty(0).map_err(failed("make", &terminal.name))?;
+            made.ptys[index] = Some(Pty::of(master, index, terminal, snapshot, terminals)?);
+        }
+        Ok(made)
+    }
+
+    /// A pty with the number that it had, if nobody has it now.
+    fn numbered(&mut self, terminal: &Terminal, spare: &mut Vec<OwnedFd>) -> Result<OwnedFd> {
+        let wanted = terminal.device.1;
+        let make = || tty::new_pty(0).map_err(failed("make", &terminal.name));
+        let mut master = make()?;
+        let mut number = tty::index(&master).unwrap_or(u32::MAX);
+        let known = spare.iter().position(|m| tty::index(m) == Ok(wanted));
+        if let Some(at) = known {
+            return Ok(spare.swap_remove(at));
+        }
+        while number < wanted && wanted - number <= PATIENCE {
+            spare.push(std::mem::replace(&mut master, make()?));
+            number = tty::index(&master).unwrap_or(u32::MAX);
+        }
+        if number != wanted {
+            self.warnings.push(format!(
+                "the job's terminal {} is taken by somebody else and is now /dev/pts/{number}",
+                terminal.name
+            ));
+        }
+        Ok(master)
+    }
+
+    fn get(&self, terminal: usize) -> Result<&Pty> {
+        self.ptys
+            .get(terminal)
+            .and_then(Option::as_ref)
+            .ok_or_else(|| {
+                Error::Restore(format!(
+                    "terminal {terminal} was not made; this is a bug of ckpt"
+                ))
+            })
+    }
+
+    /// One description of a terminal.
+    pub fn open(&self, end: &End, flags: u32) -> Result<OwnedFd> {
+        let how = open_flags(flags);
+        if end.side == Side::HungUp {
+            return hung_up(how).map_err(failed("make", &end.name));
+        }
+        let pty = self.get(end.terminal)?;
+        match (end.side, &pty.slave) {
+            (Side::Controlling, Some(slave)) => tty::controlling(slave, how),
+            (Side::Master, _) => pty.master.try_clone(),
+            _ => tty::peer(&pty.master, how).map_err(Into::into),
+        }
+        .map_err(failed("open", &end.name))
+    }
+
+    /// A descriptor of the slave.
+    pub fn slave(&self, terminal: usize) -> Result<OwnedFd> {
+        let pty = self.get(terminal)?;
+        let slave = tty::peer(&pty.master, libc::O_RDWR | libc::O_NOCTTY);
+        slave.map_err(|e| failed("open", "the job's terminal")(e.into()))
+    }
+
+    /// With every descriptor open: what would have been in the way. Answers the master of the pty
+    /// that is new to the job.
+    pub fn finish(self, snapshot: &Snapshot) -> Result<Option<OwnedFd>> {
+        let mut ours = None;
+        for (pty, terminal) in self.ptys.into_iter().zip(&snapshot.terminals) {
+            let Some(pty) = pty else { continue };
+            let error = |e: nix::errno::Errno| failed("set", &terminal.name)(e.into());
+            let exclusive = terminal.state.is_some_and(|s| s.exclusive);
+            if let Some(slave) = &pty.slave
+                && exclusive
+            {
+                tty::set_exclusive(slave).map_err(error)?;
+            }
+            let Some(pair) = &terminal.pair else {
+                ours = Some(pty.master);
+                continue;
+            };
+            tty::set_packet_mode(&pty.master, pair.packet).map_err(error)?;
+            tty::set_locked(&pty.master, pair.locked).map_err(error)?;
+        }
+        Ok(ours)
+    }
+}
+
+impl Pty {
+    fn of(
+        master: OwnedFd,
+        index: usize,
+        terminal: &Terminal,
+        snapshot: &Snapshot,
+        terminals: &Terminals,
+    ) -> Result<Self> {
+        let error = |e: nix::errno::Errno| failed("set", &terminal.name)(e.into());
+        let ends = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
+            crate::objects::files::Kind::Terminal(end) if end.terminal == index => Some(end.side),
+            _ => None,
+        });
+        let mut ends = ends;
+        let waits = |p: &Pair| !p.output.is_empty() || !p.input.is_empty();
+        let open = ends.any(|side| side == Side::Slave || side == Side::Controlling)
+            || terminal.pair.as_ref().is_none_or(|p| p.closed || waits(p))
+            || terminals.is_led(index, snapshot);
+        let slave = match open {
+            true => Some(
+                tty::peer(&master, libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK)
+                    .map_err(error)?,
+            ),
+            false => None,
+        };
+        if let Some(state) = &terminal.state {
+            tty::set_size(&master, state.size).map_err(error)?;
+            tty::set_modes(&master, &state.modes).map_err(error)?;
+            if let (Some(slave), Some(pair)) = (&slave, &terminal.pair) {
+                refill(&master, slave, &state.modes, pair).map_err(error)?;
+            }
+        }
+        Ok(Self { master, slave })
+    }
+}
+
+/// What waited to be read.
+fn refill(
+    master: &OwnedFd,
+    slave: &OwnedFd,
+    modes: &Modes,
+    pair: &Pair,
+) -> Result<(), nix::errno::Errno> {
+    if pair.output.is_empty() && pair.input.is_empty() {
+        return Ok(());
+    }
+    let waiting = Waiting {
+        output: pair.output.clone(),
+        input: pair.input.clone(),
+    };
+    unread::put(master, slave, *modes, &waiting)
+}
+
+/// A terminal whose other side has gone.
+fn hung_up(flags: i32) -> std::io::Result<OwnedFd> {
+    let master = tty::new_pty(0)?;
+    Ok(tty::peer(&master, flags)?)
+}
+
+fn open_flags(flags: u32) -> i32 {
+    let kept = libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_APPEND;
+    (flags as i32 & kept) | libc::O_NOCTTY
+}
+
+/// Our own terminal, in a description that nobody shares with us.
+pub fn own_terminal(controlling: bool, flags: u32) -> Option<OwnedFd> {
+    let open = |path: &str| {
+        let access = flags as i32 & libc::O_ACCMODE;
+        let file = OpenOptions::new()
+            .read(access != libc::O_WRONLY)
+            .write(access != libc::O_RDONLY)
+            .custom_flags(libc::O_NOCTTY)
+            .open(path);
+        file.ok().map(OwnedFd::from)
+    };
+    let terminals = [
+        std::io::stdin().is_terminal(),
+        std::io::stdout().is_terminal(),
+        std::io::stderr().is_terminal(),
+    ];
+    let standard = || {
+        let mut ours = (0..3).filter(|fd| terminals[*fd]);
+        ours.find_map(|fd| open(&format!("/proc/self/fd/{fd}")))
+    };
+    match controlling {
+        true => open("/dev/tty"),
+        false => standard().or_else(|| open("/dev/tty")),
+    }
+}
+
+/// A copy of a descriptor of ours; of a terminal, another description of it where that can be
+/// had, so that what the job sets does not stay with whoever started us.
+pub fn reopened(fd: &OwnedFd) -> Option<OwnedFd> {
+    tty::modes(fd).ok()?;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+    options.open(path).ok().map(OwnedFd::from)
+}

@@ -1,0 +1,146 @@
+//! What becomes of each terminal of a job: the pty that it was between processes of the job, our
+//! own terminal, or a new pty.
+
+use super::Request;
+use super::plan::Inherited;
+use crate::error::Obstacle;
+use crate::objects::Snapshot;
+use crate::objects::files::terminal::{End, Side, Terminal};
+use crate::objects::files::{Kind, named};
+
+/// What a terminal becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A pty of which the job has the master.
+    Pair,
+    /// Ours. The job is in our session.
+    Ours,
+    /// A new pty of which we have the master: it controls a session that the job leads.
+    Fresh,
+    /// Nothing: only descriptors that were hung up, or given other files, led to it.
+    Nothing,
+}
+
+/// What every terminal of the job becomes.
+#[derive(Clone, Debug, Default)]
+pub struct Terminals {
+    places: Vec<Place>,
+    /// The root of the job leads a session though it did not: that of a new pty.
+    pub root_leads: bool,
+}
+
+impl Terminals {
+    /// Decides for all.
+    ///
+    /// # Errors
+    /// Of several terminals outside the job only one can be shown.
+    pub fn decide(snapshot: &Snapshot, request: &Request<'_>) -> Result<Self, Vec<Obstacle>> {
+        let mut places = Vec::with_capacity(snapshot.terminals.len());
+        for (index, terminal) in snapshot.terminals.iter().enumerate() {
+            let mut ends = snapshot.descriptions.iter().enumerate();
+            let used = ends.any(|(at, description)| match &description.kind {
+                Kind::Terminal(end) => {
+                    end.terminal == index
+                        && end.side != Side::HungUp
+                        && named(at, snapshot, request).is_none()
+                }
+                _ => false,
+            });
+            let leads = |p: &crate::objects::process::Process| {
+                p.terminal == Some(index) && p.session == p.pid
+            };
+            let led = snapshot.processes.iter().any(leads);
+            places.push(match terminal.pair {
+                Some(_) => Place::Pair,
+                None if led || (used && !request.foreground) => Place::Fresh,
+                None if used => Place::Ours,
+                None => Place::Nothing,
+            });
+        }
+        let fresh = |index: &usize| places[*index] == Place::Fresh;
+        let fresh: Vec<usize> = (0..places.len()).filter(fresh).collect();
+        if let [_, others @ ..] = &fresh[..]
+            && !others.is_empty()
+        {
+            let names = others.iter().map(|i| &snapshot.terminals[*i]);
+            return Err(names.map(too_many).collect());
+        }
+        let root = &snapshot.processes[0];
+        let root_leads =
+            root.session != root.pid && root.terminal.is_some_and(|t| places[t] == Place::Fresh);
+        Ok(Self { places, root_leads })
+    }
+
+    /// What a terminal becomes.
+    pub fn place(&self, terminal: usize) -> Place {
+        self.places.get(terminal).copied().unwrap_or(Place::Nothing)
+    }
+
+    /// The terminal that becomes a new pty.
+    pub fn fresh(&self) -> Option<usize> {
+        self.places.iter().position(|p| *p == Place::Fresh)
+    }
+
+    /// The terminal that becomes ours.
+    pub fn ours(&self) -> Option<usize> {
+        self.places.iter().position(|p| *p == Place::Ours)
+    }
+
+    /// Whether a process of the job leads a session that this terminal controls.
+    pub fn is_led(&self, terminal: usize, snapshot: &Snapshot) -> bool {
+        let leads = |(index, p): (usize, &crate::objects::process::Process)| {
+            self.leads(index, snapshot) && p.terminal == Some(terminal)
+        };
+        let new = matches!(self.place(terminal), Place::Pair | Place::Fresh);
+        new && snapshot.processes.iter().enumerate().any(leads)
+    }
+
+    /// Whether a process leads its session, as it did or from now on.
+    pub fn leads(&self, index: usize, snapshot: &Snapshot) -> bool {
+        let process = &snapshot.processes[index];
+        process.session == process.pid || (index == 0 && self.root_leads)
+    }
+
+    /// What a description of a terminal is made from.
+    pub fn rebuild(
+        &self,
+        end: &End,
+        index: usize,
+        flags: u32,
+        snapshot: &Snapshot,
+    ) -> Result<Inherited, Box<Obstacle>> {
+        if end.side == Side::HungUp || self.place(end.terminal) != Place::Ours {
+            return Ok(Inherited::Terminal(index));
+        }
+        let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
+        let numbers: Vec<i32> = numbers
+            .filter(|e| e.description == index)
+            .map(|e| e.fd)
+            .collect();
+        if end.side == Side::Slave
+            && let Some(fd) = numbers.iter().find(|fd| **fd <= 2)
+        {
+            return Ok(Inherited::Own(*fd));
+        }
+        let controlling = end.side == Side::Controlling;
+        if super::pty::own_terminal(controlling, flags).is_some() {
+            return Ok(Inherited::OwnTerminal(controlling, flags));
+        }
+        let fd = numbers.first().copied().unwrap_or_default();
+        Err(Box::new(Obstacle::new(
+            format!("fd {fd} of the job"),
+            format!("was a terminal ({}), and restore has none", end.name),
+            format!(
+                "run restore in a terminal, or with --detach, or say what it shall be with --fd {fd}=PATH"
+            ),
+        )))
+    }
+}
+
+fn too_many(terminal: &Terminal) -> Obstacle {
+    Obstacle::new(
+        format!("the terminal {}", terminal.name),
+        "is the second one outside the job, which cannot be shown together with the first",
+        "say what its descriptors shall be with --fd N=PATH",
+    )
+}

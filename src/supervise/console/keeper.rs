@@ -1,0 +1,280 @@
+//! The process that keeps a job's terminal.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{ForkResult, fork, read, setsid, write};
+
+use super::{BUSY, FREE, SIZED, TYPED};
+use crate::supervise::relay::{redraw, set_nonblocking};
+use crate::tty::{self, Size};
+
+/// Bytes of output that a client is shown at first.
+const SCREENFUL: usize = 64 * 1024;
+/// A client that takes nothing for so long is let go, lest the job wait for it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a terminal that nobody has open is left alone, milliseconds.
+const NOBODY: u16 = 100;
+
+/// Starts the process that keeps the terminal of job `pid`, a child of ours, until the job ends.
+///
+/// # Errors
+/// When its socket cannot be made, or the process.
+pub fn serve(pid: i32, master: OwnedFd) -> io::Result<()> {
+    let path = super::socket(&super::directory()?, pid)?;
+    let listener = bind(&path)?;
+    set_nonblocking(&master)?;
+    // SAFETY: a call without pointers.
+    let job = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let job = Errno::result(job)? as i32;
+    // SAFETY: the kernel just gave us this descriptor.
+    let job = unsafe { OwnedFd::from_raw_fd(job) };
+    // SAFETY: what helps a restore has been joined, so that we are the only thread.
+    match unsafe { fork() }? {
+        ForkResult::Parent { .. } => Ok(()),
+        ForkResult::Child => {
+            settle();
+            let keeper = Keeper {
+                master,
+                listener,
+                job,
+                client: None,
+                frames: Vec::new(),
+                pending: Vec::new(),
+                screen: VecDeque::new(),
+            };
+            keeper.run();
+            let _ = std::fs::remove_file(path);
+            // SAFETY: ends this process without running what its parent has to do at its end.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+/// A socket of that name; one whose keeper is gone makes room.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        other => other,
+    }
+}
+
+/// Leaves session, directory and standard streams of whoever started us.
+fn settle() {
+    let _ = setsid();
+    let _ = std::env::set_current_dir("/");
+    if let Ok(null) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+    {
+        let _ = nix::unistd::dup2_stdin(&null);
+        let _ = nix::unistd::dup2_stdout(&null);
+        let _ = nix::unistd::dup2_stderr(&null);
+    }
+    // SAFETY: a C string, and a signal's number with an action that runs no code of ours.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, c"ckpt-console".as_ptr());
+        libc::signal(libc::SIGHUP, libc::SIG_IGN);
+    }
+}
+
+struct Keeper {
+    master: OwnedFd,
+    listener: UnixListener,
+    job: OwnedFd,
+    client: Option<UnixStream>,
+    /// Come from the client, and not yet a whole frame.
+    frames: Vec<u8>,
+    /// Typed, and not yet taken by the terminal.
+    pending: Vec<u8>,
+    screen: VecDeque<u8>,
+}
+
+/// What there is to do.
+#[derive(Default)]
+struct Ready {
+    master: bool,
+    listener: bool,
+    job: bool,
+    client: bool,
+}
+
+impl Keeper {
+    fn run(mut self) {
+        let mut nobody = false;
+        loop {
+            let ready = match self.wait(nobody) {
+                Ok(ready) => ready,
+                Err(Errno::EINTR) => continue,
+                Err(_) => return,
+            };
+            self.pass_input();
+            nobody = (ready.master || ready.job) && !self.pass_output();
+            if ready.job {
+                return;
+            }
+            if ready.listener {
+                self.accept();
+            }
+            if ready.client {
+                self.listen_to_client();
+            }
+        }
+    }
+
+    fn wait(&self, nobody: bool) -> nix::Result<Ready> {
+        let mut events = PollFlags::POLLIN;
+        if !self.pending.is_empty() {
+            events |= PollFlags::POLLOUT;
+        }
+        let mut fds = vec![
+            PollFd::new(self.job.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+        ];
+        let (mut master, mut client) = (None, None);
+        if !nobody {
+            master = Some(fds.len());
+            fds.push(PollFd::new(self.master.as_fd(), events));
+        }
+        if let Some(stream) = self.client.as_ref().filter(|_| self.pending.is_empty()) {
+            client = Some(fds.len());
+            fds.push(PollFd::new(stream.as_fd(), PollFlags::POLLIN));
+        }
+        let timeout = if nobody {
+            PollTimeout::from(NOBODY)
+        } else {
+            PollTimeout::NONE
+        };
+        poll(&mut fds, timeout)?;
+        let is = |at: usize| fds[at].any().unwrap_or(false);
+        Ok(Ready {
+            job: is(0),
+            listener: is(1),
+            master: nobody || master.is_some_and(is),
+            client: client.is_some_and(is),
+        })
+    }
+
+    fn accept(&mut self) {
+        let Ok((mut stream, _)) = self.listener.accept() else {
+            return;
+        };
+        let _ = stream.set_write_timeout(Some(PATIENCE));
+        if self.client.is_some() {
+            let _ = stream.write_all(&[BUSY]);
+            return;
+        }
+        let (first, second) = self.screen.as_slices();
+        let greeted = stream
+            .write_all(&[FREE])
+            .and_then(|()| stream.write_all(first))
+            .and_then(|()| stream.write_all(second));
+        if greeted.is_ok() {
+            self.frames.clear();
+            self.client = Some(stream);
+        }
+    }
+
+    fn listen_to_client(&mut self) {
+        let Some(client) = &mut self.client else {
+            return;
+        };
+        let mut block = [0; 4096];
+        match client.read(&mut block) {
+            Ok(n @ 1..) => self.frames.extend(&block[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return,
+            Ok(_) | Err(_) => {
+                self.client = None;
+                return;
+            }
+        }
+        while let [what, high, low, rest @ ..] = &self.frames[..] {
+            let len = usize::from(u16::from_be_bytes([*high, *low]));
+            let Some(body) = rest.get(..len) else { break };
+            match *what {
+                TYPED => self.pending.extend(body),
+                SIZED => resize(&self.master, body),
+                _ => {}
+            }
+            self.frames.drain(..3 + len);
+        }
+        self.pass_input();
+    }
+
+    fn pass_input(&mut self) {
+        while !self.pending.is_empty() {
+            match write(&self.master, &self.pending) {
+                Ok(n) => drop(self.pending.drain(..n)),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return,
+                Err(_) => self.pending.clear(),
+            }
+        }
+    }
+
+    /// Everything that has been printed; false when nobody has the terminal open.
+    fn pass_output(&mut self) -> bool {
+        let mut block = [0; 16 * 1024];
+        loop {
+            match read(&self.master, &mut block) {
+                Ok(n @ 1..) => self.show(&block[..n]),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return true,
+                Ok(_) | Err(_) => return false,
+            }
+        }
+    }
+
+    fn show(&mut self, bytes: &[u8]) {
+        self.screen.extend(bytes);
+        let over = self.screen.len().saturating_sub(SCREENFUL);
+        self.screen.drain(..over);
+        if let Some(client) = &mut self.client
+            && client.write_all(bytes).is_err()
+        {
+            self.client = None;
+        }
+    }
+}
+
+/// A new screen is drawn on in any case.
+fn resize(master: &OwnedFd, body: &[u8]) {
+    if let [a, b, c, d, e, f, g, h] = *body {
+        let size = Size {
+            rows: u16::from_be_bytes([a, b]),
+            columns: u16::from_be_bytes([c, d]),
+            width: u16::from_be_bytes([e, f]),
+            height: u16::from_be_bytes([g, h]),
+        };
+        let _ = tty::set_size(master, size);
+    }
+    redraw(master);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stale_socket_makes_room() {
+        let dir = std::env::temp_dir().join(format!("ckpt-keeper-{}", std::process::id()));
+        std::fs::create_dir(&dir).unwrap();
+        let path = dir.join("socket");
+        drop(bind(&path).unwrap());
+        let taken = bind(&path).unwrap();
+        assert!(bind(&path).is_err());
+        drop(taken);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

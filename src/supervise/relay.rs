@@ -1,0 +1,243 @@
+//! A job's own terminal shown on ours: what is typed goes to it, what it prints comes here, and
+//! its size follows.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{pipe, read, write};
+
+use super::Terminal;
+use crate::tty::{self, Modes};
+
+/// How long a terminal that nobody has open is left alone, milliseconds.
+const NOBODY: u16 = 50;
+/// A read.
+const BLOCK: usize = 16 * 1024;
+
+/// The relay; our terminal is as it was when this is dropped.
+#[derive(Debug)]
+pub struct Relay {
+    master: OwnedFd,
+    /// Our terminal and its modes, if it is one.
+    ours: Option<(OwnedFd, Modes)>,
+    /// Closed to end it.
+    stop: Option<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Relay {
+    /// Starts to relay between the master of the job's terminal and our input and output.
+    ///
+    /// # Errors
+    /// When no descriptor or thread is to be had.
+    pub fn start(master: OwnedFd, input: OwnedFd, output: OwnedFd) -> io::Result<Self> {
+        set_nonblocking(&master)?;
+        let ours = match tty::modes(&input) {
+            Ok(modes) => Some((input.try_clone()?, modes)),
+            Err(_) => None,
+        };
+        let (stopped, stop) = pipe()?;
+        let pump = Pump {
+            master: master.try_clone()?,
+            input: Some(input),
+            output,
+            pending: Vec::new(),
+            stopped,
+        };
+        let mut relay = Self {
+            master,
+            ours,
+            stop: Some(stop),
+            thread: None,
+        };
+        if let Some((terminal, modes)) = &relay.ours {
+            tty::set_modes(terminal, &modes.raw())?;
+        }
+        relay.resize();
+        let thread = std::thread::Builder::new().name("relay".into());
+        relay.thread = Some(thread.spawn(move || pump.run())?);
+        Ok(relay)
+    }
+
+    /// The job's terminal gets the size of ours; it is told in any case, since it has not drawn
+    /// on this one yet.
+    fn resize(&self) {
+        if let Some((terminal, _)) = &self.ours
+            && let Ok(size) = tty::size(terminal)
+        {
+            let _ = tty::set_size(&self.master, size);
+        }
+        redraw(&self.master);
+    }
+}
+
+impl Terminal for Relay {
+    fn takes(&mut self, signal: i32) -> bool {
+        if signal == libc::SIGWINCH {
+            self.resize();
+        }
+        signal == libc::SIGWINCH
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        if let Some((terminal, modes)) = &self.ours {
+            let _ = tty::set_modes(terminal, modes);
+        }
+    }
+}
+
+/// Tells the foreground group of a terminal, given its master, that it must draw anew.
+pub(super) fn redraw(master: &OwnedFd) {
+    if let Some(group) = tty::foreground(master) {
+        let group = nix::unistd::Pid::from_raw(group);
+        let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGWINCH);
+    }
+}
+
+pub(super) fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}
+
+/// What the thread has.
+struct Pump {
+    master: OwnedFd,
+    input: Option<OwnedFd>,
+    output: OwnedFd,
+    /// Typed, and not yet taken.
+    pending: Vec<u8>,
+    stopped: OwnedFd,
+}
+
+impl Pump {
+    fn run(mut self) {
+        let mut nobody = false;
+        loop {
+            let ready = self.wait(nobody);
+            let Ready {
+                master,
+                typed,
+                stop,
+            } = match ready {
+                Ok(ready) => ready,
+                Err(Errno::EINTR) => continue,
+                Err(_) => return,
+            };
+            nobody = false;
+            if typed {
+                self.take_input();
+            }
+            self.pass_input();
+            if master || stop {
+                nobody = self.pass_output() == Output::HungUp;
+            }
+            if stop {
+                return;
+            }
+        }
+    }
+
+    fn wait(&self, nobody: bool) -> nix::Result<Ready> {
+        let mut events = PollFlags::POLLIN;
+        if !self.pending.is_empty() {
+            events |= PollFlags::POLLOUT;
+        }
+        let mut fds = vec![PollFd::new(self.stopped.as_fd(), PollFlags::POLLIN)];
+        let mut at = [0; 2];
+        if !nobody {
+            at[0] = fds.len();
+            fds.push(PollFd::new(self.master.as_fd(), events));
+        }
+        if let Some(input) = self.input.as_ref().filter(|_| self.pending.is_empty()) {
+            at[1] = fds.len();
+            fds.push(PollFd::new(input.as_fd(), PollFlags::POLLIN));
+        }
+        let timeout = if nobody {
+            PollTimeout::from(NOBODY)
+        } else {
+            PollTimeout::NONE
+        };
+        poll(&mut fds, timeout)?;
+        let is = |at: usize| fds[at].any().unwrap_or(false);
+        Ok(Ready {
+            stop: is(0),
+            master: nobody || is(at[0]),
+            typed: at[1] != 0 && is(at[1]),
+        })
+    }
+
+    fn take_input(&mut self) {
+        let Some(input) = &self.input else { return };
+        let mut block = [0; BLOCK];
+        match read(input, &mut block) {
+            Ok(n @ 1..) => self.pending.extend(&block[..n]),
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            // At the end of what was redirected to us, the job sees an end as well.
+            Ok(_) | Err(_) => {
+                self.input = None;
+                let end = tty::modes(&self.master).map_or(4, |m| m.chars[libc::VEOF]);
+                self.pending.push(end);
+            }
+        }
+    }
+
+    fn pass_input(&mut self) {
+        while !self.pending.is_empty() {
+            match write(&self.master, &self.pending) {
+                Ok(n) => drop(self.pending.drain(..n)),
+                Err(Errno::EINTR) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Everything that has been printed.
+    fn pass_output(&mut self) -> Output {
+        let mut block = [0; BLOCK];
+        loop {
+            match read(&self.master, &mut block) {
+                Ok(n @ 1..) => write_all(&self.output, &block[..n]),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Output::Taken,
+                Ok(_) | Err(_) => return Output::HungUp,
+            }
+        }
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Output {
+    Taken,
+    HungUp,
+}
+
+struct Ready {
+    master: bool,
+    typed: bool,
+    stop: bool,
+}
+
+/// Whoever looks at it may be gone, which is no trouble of the job's.
+fn write_all(output: &OwnedFd, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        match write(output, bytes) {
+            Ok(n) => bytes = &bytes[n..],
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                let mut fds = [PollFd::new(output.as_fd(), PollFlags::POLLOUT)];
+                let _ = poll(&mut fds, PollTimeout::NONE);
+            }
+            Err(_) => return,
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! The calls on terminals and pseudo-terminals, see ioctl_tty(2).
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+type Result<T> = std::result::Result<T, Errno>;
+
+/// `struct termios2`: how a terminal treats input and output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Modes {
+    /// `c_iflag`.
+    pub input: u32,
+    /// `c_oflag`.
+    pub output: u32,
+    /// `c_cflag`.
+    pub control: u32,
+    /// `c_lflag`.
+    pub local: u32,
+    /// `c_line`, the line discipline.
+    pub line: u8,
+    /// `c_cc`, special characters.
+    pub chars: [u8; 19],
+    /// `c_ispeed`, bits a second.
+    pub input_speed: u32,
+    /// `c_ospeed`, bits a second.
+    pub output_speed: u32,
+}
+
+impl Modes {
+    /// Every byte goes through as it is, as cfmakeraw(3) does it.
+    pub fn raw(self) -> Self {
+        use libc::{BRKINT, ECHO, ECHONL, ICANON, ICRNL, IEXTEN, IGNBRK, IGNCR};
+        use libc::{INLCR, INPCK, ISIG, ISTRIP, IXANY, IXOFF, IXON, OPOST, PARMRK};
+        let mut modes = self;
+        let input = IGNBRK | BRKINT | PARMRK | ISTRIP | INLCR | IGNCR | ICRNL | INPCK;
+        modes.input &= !(input | IXON | IXANY | IXOFF);
+        modes.output &= !OPOST;
+        modes.local &= !(ECHO | ECHONL | ICANON | ISIG | IEXTEN);
+        modes.control = (modes.control & !(libc::CSIZE | libc::PARENB)) | libc::CS8;
+        modes.chars[libc::VMIN] = 1;
+        modes.chars[libc::VTIME] = 0;
+        modes
+    }
+}
+
+/// `struct winsize`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// Rows of characters.
+    pub rows: u16,
+    /// Columns of characters.
+    pub columns: u16,
+    /// Pixels across, 0 when unknown.
+    pub width: u16,
+    /// Pixels down, 0 when unknown.
+    pub height: u16,
+}
+
+/// An ioctl with a pointer to a value that the kernel reads or writes.
+fn ioctl<T>(fd: &impl AsRawFd, request: libc::c_ulong, value: &mut T) -> Result<()> {
+    // SAFETY: `value` is live; the callers below pair each request with the type that it takes.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(value)) };
+    Errno::result(r).map(drop)
+}
+
+/// An ioctl with a number, or with nothing.
+fn ioctl_number(fd: &impl AsRawFd, request: libc::c_ulong, value: i32) -> Result<i32> {
+    // SAFETY: called with requests that take no pointer.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request, libc::c_long::from(value)) };
+    Errno::result(r)
+}
+
+fn number(fd: &impl AsRawFd, request: libc::c_ulong) -> Result<i32> {
+    let mut value = 0i32;
+    ioctl(fd, request, &mut value)?;
+    Ok(value)
+}
+
+/// `TCGETS2`.
+pub fn modes(fd: &impl AsRawFd) -> Result<Modes> {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut t: libc::termios2 = unsafe { std::mem::zeroed() };
+    ioctl(fd, libc::TCGETS2, &mut t)?;
+    Ok(Modes {
+        input: t.c_iflag,
+        output: t.c_oflag,
+        control: t.c_cflag,
+        local: t.c_lflag,
+        line: t.c_line,
+        chars: t.c_cc,
+        input_speed: t.c_ispeed,
+        output_speed: t.c_ospeed,
+    })
+}
+
+/// `TCSETS2`: at once, without waiting for output and without dropping input. From the background
+/// of one's own terminal this stops nobody.
+pub fn set_modes(fd: &impl AsRawFd, modes: &Modes) -> Result<()> {
+    let mut t = libc::termios2 {
+        c_iflag: modes.input,
+        c_oflag: modes.output,
+        c_cflag: modes.control,
+        c_lflag: modes.local,
+        c_line: modes.line,
+        c_cc: modes.chars,
+        c_ispeed: modes.input_speed,
+        c_ospeed: modes.output_speed,
+    };
+    unless_stopped(|| ioctl(fd, libc::TCSETS2, &mut t))
+}
+
+/// `TIOCGWINSZ`.
+pub fn size(fd: &impl AsRawFd) -> Result<Size> {
+    let mut words = [0u16; 4];
+    ioctl(fd, libc::TIOCGWINSZ, &mut words)?;
+    let [rows, columns, width, height] = words;
+    Ok(Size {
+        rows,
+        columns,
+        width,
+        height,
+    })
+}
+
+/// `TIOCSWINSZ`; tells the foreground group by SIGWINCH when the size is another one.
+pub fn set_size(fd: &impl AsRawFd, size: Size) -> Result<()> {
+    let mut words = [size.rows, size.columns, size.width, size.height];
+    ioctl(fd, libc::TIOCSWINSZ, &mut words)
+}
+
+/// `TIOCGPGRP`: the foreground process group; of a pty's master that of the other side.
+pub fn foreground(fd: &impl AsRawFd) -> Option<i32> {
+    let group = number(fd, libc::TIOCGPGRP).ok()?;
+    (group > 0).then_some(group)
+}
+
+/// `TIOCSPGRP`, which from the background stops nobody.
+pub fn set_foreground(fd: &impl AsRawFd, group: i32) -> Result<()> {
+    let mut group = group;
+    unless_stopped(|| ioctl(fd, libc::TIOCSPGRP, &mut group))
+}
+
+/// From the background the kernel answers with SIGTTOU unless that is blocked.
+fn unless_stopped(call: impl FnOnce() -> Result<()>) -> Result<()> {
+    // SAFETY: the sets are plain integers and live.
+    unsafe {
+        let mut block: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut block);
+        libc::sigaddset(&mut block, libc::SIGTTOU);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &block, &mut before);
+        let result = call();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
+    }
+}
+
+/// `TIOCGDEV`: major and minor number of the terminal itself, behind `/dev/tty`, `/dev/console`
+/// or a pty's master.
+pub fn device(fd: &impl AsRawFd) -> Result<(u32, u32)> {
+    const TIOCGDEV: libc::c_ulong = 0x8004_5432;
+    let number = number(fd, TIOCGDEV)? as u32;
+    Ok((
+        (number >> 8) & 0xfff,
+        (number & 0xff) | ((number >> 12) & 0xf_ff00),
+    ))
+}
+
+/// `TIOCGPTN`: the number of a pty, asked of its master; nothing else has one.
+pub fn index(master: &impl AsRawFd) -> Result<u32> {
+    number(master, libc::TIOCGPTN).map(|n| n as u32)
+}
+
+/// `TIOCGPKT`: packet mode of a pty's master.
+pub fn packet_mode(master: &impl AsRawFd) -> bool {
+    const TIOCGPKT: libc::c_ulong = 0x8004_5438;
+    number(master, TIOCGPKT).is_ok_and(|on| on != 0)
+}
+
+/// `TIOCPKT`.
+pub fn set_packet_mode(master: &impl AsRawFd, on: bool) -> Result<()> {
+    ioctl(master, libc::TIOCPKT, &mut i32::from(on))
+}
+
+/// `TIOCGPTLCK`: whether the slave cannot be opened.
+pub fn is_locked(master: &impl AsRawFd) -> bool {
+    const TIOCGPTLCK: libc::c_ulong = 0x8004_5439;
+    number(master, TIOCGPTLCK).is_ok_and(|on| on != 0)
+}
+
+/// `TIOCSPTLCK`.
+pub fn set_locked(master: &impl AsRawFd, on: bool) -> Result<()> {
+    ioctl(master, libc::TIOCSPTLCK, &mut i32::from(on))
+}
+
+/// `TIOCGEXCL`: whether nobody else can open it.
+pub fn is_exclusive(fd: &impl AsRawFd) -> bool {
+    const TIOCGEXCL: libc::c_ulong = 0x8004_5440;
+    number(fd, TIOCGEXCL).is_ok_and(|on| on != 0)
+}
+
+/// `TIOCEXCL`.
+pub fn set_exclusive(fd: &impl AsRawFd) -> Result<()> {
+    ioctl_number(fd, libc::TIOCEXCL, 0).map(drop)
+}
+
+/// `FIONREAD`: bytes that a read would give; a line that is not yet complete does not count.
+pub fn unread(fd: &impl AsRawFd) -> usize {
+    number(fd, libc::FIONREAD).map_or(0, |n| n.max(0) as usize)
+}
+
+/// `TIOCGPTPEER`: the other side of a pty, given its master. With `O_PATH` nothing is opened.
+pub fn peer(master: &impl AsRawFd, flags: i32) -> Result<OwnedFd> {
+    const TIOCGPTPEER: libc::c_ulong = 0x5441;
+    let fd = ioctl_number(master, TIOCGPTPEER, flags)?;
+    // SAFETY: the kernel just gave us this descriptor. Asked for with O_CLOEXEC, its description
+    // would show that flag forever.
+    Ok(unsafe {
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        OwnedFd::from_raw_fd(fd)
+    })
+}
+
+/// A new pty's master, unlocked.
+pub fn new_pty(flags: i32) -> std::io::Result<OwnedFd> {
+    let open = |path| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags | libc::O_NOCTTY)
+            .open(path)
+    };
+    let master = open("/dev/ptmx").or_else(|_| open("/dev/pts/ptmx"))?;
+    set_locked(&master, false)?;
+    Ok(master.into())
+}
+
+/// Our controlling terminal.
+pub fn ours() -> Option<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+    options.open("/dev/tty").ok()
+}
+
+/// Opens `/dev/tty` of a session whose controlling terminal is that one: done by a helper process
+/// that shares our descriptors, and leads that session for a moment.
+pub fn controlling(slave: &OwnedFd, flags: i32) -> std::io::Result<OwnedFd> {
+    // The helper puts what it opens in the place of this one.
+    let place = slave.try_clone()?;
+    let (slave, to) = (slave.as_raw_fd(), place.as_raw_fd());
+    // SAFETY: without CLONE_VM this is a fork; the child makes only system calls, and ends.
+    let child = unsafe {
+        let flags = libc::c_long::from(libc::CLONE_FILES | libc::SIGCHLD);
+        libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0)
+    };
+    let child = Errno::result(child)? as i32;
+    if child == 0 {
+        // SAFETY: we are the child.
+        unsafe { open_controlling(slave, to, flags) }
+    }
+    let mut status = 0;
+    // SAFETY: `status` is live.
+    while unsafe { libc::waitpid(child, &mut status, 0) } < 0 {
+        if Errno::last() != Errno::EINTR {
+            return Err(Errno::last().into());
+        }
+    }
+    match status {
+        0 => Ok(place),
+        _ => Err(Errno::from_raw(libc::WEXITSTATUS(status)).into()),
+    }
+}
+
+/// The helper's half; its exit code is an errno.
+///
+/// SAFETY: only to be called in a child with a copy of our memory; makes only system calls.
+unsafe fn open_controlling(slave: RawFd, to: RawFd, flags: i32) -> ! {
+    // SAFETY: system calls on values and constants.
+    unsafe {
+        // Giving the terminal up sends both to the foreground group, which is this process.
+        libc::signal(libc::SIGHUP, libc::SIG_IGN);
+        libc::signal(libc::SIGCONT, libc::SIG_IGN);
+        let mut failed = libc::setsid() < 0 || libc::ioctl(slave, libc::TIOCSCTTY, 0) < 0;
+        if !failed {
+            let fd = libc::open(c"/dev/tty".as_ptr(), flags | libc::O_CLOEXEC);
+            failed = fd < 0 || libc::dup3(fd, to, libc::O_CLOEXEC) < 0;
+            if fd >= 0 {
+                libc::close(fd);
+            }
+            let errno = *libc::__errno_location();
+            libc::ioctl(slave, libc::TIOCNOTTY);
+            *libc::__errno_location() = errno;
+        }
+        libc::_exit(if failed { *libc::__errno_location() } else { 0 })
+    }
+}
