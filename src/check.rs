@@ -65,7 +65,12 @@ fn look(roots: &[Pid], depth: Depth) -> Result<Vec<Obstacle>> {
 fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
     let mut collector = Collector::default();
     for source in sources {
-        inside_the_job(source, &mut collector)?;
+        match inside_the_job(source, &mut collector) {
+            Ok(()) => {}
+            // It was there only for a moment.
+            Err(_) if source.pid != sources[0].pid && has_ended(source.pid) => {}
+            Err(e) => return Err(e),
+        }
     }
     let seen = shared_by_processes(sources, &mut collector)
         .and_then(|()| process::capture_from_outside(sources, depth, &mut collector))
