@@ -10,7 +10,7 @@ use std::process::Command;
 
 use common::isolate::open_to_all;
 use common::rounds::{gone, same_result};
-use common::tool::leftovers;
+use common::tool::{leftovers, nobody};
 use common::{
     Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restored, run, start, until,
 };
@@ -238,5 +238,48 @@ fn gdb_inside() {
         let mut gdb = Command::new("gdb");
         gdb.args(["-q", "-nx", "-batch", "-ex", "run", "--args"]);
         traced_inside(case, "gdb", &mut gdb);
+    });
+}
+
+/// Where postgres keeps its programs.
+fn postgres(case: &Case) -> String {
+    let versions = fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut dirs = versions.map(|entry| entry.path().join("bin"));
+    let Some(dir) = dirs.find(|dir| dir.join("initdb").exists()) else {
+        case.skip("initdb (postgresql)");
+    };
+    let path = std::env::var("PATH").unwrap_or_default();
+    format!("{}:{path}", dir.display())
+}
+
+#[test]
+fn postgres_under_load() {
+    isolated("postgres_under_load", |case| {
+        case.needs_root();
+        let path = postgres(case);
+        let dir = case.path("bank");
+        fs::create_dir(&dir).expect("the test's directory is writable");
+        open_to_all(&dir);
+        let mut command = nobody(case, Path::new("bash"));
+        command.env("PATH", path).arg(source("bank.sh")).arg(&dir);
+        let mut job = start(&mut command, &case.path("bank.log"));
+        let count = || {
+            let text = fs::read_to_string(dir.join("count")).unwrap_or_default();
+            text.trim().parse().unwrap_or(0)
+        };
+        for _ in 1..=3 {
+            let before: u32 = count();
+            wait_for("transactions", || count() > before);
+            job = second_life(case, job);
+        }
+        let before = count();
+        wait_for("more transactions", || count() > before);
+        fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+        assert_eq!(job.wait(), Ended::Exited(0));
+        let result = fs::read_to_string(dir.join("result")).expect("it has a result");
+        assert_eq!(result.trim(), "t|t|t|0");
     });
 }
