@@ -61,7 +61,7 @@ fn look(roots: &[Pid], depth: Depth) -> Result<Vec<Obstacle>> {
             {
                 return Ok(vec![denied(pid)]);
             }
-            Err(_) if !roots.contains(&pid) && has_ended(pid) => {}
+            Err(e) if !roots.contains(&pid) && (is_ending(&e) || has_ended(pid)) => {}
             Err(e) => return Err(e.into()),
         }
     }
@@ -101,6 +101,9 @@ fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
             let whose = sources.iter().find(|s| path.starts_with(s.dir.path()));
             match source.raw_os_error() {
                 Some(libc::EACCES) => Ok(vec![denied(whose.map_or(root, |s| s.pid))]),
+                Some(libc::ESRCH | libc::ENOENT) if whose.is_some_and(|s| s.pid != root) => {
+                    Ok(collector.obstacles)
+                }
                 _ => Err(TracerError::Proc { source, path }.into()),
             }
         }
@@ -145,6 +148,11 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
         }
     }
     Ok(())
+}
+
+/// A process on its way out has no memory any more some time before it is a zombie.
+fn is_ending(error: &TracerError) -> bool {
+    matches!(error, TracerError::Proc { source, .. } if source.raw_os_error() == Some(libc::ESRCH))
 }
 
 fn has_ended(pid: Pid) -> bool {
