@@ -283,3 +283,81 @@ fn postgres_under_load() {
         assert_eq!(result.trim(), "t|t|t|0");
     });
 }
+
+#[test]
+fn sqlite_writers() {
+    isolated("sqlite_writers", |case| {
+        if !Path::new("/usr/bin/python3").exists() {
+            case.skip("/usr/bin/python3 (python3)");
+        }
+        same_result(case, &|| {
+            let mut command = Command::new("/usr/bin/python3");
+            command.arg(source("ledgers.py"));
+            command
+        });
+    });
+}
+
+#[test]
+fn postgres_alone() {
+    isolated("postgres_alone", |case| {
+        case.needs_root();
+        let path = postgres(case);
+        let dir = case.path("bank");
+        fs::create_dir(&dir).expect("the test's directory is writable");
+        open_to_all(&dir);
+        let as_nobody = |program: &str, args: &[&str]| {
+            let mut command = nobody(case, Path::new(program));
+            command.env("PATH", &path).env("PGHOST", &dir).args(args);
+            command
+        };
+        let data = dir.join("data").display().to_string();
+        let args = ["-D", &data, "-U", "tester", "-A", "trust", "--no-sync"];
+        run(case, &mut as_nobody("initdb", &args)).ok();
+        let place = dir.display().to_string();
+        let args = ["-D", &data, "-k", &place, "-c", "listen_addresses="];
+        let mut job = start(
+            &mut as_nobody("postgres", &args),
+            &case.path("postgres.log"),
+        );
+        let psql = |sql: &str| {
+            let args = ["-U", "tester", "-d", "postgres", "-qtAc", sql];
+            run(case, &mut as_nobody("psql", &args))
+        };
+        wait_for("the server", || psql("SELECT 1").code() == 0);
+        psql("CREATE TABLE lives AS SELECT 0 AS number").ok();
+        // A client outside the job: its connection cannot come along.
+        let args = [
+            "-U",
+            "tester",
+            "-d",
+            "postgres",
+            "-qtAc",
+            "SELECT pg_sleep(600)",
+        ];
+        let client = start(&mut as_nobody("psql", &args), &case.path("psql.log"));
+        let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        wait_for("the client", || psql(sleeping).stdout.trim() == "1");
+        let out = ckpt(case, ["attach", &job.pid.to_string(), "-o", "job.ckpt"]);
+        out.refused(1, &["unix socket", "(psql), outside the job", "close it"]);
+        psql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+            .ok();
+        client.wait();
+        for life in 1..=3 {
+            psql("UPDATE lives SET number = number + 1").ok();
+            wait_for("no backends", || {
+                !job.descendants().iter().any(|pid| {
+                    let line = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+                    line.unwrap_or_default().contains("tester")
+                })
+            });
+            job = second_life(case, job);
+            assert_eq!(
+                psql("SELECT number FROM lives").ok().trim(),
+                life.to_string()
+            );
+        }
+        job.signal(Signal::SIGINT);
+        assert_eq!(job.wait(), Ended::Exited(0));
+    });
+}
