@@ -26,7 +26,14 @@ pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
 /// The same before a checkpoint, at a glance: what takes time with the size of the memory is
 /// looked at once only, when the job is frozen.
 pub fn obstacles_at_a_glance(roots: &[Pid]) -> Result<Vec<Obstacle>> {
-    look(roots, Depth::Glance)
+    let before = Family::of_all(roots)?;
+    let obstacles = look(roots, Depth::Glance)?;
+    // Who has just been born looks like somebody outside the job to those that were there before:
+    // the other side of a connection, a user of shared memory. The frozen job will tell.
+    if !obstacles.is_empty() && Family::of_all(roots)?.living != before.living {
+        return Ok(Vec::new());
+    }
+    Ok(obstacles)
 }
 
 fn look(roots: &[Pid], depth: Depth) -> Result<Vec<Obstacle>> {
@@ -54,7 +61,7 @@ fn look(roots: &[Pid], depth: Depth) -> Result<Vec<Obstacle>> {
             {
                 return Ok(vec![denied(pid)]);
             }
-            Err(_) if !roots.contains(&pid) && has_ended(pid) => {}
+            Err(e) if !roots.contains(&pid) && (is_ending(&e) || has_ended(pid)) => {}
             Err(e) => return Err(e.into()),
         }
     }
@@ -65,7 +72,12 @@ fn look(roots: &[Pid], depth: Depth) -> Result<Vec<Obstacle>> {
 fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
     let mut collector = Collector::default();
     for source in sources {
-        inside_the_job(source, &mut collector)?;
+        match inside_the_job(source, &mut collector) {
+            Ok(()) => {}
+            // It was there only for a moment.
+            Err(_) if source.pid != sources[0].pid && has_ended(source.pid) => {}
+            Err(e) => return Err(e),
+        }
     }
     let seen = shared_by_processes(sources, &mut collector)
         .and_then(|()| process::capture_from_outside(sources, depth, &mut collector))
@@ -89,6 +101,9 @@ fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
             let whose = sources.iter().find(|s| path.starts_with(s.dir.path()));
             match source.raw_os_error() {
                 Some(libc::EACCES) => Ok(vec![denied(whose.map_or(root, |s| s.pid))]),
+                Some(libc::ESRCH | libc::ENOENT) if whose.is_some_and(|s| s.pid != root) => {
+                    Ok(collector.obstacles)
+                }
                 _ => Err(TracerError::Proc { source, path }.into()),
             }
         }
@@ -160,6 +175,11 @@ fn waits_in_vfork(source: &Source) -> bool {
         matches!(tasks::syscall(dir), Ok(tasks::InSyscall::Inside { nr, .. })
             if [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&nr))
     })
+}
+
+/// A process on its way out has no memory any more some time before it is a zombie.
+fn is_ending(error: &TracerError) -> bool {
+    matches!(error, TracerError::Proc { source, .. } if source.raw_os_error() == Some(libc::ESRCH))
 }
 
 fn has_ended(pid: Pid) -> bool {

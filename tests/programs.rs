@@ -3,65 +3,12 @@
 
 mod common;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::look::assert_let_go;
-use common::tool::{restored_in_front, source};
-use common::{Case, Ended, attach, isolated, isolated_as_user, restored, run, start, until};
-
-/// The line that tests/programs/README.md promises, of a run in DIR/name that nobody disturbs.
-fn undisturbed(case: &Case, program: &dyn Fn() -> Command) -> String {
-    let dir = case.path("undisturbed");
-    fs::create_dir(&dir).expect("the test's directory is writable");
-    fs::write(dir.join("finish"), "").expect("the test's directory is writable");
-    let out = run(case, program().arg(&dir));
-    out.ok();
-    fs::read_to_string(dir.join("result")).expect("it has a result")
-}
-
-fn progress(dir: &Path) -> u32 {
-    let text = fs::read_to_string(dir.join("progress")).unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
-}
-
-fn same_result(case: &Case, program: &dyn Fn() -> Command) {
-    let dir = case.path("run");
-    fs::create_dir(&dir).expect("the test's directory is writable");
-    let mut job = start(
-        program().arg(&dir).current_dir(case.dir()),
-        &case.path("program.log"),
-    );
-    let round = |number: u32| {
-        until(&format!("round {number}"), || {
-            (progress(&dir) >= number).then_some(())
-        });
-    };
-    round(2);
-    attach(case, job.pid, "job.ckpt", &[]);
-    assert_let_go(job.pid);
-    for life in 1..=3 {
-        round(3 + 3 * life);
-        let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
-        let ended = until("its end", || job.ended());
-        let by_us = if life == 3 {
-            Ended::Exited(137)
-        } else {
-            Ended::Killed(9)
-        };
-        assert_eq!(ended, by_us, "before life {life}");
-        job = match life {
-            2 => restored_in_front(case, &image, &[]),
-            _ => restored(case, &image, &[]),
-        };
-    }
-    round(15);
-    fs::write(dir.join("finish"), "").expect("the test's directory is writable");
-    assert_eq!(job.wait(), Ended::Exited(0));
-    let result = fs::read_to_string(dir.join("result")).expect("it has a result");
-    assert_eq!(result, undisturbed(case, program));
-}
+use common::rounds::same_result;
+use common::tool::source;
+use common::{Case, isolated, isolated_as_user, run};
 
 /// Builds a program into the test's directory.
 fn built(case: &Case, command: &mut Command) -> PathBuf {

@@ -267,7 +267,7 @@ pub fn capture(
         )
     });
     let scratch = RemoteAddr(scratch.map_err(crate::Error::refuse)?);
-    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(stopped.is_some());
+    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(frozen.tasks(), stopped.is_some());
     let (leader, others) = frozen
         .tasks_mut()
         .split_first_mut()

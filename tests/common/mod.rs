@@ -9,6 +9,7 @@ pub mod job;
 pub mod look;
 pub mod odd;
 pub mod refused;
+pub mod rounds;
 pub mod screen;
 pub mod tool;
 pub mod wait;

@@ -208,12 +208,17 @@ pub(super) fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
     if meta.nlink() == 0 {
         return None;
     }
-    let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (meta.dev(), meta.ino());
+    name_of((meta.dev(), meta.ino()), path)
+}
+
+/// Likewise of the file with this device and inode.
+pub fn name_of((device, inode): (u64, u64), path: &Path) -> Option<PathBuf> {
+    let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (device, inode);
     let mut left = NAMES;
     let mut directories = VecDeque::from([path.parent()?.to_owned()]);
     while let Some(directory) = directories.pop_front() {
         for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-            if entry.ino() == meta.ino() && entry.metadata().is_ok_and(|m| is_it(&m)) {
+            if entry.ino() == inode && entry.metadata().is_ok_and(|m| is_it(&m)) {
                 return Some(entry.path());
             }
             if entry.file_type().is_ok_and(|t| t.is_dir()) {

@@ -1,10 +1,10 @@
 //! Mappings of a live process: what each one is, and where contents come from that no name
 //! leads to any more.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use ckpt_tracer::proc::pagemap::{PageCategories, PageQuery, PagemapScanner};
@@ -432,6 +432,15 @@ fn mapped_file(
                 contents: open.contents,
             };
         }
+        // It lost the name that it was opened by, and has another one: sem_open(3) makes a semaphore
+        // under a name of its own and links it. Whoever opened it later has mapped it by that one.
+        if let Some((path, meta)) = linked_elsewhere(source, vma, path) {
+            return MappedFile {
+                path,
+                identity: FileIdentity::of(&meta),
+                contents: None,
+            };
+        }
         // No name leads to it any more: it goes into the image as a whole.
         // A shared view shows the file itself, a private one possibly the process's own pages.
         let shared = all
@@ -458,6 +467,20 @@ fn mapped_file(
             contents,
         }
     })
+}
+
+/// The name that a file still has whose mapping tells a deleted one.
+fn linked_elsewhere(source: &Source, vma: &Vma, path: &Path) -> Option<(PathBuf, Metadata)> {
+    // Without the right to follow this link, the numbers that the mapping shows have to do.
+    let link = format!("map_files/{:x}-{:x}", vma.start, vma.end);
+    let id = match std::fs::metadata(source.dir.join(link)) {
+        Ok(meta) if meta.nlink() == 0 => return None,
+        Ok(meta) => (meta.dev(), meta.ino()),
+        Err(_) => (libc::makedev(vma.dev.0, vma.dev.1), vma.inode),
+    };
+    let name = files::regular::name_of(id, path)?;
+    let meta = std::fs::metadata(&name).ok()?;
+    Some((name, meta))
 }
 
 /// The executable, which in general is mapped as well.

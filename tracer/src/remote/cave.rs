@@ -202,10 +202,10 @@ impl<'m> Cave<'m> {
         Ok(cave)
     }
 
-    /// Looks for a signal that can be the doorbell of batches; `stopped` says that the process
-    /// is in a group stop.
-    pub fn with_doorbell(mut self, stopped: bool) -> Self {
-        self.doorbell = doorbell(self.mem.pid(), stopped);
+    /// Looks for a signal that can be the doorbell of batches; `tasks` are all of the process,
+    /// `stopped` says that it is in a group stop.
+    pub fn with_doorbell(mut self, tasks: &[Stopped], stopped: bool) -> Self {
+        self.doorbell = doorbell(self.mem.pid(), tasks, stopped);
         self
     }
 

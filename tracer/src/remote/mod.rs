@@ -105,14 +105,19 @@ impl Call {
 const CALL_BYTES: u64 = 64;
 
 /// A signal that the process ignores, to be the doorbell. SIGCONT wakes a stopped process, so
-/// it is the last choice and none for a stopped one.
-fn doorbell(pid: Pid, stopped: bool) -> Option<i32> {
+/// it is the last choice and none for a stopped one. One that any of the tasks blocks is none
+/// either: it may be waiting, to be read from a signalfd, and would be taken with the ring.
+fn doorbell(pid: Pid, tasks: &[Stopped], stopped: bool) -> Option<i32> {
     let signals = crate::proc::status::read_status(pid).ok()?.signals;
+    let mut taken = signals.caught;
+    for task in tasks {
+        taken |= task.signal_mask().ok()?;
+    }
     let cont = (!stopped).then_some(libc::SIGCONT);
     [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
         .into_iter()
         .chain(cont)
-        .find(|signal| signals.caught & (1 << (signal - 1)) == 0)
+        .find(|signal| taken & (1 << (signal - 1)) == 0)
 }
 
 impl<'a> RemoteCalls<'a> {

@@ -1,0 +1,363 @@
+//! Whole jobs of ordinary programs: trees of processes with pipes, sockets, locks and shared memory
+//! between them. Each is checkpointed from outside in the middle of its work, killed and restored;
+//! what it makes of it is what it makes when nobody disturbs it.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::isolate::open_to_all;
+use common::rounds::{gone, same_result};
+use common::tool::{leftovers, nobody};
+use common::{
+    Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restored, run, start, until,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A file of `tests/jobs`.
+fn source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/jobs")
+        .join(name)
+}
+
+fn pipeline(case: &Case) {
+    case.needs_program("bash", "bash");
+    same_result(case, &|| {
+        let mut command = Command::new("bash");
+        command.arg(source("pipeline.sh"));
+        command
+    });
+}
+
+#[test]
+fn shell_pipelines() {
+    isolated("shell_pipelines", pipeline);
+}
+
+#[test]
+fn shell_pipelines_of_an_ordinary_user() {
+    isolated_as_user("shell_pipelines_of_an_ordinary_user", pipeline);
+}
+
+#[test]
+fn parallel_make() {
+    isolated("parallel_make", |case| {
+        case.needs_program("make", "make");
+        case.needs_program("cc", "gcc");
+        same_result(case, &|| {
+            let mut command = Command::new("make");
+            command.args(["-s", "-j4", "-f"]).arg(source("Makefile"));
+            command.env_remove("MAKEFLAGS").env_remove("MAKELEVEL");
+            command.arg("-C");
+            command
+        });
+    });
+}
+
+fn multiprocessing(case: &Case, method: &str) {
+    const PYTHON: &str = "/usr/bin/python3";
+    if !Path::new(PYTHON).exists() {
+        case.skip("/usr/bin/python3 (python3)");
+    }
+    same_result(case, &|| {
+        let mut command = Command::new(PYTHON);
+        command.arg(source("workers.py")).arg(method);
+        command
+    });
+}
+
+#[test]
+fn python_processes_by_fork() {
+    isolated("python_processes_by_fork", |case| {
+        multiprocessing(case, "fork")
+    });
+}
+
+#[test]
+fn python_processes_by_spawn() {
+    isolated("python_processes_by_spawn", |case| {
+        multiprocessing(case, "spawn")
+    });
+}
+
+fn wait_for(what: &str, state: impl Fn() -> bool) {
+    until(what, || state().then_some(()));
+}
+
+/// Asks a server with its own client; what it says.
+fn asked(case: &Case, command: &mut Command) -> String {
+    run(case, command).ok().trim().to_owned()
+}
+
+/// Kills the job into an image and restores it.
+fn second_life(case: &Case, mut job: Job) -> Job {
+    let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+    assert_eq!(gone(&mut job), Ended::Killed(9));
+    restored(case, &image, &[])
+}
+
+#[test]
+fn redis_while_it_saves() {
+    isolated("redis_while_it_saves", |case| {
+        case.needs_program("redis-server", "redis-server");
+        let socket = case.path("redis.sock");
+        let cli = |words: &[&str]| {
+            let mut command = Command::new("redis-cli");
+            asked(case, command.arg("-s").arg(&socket).args(words))
+        };
+        let mut server = Command::new("redis-server");
+        server.args(["--port", "0", "--save", "", "--rdb-key-save-delay", "60"]);
+        server
+            .arg("--unixsocket")
+            .arg(&socket)
+            .arg("--dir")
+            .arg(case.dir());
+        let mut job = start(&mut server, &case.path("redis.log"));
+        wait_for("the socket", || socket.exists());
+        let fill = "for i = 1, 20000 do redis.call('SET', 'key:' .. i, i * i) end";
+        cli(&["EVAL", fill, "0"]);
+        cli(&["RPUSH", "list", "one", "two", "three"]);
+        for life in 1..=3 {
+            cli(&["INCR", "lives"]);
+            assert_eq!(cli(&["BGSAVE"]), "Background saving started");
+            assert_eq!(job.descendants().len(), 1, "nobody saves");
+            job = second_life(case, job);
+            assert_eq!(job.descendants().len(), 1, "nobody saves any more");
+            assert_eq!(cli(&["GET", "lives"]), life.to_string());
+            assert_eq!(cli(&["LRANGE", "list", "0", "-1"]), "one\ntwo\nthree");
+            assert_eq!(cli(&["GET", "key:20000"]), "400000000");
+            assert_eq!(cli(&["DBSIZE"]), "20002");
+            wait_for("the end of saving", || {
+                cli(&["INFO", "persistence"]).contains("rdb_bgsave_in_progress:0")
+            });
+            assert!(cli(&["INFO", "persistence"]).contains("rdb_last_bgsave_status:ok"));
+        }
+        let check = asked(
+            case,
+            Command::new("redis-check-rdb").arg(case.path("dump.rdb")),
+        );
+        assert!(check.contains("20002 keys read"), "{check}");
+        job.signal(Signal::SIGTERM);
+        assert_eq!(job.wait(), Ended::Exited(0));
+    });
+}
+
+#[test]
+fn nginx_with_workers() {
+    isolated("nginx_with_workers", |case| {
+        case.needs_program("nginx", "nginx-light");
+        case.needs_program("curl", "curl");
+        let socket = case.path("nginx.sock");
+        let page = "a page\n".repeat(1000);
+        fs::write(case.path("page"), &page).expect("the test's directory is writable");
+        open_to_all(case.dir());
+        let config = format!(
+            "daemon off; worker_processes 3; pid {dir}/pid; error_log {dir}/nginx.log;\n\
+             events {{ }}\n\
+             http {{ access_log {dir}/access.log; client_body_temp_path {dir}/body;\n\
+             proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/fast;\n\
+             uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi;\n\
+             server {{ listen unix:{socket}; root {dir}; }} }}\n",
+            dir = case.dir().display(),
+            socket = socket.display()
+        );
+        fs::write(case.path("conf"), config).expect("the test's directory is writable");
+        let fetch = || {
+            let mut curl = Command::new("curl");
+            curl.args(["-sSf", "--unix-socket"]).arg(&socket);
+            run(case, curl.arg("http://job/page")).ok().to_owned()
+        };
+        let mut server = Command::new("nginx");
+        server.args(["-e", "stderr", "-c"]).arg(case.path("conf"));
+        let mut job = start(&mut server, &case.path("output.log"));
+        wait_for("the workers", || {
+            job.descendants().len() == 3 && socket.exists()
+        });
+        for _ in 1..=3 {
+            assert_eq!(fetch(), page);
+            let workers = job.descendants();
+            job = second_life(case, job);
+            assert_eq!(job.descendants(), workers);
+            assert_eq!(fetch(), page);
+        }
+        // The master replaces a worker that dies, and all of them on SIGHUP.
+        let before = job.descendants();
+        job.signal(Signal::SIGHUP);
+        wait_for("new workers", || {
+            let now = job.descendants();
+            now.len() == 3 && now.iter().all(|pid| !before.contains(pid))
+        });
+        assert_eq!(fetch(), page);
+        job.signal(Signal::SIGQUIT);
+        assert_eq!(job.wait(), Ended::Exited(0));
+    });
+}
+
+/// Somebody inside the job traces somebody else in it: whoever is traced cannot be frozen.
+fn traced_inside(case: &Case, program: &str, tracer: &mut Command) {
+    case.needs_program(program, program);
+    let marker = case.path("ready");
+    let script = format!("echo > {}; while :; do sleep 0.1; done", marker.display());
+    let job = start(
+        tracer.args(["sh", "-c", &script]).current_dir(case.dir()),
+        &case.path("tracer.log"),
+    );
+    wait_for("the traced shell", || marker.exists());
+    for pid in [vec![job.pid], job.descendants()]
+        .concat()
+        .into_iter()
+        .take(2)
+    {
+        let out = ckpt(case, ["attach", &pid.to_string(), "-o", "job.ckpt"]);
+        out.refused(1, &["is being traced by", program, "end that one first"]);
+    }
+    assert!(leftovers(case.dir()).is_empty());
+    let children = job.descendants();
+    job.kill();
+    for pid in children {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn strace_inside() {
+    isolated("strace_inside", |case| {
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-o"]).arg(case.path("calls"));
+        traced_inside(case, "strace", &mut strace);
+    });
+}
+
+#[test]
+fn gdb_inside() {
+    isolated("gdb_inside", |case| {
+        let mut gdb = Command::new("gdb");
+        gdb.args(["-q", "-nx", "-batch", "-ex", "run", "--args"]);
+        traced_inside(case, "gdb", &mut gdb);
+    });
+}
+
+/// Where postgres keeps its programs.
+fn postgres(case: &Case) -> String {
+    let versions = fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut dirs = versions.map(|entry| entry.path().join("bin"));
+    let Some(dir) = dirs.find(|dir| dir.join("initdb").exists()) else {
+        case.skip("initdb (postgresql)");
+    };
+    let path = std::env::var("PATH").unwrap_or_default();
+    format!("{}:{path}", dir.display())
+}
+
+#[test]
+fn postgres_under_load() {
+    isolated("postgres_under_load", |case| {
+        case.needs_root();
+        let path = postgres(case);
+        let dir = case.path("bank");
+        fs::create_dir(&dir).expect("the test's directory is writable");
+        open_to_all(&dir);
+        let mut command = nobody(case, Path::new("bash"));
+        command.env("PATH", path).arg(source("bank.sh")).arg(&dir);
+        let mut job = start(&mut command, &case.path("bank.log"));
+        let count = || {
+            let text = fs::read_to_string(dir.join("count")).unwrap_or_default();
+            text.trim().parse().unwrap_or(0)
+        };
+        for _ in 1..=3 {
+            let before: u32 = count();
+            wait_for("transactions", || count() > before);
+            job = second_life(case, job);
+        }
+        let before = count();
+        wait_for("more transactions", || count() > before);
+        fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+        assert_eq!(job.wait(), Ended::Exited(0));
+        let result = fs::read_to_string(dir.join("result")).expect("it has a result");
+        assert_eq!(result.trim(), "t|t|t|0");
+    });
+}
+
+#[test]
+fn sqlite_writers() {
+    isolated("sqlite_writers", |case| {
+        if !Path::new("/usr/bin/python3").exists() {
+            case.skip("/usr/bin/python3 (python3)");
+        }
+        same_result(case, &|| {
+            let mut command = Command::new("/usr/bin/python3");
+            command.arg(source("ledgers.py"));
+            command
+        });
+    });
+}
+
+#[test]
+fn postgres_alone() {
+    isolated("postgres_alone", |case| {
+        case.needs_root();
+        let path = postgres(case);
+        let dir = case.path("bank");
+        fs::create_dir(&dir).expect("the test's directory is writable");
+        open_to_all(&dir);
+        let as_nobody = |program: &str, args: &[&str]| {
+            let mut command = nobody(case, Path::new(program));
+            command.env("PATH", &path).env("PGHOST", &dir).args(args);
+            command
+        };
+        let data = dir.join("data").display().to_string();
+        let args = ["-D", &data, "-U", "tester", "-A", "trust", "--no-sync"];
+        run(case, &mut as_nobody("initdb", &args)).ok();
+        let place = dir.display().to_string();
+        let args = ["-D", &data, "-k", &place, "-c", "listen_addresses="];
+        let mut job = start(
+            &mut as_nobody("postgres", &args),
+            &case.path("postgres.log"),
+        );
+        let psql = |sql: &str| {
+            let args = ["-U", "tester", "-d", "postgres", "-qtAc", sql];
+            run(case, &mut as_nobody("psql", &args))
+        };
+        wait_for("the server", || psql("SELECT 1").code() == 0);
+        psql("CREATE TABLE lives AS SELECT 0 AS number").ok();
+        // A client outside the job: its connection cannot come along.
+        let args = [
+            "-U",
+            "tester",
+            "-d",
+            "postgres",
+            "-qtAc",
+            "SELECT pg_sleep(600)",
+        ];
+        let client = start(&mut as_nobody("psql", &args), &case.path("psql.log"));
+        let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        wait_for("the client", || psql(sleeping).stdout.trim() == "1");
+        let out = ckpt(case, ["attach", &job.pid.to_string(), "-o", "job.ckpt"]);
+        out.refused(1, &["unix socket", "(psql), outside the job", "close it"]);
+        psql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+            .ok();
+        client.wait();
+        for life in 1..=3 {
+            psql("UPDATE lives SET number = number + 1").ok();
+            wait_for("no backends", || {
+                !job.descendants().iter().any(|pid| {
+                    let line = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+                    line.unwrap_or_default().contains("tester")
+                })
+            });
+            job = second_life(case, job);
+            assert_eq!(
+                psql("SELECT number FROM lives").ok().trim(),
+                life.to_string()
+            );
+        }
+        job.signal(Signal::SIGINT);
+        assert_eq!(job.wait(), Ended::Exited(0));
+    });
+}
