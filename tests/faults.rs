@@ -9,24 +9,26 @@ use std::process::Command;
 use ckpt_tracer::fault::Step;
 use common::look::{assert_let_go, assert_nobody_left, states};
 use common::tool::{CKPT, leftovers};
-use common::{
-    Case, Ended, Fixture, Looks, attach, fixture, isolated, restore_cmd, restored, run, until,
-};
+use common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run, until};
 
 /// Waits until the kernel has taken the tracer's death to its end.
 fn let_go(target: &Fixture) {
     until("its tasks to be let go", || {
-        let stopped = states(target.pid())
-            .iter()
-            .any(|(_, state)| "tT".contains(*state));
+        let all = [vec![target.pid()], target.job.descendants()].concat();
+        let stopped = all
+            .into_iter()
+            .flat_map(states)
+            .any(|(_, state)| "tT".contains(state));
         (!stopped).then_some(())
     });
     assert_let_go(target.pid());
+    target.job.descendants().into_iter().for_each(assert_let_go);
 }
 
-/// Timers and sleeps notice what happens to them, computations when a register is lost.
-fn targets(case: &Case) -> [Fixture; 2] {
-    ["sleepers", "timers_posix"].map(|name| {
+/// Timers and sleeps notice what happens to them, computations when a register is lost, parents
+/// when one of their children is not as it was.
+fn targets(case: &Case) -> [Fixture; 3] {
+    ["sleepers", "timers_posix", "tree_pipe"].map(|name| {
         let command = Command::new(case.fixtures().join(name));
         common::fixture::start_in(case, name, &format!("run-{name}"), command)
     })
@@ -81,7 +83,15 @@ fn works(case: &Case, mut target: Fixture) {
 }
 
 fn restore_ends(case: &Case, fault: &str) {
-    let mut target = fixture(case, "threads");
+    // Programs that are executed, and processes that stand in for those that have gone.
+    for name in ["threads", "tree_exec", "tree_session_gone"] {
+        restore_of_ends(case, name, fault);
+    }
+}
+
+fn restore_of_ends(case: &Case, name: &str, fault: &str) {
+    let command = Command::new(case.fixtures().join(name));
+    let mut target = common::fixture::start_in(case, name, &format!("run-{name}"), command);
     let image = target.killed_into(case, "job.ckpt");
     let out = run(case, restore_cmd(&image, &[]).env("CKPT_FAULT", fault));
     if fault.ends_with(":kill") {

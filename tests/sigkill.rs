@@ -11,7 +11,7 @@ use common::fixture::start_in;
 use common::job::appended;
 use common::look::{assert_let_go, states};
 use common::tool::{CKPT, leftovers};
-use common::{Case, Ended, Job, Looks, attach, ckpt, isolated, until};
+use common::{Case, Ended, Fixture, Job, Looks, attach, ckpt, isolated, until};
 use nix::sys::signal::Signal;
 
 /// Marsaglia's xorshift.
@@ -78,43 +78,57 @@ fn pass(time: Duration) {
 #[test]
 fn killed_at_any_moment() {
     isolated("killed_at_any_moment", |case| {
-        let mut random = Random::new();
         let mut command = Command::new(case.fixtures().join("sleepers"));
         // There is an instant between the stop of a task and the look at what it was doing.
         command.env("SLEEPERS_STOPPABLE", "1");
-        let mut target = start_in(case, "sleepers", "run", command);
-        let longest = duration(case, target.pid());
-        let before = Looks::at(target.pid());
-        let mut early = 0;
-        for number in 0..times(u32::MAX) {
-            let _ = std::fs::remove_file(case.path("job.ckpt"));
-            let tool = begin(case, target.pid(), "job.ckpt");
-            pass(random.moment(longest.mul_f64(1.1)));
-            let whole = tool.kill() == Ended::Exited(0);
-            early += u32::from(!whole);
-            // The kernel detaches when the tool's last thread is gone, which reaping shows.
-            until(&format!("tasks let go after kill {number}"), || {
-                let stopped = states(target.pid())
-                    .iter()
-                    .any(|(_, state)| "tT".contains(*state));
-                (!stopped).then_some(())
-            });
-            if let Some(ended) = target.job.ended() {
-                panic!("the target {ended:?} after kill {number}, ckpt ended itself: {whole}");
-            }
-            assert_let_go(target.pid());
-            before.assert_same(target.pid(), &[]);
-            if case.path("job.ckpt").exists() {
-                ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
-            } else {
-                assert!(!whole, "an exit code of 0 without an image");
-            }
-            attach(case, target.pid(), "job.ckpt", &["-q"]);
-            assert_eq!(leftovers(case.dir()), ["job.ckpt"], "after kill {number}");
-        }
-        eprintln!("{early} attaches were killed before their end");
-        target.passes();
+        killed(case, start_in(case, "sleepers", "run", command), u32::MAX);
     });
+}
+
+#[test]
+fn killed_at_any_moment_of_a_tree() {
+    isolated("killed_at_any_moment_of_a_tree", |case| {
+        let command = Command::new(case.fixtures().join("tree_pipe"));
+        killed(case, start_in(case, "tree_pipe", "run", command), 100);
+    });
+}
+
+fn killed(case: &Case, mut target: Fixture, most: u32) {
+    let mut random = Random::new();
+    let longest = duration(case, target.pid());
+    let before = Looks::at(target.pid());
+    let mut early = 0;
+    for number in 0..times(most) {
+        let _ = std::fs::remove_file(case.path("job.ckpt"));
+        let tool = begin(case, target.pid(), "job.ckpt");
+        pass(random.moment(longest.mul_f64(1.1)));
+        let whole = tool.kill() == Ended::Exited(0);
+        early += u32::from(!whole);
+        // The kernel detaches when the tool's last thread is gone, which reaping shows.
+        until(&format!("tasks let go after kill {number}"), || {
+            let all = [vec![target.pid()], target.job.descendants()].concat();
+            let stopped = all
+                .into_iter()
+                .flat_map(states)
+                .any(|(_, state)| "tT".contains(state));
+            (!stopped).then_some(())
+        });
+        if let Some(ended) = target.job.ended() {
+            panic!("the target {ended:?} after kill {number}, ckpt ended itself: {whole}");
+        }
+        assert_let_go(target.pid());
+        target.job.descendants().into_iter().for_each(assert_let_go);
+        before.assert_same(target.pid(), &[]);
+        if case.path("job.ckpt").exists() {
+            ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
+        } else {
+            assert!(!whole, "an exit code of 0 without an image");
+        }
+        attach(case, target.pid(), "job.ckpt", &["-q"]);
+        assert_eq!(leftovers(case.dir()), ["job.ckpt"], "after kill {number}");
+    }
+    eprintln!("{early} attaches were killed before their end");
+    target.passes();
 }
 
 #[test]

@@ -527,6 +527,7 @@ impl Build<'_> {
             files::seal(snapshot, staging, plan);
         }
         if !process.shares.files {
+            files::epoll::rebuild_bound(self.index, snapshot, staging, plan);
             files::number(process, staging, plan);
         }
         rebuild_places(process, plan);

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look, Staging};
 use crate::capture::source::{Collector, Source};
 use crate::error::{Obstacle, Result};
+use crate::objects::Snapshot;
+use crate::objects::process::Process;
 use crate::restore::plan::Builder;
 
 /// An interest list.
@@ -127,6 +129,29 @@ impl Epoll {
             );
             entry.add(at, entry.fd, plan);
             plan.syscall(libc::SYS_close, &[fd], object);
+        }
+    }
+}
+
+/// Whether a description is a signalfd. A set that watches one waits for the signals of the process
+/// that added it (`signalfd_poll`, fs/signalfd.c), so that process has to add it again.
+pub fn is_bound(description: usize, snapshot: &Snapshot) -> bool {
+    let watched = snapshot.descriptions.get(description);
+    watched.is_some_and(|d| matches!(d.kind, Kind::SignalFd(_)))
+}
+
+/// Adds the entries that the process has to add itself: of sets that it has, and no process before
+/// it. Called before the process has its own numbers.
+pub fn rebuild_bound(index: usize, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    for (set, description) in snapshot.descriptions.iter().enumerate() {
+        let Kind::Epoll(epoll) = &description.kind else {
+            continue;
+        };
+        let holds = |p: &Process| p.fds.iter().any(|e| e.description == set);
+        let first = snapshot.processes.iter().position(holds).unwrap_or(0);
+        if first == index {
+            let others = |d: usize| !is_bound(d, snapshot);
+            epoll.rebuild_entries(staging.of(set), staging, others, plan);
         }
     }
 }

@@ -459,7 +459,8 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
-            set.rebuild_entries(at, staging, |d| pidfd::is_late(d, snapshot), plan);
+            let later = |d| pidfd::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
+            set.rebuild_entries(at, staging, later, plan);
         }
         rebuild_status(description, at, plan);
         if let Kind::Regular(r) = &description.kind {
