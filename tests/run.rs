@@ -123,3 +123,34 @@ fn orphans_belong_to_the_job() {
         common::job::reap_orphans(&[orphan]);
     });
 }
+
+/// Two orphans that share memory: nobody is left who could hand it to both.
+#[test]
+fn memory_shared_by_orphans_is_refused() {
+    isolated("memory_shared_by_orphans_is_refused", |case| {
+        case.needs_program("python3", "python3");
+        let share = "import mmap, os, time\n\
+                     shared = mmap.mmap(-1, 4096)\n\
+                     for _ in range(2):\n    \
+                         if os.fork() == 0:\n        \
+                             while not os.path.exists('go'): time.sleep(0.02)\n        \
+                             os._exit(0)\n";
+        fs::write(case.path("share.py"), share).expect("the test's directory is writable");
+        let mut command = Command::new(CKPT);
+        let script = "python3 share.py; until [ -e go ]; do sleep 0.02; done; exit 5";
+        command
+            .args(["run", "--name=job", "--interval=1s", "--dir=.", "--"])
+            .args(["sh", "-c", script])
+            .current_dir(case.dir());
+        let log = case.path("run.log");
+        let job = common::start(&mut command, &log);
+        until("the refusal", || {
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            said.contains("shares anonymous memory").then_some(())
+        });
+        assert!(!case.path("job.1.ckpt").exists());
+        fs::write(case.path("go"), "").expect("the test's directory is writable");
+        assert_eq!(job.wait(), Ended::Exited(5));
+        common::look::assert_nobody_left();
+    });
+}

@@ -22,6 +22,7 @@ use crate::job::FrozenJob;
 use crate::objects::process::{self, Process};
 use crate::objects::{Snapshot, SpaceId, ipc, memory, zombie};
 use crate::progress::Progress;
+use crate::restore::births;
 use crate::snapshot;
 
 mod cow;
@@ -320,6 +321,8 @@ fn capture_frozen(
         shared_memory,
         ipc,
     };
+    // What could not be brought about again is refused now, not at the restore.
+    births::decide(&snapshot).map_err(Error::Refused)?;
     Ok(CapturedJob {
         snapshot,
         memory,

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::memory::Backing;
 use crate::objects::process::Process;
 use crate::objects::zombie::Zombie;
 
@@ -120,6 +121,7 @@ pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
     for (i, process) in snapshot.processes.iter().enumerate() {
         tree.join_group(i, process);
     }
+    tree.share_memory();
     if tree.obstacles.is_empty() {
         Ok(tree.births)
     } else {
@@ -279,6 +281,37 @@ impl Tree<'_> {
             adopted,
             body: Body::Phantom(phantom),
         });
+    }
+
+    /// Shared anonymous memory goes from a process to its forks, so those who have it must descend
+    /// from one that has it by forks alone, or can be given it for them.
+    fn share_memory(&mut self) {
+        let mut first: HashMap<usize, usize> = HashMap::new();
+        for (index, process) in self.snapshot.processes.iter().enumerate() {
+            let mut top = index;
+            while self.births[top].forked {
+                let parent = self.snapshot.processes[top].parent;
+                top = self.index[&parent];
+            }
+            for mapping in &process.memory.mappings {
+                let Backing::SharedMemory { object, .. } = mapping.backing else {
+                    continue;
+                };
+                let family = *first.entry(object).or_insert(top);
+                if family != top {
+                    self.obstacles.push(Obstacle::new(
+                        format!("process {}", process.pid),
+                        format!(
+                            "shares anonymous memory at {:#x} with process {}, which is not of its family \
+                             any more: what had created both has ended or executed another program",
+                            mapping.start, self.snapshot.processes[family].pid
+                        ),
+                        "use a memfd or a file for that memory",
+                    ));
+                    break;
+                }
+            }
+        }
     }
 
     /// The group of a process: that of a member, of a phantom, or of `restore`.

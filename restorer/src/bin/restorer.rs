@@ -157,8 +157,10 @@ mod blob {
         let plan = mine.plan as *mut Plan;
         // SAFETY: as above.
         let ok = unsafe { run(plan, mine.ops as *mut Op, mine.count) };
-        while mine.process != 0 {
-            trap(if ok { DONE } else { FAILED });
+        if mine.process != 0 {
+            loop {
+                trap(if ok { DONE } else { FAILED });
+            }
         }
         // SAFETY: as above.
         let parked = unsafe { AtomicU32::from_ptr(&raw mut (*plan).parked) };

@@ -1,6 +1,6 @@
 //! System V semaphore sets.
 //!
-//! A process's adjustments (`SEM_UNDO`) stand in [`undo`](super::undo).
+//! A process's adjustments (`SEM_UNDO`) stand in [`undo`](mod@super::undo).
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};

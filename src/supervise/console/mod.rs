@@ -2,8 +2,8 @@
 //! whoever connects to its socket, one after the other.
 //!
 //! The socket is `console.NAMESPACE.PID` in a directory of the user's own, where NAMESPACE is the
-//! number of the pid namespace that PID belongs to. To a client the keeper writes one byte, [`FREE`]
-//! or [`BUSY`], then what the job prints, beginning with the last screenful. A client writes
+//! number of the pid namespace that PID belongs to. To a client the keeper writes one byte, `FREE`
+//! or `BUSY`, then what the job prints, beginning with the last screenful. A client writes
 //! frames: one byte that says what, two for the length (big endian), the bytes.
 
 use std::io;
