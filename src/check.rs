@@ -26,6 +26,11 @@ pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
 /// The same before a checkpoint, at a glance: what takes time with the size of the memory is
 /// looked at once only, when the job is frozen.
 pub fn obstacles_at_a_glance(roots: &[Pid]) -> Result<Vec<Obstacle>> {
+    for &root in roots {
+        if let Err(obstacle) = accessible(root) {
+            return Ok(vec![obstacle]);
+        }
+    }
     let before = Family::of_all(roots)?;
     let obstacles = look(roots, Depth::Glance)?;
     // Who has just been born looks like somebody outside the job to those that were there before:
