@@ -20,110 +20,101 @@ use crate::objects::process::{self, Depth};
 /// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
 /// nothing.
 pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
-    look(&[pid], Depth::Full)
+    Ok(look_while_it_runs(&[pid], Depth::Full)?.obstacles)
 }
 
 /// The same before a checkpoint, at a glance: what takes time with the size of the memory is
-/// looked at once only, when the job is frozen.
+/// looked at once only, when the job is frozen. Of a job that does not stand still for long enough
+/// the freeze will tell.
 pub fn obstacles_at_a_glance(roots: &[Pid]) -> Result<Vec<Obstacle>> {
-    for &root in roots {
-        if let Err(obstacle) = accessible(root) {
-            return Ok(vec![obstacle]);
-        }
-    }
-    let before = Family::of_all(roots)?;
-    let obstacles = look(roots, Depth::Glance)?;
-    // Who has just been born looks like somebody outside the job to those that were there before:
-    // the other side of a connection, a user of shared memory. The frozen job will tell.
-    if !obstacles.is_empty() && Family::of_all(roots)?.living != before.living {
-        return Ok(Vec::new());
-    }
-    Ok(obstacles)
+    let sight = look_while_it_runs(roots, Depth::Glance)?;
+    Ok(if sight.steady {
+        sight.obstacles
+    } else {
+        Vec::new()
+    })
 }
 
-fn look(roots: &[Pid], depth: Depth) -> Result<Vec<Obstacle>> {
-    for &root in roots {
-        if let Err(obstacle) = accessible(root) {
-            return Ok(vec![obstacle]);
+/// What a look at a running job has shown.
+struct Sight {
+    obstacles: Vec<Obstacle>,
+    /// Its processes were the same before and after.
+    steady: bool,
+}
+
+/// Looks at a job until it stands still under the look, for a while. Who has just been born looks like
+/// somebody outside the job to those that were there before, and one that ends loses what it
+/// has piece by piece; so what was found is believed if it is found twice in the same processes,
+/// and so are errors.
+fn look_while_it_runs(roots: &[Pid], depth: Depth) -> Result<Sight> {
+    const LOOKS: u32 = 20;
+    let mut last: Option<(Family, Vec<Obstacle>)> = None;
+    for number in 0.. {
+        for &root in roots {
+            if let Err(obstacle) = accessible(root) {
+                return Ok(Sight {
+                    obstacles: vec![obstacle],
+                    steady: true,
+                });
+            }
+        }
+        let family = Family::of_all(roots)?;
+        let seen = look(&family, depth);
+        let alone = family.living.len() == 1 && family.ended.is_empty();
+        let steady = !family.living.iter().any(|pid| is_ending(*pid))
+            && Family::of_all(roots).is_ok_and(|now| now.living == family.living);
+        match seen {
+            Ok(obstacles) if obstacles.is_empty() => {
+                return Ok(Sight { obstacles, steady });
+            }
+            Ok(obstacles) => {
+                let again = last
+                    .take()
+                    .is_some_and(|l| l == (family.clone(), obstacles.clone()));
+                if steady && (alone || again) || number == LOOKS {
+                    return Ok(Sight { obstacles, steady });
+                }
+                last = Some((family, obstacles));
+            }
+            Err(e) if steady => return Err(e),
+            Err(_) if number == LOOKS => {
+                let obstacles = Vec::new();
+                return Ok(Sight { obstacles, steady });
+            }
+            Err(_) => last = None,
         }
     }
-    let family = Family::of_all(roots)?;
+    unreachable!("the looks end")
+}
+
+fn look(family: &Family, depth: Depth) -> Result<Vec<Obstacle>> {
     let mut sources = Vec::with_capacity(family.living.len());
     for &pid in &family.living {
-        if !roots.contains(&pid)
-            && let Err(obstacle) = accessible(pid)
-        {
-            // Unless it was there only for a moment.
-            if has_ended(pid) {
-                continue;
-            }
+        if let Err(obstacle) = accessible(pid) {
             return Ok(vec![obstacle]);
         }
         match Source::open(pid) {
             Ok(source) => sources.push(source),
-            Err(TracerError::Proc { source, .. })
-                if source.raw_os_error() == Some(libc::EACCES) =>
-            {
-                return Ok(vec![denied(pid)]);
-            }
-            Err(e) if !roots.contains(&pid) && (is_ending(&e) || has_ended(pid)) => {}
-            Err(e) => return Err(e.into()),
+            Err(e) => return denial(e.into(), &[pid]),
         }
     }
     let all: Vec<&Source> = sources.iter().collect();
-    look_at_all(&all, depth)
+    let mut collector = Collector::default();
+    match look_at_all(&all, depth, &mut collector) {
+        Ok(()) => Ok(collector.obstacles),
+        Err(e) => denial(e, &family.living),
+    }
 }
 
-fn look_at_all(sources: &[&Source], depth: Depth) -> Result<Vec<Obstacle>> {
-    let mut collector = Collector::default();
+fn look_at_all(sources: &[&Source], depth: Depth, collector: &mut Collector) -> Result<()> {
     for source in sources {
-        match inside_the_job(source, &mut collector) {
-            Ok(()) => {}
-            // It was there only for a moment.
-            Err(_) if source.pid != sources[0].pid && has_ended(source.pid) => {}
-            Err(e) => return Err(e),
-        }
+        inside_the_job(source, collector)?;
     }
-    let seen = shared_by_processes(sources, &mut collector)
-        .and_then(|()| process::capture_from_outside(sources, depth, &mut collector))
-        .and_then(|outside| {
-            let vmas = outside.iter().map(|o| o.vmas.as_slice());
-            let seen: Vec<_> = sources.iter().copied().zip(vmas).collect();
-            ipc::capture(&seen, &mut collector)
-        });
-    let root = sources[0].pid;
-    match seen {
-        // What is missing in a process that is ending is no property of it.
-        Ok(_) if !collector.obstacles.is_empty() && has_ended(root) => {
-            Err(TracerError::Died { tid: root.leader() }.into())
-        }
-        Ok(_) => Ok(collector.obstacles),
-        // Another process than the root may end at any time; the frozen job will tell.
-        Err(Error::Tracer(TracerError::Died { tid })) if tid != root.leader() => {
-            Ok(collector.obstacles)
-        }
-        Err(Error::Tracer(TracerError::Proc { source, path })) => {
-            let whose = sources.iter().find(|s| path.starts_with(s.dir.path()));
-            match source.raw_os_error() {
-                Some(libc::EACCES) => Ok(vec![denied(whose.map_or(root, |s| s.pid))]),
-                Some(libc::ESRCH | libc::ENOENT) if whose.is_some_and(|s| s.pid != root) => {
-                    Ok(collector.obstacles)
-                }
-                _ => Err(TracerError::Proc { source, path }.into()),
-            }
-        }
-        Err(Error::Tracer(TracerError::Kernel {
-            call: "pidfd_getfd",
-            errno: Errno::EPERM,
-            object,
-        })) => {
-            let whose = sources
-                .iter()
-                .find(|s| object.ends_with(&format!("process {}", s.pid)));
-            Ok(vec![denied(whose.map_or(root, |s| s.pid))])
-        }
-        Err(e) => Err(e),
-    }
+    shared_by_processes(sources, collector)?;
+    let outside = process::capture_from_outside(sources, depth, collector)?;
+    let vmas = outside.iter().map(|o| o.vmas.as_slice());
+    let seen: Vec<_> = sources.iter().copied().zip(vmas).collect();
+    ipc::capture(&seen, collector)
 }
 
 /// Processes that share more than a fork leaves them sharing. What is shared with the parent, and
@@ -182,13 +173,14 @@ fn waits_in_vfork(source: &Source) -> bool {
     })
 }
 
-/// A process on its way out has no memory any more some time before it is a zombie.
-fn is_ending(error: &TracerError) -> bool {
-    matches!(error, TracerError::Proc { source, .. } if source.raw_os_error() == Some(libc::ESRCH))
-}
-
-fn has_ended(pid: Pid) -> bool {
-    read_status(pid).map_or(true, |status| status.state.has_ended())
+/// Whether the process is on its way out, or gone. It loses its memory and its descriptors some time
+/// before it is a zombie.
+fn is_ending(pid: Pid) -> bool {
+    /// `linux/sched.h`.
+    const PF_EXITING: u32 = 0x4;
+    read_stat(pid).map_or(true, |stat| {
+        stat.state.has_ended() || stat.flags & PF_EXITING != 0
+    })
 }
 
 fn no_such(pid: Pid) -> Obstacle {
@@ -255,6 +247,25 @@ fn traced_by(tracer: i32) -> String {
     format!("is being traced by {name} (pid {tracer}), and a process has one tracer at most")
 }
 
+/// An error that means that one of the processes may not be looked into, as an obstacle.
+fn denial(error: Error, pids: &[Pid]) -> Result<Vec<Obstacle>> {
+    let whose = |is: &dyn Fn(Pid) -> bool| pids.iter().copied().find(|pid| is(*pid));
+    let pid = match &error {
+        Error::Tracer(TracerError::Proc { source, path })
+            if source.raw_os_error() == Some(libc::EACCES) =>
+        {
+            whose(&|pid| path.starts_with(ProcRoot::default().process(pid).path()))
+        }
+        Error::Tracer(TracerError::Kernel {
+            call: "pidfd_getfd",
+            errno: Errno::EPERM,
+            object,
+        }) => whose(&|pid| object.ends_with(&format!("process {pid}"))),
+        _ => None,
+    };
+    pid.map_or(Err(error), |pid| Ok(vec![denied(pid)]))
+}
+
 fn denied(pid: Pid) -> Obstacle {
     let (why, remedy) = refusal::why();
     let reason = format!("may not be traced by you: {why}");
@@ -269,6 +280,7 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
             object: object.clone(),
             reason,
             remedy: remedy.map(str::to_owned),
+            passing: false,
         });
     };
     if is_32_bit(source) {

@@ -19,6 +19,9 @@ pub struct Obstacle {
     pub reason: String,
     /// What the user can do.
     pub remedy: Option<String>,
+    /// It goes by itself, as a rule soon: an attempt is made again before it is told.
+    #[serde(skip)]
+    pub passing: bool,
 }
 
 impl Obstacle {
@@ -32,6 +35,15 @@ impl Obstacle {
             object: object.into(),
             reason: reason.into(),
             remedy: Some(remedy.into()),
+            passing: false,
+        }
+    }
+
+    /// The same, as one that goes by itself.
+    pub fn passing(self) -> Self {
+        Self {
+            passing: true,
+            ..self
         }
     }
 
@@ -41,6 +53,7 @@ impl Obstacle {
             object: object.into(),
             reason: reason.into(),
             remedy: None,
+            passing: false,
         }
     }
 }
@@ -104,6 +117,13 @@ impl Error {
     /// A refusal for one reason.
     pub fn refuse(obstacle: Obstacle) -> Self {
         Error::Refused(vec![obstacle])
+    }
+}
+
+impl Error {
+    /// Whether it is a refusal only for what goes by itself.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Error::Refused(obstacles) if obstacles.iter().all(|o| o.passing))
     }
 }
 

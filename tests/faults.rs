@@ -7,23 +7,9 @@ mod common;
 use std::process::Command;
 
 use ckpt_tracer::fault::Step;
-use common::look::{assert_let_go, assert_nobody_left, states};
+use common::look::{assert_let_go, assert_nobody_left, await_let_go};
 use common::tool::{CKPT, leftovers};
-use common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run, until};
-
-/// Waits until the kernel has taken the tracer's death to its end.
-fn let_go(target: &Fixture) {
-    until("its tasks to be let go", || {
-        let all = [vec![target.pid()], target.job.descendants()].concat();
-        let stopped = all
-            .into_iter()
-            .flat_map(states)
-            .any(|(_, state)| "tT".contains(state));
-        (!stopped).then_some(())
-    });
-    assert_let_go(target.pid());
-    target.job.descendants().into_iter().for_each(assert_let_go);
-}
+use common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run};
 
 /// Timers and sleeps notice what happens to them, computations when a register is lost, parents
 /// when one of their children is not as it was.
@@ -64,7 +50,7 @@ fn attach_dies(case: &Case, step: &str) {
         let before = Looks::at(target.pid());
         let out = attach_with(case, &target, &format!("{step}:kill"));
         assert_eq!(out.ended, Ended::Killed(9), "the step was not reached");
-        let_go(&target);
+        await_let_go(&target.job);
         before.assert_same(target.pid(), &[]);
         assert!(!case.path("job.ckpt").exists(), "half an image");
         works(case, target);

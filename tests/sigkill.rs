@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::fixture::start_in;
 use common::job::appended;
-use common::look::{assert_let_go, states};
+use common::look::await_let_go;
 use common::tool::{CKPT, leftovers};
 use common::{Case, Ended, Fixture, Job, Looks, attach, ckpt, isolated, until};
 use nix::sys::signal::Signal;
@@ -104,20 +104,10 @@ fn killed(case: &Case, mut target: Fixture, most: u32) {
         pass(random.moment(longest.mul_f64(1.1)));
         let whole = tool.kill() == Ended::Exited(0);
         early += u32::from(!whole);
-        // The kernel detaches when the tool's last thread is gone, which reaping shows.
-        until(&format!("tasks let go after kill {number}"), || {
-            let all = [vec![target.pid()], target.job.descendants()].concat();
-            let stopped = all
-                .into_iter()
-                .flat_map(states)
-                .any(|(_, state)| "tT".contains(state));
-            (!stopped).then_some(())
-        });
         if let Some(ended) = target.job.ended() {
             panic!("the target {ended:?} after kill {number}, ckpt ended itself: {whole}");
         }
-        assert_let_go(target.pid());
-        target.job.descendants().into_iter().for_each(assert_let_go);
+        await_let_go(&target.job);
         before.assert_same(target.pid(), &[]);
         if case.path("job.ckpt").exists() {
             ckpt(case, ["verify", "-q", "job.ckpt"]).ok();

@@ -147,7 +147,13 @@ fn refuse_obstacles(roots: &[Pid]) -> Result<()> {
     if obstacles.is_empty() {
         Ok(())
     } else {
-        Err(Error::Refused(obstacles))
+        let found = Error::Refused(obstacles);
+        // The frozen job will tell.
+        if found.is_passing() {
+            Ok(())
+        } else {
+            Err(found)
+        }
     }
 }
 
@@ -165,10 +171,16 @@ fn checkpoint<W: Write + Send + 'static>(
     };
     let mut writer = Writer::new(sink, &header, options)?;
 
-    let frozen_at = Instant::now();
-    let mut frozen = FrozenJob::freeze(&request.roots())?;
-    let sources = open_sources(&frozen)?;
-    let mut captured = capture_frozen(&mut frozen, &sources, &request.save_files)?;
+    let mut attempts = 0;
+    let mut frozen_at;
+    let (frozen, sources, mut captured) = loop {
+        frozen_at = Instant::now();
+        match freeze_and_capture(request) {
+            Err(e) if e.is_passing() && attempts < ATTEMPTS => std::thread::sleep(BETWEEN),
+            other => break other?,
+        }
+        attempts += 1;
+    };
     fault::hit(Step::StateCaptured)?;
     let memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
     fault::hit(Step::Release)?;
@@ -215,6 +227,20 @@ fn checkpoint<W: Write + Send + 'static>(
 
 fn unmatched(pattern: &String) -> String {
     format!("--save-files {pattern} matches no file that the job has open")
+}
+
+/// How often a checkpoint is begun anew while something is in the way that goes by itself; the job
+/// runs in between.
+const ATTEMPTS: u32 = 10;
+/// Time that the job has for it.
+const BETWEEN: Duration = Duration::from_millis(30);
+
+/// Freezes the job and captures all but its pages. On an error it goes on.
+fn freeze_and_capture(request: &Request<'_>) -> Result<(FrozenJob, Vec<Source>, CapturedJob)> {
+    let mut frozen = FrozenJob::freeze(&request.roots())?;
+    let sources = open_sources(&frozen)?;
+    let captured = capture_frozen(&mut frozen, &sources, &request.save_files)?;
+    Ok((frozen, sources, captured))
 }
 
 /// What is known of a process from outside, once it is frozen: it may have called exec since it

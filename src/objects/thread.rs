@@ -189,7 +189,7 @@ fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Resu
         .or_else(|| loaded_before(source, caller, LOAD_EDI))
         .or_else(|| fitting_call(regs));
     let number = number.ok_or_else(|| {
-        crate::Error::refuse(crate::Obstacle::new(
+        let obstacle = crate::Obstacle::new(
             source.title(),
             format!(
                 "has a thread that waits at {:#x} in a call which was interrupted before, and which \
@@ -197,7 +197,8 @@ fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Resu
                 regs.rip
             ),
             "try again in a moment",
-        ))
+        );
+        crate::Error::refuse(obstacle.passing())
     })?;
     regs.orig_rax = number as u64;
     Ok(())

@@ -25,9 +25,12 @@ use planner::Job;
 use put::PutFiles;
 
 pub mod births;
+mod build;
 pub mod contents;
 pub mod driver;
+mod executor;
 pub mod fill;
+mod handover;
 pub mod paths;
 pub mod plan;
 pub mod planner;

@@ -223,6 +223,21 @@ pub fn states(pid: i32) -> Vec<(i32, char)> {
         .collect()
 }
 
+/// Waits until the kernel has let go of a job whose tracer died, which it does some time after the
+/// death is told; then demands that no trace of a tracer is left.
+pub fn await_let_go(job: &super::Job) {
+    until("its tasks to be let go", || {
+        let all = [vec![job.pid], job.descendants()].concat();
+        let stopped = all
+            .into_iter()
+            .flat_map(states)
+            .any(|(_, state)| "tT".contains(state));
+        (!stopped).then_some(())
+    });
+    assert_let_go(job.pid);
+    job.descendants().into_iter().for_each(assert_let_go);
+}
+
 /// Whether every thread is stopped by a signal, and by no tracer.
 pub fn all_stopped(pid: i32) -> bool {
     let states = states(pid);

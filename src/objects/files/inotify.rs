@@ -41,11 +41,12 @@ pub fn capture(
     watches: &[InotifyWatch],
 ) -> Result<Inotify, Box<Obstacle>> {
     if sys::unread(&look.copy) > 0 {
-        return Err(Box::new(Obstacle::new(
+        let obstacle = Obstacle::new(
             look.object(source),
             "is an inotify descriptor with events that the program has not read yet",
             "try again in a moment",
-        )));
+        );
+        return Err(Box::new(obstacle.passing()));
     }
     let mut found = Vec::with_capacity(watches.len());
     for watch in watches {

@@ -100,7 +100,8 @@ pub fn capture(
             "LEASE" => {
                 let name = path.display();
                 let reason = format!("({name}) holds a lease that another process breaks");
-                return refuse(reason, "try again in a moment");
+                let obstacle = Obstacle::new(look.object(source), reason, "try again in a moment");
+                return Err(Box::new(obstacle.passing()));
             }
             other => {
                 let reason = format!(

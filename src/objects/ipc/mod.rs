@@ -193,6 +193,23 @@ fn may_create(object: &Object, kind: Type) -> Result<(), Obstacle> {
     }
 }
 
+/// What stands in the way of an object of the job: it may not be created, or what is there may not be
+/// changed, which `changeable` tells.
+fn one_in_the_way(
+    claim: Claim,
+    object: &Object,
+    (kind, rows, here): (Type, &[Row], bool),
+    changeable: impl FnOnce(&Row) -> Result<(), Obstacle>,
+) -> Result<(), Obstacle> {
+    if claim == Claim::Possible {
+        return Ok(());
+    }
+    match object.find(kind, rows, here)? {
+        Found::Missing => may_create(object, kind),
+        Found::Same(row) => changeable(row),
+    }
+}
+
 /// Creates an object under its id. `create` makes it, `remove` takes back one that got another id.
 fn create(
     object: &Object,

@@ -135,13 +135,8 @@ impl Queue {
         here: bool,
         snapshot: &Snapshot,
     ) -> Result<(), Obstacle> {
-        if self.claim == Claim::Possible {
-            return Ok(());
-        }
-        match self.object.find(Type::Msg, rows, here)? {
-            Found::Missing => super::may_create(&self.object, Type::Msg),
-            Found::Same(row) => self.differs(row, snapshot).map(drop),
-        }
+        let differs = |row: &Row| self.differs(row, snapshot).map(drop);
+        super::one_in_the_way(self.claim, &self.object, (Type::Msg, rows, here), differs)
     }
 
     /// Creates it or fills what is there anew.

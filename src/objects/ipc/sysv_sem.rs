@@ -127,13 +127,8 @@ impl Set {
         here: bool,
         snapshot: &Snapshot,
     ) -> Result<(), Obstacle> {
-        if self.claim == Claim::Possible {
-            return Ok(());
-        }
-        match self.object.find(Type::Sem, rows, here)? {
-            Found::Missing => super::may_create(&self.object, Type::Sem),
-            Found::Same(row) => self.changes(index, row, snapshot).map(drop),
-        }
+        let changes = |row: &Row| self.changes(index, row, snapshot).map(drop);
+        super::one_in_the_way(self.claim, &self.object, (Type::Sem, rows, here), changes)
     }
 
     /// Creates it or puts back what is there.

@@ -234,12 +234,13 @@ fn ask_about(
     let unsure = ask(calls, set, &open, |s| s.low)?.unwrap_or_default();
     let now = sys::sem_values(set.object.id, set.values.len());
     if now.as_ref() != Ok(&set.values) || sure.contains(&false) || unsure.contains(&true) {
-        return Err(Error::refuse(Obstacle::new(
+        let obstacle = Obstacle::new(
             set.object.title(Type::Sem),
             "was used from outside the job during the checkpoint, so that the job's adjustments \
              (SEM_UNDO) cannot be told",
             "try again",
-        )));
+        );
+        return Err(Error::refuse(obstacle.passing()));
     }
     Ok(Some(open.iter().map(Search::result).collect()))
 }

@@ -140,6 +140,7 @@ fn backing(
             object,
             reason: format!("{what} {reason}"),
             remedy: remedy.map(str::to_owned),
+            passing: false,
         })
     };
     let uffd = VmFlags::UFFD_MISSING | VmFlags::UFFD_WP | VmFlags::UFFD_MINOR;

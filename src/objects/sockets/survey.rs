@@ -191,6 +191,12 @@ impl Live {
     fn refuse(&self, reason: impl Into<String>, remedy: &str) -> Verdict {
         Verdict::Refused(Box::new(Obstacle::new(&self.object, reason, remedy)))
     }
+
+    /// A refusal for something that goes by itself.
+    fn refuse_for_now(&self, reason: impl Into<String>, remedy: &str) -> Verdict {
+        let obstacle = Obstacle::new(&self.object, reason, remedy);
+        Verdict::Refused(Box::new(obstacle.passing()))
+    }
 }
 
 /// How many descriptors the kernel counts in a socket's queue (Linux 5.7; 0 before).

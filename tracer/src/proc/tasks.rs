@@ -44,8 +44,14 @@ pub fn list_processes(root: &ProcRoot) -> Result<Vec<Pid>> {
 /// # Errors
 /// See [`ProcDir::read`].
 pub fn children(root: &ProcRoot, pid: Pid) -> Result<Vec<Pid>> {
+    // A file a task: for very many tasks the parents of all processes are looked at sooner.
+    const MANY: usize = 512;
     let mut found = Vec::new();
-    for tid in list_tasks(root.process(pid))? {
+    let tasks = list_tasks(root.process(pid))?;
+    if tasks.len() > MANY {
+        return children_by_parent(root, pid);
+    }
+    for tid in tasks {
         let dir = root.task(pid, tid);
         let text = match dir.read_optional("children") {
             // The file is missing, but so may the task be that had it.

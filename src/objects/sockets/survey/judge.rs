@@ -163,7 +163,7 @@ fn role(
             if sys::unsent(&socket.copy) == 0 {
                 return Ok(Role::Pending);
             }
-            Err(socket.refuse(
+            Err(socket.refuse_for_now(
                 "is a unix socket that has sent data into a connection which nobody has accepted \
                  yet, where it cannot be looked at",
                 "try again when the connection has been accepted",
@@ -243,7 +243,7 @@ fn backlog(
         if inode == 0 {
             let reason = "is a listening unix socket with a connection waiting to be accepted \
                           whose client has closed it already; what it sent cannot be looked at";
-            return Err(socket.refuse(reason, wait));
+            return Err(socket.refuse_for_now(reason, wait));
         }
         if !table.is_of_the_job(inode) {
             let who = names::holder(inode).unwrap_or_else(|| "a process".into());
@@ -251,7 +251,7 @@ fn backlog(
                 "is a listening unix socket with a connection of {who} waiting to be accepted, \
                  which is outside the job"
             );
-            return Err(socket.refuse(reason, wait));
+            return Err(socket.refuse_for_now(reason, wait));
         }
     }
     Ok(Role::Listening {

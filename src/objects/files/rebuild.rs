@@ -1,0 +1,326 @@
+//! Open file descriptions and descriptors as operations of plans: the root opens every description,
+//! each process makes its own numbers of them.
+
+use super::{Description, Kind, Owner, changed, epoll, fifo, pidfd, pipe};
+use crate::error::Obstacle;
+use crate::objects::process::Process;
+use crate::objects::{Snapshot, sockets};
+use crate::restore::plan::{Builder, Inherited};
+use crate::restore::terminals::Terminals;
+
+/// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
+/// until every descriptor of every process has been made from it. The root opens them all; the
+/// other processes have them from their creators.
+#[derive(Clone, Copy, Debug)]
+pub struct Staging {
+    base: i32,
+    descriptions: i32,
+    files: i32,
+    terminals: i32,
+}
+
+impl Staging {
+    /// Above every number that a process of the job uses.
+    pub fn above(snapshot: &Snapshot) -> Self {
+        let fds = snapshot.processes.iter().flat_map(|p| &p.fds).map(|e| e.fd);
+        let watched = snapshot.descriptions.iter().flat_map(|d| match &d.kind {
+            Kind::Epoll(e) => e.entries.as_slice(),
+            _ => &[],
+        });
+        let highest = fds.chain(watched.map(|e| e.fd)).max().unwrap_or(2).max(2);
+        // 0 to 3 are where calls that create descriptors put them.
+        Self {
+            base: highest + 8,
+            descriptions: snapshot.descriptions.len() as i32,
+            files: snapshot.mapped_files.len() as i32,
+            terminals: snapshot.terminals.len() as i32,
+        }
+    }
+
+    /// The number of a description.
+    pub fn of(self, description: usize) -> i32 {
+        self.base + description as i32
+    }
+
+    /// The number of a mapped file with contents from the image, opened for reading or for
+    /// both.
+    pub fn mapped_file(self, file: usize, writable: bool) -> i32 {
+        self.base + self.descriptions + 2 * file as i32 + i32::from(writable)
+    }
+
+    /// The number of an executable, a mapped file.
+    pub fn executable(self, file: usize) -> i32 {
+        self.base + self.descriptions + 2 * self.files + file as i32
+    }
+
+    /// The number of a terminal that controls a session of the job.
+    pub fn terminal(self, terminal: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + terminal as i32
+    }
+
+    /// Further numbers, for what the plan needs only while it runs.
+    pub fn spare(self, number: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + self.terminals + number as i32
+    }
+
+    /// The first number used; none of the job's is as high.
+    pub fn first(self) -> i32 {
+        self.base
+    }
+}
+
+/// Flags that open(2) takes again; creation flags do not belong to an open description.
+pub(super) fn reopen_flags(flags: u32) -> u32 {
+    let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
+    // O_TMPFILE has the bit of O_DIRECTORY in it.
+    let tmpfile = flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE;
+    let tmpfile = if tmpfile { libc::O_TMPFILE } else { 0 };
+    (flags & !(not | tmpfile) as u32) | libc::O_NOCTTY as u32
+}
+
+/// Opens every description at its staging number. Called with no other descriptor open.
+pub fn open_descriptions(
+    snapshot: &Snapshot,
+    request: &crate::restore::Request<'_>,
+    terminals: &Terminals,
+    staging: Staging,
+    plan: &mut Builder,
+) -> Result<(), Vec<Obstacle>> {
+    let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, request).collect();
+    let written = changed::Written::by(snapshot);
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        let at = staging.of(index);
+        let flags = description.flags;
+        if let Kind::UnixSocket(socket) = &description.kind {
+            if let Some(path) = named(index, snapshot, request) {
+                obstacles.push(socket.not_replaceable(path));
+            }
+            if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
+                obstacles.extend(more);
+            }
+            continue;
+        }
+        if let Some(path) = named(index, snapshot, request) {
+            plan.inherit(at, Inherited::Named(path.clone(), flags));
+            continue;
+        }
+        match &description.kind {
+            Kind::Regular(r) => {
+                if let Err(o) = r.rebuild(index, flags, at, (&written, request.files), plan) {
+                    obstacles.push(*o);
+                }
+            }
+            Kind::Device(d) => d.rebuild(reopen_flags(flags), at, plan),
+            // Made with the first of its ends.
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, request, staging, plan),
+            Kind::Fifo(f) => {
+                if let Err(o) = fifo::rebuild(f, index, snapshot, request, staging, plan) {
+                    obstacles.push(*o);
+                }
+            }
+            Kind::EventFd(e) => e.rebuild(flags, at, plan),
+            Kind::SignalFd(s) => s.rebuild(flags, at, plan),
+            Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
+            Kind::Epoll(_) => {
+                plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
+                place(0, at, plan, || "an epoll set".into());
+            }
+            Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
+            Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
+                Ok(what) => plan.inherit(at, what),
+                Err(o) => obstacles.push(*o),
+            },
+            Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
+            Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
+            Kind::UnixSocket(_) => {}
+            Kind::Outside(o) => match o.rebuild(index, snapshot) {
+                Ok(what) => plan.inherit(at, what),
+                Err(o) => obstacles.push(*o),
+            },
+        }
+    }
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(obstacles)
+    }
+}
+
+/// What `--fd N=PATH` says for a description, by any of its numbers.
+pub fn named<'a>(
+    description: usize,
+    snapshot: &Snapshot,
+    request: &'a crate::restore::Request<'_>,
+) -> Option<&'a std::path::PathBuf> {
+    let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
+    request
+        .fds
+        .iter()
+        .find(|(fd, _)| fds().any(|e| e.fd == **fd && e.description == description))
+        .map(|(_, path)| path)
+}
+
+/// `--fd` for numbers that the job does not have.
+fn unknown_numbers(
+    snapshot: &Snapshot,
+    request: &crate::restore::Request<'_>,
+) -> impl Iterator<Item = Obstacle> {
+    let has = |fd: &i32| {
+        snapshot
+            .processes
+            .iter()
+            .flat_map(|p| &p.fds)
+            .any(|e| e.fd == *fd)
+    };
+    let unknown: Vec<i32> = request.fds.keys().copied().filter(|fd| !has(fd)).collect();
+    unknown.into_iter().map(|fd| {
+        Obstacle::new(
+            format!("--fd {fd}"),
+            "names a descriptor that the job does not have",
+            "see its descriptors with: ckpt inspect IMAGE --fds",
+        )
+    })
+}
+
+/// Moves a descriptor from where the kernel put it to its staging number, where it outlives the
+/// exec of other processes.
+pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String) {
+    let args = [from as u64, to as u64, 0];
+    plan.expect(libc::SYS_dup3, &args, to as u64, &object);
+    plan.syscall(libc::SYS_close, &[from as u64], &object);
+}
+
+/// With every description open: what refers to other descriptions, then flags and locks.
+pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    sockets::rebuild::finish(snapshot, staging, plan);
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        let at = staging.of(index);
+        if let Kind::Epoll(set) = &description.kind {
+            let later = |d| pidfd::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
+            set.rebuild_entries(at, staging, later, plan);
+        }
+        rebuild_status(description, at, plan);
+        if let Kind::Regular(r) = &description.kind {
+            r.rebuild_locks(at, plan);
+        }
+    }
+}
+
+/// Seals files, once every process has mapped them.
+pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        match &description.kind {
+            Kind::MemFd(m) if m.seals_through(index, snapshot) => {
+                m.rebuild_seals(staging.of(index), plan);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The process's own numbers, and its locks.
+pub fn number(process: &Process, staging: Staging, plan: &mut Builder) {
+    for entry in &process.fds {
+        let cloexec = if entry.close_on_exec {
+            libc::O_CLOEXEC
+        } else {
+            0
+        };
+        let args = [
+            staging.of(entry.description) as u64,
+            entry.fd as u64,
+            cloexec as u64,
+        ];
+        plan.expect(libc::SYS_dup3, &args, entry.fd as u64, || {
+            format!("fd {}", entry.fd)
+        });
+    }
+    plan.syscall(
+        libc::SYS_close_range,
+        &[staging.first() as u64, u64::from(u32::MAX), 0],
+        || "the descriptors used in between".into(),
+    );
+    // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
+    // when nothing more is closed.
+    for (fd, lock) in &process.record_locks {
+        lock.rebuild_posix(*fd, plan);
+    }
+}
+
+/// Flags that F_SETFL sets.
+const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32;
+
+/// Status flags that the way of opening has not set already.
+fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
+    if description.flags as i32 & libc::O_PATH != 0 {
+        return;
+    }
+    let wanted = description.flags & SETTABLE & !(libc::O_ASYNC as u32);
+    let opened_with = match description.kind {
+        Kind::Regular(_) | Kind::Device(_) => wanted,
+        _ => 0,
+    };
+    if wanted != opened_with || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_)) {
+        set_flags(description, at, wanted, plan);
+    }
+}
+
+fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Builder) {
+    let others = description.flags & (libc::O_DIRECT | libc::O_NOATIME) as u32;
+    let args = [fd as u64, libc::F_SETFL as u64, (settable | others).into()];
+    plan.syscall(libc::SYS_fcntl, &args, || {
+        format!("the flags of an open file ({})", description.kind.label())
+    });
+}
+
+/// Who gets SIGIO; done when every process and thread exists that may be the one, by the first
+/// process that has the description.
+pub fn rebuild_owners(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
+    let before = snapshot.processes[..index].iter().flat_map(|p| &p.fds);
+    let mut done = vec![false; snapshot.descriptions.len()];
+    before.for_each(|entry| done[entry.description] = true);
+    for entry in &snapshot.processes[index].fds {
+        let description = &snapshot.descriptions[entry.description];
+        if std::mem::replace(&mut done[entry.description], true) {
+            continue;
+        }
+        let fd = entry.fd as u64;
+        let label = description.kind.label();
+        if let Some(owner) = description.owner {
+            owner.rebuild(fd, snapshot, &label, plan);
+        }
+        let asynchronous = description.flags as i32 & libc::O_ASYNC != 0;
+        if asynchronous && description.flags as i32 & libc::O_PATH == 0 {
+            set_flags(description, entry.fd, description.flags & SETTABLE, plan);
+        }
+    }
+}
+
+impl Owner {
+    fn rebuild(&self, fd: u64, snapshot: &Snapshot, label: &str, plan: &mut Builder) {
+        const F_SETOWN_EX: u64 = 15;
+        const F_SETSIG: u64 = 10;
+        const F_OWNER_TID: i32 = 0;
+        const F_OWNER_PID: i32 = 1;
+        let object = || format!("the owner of an open file ({label})");
+        let inside = snapshot.processes.iter().any(|process| match self.kind {
+            F_OWNER_TID => process.threads.iter().any(|t| t.tid == self.id),
+            F_OWNER_PID => process.pid == self.id,
+            _ => process.group == self.id,
+        });
+        if self.id != 0 && inside {
+            let data = plan.data(&[self.kind, self.id].map(i32::to_le_bytes).concat());
+            plan.syscall(libc::SYS_fcntl, &[fd, F_SETOWN_EX, data], object);
+        } else if self.id != 0 {
+            plan.warn(format!(
+                "{label} sent its signals to {}, which is not part of the job, and now sends them \
+                 to nobody",
+                self.id
+            ));
+        }
+        if self.signal != 0 {
+            plan.syscall(libc::SYS_fcntl, &[fd, F_SETSIG, self.signal as u64], object);
+        }
+    }
+}

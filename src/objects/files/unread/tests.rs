@@ -1,0 +1,130 @@
+use super::*;
+
+fn pty() -> (OwnedFd, OwnedFd) {
+    let master = tty::new_pty(libc::O_NONBLOCK).unwrap();
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
+    let slave = tty::peer(&master, flags).unwrap();
+    (master, slave)
+}
+
+fn read_now(fd: &OwnedFd) -> Option<Vec<u8>> {
+    super::super::sys::poll_now(fd, libc::POLLIN);
+    let mut block = [0; 8192];
+    read(fd.as_raw_fd(), &mut block)
+        .ok()
+        .map(|n| block[..n].to_vec())
+}
+
+fn write_now(fd: &OwnedFd, other: &OwnedFd, bytes: &[u8]) {
+    write_all(fd.as_raw_fd(), other, bytes).unwrap();
+    super::super::sys::poll_now(other, libc::POLLIN);
+}
+
+#[test]
+fn output_stays_and_is_put_into_another_one() {
+    let (master, slave) = pty();
+    write_now(&slave, &master, b"one\ntwo");
+    let waiting = look(&master, Some(&slave)).unwrap();
+    assert_eq!(waiting.output, b"one\r\ntwo");
+    assert_eq!(look(&master, Some(&slave)).unwrap().output, b"one\r\ntwo");
+    assert_eq!(read_now(&master).unwrap(), b"one\r\ntwo");
+    let (master, slave) = pty();
+    let modes = tty::modes(&slave).unwrap();
+    put(&master, &slave, modes, &waiting).unwrap();
+    assert_eq!(tty::modes(&slave).unwrap(), modes);
+    assert_eq!(read_now(&master).unwrap(), b"one\r\ntwo");
+}
+
+#[test]
+fn a_full_pty_stays_full() {
+    for (first, then) in [
+        (1, 1),
+        (4095, 8192),
+        (4095, 256),
+        (100, 1000),
+        (1024, 511),
+        (1792, 7),
+    ] {
+        let (master, slave) = pty();
+        tty::set_modes(&slave, &tty::modes(&slave).unwrap().raw()).unwrap();
+        let all: Vec<u8> = (0..30_000u32).map(|i| (i % 251) as u8).collect();
+        let mut written = 0;
+        let mut fill = |len: usize| {
+            let chunk = &all[written..written + len];
+            // SAFETY: the buffer is live and of that length.
+            let n = unsafe { libc::write(slave.as_raw_fd(), chunk.as_ptr().cast(), len) };
+            super::super::sys::poll_now(&master, libc::POLLIN);
+            written += n.max(0) as usize;
+            n > 0
+        };
+        fill(first);
+        while fill(then) {}
+        for _ in 0..3 {
+            let waiting = look(&master, Some(&slave)).unwrap();
+            assert!(
+                waiting.output == all[..written],
+                "{first}, {then}: {written} bytes"
+            );
+        }
+        let mut read = Vec::new();
+        while let Some(block) = read_now(&master) {
+            read.extend(block);
+        }
+        assert!(read == all[..written], "{first}, {then}: {written} bytes");
+    }
+}
+
+#[test]
+fn lines_stay_lines_and_a_begun_one_begun() {
+    let (master, slave) = pty();
+    write_now(&master, &slave, b"first\nsec\x04\x04begu");
+    let echoed = read_now(&master);
+    for _ in 0..2 {
+        let waiting = look(&master, Some(&slave)).unwrap();
+        let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
+        let expected: [(&[u8], Ending); 4] = [
+            (b"first\n", Ending::Line),
+            (b"sec", Ending::EndOfFile),
+            (b"", Ending::EndOfFile),
+            (b"begu", Ending::Open),
+        ];
+        assert_eq!(pieces.collect::<Vec<_>>(), expected);
+        assert_eq!(
+            waiting.output, b"",
+            "nothing is echoed again; before: {echoed:?}"
+        );
+    }
+    let waiting = look(&master, Some(&slave)).unwrap();
+    let (other, new) = pty();
+    let modes = tty::modes(&slave).unwrap();
+    put(&other, &new, modes, &waiting).unwrap();
+    for (master, slave) in [(&master, &slave), (&other, &new)] {
+        assert_eq!(read_now(slave).unwrap(), b"first\n");
+        assert_eq!(read_now(slave).unwrap(), b"sec");
+        assert_eq!(read_now(slave).unwrap(), b"");
+        assert_eq!(read_now(slave), None);
+        write_now(master, slave, b"n\n");
+        assert_eq!(read_now(slave).unwrap(), b"begun\n");
+    }
+}
+
+#[test]
+fn bytes_in_raw_mode_are_not_looked_at() {
+    let (master, slave) = pty();
+    let modes = tty::modes(&slave).unwrap();
+    tty::set_modes(&slave, &modes.raw()).unwrap();
+    let bytes: Vec<u8> = (0..=255).collect();
+    write_now(&master, &slave, &bytes);
+    tty::set_modes(
+        &slave,
+        &Modes {
+            local: modes.raw().local | libc::ISIG,
+            ..modes
+        },
+    )
+    .unwrap();
+    let waiting = look(&master, Some(&slave)).unwrap();
+    assert_eq!(waiting.input[0].bytes, bytes);
+    assert_eq!(read_now(&slave).unwrap(), bytes);
+    assert_eq!(read_now(&master), None);
+}

@@ -1,0 +1,147 @@
+//! Runs the restorer in a new process: from where it is placed to where it hands over.
+
+use ckpt_tracer::blob::Blob;
+use ckpt_tracer::mem::ProcessMemory;
+use ckpt_tracer::proc::maps::Vma;
+use ckpt_tracer::remote::{Cave, RemoteCalls};
+use ckpt_tracer::task::{Regs, Resume, Stop, Stopped};
+use ckpt_tracer::{RemoteAddr, Tid};
+use nix::errno::Errno;
+
+use super::plan::{Plan, Stage};
+use crate::error::{Error, Result};
+
+/// Puts restorer and plan into a hole of the process and sends its first thread there.
+pub(super) fn place(
+    leader: &mut Stopped,
+    mem: &ProcessMemory,
+    present: &[Vma],
+    plan: &Plan,
+) -> Result<()> {
+    let cave = Cave::dig(mem, present)?;
+    let mut calls = RemoteCalls::begin(leader, &cave, RemoteAddr(plan.base), plan.len)?;
+    mem.write(RemoteAddr(plan.base), &plan.image)?;
+    let code = Blob::load().image.len() as u64;
+    let prot = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    calls.call(
+        "mprotect",
+        libc::SYS_mprotect,
+        [plan.base, code, prot, 0, 0, 0],
+    )?;
+    let mut regs: Regs = *calls.original_regs();
+    regs.rip = plan.entry;
+    regs.rsp = plan.stack;
+    regs.rdi = plan.header;
+    regs.orig_rax = u64::MAX;
+    calls.leave_at(&regs, restorer_mask())?;
+    cave.fill_in()?;
+    Ok(())
+}
+
+/// Everything but SIGTRAP: a breakpoint that finds it blocked resets its action
+/// (`force_sig_info_to_task`, kernel/signal.c).
+fn restorer_mask() -> u64 {
+    !(1 << (libc::SIGTRAP - 1))
+}
+
+/// Runs the restorer to a stage. Processes that it creates meanwhile are handed to `born`.
+pub(super) fn run_to(
+    leader: &mut Stopped,
+    mem: &ProcessMemory,
+    plan: &Plan,
+    stage: Stage,
+    born: &mut dyn FnMut(Tid) -> Result<()>,
+) -> Result<()> {
+    let word = run_to_trap(leader, plan, mem, born)?;
+    match plan.stage_at(word) {
+        Some(at) if at == stage => Ok(()),
+        _ => Err(Error::Restore(format!(
+            "the restorer stopped at operation {word}, which is not {stage:?}; this is a bug of ckpt"
+        ))),
+    }
+}
+
+pub(super) fn run_to_done(leader: &mut Stopped, mem: &ProcessMemory, plan: &Plan) -> Result<()> {
+    match run_to_trap(leader, plan, mem, &mut |_| Ok(()))? {
+        ckpt_restorer::DONE => Ok(()),
+        word => Err(Error::Restore(format!(
+            "the restorer stopped at operation {word}, which is not its end; this is a bug of ckpt"
+        ))),
+    }
+}
+
+/// Runs the restorer until it hands over; what it hands over with.
+pub(super) fn run_to_trap(
+    task: &mut Stopped,
+    plan: &Plan,
+    mem: &ProcessMemory,
+    born: &mut dyn FnMut(Tid) -> Result<()>,
+) -> Result<u64> {
+    loop {
+        task.advance_among_others(Resume::Cont, 0)?;
+        match task.stop() {
+            Stop::Signal(libc::SIGTRAP) => {}
+            Stop::Signal(signal) => {
+                let regs = task.regs()?;
+                return Err(Error::Restore(format!(
+                    "the restorer met signal {signal} at {:#x} in the new process; this is a bug of \
+                     ckpt",
+                    regs.rip
+                )));
+            }
+            Stop::Clone => {
+                born(Tid(task.event_message()? as i32))?;
+                continue;
+            }
+            // A stop or a continue from outside.
+            _ => continue,
+        }
+        match task.regs()?.rax {
+            ckpt_restorer::FAILED => return Err(failed_operation(plan, mem)),
+            word => return Ok(word),
+        }
+    }
+}
+
+pub(super) fn failed_operation(plan: &Plan, mem: &ProcessMemory) -> Error {
+    let unknown = || Error::Restore("the restorer failed without saying where".into());
+    let failed_at = std::mem::offset_of!(ckpt_restorer::Plan, failed) as u64;
+    let Ok(at) = mem.read_u64(RemoteAddr(plan.header) + failed_at) else {
+        return unknown();
+    };
+    let result_at = std::mem::offset_of!(ckpt_restorer::Op, result) as u64;
+    let Ok(result) = mem.read_u64(RemoteAddr(at) + result_at) else {
+        return unknown();
+    };
+    let Some((op, object)) = plan.operation_at(at) else {
+        return unknown();
+    };
+    let result = result as i64;
+    let reason = if (-4095..0).contains(&result) {
+        Errno::from_raw(-result as i32).desc().to_owned()
+    } else {
+        format!("the kernel answered {result:#x}, which is not what the job had")
+    };
+    Error::Operation {
+        object: object.to_owned(),
+        op,
+        reason,
+    }
+}
+
+/// What was not kept: decided while planning, or told by an operation that was allowed to fail.
+pub(super) fn warnings_of(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String>> {
+    let mut all = plan.warnings.clone();
+    for (at, text) in &plan.conditional {
+        let result = mem.read_u64(RemoteAddr(*at))? as i64;
+        if result < 0 {
+            all.push(format!(
+                "{text}: {}",
+                Errno::from_raw(-result as i32).desc()
+            ));
+        }
+    }
+    all.sort();
+    all.dedup();
+    Ok(all)
+}
