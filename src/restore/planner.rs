@@ -42,7 +42,7 @@ pub struct Job<'a> {
 pub struct Planned {
     /// The plan.
     pub plan: Plan,
-    /// Where shared memory objects are mapped as a whole during [`Stage::Fill`].
+    /// Where shared memory objects are mapped as a whole during [`Fill`](super::plan::Stage::Fill).
     pub shared_at: SharedAt,
 }
 

@@ -87,16 +87,19 @@ pub fn is_root() -> bool {
 
 /// Runs the body of test `name` in a pid namespace.
 pub fn isolated(name: &str, body: impl FnOnce(&Case)) {
-    in_namespace(name, Who::Me, body);
+    in_namespace(name, Who::Me, Box::new(body));
 }
 
 /// Runs the body of test `name` in a pid and user namespace of an ordinary user, even when we are
 /// root.
 pub fn isolated_as_user(name: &str, body: impl FnOnce(&Case)) {
-    in_namespace(name, Who::OrdinaryUser, body);
+    in_namespace(name, Who::OrdinaryUser, Box::new(body));
 }
 
-fn in_namespace(name: &str, who: Who, body: impl FnOnce(&Case)) {
+/// What a test does. Boxed, so that the rest of a test is compiled once and not for each of them.
+type Body<'a> = Box<dyn FnOnce(&Case) + 'a>;
+
+fn in_namespace(name: &str, who: Who, body: Body<'_>) {
     match std::env::var_os(INSIDE) {
         Some(dir) => inside(
             &Case {
@@ -109,7 +112,7 @@ fn in_namespace(name: &str, who: Who, body: impl FnOnce(&Case)) {
     }
 }
 
-fn inside(case: &Case, body: impl FnOnce(&Case)) {
+fn inside(case: &Case, body: Body<'_>) {
     assert_eq!(
         std::process::id(),
         1,
