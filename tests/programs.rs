@@ -126,6 +126,11 @@ fn java_channels() {
     isolated("java_channels", |case| java(case, "Channels", &[]));
 }
 
+#[test]
+fn java_with_children() {
+    isolated("java_with_children", |case| java(case, "Children", &[]));
+}
+
 /// Without the file /tmp/hsperfdata_USER/PID, which has the same name in every pid namespace.
 #[test]
 fn java_of_an_ordinary_user() {

@@ -41,7 +41,9 @@ enum Command {
     /// A checkpoint and a restart of a target of one size, against the floor.
     Size(Sized),
     /// A target with very many threads.
-    Threads(Threads),
+    Threads(Many),
+    /// A target with very many processes.
+    Processes(Many),
     /// System calls under `ckpt run` against the same without it.
     Overhead(Common),
     /// Memory that ckpt itself uses, by the target's size.
@@ -92,10 +94,10 @@ struct Sized {
 }
 
 #[derive(Args, Debug, Clone)]
-struct Threads {
+struct Many {
     #[command(flatten)]
     common: Common,
-    /// Its threads.
+    /// How many.
     #[arg(long)]
     count: Option<usize>,
 }
@@ -116,7 +118,7 @@ fn main() -> ExitCode {
 fn measure(command: &Command) -> Result<ExitCode> {
     let common = match command {
         Command::Floor(args) | Command::Size(args) | Command::Codecs(args) => &args.common,
-        Command::Threads(args) => &args.common,
+        Command::Threads(args) | Command::Processes(args) => &args.common,
         Command::All(common) | Command::Overhead(common) | Command::Memory(common) => common,
         Command::Target(_) | Command::SystemCalls(_) | Command::ReadBack(_) => {
             anyhow::bail!("not a subject")
@@ -146,12 +148,16 @@ fn subjects(command: &Command, bench: &Bench, report: &mut Report) {
         Command::Size(a) => bench.size(a.mib.unwrap_or(pick(1024, 128)), a.threads, report),
         Command::Codecs(a) => bench.codecs(a.mib.unwrap_or(pick(512, 64)), a.threads, report),
         Command::Threads(a) => bench.threads(a.count.unwrap_or(pick(10_000, 500) as usize), report),
+        Command::Processes(a) => {
+            bench.processes(a.count.unwrap_or(pick(1000, 100) as usize), report);
+        }
         Command::Overhead(_) => bench.overhead(report),
         Command::Memory(_) => bench.memory(report),
         _ => {
             bench.size(64, 5, report);
             bench.size(pick(1024, 128), 5, report);
             bench.threads(pick(10_000, 500) as usize, report);
+            bench.processes(pick(1000, 100) as usize, report);
             bench.memory(report);
             bench.codecs(pick(512, 64), 5, report);
             bench.overhead(report);

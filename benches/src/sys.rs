@@ -98,6 +98,28 @@ pub(crate) fn spawn_small(
     }
 }
 
+/// Starts a process that does nothing else, and ends with us. We have one thread.
+pub(crate) fn fork_small(
+    body: extern "C" fn(*mut libc::c_void) -> *mut libc::c_void,
+    argument: usize,
+) -> Result<()> {
+    // SAFETY: with one thread, everything is as usable in the child as it is here.
+    unsafe {
+        if check(libc::fork().into())? == 0 {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            body(argument as *mut _);
+            libc::_exit(0);
+        }
+    }
+    Ok(())
+}
+
+/// Waits until no children are left; those that had been adopted are ours, too.
+pub(crate) fn reap_all() {
+    // SAFETY: the status is not asked for.
+    while unsafe { libc::waitpid(-1, ptr::null_mut(), 0) } > 0 {}
+}
+
 /// process_vm_readv(2) of one piece.
 pub(crate) fn read_other(pid: i32, address: u64, into: &mut [u8]) -> Result<usize> {
     let local = libc::iovec {

@@ -1,4 +1,4 @@
-//! The program that is checkpointed: so much memory, so many threads, some of which beat.
+//! The program that is checkpointed: so much memory, so many threads or processes, some of which beat.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -20,17 +20,45 @@ pub(crate) enum Fill {
     Half,
 }
 
+/// Of all threads or processes, the first ones beat.
+const BEATING: usize = 5;
+const _: () = assert!(BEATING <= MAX_BEATING);
+
+/// What a target is.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Memory of its first process.
+    #[arg(long)]
+    pub(crate) mib: u64,
+    #[arg(long, value_enum)]
+    pub(crate) fill: Fill,
+    /// Threads of its first process.
+    #[arg(long)]
+    pub(crate) threads: usize,
+    /// Processes of one thread each but the first; its children.
+    #[arg(long)]
+    pub(crate) processes: usize,
+}
+
+impl Shape {
+    /// One process.
+    pub(crate) fn of(mib: u64, threads: usize, fill: Fill) -> Self {
+        Shape {
+            mib,
+            fill,
+            threads,
+            processes: 1,
+        }
+    }
+}
+
 /// Arguments of the hidden subcommand `target`.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     #[arg(long)]
     page: PathBuf,
-    #[arg(long)]
-    mib: u64,
-    #[arg(long)]
-    threads: usize,
-    #[arg(long, value_enum)]
-    fill: Fill,
+    #[command(flatten)]
+    shape: Shape,
 }
 
 static PAGE: OnceLock<BeatPage> = OnceLock::new();
@@ -38,10 +66,15 @@ static PAGE: OnceLock<BeatPage> = OnceLock::new();
 /// Sets up, says so in the page, and beats until it is killed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let page = *PAGE.get_or_init(|| BeatPage::open(&args.page).expect("the page of beats"));
-    let memory = sys::map_fresh((args.mib << 20) as usize)?;
-    fill(memory, args.fill);
-    let beating = args.threads.min(MAX_BEATING).min(5);
-    for number in 1..args.threads {
+    let shape = &args.shape;
+    let memory = sys::map_fresh((shape.mib << 20) as usize)?;
+    fill(memory, shape.fill);
+    let beating = shape.threads.max(shape.processes).min(BEATING);
+    for number in 1..shape.processes {
+        let body = if number < beating { beat } else { park };
+        sys::fork_small(body, number)?;
+    }
+    for number in 1..shape.threads {
         let body = match number % 2 {
             _ if number < beating => beat,
             0 => park,

@@ -8,11 +8,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use serde::Deserialize;
 
 use crate::beat::BeatPage;
 use crate::sys;
-use crate::target::Fill;
+use crate::target::Shape;
 
 /// Nothing that is measured takes longer.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -25,18 +26,21 @@ pub(crate) struct Target {
 
 impl Target {
     /// Starts it and waits until it beats.
-    pub(crate) fn start(scratch: &Path, mib: u64, threads: usize, fill: Fill) -> Result<Self> {
+    pub(crate) fn start(scratch: &Path, shape: Shape) -> Result<Self> {
         let path = scratch.join("beats");
         let page = BeatPage::create(&path)?;
-        let fill = match fill {
-            Fill::Random => "random",
-            Fill::Half => "half",
-        };
+        let fill = shape.fill.to_possible_value().context("none is hidden")?;
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["target", "--fill", fill, "--mib", &mib.to_string()]);
-        command
-            .args(["--threads", &threads.to_string(), "--page"])
-            .arg(&path);
+        command.args(["target", "--fill", fill.get_name()]);
+        let numbers = [
+            ("--mib", shape.mib as usize),
+            ("--threads", shape.threads),
+            ("--processes", shape.processes),
+        ];
+        for (option, number) in numbers {
+            command.arg(option).arg(number.to_string());
+        }
+        command.arg("--page").arg(&path);
         command.env_clear().current_dir("/");
         command
             .stdin(Stdio::null())
@@ -76,10 +80,11 @@ impl Target {
         )
     }
 
-    /// Kills and reaps it, so that its pid is free.
+    /// Kills and reaps all of it, so that its pids are free.
     pub(crate) fn end(mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
+        sys::reap_all();
         Ok(())
     }
 }
@@ -238,6 +243,7 @@ impl Tools {
         let memory = peak_memory(child.id());
         sys::kill(pid)?;
         child.wait()?;
+        sys::reap_all();
         Ok(Restart {
             seconds: (beaten - started) as f64 / 1e9,
             memory: memory?,

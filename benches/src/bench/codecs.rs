@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::Bench;
 use crate::floor;
 use crate::report::{Figure, Report, Samples, Unit};
-use crate::target::Fill;
+use crate::target::{Fill, Shape};
 use crate::tools::Target;
 
 const CODECS: [&str; 4] = ["none", "lz4", "zstd:1", "gzip:1"];
@@ -29,7 +29,7 @@ impl Bench {
     ) -> Result<()> {
         self.room_for(mib, 1)?;
         let image = self.file("image");
-        let target = Target::start(&self.scratch, mib, threads, Fill::Half)?;
+        let target = Target::start(&self.scratch, Shape::of(mib, threads, Fill::Half))?;
         let [mut all, mut gaps, mut sizes, mut restarts] = [(); 4].map(|()| Samples::default());
         for _ in 0..self.rounds(3) {
             let checkpoint = self.tools.attach(&target, &image, codec)?;

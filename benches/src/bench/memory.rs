@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::Bench;
 use crate::floor;
 use crate::report::{Figure, Report, Samples, Unit};
-use crate::target::Fill;
+use crate::target::{Fill, Shape};
 use crate::tools::Target;
 
 /// A target sixty-four times as large may cost this many times the memory.
@@ -35,7 +35,7 @@ impl Bench {
     ) -> Result<()> {
         self.room_for(mib, 1)?;
         let image = self.file("image");
-        let target = Target::start(&self.scratch, mib, 5, Fill::Half)?;
+        let target = Target::start(&self.scratch, Shape::of(mib, 5, Fill::Half))?;
         let mut enter = |place: usize, what, bytes: u64| {
             let bytes = bytes as f64;
             let mut samples = Samples::default();

@@ -9,10 +9,10 @@ use crate::tools::Tools;
 use crate::{Common, sys};
 
 mod codecs;
+mod many;
 mod memory;
 mod overhead;
 mod size;
-mod threads;
 
 /// What all subjects need.
 pub(crate) struct Bench {

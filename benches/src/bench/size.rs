@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::{Bench, Pairs};
 use crate::floor;
 use crate::report::{Figure, Report, Samples, Unit};
-use crate::target::Fill;
+use crate::target::{Fill, Shape};
 use crate::tools::Target;
 
 /// The most MiB for which a time is wanted; above it a part of the floor's speed is.
@@ -31,7 +31,7 @@ impl Bench {
     ) -> Result<i32> {
         self.room_for(mib, 2)?;
         let (image, raw) = (self.file("image"), self.file("raw"));
-        let target = Target::start(&self.scratch, mib, threads, Fill::Random)?;
+        let target = Target::start(&self.scratch, Shape::of(mib, threads, Fill::Random))?;
         let (address, len) = target.memory();
         let (mut all, mut processor) = (Pairs::default(), Pairs::default());
         let (mut gaps, mut paused) = (Samples::default(), Samples::default());
@@ -112,7 +112,7 @@ impl Bench {
     ) -> Result<()> {
         self.room_for(mib, 2)?;
         let raw = self.file("raw");
-        let target = Target::start(&self.scratch, mib, threads, Fill::Random)?;
+        let target = Target::start(&self.scratch, Shape::of(mib, threads, Fill::Random))?;
         let (address, len) = target.memory();
         let (mut out, mut back) = (Samples::default(), Samples::default());
         for _ in 0..self.rounds(7) {

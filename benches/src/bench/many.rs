@@ -1,31 +1,47 @@
-//! A target with very many threads.
+//! A target with very many tasks.
 
 use anyhow::Result;
 
 use super::Bench;
 use crate::floor;
 use crate::report::{Figure, Report, Samples, Unit};
-use crate::target::Fill;
+use crate::target::{Fill, Shape};
 use crate::tools::Target;
 
 impl Bench {
+    /// One process with so many threads.
     pub(crate) fn threads(&self, count: usize, report: &mut Report) {
-        let subject = format!("{count} threads");
-        let done = self.many_threads(&subject, count, report);
-        report.add(&subject, done);
+        let shape = Shape::of(1, count, Fill::Random);
+        self.many(&format!("{count} threads"), shape, 3.0, report);
     }
 
-    fn many_threads(&self, subject: &str, count: usize, report: &mut Report) -> Result<()> {
+    /// So many processes with one thread each.
+    pub(crate) fn processes(&self, count: usize, report: &mut Report) {
+        let shape = Shape {
+            processes: count,
+            ..Shape::of(1, 1, Fill::Random)
+        };
+        self.many(&format!("{count} processes"), shape, 5.0, report);
+    }
+
+    fn many(&self, subject: &str, shape: Shape, most: f64, report: &mut Report) {
+        let done = self.lives(subject, shape, most, report);
+        report.add(subject, done);
+    }
+
+    /// `most` seconds are wanted for a checkpoint; for a restart 5 in any case.
+    fn lives(&self, subject: &str, shape: Shape, most: f64, report: &mut Report) -> Result<()> {
         let image = self.file("image");
         let figure = |what, samples| Figure::new(subject, what, Unit::Seconds, samples);
-        let target = Target::start(&self.scratch, 1, count, Fill::Random)?;
+        let target = Target::start(&self.scratch, shape)?;
         let [mut all, mut gaps, mut restarts] = [(); 3].map(|()| Samples::default());
         for _ in 0..self.rounds(3) {
             let checkpoint = self.tools.attach(&target, &image, "none")?;
             all.push(checkpoint.seconds);
             gaps.push(checkpoint.gap);
         }
-        let all = figure("checkpoint", &all).wanted("≤ 3 s", |seconds, _| seconds <= 3.0);
+        let wanted = format!("≤ {most} s");
+        let all = figure("checkpoint", &all).wanted(&wanted, |seconds, _| seconds <= most);
         report.figures.push(all);
         report
             .figures
