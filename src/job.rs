@@ -1,6 +1,7 @@
 //! What is checkpointed together: a process and all that descend from it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
 use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::proc::status::read_status;
@@ -9,9 +10,12 @@ use ckpt_tracer::{Error as TracerError, Pid};
 
 use crate::error::{Error, Obstacle, Result};
 
-/// Rounds of looking for new processes before giving up. A process can only be created by one
-/// that is not yet stopped, so each round leaves fewer that could; a fork bomb is the exception.
-const MAX_ROUNDS: u32 = 64;
+/// How long processes are stopped before giving up: so long, and [`PATIENCE_EACH`] for each that was
+/// there in the beginning. A fork bomb may outrun us for ever, and what we have stopped already
+/// stands still meanwhile.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// See [`PATIENCE`].
+const PATIENCE_EACH: Duration = Duration::from_millis(10);
 
 /// The processes of a job, by what can be done with them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,47 +77,31 @@ impl FrozenJob {
     /// Stops every task of every process, and looks for more until there are none. On any error
     /// everything stopped so far is let go.
     pub fn freeze(roots: &[Pid]) -> Result<Self> {
-        let mut processes: Vec<Frozen> = Vec::new();
-        let mut known: HashSet<Pid> = HashSet::new();
-        for round in 0.. {
-            let family = Family::of_all(roots)?;
-            let fresh: Vec<Pid> = family
-                .living
-                .iter()
-                .copied()
-                .filter(|pid| !known.contains(pid))
-                .collect();
-            if fresh.is_empty() {
-                // Parents first, though a child may have been met before an adopted one's parent.
-                let place = |pid| family.living.iter().position(|p| *p == pid);
-                processes.retain(|f| place(f.pid()).is_some());
-                processes.sort_by_key(|f| place(f.pid()));
+        let known = Family::of_all(roots)?.living.len() as u32;
+        Self::freeze_until(roots, Instant::now() + PATIENCE + PATIENCE_EACH * known)
+    }
+
+    fn freeze_until(roots: &[Pid], give_up: Instant) -> Result<Self> {
+        let mut hunt = Hunt {
+            roots,
+            give_up,
+            frozen: HashMap::new(),
+            ended: BTreeSet::new(),
+        };
+        // Who ends during a walk can leave a child to somebody who was looked at before, and need not
+        // leave a zombie; that this goes unseen twice is not to be expected.
+        let mut quiet = 0;
+        loop {
+            let (living, found) = hunt.walk()?;
+            quiet = if found { 0 } else { quiet + 1 };
+            if quiet == 2 {
+                let in_order = living.iter().filter_map(|pid| hunt.frozen.remove(pid));
                 return Ok(Self {
-                    processes,
-                    ended: family.ended,
+                    processes: in_order.collect(),
+                    ended: hunt.ended.into_iter().collect(),
                 });
             }
-            if round == MAX_ROUNDS {
-                return Err(Error::refuse(Obstacle::new(
-                    format!("process {}", roots[0]),
-                    format!(
-                        "has descendants that create processes faster than they can be stopped (gave up \
-                         after {MAX_ROUNDS} rounds)"
-                    ),
-                    format!("try again, or stop it first with kill -STOP {}", roots[0]),
-                )));
-            }
-            for pid in fresh {
-                known.insert(pid);
-                match Frozen::freeze(pid) {
-                    Ok(frozen) => processes.push(frozen),
-                    // It has ended meanwhile; if it is a zombie now, the next round tells.
-                    Err(TracerError::Died { .. }) if pid != roots[0] => {}
-                    Err(e) => return Err(e.into()),
-                }
-            }
         }
-        unreachable!("the rounds end")
     }
 
     /// Tasks in all.
@@ -132,8 +120,143 @@ impl FrozenJob {
     }
 }
 
+/// Processes that are being stopped, one after the other.
+struct Hunt<'a> {
+    roots: &'a [Pid],
+    give_up: Instant,
+    frozen: HashMap<Pid, Frozen>,
+    ended: BTreeSet<Pid>,
+}
+
+impl Hunt<'_> {
+    /// From each process to its children, which are looked for only when it is stopped and can have
+    /// no more: those that live, parents first, and whether anybody was met for the first time.
+    fn walk(&mut self) -> Result<(Vec<Pid>, bool)> {
+        let proc = ProcRoot::default();
+        let mut found = false;
+        let mut living = Vec::with_capacity(self.frozen.len());
+        let mut next: VecDeque<Pid> = self.roots.iter().copied().collect();
+        while let Some(pid) = next.pop_front() {
+            if !self.frozen.contains_key(&pid) {
+                found = true;
+                if !self.stop(pid)? {
+                    continue;
+                }
+            }
+            living.push(pid);
+            let children = match tasks::children(&proc, pid) {
+                Ok(children) => children,
+                Err(e) if pid == self.roots[0] => return Err(e.into()),
+                // Somebody has killed it.
+                Err(_) => continue,
+            };
+            let new = |child: &Pid| !self.ended.contains(child) && !self.roots.contains(child);
+            next.extend(children.into_iter().filter(new));
+        }
+        Ok((living, found))
+    }
+
+    /// Stops a process, unless it has ended.
+    fn stop(&mut self, pid: Pid) -> Result<bool> {
+        if Instant::now() > self.give_up {
+            return Err(self.outrun());
+        }
+        match Frozen::freeze(pid) {
+            Ok(frozen) => {
+                self.frozen.insert(pid, frozen);
+                Ok(true)
+            }
+            Err(TracerError::Died { .. }) if pid != self.roots[0] => {
+                if read_status(pid).is_ok_and(|status| status.state.has_ended()) {
+                    self.ended.insert(pid);
+                }
+                Ok(false)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn outrun(&self) -> Error {
+        let root = self.roots[0];
+        Error::refuse(Obstacle::new(
+            format!("process {root}"),
+            format!(
+                "has descendants that create processes faster than they can be stopped (gave up after {} \
+                 processes)",
+                self.frozen.len() + self.ended.len()
+            ),
+            format!("try again, or stop it first with kill -STOP {root}"),
+        ))
+    }
+}
+
 /// All are let go, whatever happens to one of them.
 fn each(processes: Vec<Frozen>, let_go: impl Fn(Frozen) -> ckpt_tracer::Result<()>) -> Result<()> {
     let results: Vec<_> = processes.into_iter().map(let_go).collect();
     Ok(results.into_iter().collect::<ckpt_tracer::Result<()>>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command, Stdio};
+
+    /// A shell with two children, killed with them in the end.
+    struct Shell(Child);
+
+    impl Shell {
+        fn start() -> Self {
+            let mut command = Command::new("sh");
+            command.args(["-c", "sleep 1000 & sleep 1000 & wait"]);
+            let shell = Shell(command.stdout(Stdio::null()).spawn().expect("sh"));
+            while shell.family().len() != 3 {
+                std::thread::yield_now();
+            }
+            shell
+        }
+
+        fn pid(&self) -> Pid {
+            Pid(self.0.id() as i32)
+        }
+
+        fn family(&self) -> Vec<Pid> {
+            Family::of(self.pid()).expect("it lives").living
+        }
+    }
+
+    impl Drop for Shell {
+        fn drop(&mut self) {
+            for pid in self.family().into_iter().rev() {
+                let pid = nix::unistd::Pid::from_raw(pid.raw());
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            let _ = self.0.wait();
+        }
+    }
+
+    fn tracers(pids: &[Pid]) -> Vec<i32> {
+        let tracer = |pid: &Pid| read_status(*pid).expect("it lives").tracer_pid;
+        pids.iter().map(tracer).collect()
+    }
+
+    #[test]
+    fn a_whole_tree_is_stopped_and_goes_on() {
+        let shell = Shell::start();
+        let family = shell.family();
+        let job = FrozenJob::freeze(&[shell.pid()]).expect("nothing is in the way");
+        let frozen: Vec<Pid> = job.processes.iter().map(Frozen::pid).collect();
+        assert_eq!(frozen, family);
+        assert!(tracers(&family).iter().all(|tracer| *tracer != 0));
+        job.thaw().expect("all live");
+        assert_eq!(tracers(&family), [0, 0, 0]);
+    }
+
+    #[test]
+    fn who_cannot_be_caught_up_with_is_refused_and_let_go() {
+        let shell = Shell::start();
+        let error = FrozenJob::freeze_until(&[shell.pid()], Instant::now());
+        let error = error.err().expect("the time is over").to_string();
+        assert!(error.contains("faster than they can be stopped"), "{error}");
+        assert_eq!(tracers(&shell.family()), [0, 0, 0]);
+    }
 }

@@ -119,6 +119,7 @@ fn every_key_of_json_is_described() {
         ("src/cli/inspect.rs", "struct Everything"),
         ("src/inspect/summary.rs", "pub struct Summary"),
         ("src/inspect/summary.rs", "pub struct ProcessView"),
+        ("src/inspect/summary.rs", "pub struct ZombieView"),
         ("src/inspect/threads.rs", "pub struct ThreadView"),
         ("src/inspect/maps.rs", "pub struct MapView"),
         ("src/inspect/fds.rs", "pub struct FdView"),

@@ -146,10 +146,10 @@ matrix! {
     sock_listen sock_named sock_options sock_pair sock_rights sock_seqpacket stack stopped
     subreaper sysv_msg sysv_sem sysv_sem_undo sysv_shm thp thpdisable threadname threads
     threads500 timerfd timers_itimer timers_posix tree_cow tree_creds tree_deep tree_exec
-    tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_locks tree_memfd
-    tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session tree_session_gone
-    tree_sharedfd tree_shm tree_sigchld tree_signalfd tree_stopped tree_thousand tree_vm
-    tree_wait tree_wide tree_zombie umask vdso xstate;
+    tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_growing tree_locks
+    tree_memfd tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session
+    tree_session_gone tree_sharedfd tree_shm tree_sigchld tree_signalfd tree_stopped
+    tree_thousand tree_vm tree_wait tree_wide tree_zombie umask vdso xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"
     sigpending_static = "sigpending.static" vdso_static = "vdso.static"

@@ -121,7 +121,7 @@ fn summary_text(summary: &Summary) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name:<14}{}", visible(value.as_bytes()));
     }
-    if summary.process_list.len() > 1 {
+    if summary.process_list.len() + summary.zombies.len() > 1 {
         let mut table = output::table(&[
             "pid",
             "parent",
@@ -138,6 +138,16 @@ fn summary_text(summary: &Summary) -> String {
                 process.fds.to_string(),
                 process.mappings.to_string(),
                 visible(process.command_line.join(" ").as_bytes()),
+            ]);
+        }
+        for zombie in &summary.zombies {
+            table.add_row([
+                zombie.pid.to_string(),
+                zombie.parent.to_string(),
+                String::new(),
+                String::new(),
+                String::new(),
+                format!("({}, ended)", visible(zombie.name.as_bytes())),
             ]);
         }
         let _ = write!(text, "\n{}", output::table_text(table));

@@ -4,6 +4,7 @@ use ckpt_image::Reader;
 use serde::Serialize;
 
 use crate::objects::Snapshot;
+use crate::objects::zombie::Zombie;
 
 /// What `ckpt inspect` shows first; the JSON keys stay as they are.
 #[derive(Clone, Debug, Serialize)]
@@ -46,6 +47,8 @@ pub struct Summary {
     pub codec: String,
     /// The processes, the job's first one first.
     pub process_list: Vec<ProcessView>,
+    /// Processes that have ended and that their parents have not waited for.
+    pub zombies: Vec<ZombieView>,
 }
 
 /// A process in the summary.
@@ -65,6 +68,19 @@ pub struct ProcessView {
     pub stopped: bool,
     /// Its arguments.
     pub command_line: Vec<String>,
+}
+
+/// A process that has ended.
+#[derive(Clone, Debug, Serialize)]
+pub struct ZombieView {
+    /// Its id.
+    pub pid: i32,
+    /// Its parent's.
+    pub parent: i32,
+    /// What wait(2) will tell.
+    pub status: i32,
+    /// Its name.
+    pub name: String,
 }
 
 /// The summary of an image.
@@ -99,6 +115,16 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
         ratio: memory_bytes as f64 / reader.bytes().max(1) as f64,
         codec: header.codec.to_string(),
         process_list: snapshot.processes.iter().map(process).collect(),
+        zombies: snapshot.zombies.iter().map(zombie).collect(),
+    }
+}
+
+fn zombie(zombie: &Zombie) -> ZombieView {
+    ZombieView {
+        pid: zombie.pid,
+        parent: zombie.parent,
+        status: zombie.status,
+        name: String::from_utf8_lossy(&zombie.name).into_owned(),
     }
 }
 

@@ -87,11 +87,10 @@ impl Fixture {
 
     /// Takes a checkpoint and kills it; the image.
     pub fn killed_into(&mut self, case: &Case, image: &str) -> PathBuf {
-        let others = self.job.descendants();
         let (image, _) = attach(case, self.pid(), image, &["--kill"]);
         let ended = until("its end after attach --kill", || self.job.ended());
         assert_eq!(ended, Ended::Killed(9));
-        super::job::reap_orphans(&others);
+        super::job::reap_orphans(&super::tool::descendants_in(case, &image));
         image
     }
 

@@ -1,5 +1,6 @@
 //! The command lines.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -93,7 +94,7 @@ pub fn source(name: &str) -> PathBuf {
 }
 
 /// `ckpt` with these arguments.
-pub fn ckpt<S: AsRef<std::ffi::OsStr>>(case: &Case, args: impl IntoIterator<Item = S>) -> Output {
+pub fn ckpt<S: AsRef<OsStr>>(case: &Case, args: impl IntoIterator<Item = S>) -> Output {
     run(case, Command::new(CKPT).args(args).current_dir(case.dir()))
 }
 
@@ -119,6 +120,22 @@ pub fn attach(case: &Case, pid: i32, image: &str, args: &[&str]) -> (PathBuf, Va
         path,
         figures.unwrap_or_else(|error| panic!("{error}: {out:#?}")),
     )
+}
+
+/// Everybody in an image but its first process; those that have ended, too.
+pub fn descendants_in(case: &Case, image: &Path) -> Vec<i32> {
+    let words: [&OsStr; 3] = ["inspect".as_ref(), "--json".as_ref(), image.as_os_str()];
+    let shown: Value = serde_json::from_str(ckpt(case, words).ok()).expect("inspect prints JSON");
+    let summary = &shown["summary"];
+    let pids = |list: &str| {
+        let list = summary[list].as_array().expect("it is an array").clone();
+        list.into_iter()
+            .map(|one| one["pid"].as_i64().expect("it is a number") as i32)
+    };
+    pids("process_list")
+        .skip(1)
+        .chain(pids("zombies"))
+        .collect()
 }
 
 /// A restore in the background that must succeed.
