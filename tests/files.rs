@@ -10,7 +10,9 @@ use std::process::Command;
 use common::fixture::{killed, start_in};
 use common::look::assert_let_go;
 use common::refused::attach_is_refused;
-use common::{Case, attach, fixture, isolated, restored, run};
+use common::rounds::{gone, same_result};
+use common::tool::source;
+use common::{Case, Ended, attach, fixture, isolated, restored, run, start, until};
 
 /// Mounts a file system as DIR/name; without permission the test is skipped.
 fn mounted(case: &Case, kind: &str, options: &str, name: &str) {
@@ -59,6 +61,23 @@ fn on_overlay(case: &Case, fixture: &str) {
     lives_in(case, fixture, "mounted");
 }
 
+/// A program of the user's serves this one, as with network file systems: the kernel knows its files by what it is told of them.
+fn on_fuse(case: &Case, fixture: &str) {
+    case.needs_program("bindfs", "bindfs");
+    let (behind, place) = (case.path("behind"), case.path("mounted"));
+    for dir in [&behind, &place] {
+        fs::create_dir(dir).expect("the test's directory is writable");
+    }
+    let mut mount = Command::new("bindfs");
+    let out = run(case, mount.arg(&behind).arg(&place));
+    if out.code() != 0 {
+        let why = out.stderr.trim();
+        case.skip(&format!("permission to mount fuse ({why})"));
+    }
+    lives_in(case, fixture, "mounted");
+    run(case, Command::new("umount").arg(&place)).ok();
+}
+
 macro_rules! elsewhere {
     ($module:ident: $($fixture:ident)*) => {
         mod $module {
@@ -73,6 +92,70 @@ macro_rules! elsewhere {
 
 elsewhere!(on_tmpfs: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
 elsewhere!(on_overlay: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
+
+elsewhere!(on_fuse: file_deleted fd_dir fd_regular fd_opath cwd flock_self file_private);
+
+#[test]
+fn read_only() {
+    isolated("read_only", |case| {
+        const PYTHON: &str = "/usr/bin/python3";
+        if !Path::new(PYTHON).exists() {
+            case.skip("/usr/bin/python3 (python3)");
+        }
+        mounted(case, "tmpfs", "size=64m", "mounted");
+        let place = case.path("mounted");
+        fs::copy(source("reader.py"), place.join("reader.py")).expect("it was just mounted");
+        let data: Vec<u8> = (0..300_000u32)
+            .map(|i| (i.wrapping_mul(i) >> 7) as u8)
+            .collect();
+        fs::write(place.join("data"), data).expect("it was just mounted");
+        let remount = ["-o", "remount,ro"];
+        run(case, Command::new("mount").args(remount).arg(&place)).ok();
+        same_result(case, &|| {
+            let mut command = Command::new(PYTHON);
+            command.arg("-B").arg(place.join("reader.py"));
+            command
+        });
+    });
+}
+
+/// NFS gives a file that is removed while it is open another name, and removes it when the process ends.
+#[test]
+fn removed_on_a_network_file_system() {
+    isolated("removed_on_a_network_file_system", |case| {
+        const PYTHON: &str = "/usr/bin/python3";
+        if !Path::new(PYTHON).exists() {
+            case.skip("/usr/bin/python3 (python3)");
+        }
+        let place = case.path("place");
+        fs::create_dir(&place).expect("the test's directory is writable");
+        fs::copy(source("reader.py"), place.join("reader.py")).expect("it is ours");
+        let mut results = Vec::new();
+        for removed in [false, true] {
+            fs::write(place.join("data"), [7; 300_000]).expect("it is ours");
+            let dir = case.path(&format!("run-{removed}"));
+            fs::create_dir(&dir).expect("the test's directory is writable");
+            let mut command = Command::new(PYTHON);
+            command.arg("-B").arg(place.join("reader.py")).arg(&dir);
+            let mut job = start(&mut command, &case.path("reader.log"));
+            until("some rounds", || {
+                dir.join("progress").exists().then_some(())
+            });
+            if removed {
+                let silly = place.join(".nfs000000000000a07f00000003");
+                fs::rename(place.join("data"), &silly).expect("it is ours");
+                let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+                assert_eq!(gone(&mut job), Ended::Killed(9));
+                fs::remove_file(&silly).expect("it is ours");
+                job = restored(case, &image, &[]);
+            }
+            fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+            assert_eq!(job.wait(), Ended::Exited(0));
+            results.push(fs::read_to_string(dir.join("result")).expect("it has a result"));
+        }
+        assert_eq!(results[0], results[1]);
+    });
+}
 
 /// A file with a name that is nowhere near the one by which it was opened: not taken for a nameless
 /// one, since what is written to a copy would never be seen under the name.

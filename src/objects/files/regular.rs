@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::proc::fdinfo::LockLine;
+use ckpt_tracer::proc::silly::is_silly_name;
 use serde::{Deserialize, Serialize};
 
 use super::changed::{self, Written};
@@ -123,7 +124,7 @@ pub fn capture(
                 let reason = format!("is a directory that was deleted ({})", path.display());
                 return refuse(reason, "close it before the checkpoint");
             }
-            None if file.metadata().is_ok_and(|m| m.nlink() > 0) => {
+            None if has_names_elsewhere(&file, &path) => {
                 let reason = format!(
                     "has lost the name by which it was opened ({}), and the one that it still has \
                      was not found",
@@ -219,7 +220,10 @@ pub fn name_of((device, inode): (u64, u64), path: &Path) -> Option<PathBuf> {
     let mut directories = VecDeque::from([path.parent()?.to_owned()]);
     while let Some(directory) = directories.pop_front() {
         for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-            if entry.ino() == inode && entry.metadata().is_ok_and(|m| is_it(&m)) {
+            if entry.ino() == inode
+                && entry.metadata().is_ok_and(|m| is_it(&m))
+                && !is_silly_name(&entry.path())
+            {
                 return Some(entry.path());
             }
             if entry.file_type().is_ok_and(|t| t.is_dir()) {
@@ -229,6 +233,20 @@ pub fn name_of((device, inode): (u64, u64), path: &Path) -> Option<PathBuf> {
         }
     }
     None
+}
+
+/// Whether it has names that were not found, besides one that is no name of its own.
+fn has_names_elsewhere(file: &File, path: &Path) -> bool {
+    let Ok(meta) = file.metadata() else {
+        return false;
+    };
+    let neighbours = path.parent().and_then(|dir| std::fs::read_dir(dir).ok());
+    let silly = neighbours
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.ino() == meta.ino() && is_silly_name(&entry.path()));
+    meta.nlink() > silly.count() as u64
 }
 
 /// Takes the leases, each in the first process that has the description, under its lowest number

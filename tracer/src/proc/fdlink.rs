@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::ProcDir;
 use super::parse::dec;
+use super::silly::is_silly_name;
 use crate::Result;
 
 /// The kind of thing behind a descriptor, told from the target of its link.
@@ -78,10 +79,9 @@ fn classify(target: &[u8], is_it: &dyn Fn(&Path) -> bool) -> FdLink {
     let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
     if target.first() == Some(&b'/') {
         let Some(cut) = target.strip_suffix(b" (deleted)") else {
-            return FdLink::File {
-                path: path(target),
-                deleted: false,
-            };
+            let path = path(target);
+            let deleted = is_silly_name(&path);
+            return FdLink::File { path, deleted };
         };
         if is_it(Path::new(OsStr::from_bytes(target))) {
             return FdLink::File {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::ProcDir;
 use super::parse::{dec, device, fields, hex, key_value, lines, unescape_octal};
+use super::silly::is_silly_name;
 pub use super::vmflags::VmFlags;
 use crate::Result;
 
@@ -261,14 +262,9 @@ fn file_name(raw: &[u8], dev: (u32, u32), inode: u64, lookup: Lookup<'_>) -> (Vm
             }
         }
     }
-    let deleted = cut.is_some();
-    (
-        VmaName::File {
-            path: path(cut.unwrap_or(&plain)),
-            deleted,
-        },
-        !escaped && !deleted,
-    )
+    let path = path(cut.unwrap_or(&plain));
+    let deleted = cut.is_some() || is_silly_name(&path);
+    (VmaName::File { path, deleted }, !escaped && cut.is_none())
 }
 
 /// `Rss:      8 kB`, `VmFlags: rd mr mw me`.

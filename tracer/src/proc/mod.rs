@@ -19,6 +19,7 @@ pub mod maps;
 pub mod mounts;
 pub mod pagemap;
 mod parse;
+pub mod silly;
 pub mod stat;
 pub mod status;
 pub mod tasks;
