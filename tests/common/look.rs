@@ -163,12 +163,11 @@ fn watched(line: &str) -> &str {
         .map_or(line, |(start, _)| start)
 }
 
-/// A line of fdinfo that stays. The inode and mount of a pipe or memfd are others after a
-/// restore, and what remains of a timer shrinks.
+/// A line of fdinfo that stays. The inode and mount of a pipe or memfd are others after a restore,
+/// as are the machine's numbers of eventfds, and what remains of a timer shrinks.
 fn stays(line: &&str) -> bool {
-    !["mnt_id:", "ino:", "it_value:", "ticks:", "tty-index:"]
-        .iter()
-        .any(|key| line.starts_with(key))
+    let change = "mnt_id: ino: it_value: ticks: tty-index: eventfd-id:";
+    !change.split(' ').any(|key| line.starts_with(key))
 }
 
 /// A line of maps; shared memory and deleted files get new inodes (and devices) by a restore.
