@@ -147,9 +147,10 @@ impl ProcDir {
     }
 
     fn read_into(&self, path: &Path, text: &mut Vec<u8>) -> io::Result<()> {
-        // Files of /proc say that their size is 0, and a seq_file gives about a page a call.
+        // Files of /proc say that their size is 0, so it is not asked for (as reading the file itself
+        // would); a seq_file gives about a page a call.
         text.reserve(16 << 10);
-        File::open(path)?.read_to_end(text)?;
+        File::open(path)?.take(u64::MAX).read_to_end(text)?;
         Ok(())
     }
 
