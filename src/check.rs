@@ -2,6 +2,7 @@
 //! found from outside before anything is touched.
 
 use std::cmp::Ordering;
+use std::os::unix::fs::MetadataExt;
 
 use ckpt_tracer::kcmp::{KcmpType, group_tasks, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
@@ -111,6 +112,7 @@ fn look_at_all(sources: &[&Source], depth: Depth, collector: &mut Collector) -> 
         inside_the_job(source, collector)?;
     }
     shared_by_processes(sources, collector)?;
+    clocks_of_their_own(sources, collector);
     let outside = process::capture_from_outside(sources, depth, collector)?;
     let vmas = outside.iter().map(|o| o.vmas.as_slice());
     let seen: Vec<_> = sources.iter().copied().zip(vmas).collect();
@@ -160,6 +162,26 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
         }
     }
     Ok(())
+}
+
+/// Processes whose clocks are not those of the first one, or not those that their children will have:
+/// a restore gives all the same (time_namespaces(7)).
+fn clocks_of_their_own(sources: &[&Source], collector: &mut Collector) {
+    let namespace = |source: &Source, name: &str| {
+        let path = source.dir.join("ns").join(name);
+        std::fs::metadata(path).ok().map(|meta| meta.ino())
+    };
+    let first = sources.first().and_then(|s| namespace(s, "time"));
+    for source in sources {
+        let both = ["time", "time_for_children"].map(|name| namespace(source, name));
+        if both.iter().any(|one| one.is_some() && *one != first) {
+            collector.obstacles.push(Obstacle::without_remedy(
+                source.title(),
+                "has another time namespace than the job's first process, or leaves its children \
+                 another one, which is not supported",
+            ));
+        }
+    }
 }
 
 /// Whether a thread of the process has lent its memory to a child that is about to execute a
@@ -333,8 +355,10 @@ fn other_namespaces(source: &Source) -> Result<Vec<String>> {
         Err(e) => return Err(e.into()),
     };
     let differ = theirs.into_iter().filter(|namespace| {
-        // Those for children say nothing of the process itself.
-        !namespace.0.ends_with("_for_children") && !ours.contains(namespace)
+        // Those for children say nothing of the process itself. What its clocks show is in the image.
+        !namespace.0.ends_with("_for_children")
+            && namespace.0 != "time"
+            && !ours.contains(namespace)
     });
     Ok(differ.map(|(kind, _)| kind).collect())
 }

@@ -11,6 +11,7 @@ use crate::capture::source::Source;
 use crate::error::Result;
 use crate::objects::process::Process;
 use crate::objects::{Host, Snapshot};
+use crate::restore::clock::as_seen_by;
 
 fn text(path: &str) -> String {
     std::fs::read_to_string(path)
@@ -71,6 +72,7 @@ fn cpu_model() -> String {
 
 /// What a restore has to agree with.
 pub fn describe(process: &Process) -> Result<Host> {
+    let seen = |id| as_seen_by(Pid(process.pid), id, clock(id));
     let xstate = &process.threads[0].xstate;
     // Software-reserved bytes of the fxsave area (arch/x86/include/asm/user.h): XCR0.
     let xcr0 = xstate
@@ -83,8 +85,8 @@ pub fn describe(process: &Process) -> Result<Host> {
         vdso_digest: vdso_digest(),
         xstate_size: xstate.len() as u32,
         xcr0,
-        monotonic_ns: clock(libc::CLOCK_MONOTONIC),
-        boottime_ns: clock(libc::CLOCK_BOOTTIME),
+        monotonic_ns: seen(libc::CLOCK_MONOTONIC),
+        boottime_ns: seen(libc::CLOCK_BOOTTIME),
         realtime_ns: clock(libc::CLOCK_REALTIME),
     })
 }

@@ -133,7 +133,7 @@ fn as_user(case: &Case, name: &str) {
 }
 
 matrix! {
-    aio anon_private anon_shared anonname bigsparse brk cleartid condvar counter creds cwd
+    aio anon_private anon_shared anonname bigsparse brk cleartid clocks condvar counter creds cwd
     dev_tty dumpable epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir
     fd_dup fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
     file_shared flock_self fsgs growsdown guard hugetlb inhandler inotify lease limits madvflags

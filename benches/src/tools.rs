@@ -216,6 +216,8 @@ impl Tools {
         let mut command = Command::new(&self.restore);
         // The page of beats has changed, as it should.
         command.args(["--files", "adopt"]).arg(image);
+        // Our clock and the job's are compared.
+        command.args(["--clock", "host"]);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(File::create(&errors)?);
         page.reset();

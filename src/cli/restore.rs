@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use super::exit::{Failure, Outcome, complain};
 use super::run::{leave_standard_streams, take_over_signals, wait};
 use super::{Loudness, output, progress};
+use crate::restore::clock::ClockPolicy;
 use crate::restore::paths::Mapping;
 use crate::restore::put::PutFiles;
 use crate::restore::{self, FilesPolicy};
@@ -47,6 +48,9 @@ pub struct Restore {
     /// What to do with files that changed since the checkpoint.
     #[arg(long, value_name = "POLICY", default_value = "strict")]
     files: Files,
+    /// Which clocks the job gets that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME).
+    #[arg(long, value_name = "POLICY", default_value = "auto")]
+    clock: Clock,
     #[command(flatten)]
     loudness: Loudness,
 }
@@ -59,6 +63,16 @@ enum Files {
     Adopt,
     /// As strict, and cut files that the job was writing back to their length at the checkpoint.
     Truncate,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Clock {
+    /// As continue where that is permitted, else as host.
+    Auto,
+    /// They go on from where they stood at the checkpoint; that takes a time namespace.
+    Continue,
+    /// Those of the machine, unless they would go back.
+    Host,
 }
 
 const EXAMPLES: &str = "\
@@ -129,6 +143,11 @@ pub(crate) fn run(args: &Restore) -> Outcome {
             (false, _) => PutFiles::No,
             (true, false) => PutFiles::UnlessNewer,
             (true, true) => PutFiles::Overwrite,
+        },
+        clock: match args.clock {
+            Clock::Auto => ClockPolicy::Auto,
+            Clock::Continue => ClockPolicy::Continue,
+            Clock::Host => ClockPolicy::Host,
         },
         fds,
         stopped: args.stopped,

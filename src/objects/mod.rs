@@ -64,9 +64,9 @@ pub struct Host {
     pub xstate_size: u32,
     /// `XCR0`: the state components that the processor had enabled.
     pub xcr0: u64,
-    /// `CLOCK_MONOTONIC` at the checkpoint, nanoseconds.
+    /// `CLOCK_MONOTONIC` at the checkpoint as the job saw it, nanoseconds.
     pub monotonic_ns: u64,
-    /// `CLOCK_BOOTTIME` at the checkpoint, nanoseconds.
+    /// `CLOCK_BOOTTIME` at the checkpoint as the job saw it, nanoseconds.
     pub boottime_ns: u64,
     /// `CLOCK_REALTIME` at the checkpoint, nanoseconds since 1970.
     pub realtime_ns: u64,

@@ -26,6 +26,7 @@ use put::PutFiles;
 
 pub mod births;
 mod build;
+pub mod clock;
 pub mod contents;
 pub mod driver;
 mod executor;
@@ -63,6 +64,8 @@ pub struct Request<'a> {
     pub map_paths: Vec<paths::Mapping>,
     /// About files whose contents the image holds.
     pub put_files: PutFiles,
+    /// About the clocks that differ from boot to boot.
+    pub clock: clock::ClockPolicy,
     /// Descriptors that get another file than they had (`--fd N=PATH`).
     pub fds: BTreeMap<i32, PathBuf>,
     /// Leave the job stopped, for a debugger.
@@ -108,7 +111,8 @@ impl Restored {
 
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
-    let (image, snapshot) = open(request)?;
+    let (image, mut snapshot) = open(request)?;
+    clock::foresee(request.clock, &mut snapshot.host)?;
     ipc::refuse(&snapshot, request)?;
     let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     let mut text = String::new();
@@ -136,7 +140,8 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
 
 /// Restores. On error no process is left behind.
 pub fn restore(request: &Request<'_>) -> Result<Restored> {
-    let (image, snapshot) = open(request)?;
+    let (image, mut snapshot) = open(request)?;
+    clock::enter(request.clock, &mut snapshot.host)?;
     let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
     // First plans find what stands in the way, before anything exists.
     let mut obstacles = Vec::new();

@@ -37,16 +37,16 @@ impl TimerFd {
     }
 
     /// The time to set: relative as it remains, or for an absolute timer the moment. On the wall
-    /// clock that is the moment that the program meant; on a clock of the machine's, which may
-    /// stand anywhere, what remains counts from now.
+    /// clock that is the moment that the program meant; on the others, which `host` says what they
+    /// show now, what remains counts.
     fn due(&self, remaining: (i64, i64), host: &Host) -> (i64, i64) {
         if self.settime_flags & libc::TFD_TIMER_ABSTIME as u32 == 0 {
             return remaining;
         }
-        const CLOCK_REALTIME_ALARM: i32 = 8;
         let from = match self.clock {
-            libc::CLOCK_REALTIME | CLOCK_REALTIME_ALARM => host.realtime_ns,
-            clock => crate::host::clock(clock),
+            libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM => host.realtime_ns,
+            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => host.boottime_ns,
+            _ => host.monotonic_ns,
         };
         let at = from as i128 + i128::from(remaining.0) * 1_000_000_000 + i128::from(remaining.1);
         ((at / 1_000_000_000) as i64, (at % 1_000_000_000) as i64)

@@ -1,0 +1,123 @@
+//! Clocks that begin with the machine, when a job is restored after a reboot or on another machine:
+//! a time namespace around `restore` stands for that one.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+use common::fixture::{fixture, killed};
+use common::tool::RESTORE;
+use common::{Case, Job, isolated, isolated_as_user, restored, run};
+
+/// `restore IMAGE` where the machine's clocks are shifted by so many seconds.
+fn restore_shifted(case: &Case, image: &Path, seconds: i64, args: &[&str]) -> common::Output {
+    let mut command = Command::new("unshare");
+    let seconds = seconds.to_string();
+    command.args([
+        "--time",
+        "--fork",
+        "--monotonic",
+        &seconds,
+        "--boottime",
+        &seconds,
+    ]);
+    command.arg(RESTORE).arg(image).args(args);
+    run(case, &mut command)
+}
+
+/// A shift by which the clocks are nearly back at their beginning.
+fn reboot() -> i64 {
+    let uptime = std::fs::read_to_string("/proc/uptime").expect("/proc is mounted");
+    let seconds: f64 = uptime
+        .split(' ')
+        .next()
+        .unwrap_or("0")
+        .parse()
+        .expect("a number");
+    -(seconds * 0.9) as i64
+}
+
+const DAY: i64 = 86_400;
+
+/// One life after the other, each where the clocks are others.
+fn lives(case: &Case, shifts: &[i64]) {
+    let mut target = fixture(case, "clocks");
+    for shift in shifts {
+        let image = target.killed_into(case, "job.ckpt");
+        let out = restore_shifted(case, &image, *shift, &["--detach"]);
+        let pid = out.ok().trim().parse().expect("a pid");
+        target.continued_by(Job::of(pid));
+    }
+    target.passes();
+}
+
+#[test]
+fn they_go_on_after_a_reboot() {
+    isolated("they_go_on_after_a_reboot", |case| lives(case, &[reboot()]));
+}
+
+#[test]
+fn they_go_on_where_they_are_ahead() {
+    isolated("they_go_on_where_they_are_ahead", |case| {
+        lives(case, &[400 * DAY])
+    });
+}
+
+#[test]
+fn they_go_on_from_life_to_life() {
+    isolated("they_go_on_from_life_to_life", |case| {
+        lives(case, &[DAY, reboot(), 3 * DAY])
+    });
+}
+
+#[test]
+fn they_go_on_for_an_ordinary_user() {
+    isolated_as_user("they_go_on_for_an_ordinary_user", |case| {
+        lives(case, &[reboot(), DAY])
+    });
+}
+
+#[test]
+fn the_machines_do_not_go_back() {
+    isolated("the_machines_do_not_go_back", |case| {
+        let (mut target, image) = killed(case, "clocks");
+        let out = restore_shifted(case, &image, reboot(), &["--clock", "host"]);
+        out.refused(99, &["monotonic clock", "it would go back", "--clock host"]);
+        assert!(!Path::new(&format!("/proc/{}", target.pid())).exists());
+        let out = restore_shifted(case, &image, reboot(), &["--detach"]);
+        target.continued_by(Job::of(out.ok().trim().parse().expect("a pid")));
+        target.passes();
+    });
+}
+
+/// A root without the privilege to set clocks, as in many containers.
+#[test]
+fn without_a_time_namespace() {
+    isolated("without_a_time_namespace", |case| {
+        let (mut target, image) = killed(case, "clocks");
+        let powerless = |seconds: i64, clock: &str| {
+            let mut command = Command::new("unshare");
+            let seconds = seconds.to_string();
+            command.args([
+                "--time",
+                "--fork",
+                "--monotonic",
+                &seconds,
+                "--boottime",
+                &seconds,
+            ]);
+            command.args(["setpriv", "--bounding-set=-sys_time", RESTORE]);
+            run(
+                case,
+                command.arg(&image).args(["--detach", "--clock", clock]),
+            )
+        };
+        let out = powerless(DAY, "continue");
+        out.refused(99, &["time namespace", "cannot be made", "--clock host"]);
+        let out = powerless(reboot(), "auto");
+        out.refused(99, &["monotonic clock", "it would go back", "as root"]);
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+    });
+}
