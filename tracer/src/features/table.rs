@@ -119,6 +119,12 @@ impl KernelFeatures {
                 "unshare(CLONE_NEWPID) in a new user namespace, tried",
             ),
             row(
+                "time namespace",
+                self.time_namespace,
+                "clocks that go on after a reboot",
+                "unshare(CLONE_NEWTIME) in a new user namespace, tried",
+            ),
+            row(
                 "PR_SET_MM_MAP",
                 self.set_mm_map,
                 "brk, arguments, environment",
