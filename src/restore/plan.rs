@@ -56,6 +56,8 @@ pub enum Inherited {
     Executable(usize),
     /// A pidfd of a process that has ended, by description.
     EndedProcess(usize),
+    /// An inotify descriptor without watches, by description.
+    Inotify(usize),
     /// One of our own descriptors, for something outside the job.
     Own(i32),
     /// A description of a terminal that is made anew, by index.

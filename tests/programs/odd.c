@@ -13,7 +13,6 @@
 #include <linux/bpf.h>
 #include <linux/perf_event.h>
 #include <sys/fanotify.h>
-#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/ipc.h>
 #include <sys/sem.h>
@@ -75,10 +74,6 @@ static void other_files(const char *file)
 		if (fcntl(fd, F_SETLEASE, F_RDLCK))
 			fx_skip("leases on this file system (%s)", strerror(errno));
 		FX_EQ("open", open(file, O_WRONLY | O_NONBLOCK), -1);
-	} else if (is("inotify")) {
-		fd = FX_SYS(inotify_init1(IN_NONBLOCK));
-		FX_SYS(inotify_add_watch(fd, fx_dir, IN_CREATE));
-		close(FX_SYS(open(fx_path("created"), O_CREAT | O_WRONLY, 0600)));
 	} else if (is("fanotify")) {
 		fd = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY);
 	} else if (is("userfaultfd")) {

@@ -146,7 +146,7 @@ impl Ends {
                 ends.enter_controlling(look, collector);
             }
         }
-        if collector.frozen {
+        if collector.frozen() {
             ends.look_inside(sources, looks, collector);
         }
         ends
