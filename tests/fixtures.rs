@@ -138,7 +138,7 @@ matrix! {
     fd_dup fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
     file_shared flock_self fsgs growsdown guard hugetlb inhandler inotify inotify_unread lease limits madvflags
     maps membarrier memfd mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held
-    nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pkey protnone pty_locked
+    nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked
     pty_packet pty_pair pty_session pty_several restart_epoll restart_futex restart_locks
     restart_misc restart_nanosleep restart_poll restart_sysv robust rodata root rseq sched
     seccomp segv_regs sem_posix shm_posix sigaction sigaltstack sigmask signalfd

@@ -170,6 +170,14 @@ impl Builder {
         self.data_base + at as u64
     }
 
+    /// Adds bytes that begin a page; returns their address.
+    pub fn pages(&mut self, bytes: &[u8]) -> u64 {
+        let next = self.data_base + self.data.len() as u64;
+        let gap = next.next_multiple_of(4096) - next;
+        self.data.resize(self.data.len() + gap as usize, 0);
+        self.data(bytes)
+    }
+
     /// Room for the kernel to write into.
     pub fn reserve(&mut self, len: usize) -> u64 {
         self.data(&vec![0; len])

@@ -22,6 +22,7 @@ pub mod inotify;
 pub mod memfd;
 pub mod outside;
 pub mod pidfd;
+pub mod pieces;
 pub mod pipe;
 mod rebuild;
 pub mod regular;

@@ -121,6 +121,23 @@ pub fn tee(from: &OwnedFd, to: &OwnedFd, len: usize) -> Result<usize, Errno> {
     Errno::result(r).map(|n| n as usize)
 }
 
+/// splice(2): moves bytes of as many buffers as have room, up to `len`, between pipes.
+pub fn splice(from: &OwnedFd, to: &OwnedFd, len: usize) -> Result<usize, Errno> {
+    let none = std::ptr::null_mut();
+    // SAFETY: without offsets, a call without pointers.
+    let r = unsafe {
+        libc::splice(
+            from.as_raw_fd(),
+            none,
+            to.as_raw_fd(),
+            none,
+            len,
+            libc::SPLICE_F_NONBLOCK,
+        )
+    };
+    Errno::result(r).map(|n| n as usize)
+}
+
 /// A pipe of our own with at least that capacity.
 pub fn pipe(capacity: i32) -> Result<(OwnedFd, OwnedFd), Errno> {
     let mut fds = [0; 2];
