@@ -139,7 +139,7 @@ matrix! {
     file_shared flock_self fsgs growsdown guard hugetlb inhandler inotify inotify_unread lease limits madvflags
     maps membarrier memfd mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held
     nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked
-    pty_packet pty_pair pty_session pty_several restart_epoll restart_futex restart_locks
+    pty_packet pty_pair pty_session pty_several pty_stopped restart_epoll restart_futex restart_locks
     restart_misc restart_nanosleep restart_poll restart_sysv robust rodata root rseq sched
     seccomp segv_regs sem_posix shm_posix sigaction sigaltstack sigmask signalfd
     signalfd_ignored sigpending sleepers sock_abstract sock_deleted sock_dgram sock_halfclosed

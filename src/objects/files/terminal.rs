@@ -52,6 +52,28 @@ pub struct Pair {
     pub output: Vec<u8>,
     /// What went into the master and was not yet read from the slave.
     pub input: Vec<Input>,
+    /// Whether the slave's output goes on.
+    #[serde(default)]
+    pub flow: Flow,
+}
+
+impl Pair {
+    /// Whether anything is to be brought about in a new pty.
+    pub fn waits(&self) -> bool {
+        !self.output.is_empty() || !self.input.is_empty() || self.flow != Flow::Running
+    }
+}
+
+/// Whether output of a terminal goes on, and who can let it go on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Flow {
+    /// It does.
+    #[default]
+    Running,
+    /// It was stopped by the stop character (Ctrl-S), and goes on at the start character.
+    Typed,
+    /// It was stopped by tcflow(3), and goes on by tcflow(3) alone.
+    Called,
 }
 
 /// A piece of input that waits.
@@ -173,6 +195,7 @@ impl Ends {
                 Ok(waiting) => {
                     pair.output = waiting.output;
                     pair.input = waiting.input;
+                    pair.flow = waiting.flow;
                 }
                 Err(trouble) => {
                     let object = master.object(sources[master.process]);

@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use serde_bytes::ByteBuf;
 
-use super::terminal::{Ending, Input};
+use super::terminal::{Ending, Flow, Input};
 use crate::error::Obstacle;
 use crate::tty::{self, Modes};
 
@@ -39,8 +39,6 @@ const PIECE: usize = 1020;
 pub enum Trouble {
     /// A change of the slave's state that a reader in packet mode has not been told of.
     Status,
-    /// The slave's output is stopped (Ctrl-S).
-    Stopped,
     /// More was typed ahead than the line discipline may hold.
     Much,
     /// A call failed.
@@ -58,11 +56,6 @@ impl Trouble {
                 moment,
             )
             .passing(),
-            Trouble::Stopped => Obstacle::new(
-                master,
-                "is the master of a pty with unread output that was stopped with Ctrl-S",
-                "let it go on with Ctrl-Q",
-            ),
             Trouble::Much => Obstacle::new(
                 master,
                 "is the master of a pty with more unread input than can be copied",
@@ -88,6 +81,8 @@ pub struct Waiting {
     pub output: Vec<u8>,
     /// From the master to the slave.
     pub input: Vec<Input>,
+    /// Whether output goes on.
+    pub flow: Flow,
 }
 
 /// What the helper fills, in memory that both have.
@@ -96,6 +91,7 @@ struct Area {
     output_len: usize,
     input_len: usize,
     lines: usize,
+    flow: Flow,
     lengths: [u32; LINES],
     endings: [Ending; LINES],
     output: [u8; ROOM],
@@ -113,7 +109,8 @@ pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Troubl
     let lines = slave.and_then(|s| tty::modes(s).ok());
     let lines = lines.is_some_and(|m| m.local & libc::ICANON != 0);
     let input = slave.is_some_and(|s| lines || tty::unread(s) > 0);
-    if !output && !input {
+    let full = slave.is_some_and(|s| !takes_output(s));
+    if !output && !input && !full {
         return Ok(Waiting::default());
     }
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
@@ -131,9 +128,6 @@ pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Troubl
         }
         (Err(errno), _) => return Err(Trouble::Failed(errno)),
     };
-    if output && is_stopped(master, &own) {
-        return Err(Trouble::Stopped);
-    }
     // Beyond that, bytes may wait that were not processed yet.
     if input && tty::unread(&own) > DISCIPLINE / 2 {
         return Err(Trouble::Much);
@@ -144,19 +138,12 @@ pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Troubl
         packets: tty::packet_mode(master),
         modes: tty::modes(&own).map_err(Trouble::Failed)?,
     };
-    work.in_helper(output, input).map_err(Trouble::Failed)
+    work.in_helper(output || full, input).map_err(Trouble::Failed)
 }
 
-/// Whether nothing goes into the slave though there is room for it. What came last may still be
-/// on its way from the port's buffers, which are the room.
-fn is_stopped(master: &OwnedFd, slave: &OwnedFd) -> bool {
-    (0..ATTEMPTS / 10).all(|attempt| {
-        if attempt > 0 {
-            nap(1);
-        }
-        super::sys::poll_now(slave, libc::POLLOUT) & libc::POLLOUT == 0
-            && tty::unread(master) < DISCIPLINE
-    })
+/// Whether the slave takes output now: it goes on, and has room.
+fn takes_output(slave: &OwnedFd) -> bool {
+    super::sys::poll_now(slave, libc::POLLOUT) & libc::POLLOUT != 0
 }
 
 /// Puts into a new pty what waited in the old one; its modes are set afterwards.
@@ -178,7 +165,8 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
         let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
         work.put_pieces(&all, pieces)?;
     }
-    tty::set_modes(slave, &work.modes)
+    tty::set_modes(slave, &work.modes)?;
+    work.stop(waiting.flow)
 }
 
 struct Work<'a> {
@@ -224,14 +212,79 @@ impl Work<'_> {
     }
 
     fn work(&self, area: &mut Area, output: bool, input: bool) -> Result<()> {
+        let mut done = Ok(());
         if output {
             self.take_output(area)?;
-            self.put_output(area)?;
+            area.flow = self.start();
+            if area.flow != Flow::Running {
+                self.take_echoes(area)?;
+            }
+            done = self.put_output(area);
         }
         if input {
             let taken = self.take_input(area);
-            let put = self.put_input(area);
-            taken.and(put)?;
+            done = done.and(taken).and(self.put_input(area));
+        }
+        done.and(self.stop(area.flow))
+    }
+
+    /// Lets output go on, all that waited having been taken; answers what had stopped it.
+    fn start(&self) -> Flow {
+        let goes_on = || {
+            // Waits until another thread of the kernel has given back the room.
+            super::sys::poll_now(self.master, libc::POLLIN);
+            takes_output(self.slave)
+        };
+        if soon(ATTEMPTS / 10, goes_on) {
+            return Flow::Running;
+        }
+        // Has an effect only on what tcflow had stopped (n_tty_ioctl_helper, tty_ioctl.c).
+        flow(self.slave, libc::TCOON);
+        if takes_output(self.slave) {
+            return Flow::Called;
+        }
+        flow(self.slave, libc::TCOOFF);
+        flow(self.slave, libc::TCOON);
+        Flow::Typed
+    }
+
+    /// Stops output as it was stopped; the modes are what they were.
+    fn stop(&self, how: Flow) -> Result<()> {
+        match how {
+            Flow::Running => return Ok(()),
+            Flow::Called => flow(self.slave, libc::TCOOFF),
+            Flow::Typed => self.type_stop()?,
+        }
+        // Whoever reads in packet mode has been told before.
+        while self.packets
+            && super::sys::poll_now(self.master, libc::POLLPRI) & libc::POLLPRI != 0
+        {
+            read(self.master.as_raw_fd(), &mut [0])?;
+        }
+        Ok(())
+    }
+
+    /// Types the stop character, which is the only way to a stop that the start character ends.
+    fn type_stop(&self) -> Result<()> {
+        let mut modes = self.modes;
+        modes.input |= libc::IXON;
+        let stop = &mut modes.chars[libc::VSTOP];
+        if *stop == 0 {
+            *stop = 0x13;
+        }
+        let stop = *stop;
+        let changed = modes != self.modes;
+        if changed {
+            tty::set_modes(self.slave, &modes)?;
+        }
+        write_all(self.master.as_raw_fd(), self.slave, &[stop])?;
+        let stopped = soon(ATTEMPTS, || !takes_output(self.slave));
+        if changed {
+            tty::set_modes(self.slave, &self.modes)?;
+        }
+        if !stopped {
+            flow(self.slave, libc::TCOOFF);
+            return Err(Errno::EAGAIN);
         }
         Ok(())
     }
@@ -253,21 +306,20 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// What was typed meanwhile is echoed before anything is written (`n_tty_write`), which must not
+    /// get in front of what was there.
+    fn take_echoes(&self, area: &mut Area) -> Result<()> {
+        // SAFETY: nothing is read from the buffer.
+        unsafe { libc::write(self.slave.as_raw_fd(), [0u8; 1].as_ptr().cast(), 0) };
+        self.take_output(area)
+    }
+
     fn put_output(&self, area: &Area) -> Result<()> {
         let processed = self.modes.output & libc::OPOST != 0;
         if processed {
             tty::set_modes(self.slave, &self.unprocessed())?;
         }
-        let stopped = super::sys::poll_now(self.slave, libc::POLLOUT) & libc::POLLOUT == 0;
-        if stopped {
-            // Whoever stopped it, now it is stopped by a call, and starts by one.
-            flow(self.slave, libc::TCOOFF);
-            flow(self.slave, libc::TCOON);
-        }
         let put = self.put_back(&area.output[..area.output_len]);
-        if stopped {
-            flow(self.slave, libc::TCOOFF);
-        }
         if processed {
             tty::set_modes(self.slave, &self.modes)?;
         }
@@ -447,6 +499,7 @@ impl Area {
         Waiting {
             output: self.output[..self.output_len].to_vec(),
             input: (0..self.lines).map(line).collect(),
+            flow: self.flow,
         }
     }
 }
@@ -511,6 +564,14 @@ fn write_some(to: RawFd, other: &OwnedFd, rest: &mut &[u8]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether something comes true within so many attempts.
+fn soon(attempts: u32, is: impl Fn() -> bool) -> bool {
+    is() || (0..attempts).any(|_| {
+        nap(1);
+        is()
+    })
 }
 
 fn nap(times: u32) {
