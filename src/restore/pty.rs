@@ -188,6 +188,7 @@ fn refill(
         output: pair.output.clone(),
         input: pair.input.clone(),
         flow: pair.flow,
+        status: pair.status,
     };
     unread::put(master, slave, *modes, &waiting)
 }

@@ -55,12 +55,18 @@ pub struct Pair {
     /// Whether the slave's output goes on.
     #[serde(default)]
     pub flow: Flow,
+    /// Changes that a reader in packet mode has not been told of, `TIOCPKT_*`.
+    #[serde(default)]
+    pub status: u8,
 }
 
 impl Pair {
     /// Whether anything is to be brought about in a new pty.
     pub fn waits(&self) -> bool {
-        !self.output.is_empty() || !self.input.is_empty() || self.flow != Flow::Running
+        !self.output.is_empty()
+            || !self.input.is_empty()
+            || self.flow != Flow::Running
+            || self.status != 0
     }
 }
 
@@ -196,6 +202,7 @@ impl Ends {
                     pair.output = waiting.output;
                     pair.input = waiting.input;
                     pair.flow = waiting.flow;
+                    pair.status = waiting.status;
                 }
                 Err(trouble) => {
                     let object = master.object(sources[master.process]);
