@@ -140,7 +140,7 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
             for member in &members[1..] {
                 let parent = members.iter().find(|m| m.pid == member.status.ppid);
                 // Over in a moment, as a rule; if not, the freeze will tell.
-                if !collector.frozen && parent.is_some_and(|p| waits_in_vfork(p)) {
+                if !collector.frozen() && parent.is_some_and(|p| waits_in_vfork(p)) {
                     continue;
                 }
                 let with_parent = parent.is_some();

@@ -32,6 +32,20 @@ pub struct Modes {
 }
 
 impl Modes {
+    /// Whether input comes through as it was written, unedited and without effects (`n_tty_set_termios`,
+    /// n_tty.c).
+    pub fn passes_input_on(&self) -> bool {
+        let input = libc::ISTRIP
+            | libc::IUCLC
+            | libc::IGNCR
+            | libc::ICRNL
+            | libc::INLCR
+            | libc::IXON
+            | libc::PARMRK;
+        let local = libc::ICANON | libc::ISIG | libc::ECHO;
+        self.input & input == 0 && self.local & local == 0
+    }
+
     /// Every byte goes through as it is, as cfmakeraw(3) does it.
     pub fn raw(self) -> Self {
         use libc::{BRKINT, ECHO, ECHONL, ICANON, ICRNL, IEXTEN, IGNBRK, IGNCR};
@@ -180,6 +194,13 @@ pub fn index(master: &impl AsRawFd) -> Result<u32> {
 pub fn packet_mode(master: &impl AsRawFd) -> bool {
     const TIOCGPKT: libc::c_ulong = 0x8004_5438;
     number(master, TIOCGPKT).is_ok_and(|on| on != 0)
+}
+
+/// tcflush(3).
+pub fn flush(fd: &impl AsRawFd, queue: i32) -> Result<()> {
+    // SAFETY: a call without pointers.
+    let r = unsafe { libc::tcflush(fd.as_raw_fd(), queue) };
+    Errno::result(r).map(drop)
 }
 
 /// `TIOCPKT`.

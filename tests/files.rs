@@ -12,7 +12,7 @@ use common::look::assert_let_go;
 use common::refused::attach_is_refused;
 use common::rounds::{gone, same_result};
 use common::tool::source;
-use common::{Case, Ended, attach, fixture, isolated, restored, run, start, until};
+use common::{Case, Ended, attach, ckpt, fixture, isolated, restored, run, start, until};
 
 /// Mounts a file system as DIR/name; without permission the test is skipped.
 fn mounted(case: &Case, kind: &str, options: &str, name: &str) {
@@ -166,7 +166,7 @@ fn name_that_is_not_found() {
         let (from, to) = (target.path("below/deeper"), case.path("elsewhere"));
         fs::rename(&from, &to).expect("it is ours");
         let pid = target.pid().to_string();
-        let out = common::ckpt(case, ["check", &pid]);
+        let out = ckpt(case, ["check", &pid]);
         assert_eq!(out.code(), 1);
         assert!(out.stdout.contains("was not found"), "{out:?}");
         assert!(!Path::new(&from).exists());
@@ -192,15 +192,33 @@ fn is_refused(case: &Case, situation: &str, words: &[&str]) {
     attach_is_refused(case, common::odd(case, situation, None), words);
 }
 
-/// Reading the events would take them from the program.
+/// Reading the events would take them from the program: an attach leaves them there.
 #[test]
-fn inotify_with_unread_events() {
-    isolated("inotify_with_unread_events", |case| {
-        is_refused(
-            case,
-            "inotify",
-            &["fd 3", "inotify", "not read", "try again"],
-        );
+fn inotify_keeps_unread_events() {
+    isolated("inotify_keeps_unread_events", |case| {
+        let target = fixture(case, "inotify_unread");
+        let pid = target.pid().to_string();
+        ckpt(case, ["check", &pid]).ok();
+        let out = ckpt(case, ["attach", &pid, "-o", "job.ckpt"]);
+        out.ok();
+        for word in ["fd 3 of process", "not read", "IN_Q_OVERFLOW"] {
+            assert!(out.stderr.contains(word), "{out:?}");
+        }
+        let saw = target.path("saw");
+        target.passes();
+        assert_eq!(fs::read_to_string(saw).expect("it told"), "events");
+    });
+}
+
+/// They cannot be brought about again, and the program is told so.
+#[test]
+fn inotify_overflows_in_a_new_life() {
+    isolated("inotify_overflows_in_a_new_life", |case| {
+        let (mut target, image) = killed(case, "inotify_unread");
+        let saw = target.path("saw");
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+        assert_eq!(fs::read_to_string(saw).expect("it told"), "overflow");
     });
 }
 

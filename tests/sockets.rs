@@ -3,12 +3,17 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use common::fixture::killed;
 use common::look::assert_let_go;
 use common::tool::leftovers;
-use common::{Case, Fixture, Looks, ckpt, isolated, odd, restore_cmd, restored, run};
+use common::{
+    Case, Fixture, Looks, attach, ckpt, isolated, odd, restore_cmd, restored, run, until,
+};
+use nix::sys::signal::Signal;
 
 /// A path short enough for an address.
 fn short(case: &Case, name: &str) -> PathBuf {
@@ -96,6 +101,24 @@ fn data_that_nobody_has_accepted() {
     });
 }
 
+/// The first checkpoint has it; the second one is not shown it any more, though several send to the
+/// socket.
+#[test]
+fn empty_datagram_that_was_looked_at() {
+    isolated("empty_datagram_that_was_looked_at", |case| {
+        let mut target = odd(case, "unix-empty", Some(&short(case, "inbox")));
+        let (image, _) = attach(case, target.pid(), "first.ckpt", &[]);
+        let pid = target.pid().to_string();
+        let words = ["fd 3", "empty messages", "read them"];
+        ckpt(case, ["attach", &pid, "-o", "second.ckpt"]).refused(1, &words);
+        assert_let_go(target.pid());
+        target.job.signal(Signal::SIGKILL);
+        until("its end", || target.job.ended());
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+    });
+}
+
 /// As with /dev/log.
 #[test]
 fn datagrams_to_somebody_outside() {
@@ -136,5 +159,72 @@ fn name_that_another_one_has() {
         target.continued_by(restored(case, &image, &[]));
         UnixStream::connect(&path).expect("it listens again");
         target.passes();
+    });
+}
+
+fn mapping(old: &Path, new: &Path) -> String {
+    format!("{}={}", old.display(), new.display())
+}
+
+/// Bound to an absolute path, which is another one now.
+#[test]
+fn a_name_moves_with_its_directory() {
+    isolated("a_name_moves_with_its_directory", |case| {
+        let (old, new) = (case.path("old"), case.path("new"));
+        fs::create_dir(&old).expect("the test's directory is writable");
+        let mut target = odd(case, "unix-listen", Some(&short(case, "old/server")));
+        let image = target.killed_into(case, "job.ckpt");
+        fs::rename(&old, &new).expect("it is ours");
+        let directory = old.display().to_string();
+        let words = [&*directory, "no directory", "make that directory"];
+        run(case, &mut restore_cmd(&image, &[])).refused(99, &words);
+        let long = case.path(&"long".repeat(30));
+        fs::create_dir(&long).expect("the test's directory is writable");
+        let args = ["--map-path", &mapping(&old, &long)];
+        let words = ["too long for the address", "--map-path"];
+        run(case, &mut restore_cmd(&image, &args)).refused(99, &words);
+        assert_eq!(fs::read_dir(&long).expect("it is there").count(), 0);
+        let args = ["--map-path", &mapping(&old, &new)];
+        target.continued_by(restored(case, &image, &args));
+        let client = UnixStream::connect(new.join("server")).expect("it listens there");
+        let name = client.peer_addr().expect("it is connected");
+        assert_eq!(name.as_pathname(), Some(&*new.join("server")));
+        assert!(!old.exists());
+        target.passes();
+    });
+}
+
+/// Names that are relative to a working directory that has moved; the old path leads there again
+/// when all is restored, since the program has it in its memory.
+#[test]
+fn relative_names_move_with_their_directory() {
+    isolated("relative_names_move_with_their_directory", |case| {
+        let (mut target, image) = killed(case, "sock_dgram");
+        let (old, new) = (target.path(""), case.path("elsewhere"));
+        fs::rename(&old, &new).expect("it is ours");
+        let args = ["--map-path", &mapping(&old, &new)];
+        target.continued_by(restored(case, &image, &args));
+        let cwd = fs::read_link(format!("/proc/{}/cwd", target.pid())).expect("it runs");
+        assert_eq!(cwd, new);
+        symlink(&new, old.components().as_path()).expect("the name is free");
+        target.passes();
+    });
+}
+
+/// Connected to a path outside the job, which is another one now.
+#[test]
+fn who_was_connected_to_moves() {
+    isolated("who_was_connected_to_moves", |case| {
+        let (old, new) = (short(case, "log"), short(case, "log of today"));
+        let log = UnixDatagram::bind(&old).expect("it is free");
+        let mut target = odd(case, "unix-datagram", Some(&old));
+        let image = target.killed_into(case, "job.ckpt");
+        drop(log);
+        let log = UnixDatagram::bind(&new).expect("it is free");
+        let args = ["--map-path", &mapping(&old, &new)];
+        target.continued_by(restored(case, &image, &args));
+        target.passes();
+        let mut buffer = [0; 10];
+        assert_eq!(log.recv(&mut buffer).expect("it was sent"), 5);
     });
 }

@@ -33,7 +33,7 @@ pub mod source;
 use cow::Comparison;
 use pages::{PageSink, Reading};
 use save_files::SaveFiles;
-use source::{Collector, Source};
+use source::{Collector, Patience, Source};
 
 /// What becomes of the job after its checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -175,8 +175,13 @@ fn checkpoint<W: Write + Send + 'static>(
     let mut frozen_at;
     let (frozen, sources, mut captured) = loop {
         frozen_at = Instant::now();
-        match freeze_and_capture(request) {
-            Err(e) if e.is_passing() && attempts < ATTEMPTS => std::thread::sleep(BETWEEN),
+        let patience = if attempts < ATTEMPTS {
+            Patience::Some
+        } else {
+            Patience::None
+        };
+        match freeze_and_capture(request, patience) {
+            Err(e) if e.is_passing() && patience == Patience::Some => std::thread::sleep(BETWEEN),
             other => break other?,
         }
         attempts += 1;
@@ -221,7 +226,7 @@ fn checkpoint<W: Write + Send + 'static>(
         total: begun.elapsed(),
         paused,
         path: None,
-        warnings: captured.unmatched.iter().map(unmatched).collect(),
+        warnings: captured.warnings,
     })
 }
 
@@ -236,10 +241,13 @@ const ATTEMPTS: u32 = 10;
 const BETWEEN: Duration = Duration::from_millis(30);
 
 /// Freezes the job and captures all but its pages. On an error it goes on.
-fn freeze_and_capture(request: &Request<'_>) -> Result<(FrozenJob, Vec<Source>, CapturedJob)> {
+fn freeze_and_capture(
+    request: &Request<'_>,
+    patience: Patience,
+) -> Result<(FrozenJob, Vec<Source>, CapturedJob)> {
     let mut frozen = FrozenJob::freeze(&request.roots())?;
     let sources = open_sources(&frozen)?;
-    let captured = capture_frozen(&mut frozen, &sources, &request.save_files)?;
+    let captured = capture_frozen(&mut frozen, &sources, &request.save_files, patience)?;
     Ok((frozen, sources, captured))
 }
 
@@ -267,14 +275,15 @@ struct CapturedJob {
     /// Of each process.
     memory: Vec<(Vec<Vma>, PagemapScanner)>,
     contents: Vec<(SpaceId, source::Contents)>,
-    /// Patterns of [`Request::save_files`] without a file.
-    unmatched: Vec<String>,
+    /// See [`Report::warnings`].
+    warnings: Vec<String>,
 }
 
 fn capture_frozen(
     job: &mut FrozenJob,
     sources: &[Source],
     save_files: &SaveFiles,
+    patience: Patience,
 ) -> Result<CapturedJob> {
     for (frozen, source) in job.processes.iter().zip(sources) {
         if source.status.seccomp == Some(2) {
@@ -284,7 +293,7 @@ fn capture_frozen(
         }
     }
     let mut collector = Collector::default();
-    collector.frozen = true;
+    collector.patience = patience;
     collector.save_files = save_files.clone();
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
@@ -335,8 +344,10 @@ fn capture_frozen(
         contents,
         ipc,
         save_files,
+        mut warnings,
         ..
     } = collector;
+    warnings.extend(save_files.unmatched().iter().map(unmatched));
     let snapshot = Snapshot {
         host,
         processes,
@@ -353,7 +364,7 @@ fn capture_frozen(
         snapshot,
         memory,
         contents,
-        unmatched: save_files.unmatched(),
+        warnings,
     })
 }
 

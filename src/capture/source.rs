@@ -67,6 +67,18 @@ pub enum Contents {
     Segment(i32, u64),
 }
 
+/// How a capture takes what goes by itself ([`Obstacle::passing`]) and could also be left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Patience {
+    /// The job runs and is only looked at: it is none of its concern.
+    #[default]
+    Running,
+    /// There will be another attempt.
+    Some,
+    /// This is the last attempt.
+    None,
+}
+
 /// Tables of what is shared, filled while objects are captured; and everything that stands
 /// in the way.
 #[derive(Default)]
@@ -91,14 +103,21 @@ pub struct Collector {
     pub save_files: SaveFiles,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
-    /// The job is frozen. While it runs, contents that are just being changed are no obstacle and
-    /// need not be read.
-    pub frozen: bool,
+    /// See [`Patience`].
+    pub patience: Patience,
+    /// What the user should know of a checkpoint that succeeds, one sentence each.
+    pub warnings: Vec<String>,
     files_by_key: HashMap<(PathBuf, u64), usize>,
     spaces: u32,
 }
 
 impl Collector {
+    /// The job is frozen. While it runs, contents that are just being changed are no obstacle and
+    /// need not be read.
+    pub fn frozen(&self) -> bool {
+        self.patience != Patience::Running
+    }
+
     /// A new space.
     pub fn new_space(&mut self) -> SpaceId {
         self.spaces += 1;

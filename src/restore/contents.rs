@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use super::plan::{Inherit, Inherited};
 use super::pty::{self, Ptys};
 use crate::error::{Error, Result};
-use crate::objects::files::Kind;
 use crate::objects::files::memfd::MemFd;
+use crate::objects::files::{Kind, inotify};
 use crate::objects::memory::{join, subtract};
 use crate::objects::{Snapshot, SpaceId};
 
@@ -115,6 +115,7 @@ fn open(
                 Error::Restore(format!("a pidfd of an ended process: {reason}"))
             })
         }
+        Inherited::Inotify(index) => inotify::create(snapshot.descriptions[*index].flags),
         Inherited::DeletedFile(index) => {
             let description = &snapshot.descriptions[*index];
             let Kind::Regular(regular) = &description.kind else {

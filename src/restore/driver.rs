@@ -47,7 +47,7 @@ pub fn rebuild(
     cuts: &[Cut],
     brood: &mut Brood,
     root: Stopped,
-    before_release: &mut dyn FnMut(),
+    before_release: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Vec<String>> {
     fault::hit(Step::RestoreSpawned)?;
     let progress = job.request.progress;
@@ -94,7 +94,7 @@ pub fn rebuild(
     }
     warnings.sort();
     warnings.dedup();
-    before_release();
+    before_release()?;
     release(complete, cuts)?;
     Ok(warnings)
 }

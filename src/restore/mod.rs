@@ -18,6 +18,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::changed::Cut;
+use crate::objects::files::inotify::Overflows;
 use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
@@ -169,6 +170,7 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(&snapshot, &job.terminals)?;
     let descriptors = contents::open_all(&inherit, &snapshot, &image, &ptys)?;
+    let mut overflows = Some(Overflows::of(&inherit, &descriptors, &snapshot)?);
     let lost = ptys.warnings.clone();
     let master = ptys.finish(&snapshot)?;
     let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
@@ -176,12 +178,14 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
     let mut terminal = None;
-    let lend = &mut || {
+    let last = &mut || {
+        overflows.take().map_or(Ok(()), Overflows::make)?;
         if request.foreground && master.is_none() && root.session != root.pid {
             terminal = terminal::Foreground::lend(&snapshot, &job.terminals);
         }
+        Ok(())
     };
-    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader, lend)?;
+    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader, last)?;
     warnings.extend(lost);
     brood.keep();
     terminal.iter().for_each(terminal::Foreground::redraw);

@@ -56,6 +56,8 @@ pub enum Inherited {
     Executable(usize),
     /// A pidfd of a process that has ended, by description.
     EndedProcess(usize),
+    /// An inotify descriptor without watches, by description.
+    Inotify(usize),
     /// One of our own descriptors, for something outside the job.
     Own(i32),
     /// A description of a terminal that is made anew, by index.
@@ -166,6 +168,14 @@ impl Builder {
         self.data.resize(at, 0);
         self.data.extend_from_slice(bytes);
         self.data_base + at as u64
+    }
+
+    /// Adds bytes that begin a page; returns their address.
+    pub fn pages(&mut self, bytes: &[u8]) -> u64 {
+        let next = self.data_base + self.data.len() as u64;
+        let gap = next.next_multiple_of(4096) - next;
+        self.data.resize(self.data.len() + gap as usize, 0);
+        self.data(bytes)
     }
 
     /// Room for the kernel to write into.

@@ -153,9 +153,8 @@ impl Pty {
             _ => None,
         });
         let mut ends = ends;
-        let waits = |p: &Pair| !p.output.is_empty() || !p.input.is_empty();
         let open = ends.any(|side| side == Side::Slave || side == Side::Controlling)
-            || terminal.pair.as_ref().is_none_or(|p| p.closed || waits(p))
+            || terminal.pair.as_ref().is_none_or(|p| p.closed || p.waits())
             || terminals.is_led(index, snapshot);
         let slave = match open {
             true => Some(
@@ -182,12 +181,14 @@ fn refill(
     modes: &Modes,
     pair: &Pair,
 ) -> Result<(), nix::errno::Errno> {
-    if pair.output.is_empty() && pair.input.is_empty() {
+    if !pair.waits() {
         return Ok(());
     }
     let waiting = Waiting {
         output: pair.output.clone(),
         input: pair.input.clone(),
+        flow: pair.flow,
+        status: pair.status,
     };
     unread::put(master, slave, *modes, &waiting)
 }

@@ -13,7 +13,6 @@
 #include <linux/bpf.h>
 #include <linux/perf_event.h>
 #include <sys/fanotify.h>
-#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/ipc.h>
 #include <sys/sem.h>
@@ -75,10 +74,6 @@ static void other_files(const char *file)
 		if (fcntl(fd, F_SETLEASE, F_RDLCK))
 			fx_skip("leases on this file system (%s)", strerror(errno));
 		FX_EQ("open", open(file, O_WRONLY | O_NONBLOCK), -1);
-	} else if (is("inotify")) {
-		fd = FX_SYS(inotify_init1(IN_NONBLOCK));
-		FX_SYS(inotify_add_watch(fd, fx_dir, IN_CREATE));
-		close(FX_SYS(open(fx_path("created"), O_CREAT | O_WRONLY, 0600)));
 	} else if (is("fanotify")) {
 		fd = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY);
 	} else if (is("userfaultfd")) {
@@ -148,6 +143,13 @@ int main(int argc, char **argv)
 		FX_SYS(listen(fd, 3));
 		if (is("unix-unaccepted"))
 			FX_EQ("write", write(unix_socket(SOCK_STREAM, file, connect), "early", 5), 5);
+	} else if (is("unix-empty")) {
+		int a, b;
+
+		fd = unix_socket(SOCK_DGRAM, file, bind);
+		a = unix_socket(SOCK_DGRAM, file, connect);
+		b = unix_socket(SOCK_DGRAM, file, connect);
+		FX_EQ("send", send(a, "x", 1, 0) + send(b, "", 0, 0) + send(a, "yy", 2, 0), 3);
 	} else if (is("uring")) {
 		char params[120] = "";
 
@@ -214,6 +216,13 @@ int main(int argc, char **argv)
 	}
 	if (is("unix-datagram"))
 		FX_EQ("send", send(fd, "after", 5, 0), 5);
+	if (is("unix-empty")) {
+		static const ssize_t sizes[] = { 1, 0, 2, -1 };
+		char buf[8];
+
+		for (size_t i = 0; i < FX_COUNT(sizes); i++)
+			FX_EQ("recv", recv(fd, buf, sizeof(buf), MSG_DONTWAIT), sizes[i]);
+	}
 	if (is("fd3"))
 		FX_EQ("write", FX_SYS(write(3, "hello\n", 6)), 6);
 	if (is("echo")) {

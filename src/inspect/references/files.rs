@@ -1,9 +1,8 @@
 //! Descriptors and open file descriptions.
 
-use serde_bytes::ByteBuf;
-
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
+use crate::objects::files::pieces::{self, Piece};
 use crate::objects::process::Process;
 
 use super::{Faults, require};
@@ -50,12 +49,17 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
 }
 
 /// What is in a pipe or FIFO.
-fn contents(number: usize, unread: &[ByteBuf], capacity: u32, faults: &mut Faults) {
-    let unread = unread.iter().fold(0, |sum, bytes| sum + bytes.len() as u64);
+fn contents(number: usize, unread: &[Piece], capacity: u32, faults: &mut Faults) {
+    let buffers = pieces::buffers(unread);
     require!(
         faults,
-        unread <= capacity.into(),
-        "the pipe in description {number} holds {unread} bytes and has room for {capacity}"
+        pieces::fit(unread, capacity),
+        "the pipe in description {number} has {buffers} pages in it and room for {capacity} bytes"
+    );
+    require!(
+        faults,
+        unread.iter().all(|piece| !piece.bytes.is_empty()),
+        "the pipe in description {number} has an empty buffer"
     );
 }
 

@@ -9,8 +9,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_bytes::ByteBuf;
 
+use super::pieces::{self, Piece};
 use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
@@ -33,9 +33,8 @@ pub struct FifoEnd {
     pub mode: u32,
     /// `F_GETPIPE_SZ`, bytes.
     pub capacity: u32,
-    /// What was written and not yet read, one entry a packet for `O_DIRECT`; of write ends
-    /// nothing.
-    pub unread: Vec<ByteBuf>,
+    /// What was written and not yet read; of write ends nothing.
+    pub unread: Vec<Piece>,
     /// A read end opened with `O_NONBLOCK` to which no writer has come yet: poll(2) does not
     /// say that they have all gone (`fifo_open`, fs/pipe.c).
     pub awaits_writer: bool,
@@ -65,9 +64,12 @@ pub fn capture(
     let reads = look.access() != libc::O_WRONLY;
     let mut unread = Vec::new();
     if reads {
-        unread = pipe::contents(look, capacity).map_err(|errno| {
-            let why = errno.desc();
-            refuse(format!("is a FIFO whose contents cannot be copied: {why}"))
+        unread = pieces::capture(look, capacity).map_err(|trouble| {
+            Box::new(Obstacle::new(
+                look.object(source),
+                format!("is a FIFO {}", trouble.reason()),
+                "let the program read from it first",
+            ))
         })?;
     } else if !ends.has_reader(look) && sys::unread(&look.copy) > 0 {
         let name = path.display();
@@ -123,15 +125,9 @@ pub fn rebuild(
         let args = [1, libc::F_SETPIPE_SZ as u64, end.capacity.into()];
         plan.syscall(libc::SYS_fcntl, &args, object);
     }
-    let packets = libc::O_DIRECT as u32;
-    if ends.iter().any(|(_, d, _)| d.flags & packets != 0) {
-        let args = [1, libc::F_SETFL as u64, packets.into()];
-        plan.syscall(libc::SYS_fcntl, &args, object);
-    }
     let unread = ends.iter().map(|(.., f)| &f.unread).find(|u| !u.is_empty());
-    for piece in unread.into_iter().flatten() {
-        let (data, len) = (plan.data(piece), piece.len() as u64);
-        plan.expect(libc::SYS_write, &[1, data, len], len, object);
+    if let Some(unread) = unread {
+        pieces::rebuild(unread, 1, plan, &object);
     }
     let open = |at: u64, (i, d, _): &(usize, &Description, &FifoEnd), plan: &mut Builder| {
         let access = d.flags as i32 & libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_CLOEXEC;

@@ -22,6 +22,7 @@ pub mod inotify;
 pub mod memfd;
 pub mod outside;
 pub mod pidfd;
+pub mod pieces;
 pub mod pipe;
 mod rebuild;
 pub mod regular;
@@ -130,7 +131,7 @@ pub fn capture(
         object: look.object(sources[look.process]),
         directory: sources[look.process].dir.join("cwd"),
     });
-    let mut found = sockets::survey::survey(&open.collect::<Vec<_>>(), collector.frozen)?;
+    let mut found = sockets::survey::survey(&open.collect::<Vec<_>>(), collector.frozen())?;
     // What is only in flight between sockets has no number in any process but ours.
     let ourselves = Source::open(Pid(std::process::id() as i32))?;
     let seen_in_job = survey.looks.len();
@@ -217,17 +218,17 @@ fn kind(
             entries: Vec::new(),
         })),
         (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
-            inotify::capture(source, look, watches).map(Kind::Inotify)
+            inotify::capture(source, look, watches, collector).map(Kind::Inotify)
         }
-        (FdLink::AnonInode(name), _) if name == "inotify" => Ok(Kind::Inotify(inotify::Inotify {
-            watches: Vec::new(),
-        })),
+        (FdLink::AnonInode(name), _) if name == "inotify" => {
+            inotify::capture(source, look, &[], collector).map(Kind::Inotify)
+        }
         (FdLink::AnonInode(name), _) => Err(unsupported(
             &format!("an {name} descriptor"),
             "close it before the checkpoint",
         )),
         (FdLink::Memfd(name), _) => memfd::capture(source, look, name, collector).map(Kind::MemFd),
-        (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes, collector.frozen)?),
+        (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes, collector.frozen())?),
         (FdLink::Socket(_), _) if look.fd <= 2 => {
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }

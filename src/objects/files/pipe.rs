@@ -1,14 +1,11 @@
 //! Pipes with both ends inside the job.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
-use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
-use serde_bytes::ByteBuf;
 
+use super::pieces::{self, Piece};
 use super::{Kind, Look, Staging, outside, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
@@ -23,9 +20,8 @@ pub struct PipeEnd {
     pub inode: u64,
     /// `F_GETPIPE_SZ`, bytes.
     pub capacity: u32,
-    /// What was written and not yet read, one entry a packet for `O_DIRECT` pipes; held by
-    /// the first end of the pipe in the snapshot.
-    pub unread: Vec<ByteBuf>,
+    /// What was written and not yet read, as every read end has it.
+    pub unread: Vec<Piece>,
 }
 
 /// Which ends of which pipes and FIFOs the job holds.
@@ -106,13 +102,11 @@ pub fn capture(
     let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
     let mut unread = Vec::new();
     if frozen && look.access() != libc::O_WRONLY {
-        unread = contents(look, capacity).map_err(|errno| {
-            Box::new(Obstacle::without_remedy(
+        unread = pieces::capture(look, capacity).map_err(|trouble| {
+            Box::new(Obstacle::new(
                 look.object(source),
-                format!(
-                    "is a pipe whose contents cannot be copied: {}",
-                    errno.desc()
-                ),
+                format!("is a pipe {}", trouble.reason()),
+                "let the program read from it first",
             ))
         })?;
     }
@@ -121,29 +115,6 @@ pub fn capture(
         capacity: capacity as u32,
         unread,
     }))
-}
-
-/// What is in a pipe, copied without being consumed.
-pub fn contents(look: &Look, capacity: i32) -> Result<Vec<ByteBuf>, Errno> {
-    let unread = sys::unread(&look.copy);
-    if unread == 0 {
-        return Ok(Vec::new());
-    }
-    let (read, write) = sys::pipe(capacity)?;
-    let mut left = sys::tee(&look.copy, &write, unread)?;
-    if left < unread {
-        return Err(Errno::EAGAIN);
-    }
-    let mut read = File::from(read);
-    let mut pieces = Vec::new();
-    let mut buffer = vec![0; 65536];
-    while left > 0 {
-        // From a pipe in packet mode a read takes one packet.
-        let n = read.read(&mut buffer).map_err(|_| Errno::EIO)?;
-        pieces.push(ByteBuf::from(&buffer[..n]));
-        left = left.saturating_sub(n.max(1));
-    }
-    Ok(pieces)
 }
 
 /// Makes the pipe when the first of its ends comes, and opens the others anew through
@@ -170,25 +141,15 @@ pub fn rebuild(
     if ends.first().map(|(i, ..)| *i) != Some(index) {
         return;
     }
-    // O_DIRECT is packet mode, a property of the write end.
-    let packets = ends
-        .iter()
-        .any(|(_, flags, _)| flags & libc::O_DIRECT as u32 != 0);
     let out = plan.reserve(8);
-    let direct = if packets { libc::O_DIRECT } else { 0 };
-    plan.expect(libc::SYS_pipe2, &[out, direct as u64], 0, object);
+    plan.expect(libc::SYS_pipe2, &[out, 0], 0, object);
     if end.capacity != 65536 {
         let args = [1, libc::F_SETPIPE_SZ as u64, end.capacity.into()];
         plan.syscall(libc::SYS_fcntl, &args, object);
     }
-    for piece in ends
-        .iter()
-        .flat_map(|(_, _, p)| &p.unread)
-        .take_while(|p| !p.is_empty())
-    {
-        let data = plan.data(piece);
-        let len = piece.len() as u64;
-        plan.expect(libc::SYS_write, &[1, data, len], len, object);
+    let unread = ends.iter().map(|(.., p)| &p.unread).find(|u| !u.is_empty());
+    if let Some(unread) = unread {
+        pieces::rebuild(unread, 1, plan, &object);
     }
     let mut used = [false; 2];
     for (i, flags, _) in &ends {
@@ -199,18 +160,19 @@ pub fn rebuild(
             used[slot] = true;
             let args = [slot as u64, at as u64, 0];
             plan.expect(libc::SYS_dup3, &args, at as u64, object);
-            continue;
+        } else {
+            let path = plan.path(Path::new("/proc/self/fd/0"));
+            let how = (access | libc::O_CLOEXEC) as u64;
+            let args = [libc::AT_FDCWD as u64, path, how, 0];
+            plan.expect(libc::SYS_openat, &args, 2, object);
+            super::place(2, at, plan, object);
         }
-        let path = plan.path(Path::new("/proc/self/fd/0"));
-        let flags = *flags & (libc::O_ACCMODE | libc::O_NONBLOCK) as u32;
-        let flags = flags | libc::O_CLOEXEC as u32;
-        plan.expect(
-            libc::SYS_openat,
-            &[libc::AT_FDCWD as u64, path, flags.into(), 0],
-            2,
-            object,
-        );
-        super::place(2, at, plan, object);
+        // O_DIRECT, packet mode, is each write end's own.
+        let status = flags & (libc::O_DIRECT | libc::O_NONBLOCK) as u32;
+        if status != 0 {
+            let args = [at as u64, libc::F_SETFL as u64, status.into()];
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
     }
     plan.syscall(libc::SYS_close, &[0], object);
     plan.syscall(libc::SYS_close, &[1], object);

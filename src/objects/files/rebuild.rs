@@ -126,7 +126,11 @@ pub fn open_descriptions(
                 place(0, at, plan, || "an epoll set".into());
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
-            Kind::Inotify(i) => i.rebuild(flags, at, plan),
+            Kind::Inotify(i) => {
+                if let Err(o) = i.rebuild(index, at, plan) {
+                    obstacles.push(*o);
+                }
+            }
             Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),

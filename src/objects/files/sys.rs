@@ -1,7 +1,10 @@
 //! The few system calls on descriptors of ours that tell about a description of the job's.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -44,17 +47,48 @@ pub fn fcntl(fd: &OwnedFd, command: i32) -> Option<i32> {
 }
 
 /// `FIONREAD`: bytes that can be read at once.
-pub fn unread(fd: &OwnedFd) -> usize {
+pub fn unread(fd: &impl AsRawFd) -> usize {
     let mut n = 0i32;
     // SAFETY: the kernel writes one int.
     let r = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &mut n) };
     if r == 0 { n.max(0) as usize } else { 0 }
 }
 
+/// inotify_init1(2).
+pub fn inotify(flags: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: a call without pointers.
+    let fd = Errno::result(unsafe { libc::inotify_init1(flags | libc::IN_CLOEXEC) })?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// inotify_add_watch(2): the watch's number.
+pub fn inotify_watch(fd: &impl AsRawFd, path: &Path, mask: u32) -> Result<i32, Errno> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `path` is a C string.
+    let watch = unsafe { libc::inotify_add_watch(fd.as_raw_fd(), path.as_ptr(), mask) };
+    Errno::result(watch)
+}
+
+/// inotify_rm_watch(2).
+pub fn inotify_remove(fd: &impl AsRawFd, watch: i32) -> Result<(), Errno> {
+    // SAFETY: a call without pointers.
+    let r = unsafe { libc::inotify_rm_watch(fd.as_raw_fd(), watch) };
+    Errno::result(r).map(drop)
+}
+
+/// memfd_create(2).
+pub fn memfd(name: &str) -> Result<OwnedFd, Errno> {
+    let name = CString::new(name).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `name` is a C string.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    // SAFETY: the kernel just gave us this descriptor.
+    Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// access(2) for creating names in a directory.
-pub fn may_write(directory: &std::path::Path) -> bool {
-    use std::os::unix::ffi::OsStrExt;
-    let Ok(path) = std::ffi::CString::new(directory.as_os_str().as_bytes()) else {
+pub fn may_write(directory: &Path) -> bool {
+    let Ok(path) = CString::new(directory.as_os_str().as_bytes()) else {
         return false;
     };
     // SAFETY: `path` is a C string.
@@ -87,9 +121,25 @@ pub fn tee(from: &OwnedFd, to: &OwnedFd, len: usize) -> Result<usize, Errno> {
     Errno::result(r).map(|n| n as usize)
 }
 
+/// splice(2): moves bytes of as many buffers as have room, up to `len`, between pipes.
+pub fn splice(from: &OwnedFd, to: &OwnedFd, len: usize) -> Result<usize, Errno> {
+    let none = std::ptr::null_mut();
+    // SAFETY: without offsets, a call without pointers.
+    let r = unsafe {
+        libc::splice(
+            from.as_raw_fd(),
+            none,
+            to.as_raw_fd(),
+            none,
+            len,
+            libc::SPLICE_F_NONBLOCK,
+        )
+    };
+    Errno::result(r).map(|n| n as usize)
+}
+
 /// A pipe of our own with at least that capacity.
 pub fn pipe(capacity: i32) -> Result<(OwnedFd, OwnedFd), Errno> {
-    use std::os::fd::FromRawFd;
     let mut fds = [0; 2];
     // SAFETY: the kernel writes two ints.
     let r = unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) };
@@ -114,7 +164,6 @@ pub fn fstatfs(fd: &OwnedFd) -> Option<(i64, u64)> {
 /// open_by_handle_at(2): an `O_PATH` descriptor for a file handle, given any descriptor on its
 /// mount.
 pub fn open_by_handle(mount: &impl AsRawFd, kind: i32, handle: &[u8]) -> Result<OwnedFd, Errno> {
-    use std::os::fd::FromRawFd;
     let mut buffer = Vec::with_capacity(8 + handle.len());
     buffer.extend_from_slice(&(handle.len() as u32).to_ne_bytes());
     buffer.extend_from_slice(&kind.to_ne_bytes());
@@ -153,7 +202,6 @@ pub fn pidfd_info(fd: i32, info: &mut [u8; 64]) -> Result<(), Errno> {
 
 /// A pidfd of a child of ours that has ended with this wait status and has been waited for.
 pub fn pidfd_of_nobody(status: i32, flags: u32) -> Result<OwnedFd, Errno> {
-    use std::os::fd::FromRawFd;
     // The child waits for its end: where SIGCHLD is ignored its pid is free as soon as it ends.
     let (wait, go) = pipe(4096)?;
     // SAFETY: the child makes only system calls, and never returns from here.

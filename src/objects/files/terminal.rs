@@ -52,6 +52,34 @@ pub struct Pair {
     pub output: Vec<u8>,
     /// What went into the master and was not yet read from the slave.
     pub input: Vec<Input>,
+    /// Whether the slave's output goes on.
+    #[serde(default)]
+    pub flow: Flow,
+    /// Changes that a reader in packet mode has not been told of, `TIOCPKT_*`.
+    #[serde(default)]
+    pub status: u8,
+}
+
+impl Pair {
+    /// Whether anything is to be brought about in a new pty.
+    pub fn waits(&self) -> bool {
+        !self.output.is_empty()
+            || !self.input.is_empty()
+            || self.flow != Flow::Running
+            || self.status != 0
+    }
+}
+
+/// Whether output of a terminal goes on, and who can let it go on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Flow {
+    /// It does.
+    #[default]
+    Running,
+    /// It was stopped by the stop character (Ctrl-S), and goes on at the start character.
+    Typed,
+    /// It was stopped by tcflow(3), and goes on by tcflow(3) alone.
+    Called,
 }
 
 /// A piece of input that waits.
@@ -146,7 +174,7 @@ impl Ends {
                 ends.enter_controlling(look, collector);
             }
         }
-        if collector.frozen {
+        if collector.frozen() {
             ends.look_inside(sources, looks, collector);
         }
         ends
@@ -173,6 +201,8 @@ impl Ends {
                 Ok(waiting) => {
                     pair.output = waiting.output;
                     pair.input = waiting.input;
+                    pair.flow = waiting.flow;
+                    pair.status = waiting.status;
                 }
                 Err(trouble) => {
                     let object = master.object(sources[master.process]);

@@ -12,9 +12,13 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use serde_bytes::ByteBuf;
 
-use super::terminal::{Ending, Input};
+use super::terminal::{Ending, Flow, Input};
 use crate::error::Obstacle;
 use crate::tty::{self, Modes};
+
+mod flow;
+
+use flow::takes_output;
 
 type Result<T, E = Errno> = std::result::Result<T, E>;
 
@@ -37,11 +41,10 @@ const PIECE: usize = 1020;
 /// Why what waits cannot be captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    /// A change of the slave's state that a reader in packet mode has not been told of.
+    /// A change of the state of a slave that the job has closed, which a reader in packet mode has
+    /// not been told of.
     Status,
-    /// The slave's output is stopped (Ctrl-S).
-    Stopped,
-    /// More was typed ahead than the line discipline may hold.
+    /// More was typed ahead, in lines or to be edited, than the line discipline may hold.
     Much,
     /// A call failed.
     Failed(Errno),
@@ -54,15 +57,11 @@ impl Trouble {
         match self {
             Trouble::Status => Obstacle::new(
                 master,
-                "is the master of a pty in packet mode that has a status which nobody has read yet",
+                "is the master of a pty in packet mode that has a status which nobody has read yet, \
+                 of a slave that is closed",
                 moment,
             )
             .passing(),
-            Trouble::Stopped => Obstacle::new(
-                master,
-                "is the master of a pty with unread output that was stopped with Ctrl-S",
-                "let it go on with Ctrl-Q",
-            ),
             Trouble::Much => Obstacle::new(
                 master,
                 "is the master of a pty with more unread input than can be copied",
@@ -88,6 +87,10 @@ pub struct Waiting {
     pub output: Vec<u8>,
     /// From the master to the slave.
     pub input: Vec<Input>,
+    /// Whether output goes on.
+    pub flow: Flow,
+    /// The changes that a reader in packet mode has not been told of, `TIOCPKT_*`.
+    pub status: u8,
 }
 
 /// What the helper fills, in memory that both have.
@@ -96,6 +99,8 @@ struct Area {
     output_len: usize,
     input_len: usize,
     lines: usize,
+    flow: Flow,
+    status: u8,
     lengths: [u32; LINES],
     endings: [Ending; LINES],
     output: [u8; ROOM],
@@ -106,14 +111,16 @@ struct Area {
 /// descriptor of the other side, if the job has one.
 pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Trouble> {
     let ready = super::sys::poll_now(master, libc::POLLIN | libc::POLLPRI);
-    if tty::packet_mode(master) && ready & libc::POLLPRI != 0 {
+    let status = tty::packet_mode(master) && ready & libc::POLLPRI != 0;
+    if status && slave.is_none() {
         return Err(Trouble::Status);
     }
     let output = ready & libc::POLLIN != 0 && tty::unread(master) > 0;
     let lines = slave.and_then(|s| tty::modes(s).ok());
     let lines = lines.is_some_and(|m| m.local & libc::ICANON != 0);
     let input = slave.is_some_and(|s| lines || tty::unread(s) > 0);
-    if !output && !input {
+    let full = slave.is_some_and(|s| !takes_output(s));
+    if !output && !input && !full && !status {
         return Ok(Waiting::default());
     }
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
@@ -131,32 +138,19 @@ pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Troubl
         }
         (Err(errno), _) => return Err(Trouble::Failed(errno)),
     };
-    if output && is_stopped(master, &own) {
-        return Err(Trouble::Stopped);
-    }
-    // Beyond that, bytes may wait that were not processed yet.
-    if input && tty::unread(&own) > DISCIPLINE / 2 {
+    let modes = tty::modes(&own).map_err(Trouble::Failed)?;
+    // Beyond that, bytes may wait that were not processed yet, which makes a difference.
+    if input && !modes.passes_input_on() && tty::unread(&own) > DISCIPLINE / 2 {
         return Err(Trouble::Much);
     }
     let work = Work {
         master,
         slave: &own,
         packets: tty::packet_mode(master),
-        modes: tty::modes(&own).map_err(Trouble::Failed)?,
+        modes,
     };
-    work.in_helper(output, input).map_err(Trouble::Failed)
-}
-
-/// Whether nothing goes into the slave though there is room for it. What came last may still be
-/// on its way from the port's buffers, which are the room.
-fn is_stopped(master: &OwnedFd, slave: &OwnedFd) -> bool {
-    (0..ATTEMPTS / 10).all(|attempt| {
-        if attempt > 0 {
-            nap(1);
-        }
-        super::sys::poll_now(slave, libc::POLLOUT) & libc::POLLOUT == 0
-            && tty::unread(master) < DISCIPLINE
-    })
+    work.in_helper(output || full || status, input)
+        .map_err(Trouble::Failed)
 }
 
 /// Puts into a new pty what waited in the old one; its modes are set afterwards.
@@ -164,11 +158,15 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
     let work = Work {
         master,
         slave,
-        packets: false,
+        packets: waiting.status != 0,
         modes,
     };
+    if work.packets {
+        tty::set_packet_mode(master, true)?;
+        work.set_status(waiting.status)?;
+    }
     tty::set_modes(slave, &work.unprocessed())?;
-    work.write_output(&waiting.output)?;
+    work.write(master, slave, &waiting.output)?;
     if !waiting.input.is_empty() {
         let all: Vec<u8> = waiting
             .input
@@ -176,9 +174,10 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
             .flat_map(|i| i.bytes.to_vec())
             .collect();
         let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
-        work.put_pieces(&all, pieces)?;
+        work.put_pieces(&all, pieces, |bytes| work.write(slave, master, bytes))?;
     }
-    tty::set_modes(slave, &work.modes)
+    tty::set_modes(slave, &work.modes)?;
+    work.stop(waiting.flow, waiting.status)
 }
 
 struct Work<'a> {
@@ -224,16 +223,32 @@ impl Work<'_> {
     }
 
     fn work(&self, area: &mut Area, output: bool, input: bool) -> Result<()> {
+        area.status = self.take_status()?;
+        let mut done = Ok(());
         if output {
-            self.take_output(area)?;
-            self.put_output(area)?;
+            done = self.take_output(area);
+            area.flow = self.start();
+            if area.flow != Flow::Running {
+                done = done.and(self.take_echoes(area));
+            }
         }
         if input {
-            let taken = self.take_input(area);
-            let put = self.put_input(area);
-            taken.and(put)?;
+            done = done.and(self.take_input(area));
+            done = done.and(tty::set_modes(self.slave, &self.modes));
         }
-        Ok(())
+        if output && input {
+            // The echo of what was only now processed.
+            done = done.and(self.take_output(area));
+        }
+        done = done.and(self.set_status(area.status));
+        // Whatever failed, what was taken is put back.
+        if output {
+            done = done.and(self.put_output(area));
+        }
+        if input {
+            done = done.and(self.put_input(area));
+        }
+        done.and(self.stop(area.flow, area.status))
     }
 
     fn take_output(&self, area: &mut Area) -> Result<()> {
@@ -253,21 +268,21 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// What was typed meanwhile is echoed before anything is written (`n_tty_write`), which must not
+    /// get in front of what was there.
+    fn take_echoes(&self, area: &mut Area) -> Result<()> {
+        // SAFETY: nothing is read from the buffer.
+        unsafe { libc::write(self.slave.as_raw_fd(), [0u8; 1].as_ptr().cast(), 0) };
+        self.take_output(area)
+    }
+
     fn put_output(&self, area: &Area) -> Result<()> {
         let processed = self.modes.output & libc::OPOST != 0;
         if processed {
             tty::set_modes(self.slave, &self.unprocessed())?;
         }
-        let stopped = super::sys::poll_now(self.slave, libc::POLLOUT) & libc::POLLOUT == 0;
-        if stopped {
-            // Whoever stopped it, now it is stopped by a call, and starts by one.
-            flow(self.slave, libc::TCOOFF);
-            flow(self.slave, libc::TCOON);
-        }
-        let put = self.put_back(&area.output[..area.output_len]);
-        if stopped {
-            flow(self.slave, libc::TCOOFF);
-        }
+        let output = &area.output[..area.output_len];
+        let put = self.put_back(self.master, self.slave, output);
         if processed {
             tty::set_modes(self.slave, &self.modes)?;
         }
@@ -318,7 +333,8 @@ impl Work<'_> {
             from = to;
             piece
         });
-        let put = self.put_pieces(bytes, pieces);
+        let back = |bytes: &[u8]| self.put_back(self.slave, self.master, bytes);
+        let put = self.put_pieces(bytes, pieces, back);
         put.and(tty::set_modes(self.slave, &self.modes))
     }
 
@@ -327,28 +343,25 @@ impl Work<'_> {
         &self,
         all: &[u8],
         pieces: impl Iterator<Item = (&'a [u8], Ending)>,
+        write: impl Fn(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let master = self.master.as_raw_fd();
         let modes = self.verbatim(all);
         tty::set_modes(self.slave, &modes)?;
         let canonical = modes.local & libc::ICANON != 0;
         let (mut ready, mut begun) = (0, false);
         for (bytes, ending) in pieces {
-            write_all(master, self.slave, bytes)?;
+            write(bytes)?;
             if ending == Ending::EndOfFile {
-                write_all(master, self.slave, &[modes.chars[libc::VEOF]])?;
+                write(&[modes.chars[libc::VEOF]])?;
             }
             begun = canonical && ending == Ending::Open;
             ready += if begun { 0 } else { bytes.len() };
         }
         // Another thread of the kernel works on what was written, and must find these modes.
-        let mut attempts = 0;
-        while tty::unread(self.slave) != ready && attempts < ATTEMPTS {
+        soon(ATTEMPTS, || {
             super::sys::poll_now(self.slave, libc::POLLIN);
-            nap(1);
-            attempts += 1;
-        }
-        super::sys::poll_now(self.slave, libc::POLLIN);
+            tty::unread(self.slave) == ready.min(DISCIPLINE)
+        });
         if begun && ready > 0 {
             // Nothing tells of a line that has only begun behind others.
             nap(30);
@@ -356,34 +369,32 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Writes output so that as much has room as there was.
-    fn write_output(&self, bytes: &[u8]) -> Result<()> {
-        let to = self.slave.as_raw_fd();
+    /// Writes what is to be read from one side to the other, so that as much has room as there was.
+    fn write(&self, reader: &OwnedFd, writer: &OwnedFd, bytes: &[u8]) -> Result<()> {
         let mut pieces = bytes.chunks(PIECE);
         pieces.try_for_each(|piece| {
             // What has come is passed on first, so that the buffers have room for most.
-            super::sys::poll_now(self.master, libc::POLLIN);
-            write_all(to, self.master, piece)
+            super::sys::poll_now(reader, libc::POLLIN);
+            write_all(writer.as_raw_fd(), reader, piece)
         })
     }
 
-    /// The same of output that was taken from a job: what has no room now will have it when its
-    /// reader reads, and is left to a process that waits for that.
-    fn put_back(&self, bytes: &[u8]) -> Result<()> {
-        let to = self.slave.as_raw_fd();
+    /// The same of what was taken from a job: what has no room now will have it when its reader
+    /// reads, and is left to a process that waits for that.
+    fn put_back(&self, reader: &OwnedFd, writer: &OwnedFd, bytes: &[u8]) -> Result<()> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let mut piece = &rest[..rest.len().min(PIECE)];
             let len = piece.len();
-            super::sys::poll_now(self.master, libc::POLLIN);
-            let written = write_some(to, self.master, &mut piece);
+            super::sys::poll_now(reader, libc::POLLIN);
+            let written = write_some(writer.as_raw_fd(), reader, &mut piece);
             rest = &rest[len - piece.len()..];
             if written == Err(Errno::EAGAIN) {
                 // SAFETY: the copy makes system calls only, and ends.
                 unsafe {
                     if libc::fork() == 0 {
                         while !rest.is_empty() {
-                            let _ = write_some(to, self.master, &mut rest);
+                            let _ = write_some(writer.as_raw_fd(), reader, &mut rest);
                         }
                         libc::_exit(0)
                     }
@@ -447,6 +458,8 @@ impl Area {
         Waiting {
             output: self.output[..self.output_len].to_vec(),
             input: (0..self.lines).map(line).collect(),
+            flow: self.flow,
+            status: self.status,
         }
     }
 }
@@ -513,15 +526,17 @@ fn write_some(to: RawFd, other: &OwnedFd, rest: &mut &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Whether something comes true within so many attempts.
+fn soon(attempts: u32, is: impl Fn() -> bool) -> bool {
+    is() || (0..attempts).any(|_| {
+        nap(1);
+        is()
+    })
+}
+
 fn nap(times: u32) {
     // SAFETY: a call without pointers.
     unsafe { libc::usleep(NAP * times) };
-}
-
-/// tcflow(3).
-fn flow(fd: &OwnedFd, action: i32) {
-    // SAFETY: a call without pointers.
-    unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCXONC, libc::c_long::from(action)) };
 }
 
 #[cfg(test)]

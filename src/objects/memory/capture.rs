@@ -205,6 +205,8 @@ fn backing(
     if vma.shared && path == Path::new("/dev/zero") {
         return Ok(shared_memory(source, vma, all, collector));
     }
+    // Free slots for requests are counted in the kernel alone, every request that would count them
+    // leaves an event behind (fs/aio.c), and one that polls may be in flight for ever.
     if path == Path::new("/[aio]") {
         let remedy = "let the program end its asynchronous I/O (io_destroy) before the checkpoint";
         return Err(refuse(

@@ -232,6 +232,15 @@ impl Binding<'_> {
             ));
             return false;
         }
+        // As long as it was it fitted; another one comes of --map-path.
+        if address.len() > size_of::<libc::sockaddr_un>() {
+            self.obstacles.push(Obstacle::new(
+                label,
+                "cannot have its name: it is too long for the address of a socket",
+                "map its directory to a shorter path (--map-path)",
+            ));
+            return false;
+        }
         // Another file has the name now: it steps aside for the moment.
         let aside = taken.then(|| {
             let mut aside = file.named.clone().into_os_string();

@@ -1,6 +1,7 @@
 //! All sockets of a job together: who is connected to whom, what waits where, and which files
 //! are only in flight between them.
 
+mod hidden;
 mod judge;
 
 use std::collections::{HashMap, HashSet};
@@ -220,6 +221,8 @@ struct Table<'a> {
     listening: HashSet<(Style, Vec<u8>)>,
     /// Names that datagram sockets of the job are bound to.
     datagram: HashMap<Vec<u8>, u64>,
+    /// See [`hidden::owing`].
+    owing: HashSet<u64>,
 }
 
 impl<'a> Table<'a> {
@@ -232,7 +235,11 @@ impl<'a> Table<'a> {
             waiting: HashSet::new(),
             listening: HashSet::new(),
             datagram: HashMap::new(),
+            owing: HashSet::new(),
         };
+        if held {
+            table.owing = hidden::owing(live, &table.diag);
+        }
         for socket in live {
             let name = sys::own_name(&socket.copy).unwrap_or_default();
             if socket.style == Style::Datagram && !name.is_empty() {

@@ -128,3 +128,39 @@ fn bytes_in_raw_mode_are_not_looked_at() {
     assert_eq!(read_now(&slave).unwrap(), bytes);
     assert_eq!(read_now(&master), None);
 }
+
+#[test]
+fn much_raw_input_stays_and_is_put_into_another_one() {
+    let (master, slave) = pty();
+    let raw = tty::modes(&slave).unwrap().raw();
+    tty::set_modes(&slave, &raw).unwrap();
+    let all: Vec<u8> = (0..9_000u32).map(|i| (i % 251) as u8).collect();
+    for piece in all.chunks(500) {
+        write_now(&master, &slave, piece);
+    }
+    assert!(soon(ATTEMPTS, || tty::unread(&slave) == DISCIPLINE));
+    for _ in 0..2 {
+        let waiting = look(&master, Some(&slave)).unwrap();
+        assert!(waiting.input.iter().flat_map(|i| i.bytes.iter()).eq(&all));
+    }
+    let waiting = look(&master, Some(&slave)).unwrap();
+    let (other, new) = pty();
+    put(&other, &new, raw, &waiting).unwrap();
+    for slave in [&slave, &new] {
+        let mut read = Vec::new();
+        while let Some(block) = read_now(slave) {
+            read.extend(block);
+        }
+        assert!(read == all, "{} bytes", read.len());
+    }
+}
+
+#[test]
+fn much_input_in_lines_is_left_alone() {
+    let (master, slave) = pty();
+    for _ in 0..40 {
+        write_now(&master, &slave, &[[b'x'; 63].as_slice(), b"\n"].concat());
+    }
+    assert!(soon(ATTEMPTS, || tty::unread(&slave) == 40 * 64));
+    assert_eq!(look(&master, Some(&slave)).unwrap_err(), Trouble::Much);
+}

@@ -7,7 +7,7 @@ use serde_bytes::ByteBuf;
 use super::super::queue::Seen;
 use super::super::unix::{GHOST, Message, Name, NameFile, Role, Style, UnixSocket, show};
 use super::super::{names, options, sys};
-use super::{Ghosts, Live, Table, Verdict};
+use super::{Ghosts, Live, Table, Verdict, hidden};
 use crate::error::Obstacle;
 use crate::objects::files::sys as files_sys;
 
@@ -37,8 +37,8 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
             "let the program read from it before the checkpoint",
         );
     }
-    if hides_messages(socket, &role, table) {
-        return socket.refuse(
+    if hidden::may_hide(socket, &role, table) {
+        return socket.refuse_for_now(
             "is a unix socket with empty messages among the unread ones, which the kernel shows \
              once only and did so before",
             "let the program read them before the checkpoint",
@@ -122,29 +122,6 @@ fn is_bound(
         None => names::in_use(name),
     };
     in_use == Some(true)
-}
-
-/// Whether more memory is taken by what the peer has sent than the messages that were seen
-/// take. Only said of sockets whose peer sends to nobody else.
-fn hides_messages(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
-    let Role::Connected { peer } = role else {
-        return false;
-    };
-    let Some(peer) = table.live.get(peer) else {
-        return false;
-    };
-    let nameless = |l: &Live| sys::own_name(&l.copy).is_ok_and(|n| n.is_empty());
-    let alone = match socket.style {
-        Style::Stream => false,
-        Style::SeqPacket => true,
-        Style::Datagram => nameless(socket) && nameless(peer),
-    };
-    if !table.held || !alone {
-        return false;
-    }
-    let lengths: Vec<usize> = socket.seen.iter().map(|(m, _)| m.data.len()).collect();
-    let seen = sys::unsent_of(socket.style.number(), &lengths);
-    seen.is_ok_and(|seen| seen < sys::unsent(&peer.copy))
 }
 
 fn role(

@@ -1,0 +1,145 @@
+//! Whether the output of a slave goes on, and what a reader in packet mode is told of its changes.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use super::super::sys::poll_now;
+use super::super::terminal::Flow;
+use super::{ATTEMPTS, Result, Work, read, soon, write_all};
+use crate::tty;
+
+/// What a reader in packet mode is told (`TIOCPKT_*`, ioctl_tty(2)).
+mod packet {
+    /// The slave's input was flushed.
+    pub(super) const FLUSH_READ: u8 = 1;
+    /// Its output was flushed.
+    pub(super) const FLUSH_WRITE: u8 = 2;
+    /// Its output goes on.
+    pub(super) const START: u8 = 8;
+    /// Ctrl-S and Ctrl-Q do not stop it any more.
+    pub(super) const NO_STOP: u8 = 16;
+    /// They do.
+    pub(super) const DO_STOP: u8 = 32;
+    /// Modes were set with EXTPROC.
+    pub(super) const IOCTL: u8 = 64;
+}
+
+/// Whether the slave takes output now: it goes on, and has room.
+pub(super) fn takes_output(slave: &OwnedFd) -> bool {
+    poll_now(slave, libc::POLLOUT) & libc::POLLOUT != 0
+}
+
+impl Work<'_> {
+    /// The changes of which a reader in packet mode has not been told yet; it is told of them.
+    pub(super) fn take_status(&self) -> Result<u8> {
+        let mut status = [0];
+        let ready = || poll_now(self.master, libc::POLLPRI) & libc::POLLPRI != 0;
+        let mut all = 0;
+        while self.packets && ready() {
+            read(self.master.as_raw_fd(), &mut status)?;
+            all |= status[0];
+        }
+        Ok(all)
+    }
+
+    /// Makes changes of which a reader in packet mode is told, such that nothing is changed: with
+    /// nothing in the pty, whose output goes on. [`Work::stop`] tells of a stop.
+    pub(super) fn set_status(&self, status: u8) -> Result<()> {
+        self.take_status()?;
+        if status & packet::FLUSH_READ != 0 {
+            tty::flush(self.slave, libc::TCIFLUSH)?;
+        }
+        if status & packet::FLUSH_WRITE != 0 {
+            tty::flush(self.slave, libc::TCOFLUSH)?;
+        }
+        let mut other = self.modes;
+        if status & (packet::DO_STOP | packet::NO_STOP) != 0 {
+            // Told of is whether the usual characters stop and start output.
+            other.input ^= libc::IXON;
+            if status & packet::DO_STOP == 0 {
+                other.chars[libc::VSTOP] = 0x13;
+                other.chars[libc::VSTART] = 0x11;
+                other.input |= libc::IXON;
+            }
+        }
+        if status & packet::IOCTL != 0 {
+            other.local ^= libc::EXTPROC;
+        }
+        if other != self.modes {
+            tty::set_modes(self.slave, &other)?;
+            tty::set_modes(self.slave, &self.modes)?;
+        }
+        if status & packet::START != 0 {
+            flow(self.slave, libc::TCOOFF);
+            flow(self.slave, libc::TCOON);
+        }
+        Ok(())
+    }
+
+    /// Lets output go on, all that waited having been taken; answers what had stopped it.
+    pub(super) fn start(&self) -> Flow {
+        let goes_on = || {
+            // Waits until another thread of the kernel has given back the room.
+            poll_now(self.master, libc::POLLIN);
+            takes_output(self.slave)
+        };
+        if soon(ATTEMPTS / 10, goes_on) {
+            return Flow::Running;
+        }
+        // Has an effect only on what tcflow had stopped (n_tty_ioctl_helper, tty_ioctl.c).
+        flow(self.slave, libc::TCOON);
+        if takes_output(self.slave) {
+            return Flow::Called;
+        }
+        flow(self.slave, libc::TCOOFF);
+        flow(self.slave, libc::TCOON);
+        Flow::Typed
+    }
+
+    /// Stops output as it was stopped; the modes are what they were. A reader in packet mode is left
+    /// with what it was not told before.
+    pub(super) fn stop(&self, how: Flow, status: u8) -> Result<()> {
+        match how {
+            Flow::Running => {}
+            Flow::Called => flow(self.slave, libc::TCOOFF),
+            Flow::Typed => self.type_stop()?,
+        }
+        if status == 0 {
+            self.take_status()?;
+        }
+        Ok(())
+    }
+
+    /// Types the stop character, which is the only way to a stop that the start character ends.
+    fn type_stop(&self) -> Result<()> {
+        let mut modes = self.modes;
+        modes.input |= libc::IXON;
+        let stop = &mut modes.chars[libc::VSTOP];
+        if *stop == 0 {
+            *stop = 0x13;
+        }
+        let stop = *stop;
+        let changed = modes != self.modes;
+        if changed {
+            tty::set_modes(self.slave, &modes)?;
+        }
+        write_all(self.master.as_raw_fd(), self.slave, &[stop])?;
+        let stopped = soon(ATTEMPTS, || !takes_output(self.slave));
+        if changed {
+            tty::set_modes(self.slave, &self.modes)?;
+        }
+        if !stopped {
+            flow(self.slave, libc::TCOOFF);
+            return Err(Errno::EAGAIN);
+        }
+        Ok(())
+    }
+}
+
+/// tcflow(3).
+fn flow(fd: &OwnedFd, action: i32) {
+    // SAFETY: a call without pointers.
+    unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCXONC, libc::c_long::from(action)) };
+}

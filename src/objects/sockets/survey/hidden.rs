@@ -1,0 +1,105 @@
+//! Empty messages that the kernel does not show any more.
+//!
+//! An empty message behind others is shown to the first who looks for it, and marked; later looks pass it
+//! over (`__skb_try_recv_from_queue`, net/core/datagram.c). What still tells of it is the memory that
+//! counts against its sender until it is read.
+
+use std::collections::{HashMap, HashSet};
+
+use ckpt_tracer::unix_diag;
+use nix::errno::Errno;
+
+use super::super::sys;
+use super::super::unix::{Role, Style};
+use super::{Live, Table};
+
+/// Memory that messages of these lengths take of their sender, as far as they were seen.
+fn taken_by(style: Style, lengths: impl Iterator<Item = usize>) -> Result<usize, Errno> {
+    let mut known: HashMap<usize, usize> = HashMap::new();
+    let mut sum = 0;
+    for length in lengths {
+        sum += match known.get(&length) {
+            Some(taken) => *taken,
+            None => {
+                let taken = sys::unsent_of(style.number(), &[length])?;
+                known.insert(length, taken);
+                taken
+            }
+        };
+    }
+    Ok(sum)
+}
+
+/// Whether more was sent than was seen; in doubt, it was.
+fn is_more(unsent: usize, style: Style, seen: impl Iterator<Item = usize>) -> bool {
+    unsent > 0 && !taken_by(style, seen).is_ok_and(|seen| seen >= unsent)
+}
+
+/// Datagram sockets of the job that have sent more than was seen of them in the job. Those of one
+/// name, and those without, are taken together; the two of a nameless pair are judged by
+/// themselves.
+pub(super) fn owing(live: &[Live], diag: &HashMap<u64, unix_diag::UnixSocket>) -> HashSet<u64> {
+    let datagram = || live.iter().filter(|l| l.style == Style::Datagram);
+    if datagram().all(|l| l.seen.is_empty()) {
+        return HashSet::new();
+    }
+    let name = |l: &Live| sys::own_name(&l.copy).unwrap_or_default();
+    let nameless: HashSet<u64> = datagram()
+        .filter(|l| name(l).is_empty())
+        .map(|l| l.inode)
+        .collect();
+    let peer = |l: &Live| diag.get(&l.inode)?.peer.map(u64::from);
+    let of_a_pair = |l: &Live| {
+        nameless.contains(&l.inode) && peer(l).is_some_and(|peer| nameless.contains(&peer))
+    };
+    let mut senders: HashMap<Vec<u8>, (usize, Vec<u64>)> = HashMap::new();
+    for socket in datagram().filter(|l| !of_a_pair(l)) {
+        let (unsent, inodes) = senders.entry(name(socket)).or_default();
+        *unsent += sys::unsent(&socket.copy);
+        inodes.push(socket.inode);
+    }
+    let owing = senders.into_iter().filter(|(name, (unsent, _))| {
+        let queues = datagram().filter(|l| !of_a_pair(l));
+        let theirs = queues
+            .flat_map(|l| &l.seen)
+            .filter(|(m, _)| m.name == *name);
+        is_more(*unsent, Style::Datagram, theirs.map(|(m, _)| m.data.len()))
+    });
+    owing.flat_map(|(_, (_, inodes))| inodes).collect()
+}
+
+/// Whether messages may wait in a socket that were not seen.
+pub(super) fn may_hide(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
+    if !table.held || socket.style == Style::Stream {
+        return false;
+    }
+    in_pair(socket, role, table) || by_others(socket, table)
+}
+
+/// Of a socket whose peer sends to nobody else.
+fn in_pair(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
+    let Role::Connected { peer } = role else {
+        return false;
+    };
+    let Some(peer) = table.live.get(peer) else {
+        return false;
+    };
+    let nameless = |l: &Live| sys::own_name(&l.copy).is_ok_and(|n| n.is_empty());
+    let alone = socket.style == Style::SeqPacket || nameless(socket) && nameless(peer);
+    let seen = socket.seen.iter().map(|(m, _)| m.data.len());
+    alone && is_more(sys::unsent(&peer.copy), socket.style, seen)
+}
+
+/// Of a datagram socket to which somebody may have sent what was not seen. The first message is
+/// always shown, so there is none where there is nothing.
+fn by_others(socket: &Live, table: &Table<'_>) -> bool {
+    if socket.style != Style::Datagram || socket.seen.is_empty() {
+        return false;
+    }
+    let named = sys::own_name(&socket.copy).is_ok_and(|n| !n.is_empty());
+    let connected = |from: &u64| {
+        let peer = table.diag.get(from).and_then(|d| d.peer);
+        peer.map(u64::from) == Some(socket.inode)
+    };
+    table.owing.iter().any(|from| named || connected(from))
+}
