@@ -16,6 +16,7 @@ use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
 use crate::job::Family;
 use crate::objects::ipc;
+use crate::objects::namespaces;
 use crate::objects::process::{self, Depth};
 
 /// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
@@ -254,7 +255,7 @@ fn accessible(pid: Pid) -> Result<(), Obstacle> {
         ));
     }
     let me = geteuid().as_raw();
-    if me != 0 && [status.uid.real, status.uid.effective, status.uid.saved] != [me; 3] {
+    if !may_trace_others() && [status.uid.real, status.uid.effective, status.uid.saved] != [me; 3] {
         return Err(Obstacle::new(
             object,
             format!("belongs to uid {} and you are uid {me}", status.uid.real),
@@ -262,6 +263,12 @@ fn accessible(pid: Pid) -> Result<(), Obstacle> {
         ));
     }
     Ok(())
+}
+
+fn may_trace_others() -> bool {
+    const CAP_SYS_PTRACE: u64 = 1 << 19;
+    let me = read_status(Pid(std::process::id() as i32));
+    me.is_ok_and(|s| s.capabilities.effective & CAP_SYS_PTRACE != 0)
 }
 
 fn traced_by(tracer: i32) -> String {
@@ -345,22 +352,13 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
 /// Kinds of namespaces in which the process is elsewhere than we are. The restored process is
 /// in those of `restore`, so it would find itself in other surroundings.
 fn other_namespaces(source: &Source) -> Result<Vec<String>> {
-    let ours = tasks::namespaces(Pid(std::process::id() as i32))?;
-    let theirs = match tasks::namespaces(source.dir.clone()) {
-        Ok(theirs) => theirs,
+    match namespaces::others(&source.dir) {
         // Told by whatever else needs the right to look into the process.
         Err(TracerError::Proc { source, .. }) if source.raw_os_error() == Some(libc::EACCES) => {
-            return Ok(Vec::new());
+            Ok(Vec::new())
         }
-        Err(e) => return Err(e.into()),
-    };
-    let differ = theirs.into_iter().filter(|namespace| {
-        // Those for children say nothing of the process itself. What its clocks show is in the image.
-        !namespace.0.ends_with("_for_children")
-            && namespace.0 != "time"
-            && !ours.contains(namespace)
-    });
-    Ok(differ.map(|(kind, _)| kind).collect())
+        kinds => Ok(kinds?),
+    }
 }
 
 /// The option of nsenter(1) for a kind of namespace.

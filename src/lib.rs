@@ -12,6 +12,7 @@ pub mod error;
 pub mod holes;
 pub mod host;
 pub mod inspect;
+pub mod isolate;
 pub mod job;
 pub mod objects;
 pub mod progress;

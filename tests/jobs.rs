@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::isolate::open_to_all;
-use common::rounds::{gone, same_result};
+use common::rounds::{gone, same_result, same_result_in_namespaces};
 use common::tool::{leftovers, nobody};
 use common::{
     Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restored, run, start, until,
@@ -26,11 +26,29 @@ fn source(name: &str) -> PathBuf {
 
 fn pipeline(case: &Case) {
     case.needs_program("bash", "bash");
-    same_result(case, &|| {
-        let mut command = Command::new("bash");
-        command.arg(source("pipeline.sh"));
-        command
-    });
+    same_result(case, &pipeline_command);
+}
+
+fn pipeline_command() -> Command {
+    let mut command = Command::new("bash");
+    command.arg(source("pipeline.sh"));
+    command
+}
+
+fn pipeline_in_namespaces(case: &Case) {
+    case.needs_program("bash", "bash");
+    same_result_in_namespaces(case, &pipeline_command);
+}
+
+#[test]
+fn shell_pipelines_in_namespaces() {
+    isolated("shell_pipelines_in_namespaces", pipeline_in_namespaces);
+}
+
+#[test]
+fn shell_pipelines_of_an_ordinary_user_in_namespaces() {
+    let name = "shell_pipelines_of_an_ordinary_user_in_namespaces";
+    isolated_as_user(name, pipeline_in_namespaces);
 }
 
 #[test]
@@ -58,12 +76,14 @@ fn parallel_make() {
     });
 }
 
-fn multiprocessing(case: &Case, method: &str) {
+type Lives = fn(&Case, &dyn Fn() -> Command);
+
+fn multiprocessing(case: &Case, method: &str, lives: Lives) {
     const PYTHON: &str = "/usr/bin/python3";
     if !Path::new(PYTHON).exists() {
         case.skip("/usr/bin/python3 (python3)");
     }
-    same_result(case, &|| {
+    lives(case, &|| {
         let mut command = Command::new(PYTHON);
         command.arg(source("workers.py")).arg(method);
         command
@@ -71,16 +91,23 @@ fn multiprocessing(case: &Case, method: &str) {
 }
 
 #[test]
+fn python_processes_in_namespaces() {
+    isolated("python_processes_in_namespaces", |case| {
+        multiprocessing(case, "fork", same_result_in_namespaces)
+    });
+}
+
+#[test]
 fn python_processes_by_fork() {
     isolated("python_processes_by_fork", |case| {
-        multiprocessing(case, "fork")
+        multiprocessing(case, "fork", same_result)
     });
 }
 
 #[test]
 fn python_processes_by_spawn() {
     isolated("python_processes_by_spawn", |case| {
-        multiprocessing(case, "spawn")
+        multiprocessing(case, "spawn", same_result)
     });
 }
 

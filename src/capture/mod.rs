@@ -19,6 +19,7 @@ use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
 use crate::error::{Error, Result};
 use crate::host;
 use crate::job::FrozenJob;
+use crate::objects::namespaces::Namespaces;
 use crate::objects::process::{self, Process};
 use crate::objects::{Snapshot, SpaceId, ipc, memory, zombie};
 use crate::progress::Progress;
@@ -54,6 +55,10 @@ pub struct Request<'a> {
     /// Further processes that belong to the job with their descendants, though another process
     /// has adopted them.
     pub adopted: Vec<Pid>,
+    /// What it has to itself, as seen from outside of that.
+    pub namespaces: Namespaces,
+    /// Its supplementary groups as they are outside, if it has a user namespace to itself.
+    pub groups: Vec<u32>,
     /// How pages are compressed.
     pub codec: Codec,
     /// What becomes of the job.
@@ -247,7 +252,9 @@ fn freeze_and_capture(
 ) -> Result<(FrozenJob, Vec<Source>, CapturedJob)> {
     let mut frozen = FrozenJob::freeze(&request.roots())?;
     let sources = open_sources(&frozen)?;
-    let captured = capture_frozen(&mut frozen, &sources, &request.save_files, patience)?;
+    let mut captured = capture_frozen(&mut frozen, &sources, &request.save_files, patience)?;
+    captured.snapshot.namespaces = request.namespaces.clone();
+    captured.snapshot.show_groups(&request.groups);
     Ok((frozen, sources, captured))
 }
 
@@ -357,6 +364,7 @@ fn capture_frozen(
         mapped_files,
         shared_memory,
         ipc,
+        namespaces: Namespaces::default(),
     };
     // What could not be brought about again is refused now, not at the restore.
     births::decide(&snapshot).map_err(Error::Refused)?;

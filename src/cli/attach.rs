@@ -15,10 +15,11 @@ use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
-use super::exit::{Failure, Outcome, complain};
+use super::exit::{self, Failure, Outcome, Role, complain};
 use super::{Loudness, output, progress};
 use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
+use crate::isolate::{self, Visited};
 use crate::{Error, Obstacle};
 
 /// Arguments of `ckpt attach`.
@@ -132,6 +133,16 @@ impl fmt::Display for Figures<'_> {
 }
 
 pub(crate) fn run(args: &Attach) -> Outcome {
+    Ok(isolate::visit(Pid(args.pid), |visited| {
+        let outcome = match visited {
+            Ok(visited) => attach(args, visited),
+            Err(error) => Err(error.into()),
+        };
+        exit::report(Role::Tool, outcome)
+    })?)
+}
+
+fn attach(args: &Attach, visited: &Visited) -> Outcome {
     let to_stdout = args.output.as_deref() == Some(Path::new("-"));
     if to_stdout && stdout().is_terminal() {
         let text =
@@ -146,10 +157,13 @@ pub(crate) fn run(args: &Attach) -> Outcome {
         .map_err(|e| Failure::Message(format!("cannot block a signal: {}", e.desc())))?;
     let progress = progress::on_terminal("checkpoint", !args.loudness.quiet);
     let request = capture::Request {
-        pid: Pid(args.pid),
-        adopted: args
-            .adopted_by
-            .map_or_else(|| Ok(Vec::new()), |by| adopted(args.pid, by))?,
+        pid: visited.pid,
+        adopted: visited
+            .init
+            .or(args.adopted_by)
+            .map_or_else(|| Ok(Vec::new()), |by| adopted(visited.pid.raw(), by))?,
+        namespaces: visited.namespaces.clone(),
+        groups: visited.groups.clone(),
         codec: args.codec,
         after: match (args.kill, args.stop) {
             (true, _) => After::Kill,
@@ -167,12 +181,15 @@ pub(crate) fn run(args: &Attach) -> Outcome {
     } else {
         let path = match &args.output {
             Some(path) => path.clone(),
-            None => default_name(Pid(args.pid))?,
+            None => default_name(visited.pid, Pid(args.pid))?,
         };
         capture::to_file(&request, &path)
     };
     drop(progress);
-    let report = report?;
+    let report = Report {
+        pid: args.pid,
+        ..report?
+    };
     if !args.loudness.quiet {
         let warnings = report.warnings.iter();
         warnings.for_each(|warning| complain(&format!("warning: {warning}")));
@@ -205,8 +222,9 @@ fn tell(args: &Attach, report: &Report, to_stdout: bool) -> Outcome {
     Ok(0)
 }
 
-fn default_name(pid: Pid) -> Result<PathBuf, Failure> {
-    let comm = std::fs::read(format!("/proc/{pid}/comm"));
+/// Named after the process, with its pid as the user knows it.
+fn default_name(inner: Pid, pid: Pid) -> Result<PathBuf, Failure> {
+    let comm = std::fs::read(format!("/proc/{inner}/comm"));
     let comm = comm.map_err(|_| {
         let (object, remedy) = (format!("process {pid}"), "look for it with `pgrep -a NAME`");
         Error::refuse(Obstacle::new(object, "does not exist", remedy))

@@ -5,10 +5,11 @@ use ckpt_tracer::features::{FeatureRow, KernelFeatures};
 use clap::Args;
 use serde::Serialize;
 
-use super::exit::{Failure, Outcome};
+use super::exit::{self, Failure, Outcome, Role};
 use super::output;
 use crate::check;
 use crate::error::Obstacle;
+use crate::isolate;
 
 /// Arguments of `ckpt check`.
 #[derive(Args, Debug)]
@@ -103,8 +104,19 @@ fn features_table(rows: &[FeatureRow]) -> String {
     output::table_text(table)
 }
 
+/// Looks at it from where its pids are.
 fn process(pid: i32, json: bool) -> Outcome {
-    let obstacles = check::obstacles(Pid(pid))?;
+    Ok(isolate::visit(Pid(pid), |visited| {
+        let outcome = match visited {
+            Ok(visited) => look(pid, visited.pid, json),
+            Err(error) => Err(error.into()),
+        };
+        exit::report(Role::Tool, outcome)
+    })?)
+}
+
+fn look(pid: i32, inner: Pid, json: bool) -> Outcome {
+    let obstacles = check::obstacles(inner)?;
     let text = if json {
         output::json(&Process {
             pid,

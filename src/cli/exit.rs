@@ -67,11 +67,16 @@ pub type Outcome = Result<u8, Failure>;
 
 /// Prints the failure, if it is one, and decides the exit code.
 pub(crate) fn finish(role: Role, outcome: Outcome) -> ExitCode {
+    report(role, outcome).into()
+}
+
+/// The same for a process that ends in another way.
+pub(crate) fn report(role: Role, outcome: Outcome) -> u8 {
     match outcome {
-        Ok(code) => code.into(),
+        Ok(code) => code,
         Err(failure) => {
             complain(&failure);
-            code_of(role, &failure, |name| std::env::var_os(name)).into()
+            code_of(role, &failure, |name| std::env::var_os(name))
         }
     }
 }

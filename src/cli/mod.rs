@@ -9,6 +9,7 @@ pub mod check;
 pub mod console;
 pub mod exit;
 pub mod inspect;
+mod launch;
 pub mod manual;
 mod output;
 pub mod progress;

@@ -8,10 +8,12 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::exit::{Failure, Outcome, complain};
+use super::launch::launch;
 use super::run::{leave_standard_streams, take_over_signals, wait};
 use super::{Loudness, output, progress};
 use crate::restore::clock::ClockPolicy;
 use crate::restore::paths::Mapping;
+use crate::restore::pids::Pids;
 use crate::restore::put::PutFiles;
 use crate::restore::{self, FilesPolicy};
 use crate::supervise::relay::Relay;
@@ -51,8 +53,31 @@ pub struct Restore {
     /// Which clocks the job gets that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME).
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     clock: Clock,
+    /// Where the job has its pids.
+    #[arg(long, value_name = "PLACE", default_value = "auto")]
+    pids: Where,
     #[command(flatten)]
     loudness: Loudness,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Where {
+    /// Among yours, if they are free and you may choose them; else in a pid namespace of its own.
+    Auto,
+    /// Among yours, or not at all.
+    Keep,
+    /// In a pid namespace of its own: the same image can be restored several times at once.
+    Namespace,
+}
+
+impl From<Where> for Pids {
+    fn from(place: Where) -> Self {
+        match place {
+            Where::Auto => Pids::Auto,
+            Where::Keep => Pids::Keep,
+            Where::Namespace => Pids::Namespace,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -85,7 +110,9 @@ Examples:
                                    its files are elsewhere now
   restore --files truncate job.ckpt
                                    cut its logs back to where they were
-  restore --put-files job.ckpt     with the files that --save-files stored";
+  restore --put-files job.ckpt     with the files that --save-files stored
+  restore --pids namespace job.ckpt
+                                   one of several, beside the first";
 
 fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
     let (fd, path) = text
@@ -155,7 +182,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         progress: &*progress,
     };
     if args.dry_run {
-        let plan = restore::dry_run(&request)?;
+        let plan = restore::dry_run(&mut restore::open(&request)?)?;
         let end = if plan.ends_with('\n') || plan.is_empty() {
             ""
         } else {
@@ -164,7 +191,9 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         output::print(plan + end)?;
         return Ok(0);
     }
-    let restored = restore::restore(&request);
+    let mut opened = restore::open(&request)?;
+    let restored = launch(&mut opened, args.pids.into(), args.loudness.quiet);
+    drop(opened);
     drop(progress);
     let mut restored = restored?;
     if !args.loudness.quiet {
@@ -199,7 +228,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         (None, None) => Box::new(NoTerminal),
     };
     leave_standard_streams()?;
-    wait(restored.pid, &signals, None, &mut *terminal)
+    wait(&mut *restored.job, &signals, None, &mut *terminal)
 }
 
 /// Shows the job's terminal on ours.

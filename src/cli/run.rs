@@ -13,10 +13,11 @@ use clap::Args;
 use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output};
 use crate::capture::save_files::Pattern;
+use crate::isolate::{self, Init, Spec};
 use crate::supervise::interval::parse_duration;
 use crate::supervise::periodic::{Periodic, Plan, Tell};
 use crate::supervise::retention::Images;
-use crate::supervise::{self, NoTerminal, Signals, Terminal};
+use crate::supervise::{self, Child, NoTerminal, Signals, Supervised, Terminal};
 
 /// Arguments of `ckpt run`.
 #[derive(Args, Debug)]
@@ -40,6 +41,9 @@ pub struct Run {
     /// Store the contents of open files that match with each checkpoint, as `ckpt attach --save-files` does; may be repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
+    /// Start the program in a pid namespace of its own, in which it can be restored whoever has its pids by then.
+    #[arg(long)]
+    isolated: bool,
     #[command(flatten)]
     loudness: Loudness,
     /// The program and its arguments.
@@ -59,6 +63,7 @@ that fails is reported in one line on standard error; the program goes on.
 Examples:
   ckpt run --interval 10m -- ./simulate input.dat
   ckpt run --name job --dir /var/ckpt --interval 1h --keep 3 -- python3 train.py
+  ckpt run --isolated --interval 10m -- ./simulate input.dat
   restore /var/ckpt/job.7.ckpt     go on from the seventh checkpoint";
 
 pub(crate) fn run(args: &Run) -> Outcome {
@@ -75,14 +80,18 @@ pub(crate) fn run(args: &Run) -> Outcome {
     }
     let signals = take_over_signals()?;
     supervise::adopt_orphans();
-    let mut command = Command::new(program);
-    command.args(arguments);
-    let pid = supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
-        let program = output::visible(program.as_bytes());
-        Failure::Message(format!(
-            "cannot start {program}: {error}; check its name and PATH"
-        ))
-    })?;
+    let start = || {
+        let mut command = Command::new(program);
+        command.args(arguments);
+        supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
+            let program = output::visible(program.as_bytes());
+            format!("cannot start {program}: {error}; check its name and PATH")
+        })
+    };
+    let mut job: Box<dyn Supervised> = match args.isolated {
+        true => Box::new(isolated(start)?),
+        false => Box::new(Child(start().map_err(Failure::Message)?)),
+    };
     leave_standard_streams()?;
     let mut periodic = args.interval.map(|interval| {
         let plan = Plan {
@@ -99,19 +108,32 @@ pub(crate) fn run(args: &Run) -> Outcome {
                 complain(&line);
             }
         });
-        Periodic::new(plan, pid, failed, done)
+        Periodic::new(plan, job.pid(), failed, done)
     });
-    wait(pid, &signals, periodic.as_mut(), &mut NoTerminal)
+    wait(&mut *job, &signals, periodic.as_mut(), &mut NoTerminal)
+}
+
+/// Starts a program as the child of a new namespace's first process.
+fn isolated(start: impl FnOnce() -> Result<i32, String>) -> Result<Init, Failure> {
+    let mut init = isolate::start(&Spec::own(), |link| {
+        let pid = start()?;
+        let _ = link.ready(None);
+        let _ = link.running(pid, Vec::new(), None);
+        Ok(pid)
+    })?;
+    init.until_it_runs()?;
+    Ok(init)
 }
 
 /// Waits in the foreground for a job; its exit code.
 pub(crate) fn wait(
-    pid: i32,
+    job: &mut dyn Supervised,
     signals: &Signals,
     periodic: Option<&mut Periodic>,
     terminal: &mut dyn Terminal,
 ) -> Outcome {
-    let code = supervise::wait_for(pid, signals, periodic, terminal).map_err(|errno| {
+    let pid = job.pid();
+    let code = supervise::wait_for(job, signals, periodic, terminal).map_err(|errno| {
         Failure::Message(format!("cannot wait for process {pid}: {}", errno.desc()))
     })?;
     Ok(u8::try_from(code).unwrap_or(u8::MAX))

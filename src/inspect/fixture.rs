@@ -130,6 +130,7 @@ pub(crate) fn snapshot() -> Snapshot {
         owner: None,
     };
     Snapshot {
+        namespaces: Default::default(),
         zombies: Vec::new(),
         host: Host {
             kernel: String::new(),

@@ -3,6 +3,9 @@
 use ckpt_tracer::proc::status::{Ids, Status};
 use serde::{Deserialize, Serialize};
 
+use super::Snapshot;
+use super::process::Process;
+use crate::error::Obstacle;
 use crate::restore::plan::Builder;
 
 /// A task's credentials (credentials(7), capabilities(7)).
@@ -28,6 +31,25 @@ pub struct Credentials {
     pub securebits: u32,
     /// `PR_GET_NO_NEW_PRIVS`.
     pub no_new_privs: bool,
+}
+
+/// Groups that a job has and that nobody can give it: setgroups(2) is forbidden in user namespaces
+/// that an ordinary user has made.
+pub fn obstacles(snapshot: &Snapshot, now: &Credentials) -> Vec<Obstacle> {
+    let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
+    if setting.trim() != "deny" {
+        return Vec::new();
+    }
+    let lacks = |p: &&Process| p.threads.iter().any(|t| t.credentials.groups != now.groups);
+    let processes = snapshot.processes.iter().filter(lacks);
+    let obstacle = |p: &Process| {
+        Obstacle::new(
+            format!("process {}", p.pid),
+            "has other supplementary groups than you have, and groups cannot be set in a user namespace",
+            "restore it as root, or as a member of exactly its groups",
+        )
+    };
+    processes.map(obstacle).collect()
 }
 
 impl Credentials {

@@ -11,6 +11,7 @@ pub mod files;
 pub mod ipc;
 pub mod limits;
 pub mod memory;
+pub mod namespaces;
 pub mod process;
 pub mod scheduling;
 pub mod seccomp;
@@ -48,6 +49,25 @@ pub struct Snapshot {
     /// Objects of the IPC namespace.
     #[serde(default)]
     pub ipc: ipc::Ipc,
+    /// Namespaces that the job had to itself.
+    #[serde(default)]
+    pub namespaces: namespaces::Namespaces,
+}
+
+impl Snapshot {
+    /// In a user namespace in which groups are fixed, all tasks have those of whoever made it; most of
+    /// them have no number inside.
+    pub fn show_groups(&mut self, groups: &[u32]) {
+        if self
+            .namespaces
+            .user
+            .as_ref()
+            .is_some_and(|u| u.groups_are_fixed)
+        {
+            let threads = self.processes.iter_mut().flat_map(|p| &mut p.threads);
+            threads.for_each(|thread| thread.credentials.groups = groups.to_vec());
+        }
+    }
 }
 
 /// What the job ran on, as far as a restore must agree with it.

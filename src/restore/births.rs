@@ -67,7 +67,7 @@ pub struct Births {
     pub adopts: bool,
     /// The group that it joins; of those that lead one or stay in that of `restore`, none.
     pub joins: Option<i32>,
-    /// It is in the group of `restore`, and is not created there.
+    /// It is in the group of `restore`, and was not created there.
     pub joins_ours: bool,
     /// It was created as a fork of its parent.
     pub forked: bool,
@@ -121,6 +121,7 @@ pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
     for (i, process) in snapshot.processes.iter().enumerate() {
         tree.join_group(i, process);
     }
+    tree.spare_joins();
     tree.share_memory();
     if tree.obstacles.is_empty() {
         Ok(tree.births)
@@ -260,7 +261,8 @@ impl Tree<'_> {
             name: zombie.name.clone(),
             leads_session,
             leads_group: zombie.group == zombie.pid && !leads_session,
-            joins: (zombie.group != zombie.pid).then_some(zombie.group),
+            // 0 is a group outside of the job's pid namespace, which has no id inside.
+            joins: (zombie.group != zombie.pid && zombie.group != 0).then_some(zombie.group),
             zombie: Some(zombie.status),
             births: Vec::new(),
         };
@@ -281,6 +283,37 @@ impl Tree<'_> {
             adopted,
             body: Body::Phantom(phantom),
         });
+    }
+
+    /// Who is created in the group of `restore` need not join it. From inside a pid namespace that
+    /// group has no id by which it could be joined.
+    fn spare_joins(&mut self) {
+        let mut created_there = vec![false; self.births.len()];
+        created_there[0] = true;
+        let mut next = vec![0];
+        while let Some(at) = next.pop() {
+            let process = &self.snapshot.processes[at];
+            let stays = process.group != process.pid && process.session != process.pid;
+            let births = &self.births[at];
+            let early = births.early.iter().map(|b| (b, created_there[at]));
+            let late = births.late.iter().map(|b| (b, created_there[at] && stays));
+            let mut all: Vec<(&Birth, bool)> = early.chain(late).collect();
+            while let Some((birth, there)) = all.pop() {
+                match &birth.body {
+                    Body::Process { index, .. } => {
+                        created_there[*index] = there;
+                        next.push(*index);
+                    }
+                    Body::Phantom(phantom) => {
+                        let there = there && !phantom.leads_session && !phantom.leads_group;
+                        all.extend(phantom.births.iter().map(|b| (b, there)));
+                    }
+                }
+            }
+        }
+        for (births, there) in self.births.iter_mut().zip(created_there) {
+            births.joins_ours &= !there;
+        }
     }
 
     /// Shared anonymous memory goes from a process to its forks, so those who have it must descend

@@ -11,12 +11,11 @@ use std::path::{Path, PathBuf};
 
 use ckpt_image::{Arch, Reader};
 use ckpt_tracer::proc::status::read_status;
-use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
-use crate::objects::credentials::Credentials;
+use crate::objects::credentials::{self, Credentials};
 use crate::objects::files::changed::Cut;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::{Snapshot, ipc, scheduling};
@@ -24,6 +23,7 @@ use crate::progress::Progress;
 use crate::snapshot;
 use planner::Job;
 use put::PutFiles;
+use terminal::Wish;
 
 pub mod births;
 mod build;
@@ -34,6 +34,7 @@ mod executor;
 pub mod fill;
 mod handover;
 pub mod paths;
+pub mod pids;
 pub mod plan;
 pub mod planner;
 pub mod pty;
@@ -85,45 +86,45 @@ pub struct Restored {
     /// What could not be brought back exactly, without harm to the job (a hard limit, say);
     /// one sentence each.
     pub warnings: Vec<String>,
-    /// Our terminal is the job's until this is dropped.
-    pub terminal: Option<terminal::Foreground>,
     /// The master of the job's terminal, when that is a new one.
     pub master: Option<OwnedFd>,
 }
 
-impl Restored {
-    /// Waits for the root's end; its exit code, or 128 plus the signal that ended it. Signals
-    /// that the caller gets meanwhile are not passed on here; see `supervise`.
-    pub fn wait(self) -> Result<i32> {
-        use nix::sys::wait::{WaitStatus, waitpid};
-        loop {
-            match waitpid(nix::unistd::Pid::from_raw(self.pid), None) {
-                Ok(WaitStatus::Exited(_, code)) => return Ok(code),
-                Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => {
-                    let text = format!("cannot wait for process {}: {}", self.pid, e.desc());
-                    return Err(Error::Restore(text));
-                }
-            }
-        }
+/// An image that was read, and that can be restored as far as it and the machine are concerned.
+pub struct Opened<'a> {
+    request: &'a Request<'a>,
+    image: Reader,
+    snapshot: Snapshot,
+    /// Our supplementary groups; in a user namespace the kernel does not show them.
+    groups: Vec<u32>,
+}
+
+impl Opened<'_> {
+    /// The work is done by that one.
+    pub fn restored_by(&mut self, owner: &crate::isolate::Owner) {
+        self.groups = owner.groups.clone();
     }
 }
 
 /// The plans as text, one operation a line. Touches nothing.
-pub fn dry_run(request: &Request<'_>) -> Result<String> {
-    let (image, mut snapshot) = open(request)?;
-    clock::foresee(request.clock, &mut snapshot.host)?;
-    ipc::refuse(&snapshot, request)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
+pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
+    clock::foresee(opened.request.clock, &mut opened.snapshot.host)?;
+    let Opened {
+        request,
+        image,
+        snapshot,
+        groups,
+    } = &*opened;
+    ipc::refuse(snapshot, request)?;
+    let job = Job::new(snapshot, image, request, host_state(groups)?).map_err(Error::Refused)?;
     let mut text = String::new();
-    if let Some(warning) = put::warning(request.put_files, &snapshot) {
+    if let Some(warning) = put::warning(request.put_files, snapshot) {
         text.push_str(&format!("# warning: {warning}\n"));
     }
-    for put in put::decide(&snapshot, &image, request.put_files)? {
+    for put in put::decide(snapshot, image, request.put_files)? {
         text.push_str(&format!("# {}\n", put.describe()));
     }
-    for cut in Cut::all(&snapshot, request).map_err(Error::Refused)? {
+    for cut in Cut::all(snapshot, request).map_err(Error::Refused)? {
         text.push_str(&format!("# {}\n", cut.describe()));
     }
     for (index, process) in snapshot.processes.iter().enumerate() {
@@ -139,11 +140,17 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     Ok(text)
 }
 
-/// Restores. On error no process is left behind.
-pub fn restore(request: &Request<'_>) -> Result<Restored> {
-    let (image, mut snapshot) = open(request)?;
-    clock::enter(request.clock, &mut snapshot.host)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
+/// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
+/// complete and about to be let go. On error no process is left behind.
+pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
+    clock::enter(opened.request.clock, &mut opened.snapshot.host)?;
+    let Opened {
+        request,
+        image,
+        snapshot,
+        groups,
+    } = &*opened;
+    let job = Job::new(snapshot, image, request, host_state(groups)?).map_err(Error::Refused)?;
     // First plans find what stands in the way, before anything exists.
     let mut obstacles = Vec::new();
     let mut inherit = Vec::new();
@@ -154,48 +161,45 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
             Err(more) => obstacles.extend(more),
         }
     }
-    obstacles.extend(pids_taken(&job));
+    obstacles.extend(pids::taken(&pids::ids(snapshot, &job.births)));
+    obstacles.extend(credentials::obstacles(snapshot, &job.host.credentials));
     let puts = refused_or(
-        put::decide(&snapshot, &image, request.put_files),
+        put::decide(snapshot, image, request.put_files),
         &mut obstacles,
     )?;
-    let cuts = Cut::all(&snapshot, request).map_err(Error::Refused);
+    let cuts = Cut::all(snapshot, request).map_err(Error::Refused);
     let cuts = refused_or(cuts, &mut obstacles)?;
     if !obstacles.is_empty() {
         return Err(Error::Refused(obstacles));
     }
-    ipc::refuse(&snapshot, request)?;
-    let put_back = put::put(&puts, &image)?;
-    let objects = ipc::Prepared::new(&snapshot, &image, request)?;
+    ipc::refuse(snapshot, request)?;
+    let put_back = put::put(&puts, image)?;
+    let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
-    let ptys = pty::Ptys::make(&snapshot, &job.terminals)?;
-    let descriptors = contents::open_all(&inherit, &snapshot, &image, &ptys)?;
-    let mut overflows = Some(Overflows::of(&inherit, &descriptors, &snapshot)?);
+    let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
+    let descriptors = contents::open_all(&inherit, snapshot, image, &ptys)?;
+    let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
-    let master = ptys.finish(&snapshot)?;
-    let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
+    let master = ptys.finish(snapshot)?;
+    let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
-    let mut terminal = None;
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
-        if request.foreground && master.is_none() && root.session != root.pid {
-            terminal = terminal::Foreground::lend(&snapshot, &job.terminals);
-        }
+        let ours = request.foreground && master.is_none() && root.session != root.pid;
+        lend(ours.then(|| Wish::of(snapshot, &job.terminals)));
         Ok(())
     };
-    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader, last)?;
+    let mut warnings = driver::rebuild(&job, image, &cuts, &mut brood, leader, last)?;
     warnings.extend(lost);
     brood.keep();
-    terminal.iter().for_each(terminal::Foreground::redraw);
     warnings.extend(objects.keep());
-    warnings.extend(put::warning(request.put_files, &snapshot));
+    warnings.extend(put::warning(request.put_files, snapshot));
     warnings.extend(put_back.keep());
     Ok(Restored {
         pid: root.pid,
         warnings,
-        terminal,
         master,
     })
 }
@@ -211,39 +215,11 @@ fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> R
     }
 }
 
-/// Ids of the job that somebody else has. Those of processes that have just been killed are free
-/// when their parent has taken note, so that is waited for.
-fn pids_taken(job: &Job<'_>) -> Vec<Obstacle> {
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
-    let begun = std::time::Instant::now();
-    loop {
-        let taken = ids_taken(job);
-        let ended = |id: &i32| read_status(Tid(*id)).is_ok_and(|s| s.state.has_ended());
-        if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
-            return taken.into_iter().map(pid_taken).collect();
-        }
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-}
-
-fn ids_taken(job: &Job<'_>) -> Vec<i32> {
-    let snapshot = job.snapshot;
-    let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
-    let tids = tids.map(|t| t.tid);
-    let zombies = snapshot.zombies.iter().map(|z| z.pid);
-    let helpers = job
-        .births
-        .iter()
-        .flat_map(births::Births::all)
-        .map(|b| b.pid);
-    let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    ids.retain(|id| Path::new(&format!("/proc/{id}")).exists());
-    ids
-}
-
-fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
+/// Reads an image, and checks what can be checked of it and the machine.
+///
+/// # Errors
+/// What is wrong with it, and what this machine lacks.
+pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     let image = Reader::open(request.image)?;
     image.require_arch(Arch::native())?;
     let mut snapshot = snapshot::read(&image, request.image)?;
@@ -257,7 +233,12 @@ fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
     refuse_other_machine(&snapshot)?;
     paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
     put::forget(request.put_files, &mut snapshot);
-    Ok((image, snapshot))
+    Ok(Opened {
+        request,
+        image,
+        snapshot,
+        groups: read_status(Pid(std::process::id() as i32))?.groups,
+    })
 }
 
 /// What the processor and the kernel must have in common with those of the checkpoint.
@@ -323,11 +304,12 @@ fn component_names(bits: u64) -> String {
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state() -> Result<plan::HostState> {
+fn host_state(groups: &[u32]) -> Result<plan::HostState> {
     const CAP_SYS_RESOURCE: u64 = 1 << 24;
     let me = Pid(std::process::id() as i32);
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
+    credentials.groups = groups.to_vec();
     // Exec by root gives all permitted capabilities; by others, none but the ambient ones.
     if status.uid.effective == 0 {
         credentials.permitted = status.capabilities.bounding;
@@ -347,35 +329,4 @@ fn host_state() -> Result<plan::HostState> {
 fn own_securebits() -> u32 {
     // SAFETY: a call without pointers.
     unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) }.max(0) as u32
-}
-
-/// The obstacle that somebody else has the pid.
-pub(crate) fn pid_taken(pid: i32) -> Obstacle {
-    let name = tasks::comm(Pid(pid)).map_or_else(|_| "?".into(), |c| c.to_string());
-    let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
-    let who = if leader == pid {
-        format!("process {pid} ({name})")
-    } else {
-        format!("a thread of process {leader} ({name})")
-    };
-    // A zombie cannot be ended again; its parent has to take note of its end.
-    if let Ok(status) = read_status(Tid(pid))
-        && status.state.has_ended()
-    {
-        let parent = status.ppid;
-        return Obstacle::new(
-            format!("the pid {pid}"),
-            format!(
-                "is taken by {who}, which has ended but which its parent {parent} has not waited for"
-            ),
-            "let the parent wait for it or end the parent, or restore in a pid namespace of its own: \
-             unshare --pid --fork --mount-proc restore IMAGE",
-        );
-    }
-    Obstacle::new(
-        format!("the pid {pid}"),
-        format!("is taken by {who}"),
-        "end that one first, or restore in a pid namespace of its own: unshare --pid --fork \
-         --mount-proc restore IMAGE",
-    )
 }

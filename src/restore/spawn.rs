@@ -188,13 +188,37 @@ pub fn leave_exec(task: &mut Stopped) -> Result<()> {
     Ok(())
 }
 
+/// Whether processes can be created under chosen pids in our pid namespace: by us, and `by_others`
+/// also by our children after an exec.
+pub fn may_choose_pids(by_others: bool) -> bool {
+    // Ours is taken, which is found only when it may be chosen.
+    let taken = std::process::id();
+    let mut args = CloneArgs {
+        exit_signal: libc::SIGCHLD as u64,
+        set_tid: (&raw const taken) as u64,
+        set_tid_size: 1,
+        ..CloneArgs::default()
+    };
+    let size = std::mem::size_of::<CloneArgs>();
+    // SAFETY: a fork that fails in any case, since the pid is that of the caller.
+    let r = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size) };
+    if Errno::result(r) != Err(Errno::EEXIST) {
+        return false;
+    }
+    let status = ckpt_tracer::proc::status::read_status(Tid(taken as i32));
+    !by_others
+        || status.is_ok_and(|s| s.uid.effective == 0 || s.capabilities.ambient & MAY_CHOOSE != 0)
+}
+
+/// CAP_CHECKPOINT_RESTORE and CAP_SYS_ADMIN.
+const MAY_CHOOSE: u64 = 1 << 40 | 1 << 21;
+
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
     Error::Restore(match errno {
-        Errno::EEXIST => super::pid_taken(pid).to_string(),
+        Errno::EEXIST => super::pids::pid_taken(pid).to_string(),
         Errno::EPERM => format!(
             "process {pid} cannot get its old pid: choosing a pid needs CAP_CHECKPOINT_RESTORE or \
-             CAP_SYS_ADMIN; run restore as root, or in a user namespace of its own: unshare --user \
-             --map-current-user --keep-caps --pid --fork --mount-proc restore IMAGE"
+             CAP_SYS_ADMIN; run restore as root, or with --pids namespace"
         ),
         Errno::EINVAL => format!(
             "process {pid} cannot get its old pid: it is above this system's kernel.pid_max; raise \

@@ -4,32 +4,29 @@ use std::fs::File;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpgrp};
+use serde::{Deserialize, Serialize};
 
 use super::terminals::Terminals;
 use crate::objects::Snapshot;
 use crate::supervise::Terminal;
 use crate::tty::{self, Modes};
 
-/// Our terminal, with the modes and the foreground group of the job while it is lent; ours again
-/// when this is dropped.
-#[derive(Debug)]
-pub struct Foreground {
-    terminal: File,
-    ours: i32,
-    root: i32,
-    /// The job has descriptors of it.
-    shown: bool,
-    /// The job's group that has the terminal; none when the job is in our own.
-    group: Option<i32>,
-    /// The job's modes.
-    modes: Option<Modes>,
-    /// Ours, while it is lent.
-    before: Option<Modes>,
+/// What a job wants of the terminal when it is let go.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Wish {
+    /// Its root.
+    pub root: i32,
+    /// The group of it that is in the foreground; none when that is our own.
+    pub group: Option<i32>,
+    /// It has descriptors of the terminal.
+    pub shown: bool,
+    /// Its modes.
+    pub modes: Option<Modes>,
 }
 
-impl Foreground {
-    /// Lends the terminal to a job that is about to run, if it shall have ours and we have one.
-    pub fn lend(snapshot: &Snapshot, terminals: &Terminals) -> Option<Self> {
+impl Wish {
+    /// That of a job which shall have our terminal.
+    pub fn of(snapshot: &Snapshot, terminals: &Terminals) -> Self {
         let root = &snapshot.processes[0];
         let terminal = terminals.ours().or(root.terminal);
         let record = terminal.map(|t| &snapshot.terminals[t]);
@@ -41,16 +38,36 @@ impl Foreground {
         let group = foreground.unwrap_or(root.group);
         // Without its leader among the job's processes, a group is ours now.
         let own = group != root.group || group == root.pid;
-        let mut lent = Self {
-            terminal: tty::ours()?,
-            ours: getpgrp().as_raw(),
+        Self {
             root: root.pid,
-            shown: terminals.ours().is_some(),
             group: own.then_some(group),
+            shown: terminals.ours().is_some(),
             modes: terminals
                 .ours()
                 .and(record)
                 .and_then(|t| Some(t.state?.modes)),
+        }
+    }
+}
+
+/// Our terminal, with the modes and the foreground group of the job while it is lent; ours again
+/// when this is dropped.
+#[derive(Debug)]
+pub struct Foreground {
+    terminal: File,
+    ours: i32,
+    job: Wish,
+    /// Our own modes, while it is lent.
+    before: Option<Modes>,
+}
+
+impl Foreground {
+    /// Lends the terminal to a job that is about to run, if we have one.
+    pub fn lend(job: Wish) -> Option<Self> {
+        let mut lent = Self {
+            terminal: tty::ours()?,
+            ours: getpgrp().as_raw(),
+            job,
             before: None,
         };
         lent.take();
@@ -66,7 +83,7 @@ impl Foreground {
             return;
         };
         self.before = Some(before);
-        if let Some(modes) = self.modes {
+        if let Some(modes) = self.job.modes {
             // Of a serial line, speed and format are the line's.
             let modes = Modes {
                 control: before.control,
@@ -77,7 +94,7 @@ impl Foreground {
             };
             let _ = tty::set_modes(&self.terminal, &modes);
         }
-        if let Some(group) = self.group {
+        if let Some(group) = self.job.group {
             let _ = tty::set_foreground(&self.terminal, group);
         }
     }
@@ -87,10 +104,10 @@ impl Foreground {
         let Some(before) = self.before.take() else {
             return;
         };
-        self.modes = tty::modes(&self.terminal).ok().or(self.modes);
+        self.job.modes = tty::modes(&self.terminal).ok().or(self.job.modes);
         let group = tty::foreground(&self.terminal);
-        if self.group.is_some() && group.is_some_and(|g| g != self.ours) {
-            self.group = group;
+        if self.job.group.is_some() && group.is_some_and(|g| g != self.ours) {
+            self.job.group = group;
         }
         let _ = tty::set_foreground(&self.terminal, self.ours);
         let _ = tty::set_modes(&self.terminal, &before);
@@ -98,10 +115,10 @@ impl Foreground {
 
     /// Tells the job that it has another screen, which it has not drawn on.
     pub fn redraw(&self) {
-        if self.shown && self.before.is_some() {
-            let _ = match self.group {
+        if self.job.shown && self.before.is_some() {
+            let _ = match self.job.group {
                 Some(group) => killpg(Pid::from_raw(group), Signal::SIGWINCH),
-                None => kill(Pid::from_raw(self.root), Signal::SIGWINCH),
+                None => kill(Pid::from_raw(self.job.root), Signal::SIGWINCH),
             };
         }
     }
@@ -114,7 +131,7 @@ impl Terminal for Foreground {
 
     fn after_stop(&mut self) {
         self.take();
-        if let Some(group) = self.group {
+        if let Some(group) = self.job.group {
             let _ = killpg(Pid::from_raw(group), Signal::SIGCONT);
         }
     }

@@ -9,10 +9,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
 use nix::unistd::{Pid, getpgid, getpgrp};
 
-use super::Terminal;
 use super::periodic::Periodic;
 use super::signals::{Received, is_forwarded, stops_the_shell_job};
 use super::sys::{Change, Signals, changed, reap_adopted, send};
+use super::{Supervised, Terminal};
 
 /// Starts a program in our process group, with the signals that we were started with; its pid.
 /// `traced` says that checkpoints will be taken of it.
@@ -25,13 +25,35 @@ pub fn start(mut command: Command, signals: &Signals, traced: bool) -> io::Resul
     Ok(command.spawn()?.id() as i32)
 }
 
-/// Waits for the end of `child`, a child of this process, passes signals on to it meanwhile, and
-/// takes checkpoints when they are due. Returns its exit code, 128 plus the signal that ended it.
+/// A child of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Child(pub i32);
+
+impl Supervised for Child {
+    fn pid(&self) -> i32 {
+        self.0
+    }
+
+    fn child(&self) -> i32 {
+        self.0
+    }
+
+    fn changed(&mut self) -> nix::Result<Option<Change>> {
+        changed(self.0)
+    }
+
+    fn send(&self, received: &Received) -> nix::Result<()> {
+        send(self.0, received)
+    }
+}
+
+/// Waits for the end of a job, passes signals on to it meanwhile, and takes checkpoints when they
+/// are due. Returns its exit code, 128 plus the signal that ended it.
 ///
 /// # Errors
 /// When the kernel refuses to wait: `ECHILD` when somebody else waited for the child.
 pub fn wait_for(
-    child: i32,
+    job: &mut dyn Supervised,
     signals: &Signals,
     mut periodic: Option<&mut Periodic>,
     terminal: &mut dyn Terminal,
@@ -41,9 +63,9 @@ pub fn wait_for(
         while let Some(received) = signals.next()? {
             match end {
                 None if terminal.takes(received.signal) => {}
-                None => forward(child, &received)?,
+                None => forward(job, &received)?,
                 // Only the last checkpoint is being waited for; whoever asks us to end means it.
-                Some(_) if is_forwarded(&received, child, false) => {
+                Some(_) if is_forwarded(&received, job.pid(), false) => {
                     periodic.iter_mut().for_each(|periodic| periodic.abandon());
                 }
                 Some(_) => {}
@@ -51,7 +73,7 @@ pub fn wait_for(
         }
         // A child may change again while its last change is dealt with.
         while end.is_none() {
-            match changed(child)? {
+            match job.changed()? {
                 Some(Change::Ended(code)) => end = Some(code),
                 Some(Change::Stopped(signal)) if stops_the_shell_job(signal) => {
                     terminal.before_stop();
@@ -63,7 +85,7 @@ pub fn wait_for(
             }
         }
         let helper = periodic.as_deref().and_then(Periodic::helper);
-        reap_adopted(&[child, helper.unwrap_or(child)]);
+        reap_adopted(&[job.child(), helper.unwrap_or(job.child())]);
         let now = Instant::now();
         let timeout = match periodic.as_deref_mut() {
             Some(periodic) => {
@@ -77,10 +99,10 @@ pub fn wait_for(
             None if end.is_some() => return Ok(end.unwrap_or_default()),
             None => None,
         };
-        let mut fds = [PollFd::new(
-            std::os::fd::AsFd::as_fd(signals),
-            PollFlags::POLLIN,
-        )];
+        let wakes = job.wakes().filter(|_| end.is_none());
+        let wakes = [Some(std::os::fd::AsFd::as_fd(signals)), wakes];
+        let fds = wakes.into_iter().flatten();
+        let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, poll_timeout(timeout)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
@@ -100,12 +122,13 @@ fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
         .unwrap_or(PollTimeout::MAX)
 }
 
-fn forward(child: i32, received: &Received) -> nix::Result<()> {
-    let same_group = getpgid(Some(Pid::from_raw(child))).is_ok_and(|group| group == getpgrp());
-    if !is_forwarded(received, child, same_group) {
+fn forward(job: &dyn Supervised, received: &Received) -> nix::Result<()> {
+    let root = Pid::from_raw(job.pid());
+    let same_group = getpgid(Some(root)).is_ok_and(|group| group == getpgrp());
+    if !is_forwarded(received, job.pid(), same_group) {
         return Ok(());
     }
-    match send(child, received) {
+    match job.send(received) {
         // It has become another user's (a set-uid program): a shell could not signal it either.
         Ok(()) | Err(Errno::ESRCH | Errno::EPERM) => Ok(()),
         Err(errno) => Err(errno),

@@ -16,8 +16,35 @@ pub mod retention;
 pub mod signals;
 mod sys;
 
-pub use child::{start, wait_for};
-pub use sys::{Signals, adopt_orphans};
+pub use child::{Child, start, wait_for};
+pub use sys::{Change, Signals, adopt_orphans};
+
+/// A job that is waited for.
+pub trait Supervised {
+    /// Its root, as we see it.
+    fn pid(&self) -> i32;
+
+    /// The child of ours whose end is told by [`changed`](Self::changed), and is not to be waited
+    /// for by anybody else.
+    fn child(&self) -> i32;
+
+    /// What has become of it, without waiting.
+    ///
+    /// # Errors
+    /// When the kernel refuses to tell.
+    fn changed(&mut self) -> nix::Result<Option<Change>>;
+
+    /// Passes a signal on.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    fn send(&self, received: &signals::Received) -> nix::Result<()>;
+
+    /// What is readable when it has changed, beside a `SIGCHLD`.
+    fn wakes(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+}
 
 /// What is done about a terminal while its job is waited for.
 pub trait Terminal {

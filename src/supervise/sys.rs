@@ -127,9 +127,9 @@ pub(super) fn send(pid: i32, received: &Received) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
-/// What has become of a child.
+/// What has become of a child, or of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Change {
+pub enum Change {
     /// It has ended, with this exit code or 128 plus this signal.
     Ended(i32),
     /// It was stopped by this signal.

@@ -31,6 +31,15 @@ fn progress(dir: &Path) -> u32 {
 
 /// Runs the program with a directory as its last argument, through an attach and three lives.
 pub fn same_result(case: &Case, program: &dyn Fn() -> Command) {
+    same_result_with(case, &[], program);
+}
+
+/// The same in pid namespaces of its own; each checkpoint is taken from outside.
+pub fn same_result_in_namespaces(case: &Case, program: &dyn Fn() -> Command) {
+    same_result_with(case, &["--pids", "namespace"], program);
+}
+
+fn same_result_with(case: &Case, options: &[&str], program: &dyn Fn() -> Command) {
     let dir = case.path("run");
     fs::create_dir(&dir).expect("the test's directory is writable");
     let mut job = start(
@@ -53,15 +62,15 @@ pub fn same_result(case: &Case, program: &dyn Fn() -> Command) {
     for life in 1..=3 {
         round(3 + 3 * life, &mut job);
         let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
-        let by_us = if life == 3 {
+        let by_us = if life == 3 || life == 2 && !options.is_empty() {
             Ended::Exited(137)
         } else {
             Ended::Killed(9)
         };
         assert_eq!(gone(&mut job), by_us, "before life {life}");
         job = match life {
-            2 => restored_in_front(case, &image, &[]),
-            _ => restored(case, &image, &[]),
+            2 => restored_in_front(case, &image, options),
+            _ => restored(case, &image, options),
         };
     }
     round(15, &mut job);
@@ -75,6 +84,12 @@ pub fn same_result(case: &Case, program: &dyn Fn() -> Command) {
 /// may be left in the test's namespace.
 pub fn gone(job: &mut Job) -> Ended {
     let ended = until("its end", || job.ended());
+    everybody_reaped();
+    ended
+}
+
+/// Waits until no child of ours is left.
+pub fn everybody_reaped() {
     until("the end of all its processes", || {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             Err(Errno::ECHILD) => Some(()),
@@ -82,5 +97,4 @@ pub fn gone(job: &mut Job) -> Ended {
             Err(error) => panic!("cannot wait: {error}"),
         }
     });
-    ended
 }

@@ -142,7 +142,17 @@ pub fn descendants_in(case: &Case, image: &Path) -> Vec<i32> {
 pub fn restored(case: &Case, image: &Path, args: &[&str]) -> Job {
     let out = run(case, restore_cmd(image, args).arg("--detach"));
     let pid = out.ok().trim().parse();
-    Job::of(pid.unwrap_or_else(|error| panic!("{error}: {out:#?}")))
+    let pid = pid.unwrap_or_else(|error| panic!("{error}: {out:#?}"));
+    // In a namespace of its own it is a child of that one's first process, which is ours.
+    match common_parent(pid) {
+        1 => Job::of(pid),
+        init => Job::behind(pid, init),
+    }
+}
+
+fn common_parent(pid: i32) -> i32 {
+    let parent = super::look::status_field(pid, "PPid");
+    parent.map_or(1, |text| text.parse().expect("it is a pid"))
 }
 
 /// A restore in the foreground that must succeed, and the pid of the job. Its messages are

@@ -47,16 +47,28 @@ impl PidFd {
 
     /// Sends a signal (`pidfd_send_signal(2)`).
     pub fn signal(&self, signal: i32) -> Result<()> {
-        // SAFETY: the null siginfo is allowed and means kill(2) semantics.
-        let r = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.fd.as_raw_fd(),
-                signal,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
+        // Without a siginfo it has kill(2) semantics.
+        self.send(signal, std::ptr::null())
+    }
+
+    /// Sends a signal with a value, as sigqueue(3) does.
+    pub fn queue(&self, signal: i32, value: u64) -> Result<()> {
+        // `siginfo_t`: number, errno, code, padding; pid and uid of the sender, the value.
+        let mut info = [0u32; 32];
+        info[0] = signal as u32;
+        info[2] = libc::SI_QUEUE as u32;
+        info[4] = std::process::id();
+        // SAFETY: a call without pointers.
+        info[5] = unsafe { libc::getuid() };
+        info[6] = value as u32;
+        info[7] = (value >> 32) as u32;
+        self.send(signal, info.as_ptr())
+    }
+
+    fn send(&self, signal: i32, info: *const u32) -> Result<()> {
+        let fd = self.fd.as_raw_fd();
+        // SAFETY: the siginfo is null or has its 128 bytes.
+        let r = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, info, 0) };
         Errno::result(r)
             .map(drop)
             .map_err(|errno| Error::from_errno("pidfd_send_signal", self.pid.leader(), errno))

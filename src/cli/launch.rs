@@ -1,0 +1,89 @@
+//! Where a job is restored: among our own pids, or in a namespace of its own.
+
+use std::os::fd::OwnedFd;
+
+use super::exit::{Failure, complain};
+use crate::error::Error;
+use crate::isolate::{self, Link};
+use crate::restore::pids::{self, Pids, Place};
+use crate::restore::terminal::Foreground;
+use crate::restore::{self, Opened};
+use crate::supervise::{Child, Supervised};
+
+/// A restored job that runs.
+pub(super) struct Launched {
+    /// Its root, as we see it.
+    pub pid: i32,
+    /// What could not be brought back exactly.
+    pub warnings: Vec<String>,
+    /// Our terminal is the job's until this is dropped.
+    pub terminal: Option<Foreground>,
+    /// The master of the job's terminal, when that is a new one.
+    pub master: Option<OwnedFd>,
+    /// What is waited for.
+    pub job: Box<dyn Supervised>,
+}
+
+/// Restores where the pids can be had. What was chosen without being asked for is told unless
+/// `quiet`.
+pub(super) fn launch(
+    opened: &mut Opened<'_>,
+    wanted: Pids,
+    quiet: bool,
+) -> Result<Launched, Failure> {
+    match pids::decide(opened, wanted)? {
+        Place::Here => here(opened),
+        Place::Namespace(why) => {
+            if let Some(why) = why.as_ref().filter(|_| !quiet) {
+                complain(&format!("{why}: restoring in a pid namespace of its own"));
+            }
+            in_namespace(opened).map_err(|error| match why {
+                Some(why) => Failure::Message(format!("{error} ({why})")),
+                None => error.into(),
+            })
+        }
+    }
+}
+
+fn here(opened: &mut Opened<'_>) -> Result<Launched, Failure> {
+    let mut terminal = None;
+    let restored = restore::restore(opened, &mut |wish| {
+        terminal = wish.and_then(Foreground::lend);
+    })?;
+    terminal.iter().for_each(Foreground::redraw);
+    Ok(Launched {
+        pid: restored.pid,
+        warnings: restored.warnings,
+        terminal,
+        master: restored.master,
+        job: Box::new(Child(restored.pid)),
+    })
+}
+
+fn in_namespace(opened: &mut Opened<'_>) -> Result<Launched, Error> {
+    let spec = pids::namespaces(opened)?;
+    if let Some(owner) = &spec.owner {
+        opened.restored_by(owner);
+    }
+    let mut init = isolate::start(&spec, |link| inside(opened, link))?;
+    let running = init.until_it_runs()?;
+    Ok(Launched {
+        pid: running.pid,
+        warnings: running.warnings,
+        terminal: running.terminal,
+        master: running.master,
+        job: Box::new(init),
+    })
+}
+
+/// What the first process of the namespace does.
+fn inside(opened: &mut Opened<'_>, link: &mut Link) -> Result<i32, String> {
+    pids::keep_clear(opened).map_err(|error| error.to_string())?;
+    let restored = restore::restore(opened, &mut |wish| {
+        // Without anybody outside we are killed here.
+        let _ = link.ready(wish);
+    });
+    let restored = restored.map_err(|error| error.to_string())?;
+    let _ = link.running(restored.pid, restored.warnings, restored.master);
+    Ok(restored.pid)
+}

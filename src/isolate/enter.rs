@@ -1,0 +1,141 @@
+//! Into the namespaces of a job that has a pid namespace to itself: what looks at it and what
+//! checkpoints it is done by a process inside, for which it is a job like any other.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use ckpt_tracer::pidfd::PidFd;
+use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::{ProcRoot, tasks};
+use ckpt_tracer::{Error as TracerError, Pid};
+use nix::errno::Errno;
+use nix::unistd::{ForkResult, fork};
+
+use super::init;
+use super::make::{die_with_parent, leave};
+use crate::error::{Error, Result};
+use crate::objects::namespaces::{self, Namespaces, OWN};
+
+/// A job as it is seen from where its pids are.
+#[derive(Clone, Debug)]
+pub struct Visited {
+    /// Its root.
+    pub pid: Pid,
+    /// The process that adopts its orphans and belongs to us, if there is one.
+    pub init: Option<i32>,
+    /// What it has to itself.
+    pub namespaces: Namespaces,
+    /// Supplementary groups as they are outside; inside a user namespace they cannot be seen.
+    pub groups: Vec<u32>,
+}
+
+/// Does `work` with a job, inside its namespaces if it has a pid namespace to itself; `work` is told
+/// when they cannot be entered. The answer is an exit code, that of `work` or 128 plus the signal
+/// that ended its process.
+///
+/// To be called while this process has one thread.
+///
+/// # Errors
+/// When it is the namespace's first process, or no process can be created.
+pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> {
+    let Some(visited) = look(pid)? else {
+        return Ok(work(Ok(&Visited {
+            pid,
+            init: None,
+            namespaces: Namespaces::default(),
+            groups: Vec::new(),
+        })));
+    };
+    let handle = PidFd::open(pid)?;
+    let directory = std::env::current_dir();
+    // SAFETY: we have one thread, so that the child has all of us.
+    match unsafe { fork() }.map_err(|e| failed(pid, e.into()))? {
+        ForkResult::Parent { child } => wait(child.as_raw()).map_err(|e| failed(pid, e)),
+        ForkResult::Child => {
+            die_with_parent(true);
+            let entered = enter(&handle, visited.namespaces.user.is_some())
+                .and_then(|()| std::env::set_current_dir(directory?))
+                // SAFETY: as above.
+                .and_then(|()| Ok(unsafe { fork() }?));
+            match entered {
+                Ok(ForkResult::Child) => {
+                    die_with_parent(true);
+                    leave(work(Ok(&visited)).into())
+                }
+                Ok(ForkResult::Parent { child }) => {
+                    leave(wait(child.as_raw()).map_or(1, i32::from))
+                }
+                Err(error) => leave(work(Err(failed(pid, error))).into()),
+            }
+        }
+    }
+}
+
+fn failed(pid: Pid, error: io::Error) -> Error {
+    Error::Restore(format!(
+        "cannot enter the namespaces of process {pid}: {error}"
+    ))
+}
+
+/// What there is to enter; nothing where the job is where we are, or where the look into it tells
+/// what is in the way.
+fn look(pid: Pid) -> Result<Option<Visited>> {
+    let dir = ProcRoot::default().process(pid);
+    let kinds = match namespaces::others(&dir) {
+        Ok(kinds) => kinds,
+        Err(TracerError::Died { .. } | TracerError::Proc { .. }) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let known = |kind: &String| OWN.contains(&kind.as_str());
+    if !kinds.iter().any(|k| k == "pid") || !kinds.iter().all(known) {
+        return Ok(None);
+    }
+    let status = read_status(pid)?;
+    let inner = status.ns_pid.last().copied().unwrap_or(1);
+    if inner == 1 {
+        let object = format!("process {pid} ({})", status.name);
+        return Err(Error::refuse(namespaces::is_init(object)));
+    }
+    Ok(Some(Visited {
+        pid: Pid(inner),
+        init: is_root(status.ppid, pid).then_some(1),
+        namespaces: Namespaces::of(&dir, &kinds)?,
+        groups: status.groups,
+    }))
+}
+
+/// Whether the process is the root of a job whose parent is the first process of a namespace of
+/// our making: its eldest child. The others are orphans of the job.
+fn is_root(parent: Pid, pid: Pid) -> bool {
+    let name = tasks::comm(parent);
+    let begun = |pid: &Pid| read_stat(*pid).map_or(u64::MAX, |stat| stat.starttime);
+    let children = || tasks::children(&ProcRoot::default(), parent).unwrap_or_default();
+    name.is_ok_and(|name| name.0 == init::NAME.to_bytes())
+        && children().iter().min_by_key(|child| begun(child)) == Some(&pid)
+}
+
+/// The user namespace first, which gives the right to enter the others.
+fn enter(handle: &PidFd, user: bool) -> io::Result<()> {
+    let user = if user { libc::CLONE_NEWUSER } else { 0 };
+    let kinds = user | libc::CLONE_NEWNS | libc::CLONE_NEWPID;
+    // SAFETY: a call without pointers; we have one thread.
+    let entered = unsafe { libc::setns(handle.as_raw_fd(), kinds) };
+    Ok(Errno::result(entered).map(drop)?)
+}
+
+fn wait(pid: i32) -> io::Result<u8> {
+    let mut status = 0;
+    // SAFETY: `status` is live.
+    while unsafe { libc::waitpid(pid, &mut status, 0) } < 0 {
+        match Errno::last() {
+            Errno::EINTR => {}
+            errno => return Err(errno.into()),
+        }
+    }
+    Ok(match libc::WIFEXITED(status) {
+        true => libc::WEXITSTATUS(status) as u8,
+        false => 128 + libc::WTERMSIG(status) as u8,
+    })
+}

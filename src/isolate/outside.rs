@@ -1,0 +1,183 @@
+//! A job in a namespace as it is seen from outside.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use ckpt_tracer::Pid;
+use ckpt_tracer::pidfd::PidFd;
+use ckpt_tracer::proc::status::{Status, read_status};
+use nix::errno::Errno;
+use nix::sys::wait::waitpid;
+
+use super::link::{Event, Link};
+use crate::error::{Error, Result};
+use crate::job::Family;
+use crate::restore::terminal::{Foreground, Wish};
+use crate::supervise::signals::Received;
+use crate::supervise::{Change, Supervised};
+
+/// The first process of a namespace, a child of ours.
+#[derive(Debug)]
+pub struct Init {
+    pid: i32,
+    link: Link,
+    root: Option<PidFd>,
+}
+
+/// A job that runs.
+#[derive(Debug)]
+pub struct Running {
+    /// Its root, as we see it.
+    pub pid: i32,
+    /// What could not be brought back exactly.
+    pub warnings: Vec<String>,
+    /// Our terminal is the job's until this is dropped.
+    pub terminal: Option<Foreground>,
+    /// The master of the job's terminal, when that is a new one.
+    pub master: Option<OwnedFd>,
+}
+
+impl Init {
+    pub(super) fn new(pid: i32, link: Link) -> Self {
+        Self {
+            pid,
+            link,
+            root: None,
+        }
+    }
+
+    /// Waits until the job runs.
+    ///
+    /// # Errors
+    /// What the first process says. Nothing is left of the namespace then.
+    pub fn until_it_runs(&mut self) -> Result<Running> {
+        let result = self.follow();
+        if result.is_err() {
+            self.end();
+        }
+        result
+    }
+
+    fn follow(&mut self) -> Result<Running> {
+        let mut terminal = None;
+        loop {
+            match self.link.hear().map_err(|_| killed())? {
+                Event::Ready(wish) => {
+                    let wish = wish.and_then(|wish| self.translated(wish));
+                    terminal = wish.and_then(Foreground::lend);
+                    self.link.go().map_err(|_| killed())?;
+                }
+                Event::Running {
+                    pid,
+                    warnings,
+                    master,
+                } => {
+                    let pid = self.outer(pid).ok_or_else(killed)?;
+                    self.root = Some(PidFd::open(Pid(pid))?);
+                    let init = PidFd::open(Pid(self.pid))?;
+                    let master = master.map(|fd| init.get_fd(fd)).transpose()?;
+                    self.link.go().map_err(|_| killed())?;
+                    terminal.iter().for_each(Foreground::redraw);
+                    return Ok(Running {
+                        pid,
+                        warnings,
+                        terminal,
+                        master,
+                    });
+                }
+                Event::Failed(text) => return Err(Error::Restore(text)),
+                _ => return Err(killed()),
+            }
+        }
+    }
+
+    /// The status of a process inside for which `is` holds; zombies too.
+    fn find(&self, is: impl Fn(&Status) -> bool) -> Option<Status> {
+        let family = Family::of(Pid(self.pid)).ok()?;
+        let all = family.living.into_iter().chain(family.ended);
+        all.filter_map(|pid| read_status(pid).ok()).find(is)
+    }
+
+    /// The pid that we see of a process that has that one inside.
+    fn outer(&self, inner: i32) -> Option<i32> {
+        let found = self.find(|s| s.ns_tgid.get(1) == Some(&inner))?;
+        Some(found.tgid.raw())
+    }
+
+    /// A wish for the terminal, with ids as we see them.
+    fn translated(&self, wish: Wish) -> Option<Wish> {
+        let group = match wish.group {
+            Some(group) => {
+                let member = self.find(|s| s.ns_pgid.get(1) == Some(&group))?;
+                Some(*member.ns_pgid.first()?)
+            }
+            None => None,
+        };
+        Some(Wish {
+            root: self.outer(wish.root)?,
+            group,
+            ..wish
+        })
+    }
+
+    /// Kills whoever is left, and waits for their end.
+    fn end(&mut self) {
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.pid),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+        let _ = waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+    }
+}
+
+fn killed() -> Error {
+    Error::Restore("the first process of the job's pid namespace was killed".into())
+}
+
+impl Supervised for Init {
+    fn pid(&self) -> i32 {
+        self.root.as_ref().map_or(self.pid, |root| root.pid().raw())
+    }
+
+    fn child(&self) -> i32 {
+        self.pid
+    }
+
+    fn changed(&mut self) -> nix::Result<Option<Change>> {
+        if !self.link.is_ready() {
+            return Ok(None);
+        }
+        match self.link.hear() {
+            Ok(Event::Stopped(signal)) => Ok(Some(Change::Stopped(signal))),
+            Ok(Event::Ended { code, last }) => {
+                if last {
+                    let _ = waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+                }
+                Ok(Some(Change::Ended(code)))
+            }
+            Ok(_) => Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(None),
+            // The end of the first process is that of all.
+            Err(_) => {
+                let _ = waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+                Ok(Some(Change::Ended(128 + libc::SIGKILL)))
+            }
+        }
+    }
+
+    fn send(&self, received: &Received) -> nix::Result<()> {
+        let root = self.root.as_ref().ok_or(Errno::ESRCH)?;
+        let sent = match received.code {
+            libc::SI_QUEUE => root.queue(received.signal, received.value),
+            _ => root.signal(received.signal),
+        };
+        sent.map_err(|error| match error {
+            ckpt_tracer::Error::Kernel { errno, .. } => errno,
+            _ => Errno::ESRCH,
+        })
+    }
+
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.link.as_fd())
+    }
+}

@@ -1,0 +1,96 @@
+//! The namespaces that a job had to itself (namespaces(7)): it comes back in such ones.
+
+use ckpt_tracer::proc::{ProcDir, tasks};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Obstacle, Result};
+
+/// What a job had to itself, as seen by whoever took the checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Namespaces {
+    /// A pid namespace, with a mount namespace that has a `/proc` for it.
+    pub pid: bool,
+    /// A user namespace.
+    pub user: Option<UserNamespace>,
+}
+
+/// How ids inside lead to those outside.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserNamespace {
+    /// `/proc/PID/uid_map`: inside, outside, how many.
+    pub uids: Vec<(u32, u32, u32)>,
+    /// `/proc/PID/gid_map`.
+    pub gids: Vec<(u32, u32, u32)>,
+    /// setgroups(2) is forbidden: the supplementary groups are those of whoever made it.
+    pub groups_are_fixed: bool,
+}
+
+impl Namespaces {
+    /// Looks from outside at a process that is in other namespaces of these `kinds` than we are.
+    pub fn of(process: &ProcDir, kinds: &[String]) -> Result<Self> {
+        let has = |kind: &str| kinds.iter().any(|k| k == kind);
+        let map = |file: &str| Ok::<_, crate::Error>(parse_map(&process.read(file)?));
+        let user = match has("user") {
+            true => Some(UserNamespace {
+                uids: map("uid_map")?,
+                gids: map("gid_map")?,
+                groups_are_fixed: process.read("setgroups")?.starts_with(b"deny"),
+            }),
+            false => None,
+        };
+        Ok(Self {
+            pid: has("pid"),
+            user,
+        })
+    }
+}
+
+fn parse_map(text: &[u8]) -> Vec<(u32, u32, u32)> {
+    let text = String::from_utf8_lossy(text);
+    let line = |line: &str| {
+        let mut numbers = line.split_whitespace().map(str::parse);
+        let mut next = || numbers.next()?.ok();
+        Some((next()?, next()?, next()?))
+    };
+    text.lines().filter_map(line).collect()
+}
+
+/// Kinds of namespaces in which a process is elsewhere than we are. Those for children say nothing
+/// of the process itself; what its clocks show is in the image.
+///
+/// # Errors
+/// As [`tasks::namespaces`].
+pub fn others(process: &ProcDir) -> ckpt_tracer::Result<Vec<String>> {
+    let ours = tasks::namespaces(ckpt_tracer::Pid(std::process::id() as i32))?;
+    let theirs = tasks::namespaces(process.clone())?;
+    let differ = theirs.into_iter().filter(|namespace| {
+        !namespace.0.ends_with("_for_children")
+            && namespace.0 != "time"
+            && !ours.contains(namespace)
+    });
+    Ok(differ.map(|(kind, _)| kind).collect())
+}
+
+/// The kinds that can be entered from outside, and made again.
+pub const OWN: [&str; 3] = ["mnt", "pid", "user"];
+
+/// The obstacle that a job is the first process of its pid namespace.
+pub fn is_init(object: String) -> Obstacle {
+    Obstacle::new(
+        object,
+        "is the first process of its pid namespace, which cannot be made again from outside",
+        "run ckpt, and later restore, inside that namespace on one of its children",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_are_parsed() {
+        let map = b"         0       1000          1\n         1     100000      65536\n";
+        assert_eq!(parse_map(map), [(0, 1000, 1), (1, 100_000, 65536)]);
+        assert_eq!(parse_map(b""), []);
+    }
+}

@@ -1,0 +1,242 @@
+//! Under which pids a job comes back: those that it had, here or in a pid namespace of its own.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::tasks;
+use ckpt_tracer::{Pid, Tid};
+use nix::unistd::{getegid, geteuid};
+
+use super::births::{self, Births};
+use super::{Opened, spawn};
+use crate::error::{Error, Obstacle, Result};
+use crate::isolate::{IdMaps, Owner, Spec};
+use crate::objects::Snapshot;
+
+/// Where a job shall have its pids.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pids {
+    /// Among ours where that can be, else in a namespace.
+    #[default]
+    Auto,
+    /// Among ours.
+    Keep,
+    /// In a namespace.
+    Namespace,
+}
+
+/// Where it has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Among ours.
+    Here,
+    /// In a namespace, for this reason if nobody asked for it.
+    Namespace(Option<String>),
+}
+
+/// Decides, before anything is created.
+///
+/// # Errors
+/// What forbids the one place that is left.
+pub fn decide(opened: &Opened<'_>, wanted: Pids) -> Result<Place> {
+    let births = births::decide(&opened.snapshot).map_err(Error::Refused)?;
+    let why = match wanted {
+        Pids::Keep => return Ok(Place::Here),
+        Pids::Namespace => None,
+        Pids::Auto => match why_not_here(&opened.snapshot, &births) {
+            None => return Ok(Place::Here),
+            why => why,
+        },
+    };
+    let obstacles = why_not_in_namespace(&opened.snapshot, &births, why.as_deref());
+    match obstacles.is_empty() {
+        true => Ok(Place::Namespace(why)),
+        false => Err(Error::Refused(obstacles)),
+    }
+}
+
+fn why_not_here(snapshot: &Snapshot, births: &[Births]) -> Option<String> {
+    if snapshot.namespaces.pid {
+        return Some("the job had a pid namespace to itself".into());
+    }
+    let ids = ids(snapshot, births);
+    if !spawn::may_choose_pids(ids.len() > 1) {
+        return Some("choosing pids takes CAP_CHECKPOINT_RESTORE".into());
+    }
+    let taken = taken(&ids);
+    let first = taken.first()?;
+    Some(format!("{} {}", first.object, first.reason))
+}
+
+fn why_not_in_namespace(
+    snapshot: &Snapshot,
+    births: &[Births],
+    why: Option<&str>,
+) -> Vec<Obstacle> {
+    let mut obstacles = Vec::new();
+    let reason = |what: &str| match why {
+        Some(why) => format!("{what}, and {why}"),
+        None => what.to_owned(),
+    };
+    const REMEDY: &str = "restore it where its pids are free and may be chosen, with --pids keep";
+    if ids(snapshot, births).contains(&1) {
+        obstacles.push(Obstacle::new(
+            "process 1 of the job",
+            reason("has the pid of a namespace's first process, which is ours"),
+            REMEDY,
+        ));
+    }
+    for (process, births) in snapshot.processes.iter().zip(births) {
+        if births.joins_ours {
+            obstacles.push(Obstacle::new(
+                format!("process {}", process.pid),
+                reason(
+                    "has joined the process group that the job was started in, which it cannot do \
+                     from inside a pid namespace",
+                ),
+                REMEDY,
+            ));
+        }
+    }
+    obstacles
+}
+
+/// What has to be made for a job that gets namespaces of its own: a user namespace where we have no
+/// right without one, or where it had one.
+///
+/// # Errors
+/// A user namespace that cannot be made again.
+pub fn namespaces(opened: &Opened<'_>) -> Result<Spec> {
+    let Some(user) = &opened.snapshot.namespaces.user else {
+        return Ok(Spec::own());
+    };
+    let (&[(uid, outer_uid, 1)], &[(gid, outer_gid, 1)]) = (&user.uids[..], &user.gids[..]) else {
+        return Err(Error::refuse(Obstacle::new(
+            "the job",
+            "had a user namespace with more ids than one, which is not supported",
+            "restore it inside such a namespace, with --pids keep",
+        )));
+    };
+    let root = &opened.snapshot.processes[0].threads[0].credentials;
+    let (me, group) = (geteuid(), getegid());
+    // Root makes it for whom it was.
+    let owner = (me.is_root() && outer_uid != 0).then(|| Owner {
+        uid: outer_uid,
+        gid: outer_gid,
+        groups: root.groups.clone(),
+    });
+    let (outer_uid, outer_gid) = match owner {
+        Some(_) => (outer_uid, outer_gid),
+        None => (me.as_raw(), group.as_raw()),
+    };
+    Ok(Spec {
+        ids: Some(IdMaps {
+            uids: vec![(uid, outer_uid, 1)],
+            gids: vec![(gid, outer_gid, 1)],
+        }),
+        owner,
+    })
+}
+
+/// All ids that the job has, and those of processes that help for a while; ascending.
+pub fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
+    let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
+    let tids = tids.map(|t| t.tid);
+    let zombies = snapshot.zombies.iter().map(|z| z.pid);
+    let helpers = births.iter().flat_map(Births::all).map(|b| b.pid);
+    let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// Ids that somebody else has. Those of processes that have just been killed are free
+/// when their parent has taken note, so that is waited for.
+pub(super) fn taken(ids: &[i32]) -> Vec<Obstacle> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let begun = Instant::now();
+    loop {
+        let exists = |id: &&i32| Path::new(&format!("/proc/{id}")).exists();
+        let taken: Vec<i32> = ids.iter().filter(exists).copied().collect();
+        let ended = |id: &i32| read_status(Tid(*id)).is_ok_and(|s| s.state.has_ended());
+        if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
+            return taken.into_iter().map(pid_taken).collect();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The obstacle that somebody else has the pid.
+pub(super) fn pid_taken(pid: i32) -> Obstacle {
+    let name = tasks::comm(Pid(pid)).map_or_else(|_| "?".into(), |c| c.to_string());
+    let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
+    let who = if leader == pid {
+        format!("process {pid} ({name})")
+    } else {
+        format!("a thread of process {leader} ({name})")
+    };
+    // A zombie cannot be ended again; its parent has to take note of its end.
+    if let Ok(status) = read_status(Tid(pid))
+        && status.state.has_ended()
+    {
+        let parent = status.ppid;
+        return Obstacle::new(
+            format!("the pid {pid}"),
+            format!(
+                "is taken by {who}, which has ended but which its parent {parent} has not waited for"
+            ),
+            "let the parent wait for it or end the parent, or restore with --pids namespace",
+        );
+    }
+    Obstacle::new(
+        format!("the pid {pid}"),
+        format!("is taken by {who}"),
+        "end that one first, or restore with --pids namespace",
+    )
+}
+
+/// Makes the kernel give other pids than the job's to whoever is created in our namespace
+/// without choosing one: our own helpers come and go while the job is rebuilt.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn keep_clear(opened: &Opened<'_>) -> Result<()> {
+    const FILE: &str = "/proc/sys/kernel/ns_last_pid";
+    let births = births::decide(&opened.snapshot).map_err(Error::Refused)?;
+    let highest = std::fs::read_to_string("/proc/sys/kernel/pid_max");
+    let highest = highest.ok().and_then(|text| text.trim().parse().ok());
+    let after = clear_after(&ids(&opened.snapshot, &births), highest.unwrap_or(32768));
+    std::fs::write(FILE, after.to_string()).map_err(|source| Error::File {
+        what: "write to",
+        path: FILE.into(),
+        source,
+    })
+}
+
+/// An id behind which there is room, as a rule behind the last one.
+fn clear_after(ids: &[i32], pid_max: i32) -> i32 {
+    const ROOM: i32 = 1024;
+    /// Below, the kernel gives ids only once (`RESERVED_PIDS`, kernel/pid.c).
+    const RESERVED: i32 = 300;
+    let starts = [RESERVED].into_iter().chain(ids.iter().copied());
+    let ends = ids.iter().copied().chain([pid_max]);
+    let gaps = starts.zip(ends).filter(|(start, _)| *start >= RESERVED);
+    let gaps: Vec<(i32, i32)> = gaps.map(|(start, end)| (start, end - start)).collect();
+    let last = gaps.last().filter(|(_, len)| *len > ROOM);
+    let largest = gaps.iter().max_by_key(|(_, len)| *len);
+    last.or(largest).map_or(RESERVED, |(start, _)| *start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn helpers_get_ids_that_the_job_does_not_have() {
+        assert_eq!(clear_after(&[2, 3], 32768), 300);
+        assert_eq!(clear_after(&[2, 3, 4242, 4250], 32768), 4250);
+        assert_eq!(clear_after(&[500, 32000], 32768), 500);
+        assert_eq!(clear_after(&[31000, 32000], 32768), 300);
+    }
+}
