@@ -332,3 +332,62 @@ fn tmux_with_two_windows() {
         assert_eq!(restored.wait(), Ended::Exited(0));
     });
 }
+
+/// In a pid namespace of its own an editor has the terminal as it has outside: stopped by its key and
+/// brought back by the shell.
+#[test]
+fn less_in_a_namespace() {
+    isolated("less_in_a_namespace", |case| {
+        case.needs_program("less", "less");
+        let mut shell = Screen::shell();
+        let file = case.path("text");
+        let lines: String = (1..1000).map(|i| format!("line {i}.\n")).collect();
+        fs::write(&file, lines).expect("the test's directory is writable");
+        shell.runs(&format!("less {}", file.display()), "line 9.");
+        shell.types("500g");
+        shell.expect("line 520.");
+        killed(case, shell.child("less"));
+        shell.expect("Killed");
+        let image = case.path("job.ckpt");
+        shell.runs("stty sane; echo 'rea''dy'", "ready");
+        shell.types(&format!("{RESTORE} --pids namespace {}\n", image.display()));
+        shell.expect("line 501.");
+        shell.types("\x20");
+        shell.expect("line 540.");
+        shell.insist("\x1a", "Stopped");
+        shell.runs("echo 'bet''ween'", "between");
+        shell.types("fg\n");
+        shell.expect("line 540.");
+        shell.types("q");
+        is_back(&mut shell);
+    });
+}
+
+/// A shell that led its session gets a terminal of its own, which is relayed from outside.
+#[test]
+fn bash_in_a_namespace() {
+    isolated("bash_in_a_namespace", |case| {
+        let mut shell = Screen::shell();
+        shell.runs("word=hel; sleep 1000 &", "$ ");
+        cat(&mut shell);
+        killed(case, shell.job.pid);
+        until("its end", || shell.job.ended());
+        let image = case.path("job.ckpt");
+        let mut restore = restore_cmd(&image, &["--verbose", "--pids", "namespace"]);
+        let mut shell = Screen::sized(&mut restore, 30, 100);
+        shell.expect("running as process");
+        shell.runs("again", "again\r\nagain");
+        shell.types("\x03");
+        shell.expect("$ ");
+        shell.runs("echo ${word}lo; stty size", "hello\r\n30 100");
+        shell.runs("fg", "sleep 1000");
+        shell.insist("\x1a", "Stopped");
+        shell.runs("bg; jobs", "Running                 sleep 1000");
+        shell.resize(31, 101);
+        shell.runs("true; stty size", "31 101");
+        shell.types("kill %1; wait; exit 7\n");
+        let ended = until("the end of restore", || shell.job.ended());
+        assert_eq!(ended, Ended::Exited(7));
+        assert!(shell.is_sane());
+    });
+}

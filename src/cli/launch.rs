@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use super::exit::{Failure, complain};
 use crate::error::Error;
 use crate::isolate::{self, Link};
+use crate::restore::env::{HandOver, Prepared};
 use crate::restore::pids::{self, Pids, Place};
 use crate::restore::terminal::Foreground;
 use crate::restore::{self, Opened};
@@ -29,15 +30,17 @@ pub(super) struct Launched {
 pub(super) fn launch(
     opened: &mut Opened<'_>,
     wanted: Pids,
+    values: &[(String, String)],
     quiet: bool,
 ) -> Result<Launched, Failure> {
+    let values = HandOver::of(opened, values)?;
     match pids::decide(opened, wanted)? {
-        Place::Here => here(opened),
+        Place::Here => here(opened, values),
         Place::Namespace(why) => {
             if let Some(why) = why.as_ref().filter(|_| !quiet) {
                 complain(&format!("{why}: restoring in a pid namespace of its own"));
             }
-            in_namespace(opened).map_err(|error| match why {
+            in_namespace(opened, values).map_err(|error| match why {
                 Some(why) => Failure::Message(format!("{error} ({why})")),
                 None => error.into(),
             })
@@ -45,11 +48,16 @@ pub(super) fn launch(
     }
 }
 
-fn here(opened: &mut Opened<'_>) -> Result<Launched, Failure> {
+fn here(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Launched, Failure> {
     let mut terminal = None;
-    let restored = restore::restore(opened, &mut |wish| {
+    let mut prepared = values.map(|values| values.prepare()).transpose()?;
+    let mut published = Ok(());
+    let mut restored = restore::restore(opened, &mut |wish| {
         terminal = wish.and_then(Foreground::lend);
+        published = prepared.take().map_or(Ok(()), Prepared::publish);
     })?;
+    let unpublished = published.err().map(|error| error.to_string());
+    restored.warnings.extend(unpublished);
     terminal.iter().for_each(Foreground::redraw);
     Ok(Launched {
         pid: restored.pid,
@@ -60,12 +68,12 @@ fn here(opened: &mut Opened<'_>) -> Result<Launched, Failure> {
     })
 }
 
-fn in_namespace(opened: &mut Opened<'_>) -> Result<Launched, Error> {
+fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Launched, Error> {
     let spec = pids::namespaces(opened)?;
     if let Some(owner) = &spec.owner {
         opened.restored_by(owner);
     }
-    let mut init = isolate::start(&spec, |link| inside(opened, link))?;
+    let mut init = isolate::start(&spec, |link| inside(opened, values, link))?;
     let running = init.until_it_runs()?;
     Ok(Launched {
         pid: running.pid,
@@ -77,8 +85,11 @@ fn in_namespace(opened: &mut Opened<'_>) -> Result<Launched, Error> {
 }
 
 /// What the first process of the namespace does.
-fn inside(opened: &mut Opened<'_>, link: &mut Link) -> Result<i32, String> {
+fn inside(opened: &mut Opened<'_>, values: Option<HandOver>, link: &mut Link) -> Result<i32, String> {
     pids::keep_clear(opened).map_err(|error| error.to_string())?;
+    if let Some(values) = values {
+        values.mount().map_err(|error| error.to_string())?;
+    }
     let restored = restore::restore(opened, &mut |wish| {
         // Without anybody outside we are killed here.
         let _ = link.ready(wish);

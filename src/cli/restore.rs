@@ -15,7 +15,7 @@ use crate::restore::clock::ClockPolicy;
 use crate::restore::paths::Mapping;
 use crate::restore::pids::Pids;
 use crate::restore::put::PutFiles;
-use crate::restore::{self, FilesPolicy};
+use crate::restore::{self, FilesPolicy, env};
 use crate::supervise::relay::Relay;
 use crate::supervise::{NoTerminal, Terminal, console};
 
@@ -56,6 +56,12 @@ pub struct Restore {
     /// Where the job has its pids.
     #[arg(long, value_name = "PLACE", default_value = "auto")]
     pids: Where,
+    /// Hand a value to the job: a line in the file that its environment names in CKPT_RESTORE_ENV; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = env::parse)]
+    env: Vec<(String, String)>,
+    /// As root: restore an image that belongs to another user, with the ids that are in it.
+    #[arg(long)]
+    any_owner: bool,
     #[command(flatten)]
     loudness: Loudness,
 }
@@ -112,7 +118,9 @@ Examples:
                                    cut its logs back to where they were
   restore --put-files job.ckpt     with the files that --save-files stored
   restore --pids namespace job.ckpt
-                                   one of several, beside the first";
+                                   one of several, beside the first
+  restore --pids namespace --env SEED=7 job.ckpt
+                                   the same, told something in $CKPT_RESTORE_ENV";
 
 fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
     let (fd, path) = text
@@ -177,6 +185,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
             Clock::Host => ClockPolicy::Host,
         },
         fds,
+        any_owner: args.any_owner,
         stopped: args.stopped,
         foreground: !args.stopped && !args.detach,
         progress: &*progress,
@@ -192,7 +201,12 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         return Ok(0);
     }
     let mut opened = restore::open(&request)?;
-    let restored = launch(&mut opened, args.pids.into(), args.loudness.quiet);
+    let restored = launch(
+        &mut opened,
+        args.pids.into(),
+        &args.env,
+        args.loudness.quiet,
+    );
     drop(opened);
     drop(progress);
     let mut restored = restored?;

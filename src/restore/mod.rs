@@ -30,6 +30,7 @@ mod build;
 pub mod clock;
 pub mod contents;
 pub mod driver;
+pub mod env;
 mod executor;
 pub mod fill;
 mod handover;
@@ -70,6 +71,8 @@ pub struct Request<'a> {
     pub clock: clock::ClockPolicy,
     /// Descriptors that get another file than they had (`--fd N=PATH`).
     pub fds: BTreeMap<i32, PathBuf>,
+    /// Whoever has the image is trusted, as only root may say.
+    pub any_owner: bool,
     /// Leave the job stopped, for a debugger.
     pub stopped: bool,
     /// The caller waits for the job: a job that led its process group gets the terminal.
@@ -220,7 +223,7 @@ fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> R
 /// # Errors
 /// What is wrong with it, and what this machine lacks.
 pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
-    let image = Reader::open(request.image)?;
+    let image = open_own(request)?;
     image.require_arch(Arch::native())?;
     let mut snapshot = snapshot::read(&image, request.image)?;
     let faults = crate::inspect::references::check(&snapshot, &image);
@@ -239,6 +242,29 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
         snapshot,
         groups: read_status(Pid(std::process::id() as i32))?.groups,
     })
+}
+
+/// What is in an image runs with the ids that are in it, so whoever wrote it must be ourselves, or
+/// trusted by root.
+fn open_own(request: &Request<'_>) -> Result<Reader> {
+    let image = Reader::open(request.image)?;
+    let path = request.image;
+    let owner = std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::uid(&meta));
+    let me = nix::unistd::geteuid();
+    match owner {
+        Ok(owner) if owner != me.as_raw() && !(me.is_root() && request.any_owner) => {
+            let remedy = match me.is_root() {
+                true => "if you trust whoever wrote it, restore it with --any-owner",
+                false => "if you trust whoever wrote it as yourself, make a copy that is yours",
+            };
+            Err(Error::refuse(Obstacle::new(
+                format!("the image {}", path.display()),
+                format!("belongs to uid {owner} and you are uid {me}"),
+                remedy,
+            )))
+        }
+        _ => Ok(image),
+    }
 }
 
 /// What the processor and the kernel must have in common with those of the checkpoint.

@@ -1,0 +1,230 @@
+//! Values handed to a job that is restored (`--env NAME=VALUE`): lines in the file that the job's
+//! environment names in `CKPT_RESTORE_ENV`. What a program has in its environment is in its memory,
+//! and nobody else's to change.
+//!
+//! In a namespace the file is a mount that only this job sees, so that each of several clones has
+//! its own; else it replaces the file of that name when the job is let go.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{OpenOptionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use super::Opened;
+use crate::error::{Error, Obstacle, Result};
+use crate::inspect::mapped::MappedFiles;
+use crate::inspect::memory::{ImageMemory, TargetMemory};
+
+/// The variable that names the file.
+const VARIABLE: &[u8] = b"CKPT_RESTORE_ENV=";
+
+/// What is handed over.
+#[derive(Debug)]
+pub struct HandOver {
+    path: PathBuf,
+    text: String,
+    uid: u32,
+    gid: u32,
+}
+
+/// A file that has another name until the job is let go; gone unless it got its own.
+#[derive(Debug)]
+pub struct Prepared {
+    at: PathBuf,
+    path: PathBuf,
+}
+
+/// Parses `NAME=VALUE`.
+///
+/// # Errors
+/// One sentence that says what is wrong with it.
+pub fn parse(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text
+        .split_once('=')
+        .ok_or("NAME=VALUE is wanted, such as SEED=7")?;
+    let letter = |c: char| c.is_ascii_alphabetic() || c == '_';
+    let right = name.starts_with(letter) && name.chars().all(|c| letter(c) || c.is_ascii_digit());
+    match right {
+        true if !value.contains(['\n', '\0']) => Ok((name.into(), value.into())),
+        true => Err("the value has more than one line".into()),
+        false => Err(format!("{name:?} is not the name of a variable")),
+    }
+}
+
+impl HandOver {
+    /// What these values become for the job; nothing without values.
+    ///
+    /// # Errors
+    /// When the job's environment does not name a file.
+    pub fn of(opened: &Opened<'_>, values: &[(String, String)]) -> Result<Option<Self>> {
+        if values.is_empty() {
+            return Ok(None);
+        }
+        let Some(path) = path_of(opened) else {
+            return Err(Error::refuse(Obstacle::new(
+                "--env",
+                "has no file to go to: the job's environment has no CKPT_RESTORE_ENV with a whole path",
+                "start the program with CKPT_RESTORE_ENV=PATH next time, and leave --env out for \
+                 this image",
+            )));
+        };
+        let who = &opened.snapshot.processes[0].threads[0].credentials;
+        let lines = values
+            .iter()
+            .map(|(name, value)| format!("{name}={value}\n"));
+        Ok(Some(Self {
+            path,
+            text: lines.collect(),
+            uid: who.uid[1],
+            gid: who.gid[1],
+        }))
+    }
+
+    /// Writes the file under another name beside its own.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn prepare(&self) -> Result<Prepared> {
+        let mut name = self.path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".ckpt-{}", std::process::id()));
+        let prepared = Prepared {
+            at: self.path.with_file_name(name),
+            path: self.path.clone(),
+        };
+        self.write(&prepared.at).map_err(|e| self.failed(e))?;
+        Ok(prepared)
+    }
+
+    fn failed(&self, source: io::Error) -> Error {
+        Error::File {
+            what: "write",
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    /// Readable by the job and nobody else.
+    fn write(&self, at: &Path) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let mut file = options.open(at)?;
+        if nix::unistd::geteuid().is_root() {
+            fchown(&file, Some(self.uid), Some(self.gid))?;
+        }
+        file.write_all(self.text.as_bytes())
+    }
+
+    /// Puts the file in its place in a mount namespace that is the job's alone. What is below it stays
+    /// as it is; where nothing is, an empty file is left.
+    ///
+    /// # Errors
+    /// When that is refused.
+    pub fn mount(&self) -> Result<()> {
+        self.mounted().map_err(|e| self.failed(e))
+    }
+
+    fn mounted(&self) -> io::Result<()> {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&self.path)?;
+        // Any directory will do for the moment: nobody else is in this namespace yet.
+        let over = c"/proc";
+        let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        let (kind, none) = (c"tmpfs".as_ptr(), std::ptr::null());
+        // SAFETY: C strings, no data.
+        Errno::result(unsafe { libc::mount(kind, over.as_ptr(), kind, flags, none) })?;
+        let tree = self
+            .write(Path::new("/proc/env"))
+            .and_then(|()| open_tree(c"/proc/env"));
+        // SAFETY: a C string.
+        Errno::result(unsafe { libc::umount2(over.as_ptr(), libc::MNT_DETACH) })?;
+        let at = CString::new(self.path.as_os_str().as_bytes())?;
+        move_mount(&tree?, &at)
+    }
+}
+
+/// A mount of one file, not yet in any place (open_tree(2), Linux 5.2).
+fn open_tree(path: &CStr) -> io::Result<OwnedFd> {
+    const OPEN_TREE_CLONE: i32 = 1;
+    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC;
+    // SAFETY: a C string and flags.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(Errno::result(fd)? as i32) })
+}
+
+/// Puts it in its place (move_mount(2)).
+fn move_mount(tree: &OwnedFd, to: &CStr) -> io::Result<()> {
+    const MOVE_MOUNT_F_EMPTY_PATH: u32 = 4;
+    let (fd, nothing) = (tree.as_raw_fd(), c"".as_ptr());
+    // SAFETY: C strings and flags.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            fd,
+            nothing,
+            libc::AT_FDCWD,
+            to.as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    Ok(Errno::result(moved).map(drop)?)
+}
+
+/// The value in the environment that the root began with, as its memory has it now.
+fn path_of(opened: &Opened<'_>) -> Option<PathBuf> {
+    const LARGEST: u64 = 1 << 22;
+    let process = &opened.snapshot.processes[0];
+    let layout = &process.memory.layout;
+    let len = layout.env_end.checked_sub(layout.env_start)?.min(LARGEST);
+    let mut environment = vec![0; len as usize];
+    let files = MappedFiles::new(&opened.snapshot);
+    let memory = ImageMemory::new(&opened.image, &opened.snapshot, process, &files);
+    let read = memory.read(layout.env_start, &mut environment);
+    let mut words = environment[..read].split(|byte| *byte == 0);
+    let value = words.find_map(|word| word.strip_prefix(VARIABLE))?;
+    let path = PathBuf::from(OsStr::from_bytes(value));
+    path.is_absolute().then_some(path)
+}
+
+impl Prepared {
+    /// Gives it its name.
+    ///
+    /// # Errors
+    /// When that is refused.
+    pub fn publish(self) -> Result<()> {
+        fs::rename(&self.at, &self.path).map_err(|source| Error::File {
+            what: "rename",
+            path: self.at.clone(),
+            source,
+        })
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.at);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_parsed() {
+        assert_eq!(parse("SEED=7").unwrap(), ("SEED".into(), "7".into()));
+        assert_eq!(parse("a_1==").unwrap(), ("a_1".into(), "=".into()));
+        for bad in ["", "=1", "1a=2", "a b=1", "a", "a=1\n2"] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+    }
+}
