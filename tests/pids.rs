@@ -472,3 +472,53 @@ fn image_of_another_user() {
         assert_nobody_left();
     });
 }
+
+/// Pids that lead to other processes in the `/proc` that is there, and a process that no other one can
+/// stand in for.
+#[test]
+fn refused_from_outside() {
+    isolated("refused_from_outside", |case| {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child"]);
+        command.args(["bash", "-c", "sleep 1000 & wait"]);
+        let outer = start(&mut command, &case.path("job.log"));
+        let (first, second) = until("both processes", || {
+            let first = children(outer.pid).first().copied()?;
+            Some((first, children(first).first().copied()?))
+        });
+        let attach = |pid: i32| ckpt(case, ["attach", &pid.to_string(), "-o", "job.ckpt"]);
+        attach(first).refused(1, &["first process of its pid namespace"]);
+        let object = format!("process {second}");
+        attach(second).refused(1, &[&object, "no /proc for it", "--mount-proc"]);
+        common::look::assert_let_go(second);
+        assert!(common::tool::leftovers(case.dir()).is_empty());
+        outer.kill();
+        assert_nobody_left();
+    });
+}
+
+/// Who starts us may ignore the end of its children, and so do we then; exit codes are told all the
+/// same.
+#[test]
+fn children_ignored() {
+    isolated("children_ignored", |case| {
+        let (_, image) = killed(case);
+        let line = format!(
+            "trap '' CHLD; exec {RESTORE} --pids namespace {}",
+            image.display()
+        );
+        let mut job = start(
+            Command::new("bash").args(["-c", &line]),
+            &case.path("job.log"),
+        );
+        let restored = until("the job", || {
+            let init = children(job.pid).first().copied()?;
+            let root = children(init).first().copied()?;
+            (status_field(init, "PPid")? == job.pid.to_string()).then_some(root)
+        });
+        counts(case);
+        kill(Pid::from_raw(restored), Signal::SIGTERM).expect("it lives");
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        assert_nobody_left();
+    });
+}

@@ -210,48 +210,59 @@ fn started_in_the_background() {
 
 #[test]
 fn detached_with_a_console() {
-    isolated("detached_with_a_console", |case| {
-        let mut shell = Screen::shell();
-        shell.runs("word=hel; sleep 1000 & true", "$ ");
-        let pid = shell.job.pid;
-        killed(case, pid);
-        until("its end", || shell.job.ended());
-        let image = case.path("job.ckpt");
-        let home = case.path("runtime");
-        fs::create_dir(&home).expect("the test's directory is writable");
-        let out = run(
-            case,
-            restore_cmd(&image, &["--detach"]).env("XDG_RUNTIME_DIR", &home),
-        );
-        assert_eq!(out.ok().trim(), pid.to_string());
-        let console = || {
-            let mut command = Command::new(CKPT);
-            command
-                .args(["console", &pid.to_string()])
-                .env("XDG_RUNTIME_DIR", &home);
-            command
-        };
-        let mut first = Screen::start(&mut console());
-        first.runs("echo ${word}lo; stty size", "hello\r\n24 80");
-        run(case, &mut console()).refused(1, &["console of process", "somebody else"]);
-        first.types("\x1c\x1c");
-        first.expect("detached");
-        let ended = until("its end", || first.job.ended());
-        assert_eq!(ended, Ended::Exited(0));
-        assert!(first.is_sane());
-        let mut second = Screen::sized(&mut console(), 30, 90);
-        second.expect("hello");
-        second.runs("jobs; stty size", "30 90");
-        second.types("kill %1; wait; exit\n");
-        second.expect("has ended");
-        until("its end", || second.job.ended());
-        assert!(second.is_sane());
-        until("the socket to be gone", || {
-            let names = fs::read_dir(home.join("ckpt")).ok()?;
-            (names.count() == 0).then_some(())
-        });
-        run(case, &mut console()).refused(1, &["console of process", "not there"]);
+    isolated("detached_with_a_console", |case| console_of(case, "keep"));
+}
+
+#[test]
+fn detached_in_a_namespace() {
+    isolated("detached_in_a_namespace", |case| {
+        console_of(case, "namespace")
     });
+}
+
+fn console_of(case: &Case, place: &str) {
+    let mut shell = Screen::shell();
+    shell.runs("word=hel; sleep 1000 & true", "$ ");
+    let pid = shell.job.pid;
+    killed(case, pid);
+    until("its end", || shell.job.ended());
+    let image = case.path("job.ckpt");
+    let home = case.path("runtime");
+    fs::create_dir(&home).expect("the test's directory is writable");
+    let out = run(
+        case,
+        restore_cmd(&image, &["--detach", "--pids", place]).env("XDG_RUNTIME_DIR", &home),
+    );
+    let was = pid.to_string();
+    let pid = out.ok().trim().to_owned();
+    assert_eq!(pid == was, place == "keep");
+    let console = || {
+        let mut command = Command::new(CKPT);
+        command
+            .args(["console", &pid])
+            .env("XDG_RUNTIME_DIR", &home);
+        command
+    };
+    let mut first = Screen::start(&mut console());
+    first.runs("echo ${word}lo; stty size", "hello\r\n24 80");
+    run(case, &mut console()).refused(1, &["console of process", "somebody else"]);
+    first.types("\x1c\x1c");
+    first.expect("detached");
+    let ended = until("its end", || first.job.ended());
+    assert_eq!(ended, Ended::Exited(0));
+    assert!(first.is_sane());
+    let mut second = Screen::sized(&mut console(), 30, 90);
+    second.expect("hello");
+    second.runs("jobs; stty size", "30 90");
+    second.types("kill %1; wait; exit\n");
+    second.expect("has ended");
+    until("its end", || second.job.ended());
+    assert!(second.is_sane());
+    until("the socket to be gone", || {
+        let names = fs::read_dir(home.join("ckpt")).ok()?;
+        (names.count() == 0).then_some(())
+    });
+    run(case, &mut console()).refused(1, &["console of process", "not there"]);
 }
 
 /// One that did not lead its session does so behind its console.

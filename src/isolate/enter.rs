@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use nix::unistd::{ForkResult, fork};
 
 use super::init;
-use super::make::{die_with_parent, leave};
-use crate::error::{Error, Result};
+use super::make::{die_with_parent, keep_exit_codes, leave};
+use crate::error::{Error, Obstacle, Result};
 use crate::objects::namespaces::{self, Namespaces, OWN};
 
 /// A job as it is seen from where its pids are.
@@ -40,6 +40,8 @@ pub struct Visited {
 /// # Errors
 /// When it is the namespace's first process, or no process can be created.
 pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> {
+    // Opened first: what is looked at later is this very process, or one that cannot be entered.
+    let handle = PidFd::open(pid);
     let Some(visited) = look(pid)? else {
         return Ok(work(Ok(&Visited {
             pid,
@@ -48,7 +50,8 @@ pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> 
             groups: Vec::new(),
         })));
     };
-    let handle = PidFd::open(pid)?;
+    let handle = handle?;
+    keep_exit_codes();
     let directory = std::env::current_dir();
     // SAFETY: we have one thread, so that the child has all of us.
     match unsafe { fork() }.map_err(|e| failed(pid, e.into()))? {
@@ -62,7 +65,7 @@ pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> 
             match entered {
                 Ok(ForkResult::Child) => {
                     die_with_parent(true);
-                    leave(work(Ok(&visited)).into())
+                    leave(work(proc_fits(pid).map(|()| &visited)).into())
                 }
                 Ok(ForkResult::Parent { child }) => {
                     leave(wait(child.as_raw()).map_or(1, i32::from))
@@ -77,6 +80,20 @@ fn failed(pid: Pid, error: io::Error) -> Error {
     Error::Restore(format!(
         "cannot enter the namespaces of process {pid}: {error}"
     ))
+}
+
+/// Pids are looked up in `/proc`. That of another pid namespace would show us other processes
+/// under them, and ourselves with more than one pid.
+fn proc_fits(pid: Pid) -> Result<()> {
+    let me = read_status(Pid(std::process::id() as i32));
+    match me.is_ok_and(|status| status.ns_pid == [std::process::id() as i32]) {
+        true => Ok(()),
+        false => Err(Error::refuse(Obstacle::new(
+            format!("process {pid}"),
+            "is in a pid namespace of its own and has no /proc for it",
+            "mount one there: unshare --pid --fork --mount-proc does that from the beginning",
+        ))),
+    }
 }
 
 /// What there is to enter; nothing where the job is where we are, or where the look into it tells

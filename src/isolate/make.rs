@@ -202,15 +202,14 @@ fn mount(what: &CStr, at: &CStr, kind: Option<&CStr>, flags: libc::c_ulong) -> i
 
 /// The first process of the namespace.
 fn first(mut link: Link, body: impl FnOnce(&mut Link) -> Result<i32, String>) -> ! {
-    // Until the job runs, the end of whoever wants it is its end.
-    // SAFETY: calls with constants and a C string.
-    unsafe {
-        libc::prctl(libc::PR_SET_NAME, init::NAME.as_ptr());
-    }
+    // SAFETY: a C string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, init::NAME.as_ptr()) };
     if link.wait().is_err() {
         leave(1);
     }
+    // Until the job runs, the end of whoever wants it is its end.
     die_with_parent(true);
+    keep_exit_codes();
     if link.is_ready() {
         // It died before.
         leave(1);
@@ -233,6 +232,12 @@ pub(super) fn die_with_parent(yes: bool) {
     let signal = if yes { libc::SIGKILL } else { 0 };
     // SAFETY: a call without pointers.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal, 0, 0, 0) };
+}
+
+/// An inherited "ignore" would make the kernel reap our children and keep their status.
+pub(super) fn keep_exit_codes() {
+    // SAFETY: the default action runs no code of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// `/proc` of this namespace; and capabilities that an ordinary user has inside go through exec.
