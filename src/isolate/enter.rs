@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 use ckpt_tracer::pidfd::PidFd;
 use ckpt_tracer::proc::stat::read_stat;
@@ -85,8 +86,11 @@ fn failed(pid: Pid, error: io::Error) -> Error {
 /// Pids are looked up in `/proc`. That of another pid namespace would show us other processes
 /// under them, and ourselves with more than one pid.
 fn proc_fits(pid: Pid) -> Result<()> {
-    let me = read_status(Pid(std::process::id() as i32));
-    match me.is_ok_and(|status| status.ns_pid == [std::process::id() as i32]) {
+    let me = std::process::id() as i32;
+    let shown = std::fs::read_link("/proc/self").unwrap_or_default();
+    let fits = shown == Path::new(&me.to_string())
+        && read_status(Pid(me)).is_ok_and(|status| status.ns_pid == [me]);
+    match fits {
         true => Ok(()),
         false => Err(Error::refuse(Obstacle::new(
             format!("process {pid}"),
