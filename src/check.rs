@@ -53,7 +53,11 @@ fn look_while_it_runs(roots: &[Pid], depth: Depth) -> Result<Sight> {
     let mut last: Option<(Family, Vec<Obstacle>)> = None;
     for number in 0.. {
         for &root in roots {
-            if let Err(obstacle) = accessible(root) {
+            // An adopted one may have ended since it was found.
+            let matters = root == roots[0] || !is_ending(root);
+            if let Err(obstacle) = accessible(root)
+                && matters
+            {
                 return Ok(Sight {
                     obstacles: vec![obstacle],
                     steady: true,

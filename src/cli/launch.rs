@@ -85,7 +85,11 @@ fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Lau
 }
 
 /// What the first process of the namespace does.
-fn inside(opened: &mut Opened<'_>, values: Option<HandOver>, link: &mut Link) -> Result<i32, String> {
+fn inside(
+    opened: &mut Opened<'_>,
+    values: Option<HandOver>,
+    link: &mut Link,
+) -> Result<i32, String> {
     pids::keep_clear(opened).map_err(|error| error.to_string())?;
     if let Some(values) = values {
         values.mount().map_err(|error| error.to_string())?;
