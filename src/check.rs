@@ -54,9 +54,8 @@ fn look_while_it_runs(roots: &[Pid], depth: Depth) -> Result<Sight> {
     for number in 0.. {
         for &root in roots {
             // An adopted one may have ended since it was found.
-            let matters = root == roots[0] || !is_ending(root);
             if let Err(obstacle) = accessible(root)
-                && matters
+                && (root == roots[0] || !is_ending(root))
             {
                 return Ok(Sight {
                     obstacles: vec![obstacle],
