@@ -15,11 +15,12 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
+use ckpt_tracer::remote::leave_stale_cave;
 
 use crate::error::{Error, Result};
 use crate::host;
 use crate::job::FrozenJob;
-use crate::objects::process::{self, Process};
+use crate::objects::process::{self, InJob, Process};
 use crate::objects::{Snapshot, SpaceId, ipc, memory, zombie};
 use crate::progress::Progress;
 use crate::restore::births;
@@ -285,12 +286,14 @@ fn capture_frozen(
     save_files: &SaveFiles,
     patience: Patience,
 ) -> Result<CapturedJob> {
-    for (frozen, source) in job.processes.iter().zip(sources) {
+    for (frozen, source) in job.processes.iter_mut().zip(sources) {
         if source.status.seccomp == Some(2) {
             for task in frozen.tasks() {
                 task.suspend_seccomp()?;
             }
         }
+        // Of all, before anybody's memory is looked at: it may be that of several.
+        leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     }
     let mut collector = Collector::default();
     collector.patience = patience;
@@ -298,11 +301,8 @@ fn capture_frozen(
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
-    let vmas = outside.iter().map(|o| o.vmas.as_slice());
-    ipc::capture(
-        &all.iter().copied().zip(vmas).collect::<Vec<_>>(),
-        &mut collector,
-    )?;
+    let spaces = process::address_spaces(&all, &outside, &collector);
+    ipc::capture(&spaces, &mut collector)?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
@@ -316,20 +316,22 @@ fn capture_frozen(
     let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
     let mut memory = Vec::with_capacity(sources.len());
     for ((frozen, source), outside) in job.processes.iter_mut().zip(sources).zip(outside) {
-        let space = collector.new_space();
+        let shares = collector.shares(source.pid);
+        let parent = processes.iter().find(|p| p.pid == source.status.ppid.raw());
+        let space = match parent.filter(|_| shares.memory) {
+            Some(parent) => parent.memory.space,
+            None => collector.new_space(),
+        };
         let children = stopped.iter().filter(|(parent, _)| *parent == source.pid);
         let children: Vec<i32> = children.map(|(_, child)| *child).collect();
-        let (mut process, vmas, scanner) =
-            process::capture(frozen, source, outside, space, &children, &collector.ipc)?;
-        process.shares = collector
-            .shares
-            .get(&source.pid)
-            .copied()
-            .unwrap_or_default();
-        process.forked = processes
-            .iter()
-            .find(|p| p.pid == process.parent)
-            .is_some_and(|parent| process.is_fork_of(parent));
+        let in_job = InJob {
+            space,
+            parent,
+            shares,
+            stopped_children: &children,
+            ipc: &collector.ipc,
+        };
+        let (process, vmas, scanner) = process::capture(frozen, source, outside, &in_job)?;
         processes.push(process);
         memory.push((vmas, scanner));
     }
@@ -380,6 +382,13 @@ fn write_pages<W: Write + Send + 'static>(
     let mut held: Vec<Vec<(u64, u64)>> = Vec::with_capacity(processes.len());
     let mut stored: Vec<Vec<StoredRange>> = Vec::with_capacity(processes.len());
     for (index, (vmas, scanner)) in captured.memory.iter().enumerate() {
+        let parent = parent_of(index, processes);
+        if let Some(parent) = parent.filter(|_| processes[index].shares.memory) {
+            processes[index].memory.inherited = processes[parent].memory.inherited.clone();
+            held.push(held[parent].clone());
+            stored.push(Vec::new());
+            continue;
+        }
         let mut ranges = stored_ranges(vmas, scanner)?;
         held.push(ranges.iter().flat_map(|r| r.runs.clone()).collect());
         if processes[index].forked {
@@ -411,6 +420,11 @@ fn write_pages<W: Write + Send + 'static>(
     sink.finish()
 }
 
+fn parent_of(index: usize, processes: &[Process]) -> Option<usize> {
+    let parent = processes[index].parent;
+    processes.iter().position(|p| p.pid == parent)
+}
+
 /// Takes the pages out of `ranges` that a forked process has in common with its parent; answers
 /// them.
 fn leave_to_parent(
@@ -420,8 +434,7 @@ fn leave_to_parent(
     sources: &[Source],
     held: &[Vec<(u64, u64)>],
 ) -> Result<Vec<(u64, u64)>> {
-    let parent_pid = processes[child].parent;
-    let Some(parent) = processes.iter().position(|p| p.pid == parent_pid) else {
+    let Some(parent) = parent_of(child, processes) else {
         return Ok(Vec::new());
     };
     let over = memory::inherited(

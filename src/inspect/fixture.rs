@@ -70,6 +70,7 @@ pub(crate) fn snapshot() -> Snapshot {
         parent: 1,
         forked: false,
         shares: Default::default(),
+        exit_signal: libc::SIGCHLD,
         record_locks: Vec::new(),
         group: 50,
         session: 50,

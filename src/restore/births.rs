@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::memory::Backing;
-use crate::objects::process::Process;
+use crate::objects::process::{Process, Shares};
 use crate::objects::zombie::Zombie;
 
 /// A process that somebody creates.
@@ -29,14 +29,21 @@ pub struct Birth {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     /// A process of the snapshot, by index.
-    Process {
-        /// Index in the snapshot.
-        index: usize,
-        /// By a fork that leaves it its parent's memory, not by exec of its program.
-        forked: bool,
-    },
+    Process(usize),
     /// A process that ends before the job goes on.
     Phantom(Phantom),
+}
+
+/// How a process comes by its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    /// It executes its program.
+    #[default]
+    Executed,
+    /// A fork leaves it its creator's.
+    Forked,
+    /// It has its creator's, which is that of both (`CLONE_VM`).
+    Sharing,
 }
 
 /// A process that ends before the job goes on.
@@ -69,14 +76,30 @@ pub struct Births {
     pub joins: Option<i32>,
     /// It is in the group of `restore`, and is not created there.
     pub joins_ours: bool,
-    /// It was created as a fork of its parent.
-    pub forked: bool,
+    /// How it came by its memory.
+    pub origin: Origin,
 }
 
 impl Births {
     /// Everything that it creates itself.
     pub fn all(&self) -> impl Iterator<Item = &Birth> {
         self.early.iter().chain(&self.late)
+    }
+
+    /// The processes of the snapshot that it creates, itself or by a phantom.
+    pub fn processes(&self) -> Vec<usize> {
+        let mut found = Vec::new();
+        for birth in self.all() {
+            let by_phantom: &[Birth] = match &birth.body {
+                Body::Phantom(phantom) => &phantom.births,
+                Body::Process(_) => std::slice::from_ref(birth),
+            };
+            found.extend(by_phantom.iter().filter_map(|b| match b.body {
+                Body::Process(index) => Some(index),
+                Body::Phantom(_) => None,
+            }));
+        }
+        found
     }
 }
 
@@ -172,12 +195,6 @@ impl Tree<'_> {
             return;
         }
         let (creator, adopted) = self.creator(process.parent);
-        let body = |forked| Body::Process { index, forked };
-        let birth = |forked| Birth {
-            pid: process.pid,
-            adopted,
-            body: body(forked),
-        };
         let own = process.session == process.pid;
         let when = if own {
             Some(When::Late)
@@ -187,20 +204,35 @@ impl Tree<'_> {
         let Some(when) = when else {
             return self.place_by_phantom(index, process);
         };
-        let forked = process.forked && !adopted;
-        if process.shares.files && !forked || process.shares.fs && adopted {
-            self.obstacles.push(Obstacle::without_remedy(
-                format!("process {}", process.pid),
-                "shares tables with a process that did not fork it, which is not supported",
-            ));
+        let origin = match process.shares.memory {
+            true => Origin::Sharing,
+            false if process.forked && !adopted => Origin::Forked,
+            false => Origin::Executed,
+        };
+        let executed = origin == Origin::Executed;
+        let shares = process.shares;
+        if shares.files && executed || adopted && shares != Shares::default() {
+            self.shares_with_another(process);
         }
         let before = match when {
             When::Late if self.leads(creator) => self.snapshot.processes[creator].pid,
             _ => self.born_into[creator],
         };
         self.born_into.push(before);
-        self.births[index].forked = forked;
-        self.list(creator, when).push(birth(forked));
+        self.births[index].origin = origin;
+        self.list(creator, when).push(Birth {
+            pid: process.pid,
+            adopted,
+            body: Body::Process(index),
+        });
+    }
+
+    fn shares_with_another(&mut self, process: &Process) {
+        self.obstacles.push(Obstacle::without_remedy(
+            format!("process {}", process.pid),
+            "shares memory or tables with a process that cannot have created it as it is now, which \
+             is not supported",
+        ));
     }
 
     /// A process whose session no longer has its leader: that one comes back for a while.
@@ -238,10 +270,7 @@ impl Tree<'_> {
         let birth = Birth {
             pid: process.pid,
             adopted: false,
-            body: Body::Process {
-                index,
-                forked: false,
-            },
+            body: Body::Process(index),
         };
         if let Some(Birth {
             body: Body::Phantom(phantom),
@@ -251,6 +280,18 @@ impl Tree<'_> {
             phantom.births.push(birth);
         }
         self.births[at].adopts |= !adopted;
+        // The phantom has the memory of its creator, but tables of its own.
+        let shares = process.shares;
+        let memory_alone = Shares {
+            memory: shares.memory,
+            ..Shares::default()
+        };
+        if shares != memory_alone || shares.memory && at != creator {
+            self.shares_with_another(process);
+        }
+        if shares.memory {
+            self.births[index].origin = Origin::Sharing;
+        }
     }
 
     fn place_zombie(&mut self, zombie: &Zombie) {
@@ -284,12 +325,12 @@ impl Tree<'_> {
     }
 
     /// Shared anonymous memory goes from a process to its forks, so those who have it must descend
-    /// from one that has it by forks alone, or can be given it for them.
+    /// from one that has it by forks and shared memory alone, or can be given it for them.
     fn share_memory(&mut self) {
         let mut first: HashMap<usize, usize> = HashMap::new();
         for (index, process) in self.snapshot.processes.iter().enumerate() {
             let mut top = index;
-            while self.births[top].forked {
+            while self.births[top].origin != Origin::Executed {
                 let parent = self.snapshot.processes[top].parent;
                 top = self.index[&parent];
             }

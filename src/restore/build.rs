@@ -2,7 +2,7 @@
 
 use ckpt_tracer::proc::maps::Vma;
 
-use super::births::{Birth, Body, Phantom};
+use super::births::{Birth, Body, Origin, Phantom};
 use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
 use crate::error::Obstacle;
@@ -14,6 +14,7 @@ use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, signals, timers};
 
 /// One plan in the making.
+#[derive(Clone, Copy)]
 pub(super) struct Build<'a> {
     /// What all plans of the job have in common.
     pub(super) job: &'a Job<'a>,
@@ -50,7 +51,7 @@ impl Build<'_> {
         let mappings = &self.process.memory.mappings;
         let objects = &self.job.snapshot.shared_memory;
         memory::place_shared(mappings, objects, self.shared_at, forked, &mut plan);
-        self.family(&mut plan);
+        self.family(&mut plan, &mut obstacles);
         memory::finish(
             mappings,
             self.job.snapshot,
@@ -140,7 +141,7 @@ impl Build<'_> {
     }
 
     /// Children, session and group.
-    fn family(&self, plan: &mut Builder) {
+    fn family(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let births = &self.job.births[self.index];
         let process = self.process;
         let subreaper = |on: u64, plan: &mut Builder| {
@@ -151,7 +152,7 @@ impl Build<'_> {
             subreaper(1, plan);
         }
         for birth in &births.early {
-            self.birth(birth, plan);
+            self.birth(birth, plan, obstacles);
         }
         let leads = self.job.terminals.leads(self.index, self.job.snapshot);
         if leads {
@@ -167,7 +168,7 @@ impl Build<'_> {
             self.control_terminal(plan);
         }
         for birth in &births.late {
-            self.birth(birth, plan);
+            self.birth(birth, plan, obstacles);
         }
         plan.stage(Stage::Born);
         let joins = if leads {
@@ -254,25 +255,34 @@ impl Build<'_> {
         }
     }
 
-    fn birth(&self, birth: &Birth, plan: &mut Builder) {
+    fn birth(&self, birth: &Birth, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let parent = if birth.adopted { libc::CLONE_PARENT } else { 0 };
-        match &birth.body {
-            Body::Process {
-                forked: true,
-                index,
-            } => {
-                let flags = parent | self.job.process(*index).shares.flags();
-                plan.process(birth.pid, flags as u64, |_| {});
-            }
-            Body::Process { index, .. } => {
-                let shares = self.job.process(*index).shares.flags();
-                let flags = libc::CLONE_VM | libc::CLONE_VFORK | parent | shares;
-                plan.process(birth.pid, flags as u64, |plan| self.execute(*index, plan));
-            }
+        let index = match &birth.body {
+            Body::Process(index) => *index,
             Body::Phantom(phantom) => {
-                let flags = (libc::CLONE_VM | parent) as u64;
-                plan.process(birth.pid, flags, |plan| {
-                    self.phantom(birth.pid, phantom, plan)
+                let flags = libc::CLONE_VM | parent;
+                return plan.process(birth.pid, flags, libc::SIGCHLD, |plan| {
+                    self.phantom(birth.pid, phantom, plan, obstacles);
+                });
+            }
+        };
+        let process = self.job.process(index);
+        let flags = parent | process.shares.flags();
+        match self.job.births[index].origin {
+            Origin::Forked => plan.process(birth.pid, flags, process.exit_signal, |_| {}),
+            Origin::Sharing => plan.process(birth.pid, flags, process.exit_signal, |plan| {
+                let its = Build {
+                    index,
+                    process,
+                    ..*self
+                };
+                its.family(plan, obstacles);
+                its.process_state(plan, obstacles);
+            }),
+            Origin::Executed => {
+                let flags = flags | libc::CLONE_VM | libc::CLONE_VFORK;
+                plan.process(birth.pid, flags, libc::SIGCHLD, |plan| {
+                    self.execute(index, plan);
                 });
             }
         }
@@ -296,7 +306,13 @@ impl Build<'_> {
 
     /// What a process does that ends before the job goes on; it hands over twice, when it leads
     /// what it is to lead, and when it is in its group.
-    fn phantom(&self, pid: i32, phantom: &Phantom, plan: &mut Builder) {
+    fn phantom(
+        &self,
+        pid: i32,
+        phantom: &Phantom,
+        plan: &mut Builder,
+        obstacles: &mut Vec<Obstacle>,
+    ) {
         let object = || format!("helper process {pid}");
         if phantom.leads_session {
             plan.syscall(libc::SYS_setsid, &[], object);
@@ -308,7 +324,7 @@ impl Build<'_> {
         let name = plan.data(&name);
         plan.syscall(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, name], object);
         for birth in &phantom.births {
-            self.birth(birth, plan);
+            self.birth(birth, plan, obstacles);
         }
         plan.pause();
         if let Some(group) = phantom.joins {
@@ -343,7 +359,9 @@ impl Build<'_> {
             files::number(process, staging, plan);
         }
         rebuild_places(process, plan);
-        signals::rebuild_actions(&process.actions, plan);
+        if !process.shares.actions {
+            signals::rebuild_actions(&process.actions, plan);
+        }
         sysv_sem::rebuild(process, snapshot, plan);
         sysv_msg::rebuild(process, snapshot, plan);
         for thread in &process.threads[1..] {
@@ -362,7 +380,9 @@ impl Build<'_> {
             obstacles.push(o);
         }
         signals::rebuild_pending(&process.pending, process.pid, None, plan);
-        process.memory.rebuild_locks(plan);
+        if !process.shares.memory {
+            process.memory.rebuild_locks(plan);
+        }
         limits::rebuild(&process.limits, plan);
         process.threads[0].rebuild(process.pid, plan);
         process.memory.rebuild_dumpable(plan);
@@ -398,7 +418,7 @@ impl Build<'_> {
             }
         }
         let others = snapshot.processes.iter().zip(&self.job.births).skip(1);
-        let executed = others.filter(|(_, b)| !b.forked);
+        let executed = others.filter(|(_, b)| b.origin == Origin::Executed);
         let mut programs: Vec<usize> = executed.map(|(p, _)| p.memory.executable).collect();
         programs.sort_unstable();
         programs.dedup();

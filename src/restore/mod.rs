@@ -126,10 +126,11 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     for cut in Cut::all(&snapshot, request).map_err(Error::Refused)? {
         text.push_str(&format!("# {}\n", cut.describe()));
     }
-    for (index, process) in snapshot.processes.iter().enumerate() {
+    for index in job.owners() {
         let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
-            text.push_str(&format!("# process {}\n", process.pid));
+            let pid = snapshot.processes[index].pid;
+            text.push_str(&format!("# process {pid}\n"));
         }
         for warning in &planned.plan.warnings {
             text.push_str(&format!("# warning: {warning}\n"));
@@ -147,7 +148,7 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     // First plans find what stands in the way, before anything exists.
     let mut obstacles = Vec::new();
     let mut inherit = Vec::new();
-    for index in 0..snapshot.processes.len() {
+    for index in job.owners() {
         match job.draft(index) {
             Ok(plan) if index == 0 => inherit = plan.inherit,
             Ok(_) => {}

@@ -17,6 +17,7 @@ use std::mem::size_of;
 
 use nix::errno::Errno;
 
+use crate::child::{Child, pause_forever};
 use crate::kcmp::{KcmpType, kcmp};
 use crate::proc::pagemap::{PagemapScanner, ScanMethod};
 use crate::proc::{mounts, status};
@@ -253,7 +254,7 @@ impl KernelFeatures {
         let Some(child) = Child::start(pause_forever) else {
             return;
         };
-        let pid = child.0;
+        let pid = child.pid();
         let mut copy = 0u64;
         let local = libc::iovec {
             iov_base: (&raw mut copy).cast(),
@@ -321,71 +322,6 @@ impl KernelFeatures {
         self.user_namespace = code & 1 != 0;
         self.pid_namespace = code & 2 != 0;
         self.time_namespace = code & 4 != 0;
-    }
-}
-
-/// A child that is killed and waited for when dropped.
-struct Child(libc::pid_t);
-
-impl Child {
-    /// `main` runs in a copy of one thread of us: it may make system calls and nothing else.
-    fn start(main: fn() -> !) -> Option<Self> {
-        let parent = std::process::id();
-        // SAFETY: without flags clone is fork, but for the exit signal, which is none here. The
-        // child makes only system calls: no allocation, no lock, no destructor.
-        match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
-            0 => {
-                die_with(parent);
-                main()
-            }
-            pid if pid > 0 => Some(Self(pid as libc::pid_t)),
-            _ => None,
-        }
-    }
-
-    fn exit_code(self) -> Option<i32> {
-        let mut what = 0;
-        let pid = self.0;
-        std::mem::forget(self);
-        // SAFETY: a child of ours that nobody else waits for; `what` lives on.
-        let waited = unsafe { libc::waitpid(pid, &mut what, libc::__WALL) };
-        (waited == pid && libc::WIFEXITED(what)).then(|| libc::WEXITSTATUS(what))
-    }
-}
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        // SAFETY: the child has not been waited for, so the pid is still its own.
-        unsafe {
-            libc::kill(self.0, libc::SIGKILL);
-            libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL);
-        }
-    }
-}
-
-/// Ends the child when the parent ends, or has ended before this could be said.
-fn die_with(parent: u32) {
-    // SAFETY: plain system calls.
-    unsafe {
-        libc::syscall(
-            libc::SYS_prctl,
-            libc::PR_SET_PDEATHSIG,
-            libc::SIGKILL,
-            0,
-            0,
-            0,
-        );
-        // 0 is a parent in an outer pid namespace.
-        if ![0, i64::from(parent)].contains(&libc::syscall(libc::SYS_getppid)) {
-            libc::_exit(0);
-        }
-    }
-}
-
-fn pause_forever() -> ! {
-    loop {
-        // SAFETY: a plain system call.
-        unsafe { libc::syscall(libc::SYS_pause) };
     }
 }
 

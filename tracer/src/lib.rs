@@ -15,6 +15,7 @@
 pub mod abi;
 mod addr;
 pub mod blob;
+mod child;
 mod error;
 pub mod fault;
 pub mod features;

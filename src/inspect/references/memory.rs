@@ -150,7 +150,8 @@ enum Owner<'a> {
 /// Spaces belong to one owner each, and their pages lie inside of it.
 pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) {
     let mut owners: HashMap<SpaceId, Owner<'_>> = HashMap::new();
-    for process in &snapshot.processes {
+    let own = |p: &&Process| !p.shares.memory;
+    for process in snapshot.processes.iter().filter(own) {
         let space = process.memory.space;
         let before = owners.insert(space, Owner::Memory(process));
         require!(

@@ -20,7 +20,8 @@ use crate::objects::{SpaceId, files};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
-/// Refusals and records for one process's mappings.
+/// Records of one process's mappings.
+#[derive(Clone)]
 pub struct Captured {
     /// The mappings, without the vsyscall page.
     pub mappings: Vec<Mapping>,
