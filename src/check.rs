@@ -118,23 +118,22 @@ fn look_at_all(sources: &[&Source], depth: Depth, collector: &mut Collector) -> 
     ipc::capture(&spaces, collector)
 }
 
-/// Processes that share more than a fork leaves them sharing. What is shared with the parent, and
-/// can be made again, is noted.
+/// What processes may share beyond what a fork leaves them sharing.
+const SHARED: [(KcmpType, &str); 5] = [
+    (KcmpType::Vm, "its memory (CLONE_VM)"),
+    (KcmpType::Files, "its table of descriptors (CLONE_FILES)"),
+    (KcmpType::Fs, "its working directory (CLONE_FS)"),
+    (KcmpType::Sighand, "its signal actions (CLONE_SIGHAND)"),
+    (
+        KcmpType::Sysvsem,
+        "its adjustments of semaphores (CLONE_SYSVSEM)",
+    ),
+];
+
+/// Processes that share such things. What is shared with the parent can be made again and is noted.
 pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Result<()> {
-    if sources.len() < 2 {
-        return Ok(());
-    }
     let leaders: Vec<Tid> = sources.iter().map(|s| s.pid.leader()).collect();
-    for (what, name) in [
-        (KcmpType::Vm, "its memory (CLONE_VM)"),
-        (KcmpType::Files, "its table of descriptors (CLONE_FILES)"),
-        (KcmpType::Fs, "its working directory (CLONE_FS)"),
-        (KcmpType::Sighand, "its signal actions (CLONE_SIGHAND)"),
-        (
-            KcmpType::Sysvsem,
-            "its adjustments of semaphores (CLONE_SYSVSEM)",
-        ),
-    ] {
+    for (what, name) in SHARED {
         for group in group_tasks(leaders.clone(), what)? {
             if group.len() < 2 || what == KcmpType::Sysvsem && !has_undo_list(group[0])? {
                 continue;
@@ -166,6 +165,10 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
             }
         }
     }
+    let of_job = |pid| sources.iter().any(|s| s.pid == pid);
+    for source in sources.iter().filter(|s| !of_job(s.status.ppid)) {
+        shared_with_outsider(source, collector);
+    }
     Ok(())
 }
 
@@ -186,6 +189,23 @@ fn clocks_of_their_own(sources: &[&Source], collector: &mut Collector) {
                  another one, which is not supported",
             ));
         }
+    }
+}
+
+/// What a process shares with its parent, who does not belong to the job. Of one that we may not look
+/// into it is not known.
+fn shared_with_outsider(source: &Source, collector: &mut Collector) {
+    let (pid, parent) = (source.pid.leader(), source.status.ppid);
+    let same = |what| kcmp(pid, parent.leader(), what).is_ok_and(Ordering::is_eq);
+    let shared = SHARED.iter().find(|(what, _)| {
+        same(*what) && (*what != KcmpType::Sysvsem || has_undo_list(pid).unwrap_or(false))
+    });
+    if let Some((_, name)) = shared {
+        collector.obstacles.push(Obstacle::new(
+            source.title(),
+            format!("shares {name} with its parent, process {parent}, which is outside the job"),
+            format!("take that one into the job: ckpt attach {parent}"),
+        ));
     }
 }
 

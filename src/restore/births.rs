@@ -116,8 +116,8 @@ struct Tree<'a> {
     births: Vec<Births>,
     /// The session that each process is born into.
     born_into: Vec<i32>,
-    /// Phantoms that lead sessions: by id, the creator and the list.
-    phantoms: HashMap<i32, (usize, When)>,
+    /// Phantoms that lead sessions, by id: the creator, and whether by `CLONE_PARENT`.
+    phantoms: HashMap<i32, (usize, bool)>,
     obstacles: Vec<Obstacle>,
 }
 
@@ -251,11 +251,19 @@ impl Tree<'_> {
             ));
             return;
         }
-        let (at, when) = *self
-            .phantoms
-            .entry(session)
-            .or_insert((creator, When::Late));
-        let list = self.list(at, when);
+        let parent = (creator, adopted);
+        let first = *self.phantoms.entry(session).or_insert(parent);
+        if first != parent {
+            self.obstacles.push(Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                format!(
+                    "is in session {session}, whose leader has gone, and so is a child of another \
+                     parent, which cannot be brought about again"
+                ),
+            ));
+            return;
+        }
+        let list = self.list(creator, When::Late);
         if !list.iter().any(|b| b.pid == session) {
             list.push(Birth {
                 pid: session,
@@ -279,17 +287,16 @@ impl Tree<'_> {
         {
             phantom.births.push(birth);
         }
-        self.births[at].adopts |= !adopted;
+        self.births[creator].adopts |= !adopted;
         // The phantom has the memory of its creator, but tables of its own.
-        let shares = process.shares;
         let memory_alone = Shares {
-            memory: shares.memory,
+            memory: process.shares.memory,
             ..Shares::default()
         };
-        if shares != memory_alone || shares.memory && at != creator {
+        if process.shares != memory_alone {
             self.shares_with_another(process);
         }
-        if shares.memory {
+        if process.shares.memory {
             self.births[index].origin = Origin::Sharing;
         }
     }
