@@ -74,6 +74,8 @@ pub fn rebuild(
     for live in &mut lives {
         live.worker.run_to(Stage::Threads, &mut unexpected)?;
         fault::hit(Step::RestoreThreads)?;
+    }
+    for live in &mut lives {
         live.worker.run_to_done()?;
     }
     let mut warnings = Vec::new();
