@@ -93,7 +93,8 @@ pub struct Process {
     pub semaphore_adjustments: Vec<Adjustment>,
 }
 
-fn sigchld() -> i32 {
+/// The exit signal of nearly all processes.
+pub(super) fn sigchld() -> i32 {
     libc::SIGCHLD
 }
 

@@ -25,6 +25,16 @@ pub struct Birth {
     pub body: Body,
 }
 
+impl Birth {
+    /// The signal by which its end before the job goes on is told, if it ends.
+    pub fn tells(&self) -> Option<i32> {
+        match &self.body {
+            Body::Phantom(phantom) => Some(phantom.exit_signal).filter(|signal| *signal != 0),
+            Body::Process(_) => None,
+        }
+    }
+}
+
 /// What is created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
@@ -59,6 +69,8 @@ pub struct Phantom {
     pub joins: Option<i32>,
     /// What its parent will be told; without one it is waited for before the job goes on.
     pub zombie: Option<i32>,
+    /// The signal that tells its parent of its end.
+    pub exit_signal: i32,
     /// Whom it creates.
     pub births: Vec<Birth>,
 }
@@ -271,6 +283,7 @@ impl Tree<'_> {
                 body: Body::Phantom(Phantom {
                     leads_session: true,
                     leads_group: true,
+                    exit_signal: libc::SIGCHLD,
                     ..Phantom::default()
                 }),
             });
@@ -310,6 +323,7 @@ impl Tree<'_> {
             leads_group: zombie.group == zombie.pid && !leads_session,
             joins: (zombie.group != zombie.pid).then_some(zombie.group),
             zombie: Some(zombie.status),
+            exit_signal: zombie.exit_signal,
             births: Vec::new(),
         };
         // A leader that others were waiting for to be placed is there already.
@@ -403,6 +417,7 @@ impl Tree<'_> {
         };
         let phantom = Phantom {
             leads_group: true,
+            exit_signal: libc::SIGCHLD,
             ..Phantom::default()
         };
         let birth = Birth {

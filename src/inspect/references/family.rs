@@ -130,6 +130,7 @@ fn zombies(snapshot: &Snapshot, place: &HashMap<i32, usize>, faults: &mut Faults
         require!(
             faults,
             (0..=0xffff).contains(&zombie.status)
+                && (0..=super::LAST_SIGNAL as i32).contains(&zombie.exit_signal)
                 && (zombie.status & 0x7f == 0 || zombie.status & 0x7f < 65)
                 && zombie.name.len() <= super::NAME_BYTES
                 && !zombie.name.contains(&0),

@@ -64,12 +64,11 @@ impl Build<'_> {
                 });
             }
         }
-        let any_ended = births.all().any(|b| matches!(b.body, Body::Phantom(_)));
-        if any_ended {
-            // Setting the default action of SIGCHLD forgets one that is pending (sigaction(2)).
-            let default = plan.data(&[0; 32]);
-            let args = [libc::SIGCHLD as u64, default, 0, 8];
-            plan.syscall(libc::SYS_rt_sigaction, &args, || "SIGCHLD".into());
+        let mut told: Vec<i32> = births.all().filter_map(Birth::tells).collect();
+        told.sort_unstable();
+        told.dedup();
+        for signal in told {
+            forget(signal, plan);
         }
         if births.adopts {
             subreaper(0, plan);
@@ -129,7 +128,7 @@ impl Build<'_> {
             Body::Process(index) => *index,
             Body::Phantom(phantom) => {
                 let flags = libc::CLONE_VM | parent;
-                return plan.process(birth.pid, flags, libc::SIGCHLD, |plan| {
+                return plan.process(birth.pid, flags, phantom.exit_signal, |plan| {
                     self.phantom(birth.pid, phantom, plan, obstacles);
                 });
             }
@@ -213,5 +212,16 @@ impl Build<'_> {
         }
         let code = (status >> 8) & 0xff;
         plan.syscall(libc::SYS_exit_group, &[code as u64], object);
+    }
+}
+
+/// What is pending of a signal is forgotten when its action becomes to ignore it (sigaction(2)),
+/// which is the default for SIGCHLD.
+fn forget(signal: i32, plan: &mut Builder) {
+    let ignore = (signal != libc::SIGCHLD).then_some(libc::SIG_IGN as u64);
+    for action in ignore.into_iter().chain([libc::SIG_DFL as u64]) {
+        let action = plan.data(&[action, 0, 0, 0].map(u64::to_le_bytes).concat());
+        let args = [signal as u64, action, 0, 8];
+        plan.syscall(libc::SYS_rt_sigaction, &args, || format!("signal {signal}"));
     }
 }
