@@ -25,11 +25,13 @@ use crate::progress::Progress;
 use crate::restore::births;
 use crate::snapshot;
 
+pub mod bundle;
 mod cow;
 pub mod pages;
 pub mod save_files;
 pub mod source;
 
+use bundle::Bundle;
 use cow::Comparison;
 use pages::{PageSink, Reading};
 use save_files::SaveFiles;
@@ -60,6 +62,8 @@ pub struct Request<'a> {
     pub after: After,
     /// Open files whose contents go into the image.
     pub save_files: SaveFiles,
+    /// Programs, libraries and files that the job only reads go into the image as well.
+    pub bundle: bool,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -187,7 +191,11 @@ fn checkpoint<W: Write + Send + 'static>(
         attempts += 1;
     };
     fault::hit(Step::StateCaptured)?;
-    let memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
+    let bundle = match request.bundle {
+        true => Bundle::open(&captured.snapshot, captured.next_space)?,
+        false => Bundle::empty(),
+    };
+    let mut memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
     fault::hit(Step::Release)?;
 
     let threads = frozen.tasks() as u32;
@@ -202,6 +210,13 @@ fn checkpoint<W: Write + Send + 'static>(
 
     let mut snapshot = captured.snapshot;
     host::read_build_ids(&mut snapshot);
+    if request.bundle {
+        request.progress.begin(bundle.bytes());
+        let mut sink = PageSink::new(&mut writer, request.progress);
+        snapshot.bundle = bundle.store(&mut sink)?;
+        memory_bytes += sink.finish()?;
+        request.progress.end();
+    }
     writer.section(
         snapshot::SECTION,
         snapshot::VERSION,
@@ -275,6 +290,8 @@ struct CapturedJob {
     /// Of each process.
     memory: Vec<(Vec<Vma>, PagemapScanner)>,
     contents: Vec<(SpaceId, source::Contents)>,
+    /// The first that nothing has.
+    next_space: SpaceId,
     /// See [`Report::warnings`].
     warnings: Vec<String>,
 }
@@ -335,7 +352,8 @@ fn capture_frozen(
     }
     let zombies = job.ended.iter().map(|pid| zombie::capture(*pid));
     let zombies = zombies.collect::<Result<_>>()?;
-    let host = host::describe(&processes[0])?;
+    let host = host::describe(&processes[0], sources)?;
+    let next_space = collector.new_space();
     let Collector {
         descriptions,
         terminals,
@@ -357,6 +375,7 @@ fn capture_frozen(
         mapped_files,
         shared_memory,
         ipc,
+        bundle: Vec::new(),
     };
     // What could not be brought about again is refused now, not at the restore.
     births::decide(&snapshot).map_err(Error::Refused)?;
@@ -364,6 +383,7 @@ fn capture_frozen(
         snapshot,
         memory,
         contents,
+        next_space,
         warnings,
     })
 }

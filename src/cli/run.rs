@@ -40,6 +40,9 @@ pub struct Run {
     /// Store the contents of open files that match with each checkpoint, as `ckpt attach --save-files` does; may be repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
+    /// Store the program, its libraries and the files that it only reads with each checkpoint, as `ckpt attach --bundle` does.
+    #[arg(long)]
+    bundle: bool,
     #[command(flatten)]
     loudness: Loudness,
     /// The program and its arguments.
@@ -91,6 +94,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
             keep: args.keep as usize,
             codec: args.codec,
             save_files: args.save_files.clone(),
+            bundle: args.bundle,
         };
         let (quiet, verbose) = (args.loudness.quiet, args.loudness.verbose);
         let failed: Tell = Box::new(|line| complain(&line));

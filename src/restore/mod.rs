@@ -9,24 +9,21 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use ckpt_image::{Arch, Reader};
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::objects::credentials::Credentials;
-use crate::objects::files::changed::Cut;
 use crate::objects::files::inotify::Overflows;
-use crate::objects::{Snapshot, ipc, scheduling};
+use crate::objects::{ipc, scheduling};
 use crate::progress::Progress;
-use crate::snapshot;
 use planner::Job;
 use put::PutFiles;
 
 pub mod births;
 mod build;
+pub mod bundle;
 pub mod clock;
 pub mod contents;
 pub mod driver;
@@ -40,8 +37,10 @@ pub mod pty;
 pub mod put;
 pub mod spawn;
 pub mod stop;
+pub mod surroundings;
 pub mod terminal;
 pub mod terminals;
+mod way;
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,22 +111,25 @@ impl Restored {
 
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
-    let (image, mut snapshot) = open(request)?;
-    clock::foresee(request.clock, &mut snapshot.host)?;
-    ipc::refuse(&snapshot, request)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
+    let opened = way::open(request, clock::foresee)?;
+    let snapshot = &opened.snapshot;
+    let way = way::look(&opened, request)?;
     let mut text = String::new();
-    if let Some(warning) = put::warning(request.put_files, &snapshot) {
+    let nothing_put = put::warning(request.put_files, snapshot);
+    for warning in opened.warnings.iter().chain(&nothing_put) {
         text.push_str(&format!("# warning: {warning}\n"));
     }
-    for put in put::decide(&snapshot, &image, request.put_files)? {
+    for path in &opened.given {
+        text.push_str(&format!("# take {} from the image\n", path.display()));
+    }
+    for put in &way.puts {
         text.push_str(&format!("# {}\n", put.describe()));
     }
-    for cut in Cut::all(&snapshot, request).map_err(Error::Refused)? {
+    for cut in &way.cuts {
         text.push_str(&format!("# {}\n", cut.describe()));
     }
     for (index, process) in snapshot.processes.iter().enumerate() {
-        let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
+        let planned = way.job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
             text.push_str(&format!("# process {}\n", process.pid));
         }
@@ -139,41 +141,42 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     Ok(text)
 }
 
+/// Everything that stands in the way of a restore; empty when there is nothing. Touches nothing.
+///
+/// # Errors
+/// When the image cannot be read, or cannot be believed.
+pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
+    let opened = way::open(request, clock::foresee)?;
+    match way::look(&opened, request) {
+        Ok(way) => Ok(pids_taken(&way.job)),
+        Err(Error::Refused(obstacles)) => Ok(obstacles),
+        Err(e) => Err(e),
+    }
+}
+
 /// Restores. On error no process is left behind.
 pub fn restore(request: &Request<'_>) -> Result<Restored> {
-    let (image, mut snapshot) = open(request)?;
-    clock::enter(request.clock, &mut snapshot.host)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
-    // First plans find what stands in the way, before anything exists.
-    let mut obstacles = Vec::new();
-    let mut inherit = Vec::new();
-    for index in 0..snapshot.processes.len() {
-        match job.draft(index) {
-            Ok(plan) if index == 0 => inherit = plan.inherit,
-            Ok(_) => {}
-            Err(more) => obstacles.extend(more),
-        }
+    let opened = way::open(request, clock::enter)?;
+    let (image, snapshot) = (&opened.image, &opened.snapshot);
+    let way::Way {
+        job,
+        inherit,
+        puts,
+        cuts,
+    } = way::look(&opened, request)?;
+    let taken = pids_taken(&job);
+    if !taken.is_empty() {
+        return Err(Error::Refused(taken));
     }
-    obstacles.extend(pids_taken(&job));
-    let puts = refused_or(
-        put::decide(&snapshot, &image, request.put_files),
-        &mut obstacles,
-    )?;
-    let cuts = Cut::all(&snapshot, request).map_err(Error::Refused);
-    let cuts = refused_or(cuts, &mut obstacles)?;
-    if !obstacles.is_empty() {
-        return Err(Error::Refused(obstacles));
-    }
-    ipc::refuse(&snapshot, request)?;
-    let put_back = put::put(&puts, &image)?;
-    let objects = ipc::Prepared::new(&snapshot, &image, request)?;
+    let put_back = put::put(&puts, image)?;
+    let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
-    let ptys = pty::Ptys::make(&snapshot, &job.terminals)?;
-    let descriptors = contents::open_all(&inherit, &snapshot, &image, &ptys)?;
-    let mut overflows = Some(Overflows::of(&inherit, &descriptors, &snapshot)?);
+    let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
+    let descriptors = contents::open_all(&inherit, snapshot, image, &ptys)?;
+    let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
-    let master = ptys.finish(&snapshot)?;
-    let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
+    let master = ptys.finish(snapshot)?;
+    let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
@@ -181,16 +184,17 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         if request.foreground && master.is_none() && root.session != root.pid {
-            terminal = terminal::Foreground::lend(&snapshot, &job.terminals);
+            terminal = terminal::Foreground::lend(snapshot, &job.terminals);
         }
         Ok(())
     };
-    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader, last)?;
+    let mut warnings = driver::rebuild(&job, image, &cuts, &mut brood, leader, last)?;
+    warnings.extend(opened.warnings.iter().cloned());
     warnings.extend(lost);
     brood.keep();
     terminal.iter().for_each(terminal::Foreground::redraw);
     warnings.extend(objects.keep());
-    warnings.extend(put::warning(request.put_files, &snapshot));
+    warnings.extend(put::warning(request.put_files, snapshot));
     warnings.extend(put_back.keep());
     Ok(Restored {
         pid: root.pid,
@@ -198,17 +202,6 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         terminal,
         master,
     })
-}
-
-/// Collects a refusal with the others.
-fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
-    match result {
-        Err(Error::Refused(more)) => {
-            obstacles.extend(more);
-            Ok(T::default())
-        }
-        other => other,
-    }
 }
 
 /// Ids of the job that somebody else has. Those of processes that have just been killed are free
@@ -241,85 +234,6 @@ fn ids_taken(job: &Job<'_>) -> Vec<i32> {
     ids.dedup();
     ids.retain(|id| Path::new(&format!("/proc/{id}")).exists());
     ids
-}
-
-fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
-    let image = Reader::open(request.image)?;
-    image.require_arch(Arch::native())?;
-    let mut snapshot = snapshot::read(&image, request.image)?;
-    let faults = crate::inspect::references::check(&snapshot, &image);
-    if let Some(fault) = faults.into_iter().next() {
-        return Err(Error::Metadata {
-            path: request.image.to_owned(),
-            what: fault,
-        });
-    }
-    refuse_other_machine(&snapshot)?;
-    paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
-    put::forget(request.put_files, &mut snapshot);
-    Ok((image, snapshot))
-}
-
-/// What the processor and the kernel must have in common with those of the checkpoint.
-fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
-    let was = &snapshot.host;
-    let mut obstacles = Vec::new();
-    let now = ckpt_tracer::features::KernelFeatures::probe().cpu.xcr0;
-    let missing = was.xcr0 & !now;
-    if missing != 0 {
-        obstacles.push(Obstacle::new(
-            "the job",
-            format!(
-                "may use processor state that this machine does not have ({})",
-                component_names(missing)
-            ),
-            "restore it on a machine with the same or a newer processor",
-        ));
-    }
-    let uses_vdso = snapshot.processes.iter().any(|p| {
-        use crate::objects::memory::{Backing, KernelMapping};
-        p.memory
-            .mappings
-            .iter()
-            .any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
-    });
-    if uses_vdso && was.vdso_digest != host::vdso_digest() {
-        obstacles.push(Obstacle::new(
-            "the job",
-            format!(
-                "was checkpointed on kernel {} with another vDSO, which is not supported yet",
-                was.kernel
-            ),
-            "restore it on a machine with that kernel",
-        ));
-    }
-    if obstacles.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Refused(obstacles))
-    }
-}
-
-/// Names of xsave components (Intel SDM volume 1, chapter 13).
-fn component_names(bits: u64) -> String {
-    const NAMES: &[(u64, &str)] = &[
-        (1 << 1, "SSE"),
-        (1 << 2, "AVX"),
-        (3 << 3, "MPX"),
-        (7 << 5, "AVX-512"),
-        (1 << 9, "protection keys"),
-        (3 << 17, "AMX"),
-    ];
-    let names: Vec<&str> = NAMES
-        .iter()
-        .filter(|(mask, _)| bits & mask != 0)
-        .map(|(_, name)| *name)
-        .collect();
-    if names.is_empty() {
-        format!("components {bits:#x}")
-    } else {
-        names.join(", ")
-    }
 }
 
 /// What the new process will have from us before the plan sets anything.
