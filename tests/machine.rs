@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -13,6 +14,7 @@ use common::fixture::killed;
 use common::logger::{Logger, mapping};
 use common::look::assert_nobody_left;
 use common::refused::{FAILED, restore_is_refused};
+use common::tool::{CKPT, source};
 use common::{
     Case, attach, ckpt, isolated, isolated_as_user, restore_cmd, restored, run, start, until,
 };
@@ -245,6 +247,139 @@ fn a_smaller_extended_state_fits() {
             case.skip("a state component that the fixture does not use");
         }
         target.continued_by(restored(case, &smaller, &[]));
+        target.passes();
+    });
+}
+
+/// What a program of that level is told by glibc; and `ckpt` by its environment.
+#[test]
+fn a_baseline_is_kept_by_glibc_and_known_at_the_checkpoint() {
+    isolated(
+        "a_baseline_is_kept_by_glibc_and_known_at_the_checkpoint",
+        |case| {
+            if !Path::new("/usr/include/x86_64-linux-gnu/sys/platform/x86.h").exists() {
+                case.skip("sys/platform/x86.h (libc6-dev 2.33 or newer)");
+            }
+            let program = case.path("levels");
+            let mut gcc = Command::new("gcc");
+            gcc.arg("-O1")
+                .arg("-o")
+                .arg(&program)
+                .arg(source("levels.c"));
+            run(case, &mut gcc).ok();
+            let mut levels = Vec::new();
+            for level in [None, Some("x86-64-v3"), Some("x86-64-v2")] {
+                let name = level.unwrap_or("none");
+                let log = case.path(&format!("{name}.log"));
+                let mut command = Command::new(CKPT);
+                command
+                    .arg("run")
+                    .args(level.map(|l| format!("--cpu-baseline={l}")));
+                let job = start(command.arg("--").arg(&program), &log);
+                let text = until("what it finds", || {
+                    let text = fs::read_to_string(&log).ok()?;
+                    text.contains("compiler avx2").then_some(text)
+                });
+                let pid = job.descendants()[0];
+                let (image, _) = attach(case, pid, &format!("{name}.ckpt"), &["--kill"]);
+                assert_eq!(job.wait(), common::Ended::Exited(137));
+                let summary = &json(case, &["inspect", "--json"], &image)["summary"];
+                assert_eq!(summary["cpu_baseline"], Value::from(level));
+                levels.push(text);
+            }
+            let here = |text: &str, word: &str| text.contains(word);
+            if !here(&levels[0], "popcnt 1 avx2 1") {
+                case.skip("a processor with AVX2");
+            }
+            assert!(here(&levels[1], "popcnt 1 avx2 1"), "{levels:?}");
+            assert!(here(&levels[2], "popcnt 1 avx2 0"), "{levels:?}");
+            // Who asks the processor itself is not kept from it, as docs/limits.md says.
+            assert!(here(&levels[2], "compiler avx2 1"), "{levels:?}");
+        },
+    );
+}
+
+/// A process that lost the environment may use everything, and so may the job.
+#[test]
+fn a_baseline_is_that_of_all_processes() {
+    isolated("a_baseline_is_that_of_all_processes", |case| {
+        for (script, baseline) in [
+            ("sleep 1000 & wait", Value::from("x86-64-v2")),
+            ("env -i sleep 1000 & wait", Value::Null),
+        ] {
+            let mut command = Command::new(CKPT);
+            command.args([
+                "run",
+                "--cpu-baseline",
+                "x86-64-v2",
+                "--",
+                "sh",
+                "-c",
+                script,
+            ]);
+            let job = start(&mut command, &case.path("run.log"));
+            let pid = until("sleep", || {
+                let all = job.descendants();
+                let name = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm"));
+                let sleeps = all
+                    .iter()
+                    .any(|pid| name(pid).is_ok_and(|n| n == "sleep\n"));
+                sleeps.then(|| all[0])
+            });
+            let (image, _) = attach(case, pid, "job.ckpt", &["--kill"]);
+            assert_eq!(job.wait(), common::Ended::Exited(137));
+            let summary = &json(case, &["inspect", "--json"], &image)["summary"];
+            assert_eq!(summary["cpu_baseline"], baseline);
+        }
+    });
+}
+
+/// What is there and cannot be used is found in time too.
+#[test]
+fn what_cannot_be_used_is_told() {
+    isolated("what_cannot_be_used_is_told", |case| {
+        let program = case.path("program");
+        fs::copy(case.fixtures().join("inotify"), &program).expect("there is room");
+        let mut target = common::fixture::start_in(case, "inotify", "run", Command::new(&program));
+        let image = target.killed_into(case, "job.ckpt");
+        let mode = |mode| {
+            let set = fs::set_permissions(&program, fs::Permissions::from_mode(mode));
+            set.expect("it is ours");
+        };
+        mode(0o644);
+        let (watched, aside) = (target.path("dir"), case.path("aside"));
+        fs::rename(&watched, &aside).expect("it is ours");
+        // More huge pages than any machine has.
+        let greedy = edited(case, &image, "greedy.ckpt", |snapshot| {
+            let mappings = &mut snapshot.processes[0].memory.mappings;
+            let (start, page_size) = (1 << 40, 2 << 20);
+            let at = mappings.partition_point(|m| m.start < start);
+            let huge = ckpt::objects::memory::Mapping {
+                start,
+                end: start + (1 << 44),
+                backing: ckpt::objects::memory::Backing::AnonymousHuge { page_size },
+                flags: ckpt::objects::memory::MappingFlags::empty(),
+                name: None,
+                guards: Vec::new(),
+                ..mappings[0].clone()
+            };
+            mappings.insert(at, huge);
+        });
+        let out = run(case, &mut restore_cmd(&greedy, &[]));
+        let watched = watched.display().to_string();
+        out.refused(
+            FAILED,
+            &[&program.display().to_string(), "cannot be executed"],
+        );
+        out.refused(FAILED, &["inotify watch", &watched, "--map-path"]);
+        out.refused(
+            FAILED,
+            &["huge pages of 2048 KiB", "8388608", "nr_hugepages"],
+        );
+        assert_nobody_left();
+        mode(0o755);
+        fs::rename(&aside, &watched).expect("it is ours");
+        target.continued_by(restored(case, &image, &[]));
         target.passes();
     });
 }

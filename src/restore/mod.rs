@@ -10,7 +10,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::proc::status::read_status;
-use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
@@ -18,7 +17,6 @@ use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::{ipc, scheduling};
 use crate::progress::Progress;
-use planner::Job;
 use put::PutFiles;
 
 pub mod births;
@@ -31,6 +29,7 @@ mod executor;
 pub mod fill;
 mod handover;
 pub mod paths;
+mod pids;
 pub mod plan;
 pub mod planner;
 pub mod pty;
@@ -148,7 +147,7 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
 pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let opened = way::open(request, clock::foresee)?;
     match way::look(&opened, request) {
-        Ok(way) => Ok(pids_taken(&way.job)),
+        Ok(way) => Ok(opened.pids_in_the_way(&way.job)),
         Err(Error::Refused(obstacles)) => Ok(obstacles),
         Err(e) => Err(e),
     }
@@ -164,9 +163,9 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         puts,
         cuts,
     } = way::look(&opened, request)?;
-    let taken = pids_taken(&job);
-    if !taken.is_empty() {
-        return Err(Error::Refused(taken));
+    let pids = opened.pids_in_the_way(&job);
+    if !pids.is_empty() {
+        return Err(Error::Refused(pids));
     }
     let put_back = put::put(&puts, image)?;
     let objects = ipc::Prepared::new(snapshot, image, request)?;
@@ -204,38 +203,6 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     })
 }
 
-/// Ids of the job that somebody else has. Those of processes that have just been killed are free
-/// when their parent has taken note, so that is waited for.
-fn pids_taken(job: &Job<'_>) -> Vec<Obstacle> {
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
-    let begun = std::time::Instant::now();
-    loop {
-        let taken = ids_taken(job);
-        let ended = |id: &i32| read_status(Tid(*id)).is_ok_and(|s| s.state.has_ended());
-        if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
-            return taken.into_iter().map(pid_taken).collect();
-        }
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-}
-
-fn ids_taken(job: &Job<'_>) -> Vec<i32> {
-    let snapshot = job.snapshot;
-    let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
-    let tids = tids.map(|t| t.tid);
-    let zombies = snapshot.zombies.iter().map(|z| z.pid);
-    let helpers = job
-        .births
-        .iter()
-        .flat_map(births::Births::all)
-        .map(|b| b.pid);
-    let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    ids.retain(|id| Path::new(&format!("/proc/{id}")).exists());
-    ids
-}
-
 /// What the new process will have from us before the plan sets anything.
 fn host_state() -> Result<plan::HostState> {
     const CAP_SYS_RESOURCE: u64 = 1 << 24;
@@ -261,35 +228,4 @@ fn host_state() -> Result<plan::HostState> {
 fn own_securebits() -> u32 {
     // SAFETY: a call without pointers.
     unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) }.max(0) as u32
-}
-
-/// The obstacle that somebody else has the pid.
-pub(crate) fn pid_taken(pid: i32) -> Obstacle {
-    let name = tasks::comm(Pid(pid)).map_or_else(|_| "?".into(), |c| c.to_string());
-    let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
-    let who = if leader == pid {
-        format!("process {pid} ({name})")
-    } else {
-        format!("a thread of process {leader} ({name})")
-    };
-    // A zombie cannot be ended again; its parent has to take note of its end.
-    if let Ok(status) = read_status(Tid(pid))
-        && status.state.has_ended()
-    {
-        let parent = status.ppid;
-        return Obstacle::new(
-            format!("the pid {pid}"),
-            format!(
-                "is taken by {who}, which has ended but which its parent {parent} has not waited for"
-            ),
-            "let the parent wait for it or end the parent, or restore in a pid namespace of its own: \
-             unshare --pid --fork --mount-proc restore IMAGE",
-        );
-    }
-    Obstacle::new(
-        format!("the pid {pid}"),
-        format!("is taken by {who}"),
-        "end that one first, or restore in a pid namespace of its own: unshare --pid --fork \
-         --mount-proc restore IMAGE",
-    )
 }

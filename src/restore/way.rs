@@ -10,7 +10,7 @@ use super::clock::ClockPolicy;
 use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
-use super::{Request, bundle, paths, surroundings};
+use super::{Request, bundle, paths, pids, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::inspect::references;
@@ -31,6 +31,16 @@ pub(super) struct Opened {
     pub(super) warnings: Vec<String>,
     /// Bundled files that are not as they were here.
     pub(super) given: Vec<PathBuf>,
+}
+
+impl Opened {
+    /// Why the job cannot have its ids.
+    pub(super) fn pids_in_the_way(&self, job: &Job<'_>) -> Vec<Obstacle> {
+        let ids = pids::ids(&self.snapshot, &job.births);
+        let mut obstacles = pids::taken(&ids);
+        obstacles.extend(pids::not_to_be_had(&self.snapshot, &ids, &self.kernel));
+        obstacles
+    }
 }
 
 /// What a job is restored from.
@@ -120,7 +130,7 @@ pub(super) fn look<'a>(opened: &'a Opened, request: &'a Request<'a>) -> Result<W
             cuts,
         }),
         job => {
-            obstacles.extend(job.iter().flat_map(super::pids_taken));
+            obstacles.extend(job.iter().flat_map(|job| opened.pids_in_the_way(job)));
             Err(Error::Refused(each_once(obstacles)))
         }
     }

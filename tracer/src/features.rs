@@ -161,9 +161,7 @@ impl KernelFeatures {
             ..Self::default()
         };
         found.probe_calls();
-        found.set_tid = found.clone3
-            && (found.has_capability(CAP_CHECKPOINT_RESTORE)
-                || found.has_capability(CAP_SYS_ADMIN));
+        found.set_tid = found.clone3 && may_set_tid();
         found.probe_target();
         found.probe_namespaces();
         found
@@ -350,6 +348,18 @@ impl Drop for Child {
             libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL);
         }
     }
+}
+
+/// Whether we may choose pids, by choosing our own: permission is looked at before it is found that
+/// somebody has it (`alloc_pid`, kernel/pid.c).
+fn may_set_tid() -> bool {
+    let taken = std::process::id();
+    // SAFETY: a structure of numbers, for which zeros are no wish.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    (args.set_tid, args.set_tid_size) = ((&raw const taken) as u64, 1);
+    // SAFETY: `args` and `taken` live on. There is no child, since the pid is that of the caller.
+    let r = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+    r < 0 && Errno::last() == Errno::EEXIST
 }
 
 /// Ends the child when the parent ends, or has ended before this could be said.

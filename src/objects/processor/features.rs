@@ -156,8 +156,8 @@ const V3: &[&str] = &["fma", "movbe", "avx", "f16c", "bmi1", "avx2", "bmi2", "ab
 /// The dynamic linker saves registers with these whatever it is told.
 const LINKER: &[&str] = &["xsave", "osxsave", "xsaveopt", "xsavec", "xgetbv1"];
 
-/// Names of the features that glibc can be told not to use, as its tunable `glibc.cpu.hwcaps` has
-/// them (sysdeps/x86/cpu-features.c), below each level.
+/// Names of the features above each level that glibc can be told not to use, as its tunable
+/// `glibc.cpu.hwcaps` has them (sysdeps/x86/cpu-tunables.c).
 const ABOVE_V3: &[&str] = &[
     "AVX512F", "AVX512VL", "AVX512BW", "AVX512DQ", "AVX512CD", "AVX512ER", "AVX512PF", "RTM",
     "FMA4", "XOP",
@@ -195,25 +195,26 @@ impl Baseline {
         levels.iter().any(|level| level.contains(&feature))
     }
 
-    /// What of the level a processor with these features lacks.
-    pub fn lacking(self, features: &[&str]) -> Vec<&'static str> {
-        let needed = ALL.iter().map(|feature| feature.name);
-        let needed = needed.filter(|name| self.allows(name) && !LINKER.contains(name));
-        needed.filter(|name| !features.contains(name)).collect()
-    }
-
-    /// The value of the tunable `glibc.cpu.hwcaps` that keeps glibc to the level.
-    pub fn glibc_hwcaps(self) -> String {
+    /// What a program is told by `GLIBC_TUNABLES` that had that value before: glibc then does not
+    /// choose functions, nor libraries of its `glibc-hwcaps` directories, above the level.
+    pub fn glibc_tunables(self, before: Option<&str>) -> String {
+        const HWCAPS: &str = "glibc.cpu.hwcaps=";
         let above: &[&[&str]] = match self {
             Self::V2 => &[ABOVE_V3, ABOVE_V2],
             Self::V3 => &[ABOVE_V3],
         };
-        let off = above
-            .iter()
-            .copied()
-            .flatten()
-            .map(|name| format!("-{name}"));
-        off.collect::<Vec<_>>().join(",")
+        let off = above.iter().copied().flatten();
+        let off: Vec<String> = off.map(|name| format!("-{name}")).collect();
+        let before = before.unwrap_or_default().split(':');
+        let (caps, mut others): (Vec<&str>, Vec<&str>) = before
+            .filter(|tunable| !tunable.is_empty())
+            .partition(|tunable| tunable.starts_with(HWCAPS));
+        // Said twice, one would be passed over.
+        let caps = caps.iter().filter_map(|t| t.strip_prefix(HWCAPS));
+        let all: Vec<&str> = caps.chain(off.iter().map(String::as_str)).collect();
+        let all = format!("{HWCAPS}{}", all.join(","));
+        others.push(&all);
+        others.join(":")
     }
 }
 
@@ -285,16 +286,19 @@ mod tests {
         }
         assert!(Baseline::V3.allows("avx2") && !Baseline::V2.allows("avx2"));
         assert!("x86-64-v9".parse::<Baseline>().is_err());
-        assert_eq!(Baseline::V2.lacking(&[]).len(), V1.len() + V2.len());
     }
 
     #[test]
     fn glibc_is_told_what_is_above() {
-        let text = Baseline::V3.glibc_hwcaps();
+        let text = Baseline::V3.glibc_tunables(None);
+        assert!(text.starts_with("glibc.cpu.hwcaps=-AVX512F,"), "{text}");
+        assert!(!text.contains("-AVX2"), "{text}");
+        let before = "glibc.malloc.check=1:glibc.cpu.hwcaps=-ERMS:";
+        let text = Baseline::V2.glibc_tunables(Some(before));
+        let begin = "glibc.malloc.check=1:glibc.cpu.hwcaps=-ERMS,-AVX512F,";
         assert!(
-            text.contains("-AVX512F") && !text.contains("-AVX2"),
+            text.starts_with(begin) && text.contains(",-AVX2,-AVX,"),
             "{text}"
         );
-        assert!(Baseline::V2.glibc_hwcaps().contains("-AVX2,-AVX,"));
     }
 }
