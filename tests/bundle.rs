@@ -298,3 +298,39 @@ fn run_bundles_too() {
         assert!(matches!(job.wait(), Ended::Exited(143) | Ended::Killed(_)));
     });
 }
+
+/// A file that is put back into its place is that file for all who have it, mapped or open.
+#[test]
+fn what_is_put_back_is_not_taken_from_the_bundle() {
+    isolated("what_is_put_back_is_not_taken_from_the_bundle", |case| {
+        let mut packed = Packed::start(case);
+        let pid = packed.target.pid();
+        let args = ["--bundle", "--save-files", "twin", "--kill"];
+        let (image, _) = common::attach(case, pid, "job.ckpt", &args);
+        let ended = until("its end", || packed.target.job.ended());
+        assert_eq!(ended, Ended::Killed(9));
+        for name in ["data", "twin"] {
+            fs::remove_file(packed.dir.join(name)).expect("it is ours");
+        }
+        let dry = run(
+            case,
+            &mut restore_cmd(&image, &["--dry-run", "--put-files"]),
+        );
+        assert!(
+            dry.ok()
+                .contains(&format!("# create {}", packed.path("twin")))
+        );
+        assert!(
+            !dry.stdout
+                .contains(&format!("# take {}", packed.path("twin")))
+        );
+        packed
+            .target
+            .continued_by(restored(case, &image, &["--put-files"]));
+        let maps = fs::read_to_string(format!("/proc/{}/maps", packed.target.pid()));
+        let (maps, twin) = (maps.expect("it runs"), packed.path("twin"));
+        assert!(maps.lines().any(|line| line.ends_with(&twin)), "{maps}");
+        packed.target.passes();
+        assert!(packed.dir.join("twin").exists() && !packed.dir.join("data").exists());
+    });
+}

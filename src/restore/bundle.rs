@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use super::{FilesPolicy, Request};
+use super::{FilesPolicy, Request, put};
 use crate::capture::bundle::digest;
 use crate::objects::Snapshot;
 use crate::objects::bundle::Bundled;
@@ -13,6 +13,9 @@ use crate::objects::memory::FileIdentity;
 
 /// Decides for every bundled file; the paths of those that the image gives.
 pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
+    // What is put back is what it was.
+    let files = snapshot.mapped_files.iter();
+    let put: Vec<bool> = files.map(|f| put::covers(snapshot, &f.path)).collect();
     let bundle = std::mem::take(&mut snapshot.bundle);
     let mut given = Vec::new();
     let mut decide = |path: &Path, identity: &mut FileIdentity| {
@@ -31,8 +34,8 @@ pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
             }
         }
     };
-    for file in &mut snapshot.mapped_files {
-        if file.contents.is_none() {
+    for (file, put) in snapshot.mapped_files.iter_mut().zip(put) {
+        if file.contents.is_none() && !put {
             file.contents = decide(&file.path, &mut file.identity);
         }
     }

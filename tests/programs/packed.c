@@ -1,6 +1,6 @@
 /*
- * A program with a library of its own and three files that it only reads: `data`, `twin` of the same contents, and `mapped`.
- * It follows the protocol of the fixtures. PACKED_DATA is the directory of the files. With LIBRARY it is the library.
+ * A program with a library of its own and three files that it only reads: `data`, `twin` of the same contents, which is
+ * mapped as well, and `mapped`. It follows the protocol of the fixtures. PACKED_DATA is the directory of the files. With LIBRARY it is the library.
  */
 #ifdef LIBRARY
 
@@ -40,7 +40,8 @@ int main(int argc, char **argv)
 	int data = open_data("data");
 	int twin = open_data("twin"), mapped = open_data("mapped");
 	char *view = mmap(NULL, 2 * FX_PAGE, PROT_READ, MAP_SHARED, mapped, 0);
-	FX_CHECK(view != MAP_FAILED, "mmap: %s", strerror(errno));
+	char *both = mmap(NULL, FX_PAGE, PROT_READ, MAP_SHARED, twin, 0);
+	FX_CHECK(view != MAP_FAILED && both != MAP_FAILED, "mmap: %s", strerror(errno));
 	FX_SYS(close(mapped));
 	FX_CHECK(read(data, half, 4) == 4 && !strcmp(half, "half"), "the data begins with %s", half);
 	FX_EQ("seek", FX_SYS(lseek(twin, 4, SEEK_SET)), 4);
@@ -49,6 +50,7 @@ int main(int argc, char **argv)
 	FX_CHECK(read(data, half, 4) == 4 && !strcmp(half, "rest"), "the data goes on with %s", half);
 	FX_CHECK(read(twin, half, 4) == 4 && !strcmp(half, "rest"), "its twin goes on with %s", half);
 	FX_CHECK(!strcmp(view + FX_PAGE, "second page"), "the mapped file is another");
+	FX_CHECK(!strcmp(both, "halfrest"), "its twin is mapped as %s", both);
 	FX_CHECK(packed_sum() == 42, "the library is another");
 	fx_pass();
 }
