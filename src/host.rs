@@ -10,6 +10,7 @@ use ckpt_tracer::{Pid, RemoteAddr, mem};
 use crate::capture::source::Source;
 use crate::error::Result;
 use crate::objects::process::Process;
+use crate::objects::processor::{Baseline, Processor};
 use crate::objects::{Host, Snapshot};
 use crate::restore::clock::as_seen_by;
 
@@ -70,8 +71,8 @@ fn cpu_model() -> String {
     model.map(|(_, name)| name.to_owned()).unwrap_or_default()
 }
 
-/// What a restore has to agree with.
-pub fn describe(process: &Process) -> Result<Host> {
+/// What a restore has to agree with, and how the checkpoint was taken.
+pub fn describe(process: &Process, sources: &[Source]) -> Result<Host> {
     let seen = |id| as_seen_by(Pid(process.pid), id, clock(id));
     let xstate = &process.threads[0].xstate;
     // Software-reserved bytes of the fxsave area (arch/x86/include/asm/user.h): XCR0.
@@ -88,7 +89,28 @@ pub fn describe(process: &Process) -> Result<Host> {
         monotonic_ns: seen(libc::CLOCK_MONOTONIC),
         boottime_ns: seen(libc::CLOCK_BOOTTIME),
         realtime_ns: clock(libc::CLOCK_REALTIME),
+        processor: Processor::here(),
+        baseline: baseline(sources),
+        command: std::env::args_os()
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect(),
     })
+}
+
+/// In the environment of programs that `ckpt run --cpu-baseline` starts: the name of the level.
+pub const BASELINE: &str = "CKPT_CPU_BASELINE";
+
+/// What all processes were started to use of the processor: the highest level of any, and no level
+/// if one of them was started without.
+fn baseline(sources: &[Source]) -> Option<Baseline> {
+    let levels = sources.iter().map(|source| {
+        let environment = std::fs::read(source.dir.join("environ")).ok()?;
+        let mut variables = environment.split(|byte| *byte == 0);
+        let name = [BASELINE, "="].concat();
+        let level = variables.find_map(|v| v.strip_prefix(name.as_bytes()))?;
+        std::str::from_utf8(level).ok()?.parse().ok()
+    });
+    levels.collect::<Option<Vec<Baseline>>>()?.into_iter().max()
 }
 
 /// BLAKE3 of this kernel's vDSO, read from our own memory.

@@ -26,12 +26,15 @@ use crate::progress::Progress;
 use crate::restore::births;
 use crate::snapshot;
 
+pub mod bundle;
 mod cow;
 pub mod pages;
 pub mod save_files;
 pub mod source;
 mod stored;
 
+use bundle::Bundle;
+use pages::PageSink;
 use save_files::SaveFiles;
 use source::{Collector, Patience, Source};
 use stored::write_pages;
@@ -61,6 +64,8 @@ pub struct Request<'a> {
     pub after: After,
     /// Open files whose contents go into the image.
     pub save_files: SaveFiles,
+    /// Programs, libraries and files that the job only reads go into the image as well.
+    pub bundle: bool,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -188,7 +193,11 @@ fn checkpoint<W: Write + Send + 'static>(
         attempts += 1;
     };
     fault::hit(Step::StateCaptured)?;
-    let memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
+    let bundle = match request.bundle {
+        true => Bundle::open(&captured.snapshot, captured.next_space)?,
+        false => Bundle::empty(),
+    };
+    let mut memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
     fault::hit(Step::Release)?;
 
     let threads = frozen.tasks() as u32;
@@ -203,6 +212,13 @@ fn checkpoint<W: Write + Send + 'static>(
 
     let mut snapshot = captured.snapshot;
     host::read_build_ids(&mut snapshot);
+    if request.bundle {
+        request.progress.begin(bundle.bytes());
+        let mut sink = PageSink::new(&mut writer, request.progress);
+        snapshot.bundle = bundle.store(&mut sink)?;
+        memory_bytes += sink.finish()?;
+        request.progress.end();
+    }
     writer.section(
         snapshot::SECTION,
         snapshot::VERSION,
@@ -276,6 +292,8 @@ struct CapturedJob {
     /// Of each process.
     memory: Vec<(Vec<Vma>, PagemapScanner)>,
     contents: Vec<(SpaceId, source::Contents)>,
+    /// The first that nothing has.
+    next_space: SpaceId,
     /// See [`Report::warnings`].
     warnings: Vec<String>,
 }
@@ -337,7 +355,8 @@ fn capture_frozen(
     }
     let zombies = job.ended.iter().map(|pid| zombie::capture(*pid));
     let zombies = zombies.collect::<Result<_>>()?;
-    let host = host::describe(&processes[0])?;
+    let host = host::describe(&processes[0], sources)?;
+    let next_space = collector.new_space();
     let Collector {
         descriptions,
         terminals,
@@ -359,6 +378,7 @@ fn capture_frozen(
         mapped_files,
         shared_memory,
         ipc,
+        bundle: Vec::new(),
     };
     // What could not be brought about again is refused now, not at the restore.
     births::decide(&snapshot).map_err(Error::Refused)?;
@@ -366,6 +386,7 @@ fn capture_frozen(
         snapshot,
         memory,
         contents,
+        next_space,
         warnings,
     })
 }

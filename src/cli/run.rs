@@ -13,6 +13,8 @@ use clap::Args;
 use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output};
 use crate::capture::save_files::Pattern;
+use crate::host::BASELINE;
+use crate::objects::processor::Baseline;
 use crate::supervise::interval::parse_duration;
 use crate::supervise::periodic::{Periodic, Plan, Tell};
 use crate::supervise::retention::Images;
@@ -40,6 +42,12 @@ pub struct Run {
     /// Store the contents of open files that match with each checkpoint, as `ckpt attach --save-files` does; may be repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
+    /// Store the program, its libraries and the files that it only reads with each checkpoint, as `ckpt attach --bundle` does.
+    #[arg(long)]
+    bundle: bool,
+    /// Start the program so that glibc uses no more of the processor than this level, x86-64-v2 or x86-64-v3: its images can be restored on every machine that has it.
+    #[arg(long, value_name = "LEVEL")]
+    cpu_baseline: Option<Baseline>,
     #[command(flatten)]
     loudness: Loudness,
     /// The program and its arguments.
@@ -59,6 +67,8 @@ that fails is reported in one line on standard error; the program goes on.
 Examples:
   ckpt run --interval 10m -- ./simulate input.dat
   ckpt run --name job --dir /var/ckpt --interval 1h --keep 3 -- python3 train.py
+  ckpt run --cpu-baseline x86-64-v3 --interval 1h -- ./simulate
+                                   to go on elsewhere on another processor
   restore /var/ckpt/job.7.ckpt     go on from the seventh checkpoint";
 
 pub(crate) fn run(args: &Run) -> Outcome {
@@ -77,6 +87,9 @@ pub(crate) fn run(args: &Run) -> Outcome {
     supervise::adopt_orphans();
     let mut command = Command::new(program);
     command.args(arguments);
+    if let Some(level) = args.cpu_baseline {
+        keep_to(level, &mut command);
+    }
     let pid = supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
         let program = output::visible(program.as_bytes());
         Failure::Message(format!(
@@ -91,6 +104,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
             keep: args.keep as usize,
             codec: args.codec,
             save_files: args.save_files.clone(),
+            bundle: args.bundle,
         };
         let (quiet, verbose) = (args.loudness.quiet, args.loudness.verbose);
         let failed: Tell = Box::new(|line| complain(&line));
@@ -102,6 +116,14 @@ pub(crate) fn run(args: &Run) -> Outcome {
         Periodic::new(plan, pid, failed, done)
     });
     wait(pid, &signals, periodic.as_mut(), &mut NoTerminal)
+}
+
+/// By its environment, which goes on to all programs that it starts.
+fn keep_to(level: Baseline, command: &mut Command) {
+    const TUNABLES: &str = "GLIBC_TUNABLES";
+    let before = std::env::var(TUNABLES).ok();
+    command.env(TUNABLES, level.glibc_tunables(before.as_deref()));
+    command.env(BASELINE, level.name());
 }
 
 /// Waits in the foreground for a job; its exit code.

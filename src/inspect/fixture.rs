@@ -132,16 +132,7 @@ pub(crate) fn snapshot() -> Snapshot {
     };
     Snapshot {
         zombies: Vec::new(),
-        host: Host {
-            kernel: String::new(),
-            name: String::new(),
-            vdso_digest: Vec::new(),
-            xstate_size: 0,
-            xcr0: 0,
-            monotonic_ns: 0,
-            boottime_ns: 0,
-            realtime_ns: 0,
-        },
+        host: Host::default(),
         processes: vec![process],
         descriptions: vec![
             description(Kind::Device(null)),
@@ -151,6 +142,7 @@ pub(crate) fn snapshot() -> Snapshot {
         mapped_files: vec![file],
         shared_memory: Vec::new(),
         ipc: Default::default(),
+        bundle: Vec::new(),
     }
 }
 

@@ -5,6 +5,7 @@
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
 pub mod address_space;
+pub mod bundle;
 pub mod cgroup;
 pub mod credentials;
 pub mod files;
@@ -12,6 +13,7 @@ pub mod ipc;
 pub mod limits;
 pub mod memory;
 pub mod process;
+pub mod processor;
 pub mod scheduling;
 pub mod seccomp;
 pub mod signals;
@@ -48,10 +50,13 @@ pub struct Snapshot {
     /// Objects of the IPC namespace.
     #[serde(default)]
     pub ipc: ipc::Ipc,
+    /// Files that are in the image as well.
+    #[serde(default)]
+    pub bundle: Vec<bundle::Bundled>,
 }
 
-/// What the job ran on, as far as a restore must agree with it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What the job ran on, and how the checkpoint was taken.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Host {
     /// `uname -r`.
     pub kernel: String,
@@ -70,4 +75,13 @@ pub struct Host {
     pub boottime_ns: u64,
     /// `CLOCK_REALTIME` at the checkpoint, nanoseconds since 1970.
     pub realtime_ns: u64,
+    /// What the processor told programs of itself.
+    #[serde(default)]
+    pub processor: processor::Processor,
+    /// What of it the job was started to use, if not all.
+    #[serde(default)]
+    pub baseline: Option<processor::Baseline>,
+    /// The command line that took the checkpoint.
+    #[serde(default)]
+    pub command: Vec<String>,
 }

@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
+use crate::objects::processor;
 use crate::objects::signals::Action;
 use crate::objects::thread::Thread;
 
@@ -49,7 +50,7 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
     let cave = Cave::dig(mem, &read_maps(mem.pid())?)?;
     take_note_of_stops(&mut leader, mem, plan.stack, process, job, &cave)?;
     remove_restorer(&mut leader, process, plan, mem, &cave)?;
-    let mut tasks = set_states(leader, others, process, &cave)?;
+    let mut tasks = set_states(leader, others, process, job, &cave)?;
     cave.fill_in()?;
     if let Some(signal) = stop_signal(process, job) {
         stop::by_signal(&mut tasks, process, signal)?;
@@ -182,13 +183,19 @@ fn set_states(
     leader: Stopped,
     others: Vec<Stopped>,
     process: &Process,
+    job: &Job<'_>,
     cave: &Cave<'_>,
 ) -> Result<Vec<Stopped>> {
+    let host = &job.snapshot.host;
+    let present = leader.xstate()?;
     let (first, rest) = (&process.threads[..1], &process.threads[1..]);
     let tasks = others.into_iter().chain([leader]);
     tasks
         .zip(rest.iter().chain(first))
-        .map(|(task, thread)| set_state(task, thread, process, cave))
+        .map(|(task, thread)| {
+            task.set_xstate(&processor::fit(host, &thread.xstate, &present))?;
+            set_state(task, thread, process, cave)
+        })
         .collect()
 }
 
@@ -209,7 +216,7 @@ pub(super) fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
     Ok(())
 }
 
-/// Registers, extended state and mask of one thread.
+/// Registers and mask of one thread.
 fn set_state(
     mut task: Stopped,
     thread: &Thread,
@@ -228,7 +235,6 @@ fn set_state(
             Rearmed::No => (-abi::ERESTARTNOHAND) as u64,
         };
     }
-    task.set_xstate(&thread.xstate)?;
     task.set_regs(&regs)?;
     task.set_signal_mask(thread.signal_mask)?;
     Ok(task)

@@ -9,24 +9,19 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use ckpt_image::{Arch, Reader};
 use ckpt_tracer::proc::status::read_status;
-use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::objects::credentials::Credentials;
-use crate::objects::files::changed::Cut;
 use crate::objects::files::inotify::Overflows;
-use crate::objects::{Snapshot, ipc, scheduling};
+use crate::objects::{ipc, scheduling};
 use crate::progress::Progress;
-use crate::snapshot;
-use planner::Job;
 use put::PutFiles;
 
 pub mod births;
 mod build;
+pub mod bundle;
 pub mod clock;
 pub mod contents;
 pub mod driver;
@@ -34,14 +29,17 @@ mod executor;
 pub mod fill;
 mod handover;
 pub mod paths;
+mod pids;
 pub mod plan;
 pub mod planner;
 pub mod pty;
 pub mod put;
 pub mod spawn;
 pub mod stop;
+pub mod surroundings;
 pub mod terminal;
 pub mod terminals;
+mod way;
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,22 +110,25 @@ impl Restored {
 
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
-    let (image, mut snapshot) = open(request)?;
-    clock::foresee(request.clock, &mut snapshot.host)?;
-    ipc::refuse(&snapshot, request)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
+    let opened = way::open(request, clock::foresee)?;
+    let snapshot = &opened.snapshot;
+    let way = way::look(&opened, request)?;
     let mut text = String::new();
-    if let Some(warning) = put::warning(request.put_files, &snapshot) {
+    let nothing_put = put::warning(request.put_files, snapshot);
+    for warning in opened.warnings.iter().chain(&nothing_put) {
         text.push_str(&format!("# warning: {warning}\n"));
     }
-    for put in put::decide(&snapshot, &image, request.put_files)? {
+    for path in &opened.given {
+        text.push_str(&format!("# take {} from the image\n", path.display()));
+    }
+    for put in &way.puts {
         text.push_str(&format!("# {}\n", put.describe()));
     }
-    for cut in Cut::all(&snapshot, request).map_err(Error::Refused)? {
+    for cut in &way.cuts {
         text.push_str(&format!("# {}\n", cut.describe()));
     }
-    for index in job.owners() {
-        let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
+    for index in way.job.owners() {
+        let planned = way.job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
             let pid = snapshot.processes[index].pid;
             text.push_str(&format!("# process {pid}\n"));
@@ -140,41 +141,42 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
     Ok(text)
 }
 
+/// Everything that stands in the way of a restore; empty when there is nothing. Touches nothing.
+///
+/// # Errors
+/// When the image cannot be read, or cannot be believed.
+pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
+    let opened = way::open(request, clock::foresee)?;
+    match way::look(&opened, request) {
+        Ok(way) => Ok(opened.pids_in_the_way(&way.job)),
+        Err(Error::Refused(obstacles)) => Ok(obstacles),
+        Err(e) => Err(e),
+    }
+}
+
 /// Restores. On error no process is left behind.
 pub fn restore(request: &Request<'_>) -> Result<Restored> {
-    let (image, mut snapshot) = open(request)?;
-    clock::enter(request.clock, &mut snapshot.host)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
-    // First plans find what stands in the way, before anything exists.
-    let mut obstacles = Vec::new();
-    let mut inherit = Vec::new();
-    for index in job.owners() {
-        match job.draft(index) {
-            Ok(plan) if index == 0 => inherit = plan.inherit,
-            Ok(_) => {}
-            Err(more) => obstacles.extend(more),
-        }
+    let opened = way::open(request, clock::enter)?;
+    let (image, snapshot) = (&opened.image, &opened.snapshot);
+    let way::Way {
+        job,
+        inherit,
+        puts,
+        cuts,
+    } = way::look(&opened, request)?;
+    let pids = opened.pids_in_the_way(&job);
+    if !pids.is_empty() {
+        return Err(Error::Refused(pids));
     }
-    obstacles.extend(pids_taken(&job));
-    let puts = refused_or(
-        put::decide(&snapshot, &image, request.put_files),
-        &mut obstacles,
-    )?;
-    let cuts = Cut::all(&snapshot, request).map_err(Error::Refused);
-    let cuts = refused_or(cuts, &mut obstacles)?;
-    if !obstacles.is_empty() {
-        return Err(Error::Refused(obstacles));
-    }
-    ipc::refuse(&snapshot, request)?;
-    let put_back = put::put(&puts, &image)?;
-    let objects = ipc::Prepared::new(&snapshot, &image, request)?;
+    let put_back = put::put(&puts, image)?;
+    let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
-    let ptys = pty::Ptys::make(&snapshot, &job.terminals)?;
-    let descriptors = contents::open_all(&inherit, &snapshot, &image, &ptys)?;
-    let mut overflows = Some(Overflows::of(&inherit, &descriptors, &snapshot)?);
+    let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
+    let descriptors = contents::open_all(&inherit, snapshot, image, &ptys)?;
+    let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
-    let master = ptys.finish(&snapshot)?;
-    let executable = contents::executable(root.memory.executable, &snapshot, &image)?;
+    let master = ptys.finish(snapshot)?;
+    let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
@@ -182,16 +184,17 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         if request.foreground && master.is_none() && root.session != root.pid {
-            terminal = terminal::Foreground::lend(&snapshot, &job.terminals);
+            terminal = terminal::Foreground::lend(snapshot, &job.terminals);
         }
         Ok(())
     };
-    let mut warnings = driver::rebuild(&job, &image, &cuts, &mut brood, leader, last)?;
+    let mut warnings = driver::rebuild(&job, image, &cuts, &mut brood, leader, last)?;
+    warnings.extend(opened.warnings.iter().cloned());
     warnings.extend(lost);
     brood.keep();
     terminal.iter().for_each(terminal::Foreground::redraw);
     warnings.extend(objects.keep());
-    warnings.extend(put::warning(request.put_files, &snapshot));
+    warnings.extend(put::warning(request.put_files, snapshot));
     warnings.extend(put_back.keep());
     Ok(Restored {
         pid: root.pid,
@@ -199,128 +202,6 @@ pub fn restore(request: &Request<'_>) -> Result<Restored> {
         terminal,
         master,
     })
-}
-
-/// Collects a refusal with the others.
-fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
-    match result {
-        Err(Error::Refused(more)) => {
-            obstacles.extend(more);
-            Ok(T::default())
-        }
-        other => other,
-    }
-}
-
-/// Ids of the job that somebody else has. Those of processes that have just been killed are free
-/// when their parent has taken note, so that is waited for.
-fn pids_taken(job: &Job<'_>) -> Vec<Obstacle> {
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
-    let begun = std::time::Instant::now();
-    loop {
-        let taken = ids_taken(job);
-        let ended = |id: &i32| read_status(Tid(*id)).is_ok_and(|s| s.state.has_ended());
-        if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
-            return taken.into_iter().map(pid_taken).collect();
-        }
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-}
-
-fn ids_taken(job: &Job<'_>) -> Vec<i32> {
-    let snapshot = job.snapshot;
-    let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
-    let tids = tids.map(|t| t.tid);
-    let zombies = snapshot.zombies.iter().map(|z| z.pid);
-    let helpers = job
-        .births
-        .iter()
-        .flat_map(births::Births::all)
-        .map(|b| b.pid);
-    let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    ids.retain(|id| Path::new(&format!("/proc/{id}")).exists());
-    ids
-}
-
-fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
-    let image = Reader::open(request.image)?;
-    image.require_arch(Arch::native())?;
-    let mut snapshot = snapshot::read(&image, request.image)?;
-    let faults = crate::inspect::references::check(&snapshot, &image);
-    if let Some(fault) = faults.into_iter().next() {
-        return Err(Error::Metadata {
-            path: request.image.to_owned(),
-            what: fault,
-        });
-    }
-    refuse_other_machine(&snapshot)?;
-    paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
-    put::forget(request.put_files, &mut snapshot);
-    Ok((image, snapshot))
-}
-
-/// What the processor and the kernel must have in common with those of the checkpoint.
-fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
-    let was = &snapshot.host;
-    let mut obstacles = Vec::new();
-    let now = ckpt_tracer::features::KernelFeatures::probe().cpu.xcr0;
-    let missing = was.xcr0 & !now;
-    if missing != 0 {
-        obstacles.push(Obstacle::new(
-            "the job",
-            format!(
-                "may use processor state that this machine does not have ({})",
-                component_names(missing)
-            ),
-            "restore it on a machine with the same or a newer processor",
-        ));
-    }
-    let uses_vdso = snapshot.processes.iter().any(|p| {
-        use crate::objects::memory::{Backing, KernelMapping};
-        p.memory
-            .mappings
-            .iter()
-            .any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
-    });
-    if uses_vdso && was.vdso_digest != host::vdso_digest() {
-        obstacles.push(Obstacle::new(
-            "the job",
-            format!(
-                "was checkpointed on kernel {} with another vDSO, which is not supported yet",
-                was.kernel
-            ),
-            "restore it on a machine with that kernel",
-        ));
-    }
-    if obstacles.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Refused(obstacles))
-    }
-}
-
-/// Names of xsave components (Intel SDM volume 1, chapter 13).
-fn component_names(bits: u64) -> String {
-    const NAMES: &[(u64, &str)] = &[
-        (1 << 1, "SSE"),
-        (1 << 2, "AVX"),
-        (3 << 3, "MPX"),
-        (7 << 5, "AVX-512"),
-        (1 << 9, "protection keys"),
-        (3 << 17, "AMX"),
-    ];
-    let names: Vec<&str> = NAMES
-        .iter()
-        .filter(|(mask, _)| bits & mask != 0)
-        .map(|(_, name)| *name)
-        .collect();
-    if names.is_empty() {
-        format!("components {bits:#x}")
-    } else {
-        names.join(", ")
-    }
 }
 
 /// What the new process will have from us before the plan sets anything.
@@ -348,35 +229,4 @@ fn host_state() -> Result<plan::HostState> {
 fn own_securebits() -> u32 {
     // SAFETY: a call without pointers.
     unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) }.max(0) as u32
-}
-
-/// The obstacle that somebody else has the pid.
-pub(crate) fn pid_taken(pid: i32) -> Obstacle {
-    let name = tasks::comm(Pid(pid)).map_or_else(|_| "?".into(), |c| c.to_string());
-    let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
-    let who = if leader == pid {
-        format!("process {pid} ({name})")
-    } else {
-        format!("a thread of process {leader} ({name})")
-    };
-    // A zombie cannot be ended again; its parent has to take note of its end.
-    if let Ok(status) = read_status(Tid(pid))
-        && status.state.has_ended()
-    {
-        let parent = status.ppid;
-        return Obstacle::new(
-            format!("the pid {pid}"),
-            format!(
-                "is taken by {who}, which has ended but which its parent {parent} has not waited for"
-            ),
-            "let the parent wait for it or end the parent, or restore in a pid namespace of its own: \
-             unshare --pid --fork --mount-proc restore IMAGE",
-        );
-    }
-    Obstacle::new(
-        format!("the pid {pid}"),
-        format!("is taken by {who}"),
-        "end that one first, or restore in a pid namespace of its own: unshare --pid --fork \
-         --mount-proc restore IMAGE",
-    )
 }

@@ -13,6 +13,7 @@ use ckpt_tracer::Tid;
 use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
+use super::pids;
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
 
@@ -189,19 +190,12 @@ pub fn leave_exec(task: &mut Stopped) -> Result<()> {
 }
 
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
-    Error::Restore(match errno {
-        Errno::EEXIST => super::pid_taken(pid).to_string(),
-        Errno::EPERM => format!(
-            "process {pid} cannot get its old pid: choosing a pid needs CAP_CHECKPOINT_RESTORE or \
-             CAP_SYS_ADMIN; run restore as root, or in a user namespace of its own: unshare --user \
-             --map-current-user --keep-caps --pid --fork --mount-proc restore IMAGE"
-        ),
-        Errno::EINVAL => format!(
-            "process {pid} cannot get its old pid: it is above this system's kernel.pid_max; raise \
-             that setting"
-        ),
-        other => format!("process {pid} cannot be created: {}", other.desc()),
-    })
+    match errno {
+        Errno::EEXIST => Error::refuse(pids::pid_taken(pid)),
+        Errno::EPERM => Error::refuse(pids::not_permitted(pid)),
+        Errno::EINVAL => Error::refuse(pids::above_the_highest(pid)),
+        other => Error::Restore(format!("process {pid} cannot be created: {}", other.desc())),
+    }
 }
 
 fn failed_before_exec(report: OwnedFd) -> Error {
