@@ -134,7 +134,7 @@ pub(crate) fn snapshot() -> Snapshot {
         host: Host {
             kernel: String::new(),
             name: String::new(),
-            vdso_digest: Vec::new(),
+            vdso: Vec::new(),
             xstate_size: 0,
             xcr0: 0,
             monotonic_ns: 0,

@@ -122,6 +122,8 @@ impl Driver<'_> {
         let snapshot = self.job.snapshot;
         self.pages
             .fill(snapshot, index, forked, &planned.shared_at)?;
+        let process = &snapshot.processes[index];
+        self.job.vdso.fill(index, process, &mem)?;
         run_to(&mut leader, &mem, &planned.plan, Stage::Born, &mut |tid| {
             self.adopt(tid, &mem, &planned)
         })?;

@@ -15,10 +15,10 @@ use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::changed::Cut;
 use crate::objects::files::inotify::Overflows;
+use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
 use crate::snapshot;
@@ -112,10 +112,10 @@ impl Restored {
 
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(request: &Request<'_>) -> Result<String> {
-    let (image, mut snapshot) = open(request)?;
+    let (image, mut snapshot, vdso) = open(request)?;
     clock::foresee(request.clock, &mut snapshot.host)?;
     ipc::refuse(&snapshot, request)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
+    let job = Job::new(&snapshot, &image, request, host_state()?, vdso).map_err(Error::Refused)?;
     let mut text = String::new();
     if let Some(warning) = put::warning(request.put_files, &snapshot) {
         text.push_str(&format!("# warning: {warning}\n"));
@@ -141,9 +141,9 @@ pub fn dry_run(request: &Request<'_>) -> Result<String> {
 
 /// Restores. On error no process is left behind.
 pub fn restore(request: &Request<'_>) -> Result<Restored> {
-    let (image, mut snapshot) = open(request)?;
+    let (image, mut snapshot, vdso) = open(request)?;
     clock::enter(request.clock, &mut snapshot.host)?;
-    let job = Job::new(&snapshot, &image, request, host_state()?).map_err(Error::Refused)?;
+    let job = Job::new(&snapshot, &image, request, host_state()?, vdso).map_err(Error::Refused)?;
     // First plans find what stands in the way, before anything exists.
     let mut obstacles = Vec::new();
     let mut inherit = Vec::new();
@@ -243,7 +243,7 @@ fn ids_taken(job: &Job<'_>) -> Vec<i32> {
     ids
 }
 
-fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
+fn open(request: &Request<'_>) -> Result<(Reader, Snapshot, Replaced)> {
     let image = Reader::open(request.image)?;
     image.require_arch(Arch::native())?;
     let mut snapshot = snapshot::read(&image, request.image)?;
@@ -254,14 +254,15 @@ fn open(request: &Request<'_>) -> Result<(Reader, Snapshot)> {
             what: fault,
         });
     }
-    refuse_other_machine(&snapshot)?;
+    refuse_other_processor(&snapshot)?;
     paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
     put::forget(request.put_files, &mut snapshot);
-    Ok((image, snapshot))
+    let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused)?;
+    Ok((image, snapshot, vdso))
 }
 
-/// What the processor and the kernel must have in common with those of the checkpoint.
-fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
+/// What the processor must have in common with that of the checkpoint.
+fn refuse_other_processor(snapshot: &Snapshot) -> Result<()> {
     let was = &snapshot.host;
     let mut obstacles = Vec::new();
     let now = ckpt_tracer::features::KernelFeatures::probe().cpu.xcr0;
@@ -274,23 +275,6 @@ fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
                 component_names(missing)
             ),
             "restore it on a machine with the same or a newer processor",
-        ));
-    }
-    let uses_vdso = snapshot.processes.iter().any(|p| {
-        use crate::objects::memory::{Backing, KernelMapping};
-        p.memory
-            .mappings
-            .iter()
-            .any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
-    });
-    if uses_vdso && was.vdso_digest != host::vdso_digest() {
-        obstacles.push(Obstacle::new(
-            "the job",
-            format!(
-                "was checkpointed on kernel {} with another vDSO, which is not supported yet",
-                was.kernel
-            ),
-            "restore it on a machine with that kernel",
         ));
     }
     if obstacles.is_empty() {
