@@ -3,6 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ckpt_image::{Arch, Codec, FormatVersion, Header};
+use ckpt_tracer::Pid;
 use ckpt_tracer::proc::tasks;
 
 use crate::capture::source::Source;
