@@ -3,15 +3,14 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ckpt_image::{Arch, Codec, FormatVersion, Header};
-use ckpt_tracer::proc::maps::{VmaName, read_maps};
+use ckpt_tracer::Pid;
 use ckpt_tracer::proc::tasks;
-use ckpt_tracer::{Pid, RemoteAddr, mem};
 
 use crate::capture::source::Source;
 use crate::error::Result;
 use crate::objects::process::Process;
 use crate::objects::processor::{Baseline, Processor};
-use crate::objects::{Host, Snapshot};
+use crate::objects::{Host, Snapshot, vdso};
 use crate::restore::clock::as_seen_by;
 
 fn text(path: &str) -> String {
@@ -83,7 +82,7 @@ pub fn describe(process: &Process, sources: &[Source]) -> Result<Host> {
     Ok(Host {
         kernel: text("/proc/sys/kernel/osrelease"),
         name: text("/proc/sys/kernel/hostname"),
-        vdso_digest: vdso_digest(),
+        vdso: vdso::code(),
         xstate_size: xstate.len() as u32,
         xcr0,
         monotonic_ns: seen(libc::CLOCK_MONOTONIC),
@@ -111,20 +110,6 @@ fn baseline(sources: &[Source]) -> Option<Baseline> {
         std::str::from_utf8(level).ok()?.parse().ok()
     });
     levels.collect::<Option<Vec<Baseline>>>()?.into_iter().max()
-}
-
-/// BLAKE3 of this kernel's vDSO, read from our own memory.
-pub fn vdso_digest() -> Vec<u8> {
-    let me = Pid(std::process::id() as i32);
-    let maps = read_maps(me).unwrap_or_default();
-    let Some(vdso) = maps.iter().find(|v| v.name == VmaName::Vdso) else {
-        return Vec::new();
-    };
-    let mut bytes = vec![0; vdso.len() as usize];
-    match mem::read_vm(me, RemoteAddr(vdso.start), &mut bytes) {
-        Ok(n) if n == bytes.len() => blake3::hash(&bytes).as_bytes().to_vec(),
-        _ => Vec::new(),
-    }
 }
 
 /// What a clock shows, in nanoseconds.

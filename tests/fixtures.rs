@@ -147,7 +147,7 @@ matrix! {
     tree_memfd tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session
     tree_session_gone tree_sharedfd tree_shm tree_sigchld tree_signalfd tree_stopped
     tree_sysvsem tree_thousand tree_vm tree_vm_orphan tree_vm_stopped tree_vm_threads tree_wait
-    tree_wide tree_zombie umask vdso xstate;
+    tree_wide tree_zombie umask vdso vdso_handler xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"
     sigpending_static = "sigpending.static" vdso_static = "vdso.static"

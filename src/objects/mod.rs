@@ -20,6 +20,7 @@ pub mod signals;
 pub mod sockets;
 pub mod thread;
 pub mod timers;
+pub mod vdso;
 pub mod zombie;
 
 use serde::{Deserialize, Serialize};
@@ -62,9 +63,9 @@ pub struct Host {
     pub kernel: String,
     /// `uname -n`.
     pub name: String,
-    /// BLAKE3 of the vDSO's bytes.
-    #[serde(with = "serde_bytes")]
-    pub vdso_digest: Vec<u8>,
+    /// The vDSO's bytes, empty where there is none.
+    #[serde(with = "serde_bytes", default)]
+    pub vdso: Vec<u8>,
     /// Size of the xsave area that threads were captured with, in bytes.
     pub xstate_size: u32,
     /// `XCR0`: the state components that the processor had enabled.

@@ -121,6 +121,8 @@ impl Driver<'_> {
         let shared = &worker.planned.shared_at;
         self.pages
             .fill(self.job.snapshot, index, shared_at.is_some(), shared)?;
+        let process = &self.job.snapshot.processes[index];
+        self.job.vdso.fill(index, process, &worker.mem)?;
         self.run_to_born(&mut worker)?;
         Ok(worker)
     }

@@ -15,6 +15,7 @@ use crate::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
 use crate::objects::process::Process;
+use crate::objects::vdso::Replaced;
 use crate::objects::{Snapshot, SpaceId};
 
 /// Room for the kernel's mappings while they are moved.
@@ -34,6 +35,8 @@ pub struct Job<'a> {
     pub group: i32,
     /// What becomes of its terminals.
     pub terminals: Terminals,
+    /// What becomes of its vDSO.
+    pub vdso: &'a Replaced,
     /// Pages that each address space of a job with forks has at its checkpoint; ascending.
     pub(super) held: HashMap<SpaceId, Vec<(u64, u64)>>,
 }
@@ -53,6 +56,7 @@ impl<'a> Job<'a> {
         image: &Reader,
         request: &'a Request<'a>,
         host: HostState,
+        vdso: &'a Replaced,
     ) -> Result<Self, Vec<Obstacle>> {
         let births = super::births::decide(snapshot)?;
         let terminals = Terminals::decide(snapshot, request)?;
@@ -70,6 +74,7 @@ impl<'a> Job<'a> {
                 false => nix::unistd::getpgrp().as_raw(),
             },
             terminals,
+            vdso,
             held,
         })
     }

@@ -12,10 +12,9 @@ use super::planner::Job;
 use super::put::{self, Put};
 use super::{Request, bundle, paths, pids, surroundings};
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::inspect::references;
 use crate::objects::files::changed::Cut;
-use crate::objects::memory::{Backing, KernelMapping};
+use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Host, Snapshot, ipc, processor};
 use crate::snapshot;
 
@@ -25,6 +24,7 @@ pub(super) struct Opened {
     /// With the paths that its files have now.
     pub(super) snapshot: Snapshot,
     kernel: KernelFeatures,
+    vdso: Replaced,
     /// What has come up already.
     obstacles: Vec<Obstacle>,
     /// What the job has to do without, one sentence each.
@@ -71,7 +71,6 @@ pub(super) fn open(
     let verdict = processor::judge(&snapshot, &kernel.cpu);
     let warnings = verdict.warning().into_iter().collect();
     let mut obstacles = verdict.obstacles;
-    obstacles.extend(other_vdso(&snapshot));
     obstacles.extend(
         paths::apply(&request.map_paths, &mut snapshot)
             .err()
@@ -80,11 +79,14 @@ pub(super) fn open(
     );
     refused_or(clock(request.clock, &mut snapshot.host), &mut obstacles)?;
     put::forget(request.put_files, &mut snapshot);
+    let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);
+    let vdso = refused_or(vdso, &mut obstacles)?;
     let given = bundle::choose(&mut snapshot, request);
     Ok(Opened {
         image,
         snapshot,
         kernel,
+        vdso,
         obstacles,
         warnings,
         given,
@@ -100,7 +102,7 @@ pub(super) fn look<'a>(opened: &'a Opened, request: &'a Request<'a>) -> Result<W
     let mut obstacles = opened.obstacles.clone();
     obstacles.extend(surroundings::in_the_way(snapshot, &opened.kernel));
     let mut inherit = Vec::new();
-    let job = match Job::new(snapshot, image, request, super::host_state()?) {
+    let job = match Job::new(snapshot, image, request, super::host_state()?, &opened.vdso) {
         Ok(job) => Some(job),
         Err(more) => {
             obstacles.extend(more);
@@ -156,21 +158,4 @@ fn each_once(obstacles: Vec<Obstacle>) -> Vec<Obstacle> {
         }
     }
     once
-}
-
-fn other_vdso(snapshot: &Snapshot) -> Option<Obstacle> {
-    let was = &snapshot.host;
-    let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
-    let used = mappings.any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso));
-    (used && was.vdso_digest != host::vdso_digest()).then(|| {
-        let reason = format!(
-            "was checkpointed on kernel {} with another vDSO, which is not supported yet",
-            was.kernel
-        );
-        Obstacle::new(
-            "the job",
-            reason,
-            "restore it on a machine with that kernel",
-        )
-    })
 }

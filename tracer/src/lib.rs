@@ -29,6 +29,7 @@ pub mod refusal;
 pub mod remote;
 pub mod task;
 pub mod unix_diag;
+mod vdso;
 
 pub use addr::RemoteAddr;
 pub use error::{Error, Result};

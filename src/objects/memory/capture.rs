@@ -160,10 +160,10 @@ fn backing(
             Some(remedy),
         ));
     }
+    if let Some(kind) = KernelMapping::of(vma) {
+        return Ok(Backing::Kernel(kind));
+    }
     let path = match &vma.name {
-        VmaName::Vdso => return Ok(Backing::Kernel(KernelMapping::Vdso)),
-        VmaName::Vvar => return Ok(Backing::Kernel(KernelMapping::Vvar)),
-        VmaName::VvarVclock => return Ok(Backing::Kernel(KernelMapping::VvarVclock)),
         VmaName::OtherSpecial(name) => {
             return Err(refuse(
                 &format!("is {name},"),
