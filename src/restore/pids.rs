@@ -32,7 +32,8 @@ pub(super) fn taken(ids: &[i32]) -> Vec<Obstacle> {
     loop {
         let exists = |id: &&i32| Path::new(&format!("/proc/{id}")).exists();
         let taken: Vec<i32> = ids.iter().filter(exists).copied().collect();
-        let ended = |id: &i32| read_status(Tid(*id)).is_ok_and(|s| s.state.has_ended());
+        // One that is gone by now has ended as well.
+        let ended = |id: &i32| read_status(Tid(*id)).map_or(true, |s| s.state.has_ended());
         if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
             return taken.into_iter().map(pid_taken).collect();
         }
