@@ -222,7 +222,10 @@ fn a_file_that_changes_while_it_is_bundled_ends_the_checkpoint() {
                 .env("CKPT_FAULT", format!("release:wait={}", here.display()));
             let log = case.path("attach.log");
             let attach = start(&mut attach, &log);
-            until("the release", || here.exists().then_some(()));
+            until("it to stop itself at the release", || {
+                let stat = fs::read_to_string(format!("/proc/{}/stat", attach.pid));
+                (here.exists() && stat.is_ok_and(|stat| stat.contains(") T "))).then_some(())
+            });
             fs::write(packed.dir.join("data"), "halfREST").expect("it is ours");
             attach.signal(Signal::SIGCONT);
             assert_eq!(attach.wait(), Ended::Exited(1));
