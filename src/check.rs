@@ -4,7 +4,7 @@
 use std::cmp::Ordering;
 use std::os::unix::fs::MetadataExt;
 
-use ckpt_tracer::kcmp::{KcmpType, group_tasks, kcmp};
+use ckpt_tracer::kcmp::{KcmpType, group_tasks, has_undo_list, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::{ProcRoot, tasks};
@@ -118,52 +118,60 @@ fn look_at_all(sources: &[&Source], depth: Depth, collector: &mut Collector) -> 
     shared_by_processes(sources, collector)?;
     clocks_of_their_own(sources, collector);
     let outside = process::capture_from_outside(sources, depth, collector)?;
-    let vmas = outside.iter().map(|o| o.vmas.as_slice());
-    let seen: Vec<_> = sources.iter().copied().zip(vmas).collect();
-    ipc::capture(&seen, collector)
+    let spaces = process::address_spaces(sources, &outside, collector);
+    ipc::capture(&spaces, collector)
 }
 
-/// Processes that share more than a fork leaves them sharing. What is shared with the parent, and
-/// can be made again, is noted.
+/// What processes may share beyond what a fork leaves them sharing.
+const SHARED: [(KcmpType, &str); 5] = [
+    (KcmpType::Vm, "its memory (CLONE_VM)"),
+    (KcmpType::Files, "its table of descriptors (CLONE_FILES)"),
+    (KcmpType::Fs, "its working directory (CLONE_FS)"),
+    (KcmpType::Sighand, "its signal actions (CLONE_SIGHAND)"),
+    (
+        KcmpType::Sysvsem,
+        "its adjustments of semaphores (CLONE_SYSVSEM)",
+    ),
+];
+
+/// Processes that share such things. What is shared with the parent can be made again and is noted.
 pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Result<()> {
-    if sources.len() < 2 {
-        return Ok(());
-    }
     let leaders: Vec<Tid> = sources.iter().map(|s| s.pid.leader()).collect();
-    for (what, name) in [
-        (KcmpType::Vm, "its memory (CLONE_VM)"),
-        (KcmpType::Files, "its table of descriptors (CLONE_FILES)"),
-        (KcmpType::Fs, "its working directory (CLONE_FS)"),
-        (KcmpType::Sighand, "its signal actions (CLONE_SIGHAND)"),
-    ] {
+    for (what, name) in SHARED {
         for group in group_tasks(leaders.clone(), what)? {
+            if group.len() < 2 || what == KcmpType::Sysvsem && !has_undo_list(group[0])? {
+                continue;
+            }
             let members = group
                 .iter()
                 .flat_map(|tid| sources.iter().find(|s| s.pid.leader() == *tid));
             let members: Vec<&&Source> = members.collect();
             for member in &members[1..] {
-                let parent = members.iter().find(|m| m.pid == member.status.ppid);
-                // Over in a moment, as a rule; if not, the freeze will tell.
-                if !collector.frozen() && parent.is_some_and(|p| waits_in_vfork(p)) {
-                    continue;
-                }
-                let with_parent = parent.is_some();
-                let shares = collector.shares.entry(member.pid).or_default();
-                match what {
-                    KcmpType::Files if with_parent => shares.files = true,
-                    KcmpType::Fs if with_parent => shares.fs = true,
-                    _ => collector.obstacles.push(Obstacle::new(
+                if !members.iter().any(|m| m.pid == member.status.ppid) {
+                    collector.obstacles.push(Obstacle::new(
                         member.title(),
                         format!(
-                            "shares {name} with {}, which is not supported",
+                            "shares {name} with {}, but not with its parent, which is not supported",
                             members[0].title()
                         ),
-                        "try again in a moment if it has only just been started, or wait until it \
-                         has ended",
-                    )),
+                        "wait until one of them has ended",
+                    ));
+                    continue;
+                }
+                let shares = collector.shares.entry(member.pid).or_default();
+                match what {
+                    KcmpType::Vm => shares.memory = true,
+                    KcmpType::Files => shares.files = true,
+                    KcmpType::Fs => shares.fs = true,
+                    KcmpType::Sighand => shares.actions = true,
+                    _ => shares.adjustments = true,
                 }
             }
         }
+    }
+    let of_job = |pid| sources.iter().any(|s| s.pid == pid);
+    for source in sources.iter().filter(|s| !of_job(s.status.ppid)) {
+        shared_with_outsider(source, collector);
     }
     Ok(())
 }
@@ -188,15 +196,21 @@ fn clocks_of_their_own(sources: &[&Source], collector: &mut Collector) {
     }
 }
 
-/// Whether a thread of the process has lent its memory to a child that is about to execute a
-/// program.
-fn waits_in_vfork(source: &Source) -> bool {
-    let threads = tasks::list_tasks(source.dir.clone()).unwrap_or_default();
-    threads.into_iter().any(|tid| {
-        let dir = ProcRoot::default().task(source.pid, tid);
-        matches!(tasks::syscall(dir), Ok(tasks::InSyscall::Inside { nr, .. })
-            if [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&nr))
-    })
+/// What a process shares with its parent, who does not belong to the job. Of one that we may not look
+/// into it is not known.
+fn shared_with_outsider(source: &Source, collector: &mut Collector) {
+    let (pid, parent) = (source.pid.leader(), source.status.ppid);
+    let same = |what| kcmp(pid, parent.leader(), what).is_ok_and(Ordering::is_eq);
+    let shared = SHARED.iter().find(|(what, _)| {
+        same(*what) && (*what != KcmpType::Sysvsem || has_undo_list(pid).unwrap_or(false))
+    });
+    if let Some((_, name)) = shared {
+        collector.obstacles.push(Obstacle::new(
+            source.title(),
+            format!("shares {name} with its parent, process {parent}, which is outside the job"),
+            format!("take that one into the job: ckpt attach {parent}"),
+        ));
+    }
 }
 
 /// Whether the process is on its way out, or gone. It loses its memory and its descriptors some time

@@ -3,14 +3,14 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ckpt_image::{Arch, Codec, FormatVersion, Header};
-use ckpt_tracer::proc::maps::{VmaName, read_maps};
+use ckpt_tracer::Pid;
 use ckpt_tracer::proc::tasks;
-use ckpt_tracer::{Pid, RemoteAddr, mem};
 
 use crate::capture::source::Source;
 use crate::error::Result;
 use crate::objects::process::Process;
-use crate::objects::{Host, Snapshot};
+use crate::objects::processor::{Baseline, Processor};
+use crate::objects::{Host, Snapshot, vdso};
 use crate::restore::clock::as_seen_by;
 
 fn text(path: &str) -> String {
@@ -70,8 +70,8 @@ fn cpu_model() -> String {
     model.map(|(_, name)| name.to_owned()).unwrap_or_default()
 }
 
-/// What a restore has to agree with.
-pub fn describe(process: &Process) -> Result<Host> {
+/// What a restore has to agree with, and how the checkpoint was taken.
+pub fn describe(process: &Process, sources: &[Source]) -> Result<Host> {
     let seen = |id| as_seen_by(Pid(process.pid), id, clock(id));
     let xstate = &process.threads[0].xstate;
     // Software-reserved bytes of the fxsave area (arch/x86/include/asm/user.h): XCR0.
@@ -82,27 +82,34 @@ pub fn describe(process: &Process) -> Result<Host> {
     Ok(Host {
         kernel: text("/proc/sys/kernel/osrelease"),
         name: text("/proc/sys/kernel/hostname"),
-        vdso_digest: vdso_digest(),
+        vdso: vdso::code(),
         xstate_size: xstate.len() as u32,
         xcr0,
         monotonic_ns: seen(libc::CLOCK_MONOTONIC),
         boottime_ns: seen(libc::CLOCK_BOOTTIME),
         realtime_ns: clock(libc::CLOCK_REALTIME),
+        processor: Processor::here(),
+        baseline: baseline(sources),
+        command: std::env::args_os()
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect(),
     })
 }
 
-/// BLAKE3 of this kernel's vDSO, read from our own memory.
-pub fn vdso_digest() -> Vec<u8> {
-    let me = Pid(std::process::id() as i32);
-    let maps = read_maps(me).unwrap_or_default();
-    let Some(vdso) = maps.iter().find(|v| v.name == VmaName::Vdso) else {
-        return Vec::new();
-    };
-    let mut bytes = vec![0; vdso.len() as usize];
-    match mem::read_vm(me, RemoteAddr(vdso.start), &mut bytes) {
-        Ok(n) if n == bytes.len() => blake3::hash(&bytes).as_bytes().to_vec(),
-        _ => Vec::new(),
-    }
+/// In the environment of programs that `ckpt run --cpu-baseline` starts: the name of the level.
+pub const BASELINE: &str = "CKPT_CPU_BASELINE";
+
+/// What all processes were started to use of the processor: the highest level of any, and no level
+/// if one of them was started without.
+fn baseline(sources: &[Source]) -> Option<Baseline> {
+    let levels = sources.iter().map(|source| {
+        let environment = std::fs::read(source.dir.join("environ")).ok()?;
+        let mut variables = environment.split(|byte| *byte == 0);
+        let name = [BASELINE, "="].concat();
+        let level = variables.find_map(|v| v.strip_prefix(name.as_bytes()))?;
+        std::str::from_utf8(level).ok()?.parse().ok()
+    });
+    levels.collect::<Option<Vec<Baseline>>>()?.into_iter().max()
 }
 
 /// What a clock shows, in nanoseconds.

@@ -115,6 +115,7 @@ fn every_key_of_json_is_described() {
         ("src/cli/check.rs", "struct Here"),
         ("src/cli/check.rs", "struct Feature"),
         ("src/cli/check.rs", "struct Process"),
+        ("src/cli/check.rs", "struct Image"),
         ("src/error.rs", "pub struct Obstacle"),
         ("src/cli/inspect.rs", "struct Everything"),
         ("src/inspect/summary.rs", "pub struct Summary"),
@@ -123,6 +124,7 @@ fn every_key_of_json_is_described() {
         ("src/inspect/threads.rs", "pub struct ThreadView"),
         ("src/inspect/maps.rs", "pub struct MapView"),
         ("src/inspect/fds.rs", "pub struct FdView"),
+        ("src/inspect/needs.rs", "pub struct NeedView"),
     ];
     for (file, head) in structs {
         let source = read(file);

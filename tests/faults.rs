@@ -12,9 +12,10 @@ use common::tool::{CKPT, leftovers};
 use common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run};
 
 /// Timers and sleeps notice what happens to them, computations when a register is lost, parents
-/// when one of their children is not as it was.
-fn targets(case: &Case) -> [Fixture; 3] {
-    ["sleepers", "timers_posix", "tree_pipe"].map(|name| {
+/// when one of their children is not as it was, and all who share a memory when one is in it that
+/// should not be.
+fn targets(case: &Case) -> [Fixture; 4] {
+    ["sleepers", "timers_posix", "tree_pipe", "tree_vm_threads"].map(|name| {
         let command = Command::new(case.fixtures().join(name));
         common::fixture::start_in(case, name, &format!("run-{name}"), command)
     })
@@ -69,8 +70,14 @@ fn works(case: &Case, mut target: Fixture) {
 }
 
 fn restore_ends(case: &Case, fault: &str) {
-    // Programs that are executed, and processes that stand in for those that have gone.
-    for name in ["threads", "tree_exec", "tree_session_gone"] {
+    // Programs that are executed, processes that stand in for those that have gone, and some that
+    // are in the memory of others.
+    for name in [
+        "threads",
+        "tree_exec",
+        "tree_session_gone",
+        "tree_vm_threads",
+    ] {
         restore_of_ends(case, name, fault);
     }
 }

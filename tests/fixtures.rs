@@ -27,10 +27,7 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
 ];
 
 /// What is not supported: the fixture and the words that name the object and the remedy.
-const REFUSED: &[(&str, &[&str])] = &[
-    ("aio", &["AIO context", "io_destroy"]),
-    ("tree_vm", &["memory", "CLONE_VM"]),
-];
+const REFUSED: &[(&str, &[&str])] = &[("aio", &["AIO context", "io_destroy"])];
 
 fn exceptions(name: &str) -> &'static [&'static str] {
     let found = EXCEPTIONS.iter().find(|(fixture, _)| *fixture == name);
@@ -149,7 +146,8 @@ matrix! {
     tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_growing tree_locks
     tree_memfd tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session
     tree_session_gone tree_sharedfd tree_shm tree_sigchld tree_signalfd tree_stopped
-    tree_thousand tree_vm tree_wait tree_wide tree_zombie umask vdso xstate;
+    tree_sysvsem tree_thousand tree_vm tree_vm_orphan tree_vm_stopped tree_vm_threads tree_wait
+    tree_wide tree_zombie umask vdso vdso_handler xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"
     sigpending_static = "sigpending.static" vdso_static = "vdso.static"

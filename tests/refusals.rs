@@ -205,6 +205,36 @@ fn waiting_in_vfork() {
     });
 }
 
+/// Nobody could create it again as what it is.
+#[test]
+fn memory_of_a_sibling() {
+    isolated("memory_of_a_sibling", |case| {
+        let target = odd(case, "sibling", None);
+        let words = [
+            "shares its memory (CLONE_VM)",
+            "not with its parent",
+            "has ended",
+        ];
+        attach_is_refused(case, target, &words);
+    });
+}
+
+#[test]
+fn memory_of_a_parent_outside_the_job() {
+    isolated("memory_of_a_parent_outside_the_job", |case| {
+        let target = fixture(case, "tree_vm");
+        let before = Looks::at(target.pid());
+        let mate = target.job.descendants()[0].to_string();
+        let out = ckpt(case, ["attach", &mate, "-o", "job.ckpt"]);
+        let whole = format!("ckpt attach {}", target.pid());
+        out.refused(
+            1,
+            &["shares its memory (CLONE_VM)", "outside the job", &whole],
+        );
+        unharmed(case, target, &before);
+    });
+}
+
 #[test]
 fn thread_with_descriptors_of_its_own() {
     isolated("thread_with_descriptors_of_its_own", |case| {

@@ -93,6 +93,15 @@ fn killed_at_any_moment_of_a_tree() {
     });
 }
 
+#[test]
+fn killed_at_any_moment_of_shared_memory() {
+    isolated("killed_at_any_moment_of_shared_memory", |case| {
+        let command = Command::new(case.fixtures().join("tree_vm_threads"));
+        let target = start_in(case, "tree_vm_threads", "run", command);
+        killed(case, target, 100);
+    });
+}
+
 fn killed(case: &Case, mut target: Fixture, most: u32) {
     let mut random = Random::new();
     let longest = duration(case, target.pid());

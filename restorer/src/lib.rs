@@ -54,8 +54,8 @@ pub struct Op {
     pub result: i64,
 }
 
-/// A list of operations for a thread other than the first, or for a process that has yet no
-/// memory of its own.
+/// A list of operations for a thread other than the first, or for a process that has no memory of
+/// its own, or not yet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThreadPlan {
@@ -63,13 +63,13 @@ pub struct ThreadPlan {
     pub ops: u64,
     /// How many.
     pub count: u64,
-    /// The plan that it belongs to.
+    /// The [`Plan`] of its process: of a thread its creator's, of a process its own.
     pub plan: u64,
     /// Not 0: a process, which at its end traps with [`DONE`] or [`FAILED`] instead of parking.
     pub process: u64,
 }
 
-/// What the restorer finds at the address in its first argument.
+/// What one process executes: what the restorer finds at the address in its first argument.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {

@@ -14,27 +14,31 @@ use ckpt_image::{Codec, ImageFile, Writer, WriterOptions};
 use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::proc::maps::Vma;
-use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
+use ckpt_tracer::proc::pagemap::PagemapScanner;
+use ckpt_tracer::remote::leave_stale_cave;
 
 use crate::error::{Error, Result};
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::namespaces::Namespaces;
-use crate::objects::process::{self, Process};
-use crate::objects::{Snapshot, SpaceId, ipc, memory, zombie};
+use crate::objects::process::{self, InJob, Process};
+use crate::objects::{Snapshot, SpaceId, ipc, zombie};
 use crate::progress::Progress;
 use crate::restore::births;
 use crate::snapshot;
 
+pub mod bundle;
 mod cow;
 pub mod pages;
 pub mod save_files;
 pub mod source;
+mod stored;
 
-use cow::Comparison;
-use pages::{PageSink, Reading};
+use bundle::Bundle;
+use pages::PageSink;
 use save_files::SaveFiles;
 use source::{Collector, Patience, Source};
+use stored::write_pages;
 
 /// What becomes of the job after its checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,6 +69,8 @@ pub struct Request<'a> {
     pub after: After,
     /// Open files whose contents go into the image.
     pub save_files: SaveFiles,
+    /// Programs, libraries and files that the job only reads go into the image as well.
+    pub bundle: bool,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -192,7 +198,11 @@ fn checkpoint<W: Write + Send + 'static>(
         attempts += 1;
     };
     fault::hit(Step::StateCaptured)?;
-    let memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
+    let bundle = match request.bundle {
+        true => Bundle::open(&captured.snapshot, captured.next_space)?,
+        false => Bundle::empty(),
+    };
+    let mut memory_bytes = write_pages(&mut writer, &sources, &mut captured, request.progress)?;
     fault::hit(Step::Release)?;
 
     let threads = frozen.tasks() as u32;
@@ -207,6 +217,13 @@ fn checkpoint<W: Write + Send + 'static>(
 
     let mut snapshot = captured.snapshot;
     host::read_build_ids(&mut snapshot);
+    if request.bundle {
+        request.progress.begin(bundle.bytes());
+        let mut sink = PageSink::new(&mut writer, request.progress);
+        snapshot.bundle = bundle.store(&mut sink)?;
+        memory_bytes += sink.finish()?;
+        request.progress.end();
+    }
     writer.section(
         snapshot::SECTION,
         snapshot::VERSION,
@@ -282,6 +299,8 @@ struct CapturedJob {
     /// Of each process.
     memory: Vec<(Vec<Vma>, PagemapScanner)>,
     contents: Vec<(SpaceId, source::Contents)>,
+    /// The first that nothing has.
+    next_space: SpaceId,
     /// See [`Report::warnings`].
     warnings: Vec<String>,
 }
@@ -292,12 +311,14 @@ fn capture_frozen(
     save_files: &SaveFiles,
     patience: Patience,
 ) -> Result<CapturedJob> {
-    for (frozen, source) in job.processes.iter().zip(sources) {
+    for (frozen, source) in job.processes.iter_mut().zip(sources) {
         if source.status.seccomp == Some(2) {
             for task in frozen.tasks() {
                 task.suspend_seccomp()?;
             }
         }
+        // Of all, before anybody's memory is looked at: it may be that of several.
+        leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     }
     let mut collector = Collector::default();
     collector.patience = patience;
@@ -305,11 +326,8 @@ fn capture_frozen(
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
-    let vmas = outside.iter().map(|o| o.vmas.as_slice());
-    ipc::capture(
-        &all.iter().copied().zip(vmas).collect::<Vec<_>>(),
-        &mut collector,
-    )?;
+    let spaces = process::address_spaces(&all, &outside, &collector);
+    ipc::capture(&spaces, &mut collector)?;
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
@@ -323,26 +341,29 @@ fn capture_frozen(
     let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
     let mut memory = Vec::with_capacity(sources.len());
     for ((frozen, source), outside) in job.processes.iter_mut().zip(sources).zip(outside) {
-        let space = collector.new_space();
+        let shares = collector.shares(source.pid);
+        let parent = processes.iter().find(|p| p.pid == source.status.ppid.raw());
+        let space = match parent.filter(|_| shares.memory) {
+            Some(parent) => parent.memory.space,
+            None => collector.new_space(),
+        };
         let children = stopped.iter().filter(|(parent, _)| *parent == source.pid);
         let children: Vec<i32> = children.map(|(_, child)| *child).collect();
-        let (mut process, vmas, scanner) =
-            process::capture(frozen, source, outside, space, &children, &collector.ipc)?;
-        process.shares = collector
-            .shares
-            .get(&source.pid)
-            .copied()
-            .unwrap_or_default();
-        process.forked = processes
-            .iter()
-            .find(|p| p.pid == process.parent)
-            .is_some_and(|parent| process.is_fork_of(parent));
+        let in_job = InJob {
+            space,
+            parent,
+            shares,
+            stopped_children: &children,
+            ipc: &collector.ipc,
+        };
+        let (process, vmas, scanner) = process::capture(frozen, source, outside, &in_job)?;
         processes.push(process);
         memory.push((vmas, scanner));
     }
     let zombies = job.ended.iter().map(|pid| zombie::capture(*pid));
     let zombies = zombies.collect::<Result<_>>()?;
-    let host = host::describe(&processes[0])?;
+    let host = host::describe(&processes[0], sources)?;
+    let next_space = collector.new_space();
     let Collector {
         descriptions,
         terminals,
@@ -365,6 +386,7 @@ fn capture_frozen(
         shared_memory,
         ipc,
         namespaces: Namespaces::default(),
+        bundle: Vec::new(),
     };
     // What could not be brought about again is refused now, not at the restore.
     births::decide(&snapshot).map_err(Error::Refused)?;
@@ -372,125 +394,7 @@ fn capture_frozen(
         snapshot,
         memory,
         contents,
+        next_space,
         warnings,
     })
-}
-
-/// Streams the pages of all processes and what else has contents; answers the bytes stored.
-fn write_pages<W: Write + Send + 'static>(
-    writer: &mut Writer<W>,
-    sources: &[Source],
-    captured: &mut CapturedJob,
-    progress: &dyn Progress,
-) -> Result<u64> {
-    let mut sink = PageSink::new(writer, progress);
-    let processes = &mut captured.snapshot.processes;
-    let mut held: Vec<Vec<(u64, u64)>> = Vec::with_capacity(processes.len());
-    let mut stored: Vec<Vec<StoredRange>> = Vec::with_capacity(processes.len());
-    for (index, (vmas, scanner)) in captured.memory.iter().enumerate() {
-        let mut ranges = stored_ranges(vmas, scanner)?;
-        held.push(ranges.iter().flat_map(|r| r.runs.clone()).collect());
-        if processes[index].forked {
-            let shared = leave_to_parent(&mut ranges, index, processes, sources, &held)?;
-            processes[index].memory.inherited = shared;
-        }
-        stored.push(ranges);
-    }
-    progress.begin(stored.iter().flatten().map(StoredRange::bytes).sum());
-    let half = stored.iter().map(Vec::len).sum::<usize>() / 2;
-    let mut count = 0;
-    for (index, ranges) in stored.iter().enumerate() {
-        for range in ranges {
-            if count == half {
-                fault::hit(Step::PagesHalf)?;
-            }
-            count += 1;
-            sink.memory(
-                &sources[index].mem,
-                processes[index].memory.space,
-                range.runs.iter().copied(),
-                range.how,
-            )?;
-        }
-    }
-    for (space, contents) in &captured.contents {
-        sink.contents(*space, contents)?;
-    }
-    sink.finish()
-}
-
-/// Takes the pages out of `ranges` that a forked process has in common with its parent; answers
-/// them.
-fn leave_to_parent(
-    ranges: &mut [StoredRange],
-    child: usize,
-    processes: &[Process],
-    sources: &[Source],
-    held: &[Vec<(u64, u64)>],
-) -> Result<Vec<(u64, u64)>> {
-    let parent_pid = processes[child].parent;
-    let Some(parent) = processes.iter().position(|p| p.pid == parent_pid) else {
-        return Ok(Vec::new());
-    };
-    let over = memory::inherited(
-        &processes[parent].memory.mappings,
-        &processes[child].memory.mappings,
-    );
-    let over: Vec<(u64, u64)> = over.iter().map(|i| (i.start, i.end)).collect();
-    let comparison = Comparison {
-        parent: &sources[parent].mem,
-        child: &sources[child].mem,
-        common: memory::intersect(&held[parent], &over),
-        pagemap: Comparison::pagemap(&sources[child].dir),
-    };
-    let mut inherited = Vec::new();
-    for range in ranges {
-        let split = comparison.split(&range.runs)?;
-        range.runs = split.own;
-        inherited.extend(split.inherited);
-    }
-    Ok(memory::join(inherited))
-}
-
-/// Pages of one mapping that go into the image.
-struct StoredRange {
-    runs: Vec<(u64, u64)>,
-    how: Reading,
-}
-
-impl StoredRange {
-    fn bytes(&self) -> u64 {
-        self.runs.iter().map(|(start, end)| end - start).sum()
-    }
-}
-
-fn stored_ranges(vmas: &[Vma], scanner: &PagemapScanner) -> Result<Vec<StoredRange>> {
-    use ckpt_tracer::proc::maps::VmaName as Name;
-    let mut ranges = Vec::new();
-    for vma in vmas {
-        let kernels = matches!(
-            vma.name,
-            Name::Vdso | Name::Vvar | Name::VvarVclock | Name::Vsyscall
-        );
-        if kernels {
-            continue;
-        }
-        let Some(query) = PageQuery::stored_pages(vma) else {
-            continue;
-        };
-        let mut runs = Vec::new();
-        scanner.scan(vma.start..vma.end, query, |run| {
-            runs.push((run.start, run.end))
-        })?;
-        if !runs.is_empty() {
-            ranges.push(StoredRange {
-                runs,
-                how: Reading {
-                    zero_is_default: vma.is_private_anonymous(),
-                    shared: vma.pss < vma.rss,
-                },
-            });
-        }
-    }
-    Ok(ranges)
 }

@@ -118,6 +118,11 @@ impl Collector {
         self.patience != Patience::Running
     }
 
+    /// What a process shares with its parent.
+    pub fn shares(&self, pid: Pid) -> Shares {
+        self.shares.get(&pid).copied().unwrap_or_default()
+    }
+
     /// A new space.
     pub fn new_space(&mut self) -> SpaceId {
         self.spaces += 1;

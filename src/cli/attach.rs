@@ -47,6 +47,9 @@ pub struct Attach {
     /// Store the contents of open files that match, for `restore --put-files`: GLOB is matched with the file's name, or with its whole path if it has a slash; may be repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
+    /// Store the program, its libraries and the files that it only reads as well, each contents once: restore takes them from the image where they are missing or other ones.
+    #[arg(long)]
+    bundle: bool,
     /// Print the figures as a JSON object.
     #[arg(long)]
     json: bool,
@@ -59,6 +62,7 @@ Examples:
   ckpt attach 4242                    write NAME.4242.ckpt here; the process goes on
   ckpt attach 4242 -o job.ckpt --kill write job.ckpt, then end the process
   ckpt attach 4242 --save-files '*.log' --save-files '/data/**'
+  ckpt attach 4242 --bundle           for a machine without the program and its libraries
   ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
 
 /// The children of `by` that are neither the job's root nor this process.
@@ -171,6 +175,7 @@ fn attach(args: &Attach, visited: &Visited) -> Outcome {
             _ => After::Continue,
         },
         save_files: SaveFiles::new(args.save_files.clone()),
+        bundle: args.bundle,
         progress: &*progress,
     };
     let report = if to_stdout {

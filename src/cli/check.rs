@@ -1,35 +1,62 @@
-//! `ckpt check`: what can be done here, or with one process.
+//! `ckpt check`: what can be done here, with one process, or with one image.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::features::{FeatureRow, KernelFeatures};
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use serde::Serialize;
 
 use super::exit::{self, Failure, Outcome, Role};
-use super::output;
-use crate::check;
+use super::places::Places;
+use super::{output, progress};
 use crate::error::Obstacle;
-use crate::isolate;
+use crate::{check, isolate, restore};
 
 /// Arguments of `ckpt check`.
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Check {
-    /// The process to look at; without it the kernel and the user are looked at.
-    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
-    pid: Option<i32>,
+    /// The process (a number) or the image (a path) to look at; without it the kernel and the user are looked at.
+    #[arg(value_name = "PID|IMAGE", value_parser = OsStringValueParser::new().try_map(parse_subject))]
+    subject: Option<Subject>,
     /// Print the answer as a JSON object.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    places: Places,
+}
+
+/// What is to be looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Subject {
+    Process(i32),
+    Image(PathBuf),
+}
+
+/// What is all digits is a pid; a file of such a name has a directory before it.
+fn parse_subject(word: OsString) -> Result<Subject, String> {
+    match word.to_str() {
+        Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
+            let pid = text.parse().ok().filter(|pid| *pid > 0);
+            let pid = pid.ok_or("no process has that id; write ./ before the name of an image");
+            Ok(Subject::Process(pid?))
+        }
+        _ => Ok(Subject::Image(word.into())),
+    }
 }
 
 const EXAMPLES: &str = "\
-Nothing is touched, and no process is stopped. The exit code is 0 when a checkpoint is possible,
-else 1.
+Nothing is touched, and no process is stopped. The exit code is 0 when a checkpoint, or a restore
+of the image, is possible, else 1. Options about files are those of restore, and for images only.
 
 Examples:
-  ckpt check         what this kernel and this user can do
-  ckpt check 4242    what stands in the way of a checkpoint of process 4242";
+  ckpt check             what this kernel and this user can do
+  ckpt check 4242        what stands in the way of a checkpoint of process 4242
+  ckpt check job.ckpt    what stands in the way of a restore on this machine
+  ckpt check --map-path /home/me/run=/scratch/run job.ckpt";
 
 /// What `ckpt check --json` prints; the keys stay as they are.
 #[derive(Serialize)]
@@ -64,11 +91,48 @@ struct Process<'a> {
     obstacles: &'a [Obstacle],
 }
 
+/// What `ckpt check --json IMAGE` prints; the keys stay as they are.
+#[derive(Serialize)]
+struct Image<'a> {
+    /// Its path.
+    image: &'a str,
+    /// Whether it can be restored here.
+    possible: bool,
+    /// What stands in the way, as above.
+    obstacles: &'a [Obstacle],
+}
+
 pub(crate) fn run(args: &Check) -> Outcome {
-    match args.pid {
+    match &args.subject {
+        Some(Subject::Image(path)) => image(path, args),
+        _ if args.places.any() => Err(Failure::Usage(
+            "the options about files are for an image; name one".into(),
+        )),
+        Some(Subject::Process(pid)) => process(*pid, args.json),
         None => here(args.json),
-        Some(pid) => process(pid, args.json),
     }
+}
+
+fn image(path: &Path, args: &Check) -> Outcome {
+    let progress = progress::on_terminal("check", false);
+    let obstacles = restore::obstacles(&args.places.request(path, &*progress)?)?;
+    let name = path.to_string_lossy();
+    let text = if args.json {
+        output::json(&Image {
+            image: &name,
+            possible: obstacles.is_empty(),
+            obstacles: &obstacles,
+        })?
+    } else if obstacles.is_empty() {
+        format!(
+            "{} can be restored here\n",
+            output::visible(name.as_bytes())
+        )
+    } else {
+        lines(&obstacles)
+    };
+    output::print(text)?;
+    verdict(obstacles.is_empty())
 }
 
 fn here(json: bool) -> Outcome {
@@ -126,15 +190,34 @@ fn look(pid: i32, inner: Pid, json: bool) -> Outcome {
     } else if obstacles.is_empty() {
         format!("process {pid} can be checkpointed and restored\n")
     } else {
-        let lines = obstacles
-            .iter()
-            .map(|obstacle| format!("{}\n", output::visible(obstacle.to_string().as_bytes())));
-        lines.collect()
+        lines(&obstacles)
     };
     output::print(text)?;
     verdict(obstacles.is_empty())
 }
 
+fn lines(obstacles: &[Obstacle]) -> String {
+    let lines = obstacles
+        .iter()
+        .map(|obstacle| format!("{}\n", output::visible(obstacle.to_string().as_bytes())));
+    lines.collect()
+}
+
 fn verdict(possible: bool) -> Outcome {
     if possible { Ok(0) } else { Err(Failure::Told) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_a_process_and_all_else_an_image() {
+        let parse = |word: &str| parse_subject(word.into());
+        assert_eq!(parse("4242"), Ok(Subject::Process(4242)));
+        for path in ["job.ckpt", "./4242", "-1", "4242.ckpt"] {
+            assert_eq!(parse(path), Ok(Subject::Image(path.into())));
+        }
+        assert!(parse("0").is_err() && parse("99999999999").is_err());
+    }
 }

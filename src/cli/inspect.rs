@@ -11,9 +11,10 @@ use super::exit::Outcome;
 use super::output::{self, visible};
 use crate::inspect::fds::FdView;
 use crate::inspect::maps::MapView;
+use crate::inspect::needs::NeedView;
 use crate::inspect::summary::Summary;
 use crate::inspect::threads::ThreadView;
-use crate::inspect::{fds, maps, summary, threads};
+use crate::inspect::{fds, maps, needs, summary, threads};
 use crate::snapshot;
 
 /// Arguments of `ckpt inspect`.
@@ -32,6 +33,9 @@ pub struct Inspect {
     /// Show where each thread was: its system call with arguments, function and instruction.
     #[arg(long)]
     threads: bool,
+    /// Show what a machine must have to restore it: files, programs, features, privileges, limits.
+    #[arg(long)]
+    needs: bool,
     /// Print everything that is asked for as a JSON object.
     #[arg(long)]
     json: bool,
@@ -41,6 +45,7 @@ const EXAMPLES: &str = "\
 Examples:
   ckpt inspect job.ckpt             who, where, when, how large
   ckpt inspect --threads job.ckpt   what was each thread waiting for?
+  ckpt inspect --needs job.ckpt     what must another machine have?
   ckpt inspect --fds --json job.ckpt | jq '.fds[].path'";
 
 /// What `ckpt inspect --json` prints; the keys stay as they are. Lists that were not asked for are
@@ -54,6 +59,8 @@ struct Everything {
     maps: Option<Vec<MapView>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fds: Option<Vec<FdView>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    needs: Option<Vec<NeedView>>,
 }
 
 pub(crate) fn run(args: &Inspect) -> Outcome {
@@ -64,6 +71,7 @@ pub(crate) fn run(args: &Inspect) -> Outcome {
         threads: args.threads.then(|| threads::threads(&reader, &snapshot)),
         maps: args.maps.then(|| maps::maps(&reader, &snapshot)),
         fds: args.fds.then(|| fds::fds(&snapshot)),
+        needs: args.needs.then(|| needs::needs(&snapshot)),
     };
     output::print(if args.json {
         output::json(&everything)?
@@ -75,12 +83,19 @@ pub(crate) fn run(args: &Inspect) -> Outcome {
 
 fn text(everything: &Everything) -> String {
     let mut parts = Vec::new();
-    if everything.threads.is_none() && everything.maps.is_none() && everything.fds.is_none() {
+    let lists = [
+        everything.threads.is_some(),
+        everything.maps.is_some(),
+        everything.fds.is_some(),
+        everything.needs.is_some(),
+    ];
+    if lists == [false; 4] {
         parts.push(summary_text(&everything.summary));
     }
     parts.extend(everything.threads.as_deref().map(threads_text));
     parts.extend(everything.maps.as_deref().map(maps_text));
     parts.extend(everything.fds.as_deref().map(fds_text));
+    parts.extend(everything.needs.as_deref().map(needs_text));
     parts.join("\n")
 }
 
@@ -96,6 +111,10 @@ fn summary_text(summary: &Summary) -> String {
         output::bytes(summary.memory_bytes),
         output::count(summary.pages, "page")
     );
+    let mut processor = format!("{}: {}", summary.cpu, summary.cpu_features.join(" "));
+    if let Some(level) = summary.cpu_baseline {
+        let _ = write!(processor, "; the job keeps to {level}");
+    }
     let rows = [
         ("image", summary.image.clone()),
         (
@@ -109,10 +128,16 @@ fn summary_text(summary: &Summary) -> String {
         ("command line", summary.command_line.clone()),
         ("host", summary.host.clone()),
         ("kernel", summary.kernel.clone()),
-        ("processor", summary.cpu.clone()),
+        ("boot id", summary.boot_id.clone()),
+        ("processor", processor),
         ("taken", output::time(summary.created_unix_ns)),
+        ("taken by", summary.checkpoint_command.join(" ")),
         ("processes", summary.processes.to_string()),
         ("threads", summary.threads.to_string()),
+        (
+            "bundled",
+            output::count(summary.bundled_files as u64, "file"),
+        ),
         ("memory", memory),
         ("size", size),
     ];
@@ -243,5 +268,23 @@ fn fds_text(fds: &[FdView]) -> String {
         ]);
     }
     output::right_align(&mut table, &[1, 4, 5]);
+    output::table_text(table)
+}
+
+fn needs_text(needs: &[NeedView]) -> String {
+    let mut table = output::table(&["kind", "name", "size", "changed", "inode", "detail"]);
+    let cell = |number: Option<u64>| number.map_or_else(|| "-".into(), |n| n.to_string());
+    for need in needs {
+        let changed = need.modified_ns.and_then(|ns| u64::try_from(ns).ok());
+        table.add_row([
+            need.kind.into(),
+            visible(need.name.as_bytes()),
+            cell(need.size),
+            changed.map_or_else(|| "-".into(), output::time),
+            cell(need.inode),
+            visible(need.detail.as_bytes()),
+        ]);
+    }
+    output::right_align(&mut table, &[2, 4]);
     output::table_text(table)
 }

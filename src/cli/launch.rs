@@ -90,6 +90,7 @@ fn inside(
     values: Option<HandOver>,
     link: &mut Link,
 ) -> Result<i32, String> {
+    opened.restored_inside();
     pids::keep_clear(opened).map_err(|error| error.to_string())?;
     if let Some(values) = values {
         values.mount().map_err(|error| error.to_string())?;

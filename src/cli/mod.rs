@@ -12,6 +12,7 @@ pub mod inspect;
 mod launch;
 pub mod manual;
 mod output;
+pub mod places;
 pub mod progress;
 pub mod restore;
 pub mod run;
@@ -57,7 +58,7 @@ enum Command {
     Restore(restore::Restore),
     /// Show the terminal of a job that was restored with --detach, and type at it.
     Console(console::Console),
-    /// Say what can be checkpointed here, or what stands in the way with one process.
+    /// Say what can be done here, or what stands in the way with one process or one image.
     Check(check::Check),
     /// Show what is in an image.
     Inspect(inspect::Inspect),

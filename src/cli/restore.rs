@@ -1,6 +1,5 @@
 //! `restore`: a job goes on from its image.
 
-use std::collections::BTreeMap;
 use std::io::{stdin, stdout};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -9,13 +8,12 @@ use clap::{Args, ValueEnum};
 
 use super::exit::{Failure, Outcome, complain};
 use super::launch::launch;
+use super::places::Places;
 use super::run::{leave_standard_streams, take_over_signals, wait};
 use super::{Loudness, output, progress};
 use crate::restore::clock::ClockPolicy;
-use crate::restore::paths::Mapping;
 use crate::restore::pids::Pids;
-use crate::restore::put::PutFiles;
-use crate::restore::{self, FilesPolicy, env};
+use crate::restore::{self, env};
 use crate::supervise::relay::Relay;
 use crate::supervise::{NoTerminal, Terminal, console};
 
@@ -35,21 +33,8 @@ pub struct Restore {
     /// Print what would be done, one operation a line, and touch nothing.
     #[arg(long, conflicts_with_all = ["detach", "stopped"])]
     dry_run: bool,
-    /// Give descriptor N the file PATH instead of the one it had; may be repeated.
-    #[arg(long = "fd", value_name = "N=PATH", value_parser = parse_fd)]
-    fds: Vec<(i32, PathBuf)>,
-    /// Look for what lay at or below OLD at or below NEW: files, mapped files, programs, directories. May be repeated; the longest OLD wins.
-    #[arg(long = "map-path", value_name = "OLD=NEW", value_parser = parse_mapping)]
-    map_paths: Vec<Mapping>,
-    /// Put the files back whose contents `--save-files` stored, before the job opens them; never over one that was changed after the checkpoint.
-    #[arg(long)]
-    put_files: bool,
-    /// With --put-files: over one that was changed after the checkpoint as well.
-    #[arg(long, requires = "put_files")]
-    overwrite: bool,
-    /// What to do with files that changed since the checkpoint.
-    #[arg(long, value_name = "POLICY", default_value = "strict")]
-    files: Files,
+    #[command(flatten)]
+    places: Places,
     /// Which clocks the job gets that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME).
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     clock: Clock,
@@ -87,16 +72,6 @@ impl From<Where> for Pids {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Files {
-    /// Refuse, and name the file and what changed.
-    Strict,
-    /// Take the files as they are now.
-    Adopt,
-    /// As strict, and cut files that the job was writing back to their length at the checkpoint.
-    Truncate,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
 enum Clock {
     /// As continue where that is permitted, else as host.
     Auto,
@@ -122,73 +97,18 @@ Examples:
   restore --pids namespace --env SEED=7 job.ckpt
                                    the same, told something in $CKPT_RESTORE_ENV";
 
-fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
-    let (fd, path) = text
-        .split_once('=')
-        .ok_or("N=PATH is wanted, such as 1=out.log")?;
-    match fd.parse() {
-        Ok(number) if number >= 0 && !path.is_empty() => Ok((number, path.into())),
-        Ok(number) if number >= 0 => Err("the path is empty".into()),
-        _ => Err(format!("{fd:?} is not the number of a descriptor")),
-    }
-}
-
-fn parse_mapping(text: &str) -> Result<Mapping, String> {
-    let (old, new) = text
-        .split_once('=')
-        .ok_or("OLD=NEW is wanted, such as /old/place=/new/place")?;
-    let old = PathBuf::from(old);
-    if !old.is_absolute() {
-        return Err(format!(
-            "{} is not the whole path, from / on",
-            old.display()
-        ));
-    }
-    let new = std::path::absolute(new).map_err(|_| "the new path is empty")?;
-    Ok(Mapping { old, new })
-}
-
 pub(crate) fn run(args: &Restore) -> Outcome {
-    for (index, mapping) in args.map_paths.iter().enumerate() {
-        if args.map_paths[..index].iter().any(|m| m.old == mapping.old) {
-            return Err(Failure::Usage(format!(
-                "--map-path {} is given twice; give each path once",
-                mapping.old.display()
-            )));
-        }
-    }
-    let mut fds = BTreeMap::new();
-    for (fd, path) in &args.fds {
-        if fds.insert(*fd, path.clone()).is_some() {
-            return Err(Failure::Usage(format!(
-                "--fd {fd} is given twice; give each descriptor once"
-            )));
-        }
-    }
     let progress = progress::on_terminal("restore", !args.loudness.quiet);
     let request = restore::Request {
-        image: &args.image,
-        files: match args.files {
-            Files::Strict => FilesPolicy::Strict,
-            Files::Adopt => FilesPolicy::Adopt,
-            Files::Truncate => FilesPolicy::Truncate,
-        },
-        map_paths: args.map_paths.clone(),
-        put_files: match (args.put_files, args.overwrite) {
-            (false, _) => PutFiles::No,
-            (true, false) => PutFiles::UnlessNewer,
-            (true, true) => PutFiles::Overwrite,
-        },
         clock: match args.clock {
             Clock::Auto => ClockPolicy::Auto,
             Clock::Continue => ClockPolicy::Continue,
             Clock::Host => ClockPolicy::Host,
         },
-        fds,
         any_owner: args.any_owner,
         stopped: args.stopped,
         foreground: !args.stopped && !args.detach,
-        progress: &*progress,
+        ..args.places.request(&args.image, &*progress)?
     };
     if args.dry_run {
         let plan = restore::dry_run(&mut restore::open(&request)?)?;
@@ -262,28 +182,4 @@ fn serve(pid: i32, master: OwnedFd) -> Result<(), Failure> {
             "process {pid} runs, but its terminal cannot be kept: {error}"
         ))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mappings_are_parsed() {
-        let mapping = parse_mapping("/a/b=/c=d").unwrap();
-        assert_eq!((mapping.old, mapping.new), ("/a/b".into(), "/c=d".into()));
-        assert!(parse_mapping("/a=here").unwrap().new.is_absolute());
-        for bad in ["/a", "a=/b", "=/b", "/a=", ""] {
-            assert!(parse_mapping(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn descriptors_are_parsed() {
-        assert_eq!(parse_fd("1=out.log").unwrap(), (1, "out.log".into()));
-        assert_eq!(parse_fd("10=a=b").unwrap(), (10, "a=b".into()));
-        for bad in ["1", "=x", "-1=x", "x=y", "1=", "99999999999=x"] {
-            assert!(parse_fd(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -13,7 +13,9 @@ use clap::Args;
 use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output};
 use crate::capture::save_files::Pattern;
+use crate::host::BASELINE;
 use crate::isolate::{self, Init, Spec};
+use crate::objects::processor::Baseline;
 use crate::supervise::interval::parse_duration;
 use crate::supervise::periodic::{Periodic, Plan, Tell};
 use crate::supervise::retention::Images;
@@ -44,6 +46,12 @@ pub struct Run {
     /// Start the program in a pid namespace of its own, in which it can be restored whoever has its pids by then.
     #[arg(long)]
     isolated: bool,
+    /// Store the program, its libraries and the files that it only reads with each checkpoint, as `ckpt attach --bundle` does.
+    #[arg(long)]
+    bundle: bool,
+    /// Start the program so that glibc uses no more of the processor than this level, x86-64-v2 or x86-64-v3: its images can be restored on every machine that has it.
+    #[arg(long, value_name = "LEVEL")]
+    cpu_baseline: Option<Baseline>,
     #[command(flatten)]
     loudness: Loudness,
     /// The program and its arguments.
@@ -64,6 +72,8 @@ Examples:
   ckpt run --interval 10m -- ./simulate input.dat
   ckpt run --name job --dir /var/ckpt --interval 1h --keep 3 -- python3 train.py
   ckpt run --isolated --interval 10m -- ./simulate input.dat
+  ckpt run --cpu-baseline x86-64-v3 --interval 1h -- ./simulate
+                                   to go on elsewhere on another processor
   restore /var/ckpt/job.7.ckpt     go on from the seventh checkpoint";
 
 pub(crate) fn run(args: &Run) -> Outcome {
@@ -83,6 +93,9 @@ pub(crate) fn run(args: &Run) -> Outcome {
     let start = || {
         let mut command = Command::new(program);
         command.args(arguments);
+        if let Some(level) = args.cpu_baseline {
+            keep_to(level, &mut command);
+        }
         supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
             let program = output::visible(program.as_bytes());
             format!("cannot start {program}: {error}; check its name and PATH")
@@ -100,6 +113,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
             keep: args.keep as usize,
             codec: args.codec,
             save_files: args.save_files.clone(),
+            bundle: args.bundle,
         };
         let (quiet, verbose) = (args.loudness.quiet, args.loudness.verbose);
         let failed: Tell = Box::new(|line| complain(&line));
@@ -123,6 +137,14 @@ fn isolated(start: impl FnOnce() -> Result<i32, String>) -> Result<Init, Failure
     })?;
     init.until_it_runs()?;
     Ok(init)
+}
+
+/// By its environment, which goes on to all programs that it starts.
+fn keep_to(level: Baseline, command: &mut Command) {
+    const TUNABLES: &str = "GLIBC_TUNABLES";
+    let before = std::env::var(TUNABLES).ok();
+    command.env(TUNABLES, level.glibc_tunables(before.as_deref()));
+    command.env(BASELINE, level.name());
 }
 
 /// Waits in the foreground for a job; its exit code.

@@ -70,6 +70,7 @@ pub(crate) fn snapshot() -> Snapshot {
         parent: 1,
         forked: false,
         shares: Default::default(),
+        exit_signal: libc::SIGCHLD,
         record_locks: Vec::new(),
         group: 50,
         session: 50,
@@ -132,16 +133,7 @@ pub(crate) fn snapshot() -> Snapshot {
     Snapshot {
         namespaces: Default::default(),
         zombies: Vec::new(),
-        host: Host {
-            kernel: String::new(),
-            name: String::new(),
-            vdso_digest: Vec::new(),
-            xstate_size: 0,
-            xcr0: 0,
-            monotonic_ns: 0,
-            boottime_ns: 0,
-            realtime_ns: 0,
-        },
+        host: Host::default(),
         processes: vec![process],
         descriptions: vec![
             description(Kind::Device(null)),
@@ -151,6 +143,7 @@ pub(crate) fn snapshot() -> Snapshot {
         mapped_files: vec![file],
         shared_memory: Vec::new(),
         ipc: Default::default(),
+        bundle: Vec::new(),
     }
 }
 

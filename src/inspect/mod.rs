@@ -12,6 +12,7 @@ pub(crate) mod fixture;
 pub mod mapped;
 pub mod maps;
 pub mod memory;
+pub mod needs;
 pub mod references;
 pub mod summary;
 pub mod symbols;

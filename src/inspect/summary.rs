@@ -27,8 +27,16 @@ pub struct Summary {
     pub host: String,
     /// Its kernel.
     pub kernel: String,
+    /// This run of the machine: `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
     /// Its processor.
     pub cpu: String,
+    /// Features of the processor that programs can use, as `/proc/cpuinfo` names them.
+    pub cpu_features: Vec<&'static str>,
+    /// The level that the job was started to keep to, such as `x86-64-v3`.
+    pub cpu_baseline: Option<&'static str>,
+    /// The command line that took the checkpoint.
+    pub checkpoint_command: Vec<String>,
     /// When the checkpoint was taken, nanoseconds since 1970.
     pub created_unix_ns: u64,
     /// Number of processes.
@@ -45,6 +53,8 @@ pub struct Summary {
     pub ratio: f64,
     /// The codec, such as `zstd:1`.
     pub codec: String,
+    /// Number of files that `--bundle` stored.
+    pub bundled_files: usize,
     /// The processes, the job's first one first.
     pub process_list: Vec<ProcessView>,
     /// Processes that have ended and that their parents have not waited for.
@@ -101,7 +111,11 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
         command_line: header.command_line.clone(),
         host: header.host.clone(),
         kernel: header.kernel.clone(),
+        boot_id: boot_id(header.boot_id),
         cpu: header.cpu.clone(),
+        cpu_features: snapshot.host.processor.features(),
+        cpu_baseline: snapshot.host.baseline.map(|level| level.name()),
+        checkpoint_command: snapshot.host.command.clone(),
         created_unix_ns: header.created_unix_ns,
         processes: snapshot.processes.len(),
         threads: snapshot
@@ -114,6 +128,7 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
         image_bytes: reader.bytes(),
         ratio: memory_bytes as f64 / reader.bytes().max(1) as f64,
         codec: header.codec.to_string(),
+        bundled_files: snapshot.bundle.len(),
         process_list: snapshot.processes.iter().map(process).collect(),
         zombies: snapshot.zombies.iter().map(zombie).collect(),
     }
@@ -126,6 +141,13 @@ fn zombie(zombie: &Zombie) -> ZombieView {
         status: zombie.status,
         name: String::from_utf8_lossy(&zombie.name).into_owned(),
     }
+}
+
+/// As the kernel writes it, in groups.
+fn boot_id(bytes: [u8; 16]) -> String {
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let groups = [0..8, 8..12, 12..16, 16..20, 20..32];
+    groups.map(|group| &hex[group]).join("-")
 }
 
 fn process(process: &crate::objects::process::Process) -> ProcessView {

@@ -5,6 +5,7 @@
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
 pub mod address_space;
+pub mod bundle;
 pub mod cgroup;
 pub mod credentials;
 pub mod files;
@@ -13,12 +14,14 @@ pub mod limits;
 pub mod memory;
 pub mod namespaces;
 pub mod process;
+pub mod processor;
 pub mod scheduling;
 pub mod seccomp;
 pub mod signals;
 pub mod sockets;
 pub mod thread;
 pub mod timers;
+pub mod vdso;
 pub mod zombie;
 
 use serde::{Deserialize, Serialize};
@@ -49,6 +52,9 @@ pub struct Snapshot {
     /// Objects of the IPC namespace.
     #[serde(default)]
     pub ipc: ipc::Ipc,
+    /// Files that are in the image as well.
+    #[serde(default)]
+    pub bundle: Vec<bundle::Bundled>,
     /// Namespaces that the job had to itself.
     #[serde(default)]
     pub namespaces: namespaces::Namespaces,
@@ -70,16 +76,16 @@ impl Snapshot {
     }
 }
 
-/// What the job ran on, as far as a restore must agree with it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What the job ran on, and how the checkpoint was taken.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Host {
     /// `uname -r`.
     pub kernel: String,
     /// `uname -n`.
     pub name: String,
-    /// BLAKE3 of the vDSO's bytes.
-    #[serde(with = "serde_bytes")]
-    pub vdso_digest: Vec<u8>,
+    /// The vDSO's bytes, empty where there is none.
+    #[serde(with = "serde_bytes", default)]
+    pub vdso: Vec<u8>,
     /// Size of the xsave area that threads were captured with, in bytes.
     pub xstate_size: u32,
     /// `XCR0`: the state components that the processor had enabled.
@@ -90,4 +96,13 @@ pub struct Host {
     pub boottime_ns: u64,
     /// `CLOCK_REALTIME` at the checkpoint, nanoseconds since 1970.
     pub realtime_ns: u64,
+    /// What the processor told programs of itself.
+    #[serde(default)]
+    pub processor: processor::Processor,
+    /// What of it the job was started to use, if not all.
+    #[serde(default)]
+    pub baseline: Option<processor::Baseline>,
+    /// The command line that took the checkpoint.
+    #[serde(default)]
+    pub command: Vec<String>,
 }

@@ -10,7 +10,7 @@ use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::proc::timers::read_timers;
-use ckpt_tracer::remote::{self, Cave, RemoteCalls};
+use ckpt_tracer::remote::{Cave, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
@@ -38,6 +38,9 @@ pub struct Process {
     pub forked: bool,
     /// What it shares with its parent beyond what a fork leaves shared.
     pub shares: Shares,
+    /// The signal that tells its parent of its end, 0 for none.
+    #[serde(default = "sigchld")]
+    pub exit_signal: i32,
     /// Process group.
     pub group: i32,
     /// Session.
@@ -85,33 +88,55 @@ pub struct Process {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
-    /// What its end does to semaphores.
+    /// What its end does to semaphores; those that it shares with its parent are with that one.
     #[serde(default)]
     pub semaphore_adjustments: Vec<Adjustment>,
 }
 
-/// Tables that a process shares with its parent, clone(2).
+/// The exit signal of nearly all processes.
+pub(super) fn sigchld() -> i32 {
+    libc::SIGCHLD
+}
+
+/// What a process shares with its parent, clone(2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shares {
     /// Descriptors (`CLONE_FILES`).
     pub files: bool,
     /// Directories and umask (`CLONE_FS`).
     pub fs: bool,
+    /// Memory (`CLONE_VM`).
+    #[serde(default)]
+    pub memory: bool,
+    /// Signal actions (`CLONE_SIGHAND`).
+    #[serde(default)]
+    pub actions: bool,
+    /// Adjustments of semaphores (`CLONE_SYSVSEM`).
+    #[serde(default)]
+    pub adjustments: bool,
 }
 
 impl Shares {
     /// Flags of clone(2).
     pub fn flags(self) -> i32 {
-        let files = if self.files { libc::CLONE_FILES } else { 0 };
-        files | if self.fs { libc::CLONE_FS } else { 0 }
+        let all = [
+            (self.files, libc::CLONE_FILES),
+            (self.fs, libc::CLONE_FS),
+            (self.memory, libc::CLONE_VM),
+            (self.actions, libc::CLONE_SIGHAND),
+            (self.adjustments, libc::CLONE_SYSVSEM),
+        ];
+        let shared = all.iter().filter(|(shared, _)| *shared);
+        shared.fold(0, |flags, (_, flag)| flags | flag)
     }
 }
 
 impl Process {
     /// Whether the process was forked by that parent, and neither has executed a program since.
-    pub fn is_fork_of(&self, parent: &Process) -> bool {
+    fn is_fork_of(&self, parent: &Process) -> bool {
         let (mine, theirs) = (&self.memory, &parent.memory);
         self.parent == parent.pid
+            && !self.shares.memory
             && mine.executable == theirs.executable
             && mine.auxv == theirs.auxv
             && mine.layout.start_stack == theirs.layout.start_stack
@@ -158,34 +183,63 @@ pub fn capture_from_outside(
         let locks = seen.into_iter().map(|s| (s.fd, s.locks));
         locks.flat_map(|(fd, locks)| locks.into_iter().map(move |l| (fd, l)))
     });
-    sources
-        .iter()
-        .enumerate()
-        .zip(fds.into_iter().zip(locks))
-        .map(|((index, source), (fds, locks))| {
-            let outside = one_from_outside(source, depth, fds, collector)?;
-            Ok(FromOutside {
-                record_locks: locks.collect(),
-                terminal: terminals.controlling(index, source, collector),
-                ..outside
-            })
-        })
-        .collect()
+    let mut all: Vec<FromOutside> = Vec::with_capacity(sources.len());
+    for (index, (source, (fds, locks))) in
+        sources.iter().zip(fds.into_iter().zip(locks)).enumerate()
+    {
+        directories(source, collector)?;
+        let scanner = PagemapScanner::open(source.dir.clone())?;
+        let parent = sources.iter().position(|s| s.pid == source.status.ppid);
+        let parent = parent.and_then(|at| all.get(at));
+        let (vmas, memory) = match parent.filter(|_| collector.shares(source.pid).memory) {
+            Some(parent) => (parent.vmas.clone(), parent.memory.clone()),
+            None => memory_from_outside(source, depth, &scanner, collector)?,
+        };
+        all.push(FromOutside {
+            vmas,
+            memory,
+            fds,
+            record_locks: locks.collect(),
+            terminal: terminals.controlling(index, source, collector),
+            scanner,
+        });
+    }
+    Ok(all)
 }
 
-fn one_from_outside(
+/// The processes with their mappings; those who have their parent's memory come without.
+pub fn address_spaces<'a>(
+    sources: &[&'a Source],
+    outside: &'a [FromOutside],
+    collector: &Collector,
+) -> Vec<(&'a Source, &'a [Vma])> {
+    let all = sources.iter().zip(outside);
+    all.map(
+        |(source, outside)| match collector.shares(source.pid).memory {
+            true => (*source, [].as_slice()),
+            false => (*source, outside.vmas.as_slice()),
+        },
+    )
+    .collect()
+}
+
+fn memory_from_outside(
     source: &Source,
     depth: Depth,
-    fds: Vec<FdEntry>,
+    scanner: &PagemapScanner,
     collector: &mut Collector,
-) -> Result<FromOutside> {
+) -> Result<(Vec<Vma>, memory::Captured)> {
     let dir = source.dir.clone();
-    let scanner = PagemapScanner::open(dir.clone())?;
     let (vmas, guards) = match depth {
         Depth::Glance => (read_maps(dir)?, Vec::new()),
-        Depth::Full => (read_smaps(dir)?, memory::guard_pages(&scanner)?),
+        Depth::Full => (read_smaps(dir)?, memory::guard_pages(scanner)?),
     };
     let memory = memory::capture(source, &vmas, &guards, collector)?;
+    Ok((vmas, memory))
+}
+
+/// The working directory and the root directory can be found again.
+fn directories(source: &Source, collector: &mut Collector) -> Result<()> {
     for name in ["cwd", "root"] {
         let link = match std::fs::read_link(source.dir.join(name)) {
             Ok(link) => link,
@@ -216,14 +270,21 @@ fn one_from_outside(
             ));
         }
     }
-    Ok(FromOutside {
-        vmas,
-        memory,
-        fds,
-        terminal: None,
-        record_locks: Vec::new(),
-        scanner,
-    })
+    Ok(())
+}
+
+/// What a process has to do with the others of the job.
+pub struct InJob<'a> {
+    /// Where its pages go, unless it has its parent's memory.
+    pub space: SpaceId,
+    /// Its parent, if that belongs to the job.
+    pub parent: Option<&'a Process>,
+    /// What it shares with it.
+    pub shares: Shares,
+    /// Its children that are stopped.
+    pub stopped_children: &'a [i32],
+    /// The job's objects of the IPC namespace.
+    pub ipc: &'a Ipc,
 }
 
 /// Room for the answers of remote calls.
@@ -235,9 +296,7 @@ pub fn capture(
     frozen: &mut Frozen,
     source: &Source,
     outside: FromOutside,
-    space: SpaceId,
-    stopped_children: &[i32],
-    ipc: &Ipc,
+    job: &InJob<'_>,
 ) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
     let FromOutside {
         vmas,
@@ -258,7 +317,6 @@ pub fn capture(
     let listed = read_timers(dir.clone())?;
 
     let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
-    remote::leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     let taken = vmas.iter().map(|v| (v.start, v.end));
     let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
         Obstacle::without_remedy(
@@ -273,16 +331,39 @@ pub fn capture(
         .split_first_mut()
         .ok_or(ckpt_tracer::Error::Died { tid: pid.leader() })?;
     let mut calls = RemoteCalls::begin(leader, &cave, scratch, SCRATCH)?;
-    let asked = address_space::capture(&mut calls)?;
-    let actions = signals::capture_actions(&mut calls)?;
+    let parent = |shared: bool| job.parent.filter(|_| shared);
+    let memory = match parent(job.shares.memory) {
+        Some(parent) => parent.memory.clone(),
+        None => {
+            let asked = address_space::capture(&mut calls)?;
+            AddressSpace {
+                space: job.space,
+                layout: address_space::layout(&read_stat(dir.clone())?, asked.brk),
+                auxv: tasks::auxv(dir.clone())?,
+                executable: memory.executable,
+                mappings: memory.mappings,
+                inherited: Vec::new(),
+                lock_future: lock_future(&mut calls, &vmas)?,
+                thp_disabled: asked.thp_disabled,
+                dumpable: asked.dumpable,
+                membarrier: asked.membarrier,
+            }
+        }
+    };
+    let actions = match parent(job.shares.actions) {
+        Some(parent) => parent.actions.clone(),
+        None => signals::capture_actions(&mut calls)?,
+    };
     let interval_timers = timers::capture_interval(&mut calls)?;
     let posix_timers = timers::capture_posix(&mut calls, &listed)?;
     let get = [PR_GET_CHILD_SUBREAPER, scratch.raw(), 0, 0, 0, 0];
     calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
     let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
-    let lock_future = lock_future(&mut calls, &vmas)?;
-    let untold_stops = untold_stops(&mut calls, stopped_children)?;
-    let semaphore_adjustments = undo::capture(&mut calls, &ipc.semaphores, &tids)?;
+    let untold_stops = untold_stops(&mut calls, job.stopped_children)?;
+    let mut semaphore_adjustments = Vec::new();
+    if !job.shares.adjustments {
+        semaphore_adjustments = undo::capture(&mut calls, &job.ipc.semaphores, &tids)?;
+    }
     let mut threads = vec![thread::capture(&mut calls, source)?];
     for task in others {
         calls = calls.hand_over(task)?;
@@ -299,29 +380,19 @@ pub fn capture(
         })
     };
     let status = read_status(dir.clone())?;
-    let process = Process {
+    let mut process = Process {
         pid: pid.raw(),
         parent: status.ppid.raw(),
         forked: false,
-        shares: Shares::default(),
+        shares: job.shares,
+        exit_signal: source.stat.exit_signal,
         group: source.stat.pgrp,
         session: source.stat.session,
         terminal,
         stopped,
         untold_stops,
         command_line: dir.read("cmdline")?,
-        memory: AddressSpace {
-            space,
-            layout: address_space::layout(&read_stat(dir.clone())?, asked.brk),
-            auxv: tasks::auxv(dir.clone())?,
-            executable: memory.executable,
-            mappings: memory.mappings,
-            inherited: Vec::new(),
-            lock_future,
-            thp_disabled: asked.thp_disabled,
-            dumpable: asked.dumpable,
-            membarrier: asked.membarrier,
-        },
+        memory,
         threads,
         actions,
         pending,
@@ -340,6 +411,7 @@ pub fn capture(
         coredump_filter: tasks::coredump_filter(dir)?,
         semaphore_adjustments,
     };
+    process.forked = job.parent.is_some_and(|parent| process.is_fork_of(parent));
     Ok((process, vmas, scanner))
 }
 
@@ -349,7 +421,7 @@ const PR_GET_CHILD_SUBREAPER: u64 = 37;
 /// Which of its stopped children wait(2) would still tell the process about: asked without taking
 /// it (`WNOWAIT`).
 fn untold_stops(calls: &mut RemoteCalls<'_>, stopped: &[i32]) -> Result<Vec<i32>> {
-    const OPTIONS: i32 = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT;
+    const OPTIONS: i32 = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
     /// `si_pid` in `siginfo_t`.
     const SI_PID: u64 = 16;
     let mut untold = Vec::new();

@@ -18,6 +18,10 @@ pub struct Zombie {
     pub group: i32,
     /// Session.
     pub session: i32,
+    /// The signal that told its parent of its end, 0 for none: only `__WALL` waits for it if that is
+    /// not SIGCHLD.
+    #[serde(default = "super::process::sigchld")]
+    pub exit_signal: i32,
     /// What wait(2) will tell, as the kernel encodes it.
     pub status: i32,
     /// Name.
@@ -33,6 +37,7 @@ pub fn capture(pid: Pid) -> Result<Zombie> {
         parent: stat.ppid.raw(),
         group: stat.pgrp,
         session: stat.session,
+        exit_signal: stat.exit_signal,
         status: stat.exit_code,
         name: stat.comm.0.clone(),
     })

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::memory::Backing;
-use crate::objects::process::Process;
+use crate::objects::process::{Process, Shares};
 use crate::objects::zombie::Zombie;
 
 /// A process that somebody creates.
@@ -25,18 +25,35 @@ pub struct Birth {
     pub body: Body,
 }
 
+impl Birth {
+    /// The signal by which its end before the job goes on is told, if it ends.
+    pub fn tells(&self) -> Option<i32> {
+        match &self.body {
+            Body::Phantom(phantom) => Some(phantom.exit_signal).filter(|signal| *signal != 0),
+            Body::Process(_) => None,
+        }
+    }
+}
+
 /// What is created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     /// A process of the snapshot, by index.
-    Process {
-        /// Index in the snapshot.
-        index: usize,
-        /// By a fork that leaves it its parent's memory, not by exec of its program.
-        forked: bool,
-    },
+    Process(usize),
     /// A process that ends before the job goes on.
     Phantom(Phantom),
+}
+
+/// How a process comes by its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    /// It executes its program.
+    #[default]
+    Executed,
+    /// A fork leaves it its creator's.
+    Forked,
+    /// It has its creator's, which is that of both (`CLONE_VM`).
+    Sharing,
 }
 
 /// A process that ends before the job goes on.
@@ -52,6 +69,8 @@ pub struct Phantom {
     pub joins: Option<i32>,
     /// What its parent will be told; without one it is waited for before the job goes on.
     pub zombie: Option<i32>,
+    /// The signal that tells its parent of its end.
+    pub exit_signal: i32,
     /// Whom it creates.
     pub births: Vec<Birth>,
 }
@@ -69,14 +88,30 @@ pub struct Births {
     pub joins: Option<i32>,
     /// It is in the group of `restore`, and was not created there.
     pub joins_ours: bool,
-    /// It was created as a fork of its parent.
-    pub forked: bool,
+    /// How it came by its memory.
+    pub origin: Origin,
 }
 
 impl Births {
     /// Everything that it creates itself.
     pub fn all(&self) -> impl Iterator<Item = &Birth> {
         self.early.iter().chain(&self.late)
+    }
+
+    /// The processes of the snapshot that it creates, itself or by a phantom.
+    pub fn processes(&self) -> Vec<usize> {
+        let mut found = Vec::new();
+        for birth in self.all() {
+            let by_phantom: &[Birth] = match &birth.body {
+                Body::Phantom(phantom) => &phantom.births,
+                Body::Process(_) => std::slice::from_ref(birth),
+            };
+            found.extend(by_phantom.iter().filter_map(|b| match b.body {
+                Body::Process(index) => Some(index),
+                Body::Phantom(_) => None,
+            }));
+        }
+        found
     }
 }
 
@@ -93,8 +128,8 @@ struct Tree<'a> {
     births: Vec<Births>,
     /// The session that each process is born into.
     born_into: Vec<i32>,
-    /// Phantoms that lead sessions: by id, the creator and the list.
-    phantoms: HashMap<i32, (usize, When)>,
+    /// Phantoms that lead sessions, by id: the creator, and whether by `CLONE_PARENT`.
+    phantoms: HashMap<i32, (usize, bool)>,
     obstacles: Vec<Obstacle>,
 }
 
@@ -173,12 +208,6 @@ impl Tree<'_> {
             return;
         }
         let (creator, adopted) = self.creator(process.parent);
-        let body = |forked| Body::Process { index, forked };
-        let birth = |forked| Birth {
-            pid: process.pid,
-            adopted,
-            body: body(forked),
-        };
         let own = process.session == process.pid;
         let when = if own {
             Some(When::Late)
@@ -188,20 +217,35 @@ impl Tree<'_> {
         let Some(when) = when else {
             return self.place_by_phantom(index, process);
         };
-        let forked = process.forked && !adopted;
-        if process.shares.files && !forked || process.shares.fs && adopted {
-            self.obstacles.push(Obstacle::without_remedy(
-                format!("process {}", process.pid),
-                "shares tables with a process that did not fork it, which is not supported",
-            ));
+        let origin = match process.shares.memory {
+            true => Origin::Sharing,
+            false if process.forked && !adopted => Origin::Forked,
+            false => Origin::Executed,
+        };
+        let executed = origin == Origin::Executed;
+        let shares = process.shares;
+        if shares.files && executed || adopted && shares != Shares::default() {
+            self.shares_with_another(process);
         }
         let before = match when {
             When::Late if self.leads(creator) => self.snapshot.processes[creator].pid,
             _ => self.born_into[creator],
         };
         self.born_into.push(before);
-        self.births[index].forked = forked;
-        self.list(creator, when).push(birth(forked));
+        self.births[index].origin = origin;
+        self.list(creator, when).push(Birth {
+            pid: process.pid,
+            adopted,
+            body: Body::Process(index),
+        });
+    }
+
+    fn shares_with_another(&mut self, process: &Process) {
+        self.obstacles.push(Obstacle::without_remedy(
+            format!("process {}", process.pid),
+            "shares memory or tables with a process that cannot have created it as it is now, which \
+             is not supported",
+        ));
     }
 
     /// A process whose session no longer has its leader: that one comes back for a while.
@@ -220,11 +264,19 @@ impl Tree<'_> {
             ));
             return;
         }
-        let (at, when) = *self
-            .phantoms
-            .entry(session)
-            .or_insert((creator, When::Late));
-        let list = self.list(at, when);
+        let parent = (creator, adopted);
+        let first = *self.phantoms.entry(session).or_insert(parent);
+        if first != parent {
+            self.obstacles.push(Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                format!(
+                    "is in session {session}, whose leader has gone, and so is a child of another \
+                     parent, which cannot be brought about again"
+                ),
+            ));
+            return;
+        }
+        let list = self.list(creator, When::Late);
         if !list.iter().any(|b| b.pid == session) {
             list.push(Birth {
                 pid: session,
@@ -232,6 +284,7 @@ impl Tree<'_> {
                 body: Body::Phantom(Phantom {
                     leads_session: true,
                     leads_group: true,
+                    exit_signal: libc::SIGCHLD,
                     ..Phantom::default()
                 }),
             });
@@ -239,10 +292,7 @@ impl Tree<'_> {
         let birth = Birth {
             pid: process.pid,
             adopted: false,
-            body: Body::Process {
-                index,
-                forked: false,
-            },
+            body: Body::Process(index),
         };
         if let Some(Birth {
             body: Body::Phantom(phantom),
@@ -251,7 +301,18 @@ impl Tree<'_> {
         {
             phantom.births.push(birth);
         }
-        self.births[at].adopts |= !adopted;
+        self.births[creator].adopts |= !adopted;
+        // The phantom has the memory of its creator, but tables of its own.
+        let memory_alone = Shares {
+            memory: process.shares.memory,
+            ..Shares::default()
+        };
+        if process.shares != memory_alone {
+            self.shares_with_another(process);
+        }
+        if process.shares.memory {
+            self.births[index].origin = Origin::Sharing;
+        }
     }
 
     fn place_zombie(&mut self, zombie: &Zombie) {
@@ -264,6 +325,7 @@ impl Tree<'_> {
             // 0 is a group outside of the job's pid namespace, which has no id inside.
             joins: (zombie.group != zombie.pid && zombie.group != 0).then_some(zombie.group),
             zombie: Some(zombie.status),
+            exit_signal: zombie.exit_signal,
             births: Vec::new(),
         };
         // A leader that others were waiting for to be placed is there already.
@@ -300,7 +362,7 @@ impl Tree<'_> {
             let mut all: Vec<(&Birth, bool)> = early.chain(late).collect();
             while let Some((birth, there)) = all.pop() {
                 match &birth.body {
-                    Body::Process { index, .. } => {
+                    Body::Process(index) => {
                         created_there[*index] = there;
                         next.push(*index);
                     }
@@ -317,12 +379,12 @@ impl Tree<'_> {
     }
 
     /// Shared anonymous memory goes from a process to its forks, so those who have it must descend
-    /// from one that has it by forks alone, or can be given it for them.
+    /// from one that has it by forks and shared memory alone, or can be given it for them.
     fn share_memory(&mut self) {
         let mut first: HashMap<usize, usize> = HashMap::new();
         for (index, process) in self.snapshot.processes.iter().enumerate() {
             let mut top = index;
-            while self.births[top].forked {
+            while self.births[top].origin != Origin::Executed {
                 let parent = self.snapshot.processes[top].parent;
                 top = self.index[&parent];
             }
@@ -388,6 +450,7 @@ impl Tree<'_> {
         };
         let phantom = Phantom {
             leads_group: true,
+            exit_signal: libc::SIGCHLD,
             ..Phantom::default()
         };
         let birth = Birth {

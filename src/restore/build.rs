@@ -1,12 +1,13 @@
 //! One plan in the making: the order of the work in a new process.
 
+mod family;
+
 use ckpt_tracer::proc::maps::Vma;
 
-use super::births::{Birth, Body, Phantom};
+use super::births::Origin;
 use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
 use crate::error::Obstacle;
-use crate::objects::files::terminal::Terminal;
 use crate::objects::files::{self, Staging};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
@@ -14,6 +15,7 @@ use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, signals, timers};
 
 /// One plan in the making.
+#[derive(Clone, Copy)]
 pub(super) struct Build<'a> {
     /// What all plans of the job have in common.
     pub(super) job: &'a Job<'a>,
@@ -50,7 +52,7 @@ impl Build<'_> {
         let mappings = &self.process.memory.mappings;
         let objects = &self.job.snapshot.shared_memory;
         memory::place_shared(mappings, objects, self.shared_at, forked, &mut plan);
-        self.family(&mut plan);
+        self.family(&mut plan, &mut obstacles);
         memory::finish(
             mappings,
             self.job.snapshot,
@@ -139,198 +141,6 @@ impl Build<'_> {
         files::complete_descriptions(snapshot, staging, plan);
     }
 
-    /// Children, session and group.
-    fn family(&self, plan: &mut Builder) {
-        let births = &self.job.births[self.index];
-        let process = self.process;
-        let subreaper = |on: u64, plan: &mut Builder| {
-            let args = [libc::PR_SET_CHILD_SUBREAPER as u64, on];
-            plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
-        };
-        if births.adopts {
-            subreaper(1, plan);
-        }
-        for birth in &births.early {
-            self.birth(birth, plan);
-        }
-        let leads = self.job.terminals.leads(self.index, self.job.snapshot);
-        if leads {
-            plan.expect(libc::SYS_setsid, &[], process.pid as u64, || {
-                format!("the session of process {}", process.pid)
-            });
-        } else if process.group == process.pid {
-            plan.syscall(libc::SYS_setpgid, &[0, 0], || {
-                format!("the process group {}", process.pid)
-            });
-        }
-        if leads {
-            self.control_terminal(plan);
-        }
-        for birth in &births.late {
-            self.birth(birth, plan);
-        }
-        plan.stage(Stage::Born);
-        let joins = if leads {
-            None
-        } else if births.joins_ours {
-            Some(self.job.group)
-        } else {
-            births.joins
-        };
-        if let Some(group) = joins {
-            plan.syscall(libc::SYS_setpgid, &[0, group as u64], || {
-                format!("the process group {group}")
-            });
-        }
-        plan.stage(Stage::Joined);
-        if leads {
-            self.foreground(plan);
-        }
-        // What has ended is waited for; zombies are not.
-        for birth in births.all() {
-            if matches!(&birth.body, Body::Phantom(p) if p.zombie.is_none()) && !birth.adopted {
-                let args = [birth.pid as u64, 0, 0, 0];
-                plan.expect(libc::SYS_wait4, &args, birth.pid as u64, || {
-                    "a helper process".into()
-                });
-            }
-        }
-        let any_ended = births.all().any(|b| matches!(b.body, Body::Phantom(_)));
-        if any_ended {
-            // Setting the default action of SIGCHLD forgets one that is pending (sigaction(2)).
-            let default = plan.data(&[0; 32]);
-            let args = [libc::SIGCHLD as u64, default, 0, 8];
-            plan.syscall(libc::SYS_rt_sigaction, &args, || "SIGCHLD".into());
-        }
-        if births.adopts {
-            subreaper(0, plan);
-        }
-    }
-
-    /// The controlling terminal of a session that the process leads, if it is made anew; with its
-    /// name for messages.
-    fn new_terminal(&self) -> Option<(usize, &Terminal)> {
-        let terminal = self.process.terminal?;
-        let led = self.job.terminals.is_led(terminal, self.job.snapshot);
-        led.then(|| (terminal, &self.job.snapshot.terminals[terminal]))
-    }
-
-    fn control_terminal(&self, plan: &mut Builder) {
-        let Some((terminal, record)) = self.new_terminal() else {
-            return;
-        };
-        let fd = Staging::above(self.job.snapshot).terminal(terminal) as u64;
-        plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSCTTY], || {
-            format!("the controlling terminal {}", record.name)
-        });
-    }
-
-    /// The foreground group, once all groups have their members; SIGTTOU is blocked in the restorer.
-    fn foreground(&self, plan: &mut Builder) {
-        let snapshot = self.job.snapshot;
-        let Some((terminal, record)) = self.new_terminal() else {
-            return;
-        };
-        let Some(group) = record.foreground else {
-            return;
-        };
-        let root = &snapshot.processes[0];
-        let group = if self.job.terminals.root_leads && group == root.group {
-            root.pid
-        } else {
-            group
-        };
-        let there = snapshot
-            .processes
-            .iter()
-            .any(|p| p.group == group || p.pid == group);
-        // That of a group that is gone is nobody's.
-        if there {
-            let fd = Staging::above(snapshot).terminal(terminal) as u64;
-            let data = plan.data(&group.to_le_bytes());
-            plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSPGRP, data], || {
-                format!("the foreground process group {group} of {}", record.name)
-            });
-        }
-    }
-
-    fn birth(&self, birth: &Birth, plan: &mut Builder) {
-        let parent = if birth.adopted { libc::CLONE_PARENT } else { 0 };
-        match &birth.body {
-            Body::Process {
-                forked: true,
-                index,
-            } => {
-                let flags = parent | self.job.process(*index).shares.flags();
-                plan.process(birth.pid, flags as u64, |_| {});
-            }
-            Body::Process { index, .. } => {
-                let shares = self.job.process(*index).shares.flags();
-                let flags = libc::CLONE_VM | libc::CLONE_VFORK | parent | shares;
-                plan.process(birth.pid, flags as u64, |plan| self.execute(*index, plan));
-            }
-            Body::Phantom(phantom) => {
-                let flags = (libc::CLONE_VM | parent) as u64;
-                plan.process(birth.pid, flags, |plan| {
-                    self.phantom(birth.pid, phantom, plan)
-                });
-            }
-        }
-    }
-
-    /// What a process does that comes to be by executing its program.
-    fn execute(&self, index: usize, plan: &mut Builder) {
-        let process = self.job.process(index);
-        let staging = Staging::above(self.job.snapshot);
-        let mut name = process.threads[0].name.clone();
-        name.push(0);
-        let name = plan.data(&name);
-        let argv = plan.data(&[name, 0].map(u64::to_le_bytes).concat());
-        let (empty, none) = (plan.data(&[0]), plan.data(&[0; 8]));
-        let fd = staging.executable(process.memory.executable) as u64;
-        let args = [fd, empty, argv, none, libc::AT_EMPTY_PATH as u64];
-        plan.syscall(libc::SYS_execveat, &args, || {
-            format!("the program of process {}", process.pid)
-        });
-    }
-
-    /// What a process does that ends before the job goes on; it hands over twice, when it leads
-    /// what it is to lead, and when it is in its group.
-    fn phantom(&self, pid: i32, phantom: &Phantom, plan: &mut Builder) {
-        let object = || format!("helper process {pid}");
-        if phantom.leads_session {
-            plan.syscall(libc::SYS_setsid, &[], object);
-        } else if phantom.leads_group {
-            plan.syscall(libc::SYS_setpgid, &[0, 0], object);
-        }
-        let mut name = phantom.name.clone();
-        name.push(0);
-        let name = plan.data(&name);
-        plan.syscall(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, name], object);
-        for birth in &phantom.births {
-            self.birth(birth, plan);
-        }
-        plan.pause();
-        if let Some(group) = phantom.joins {
-            // It is only shown; that of restore is as good as one that is gone.
-            plan.attempt(libc::SYS_setpgid, &[0, group as u64], object);
-        }
-        plan.pause();
-        let status = phantom.zombie.unwrap_or(0);
-        let signal = status & 0x7f;
-        if signal != 0 {
-            let no_core = plan.data(&[0; 16]);
-            let args = [libc::RLIMIT_CORE.into(), no_core];
-            plan.syscall(libc::SYS_setrlimit, &args, object);
-            let mask = plan.data(&[0; 8]);
-            let args = [libc::SIG_SETMASK as u64, mask, 0, 8];
-            plan.syscall(libc::SYS_rt_sigprocmask, &args, object);
-            plan.syscall(libc::SYS_kill, &[pid as u64, signal as u64], object);
-        }
-        let code = (status >> 8) & 0xff;
-        plan.syscall(libc::SYS_exit_group, &[code as u64], object);
-    }
-
     /// All that is the process's own and not memory.
     fn process_state(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (process, snapshot) = (self.process, self.job.snapshot);
@@ -343,8 +153,10 @@ impl Build<'_> {
             files::number(process, staging, plan);
         }
         rebuild_places(process, plan);
-        signals::rebuild_actions(&process.actions, plan);
-        sysv_sem::rebuild(process, snapshot, plan);
+        if !process.shares.actions {
+            signals::rebuild_actions(&process.actions, plan);
+        }
+        sysv_sem::rebuild_adjustments(process, snapshot, plan);
         sysv_msg::rebuild(process, snapshot, plan);
         for thread in &process.threads[1..] {
             plan.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));
@@ -353,6 +165,7 @@ impl Build<'_> {
             plan.join();
         }
         plan.stage(Stage::Threads);
+        sysv_sem::rebuild_operators(process, snapshot, plan);
         if !process.shares.files {
             files::pidfd::rebuild_late(self.index, snapshot, plan);
             files::regular::rebuild_leases(self.index, snapshot, plan);
@@ -362,7 +175,9 @@ impl Build<'_> {
             obstacles.push(o);
         }
         signals::rebuild_pending(&process.pending, process.pid, None, plan);
-        process.memory.rebuild_locks(plan);
+        if !process.shares.memory {
+            process.memory.rebuild_locks(plan);
+        }
         limits::rebuild(&process.limits, plan);
         process.threads[0].rebuild(process.pid, plan);
         process.memory.rebuild_dumpable(plan);
@@ -398,7 +213,7 @@ impl Build<'_> {
             }
         }
         let others = snapshot.processes.iter().zip(&self.job.births).skip(1);
-        let executed = others.filter(|(_, b)| !b.forked);
+        let executed = others.filter(|(_, b)| b.origin == Origin::Executed);
         let mut programs: Vec<usize> = executed.map(|(p, _)| p.memory.executable).collect();
         programs.sort_unstable();
         programs.dedup();

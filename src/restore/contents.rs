@@ -4,12 +4,14 @@
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use ckpt_image::Reader;
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::plan::{Inherit, Inherited};
 use super::pty::{self, Ptys};
@@ -187,34 +189,42 @@ fn own(fd: i32) -> Result<OwnedFd> {
 /// A file without a name, beside where the original was if that is possible.
 fn nameless(path: &Path, space: SpaceId, size: u64, mode: u32, image: &Reader) -> Result<File> {
     let temp = std::env::temp_dir();
-    let places = [
-        path.parent().unwrap_or(Path::new("/")),
-        &temp,
-        Path::new("/var/tmp"),
-    ];
-    let mut last = None;
-    for place in places {
-        let made = OpenOptions::new()
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    let places = [parent, &temp, Path::new("/var/tmp")];
+    // Code is not mapped from file systems without programs.
+    let places = places.into_iter().filter(|place| may_hold_programs(place));
+    let made = places.map(|place| {
+        OpenOptions::new()
             .read(true)
             .write(true)
             .mode(0o600)
             .custom_flags(libc::O_TMPFILE)
-            .open(place);
-        match made {
-            Ok(file) => {
-                fill(&file, path, space, size, image)?;
-                // Ownership of a root's restore is the caller's to keep; the mode is the file's.
-                let _ = file.set_permissions(PermissionsExt::from_mode(mode & 0o777));
-                return Ok(file);
-            }
-            Err(e) => last = Some(e),
-        }
-    }
-    let source = last.unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
-    Err(Error::File {
-        what: "make a nameless file in",
-        path: temp,
-        source,
+            .open(place)
+    });
+    let made = made.flat_map(std::io::Result::ok).next();
+    let file = match made {
+        Some(file) => file,
+        None => in_memory(path)?,
+    };
+    fill(&file, path, space, size, image)?;
+    // Ownership of a root's restore is the caller's to keep; the mode is the file's.
+    let _ = file.set_permissions(PermissionsExt::from_mode(mode & 0o777));
+    Ok(file)
+}
+
+fn may_hold_programs(place: &Path) -> bool {
+    statvfs(place).is_ok_and(|s| !s.flags().contains(FsFlags::ST_NOEXEC))
+}
+
+/// Where there is no other place.
+fn in_memory(path: &Path) -> Result<File> {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let name = CString::new(&name[..name.len().min(200)]).unwrap_or_default();
+    let made = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC);
+    made.map(File::from).map_err(|errno| Error::File {
+        what: "make a nameless file for",
+        path: path.to_owned(),
+        source: errno.into(),
     })
 }
 

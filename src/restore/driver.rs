@@ -1,6 +1,7 @@
 //! Executes the plans in the new processes, then makes their threads what they were and lets go.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 
 use ckpt_image::Reader;
 use ckpt_tracer::fault::{self, Step};
@@ -9,10 +10,11 @@ use ckpt_tracer::proc::maps::read_maps;
 use ckpt_tracer::task::{Resume, Running, Stop, Stopped, Waited};
 use ckpt_tracer::{Pid, Tid};
 
-use super::executor::{failed_operation, place, run_to, run_to_done, run_to_trap, warnings_of};
+use super::births::Origin;
+use super::executor::{Worker, failed_operation, place, unexpected, warnings_of};
 use super::fill::Pages;
 use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
-use super::plan::Stage;
+use super::plan::{Part, Stage};
 use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
@@ -22,9 +24,7 @@ use crate::objects::memory::SharedAt;
 /// A new process on its way.
 struct Live {
     index: usize,
-    leader: Stopped,
-    mem: ProcessMemory,
-    planned: Planned,
+    worker: Worker,
 }
 
 /// Those on their way.
@@ -36,7 +36,7 @@ struct Driver<'a> {
     /// Created and not yet begun: index in the snapshot, and what shared memory its parent has.
     waiting: VecDeque<(usize, Stopped, Option<SharedAt>)>,
     /// Phantoms, in the order of their creation.
-    phantoms: Vec<(Stopped, ProcessMemory)>,
+    phantoms: Vec<Worker>,
 }
 
 /// Rebuilds the job, whose root stands at its exec stop: all processes are brought to one line
@@ -61,36 +61,32 @@ pub fn rebuild(
         phantoms: Vec::new(),
     };
     while let Some((index, leader, shared_at)) = driver.waiting.pop_front() {
-        let live = driver.begin(index, leader, shared_at)?;
-        driver.live.push(live);
+        let worker = driver.begin(index, leader, shared_at)?;
+        driver.live.push(Live { index, worker });
     }
     progress.end();
     fault::hit(Step::RestoreFilled)?;
     driver.join_groups()?;
     let mut lives = std::mem::take(&mut driver.live);
+    // Children before their parents: what a process has in common with its parent is the parent's
+    // to complete, who also may have to take note of its stop.
+    lives.sort_by_key(|live| std::cmp::Reverse(live.index));
     for live in &mut lives {
-        live.run_to_its_end()?;
+        live.worker.run_to(Stage::Threads, &mut unexpected)?;
+        fault::hit(Step::RestoreThreads)?;
+    }
+    for live in &mut lives {
+        live.worker.run_to_done()?;
     }
     let mut warnings = Vec::new();
     let mut complete = Vec::with_capacity(lives.len());
-    // Children before their parents, who may have to take note of their stops.
-    for live in lives.into_iter().rev() {
-        warnings.extend(warnings_of(&live.planned.plan, &live.mem)?);
-        let process = &job.snapshot.processes[live.index];
+    for Live { index, worker } in lives {
+        let process = &job.snapshot.processes[index];
+        if !process.shares.memory {
+            warnings.extend(warnings_of(&worker.planned.plan, &worker.mem)?);
+        }
         warnings.extend(adjust_from_outside(process, Pid(process.pid)));
-        let Live {
-            leader,
-            mem,
-            planned,
-            ..
-        } = live;
-        complete.push(handover::complete(
-            leader,
-            &mem,
-            &planned.plan,
-            process,
-            job,
-        )?);
+        complete.push(handover::complete(worker, process, job)?);
     }
     warnings.sort();
     warnings.dedup();
@@ -106,60 +102,71 @@ impl Driver<'_> {
         index: usize,
         mut leader: Stopped,
         shared_at: Option<SharedAt>,
-    ) -> Result<Live> {
+    ) -> Result<Worker> {
         let pid = Pid(self.job.snapshot.processes[index].pid);
         let present = read_maps(pid)?;
         let planned = self.job.plan(index, &present, shared_at.as_ref());
-        let planned = planned.map_err(Error::Refused)?;
+        let planned = Rc::new(planned.map_err(Error::Refused)?);
         let mem = ProcessMemory::open(pid)?;
         leader.note_only(true);
         place(&mut leader, &mem, &present, &planned.plan)?;
-        let forked = shared_at.is_some();
-        run_to(&mut leader, &mem, &planned.plan, Stage::Fill, &mut |_| {
-            Ok(())
-        })?;
-        fault::hit(Step::RestoreMapped)?;
-        let snapshot = self.job.snapshot;
-        self.pages
-            .fill(snapshot, index, forked, &planned.shared_at)?;
-        run_to(&mut leader, &mem, &planned.plan, Stage::Born, &mut |tid| {
-            self.adopt(tid, &mem, &planned)
-        })?;
-        Ok(Live {
-            index,
-            leader,
+        let mut worker = Worker {
+            task: leader,
             mem,
+            part: planned.plan.main,
             planned,
-        })
+        };
+        worker.run_to(Stage::Fill, &mut unexpected)?;
+        fault::hit(Step::RestoreMapped)?;
+        let shared = &worker.planned.shared_at;
+        self.pages
+            .fill(self.job.snapshot, index, shared_at.is_some(), shared)?;
+        let process = &self.job.snapshot.processes[index];
+        self.job.vdso.fill(index, process, &worker.mem)?;
+        self.run_to_born(&mut worker)?;
+        Ok(worker)
+    }
+
+    /// Runs a process until its children exist.
+    fn run_to_born(&mut self, worker: &mut Worker) -> Result<()> {
+        let (planned, creator) = (worker.planned.clone(), worker.mem.pid());
+        worker.run_to(Stage::Born, &mut |tid| self.adopt(tid, creator, &planned))
     }
 
     /// Takes over what `creator` has just created, a process that is traced from its beginning.
-    fn adopt(&mut self, tid: Tid, mem: &ProcessMemory, planned: &Planned) -> Result<()> {
+    fn adopt(&mut self, tid: Tid, creator: Pid, planned: &Rc<Planned>) -> Result<()> {
         self.brood.add(tid.raw());
         let mut task = Running::auto_attached(tid).wait_stopped()?;
-        let snapshot = self.job.snapshot;
-        let index = snapshot.processes.iter().position(|p| p.pid == tid.raw());
-        match index {
-            Some(index) if self.job.births[index].forked => {
+        let processes = &self.job.snapshot.processes;
+        let Some(part) = planned.plan.part_of(tid.raw()) else {
+            return unexpected(tid);
+        };
+        let Some(index) = processes.iter().position(|p| p.pid == tid.raw()) else {
+            let mut phantom = worker(task, creator, part, planned)?;
+            phantom.run_to_trap(&mut |tid| self.adopt(tid, creator, planned))?;
+            self.phantoms.push(phantom);
+            return Ok(());
+        };
+        match self.job.births[index].origin {
+            Origin::Sharing => {
+                let mut worker = worker(task, Pid(tid.raw()), part, planned)?;
+                self.run_to_born(&mut worker)?;
+                self.live.push(Live { index, worker });
+            }
+            Origin::Forked => {
                 let places = Some(planned.shared_at.clone());
                 self.waiting.push_back((index, task, places));
             }
-            Some(index) => {
+            Origin::Executed => {
                 while task.stop() != Stop::Exec {
                     task = task.resume(Resume::Cont, 0)?.wait_stopped()?;
                     if matches!(task.stop(), Stop::Signal(libc::SIGTRAP)) {
-                        return Err(failed_operation(&planned.plan, mem));
+                        let mem = ProcessMemory::open(creator)?;
+                        return Err(failed_operation(&planned.plan, part, &mem));
                     }
                 }
                 spawn::leave_exec(&mut task)?;
                 self.waiting.push_back((index, task, None));
-            }
-            None => {
-                run_to_trap(&mut task, &planned.plan, mem, &mut |tid| {
-                    self.adopt(tid, mem, planned)
-                })?;
-                let mem = ProcessMemory::open(mem.pid())?;
-                self.phantoms.push((task, mem));
             }
         }
         Ok(())
@@ -168,31 +175,28 @@ impl Driver<'_> {
     /// Every process joins its group; then phantoms have done their part, and end.
     fn join_groups(&mut self) -> Result<()> {
         let mut phantoms = std::mem::take(&mut self.phantoms);
-        let unexpected = &mut |tid| {
-            Err(Error::Restore(format!(
-                "process {tid} was created at a time that was not planned; this is a bug of ckpt"
-            )))
-        };
-        for live in &mut self.live {
-            run_to(
-                &mut live.leader,
-                &live.mem,
-                &live.planned.plan,
-                Stage::Joined,
-                unexpected,
-            )?;
-            live.leader.set_options(TAKEN_OVER)?;
+        for Live { worker, .. } in &mut self.live {
+            worker.run_to(Stage::Joined, &mut unexpected)?;
+            worker.task.set_options(TAKEN_OVER)?;
         }
-        // Their plans are those of their creators, all of which are the same to an error's text.
-        let plan = &self.live[0].planned.plan;
-        for (task, mem) in &mut phantoms {
-            run_to_trap(task, plan, mem, unexpected)?;
+        for phantom in &mut phantoms {
+            phantom.run_to_trap(&mut unexpected)?;
         }
-        for (task, _) in phantoms {
-            end(task)?;
+        for phantom in phantoms {
+            end(phantom.task)?;
         }
         Ok(())
     }
+}
+
+/// A process that executes its part of its creator's plan, in its creator's memory.
+fn worker(task: Stopped, pid: Pid, part: Part, planned: &Rc<Planned>) -> Result<Worker> {
+    Ok(Worker {
+        task,
+        mem: ProcessMemory::open(pid)?,
+        planned: planned.clone(),
+        part,
+    })
 }
 
 /// Lets a phantom end as it is to end.
@@ -209,25 +213,5 @@ fn end(task: Stopped) -> Result<()> {
                 task = stopped.resume(Resume::Cont, signal)?;
             }
         }
-    }
-}
-
-impl Live {
-    fn run_to_its_end(&mut self) -> Result<()> {
-        let unexpected = &mut |tid| {
-            Err(Error::Restore(format!(
-                "process {tid} was created at a time that was not planned; this is a bug of ckpt"
-            )))
-        };
-        let plan = &self.planned.plan;
-        run_to(
-            &mut self.leader,
-            &self.mem,
-            plan,
-            Stage::Threads,
-            unexpected,
-        )?;
-        fault::hit(Step::RestoreThreads)?;
-        run_to_done(&mut self.leader, &self.mem, plan)
     }
 }

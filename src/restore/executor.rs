@@ -1,5 +1,7 @@
 //! Runs the restorer in a new process: from where it is placed to where it hands over.
 
+use std::rc::Rc;
+
 use ckpt_tracer::blob::Blob;
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::proc::maps::Vma;
@@ -8,7 +10,8 @@ use ckpt_tracer::task::{Regs, Resume, Stop, Stopped};
 use ckpt_tracer::{RemoteAddr, Tid};
 use nix::errno::Errno;
 
-use super::plan::{Plan, Stage};
+use super::plan::{Part, Plan, Stage};
+use super::planner::Planned;
 use crate::error::{Error, Result};
 
 /// Puts restorer and plan into a hole of the process and sends its first thread there.
@@ -31,7 +34,7 @@ pub(super) fn place(
     let mut regs: Regs = *calls.original_regs();
     regs.rip = plan.entry;
     regs.rsp = plan.stack;
-    regs.rdi = plan.header;
+    regs.rdi = plan.main.header;
     regs.orig_rax = u64::MAX;
     calls.leave_at(&regs, restorer_mask())?;
     cave.fill_in()?;
@@ -44,69 +47,88 @@ fn restorer_mask() -> u64 {
     !(1 << (libc::SIGTRAP - 1))
 }
 
-/// Runs the restorer to a stage. Processes that it creates meanwhile are handed to `born`.
-pub(super) fn run_to(
-    leader: &mut Stopped,
-    mem: &ProcessMemory,
-    plan: &Plan,
-    stage: Stage,
-    born: &mut dyn FnMut(Tid) -> Result<()>,
-) -> Result<()> {
-    let word = run_to_trap(leader, plan, mem, born)?;
-    match plan.stage_at(word) {
-        Some(at) if at == stage => Ok(()),
-        _ => Err(Error::Restore(format!(
-            "the restorer stopped at operation {word}, which is not {stage:?}; this is a bug of ckpt"
-        ))),
-    }
+/// A process with the restorer in it, stopped.
+pub(super) struct Worker {
+    /// Its first thread.
+    pub(super) task: Stopped,
+    pub(super) mem: ProcessMemory,
+    /// The plan in its memory.
+    pub(super) planned: Rc<Planned>,
+    /// What of the plan it executes.
+    pub(super) part: Part,
 }
 
-pub(super) fn run_to_done(leader: &mut Stopped, mem: &ProcessMemory, plan: &Plan) -> Result<()> {
-    match run_to_trap(leader, plan, mem, &mut |_| Ok(()))? {
-        ckpt_restorer::DONE => Ok(()),
-        word => Err(Error::Restore(format!(
-            "the restorer stopped at operation {word}, which is not its end; this is a bug of ckpt"
-        ))),
-    }
+/// Takes over a process that a worker has just created.
+pub(super) type Born<'a> = &'a mut dyn FnMut(Tid) -> Result<()>;
+
+/// Nobody is created any more.
+pub(super) fn unexpected(tid: Tid) -> Result<()> {
+    Err(Error::Restore(format!(
+        "process {tid} was created at a time that was not planned; this is a bug of ckpt"
+    )))
 }
 
-/// Runs the restorer until it hands over; what it hands over with.
-pub(super) fn run_to_trap(
-    task: &mut Stopped,
-    plan: &Plan,
-    mem: &ProcessMemory,
-    born: &mut dyn FnMut(Tid) -> Result<()>,
-) -> Result<u64> {
-    loop {
-        task.advance_among_others(Resume::Cont, 0)?;
-        match task.stop() {
-            Stop::Signal(libc::SIGTRAP) => {}
-            Stop::Signal(signal) => {
-                let regs = task.regs()?;
-                return Err(Error::Restore(format!(
-                    "the restorer met signal {signal} at {:#x} in the new process; this is a bug of \
-                     ckpt",
-                    regs.rip
-                )));
-            }
-            Stop::Clone => {
-                born(Tid(task.event_message()? as i32))?;
-                continue;
-            }
-            // A stop or a continue from outside.
-            _ => continue,
-        }
-        match task.regs()?.rax {
-            ckpt_restorer::FAILED => return Err(failed_operation(plan, mem)),
-            word => return Ok(word),
+impl Worker {
+    /// Runs the restorer to a stage. Processes that it creates meanwhile are handed to `born`.
+    pub(super) fn run_to(&mut self, stage: Stage, born: Born<'_>) -> Result<()> {
+        let word = self.run_to_trap(born)?;
+        match self.planned.plan.stage_at(self.part, word) {
+            Some(at) if at == stage => Ok(()),
+            _ => Err(Error::Restore(format!(
+                "the restorer stopped at operation {word}, which is not {stage:?}; this is a bug of \
+                 ckpt"
+            ))),
         }
     }
+
+    /// Runs the restorer to the end of its list.
+    pub(super) fn run_to_done(&mut self) -> Result<()> {
+        match self.run_to_trap(&mut unexpected)? {
+            ckpt_restorer::DONE => Ok(()),
+            word => Err(Error::Restore(format!(
+                "the restorer stopped at operation {word}, which is not its end; this is a bug of ckpt"
+            ))),
+        }
+    }
+
+    /// Runs the restorer until it hands over; what it hands over with.
+    pub(super) fn run_to_trap(&mut self, born: Born<'_>) -> Result<u64> {
+        loop {
+            self.task.advance_among_others(Resume::Cont, 0)?;
+            match self.task.stop() {
+                Stop::Signal(libc::SIGTRAP) => {}
+                Stop::Signal(signal) => {
+                    let regs = self.task.regs()?;
+                    return Err(Error::Restore(format!(
+                        "the restorer met signal {signal} at {:#x} in the new process; this is a bug \
+                         of ckpt",
+                        regs.rip
+                    )));
+                }
+                Stop::Clone => {
+                    born(Tid(self.task.event_message()? as i32))?;
+                    continue;
+                }
+                // A stop or a continue from outside.
+                _ => continue,
+            }
+            match self.task.regs()?.rax {
+                ckpt_restorer::FAILED => return Err(self.failed_operation()),
+                word => return Ok(word),
+            }
+        }
+    }
+
+    fn failed_operation(&self) -> Error {
+        failed_operation(&self.planned.plan, self.part, &self.mem)
+    }
 }
 
-pub(super) fn failed_operation(plan: &Plan, mem: &ProcessMemory) -> Error {
+/// What failed in that part of a plan, as its header says.
+pub(super) fn failed_operation(plan: &Plan, part: Part, mem: &ProcessMemory) -> Error {
     let unknown = || Error::Restore("the restorer failed without saying where".into());
     let failed_at = std::mem::offset_of!(ckpt_restorer::Plan, failed) as u64;
-    let Ok(at) = mem.read_u64(RemoteAddr(plan.header) + failed_at) else {
+    let Ok(at) = mem.read_u64(RemoteAddr(part.header) + failed_at) else {
         return unknown();
     };
     let result_at = std::mem::offset_of!(ckpt_restorer::Op, result) as u64;

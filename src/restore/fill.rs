@@ -183,7 +183,11 @@ fn from_ancestors(snapshot: &Snapshot, index: usize, by_space: &mut HashMap<u32,
         let Some(next) = snapshot.processes.iter().find(|p| p.pid == parent) else {
             return;
         };
+        let same = process.shares.memory;
         process = next;
+        if same {
+            continue;
+        }
         let inherited = &process.memory.inherited;
         let further = intersect(&wanted, inherited);
         let stored = crate::objects::memory::subtract(&wanted, inherited);

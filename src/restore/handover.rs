@@ -8,6 +8,7 @@ use ckpt_tracer::task::{Regs, Running, Stopped};
 use ckpt_tracer::{Pid, RemoteAddr, Tid, abi};
 use nix::errno::Errno;
 
+use super::executor::Worker;
 use super::plan::Plan;
 use super::planner::Job;
 use super::stop;
@@ -15,6 +16,8 @@ use crate::error::Result;
 use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
+use crate::objects::processor;
+use crate::objects::signals::Action;
 use crate::objects::thread::Thread;
 
 /// The signal that is to stop a process before it runs.
@@ -31,21 +34,23 @@ pub(super) struct Complete {
 /// When a process creates no more processes.
 pub(super) const TAKEN_OVER: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
 
-/// Removes the restorer of a process and gives every task its state.
-pub(super) fn complete(
-    mut leader: Stopped,
-    mem: &ProcessMemory,
-    plan: &Plan,
-    process: &Process,
-    job: &Job<'_>,
-) -> Result<Complete> {
+/// Takes a process out of the restorer, which goes with the last one of its memory, and gives every
+/// task its state.
+pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Result<Complete> {
+    let Worker {
+        task: mut leader,
+        mem,
+        planned,
+        ..
+    } = worker;
+    let (mem, plan) = (&mem, &planned.plan);
     let others = take_over(process)?;
     leader.note_only(others.is_empty());
     // One cave for all that is left to be done inside: a map of very many threads is long.
     let cave = Cave::dig(mem, &read_maps(mem.pid())?)?;
     take_note_of_stops(&mut leader, mem, plan.stack, process, job, &cave)?;
     remove_restorer(&mut leader, process, plan, mem, &cave)?;
-    let mut tasks = set_states(leader, others, process, &cave)?;
+    let mut tasks = set_states(leader, others, process, job, &cave)?;
     cave.fill_in()?;
     if let Some(signal) = stop_signal(process, job) {
         stop::by_signal(&mut tasks, process, signal)?;
@@ -114,7 +119,7 @@ fn take_note_of_stops(
     let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
     for child in children {
         if !process.untold_stops.contains(&child) {
-            let how = (libc::WUNTRACED | libc::WNOHANG) as u64;
+            let how = (libc::WUNTRACED | libc::WNOHANG | libc::__WALL) as u64;
             let args = [child as u64, 0, how, 0, 0, 0];
             calls.call("wait4", libc::SYS_wait4, args)?;
         }
@@ -135,7 +140,8 @@ fn take_note_of_stops(
     Ok(())
 }
 
-/// Unmaps the restorer. Traps are over, so SIGTRAP's own action is set here.
+/// Traps are over, so SIGTRAP's own action is set here, and the restorer is unmapped: both by the
+/// one who has not got them from its parent, and so is the last.
 fn remove_restorer(
     leader: &mut Stopped,
     process: &Process,
@@ -143,14 +149,15 @@ fn remove_restorer(
     mem: &ProcessMemory,
     cave: &Cave<'_>,
 ) -> Result<()> {
+    let is_trap = |a: &&Action| a.signal == libc::SIGTRAP as u32 && !process.shares.actions;
+    let trap = process.actions.iter().find(is_trap);
+    if process.shares.memory && trap.is_none() {
+        return Ok(());
+    }
     if process.threads[0].seccomp.mode == 2 {
         suspend_seccomp(leader)?;
     }
     let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
-    let trap = process
-        .actions
-        .iter()
-        .find(|a| a.signal == libc::SIGTRAP as u32);
     if let Some(action) = trap {
         let words = [action.handler, action.flags, action.restorer, action.mask];
         let at = RemoteAddr(plan.stack);
@@ -158,11 +165,10 @@ fn remove_restorer(
         let args = [libc::SIGTRAP as u64, at.raw(), 0, 8, 0, 0];
         calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
     }
-    calls.call(
-        "munmap",
-        libc::SYS_munmap,
-        [plan.base, plan.len, 0, 0, 0, 0],
-    )?;
+    if !process.shares.memory {
+        let args = [plan.base, plan.len, 0, 0, 0, 0];
+        calls.call("munmap", libc::SYS_munmap, args)?;
+    }
     calls.finish()?;
     Ok(())
 }
@@ -177,13 +183,19 @@ fn set_states(
     leader: Stopped,
     others: Vec<Stopped>,
     process: &Process,
+    job: &Job<'_>,
     cave: &Cave<'_>,
 ) -> Result<Vec<Stopped>> {
+    let host = &job.snapshot.host;
+    let present = leader.xstate()?;
     let (first, rest) = (&process.threads[..1], &process.threads[1..]);
     let tasks = others.into_iter().chain([leader]);
     tasks
         .zip(rest.iter().chain(first))
-        .map(|(task, thread)| set_state(task, thread, process, cave))
+        .map(|(task, thread)| {
+            task.set_xstate(&processor::fit(host, &thread.xstate, &present))?;
+            set_state(task, thread, process, cave)
+        })
         .collect()
 }
 
@@ -204,7 +216,7 @@ pub(super) fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
     Ok(())
 }
 
-/// Registers, extended state and mask of one thread.
+/// Registers and mask of one thread.
 fn set_state(
     mut task: Stopped,
     thread: &Thread,
@@ -223,7 +235,6 @@ fn set_state(
             Rearmed::No => (-abi::ERESTARTNOHAND) as u64,
         };
     }
-    task.set_xstate(&thread.xstate)?;
     task.set_regs(&regs)?;
     task.set_signal_mask(thread.signal_mask)?;
     Ok(task)

@@ -9,24 +9,20 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use ckpt_image::{Arch, Reader};
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
-use crate::objects::credentials::{self, Credentials};
-use crate::objects::files::changed::Cut;
+use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
-use crate::objects::{Snapshot, ipc, scheduling};
+use crate::objects::{ipc, scheduling};
 use crate::progress::Progress;
-use crate::snapshot;
-use planner::Job;
 use put::PutFiles;
 use terminal::Wish;
 
 pub mod births;
 mod build;
+pub mod bundle;
 pub mod clock;
 pub mod contents;
 pub mod driver;
@@ -42,8 +38,12 @@ pub mod pty;
 pub mod put;
 pub mod spawn;
 pub mod stop;
+pub mod surroundings;
 pub mod terminal;
 pub mod terminals;
+mod way;
+
+pub use way::{Opened, open};
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,47 +93,31 @@ pub struct Restored {
     pub master: Option<OwnedFd>,
 }
 
-/// An image that was read, and that can be restored as far as it and the machine are concerned.
-pub struct Opened<'a> {
-    request: &'a Request<'a>,
-    image: Reader,
-    snapshot: Snapshot,
-    /// Our supplementary groups; in a user namespace the kernel does not show them.
-    groups: Vec<u32>,
-}
-
-impl Opened<'_> {
-    /// The work is done by that one.
-    pub fn restored_by(&mut self, owner: &crate::isolate::Owner) {
-        self.groups = owner.groups.clone();
-    }
-}
-
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
-    clock::foresee(opened.request.clock, &mut opened.snapshot.host)?;
-    let Opened {
-        request,
-        image,
-        snapshot,
-        groups,
-    } = &*opened;
-    ipc::refuse(snapshot, request)?;
-    let job = Job::new(snapshot, image, request, host_state(groups)?).map_err(Error::Refused)?;
+    opened.decide_clocks(clock::foresee)?;
+    let opened = &*opened;
+    let (request, snapshot) = (opened.request, &opened.snapshot);
+    let way = way::look(opened, Vec::new())?;
     let mut text = String::new();
-    if let Some(warning) = put::warning(request.put_files, snapshot) {
+    let nothing_put = put::warning(request.put_files, snapshot);
+    for warning in opened.warnings.iter().chain(&nothing_put) {
         text.push_str(&format!("# warning: {warning}\n"));
     }
-    for put in put::decide(snapshot, image, request.put_files)? {
+    for path in &opened.given {
+        text.push_str(&format!("# take {} from the image\n", path.display()));
+    }
+    for put in &way.puts {
         text.push_str(&format!("# {}\n", put.describe()));
     }
-    for cut in Cut::all(snapshot, request).map_err(Error::Refused)? {
+    for cut in &way.cuts {
         text.push_str(&format!("# {}\n", cut.describe()));
     }
-    for (index, process) in snapshot.processes.iter().enumerate() {
-        let planned = job.plan(index, &[], None).map_err(Error::Refused)?;
+    for index in way.job.owners() {
+        let planned = way.job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
-            text.push_str(&format!("# process {}\n", process.pid));
+            let pid = snapshot.processes[index].pid;
+            text.push_str(&format!("# process {pid}\n"));
         }
         for warning in &planned.plan.warnings {
             text.push_str(&format!("# warning: {warning}\n"));
@@ -143,39 +127,38 @@ pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
     Ok(text)
 }
 
+/// Everything that stands in the way of a restore; empty when there is nothing. Touches nothing.
+///
+/// # Errors
+/// When the image cannot be read, or cannot be believed.
+pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
+    let mut opened = open(request)?;
+    opened.decide_clocks(clock::foresee)?;
+    let pids = match pids::decide(&opened, pids::Pids::Auto) {
+        Ok(_) => Vec::new(),
+        Err(Error::Refused(obstacles)) => obstacles,
+        Err(e) => return Err(e),
+    };
+    match way::look(&opened, pids) {
+        Ok(_) => Ok(Vec::new()),
+        Err(Error::Refused(obstacles)) => Ok(obstacles),
+        Err(e) => Err(e),
+    }
+}
+
 /// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
 /// complete and about to be let go. On error no process is left behind.
 pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
-    clock::enter(opened.request.clock, &mut opened.snapshot.host)?;
-    let Opened {
-        request,
-        image,
-        snapshot,
-        groups,
-    } = &*opened;
-    let job = Job::new(snapshot, image, request, host_state(groups)?).map_err(Error::Refused)?;
-    // First plans find what stands in the way, before anything exists.
-    let mut obstacles = Vec::new();
-    let mut inherit = Vec::new();
-    for index in 0..snapshot.processes.len() {
-        match job.draft(index) {
-            Ok(plan) if index == 0 => inherit = plan.inherit,
-            Ok(_) => {}
-            Err(more) => obstacles.extend(more),
-        }
-    }
-    obstacles.extend(pids::taken(&pids::ids(snapshot, &job.births)));
-    obstacles.extend(credentials::obstacles(snapshot, &job.host.credentials));
-    let puts = refused_or(
-        put::decide(snapshot, image, request.put_files),
-        &mut obstacles,
-    )?;
-    let cuts = Cut::all(snapshot, request).map_err(Error::Refused);
-    let cuts = refused_or(cuts, &mut obstacles)?;
-    if !obstacles.is_empty() {
-        return Err(Error::Refused(obstacles));
-    }
-    ipc::refuse(snapshot, request)?;
+    opened.decide_clocks(clock::enter)?;
+    let opened = &*opened;
+    let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
+    let pids = pids::in_the_way(snapshot, &opened.kernel);
+    let way::Way {
+        job,
+        inherit,
+        puts,
+        cuts,
+    } = way::look(opened, pids)?;
     let put_back = put::put(&puts, image)?;
     let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
@@ -195,6 +178,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
         Ok(())
     };
     let mut warnings = driver::rebuild(&job, image, &cuts, &mut brood, leader, last)?;
+    warnings.extend(opened.warnings.iter().cloned());
     warnings.extend(lost);
     brood.keep();
     warnings.extend(objects.keep());
@@ -205,128 +189,6 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
         warnings,
         master,
     })
-}
-
-/// Collects a refusal with the others.
-fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
-    match result {
-        Err(Error::Refused(more)) => {
-            obstacles.extend(more);
-            Ok(T::default())
-        }
-        other => other,
-    }
-}
-
-/// Reads an image, and checks what can be checked of it and the machine.
-///
-/// # Errors
-/// What is wrong with it, and what this machine lacks.
-pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
-    let image = open_own(request)?;
-    image.require_arch(Arch::native())?;
-    let mut snapshot = snapshot::read(&image, request.image)?;
-    let faults = crate::inspect::references::check(&snapshot, &image);
-    if let Some(fault) = faults.into_iter().next() {
-        return Err(Error::Metadata {
-            path: request.image.to_owned(),
-            what: fault,
-        });
-    }
-    refuse_other_machine(&snapshot)?;
-    paths::apply(&request.map_paths, &mut snapshot).map_err(Error::Refused)?;
-    put::forget(request.put_files, &mut snapshot);
-    Ok(Opened {
-        request,
-        image,
-        snapshot,
-        groups: read_status(Pid(std::process::id() as i32))?.groups,
-    })
-}
-
-/// What is in an image runs with the ids that are in it, so whoever wrote it must be ourselves, or
-/// trusted by root.
-fn open_own(request: &Request<'_>) -> Result<Reader> {
-    let image = Reader::open(request.image)?;
-    let path = request.image;
-    let owner = std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::uid(&meta));
-    let me = nix::unistd::geteuid();
-    match owner {
-        Ok(owner) if owner != me.as_raw() && !(me.is_root() && request.any_owner) => {
-            let remedy = match me.is_root() {
-                true => "if you trust whoever wrote it, restore it with --any-owner",
-                false => "if you trust whoever wrote it as yourself, make a copy that is yours",
-            };
-            Err(Error::refuse(Obstacle::new(
-                format!("the image {}", path.display()),
-                format!("belongs to uid {owner} and you are uid {me}"),
-                remedy,
-            )))
-        }
-        _ => Ok(image),
-    }
-}
-
-/// What the processor and the kernel must have in common with those of the checkpoint.
-fn refuse_other_machine(snapshot: &Snapshot) -> Result<()> {
-    let was = &snapshot.host;
-    let mut obstacles = Vec::new();
-    let now = ckpt_tracer::features::KernelFeatures::probe().cpu.xcr0;
-    let missing = was.xcr0 & !now;
-    if missing != 0 {
-        obstacles.push(Obstacle::new(
-            "the job",
-            format!(
-                "may use processor state that this machine does not have ({})",
-                component_names(missing)
-            ),
-            "restore it on a machine with the same or a newer processor",
-        ));
-    }
-    let uses_vdso = snapshot.processes.iter().any(|p| {
-        use crate::objects::memory::{Backing, KernelMapping};
-        p.memory
-            .mappings
-            .iter()
-            .any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
-    });
-    if uses_vdso && was.vdso_digest != host::vdso_digest() {
-        obstacles.push(Obstacle::new(
-            "the job",
-            format!(
-                "was checkpointed on kernel {} with another vDSO, which is not supported yet",
-                was.kernel
-            ),
-            "restore it on a machine with that kernel",
-        ));
-    }
-    if obstacles.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Refused(obstacles))
-    }
-}
-
-/// Names of xsave components (Intel SDM volume 1, chapter 13).
-fn component_names(bits: u64) -> String {
-    const NAMES: &[(u64, &str)] = &[
-        (1 << 1, "SSE"),
-        (1 << 2, "AVX"),
-        (3 << 3, "MPX"),
-        (7 << 5, "AVX-512"),
-        (1 << 9, "protection keys"),
-        (3 << 17, "AMX"),
-    ];
-    let names: Vec<&str> = NAMES
-        .iter()
-        .filter(|(mask, _)| bits & mask != 0)
-        .map(|(_, name)| *name)
-        .collect();
-    if names.is_empty() {
-        format!("components {bits:#x}")
-    } else {
-        names.join(", ")
-    }
 }
 
 /// What the new process will have from us before the plan sets anything.

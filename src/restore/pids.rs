@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
@@ -153,18 +154,52 @@ pub fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
 
 /// Ids that somebody else has. Those of processes that have just been killed are free
 /// when their parent has taken note, so that is waited for.
-pub(super) fn taken(ids: &[i32]) -> Vec<Obstacle> {
+fn taken(ids: &[i32]) -> Vec<Obstacle> {
     const PATIENCE: Duration = Duration::from_secs(2);
     let begun = Instant::now();
     loop {
         let exists = |id: &&i32| Path::new(&format!("/proc/{id}")).exists();
         let taken: Vec<i32> = ids.iter().filter(exists).copied().collect();
-        let ended = |id: &i32| read_status(Tid(*id)).is_ok_and(|s| s.state.has_ended());
+        // One that is gone by now has ended as well.
+        let ended = |id: &i32| read_status(Tid(*id)).map_or(true, |s| s.state.has_ended());
         if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
             return taken.into_iter().map(pid_taken).collect();
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// What stands in the way of the job's ids among ours.
+pub(super) fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
+    let Ok(births) = births::decide(snapshot) else {
+        return Vec::new();
+    };
+    let ids = ids(snapshot, &births);
+    let mut obstacles = taken(&ids);
+    if !kernel.set_tid {
+        obstacles.push(not_permitted(snapshot.processes[0].pid));
+    }
+    let above = ids.iter().find(|id| **id as u64 >= kernel.pid_max);
+    obstacles.extend(above.map(|id| above_the_highest(*id)));
+    obstacles
+}
+
+/// The obstacle that we may not choose pids.
+pub(super) fn not_permitted(pid: i32) -> Obstacle {
+    Obstacle::new(
+        format!("process {pid}"),
+        "cannot get its old pid: choosing a pid needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
+        "run restore as root, or with --pids namespace",
+    )
+}
+
+/// The obstacle that no process here has such a pid.
+pub(super) fn above_the_highest(pid: i32) -> Obstacle {
+    Obstacle::new(
+        format!("process {pid}"),
+        "cannot get its old pid: it is above this system's kernel.pid_max",
+        "raise that setting",
+    )
 }
 
 /// The obstacle that somebody else has the pid.

@@ -1,14 +1,19 @@
 //! The plan under construction: operations, the data they point to, and to which object each
 //! one belongs.
 
+use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use ckpt_restorer::{MAIN_STACK, Op, OpKind, Plan as PlanHeader, THREAD_STACK, ThreadPlan};
 use ckpt_tracer::blob::Blob;
 
+mod finished;
+
 use crate::objects::credentials::Credentials;
 use crate::objects::scheduling::Scheduling;
+use finished::List;
+pub use finished::{Part, Plan};
 
 /// What a new process has before the plan sets anything, and what it may do.
 #[derive(Clone, Debug)]
@@ -70,22 +75,20 @@ pub enum Inherited {
     Named(PathBuf, u32),
 }
 
-/// Operations of one thread, with the object each belongs to.
-#[derive(Clone, Debug, Default)]
-struct List {
-    ops: Vec<Op>,
-    objects: Vec<u32>,
-}
-
 /// A thread or process that the plan creates.
 #[derive(Clone, Debug)]
 struct Task {
     list: List,
+    /// Its id.
+    tid: i32,
+    /// Whose list creates it, as [`Builder::current`].
+    creator: usize,
     /// Where its [`ThreadPlan`] is.
     plan: u64,
     /// Where its `struct clone_args` is.
     args: u64,
-    process: bool,
+    /// Of a process, where its header is.
+    header: Option<u64>,
 }
 
 /// A plan under construction. Everything is placed from `base` on: the restorer, the stack of
@@ -101,38 +104,11 @@ pub struct Builder {
     /// Whose list is being appended to: 0 is the first thread's, else the task before.
     current: usize,
     objects: Vec<String>,
-    stages: Vec<(usize, Stage)>,
+    stages: Vec<(usize, usize, Stage)>,
     warnings: Vec<String>,
     conditional: Vec<(usize, usize, String)>,
     inherit: Vec<Inherit>,
     host: HostState,
-}
-
-/// A finished plan.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// Where it goes.
-    pub base: u64,
-    /// Bytes, from `base` on; the remainder up to `len` is zero.
-    pub image: Vec<u8>,
-    /// Bytes in all, page aligned.
-    pub len: u64,
-    /// First instruction.
-    pub entry: u64,
-    /// Initial stack pointer.
-    pub stack: u64,
-    /// Address of the plan's header, the argument of the restorer.
-    pub header: u64,
-    /// The stages, by index of their operation.
-    pub stages: Vec<(usize, Stage)>,
-    /// What is not kept, decided while planning.
-    pub warnings: Vec<String>,
-    /// Warnings that hold if an operation fails: address of its result, text.
-    pub conditional: Vec<(u64, String)>,
-    /// Descriptors that the process needs from us.
-    pub inherit: Vec<Inherit>,
-    lists: Vec<(u64, List)>,
-    objects: Vec<String>,
 }
 
 impl Builder {
@@ -220,7 +196,8 @@ impl Builder {
 
     /// Hands over to the tracer.
     pub fn stage(&mut self, stage: Stage) {
-        self.stages.push((self.main.ops.len(), stage));
+        let index = self.list().ops.len();
+        self.stages.push((self.current, index, stage));
         self.push(Op::other(OpKind::Trap, [0; 6]), format!("stage {stage:?}"));
     }
 
@@ -246,17 +223,16 @@ impl Builder {
         self.task(OpKind::Thread, tid, FLAGS as u64, 0, object, fill);
     }
 
-    /// Creates a process with that id by clone3(2) with `flags`; `fill` appends what it does.
-    pub fn process(&mut self, pid: i32, flags: u64, fill: impl FnOnce(&mut Self)) {
+    /// Creates a process with that id by clone3(2) with `flags`, which sends its parent `signal` at
+    /// its end; `fill` appends what it does.
+    pub fn process(&mut self, pid: i32, flags: i32, signal: i32, fill: impl FnOnce(&mut Self)) {
         // A child of the parent's parent sends the signal that we send ourselves (clone(2)).
-        let parent = libc::CLONE_PARENT as u64;
-        let signal = if flags & parent == 0 {
-            libc::SIGCHLD
-        } else {
-            0
+        let signal = match flags & libc::CLONE_PARENT {
+            0 => signal as u64,
+            _ => 0,
         };
         let object = format!("process {pid}");
-        self.task(OpKind::Process, pid, flags, signal as u64, object, fill);
+        self.task(OpKind::Process, pid, flags as u64, signal, object, fill);
     }
 
     fn task(
@@ -290,18 +266,21 @@ impl Builder {
         let op = Op::other(kind, [plan, args, 88, 0, 0, 0]).expecting(tid as u64);
         self.push(op, object);
         let process = kind == OpKind::Process;
+        let header = process.then(|| self.reserve(size_of::<PlanHeader>()));
         let outer = std::mem::replace(&mut self.current, self.tasks.len() + 1);
         self.tasks.push(Task {
             list: List::default(),
+            tid,
+            creator: outer,
             plan,
             args,
-            process,
+            header,
         });
         fill(self);
         self.current = outer;
     }
 
-    /// Waits until all threads are parked.
+    /// Waits until all threads that the process has created are parked.
     pub fn join(&mut self) {
         self.push(Op::other(OpKind::Join, [0; 6]), "threads".into());
     }
@@ -339,18 +318,33 @@ impl Builder {
         }
         let stacks = next.next_multiple_of(64);
         let mut stack = stacks;
-        for (task, (ops, list)) in tasks.iter().zip(&lists[1..]) {
-            let words = [*ops, list.ops.len() as u64, header, task.process.into()];
+        let mut parts = HashMap::new();
+        for (number, task) in tasks.iter().enumerate() {
+            let (ops, list) = &lists[number + 1];
+            let count = list.ops.len() as u64;
+            let of_creator = match task.creator.checked_sub(1) {
+                Some(creator) => tasks[creator].header.unwrap_or(header),
+                None => header,
+            };
+            let words = [
+                *ops,
+                count,
+                task.header.unwrap_or(of_creator),
+                task.header.is_some().into(),
+            ];
             self.put(task.plan, &words.map(u64::to_le_bytes).concat());
+            if let Some(header) = task.header {
+                self.put_header(header, number + 1, (*ops, count), &tasks);
+                let list = number + 1;
+                parts.insert(task.tid, Part { header, list });
+            }
             let stack_field = task.args + 5 * 8;
             self.put(stack_field, &stack.to_le_bytes());
             stack += THREAD_STACK;
         }
-        let threads = tasks.iter().filter(|t| !t.process).count();
         let end = stack.next_multiple_of(4096);
-        let words = [lists[0].0, lists[0].1.ops.len() as u64];
-        self.put(header, &words.map(u64::to_le_bytes).concat());
-        self.put(header + 16, &(threads as u32).to_le_bytes());
+        let ops = (lists[0].0, lists[0].1.ops.len() as u64);
+        self.put_header(header, 0, ops, &tasks);
 
         let mut image = self.blob.placed_at(self.base);
         image.resize((self.data_base - self.base) as usize, 0);
@@ -383,8 +377,9 @@ impl Builder {
             len: end - self.base,
             entry: self.base + self.blob.entry,
             stack: self.data_base,
-            header,
+            main: Part { header, list: 0 },
             image,
+            parts,
             stages: self.stages,
             warnings: self.warnings,
             conditional,
@@ -392,6 +387,14 @@ impl Builder {
             lists,
             objects: self.objects,
         }
+    }
+
+    /// The header of the process that executes that list.
+    fn put_header(&mut self, at: u64, list: usize, (ops, count): (u64, u64), tasks: &[Task]) {
+        let threads = |t: &&Task| t.header.is_none() && t.creator == list;
+        let threads = tasks.iter().filter(threads).count() as u32;
+        self.put(at, &[ops, count].map(u64::to_le_bytes).concat());
+        self.put(at + 16, &threads.to_le_bytes());
     }
 
     fn put(&mut self, at: u64, bytes: &[u8]) {
@@ -402,72 +405,4 @@ impl Builder {
 
 fn six(args: &[u64]) -> [u64; 6] {
     std::array::from_fn(|i| args.get(i).copied().unwrap_or(0))
-}
-
-impl Plan {
-    /// The operation at an address: its text, and the object that it belongs to.
-    pub fn operation_at(&self, address: u64) -> Option<(String, &str)> {
-        let (base, list) = self.lists.iter().find(|(base, list)| {
-            (*base..*base + (list.ops.len() * size_of::<Op>()) as u64).contains(&address)
-        })?;
-        let index = ((address - base) / size_of::<Op>() as u64) as usize;
-        Some((
-            describe(&list.ops[index]),
-            &self.objects[list.objects[index] as usize],
-        ))
-    }
-
-    /// The stage of an operation of the first thread.
-    pub fn stage_at(&self, index: u64) -> Option<Stage> {
-        self.stages
-            .iter()
-            .find(|(at, _)| *at as u64 == index)
-            .map(|(_, stage)| *stage)
-    }
-
-    /// The whole plan as text, one operation a line, threads after the first one's list.
-    pub fn to_text(&self) -> String {
-        let mut text = String::new();
-        for (number, (_, list)) in self.lists.iter().enumerate() {
-            if number > 0 {
-                text.push_str(&format!("thread list {number}:\n"));
-            }
-            for (op, object) in list.ops.iter().zip(&list.objects) {
-                let object = &self.objects[*object as usize];
-                text.push_str(&format!("{:<70} # {object}\n", describe(op)));
-            }
-        }
-        text
-    }
-}
-
-fn syscall_name(nr: u64) -> String {
-    crate::inspect::calls::names::name(nr).map_or_else(|| format!("syscall_{nr}"), str::to_owned)
-}
-
-fn describe(op: &Op) -> String {
-    if op.kind == OpKind::Thread as u32 {
-        return format!("clone3(thread {})", op.expect);
-    }
-    if op.kind == OpKind::Process as u32 {
-        return format!("clone3(process {})", op.expect);
-    }
-    if op.kind == OpKind::Trap as u32 {
-        return "hand over to the tracer".into();
-    }
-    if op.kind == OpKind::Join as u32 {
-        return "wait for the threads".into();
-    }
-    let used = op.args.iter().rposition(|a| *a != 0).map_or(0, |i| i + 1);
-    let args: Vec<String> = op.args[..used]
-        .iter()
-        .map(|a| {
-            if *a < 10_000 {
-                a.to_string()
-            } else {
-                format!("{a:#x}")
-            }
-        })
-        .collect();
-    format!("{}({})", syscall_name(op.nr), args.join(", "))
 }

@@ -6,7 +6,7 @@ use ckpt_image::Reader;
 use ckpt_tracer::proc::maps::Vma;
 
 use super::Request;
-use super::births::{Births, Body};
+use super::births::{Births, Origin};
 use super::build::Build;
 use super::plan::{HostState, Plan};
 use super::terminals::Terminals;
@@ -15,6 +15,7 @@ use crate::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
 use crate::objects::process::Process;
+use crate::objects::vdso::Replaced;
 use crate::objects::{Snapshot, SpaceId};
 
 /// Room for the kernel's mappings while they are moved.
@@ -34,6 +35,8 @@ pub struct Job<'a> {
     pub group: i32,
     /// What becomes of its terminals.
     pub terminals: Terminals,
+    /// What becomes of its vDSO.
+    pub vdso: &'a Replaced,
     /// Pages that each address space of a job with forks has at its checkpoint; ascending.
     pub(super) held: HashMap<SpaceId, Vec<(u64, u64)>>,
 }
@@ -53,11 +56,12 @@ impl<'a> Job<'a> {
         image: &Reader,
         request: &'a Request<'a>,
         host: HostState,
+        vdso: &'a Replaced,
     ) -> Result<Self, Vec<Obstacle>> {
         let births = super::births::decide(snapshot)?;
         let terminals = Terminals::decide(snapshot, request)?;
         let mut held = HashMap::new();
-        if births.iter().any(|b| b.forked) {
+        if births.iter().any(|b| b.origin == Origin::Forked) {
             held = pages_held(snapshot, image);
         }
         Ok(Self {
@@ -70,6 +74,7 @@ impl<'a> Job<'a> {
                 false => nix::unistd::getpgrp().as_raw(),
             },
             terminals,
+            vdso,
             held,
         })
     }
@@ -84,24 +89,25 @@ impl<'a> Job<'a> {
         let parent = self.process(index).parent;
         let processes = &self.snapshot.processes;
         let found = processes.iter().find(|p| p.pid == parent);
-        found.filter(|_| self.births[index].forked)
+        found.filter(|_| self.births[index].origin == Origin::Forked)
     }
 
-    /// The process and its forks, and theirs: they have shared memory from one another.
+    /// The processes that have an address space of their own, each with a plan of its own.
+    pub fn owners(&self) -> impl Iterator<Item = usize> {
+        let births = self.births.iter().enumerate();
+        let own = births.filter(|(_, b)| b.origin != Origin::Sharing);
+        own.map(|(index, _)| index)
+    }
+
+    /// The process, its forks and those that share its memory, and theirs: they have shared memory
+    /// from one another.
     fn forks(&self, index: usize) -> Vec<usize> {
         let mut forks = vec![index];
         let mut next = 0;
         while let Some(&at) = forks.get(next) {
             next += 1;
-            for birth in self.births[at].all() {
-                if let Body::Process {
-                    index,
-                    forked: true,
-                } = birth.body
-                {
-                    forks.push(index);
-                }
-            }
+            let of_one = self.births[at].processes().into_iter();
+            forks.extend(of_one.filter(|i| self.births[*i].origin != Origin::Executed));
         }
         forks
     }

@@ -13,6 +13,7 @@ use ckpt_tracer::Tid;
 use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
+use super::pids;
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
 
@@ -214,18 +215,12 @@ pub fn may_choose_pids(by_others: bool) -> bool {
 const MAY_CHOOSE: u64 = 1 << 40 | 1 << 21;
 
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
-    Error::Restore(match errno {
-        Errno::EEXIST => super::pids::pid_taken(pid).to_string(),
-        Errno::EPERM => format!(
-            "process {pid} cannot get its old pid: choosing a pid needs CAP_CHECKPOINT_RESTORE or \
-             CAP_SYS_ADMIN; run restore as root, or with --pids namespace"
-        ),
-        Errno::EINVAL => format!(
-            "process {pid} cannot get its old pid: it is above this system's kernel.pid_max; raise \
-             that setting"
-        ),
-        other => format!("process {pid} cannot be created: {}", other.desc()),
-    })
+    match errno {
+        Errno::EEXIST => Error::refuse(pids::pid_taken(pid)),
+        Errno::EPERM => Error::refuse(pids::not_permitted(pid)),
+        Errno::EINVAL => Error::refuse(pids::above_the_highest(pid)),
+        other => Error::Restore(format!("process {pid} cannot be created: {}", other.desc())),
+    }
 }
 
 fn failed_before_exec(report: OwnedFd) -> Error {

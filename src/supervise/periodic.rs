@@ -33,6 +33,8 @@ pub struct Plan {
     pub codec: Codec,
     /// Open files that go into the images.
     pub save_files: Vec<Pattern>,
+    /// Programs, libraries and what is only read go into the images.
+    pub bundle: bool,
 }
 
 /// What is told while the program runs.
@@ -119,6 +121,7 @@ impl Periodic {
         command.arg(format!("--adopted-by={}", std::process::id()));
         let patterns = self.plan.save_files.iter();
         command.args(patterns.map(|pattern| format!("--save-files={}", pattern.text())));
+        command.args(self.plan.bundle.then_some("--bundle"));
         command
             .arg("-o")
             .arg(std::path::absolute(self.plan.images.path(counter))?);

@@ -3,9 +3,11 @@
 //! process from outside ([`look`]), and waiting for a state ([`wait`]).
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod edit;
 pub mod fixture;
 pub mod isolate;
 pub mod job;
+pub mod logger;
 pub mod look;
 pub mod odd;
 pub mod refused;

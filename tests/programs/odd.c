@@ -121,6 +121,22 @@ static bool in_vfork(pid_t tid)
 	return atol(text) == SYS_vfork;
 }
 
+static char stack[64 << 10];
+static int *sibling;
+
+static int sleep_for_ever(void *arg)
+{
+	for (;;)
+		pause();
+	return arg != NULL;
+}
+
+static void end_siblings(void)
+{
+	kill(*sibling, SIGKILL);
+	end_child();
+}
+
 int main(int argc, char **argv)
 {
 	const char *file = getenv("ODD_FILE");
@@ -167,6 +183,17 @@ int main(int argc, char **argv)
 			for (;;)
 				pause();
 		close(other);
+	} else if (is("sibling")) {
+		/* The child has a sibling in its memory, which is not that of their parent. */
+		sibling = fx_map(FX_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS);
+		fx_cleanup = end_siblings;
+		child = FX_SYS(fork());
+		if (!child) {
+			*sibling = clone(sleep_for_ever, stack + sizeof(stack), CLONE_VM | CLONE_PARENT | SIGCHLD, NULL);
+			sleep_for_ever(NULL);
+		}
+		while (!*(volatile int *)sibling)
+			fx_nap(FX_MS);
 	} else if (is("vfork")) {
 		tid_of_forker = 0;
 		fx_thread(forker, NULL);

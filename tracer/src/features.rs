@@ -8,22 +8,25 @@
 
 #![allow(unsafe_code)]
 
+mod cpu;
 mod table;
 
-use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
-use std::ffi::CStr;
 use std::fs;
 use std::mem::size_of;
 
 use nix::errno::Errno;
 
+use crate::child::{Child, pause_forever};
 use crate::kcmp::{KcmpType, kcmp};
 use crate::proc::pagemap::{PagemapScanner, ScanMethod};
 use crate::proc::{mounts, status};
 use crate::{Pid, Result, Tid};
 
+pub use cpu::{Cpu, FeatureWord, Register, StateComponent};
 pub use table::FeatureRow;
 
+/// `CAP_SYS_CHROOT`
+pub const CAP_SYS_CHROOT: u32 = 18;
 /// `CAP_SYS_PTRACE`
 pub const CAP_SYS_PTRACE: u32 = 19;
 /// `CAP_SYS_ADMIN`
@@ -60,19 +63,6 @@ struct UffdioApi {
 }
 
 const _: () = assert!(size_of::<UffdioApi>() == 24);
-
-/// The processor, as far as registers and code depend on it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Cpu {
-    /// Vendor, `GenuineIntel` …
-    pub vendor: String,
-    /// Model, as the processor calls itself.
-    pub model: String,
-    /// State components that the system has enabled (`XCR0`); 0 without XSAVE.
-    pub xcr0: u64,
-    /// Bytes of an XSAVE area, standard format, for `xcr0`.
-    pub xsave_size: u32,
-}
 
 /// What was found. Each field is explained by its row in [`table`](Self::table).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -159,7 +149,7 @@ impl KernelFeatures {
         let mut found = Self {
             release: setting("/proc/sys/kernel/osrelease").unwrap_or_default(),
             capabilities,
-            cpu: cpu(),
+            cpu: Cpu::probe(),
             yama_scope: number("/proc/sys/kernel/yama/ptrace_scope").map(|scope| scope as u32),
             hidepid: hidepid(),
             overcommit: number("/proc/sys/vm/overcommit_memory").unwrap_or(0) as u32,
@@ -172,9 +162,7 @@ impl KernelFeatures {
             ..Self::default()
         };
         found.probe_calls();
-        found.set_tid = found.clone3
-            && (found.has_capability(CAP_CHECKPOINT_RESTORE)
-                || found.has_capability(CAP_SYS_ADMIN));
+        found.set_tid = found.clone3 && may_set_tid();
         found.probe_target();
         found.probe_namespaces();
         found
@@ -253,7 +241,7 @@ impl KernelFeatures {
         let Some(child) = Child::start(pause_forever) else {
             return;
         };
-        let pid = child.0;
+        let pid = child.pid();
         let mut copy = 0u64;
         let local = libc::iovec {
             iov_base: (&raw mut copy).cast(),
@@ -324,69 +312,16 @@ impl KernelFeatures {
     }
 }
 
-/// A child that is killed and waited for when dropped.
-struct Child(libc::pid_t);
-
-impl Child {
-    /// `main` runs in a copy of one thread of us: it may make system calls and nothing else.
-    fn start(main: fn() -> !) -> Option<Self> {
-        let parent = std::process::id();
-        // SAFETY: without flags clone is fork, but for the exit signal, which is none here. The
-        // child makes only system calls: no allocation, no lock, no destructor.
-        match unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) } {
-            0 => {
-                die_with(parent);
-                main()
-            }
-            pid if pid > 0 => Some(Self(pid as libc::pid_t)),
-            _ => None,
-        }
-    }
-
-    fn exit_code(self) -> Option<i32> {
-        let mut what = 0;
-        let pid = self.0;
-        std::mem::forget(self);
-        // SAFETY: a child of ours that nobody else waits for; `what` lives on.
-        let waited = unsafe { libc::waitpid(pid, &mut what, libc::__WALL) };
-        (waited == pid && libc::WIFEXITED(what)).then(|| libc::WEXITSTATUS(what))
-    }
-}
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        // SAFETY: the child has not been waited for, so the pid is still its own.
-        unsafe {
-            libc::kill(self.0, libc::SIGKILL);
-            libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL);
-        }
-    }
-}
-
-/// Ends the child when the parent ends, or has ended before this could be said.
-fn die_with(parent: u32) {
-    // SAFETY: plain system calls.
-    unsafe {
-        libc::syscall(
-            libc::SYS_prctl,
-            libc::PR_SET_PDEATHSIG,
-            libc::SIGKILL,
-            0,
-            0,
-            0,
-        );
-        // 0 is a parent in an outer pid namespace.
-        if ![0, i64::from(parent)].contains(&libc::syscall(libc::SYS_getppid)) {
-            libc::_exit(0);
-        }
-    }
-}
-
-fn pause_forever() -> ! {
-    loop {
-        // SAFETY: a plain system call.
-        unsafe { libc::syscall(libc::SYS_pause) };
-    }
+/// Whether we may choose pids, by choosing our own: permission is looked at before it is found that
+/// somebody has it (`alloc_pid`, kernel/pid.c).
+fn may_set_tid() -> bool {
+    let taken = std::process::id();
+    // SAFETY: a structure of numbers, for which zeros are no wish.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    (args.set_tid, args.set_tid_size) = ((&raw const taken) as u64, 1);
+    // SAFETY: `args` and `taken` live on. There is no child, since the pid is that of the caller.
+    let r = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+    r < 0 && Errno::last() == Errno::EEXIST
 }
 
 /// One after the other: a security module may allow a user namespace and then no capability in it.
@@ -469,46 +404,6 @@ fn userfaultfd_features() -> Option<u64> {
         let rc = libc::ioctl(fd, UFFDIO_API, &raw mut api);
         libc::close(fd);
         (rc == 0).then_some(api.features)
-    }
-}
-
-fn cpu() -> Cpu {
-    let text = |bytes: &[u8]| {
-        let text = CStr::from_bytes_until_nul(bytes).map_or(bytes, CStr::to_bytes);
-        String::from_utf8_lossy(text).trim().to_owned()
-    };
-    let mut cpu = Cpu::default();
-    // SAFETY: every x86-64 processor has cpuid; leaves are asked for only below the highest one.
-    // xgetbv is executed only if the system has enabled it (OSXSAVE).
-    #[allow(unused_unsafe)]
-    unsafe {
-        let base = __cpuid(0);
-        let vendor = [base.ebx, base.edx, base.ecx].map(u32::to_le_bytes);
-        cpu.vendor = text(vendor.as_flattened());
-        if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
-            let brand = [0x8000_0002, 0x8000_0003, 0x8000_0004].map(|leaf| {
-                let part = __cpuid(leaf);
-                [part.eax, part.ebx, part.ecx, part.edx].map(u32::to_le_bytes)
-            });
-            cpu.model = text(brand.as_flattened().as_flattened());
-        }
-        if base.eax >= 0xd && __cpuid(1).ecx & 1 << 27 != 0 {
-            cpu.xcr0 = xcr0();
-            cpu.xsave_size = __cpuid_count(0xd, 0).ebx;
-        }
-    }
-    cpu
-}
-
-/// # Safety
-/// The processor has XSAVE and the system has enabled it.
-#[target_feature(enable = "xsave")]
-unsafe fn xcr0() -> u64 {
-    // SAFETY: the target feature says that the instruction exists, and the caller that it is enabled;
-    // register 0 always exists then.
-    #[allow(unused_unsafe)]
-    unsafe {
-        _xgetbv(0)
     }
 }
 

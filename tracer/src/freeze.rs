@@ -11,6 +11,7 @@ use crate::proc::{status, tasks};
 use crate::refusal;
 use crate::remote::hide_interruption;
 use crate::task::{Polled, Resume, Running, Stop, Stopped, Waited};
+use crate::vdso::Vdso;
 use crate::{Error, Pid, Result, Tid};
 
 /// Rounds of looking for new tasks before giving up. A task can only be created by one that
@@ -103,10 +104,11 @@ impl Frozen {
         seized.sort_by_key(|task| task.tid() == self.pid.leader());
         // Until a second task is found, which then is waited for alone.
         let only = seized.len() == 1 && self.tasks.is_empty();
+        let vdso = Vdso::of(self.pid);
         for task in seized {
             let leader = task.tid() == self.pid.leader();
             let task = if only { task.only() } else { task };
-            match wait_interrupted(task, leader) {
+            match wait_interrupted(task, leader, &vdso) {
                 Ok(Some(stopped)) => self.tasks.push(stopped),
                 Ok(None) => {}
                 Err(e) => failure = failure.or(Some(e)),
@@ -189,12 +191,23 @@ fn send_signal(pid: Pid, signal: i32) -> Result<()> {
 
 /// Waits for the stop that `PTRACE_INTERRUPT` brings. A signal that was just being delivered
 /// is delivered: its handler's frame is set up, and the pending interrupt then stops the task
-/// before the handler's first instruction.
-fn wait_interrupted(mut task: Running, leader: bool) -> Result<Option<Stopped>> {
+/// before the handler's first instruction. A task that stops inside the vDSO, whose code goes on under
+/// this very kernel only, is let run a little more, so that it may be restored under another one.
+fn wait_interrupted(mut task: Running, leader: bool, vdso: &Vdso) -> Result<Option<Stopped>> {
+    let mut tries = 0;
     loop {
         match wait_patiently(task, leader)? {
             Waited::Gone(_) => return Ok(None),
             Waited::Stopped(stopped) => match stopped.stop() {
+                Stop::Event(libc::SIGTRAP) if tries < VDSO_TRIES && vdso.holds(&stopped)? => {
+                    tries += 1;
+                    task = stopped.resume(Resume::Cont, 0)?;
+                    std::thread::sleep(VDSO_RUN);
+                    match task.interrupt() {
+                        Ok(()) | Err(Error::Died { .. }) => {}
+                        Err(e) => return Err(e),
+                    }
+                }
                 Stop::Event(_) => {
                     // At once: whatever happens from here on, the task must not notice.
                     hide_interruption(&stopped)?;
@@ -206,6 +219,12 @@ fn wait_interrupted(mut task: Running, leader: bool) -> Result<Option<Stopped>> 
         }
     }
 }
+
+/// How often a task may run on that has stopped inside the vDSO. A program that does nothing but ask
+/// for the time is there most of the time.
+const VDSO_TRIES: u32 = 64;
+/// How long it runs each time: a function of the vDSO takes some ten nanoseconds.
+const VDSO_RUN: Duration = Duration::from_micros(20);
 
 /// A task that waits for what nothing can interrupt comes to no stop: in vfork(2) for its child's
 /// exec, or in I/O that does not end.

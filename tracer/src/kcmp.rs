@@ -7,6 +7,7 @@ use std::mem::{offset_of, size_of};
 
 use nix::errno::Errno;
 
+use crate::child::{Child, pause_forever};
 use crate::{Error, Result, Tid};
 
 /// What is compared. The numbers are `KCMP_*` of `linux/kcmp.h`.
@@ -196,6 +197,21 @@ pub fn group_tasks(tasks: Vec<Tid>, what: KcmpType) -> Result<Vec<Vec<Tid>>> {
     group_by(tasks, |&tid1, &tid2| kcmp(tid1, tid2, what))
 }
 
+/// Whether a task has a list of System V semaphore adjustments. Tasks without one share nothing, but
+/// are equal to [`kcmp`]. So the task is compared with a process that has just been forked, which has
+/// none (`copy_semundo`, ipc/sem.c).
+///
+/// # Errors
+/// As [`kcmp`]; [`Error::Kernel`] when no process can be created.
+pub fn has_undo_list(task: Tid) -> Result<bool> {
+    let blank = Child::start(pause_forever).ok_or_else(|| Error::Kernel {
+        call: "fork",
+        object: "a process to compare with".into(),
+        errno: Errno::last(),
+    })?;
+    Ok(kcmp(Tid(blank.pid()), task, KcmpType::Sysvsem)?.is_ne())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,6 +242,19 @@ mod tests {
         let fds = [&first, &second, &duplicate].map(|file| (own(), file.as_raw_fd()));
         let groups = group_files(fds.to_vec()).unwrap();
         assert_eq!(groups, [vec![fds[0], fds[2]], vec![fds[1]]]);
+    }
+
+    #[test]
+    fn a_list_of_adjustments_is_there_or_not() {
+        if !available() {
+            return;
+        }
+        // The kernel gives one to whoever creates a thread, and to that thread.
+        std::thread::spawn(|| assert!(has_undo_list(own()).unwrap()))
+            .join()
+            .unwrap();
+        let blank = Child::start(pause_forever).unwrap();
+        assert!(!has_undo_list(Tid(blank.pid())).unwrap());
     }
 
     #[test]

@@ -15,6 +15,7 @@
 pub mod abi;
 mod addr;
 pub mod blob;
+mod child;
 mod error;
 pub mod fault;
 pub mod features;
@@ -28,6 +29,7 @@ pub mod refusal;
 pub mod remote;
 pub mod task;
 pub mod unix_diag;
+mod vdso;
 
 pub use addr::RemoteAddr;
 pub use error::{Error, Result};

@@ -32,10 +32,43 @@ pub(super) fn family(snapshot: &Snapshot, page: u32, faults: &mut Faults) {
             index == 0 || process.parent > 0,
             "process {pid} has no parent"
         );
+        let parent = parent.and_then(|parent| snapshot.processes.get(parent));
+        sharing(process, parent, faults);
         inherited(process, page.into(), faults);
         stops(process, &place, faults);
     }
     zombies(snapshot, &place, faults);
+}
+
+/// What is one object with the parent's has one record.
+fn sharing(process: &Process, parent: Option<&Process>, faults: &mut Faults) {
+    let (pid, shares) = (process.pid, process.shares);
+    let same = |shared: bool, is: fn(&Process, &Process) -> bool| {
+        !shared || parent.is_some_and(|parent| is(process, parent))
+    };
+    require!(
+        faults,
+        same(shares.memory, |p, q| p.memory == q.memory) && !(shares.memory && process.forked),
+        "process {pid} does not have the memory that it shares with its parent"
+    );
+    require!(
+        faults,
+        same(shares.actions, |p, q| p.actions == q.actions) && (shares.memory || !shares.actions),
+        "process {pid} does not have the signal actions that it shares with its parent"
+    );
+    require!(
+        faults,
+        same(shares.adjustments, |p, _| p
+            .semaphore_adjustments
+            .is_empty()),
+        "process {pid} has adjustments of semaphores apart from those that it shares with its parent"
+    );
+    require!(
+        faults,
+        (0..=super::LAST_SIGNAL as i32).contains(&process.exit_signal),
+        "process {pid} tells of its end by signal {}, which does not exist",
+        process.exit_signal
+    );
 }
 
 fn inherited(process: &Process, page: u64, faults: &mut Faults) {
@@ -97,6 +130,7 @@ fn zombies(snapshot: &Snapshot, place: &HashMap<i32, usize>, faults: &mut Faults
         require!(
             faults,
             (0..=0xffff).contains(&zombie.status)
+                && (0..=super::LAST_SIGNAL as i32).contains(&zombie.exit_signal)
                 && (zombie.status & 0x7f == 0 || zombie.status & 0x7f < 65)
                 && zombie.name.len() <= super::NAME_BYTES
                 && !zombie.name.contains(&0),

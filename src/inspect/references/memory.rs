@@ -150,7 +150,8 @@ enum Owner<'a> {
 /// Spaces belong to one owner each, and their pages lie inside of it.
 pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) {
     let mut owners: HashMap<SpaceId, Owner<'_>> = HashMap::new();
-    for process in &snapshot.processes {
+    let own = |p: &&Process| !p.shares.memory;
+    for process in snapshot.processes.iter().filter(own) {
         let space = process.memory.space;
         let before = owners.insert(space, Owner::Memory(process));
         require!(
@@ -182,7 +183,10 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
         });
     let segments = snapshot.ipc.segments.iter();
     let segments = segments.map(|segment| (segment.contents, segment.size));
-    for (space, size) in objects.chain(mapped).chain(open).chain(segments) {
+    let bundled = snapshot.bundle.iter();
+    let bundled = bundled.map(|file| (file.contents, file.size));
+    let files = mapped.chain(open).chain(bundled);
+    for (space, size) in objects.chain(files).chain(segments) {
         // One file may be open several times, and mapped as well.
         match owners.entry(space).or_insert(Owner::Object { size }) {
             Owner::Object { size: largest } => *largest = size.max(*largest),

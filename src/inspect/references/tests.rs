@@ -4,6 +4,7 @@ use crate::objects::SpaceId;
 use crate::objects::files::epoll::{Entry, Epoll};
 use crate::objects::files::{Description, Kind};
 use crate::objects::memory::{Backing, SharedMemory};
+use crate::objects::signals::Action;
 use crate::objects::zombie::Zombie;
 
 /// The one fault of a snapshot that was changed.
@@ -68,6 +69,7 @@ fn trees() {
         parent,
         group: pid,
         session: 50,
+        exit_signal: libc::SIGCHLD,
         status,
         name: b"ended".to_vec(),
     };
@@ -77,6 +79,53 @@ fn trees() {
     assert!(orphan.contains("the parent of process 80"), "{orphan}");
     let status = fault(|s| s.zombies.push(zombie(80, 50, 0x7f)));
     assert!(status.contains("in no possible way"), "{status}");
+}
+
+/// A child of process 50 that shares its memory and actions.
+fn with_sharer(snapshot: &mut Snapshot) {
+    let mut child = snapshot.processes[0].clone();
+    (child.pid, child.parent) = (70, 50);
+    child.threads.truncate(1);
+    child.threads[0].tid = 70;
+    (child.shares.memory, child.shares.actions) = (true, true);
+    snapshot.processes.push(child);
+}
+
+#[test]
+fn shared_memory() {
+    let mut good = snapshot();
+    with_sharer(&mut good);
+    assert_eq!(check(&good, &good_image()), Vec::<String>::new());
+    let fault_of = |change: fn(&mut Process)| {
+        fault(|s| {
+            with_sharer(s);
+            change(&mut s.processes[1]);
+        })
+    };
+    let memory = "process 70 does not have the memory that it shares with its parent";
+    assert_eq!(fault_of(|p| p.memory.mappings.truncate(1)), memory);
+    assert_eq!(fault_of(|p| p.memory.space = SpaceId(2)), memory);
+    assert_eq!(fault_of(|p| p.forked = true), memory);
+    let action = Action {
+        signal: 1,
+        ..Action::default()
+    };
+    let actions = "process 70 does not have the signal actions that it shares with its parent";
+    assert_eq!(
+        fault(|s| {
+            with_sharer(s);
+            s.processes[1].actions.push(action);
+        }),
+        actions
+    );
+    let own = fault_of(|p| (p.shares.memory, p.shares.actions) = (false, false));
+    assert!(own.contains("belongs to two address spaces"), "{own}");
+    assert_eq!(
+        fault_of(|p| (p.shares.memory, p.memory.space) = (false, SpaceId(2))),
+        actions
+    );
+    let signal = fault_of(|p| p.exit_signal = 65);
+    assert!(signal.contains("signal 65"), "{signal}");
 }
 
 #[test]

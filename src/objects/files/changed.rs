@@ -3,16 +3,18 @@
 use std::collections::HashSet;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{self, FsType};
+use nix::unistd::AccessFlags;
 
 use super::regular::Regular;
 use super::{Description, Kind};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::memory::{Backing, FileIdentity};
+use crate::restore::surroundings::{MISSING, may};
 use crate::restore::{FilesPolicy, Request};
 
 /// How a file differs from what it was at the checkpoint.
@@ -79,14 +81,22 @@ pub fn check(
         |reason: String, remedy: &str| Err(Box::new(Obstacle::new(file.object(), reason, remedy)));
     let now = match look(file) {
         Ok(now) => now,
-        Err(e) => return refuse(format!("cannot be opened: {e}"), "put it back in its place"),
+        Err(e) => return refuse(format!("cannot be opened: {e}"), MISSING),
     };
+    if now.mode() & libc::S_IFMT != file.identity.mode & libc::S_IFMT {
+        return refuse("is something else by now".into(), MISSING);
+    }
+    let access = access(flags);
+    if let Some(Err(e)) = access.map(|access| may(&file.path, access)) {
+        let remedy = "change its mode, or restore as somebody who may open it";
+        return refuse(format!("cannot be opened: {}", e.desc()), remedy);
+    }
     if policy == FilesPolicy::Adopt || !file.is(libc::S_IFREG) || is_of_the_kernel(&file.path) {
         return Ok(());
     }
     match Change::between(&file.identity, &now) {
         None => Ok(()),
-        Some(change) if change.by_writing() && written.has(file) => Ok(()),
+        Some(change) if change.by_writing() && written.has(&file.identity) => Ok(()),
         // Through such a handle nothing is read.
         Some(change) if change != Change::Replaced && flags as i32 & libc::O_PATH != 0 => Ok(()),
         Some(change) => {
@@ -94,6 +104,17 @@ pub fn check(
             let adopt = "put the old one back, or take what is there with --files adopt";
             refuse(reason, adopt)
         }
+    }
+}
+
+/// What opening with these flags asks for; nothing where only a handle is wanted.
+fn access(flags: u32) -> Option<AccessFlags> {
+    let flags = flags as i32;
+    match flags & libc::O_ACCMODE {
+        _ if flags & libc::O_PATH != 0 => None,
+        libc::O_WRONLY => Some(AccessFlags::W_OK),
+        libc::O_RDONLY => Some(AccessFlags::R_OK),
+        _ => Some(AccessFlags::R_OK | AccessFlags::W_OK),
     }
 }
 
@@ -106,7 +127,7 @@ fn look(file: &Regular) -> io::Result<Metadata> {
 }
 
 /// Files whose contents the kernel makes up when they are read; their inodes and times say nothing.
-fn is_of_the_kernel(path: &Path) -> bool {
+pub fn is_of_the_kernel(path: &Path) -> bool {
     // As in linux/magic.h.
     const SYSFS: i64 = 0x6265_6572;
     const DEBUGFS: i64 = 0x6462_6720;
@@ -154,8 +175,9 @@ impl Written {
         Self(open.chain(mapped).collect())
     }
 
-    fn has(&self, file: &Regular) -> bool {
-        self.0.contains(&inode(&file.identity))
+    /// Whether that file is one of them.
+    pub fn has(&self, file: &FileIdentity) -> bool {
+        self.0.contains(&inode(file))
     }
 }
 

@@ -1,11 +1,14 @@
 //! Character devices that keep no state between calls.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Look};
+use crate::error::Obstacle;
 use crate::restore::plan::Builder;
+use crate::restore::surroundings::MISSING;
 
 /// An open character device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,12 +39,21 @@ pub fn capture(look: &Look, path: &Path) -> Kind {
 }
 
 impl Device {
-    /// Opens it at its staging number.
-    pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) {
+    /// Opens it at its staging number, if it is still that device.
+    pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
         let object = || format!("the device {}", self.path.display());
+        let reason = match std::fs::metadata(&self.path) {
+            Ok(meta) if meta.rdev() == libc::makedev(self.number.0, self.number.1) => None,
+            Ok(_) => Some("is something else by now".to_owned()),
+            Err(e) => Some(format!("cannot be opened: {e}")),
+        };
+        if let Some(reason) = reason {
+            return Err(Box::new(Obstacle::new(object(), reason, MISSING)));
+        }
         let path = plan.path(&self.path);
         let args = [libc::AT_FDCWD as u64, path, u64::from(flags), 0];
         plan.expect(libc::SYS_openat, &args, 0, object);
         super::place(0, at, plan, object);
+        Ok(())
     }
 }

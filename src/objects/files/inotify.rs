@@ -18,6 +18,7 @@ use crate::capture::source::{Collector, Patience, Source};
 use crate::error::{Error, Obstacle};
 use crate::objects::Snapshot;
 use crate::restore::plan::{Builder, Inherit, Inherited};
+use crate::restore::surroundings::MISSING;
 
 /// Watches on files and directories.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,6 +153,19 @@ fn path_by_search(source: &Source, watch: &InotifyWatch) -> Option<PathBuf> {
 const MOST_QUEUED: u64 = 1 << 20;
 
 impl Inotify {
+    /// Watches on what is not there any more.
+    pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
+        self.watches.iter().filter_map(|watch| {
+            let error = std::fs::symlink_metadata(&watch.path).err()?;
+            let object = format!("the inotify watch on {}", watch.path.display());
+            Some(Obstacle::new(
+                object,
+                format!("cannot be set: {error}"),
+                MISSING,
+            ))
+        })
+    }
+
     /// Watches what was watched, on a descriptor that was made by [`create`]. Watch descriptors are
     /// given out in ascending order (`idr_alloc_cyclic` in fs/notify/inotify), so gaps are made and
     /// removed again; whether each number is the wanted one is checked.

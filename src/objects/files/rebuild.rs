@@ -110,7 +110,11 @@ pub fn open_descriptions(
                     obstacles.push(*o);
                 }
             }
-            Kind::Device(d) => d.rebuild(reopen_flags(flags), at, plan),
+            Kind::Device(d) => {
+                if let Err(o) = d.rebuild(reopen_flags(flags), at, plan) {
+                    obstacles.push(*o);
+                }
+            }
             // Made with the first of its ends.
             Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, request, staging, plan),
             Kind::Fifo(f) => {
@@ -127,6 +131,7 @@ pub fn open_descriptions(
             }
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => {
+                obstacles.extend(i.missing());
                 if let Err(o) = i.rebuild(index, at, plan) {
                     obstacles.push(*o);
                 }

@@ -232,24 +232,39 @@ impl Drop for Ready {
     }
 }
 
-/// A process becomes again the one that operated last on the semaphores that it was, and gets its
-/// adjustments. The values stay: each operation comes with its inverse.
-pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+/// A process gets its adjustments. The values stay: each operation comes with its inverse.
+pub fn rebuild_adjustments(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    operate(snapshot, plan, |index, number, _| {
+        let all = process.semaphore_adjustments.iter();
+        let of_this = |a: &&Adjustment| a.set == index && usize::from(a.semaphore) == number;
+        let by = all.filter(of_this).map(|a| a.by).sum();
+        (by != 0).then_some(by)
+    });
+}
+
+/// A process becomes again the one that operated last on the semaphores that it was. Done when all
+/// processes have their adjustments, which are operations.
+pub fn rebuild_operators(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    operate(snapshot, plan, |_, _, operator| {
+        (operator == process.pid).then_some(0)
+    });
+}
+
+/// Operations on the semaphores (set, number, who operated last) for which `by` answers how much the
+/// process is adjusted.
+fn operate(snapshot: &Snapshot, plan: &mut Builder, by: impl Fn(usize, usize, i32) -> Option<i16>) {
     for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {
         if set.claim == Claim::Possible {
             continue;
         }
-        let mut operations = Vec::new();
-        for (number, (value, operator)) in set.values.iter().zip(&set.operators).enumerate() {
-            let adjustments = process.semaphore_adjustments.iter();
-            let by = adjustments
-                .filter(|a: &&Adjustment| a.set == index && usize::from(a.semaphore) == number)
-                .map(|a| a.by)
-                .sum();
-            if by != 0 || *operator == process.pid {
-                operations.extend(undo::adjust(number as u16, *value, by));
-            }
-        }
+        let values = set.values.iter().zip(&set.operators).enumerate();
+        let operations: Vec<_> = values
+            .filter_map(|(number, (value, operator))| {
+                let by = by(index, number, *operator)?;
+                Some(undo::adjust(number as u16, *value, by))
+            })
+            .flatten()
+            .collect();
         for some in operations.chunks(undo::most_operations() / 2) {
             let bytes: Vec<u8> = some
                 .iter()

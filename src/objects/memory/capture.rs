@@ -20,7 +20,8 @@ use crate::objects::{SpaceId, files};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
-/// Refusals and records for one process's mappings.
+/// Records of one process's mappings.
+#[derive(Clone)]
 pub struct Captured {
     /// The mappings, without the vsyscall page.
     pub mappings: Vec<Mapping>,
@@ -159,10 +160,10 @@ fn backing(
             Some(remedy),
         ));
     }
+    if let Some(kind) = KernelMapping::of(vma) {
+        return Ok(Backing::Kernel(kind));
+    }
     let path = match &vma.name {
-        VmaName::Vdso => return Ok(Backing::Kernel(KernelMapping::Vdso)),
-        VmaName::Vvar => return Ok(Backing::Kernel(KernelMapping::Vvar)),
-        VmaName::VvarVclock => return Ok(Backing::Kernel(KernelMapping::VvarVclock)),
         VmaName::OtherSpecial(name) => {
             return Err(refuse(
                 &format!("is {name},"),

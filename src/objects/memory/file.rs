@@ -4,8 +4,11 @@ use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::unistd::AccessFlags;
+
 use super::{FileIdentity, MappedFile};
 use crate::error::Obstacle;
+use crate::restore::surroundings::{MISSING, may};
 use crate::restore::{FilesPolicy, Request};
 
 /// Whether two looks were at one file.
@@ -79,13 +82,14 @@ pub fn check_file(
         Ok(meta) => meta,
         Err(e) => {
             let reason = format!("cannot be opened: {e}");
-            return Err(Box::new(Obstacle::new(
-                object,
-                reason,
-                "put it back in its place",
-            )));
+            return Err(Box::new(Obstacle::new(object, reason, MISSING)));
         }
     };
+    if let Err(e) = may(&file.path, AccessFlags::R_OK) {
+        let reason = format!("cannot be opened: {}", e.desc());
+        let remedy = "make it readable for you, or restore as root";
+        return Err(Box::new(Obstacle::new(object, reason, remedy)));
+    }
     let now = FileIdentity::of(&meta);
     let was = &file.identity;
     let same_file = shared_only && now.is_same_file(was) && now.size >= was.size;

@@ -118,12 +118,7 @@ pub fn clear_and_move(
     hole: u64,
     plan: &mut Builder,
 ) -> Result<(), Box<Obstacle>> {
-    let kind = |v: &Vma| match v.name {
-        VmaName::Vdso => Some(KernelMapping::Vdso),
-        VmaName::Vvar => Some(KernelMapping::Vvar),
-        VmaName::VvarVclock => Some(KernelMapping::VvarVclock),
-        _ => None,
-    };
+    let kind = KernelMapping::of;
     for vma in present
         .iter()
         .filter(|v| kind(v).is_none() && v.name != VmaName::Vsyscall)
@@ -184,6 +179,16 @@ pub fn clear_and_move(
 }
 
 impl KernelMapping {
+    /// What a mapping is of them.
+    pub fn of(vma: &Vma) -> Option<Self> {
+        match vma.name {
+            VmaName::Vdso => Some(KernelMapping::Vdso),
+            VmaName::Vvar => Some(KernelMapping::Vvar),
+            VmaName::VvarVclock => Some(KernelMapping::VvarVclock),
+            _ => None,
+        }
+    }
+
     /// Its name in `/proc/PID/maps`.
     pub fn label(self) -> &'static str {
         match self {

@@ -239,8 +239,11 @@ impl PagemapScanner {
             }
         }
         scanner.method = ScanMethod::Entries;
-        scanner.unknown =
-            PageCategories::WPALLOWED | PageCategories::PFNZERO | PageCategories::HUGE;
+        // A kernel without the call (before Linux 6.7) has no guard pages (Linux 6.13) either.
+        scanner.unknown = PageCategories::WPALLOWED
+            | PageCategories::PFNZERO
+            | PageCategories::HUGE
+            | PageCategories::GUARD;
         Ok(scanner)
     }
 
@@ -249,8 +252,7 @@ impl PagemapScanner {
         self.method
     }
 
-    /// Whether guard pages can be told from swapped pages. (With [`ScanMethod::Entries`]: if the
-    /// kernel is at least 6.15; before, the bit is always clear.)
+    /// Whether guard pages can be told from swapped pages.
     pub fn has_guard(&self) -> bool {
         !self.unknown.contains(PageCategories::GUARD)
     }

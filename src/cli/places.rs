@@ -1,0 +1,156 @@
+//! Options that say where a job finds what it had: of `restore`, and of `ckpt check IMAGE`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::exit::Failure;
+use crate::progress::Progress;
+use crate::restore::clock::ClockPolicy;
+use crate::restore::paths::Mapping;
+use crate::restore::put::PutFiles;
+use crate::restore::{FilesPolicy, Request};
+
+/// What a restore takes in the place of what is missing or has changed.
+#[derive(Args, Debug, Default)]
+pub struct Places {
+    /// Give descriptor N the file PATH instead of the one it had; may be repeated.
+    #[arg(long = "fd", value_name = "N=PATH", value_parser = parse_fd)]
+    fds: Vec<(i32, PathBuf)>,
+    /// Look for what lay at or below OLD at or below NEW: files, mapped files, programs, directories. May be repeated; the longest OLD wins.
+    #[arg(long = "map-path", value_name = "OLD=NEW", value_parser = parse_mapping)]
+    map_paths: Vec<Mapping>,
+    /// Put the files back whose contents `--save-files` stored, before the job opens them; never over one that was changed after the checkpoint.
+    #[arg(long)]
+    put_files: bool,
+    /// With --put-files: over one that was changed after the checkpoint as well.
+    #[arg(long, requires = "put_files")]
+    overwrite: bool,
+    /// What to do with files that changed since the checkpoint.
+    #[arg(long, value_name = "POLICY", default_value = "strict")]
+    files: Files,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Files {
+    /// Refuse, and name the file and what changed.
+    #[default]
+    Strict,
+    /// Take the files as they are now.
+    Adopt,
+    /// As strict, and cut files that the job was writing back to their length at the checkpoint.
+    Truncate,
+}
+
+impl Places {
+    /// Whether any of them was given.
+    pub(crate) fn any(&self) -> bool {
+        !self.fds.is_empty()
+            || !self.map_paths.is_empty()
+            || self.put_files
+            || self.files != Files::Strict
+    }
+
+    /// The wish for a restore of that image; a job that goes on in the foreground, by default.
+    pub(crate) fn request<'a>(
+        &self,
+        image: &'a Path,
+        progress: &'a dyn Progress,
+    ) -> Result<Request<'a>, Failure> {
+        Ok(Request {
+            image,
+            files: match self.files {
+                Files::Strict => FilesPolicy::Strict,
+                Files::Adopt => FilesPolicy::Adopt,
+                Files::Truncate => FilesPolicy::Truncate,
+            },
+            map_paths: self.mappings()?,
+            put_files: match (self.put_files, self.overwrite) {
+                (false, _) => PutFiles::No,
+                (true, false) => PutFiles::UnlessNewer,
+                (true, true) => PutFiles::Overwrite,
+            },
+            clock: ClockPolicy::default(),
+            fds: self.descriptors()?,
+            any_owner: false,
+            stopped: false,
+            foreground: true,
+            progress,
+        })
+    }
+
+    fn mappings(&self) -> Result<Vec<Mapping>, Failure> {
+        for (index, mapping) in self.map_paths.iter().enumerate() {
+            if self.map_paths[..index].iter().any(|m| m.old == mapping.old) {
+                return Err(Failure::Usage(format!(
+                    "--map-path {} is given twice; give each path once",
+                    mapping.old.display()
+                )));
+            }
+        }
+        Ok(self.map_paths.clone())
+    }
+
+    fn descriptors(&self) -> Result<BTreeMap<i32, PathBuf>, Failure> {
+        let mut fds = BTreeMap::new();
+        for (fd, path) in &self.fds {
+            if fds.insert(*fd, path.clone()).is_some() {
+                return Err(Failure::Usage(format!(
+                    "--fd {fd} is given twice; give each descriptor once"
+                )));
+            }
+        }
+        Ok(fds)
+    }
+}
+
+fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
+    let (fd, path) = text
+        .split_once('=')
+        .ok_or("N=PATH is wanted, such as 1=out.log")?;
+    match fd.parse() {
+        Ok(number) if number >= 0 && !path.is_empty() => Ok((number, path.into())),
+        Ok(number) if number >= 0 => Err("the path is empty".into()),
+        _ => Err(format!("{fd:?} is not the number of a descriptor")),
+    }
+}
+
+fn parse_mapping(text: &str) -> Result<Mapping, String> {
+    let (old, new) = text
+        .split_once('=')
+        .ok_or("OLD=NEW is wanted, such as /old/place=/new/place")?;
+    let old = PathBuf::from(old);
+    if !old.is_absolute() {
+        return Err(format!(
+            "{} is not the whole path, from / on",
+            old.display()
+        ));
+    }
+    let new = std::path::absolute(new).map_err(|_| "the new path is empty")?;
+    Ok(Mapping { old, new })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_are_parsed() {
+        let mapping = parse_mapping("/a/b=/c=d").unwrap();
+        assert_eq!((mapping.old, mapping.new), ("/a/b".into(), "/c=d".into()));
+        assert!(parse_mapping("/a=here").unwrap().new.is_absolute());
+        for bad in ["/a", "a=/b", "=/b", "/a=", ""] {
+            assert!(parse_mapping(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn descriptors_are_parsed() {
+        assert_eq!(parse_fd("1=out.log").unwrap(), (1, "out.log".into()));
+        assert_eq!(parse_fd("10=a=b").unwrap(), (10, "a=b".into()));
+        for bad in ["1", "=x", "-1=x", "x=y", "1=", "99999999999=x"] {
+            assert!(parse_fd(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Files that are in the image so that a restore does not need them where it takes place: programs,
+//! libraries, and what the job only reads.
+
+use serde::{Deserialize, Serialize};
+
+use super::memory::FileIdentity;
+use super::{Snapshot, SpaceId};
+
+/// A bundled file. Files of the same contents have one space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bundled {
+    /// Device, major and minor, that tells together with the inode which files of the snapshot it is.
+    pub device: (u32, u32),
+    /// Inode number.
+    pub inode: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// BLAKE3 of its contents.
+    #[serde(with = "serde_bytes")]
+    pub digest: Vec<u8>,
+    /// Its contents in the image.
+    pub contents: SpaceId,
+}
+
+impl Snapshot {
+    /// The bundled copy of a file.
+    pub fn bundled(&self, file: &FileIdentity) -> Option<&Bundled> {
+        let of_it = |b: &&Bundled| (b.device, b.inode) == (file.device, file.inode);
+        self.bundle.iter().find(of_it)
+    }
+}

@@ -1,0 +1,383 @@
+//! The processor: what a program may have seen of it, and the state components that its threads
+//! have.
+//!
+//! A program asks once what the processor can do and relies on it ever after, so a restore wants
+//! all of it again; only a program that was started with less ([`Baseline`]) needs no more.
+
+use ckpt_tracer::features::Cpu;
+use serde::{Deserialize, Serialize};
+
+use super::{Host, Snapshot};
+use crate::error::Obstacle;
+
+mod features;
+
+pub use features::Baseline;
+
+/// A processor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processor {
+    /// Vendor, `GenuineIntel` …
+    pub vendor: String,
+    /// Model, as the processor calls itself.
+    pub model: String,
+    /// Family, model and stepping (leaf 1 of cpuid, `eax`).
+    pub signature: u32,
+    /// What cpuid tells of features.
+    pub words: Vec<Word>,
+    /// State components behind x87 and SSE that are enabled; ascending.
+    pub components: Vec<Component>,
+}
+
+/// A register of an answer of cpuid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Word {
+    /// Leaf.
+    pub leaf: u32,
+    /// Subleaf.
+    pub subleaf: u32,
+    /// 0 to 3 for `eax`, `ebx`, `ecx`, `edx`.
+    pub register: u8,
+    /// Its value.
+    pub bits: u32,
+}
+
+/// A state component in an XSAVE area of the standard format, which signal frames have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Component {
+    /// Its bit in `XCR0`.
+    pub number: u32,
+    /// Bytes from the beginning of the area.
+    pub offset: u32,
+    /// Bytes.
+    pub size: u32,
+}
+
+impl Processor {
+    /// The one that we run on.
+    pub fn here() -> Self {
+        Self::from(&Cpu::probe())
+    }
+
+    /// Features that programs can use, as `/proc/cpuinfo` names them.
+    pub fn features(&self) -> Vec<&'static str> {
+        let has = |word: &Word, bit: u32| word.bits >> bit & 1 == 1;
+        let features = features::ALL.iter().filter(|f| {
+            let mut words = self.words.iter();
+            words.any(|w| (w.leaf, w.subleaf, w.register) == f.word && has(w, f.bit))
+        });
+        features.map(|f| f.name).collect()
+    }
+}
+
+impl From<&Cpu> for Processor {
+    fn from(cpu: &Cpu) -> Self {
+        let words = cpu.words.iter().map(|w| Word {
+            leaf: w.leaf,
+            subleaf: w.subleaf,
+            register: w.register as u8,
+            bits: w.bits,
+        });
+        let components = cpu.components.iter().map(|c| Component {
+            number: c.number,
+            offset: c.offset,
+            size: c.size,
+        });
+        Self {
+            vendor: cpu.vendor.clone(),
+            model: cpu.model.clone(),
+            signature: cpu.signature,
+            words: words.collect(),
+            components: components.collect(),
+        }
+    }
+}
+
+/// What a restore on another processor meets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// What stands in its way.
+    pub obstacles: Vec<Obstacle>,
+    /// Features that are missing here and that the job was started not to use.
+    pub forgone: Vec<&'static str>,
+}
+
+impl Verdict {
+    /// What the user should know of a restore that goes on.
+    pub fn warning(&self) -> Option<String> {
+        (!self.forgone.is_empty()).then(|| {
+            format!(
+                "this processor does not have {}, which the job was started not to use; a program \
+                 that asks the processor itself and not glibc may use them all the same",
+                features::list(&self.forgone)
+            )
+        })
+    }
+}
+
+/// Features that the job needs of a processor.
+pub fn needed(host: &Host) -> Vec<&'static str> {
+    let mut seen = host.processor.features();
+    if let Some(baseline) = host.baseline {
+        seen.retain(|feature| baseline.allows(feature));
+    }
+    seen
+}
+
+/// Compares the processor of the checkpoint with one.
+pub fn judge(snapshot: &Snapshot, now: &Cpu) -> Verdict {
+    let here = Processor::from(now);
+    let features = here.features();
+    let lacking = |feature: &&str| !features.contains(feature);
+    let host = &snapshot.host;
+    let missing: Vec<&str> = needed(host).into_iter().filter(lacking).collect();
+    let mut obstacles = Vec::new();
+    if !missing.is_empty() {
+        let reason = format!(
+            "may use instructions that this processor does not have ({})",
+            features::list(&missing)
+        );
+        obstacles.push(Obstacle::new("the job", reason, REMEDY));
+    }
+    obstacles.extend(state_missing(snapshot, now.xcr0));
+    obstacles.extend(laid_out_otherwise(&host.processor, &here));
+    let mut forgone: Vec<&str> = host.processor.features();
+    forgone.retain(|feature| lacking(feature) && !missing.contains(feature));
+    Verdict { obstacles, forgone }
+}
+
+const REMEDY: &str = "restore it on a machine with the same or a newer processor; programs started \
+                      by ckpt run --cpu-baseline need less";
+
+/// State components that are not here and that the job has, or may want to have.
+fn state_missing(snapshot: &Snapshot, xcr0: u64) -> Option<Obstacle> {
+    let missing = snapshot.host.xcr0 & !xcr0;
+    let mut threads = snapshot.processes.iter().flat_map(|p| &p.threads);
+    let user = threads.find_map(|t| {
+        let used = in_use(&t.xstate) & missing;
+        (used != 0).then_some((t.tid, used))
+    });
+    if let Some((tid, used)) = user {
+        let reason = format!(
+            "has processor state that this machine does not have ({})",
+            component_names(used)
+        );
+        let remedy = "restore it on a machine with the same or a newer processor";
+        return Some(Obstacle::new(format!("thread {tid}"), reason, remedy));
+    }
+    // Started with less, it does not ask for it.
+    if missing == 0 || snapshot.host.baseline.is_some() {
+        return None;
+    }
+    let reason = format!(
+        "may use processor state that this machine does not have ({})",
+        component_names(missing)
+    );
+    Some(Obstacle::new("the job", reason, REMEDY))
+}
+
+/// Signal frames on the stacks, and whatever else the program has saved, have the old places.
+fn laid_out_otherwise(was: &Processor, now: &Processor) -> Option<Obstacle> {
+    let moved = was.components.iter().find_map(|old| {
+        let new = now.components.iter().find(|c| c.number == old.number)?;
+        (new != old).then_some((old, new))
+    });
+    moved.map(|(old, new)| {
+        let reason = format!(
+            "has saved processor state in another layout than this processor's ({} at byte {}, here \
+             at {})",
+            component_names(1 << old.number),
+            old.offset,
+            new.offset
+        );
+        let vendor = match was.vendor.as_str() {
+            "" => "that vendor",
+            vendor => vendor,
+        };
+        let remedy = format!("restore it on a processor of {vendor}");
+        Obstacle::new("the job", reason, remedy)
+    })
+}
+
+/// Where the header of an XSAVE area begins; `XSTATE_BV` is its first word (Intel SDM volume 1,
+/// 13.4.2).
+const HEADER: usize = 512;
+/// Where the first component behind the header may begin.
+const COMPONENTS: usize = 576;
+
+/// `XSTATE_BV`: components that are not in their initial state.
+fn in_use(xstate: &[u8]) -> u64 {
+    let word = xstate.get(HEADER..HEADER + 8).and_then(|b| b.first_chunk());
+    word.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
+/// A thread's state in the size that this machine's kernel wants, which takes no other
+/// (`xstateregs_set`, arch/x86/kernel/fpu/regset.c). `present` is what a new thread has here: of
+/// components that the old machine did not have it keeps that.
+pub fn fit(was: &Host, xstate: &[u8], present: &[u8]) -> Vec<u8> {
+    if xstate.len() == present.len() || present.len() < COMPONENTS || xstate.len() < COMPONENTS {
+        return xstate.to_vec();
+    }
+    let mut fitted = present.to_vec();
+    fitted[..HEADER].copy_from_slice(&xstate[..HEADER]);
+    let used = in_use(xstate) & was.xcr0 | in_use(present) & !was.xcr0;
+    fitted[HEADER..HEADER + 8].copy_from_slice(&used.to_le_bytes());
+    for component in &was.processor.components {
+        let start = component.offset as usize;
+        let range = start..start + component.size as usize;
+        // One that is not here is not in use, see `state_missing`.
+        if let (Some(from), Some(to)) = (xstate.get(range.clone()), fitted.get_mut(range)) {
+            to.copy_from_slice(from);
+        }
+    }
+    fitted
+}
+
+/// Names of state components (Intel SDM volume 1, chapter 13).
+pub fn component_names(bits: u64) -> String {
+    const NAMES: &[(u64, &str)] = &[
+        (1 << 1, "SSE"),
+        (1 << 2, "AVX"),
+        (3 << 3, "MPX"),
+        (7 << 5, "AVX-512"),
+        (1 << 9, "protection keys"),
+        (3 << 17, "AMX"),
+        (1 << 19, "APX"),
+    ];
+    let names: Vec<&str> = NAMES
+        .iter()
+        .filter(|(mask, _)| bits & mask != 0)
+        .map(|(_, name)| *name)
+        .collect();
+    if names.is_empty() {
+        format!("components {bits:#x}")
+    } else {
+        names.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inspect::fixture;
+
+    /// A machine, and a snapshot that was taken on it.
+    fn here() -> (Cpu, Snapshot) {
+        let cpu = Cpu::probe();
+        let mut snapshot = fixture::snapshot();
+        snapshot.host.processor = Processor::from(&cpu);
+        snapshot.host.xcr0 = cpu.xcr0;
+        (cpu, snapshot)
+    }
+
+    /// The machine without these features.
+    fn without(mut cpu: Cpu, names: &[&str]) -> Cpu {
+        for feature in features::ALL.iter().filter(|f| names.contains(&f.name)) {
+            for word in &mut cpu.words {
+                if (word.leaf, word.subleaf, word.register as u8) == feature.word {
+                    word.bits &= !(1 << feature.bit);
+                }
+            }
+        }
+        cpu
+    }
+
+    #[test]
+    fn the_same_processor_has_everything() {
+        let (cpu, snapshot) = here();
+        assert_eq!(judge(&snapshot, &cpu), Verdict::default());
+        let features = snapshot.host.processor.features();
+        for basic in ["sse2", "fxsr", "cmov"] {
+            assert!(features.contains(&basic), "{features:?} lack {basic}");
+        }
+    }
+
+    #[test]
+    fn missing_features_are_named_unless_they_are_above_the_baseline() {
+        let (cpu, mut snapshot) = here();
+        let features = snapshot.host.processor.features();
+        assert!(features.contains(&"popcnt") && features.contains(&"avx2"));
+        let less = without(cpu, &["popcnt", "avx2"]);
+        let reason = |v: &Verdict| {
+            v.obstacles
+                .iter()
+                .map(|o| o.reason.clone())
+                .collect::<Vec<_>>()
+        };
+        let verdict = judge(&snapshot, &less);
+        assert_eq!(reason(&verdict).len(), 1);
+        assert!(
+            reason(&verdict)[0].contains("(popcnt, avx2)"),
+            "{verdict:?}"
+        );
+        snapshot.host.baseline = Some(Baseline::V2);
+        let verdict = judge(&snapshot, &less);
+        assert!(reason(&verdict)[0].contains("(popcnt)"), "{verdict:?}");
+        assert_eq!(verdict.forgone, ["avx2"]);
+    }
+
+    #[test]
+    fn components_that_are_used_are_needed_whatever_the_baseline() {
+        let (mut cpu, mut snapshot) = here();
+        snapshot.host.baseline = Some(Baseline::V2);
+        cpu.xcr0 &= !(1 << 2);
+        assert_eq!(judge(&snapshot, &cpu).obstacles, []);
+        let mut xstate = vec![0; 832];
+        xstate[HEADER] = 1 << 2;
+        snapshot.processes[0].threads[1].xstate = xstate;
+        let verdict = judge(&snapshot, &cpu);
+        assert!(verdict.obstacles[0].reason.contains("(AVX)"), "{verdict:?}");
+    }
+
+    #[test]
+    fn another_layout_is_refused() {
+        let (cpu, mut snapshot) = here();
+        snapshot.host.processor.components[0].offset += 64;
+        let verdict = judge(&snapshot, &cpu);
+        assert!(
+            verdict.obstacles[0].reason.contains("another layout"),
+            "{verdict:?}"
+        );
+    }
+
+    /// Two machines: one with AVX alone, one with a component behind it.
+    #[test]
+    fn a_state_fits_a_larger_and_a_smaller_machine() {
+        let avx = Component {
+            number: 2,
+            offset: 576,
+            size: 256,
+        };
+        let keys = Component {
+            number: 9,
+            offset: 832,
+            size: 8,
+        };
+        let host = |components: &[Component]| Host {
+            xcr0: components.iter().fold(3, |all, c| all | 1 << c.number),
+            processor: Processor {
+                components: components.to_vec(),
+                ..Processor::default()
+            },
+            ..Host::default()
+        };
+        let mut small = vec![1; 832];
+        small[HEADER..HEADER + 64].fill(0);
+        small[HEADER] = 0b111;
+        let mut large = vec![2; 840];
+        large[HEADER..HEADER + 64].fill(0);
+        large[HEADER..HEADER + 2].copy_from_slice(&[0b11, 0b10]);
+
+        let up = fit(&host(&[avx]), &small, &large);
+        assert_eq!(up.len(), 840);
+        assert_eq!(up[..HEADER], small[..HEADER]);
+        assert_eq!(up[HEADER..HEADER + 2], [0b111, 0b10]);
+        assert_eq!(up[576..832], small[576..]);
+        assert_eq!(up[832..], large[832..]);
+
+        let down = fit(&host(&[avx, keys]), &large, &small);
+        assert_eq!(down.len(), 832);
+        assert_eq!(down[HEADER..HEADER + 2], [0b11, 0b10]);
+        assert_eq!(down[576..], large[576..832]);
+    }
+}

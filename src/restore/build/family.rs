@@ -1,0 +1,227 @@
+//! The family of a new process, as operations: its session and group, and whom it creates.
+
+use super::super::births::{Birth, Body, Origin, Phantom};
+use super::super::plan::{Builder, Stage};
+use super::Build;
+use crate::error::Obstacle;
+use crate::objects::files::Staging;
+use crate::objects::files::terminal::Terminal;
+
+impl Build<'_> {
+    /// Children, session and group.
+    pub(super) fn family(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
+        let births = &self.job.births[self.index];
+        let process = self.process;
+        let subreaper = |on: u64, plan: &mut Builder| {
+            let args = [libc::PR_SET_CHILD_SUBREAPER as u64, on];
+            plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
+        };
+        if births.adopts {
+            subreaper(1, plan);
+        }
+        for birth in &births.early {
+            self.birth(birth, plan, obstacles);
+        }
+        let leads = self.job.terminals.leads(self.index, self.job.snapshot);
+        if leads {
+            plan.expect(libc::SYS_setsid, &[], process.pid as u64, || {
+                format!("the session of process {}", process.pid)
+            });
+        } else if process.group == process.pid {
+            plan.syscall(libc::SYS_setpgid, &[0, 0], || {
+                format!("the process group {}", process.pid)
+            });
+        }
+        if leads {
+            self.control_terminal(plan);
+        }
+        for birth in &births.late {
+            self.birth(birth, plan, obstacles);
+        }
+        plan.stage(Stage::Born);
+        let joins = if leads {
+            None
+        } else if births.joins_ours {
+            Some(self.job.group)
+        } else {
+            births.joins
+        };
+        if let Some(group) = joins {
+            plan.syscall(libc::SYS_setpgid, &[0, group as u64], || {
+                format!("the process group {group}")
+            });
+        }
+        plan.stage(Stage::Joined);
+        if leads {
+            self.foreground(plan);
+        }
+        // What has ended is waited for; zombies are not.
+        for birth in births.all() {
+            if matches!(&birth.body, Body::Phantom(p) if p.zombie.is_none()) && !birth.adopted {
+                let args = [birth.pid as u64, 0, 0, 0];
+                plan.expect(libc::SYS_wait4, &args, birth.pid as u64, || {
+                    "a helper process".into()
+                });
+            }
+        }
+        let mut told: Vec<i32> = births.all().filter_map(Birth::tells).collect();
+        told.sort_unstable();
+        told.dedup();
+        for signal in told {
+            forget(signal, plan);
+        }
+        if births.adopts {
+            subreaper(0, plan);
+        }
+    }
+
+    /// The controlling terminal of a session that the process leads, if it is made anew; with its
+    /// name for messages.
+    fn new_terminal(&self) -> Option<(usize, &Terminal)> {
+        let terminal = self.process.terminal?;
+        let led = self.job.terminals.is_led(terminal, self.job.snapshot);
+        led.then(|| (terminal, &self.job.snapshot.terminals[terminal]))
+    }
+
+    fn control_terminal(&self, plan: &mut Builder) {
+        let Some((terminal, record)) = self.new_terminal() else {
+            return;
+        };
+        let fd = Staging::above(self.job.snapshot).terminal(terminal) as u64;
+        plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSCTTY], || {
+            format!("the controlling terminal {}", record.name)
+        });
+    }
+
+    /// The foreground group, once all groups have their members; SIGTTOU is blocked in the restorer.
+    fn foreground(&self, plan: &mut Builder) {
+        let snapshot = self.job.snapshot;
+        let Some((terminal, record)) = self.new_terminal() else {
+            return;
+        };
+        let Some(group) = record.foreground else {
+            return;
+        };
+        let root = &snapshot.processes[0];
+        let group = if self.job.terminals.root_leads && group == root.group {
+            root.pid
+        } else {
+            group
+        };
+        let there = snapshot
+            .processes
+            .iter()
+            .any(|p| p.group == group || p.pid == group);
+        // That of a group that is gone is nobody's.
+        if there {
+            let fd = Staging::above(snapshot).terminal(terminal) as u64;
+            let data = plan.data(&group.to_le_bytes());
+            plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSPGRP, data], || {
+                format!("the foreground process group {group} of {}", record.name)
+            });
+        }
+    }
+
+    fn birth(&self, birth: &Birth, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
+        let parent = if birth.adopted { libc::CLONE_PARENT } else { 0 };
+        let index = match &birth.body {
+            Body::Process(index) => *index,
+            Body::Phantom(phantom) => {
+                let flags = libc::CLONE_VM | parent;
+                return plan.process(birth.pid, flags, phantom.exit_signal, |plan| {
+                    self.phantom(birth.pid, phantom, plan, obstacles);
+                });
+            }
+        };
+        let process = self.job.process(index);
+        let flags = parent | process.shares.flags();
+        match self.job.births[index].origin {
+            Origin::Forked => plan.process(birth.pid, flags, process.exit_signal, |_| {}),
+            Origin::Sharing => plan.process(birth.pid, flags, process.exit_signal, |plan| {
+                let its = Build {
+                    index,
+                    process,
+                    ..*self
+                };
+                its.family(plan, obstacles);
+                its.process_state(plan, obstacles);
+            }),
+            Origin::Executed => {
+                let flags = flags | libc::CLONE_VM | libc::CLONE_VFORK;
+                plan.process(birth.pid, flags, libc::SIGCHLD, |plan| {
+                    self.execute(index, plan);
+                });
+            }
+        }
+    }
+
+    /// What a process does that comes to be by executing its program.
+    fn execute(&self, index: usize, plan: &mut Builder) {
+        let process = self.job.process(index);
+        let staging = Staging::above(self.job.snapshot);
+        let mut name = process.threads[0].name.clone();
+        name.push(0);
+        let name = plan.data(&name);
+        let argv = plan.data(&[name, 0].map(u64::to_le_bytes).concat());
+        let (empty, none) = (plan.data(&[0]), plan.data(&[0; 8]));
+        let fd = staging.executable(process.memory.executable) as u64;
+        let args = [fd, empty, argv, none, libc::AT_EMPTY_PATH as u64];
+        plan.syscall(libc::SYS_execveat, &args, || {
+            format!("the program of process {}", process.pid)
+        });
+    }
+
+    /// What a process does that ends before the job goes on; it hands over twice, when it leads
+    /// what it is to lead, and when it is in its group.
+    fn phantom(
+        &self,
+        pid: i32,
+        phantom: &Phantom,
+        plan: &mut Builder,
+        obstacles: &mut Vec<Obstacle>,
+    ) {
+        let object = || format!("helper process {pid}");
+        if phantom.leads_session {
+            plan.syscall(libc::SYS_setsid, &[], object);
+        } else if phantom.leads_group {
+            plan.syscall(libc::SYS_setpgid, &[0, 0], object);
+        }
+        let mut name = phantom.name.clone();
+        name.push(0);
+        let name = plan.data(&name);
+        plan.syscall(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, name], object);
+        for birth in &phantom.births {
+            self.birth(birth, plan, obstacles);
+        }
+        plan.pause();
+        if let Some(group) = phantom.joins {
+            // It is only shown; that of restore is as good as one that is gone.
+            plan.attempt(libc::SYS_setpgid, &[0, group as u64], object);
+        }
+        plan.pause();
+        let status = phantom.zombie.unwrap_or(0);
+        let signal = status & 0x7f;
+        if signal != 0 {
+            let no_core = plan.data(&[0; 16]);
+            let args = [libc::RLIMIT_CORE.into(), no_core];
+            plan.syscall(libc::SYS_setrlimit, &args, object);
+            let mask = plan.data(&[0; 8]);
+            let args = [libc::SIG_SETMASK as u64, mask, 0, 8];
+            plan.syscall(libc::SYS_rt_sigprocmask, &args, object);
+            plan.syscall(libc::SYS_kill, &[pid as u64, signal as u64], object);
+        }
+        let code = (status >> 8) & 0xff;
+        plan.syscall(libc::SYS_exit_group, &[code as u64], object);
+    }
+}
+
+/// What is pending of a signal is forgotten when its action becomes to ignore it (sigaction(2)),
+/// which is the default for SIGCHLD.
+fn forget(signal: i32, plan: &mut Builder) {
+    let ignore = (signal != libc::SIGCHLD).then_some(libc::SIG_IGN as u64);
+    for action in ignore.into_iter().chain([libc::SIG_DFL as u64]) {
+        let action = plan.data(&[action, 0, 0, 0].map(u64::to_le_bytes).concat());
+        let args = [signal as u64, action, 0, 8];
+        plan.syscall(libc::SYS_rt_sigaction, &args, || format!("signal {signal}"));
+    }
+}

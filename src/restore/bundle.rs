@@ -1,0 +1,86 @@
+//! Bundled files: where the job's own file is not there, or is another one, that of the image takes
+//! its place. From here on it is like one that was deleted before the checkpoint.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::{FilesPolicy, Request, put};
+use crate::capture::bundle::digest;
+use crate::objects::Snapshot;
+use crate::objects::bundle::Bundled;
+use crate::objects::files::{self, Kind};
+use crate::objects::memory::FileIdentity;
+
+/// Decides for every bundled file; the paths of those that the image gives.
+pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
+    // What is put back is what it was.
+    let files = snapshot.mapped_files.iter();
+    let put: Vec<bool> = files.map(|f| put::covers(snapshot, &f.path)).collect();
+    let bundle = std::mem::take(&mut snapshot.bundle);
+    let mut given = Vec::new();
+    let mut decide = |path: &Path, identity: &mut FileIdentity| {
+        let of_it = |b: &&Bundled| (b.device, b.inode) == (identity.device, identity.inode);
+        let bundled = bundle.iter().find(of_it)?;
+        match here(path, identity, bundled, request.files) {
+            Here::Same => None,
+            Here::Copied(now) => {
+                // The checks to come take it for the same.
+                (identity.size, identity.modified_ns) = (now.size, now.modified_ns);
+                None
+            }
+            Here::Other => {
+                given.push(path.to_owned());
+                Some(bundled.contents)
+            }
+        }
+    };
+    for (file, put) in snapshot.mapped_files.iter_mut().zip(put) {
+        if file.contents.is_none() && !put {
+            file.contents = decide(&file.path, &mut file.identity);
+        }
+    }
+    for index in 0..snapshot.descriptions.len() {
+        if files::named(index, snapshot, request).is_some() {
+            continue;
+        }
+        if let Kind::Regular(file) = &mut snapshot.descriptions[index].kind
+            && file.contents.is_none()
+            && file.saved.is_none()
+        {
+            file.contents = decide(&file.path, &mut file.identity);
+        }
+    }
+    snapshot.bundle = bundle;
+    given.sort();
+    given.dedup();
+    given
+}
+
+/// What has the name of a bundled file here.
+enum Here {
+    /// The same, as far as size and time tell; or whatever is there, if that was asked for.
+    Same,
+    /// A file of the same contents.
+    Copied(FileIdentity),
+    /// Another one, or none that can be used.
+    Other,
+}
+
+fn here(path: &Path, was: &FileIdentity, bundled: &Bundled, policy: FilesPolicy) -> Here {
+    let Ok(meta) = fs::metadata(path) else {
+        return Here::Other;
+    };
+    let (Ok(file), true) = (File::open(path), meta.is_file()) else {
+        return Here::Other;
+    };
+    let now = FileIdentity::of(&meta);
+    if (now.size, now.modified_ns) == (was.size, was.modified_ns) || policy == FilesPolicy::Adopt {
+        return Here::Same;
+    }
+    let same = now.size == bundled.size
+        && digest(&file).is_ok_and(|digest| digest.as_bytes()[..] == bundled.digest);
+    match same {
+        true => Here::Copied(now),
+        false => Here::Other,
+    }
+}

@@ -1,0 +1,218 @@
+//! What the machine and its user must give a job: looked at before anything is created.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ckpt_tracer::features::{CAP_SYS_CHROOT, KernelFeatures};
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, faccessat};
+
+use crate::error::Obstacle;
+use crate::objects::Snapshot;
+use crate::objects::memory::{Backing, Mapping, MappingFlags};
+use crate::objects::process::Process;
+
+/// What to do about something that is not where it was.
+pub const MISSING: &str =
+    "put it back in its place, or say where it is now with --map-path OLD=NEW";
+
+/// Everything of the surroundings that stands in the way of a restore, open and mapped files aside.
+pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
+    let mut obstacles: Vec<Obstacle> = programs(snapshot).collect();
+    obstacles.extend(directories(snapshot, kernel));
+    let missing = kernel_needs(snapshot)
+        .into_iter()
+        .filter(|need| !(need.available)(kernel));
+    obstacles.extend(missing.map(|need| need.missing()));
+    obstacles.extend(
+        snapshot
+            .processes
+            .iter()
+            .filter_map(|p| too_many_mappings(p, kernel)),
+    );
+    let pools = huge_pages(snapshot);
+    obstacles.extend(
+        pools
+            .iter()
+            .filter_map(|(size, bytes)| pool_too_small(*size, *bytes)),
+    );
+    obstacles
+}
+
+/// Whether we may use a file in that way, as the error of access(2) with our effective ids.
+pub fn may(path: &Path, how: AccessFlags) -> nix::Result<()> {
+    faccessat(AT_FDCWD, path, how, AtFlags::AT_EACCESS)
+}
+
+fn programs(snapshot: &Snapshot) -> impl Iterator<Item = Obstacle> {
+    let mut files: Vec<usize> = snapshot
+        .processes
+        .iter()
+        .map(|p| p.memory.executable)
+        .collect();
+    files.sort_unstable();
+    files.dedup();
+    let files = files.into_iter().map(|file| &snapshot.mapped_files[file]);
+    let named = files.filter(|file| file.contents.is_none() && file.path.exists());
+    named.filter_map(|file| {
+        let error = may(&file.path, AccessFlags::X_OK).err()?;
+        let object = format!("the program {}", file.path.display());
+        let reason = format!("cannot be executed: {}", error.desc());
+        Some(Obstacle::new(
+            object,
+            reason,
+            "make it executable for you, or restore as root",
+        ))
+    })
+}
+
+/// Directories that processes are in, each once.
+fn directories(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
+    let mut obstacles = Vec::new();
+    let mut seen: Vec<&Path> = Vec::new();
+    for process in snapshot.processes.iter().filter(|p| !p.shares.fs) {
+        for (what, path) in [
+            ("the working directory", &process.cwd),
+            ("the root directory", &process.root),
+        ] {
+            if seen.contains(&path.as_path()) {
+                continue;
+            }
+            seen.push(path);
+            obstacles.extend(directory(what, path));
+        }
+    }
+    let changed = |p: &&Process| p.root != Path::new("/");
+    if let Some(process) = snapshot.processes.iter().find(changed)
+        && !kernel.has_capability(CAP_SYS_CHROOT)
+    {
+        obstacles.push(Obstacle::new(
+            format!("the root directory {}", process.root.display()),
+            "cannot be changed to: that needs CAP_SYS_CHROOT",
+            "run restore as root, or in a user namespace",
+        ));
+    }
+    obstacles
+}
+
+fn directory(what: &str, path: &Path) -> Option<Obstacle> {
+    let object = format!("{what} {}", path.display());
+    let reason = match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => match may(path, AccessFlags::X_OK) {
+            Ok(()) => return None,
+            Err(e) => format!("cannot be entered: {}", e.desc()),
+        },
+        Ok(_) => "is no directory any more".into(),
+        Err(e) => format!("cannot be entered: {e}"),
+    };
+    Some(Obstacle::new(object, reason, MISSING))
+}
+
+/// A feature of the kernel without which a job cannot be as it was.
+pub struct KernelNeed {
+    /// The feature, and the first kernel that has it.
+    pub feature: &'static str,
+    /// What of the job needs it.
+    pub what: &'static str,
+    available: fn(&KernelFeatures) -> bool,
+}
+
+impl KernelNeed {
+    fn missing(&self) -> Obstacle {
+        let reason = format!("needs {}, which this kernel does not have", self.feature);
+        Obstacle::new(
+            format!("the job's {}", self.what),
+            reason,
+            "restore it on a newer kernel",
+        )
+    }
+}
+
+/// Features of the kernel that this job needs and that not every kernel has.
+pub fn kernel_needs(snapshot: &Snapshot) -> Vec<KernelNeed> {
+    let any = |is: fn(&Mapping) -> bool| {
+        let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
+        mappings.any(is)
+    };
+    let mut needs = vec![KernelNeed {
+        feature: "clone3 with set_tid (Linux 5.5)",
+        what: "pids",
+        available: |kernel| kernel.clone3,
+    }];
+    if any(|m| !m.guards.is_empty()) {
+        needs.push(KernelNeed {
+            feature: "MADV_GUARD_INSTALL (Linux 6.13)",
+            what: "guard pages",
+            available: |kernel| kernel.guard_install,
+        });
+    }
+    if any(|m| m.flags.contains(MappingFlags::SEALED) && !matches!(m.backing, Backing::Kernel(_))) {
+        needs.push(KernelNeed {
+            feature: "mseal (Linux 6.10)",
+            what: "sealed mappings",
+            available: |kernel| kernel.mseal,
+        });
+    }
+    needs
+}
+
+fn too_many_mappings(process: &Process, kernel: &KernelFeatures) -> Option<Obstacle> {
+    let (count, limit) = (process.memory.mappings.len() as u64, kernel.max_map_count);
+    (count > limit).then(|| {
+        Obstacle::new(
+            format!("process {}", process.pid),
+            format!("has {count} mappings, and vm.max_map_count allows {limit}"),
+            format!(
+                "raise it: sysctl vm.max_map_count={}",
+                count.next_power_of_two()
+            ),
+        )
+    })
+}
+
+/// Bytes of huge pages that the job maps, by page size.
+pub fn huge_pages(snapshot: &Snapshot) -> BTreeMap<u64, u64> {
+    let mut pools = BTreeMap::new();
+    // A fork reserves none for itself.
+    let processes = snapshot.processes.iter().filter(|p| !p.forked);
+    for mapping in processes.flat_map(|p| &p.memory.mappings) {
+        let reserved = !mapping.flags.contains(MappingFlags::NO_RESERVE);
+        if let Backing::AnonymousHuge { page_size } = mapping.backing
+            && reserved
+        {
+            *pools.entry(page_size).or_default() += mapping.end - mapping.start;
+        }
+    }
+    for object in snapshot
+        .shared_memory
+        .iter()
+        .filter(|o| o.huge_page_size != 0)
+    {
+        *pools.entry(object.huge_page_size).or_default() += object.mapped_len();
+    }
+    pools
+}
+
+fn pool_too_small(page_size: u64, bytes: u64) -> Option<Obstacle> {
+    let (wanted, free) = (bytes / page_size, free_huge_pages(page_size)?);
+    (free < wanted).then(|| {
+        let kib = page_size / 1024;
+        Obstacle::new(
+            format!("the job's memory of huge pages of {kib} KiB"),
+            format!("needs {wanted} of them, and {free} are free"),
+            format!("raise /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"),
+        )
+    })
+}
+
+/// Huge pages that a new mapping can have (Documentation/admin-guide/mm/hugetlbpage.rst); none where
+/// the kernel does not show it.
+fn free_huge_pages(page_size: u64) -> Option<u64> {
+    let directory = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_size / 1024);
+    let number = |name: &str| {
+        let text = std::fs::read_to_string(format!("{directory}/{name}"));
+        text.ok()?.trim().parse::<u64>().ok()
+    };
+    let may_come = number("nr_overcommit_hugepages")?.saturating_sub(number("surplus_hugepages")?);
+    Some(number("free_hugepages")?.saturating_sub(number("resv_hugepages")?) + may_come)
+}

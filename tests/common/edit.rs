@@ -1,0 +1,35 @@
+//! Images with other metadata, as another machine might have made them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ckpt::objects::Snapshot;
+use ckpt_image::{Reader, Writer, WriterOptions};
+
+use super::isolate::Case;
+
+/// Writes a copy of an image whose snapshot was edited.
+pub fn edited(case: &Case, image: &Path, name: &str, edit: impl FnOnce(&mut Snapshot)) -> PathBuf {
+    let reader = Reader::open(image).expect("it was just written");
+    let mut snapshot = ckpt::snapshot::read(&reader, image).expect("likewise");
+    edit(&mut snapshot);
+    let header = reader.header();
+    let mut writer = Writer::new(Vec::new(), header, WriterOptions::default()).expect("to memory");
+    let (mut data, mut scratch) = (Vec::new(), Vec::new());
+    for index in 0..reader.chunks().len() {
+        let read = reader.read_chunk(index, &mut data, &mut scratch);
+        read.expect("its digests are right");
+        let mut chunk = writer.chunk();
+        chunk.runs.extend(reader.runs(index));
+        chunk.data.extend_from_slice(&data);
+        writer.submit(chunk).expect("to memory");
+    }
+    let bytes = ckpt::snapshot::encode(&snapshot);
+    let (section, version) = (ckpt::snapshot::SECTION, ckpt::snapshot::VERSION);
+    let written = writer.section(section, version, &bytes);
+    written.expect("to memory");
+    let (bytes, _) = writer.finish().expect("to memory");
+    let path = case.path(name);
+    fs::write(&path, bytes).expect("the test's directory is writable");
+    path
+}
