@@ -139,7 +139,7 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
     let leaders: Vec<Tid> = sources.iter().map(|s| s.pid.leader()).collect();
     for (what, name) in SHARED {
         for group in group_tasks(leaders.clone(), what)? {
-            if group.len() < 2 || what == KcmpType::Sysvsem && !has_undo_list(group[0])? {
+            if group.len() < 2 || what == KcmpType::Sysvsem && !may_share_adjustments(group[0])? {
                 continue;
             }
             let members = group
@@ -174,6 +174,18 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
         shared_with_outsider(source, collector);
     }
     Ok(())
+}
+
+/// Tasks that share no adjustments (semop(2)) have no list of them in common. Who has entered another
+/// user's namespace may not compare with itself; without semaphores there is nothing to adjust.
+fn may_share_adjustments(task: Tid) -> Result<bool> {
+    match has_undo_list(task) {
+        Err(TracerError::Kernel {
+            errno: Errno::EPERM,
+            ..
+        }) if ipc::no_semaphores() => Ok(false),
+        other => Ok(other?),
+    }
 }
 
 /// Processes whose clocks are not those of the first one, or not those that their children will have:

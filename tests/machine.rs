@@ -133,7 +133,7 @@ fn obstacles_of_all_processes_are_told() {
             fs::remove_dir_all(place).expect("it is ours");
         }
         // Their pids are taken too.
-        let out = run(case, &mut restore_cmd(&image, &[]));
+        let out = run(case, &mut restore_cmd(&image, &["--pids", "keep"]));
         for place in &places {
             out.refused(FAILED, &["working directory", &place.display().to_string()]);
         }

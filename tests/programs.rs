@@ -98,8 +98,19 @@ fn node_of_an_ordinary_user() {
     });
 }
 
+/// Every Java machine removes the files of those of its user that have ended, by their pids; it sees
+/// only those of its own pid namespace.
+fn with_own_performance_data(case: &Case) {
+    let (shared, own) = (Path::new("/tmp/hsperfdata_root"), case.path("hsperfdata"));
+    let made = std::fs::create_dir_all(shared).and_then(|()| std::fs::create_dir(&own));
+    made.expect("both places are writable");
+    let mut mount = Command::new("mount");
+    run(case, mount.arg("--bind").args([own.as_path(), shared])).ok();
+}
+
 fn java(case: &Case, class: &str, options: &[&str]) {
     case.needs_program("javac", "default-jdk-headless");
+    with_own_performance_data(case);
     let classes = case.path("classes");
     run(
         case,

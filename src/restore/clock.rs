@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::fmt::Write;
+use std::os::fd::AsRawFd;
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::tasks::timens_offsets;
@@ -24,30 +25,108 @@ pub enum ClockPolicy {
     Host,
 }
 
+/// What was decided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clocks {
+    /// The machine's.
+    #[default]
+    Ours,
+    /// The job's own, which show this many nanoseconds when it is created.
+    GoOn {
+        /// `CLOCK_MONOTONIC`.
+        monotonic_ns: u64,
+        /// `CLOCK_BOOTTIME`.
+        boottime_ns: u64,
+    },
+}
+
 /// Clocks that a time namespace shifts: what `/proc/PID/timens_offsets` calls them.
 const CLOCKS: [(i32, &str); 2] = [
     (libc::CLOCK_MONOTONIC, "monotonic"),
     (libc::CLOCK_BOOTTIME, "boottime"),
 ];
 
-/// Puts the processes that we create from now on into a time namespace where their clocks go on, or
-/// takes note in `was` that they are the machine's.
+/// Decides; where the clocks are the machine's, `was` says so afterwards.
 ///
 /// # Errors
 /// [`Error::Refused`] when the clocks would go back.
-pub fn enter(policy: ClockPolicy, was: &mut Host) -> Result<()> {
+pub fn decide(policy: ClockPolicy, was: &mut Host) -> Result<Clocks> {
+    let own = Clocks::GoOn {
+        monotonic_ns: was.monotonic_ns,
+        boottime_ns: was.boottime_ns,
+    };
     match policy {
-        ClockPolicy::Continue => go_on(was).map_err(denied),
-        ClockPolicy::Auto if go_on(was).is_ok() => Ok(()),
-        ClockPolicy::Auto | ClockPolicy::Host => take_the_machines(policy, was),
+        ClockPolicy::Continue => own.try_out().map(|()| own).map_err(denied),
+        ClockPolicy::Auto if own.try_out().is_ok() => Ok(own),
+        ClockPolicy::Auto | ClockPolicy::Host => {
+            take_the_machines(policy, was).map(|()| Clocks::Ours)
+        }
     }
 }
 
-/// As [`enter`], without a namespace being made: the one that there would be is taken for granted.
-pub fn foresee(policy: ClockPolicy, was: &mut Host) -> Result<()> {
-    match policy {
-        ClockPolicy::Host => take_the_machines(policy, was),
-        ClockPolicy::Auto | ClockPolicy::Continue => Ok(()),
+impl Clocks {
+    /// Runs `create`; the processes that it creates have these clocks.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where no time namespace can be made.
+    pub fn during<T>(self, create: impl FnOnce() -> T) -> Result<T> {
+        if self == Clocks::Ours {
+            return Ok(create());
+        }
+        self.enter().map_err(denied)?;
+        let created = create();
+        // Before Linux 6.2 nobody whose children have other clocks may have threads. Who made a user
+        // namespace for it has no right to go back, and does without.
+        if let Ok(ours) = std::fs::File::open("/proc/self/ns/time") {
+            // SAFETY: a call without pointers.
+            unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWTIME) };
+        }
+        Ok(created)
+    }
+
+    /// Whether there can be a namespace: a child of ours makes one, and ends.
+    fn try_out(self) -> Result<(), Errno> {
+        // SAFETY: the child makes system calls and ends.
+        let child = Errno::result(unsafe { libc::fork() })?;
+        if child == 0 {
+            let errno = self.enter().err().map_or(0, |errno| errno as i32);
+            // SAFETY: as above.
+            unsafe { libc::_exit(errno) }
+        }
+        let mut status = 0;
+        // SAFETY: a child of ours; the kernel writes one int.
+        Errno::result(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
+        match libc::WEXITSTATUS(status) {
+            0 if libc::WIFEXITED(status) => Ok(()),
+            errno => Err(Errno::from_raw(errno)),
+        }
+    }
+
+    /// Leaves a new time namespace to our children.
+    fn enter(self) -> Result<(), Errno> {
+        let me = Pid(std::process::id() as i32);
+        // SAFETY: a call without pointers.
+        Errno::result(unsafe { libc::unshare(libc::CLONE_NEWTIME) })?;
+        let mut text = String::new();
+        for (clock, name) in CLOCKS {
+            let now = i128::from(host::clock(clock));
+            let shift = offset(me, clock) + i128::from(self.shown(clock)) - now;
+            let (seconds, rest) = (
+                shift.div_euclid(1_000_000_000),
+                shift.rem_euclid(1_000_000_000),
+            );
+            let _ = writeln!(text, "{name} {seconds} {rest}");
+        }
+        let written = std::fs::write("/proc/self/timens_offsets", text);
+        written.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+    }
+
+    fn shown(self, clock: i32) -> u64 {
+        match self {
+            Clocks::Ours => host::clock(clock),
+            Clocks::GoOn { monotonic_ns, .. } if clock == libc::CLOCK_MONOTONIC => monotonic_ns,
+            Clocks::GoOn { boottime_ns, .. } => boottime_ns,
+        }
     }
 }
 
@@ -73,25 +152,6 @@ fn shown(was: &Host, clock: i32) -> u64 {
         libc::CLOCK_MONOTONIC => was.monotonic_ns,
         _ => was.boottime_ns,
     }
-}
-
-/// A new time namespace for our children.
-fn go_on(was: &Host) -> Result<(), Errno> {
-    let me = Pid(std::process::id() as i32);
-    // SAFETY: a call without pointers; it concerns the processes that we create from now on.
-    Errno::result(unsafe { libc::unshare(libc::CLONE_NEWTIME) })?;
-    let mut text = String::new();
-    for (clock, name) in CLOCKS {
-        let now = i128::from(host::clock(clock));
-        let shift = offset(me, clock) + i128::from(shown(was, clock)) - now;
-        let (seconds, rest) = (
-            shift.div_euclid(1_000_000_000),
-            shift.rem_euclid(1_000_000_000),
-        );
-        let _ = writeln!(text, "{name} {seconds} {rest}");
-    }
-    let written = std::fs::write("/proc/self/timens_offsets", text);
-    written.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
 }
 
 fn denied(errno: Errno) -> Error {

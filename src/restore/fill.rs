@@ -116,7 +116,9 @@ impl<'a> Pages<'a> {
             return work();
         }
         std::thread::scope(|scope| {
-            let handles: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
+            // Without threads it is done by us alone.
+            let start = || std::thread::Builder::new().spawn_scoped(scope, work).ok();
+            let handles: Vec<_> = (1..workers).filter_map(|_| start()).collect();
             let mut result = work();
             for handle in handles {
                 let other = handle.join().unwrap_or_else(|_| {

@@ -95,7 +95,7 @@ pub struct Restored {
 
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
-    opened.decide_clocks(clock::foresee)?;
+    opened.decide_clocks()?;
     let opened = &*opened;
     let (request, snapshot) = (opened.request, &opened.snapshot);
     let way = way::look(opened, Vec::new())?;
@@ -133,7 +133,7 @@ pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
 /// When the image cannot be read, or cannot be believed.
 pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let mut opened = open(request)?;
-    opened.decide_clocks(clock::foresee)?;
+    opened.decide_clocks()?;
     let pids = match pids::decide(&opened, pids::Pids::Auto) {
         Ok(_) => Vec::new(),
         Err(Error::Refused(obstacles)) => obstacles,
@@ -149,7 +149,7 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
 /// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
 /// complete and about to be let go. On error no process is left behind.
 pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
-    opened.decide_clocks(clock::enter)?;
+    let clocks = opened.decide_clocks()?;
     let opened = &*opened;
     let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
     let pids = pids::in_the_way(snapshot, &opened.kernel);
@@ -170,7 +170,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
     let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
-    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors)?;
+    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks)?;
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         let ours = request.foreground && master.is_none() && root.session != root.pid;

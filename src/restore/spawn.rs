@@ -13,6 +13,7 @@ use ckpt_tracer::Tid;
 use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
+use super::clock::Clocks;
 use super::pids;
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
@@ -94,6 +95,7 @@ pub fn spawn(
     process: &Process,
     executable: &File,
     descriptors: Vec<(OwnedFd, i32)>,
+    clocks: Clocks,
 ) -> Result<(Brood, Stopped)> {
     crate::host::raise_descriptor_limit();
     let highest = descriptors.iter().map(|(_, to)| *to).max().unwrap_or(2);
@@ -127,19 +129,18 @@ pub fn spawn(
         set_tid_size: 1,
         ..CloneArgs::default()
     };
-    // SAFETY: without CLONE_VM this is a fork; the child runs `execute`, which makes nothing but
-    // system calls on memory prepared above, and never returns.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut args,
-            std::mem::size_of::<CloneArgs>(),
-        )
-    };
-    if r == 0 {
-        // SAFETY: we are the child.
-        unsafe { execute(&orders) }
-    }
+    let r = clocks.during(|| {
+        // SAFETY: without CLONE_VM this is a fork; the child runs `execute`, which makes nothing but
+        // system calls on memory prepared above, and never returns.
+        unsafe {
+            let size = std::mem::size_of::<CloneArgs>();
+            let r = libc::syscall(libc::SYS_clone3, &raw mut args, size);
+            if r == 0 {
+                execute(&orders)
+            }
+            r
+        }
+    })?;
     Errno::result(r).map_err(|errno| cannot_have_pid(pid, errno))?;
     let mut brood = Brood::default();
     brood.add(pid);

@@ -9,7 +9,7 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::status::read_status;
 
-use super::clock::ClockPolicy;
+use super::clock::{self, Clocks};
 use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
@@ -18,7 +18,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::objects::files::changed::Cut;
 use crate::objects::vdso::{self, Replaced};
-use crate::objects::{Host, Snapshot, credentials, ipc, processor};
+use crate::objects::{Snapshot, credentials, ipc, processor};
 use crate::snapshot;
 
 /// An image that was read and can be believed.
@@ -50,12 +50,9 @@ impl Opened<'_> {
         self.kernel = KernelFeatures::probe();
     }
 
-    /// What is against it is noted.
-    pub(super) fn decide_clocks(
-        &mut self,
-        decide: fn(ClockPolicy, &mut Host) -> Result<()>,
-    ) -> Result<()> {
-        let decided = decide(self.request.clock, &mut self.snapshot.host);
+    /// Which clocks the job gets; what is against it is noted.
+    pub(super) fn decide_clocks(&mut self) -> Result<Clocks> {
+        let decided = clock::decide(self.request.clock, &mut self.snapshot.host);
         refused_or(decided, &mut self.obstacles)
     }
 }

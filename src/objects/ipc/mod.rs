@@ -350,6 +350,11 @@ fn wants_possible(
     false
 }
 
+/// Whether there are no System V semaphores where we are.
+pub fn no_semaphores() -> bool {
+    table::read(table::Type::Sem).is_ok_and(|sets| sets.is_empty())
+}
+
 /// Refuses a restore here if anything stands in its way.
 pub fn refuse(snapshot: &Snapshot, request: &Request<'_>) -> Result<()> {
     match in_the_way(snapshot, request)? {
