@@ -8,7 +8,7 @@
 //!
 //! Who asked for it stays outside, with the terminal, the signals and the exit code ([`Init`]). The
 //! work is done by the namespace's first process, as it would be done outside: all pids that it
-//! meets are the job's own. Both talk by a [`link`]. When the job's root has ended the outer
+//! meets are the job's own. Both talk by a link. When the job's root has ended the outer
 //! process is told; the first process ends when nobody is left, since its end is the end of all
 //! processes inside.
 
