@@ -85,6 +85,8 @@ fn python_prompt() {
         shell.runs("answer = 41", ">>> ");
         restored_in(case, &mut shell, "python3");
         shell.runs("answer + 1", "42");
+        // Before that its editor does not read, and the terminal takes the key for the end of a file.
+        shell.expect(">>> ");
         shell.types("\x04");
         is_back(&mut shell);
     });
