@@ -251,8 +251,9 @@ fn kernel(snapshot: &Snapshot) -> Vec<NeedView> {
         .collect();
     let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
     if mappings.any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso)) {
-        let name = format!("the vDSO of {}", snapshot.host.kernel);
-        needs.push(NeedView::new("kernel", name, "mapped by the job"));
+        let detail = "or another one, to which the functions of the job's vDSO then lead on";
+        let name = snapshot.host.kernel.clone();
+        needs.push(NeedView::new("kernel", name, detail));
     }
     needs
 }
