@@ -137,6 +137,26 @@ fn taken_of_an_ordinary_user() {
     isolated_as_user("taken_of_an_ordinary_user", pid_is_taken);
 }
 
+/// A copy beside the job itself uses the same files, which is not what everybody wants.
+#[test]
+fn taken_by_the_job_itself() {
+    isolated("taken_by_the_job_itself", |case| {
+        let job = started(case);
+        let (image, _) = attach(case, job.pid, "job.ckpt", &[]);
+        let out = run(
+            case,
+            restore_cmd(&image, &["--detach"]).current_dir(case.dir()),
+        );
+        let warning = format!("warning: the job itself still runs, as process {}", job.pid);
+        out.ok();
+        assert!(out.stderr.contains(&warning), "{}", out.stderr);
+        let copy = Pid::from_raw(out.stdout.trim().parse().expect("a pid"));
+        kill(copy, Signal::SIGKILL).expect("it lives");
+        until("its end", || kill(copy, None).is_err().then_some(()));
+        job.kill();
+    });
+}
+
 /// Without any capability: a user namespace, in which the user is the user and may have groups.
 #[test]
 fn not_permitted() {

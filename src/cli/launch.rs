@@ -39,6 +39,12 @@ pub(super) fn launch(
         Place::Namespace(why) => {
             if let Some(why) = why.as_ref().filter(|_| !quiet) {
                 complain(&format!("{why}: restoring in a pid namespace of its own"));
+                if let Some(pid) = pids::still_runs(opened) {
+                    complain(&format!(
+                        "warning: the job itself still runs, as process {pid}: from now on both write to \
+                         the same files"
+                    ));
+                }
             }
             in_namespace(opened, values).map_err(|error| match why {
                 Some(why) => Failure::Message(format!("{error} ({why})")),

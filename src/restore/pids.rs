@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ckpt_tracer::features::KernelFeatures;
+use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
@@ -12,8 +13,10 @@ use nix::unistd::{getegid, geteuid};
 use super::births::{self, Births};
 use super::{Opened, spawn};
 use crate::error::{Error, Obstacle, Result};
+use crate::host;
 use crate::isolate::{IdMaps, Owner, Spec};
 use crate::objects::Snapshot;
+use crate::objects::memory::FileIdentity;
 
 /// Where a job shall have its pids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +71,20 @@ fn why_not_here(snapshot: &Snapshot, births: &[Births]) -> Option<String> {
     let taken = taken(&ids);
     let first = taken.first()?;
     Some(format!("{} {}", first.object, first.reason))
+}
+
+/// The job's first process as it was at the checkpoint, if it still runs: under its pid, of the same
+/// program, and begun before.
+pub fn still_runs(opened: &Opened<'_>) -> Option<i32> {
+    let snapshot = &opened.snapshot;
+    let root = snapshot.processes.first()?;
+    let program = snapshot.mapped_files.get(root.memory.executable)?;
+    let stat = read_stat(Pid(root.pid)).ok()?;
+    let begun = host::unix_time_of_ticks(stat.starttime);
+    let meta = std::fs::metadata(format!("/proc/{}/exe", root.pid)).ok()?;
+    let same = FileIdentity::of(&meta).is_same_file(&program.identity);
+    let taken_at = (snapshot.host.realtime_ns / 1_000_000_000) as i64;
+    (same && !stat.state.has_ended() && begun <= taken_at).then_some(root.pid)
 }
 
 fn why_not_in_namespace(
