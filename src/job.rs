@@ -12,8 +12,8 @@ use crate::error::{Error, Obstacle, Result};
 
 /// How long processes are stopped before giving up: so long, and [`PATIENCE_EACH`] for each that was
 /// there in the beginning. A fork bomb may outrun us for ever, and what we have stopped already
-/// stands still meanwhile.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// stands still meanwhile. One that waits for a busy disk stops only when the disk has answered.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// See [`PATIENCE`].
 const PATIENCE_EACH: Duration = Duration::from_millis(10);
 
