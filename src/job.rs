@@ -12,8 +12,8 @@ use crate::error::{Error, Obstacle, Result};
 
 /// How long processes are stopped before giving up: so long, and [`PATIENCE_EACH`] for each that was
 /// there in the beginning. A fork bomb may outrun us for ever, and what we have stopped already
-/// stands still meanwhile. One that waits for a busy disk stops only when the disk has answered.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// stands still meanwhile.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// See [`PATIENCE`].
 const PATIENCE_EACH: Duration = Duration::from_millis(10);
 
@@ -83,7 +83,7 @@ impl FrozenJob {
 
     fn freeze_until(roots: &[Pid], give_up: Instant) -> Result<Self> {
         let mut hunt = Hunt {
-            roots,
+            roots: roots.to_vec(),
             give_up,
             frozen: HashMap::new(),
             ended: BTreeSet::new(),
@@ -121,14 +121,15 @@ impl FrozenJob {
 }
 
 /// Processes that are being stopped, one after the other.
-struct Hunt<'a> {
-    roots: &'a [Pid],
+struct Hunt {
+    /// The job's first process, and adopted ones as long as they live.
+    roots: Vec<Pid>,
     give_up: Instant,
     frozen: HashMap<Pid, Frozen>,
     ended: BTreeSet<Pid>,
 }
 
-impl Hunt<'_> {
+impl Hunt {
     /// From each process to its children, which are looked for only when it is stopped and can have
     /// no more: those that live, parents first, and whether anybody was met for the first time.
     fn walk(&mut self) -> Result<(Vec<Pid>, bool)> {
@@ -140,6 +141,7 @@ impl Hunt<'_> {
             if !self.frozen.contains_key(&pid) {
                 found = true;
                 if !self.stop(pid)? {
+                    self.roots.retain(|root| *root != pid);
                     continue;
                 }
             }
@@ -249,6 +251,18 @@ mod tests {
         assert!(tracers(&family).iter().all(|tracer| *tracer != 0));
         job.thaw().expect("all live");
         assert_eq!(tracers(&family), [0, 0, 0]);
+    }
+
+    #[test]
+    fn an_adopted_one_that_has_ended_is_no_obstacle() {
+        let shell = Shell::start();
+        let mut gone = Command::new("true").spawn().expect("true");
+        gone.wait().expect("it ends");
+        let roots = [shell.pid(), Pid(gone.id() as i32)];
+        let job = FrozenJob::freeze_until(&roots, Instant::now() + PATIENCE);
+        let job = job.expect("nothing is in the way");
+        assert_eq!(job.processes.len(), 3);
+        job.thaw().expect("all live");
     }
 
     #[test]
