@@ -10,20 +10,20 @@ use common::fixture::{fixture, killed};
 use common::tool::RESTORE;
 use common::{Case, Job, isolated, isolated_as_user, restored, run};
 
-/// `restore IMAGE` where the machine's clocks are shifted by so many seconds.
-fn restore_shifted(case: &Case, image: &Path, seconds: i64, args: &[&str]) -> common::Output {
+/// Runs a program where the machine's clocks are shifted by so many seconds.
+fn shifted(seconds: i64) -> Command {
     let mut command = Command::new("unshare");
     let seconds = seconds.to_string();
-    command.args([
-        "--time",
-        "--fork",
-        "--monotonic",
-        &seconds,
-        "--boottime",
-        &seconds,
-    ]);
-    command.arg(RESTORE).arg(image).args(args);
-    run(case, &mut command)
+    for clock in ["--monotonic", "--boottime"] {
+        command.args([clock, &seconds]);
+    }
+    command.args(["--time", "--fork"]);
+    command
+}
+
+/// `restore IMAGE` there.
+fn restore_shifted(case: &Case, image: &Path, seconds: i64, args: &[&str]) -> common::Output {
+    run(case, shifted(seconds).arg(RESTORE).arg(image).args(args))
 }
 
 /// A shift by which the clocks are nearly back at their beginning.
@@ -97,16 +97,7 @@ fn without_a_time_namespace() {
     isolated("without_a_time_namespace", |case| {
         let (mut target, image) = killed(case, "clocks");
         let powerless = |seconds: i64, clock: &str| {
-            let mut command = Command::new("unshare");
-            let seconds = seconds.to_string();
-            command.args([
-                "--time",
-                "--fork",
-                "--monotonic",
-                &seconds,
-                "--boottime",
-                &seconds,
-            ]);
+            let mut command = shifted(seconds);
             command.args(["setpriv", "--bounding-set=-sys_time", RESTORE]);
             run(
                 case,

@@ -98,10 +98,7 @@ elsewhere!(on_fuse: file_deleted fd_dir fd_regular fd_opath cwd flock_self file_
 #[test]
 fn read_only() {
     isolated("read_only", |case| {
-        const PYTHON: &str = "/usr/bin/python3";
-        if !Path::new(PYTHON).exists() {
-            case.skip("/usr/bin/python3 (python3)");
-        }
+        let python = case.system_python();
         mounted(case, "tmpfs", "size=64m", "mounted");
         let place = case.path("mounted");
         fs::copy(source("reader.py"), place.join("reader.py")).expect("it was just mounted");
@@ -112,7 +109,7 @@ fn read_only() {
         let remount = ["-o", "remount,ro"];
         run(case, Command::new("mount").args(remount).arg(&place)).ok();
         same_result(case, &|| {
-            let mut command = Command::new(PYTHON);
+            let mut command = Command::new(python);
             command.arg("-B").arg(place.join("reader.py"));
             command
         });
@@ -123,10 +120,7 @@ fn read_only() {
 #[test]
 fn removed_on_a_network_file_system() {
     isolated("removed_on_a_network_file_system", |case| {
-        const PYTHON: &str = "/usr/bin/python3";
-        if !Path::new(PYTHON).exists() {
-            case.skip("/usr/bin/python3 (python3)");
-        }
+        let python = case.system_python();
         let place = case.path("place");
         fs::create_dir(&place).expect("the test's directory is writable");
         fs::copy(source("reader.py"), place.join("reader.py")).expect("it is ours");
@@ -135,7 +129,7 @@ fn removed_on_a_network_file_system() {
             fs::write(place.join("data"), [7; 300_000]).expect("it is ours");
             let dir = case.path(&format!("run-{removed}"));
             fs::create_dir(&dir).expect("the test's directory is writable");
-            let mut command = Command::new(PYTHON);
+            let mut command = Command::new(python);
             command.arg("-B").arg(place.join("reader.py")).arg(&dir);
             let mut job = start(&mut command, &case.path("reader.log"));
             until("some rounds", || {

@@ -79,12 +79,9 @@ fn parallel_make() {
 type Lives = fn(&Case, &dyn Fn() -> Command);
 
 fn multiprocessing(case: &Case, method: &str, lives: Lives) {
-    const PYTHON: &str = "/usr/bin/python3";
-    if !Path::new(PYTHON).exists() {
-        case.skip("/usr/bin/python3 (python3)");
-    }
+    let python = case.system_python();
     lives(case, &|| {
-        let mut command = Command::new(PYTHON);
+        let mut command = Command::new(python);
         command.arg(source("workers.py")).arg(method);
         command
     });
@@ -314,11 +311,9 @@ fn postgres_under_load() {
 #[test]
 fn sqlite_writers() {
     isolated("sqlite_writers", |case| {
-        if !Path::new("/usr/bin/python3").exists() {
-            case.skip("/usr/bin/python3 (python3)");
-        }
+        let python = case.system_python();
         same_result(case, &|| {
-            let mut command = Command::new("/usr/bin/python3");
+            let mut command = Command::new(python);
             command.arg(source("ledgers.py"));
             command
         });

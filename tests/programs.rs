@@ -28,19 +28,16 @@ fn with_interpreter(case: &Case, interpreter: &str, whence: &str, file: &str) {
 
 /// Debian's Python: numpy is installed for that one.
 fn python(case: &Case, file: &str, module: &str) {
-    const PYTHON: &str = "/usr/bin/python3";
-    if !Path::new(PYTHON).exists() {
-        case.skip("/usr/bin/python3 (python3)");
-    }
+    let python = case.system_python();
     let import = run(
         case,
-        Command::new(PYTHON).args(["-c", &format!("import {module}")]),
+        Command::new(python).args(["-c", &format!("import {module}")]),
     );
     if import.code() != 0 {
         case.skip(&format!("the module {module} (python3-{module})"));
     }
     same_result(case, &|| {
-        let mut command = Command::new(PYTHON);
+        let mut command = Command::new(python);
         command.arg(source(file));
         command
     });

@@ -3,7 +3,6 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use common::job::{Job, reap_orphans};
@@ -48,40 +47,48 @@ fn is_back(shell: &mut Screen) {
 
 #[test]
 fn bash_with_jobs() {
-    isolated("bash_with_jobs", |case| {
-        let mut shell = Screen::shell();
-        shell.runs("word=hel; sleep 1000 &", "$ ");
-        cat(&mut shell);
-        killed(case, shell.job.pid);
-        until("its end", || shell.job.ended());
-        let image = case.path("job.ckpt");
-        let mut shell = Screen::sized(&mut restore_cmd(&image, &["--verbose"]), 30, 100);
-        shell.expect("running as process");
-        shell.runs("again", "again\r\nagain");
-        shell.types("\x03");
-        shell.expect("$ ");
-        shell.runs("echo ${word}lo; stty size", "hello\r\n30 100");
-        shell.runs("jobs", "Running                 sleep 1000");
-        shell.runs("fg", "sleep 1000");
-        shell.insist("\x1a", "Stopped");
-        shell.runs("bg; jobs", "Running                 sleep 1000");
-        shell.resize(31, 101);
-        shell.runs("true; stty size", "31 101");
-        shell.types("kill %1; wait; exit 7\n");
-        let ended = until("the end of restore", || shell.job.ended());
-        assert_eq!(ended, Ended::Exited(7));
-        assert!(shell.is_sane());
-    });
+    isolated("bash_with_jobs", |case| jobs_in(case, "keep"));
+}
+
+/// A shell that led its session gets a terminal of its own, which is relayed from outside.
+#[test]
+fn bash_in_a_namespace() {
+    isolated("bash_in_a_namespace", |case| jobs_in(case, "namespace"));
+}
+
+/// Job control of a shell whose pids are restored in that place.
+fn jobs_in(case: &Case, place: &str) {
+    let mut shell = Screen::shell();
+    shell.runs("word=hel; sleep 1000 &", "$ ");
+    cat(&mut shell);
+    killed(case, shell.job.pid);
+    until("its end", || shell.job.ended());
+    let image = case.path("job.ckpt");
+    let mut restore = restore_cmd(&image, &["--verbose", "--pids", place]);
+    let mut shell = Screen::sized(&mut restore, 30, 100);
+    shell.expect("running as process");
+    shell.runs("again", "again\r\nagain");
+    shell.types("\x03");
+    shell.expect("$ ");
+    shell.runs("echo ${word}lo; stty size", "hello\r\n30 100");
+    shell.runs("jobs", "Running                 sleep 1000");
+    shell.runs("fg", "sleep 1000");
+    shell.insist("\x1a", "Stopped");
+    shell.runs("bg; jobs", "Running                 sleep 1000");
+    shell.resize(31, 101);
+    shell.runs("true; stty size", "31 101");
+    shell.types("kill %1; wait; exit 7\n");
+    let ended = until("the end of restore", || shell.job.ended());
+    assert_eq!(ended, Ended::Exited(7));
+    assert!(shell.is_sane());
 }
 
 #[test]
 fn python_prompt() {
     isolated("python_prompt", |case| {
-        if !Path::new("/usr/bin/python3").exists() {
-            case.skip("/usr/bin/python3 (python3)");
-        }
+        let python = case.system_python();
         let mut shell = Screen::shell();
-        shell.runs("/usr/bin/python3 -q", ">>> ");
+        shell.runs(&format!("{python} -q"), ">>> ");
         shell.runs("answer = 41", ">>> ");
         restored_in(case, &mut shell, "python3");
         shell.runs("answer + 1", "42");
@@ -373,34 +380,5 @@ fn less_in_a_namespace() {
         shell.expect("line 540.");
         shell.types("q");
         is_back(&mut shell);
-    });
-}
-
-/// A shell that led its session gets a terminal of its own, which is relayed from outside.
-#[test]
-fn bash_in_a_namespace() {
-    isolated("bash_in_a_namespace", |case| {
-        let mut shell = Screen::shell();
-        shell.runs("word=hel; sleep 1000 &", "$ ");
-        cat(&mut shell);
-        killed(case, shell.job.pid);
-        until("its end", || shell.job.ended());
-        let image = case.path("job.ckpt");
-        let mut restore = restore_cmd(&image, &["--verbose", "--pids", "namespace"]);
-        let mut shell = Screen::sized(&mut restore, 30, 100);
-        shell.expect("running as process");
-        shell.runs("again", "again\r\nagain");
-        shell.types("\x03");
-        shell.expect("$ ");
-        shell.runs("echo ${word}lo; stty size", "hello\r\n30 100");
-        shell.runs("fg", "sleep 1000");
-        shell.insist("\x1a", "Stopped");
-        shell.runs("bg; jobs", "Running                 sleep 1000");
-        shell.resize(31, 101);
-        shell.runs("true; stty size", "31 101");
-        shell.types("kill %1; wait; exit 7\n");
-        let ended = until("the end of restore", || shell.job.ended());
-        assert_eq!(ended, Ended::Exited(7));
-        assert!(shell.is_sane());
     });
 }

@@ -209,12 +209,9 @@ signal.pause()
 ";
 
 fn no_traces(case: &Case) {
-    const PYTHON: &str = "/usr/bin/python3";
-    if !Path::new(PYTHON).exists() {
-        case.skip("/usr/bin/python3 (python3)");
-    }
+    let python = case.system_python();
     let ready = case.path("ready");
-    let mut command = Command::new(PYTHON);
+    let mut command = Command::new(python);
     command.args(["-c", PROGRAM]).arg(&ready);
     let mut job: Job = start(command.current_dir(case.dir()), &case.path("log"));
     until("the program", || ready.exists().then_some(()));

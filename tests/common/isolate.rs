@@ -67,6 +67,15 @@ impl Case {
         }
     }
 
+    /// Debian's own python, which sees Debian's modules; skips without it.
+    pub fn system_python(&self) -> &'static str {
+        const PYTHON: &str = "/usr/bin/python3";
+        if !Path::new(PYTHON).exists() {
+            self.skip("/usr/bin/python3 (python3)");
+        }
+        PYTHON
+    }
+
     /// Skips unless this program is installed; `whence` says what installs it.
     pub fn needs_program(&self, program: &str, whence: &str) {
         if !installed(program) {

@@ -18,22 +18,19 @@ pub struct Logger {
     pub dir: PathBuf,
 }
 
-pub const PYTHON: &str = "/usr/bin/python3";
 /// Contents of the file that the logger has open for writing and does not write.
 pub const STATE: &[u8] = b"state of long ago";
 
 impl Logger {
     /// `mode` is how it opens its log, as in Python.
     pub fn start(case: &Case, mode: &str) -> Self {
-        if !Path::new(PYTHON).exists() {
-            case.skip("/usr/bin/python3 (python3)");
-        }
+        let python = case.system_python();
         let dir = case.path("old");
         let write = |name: &str, bytes: &[u8]| {
             fs::write(dir.join(name), bytes).expect("the test's directory is writable");
         };
         fs::create_dir(&dir).expect("the test's directory is writable");
-        fs::copy(PYTHON, dir.join("python")).expect("there is room");
+        fs::copy(python, dir.join("python")).expect("there is room");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/logger.py");
         fs::copy(script, dir.join("logger.py")).expect("there is room");
         write("table", &[0; 4096]);
