@@ -184,6 +184,7 @@ fn checkpoint<W: Write + Send + 'static>(
 
     let mut attempts = 0;
     let mut frozen_at;
+    let mut paused_before = Duration::ZERO;
     let (frozen, sources, mut captured) = loop {
         frozen_at = Instant::now();
         let patience = if attempts < ATTEMPTS {
@@ -192,10 +193,12 @@ fn checkpoint<W: Write + Send + 'static>(
             Patience::None
         };
         match freeze_and_capture(request, patience) {
-            Err(e) if e.is_passing() && patience == Patience::Some => std::thread::sleep(BETWEEN),
+            Err(e) if e.is_passing() && patience == Patience::Some => {}
             other => break other?,
         }
         attempts += 1;
+        paused_before += frozen_at.elapsed();
+        std::thread::sleep(BETWEEN);
     };
     fault::hit(Step::StateCaptured)?;
     let bundle = match request.bundle {
@@ -246,7 +249,7 @@ fn checkpoint<W: Write + Send + 'static>(
         memory_bytes,
         image_bytes: summary.bytes,
         total: begun.elapsed(),
-        paused,
+        paused: paused_before + paused,
         path: None,
         warnings: captured.warnings,
     })
