@@ -8,7 +8,7 @@ use std::process::Command;
 use common::job::{Job, reap_orphans};
 use common::screen::Screen;
 use common::tool::{CKPT, RESTORE, restore_cmd};
-use common::{Case, Ended, attach, isolated, run, until};
+use common::{Case, Ended, attach, isolated, run, start, until};
 
 /// Ends the program with a checkpoint, and starts `restore` in the shell that it was started from.
 fn restored_in(case: &Case, shell: &mut Screen, name: &str) {
@@ -380,5 +380,39 @@ fn less_in_a_namespace() {
         shell.expect("line 540.");
         shell.types("q");
         is_back(&mut shell);
+    });
+}
+
+/// A checkpoint that takes some seconds, since it is compressed as well as can be.
+#[test]
+fn progress_of_long_work() {
+    isolated("progress_of_long_work", |case| {
+        const HOLDS: &str = "import os, signal, sys
+text = os.urandom(4 << 20).hex()
+open(sys.argv[1], 'w').close()
+signal.pause()";
+        let ready = case.path("ready");
+        let mut command = Command::new(case.system_python());
+        let job = start(
+            command.args(["-c", HOLDS]).arg(&ready),
+            &case.path("job.log"),
+        );
+        until("the text", || ready.exists().then_some(()));
+        let attach = || {
+            let mut command = Command::new(CKPT);
+            command.args(["attach", "--codec", "zstd:19", &job.pid.to_string(), "-o"]);
+            command.arg(case.path("job.ckpt"));
+            command
+        };
+        let mut screen = Screen::start(&mut attach());
+        screen.expect("checkpoint [");
+        screen.expect(" left");
+        // The line goes when the work is done, and one with the figures comes.
+        screen.expect("1 process, 1 thread");
+        assert_eq!(until("its end", || screen.job.ended()), Ended::Exited(0));
+        let piped = run(case, &mut attach());
+        piped.ok();
+        assert_eq!(piped.stderr, "");
+        job.kill();
     });
 }
