@@ -106,7 +106,7 @@ fn read_only() {
             .map(|i| (i.wrapping_mul(i) >> 7) as u8)
             .collect();
         fs::write(place.join("data"), data).expect("it was just mounted");
-        let remount = ["-o", "remount,ro"];
+        let remount = ["-o", "remount,bind,ro"];
         run(case, Command::new("mount").args(remount).arg(&place)).ok();
         same_result(case, &|| {
             let mut command = Command::new(python);

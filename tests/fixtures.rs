@@ -39,6 +39,7 @@ fn goes_on(case: &Case, name: &str) {
     if let Some((_, words)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
         return attach_is_refused(case, fixture(case, name), words);
     }
+    needs_its_rights(case, name);
     let fixture = fixture(case, name);
     let before = Looks::at(fixture.pid());
     let (image, figures) = attach(case, fixture.pid(), "job.ckpt", &[]);
@@ -56,6 +57,7 @@ fn lives_again(case: &Case, name: &str, times: usize) {
     if let Some((_, words)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
         return attach_is_refused(case, fixture(case, name), words);
     }
+    needs_its_rights(case, name);
     let mut fixture = fixture(case, name);
     let before = Looks::at(fixture.pid());
     for _ in 0..times {
@@ -114,18 +116,19 @@ macro_rules! matrix {
     };
 }
 
+/// Skips what an ordinary user has no right to.
+fn needs_its_rights(case: &Case, name: &str) {
+    let wants = |f: &ckpt_fixtures::Fixture| {
+        f.name == name && f.needs.iter().any(|n| n == "root" || n == "ckpt-root")
+    };
+    // `creds` sets supplementary groups, which a user namespace of an ordinary user denies.
+    if name == "creds" || ckpt_fixtures::all().iter().any(wants) {
+        case.needs_root();
+    }
+}
+
 /// Like `lives_again`, of an ordinary user in a user namespace.
 fn as_user(case: &Case, name: &str) {
-    let all = ckpt_fixtures::all();
-    let needs_root = |word: &String| word == "root" || word == "ckpt-root";
-    // `creds` sets supplementary groups, which a user namespace of an ordinary user denies.
-    if name == "creds"
-        || all
-            .iter()
-            .any(|f| f.name == name && f.needs.iter().any(needs_root))
-    {
-        case.skip("root");
-    }
     lives_again(case, name, 1);
 }
 

@@ -13,6 +13,7 @@ use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
+use crate::host;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::{ipc, scheduling};
@@ -208,7 +209,8 @@ fn host_state(groups: &[u32]) -> Result<plan::HostState> {
     }
     Ok(plan::HostState {
         scheduling: scheduling::capture(Tid(me.raw()), 0),
-        may_raise_limits: status.capabilities.effective & CAP_SYS_RESOURCE != 0,
+        may_raise_limits: status.capabilities.effective & CAP_SYS_RESOURCE != 0
+            && host::in_first_user_namespace(),
         credentials,
     })
 }

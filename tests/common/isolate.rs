@@ -59,10 +59,15 @@ impl Case {
         std::process::exit(0)
     }
 
-    /// Skips unless we are root outside of any user namespace.
-    pub fn needs_root(&self) {
+    /// Whether we are root outside of any user namespace.
+    pub fn is_root(&self) -> bool {
         let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-        if map.split_whitespace().next_back() != Some("4294967295") || !is_root() {
+        map.split_whitespace().next_back() == Some("4294967295") && is_root()
+    }
+
+    /// Skips unless we are.
+    pub fn needs_root(&self) {
+        if !self.is_root() {
             self.skip("root");
         }
     }
