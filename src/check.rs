@@ -14,6 +14,7 @@ use nix::unistd::geteuid;
 
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
+use crate::host;
 use crate::job::Family;
 use crate::objects::ipc;
 use crate::objects::namespaces;
@@ -434,13 +435,10 @@ fn seccomp_in_the_way(status: &Status) -> Option<String> {
 /// `PTRACE_O_SUSPEND_SECCOMP` wants CAP_SYS_ADMIN in the first user namespace, and a tracer that is
 /// not under seccomp itself (`check_ptrace_options`, kernel/ptrace.c).
 pub fn may_suspend_seccomp() -> bool {
-    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    if !map.split_whitespace().eq(["0", "0", "4294967295"]) {
-        return false;
-    }
     const CAP_SYS_ADMIN: u64 = 1 << 21;
     let me = read_status(Pid(std::process::id() as i32));
-    me.is_ok_and(|s| s.capabilities.effective & CAP_SYS_ADMIN != 0 && s.seccomp != Some(2))
+    host::in_first_user_namespace()
+        && me.is_ok_and(|s| s.capabilities.effective & CAP_SYS_ADMIN != 0 && s.seccomp != Some(2))
 }
 
 /// A program without a 64-bit auxiliary vector and code segment: told by the executable.
