@@ -176,14 +176,14 @@ fn script_with_a_shell() {
     isolated("script_with_a_shell", |case| {
         case.needs_program("script", "bsdutils");
         let mut shell = Screen::shell();
-        let inner = "script -q -c 'bash --norc -i' typescript";
-        shell.runs(&format!("cd {}; {inner}", case.dir().display()), "# ");
-        shell.runs("word=in; sleep 1000 &", "# ");
+        let inner = "PS1='in''side> ' script -q -c 'bash --norc -i' typescript";
+        shell.runs(&format!("cd {}; {inner}", case.dir().display()), "inside> ");
+        shell.runs("word=in; sleep 1000 &", "inside> ");
         cat(&mut shell);
         restored_in(case, &mut shell, "script");
         shell.runs("again", "again\r\nagain");
         shell.types("\x03");
-        shell.expect("# ");
+        shell.expect("inside> ");
         shell.runs("echo ${word}ner; jobs", "inner\r\n[1]");
         shell.types("kill %1; wait; exit\n");
         is_back(&mut shell);

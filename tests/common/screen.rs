@@ -45,6 +45,7 @@ impl Screen {
         let copy = || slave.try_clone().expect("a descriptor is free");
         command
             .env("TERM", "xterm")
+            .env("SHELL", "/bin/sh")
             .env("PS1", "$ ")
             .env("HISTFILE", "/dev/null");
         command.stdin(copy()).stdout(copy()).stderr(copy());
