@@ -143,7 +143,7 @@ matrix! {
     restart_misc restart_nanosleep restart_poll restart_sysv robust rodata root rseq sched
     seccomp segv_regs sem_posix shm_posix sigaction sigaltstack sigmask signalfd
     signalfd_ignored sigpending sleepers sock_abstract sock_deleted sock_dgram sock_halfclosed
-    sock_listen sock_named sock_options sock_pair sock_rights sock_seqpacket stack stopped
+    sock_listen sock_named sock_options sock_pair sock_peercred sock_rights sock_seqpacket stack stopped
     subreaper sysv_msg sysv_sem sysv_sem_undo sysv_shm thp thpdisable threadname threads
     threads500 timerfd timers_itimer timers_posix tree_cow tree_creds tree_deep tree_exec
     tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_growing tree_locks

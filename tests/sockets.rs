@@ -228,3 +228,30 @@ fn who_was_connected_to_moves() {
         assert_eq!(log.recv(&mut buffer).expect("it was sent"), 5);
     });
 }
+
+#[test]
+fn told_of_a_pid_that_another_process_has() {
+    isolated("told_of_a_pid_that_another_process_has", |case| {
+        let (target, image) = killed(case, "sock_peercred");
+        // The processes that it has let make its sockets, and that have ended, come behind it.
+        let gone = target.pid() + 2;
+        let next_pid = |pid: i32| {
+            fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string())
+                .expect("whoever is root in a pid namespace chooses pids");
+        };
+        next_pid(gone);
+        let other = common::job::spawn(std::process::Command::new("sleep").arg("1000"));
+        assert_eq!(other.pid, gone);
+        // Not one of the job's for `restore` itself.
+        next_pid(gone + 100);
+        let out = run(case, &mut restore_cmd(&image, &["--detach"]));
+        out.ok();
+        let words = format!("and not of pid {gone}, which another process has");
+        assert!(out.stderr.contains(&words), "{out:?}");
+        other.kill();
+        for pid in [target.pid(), target.pid() + 3] {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        common::rounds::everybody_reaped();
+    });
+}

@@ -26,9 +26,12 @@ pub enum OpKind {
     /// Wait until every thread created so far has executed its own operations and parked.
     Join = 3,
     /// Create a process: operands as of [`OpKind::Thread`]. It executes its operations in the
-    /// creator's memory, on a stack of its own, and traps at their end; one that was forked is
-    /// led elsewhere by the tracer before it executes anything.
+    /// creator's memory, on a stack of its own, and then does what [`ThreadPlan::end`] says; one
+    /// that was forked is led elsewhere by the tracer before it executes anything.
     Process = 4,
+    /// If the envoy whose [`Plan`] is at `args[0]` has done everything, leave out the next
+    /// `args[1]` operations; otherwise the answer is `ECANCELED`.
+    Unless = 5,
 }
 
 /// The answer may be an error; it is kept in `result` and the plan goes on.
@@ -65,9 +68,17 @@ pub struct ThreadPlan {
     pub count: u64,
     /// The [`Plan`] of its process: of a thread its creator's, of a process its own.
     pub plan: u64,
-    /// Not 0: a process, which at its end traps with [`DONE`] or [`FAILED`] instead of parking.
-    pub process: u64,
+    /// What it does at its end: [`PARKS`], [`TRAPS`], [`EXITS`].
+    pub end: u64,
 }
+
+/// A thread: it parks, and counts itself in [`Plan::parked`].
+pub const PARKS: u64 = 0;
+/// A process: it traps with [`DONE`] or [`FAILED`].
+pub const TRAPS: u64 = 1;
+/// An envoy, a process that nobody traces: it exits. When it has done everything, [`Plan::parked`]
+/// of its own plan is 1.
+pub const EXITS: u64 = 2;
 
 /// What one process executes: what the restorer finds at the address in its first argument.
 #[repr(C)]

@@ -156,11 +156,11 @@ pub(super) fn warnings_of(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String
     let mut all = plan.warnings.clone();
     for (at, text) in &plan.conditional {
         let result = mem.read_u64(RemoteAddr(*at))? as i64;
-        if result < 0 {
-            all.push(format!(
-                "{text}: {}",
-                Errno::from_raw(-result as i32).desc()
-            ));
+        match Errno::from_raw(result.min(0).unsigned_abs() as i32) {
+            Errno::UnknownErrno => {}
+            // An envoy's; the text has the reason.
+            Errno::ECANCELED => all.push(text.clone()),
+            error => all.push(format!("{text}: {}", error.desc())),
         }
     }
     all.sort();

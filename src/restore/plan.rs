@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use ckpt_restorer::{MAIN_STACK, Op, OpKind, Plan as PlanHeader, THREAD_STACK, ThreadPlan};
+use ckpt_restorer::{
+    EXITS, MAIN_STACK, Op, OpKind, PARKS, Plan as PlanHeader, THREAD_STACK, TRAPS, ThreadPlan,
+};
 use ckpt_tracer::blob::Blob;
 
 mod finished;
@@ -89,6 +91,8 @@ struct Task {
     args: u64,
     /// Of a process, where its header is.
     header: Option<u64>,
+    /// [`ThreadPlan::end`].
+    end: u64,
 }
 
 /// A plan under construction. Everything is placed from `base` on: the restorer, the stack of
@@ -220,7 +224,7 @@ impl Builder {
             | libc::CLONE_THREAD
             | libc::CLONE_SYSVSEM;
         let object = format!("thread {tid}");
-        self.task(OpKind::Thread, tid, FLAGS as u64, 0, object, fill);
+        self.task(PARKS, tid, (FLAGS as u64, 0), object, fill);
     }
 
     /// Creates a process with that id by clone3(2) with `flags`, which sends its parent `signal` at
@@ -232,15 +236,45 @@ impl Builder {
             _ => 0,
         };
         let object = format!("process {pid}");
-        self.task(OpKind::Process, pid, flags as u64, signal, object, fill);
+        self.task(TRAPS, pid, (flags as u64, signal), object, fill);
+    }
+
+    /// Sends an *envoy*: a process with that id, which shares memory and descriptors with its
+    /// creator, does what `fill` appends in its own name, and is gone before its creator goes on.
+    /// If it cannot be created, or an operation of it fails, its creator does what `otherwise`
+    /// appends, with a warning.
+    pub fn envoy(
+        &mut self,
+        pid: i32,
+        warning: &str,
+        fill: impl FnOnce(&mut Self),
+        otherwise: impl FnOnce(&mut Self),
+    ) {
+        // Nobody traces it: it is as good as a call of its creator, which waits for it.
+        const FLAGS: i32 = libc::CLONE_VM
+            | libc::CLONE_VFORK
+            | libc::CLONE_FILES
+            | libc::CLONE_FS
+            | libc::CLONE_UNTRACED;
+        let object = format!("envoy {pid}");
+        self.task(EXITS, pid, (FLAGS as u64, 0), object.clone(), fill);
+        let header = self.tasks.last().and_then(|t| t.header).unwrap_or_default();
+        let all = libc::__WALL as u64;
+        self.attempt(libc::SYS_wait4, &[pid as u64, 0, all, 0], || object.clone());
+        let unless = Op::other(OpKind::Unless, [header, 0, 0, 0, 0, 0]).may_fail();
+        self.push(unless, object);
+        let (list, index) = (self.current, self.list().ops.len() - 1);
+        self.conditional.push((list, index, warning.to_owned()));
+        otherwise(self);
+        let ops = &mut self.list().ops;
+        ops[index].args[1] = (ops.len() - index - 1) as u64;
     }
 
     fn task(
         &mut self,
-        kind: OpKind,
+        end: u64,
         tid: i32,
-        flags: u64,
-        exit_signal: u64,
+        (flags, exit_signal): (u64, u64),
         object: String,
         fill: impl FnOnce(&mut Self),
     ) {
@@ -263,10 +297,13 @@ impl Builder {
             0,
         ];
         self.put(args, &words.map(u64::to_le_bytes).concat());
+        let kind = match end {
+            PARKS => OpKind::Thread,
+            _ => OpKind::Process,
+        };
         let op = Op::other(kind, [plan, args, 88, 0, 0, 0]).expecting(tid as u64);
-        self.push(op, object);
-        let process = kind == OpKind::Process;
-        let header = process.then(|| self.reserve(size_of::<PlanHeader>()));
+        self.push(if end == EXITS { op.may_fail() } else { op }, object);
+        let header = (end != PARKS).then(|| self.reserve(size_of::<PlanHeader>()));
         let outer = std::mem::replace(&mut self.current, self.tasks.len() + 1);
         self.tasks.push(Task {
             list: List::default(),
@@ -275,6 +312,7 @@ impl Builder {
             plan,
             args,
             header,
+            end,
         });
         fill(self);
         self.current = outer;
@@ -326,17 +364,14 @@ impl Builder {
                 Some(creator) => tasks[creator].header.unwrap_or(header),
                 None => header,
             };
-            let words = [
-                *ops,
-                count,
-                task.header.unwrap_or(of_creator),
-                task.header.is_some().into(),
-            ];
+            let words = [*ops, count, task.header.unwrap_or(of_creator), task.end];
             self.put(task.plan, &words.map(u64::to_le_bytes).concat());
             if let Some(header) = task.header {
                 self.put_header(header, number + 1, (*ops, count), &tasks);
                 let list = number + 1;
-                parts.insert(task.tid, Part { header, list });
+                if task.end == TRAPS {
+                    parts.insert(task.tid, Part { header, list });
+                }
             }
             let stack_field = task.args + 5 * 8;
             self.put(stack_field, &stack.to_le_bytes());

@@ -18,9 +18,10 @@ mod blob {
     use core::ptr::{read_volatile, write_volatile};
     use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-    use ckpt_restorer::{DONE, FAILED, Op, OpKind, Plan, ThreadPlan};
+    use ckpt_restorer::{DONE, EXITS, FAILED, Op, OpKind, PARKS, Plan, ThreadPlan};
 
     const SYS_PAUSE: u64 = 34;
+    const SYS_EXIT: u64 = 60;
     const SYS_FUTEX: u64 = 202;
     const SYS_CLONE3: u64 = 435;
     const FUTEX_WAIT: u64 = 0;
@@ -100,6 +101,16 @@ mod blob {
             } else if op.kind == OpKind::Thread as u32 || op.kind == OpKind::Process as u32 {
                 // SAFETY: the planner made the stack and the arguments.
                 unsafe { clone3(op.args[1], op.args[2]) }
+            } else if op.kind == OpKind::Unless as u32 {
+                // SAFETY: the planner gave the address of the envoy's plan.
+                let parked =
+                    unsafe { read_volatile(&raw const (*(op.args[0] as *mut Plan)).parked) };
+                if parked == 1 {
+                    i += op.args[1];
+                    0
+                } else {
+                    -125 // ECANCELED
+                }
             } else {
                 // SAFETY: `plan` is valid.
                 unsafe { join(plan) }
@@ -157,13 +168,20 @@ mod blob {
         let plan = mine.plan as *mut Plan;
         // SAFETY: as above.
         let ok = unsafe { run(plan, mine.ops as *mut Op, mine.count) };
-        if mine.process != 0 {
+        // SAFETY: as above.
+        let parked = unsafe { AtomicU32::from_ptr(&raw mut (*plan).parked) };
+        if mine.end == EXITS {
+            parked.store(ok.into(), Ordering::SeqCst);
+            loop {
+                // SAFETY: a call without pointers.
+                unsafe { syscall(SYS_EXIT, &[0; 6]) };
+            }
+        }
+        if mine.end != PARKS {
             loop {
                 trap(if ok { DONE } else { FAILED });
             }
         }
-        // SAFETY: as above.
-        let parked = unsafe { AtomicU32::from_ptr(&raw mut (*plan).parked) };
         parked.fetch_add(1, Ordering::SeqCst);
         // SAFETY: wakes the first thread; then waits to be taken over by the tracer.
         unsafe {

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 pub mod names;
 mod offset;
 pub mod options;
+pub mod peers;
 mod plan;
 pub mod queue;
 pub mod rebuild;

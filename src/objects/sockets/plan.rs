@@ -3,6 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
+use super::peers::Names;
+use super::sys::Ucred;
 use super::unix::{Name, Role, Style, UnixSocket, sockaddr};
 use crate::objects::Snapshot;
 use crate::objects::files::{Kind, Staging};
@@ -22,6 +24,9 @@ pub(super) struct Job<'a> {
     files: HashMap<u64, usize>,
     staging: Staging,
     spare: usize,
+    snapshot: &'a Snapshot,
+    /// In whose name they come to be.
+    pub(super) names: Names,
 }
 
 /// How a socket comes to be.
@@ -71,6 +76,10 @@ impl<'a> Job<'a> {
             files: HashMap::new(),
             staging,
             spare: 0,
+            snapshot,
+            names: Names {
+                root: snapshot.processes.first().map_or(0, |p| p.pid),
+            },
         };
         job.decide_births();
         for (_, socket) in job.all.clone() {
@@ -90,6 +99,11 @@ impl<'a> Job<'a> {
 
     pub(super) fn socket(&self, position: usize) -> &'a UnixSocket {
         self.all[position].1
+    }
+
+    /// A process that has a socket, which is as near as one can come to who made it.
+    pub(super) fn holder(&self, position: usize) -> Option<Ucred> {
+        Ucred::holder(self.all[position].0, self.snapshot)
     }
 
     /// Staging number of a socket.

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 
 use super::offset::PeekOffset;
-use super::sys::{self, Peeked, Sender};
+use super::sys::{self, Peeked, Ucred};
 use super::unix::Style;
 use crate::objects::files::sys as files_sys;
 
@@ -19,7 +19,7 @@ pub struct Seen {
     /// Copies of the descriptors in it.
     pub rights: Vec<OwnedFd>,
     /// Who sent it, where the reader would be told.
-    pub sender: Option<Sender>,
+    pub sender: Option<Ucred>,
 }
 
 /// Why a queue cannot be copied.

@@ -5,15 +5,16 @@
 //! `O_PATH`, and whoever connects to it goes through that descriptor: so a name may be unlinked
 //! or given to the next socket at once, and need not fit into an address.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use super::names;
 use super::plan::{Birth, Door, Job};
+use super::sys::Ucred;
 pub use super::transfer::finish;
-use super::unix::{Name, NameFile, Role, show, sockaddr};
+use super::unix::{Name, NameFile, Role, UnixSocket, show, sockaddr};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Staging};
@@ -113,10 +114,13 @@ fn create(job: &Job<'_>, at: usize, plan: &mut Builder) {
             files::place(0, job.at(at), plan, object);
         }
         Birth::PairWith(other) => {
-            let out = plan.reserve(8);
-            plan.expect(libc::SYS_socketpair, &[family, kind, 0, out], 0, object);
-            files::place(0, job.at(at), plan, object);
-            files::place(1, job.at(other), plan, object);
+            let who = socket.peer_credentials;
+            job.names.act(who, &told(socket), plan, |_, plan| {
+                let out = plan.reserve(8);
+                plan.expect(libc::SYS_socketpair, &[family, kind, 0, out], 0, object);
+                files::place(0, job.at(at), plan, object);
+                files::place(1, job.at(other), plan, object);
+            });
         }
         Birth::Along | Birth::Accepted(..) => {}
     }
@@ -176,8 +180,14 @@ impl Binding<'_> {
     /// Connections that were accepted from a socket that is gone; it goes again at once, so that
     /// an abstract name of it is free.
     fn accept_at_stand_ins(&mut self, job: &Job<'_>) {
+        let mut listening = HashMap::new();
         for at in 0..job.all.len() {
             if let Birth::Accepted(client, door @ Door::StandIn(_)) = job.births[at] {
+                let number = job.door_at(door).0;
+                let peer = job.socket(client).peer_credentials;
+                if peer.is_some() && listening.insert(number, peer) != Some(peer) {
+                    listen(job, at, number, 1, peer, self.plan);
+                }
                 accept(job, at, client, door, self.plan);
             }
         }
@@ -296,11 +306,50 @@ fn rename(from: &Path, to: &Path, label: &str, plan: &mut Builder) {
 fn accept(job: &Job<'_>, server: usize, client: usize, door: Door, plan: &mut Builder) {
     let object = || format!("the {}", job.socket(server).label());
     let (listener, address) = job.door_at(door);
-    dial(job.at(client), &address, &object(), plan);
+    let who = job.socket(server).peer_credentials;
+    dial_as(job, who, client, &address, job.socket(server), plan);
     let flags = libc::SOCK_CLOEXEC as u64;
     let args = [listener as u64, 0, 0, flags];
     plan.expect(libc::SYS_accept4, &args, 0, object);
     files::place(0, job.at(server), plan, object);
+}
+
+/// listen(2): those who connect from then on are told that they have to do with `who`. The socket
+/// `at` is the one that this is about.
+fn listen(
+    job: &Job<'_>,
+    at: usize,
+    number: i32,
+    backlog: u32,
+    who: Option<Ucred>,
+    plan: &mut Builder,
+) {
+    let socket = job.socket(at);
+    job.names.act(who, &told(socket), plan, |_, plan| {
+        let args = [number as u64, backlog.into()];
+        plan.syscall(libc::SYS_listen, &args, || {
+            format!("the {}", socket.label())
+        });
+    });
+}
+
+/// What a socket tells of the other side.
+fn told(socket: &UnixSocket) -> String {
+    format!("SO_PEERCRED of the {}", socket.label())
+}
+
+/// connect(2), as whom the other side is to be told of.
+fn dial_as(
+    job: &Job<'_>,
+    who: Option<Ucred>,
+    client: usize,
+    address: &[u8],
+    server: &UnixSocket,
+    plan: &mut Builder,
+) {
+    job.names.act(who, &told(server), plan, |_, plan| {
+        dial(job.at(client), address, &server.label(), plan);
+    });
 }
 
 /// connect(2).
@@ -316,22 +365,35 @@ fn connect(job: &Job<'_>, at: usize, plan: &mut Builder) {
     let Role::Listening { backlog, pending } = &socket.role else {
         return;
     };
-    let object = || format!("the {}", socket.label());
     let room = (*backlog).max(pending.len() as u32);
-    let number = job.at(at) as u64;
-    plan.syscall(libc::SYS_listen, &[number, room.into()], object);
+    let number = job.at(at);
+    let who = socket.peer_credentials;
+    let mut is = who;
+    listen(job, at, number, room, who, plan);
     for server in 0..job.all.len() {
         if let Birth::Accepted(client, door) = job.births[server]
             && door == Door::Listener(at)
         {
+            let peer = job.socket(client).peer_credentials;
+            if peer.is_some() && peer != is {
+                listen(job, at, number, room, peer, plan);
+                is = peer;
+            }
             accept(job, server, client, door, plan);
         }
     }
     let (_, address) = job.door_at(Door::Listener(at));
     for client in pending.iter().filter_map(|inode| job.position(*inode)) {
-        dial(job.at(client), &address, &object(), plan);
+        let peer = job.socket(client).peer_credentials;
+        if peer.is_some() && peer != is {
+            listen(job, at, number, room, peer, plan);
+            is = peer;
+        }
+        // Whoever accepts it will be told who connected, of which the kernel says nothing before.
+        let who = job.holder(client);
+        dial_as(job, who, client, &address, socket, plan);
     }
-    if room != *backlog {
-        plan.syscall(libc::SYS_listen, &[number, (*backlog).into()], object);
+    if room != *backlog || is != who {
+        listen(job, at, number, *backlog, who, plan);
     }
 }

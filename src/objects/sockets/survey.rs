@@ -298,6 +298,7 @@ impl Ghosts {
             reset: false,
             queue: Vec::new(),
             options: Vec::new(),
+            peer_credentials: None,
         });
         inode
     }

@@ -5,6 +5,7 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
 /// Bytes of control messages that one message can carry: 253 descriptors and some words.
 const CONTROL: usize = 2048;
@@ -113,15 +114,29 @@ pub fn bound_file(fd: &impl AsRawFd) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(file) })
 }
 
-/// `struct ucred` of a control message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sender {
+/// `struct ucred`: who a process is to those that it speaks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ucred {
     /// Process id.
     pub pid: i32,
     /// User id.
     pub uid: u32,
     /// Group id.
     pub gid: u32,
+}
+
+/// `SO_PEERCRED`.
+pub fn peer_credentials(fd: &impl AsRawFd) -> Result<Ucred, Errno> {
+    let value = option(fd, libc::SO_PEERCRED)?;
+    let word = |at: usize| {
+        let bytes = value.get(at..at + 4).ok_or(Errno::EINVAL)?;
+        Ok(u32::from_ne_bytes(bytes.try_into().unwrap_or_default()))
+    };
+    Ok(Ucred {
+        pid: word(0)? as i32,
+        uid: word(4)?,
+        gid: word(8)?,
+    })
 }
 
 /// A message that was looked at.
@@ -136,7 +151,7 @@ pub struct Peeked {
     /// Copies of the descriptors that it carries.
     pub rights: Vec<OwnedFd>,
     /// Who sent it.
-    pub sender: Option<Sender>,
+    pub sender: Option<Ucred>,
 }
 
 /// Looks at the next message, which stays where it is.
@@ -205,7 +220,7 @@ unsafe fn collect(level: i32, kind: i32, data: *const u8, len: usize, peeked: &m
             }
         }
         (libc::SCM_CREDENTIALS, [pid, uid, gid, ..]) => {
-            peeked.sender = Some(Sender {
+            peeked.sender = Some(Ucred {
                 pid: *pid,
                 uid: *uid as u32,
                 gid: *gid as u32,

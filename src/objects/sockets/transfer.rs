@@ -4,6 +4,7 @@
 use super::options::{self, SocketOption};
 use super::plan::{Birth, Job};
 use super::rebuild::dial;
+use super::sys::Ucred;
 use super::unix::{Message, Role, Style, sockaddr};
 use crate::objects::Snapshot;
 use crate::objects::files::Staging;
@@ -15,8 +16,7 @@ pub fn finish(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     if job.all.is_empty() {
         return;
     }
-    let root = snapshot.processes.first().map_or(0, |p| p.pid);
-    send_all(&job, root, staging, plan);
+    send_all(&job, staging, plan);
     for (at, (_, socket)) in job.all.iter().enumerate() {
         if socket.reset {
             // The peer closes with something unread.
@@ -50,7 +50,7 @@ fn flags() -> u64 {
     (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64
 }
 
-fn send_all(job: &Job<'_>, root: i32, staging: Staging, plan: &mut Builder) {
+fn send_all(job: &Job<'_>, staging: Staging, plan: &mut Builder) {
     let mut bytes = vec![(0usize, 0usize); job.all.len()];
     let messages = || job.all.iter().flat_map(|(_, s)| &s.queue);
     for message in messages() {
@@ -67,7 +67,12 @@ fn send_all(job: &Job<'_>, root: i32, staging: Staging, plan: &mut Builder) {
     for (to, (_, socket)) in job.all.iter().enumerate() {
         for message in &socket.queue {
             if let Some(from) = job.position(message.from) {
-                send(job, from, to, message, root, staging, plan);
+                let what = format!("an unread message of the {}", socket.label());
+                // Pid 0: nobody asked for them when it was sent.
+                let who = message.credentials.filter(|c| c.pid != 0);
+                job.names.act(who, &what, plan, |who, plan| {
+                    send(job, (from, to), message, who, staging, plan);
+                });
             }
         }
     }
@@ -81,10 +86,9 @@ fn send_all(job: &Job<'_>, root: i32, staging: Staging, plan: &mut Builder) {
 /// One message by sendmsg(2), all structures of which are in the plan's data.
 fn send(
     job: &Job<'_>,
-    from: usize,
-    to: usize,
+    (from, to): (usize, usize),
     message: &Message,
-    root: i32,
+    who: Option<Ucred>,
     staging: Staging,
     plan: &mut Builder,
 ) {
@@ -93,8 +97,9 @@ fn send(
     let direct = job.socket(to).style != Style::Datagram || paired(from, to) || paired(to, from);
     let address = if direct { Vec::new() } else { job.address(to) };
     let mut control = Vec::new();
-    if let Some(credentials) = credentials(message, root, &label, plan) {
-        let words = credentials.map(u32::to_le_bytes).concat();
+    if let Some(who) = who {
+        let words = [who.pid as u32, who.uid, who.gid].map(u32::to_le_bytes);
+        let words = words.concat();
         control_message(libc::SCM_CREDENTIALS, &words, &mut control);
     }
     if !message.rights.is_empty() {
@@ -138,36 +143,6 @@ fn control_message(kind: i32, data: &[u8], control: &mut Vec<u8>) {
     control.extend_from_slice(&kind.to_le_bytes());
     control.extend_from_slice(data);
     control.resize(control.len().next_multiple_of(8), 0);
-}
-
-/// The ids that a reader is told. The kernel lets us say those of the process that sends, and
-/// others with privilege; the process must exist by then.
-fn credentials(message: &Message, root: i32, label: &str, plan: &mut Builder) -> Option<[u32; 3]> {
-    const CAP_SETGID: u64 = 1 << 6;
-    const CAP_SETUID: u64 = 1 << 7;
-    let (pid, uid, gid) = message.credentials?;
-    if pid == 0 {
-        // None were asked for when it was sent.
-        return None;
-    }
-    let host = &plan.host().credentials;
-    let may = |capability: u64, ids: &[u32; 4], id: u32| {
-        host.effective & capability != 0 || ids[..3].contains(&id)
-    };
-    let permitted = may(CAP_SETUID, &host.uid, uid) && may(CAP_SETGID, &host.gid, gid);
-    let (own_uid, own_gid) = (host.uid[0], host.gid[0]);
-    if !permitted || pid != root {
-        plan.warn(format!(
-            "an unread message of the {label} comes from pid {root} now and not from pid {pid}, \
-             uid {uid}, as the program will be told"
-        ));
-    }
-    let (uid, gid) = if permitted {
-        (uid, gid)
-    } else {
-        (own_uid, own_gid)
-    };
-    Some([root as u32, uid, gid])
 }
 
 /// Datagram sockets are connected to their peers by name. One that is connected already takes

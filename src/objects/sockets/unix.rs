@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::options::SocketOption;
+use super::sys::Ucred;
 use crate::error::Obstacle;
 
 /// A unix domain socket. Everything that refers to another socket does so by inode number.
@@ -28,6 +29,9 @@ pub struct UnixSocket {
     pub queue: Vec<Message>,
     /// Options that a new socket does not have.
     pub options: Vec<SocketOption>,
+    /// Who the other side is told to be; of a listening one, who it tells that it is.
+    #[serde(default)]
+    pub peer_credentials: Option<Ucred>,
 }
 
 /// Inode numbers from here on are ours.
@@ -163,8 +167,8 @@ pub struct Message {
     pub from: u64,
     /// Descriptors in it: indices in the snapshot's descriptions.
     pub rights: Vec<usize>,
-    /// pid, uid and gid that the reader is told.
-    pub credentials: Option<(i32, u32, u32)>,
+    /// Whom the reader is told of.
+    pub credentials: Option<Ucred>,
 }
 
 impl UnixSocket {

@@ -105,6 +105,9 @@ fn describe(op: &Op) -> String {
     if op.kind == OpKind::Trap as u32 {
         return "hand over to the tracer".into();
     }
+    if op.kind == OpKind::Unless as u32 {
+        return format!("leave out {} if that was done", op.args[1]);
+    }
     if op.kind == OpKind::Join as u32 {
         return "wait for the threads".into();
     }

@@ -5,6 +5,7 @@ use nix::errno::Errno;
 use serde_bytes::ByteBuf;
 
 use super::super::queue::Seen;
+use super::super::sys::Ucred;
 use super::super::unix::{GHOST, Message, Name, NameFile, Role, Style, UnixSocket, show};
 use super::super::{names, options, sys};
 use super::{Ghosts, Live, Table, Verdict, hidden};
@@ -65,6 +66,7 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
         reset,
         queue,
         options: options::capture(&socket.copy, socket.style),
+        peer_credentials: Ucred::of_peer(&socket.copy),
     }))
 }
 
@@ -97,7 +99,7 @@ fn messages(socket: &Live, role: &Role, table: &Table<'_>, ghosts: &mut Ghosts) 
             data: ByteBuf::from(seen.data.clone()),
             from: sender(socket, role, seen, table, ghosts),
             rights: rights.clone(),
-            credentials: seen.sender.map(|s| (s.pid, s.uid, s.gid)),
+            credentials: seen.sender,
         })
         .collect()
 }
