@@ -15,6 +15,7 @@ pub mod inspect;
 pub mod isolate;
 pub mod job;
 pub mod objects;
+pub mod outsiders;
 pub mod progress;
 pub mod restore;
 pub mod snapshot;

@@ -383,3 +383,59 @@ fn postgres_alone() {
         assert_eq!(job.wait(), Ended::Exited(0));
     });
 }
+
+/// A parent and its child; with the parent as root nothing is shared with anybody.
+const RELATIVES: &str = "
+import mmap, os, time
+log = open('log', 'w')
+memory = mmap.mmap(-1, 4096)
+child = os.fork()
+if child:
+    with open('child.new', 'w') as f: f.write(str(child))
+    os.rename('child.new', 'child')
+    os.waitpid(child, 0)
+time.sleep(10000)
+";
+
+#[test]
+fn what_is_shared_with_the_outside_is_told() {
+    isolated("what_is_shared_with_the_outside_is_told", |case| {
+        case.needs_program("python3", "python3");
+        let mut command = Command::new("python3");
+        command.args(["-c", RELATIVES]).current_dir(case.dir());
+        let parent = start(&mut command, &case.path("python.log"));
+        let child = until("the child", || fs::read_to_string(case.path("child")).ok());
+        let other = format!(
+            "process {} (python3), which is not part of the job",
+            parent.pid
+        );
+        let words = |out: &str| {
+            out.contains(&format!("/log) is the same open file as in {other}"))
+                && out.contains(&format!(
+                    "of process {child} (python3) is shared with {other}"
+                ))
+        };
+        let check = ckpt(case, ["check", &child]);
+        assert!(words(check.ok()), "{check:?}");
+        let json = ckpt(case, ["check", "--json", &child]);
+        let json: serde_json::Value = serde_json::from_str(json.ok()).expect("it is JSON");
+        assert!(
+            json["shared"].as_array().is_some_and(|all| all.len() >= 2),
+            "{json}"
+        );
+        let out = ckpt(case, ["attach", &child, "-o", "child.ckpt"]);
+        out.ok();
+        assert!(words(&out.stderr), "{out:?}");
+        // The standard streams are everybody's, and only told on request.
+        assert!(!out.stderr.contains("fd 1 "), "{out:?}");
+        let out = ckpt(case, ["attach", &parent.pid.to_string(), "-o", "all.ckpt"]);
+        out.ok();
+        assert_eq!(out.stderr, "");
+        kill(
+            Pid::from_raw(child.parse().expect("a pid")),
+            Signal::SIGKILL,
+        )
+        .expect("it is there");
+        parent.kill();
+    });
+}

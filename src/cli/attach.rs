@@ -20,7 +20,8 @@ use super::{Loudness, output, progress};
 use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
 use crate::isolate::{self, Visited};
-use crate::{Error, Obstacle};
+use crate::job::Family;
+use crate::{Error, Obstacle, outsiders};
 
 /// Arguments of `ckpt attach`.
 #[derive(Args, Debug)]
@@ -178,6 +179,7 @@ fn attach(args: &Attach, visited: &Visited) -> Outcome {
         bundle: args.bundle,
         progress: &*progress,
     };
+    let shared = shared(args, &request);
     let report = if to_stdout {
         let sink = stdout().as_fd().try_clone_to_owned();
         let sink =
@@ -196,10 +198,23 @@ fn attach(args: &Attach, visited: &Visited) -> Outcome {
         ..report?
     };
     if !args.loudness.quiet {
-        let warnings = report.warnings.iter();
+        let warnings = report.warnings.iter().chain(&shared);
         warnings.for_each(|warning| complain(&format!("warning: {warning}")));
     }
     tell(args, &report, to_stdout)
+}
+
+/// What the job has in common with others. What `ckpt run` started it has begun with what it has.
+fn shared(args: &Attach, request: &capture::Request<'_>) -> Vec<String> {
+    if args.loudness.quiet || args.adopted_by.is_some() {
+        return Vec::new();
+    }
+    let mut roots = vec![request.pid];
+    roots.extend(&request.adopted);
+    let job = Family::of_all(&roots).unwrap_or_default().living;
+    let worth_it = |s: &outsiders::Shared| args.loudness.verbose || !s.standard;
+    let shared = outsiders::shared(&job).into_iter().filter(worth_it);
+    shared.map(|s| s.sentence).collect()
 }
 
 fn tell(args: &Attach, report: &Report, to_stdout: bool) -> Outcome {

@@ -13,7 +13,8 @@ use super::exit::{self, Failure, Outcome, Role};
 use super::places::Places;
 use super::{output, progress};
 use crate::error::Obstacle;
-use crate::{check, isolate, restore};
+use crate::job::Family;
+use crate::{check, isolate, outsiders, restore};
 
 /// Arguments of `ckpt check`.
 #[derive(Args, Debug)]
@@ -89,6 +90,8 @@ struct Process<'a> {
     possible: bool,
     /// What stands in the way: `object`, `reason`, and `remedy` (null when there is none).
     obstacles: &'a [Obstacle],
+    /// What it has in common with processes that are no part of the job, one sentence each.
+    shared: Vec<String>,
 }
 
 /// What `ckpt check --json IMAGE` prints; the keys stay as they are.
@@ -181,14 +184,22 @@ fn process(pid: i32, json: bool) -> Outcome {
 
 fn look(pid: i32, inner: Pid, json: bool) -> Outcome {
     let obstacles = check::obstacles(inner)?;
+    let job = Family::of(inner).unwrap_or_default().living;
+    let shared = outsiders::shared(&job).into_iter();
+    let shared: Vec<String> = shared.map(|s| s.sentence).collect();
     let text = if json {
         output::json(&Process {
             pid,
             possible: obstacles.is_empty(),
             obstacles: &obstacles,
+            shared,
         })?
     } else if obstacles.is_empty() {
-        format!("process {pid} can be checkpointed and restored\n")
+        let mut text = format!("process {pid} can be checkpointed and restored\n");
+        for sentence in shared {
+            text.push_str(&format!("{}\n", output::visible(sentence.as_bytes())));
+        }
+        text
     } else {
         lines(&obstacles)
     };

@@ -428,12 +428,6 @@ impl Prepared {
     }
 }
 
-/// A process by name, for messages.
-fn process_name(pid: i32) -> String {
-    let name = tasks::comm(ckpt_tracer::Pid(pid)).map_or_else(|_| "?".into(), |c| c.to_string());
-    format!("process {pid} ({name})")
-}
-
 /// Processes outside the job that have something mapped which `mapped` tells by a line of maps.
 fn who_maps(job: &[i32], mapped: impl Fn(&str) -> bool) -> Vec<i32> {
     let entries = std::fs::read_dir(ProcRoot::default().path()).into_iter();

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use ckpt_tracer::Pid;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,7 @@ use crate::capture::source::Source;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Look};
+use crate::outsiders::process_name;
 use crate::restore::plan::Builder;
 use crate::restore::{FilesPolicy, Request};
 
@@ -109,7 +111,7 @@ pub(super) fn refuse_notifications(
                 queue.title(),
                 format!(
                     "is to tell {} of its next message (mq_notify), which is not supported",
-                    super::process_name(queue.notified)
+                    process_name(Pid(queue.notified))
                 ),
                 "let the program take that back, or poll the queue",
             ));

@@ -1,6 +1,7 @@
 //! System V shared memory: segments, and where processes have them attached.
 
 use ckpt_image::Reader;
+use ckpt_tracer::Pid;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +13,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, SpaceId};
+use crate::outsiders::process_name;
 use crate::restore::contents::each_run;
 use crate::restore::plan::Builder;
 
@@ -188,10 +190,10 @@ impl Segment {
         });
         let who = match users.as_slice() {
             [] => "a process that you may not look into".to_owned(),
-            [one] => super::process_name(*one),
+            [one] => process_name(Pid(*one)),
             [one, rest @ ..] => format!(
                 "{} and {} other processes",
-                super::process_name(*one),
+                process_name(Pid(*one)),
                 rest.len()
             ),
         };
