@@ -88,6 +88,12 @@ pub fn describe(process: &Process, sources: &[Source]) -> Result<Host> {
         xcr0,
         monotonic_ns: seen(libc::CLOCK_MONOTONIC),
         boottime_ns: seen(libc::CLOCK_BOOTTIME),
+        // A time namespace shifts it with the other one.
+        monotonic_raw_ns: as_seen_by(
+            Pid(process.pid),
+            libc::CLOCK_MONOTONIC,
+            clock(libc::CLOCK_MONOTONIC_RAW),
+        ),
         realtime_ns: clock(libc::CLOCK_REALTIME),
         processor: Processor::here(),
         baseline: baseline(sources),

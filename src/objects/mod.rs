@@ -9,6 +9,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod credentials;
 pub mod files;
+pub mod frames;
 pub mod ipc;
 pub mod limits;
 pub mod memory;
@@ -94,6 +95,9 @@ pub struct Host {
     pub monotonic_ns: u64,
     /// `CLOCK_BOOTTIME` at the checkpoint as the job saw it, nanoseconds.
     pub boottime_ns: u64,
+    /// `CLOCK_MONOTONIC_RAW` at the checkpoint as the job saw it, nanoseconds; 0 is not known.
+    #[serde(default)]
+    pub monotonic_raw_ns: u64,
     /// `CLOCK_REALTIME` at the checkpoint, nanoseconds since 1970.
     pub realtime_ns: u64,
     /// What the processor told programs of itself.

@@ -11,8 +11,10 @@ use super::{Host, Snapshot};
 use crate::error::Obstacle;
 
 mod features;
+mod refit;
 
 pub use features::Baseline;
+pub use refit::Refit;
 
 /// A processor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,7 +142,7 @@ pub fn judge(snapshot: &Snapshot, now: &Cpu) -> Verdict {
         obstacles.push(Obstacle::new("the job", reason, REMEDY));
     }
     obstacles.extend(state_missing(snapshot, now.xcr0));
-    obstacles.extend(laid_out_otherwise(&host.processor, &here));
+    obstacles.extend(laid_out_otherwise(host, &here));
     let mut forgone: Vec<&str> = host.processor.features();
     forgone.retain(|feature| lacking(feature) && !missing.contains(feature));
     Verdict { obstacles, forgone }
@@ -154,7 +156,7 @@ fn state_missing(snapshot: &Snapshot, xcr0: u64) -> Option<Obstacle> {
     let missing = snapshot.host.xcr0 & !xcr0;
     let mut threads = snapshot.processes.iter().flat_map(|p| &p.threads);
     let user = threads.find_map(|t| {
-        let used = in_use(&t.xstate) & missing;
+        let used = needed_of(&t.xstate, &snapshot.host.processor.components) & missing;
         (used != 0).then_some((t.tid, used))
     });
     if let Some((tid, used)) = user {
@@ -176,25 +178,28 @@ fn state_missing(snapshot: &Snapshot, xcr0: u64) -> Option<Obstacle> {
     Some(Obstacle::new("the job", reason, REMEDY))
 }
 
-/// Signal frames on the stacks, and whatever else the program has saved, have the old places.
-fn laid_out_otherwise(was: &Processor, now: &Processor) -> Option<Obstacle> {
-    let moved = was.components.iter().find_map(|old| {
-        let new = now.components.iter().find(|c| c.number == old.number)?;
-        (new != old).then_some((old, new))
-    });
-    moved.map(|(old, new)| {
+/// Whatever the program has saved itself has the old places; one that was started to use less is
+/// taken not to look ([`Refit`] sees to the rest).
+fn laid_out_otherwise(host: &Host, now: &Processor) -> Option<Obstacle> {
+    if host.baseline.is_some() {
+        return None;
+    }
+    let refit = Refit::to(host, now);
+    refit.moved().map(|(old, new)| {
         let reason = format!(
-            "has saved processor state in another layout than this processor's ({} at byte {}, here \
-             at {})",
+            "may have saved processor state in another layout than this processor's ({} at byte {}, \
+             here at {})",
             component_names(1 << old.number),
             old.offset,
             new.offset
         );
-        let vendor = match was.vendor.as_str() {
+        let vendor = match host.processor.vendor.as_str() {
             "" => "that vendor",
             vendor => vendor,
         };
-        let remedy = format!("restore it on a processor of {vendor}");
+        let remedy = format!(
+            "restore it on a processor of {vendor}; programs started by ckpt run --cpu-baseline do not mind"
+        );
         Obstacle::new("the job", reason, remedy)
     })
 }
@@ -205,32 +210,24 @@ const HEADER: usize = 512;
 /// Where the first component behind the header may begin.
 const COMPONENTS: usize = 576;
 
+/// Protection keys (pkeys(7)): bit of the component, and what the kernel gives every thread
+/// (`init_pkru`, arch/x86/mm/pkeys.c).
+const PKRU: (u32, u32) = (9, 0x5555_5554);
+
+/// Components that a state is not to be had without. Every thread has access rights of protection
+/// keys; those that it was born with are for keys that it does not have.
+fn needed_of(xstate: &[u8], components: &[Component]) -> u64 {
+    let (number, at_birth) = PKRU;
+    let keys = components.iter().find(|c| c.number == number);
+    let rights = keys.and_then(|c| xstate.get(c.offset as usize..)?.first_chunk());
+    let idle = rights.is_some_and(|bytes| u32::from_le_bytes(*bytes) == at_birth);
+    in_use(xstate) & !(u64::from(idle) << number)
+}
+
 /// `XSTATE_BV`: components that are not in their initial state.
 fn in_use(xstate: &[u8]) -> u64 {
     let word = xstate.get(HEADER..HEADER + 8).and_then(|b| b.first_chunk());
     word.map_or(0, |bytes| u64::from_le_bytes(*bytes))
-}
-
-/// A thread's state in the size that this machine's kernel wants, which takes no other
-/// (`xstateregs_set`, arch/x86/kernel/fpu/regset.c). `present` is what a new thread has here: of
-/// components that the old machine did not have it keeps that.
-pub fn fit(was: &Host, xstate: &[u8], present: &[u8]) -> Vec<u8> {
-    if xstate.len() == present.len() || present.len() < COMPONENTS || xstate.len() < COMPONENTS {
-        return xstate.to_vec();
-    }
-    let mut fitted = present.to_vec();
-    fitted[..HEADER].copy_from_slice(&xstate[..HEADER]);
-    let used = in_use(xstate) & was.xcr0 | in_use(present) & !was.xcr0;
-    fitted[HEADER..HEADER + 8].copy_from_slice(&used.to_le_bytes());
-    for component in &was.processor.components {
-        let start = component.offset as usize;
-        let range = start..start + component.size as usize;
-        // One that is not here is not in use, see `state_missing`.
-        if let (Some(from), Some(to)) = (xstate.get(range.clone()), fitted.get_mut(range)) {
-            to.copy_from_slice(from);
-        }
-    }
-    fitted
 }
 
 /// Names of state components (Intel SDM volume 1, chapter 13).
@@ -353,7 +350,8 @@ mod tests {
             offset: 832,
             size: 8,
         };
-        let host = |components: &[Component]| Host {
+        let host = |components: &[Component], size| Host {
+            xstate_size: size,
             xcr0: components.iter().fold(3, |all, c| all | 1 << c.number),
             processor: Processor {
                 components: components.to_vec(),
@@ -368,16 +366,62 @@ mod tests {
         large[HEADER..HEADER + 64].fill(0);
         large[HEADER..HEADER + 2].copy_from_slice(&[0b11, 0b10]);
 
-        let up = fit(&host(&[avx]), &small, &large);
+        let processor = |components: &[Component]| Processor {
+            components: components.to_vec(),
+            ..Processor::default()
+        };
+        let refit = Refit::to(&host(&[avx], 832), &processor(&[avx, keys]));
+        let up = refit.fit(&small, &large);
         assert_eq!(up.len(), 840);
         assert_eq!(up[..HEADER], small[..HEADER]);
         assert_eq!(up[HEADER..HEADER + 2], [0b111, 0b10]);
         assert_eq!(up[576..832], small[576..]);
         assert_eq!(up[832..], large[832..]);
 
-        let down = fit(&host(&[avx, keys]), &large, &small);
+        let refit = Refit::to(&host(&[avx, keys], 840), &processor(&[avx]));
+        let down = refit.fit(&large, &small);
         assert_eq!(down.len(), 832);
-        assert_eq!(down[HEADER..HEADER + 2], [0b11, 0b10]);
+        assert_eq!(down[HEADER..HEADER + 2], [0b11, 0]);
         assert_eq!(down[576..], large[576..832]);
+
+        // On a processor of another vendor the second one is farther up.
+        let far = Component {
+            offset: 2688,
+            ..keys
+        };
+        large[HEADER + 1] = 0b10;
+        let mut theirs = vec![0; 2696];
+        theirs[HEADER] = 0b11;
+        let refit = Refit::to(&host(&[avx, keys], 840), &processor(&[avx, far]));
+        let moved = refit.fit(&large, &theirs);
+        assert_eq!(moved.len(), 2696);
+        assert_eq!(moved[HEADER..HEADER + 2], [0b11, 0b10]);
+        assert_eq!(moved[2688..], large[832..]);
+        assert_eq!(moved[832..2688], theirs[832..2688]);
+    }
+
+    #[test]
+    fn protection_keys_are_needed_by_those_who_have_changed_them() {
+        let (mut cpu, mut snapshot) = here();
+        snapshot.host.baseline = Some(Baseline::V2);
+        snapshot.host.xcr0 |= 1 << 9;
+        snapshot.host.processor.components = vec![Component {
+            number: 9,
+            offset: 832,
+            size: 8,
+        }];
+        cpu.xcr0 &= !(1 << 9);
+        let mut xstate = vec![0; 840];
+        xstate[HEADER + 1] = 1 << 1;
+        xstate[832..836].copy_from_slice(&PKRU.1.to_le_bytes());
+        snapshot.processes[0].threads[1].xstate = xstate.clone();
+        assert_eq!(judge(&snapshot, &cpu).obstacles, []);
+        xstate[832] = 0;
+        snapshot.processes[0].threads[1].xstate = xstate;
+        let verdict = judge(&snapshot, &cpu);
+        assert!(
+            verdict.obstacles[0].reason.contains("(protection keys)"),
+            "{verdict:?}"
+        );
     }
 }

@@ -9,7 +9,6 @@
 //! of functions is executed any more; a task that is in the middle of one, or a signal handler that will
 //! return there, is refused.
 
-mod frames;
 mod redirect;
 
 use std::ops::Range;
@@ -247,7 +246,7 @@ impl Replaced {
         mem.write(RemoteAddr(old.range.start), &old.code)?;
         for thread in &process.threads {
             let mappings = &process.memory.mappings;
-            if frames::lead_into(&old.range, thread.regs.rsp, mappings, mem.pid()) {
+            if super::frames::lead_into(&old.range, thread.regs.rsp, mappings, mem.pid()) {
                 let object = format!(
                     "a signal handler of thread {} of process {}",
                     thread.tid, process.pid

@@ -37,6 +37,8 @@ pub enum Clocks {
         monotonic_ns: u64,
         /// `CLOCK_BOOTTIME`.
         boottime_ns: u64,
+        /// `CLOCK_MONOTONIC_RAW`, at least.
+        monotonic_raw_ns: u64,
     },
 }
 
@@ -54,6 +56,7 @@ pub fn decide(policy: ClockPolicy, was: &mut Host) -> Result<Clocks> {
     let own = Clocks::GoOn {
         monotonic_ns: was.monotonic_ns,
         boottime_ns: was.boottime_ns,
+        monotonic_raw_ns: was.monotonic_raw_ns,
     };
     match policy {
         ClockPolicy::Continue => own.try_out().map(|()| own).map_err(denied),
@@ -109,8 +112,14 @@ impl Clocks {
         Errno::result(unsafe { libc::unshare(libc::CLONE_NEWTIME) })?;
         let mut text = String::new();
         for (clock, name) in CLOCKS {
-            let now = i128::from(host::clock(clock));
-            let shift = offset(me, clock) + i128::from(self.shown(clock)) - now;
+            let ahead = |clock| i128::from(self.shown(clock)) - i128::from(host::clock(clock));
+            let mut shift = ahead(clock);
+            if clock == libc::CLOCK_MONOTONIC {
+                // Both are shifted by the same, and NTP has driven them apart, elsewhere by another
+                // amount: neither may go back.
+                shift = shift.max(ahead(libc::CLOCK_MONOTONIC_RAW));
+            }
+            let shift = offset(me, clock) + shift;
             let (seconds, rest) = (
                 shift.div_euclid(1_000_000_000),
                 shift.rem_euclid(1_000_000_000),
@@ -125,6 +134,9 @@ impl Clocks {
         match self {
             Clocks::Ours => host::clock(clock),
             Clocks::GoOn { monotonic_ns, .. } if clock == libc::CLOCK_MONOTONIC => monotonic_ns,
+            Clocks::GoOn {
+                monotonic_raw_ns, ..
+            } if clock == libc::CLOCK_MONOTONIC_RAW => monotonic_raw_ns,
             Clocks::GoOn { boottime_ns, .. } => boottime_ns,
         }
     }

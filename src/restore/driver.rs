@@ -123,6 +123,10 @@ impl Driver<'_> {
             .fill(self.job.snapshot, index, shared_at.is_some(), shared)?;
         let process = &self.job.snapshot.processes[index];
         self.job.vdso.fill(index, process, &worker.mem)?;
+        let sharers = self.job.snapshot.processes.iter();
+        for sharer in sharers.filter(|p| p.memory.space == process.memory.space) {
+            self.job.refit.check_frames(sharer, pid)?;
+        }
         self.run_to_born(&mut worker)?;
         Ok(worker)
     }

@@ -16,7 +16,6 @@ use crate::error::Result;
 use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
-use crate::objects::processor;
 use crate::objects::signals::Action;
 use crate::objects::thread::Thread;
 
@@ -186,14 +185,13 @@ fn set_states(
     job: &Job<'_>,
     cave: &Cave<'_>,
 ) -> Result<Vec<Stopped>> {
-    let host = &job.snapshot.host;
     let present = leader.xstate()?;
     let (first, rest) = (&process.threads[..1], &process.threads[1..]);
     let tasks = others.into_iter().chain([leader]);
     tasks
         .zip(rest.iter().chain(first))
         .map(|(task, thread)| {
-            task.set_xstate(&processor::fit(host, &thread.xstate, &present))?;
+            task.set_xstate(&job.refit.fit(&thread.xstate, &present))?;
             set_state(task, thread, process, cave)
         })
         .collect()

@@ -15,6 +15,7 @@ use crate::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
 use crate::objects::process::Process;
+use crate::objects::processor::Refit;
 use crate::objects::vdso::Replaced;
 use crate::objects::{Snapshot, SpaceId};
 
@@ -39,6 +40,8 @@ pub struct Job<'a> {
     pub vdso: &'a Replaced,
     /// Pages that each address space of a job with forks has at its checkpoint; ascending.
     pub(super) held: HashMap<SpaceId, Vec<(u64, u64)>>,
+    /// What becomes of processor state.
+    pub(super) refit: Refit,
 }
 
 /// Everything that the driver needs to know.
@@ -76,6 +79,7 @@ impl<'a> Job<'a> {
             terminals,
             vdso,
             held,
+            refit: Refit::to_here(&snapshot.host),
         })
     }
 

@@ -152,15 +152,15 @@ const V1: &[&str] = &[
 const V2: &[&str] = &[
     "pni", "ssse3", "cx16", "sse4_1", "sse4_2", "popcnt", "lahf_lm",
 ];
-const V3: &[&str] = &["fma", "movbe", "avx", "f16c", "bmi1", "avx2", "bmi2", "abm"];
-/// The dynamic linker saves registers with these whatever it is told.
-const LINKER: &[&str] = &["xsave", "osxsave", "xsaveopt", "xsavec", "xgetbv1"];
-
+/// With the last two the dynamic linker saves registers, when it is told not to use XSAVEC.
+const V3: &[&str] = &[
+    "fma", "movbe", "avx", "f16c", "bmi1", "avx2", "bmi2", "abm", "xsave", "osxsave",
+];
 /// Names of the features above each level that glibc can be told not to use, as its tunable
 /// `glibc.cpu.hwcaps` has them (sysdeps/x86/cpu-tunables.c).
 const ABOVE_V3: &[&str] = &[
     "AVX512F", "AVX512VL", "AVX512BW", "AVX512DQ", "AVX512CD", "AVX512ER", "AVX512PF", "RTM",
-    "FMA4", "XOP",
+    "FMA4", "XOP", "XSAVEC",
 ];
 const ABOVE_V2: &[&str] = &[
     "AVX2",
@@ -171,6 +171,7 @@ const ABOVE_V2: &[&str] = &[
     "F16C",
     "LZCNT",
     "MOVBE",
+    "XSAVE",
     "AVX_Fast_Unaligned_Load",
 ];
 
@@ -189,8 +190,8 @@ impl Baseline {
     /// Whether a program of that level may use the feature.
     pub fn allows(self, feature: &str) -> bool {
         let levels: &[&[&str]] = match self {
-            Self::V2 => &[V1, LINKER, V2],
-            Self::V3 => &[V1, LINKER, V2, V3],
+            Self::V2 => &[V1, V2],
+            Self::V3 => &[V1, V2, V3],
         };
         levels.iter().any(|level| level.contains(&feature))
     }
@@ -256,7 +257,7 @@ mod tests {
                 assert_ne!((one.word, one.bit), (other.word, other.bit), "{}", one.name);
             }
         }
-        for name in [V1, V2, V3, LINKER].concat() {
+        for name in [V1, V2, V3].concat() {
             assert!(ALL.iter().any(|f| f.name == name), "{name}");
         }
     }

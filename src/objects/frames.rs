@@ -21,7 +21,16 @@ const FLAGS: u64 = 0x003f_7fd7;
 
 /// Whether a handler of a thread whose stack pointer is `rsp` will return into `range`. Frames that were
 /// left behind in parts of the stack that are in use again look the same.
-pub(super) fn lead_into(range: &Range<u64>, rsp: u64, mappings: &[Mapping], pid: Pid) -> bool {
+pub fn lead_into(range: &Range<u64>, rsp: u64, mappings: &[Mapping], pid: Pid) -> bool {
+    find(rsp, mappings, pid, &|rip| range.contains(&rip))
+}
+
+/// Whether a handler of that thread is at work at all; with the same reservation.
+pub fn any(rsp: u64, mappings: &[Mapping], pid: Pid) -> bool {
+    find(rsp, mappings, pid, &|_| true)
+}
+
+fn find(rsp: u64, mappings: &[Mapping], pid: Pid, wanted: &dyn Fn(u64) -> bool) -> bool {
     let mut stacks = vec![rsp];
     let mut seen: Vec<Range<u64>> = Vec::new();
     while let Some(stack) = stacks.pop() {
@@ -33,7 +42,7 @@ pub(super) fn lead_into(range: &Range<u64>, rsp: u64, mappings: &[Mapping], pid:
         };
         let whole = stack & !7..mapping.end.min(stack.saturating_add(DEPTH));
         for (rip, rsp) in returns(whole.clone(), pid) {
-            if range.contains(&rip) {
+            if wanted(rip) {
                 return true;
             }
             stacks.push(rsp);
