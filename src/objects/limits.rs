@@ -1,6 +1,7 @@
 //! Resource limits.
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
@@ -34,7 +35,7 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
 pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
     for limit in limits {
         let now = current(limit.resource);
-        let hard = if limit.hard > now.1 && !plan.host().may_raise_limits {
+        let hard = if limit.hard > now.1 && !plan.host().held.allows(Use::HardLimits) {
             now.1
         } else {
             limit.hard
@@ -42,10 +43,11 @@ pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
         let soft = limit.soft.min(hard);
         if hard < limit.hard {
             plan.warn(format!(
-                "the hard limit of {} is {} instead of {}: raising it needs CAP_SYS_RESOURCE",
+                "the hard limit of {} is {} instead of {}: raising it needs {}",
                 name(limit.resource),
                 hard,
-                limit.hard
+                limit.hard,
+                Use::HardLimits
             ));
         }
         let at = plan.data(&[soft, hard].map(u64::to_le_bytes).concat());

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use ckpt_tracer::Tid;
+use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
@@ -78,6 +79,7 @@ impl Scheduling {
     /// that names CPUs which do not exist here is left alone with a warning.
     pub fn rebuild(&self, now: &Scheduling, plan: &mut Builder) {
         let object = || "scheduling".to_owned();
+        let without = |what| format!("{what} is not kept; it may need {}", Use::Scheduling);
         if self.affinity != now.affinity && !self.affinity.is_empty() {
             let at = plan.data(&self.affinity);
             let args = [0, self.affinity.len() as u64, at];
@@ -89,16 +91,16 @@ impl Scheduling {
         }
         if self.nice != now.nice {
             let args = [libc::PRIO_PROCESS as u64, 0, self.nice as u64];
-            plan.try_syscall(libc::SYS_setpriority, &args, "the nice value is not kept");
+            plan.try_syscall(libc::SYS_setpriority, &args, &without("the nice value"));
         }
         if self.attr != now.attr && !self.attr.is_empty() {
             let at = plan.data(&self.attr);
-            let what = "the scheduling policy, priority or nice value is not kept";
-            plan.try_syscall(libc::SYS_sched_setattr, &[0, at, 0], what);
+            let what = without("the scheduling policy, priority or nice value");
+            plan.try_syscall(libc::SYS_sched_setattr, &[0, at, 0], &what);
         }
         if self.io_priority != now.io_priority {
             let args = [IOPRIO_WHO_PROCESS, 0, self.io_priority as u64];
-            plan.try_syscall(libc::SYS_ioprio_set, &args, "the I/O priority is not kept");
+            plan.try_syscall(libc::SYS_ioprio_set, &args, &without("the I/O priority"));
         }
         let args = [libc::PR_SET_TIMERSLACK as u64, self.timer_slack];
         plan.syscall(libc::SYS_prctl, &args, object);

@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::capabilities::Held;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::{ipc, scheduling};
@@ -194,7 +194,6 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
 
 /// What the new process will have from us before the plan sets anything.
 fn host_state(groups: &[u32]) -> Result<plan::HostState> {
-    const CAP_SYS_RESOURCE: u64 = 1 << 24;
     let me = Pid(std::process::id() as i32);
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
@@ -209,8 +208,7 @@ fn host_state(groups: &[u32]) -> Result<plan::HostState> {
     }
     Ok(plan::HostState {
         scheduling: scheduling::capture(Tid(me.raw()), 0),
-        may_raise_limits: status.capabilities.effective & CAP_SYS_RESOURCE != 0
-            && host::in_first_user_namespace(),
+        held: Held::now().with(credentials.effective),
         credentials,
     })
 }

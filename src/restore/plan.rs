@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use ckpt_restorer::{MAIN_STACK, Op, OpKind, Plan as PlanHeader, THREAD_STACK, ThreadPlan};
 use ckpt_tracer::blob::Blob;
+use ckpt_tracer::capabilities::Held;
 
 mod finished;
 
@@ -22,8 +23,8 @@ pub struct HostState {
     pub credentials: Credentials,
     /// Our own scheduling.
     pub scheduling: Scheduling,
-    /// CAP_SYS_RESOURCE is held.
-    pub may_raise_limits: bool,
+    /// The capabilities that it has in force.
+    pub held: Held,
 }
 
 /// A point at which the restorer hands over to the tracer.

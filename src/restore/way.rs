@@ -167,7 +167,11 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     let cuts = refused_or(cuts, &mut obstacles)?;
     refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
     if let Some(job) = &job {
-        obstacles.extend(credentials::obstacles(snapshot, &job.host.credentials));
+        obstacles.extend(credentials::obstacles(
+            snapshot,
+            &job.host.credentials,
+            job.host.held,
+        ));
     }
     obstacles.extend(pids);
     match job {

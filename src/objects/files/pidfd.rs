@@ -277,7 +277,7 @@ mod tests {
             HostState {
                 credentials: Default::default(),
                 scheduling: Default::default(),
-                may_raise_limits: false,
+                held: Default::default(),
             },
         );
         rebuild_late(index, &snapshot(), &mut plan);

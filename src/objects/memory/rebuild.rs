@@ -1,5 +1,6 @@
 //! Mappings as operations of a plan.
 
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::maps::{Vma, VmaName};
 
 use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
@@ -483,7 +484,11 @@ impl Mapping {
             } else {
                 0
             };
-            let warning = format!("{} is not locked in memory", self.object());
+            let warning = format!(
+                "{} is not locked in memory; it may need {}",
+                self.object(),
+                Use::LockMemory
+            );
             plan.try_syscall(libc::SYS_mlock2, &[range[0], range[1], flags], &warning);
         }
     }

@@ -8,6 +8,7 @@ use super::unix::{Message, Role, Style, sockaddr};
 use crate::objects::Snapshot;
 use crate::objects::files::Staging;
 use crate::restore::plan::Builder;
+use ckpt_tracer::capabilities::Use;
 
 /// Messages, connections of datagram sockets, shutdowns, options, files' modes and owners.
 pub fn finish(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
@@ -143,18 +144,15 @@ fn control_message(kind: i32, data: &[u8], control: &mut Vec<u8>) {
 /// The ids that a reader is told. The kernel lets us say those of the process that sends, and
 /// others with privilege; the process must exist by then.
 fn credentials(message: &Message, root: i32, label: &str, plan: &mut Builder) -> Option<[u32; 3]> {
-    const CAP_SETGID: u64 = 1 << 6;
-    const CAP_SETUID: u64 = 1 << 7;
     let (pid, uid, gid) = message.credentials?;
     if pid == 0 {
         // None were asked for when it was sent.
         return None;
     }
     let host = &plan.host().credentials;
-    let may = |capability: u64, ids: &[u32; 4], id: u32| {
-        host.effective & capability != 0 || ids[..3].contains(&id)
-    };
-    let permitted = may(CAP_SETUID, &host.uid, uid) && may(CAP_SETGID, &host.gid, gid);
+    let held = plan.host().held;
+    let may = |of, ids: &[u32; 4], id: u32| held.allows(of) || ids[..3].contains(&id);
+    let permitted = may(Use::SetUser, &host.uid, uid) && may(Use::SetGroups, &host.gid, gid);
     let (own_uid, own_gid) = (host.uid[0], host.gid[0]);
     if !permitted || pid != root {
         plan.warn(format!(
