@@ -170,6 +170,16 @@ fn become_owner(owner: &Owner) -> io::Result<()> {
         Errno::result(libc::setgroups(owner.groups.len(), owner.groups.as_ptr()))?;
         Errno::result(libc::setresgid(owner.gid, owner.gid, owner.gid))?;
         Errno::result(libc::setresuid(owner.uid, owner.uid, owner.uid))?;
+        // Root's keys are not theirs (session-keyring(7)); without keyrings there are none.
+        const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+        match Errno::result(libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            0,
+        )) {
+            Ok(_) | Err(Errno::ENOSYS) => {}
+            Err(e) => return Err(e.into()),
+        }
         // Else our files in /proc would be root's from now on.
         libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
     }

@@ -204,6 +204,8 @@ mod tests {
                 credentials: Credentials::default(),
                 scheduling: Scheduling::default(),
                 held: Held::default(),
+                rights: None,
+                keyring: None,
             };
             let mut plan = Builder::new(0, host);
             let mut memory = fixture::snapshot().processes.remove(0).memory;

@@ -1,5 +1,10 @@
 //! Who a task is: ids, groups, capabilities. Threads have their own each.
 
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use ckpt_tracer::capabilities::{Held, Use, set_names};
 use ckpt_tracer::proc::status::{Ids, Status};
 use serde::{Deserialize, Serialize};
@@ -67,6 +72,53 @@ pub fn obstacles(snapshot: &Snapshot, now: &Credentials, held: Held) -> Vec<Obst
         }
     }
     obstacles
+}
+
+/// Whether the kernel gives whoever executes this file other ids, or capabilities (execve(2)).
+#[allow(unsafe_code)]
+pub fn gives_privileges(program: &Path) -> bool {
+    let Ok(path) = CString::new(program.as_os_str().as_bytes()) else {
+        return false;
+    };
+    let set_id = std::fs::metadata(program).is_ok_and(|meta| meta.mode() & 0o6000 != 0);
+    let name = c"security.capability".as_ptr();
+    // SAFETY: C strings; with no room the kernel only tells the size.
+    set_id || unsafe { libc::getxattr(path.as_ptr(), name, std::ptr::null_mut(), 0) } > 0
+}
+
+/// Takes back what an exec of such a file has given or taken: `now` is what we have. Root keeps its
+/// permitted set through it, an ordinary user's tracer that has no CAP_SYS_PTRACE makes the
+/// kernel give nothing (`cap_bprm_creds_from_file`, security/commoncap.c).
+pub fn as_before_exec(now: &Credentials, plan: &mut Builder) {
+    let object = || "the credentials before its set-uid program".to_owned();
+    let prctl = |args: [u64; 2], plan: &mut Builder| {
+        plan.syscall(libc::SYS_prctl, &args, object);
+    };
+    prctl([libc::PR_SET_KEEPCAPS as u64, 1], plan);
+    // Its effective set is what the file gave; that which is permitted suffices for what follows.
+    now.set_capabilities(plan, object);
+    let [r, e, s, f] = now.gid.map(u64::from);
+    plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
+    plan.syscall(libc::SYS_setfsgid, &[f], object);
+    let [r, e, s, f] = now.uid.map(u64::from);
+    plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
+    plan.syscall(libc::SYS_setfsuid, &[f], object);
+    now.set_capabilities(plan, object);
+    prctl([libc::PR_SET_KEEPCAPS as u64, 0], plan);
+}
+
+/// A new session keyring, empty and that user's: who has ours could use the keys in it
+/// (session-keyring(7)).
+pub fn join_keyring((uid, gid): (u32, u32), plan: &mut Builder) {
+    const KEYCTL_JOIN_SESSION_KEYRING: u64 = 1;
+    const KEYCTL_CHOWN: u64 = 4;
+    const KEY_SPEC_SESSION_KEYRING: i64 = -3;
+    let object = || "the session keyring".to_owned();
+    let session = KEY_SPEC_SESSION_KEYRING as u64;
+    plan.syscall(libc::SYS_keyctl, &[KEYCTL_JOIN_SESSION_KEYRING, 0], object);
+    // Without the right to give it away it is the user's to use all the same, by possession.
+    let args = [KEYCTL_CHOWN, session, uid.into(), gid.into()];
+    plan.attempt(libc::SYS_keyctl, &args, object);
 }
 
 /// Whether somebody has that id in our user namespace: lines of inner id, outer id, count
@@ -213,18 +265,7 @@ impl Credentials {
         }
         let sets = |c: &Credentials| (c.effective, c.permitted, c.inheritable);
         if ids_differ || sets(self) != sets(now) {
-            // _LINUX_CAPABILITY_VERSION_3, our own thread.
-            let header = plan.data(&[0x2008_0522u32, 0].map(u32::to_le_bytes).concat());
-            let words = [
-                self.effective as u32,
-                self.permitted as u32,
-                self.inheritable as u32,
-                (self.effective >> 32) as u32,
-                (self.permitted >> 32) as u32,
-                (self.inheritable >> 32) as u32,
-            ];
-            let data = plan.data(&words.map(u32::to_le_bytes).concat());
-            plan.syscall(libc::SYS_capset, &[header, data], object);
+            self.set_capabilities(plan, object);
         }
         if self.ambient != 0 {
             for cap in (0..64).filter(|cap| self.ambient & 1 << cap != 0) {
@@ -243,6 +284,22 @@ impl Credentials {
                 object,
             );
         }
+    }
+
+    /// capset(2).
+    fn set_capabilities(&self, plan: &mut Builder, object: impl Fn() -> String) {
+        // _LINUX_CAPABILITY_VERSION_3, our own thread.
+        let header = plan.data(&[0x2008_0522u32, 0].map(u32::to_le_bytes).concat());
+        let words = [
+            self.effective as u32,
+            self.permitted as u32,
+            self.inheritable as u32,
+            (self.effective >> 32) as u32,
+            (self.permitted >> 32) as u32,
+            (self.inheritable >> 32) as u32,
+        ];
+        let data = plan.data(&words.map(u32::to_le_bytes).concat());
+        plan.syscall(libc::SYS_capset, &[header, data], object);
     }
 }
 

@@ -11,6 +11,7 @@ use ckpt_tracer::capabilities::Held;
 
 mod finished;
 
+use super::rights::Rights;
 use crate::objects::credentials::Credentials;
 use crate::objects::scheduling::Scheduling;
 use finished::List;
@@ -25,6 +26,10 @@ pub struct HostState {
     pub scheduling: Scheduling,
     /// The capabilities that it has in force.
     pub held: Held,
+    /// In whose name it opens files, if not in ours.
+    pub rights: Option<Rights>,
+    /// Whose its session keyring becomes, if it shall not have ours.
+    pub keyring: Option<(u32, u32)>,
 }
 
 /// A point at which the restorer hands over to the tracer.
@@ -56,7 +61,10 @@ pub enum Inherited {
     MemFd(usize),
     /// A nameless file with contents from the image, opened as the description says.
     DeletedFile(usize),
-    /// A nameless file with the contents of a mapped file; writable or not.
+    /// A file that the job's user may not open, by description, opened with these flags.
+    OpenedForIt(usize, u32),
+    /// A nameless file with the contents of a mapped file, or one that the job's user may not open;
+    /// writable or not.
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),

@@ -278,6 +278,8 @@ mod tests {
                 credentials: Default::default(),
                 scheduling: Default::default(),
                 held: Default::default(),
+                rights: None,
+                keyring: None,
             },
         );
         rebuild_late(index, &snapshot(), &mut plan);

@@ -298,8 +298,15 @@ impl Regular {
         plan: &mut Builder,
     ) -> Result<(), Box<Obstacle>> {
         let object = || self.object();
+        let ours = plan.host().rights.as_ref();
         if self.contents.is_some() {
             plan.inherit(at, Inherited::DeletedFile(index));
+        } else if ours.is_some_and(|rights| rights.opens_for_it(index)) {
+            changed::check(self, flags, checks.0, checks.1)?;
+            plan.inherit(
+                at,
+                Inherited::OpenedForIt(index, super::reopen_flags(flags)),
+            );
         } else {
             // What is put back is what it was.
             if self.saved.is_none() {
