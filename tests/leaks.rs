@@ -4,13 +4,20 @@
 mod common;
 
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ckpt::objects::Snapshot;
+use ckpt::objects::credentials::Credentials;
+use ckpt::objects::files::Kind;
+use ckpt::objects::files::regular::Regular;
+use common::edit::edited;
 use common::isolate::open_to_all;
 use common::look::assert_nobody_left;
-use common::tool::RESTORE;
-use common::{Case, Ended, Job, Looks, attach, isolated, run, start, until};
+use common::refused::FAILED;
+use common::tool::{Output, RESTORE};
+use common::{Case, Ended, Job, Looks, attach, isolated, restore_cmd, restored, run, start, until};
 use nix::sys::signal::Signal;
 
 /// Says all that it can know of itself each time it is asked by SIGUSR1, in `facts.N`; ends by SIGTERM.
@@ -165,5 +172,155 @@ fn somebody_with_groups() {
     as_root("somebody_with_groups", |case| {
         let who = ["--reuid=12345", "--regid=12345", "--groups=4242,4243"];
         nothing_leaks(case, &who);
+    });
+}
+
+/// An image of nobody's job, which belongs to nobody.
+fn image_of_nobody(case: &Case, args: &[&str]) -> PathBuf {
+    let who = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+    let mut job = witness(case, &who);
+    let (image, _) = attach(case, job.pid, "job.ckpt", &[&["--kill"], args].concat());
+    until("its end", || job.ended());
+    chown(&image, Some(65534), Some(65534)).expect("we are root");
+    image
+}
+
+/// Somebody may write what they like into an image of theirs.
+fn forged(case: &Case, image: &Path, name: &str, edit: impl FnOnce(&mut Snapshot)) -> PathBuf {
+    let image = edited(case, image, name, edit);
+    chown(&image, Some(65534), Some(65534)).expect("we are root");
+    image
+}
+
+fn any_owner(case: &Case, image: &Path, args: &[&str]) -> Output {
+    let args = [&["--any-owner", "--pids", "keep", "--detach"], args].concat();
+    run(case, &mut restore_cmd(image, &args))
+}
+
+fn regular<'a>(snapshot: &'a mut Snapshot, name: &str) -> &'a mut Regular {
+    let mut kinds = snapshot.descriptions.iter_mut().map(|d| &mut d.kind);
+    let found = kinds.find_map(|kind| match kind {
+        Kind::Regular(file) if file.path.ends_with(name) => Some(file),
+        _ => None,
+    });
+    found.expect("it is open")
+}
+
+/// An image whose owner could not have had what is in it: other ids, groups, capabilities.
+#[test]
+fn more_than_its_owner() {
+    as_root("more_than_its_owner", |case| {
+        let image = image_of_nobody(case, &[]);
+        type Edit = fn(&mut Credentials);
+        let edits: [(&str, Edit); 5] = [
+            ("has the uid 0", |c| c.uid[2] = 0),
+            ("has the gid 0", |c| c.gid[1] = 0),
+            ("has the gid 42", |c| c.groups.push(42)),
+            ("has capabilities", |c| c.permitted = 1 << 21),
+            ("has capabilities", |c| c.inheritable = 1 << 21),
+        ];
+        for (number, (words, edit)) in edits.into_iter().enumerate() {
+            let forged = forged(case, &image, &format!("{number}.ckpt"), |snapshot| {
+                edit(&mut snapshot.processes[0].threads[0].credentials);
+            });
+            any_owner(case, &forged, &[]).refused(FAILED, &[words, "belongs to uid 65534", "copy"]);
+        }
+        assert_nobody_left();
+        let mut job = Job::of(
+            any_owner(case, &image, &[])
+                .ok()
+                .trim()
+                .parse()
+                .expect("a pid"),
+        );
+        job.signal(Signal::SIGTERM);
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        assert_nobody_left();
+    });
+}
+
+/// Root's own files are neither opened nor written for it, wherever its paths lead.
+#[test]
+fn files_of_root() {
+    as_root("files_of_root", |case| {
+        let image = image_of_nobody(case, &["--save-files", "**/data"]);
+        let root = case.path("root");
+        fs::create_dir(&root).expect("the test's directory is writable");
+        fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("it is ours");
+        let target = root.join("passwd");
+        fs::write(&target, "").expect("it is ours");
+        let same = fs::metadata(case.path("data"))
+            .expect("it is there")
+            .modified();
+        let file = fs::File::options()
+            .append(true)
+            .open(&target)
+            .expect("it is ours");
+        file.set_modified(same.expect("it has one"))
+            .expect("it is ours");
+        let untouched = || {
+            assert_eq!(fs::read(&target).expect("it is there"), b"");
+            assert_eq!(fs::read_dir(&root).expect("it is there").count(), 1);
+            assert_nobody_left();
+        };
+        // As open, as cut, and as put back.
+        let elsewhere = forged(case, &image, "open.ckpt", |snapshot| {
+            regular(snapshot, "data").path = target.clone();
+        });
+        let refused = any_owner(case, &elsewhere, &["--files", "adopt"]);
+        refused.refused(FAILED, &["passwd", "may not be opened", "uid 65534"]);
+        untouched();
+        let new = forged(case, &image, "put.ckpt", |snapshot| {
+            regular(snapshot, "data").path = root.join("new");
+        });
+        any_owner(case, &new, &["--put-files"])
+            .refused(FAILED, &["put back", "root/new", "denied"]);
+        untouched();
+        // Somebody else's directory leads elsewhere: also with an image of root's own.
+        let own = case.path("own.ckpt");
+        fs::copy(&image, &own).expect("the test's directory is writable");
+        fs::rename(case.path("data"), case.path("aside")).expect("it is there");
+        std::os::unix::fs::symlink(&target, case.path("data")).expect("its place is free");
+        let args = ["--pids", "keep", "--detach"];
+        let refused = run(case, &mut restore_cmd(&own, &args));
+        refused.refused(FAILED, &["data", "may not be opened by the job's user"]);
+        untouched();
+        fs::remove_file(case.path("data")).expect("it is there");
+        fs::rename(case.path("aside"), case.path("data")).expect("its place is free");
+        // What the job opened when it might, and may not any more, root opens for it.
+        chown(case.path("data"), Some(0), Some(0)).expect("we are root");
+        fs::set_permissions(case.path("data"), PermissionsExt::from_mode(0o600))
+            .expect("we are root");
+        let mut job = restored(case, &own, &["--pids", "keep"]);
+        job.signal(Signal::SIGTERM);
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        untouched();
+    });
+}
+
+/// `--env` writes where the job says, and so with its user's rights.
+#[test]
+fn values_are_not_written_for_it() {
+    as_root("values_are_not_written_for_it", |case| {
+        let root = case.path("root");
+        fs::create_dir(&root).expect("the test's directory is writable");
+        fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("it is ours");
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        command.args(["sleep", "1000"]).current_dir(case.dir());
+        command.env("CKPT_RESTORE_ENV", root.join("values"));
+        let mut job = start(&mut command, &log(case, "job.log"));
+        until("it to sleep", || {
+            (common::look::status_field(job.pid, "Name")? == "sleep").then_some(())
+        });
+        let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+        until("its end", || job.ended());
+        for place in ["keep", "namespace"] {
+            let args = ["--detach", "--env", "A=b", "--pids", place];
+            let out = run(case, &mut restore_cmd(&image, &args));
+            out.refused(FAILED, &["root/values", "ermission denied"]);
+            assert_eq!(fs::read_dir(&root).expect("it is there").count(), 0);
+            assert_nobody_left();
+        }
     });
 }
