@@ -86,7 +86,9 @@ pub fn rebuild(
             warnings.extend(warnings_of(&worker.planned.plan, &worker.mem)?);
         }
         warnings.extend(adjust_from_outside(process, Pid(process.pid)));
-        complete.push(handover::complete(worker, process, job)?);
+        let done = handover::complete(worker, process, job)?;
+        warnings.extend(done.warnings.iter().cloned());
+        complete.push(done);
     }
     warnings.sort();
     warnings.dedup();

@@ -17,6 +17,7 @@ use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
 use crate::objects::processor;
+use crate::objects::security;
 use crate::objects::signals::Action;
 use crate::objects::thread::Thread;
 
@@ -29,6 +30,8 @@ fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
 /// A process whose tasks have their registers.
 pub(super) struct Complete {
     tasks: Vec<Stopped>,
+    /// What its tasks have to do without.
+    pub(super) warnings: Vec<String>,
 }
 
 /// When a process creates no more processes.
@@ -44,18 +47,36 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
         ..
     } = worker;
     let (mem, plan) = (&mem, &planned.plan);
-    let others = take_over(process)?;
+    let mut others = take_over(process)?;
     leader.note_only(others.is_empty());
     // One cave for all that is left to be done inside: a map of very many threads is long.
     let cave = Cave::dig(mem, &read_maps(mem.pid())?)?;
     take_note_of_stops(&mut leader, mem, plan.stack, process, job, &cave)?;
+    let mut warnings = Vec::new();
+    let tasks = std::iter::once(&mut leader).chain(&mut others);
+    for (task, thread) in tasks.zip(&process.threads) {
+        if thread.security.is_empty() {
+            continue;
+        }
+        if thread.seccomp.mode == 2 {
+            suspend_seccomp(task)?;
+        }
+        // Below the end of the restorer's stack, on which nobody runs any more.
+        let room = plan.stack - security::ROOM;
+        let asked = security::rebuild(task, &thread.security, mem, room, &cave)?;
+        warnings.extend(
+            asked
+                .into_iter()
+                .map(|w| format!("process {}: {w}", process.pid)),
+        );
+    }
     remove_restorer(&mut leader, process, plan, mem, &cave)?;
     let mut tasks = set_states(leader, others, process, job, &cave)?;
     cave.fill_in()?;
     if let Some(signal) = stop_signal(process, job) {
         stop::by_signal(&mut tasks, process, signal)?;
     }
-    Ok(Complete { tasks })
+    Ok(Complete { tasks, warnings })
 }
 /// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
 /// what the kernel does not take is left as it is, with a warning.
