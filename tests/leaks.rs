@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ckpt::objects::Snapshot;
-use ckpt::objects::credentials::Credentials;
 use ckpt::objects::files::Kind;
 use ckpt::objects::files::regular::Regular;
+use ckpt::objects::ipc::sysv_sem::Set;
+use ckpt::objects::ipc::{Claim, Object};
+use ckpt::objects::thread::Thread;
 use common::edit::edited;
 use common::isolate::open_to_all;
 use common::look::assert_nobody_left;
@@ -211,20 +213,42 @@ fn regular<'a>(snapshot: &'a mut Snapshot, name: &str) -> &'a mut Regular {
 fn more_than_its_owner() {
     as_root("more_than_its_owner", |case| {
         let image = image_of_nobody(case, &[]);
-        type Edit = fn(&mut Credentials);
-        let edits: [(&str, Edit); 5] = [
-            ("has the uid 0", |c| c.uid[2] = 0),
-            ("has the gid 0", |c| c.gid[1] = 0),
-            ("has the gid 42", |c| c.groups.push(42)),
-            ("has capabilities", |c| c.permitted = 1 << 21),
-            ("has capabilities", |c| c.inheritable = 1 << 21),
+        type Edit = fn(&mut Thread);
+        let edits: [(&str, Edit); 6] = [
+            ("has the uid 0", |t| t.credentials.uid[2] = 0),
+            ("has the gid 0", |t| t.credentials.gid[1] = 0),
+            ("has the gid 42", |t| t.credentials.groups.push(42)),
+            ("has capabilities", |t| t.credentials.permitted = 1 << 21),
+            ("has capabilities", |t| t.credentials.inheritable = 1 << 21),
+            ("priority that only root may give", |t| {
+                t.scheduling.nice = -1
+            }),
         ];
         for (number, (words, edit)) in edits.into_iter().enumerate() {
             let forged = forged(case, &image, &format!("{number}.ckpt"), |snapshot| {
-                edit(&mut snapshot.processes[0].threads[0].credentials);
+                edit(&mut snapshot.processes[0].threads[0]);
             });
             any_owner(case, &forged, &[]).refused(FAILED, &[words, "belongs to uid 65534", "copy"]);
         }
+        let forged = forged(case, &image, "ipc.ckpt", |snapshot| {
+            let object = Object {
+                id: 7,
+                key: 0,
+                mode: 0o600,
+                uid: 0,
+                gid: 0,
+                creator_uid: 0,
+                creator_gid: 0,
+            };
+            snapshot.ipc.semaphores.push(Set {
+                object,
+                claim: Claim::Used,
+                values: Vec::new(),
+                operators: Vec::new(),
+            });
+        });
+        let words = ["System V object 7", "belongs to uid 0", "copy"];
+        any_owner(case, &forged, &[]).refused(FAILED, &words);
         assert_nobody_left();
         let mut job = Job::of(
             any_owner(case, &image, &[])

@@ -75,6 +75,22 @@ pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
 }
 
 impl Scheduling {
+    /// Whether it is more than everybody may have: a lower nice value than 0, a real-time policy or
+    /// I/O priority.
+    pub fn is_favoured(&self) -> bool {
+        const ORDINARY: [i32; 3] = [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE];
+        /// `IOPRIO_CLASS_RT` and where the class stands, linux/ioprio.h.
+        const REAL_TIME: i32 = 1;
+        const CLASS: u32 = 13;
+        let word = |at: usize| self.attr.get(at..at + 4)?.first_chunk().copied();
+        let policy = word(4).map_or(0, i32::from_le_bytes);
+        let nice = word(16).map_or(0, i32::from_le_bytes);
+        self.nice < 0
+            || nice < 0
+            || !ORDINARY.contains(&policy)
+            || self.io_priority >> CLASS == REAL_TIME
+    }
+
     /// Sets what differs from `now`, the scheduling of the process that restores. An affinity
     /// that names CPUs which do not exist here is left alone with a warning.
     pub fn rebuild(&self, now: &Scheduling, plan: &mut Builder) {

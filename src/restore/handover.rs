@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use super::executor::Worker;
 use super::plan::Plan;
 use super::planner::Job;
+use super::rights::{self, Rights};
 use super::stop;
 use crate::error::Result;
 use crate::objects::cgroup;
@@ -79,8 +80,13 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
     Ok(Complete { tasks, warnings })
 }
 /// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
-/// what the kernel does not take is left as it is, with a warning.
-pub(super) fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
+/// what the kernel does not take is left as it is, with a warning. Into the control groups that an image
+/// of somebody else names goes who may go there by themselves.
+pub(super) fn adjust_from_outside(
+    process: &Process,
+    pid: Pid,
+    untrusted: Option<&Rights>,
+) -> Vec<String> {
     let score = process.oom_score_adj.to_string();
     let filter = process.coredump_filter.map(|filter| format!("{filter:#x}"));
     let wanted = [("oom_score_adj", Some(score)), ("coredump_filter", filter)];
@@ -95,7 +101,9 @@ pub(super) fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
         ))
     });
     refused
-        .chain(cgroup::rebuild(&process.cgroups, pid))
+        .chain(rights::with(untrusted, || {
+            cgroup::rebuild(&process.cgroups, pid)
+        }))
         .collect()
 }
 
@@ -321,7 +329,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.oom_score_adj = -1000;
         process.coredump_filter = Some(0x21);
-        let warnings = adjust_from_outside(&process, pid);
+        let warnings = adjust_from_outside(&process, pid, None);
         let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
         let score = file("oom_score_adj").expect("it runs");
         let filter = file("coredump_filter").expect("it runs");
@@ -339,7 +347,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.coredump_filter = Some(0x21);
         // No process has this pid.
-        let warnings = adjust_from_outside(&process, Pid(i32::MAX));
+        let warnings = adjust_from_outside(&process, Pid(i32::MAX), None);
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[1].starts_with("coredump_filter was 0x21 and is unknown now"));
     }

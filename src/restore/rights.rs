@@ -63,6 +63,11 @@ impl Rights {
         Some(rights)
     }
 
+    /// Whether the image is root's own.
+    pub fn trusted(&self) -> bool {
+        self.trusted
+    }
+
     /// The file system ids.
     pub fn ids(&self) -> (u32, u32) {
         (self.uid, self.gid)
@@ -275,16 +280,39 @@ pub fn beyond_its_owner(snapshot: &Snapshot, owner: u32) -> Vec<Obstacle> {
             _ => None,
         }
     };
-    let processes = snapshot.processes.iter().filter_map(|process| {
-        let mut threads = process.threads.iter();
-        let what = threads.find_map(|t| beyond(&t.credentials))?;
-        Some(Obstacle::new(
-            format!("process {}", process.pid),
+    let refuse = |object: String, what: String| {
+        Obstacle::new(
+            object,
             format!("{what}, and the image belongs to uid {owner}"),
             "if you trust whoever wrote the image as yourself, make a copy that is yours",
+        )
+    };
+    let processes = snapshot.processes.iter().filter_map(|process| {
+        let threads = || process.threads.iter();
+        let what = threads().find_map(|t| beyond(&t.credentials));
+        let favoured = threads().any(|t| t.scheduling.is_favoured()) || process.oom_score_adj < 0;
+        let favoured = favoured.then(|| "has a priority that only root may give".to_owned());
+        Some(refuse(
+            format!("process {}", process.pid),
+            what.or(favoured)?,
         ))
     });
-    processes.collect()
+    // What exists is judged by its creator, and changed with root's rights.
+    let ipc = &snapshot.ipc;
+    let objects = ipc.segments.iter().map(|s| &s.object);
+    let objects = objects.chain(ipc.semaphores.iter().map(|s| &s.object));
+    let objects = objects.chain(ipc.queues.iter().map(|q| &q.object));
+    let others = objects.filter(|o| {
+        let ids = [o.gid, o.creator_gid];
+        [o.uid, o.creator_uid] != [owner; 2] || ids.iter().any(|gid| !groups.contains(gid))
+    });
+    let others = others.map(|object| {
+        refuse(
+            format!("the System V object {}", object.id),
+            format!("belongs to uid {}, gid {}", object.uid, object.gid),
+        )
+    });
+    processes.chain(others).collect()
 }
 
 /// The groups of a user as the system knows them; none of a user that it does not know.
