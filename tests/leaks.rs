@@ -243,8 +243,8 @@ fn more_than_its_owner() {
             snapshot.ipc.semaphores.push(Set {
                 object,
                 claim: Claim::Used,
-                values: Vec::new(),
-                operators: Vec::new(),
+                values: vec![0],
+                operators: vec![0],
             });
         });
         let words = ["System V object 7", "belongs to uid 0", "copy"];
