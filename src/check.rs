@@ -1,20 +1,23 @@
 //! Whether a process can be checkpointed and restored: everything that stands in the way,
 //! found from outside before anything is touched.
 
+mod access;
+
 use std::cmp::Ordering;
 use std::os::unix::fs::MetadataExt;
 
+use ckpt_tracer::capabilities::{Held, Use};
 use ckpt_tracer::kcmp::{KcmpType, group_tasks, has_undo_list, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::{Status, read_status};
-use ckpt_tracer::proc::{ProcRoot, tasks};
-use ckpt_tracer::{Error as TracerError, Pid, Tid, refusal};
+use ckpt_tracer::proc::tasks;
+use ckpt_tracer::{Error as TracerError, Pid, Tid};
 use nix::errno::Errno;
-use nix::unistd::geteuid;
+
+use access::{accessible, denial};
 
 use crate::capture::source::{Collector, Source};
-use crate::error::{Error, Obstacle, Result};
-use crate::host;
+use crate::error::{Obstacle, Result};
 use crate::job::Family;
 use crate::objects::ipc;
 use crate::objects::namespaces;
@@ -236,101 +239,6 @@ fn is_ending(pid: Pid) -> bool {
     })
 }
 
-fn no_such(pid: Pid) -> Obstacle {
-    Obstacle::new(
-        format!("process {pid}"),
-        "does not exist",
-        "look for the right one with `pgrep -a NAME`",
-    )
-}
-
-/// What can be said by everyone's view of the process.
-fn accessible(pid: Pid) -> Result<(), Obstacle> {
-    let dir = ProcRoot::default().process(pid);
-    let (Ok(stat), Ok(status)) = (read_stat(dir.clone()), read_status(dir)) else {
-        return Err(no_such(pid));
-    };
-    let object = format!("process {pid} ({})", stat.comm);
-    if status.tgid != pid {
-        return Err(Obstacle::new(
-            format!("{pid}"),
-            format!("is a thread of process {}, not a process", status.tgid),
-            format!("name the process: ckpt attach {}", status.tgid),
-        ));
-    }
-    if stat.is_kernel_thread() {
-        let reason = "is a thread of the kernel, which cannot be checkpointed";
-        return Err(Obstacle::without_remedy(object, reason));
-    }
-    if status.state.has_ended() {
-        let reason = if tasks::list_tasks(pid).map_or(0, |t| t.len()) > 1 {
-            "has lost its first thread while others go on, which is not supported"
-        } else {
-            "has already ended and waits for its parent to notice (a zombie)"
-        };
-        return Err(Obstacle::without_remedy(object, reason));
-    }
-    if pid.raw() as u32 == std::process::id() {
-        return Err(Obstacle::new(
-            object,
-            "is ckpt itself",
-            "name the process that you want to checkpoint",
-        ));
-    }
-    if status.tracer_pid != 0 {
-        return Err(Obstacle::new(
-            object,
-            traced_by(status.tracer_pid),
-            "end that one first",
-        ));
-    }
-    let me = geteuid().as_raw();
-    if !may_trace_others() && [status.uid.real, status.uid.effective, status.uid.saved] != [me; 3] {
-        return Err(Obstacle::new(
-            object,
-            format!("belongs to uid {} and you are uid {me}", status.uid.real),
-            "run ckpt as that user or as root",
-        ));
-    }
-    Ok(())
-}
-
-fn may_trace_others() -> bool {
-    const CAP_SYS_PTRACE: u64 = 1 << 19;
-    let me = read_status(Pid(std::process::id() as i32));
-    me.is_ok_and(|s| s.capabilities.effective & CAP_SYS_PTRACE != 0)
-}
-
-fn traced_by(tracer: i32) -> String {
-    let name = tasks::comm(Pid(tracer)).map_or_else(|_| "?".into(), |c| c.to_string());
-    format!("is being traced by {name} (pid {tracer}), and a process has one tracer at most")
-}
-
-/// An error that means that one of the processes may not be looked into, as an obstacle.
-fn denial(error: Error, pids: &[Pid]) -> Result<Vec<Obstacle>> {
-    let whose = |is: &dyn Fn(Pid) -> bool| pids.iter().copied().find(|pid| is(*pid));
-    let pid = match &error {
-        Error::Tracer(TracerError::Proc { source, path })
-            if source.raw_os_error() == Some(libc::EACCES) =>
-        {
-            whose(&|pid| path.starts_with(ProcRoot::default().process(pid).path()))
-        }
-        Error::Tracer(TracerError::Kernel {
-            call: "pidfd_getfd",
-            errno: Errno::EPERM,
-            object,
-        }) => whose(&|pid| object.ends_with(&format!("process {pid}"))),
-        _ => None,
-    };
-    pid.map_or(Err(error), |pid| Ok(vec![denied(pid)]))
-}
-
-fn denied(pid: Pid) -> Obstacle {
-    let (why, remedy) = refusal::why();
-    let reason = format!("may not be traced by you: {why}");
-    Obstacle::new(format!("process {pid}"), reason, remedy)
-}
-
 /// What of the process's own state is in the way.
 fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
     let object = source.title();
@@ -423,22 +331,19 @@ fn own_table(pid: Pid, tid: Tid) -> Result<Option<&'static str>> {
 fn seccomp_in_the_way(status: &Status) -> Option<String> {
     match status.seccomp {
         Some(1) => Some("is under strict seccomp, which is not supported".into()),
-        Some(2) if !may_suspend_seccomp() => Some(
-            "has seccomp filters, which could kill it on a call made from outside; suspending \
-             them needs CAP_SYS_ADMIN"
-                .into(),
-        ),
+        Some(2) if !may_suspend_seccomp() => Some(format!(
+            "has seccomp filters, which could kill it on a call made from outside; suspending them \
+             needs {}",
+            Use::SuspendSeccomp
+        )),
         _ => None,
     }
 }
 
-/// `PTRACE_O_SUSPEND_SECCOMP` wants CAP_SYS_ADMIN in the first user namespace, and a tracer that is
-/// not under seccomp itself (`check_ptrace_options`, kernel/ptrace.c).
-pub fn may_suspend_seccomp() -> bool {
-    const CAP_SYS_ADMIN: u64 = 1 << 21;
+/// A tracer that is under seccomp itself may not either (`check_ptrace_options`, kernel/ptrace.c).
+fn may_suspend_seccomp() -> bool {
     let me = read_status(Pid(std::process::id() as i32));
-    host::in_first_user_namespace()
-        && me.is_ok_and(|s| s.capabilities.effective & CAP_SYS_ADMIN != 0 && s.seccomp != Some(2))
+    Held::now().allows(Use::SuspendSeccomp) && me.is_ok_and(|s| s.seccomp != Some(2))
 }
 
 /// A program without a 64-bit auxiliary vector and code segment: told by the executable.

@@ -1,6 +1,5 @@
 //! What the machine is, for the image's header and for the comparison at restore.
 
-use std::os::unix::fs::MetadataExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ckpt_image::{Arch, Codec, FormatVersion, Header};
@@ -117,14 +116,6 @@ fn baseline(sources: &[Source]) -> Option<Baseline> {
         std::str::from_utf8(level).ok()?.parse().ok()
     });
     levels.collect::<Option<Vec<Baseline>>>()?.into_iter().max()
-}
-
-/// Whether capabilities that we have count for the whole machine: in another user namespace than the
-/// first one they do not (user_namespaces(7)).
-pub fn in_first_user_namespace() -> bool {
-    /// `PROC_USER_INIT_INO`, include/linux/proc_ns.h.
-    const FIRST: u64 = 0xEFFF_FFFD;
-    std::fs::metadata("/proc/self/ns/user").is_ok_and(|meta| meta.ino() == FIRST)
 }
 
 /// What a clock shows, in nanoseconds.

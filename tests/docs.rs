@@ -114,6 +114,7 @@ fn every_key_of_json_is_described() {
         ("src/cli/attach.rs", "struct Figures"),
         ("src/cli/check.rs", "struct Here"),
         ("src/cli/check.rs", "struct Feature"),
+        ("src/cli/check.rs", "struct Privilege"),
         ("src/cli/check.rs", "struct Process"),
         ("src/cli/check.rs", "struct Image"),
         ("src/error.rs", "pub struct Obstacle"),
@@ -143,6 +144,63 @@ fn every_key_of_json_is_described() {
     }
 }
 
+/// The page has the very rows of the code.
+#[test]
+fn every_use_of_a_capability_has_its_row() {
+    let page = read("docs/privileges.md");
+    let wanted = ckpt_tracer::capabilities::markdown();
+    assert!(wanted.lines().count() > 20);
+    let there: Vec<&str> = page.lines().filter(|l| l.starts_with("| CAP_")).collect();
+    let rows: Vec<&str> = wanted.lines().skip(2).collect();
+    assert_eq!(
+        there, rows,
+        "docs/privileges.md must have this table:\n{wanted}"
+    );
+}
+
+/// Nothing asks for a capability, or names one, but by the table.
+#[test]
+fn capabilities_are_named_in_one_place() {
+    let mut files = Vec::new();
+    for room in ["src", "tracer/src", "restorer/src", "image/src"] {
+        sources(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join(room),
+            &mut files,
+        );
+    }
+    assert!(files.len() > 100);
+    let mut elsewhere = Vec::new();
+    for file in files {
+        let table = "tracer/src/capabilities";
+        if file.starts_with(Path::new(env!("CARGO_MANIFEST_DIR")).join(table))
+            || file.ends_with("capabilities.rs")
+        {
+            continue;
+        }
+        let text = fs::read_to_string(&file).expect("it is text");
+        let (code, _) = text.split_once("#[cfg(test)]").unwrap_or((&text, ""));
+        let lines = code
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"));
+        let named = lines.filter(|line| line.replace("PR_CAP_", "").contains("CAP_"));
+        elsewhere.extend(named.map(|line| format!("{}: {}", file.display(), line.trim())));
+    }
+    assert_eq!(elsewhere, [""; 0], "ask ckpt_tracer::capabilities::Use");
+}
+
+fn sources(dir: &Path, found: &mut Vec<std::path::PathBuf>) {
+    for entry in fs::read_dir(dir).expect("it is a directory").flatten() {
+        let path = entry.path();
+        match path.is_dir() {
+            true => sources(&path, found),
+            false if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("tests.rs") => {
+                found.push(path);
+            }
+            false => {}
+        }
+    }
+}
+
 #[test]
 fn links_between_the_pages_lead_somewhere() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -153,6 +211,7 @@ fn links_between_the_pages_lead_somewhere() {
         "docs/architecture.md",
         "docs/json.md",
         "docs/limits.md",
+        "docs/privileges.md",
         "docs/supported.md",
     ] {
         let text = read(page);

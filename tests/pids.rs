@@ -470,15 +470,37 @@ fn values_without_a_file() {
     });
 }
 
-/// Root does not run what somebody else wrote unless root says so; others never do.
+/// Root does not run what somebody else wrote unless root says so, and then as that user; others never
+/// do.
 #[test]
 fn image_of_another_user() {
     isolated("image_of_another_user", |case| {
         case.needs_root();
         let (_, image) = killed(case);
         std::os::unix::fs::chown(&image, Some(65534), Some(65534)).expect("we are root");
+        let out = run(case, &mut restore_cmd(&image, &["--any-owner"]));
+        out.refused(
+            FAILED,
+            &["process", "has the uid 0", "belongs to uid 65534", "copy"],
+        );
+        assert_nobody_left();
+        common::isolate::open_to_all(case.dir());
+        fs::remove_file(case.path("count")).expect("it counted");
+        let mut program = nobody(case, Path::new("bash"));
+        let log = case.path("nobody.log");
+        fs::write(&log, "").expect("the test's directory is writable");
+        common::isolate::open_to_all(&log);
+        let mut job = start(program.args(["-c", COUNTER]), &log);
+        counts(case);
+        let (image, _) = attach(case, job.pid, "nobody.ckpt", &["--kill"]);
+        until("its end", || job.ended());
+        common::job::reap_orphans(&common::tool::descendants_in(case, &image));
+        std::os::unix::fs::chown(&image, Some(65534), Some(65534)).expect("we are root");
         let out = run(case, &mut restore_cmd(&image, &[]));
-        out.refused(FAILED, &["job.ckpt", "belongs to uid 65534", "--any-owner"]);
+        out.refused(
+            FAILED,
+            &["nobody.ckpt", "belongs to uid 65534", "--any-owner"],
+        );
         let mut job = restored(case, &image, &["--any-owner"]);
         counts(case);
         job.signal(Signal::SIGTERM);
@@ -488,7 +510,7 @@ fn image_of_another_user() {
         common::isolate::open_to_all(case.dir());
         let mut other = nobody(case, Path::new(RESTORE));
         let out = run(case, other.arg(&image).arg("--any-owner"));
-        out.refused(FAILED, &["job.ckpt", "belongs to uid 0", "copy"]);
+        out.refused(FAILED, &["nobody.ckpt", "belongs to uid 0", "copy"]);
         assert_nobody_left();
     });
 }

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::{Held, Use};
 use ckpt_tracer::features::{FeatureRow, KernelFeatures};
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -66,6 +67,39 @@ struct Here<'a> {
     possible: bool,
     /// Everything that was looked at.
     features: Vec<Feature<'a>>,
+    /// Every use of a capability.
+    capabilities: Vec<Privilege>,
+}
+
+/// One use of capabilities.
+#[derive(Serialize)]
+struct Privilege {
+    /// Which ones.
+    takes: String,
+    /// The user namespace in which they count.
+    user_namespace: String,
+    /// Whether you have what it takes.
+    held: bool,
+    /// What for.
+    needed_for: &'static str,
+    /// What happens without it.
+    without: &'static str,
+}
+
+impl Privilege {
+    fn all(held: Held) -> Vec<Self> {
+        let uses = Use::ALL.iter().map(|of| {
+            let row = of.row();
+            Self {
+                takes: of.to_string(),
+                user_namespace: row.realm.to_string(),
+                held: held.allows(*of),
+                needed_for: row.what,
+                without: row.without,
+            }
+        });
+        uses.collect()
+    }
 }
 
 /// One feature of the kernel, or permission of the user.
@@ -139,7 +173,8 @@ fn image(path: &Path, args: &Check) -> Outcome {
 }
 
 fn here(json: bool) -> Outcome {
-    let rows = KernelFeatures::probe().table();
+    let kernel = KernelFeatures::probe();
+    let (rows, privileges) = (kernel.table(), Privilege::all(kernel.capabilities));
     let possible = rows
         .iter()
         .all(|row| row.available || row.needed_for != "everything");
@@ -153,9 +188,10 @@ fn here(json: bool) -> Outcome {
         output::json(&Here {
             possible,
             features: features.collect(),
+            capabilities: privileges,
         })?
     } else {
-        features_table(&rows)
+        features_table(&rows) + "\n" + &privileges_table(&privileges)
     };
     output::print(text)?;
     verdict(possible)
@@ -167,6 +203,15 @@ fn features_table(rows: &[FeatureRow]) -> String {
         let here = if row.available { "yes" } else { "no" };
         let detail = output::visible(row.detail.as_bytes());
         table.add_row([row.name, here, row.needed_for, &detail]);
+    }
+    output::table_text(table)
+}
+
+fn privileges_table(privileges: &[Privilege]) -> String {
+    let mut table = output::table(&["capability", "held", "for", "without it"]);
+    for row in privileges {
+        let held = if row.held { "yes" } else { "no" };
+        table.add_row([&row.takes, held, row.needed_for, row.without]);
     }
     output::table_text(table)
 }

@@ -146,6 +146,15 @@ fn summary_text(summary: &Summary) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name:<14}{}", visible(value.as_bytes()));
     }
+    for process in summary
+        .process_list
+        .iter()
+        .filter(|p| !p.security.is_empty())
+    {
+        let of = format!("security of {}", process.pid);
+        let value = process.security.join(", ");
+        let _ = writeln!(text, "{of:<14} {}", visible(value.as_bytes()));
+    }
     if summary.process_list.len() + summary.zombies.len() > 1 {
         let mut table = output::table(&[
             "pid",

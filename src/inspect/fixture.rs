@@ -47,6 +47,7 @@ fn thread(tid: i32) -> Thread {
         credentials: Default::default(),
         parent_death_signal: 0,
         seccomp: Default::default(),
+        security: Vec::new(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What an image needs from the machine that it is restored on.
 
+use ckpt_tracer::capabilities::Use;
 use std::collections::HashSet;
 use std::path::Path;
 
@@ -230,7 +231,10 @@ fn ids(snapshot: &Snapshot) -> Option<NeedView> {
     ids.extend(snapshot.zombies.iter().map(|z| z.pid));
     ids.sort_unstable();
     ids.dedup();
-    let detail = "free, and CAP_CHECKPOINT_RESTORE or a pid namespace to choose them";
+    let detail = format!(
+        "free, and {} or a pid namespace to choose them",
+        Use::ChoosePids
+    );
     (!ids.is_empty()).then(|| NeedView::new("pids", ranges(&ids), detail))
 }
 
@@ -283,13 +287,17 @@ fn privileges(snapshot: &Snapshot) -> Vec<NeedView> {
             needs.push(NeedView::new("user", name, "or what changing to it takes"));
             if thread.seccomp.mode == 2 {
                 let detail = "seccomp filters";
-                needs.push(NeedView::new("privilege", "CAP_SYS_ADMIN", detail));
+                needs.push(NeedView::new(
+                    "privilege",
+                    Use::InstallSeccomp.to_string(),
+                    detail,
+                ));
             }
         }
         if process.root != Path::new("/") {
             needs.push(NeedView::new(
                 "privilege",
-                "CAP_SYS_CHROOT",
+                Use::RootDirectory.to_string(),
                 "a root directory",
             ));
         }

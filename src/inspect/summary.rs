@@ -78,6 +78,8 @@ pub struct ProcessView {
     pub stopped: bool,
     /// Its arguments.
     pub command_line: Vec<String>,
+    /// What security modules say of its first thread, as `attribute=value`.
+    pub security: Vec<String>,
 }
 
 /// A process that has ended.
@@ -166,5 +168,11 @@ fn process(process: &crate::objects::process::Process) -> ProcessView {
         command_line: words
             .map(|word| String::from_utf8_lossy(word).into_owned())
             .collect(),
+        security: process.threads.first().map_or(Vec::new(), |leader| {
+            let labels = leader.security.iter();
+            labels
+                .map(|l| format!("{}={}", l.attribute, l.text()))
+                .collect()
+        }),
     }
 }

@@ -5,8 +5,7 @@ use std::ffi::CStr;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use ckpt_tracer::Pid;
-use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::capabilities::{Held, Use};
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, getegid, geteuid};
@@ -94,9 +93,7 @@ pub fn start(spec: &Spec, body: impl FnOnce(&mut Link) -> Result<i32, String>) -
 /// Whether we may make a pid namespace without a user namespace around it. Other users than root
 /// have capabilities only until the next exec, so that they are better off with one.
 fn may_without_user_namespace() -> bool {
-    const CAP_SYS_ADMIN: u64 = 1 << 21;
-    let status = read_status(Pid(std::process::id() as i32));
-    status.is_ok_and(|s| s.uid.effective == 0 && s.capabilities.effective & CAP_SYS_ADMIN != 0)
+    geteuid().is_root() && Held::now().allows(Use::PidNamespace)
 }
 
 fn cannot(what: &str) -> impl Fn(io::Error) -> Error {
@@ -173,6 +170,16 @@ fn become_owner(owner: &Owner) -> io::Result<()> {
         Errno::result(libc::setgroups(owner.groups.len(), owner.groups.as_ptr()))?;
         Errno::result(libc::setresgid(owner.gid, owner.gid, owner.gid))?;
         Errno::result(libc::setresuid(owner.uid, owner.uid, owner.uid))?;
+        // Root's keys are not theirs (session-keyring(7)); without keyrings there are none.
+        const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+        match Errno::result(libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            0,
+        )) {
+            Ok(_) | Err(Errno::ENOSYS) => {}
+            Err(e) => return Err(e.into()),
+        }
         // Else our files in /proc would be root's from now on.
         libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
     }

@@ -2,6 +2,7 @@
 //! auxiliary vector. What is mapped is in [`memory`](super::memory).
 
 use ckpt_tracer::Result;
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::remote::RemoteCalls;
 use serde::{Deserialize, Serialize};
 
@@ -157,7 +158,10 @@ impl AddressSpace {
             plan.try_syscall(
                 libc::SYS_mlockall,
                 &[self.lock_future.into()],
-                "mlockall(MCL_FUTURE) is not in force",
+                &format!(
+                    "mlockall(MCL_FUTURE) is not in force; it may need {}",
+                    Use::LockMemory
+                ),
             );
         }
         for mapping in &self.mappings {
@@ -186,6 +190,8 @@ impl AddressSpace {
 
 #[cfg(test)]
 mod tests {
+    use ckpt_tracer::capabilities::Held;
+
     use crate::inspect::fixture;
     use crate::objects::credentials::Credentials;
     use crate::objects::scheduling::Scheduling;
@@ -197,7 +203,9 @@ mod tests {
             let host = HostState {
                 credentials: Credentials::default(),
                 scheduling: Scheduling::default(),
-                may_raise_limits: false,
+                held: Held::default(),
+                rights: None,
+                keyring: None,
             };
             let mut plan = Builder::new(0, host);
             let mut memory = fixture::snapshot().processes.remove(0).memory;

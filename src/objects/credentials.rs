@@ -1,10 +1,15 @@
 //! Who a task is: ids, groups, capabilities. Threads have their own each.
 
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use ckpt_tracer::capabilities::{Held, Use, set_names};
 use ckpt_tracer::proc::status::{Ids, Status};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
-use super::process::Process;
 use crate::error::Obstacle;
 use crate::restore::plan::Builder;
 
@@ -33,23 +38,101 @@ pub struct Credentials {
     pub no_new_privs: bool,
 }
 
-/// Groups that a job has and that nobody can give it: setgroups(2) is forbidden in user namespaces
-/// that an ordinary user has made.
-pub fn obstacles(snapshot: &Snapshot, now: &Credentials) -> Vec<Obstacle> {
+/// What of the job's credentials we may not give; `now` is what its processes have from us, `held` what
+/// they may do with it.
+pub fn obstacles(snapshot: &Snapshot, now: &Credentials, held: Held) -> Vec<Obstacle> {
     let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
-    if setting.trim() != "deny" {
-        return Vec::new();
+    let no_groups = setting.trim() == "deny";
+    let mut obstacles = Vec::new();
+    for process in &snapshot.processes {
+        let mut refuse = |reason: String, remedy: &str| {
+            let object = format!("process {}", process.pid);
+            obstacles.push(Obstacle::new(object, reason, remedy));
+        };
+        let threads = || process.threads.iter().map(|t| &t.credentials);
+        if no_groups && threads().any(|c| c.groups != now.groups) {
+            refuse(
+                "has other supplementary groups than you have, and groups cannot be set in a user \
+                 namespace"
+                    .into(),
+                "restore it as root, or as a member of exactly its groups",
+            );
+        }
+        let reason = threads().find_map(|c| c.not_permitted(now, held, no_groups));
+        if let Some(reason) = reason {
+            refuse(reason, "restore it as that user, or as root");
+        }
+        if process.threads.iter().any(|t| t.seccomp.mode == 2) && !held.allows(Use::InstallSeccomp)
+        {
+            let takes = Use::InstallSeccomp;
+            refuse(
+                format!("has seccomp filters, and restoring them needs {takes}"),
+                "restore it as root",
+            );
+        }
     }
-    let lacks = |p: &&Process| p.threads.iter().any(|t| t.credentials.groups != now.groups);
-    let processes = snapshot.processes.iter().filter(lacks);
-    let obstacle = |p: &Process| {
-        Obstacle::new(
-            format!("process {}", p.pid),
-            "has other supplementary groups than you have, and groups cannot be set in a user namespace",
-            "restore it as root, or as a member of exactly its groups",
-        )
+    obstacles
+}
+
+/// Whether the kernel gives whoever executes this file other ids, or capabilities (execve(2)).
+#[allow(unsafe_code)]
+pub fn gives_privileges(program: &Path) -> bool {
+    let Ok(path) = CString::new(program.as_os_str().as_bytes()) else {
+        return false;
     };
-    processes.map(obstacle).collect()
+    let set_id = std::fs::metadata(program).is_ok_and(|meta| meta.mode() & 0o6000 != 0);
+    let name = c"security.capability".as_ptr();
+    // SAFETY: C strings; with no room the kernel only tells the size.
+    set_id || unsafe { libc::getxattr(path.as_ptr(), name, std::ptr::null_mut(), 0) } > 0
+}
+
+/// Takes back what an exec of such a file has given or taken: `now` is what we have. Root keeps its
+/// permitted set through it, an ordinary user's tracer that has no CAP_SYS_PTRACE makes the
+/// kernel give nothing (`cap_bprm_creds_from_file`, security/commoncap.c).
+pub fn as_before_exec(now: &Credentials, plan: &mut Builder) {
+    let object = || "the credentials before its set-uid program".to_owned();
+    let prctl = |args: [u64; 2], plan: &mut Builder| {
+        plan.syscall(libc::SYS_prctl, &args, object);
+    };
+    prctl([libc::PR_SET_KEEPCAPS as u64, 1], plan);
+    // Its effective set is what the file gave; that which is permitted suffices for what follows.
+    now.set_capabilities(plan, object);
+    let [r, e, s, f] = now.gid.map(u64::from);
+    plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
+    plan.syscall(libc::SYS_setfsgid, &[f], object);
+    let [r, e, s, f] = now.uid.map(u64::from);
+    plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
+    plan.syscall(libc::SYS_setfsuid, &[f], object);
+    now.set_capabilities(plan, object);
+    prctl([libc::PR_SET_KEEPCAPS as u64, 0], plan);
+}
+
+/// A new session keyring, empty and that user's: who has ours could use the keys in it
+/// (session-keyring(7)).
+pub fn join_keyring((uid, gid): (u32, u32), plan: &mut Builder) {
+    const KEYCTL_JOIN_SESSION_KEYRING: u64 = 1;
+    const KEYCTL_CHOWN: u64 = 4;
+    const KEY_SPEC_SESSION_KEYRING: i64 = -3;
+    let object = || "the session keyring".to_owned();
+    let session = KEY_SPEC_SESSION_KEYRING as u64;
+    plan.syscall(libc::SYS_keyctl, &[KEYCTL_JOIN_SESSION_KEYRING, 0], object);
+    // Without the right to give it away it is the user's to use all the same, by possession.
+    let args = [KEYCTL_CHOWN, session, uid.into(), gid.into()];
+    plan.attempt(libc::SYS_keyctl, &args, object);
+}
+
+/// Whether somebody has that id in our user namespace: lines of inner id, outer id, count
+/// (user_namespaces(7)).
+fn is_mapped(id: u32, kind: &str) -> bool {
+    let Ok(map) = std::fs::read_to_string(format!("/proc/self/{kind}_map")) else {
+        return true;
+    };
+    map.lines().any(|line| {
+        let mut numbers = line.split_whitespace().flat_map(str::parse::<u32>);
+        let (first, count) = (numbers.next(), numbers.nth(1));
+        let range = first.zip(count);
+        range.is_some_and(|(first, count)| id >= first && id - first < count)
+    })
 }
 
 impl Credentials {
@@ -68,6 +151,70 @@ impl Credentials {
             securebits,
             no_new_privs: status.no_new_privs,
         }
+    }
+
+    /// Why these cannot be had by a process that begins with `now`.
+    fn not_permitted(&self, now: &Credentials, held: Held, no_groups: bool) -> Option<String> {
+        let foreign = |ids: &[u32; 4], own: &[u32; 4]| {
+            let other = ids.iter().find(|id| !own[..3].contains(id));
+            other.copied()
+        };
+        if let Some(uid) = foreign(&self.uid, &now.uid).filter(|_| !held.allows(Use::SetUser)) {
+            let (us, takes) = (now.uid[1], Use::SetUser);
+            return Some(format!(
+                "has the uid {uid}, and you are uid {us}: becoming it needs {takes}"
+            ));
+        }
+        if let Some(gid) = foreign(&self.gid, &now.gid).filter(|_| !held.allows(Use::SetGroups)) {
+            let (us, takes) = (now.gid[1], Use::SetGroups);
+            return Some(format!(
+                "has the gid {gid}, and you have gid {us}: becoming it needs {takes}"
+            ));
+        }
+        if self.groups != now.groups && !no_groups && !held.allows(Use::SetGroups) {
+            let takes = Use::SetGroups;
+            return Some(format!(
+                "has other supplementary groups than you have, and setting them needs {takes}"
+            ));
+        }
+        if self.ids_differ(now) && !held.allows(Use::RebuildOthers) {
+            let takes = Use::RebuildOthers;
+            return Some(format!(
+                "has other ids than you have, and looking into it while it is rebuilt needs {takes}"
+            ));
+        }
+        let unknown = |ids: &[u32], kind| ids.iter().copied().find(|id| !is_mapped(*id, kind));
+        let unknown = unknown(&self.uid, "uid").or_else(|| unknown(&self.gid, "gid"));
+        if let Some(id) = unknown {
+            return Some(format!(
+                "has the id {id}, which does not exist in this user namespace"
+            ));
+        }
+        let bits = now.bounding & !self.bounding != 0 || self.securebits != now.securebits;
+        if (bits || self.leaves_root(now)) && !held.allows(Use::Setpcap) {
+            let takes = Use::Setpcap;
+            return Some(format!(
+                "has a smaller bounding set of capabilities than you have, other securebits, or is \
+                 not root as you are, and setting that needs {takes}"
+            ));
+        }
+        let lacking = self.permitted & !now.permitted | self.inheritable & !now.bounding;
+        (lacking != 0).then(|| {
+            format!(
+                "has capabilities that you cannot give it: {}",
+                set_names(lacking)
+            )
+        })
+    }
+
+    /// Whether ids change in a way that makes the kernel change capabilities with them
+    /// (`cap_emulate_setxuid`, security/commoncap.c).
+    fn leaves_root(&self, now: &Credentials) -> bool {
+        self.ids_differ(now) && (now.uid.contains(&0) || self.uid.contains(&0))
+    }
+
+    fn ids_differ(&self, now: &Credentials) -> bool {
+        self.uid != now.uid || self.gid != now.gid
     }
 
     /// What differs from what a process started by us has now is set, in an order in which
@@ -90,8 +237,8 @@ impl Credentials {
                 );
             }
         }
-        let ids_differ = self.uid != now.uid || self.gid != now.gid;
-        if ids_differ {
+        let (ids_differ, leaves_root) = (self.ids_differ(now), self.leaves_root(now));
+        if leaves_root {
             // SECBIT_KEEP_CAPS and SECBIT_NO_SETUID_FIXUP: capabilities stay through setresuid.
             let keep = 1 << 4 | 1 << 2;
             plan.syscall(
@@ -99,6 +246,8 @@ impl Credentials {
                 &[libc::PR_SET_SECUREBITS as u64, keep],
                 object,
             );
+        }
+        if ids_differ {
             let [r, e, s, f] = self.gid.map(u64::from);
             plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
             plan.syscall(libc::SYS_setfsgid, &[f], object);
@@ -106,7 +255,7 @@ impl Credentials {
             plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
             plan.syscall(libc::SYS_setfsuid, &[f], object);
         }
-        if ids_differ || self.securebits != now.securebits {
+        if leaves_root || self.securebits != now.securebits {
             let bits = u64::from(self.securebits);
             plan.syscall(
                 libc::SYS_prctl,
@@ -116,18 +265,7 @@ impl Credentials {
         }
         let sets = |c: &Credentials| (c.effective, c.permitted, c.inheritable);
         if ids_differ || sets(self) != sets(now) {
-            // _LINUX_CAPABILITY_VERSION_3, our own thread.
-            let header = plan.data(&[0x2008_0522u32, 0].map(u32::to_le_bytes).concat());
-            let words = [
-                self.effective as u32,
-                self.permitted as u32,
-                self.inheritable as u32,
-                (self.effective >> 32) as u32,
-                (self.permitted >> 32) as u32,
-                (self.inheritable >> 32) as u32,
-            ];
-            let data = plan.data(&words.map(u32::to_le_bytes).concat());
-            plan.syscall(libc::SYS_capset, &[header, data], object);
+            self.set_capabilities(plan, object);
         }
         if self.ambient != 0 {
             for cap in (0..64).filter(|cap| self.ambient & 1 << cap != 0) {
@@ -146,5 +284,71 @@ impl Credentials {
                 object,
             );
         }
+    }
+
+    /// capset(2).
+    fn set_capabilities(&self, plan: &mut Builder, object: impl Fn() -> String) {
+        // _LINUX_CAPABILITY_VERSION_3, our own thread.
+        let header = plan.data(&[0x2008_0522u32, 0].map(u32::to_le_bytes).concat());
+        let words = [
+            self.effective as u32,
+            self.permitted as u32,
+            self.inheritable as u32,
+            (self.effective >> 32) as u32,
+            (self.permitted >> 32) as u32,
+            (self.inheritable >> 32) as u32,
+        ];
+        let data = plan.data(&words.map(u32::to_le_bytes).concat());
+        plan.syscall(libc::SYS_capset, &[header, data], object);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ckpt_tracer::capabilities::Capability;
+
+    fn of(id: u32) -> Credentials {
+        Credentials {
+            uid: [id; 4],
+            gid: [id; 4],
+            ..Credentials::default()
+        }
+    }
+
+    #[test]
+    fn what_is_lacking_is_named() {
+        let why = |job: &Credentials, now: &Credentials, set| {
+            job.not_permitted(now, Held::NONE.with(set), false)
+        };
+        let (me, root) = (of(1000), of(0));
+        assert_eq!(why(&me, &me, 0), None);
+        let said = why(&root, &me, 0).expect("it is another user");
+        assert!(
+            said.contains("uid 0, and you are uid 1000") && said.contains("CAP_SETUID"),
+            "{said}"
+        );
+        let both = Capability::Setuid.bit() | Capability::Setgid.bit();
+        let said = why(&of(7), &me, both).expect("it would be somebody else's");
+        assert!(
+            said.contains("CAP_SYS_PTRACE and CAP_DAC_OVERRIDE"),
+            "{said}"
+        );
+        let both = both | Capability::SysPtrace.bit() | Capability::DacOverride.bit();
+        let said = why(&of(7), &me, Capability::Setuid.bit()).expect("it has another group");
+        assert!(
+            said.contains("gid 7") && said.contains("CAP_SETGID"),
+            "{said}"
+        );
+        assert_eq!(why(&of(7), &me, both), None);
+        let said = why(&me, &root, both).expect("the change is root's");
+        assert!(said.contains("CAP_SETPCAP"), "{said}");
+        assert_eq!(why(&me, &root, both | Capability::Setpcap.bit()), None);
+        let capable = Credentials {
+            permitted: Capability::NetAdmin.bit(),
+            ..me.clone()
+        };
+        let said = why(&capable, &me, both).expect("nobody can give it");
+        assert!(said.ends_with("cannot give it: net_admin"), "{said}");
     }
 }

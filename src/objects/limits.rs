@@ -1,9 +1,11 @@
 //! Resource limits.
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
+use crate::restore::rights::Rights;
 
 /// One limit (getrlimit(2)); `u64::MAX` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,9 +34,12 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
 /// Sets the limits. Where a hard limit cannot be raised to what it was, the soft limit alone
 /// is set as far as it goes; the result is looked at afterwards and told as a warning.
 pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
+    let host = plan.host();
+    let trusted = host.rights.as_ref().is_none_or(Rights::trusted);
+    let may_raise = trusted && host.held.allows(Use::HardLimits);
     for limit in limits {
         let now = current(limit.resource);
-        let hard = if limit.hard > now.1 && !plan.host().may_raise_limits {
+        let hard = if limit.hard > now.1 && !may_raise {
             now.1
         } else {
             limit.hard
@@ -42,10 +47,11 @@ pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
         let soft = limit.soft.min(hard);
         if hard < limit.hard {
             plan.warn(format!(
-                "the hard limit of {} is {} instead of {}: raising it needs CAP_SYS_RESOURCE",
+                "the hard limit of {} is {} instead of {}: raising it needs {}",
                 name(limit.resource),
                 hard,
-                limit.hard
+                limit.hard,
+                Use::HardLimits
             ));
         }
         let at = plan.data(&[soft, hard].map(u64::to_le_bytes).concat());

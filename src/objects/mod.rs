@@ -18,6 +18,7 @@ pub mod process;
 pub mod processor;
 pub mod scheduling;
 pub mod seccomp;
+pub mod security;
 pub mod signals;
 pub mod sockets;
 pub mod thread;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use ckpt_tracer::Tid;
+use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
@@ -74,10 +75,27 @@ pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
 }
 
 impl Scheduling {
+    /// Whether it is more than everybody may have: a lower nice value than 0, a real-time policy or
+    /// I/O priority.
+    pub fn is_favoured(&self) -> bool {
+        const ORDINARY: [i32; 3] = [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE];
+        /// `IOPRIO_CLASS_RT` and where the class stands, linux/ioprio.h.
+        const REAL_TIME: i32 = 1;
+        const CLASS: u32 = 13;
+        let word = |at: usize| self.attr.get(at..at + 4)?.first_chunk().copied();
+        let policy = word(4).map_or(0, i32::from_le_bytes);
+        let nice = word(16).map_or(0, i32::from_le_bytes);
+        self.nice < 0
+            || nice < 0
+            || !ORDINARY.contains(&policy)
+            || self.io_priority >> CLASS == REAL_TIME
+    }
+
     /// Sets what differs from `now`, the scheduling of the process that restores. An affinity
     /// that names CPUs which do not exist here is left alone with a warning.
     pub fn rebuild(&self, now: &Scheduling, plan: &mut Builder) {
         let object = || "scheduling".to_owned();
+        let without = |what| format!("{what} is not kept; it may need {}", Use::Scheduling);
         if self.affinity != now.affinity && !self.affinity.is_empty() {
             let at = plan.data(&self.affinity);
             let args = [0, self.affinity.len() as u64, at];
@@ -89,16 +107,16 @@ impl Scheduling {
         }
         if self.nice != now.nice {
             let args = [libc::PRIO_PROCESS as u64, 0, self.nice as u64];
-            plan.try_syscall(libc::SYS_setpriority, &args, "the nice value is not kept");
+            plan.try_syscall(libc::SYS_setpriority, &args, &without("the nice value"));
         }
         if self.attr != now.attr && !self.attr.is_empty() {
             let at = plan.data(&self.attr);
-            let what = "the scheduling policy, priority or nice value is not kept";
-            plan.try_syscall(libc::SYS_sched_setattr, &[0, at, 0], what);
+            let what = without("the scheduling policy, priority or nice value");
+            plan.try_syscall(libc::SYS_sched_setattr, &[0, at, 0], &what);
         }
         if self.io_priority != now.io_priority {
             let args = [IOPRIO_WHO_PROCESS, 0, self.io_priority as u64];
-            plan.try_syscall(libc::SYS_ioprio_set, &args, "the I/O priority is not kept");
+            plan.try_syscall(libc::SYS_ioprio_set, &args, &without("the I/O priority"));
         }
         let args = [libc::PR_SET_TIMERSLACK as u64, self.timer_slack];
         plan.syscall(libc::SYS_prctl, &args, object);

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::credentials::Credentials;
 use super::scheduling::{self, Scheduling};
 use super::seccomp::{self, Seccomp};
+use super::security::{self, Label};
 use super::signals::{self, Pending};
 use crate::capture::source::Source;
 use crate::restore::plan::Builder;
@@ -45,6 +46,9 @@ pub struct Thread {
     pub parent_death_signal: u32,
     /// Its seccomp state.
     pub seccomp: Seccomp,
+    /// What security modules say of it.
+    #[serde(default)]
+    pub security: Vec<Label>,
 }
 
 /// A registered restartable sequence area.
@@ -167,6 +171,7 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
         credentials: Credentials::of(&status, asked.securebits),
         parent_death_signal: asked.parent_death_signal,
         seccomp: seccomp::capture(task, mode)?,
+        security: security::capture(source.pid, tid),
     })
 }
 

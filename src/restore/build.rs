@@ -3,16 +3,18 @@
 mod family;
 
 use ckpt_tracer::proc::maps::Vma;
+use nix::unistd::AccessFlags;
 
 use super::births::Origin;
 use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
+use super::surroundings;
 use crate::error::Obstacle;
 use crate::objects::files::{self, Staging};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
-use crate::objects::{Snapshot, limits, signals, timers};
+use crate::objects::{Snapshot, credentials, limits, signals, timers};
 
 /// One plan in the making.
 #[derive(Clone, Copy)]
@@ -45,6 +47,9 @@ impl Build<'_> {
             parent,
             inherited: &inherited,
         };
+        if self.job.births[self.index].origin == Origin::Executed {
+            self.begin(&mut plan);
+        }
         self.memory(forked, &mut plan, &mut obstacles);
         if self.index == 0 {
             self.descriptions(&mut plan, &mut obstacles);
@@ -66,6 +71,22 @@ impl Build<'_> {
             Ok(plan.finish())
         } else {
             Err(obstacles)
+        }
+    }
+
+    /// What comes before everything else: who the process is until it has its own credentials.
+    fn begin(&self, plan: &mut Builder) {
+        let snapshot = self.job.snapshot;
+        let host = plan.host().clone();
+        let executable = &snapshot.mapped_files[self.process.memory.executable];
+        if executable.contents.is_none() && credentials::gives_privileges(&executable.path) {
+            credentials::as_before_exec(&host.credentials, plan);
+        }
+        if let Some(ids) = host.keyring.filter(|_| self.index == 0) {
+            credentials::join_keyring(ids, plan);
+        }
+        if let Some(rights) = &host.rights {
+            rights.begin(plan);
         }
     }
 
@@ -196,7 +217,11 @@ impl Build<'_> {
                 memory::Backing::SharedFile { file, writable, .. } => Some((file, writable)),
                 _ => None,
             })
-            .filter(|(file, _)| snapshot.mapped_files[*file].contents.is_some())
+            .filter(|(file, _)| {
+                let ours = plan.host().rights.as_ref();
+                snapshot.mapped_files[*file].contents.is_some()
+                    || ours.is_some_and(|rights| rights.maps_for_it(*file))
+            })
             .collect();
         wanted.sort_unstable();
         wanted.dedup();
@@ -248,15 +273,22 @@ fn rebuild_places(process: &Process, plan: &mut Builder) {
 }
 
 fn rebuild_directories(process: &Process, plan: &mut Builder) {
-    let cwd = plan.path(&process.cwd);
-    plan.syscall(libc::SYS_chdir, &[cwd], || {
-        format!("the working directory {}", process.cwd.display())
-    });
+    let enter = |path: &std::path::Path, nr: i64, object: String, plan: &mut Builder| {
+        let at = plan.path(path);
+        let call = |plan: &mut Builder| plan.syscall(nr, &[at], || object);
+        match plan.host().rights.clone() {
+            Some(rights) => {
+                let may = rights.during(|| surroundings::may(path, AccessFlags::X_OK).is_ok());
+                rights.as_ourselves(may, plan, call);
+            }
+            None => call(plan),
+        }
+    };
+    let object = format!("the working directory {}", process.cwd.display());
+    enter(&process.cwd, libc::SYS_chdir, object, plan);
     if process.root != std::path::Path::new("/") {
-        let root = plan.path(&process.root);
-        plan.syscall(libc::SYS_chroot, &[root], || {
-            format!("the root directory {}", process.root.display())
-        });
+        let object = format!("the root directory {}", process.root.display());
+        enter(&process.root, libc::SYS_chroot, object, plan);
     }
     plan.syscall(libc::SYS_umask, &[process.umask.into()], || "umask".into());
 }

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::os::fd::AsRawFd;
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::tasks::timens_offsets;
 use nix::errno::Errno;
 
@@ -169,7 +170,11 @@ fn shown(was: &Host, clock: i32) -> u64 {
 fn denied(errno: Errno) -> Error {
     Error::refuse(Obstacle::new(
         "the time namespace in which the job's clocks go on",
-        format!("cannot be made: {}", errno.desc()),
+        format!(
+            "cannot be made: {}; it needs {}",
+            errno.desc(),
+            Use::OwnClocks
+        ),
         "run restore as root, or take the machine's clocks: --clock host",
     ))
 }

@@ -15,6 +15,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::plan::{Inherit, Inherited};
 use super::pty::{self, Ptys};
+use super::rights;
 use crate::error::{Error, Result};
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Kind, inotify};
@@ -129,8 +130,22 @@ fn open(
             Ok(reopen(file, description.flags)?.into())
         }
         Inherited::Executable(file) => Ok(executable(*file, snapshot, image)?.into()),
+        Inherited::OpenedForIt(index, flags) => match &snapshot.descriptions[*index].kind {
+            Kind::Regular(file) => {
+                Ok(rights::open_the_same(&file.path, *flags as i32, &file.identity)?.into())
+            }
+            _ => Err(Error::Restore(format!("description {index} is no file"))),
+        },
         Inherited::MappedFile(index, writable) => {
             let record = &snapshot.mapped_files[*index];
+            if record.contents.is_none() {
+                let flags = if *writable {
+                    libc::O_RDWR
+                } else {
+                    libc::O_RDONLY
+                };
+                return Ok(rights::open_the_same(&record.path, flags, &record.identity)?.into());
+            }
             let space = record.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (record.identity.size, record.identity.mode);
             let file = made.get(space, || nameless(&record.path, space, size, mode, image))?;

@@ -85,8 +85,11 @@ pub fn rebuild(
         if !process.shares.memory {
             warnings.extend(warnings_of(&worker.planned.plan, &worker.mem)?);
         }
-        warnings.extend(adjust_from_outside(process, Pid(process.pid)));
-        complete.push(handover::complete(worker, process, job)?);
+        let untrusted = job.host.rights.as_ref().filter(|rights| !rights.trusted());
+        warnings.extend(adjust_from_outside(process, Pid(process.pid), untrusted));
+        let done = handover::complete(worker, process, job)?;
+        warnings.extend(done.warnings.iter().cloned());
+        complete.push(done);
     }
     warnings.sort();
     warnings.dedup();

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 
 use super::Opened;
+use super::rights::{self, Rights};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::mapped::MappedFiles;
 use crate::inspect::memory::{ImageMemory, TargetMemory};
@@ -31,6 +32,7 @@ pub struct HandOver {
     text: String,
     uid: u32,
     gid: u32,
+    rights: Option<Rights>,
 }
 
 /// A file that has another name until the job is let go; gone unless it got its own.
@@ -38,6 +40,7 @@ pub struct HandOver {
 pub struct Prepared {
     at: PathBuf,
     path: PathBuf,
+    rights: Option<Rights>,
 }
 
 /// Parses `NAME=VALUE`.
@@ -83,6 +86,7 @@ impl HandOver {
             text: lines.collect(),
             uid: who.uid[1],
             gid: who.gid[1],
+            rights: opened.rights()?,
         }))
     }
 
@@ -96,8 +100,10 @@ impl HandOver {
         let prepared = Prepared {
             at: self.path.with_file_name(name),
             path: self.path.clone(),
+            rights: self.rights.clone(),
         };
-        self.write(&prepared.at).map_err(|e| self.failed(e))?;
+        let written = rights::with(self.rights.as_ref(), || self.write(&prepared.at));
+        written.map_err(|e| self.failed(e))?;
         Ok(prepared)
     }
 
@@ -109,7 +115,8 @@ impl HandOver {
         }
     }
 
-    /// Readable by the job and nobody else.
+    /// Readable by the job and nobody else. The place is of the job's choosing, so it must be one that
+    /// its user may write to.
     fn write(&self, at: &Path) -> io::Result<()> {
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
@@ -130,11 +137,11 @@ impl HandOver {
     }
 
     fn mounted(&self) -> io::Result<()> {
-        OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&self.path)?;
+        rights::with(self.rights.as_ref(), || {
+            let mut options = OpenOptions::new();
+            options.append(true).create(true).mode(0o600);
+            options.open(&self.path)
+        })?;
         // Any directory will do for the moment: nobody else is in this namespace yet.
         let over = c"/proc";
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
@@ -201,7 +208,8 @@ impl Prepared {
     /// # Errors
     /// When that is refused.
     pub fn publish(self) -> Result<()> {
-        fs::rename(&self.at, &self.path).map_err(|source| Error::File {
+        let rename = || fs::rename(&self.at, &self.path);
+        rights::with(self.rights.as_ref(), rename).map_err(|source| Error::File {
             what: "rename",
             path: self.at.clone(),
             source,
@@ -211,7 +219,7 @@ impl Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.at);
+        let _ = rights::with(self.rights.as_ref(), || fs::remove_file(&self.at));
     }
 }
 

@@ -11,11 +11,13 @@ use nix::errno::Errno;
 use super::executor::Worker;
 use super::plan::Plan;
 use super::planner::Job;
+use super::rights::{self, Rights};
 use super::stop;
 use crate::error::Result;
 use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
+use crate::objects::security;
 use crate::objects::signals::Action;
 use crate::objects::thread::Thread;
 
@@ -28,6 +30,8 @@ fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
 /// A process whose tasks have their registers.
 pub(super) struct Complete {
     tasks: Vec<Stopped>,
+    /// What its tasks have to do without.
+    pub(super) warnings: Vec<String>,
 }
 
 /// When a process creates no more processes.
@@ -43,22 +47,45 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
         ..
     } = worker;
     let (mem, plan) = (&mem, &planned.plan);
-    let others = take_over(process)?;
+    let mut others = take_over(process)?;
     leader.note_only(others.is_empty());
     // One cave for all that is left to be done inside: a map of very many threads is long.
     let cave = Cave::dig(mem, &read_maps(mem.pid())?)?;
     take_note_of_stops(&mut leader, mem, plan.stack, process, job, &cave)?;
+    let mut warnings = Vec::new();
+    let tasks = std::iter::once(&mut leader).chain(&mut others);
+    for (task, thread) in tasks.zip(&process.threads) {
+        if thread.security.is_empty() {
+            continue;
+        }
+        if thread.seccomp.mode == 2 {
+            suspend_seccomp(task)?;
+        }
+        // Below the end of the restorer's stack, on which nobody runs any more.
+        let room = plan.stack - security::ROOM;
+        let asked = security::rebuild(task, &thread.security, mem, room, &cave)?;
+        warnings.extend(
+            asked
+                .into_iter()
+                .map(|w| format!("process {}: {w}", process.pid)),
+        );
+    }
     remove_restorer(&mut leader, process, plan, mem, &cave)?;
     let mut tasks = set_states(leader, others, process, job, &cave)?;
     cave.fill_in()?;
     if let Some(signal) = stop_signal(process, job) {
         stop::by_signal(&mut tasks, process, signal)?;
     }
-    Ok(Complete { tasks })
+    Ok(Complete { tasks, warnings })
 }
 /// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
-/// what the kernel does not take is left as it is, with a warning.
-pub(super) fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
+/// what the kernel does not take is left as it is, with a warning. Into the control groups that an image
+/// of somebody else names goes who may go there by themselves.
+pub(super) fn adjust_from_outside(
+    process: &Process,
+    pid: Pid,
+    untrusted: Option<&Rights>,
+) -> Vec<String> {
     let score = process.oom_score_adj.to_string();
     let filter = process.coredump_filter.map(|filter| format!("{filter:#x}"));
     let wanted = [("oom_score_adj", Some(score)), ("coredump_filter", filter)];
@@ -73,7 +100,9 @@ pub(super) fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
         ))
     });
     refused
-        .chain(cgroup::rebuild(&process.cgroups, pid))
+        .chain(rights::with(untrusted, || {
+            cgroup::rebuild(&process.cgroups, pid)
+        }))
         .collect()
 }
 
@@ -298,7 +327,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.oom_score_adj = -1000;
         process.coredump_filter = Some(0x21);
-        let warnings = adjust_from_outside(&process, pid);
+        let warnings = adjust_from_outside(&process, pid, None);
         let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
         let score = file("oom_score_adj").expect("it runs");
         let filter = file("coredump_filter").expect("it runs");
@@ -316,7 +345,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.coredump_filter = Some(0x21);
         // No process has this pid.
-        let warnings = adjust_from_outside(&process, Pid(i32::MAX));
+        let warnings = adjust_from_outside(&process, Pid(i32::MAX), None);
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[1].starts_with("coredump_filter was 0x21 and is unknown now"));
     }

@@ -9,16 +9,17 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::capabilities::Held;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
-use crate::objects::{ipc, scheduling};
+use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
 use put::PutFiles;
+use rights::Rights;
 use terminal::Wish;
 
 pub mod births;
@@ -37,6 +38,7 @@ pub mod plan;
 pub mod planner;
 pub mod pty;
 pub mod put;
+pub mod rights;
 pub mod spawn;
 pub mod stop;
 pub mod surroundings;
@@ -160,7 +162,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
         puts,
         cuts,
     } = way::look(opened, pids)?;
-    let put_back = put::put(&puts, image)?;
+    let put_back = put::put(&puts, image, job.host.rights.as_ref())?;
     let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
@@ -193,8 +195,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state(groups: &[u32]) -> Result<plan::HostState> {
-    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+fn host_state(groups: &[u32], snapshot: &Snapshot, trusted: bool) -> Result<plan::HostState> {
     let me = Pid(std::process::id() as i32);
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
@@ -207,12 +208,35 @@ fn host_state(groups: &[u32]) -> Result<plan::HostState> {
         credentials.permitted = status.capabilities.ambient;
         credentials.effective = status.capabilities.ambient;
     }
+    let held = Held::now().with(credentials.effective);
+    let rights = Rights::of(snapshot, &credentials, held, trusted);
+    if let Some(rights) = &rights {
+        // What the plan begins with.
+        credentials.groups = rights.groups().to_vec();
+        (credentials.uid[3], credentials.gid[3]) = rights.ids();
+    }
+    let root = &snapshot.processes[0].threads[0].credentials;
+    let another = root.uid[0] != credentials.uid[0];
     Ok(plan::HostState {
+        keyring: (another && keyrings_exist()).then_some((root.uid[0], root.gid[0])),
+        rights,
         scheduling: scheduling::capture(Tid(me.raw()), 0),
-        may_raise_limits: status.capabilities.effective & CAP_SYS_RESOURCE != 0
-            && host::in_first_user_namespace(),
+        held,
         credentials,
     })
+}
+
+/// Whether this kernel has keyrings (keyrings(7)); asking for ours makes none.
+#[allow(unsafe_code)]
+fn keyrings_exist() -> bool {
+    const KEYCTL_GET_KEYRING_ID: i64 = 0;
+    const KEY_SPEC_SESSION_KEYRING: i64 = -3;
+    // SAFETY: a call without pointers.
+    let r = unsafe {
+        let session = KEY_SPEC_SESSION_KEYRING;
+        libc::syscall(libc::SYS_keyctl, KEYCTL_GET_KEYRING_ID, session, 0)
+    };
+    r >= 0 || nix::errno::Errno::last() != nix::errno::Errno::ENOSYS
 }
 
 #[allow(unsafe_code)]

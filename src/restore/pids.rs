@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
@@ -66,7 +67,7 @@ fn why_not_here(snapshot: &Snapshot, births: &[Births]) -> Option<String> {
     }
     let ids = ids(snapshot, births);
     if !spawn::may_choose_pids(ids.len() > 1) {
-        return Some("choosing pids takes CAP_CHECKPOINT_RESTORE".into());
+        return Some(format!("choosing pids takes {}", Use::ChoosePids));
     }
     let taken = taken(&ids);
     let first = taken.first()?;
@@ -205,7 +206,10 @@ pub(super) fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Ob
 pub(super) fn not_permitted(pid: i32) -> Obstacle {
     Obstacle::new(
         format!("process {pid}"),
-        "cannot get its old pid: choosing a pid needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
+        format!(
+            "cannot get its old pid: choosing a pid needs {}",
+            Use::ChoosePids
+        ),
         "run restore as root, or with --pids namespace",
     )
 }

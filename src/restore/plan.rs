@@ -9,9 +9,11 @@ use ckpt_restorer::{
     EXITS, MAIN_STACK, Op, OpKind, PARKS, Plan as PlanHeader, THREAD_STACK, TRAPS, ThreadPlan,
 };
 use ckpt_tracer::blob::Blob;
+use ckpt_tracer::capabilities::Held;
 
 mod finished;
 
+use super::rights::Rights;
 use crate::objects::credentials::Credentials;
 use crate::objects::scheduling::Scheduling;
 use finished::List;
@@ -24,8 +26,12 @@ pub struct HostState {
     pub credentials: Credentials,
     /// Our own scheduling.
     pub scheduling: Scheduling,
-    /// CAP_SYS_RESOURCE is held.
-    pub may_raise_limits: bool,
+    /// The capabilities that it has in force.
+    pub held: Held,
+    /// In whose name it opens files, if not in ours.
+    pub rights: Option<Rights>,
+    /// Whose its session keyring becomes, if it shall not have ours.
+    pub keyring: Option<(u32, u32)>,
 }
 
 /// A point at which the restorer hands over to the tracer.
@@ -57,7 +63,10 @@ pub enum Inherited {
     MemFd(usize),
     /// A nameless file with contents from the image, opened as the description says.
     DeletedFile(usize),
-    /// A nameless file with the contents of a mapped file; writable or not.
+    /// A file that the job's user may not open, by description, opened with these flags.
+    OpenedForIt(usize, u32),
+    /// A nameless file with the contents of a mapped file, or one that the job's user may not open;
+    /// writable or not.
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use super::contents;
+use super::rights::{self, Rights};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
@@ -258,6 +259,8 @@ pub struct Undo {
     done: Vec<Done>,
     /// What is not as it was, one sentence each.
     pub warnings: Vec<String>,
+    /// In whose name, if not in ours: whose directories these are may lead their paths elsewhere.
+    rights: Option<Rights>,
 }
 
 /// One of them.
@@ -274,7 +277,7 @@ impl Undo {
     pub fn keep(mut self) -> Vec<String> {
         for done in std::mem::take(&mut self.done) {
             if let Some(old) = done.old
-                && let Err(e) = fs::remove_file(&old)
+                && let Err(e) = rights::with(self.rights.as_ref(), || fs::remove_file(&old))
             {
                 let old = old.display();
                 self.warnings
@@ -287,6 +290,12 @@ impl Undo {
 
 impl Drop for Undo {
     fn drop(&mut self) {
+        rights::with(self.rights.as_ref(), || self.take_back());
+    }
+}
+
+impl Undo {
+    fn take_back(&self) {
         for done in self.done.iter().rev() {
             let still =
                 fs::symlink_metadata(&done.path).is_ok_and(|m| (m.dev(), m.ino()) == done.new);
@@ -306,8 +315,14 @@ impl Drop for Undo {
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Image`]; those that were put back already are taken back.
-pub fn put(puts: &[Put<'_>], image: &Reader) -> Result<Undo> {
+pub fn put(puts: &[Put<'_>], image: &Reader, rights: Option<&Rights>) -> Result<Undo> {
     let mut undo = Undo::default();
+    undo.rights = rights.cloned();
+    rights::with(rights, || put_all(puts, image, &mut undo))?;
+    Ok(undo)
+}
+
+fn put_all(puts: &[Put<'_>], image: &Reader, undo: &mut Undo) -> Result<()> {
     for put in puts {
         let prepared = put.prepare(image, &mut undo.warnings)?;
         let meta = fs::symlink_metadata(&prepared.at).map_err(|source| put.error(source))?;
@@ -322,7 +337,7 @@ pub fn put(puts: &[Put<'_>], image: &Reader) -> Result<Undo> {
             old,
         });
     }
-    Ok(undo)
+    Ok(())
 }
 
 /// Gives the file its name, which nobody has.

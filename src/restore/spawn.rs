@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use ckpt_tracer::Tid;
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
@@ -42,11 +43,14 @@ impl Drop for Brood {
         if self.kept {
             return;
         }
-        for pid in &self.pids {
+        let pids = std::mem::take(&mut self.pids);
+        // What has become somebody else's may refuse our signal; it ends with us (EXITKILL).
+        let killed = pids.into_iter().filter(|pid| {
             // SAFETY: a call without pointers; the pids are our children's or tracees', and are not
             // free for others before they have been waited for.
-            unsafe { libc::kill(*pid, libc::SIGKILL) };
-        }
+            unsafe { libc::kill(*pid, libc::SIGKILL) == 0 || Errno::last() != Errno::EPERM }
+        });
+        self.pids = killed.collect();
         for pid in self.pids.iter().rev() {
             // The leader's end is told only when every thread that we trace has been waited for.
             let tasks = ckpt_tracer::proc::tasks::list_tasks(Tid(*pid)).unwrap_or_default();
@@ -209,11 +213,11 @@ pub fn may_choose_pids(by_others: bool) -> bool {
     }
     let status = ckpt_tracer::proc::status::read_status(Tid(taken as i32));
     !by_others
-        || status.is_ok_and(|s| s.uid.effective == 0 || s.capabilities.ambient & MAY_CHOOSE != 0)
+        || status.is_ok_and(|s| {
+            let takes = Use::ChoosePids.row().takes;
+            s.uid.effective == 0 || takes.are_in(s.capabilities.ambient)
+        })
 }
-
-/// CAP_CHECKPOINT_RESTORE and CAP_SYS_ADMIN.
-const MAY_CHOOSE: u64 = 1 << 40 | 1 << 21;
 
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
     match errno {

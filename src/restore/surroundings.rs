@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use ckpt_tracer::features::{CAP_SYS_CHROOT, KernelFeatures};
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::features::KernelFeatures;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, faccessat};
 
@@ -84,11 +85,11 @@ fn directories(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
     }
     let changed = |p: &&Process| p.root != Path::new("/");
     if let Some(process) = snapshot.processes.iter().find(changed)
-        && !kernel.has_capability(CAP_SYS_CHROOT)
+        && !kernel.capabilities.allows(Use::RootDirectory)
     {
         obstacles.push(Obstacle::new(
             format!("the root directory {}", process.root.display()),
-            "cannot be changed to: that needs CAP_SYS_CHROOT",
+            format!("cannot be changed to: that needs {}", Use::RootDirectory),
             "run restore as root, or in a user namespace",
         ));
     }

@@ -13,7 +13,7 @@ use super::clock::{self, Clocks};
 use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
-use super::{Request, bundle, paths, surroundings};
+use super::{Request, bundle, paths, rights, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::objects::files::changed::Cut;
@@ -30,6 +30,8 @@ pub struct Opened<'a> {
     pub(super) kernel: KernelFeatures,
     /// Our supplementary groups; in a user namespace the kernel does not show them.
     groups: Vec<u32>,
+    /// It belongs to us.
+    is_ours: bool,
     vdso: Replaced,
     /// What has come up already.
     obstacles: Vec<Obstacle>,
@@ -40,6 +42,11 @@ pub struct Opened<'a> {
 }
 
 impl Opened<'_> {
+    /// In whose name files are opened, if not in ours.
+    pub(super) fn rights(&self) -> Result<Option<rights::Rights>> {
+        Ok(super::host_state(&self.groups, &self.snapshot, self.is_ours)?.rights)
+    }
+
     /// The work is done by that one.
     pub fn restored_by(&mut self, owner: &crate::isolate::Owner) {
         self.groups = owner.groups.clone();
@@ -72,12 +79,19 @@ pub(super) struct Way<'a> {
 /// [`Error::Image`] and [`Error::Metadata`], and [`Error::Refused`] for an image of somebody else. What
 /// else is in the way is only noted.
 pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
-    let image = open_own(request)?;
+    let (image, owner) = open_own(request)?;
+    let is_ours = owner == nix::unistd::geteuid().as_raw();
     image.require_arch(Arch::native())?;
     let mut snapshot = snapshot::read(&image, request.image)?;
     if let Some(what) = references::check(&snapshot, &image).into_iter().next() {
         let path = request.image.to_owned();
         return Err(Error::Metadata { path, what });
+    }
+    if !is_ours {
+        let beyond = rights::beyond_its_owner(&snapshot, owner);
+        if !beyond.is_empty() {
+            return Err(Error::Refused(beyond));
+        }
     }
     let kernel = KernelFeatures::probe();
     let verdict = processor::judge(&snapshot, &kernel.cpu);
@@ -98,6 +112,7 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
         image,
         snapshot,
         kernel,
+        is_ours,
         groups: read_status(Pid(std::process::id() as i32))?.groups,
         vdso,
         obstacles,
@@ -108,10 +123,11 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
 
 /// What is in an image runs with the ids that are in it, so whoever wrote it must be ourselves, or
 /// trusted by root.
-fn open_own(request: &Request<'_>) -> Result<Reader> {
-    let image = Reader::open(request.image)?;
+fn open_own(request: &Request<'_>) -> Result<(Reader, u32)> {
     let path = request.image;
-    let owner = std::fs::metadata(path).map(|meta| meta.uid());
+    let file = std::fs::File::open(path);
+    let owner = file.and_then(|file| Ok(file.metadata()?.uid()));
+    let image = Reader::open(path)?;
     let me = nix::unistd::geteuid();
     match owner {
         Ok(owner) if owner != me.as_raw() && !(me.is_root() && request.any_owner) => {
@@ -125,7 +141,12 @@ fn open_own(request: &Request<'_>) -> Result<Reader> {
                 remedy,
             )))
         }
-        _ => Ok(image),
+        Ok(owner) => Ok((image, owner)),
+        Err(source) => Err(Error::File {
+            what: "look at",
+            path: path.to_owned(),
+            source,
+        }),
     }
 }
 
@@ -142,7 +163,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
         snapshot,
         image,
         request,
-        super::host_state(&opened.groups)?,
+        super::host_state(&opened.groups, snapshot, opened.is_ours)?,
         &opened.vdso,
     ) {
         Ok(job) => Some(job),
@@ -163,11 +184,18 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     }
     let puts = put::decide(snapshot, image, request.put_files);
     let puts = refused_or(puts, &mut obstacles)?;
-    let cuts = Cut::all(snapshot, request).map_err(Error::Refused);
+    let rights = job.as_ref().and_then(|job| job.host.rights.as_ref());
+    let cuts = rights::with(rights, || Cut::all(snapshot, request));
+    obstacles.extend(rights.iter().flat_map(|rights| rights.obstacles(snapshot)));
+    let cuts = cuts.map_err(Error::Refused);
     let cuts = refused_or(cuts, &mut obstacles)?;
     refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
     if let Some(job) = &job {
-        obstacles.extend(credentials::obstacles(snapshot, &job.host.credentials));
+        obstacles.extend(credentials::obstacles(
+            snapshot,
+            &job.host.credentials,
+            job.host.held,
+        ));
     }
     obstacles.extend(pids);
     match job {

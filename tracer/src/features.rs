@@ -16,25 +16,15 @@ use std::mem::size_of;
 
 use nix::errno::Errno;
 
+use crate::capabilities::Held;
 use crate::child::{Child, pause_forever};
 use crate::kcmp::{KcmpType, kcmp};
+use crate::proc::mounts;
 use crate::proc::pagemap::{PagemapScanner, ScanMethod};
-use crate::proc::{mounts, status};
 use crate::{Pid, Result, Tid};
 
 pub use cpu::{Cpu, FeatureWord, Register, StateComponent};
 pub use table::FeatureRow;
-
-/// `CAP_SYS_CHROOT`
-pub const CAP_SYS_CHROOT: u32 = 18;
-/// `CAP_SYS_PTRACE`
-pub const CAP_SYS_PTRACE: u32 = 19;
-/// `CAP_SYS_ADMIN`
-pub const CAP_SYS_ADMIN: u32 = 21;
-/// `CAP_SYS_RESOURCE`
-pub const CAP_SYS_RESOURCE: u32 = 24;
-/// `CAP_CHECKPOINT_RESTORE` (Linux 5.9)
-pub const CAP_CHECKPOINT_RESTORE: u32 = 40;
 
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` of `linux/membarrier.h` (Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: i64 = 1 << 9;
@@ -76,7 +66,7 @@ pub struct KernelFeatures {
     pub ptrace_syscall_info: bool,
     /// `PTRACE_GET_RSEQ_CONFIGURATION` (Linux 5.13).
     pub ptrace_rseq: bool,
-    /// `PTRACE_O_SUSPEND_SECCOMP`: needs `CAP_SYS_ADMIN`.
+    /// `PTRACE_O_SUSPEND_SECCOMP`, see [`Use::SuspendSeccomp`](crate::capabilities::Use).
     pub suspend_seccomp: bool,
     /// process_vm_readv(2).
     pub process_vm_readv: bool,
@@ -120,8 +110,8 @@ pub struct KernelFeatures {
     pub map_files: bool,
     /// Size of `struct rseq` that the kernel fills (`AT_RSEQ_FEATURE_SIZE`); 0 before Linux 6.3.
     pub rseq_feature_size: u32,
-    /// Effective capabilities, bit N for capability N.
-    pub capabilities: u64,
+    /// The capabilities that we hold.
+    pub capabilities: Held,
     /// `kernel.yama.ptrace_scope`; `None` without Yama.
     pub yama_scope: Option<u32>,
     /// Option `hidepid` of our `/proc`: 0, 1, 2 or 4.
@@ -145,10 +135,9 @@ pub struct KernelFeatures {
 impl KernelFeatures {
     /// Finds out. What cannot be found out counts as missing.
     pub fn probe() -> Self {
-        let capabilities = effective_capabilities();
         let mut found = Self {
             release: setting("/proc/sys/kernel/osrelease").unwrap_or_default(),
-            capabilities,
+            capabilities: Held::now(),
             cpu: Cpu::probe(),
             yama_scope: number("/proc/sys/kernel/yama/ptrace_scope").map(|scope| scope as u32),
             hidepid: hidepid(),
@@ -166,11 +155,6 @@ impl KernelFeatures {
         found.probe_target();
         found.probe_namespaces();
         found
-    }
-
-    /// Whether our effective set has a capability (in our user namespace).
-    pub fn has_capability(&self, capability: u32) -> bool {
-        self.capabilities.checked_shr(capability).unwrap_or(0) & 1 == 1
     }
 
     /// Version of the kernel, (6, 18) for `6.18.44-generic`.
@@ -343,11 +327,6 @@ fn setting(path: &str) -> Option<String> {
 
 fn number(path: &str) -> Option<u64> {
     setting(path)?.parse().ok()
-}
-
-fn effective_capabilities() -> u64 {
-    let own = Pid(std::process::id() as i32);
-    status::read_status(own).map_or(0, |status| status.capabilities.effective)
 }
 
 fn hidepid() -> u32 {

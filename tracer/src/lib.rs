@@ -10,11 +10,13 @@
 //! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
 //! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
-//! * [`features`]: what this kernel and this user can do, probed once.
+//! * [`features`]: what this kernel and this user can do, probed once;
+//! * [`capabilities`]: every use of a capability, in one table.
 
 pub mod abi;
 mod addr;
 pub mod blob;
+pub mod capabilities;
 mod child;
 mod error;
 pub mod fault;

@@ -1,5 +1,7 @@
 //! Why the kernel lets nobody attach although the user is the right one, and what helps.
 
+use crate::capabilities::Use;
+
 /// Why a process of one's own may not be traced, and the remedy: two halves of a sentence.
 #[must_use]
 pub fn why() -> (String, &'static str) {
@@ -20,7 +22,7 @@ fn of_scope(scope: u32) -> (String, &'static str) {
             "start the program with `ckpt run`, run ckpt as root, or have the setting lowered",
         ),
         2 => (
-            setting("so that only CAP_SYS_PTRACE allows it"),
+            setting(&format!("so that only {} allows it", Use::Trace)),
             "run ckpt as root",
         ),
         _ => (

@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::fdinfo::InotifyWatch;
 use ckpt_tracer::proc::mounts;
 use serde::{Deserialize, Serialize};
@@ -64,7 +65,10 @@ pub fn capture(
                      which no name was found",
                     watch.wd, watch.ino, watch.sdev.0, watch.sdev.1
                 ),
-                "run ckpt as root, which may ask the kernel for it",
+                format!(
+                    "run ckpt as root, or with {}, to ask the kernel for it",
+                    Use::FileHandles
+                ),
             )));
         };
         found.push(Watch {

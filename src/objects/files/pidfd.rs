@@ -277,7 +277,9 @@ mod tests {
             HostState {
                 credentials: Default::default(),
                 scheduling: Default::default(),
-                may_raise_limits: false,
+                held: Default::default(),
+                rights: None,
+                keyring: None,
             },
         );
         rebuild_late(index, &snapshot(), &mut plan);

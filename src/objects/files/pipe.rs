@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
@@ -145,7 +146,11 @@ pub fn rebuild(
     plan.expect(libc::SYS_pipe2, &[out, 0], 0, object);
     if end.capacity != 65536 {
         let args = [1, libc::F_SETPIPE_SZ as u64, end.capacity.into()];
-        plan.syscall(libc::SYS_fcntl, &args, object);
+        let capacity = || {
+            let (of, takes) = (object(), Use::LargePipe);
+            format!("the capacity of {of}, which needs {takes} above fs.pipe-max-size")
+        };
+        plan.syscall(libc::SYS_fcntl, &args, capacity);
     }
     let unread = ends.iter().map(|(.., p)| &p.unread).find(|u| !u.is_empty());
     if let Some(unread) = unread {

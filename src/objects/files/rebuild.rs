@@ -1,6 +1,8 @@
 //! Open file descriptions and descriptors as operations of plans: the root opens every description,
 //! each process makes its own numbers of them.
 
+use ckpt_tracer::capabilities::Use;
+
 use super::{Description, Kind, Owner, changed, epoll, fifo, pidfd, pipe};
 use crate::error::Obstacle;
 use crate::objects::process::Process;
@@ -278,9 +280,17 @@ fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
 fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Builder) {
     let others = description.flags & (libc::O_DIRECT | libc::O_NOATIME) as u32;
     let args = [fd as u64, libc::F_SETFL as u64, (settable | others).into()];
-    plan.syscall(libc::SYS_fcntl, &args, || {
-        format!("the flags of an open file ({})", description.kind.label())
-    });
+    let object = || {
+        let of = format!("the flags of an open file ({})", description.kind.label());
+        match description.flags & libc::O_NOATIME as u32 {
+            0 => of,
+            _ => format!(
+                "{of} with O_NOATIME, which needs {} if that is not yours",
+                Use::NoAccessTime
+            ),
+        }
+    };
+    plan.syscall(libc::SYS_fcntl, &args, object);
 }
 
 /// Who gets SIGIO; done when every process and thread exists that may be the one, by the first

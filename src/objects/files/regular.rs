@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::fdinfo::LockLine;
 use ckpt_tracer::proc::silly::is_silly_name;
 use serde::{Deserialize, Serialize};
@@ -272,7 +273,10 @@ pub fn rebuild_leases(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
                 libc::F_RDLCK
             };
             let args = [entry.fd as u64, libc::F_SETLEASE as u64, how as u64];
-            let object = || format!("the lease on {}", file.path.display());
+            let object = || {
+                let (path, takes) = (file.path.display(), Use::Lease);
+                format!("the lease on {path}, which needs {takes} if that is not yours")
+            };
             plan.syscall(libc::SYS_fcntl, &args, object);
         }
     }
@@ -294,8 +298,15 @@ impl Regular {
         plan: &mut Builder,
     ) -> Result<(), Box<Obstacle>> {
         let object = || self.object();
+        let ours = plan.host().rights.as_ref();
         if self.contents.is_some() {
             plan.inherit(at, Inherited::DeletedFile(index));
+        } else if ours.is_some_and(|rights| rights.opens_for_it(index)) {
+            changed::check(self, flags, checks.0, checks.1)?;
+            plan.inherit(
+                at,
+                Inherited::OpenedForIt(index, super::reopen_flags(flags)),
+            );
         } else {
             // What is put back is what it was.
             if self.saved.is_none() {

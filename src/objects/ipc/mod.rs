@@ -21,6 +21,7 @@
 use serde::{Deserialize, Serialize};
 
 use ckpt_image::Reader;
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::ProcRoot;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::tasks;
@@ -184,7 +185,8 @@ fn may_create(object: &Object, kind: Type) -> Result<(), Obstacle> {
         Err(e) => Err(Obstacle::new(
             object.title(kind),
             format!(
-                "does not exist any more, and you may not create one under that id ({})",
+                "does not exist any more, and you may not create one under that id, which needs {} ({})",
+                Use::ChooseIpcIds,
                 e.kind()
             ),
             "run restore as root, or in an IPC namespace of its own: \

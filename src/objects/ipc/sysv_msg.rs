@@ -1,5 +1,6 @@
 //! System V message queues.
 
+use ckpt_tracer::capabilities::Use;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -194,10 +195,10 @@ impl Queue {
         match sys::msg_set(object.id, object.access(), self.capacity) {
             Err(Errno::EPERM) if self.capacity > usual => {
                 warnings.push(format!(
-                    "{} takes {usual} bytes and not {} as before; more than kernel.msgmnb needs \
-                     CAP_SYS_RESOURCE",
+                    "{} takes {usual} bytes and not {} as before; more than kernel.msgmnb needs {}",
                     self.title(),
-                    self.capacity
+                    self.capacity,
+                    Use::LargeQueue
                 ));
                 ready.capacity = usual;
                 let set = sys::msg_set(object.id, object.access(), usual);

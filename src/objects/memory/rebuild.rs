@@ -1,5 +1,6 @@
 //! Mappings as operations of a plan.
 
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::maps::{Vma, VmaName};
 
 use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
@@ -300,7 +301,8 @@ fn file_fd(
     plan: &mut Builder,
 ) -> i64 {
     let record = &snapshot.mapped_files[file];
-    if record.contents.is_some() {
+    let ours = plan.host().rights.as_ref();
+    if record.contents.is_some() || ours.is_some_and(|rights| rights.maps_for_it(file)) {
         return staging.mapped_file(file, writable).into();
     }
     if *open != Some((file, writable)) {
@@ -483,7 +485,11 @@ impl Mapping {
             } else {
                 0
             };
-            let warning = format!("{} is not locked in memory", self.object());
+            let warning = format!(
+                "{} is not locked in memory; it may need {}",
+                self.object(),
+                Use::LockMemory
+            );
             plan.try_syscall(libc::SYS_mlock2, &[range[0], range[1], flags], &warning);
         }
     }

@@ -1,5 +1,6 @@
 //! Socket options.
 
+use ckpt_tracer::capabilities::Use;
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
@@ -95,8 +96,9 @@ impl SocketOption {
                 let args = operands(at, number, data, value.len());
                 let warning = format!(
                     "{} is smaller than it was: it is above this system's limit, and setting it \
-                     needs CAP_NET_ADMIN",
-                    object()
+                     needs {}",
+                    object(),
+                    Use::SocketBuffers
                 );
                 return plan.try_syscall(libc::SYS_setsockopt, &args, &warning);
             }
@@ -104,7 +106,11 @@ impl SocketOption {
         let data = plan.data(&value);
         let args = operands(at, number, data, value.len());
         if [libc::SO_MARK, libc::SO_PRIORITY].contains(&number) {
-            let warning = format!("{} needs CAP_NET_ADMIN and is not set again", object());
+            let warning = format!(
+                "{} needs {} and is not set again",
+                object(),
+                Use::SocketMark
+            );
             plan.try_syscall(libc::SYS_setsockopt, &args, &warning);
         } else {
             plan.syscall(libc::SYS_setsockopt, &args, object);

@@ -5,6 +5,8 @@
 //! the root itself, or an envoy that has the pid for the moment ([`Builder::envoy`]); its
 //! process is not there yet, or no more.
 
+use ckpt_tracer::capabilities::Use;
+
 use super::sys::{self, Ucred};
 use crate::objects::Snapshot;
 use crate::objects::credentials::Credentials;
@@ -52,7 +54,7 @@ impl Names {
             return act(None, plan);
         };
         let now = plan.host().credentials.clone();
-        let permitted = may_be(who, &now);
+        let permitted = may_be(who, plan);
         let others = who.uid != now.uid[1] || who.gid != now.gid[1];
         if others && !permitted {
             plan.warn(format!(
@@ -91,20 +93,16 @@ impl Names {
     }
 }
 
-/// Whether somebody with these credentials may take those ids.
-fn may_be(who: Ucred, now: &Credentials) -> bool {
-    const CAP_SETGID: u64 = 1 << 6;
-    const CAP_SETUID: u64 = 1 << 7;
-    let may = |capability: u64, ids: &[u32; 4], id: u32| {
-        now.effective & capability != 0 || ids[..3].contains(&id)
-    };
-    may(CAP_SETUID, &now.uid, who.uid) && may(CAP_SETGID, &now.gid, who.gid)
+/// Whether the new process may take those ids.
+fn may_be(who: Ucred, plan: &Builder) -> bool {
+    let (now, held) = (&plan.host().credentials, plan.host().held);
+    let may = |of, ids: &[u32; 4], id: u32| held.allows(of) || ids[..3].contains(&id);
+    may(Use::SetUser, &now.uid, who.uid) && may(Use::SetGroups, &now.gid, who.gid)
 }
 
 const KEEP: u64 = u32::MAX as u64;
 
-/// Takes the effective ids, but keeps those by which files are reached, and with them the
-/// capabilities for files.
+/// Takes the effective ids, but keeps those by which files are reached.
 fn become_other(who: Ucred, now: &Credentials, plan: &mut Builder) {
     let object = || "the ids of a unix socket's peer".to_owned();
     let (uid, gid) = (u64::from(who.uid), u64::from(who.gid));
@@ -119,4 +117,6 @@ fn become_self(now: &Credentials, plan: &mut Builder) {
     let (uid, gid) = (u64::from(now.uid[1]), u64::from(now.gid[1]));
     plan.syscall(libc::SYS_setresuid, &[KEEP, uid, KEEP], object);
     plan.syscall(libc::SYS_setresgid, &[KEEP, gid, KEEP], object);
+    plan.syscall(libc::SYS_setfsgid, &[now.gid[3].into()], object);
+    plan.syscall(libc::SYS_setfsuid, &[now.uid[3].into()], object);
 }

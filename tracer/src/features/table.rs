@@ -1,6 +1,7 @@
 //! The probed features as a table for people.
 
-use super::{CAP_SYS_PTRACE, KernelFeatures};
+use super::KernelFeatures;
+use crate::capabilities::{self, Use};
 
 /// One row of what `ckpt check` prints.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +31,7 @@ impl KernelFeatures {
         };
         let rseq = format!("{} bytes of struct rseq in use", self.rseq_feature_size);
         let hidepid = format!("hidepid={} on /proc", self.hidepid);
-        let set_tid = "needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in the pid namespace's owner";
+        let takes = |of: Use| format!("needs {of}");
         let overcommit = format!("vm.overcommit_memory = {}", self.overcommit);
         let xsave = format!("{} bytes, XCR0 = {:#x}", self.cpu.xsave_size, self.cpu.xcr0);
         let limits = format!(
@@ -49,7 +50,7 @@ impl KernelFeatures {
             row("PTRACE_SEIZE", self.ptrace_seize, "everything", &yama),
             row(
                 "ptrace of unrelated processes",
-                self.yama_scope.unwrap_or(0) == 0 || self.has_capability(CAP_SYS_PTRACE),
+                self.yama_scope.unwrap_or(0) == 0 || self.capabilities.allows(Use::Trace),
                 "a program that `ckpt run` did not start",
                 &yama,
             ),
@@ -63,7 +64,7 @@ impl KernelFeatures {
                 "PTRACE_O_SUSPEND_SECCOMP",
                 self.suspend_seccomp,
                 "programs with seccomp filters",
-                "needs CAP_SYS_ADMIN",
+                &takes(Use::SuspendSeccomp),
             ),
             row(
                 "process_vm_readv",
@@ -98,13 +99,13 @@ impl KernelFeatures {
                 "map_files",
                 self.map_files,
                 "mapped files that were deleted",
-                "needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE",
+                &takes(Use::MappedFiles),
             ),
             row(
                 "clone3 set_tid",
                 self.set_tid,
                 "the old pids outside a new namespace",
-                set_tid,
+                &takes(Use::ChoosePids),
             ),
             row(
                 "user namespace",
@@ -176,57 +177,10 @@ impl KernelFeatures {
             ),
             row(
                 "capabilities",
-                self.capabilities != 0,
-                "credentials, limits and pids of others",
-                &capability_names(self.capabilities),
+                self.capabilities.effective() != 0,
+                "what is listed as uses of capabilities",
+                &capabilities::set_names(self.capabilities.effective()),
             ),
         ]
-    }
-}
-
-/// Names of capabilities in the order of their numbers, see capabilities(7).
-const CAPABILITIES: &str = "chown dac_override dac_read_search fowner fsetid kill setgid setuid setpcap \
-    linux_immutable net_bind_service net_broadcast net_admin net_raw ipc_lock ipc_owner \
-    sys_module sys_rawio sys_chroot sys_ptrace sys_pacct sys_admin sys_boot sys_nice \
-    sys_resource sys_time sys_tty_config mknod lease audit_write audit_control setfcap \
-    mac_override mac_admin syslog wake_alarm block_suspend audit_read perfmon bpf \
-    checkpoint_restore";
-
-/// `all`, `none`, `all but X`, or the names.
-fn capability_names(set: u64) -> String {
-    let all = (1 << CAPABILITIES.split(' ').count()) - 1;
-    let names = |set: u64| {
-        let named = CAPABILITIES
-            .split(' ')
-            .enumerate()
-            .filter(|(bit, _)| set >> bit & 1 == 1);
-        named.map(|(_, name)| name).collect::<Vec<_>>().join(", ")
-    };
-    let missing = all & !set;
-    match set & all {
-        0 => "none".to_owned(),
-        _ if missing == 0 => "all".to_owned(),
-        _ if missing.count_ones() < 8 => format!("all but {}", names(missing)),
-        _ => names(set),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::features::CAP_CHECKPOINT_RESTORE;
-
-    #[test]
-    fn capabilities_read_well() {
-        assert_eq!(capability_names(0), "none");
-        assert_eq!(capability_names(u64::MAX), "all");
-        assert_eq!(
-            capability_names(0x0000_01ff_feff_ffff),
-            "all but sys_resource"
-        );
-        assert_eq!(
-            capability_names(1 << CAP_CHECKPOINT_RESTORE | 1),
-            "chown, checkpoint_restore"
-        );
     }
 }

@@ -1,0 +1,260 @@
+//! Whether we may look into a process at all, and why not.
+
+use std::os::unix::fs::MetadataExt;
+
+use ckpt_tracer::capabilities::{Held, Use, set_names};
+use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::proc::status::{Ids, Status, read_status};
+use ckpt_tracer::proc::{ProcDir, ProcRoot, tasks};
+use ckpt_tracer::{Error as TracerError, Pid, refusal};
+use nix::errno::Errno;
+use nix::unistd::{getegid, geteuid};
+
+use crate::error::{Error, Obstacle, Result};
+
+fn no_such(pid: Pid) -> Obstacle {
+    Obstacle::new(
+        format!("process {pid}"),
+        "does not exist",
+        "look for the right one with `pgrep -a NAME`",
+    )
+}
+
+/// What can be said by everyone's view of the process.
+pub(super) fn accessible(pid: Pid) -> Result<(), Obstacle> {
+    let dir = ProcRoot::default().process(pid);
+    let (Ok(stat), Ok(status)) = (read_stat(dir.clone()), read_status(dir.clone())) else {
+        return Err(no_such(pid));
+    };
+    let object = format!("process {pid} ({})", stat.comm);
+    if status.tgid != pid {
+        return Err(Obstacle::new(
+            format!("{pid}"),
+            format!("is a thread of process {}, not a process", status.tgid),
+            format!("name the process: ckpt attach {}", status.tgid),
+        ));
+    }
+    if stat.is_kernel_thread() {
+        let reason = "is a thread of the kernel, which cannot be checkpointed";
+        return Err(Obstacle::without_remedy(object, reason));
+    }
+    if status.state.has_ended() {
+        let reason = if tasks::list_tasks(pid).map_or(0, |t| t.len()) > 1 {
+            "has lost its first thread while others go on, which is not supported"
+        } else {
+            "has already ended and waits for its parent to notice (a zombie)"
+        };
+        return Err(Obstacle::without_remedy(object, reason));
+    }
+    if pid.raw() as u32 == std::process::id() {
+        return Err(Obstacle::new(
+            object,
+            "is ckpt itself",
+            "name the process that you want to checkpoint",
+        ));
+    }
+    if status.tracer_pid != 0 {
+        return Err(Obstacle::new(
+            object,
+            traced_by(status.tracer_pid),
+            "end that one first",
+        ));
+    }
+    let me = Me::now();
+    match privileged(&dir, &status, &me) {
+        Some((reason, remedy)) => Err(Obstacle::new(object, reason, remedy)),
+        None => Ok(()),
+    }
+}
+
+fn traced_by(tracer: i32) -> String {
+    let name = tasks::comm(Pid(tracer)).map_or_else(|_| "?".into(), |c| c.to_string());
+    format!("is being traced by {name} (pid {tracer}), and a process has one tracer at most")
+}
+
+/// Who looks.
+struct Me {
+    uid: u32,
+    gid: u32,
+    permitted: u64,
+    held: Held,
+}
+
+impl Me {
+    fn now() -> Self {
+        let own = read_status(Pid(std::process::id() as i32));
+        Self {
+            uid: geteuid().as_raw(),
+            gid: getegid().as_raw(),
+            permitted: own.map_or(0, |s| s.capabilities.permitted),
+            held: Held::now(),
+        }
+    }
+}
+
+/// Why it takes a capability that we do not hold to look into a process, and what helps: by the order
+/// of `__ptrace_may_access` (kernel/ptrace.c), ids, dumpability, capabilities.
+fn privileged(dir: &ProcDir, status: &Status, me: &Me) -> Option<(String, String)> {
+    let mem = std::fs::metadata(dir.join("mem")).ok();
+    let why = why_private(status, mem.map(|meta| meta.uid()), me)?;
+    let missing = [Use::Trace, Use::OthersProc]
+        .into_iter()
+        .find(|of| !me.held.allows(*of))?;
+    let reason = match missing {
+        Use::Trace => format!("{why}, so that attaching to it needs {missing}"),
+        _ => format!("{why}, so that opening its files in /proc needs {missing}"),
+    };
+    let whole = [status.uid.real, status.uid.effective, status.uid.saved];
+    let remedy = match whole == [status.uid.real; 3] && status.uid.real != me.uid {
+        true => "run ckpt as that user or as root",
+        false => "run ckpt as root",
+    };
+    Some((reason, remedy.to_owned()))
+}
+
+/// What makes a process one that not everybody of the same user may look into; `owner` is whom its
+/// private files in `/proc` belong to.
+fn why_private(status: &Status, owner: Option<u32>, me: &Me) -> Option<String> {
+    let [uids, gids] = [&status.uid, &status.gid].map(|i: &Ids| [i.real, i.effective, i.saved]);
+    if uids == [uids[0]; 3] && uids[0] != me.uid {
+        return Some(format!(
+            "belongs to uid {} and you are uid {}",
+            uids[0], me.uid
+        ));
+    }
+    if uids != [me.uid; 3] {
+        let [real, effective, saved] = uids;
+        return Some(format!(
+            "runs a set-uid program (real uid {real}, effective {effective}, saved {saved}), and you \
+             are uid {}",
+            me.uid
+        ));
+    }
+    if gids == [gids[0]; 3] && gids[0] != me.gid {
+        return Some(format!(
+            "belongs to gid {} and you are gid {}",
+            gids[0], me.gid
+        ));
+    }
+    if gids != [me.gid; 3] {
+        let [real, effective, saved] = gids;
+        return Some(format!(
+            "runs a set-gid program (real gid {real}, effective {effective}, saved {saved}), and you \
+             are gid {}",
+            me.gid
+        ));
+    }
+    if status.capabilities.permitted & !me.permitted != 0 {
+        return Some(format!(
+            "has capabilities that you lack ({}), as a program with file capabilities has",
+            set_names(status.capabilities.permitted & !me.permitted)
+        ));
+    }
+    // Those of a process that is not dumpable belong to root (`task_dump_owner`, fs/proc/base.c).
+    (me.uid != 0 && owner.is_some_and(|owner| owner != me.uid)).then(|| {
+        "is not dumpable: its program may not be read by you, or was set-uid or had file \
+         capabilities when it began, or it has called prctl(PR_SET_DUMPABLE, 0)"
+            .to_owned()
+    })
+}
+
+/// An error that means that one of the processes may not be looked into, as an obstacle.
+pub(super) fn denial(error: Error, pids: &[Pid]) -> Result<Vec<Obstacle>> {
+    let whose = |is: &dyn Fn(Pid) -> bool| pids.iter().copied().find(|pid| is(*pid));
+    let pid = match &error {
+        Error::Tracer(TracerError::Proc { source, path })
+            if source.raw_os_error() == Some(libc::EACCES) =>
+        {
+            whose(&|pid| path.starts_with(ProcRoot::default().process(pid).path()))
+        }
+        Error::Tracer(TracerError::Kernel {
+            call: "pidfd_getfd",
+            errno: Errno::EPERM,
+            object,
+        }) => whose(&|pid| object.ends_with(&format!("process {pid}"))),
+        _ => None,
+    };
+    pid.map_or(Err(error), |pid| Ok(vec![denied(pid)]))
+}
+
+fn denied(pid: Pid) -> Obstacle {
+    let (why, remedy) = refusal::why();
+    let reason = format!("may not be traced by you: {why}");
+    Obstacle::new(format!("process {pid}"), reason, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_status(edit: impl FnOnce(&mut Status)) -> Status {
+        let mut status = read_status(Pid(std::process::id() as i32)).expect("we run");
+        let ids = |id| Ids {
+            real: id,
+            effective: id,
+            saved: id,
+            fs: id,
+        };
+        (status.uid, status.gid) = (ids(1000), ids(1000));
+        status.capabilities.permitted = 0;
+        edit(&mut status);
+        status
+    }
+
+    const ME: Me = Me {
+        uid: 1000,
+        gid: 1000,
+        permitted: 0,
+        held: Held::NONE,
+    };
+
+    #[test]
+    fn each_reason_is_named() {
+        let why = |status: &Status, owner| why_private(status, Some(owner), &ME);
+        assert_eq!(why(&of_status(|_| {}), 1000), None);
+        let said = why(&of_status(|_| {}), 0).expect("it is not dumpable");
+        assert!(said.contains("not dumpable") && said.contains("PR_SET_DUMPABLE"));
+        let said = why(&of_status(|s| s.uid.effective = 0), 0).expect("it is set-uid");
+        assert!(
+            said.contains("set-uid program (real uid 1000, effective 0, saved 1000)"),
+            "{said}"
+        );
+        let said = why(&of_status(|s| s.gid.saved = 5), 0).expect("it is set-gid");
+        assert!(
+            said.contains("set-gid program (real gid 1000, effective 1000, saved 5)"),
+            "{said}"
+        );
+        let said = why(&of_status(|s| s.capabilities.permitted = 1 << 13), 0).expect("it has one");
+        assert!(
+            said.contains("(net_raw), as a program with file capabilities"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn both_capabilities_are_asked_for_one_after_the_other() {
+        let dir = ProcRoot::default().process(Pid(std::process::id() as i32));
+        let other = of_status(|s| {
+            s.uid = Ids {
+                real: 7,
+                effective: 7,
+                saved: 7,
+                fs: 7,
+            }
+        });
+        let with = |set| Me {
+            held: Held::NONE.with(set),
+            ..ME
+        };
+        let said = |set| privileged(&dir, &other, &with(set));
+        let (reason, remedy) = said(0).expect("nothing is held");
+        assert!(
+            reason.contains("uid 7") && reason.contains("CAP_SYS_PTRACE"),
+            "{reason}"
+        );
+        assert!(remedy.contains("as that user or as root"));
+        let (reason, _) = said(1 << 19).expect("one is lacking");
+        assert!(reason.contains("/proc needs CAP_DAC_OVERRIDE"), "{reason}");
+        assert_eq!(said(1 << 19 | 1 << 1), None);
+    }
+}

@@ -1,0 +1,299 @@
+//! What security modules say of a task: `/proc/PID/attr` (proc_pid_attr(5)). SELinux and Smack have a
+//! context there, AppArmor the name of a profile; Linux 5.8 and later also have a directory for each
+//! module that can be one of several.
+//!
+//! A restored task has the context of `restore`, or what the policy makes of it when the program is
+//! executed. Where that is another one, the task itself asks for its old one
+//! (`proc_pid_attr_write`, fs/proc/base.c, lets nobody else), and what the policy forbids is told.
+//! Landlock shows nothing here: a restriction by it is not seen.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ckpt_tracer::RemoteAddr;
+use ckpt_tracer::mem::ProcessMemory;
+use ckpt_tracer::proc::ProcRoot;
+use ckpt_tracer::remote::{Cave, RemoteCalls};
+use ckpt_tracer::task::Stopped;
+use ckpt_tracer::{Pid, Tid};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+
+/// One attribute that is set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// The file below `attr`: `current`, `apparmor/current`, `exec` …
+    pub attribute: String,
+    /// What it says, without the end that modules put to it.
+    #[serde(with = "serde_bytes")]
+    pub value: Vec<u8>,
+}
+
+/// A module's own file comes before the common one, which says the same.
+const CURRENT: [&str; 3] = ["apparmor/current", "smack/current", "current"];
+/// What is to be given to what the task creates or executes next.
+const NEXT: [&str; 5] = [
+    "apparmor/exec",
+    "exec",
+    "fscreate",
+    "keycreate",
+    "sockcreate",
+];
+
+/// The attributes of a task, below its `attr` directory. A file that is not there, or that no
+/// module answers for (EINVAL), is none.
+pub fn read(attr: &Path) -> Vec<Label> {
+    let label = |attribute: &&str| {
+        let value = trimmed(std::fs::read(attr.join(attribute)).ok()?);
+        let attribute = (*attribute).to_owned();
+        (!value.is_empty()).then_some(Label { attribute, value })
+    };
+    let mut found: Vec<Label> = CURRENT.iter().filter_map(label).collect();
+    // Without a directory of its own a module has the common file alone.
+    if found.len() > 1 {
+        let (common, own): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|l| l.attribute == "current");
+        let said = |l: &Label| own.iter().any(|o| o.value == l.value);
+        let common = common.into_iter().filter(|l| !said(l));
+        found = own.iter().cloned().chain(common).collect();
+    }
+    let mut next: Vec<Label> = NEXT.iter().filter_map(label).collect();
+    if next.iter().any(|l| l.attribute == "apparmor/exec") {
+        next.retain(|l| l.attribute != "exec");
+    }
+    found.extend(next);
+    found
+}
+
+/// Contexts end with a NUL (SELinux) or a line feed (AppArmor).
+fn trimmed(mut value: Vec<u8>) -> Vec<u8> {
+    while value.last().is_some_and(|b| matches!(b, 0 | b'\n' | b' ')) {
+        value.pop();
+    }
+    value
+}
+
+/// The attributes of a live task.
+pub fn capture(pid: Pid, tid: Tid) -> Vec<Label> {
+    read(&directory(pid, tid))
+}
+
+fn directory(pid: Pid, tid: Tid) -> PathBuf {
+    ProcRoot::default().task(pid, tid).join("attr")
+}
+
+/// The attributes that are not as they were, with what they are now.
+fn changed(was: &[Label], now: &[Label]) -> Vec<(Label, String)> {
+    let changed = was.iter().filter(|label| !now.contains(label));
+    let with = changed.map(|label| {
+        let is = now.iter().find(|l| l.attribute == label.attribute);
+        (label.clone(), is.map_or("nothing".into(), Label::text))
+    });
+    with.collect()
+}
+
+impl Label {
+    /// For people.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.value).into_owned()
+    }
+
+    /// What is written to ask for it: a context as it is, of AppArmor a command and the profile's
+    /// name without its mode (`apparmor_setprocattr`, security/apparmor/lsm.c).
+    fn request(&self) -> Vec<u8> {
+        let text = self.text();
+        let mode = text
+            .rsplit_once(" (")
+            .filter(|(_, rest)| rest.ends_with(')'));
+        let profile = mode.map(|(name, _)| name);
+        // Without its own directory AppArmor is told by how it speaks.
+        let apparmor =
+            self.attribute.starts_with("apparmor/") || profile.is_some() || text == "unconfined";
+        if !apparmor {
+            return [self.value.as_slice(), b"\0"].concat();
+        }
+        let command = match self.attribute.ends_with("exec") {
+            true => "exec",
+            false => "changeprofile",
+        };
+        format!("{command} {}", profile.unwrap_or(&text)).into_bytes()
+    }
+}
+
+/// Room for what is written, in the memory of the task: a path, and an attribute of at most a page
+/// (`proc_pid_attr_write`).
+pub const ROOM: u64 = 8192;
+
+/// Has a task ask for what it had, by calls made in it, with [`ROOM`] at `at`. What is not permitted is answered, a sentence each.
+///
+/// # Errors
+/// When no call can be made in it.
+pub fn rebuild(
+    task: &mut Stopped,
+    was: &[Label],
+    mem: &ProcessMemory,
+    at: u64,
+    cave: &Cave<'_>,
+) -> Result<Vec<String>> {
+    let tid = task.tid();
+    let now = capture(mem.pid(), tid);
+    let mut warnings = Vec::new();
+    for (label, is) in changed(was, &now) {
+        let path = format!("/proc/thread-self/attr/{}\0", label.attribute);
+        let mut request = label.request();
+        request.truncate(4096);
+        mem.write(RemoteAddr(at), path.as_bytes())?;
+        mem.write(RemoteAddr(at + 256), &request)?;
+        let mut calls = RemoteCalls::begin_without_scratch(task, cave)?;
+        let flags = (libc::O_WRONLY | libc::O_CLOEXEC) as u64;
+        let open = [libc::AT_FDCWD as u64, at, flags, 0, 0, 0];
+        let opened = calls.call("openat", libc::SYS_openat, open);
+        let answer = match opened {
+            Ok(fd) => {
+                let args = [fd, at + 256, request.len() as u64, 0, 0, 0];
+                let written = calls.call("write", libc::SYS_write, args);
+                calls.call("close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+                written
+            }
+            failed => failed,
+        };
+        calls.finish()?;
+        match answer {
+            Ok(_) => {}
+            Err(ckpt_tracer::Error::Remote { errno, .. }) => {
+                warnings.push(not_permitted(&label, &is, &io::Error::from(errno)));
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(warnings)
+}
+
+fn not_permitted(label: &Label, is: &str, error: &io::Error) -> String {
+    format!(
+        "the security attribute {} was {} and is {is} now: {error}",
+        label.attribute,
+        label.text()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An `attr` directory with these files.
+    struct Attr(PathBuf);
+
+    impl Attr {
+        fn with(name: &str, files: &[(&str, &[u8])]) -> Self {
+            let dir = std::env::temp_dir().join(format!("ckpt-attr-{name}.{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&dir);
+            std::fs::create_dir_all(dir.join("apparmor")).unwrap();
+            std::fs::create_dir_all(dir.join("smack")).unwrap();
+            for (file, text) in files {
+                std::fs::write(dir.join(file), text).unwrap();
+            }
+            Attr(dir)
+        }
+
+        fn read(&self) -> Vec<(String, String)> {
+            let labels = read(&self.0);
+            labels
+                .into_iter()
+                .map(|l| (l.attribute.clone(), l.text()))
+                .collect()
+        }
+    }
+
+    impl Drop for Attr {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn pair(attribute: &str, value: &str) -> (String, String) {
+        (attribute.into(), value.into())
+    }
+
+    #[test]
+    fn without_a_module_there_is_nothing() {
+        assert_eq!(Attr::with("none", &[("current", b"")]).read(), []);
+        // A directory cannot be read, as little as a file that answers EINVAL.
+        let attr = Attr::with("error", &[]);
+        std::fs::create_dir(attr.0.join("current")).unwrap();
+        assert_eq!(attr.read(), []);
+        assert_eq!(read(Path::new("/nonexistent/attr")), []);
+    }
+
+    #[test]
+    fn contexts_of_selinux() {
+        let context = b"system_u:system_r:container_t:s0:c1,c2\0".as_slice();
+        let attr = Attr::with("selinux", &[("current", context), ("exec", b"u:r:t:s0\0")]);
+        let text = "system_u:system_r:container_t:s0:c1,c2";
+        assert_eq!(
+            attr.read(),
+            [pair("current", text), pair("exec", "u:r:t:s0")]
+        );
+        let label = &read(&attr.0)[0];
+        assert_eq!(label.request(), context);
+    }
+
+    #[test]
+    fn profiles_of_apparmor() {
+        let said = b"/usr/bin/man (enforce)\n".as_slice();
+        let attr = Attr::with("apparmor", &[("current", said), ("apparmor/current", said)]);
+        assert_eq!(
+            attr.read(),
+            [pair("apparmor/current", "/usr/bin/man (enforce)")]
+        );
+        assert_eq!(read(&attr.0)[0].request(), b"changeprofile /usr/bin/man");
+        // Before Linux 5.8.
+        for (said, request) in [
+            ("docker-default (enforce)\n", "changeprofile docker-default"),
+            ("unconfined\n", "changeprofile unconfined"),
+            ("a//&b (complain)\n", "changeprofile a//&b"),
+        ] {
+            let attr = Attr::with("old", &[("current", said.as_bytes())]);
+            assert_eq!(read(&attr.0)[0].request(), request.as_bytes());
+        }
+        let next = Attr::with("next", &[("apparmor/exec", b"p (enforce)\n")]);
+        assert_eq!(read(&next.0)[0].request(), b"exec p");
+    }
+
+    #[test]
+    fn only_what_differs_is_asked_for_and_both_are_named() {
+        let label = |value: &str| Label {
+            attribute: "current".into(),
+            value: value.into(),
+        };
+        let (was, is) = (label("container_t"), label("unconfined_t"));
+        assert_eq!(
+            changed(std::slice::from_ref(&was), std::slice::from_ref(&was)),
+            []
+        );
+        let changed = changed(std::slice::from_ref(&was), &[is]);
+        let [(label, is)] = &changed[..] else {
+            panic!("{changed:?}");
+        };
+        let said = not_permitted(label, is, &io::Error::from_raw_os_error(libc::EACCES));
+        assert!(
+            said.contains("was container_t and is unconfined_t now: Permission denied"),
+            "{said}"
+        );
+        let gone = super::changed(&[was], &[]);
+        assert_eq!(gone[0].1, "nothing");
+    }
+
+    /// Errors of the kernel itself, with whatever modules it has.
+    #[test]
+    fn our_own_can_be_read() {
+        let me = Pid(std::process::id() as i32);
+        let labels = capture(me, me.leader());
+        assert!(
+            labels
+                .iter()
+                .all(|l| !l.value.is_empty() && !l.value.ends_with(b"\n"))
+        );
+    }
+}

@@ -1,0 +1,340 @@
+//! In whose name files are opened.
+//!
+//! What a path leads to is for those to say who may write to its directories. So when root restores the
+//! job of another user, everything is opened, created and written with that user's rights: by the
+//! file system ids and the supplementary groups (setfsuid(2)), with which the kernel also takes away what
+//! root's capabilities would override (`cap_task_fix_setuid`, security/commoncap.c). The other rights
+//! of root, to choose pids and to raise limits, stay.
+//!
+//! A job may have opened files before it gave up its privileges, or be a program that its user may execute
+//! and not read. What its user may not open, root opens for it, if the image is root's own and
+//! the file is the very one (inode and time of creation) that the job had.
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use ckpt_tracer::capabilities::{Held, Use};
+use nix::errno::Errno;
+use nix::unistd::AccessFlags;
+
+use super::plan::Builder;
+use super::surroundings::may;
+use crate::error::{Error, Obstacle, Result};
+use crate::objects::Snapshot;
+use crate::objects::credentials::Credentials;
+use crate::objects::files::Kind;
+use crate::objects::memory::{Backing, FileIdentity};
+
+/// The job's user, where that is not we.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rights {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    /// Root trusts whoever wrote the image.
+    trusted: bool,
+    /// Which of the snapshot's mapped files its user may not map.
+    mapped: Vec<bool>,
+    /// Which of its descriptions its user may not open.
+    descriptions: Vec<bool>,
+}
+
+impl Rights {
+    /// Those of the job's user, when we are root and no process of the job is.
+    pub fn of(snapshot: &Snapshot, now: &Credentials, held: Held, trusted: bool) -> Option<Self> {
+        let threads = || snapshot.processes.iter().flat_map(|p| &p.threads);
+        let first = &snapshot.processes.first()?.threads.first()?.credentials;
+        let able = held.allows(Use::SetUser) && held.allows(Use::SetGroups);
+        let ours = now.uid[1] != 0 || !able || threads().any(|t| t.credentials.uid[3] == 0);
+        if ours || snapshot.namespaces.user.is_some() {
+            return None;
+        }
+        let mut rights = Self {
+            uid: first.uid[3],
+            gid: first.gid[3],
+            groups: first.groups.clone(),
+            trusted,
+            ..Self::default()
+        };
+        (rights.mapped, rights.descriptions) = rights.during(|| denied(snapshot));
+        Some(rights)
+    }
+
+    /// Whether the image is root's own.
+    pub fn trusted(&self) -> bool {
+        self.trusted
+    }
+
+    /// The file system ids.
+    pub fn ids(&self) -> (u32, u32) {
+        (self.uid, self.gid)
+    }
+
+    /// The supplementary groups.
+    pub fn groups(&self) -> &[u32] {
+        &self.groups
+    }
+
+    /// Whether we open that mapped file, since its user may not.
+    pub fn maps_for_it(&self, file: usize) -> bool {
+        self.trusted && self.mapped.get(file).copied().unwrap_or(false)
+    }
+
+    /// Whether we open what that description is of, since its user may not.
+    pub fn opens_for_it(&self, description: usize) -> bool {
+        self.trusted && self.descriptions.get(description).copied().unwrap_or(false)
+    }
+
+    /// What the user may not do and nobody does for them.
+    pub fn obstacles(&self, snapshot: &Snapshot) -> Vec<Obstacle> {
+        if self.trusted {
+            return Vec::new();
+        }
+        let mapped = snapshot.mapped_files.iter().zip(&self.mapped);
+        let mapped = mapped.filter(|(_, denied)| **denied).map(|(f, _)| &f.path);
+        let open = snapshot.descriptions.iter().zip(&self.descriptions);
+        let open = open.filter(|(_, denied)| **denied);
+        let open = open.filter_map(|(d, _)| match &d.kind {
+            Kind::Regular(file) => Some(&file.path),
+            _ => None,
+        });
+        let paths = mapped.chain(open).map(|path| {
+            Obstacle::new(
+                format!("the file {}", path.display()),
+                format!(
+                    "may not be opened in that way by uid {}, whose image it is",
+                    self.uid
+                ),
+                "if you trust whoever wrote the image as yourself, make a copy that is yours",
+            )
+        });
+        paths.collect()
+    }
+
+    /// Does work with these rights, in this thread and those that it starts.
+    pub fn during<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _guard = Guard::enter(self);
+        work()
+    }
+
+    /// The rights of the new process until it has its own credentials.
+    pub fn begin(&self, plan: &mut Builder) {
+        let object = || "the rights by which files are opened".to_owned();
+        let bytes: Vec<u8> = self.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+        let at = plan.data(&bytes);
+        plan.syscall(libc::SYS_setgroups, &[self.groups.len() as u64, at], object);
+        plan.syscall(libc::SYS_setfsgid, &[self.gid.into()], object);
+        plan.syscall(libc::SYS_setfsuid, &[self.uid.into()], object);
+    }
+
+    /// Has the new process do something as root that its user may not, where root trusts the image.
+    pub fn as_ourselves(&self, may: bool, plan: &mut Builder, what: impl FnOnce(&mut Builder)) {
+        let object = || "the rights by which files are opened".to_owned();
+        let bracket = self.trusted && !may;
+        if bracket {
+            plan.syscall(libc::SYS_setfsuid, &[0], object);
+        }
+        what(plan);
+        if bracket {
+            plan.syscall(libc::SYS_setfsuid, &[self.uid.into()], object);
+        }
+    }
+}
+
+/// Does work in the name of the job's user, or in ours.
+pub fn with<T>(rights: Option<&Rights>, work: impl FnOnce() -> T) -> T {
+    match rights {
+        Some(rights) => rights.during(work),
+        None => work(),
+    }
+}
+
+/// For each mapped file and each description, whether we may not open it as the job has it.
+fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
+    let writable = |file: usize| {
+        let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
+        mappings.any(
+            |m| matches!(m.backing, Backing::SharedFile { file: f, writable: true, .. } if f == file),
+        )
+    };
+    let mapped = snapshot.mapped_files.iter().enumerate();
+    let mapped = mapped.map(|(index, file)| {
+        let write = match writable(index) {
+            true => AccessFlags::W_OK,
+            false => AccessFlags::empty(),
+        };
+        file.contents.is_none() && may(&file.path, AccessFlags::R_OK | write) == Err(Errno::EACCES)
+    });
+    let descriptions = snapshot.descriptions.iter().map(|description| {
+        let Kind::Regular(file) = &description.kind else {
+            return false;
+        };
+        let flags = description.flags as i32;
+        let how = match flags & libc::O_ACCMODE {
+            _ if flags & libc::O_PATH != 0 => AccessFlags::F_OK,
+            libc::O_RDONLY => AccessFlags::R_OK,
+            libc::O_WRONLY => AccessFlags::W_OK,
+            _ => AccessFlags::R_OK | AccessFlags::W_OK,
+        };
+        let named = file.contents.is_none() && file.saved.is_none();
+        named && may(&file.path, how) == Err(Errno::EACCES)
+    });
+    (mapped.collect(), descriptions.collect())
+}
+
+/// Opens a file for a user who may not, if it is the very one.
+///
+/// # Errors
+/// When it cannot be opened, or is another one by now.
+pub fn open_the_same(path: &Path, flags: i32, was: &FileIdentity) -> Result<File> {
+    let failed = |source| Error::File {
+        what: "open",
+        path: path.to_owned(),
+        source,
+    };
+    let access = flags & libc::O_ACCMODE;
+    let mut options = OpenOptions::new();
+    options
+        .read(access != libc::O_WRONLY)
+        .write(access != libc::O_RDONLY)
+        .custom_flags(flags & !libc::O_ACCMODE);
+    let file = options.open(path).map_err(failed)?;
+    let now = FileIdentity::of(&file.metadata().map_err(failed)?);
+    if !now.is_same_file(was) {
+        return Err(Error::refuse(Obstacle::new(
+            format!("the file {}", path.display()),
+            "may not be opened by the job's user, and is not the one that the job had, so that root \
+             does not open it either",
+            "put the old one back, or give its user the right to it",
+        )));
+    }
+    Ok(file)
+}
+
+/// The file system ids and groups of this thread, until it is dropped.
+struct Guard {
+    before: Option<(u32, u32, Vec<u32>)>,
+}
+
+impl Guard {
+    fn enter(rights: &Rights) -> Self {
+        let groups = nix_groups();
+        set_groups(&rights.groups);
+        // SAFETY: calls without pointers, which change this thread alone; each answers the id before.
+        let (gid, uid) = unsafe {
+            let gid = libc::syscall(libc::SYS_setfsgid, rights.gid) as u32;
+            (gid, libc::syscall(libc::SYS_setfsuid, rights.uid) as u32)
+        };
+        Self {
+            before: Some((uid, gid, groups)),
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some((uid, gid, groups)) = self.before.take() {
+            // SAFETY: as above.
+            unsafe {
+                libc::syscall(libc::SYS_setfsuid, uid);
+                libc::syscall(libc::SYS_setfsgid, gid);
+            }
+            set_groups(&groups);
+        }
+    }
+}
+
+fn nix_groups() -> Vec<u32> {
+    // SAFETY: with no room the kernel only counts.
+    let count = unsafe { libc::getgroups(0, std::ptr::null_mut()) }.max(0);
+    let mut groups = vec![0; count as usize];
+    // SAFETY: room for as many as it has just counted; nobody else changes them.
+    let count = unsafe { libc::getgroups(count, groups.as_mut_ptr()) }.max(0);
+    groups.truncate(count as usize);
+    groups
+}
+
+/// The groups of this thread; the C library would change those of all.
+fn set_groups(groups: &[u32]) {
+    // SAFETY: a live list of that length.
+    unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
+}
+
+/// Everything in an image that its owner, who is not we, could not have had: root restores it for
+/// them, and for nobody else.
+pub fn beyond_its_owner(snapshot: &Snapshot, owner: u32) -> Vec<Obstacle> {
+    let groups = groups_of(owner);
+    let beyond = |c: &Credentials| {
+        let uid = c.uid.iter().find(|uid| **uid != owner);
+        let mut gids = c.gid.iter().chain(&c.groups);
+        let gid = gids.find(|gid| !groups.contains(gid));
+        match (uid, gid) {
+            (Some(uid), _) => Some(format!("has the uid {uid}")),
+            (_, Some(gid)) => Some(format!(
+                "has the gid {gid}, of which uid {owner} is no member"
+            )),
+            _ if c.permitted | c.inheritable | c.ambient != 0 => Some("has capabilities".into()),
+            _ => None,
+        }
+    };
+    let refuse = |object: String, what: String| {
+        Obstacle::new(
+            object,
+            format!("{what}, and the image belongs to uid {owner}"),
+            "if you trust whoever wrote the image as yourself, make a copy that is yours",
+        )
+    };
+    let processes = snapshot.processes.iter().filter_map(|process| {
+        let threads = || process.threads.iter();
+        let what = threads().find_map(|t| beyond(&t.credentials));
+        let favoured = threads().any(|t| t.scheduling.is_favoured()) || process.oom_score_adj < 0;
+        let favoured = favoured.then(|| "has a priority that only root may give".to_owned());
+        Some(refuse(
+            format!("process {}", process.pid),
+            what.or(favoured)?,
+        ))
+    });
+    // What exists is judged by its creator, and changed with root's rights.
+    let ipc = &snapshot.ipc;
+    let objects = ipc.segments.iter().map(|s| &s.object);
+    let objects = objects.chain(ipc.semaphores.iter().map(|s| &s.object));
+    let objects = objects.chain(ipc.queues.iter().map(|q| &q.object));
+    let others = objects.filter(|o| {
+        let ids = [o.gid, o.creator_gid];
+        [o.uid, o.creator_uid] != [owner; 2] || ids.iter().any(|gid| !groups.contains(gid))
+    });
+    let others = others.map(|object| {
+        refuse(
+            format!("the System V object {}", object.id),
+            format!("belongs to uid {}, gid {}", object.uid, object.gid),
+        )
+    });
+    processes.chain(others).collect()
+}
+
+/// The groups of a user as the system knows them; none of a user that it does not know.
+fn groups_of(uid: u32) -> Vec<u32> {
+    let mut buffer = vec![0; 16 << 10];
+    let mut entry: libc::passwd =
+        // SAFETY: a structure of numbers and pointers, which the call fills.
+        unsafe { std::mem::zeroed() };
+    let mut found = std::ptr::null_mut();
+    let (room, len) = (buffer.as_mut_ptr(), buffer.len());
+    // SAFETY: all live on; the call writes at most `len` bytes to the buffer.
+    unsafe { libc::getpwuid_r(uid, &mut entry, room, len, &mut found) };
+    if found.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: the entry was found, so that its name is a C string in the buffer.
+    let name = unsafe { CStr::from_ptr(entry.pw_name) };
+    let mut groups = vec![0; 4096];
+    let mut count = groups.len() as i32;
+    // SAFETY: a C string, and room for `count` groups.
+    let got =
+        unsafe { libc::getgrouplist(name.as_ptr(), entry.pw_gid, groups.as_mut_ptr(), &mut count) };
+    groups.truncate(if got < 0 { 0 } else { count.max(0) as usize });
+    groups
+}

@@ -1,0 +1,118 @@
+//! What we hold.
+
+use std::fs;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use super::{Realm, Use};
+use crate::Pid;
+use crate::proc::status::read_status;
+
+/// The capabilities in force for us, and where they count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    effective: u64,
+    in_first: bool,
+}
+
+impl Held {
+    /// Nothing, in the first user namespace.
+    pub const NONE: Held = Held {
+        effective: 0,
+        in_first: true,
+    };
+
+    /// Ours now.
+    #[must_use]
+    pub fn now() -> Self {
+        let own = read_status(Pid(std::process::id() as i32));
+        Self {
+            effective: own.map_or(0, |status| status.capabilities.effective),
+            in_first: in_first_user_namespace(),
+        }
+    }
+
+    /// Those of a process of our user namespace that has this effective set.
+    #[must_use]
+    pub fn with(self, effective: u64) -> Self {
+        Self { effective, ..self }
+    }
+
+    /// The effective set, bit N for capability N.
+    #[must_use]
+    pub fn effective(self) -> u64 {
+        self.effective
+    }
+
+    /// Whether we hold what it takes, where it must be held.
+    #[must_use]
+    pub fn allows(self, of: Use) -> bool {
+        let row = of.row();
+        row.takes.are_in(self.effective)
+            && match row.realm {
+                // What we look into is in our user namespace or below: else it is entered first.
+                Realm::Own | Realm::Target => true,
+                Realm::First => self.in_first,
+                Realm::Owner(kind) => owner_is_ours(kind),
+            }
+    }
+}
+
+/// Whether capabilities that we have count for the whole machine: in another user namespace than the
+/// first one they do not (user_namespaces(7)).
+fn in_first_user_namespace() -> bool {
+    /// `PROC_USER_INIT_INO`, include/linux/proc_ns.h.
+    const FIRST: u64 = 0xEFFF_FFFD;
+    fs::metadata("/proc/self/ns/user").is_ok_and(|meta| meta.ino() == FIRST)
+}
+
+/// Whether our namespace of a kind belongs to our user namespace or one below, in which what we hold
+/// counts: the kernel shows the owner to nobody else (`ns_get_owner`, kernel/user_namespace.c).
+#[allow(unsafe_code)]
+fn owner_is_ours(kind: &str) -> bool {
+    /// `NS_GET_USERNS`, linux/nsfs.h.
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    let Ok(namespace) = fs::File::open(format!("/proc/self/ns/{kind}")) else {
+        return false;
+    };
+    // SAFETY: a call without pointers; the descriptor that it answers is ours and closed once.
+    unsafe {
+        let owner = libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS);
+        if owner >= 0 {
+            drop(OwnedFd::from_raw_fd(owner));
+        }
+        owner >= 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Capability;
+    use super::*;
+
+    #[test]
+    fn what_counts_for_the_machine_does_not_count_elsewhere() {
+        let all = Held {
+            effective: u64::MAX,
+            in_first: true,
+        };
+        let elsewhere = Held {
+            in_first: false,
+            ..all
+        };
+        assert!(all.allows(Use::HardLimits) && !elsewhere.allows(Use::HardLimits));
+        assert!(elsewhere.allows(Use::RootDirectory));
+        let none = all.with(0);
+        assert!(Use::ALL.iter().all(|of| !none.allows(*of)));
+        let one = all.with(Capability::SysResource.bit());
+        assert!(one.allows(Use::HardLimits) && !one.allows(Use::RootDirectory));
+    }
+
+    #[test]
+    fn ours_are_those_that_status_shows() {
+        let text = fs::read_to_string("/proc/self/status").expect("we run");
+        let line = text.lines().find_map(|l| l.strip_prefix("CapEff:"));
+        let set = u64::from_str_radix(line.expect("it is there").trim(), 16);
+        assert_eq!(Held::now().effective(), set.expect("it is a number"));
+    }
+}
