@@ -15,6 +15,8 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::pagemap::PagemapScanner;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::tasks;
 use ckpt_tracer::remote::leave_stale_cave;
 
 use crate::error::{Error, Result};
@@ -236,6 +238,7 @@ fn checkpoint<W: Write + Send + 'static>(
     commit(sink)?;
     if let Some(frozen) = held {
         match request.after {
+            After::Kill if request.pid.raw() == 1 => frozen.end_with_us()?,
             After::Kill => kill(&sources, frozen)?,
             _ => frozen.leave_stopped()?,
         }
@@ -295,6 +298,25 @@ fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
         }
     }
     frozen.thaw()
+}
+
+/// Processes of our pid namespace whose parents are outside of it, but for ourselves and those that
+/// came with us: nobody who was born inside has none.
+fn brought_in() -> Vec<Pid> {
+    let me = Pid(std::process::id() as i32);
+    let alive =
+        |pid: &Pid| read_status(*pid).is_ok_and(|s| s.ppid.raw() == 0 && !s.state.has_ended());
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid));
+    pids.filter(|pid| *pid != me && alive(pid)).collect()
+}
+
+fn not_of_the_job(pid: Pid) -> String {
+    let name = tasks::comm(pid).map_or_else(|_| "?".into(), |comm| comm.to_string());
+    format!(
+        "process {pid} ({name}) was brought into the job's pid namespace from outside: it is not in the \
+         image, and ends with the job"
+    )
 }
 
 struct CapturedJob {
@@ -379,6 +401,11 @@ fn capture_frozen(
         ..
     } = collector;
     warnings.extend(save_files.unmatched().iter().map(unmatched));
+    if processes[0].pid == 1 {
+        let of_the_job = |pid: &Pid| all.iter().any(|s| s.pid == *pid) || job.ended.contains(pid);
+        let others = brought_in().into_iter().filter(|pid| !of_the_job(pid));
+        warnings.extend(others.map(not_of_the_job));
+    }
     let snapshot = Snapshot {
         host,
         processes,

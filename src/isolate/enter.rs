@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::unistd::{ForkResult, fork};
 
 use super::init;
-use super::make::{die_with_parent, keep_exit_codes, leave};
+use super::work::{die_with_parent, keep_exit_codes, leave};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::namespaces::{self, Namespaces, OWN};
 
@@ -39,7 +39,7 @@ pub struct Visited {
 /// To be called while this process has one thread.
 ///
 /// # Errors
-/// When it is the namespace's first process, or no process can be created.
+/// When it is ckpt's own process there, or no process can be created.
 pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> {
     // Opened first: what is looked at later is this very process, or one that cannot be entered.
     let handle = PidFd::open(pid);
@@ -115,16 +115,26 @@ fn look(pid: Pid) -> Result<Option<Visited>> {
     }
     let status = read_status(pid)?;
     let inner = status.ns_pid.last().copied().unwrap_or(1);
-    if inner == 1 {
-        let object = format!("process {pid} ({})", status.name);
-        return Err(Error::refuse(namespaces::is_init(object)));
+    if inner == 1 && status.name.0 == init::NAME.to_bytes() {
+        return Err(Error::refuse(ours(pid)));
     }
     Ok(Some(Visited {
         pid: Pid(inner),
-        init: is_root(status.ppid, pid).then_some(1),
+        init: (inner != 1 && is_root(status.ppid, pid)).then_some(1),
         namespaces: Namespaces::of(&dir, &kinds)?,
         groups: status.groups,
     }))
+}
+
+/// The obstacle that it is the process that we have put in front of a job.
+fn ours(pid: Pid) -> Obstacle {
+    let children = tasks::children(&ProcRoot::default(), pid).unwrap_or_default();
+    let job = children.first().map_or("PID".into(), Pid::to_string);
+    Obstacle::new(
+        format!("process {pid}"),
+        "is ckpt's own, the first one of a job's pid namespace",
+        format!("name the job instead: ckpt attach {job}"),
+    )
 }
 
 /// Whether the process is the root of a job whose parent is the first process of a namespace of

@@ -3,7 +3,7 @@
 use ckpt_tracer::proc::{ProcDir, tasks};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Obstacle, Result};
+use crate::error::Result;
 
 /// What a job had to itself, as seen by whoever took the checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,15 +73,6 @@ pub fn others(process: &ProcDir) -> ckpt_tracer::Result<Vec<String>> {
 
 /// The kinds that can be entered from outside, and made again.
 pub const OWN: [&str; 3] = ["mnt", "pid", "user"];
-
-/// The obstacle that a job is the first process of its pid namespace.
-pub fn is_init(object: String) -> Obstacle {
-    Obstacle::new(
-        object,
-        "is the first process of its pid namespace, which cannot be made again from outside",
-        "run ckpt, and later restore, inside that namespace on one of its children",
-    )
-}
 
 #[cfg(test)]
 mod tests {

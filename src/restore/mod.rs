@@ -31,6 +31,7 @@ pub mod env;
 mod executor;
 pub mod fill;
 mod handover;
+pub(crate) mod orders;
 pub mod paths;
 pub mod pids;
 pub mod plan;
@@ -151,9 +152,10 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
 /// complete and about to be let go. On error no process is left behind.
 pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
     let clocks = opened.decide_clocks()?;
+    let first = opened.first.take();
     let opened = &*opened;
     let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
-    let pids = pids::in_the_way(snapshot, &opened.kernel);
+    let pids = pids::in_the_way(snapshot, &opened.kernel, first.as_ref());
     let way::Way {
         job,
         inherit,
@@ -171,7 +173,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
     let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
-    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks)?;
+    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, first)?;
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         let ours = request.foreground && master.is_none() && root.session != root.pid;

@@ -16,6 +16,7 @@ use super::put::{self, Put};
 use super::{Request, bundle, paths, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
+use crate::isolate::First;
 use crate::objects::files::changed::Cut;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, credentials, ipc, processor};
@@ -31,6 +32,8 @@ pub struct Opened<'a> {
     /// Our supplementary groups; in a user namespace the kernel does not show them.
     groups: Vec<u32>,
     vdso: Replaced,
+    /// The first process of our namespace, if the job begins with it.
+    pub(super) first: Option<First>,
     /// What has come up already.
     obstacles: Vec<Obstacle>,
     /// What the job has to do without, one sentence each.
@@ -45,9 +48,10 @@ impl Opened<'_> {
         self.groups = owner.groups.clone();
     }
 
-    /// The work is done in a namespace, where we are now.
-    pub fn restored_inside(&mut self) {
+    /// The work is done in a namespace, where we are now; with `first`, that one becomes the job's root.
+    pub fn restored_inside(&mut self, first: Option<First>) {
         self.kernel = KernelFeatures::probe();
+        self.first = first;
     }
 
     /// Which clocks the job gets; what is against it is noted.
@@ -100,6 +104,7 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
         kernel,
         groups: read_status(Pid(std::process::id() as i32))?.groups,
         vdso,
+        first: None,
         obstacles,
         warnings,
         given,

@@ -1,0 +1,388 @@
+//! Jobs whose root is the first process of a pid namespace, as in a container: attached to from
+//! outside, and restored as the first process of a new one.
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use ckpt_tracer::fault::Step;
+use common::look::{all_stopped, assert_let_go, assert_nobody_left, status_field};
+use common::refused::FAILED;
+use common::tool::{CKPT, RESTORE, leftovers, restored_in_front};
+use common::{
+    Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restore_cmd, restored, run, start,
+    until,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Counts in the file `count`, is left orphans and has a child that does not end; when it is asked to
+/// end it says who it is and what its session and group are. Its code is 7.
+const COUNTER: &str = r#"
+trap 'read -r _ _ _ parent group session _ < /proc/self/stat
+      echo "$$ $parent $group $session" > result; exit 7' TERM
+sleep 1000 &
+while :; do n=$((n + 1)); echo $n > next; mv next count; (true &); sleep 0.01; done
+"#;
+
+/// What it says of itself, if it leads a session and if it does not.
+const ALONE: &str = "1 0 0 0";
+const LEADER: &str = "1 0 1 1";
+
+/// `unshare` and the first process of its namespace.
+struct Container {
+    outer: Job,
+    first: i32,
+}
+
+fn container(case: &Case, before: &[&str]) -> Container {
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc"]);
+    command.args(before).args(["bash", "-c", COUNTER]);
+    let outer = start(command.current_dir(case.dir()), &case.path("job.log"));
+    counts(case);
+    let first = children(outer.pid)[0];
+    Container { outer, first }
+}
+
+impl Container {
+    /// An image of it, with which it ends, and so does who was brought into it.
+    fn killed_with(self, case: &Case, entered: Job) {
+        attach(case, self.first, "job.ckpt", &["--kill"]);
+        self.outer.wait();
+        entered.wait();
+        assert_nobody_left();
+    }
+
+    /// An image of it, with which it ends.
+    fn killed(self, case: &Case) -> PathBuf {
+        let (image, figures) = attach(case, self.first, "job.ckpt", &["--kill"]);
+        assert_eq!(figures["pid"], self.first);
+        self.outer.wait();
+        assert_nobody_left();
+        image
+    }
+}
+
+fn killed(case: &Case) -> PathBuf {
+    container(case, &[]).killed(case)
+}
+
+fn count(case: &Case) -> u32 {
+    let text = fs::read_to_string(case.path("count")).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+fn counts(case: &Case) {
+    let before = count(case);
+    until("it to count", || (count(case) > before + 5).then_some(()));
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let text = text.unwrap_or_default();
+    text.split_whitespace().flat_map(str::parse).collect()
+}
+
+fn result(case: &Case) -> String {
+    let text = fs::read_to_string(case.path("result")).expect("it was asked to end");
+    text.trim().into()
+}
+
+/// It is process 1 of another namespace than ours, and no process of ckpt is in it.
+fn is_first(pid: i32) {
+    let ids = status_field(pid, "NSpid").expect("it lives");
+    assert_eq!(ids, format!("{pid}\t1"));
+    for child in children(pid) {
+        let name = status_field(child, "Name").unwrap_or_default();
+        assert!(!name.contains("ckpt"), "{name}");
+    }
+}
+
+/// A signal that it does not handle is ignored by a namespace's first process.
+fn ignores(case: &Case, job: &Job) {
+    job.signal(Signal::SIGHUP);
+    job.signal(Signal::SIGUSR1);
+    counts(case);
+}
+
+fn three_lives(case: &Case, before: &[&str], says: &str) {
+    let container = container(case, before);
+    ckpt(case, ["check", &container.first.to_string()]).ok();
+    attach(case, container.first, "job.ckpt", &[]);
+    assert_let_go(container.first);
+    counts(case);
+    let mut image = container.killed(case);
+    for life in 1..=3 {
+        let mut job = match life {
+            2 => restored(case, &image, &[]),
+            _ => restored_in_front(case, &image, &[]),
+        };
+        counts(case);
+        is_first(job.pid);
+        ignores(case, &job);
+        if life == 3 {
+            let restore: i32 = status_field(job.pid, "PPid").unwrap().parse().unwrap();
+            kill(Pid::from_raw(restore), Signal::SIGTERM).expect("it waits");
+            assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+            assert_eq!(result(case), says);
+        } else {
+            image = attach(case, job.pid, "job.ckpt", &["--kill"]).0;
+            let by_us = if life == 2 {
+                Ended::Killed(9)
+            } else {
+                Ended::Exited(137)
+            };
+            assert_eq!(until("its end", || job.ended()), by_us);
+        }
+        // Its end is that of its child.
+        assert_nobody_left();
+    }
+}
+
+#[test]
+fn three_lives_of_a_container() {
+    isolated("three_lives_of_a_container", |case| {
+        three_lives(case, &[], ALONE)
+    });
+}
+
+#[test]
+fn three_lives_of_a_session() {
+    isolated("three_lives_of_a_session", |case| {
+        three_lives(case, &["setsid"], LEADER);
+    });
+}
+
+#[test]
+fn three_lives_of_a_users_container() {
+    isolated_as_user("three_lives_of_a_users_container", |case| {
+        three_lives(case, &[], ALONE);
+    });
+}
+
+/// A user namespace in ours: what is inside belongs to somebody who is root there alone.
+#[test]
+fn three_lives_in_a_user_namespace() {
+    isolated("three_lives_in_a_user_namespace", |case| {
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "--pid", "--fork", "--mount-proc"]);
+        command.args(["bash", "-c", COUNTER]);
+        let outer = start(command.current_dir(case.dir()), &case.path("job.log"));
+        counts(case);
+        let first = children(outer.pid)[0];
+        let image = Container { outer, first }.killed(case);
+        let mut job = restored(case, &image, &[]);
+        counts(case);
+        is_first(job.pid);
+        job.signal(Signal::SIGTERM);
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        assert_eq!(result(case), ALONE);
+        assert_nobody_left();
+    });
+}
+
+/// Only a part of what is in a container: as ever, with our own first process in front.
+#[test]
+fn a_child_of_the_first() {
+    isolated("a_child_of_the_first", |case| {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command.args(["bash", "-c", "bash -c \"$0\" & wait", COUNTER]);
+        let outer = start(command.current_dir(case.dir()), &case.path("job.log"));
+        counts(case);
+        let first = children(outer.pid)[0];
+        let inner = children(first)[0];
+        let ids = status_field(inner, "NSpid");
+        let (image, _) = attach(case, inner, "job.ckpt", &["--kill"]);
+        outer.kill();
+        assert_nobody_left();
+        let mut job = restored(case, &image, &[]);
+        counts(case);
+        let last = |ids: Option<String>| ids.and_then(|i| Some(i.rsplit_once('\t')?.1.to_owned()));
+        assert_eq!(last(status_field(job.pid, "NSpid")), last(ids));
+        let parent: i32 = status_field(job.pid, "PPid").unwrap().parse().unwrap();
+        assert_eq!(status_field(parent, "Name").as_deref(), Some("ckpt-init"));
+        // The one in front is nobody's job.
+        let out = ckpt(case, ["attach", &parent.to_string(), "-o", "init.ckpt"]);
+        let remedy = format!("ckpt attach {}", job.pid);
+        out.refused(1, &[&format!("process {parent}"), "is ckpt's own", &remedy]);
+        job.signal(Signal::SIGTERM);
+        let orphan = until("its child to be left alone", || {
+            let all = children(parent);
+            (all.len() == 1 && all != [job.pid]).then(|| all[0])
+        });
+        kill(Pid::from_raw(orphan), Signal::SIGKILL).expect("it lives");
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        assert_nobody_left();
+    });
+}
+
+#[test]
+fn clones() {
+    isolated("clones", |case| {
+        let image = killed(case);
+        let mut all: Vec<Job> = (0..3).map(|_| restored(case, &image, &[])).collect();
+        all.iter().for_each(|job| is_first(job.pid));
+        counts(case);
+        for job in &mut all {
+            job.signal(Signal::SIGTERM);
+            assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        }
+        assert_nobody_left();
+    });
+}
+
+/// Who was brought into the namespace from outside is not of the job, and is told of.
+#[test]
+fn somebody_else() {
+    isolated("somebody_else", |case| {
+        let container = container(case, &[]);
+        let target = container.first.to_string();
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &target, "--pid", "--mount", "sleep", "1000"]);
+        let entered = start(&mut command, &case.path("nsenter.log"));
+        let name = || status_field(*children(entered.pid).first()?, "Name");
+        until("it to be there", || (name()? == "sleep").then_some(()));
+        let out = ckpt(case, ["attach", &target, "-o", "job.ckpt"]);
+        out.ok();
+        let warned = |line: &str| line.contains("(sleep)") && line.contains("not in the image");
+        let warnings: Vec<&str> = out.stderr.lines().filter(|line| warned(line)).collect();
+        assert_eq!(warnings.len(), 1, "{}", out.stderr);
+        container.killed_with(case, entered);
+    });
+}
+
+/// Left stopped by an attach and by a restore; SIGCONT lets it go on.
+#[test]
+fn stopped() {
+    isolated("stopped", |case| {
+        let container = container(case, &[]);
+        let (image, _) = attach(case, container.first, "job.ckpt", &["--stop"]);
+        let stopped = |pid: i32| until("it to stop", || all_stopped(pid).then_some(()));
+        stopped(container.first);
+        kill(Pid::from_raw(container.first), Signal::SIGKILL).expect("it is there");
+        container.outer.wait();
+        let mut job = restored(case, &image, &["--stopped"]);
+        stopped(job.pid);
+        let before = count(case);
+        for pid in [vec![job.pid], job.descendants()].concat() {
+            kill(Pid::from_raw(pid), Signal::SIGCONT).expect("it is there");
+        }
+        until("it to count", || (count(case) > before).then_some(()));
+        job.signal(Signal::SIGTERM);
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+        assert_nobody_left();
+    });
+}
+
+/// At each step: a failure is told, and neither it nor a death leaves anything.
+#[test]
+fn failures() {
+    isolated("failures", |case| {
+        let image = killed(case);
+        for step in Step::ALL.iter().filter(|s| s.name().starts_with("restore")) {
+            let mut command = restore_cmd(&image, &[]);
+            let out = run(case, command.env("CKPT_FAULT", step.name()));
+            out.refused(FAILED, &["fault injected", step.name()]);
+            assert_nobody_left();
+            let mut command = restore_cmd(&image, &[]);
+            let fault = format!("{}:kill", step.name());
+            let out = run(case, command.env("CKPT_FAULT", fault));
+            out.refused(FAILED, &["was killed"]);
+            assert_nobody_left();
+        }
+        // What the first process itself finds in the way.
+        let mut command = Command::new("prlimit");
+        let out = run(case, command.args(["--nofile=9:9", RESTORE]).arg(&image));
+        out.refused(FAILED, &["cannot", "Too many open files"]);
+        assert_nobody_left();
+        let keep = run(case, &mut restore_cmd(&image, &["--pids", "keep"]));
+        keep.refused(FAILED, &["the pid 1", "taken"]);
+        assert_nobody_left();
+    });
+}
+
+#[test]
+fn failures_of_an_attach() {
+    isolated("failures_of_an_attach", |case| {
+        let container = container(case, &[]);
+        let first = container.first.to_string();
+        for step in Step::ALL
+            .iter()
+            .filter(|s| !s.name().starts_with("restore"))
+        {
+            for fault in [step.name().to_owned(), format!("{}:kill", step.name())] {
+                let mut command = Command::new(CKPT);
+                command.args(["attach", &first, "-o", "job.ckpt"]);
+                // A kill lets nobody go.
+                if *step != Step::ReleaseHalf {
+                    command.arg("--kill");
+                }
+                let out = run(
+                    case,
+                    command.env("CKPT_FAULT", &fault).current_dir(case.dir()),
+                );
+                assert_ne!(out.code(), 0, "{fault} was not reached");
+                until("it to be let go", || {
+                    let tracer = status_field(container.first, "TracerPid")?;
+                    (tracer == "0").then_some(())
+                });
+                counts(case);
+                leftovers(case.dir())
+                    .iter()
+                    .for_each(|name| fs::remove_file(case.path(name)).unwrap());
+            }
+        }
+        container.killed(case);
+    });
+}
+
+/// `restore` is killed at any moment: either the job is not there, or it runs.
+#[test]
+fn restore_is_killed_at_any_moment() {
+    isolated("restore_is_killed_at_any_moment", |case| {
+        let image = killed(case);
+        let begun = Instant::now();
+        let mut job = restored(case, &image, &[]);
+        let longest = begun.elapsed();
+        job.signal(Signal::SIGKILL);
+        until("its end", || job.ended());
+        let parts = 60;
+        for part in 0..parts {
+            let before = count(case);
+            let mut restore = start(&mut restore_cmd(&image, &[]), &case.path("restore.log"));
+            let moment = longest.mul_f64(f64::from(part) / f64::from(parts));
+            let begun = Instant::now();
+            while begun.elapsed() < moment {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            let _ = kill(Pid::from_raw(restore.pid), Signal::SIGKILL);
+            until("its end", || restore.ended());
+            // One that was let go has us as its parent, and counts.
+            let runs = || {
+                let first = children(1).into_iter().find(|pid| {
+                    status_field(*pid, "NSpid").is_some_and(|ids| ids.ends_with("\t1"))
+                        && status_field(*pid, "TracerPid").as_deref() == Some("0")
+                        && status_field(*pid, "Name").as_deref() == Some("bash")
+                });
+                match first {
+                    Some(first) => (count(case) != before).then_some(Some(first)),
+                    None => children(1).is_empty().then_some(None),
+                }
+            };
+            let first = until("nobody or the whole job", || {
+                let _ = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+                runs()
+            });
+            if let Some(first) = first {
+                counts(case);
+                kill(Pid::from_raw(first), Signal::SIGKILL).expect("it lives");
+            }
+            assert_nobody_left();
+        }
+    });
+}
