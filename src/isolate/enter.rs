@@ -17,6 +17,7 @@ use nix::unistd::{ForkResult, fork};
 use super::init;
 use super::work::{die_with_parent, keep_exit_codes, leave};
 use crate::error::{Error, Obstacle, Result};
+use crate::job::Family;
 use crate::objects::namespaces::{self, Namespaces, OWN};
 
 /// A job as it is seen from where its pids are.
@@ -121,9 +122,24 @@ fn look(pid: Pid) -> Result<Option<Visited>> {
     Ok(Some(Visited {
         pid: Pid(inner),
         init: (inner != 1 && is_root(status.ppid, pid)).then_some(1),
-        namespaces: Namespaces::of(&dir, &kinds)?,
+        namespaces: with_groups(Namespaces::of(&dir, &kinds)?, pid),
         groups: status.groups,
     }))
+}
+
+/// Adds the groups that came into a user namespace with whoever made it: processes inside have them
+/// until they set others, which then all lead somewhere.
+fn with_groups(mut namespaces: Namespaces, pid: Pid) -> Namespaces {
+    let family = Family::of(pid).unwrap_or_default();
+    if let Some(user) = namespaces.user.as_mut().filter(|u| !u.groups_are_fixed) {
+        let mut statuses = family
+            .living
+            .iter()
+            .filter_map(|pid| read_status(*pid).ok());
+        let foreign = statuses.find(|status| user.has_foreign(&status.groups));
+        user.inherited_groups = foreign.map(|status| status.groups).unwrap_or_default();
+    }
+    namespaces
 }
 
 /// The obstacle that it is the process that we have put in front of a job.

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use super::work::keep_exit_codes;
 
 /// A line of `/proc/PID/uid_map`: inside, outside, how many.
-pub(super) type Extent = (u32, u32, u32);
+pub type Extent = (u32, u32, u32);
 
 /// How ids inside a user namespace lead to those outside.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

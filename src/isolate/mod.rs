@@ -33,7 +33,7 @@ mod work;
 
 pub use enter::{Visited, visit};
 pub use first::First;
-pub use idmap::IdMaps;
+pub use idmap::{Extent, IdMaps};
 pub use link::Link;
 pub use make::{Owner, Spec, start};
 pub use outside::{Init, Running};

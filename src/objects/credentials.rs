@@ -33,12 +33,17 @@ pub struct Credentials {
     pub no_new_privs: bool,
 }
 
-/// Groups that a job has and that nobody can give it: setgroups(2) is forbidden in user namespaces
-/// that an ordinary user has made.
-pub fn obstacles(snapshot: &Snapshot, now: &Credentials) -> Vec<Obstacle> {
+/// Whether setgroups(2) is permitted: it is not in user namespaces that an ordinary user has made alone.
+pub fn groups_can_be_set() -> bool {
     let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
-    if setting.trim() != "deny" {
-        return Vec::new();
+    setting.trim() != "deny"
+}
+
+/// Groups that a job has and that nobody can give it; `outside` are ours outside of the job's user
+/// namespace.
+pub fn obstacles(snapshot: &Snapshot, now: &Credentials, outside: &[u32]) -> Vec<Obstacle> {
+    if groups_can_be_set() {
+        return foreign_groups(snapshot, outside);
     }
     let lacks = |p: &&Process| p.threads.iter().any(|t| t.credentials.groups != now.groups);
     let processes = snapshot.processes.iter().filter(lacks);
@@ -46,6 +51,30 @@ pub fn obstacles(snapshot: &Snapshot, now: &Credentials) -> Vec<Obstacle> {
         Obstacle::new(
             format!("process {}", p.pid),
             "has other supplementary groups than you have, and groups cannot be set in a user namespace",
+            "restore it as root, or as a member of exactly its groups",
+        )
+    };
+    processes.map(obstacle).collect()
+}
+
+/// Groups that came into the job's user namespace from outside, and that lead nowhere inside: only
+/// whoever has exactly these can make such a namespace again.
+fn foreign_groups(snapshot: &Snapshot, outside: &[u32]) -> Vec<Obstacle> {
+    let user = snapshot.namespaces.user.as_ref();
+    let Some(user) = user.filter(|u| !u.inherited_groups.is_empty()) else {
+        return Vec::new();
+    };
+    let inherited = user.groups_inside(&user.inherited_groups);
+    let has = |p: &&Process| p.threads.iter().any(|t| t.credentials.groups == inherited);
+    let processes = snapshot.processes.iter().filter(has);
+    let processes = processes.filter(|_| outside != user.inherited_groups);
+    let obstacle = |p: &Process| {
+        Obstacle::new(
+            format!("process {}", p.pid),
+            format!(
+                "has supplementary groups from outside its user namespace, {:?}, and yours are {outside:?}",
+                user.inherited_groups
+            ),
             "restore it as root, or as a member of exactly its groups",
         )
     };

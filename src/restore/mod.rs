@@ -31,6 +31,7 @@ pub mod env;
 mod executor;
 pub mod fill;
 mod handover;
+mod ids;
 pub(crate) mod orders;
 pub mod paths;
 pub mod pids;
@@ -98,6 +99,8 @@ pub struct Restored {
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
     opened.decide_clocks()?;
+    // What is against it is told by the restore.
+    let _ = opened.look_for_a_place();
     let opened = &*opened;
     let (request, snapshot) = (opened.request, &opened.snapshot);
     let way = way::look(opened, Vec::new())?;
@@ -136,8 +139,8 @@ pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
 pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let mut opened = open(request)?;
     opened.decide_clocks()?;
-    let pids = match pids::decide(&opened, pids::Pids::Auto) {
-        Ok(_) => Vec::new(),
+    let pids = match opened.look_for_a_place() {
+        Ok(()) => Vec::new(),
         Err(Error::Refused(obstacles)) => obstacles,
         Err(e) => return Err(e),
     };

@@ -8,16 +8,14 @@ use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
-use nix::unistd::{getegid, geteuid};
 
 use super::births::{self, Births};
-use super::{Opened, spawn};
+use super::{Opened, ids, spawn};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
-use crate::isolate::{First, IdMaps, Owner, Spec};
+use crate::isolate::{First, Spec};
 use crate::objects::Snapshot;
 use crate::objects::memory::FileIdentity;
-use crate::objects::namespaces::UserNamespace;
 
 /// Where a job shall have its pids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -141,36 +139,9 @@ pub fn namespaces(opened: &Opened<'_>) -> Result<Spec> {
     };
     let spec = match &opened.snapshot.namespaces.user {
         None => Spec::own(),
-        Some(user) => in_user_namespace(user, opened)?,
+        Some(user) => ids::decide(user, opened)?,
     };
     Ok(Spec { builder, ..spec })
-}
-
-fn in_user_namespace(user: &UserNamespace, opened: &Opened<'_>) -> Result<Spec> {
-    let (&[(uid, outer_uid, 1)], &[(gid, outer_gid, 1)]) = (&user.uids[..], &user.gids[..]) else {
-        return Err(Error::refuse(Obstacle::new(
-            "the job",
-            "had a user namespace with more ids than one, which is not supported",
-            "restore it inside such a namespace, with --pids keep",
-        )));
-    };
-    let root = &opened.snapshot.processes[0].threads[0].credentials;
-    let (me, group) = (geteuid(), getegid());
-    // Root makes it for whom it was.
-    let owner = (me.is_root() && outer_uid != 0).then(|| Owner {
-        uid: outer_uid,
-        gid: outer_gid,
-        groups: root.groups.clone(),
-    });
-    let (outer_uid, outer_gid) = match owner {
-        Some(_) => (outer_uid, outer_gid),
-        None => (me.as_raw(), group.as_raw()),
-    };
-    Ok(Spec {
-        ids: Some(IdMaps::one((uid, outer_uid), (gid, outer_gid))),
-        owner,
-        ..Spec::default()
-    })
 }
 
 /// All ids that the job has, and those of processes that help for a while; ascending.

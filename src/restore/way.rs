@@ -10,6 +10,7 @@ use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::status::read_status;
 
 use super::clock::{self, Clocks};
+use super::pids::{self, Pids, Place};
 use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
@@ -29,8 +30,10 @@ pub struct Opened<'a> {
     /// With the paths that its files have now.
     pub(super) snapshot: Snapshot,
     pub(super) kernel: KernelFeatures,
-    /// Our supplementary groups; in a user namespace the kernel does not show them.
+    /// Our supplementary groups outside of a user namespace, which the kernel does not show inside.
     groups: Vec<u32>,
+    /// Those that a process of ours has where the work is done.
+    groups_there: Vec<u32>,
     vdso: Replaced,
     /// The first process of our namespace, if the job begins with it.
     pub(super) first: Option<First>,
@@ -46,12 +49,28 @@ impl Opened<'_> {
     /// The work is done by that one.
     pub fn restored_by(&mut self, owner: &crate::isolate::Owner) {
         self.groups = owner.groups.clone();
+        self.groups_there = owner.groups.clone();
+    }
+
+    /// Decides where the job would have its pids, and who would do the work.
+    pub(super) fn look_for_a_place(&mut self) -> Result<()> {
+        if let Place::Namespace(_) = pids::decide(self, Pids::Auto)?
+            && let Some(owner) = pids::namespaces(self)?.owner
+        {
+            self.restored_by(&owner);
+        }
+        Ok(())
     }
 
     /// The work is done in a namespace, where we are now; with `first`, that one becomes the job's root.
     pub fn restored_inside(&mut self, first: Option<First>) {
         self.kernel = KernelFeatures::probe();
         self.first = first;
+        if credentials::groups_can_be_set()
+            && let Ok(status) = read_status(Pid(std::process::id() as i32))
+        {
+            self.groups_there = status.groups;
+        }
     }
 
     /// Which clocks the job gets; what is against it is noted.
@@ -97,12 +116,14 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);
     let vdso = refused_or(vdso, &mut obstacles)?;
     let given = bundle::choose(&mut snapshot, request);
+    let groups = read_status(Pid(std::process::id() as i32))?.groups;
     Ok(Opened {
         request,
         image,
         snapshot,
         kernel,
-        groups: read_status(Pid(std::process::id() as i32))?.groups,
+        groups_there: groups.clone(),
+        groups,
         vdso,
         first: None,
         obstacles,
@@ -147,7 +168,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
         snapshot,
         image,
         request,
-        super::host_state(&opened.groups)?,
+        super::host_state(&opened.groups_there)?,
         &opened.vdso,
     ) {
         Ok(job) => Some(job),
@@ -172,7 +193,8 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     let cuts = refused_or(cuts, &mut obstacles)?;
     refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
     if let Some(job) = &job {
-        obstacles.extend(credentials::obstacles(snapshot, &job.host.credentials));
+        let now = &job.host.credentials;
+        obstacles.extend(credentials::obstacles(snapshot, now, &opened.groups));
     }
     obstacles.extend(pids);
     match job {
