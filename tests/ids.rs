@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::isolate::open_to_all;
-use common::look::{assert_nobody_left, status_field};
+use common::look::{assert_nobody_left, children, status_field};
 use common::refused::FAILED;
 use common::tool::{CKPT, RESTORE};
 use common::{Case, Ended, Job, isolated, run, start, until};
@@ -119,12 +119,6 @@ fn contained(case: &Case, groups: &str, maps: &[&str], program: &[&str]) -> (Job
         children(outer.pid).into_iter().find(is_first)
     });
     (outer, first)
-}
-
-fn children(pid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let text = text.unwrap_or_default();
-    text.split_whitespace().flat_map(str::parse).collect()
 }
 
 fn workers(case: &Case, groups: &str) -> (Job, i32) {

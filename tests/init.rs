@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ckpt_tracer::fault::Step;
-use common::look::{all_stopped, assert_let_go, assert_nobody_left, status_field};
+use common::look::{all_stopped, assert_let_go, assert_nobody_left, children, status_field};
 use common::refused::FAILED;
 use common::tool::{CKPT, RESTORE, leftovers, restored_in_front};
 use common::{
@@ -79,12 +79,6 @@ fn count(case: &Case) -> u32 {
 fn counts(case: &Case) {
     let before = count(case);
     until("it to count", || (count(case) > before + 5).then_some(()));
-}
-
-fn children(pid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let text = text.unwrap_or_default();
-    text.split_whitespace().flat_map(str::parse).collect()
 }
 
 fn result(case: &Case) -> String {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ckpt_tracer::fault::Step;
-use common::look::{assert_nobody_left, status_field};
+use common::look::{assert_nobody_left, children, status_field};
 use common::refused::FAILED;
 use common::tool::{CKPT, RESTORE, nobody, restored_in_front};
 use common::{
@@ -74,12 +74,6 @@ fn init_of(job: &Job) -> i32 {
     let init = parent.parse().expect("it is a pid");
     assert_eq!(status_field(init, "Name").as_deref(), Some("ckpt-init"));
     init
-}
-
-fn children(pid: i32) -> Vec<i32> {
-    let path = format!("/proc/{pid}/task/{pid}/children");
-    let text = fs::read_to_string(path).unwrap_or_default();
-    text.split_whitespace().flat_map(str::parse).collect()
 }
 
 /// Its own view of itself at its end: pid and user.
