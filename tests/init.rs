@@ -380,3 +380,153 @@ fn restore_is_killed_at_any_moment() {
         }
     });
 }
+
+/// A host name, System V objects and queues of its own.
+const CONTAINED: &str = r#"
+import ctypes, os, signal, socket, subprocess, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+def made(what):
+    assert what >= 0, os.strerror(ctypes.get_errno())
+    return what
+CREATE = 0o1600
+socket.sethostname("inside")
+memory = made(libc.shmget(0x77, 4096, CREATE))
+libc.shmat.restype = ctypes.c_void_p
+at = libc.shmat(memory, None, 0)
+ctypes.memmove(at, b"contents", 8)
+made(libc.shmdt(ctypes.c_void_p(at)))
+# Made by somebody who has ended, with a key.
+text = f"import ctypes; assert ctypes.CDLL(None).semget(0x78, 3, {CREATE}) >= 0"
+subprocess.run([sys.executable, "-c", text], check=True)
+queue = made(libc.mq_open(b"/own", os.O_RDWR | os.O_CREAT, 0o600, None))
+ended = []
+signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
+def look():
+    there = libc.shmat(made(libc.shmget(0x77, 4096, 0)), None, 0)
+    return [socket.gethostname(), ctypes.string_at(there, 8).decode(), made(libc.semget(0x78, 3, 0)) >= 0,
+            open("/proc/self/cgroup").read().count("..")]
+before = look()
+n = 0
+while not ended:
+    n += 1
+    with open("next", "w") as f: f.write(str(n))
+    os.rename("next", "count")
+    time.sleep(0.01)
+after = look()
+with open("result", "w") as f: f.write("same" if before == after else f"{before} {after}")
+sys.exit(7 if before == after else 1)
+"#;
+
+fn with_all_namespaces(case: &Case, before: &[&str]) {
+    let python = case.system_python();
+    let names = || {
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").expect("it is there");
+        let objects = fs::read_to_string("/proc/sysvipc/shm").expect("/proc is mounted");
+        (host, objects)
+    };
+    let ours = names();
+    let mut command = Command::new("unshare");
+    command.args([
+        "--uts",
+        "--ipc",
+        "--cgroup",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+    ]);
+    command.args(before).args([python, "-c", CONTAINED]);
+    let outer = start(command.current_dir(case.dir()), &case.path("job.log"));
+    counts(case);
+    let first = children(outer.pid)[0];
+    ckpt(case, ["check", &first.to_string()]).ok();
+    let mut image = Container { outer, first }.killed(case);
+    for life in 1..=2 {
+        let mut job = restored(case, &image, &[]);
+        counts(case);
+        let own = |kind: &str| {
+            let link =
+                |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("it lives");
+            link(&job.pid.to_string()) != link("self")
+        };
+        assert!(["uts", "ipc", "cgroup", "pid", "mnt"].into_iter().all(own));
+        if life == 1 {
+            image = attach(case, job.pid, "job.ckpt", &["--kill"]).0;
+            until("its end", || job.ended());
+        } else {
+            job.signal(Signal::SIGTERM);
+            let ended = until("its end", || job.ended());
+            assert_eq!((result(case).as_str(), ended), ("same", Ended::Exited(7)));
+        }
+        assert_nobody_left();
+    }
+    assert_eq!(names(), ours);
+}
+
+#[test]
+fn other_namespaces() {
+    isolated("other_namespaces", |case| with_all_namespaces(case, &[]));
+}
+
+#[test]
+fn other_namespaces_of_an_ordinary_user() {
+    isolated("other_namespaces_of_an_ordinary_user", |case| {
+        with_all_namespaces(case, &["--map-root-user"]);
+    });
+}
+
+/// What is not made again is refused by name, and the container goes on.
+#[test]
+fn refused() {
+    isolated("refused", |case| {
+        let refuse = |options: &[&str], program: &str, words: &[&str]| {
+            let mut command = Command::new("unshare");
+            command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+            command.args(options).args(["bash", "-c", program, COUNTER]);
+            let outer = start(command.current_dir(case.dir()), &case.path("job.log"));
+            counts(case);
+            let first = children(outer.pid)[0];
+            let target = match program.contains("& wait") {
+                true => *children(first).last().expect("it has two"),
+                false => first,
+            };
+            let out = ckpt(case, ["attach", &target.to_string(), "-o", "job.ckpt"]);
+            out.refused(1, words);
+            assert!(leftovers(case.dir()).is_empty());
+            counts(case);
+            outer.kill();
+            assert_nobody_left();
+            fs::remove_file(case.path("count")).expect("it counted");
+        };
+        refuse(
+            &["--net"],
+            "eval \"$0\"",
+            &["process", "another net namespace", "--net ckpt"],
+        );
+        // A process of the job that has a namespace to itself.
+        let program = "unshare --pid --fork --kill-child sleep 1000 & sleep 0.1; eval \"$0\"";
+        refuse(&[], program, &["(sleep)", "another pid namespace"]);
+        let program = "sleep 1000 & bash -c \"$0\" & wait";
+        refuse(
+            &["--ipc"],
+            program,
+            &["shares it with process", "not of the job"],
+        );
+        let program = "here=$PWD; mkdir root; mount -t tmpfs none root; cd root; \
+                       for dir in usr tmp proc dev \"$here\"; do \
+                           mkdir -p ./$dir; mount --rbind /$dir ./$dir; done; \
+                       ln -s usr/bin usr/lib usr/lib64 .; mkdir old; \
+                       pivot_root . old; cd \"$here\"; eval \"$0\"";
+        refuse(
+            &[],
+            program,
+            &["root file system of its own", "inside that container"],
+        );
+        let queue = "python3 -c 'import ctypes, os; assert ctypes.CDLL(None).mq_open(b\"/left\", \
+                     os.O_RDWR | os.O_CREAT, 0o600, None) >= 0'; eval \"$0\"";
+        refuse(
+            &["--ipc"],
+            queue,
+            &["queue /left", "no process of the job has it open"],
+        );
+    });
+}

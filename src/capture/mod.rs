@@ -275,7 +275,7 @@ fn freeze_and_capture(
 ) -> Result<(FrozenJob, Vec<Source>, CapturedJob)> {
     let mut frozen = FrozenJob::freeze(&request.roots())?;
     let sources = open_sources(&frozen)?;
-    let mut captured = capture_frozen(&mut frozen, &sources, &request.save_files, patience)?;
+    let mut captured = capture_frozen(&mut frozen, &sources, request, patience)?;
     captured.snapshot.namespaces = request.namespaces.clone();
     captured.snapshot.show_groups(&request.groups);
     Ok((frozen, sources, captured))
@@ -333,9 +333,17 @@ struct CapturedJob {
 fn capture_frozen(
     job: &mut FrozenJob,
     sources: &[Source],
-    save_files: &SaveFiles,
+    request: &Request<'_>,
     patience: Patience,
 ) -> Result<CapturedJob> {
+    let mut collector = Collector::default();
+    // Of a job that does not stand still this is seen only now.
+    for source in sources {
+        crate::check::inside_the_job(source, &mut collector)?;
+    }
+    if !collector.obstacles.is_empty() {
+        return Err(Error::Refused(collector.obstacles));
+    }
     for (frozen, source) in job.processes.iter_mut().zip(sources) {
         if source.status.seccomp == Some(2) {
             for task in frozen.tasks() {
@@ -345,9 +353,9 @@ fn capture_frozen(
         // Of all, before anybody's memory is looked at: it may be that of several.
         leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     }
-    let mut collector = Collector::default();
     collector.patience = patience;
-    collector.save_files = save_files.clone();
+    collector.save_files = request.save_files.clone();
+    collector.alone_in_ipc = request.namespaces.ipc;
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;

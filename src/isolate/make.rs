@@ -16,6 +16,7 @@ use super::link::{Event, Link};
 use super::outside::Init;
 use super::work::{Body, keep_capabilities, leave, mount, work};
 use crate::error::{Error, Result};
+use crate::objects::namespaces::{Names, Namespaces};
 use crate::restore::spawn::clone_under;
 
 /// Somebody whom root becomes before anything is made.
@@ -36,6 +37,8 @@ pub struct Spec {
     pub ids: Option<IdMaps>,
     /// Who makes and has it, if not we.
     pub owner: Option<Owner>,
+    /// What else the job has to itself.
+    pub others: Namespaces,
     /// The job's root is the first process, and what rebuilds it has this pid meanwhile.
     pub builder: Option<i32>,
 }
@@ -214,11 +217,25 @@ fn kinds(spec: &Spec) -> &'static str {
     }
 }
 
+/// Namespaces of which a job has only some to itself.
+pub(super) fn optional(namespaces: &Namespaces) -> libc::c_int {
+    let flag = |has: bool, flag| if has { flag } else { 0 };
+    flag(namespaces.user.is_some(), libc::CLONE_NEWUSER)
+        | flag(namespaces.uts.is_some(), libc::CLONE_NEWUTS)
+        | flag(namespaces.ipc, libc::CLONE_NEWIPC)
+        | flag(namespaces.cgroup, libc::CLONE_NEWCGROUP)
+}
+
 fn make(spec: &Spec) -> io::Result<()> {
     let user = spec.ids.as_ref().map_or(0, |_| libc::CLONE_NEWUSER);
-    // SAFETY: calls with constants.
+    let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS | optional(&spec.others);
+    // SAFETY: a call with constants, then calls with live bytes and their length.
     unsafe {
-        Errno::result(libc::unshare(user | libc::CLONE_NEWPID | libc::CLONE_NEWNS))?;
+        Errno::result(libc::unshare(user | kinds))?;
+        if let Some(Names { host, domain }) = &spec.others.uts {
+            Errno::result(libc::sethostname(host.as_ptr().cast(), host.len()))?;
+            Errno::result(libc::setdomainname(domain.as_ptr().cast(), domain.len()))?;
+        }
     }
     // What is mounted outside later is seen inside, and not the other way round.
     mount(c"none", c"/", None, libc::MS_REC | libc::MS_SLAVE)

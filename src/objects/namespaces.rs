@@ -14,6 +14,38 @@ pub struct Namespaces {
     pub pid: bool,
     /// A user namespace.
     pub user: Option<UserNamespace>,
+    /// The names of a UTS namespace.
+    #[serde(default)]
+    pub uts: Option<Names>,
+    /// An IPC namespace, in which nobody else was.
+    #[serde(default)]
+    pub ipc: bool,
+    /// A cgroup namespace, whose root is the group of whoever makes it.
+    #[serde(default)]
+    pub cgroup: bool,
+}
+
+/// What a UTS namespace holds: uname(2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Names {
+    /// `uname -n`.
+    pub host: String,
+    /// Of NIS.
+    pub domain: String,
+}
+
+impl Names {
+    /// Those of the UTS namespace in which we are.
+    pub fn here() -> Self {
+        let read = |file: &str| {
+            let text = std::fs::read_to_string(format!("/proc/sys/kernel/{file}"));
+            text.unwrap_or_default().trim_end_matches('\n').to_owned()
+        };
+        Self {
+            host: read("hostname"),
+            domain: read("domainname"),
+        }
+    }
 }
 
 /// How ids inside lead to those outside.
@@ -52,6 +84,9 @@ impl Namespaces {
         Ok(Self {
             pid: has("pid"),
             user,
+            uts: has("uts").then(Names::default),
+            ipc: has("ipc"),
+            cgroup: has("cgroup"),
         })
     }
 }
@@ -119,7 +154,7 @@ pub fn others(process: &ProcDir) -> ckpt_tracer::Result<Vec<String>> {
 }
 
 /// The kinds that can be entered from outside, and made again.
-pub const OWN: [&str; 3] = ["mnt", "pid", "user"];
+pub const OWN: [&str; 6] = ["cgroup", "ipc", "mnt", "pid", "user", "uts"];
 
 #[cfg(test)]
 mod tests {

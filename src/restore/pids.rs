@@ -16,6 +16,7 @@ use crate::host;
 use crate::isolate::{First, Spec};
 use crate::objects::Snapshot;
 use crate::objects::memory::FileIdentity;
+use crate::objects::namespaces::Namespaces;
 
 /// Where a job shall have its pids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -141,7 +142,15 @@ pub fn namespaces(opened: &Opened<'_>) -> Result<Spec> {
         None => Spec::own(),
         Some(user) => ids::decide(user, opened)?,
     };
-    Ok(Spec { builder, ..spec })
+    let others = Namespaces {
+        user: None,
+        ..opened.snapshot.namespaces.clone()
+    };
+    Ok(Spec {
+        builder,
+        others,
+        ..spec
+    })
 }
 
 /// All ids that the job has, and those of processes that help for a while; ascending.

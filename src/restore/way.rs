@@ -35,6 +35,8 @@ pub struct Opened<'a> {
     /// Those that a process of ours has where the work is done.
     groups_there: Vec<u32>,
     vdso: Replaced,
+    /// The namespaces are made, and we are in them.
+    inside: bool,
     /// The first process of our namespace, if the job begins with it.
     pub(super) first: Option<First>,
     /// What has come up already.
@@ -66,6 +68,7 @@ impl Opened<'_> {
     pub fn restored_inside(&mut self, first: Option<First>) {
         self.kernel = KernelFeatures::probe();
         self.first = first;
+        self.inside = true;
         if credentials::groups_can_be_set()
             && let Ok(status) = read_status(Pid(std::process::id() as i32))
         {
@@ -125,6 +128,7 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
         groups_there: groups.clone(),
         groups,
         vdso,
+        inside: false,
         first: None,
         obstacles,
         warnings,
@@ -191,7 +195,10 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     let puts = refused_or(puts, &mut obstacles)?;
     let cuts = Cut::all(snapshot, request).map_err(Error::Refused);
     let cuts = refused_or(cuts, &mut obstacles)?;
-    refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
+    // In a namespace of its own everything is missing, and may be created.
+    if opened.inside || !snapshot.namespaces.ipc {
+        refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
+    }
     if let Some(job) = &job {
         let now = &job.host.credentials;
         obstacles.extend(credentials::obstacles(snapshot, now, &opened.groups));
