@@ -332,6 +332,27 @@ fn groups_from_outside() {
     });
 }
 
+/// With the set-uid helpers at work, too.
+#[test]
+fn restore_is_killed_at_any_moment() {
+    isolated("restore_is_killed_at_any_moment", |case| {
+        prepare(case);
+        let (outer, first) = workers(case, NO_GROUPS);
+        killed(case, By::User(NO_GROUPS), first);
+        outer.wait();
+        let log = case.path("restore.log");
+        fs::write(&log, "").expect("the test's directory is writable");
+        open_to_all(&log);
+        let restore = || {
+            let mut command = By::User(NO_GROUPS).command(case, RESTORE);
+            command.arg("job.ckpt");
+            command
+        };
+        let count = || written(case, "worker").map_or(0, |w| w.0);
+        common::moments::restore_is_killed(case, 40, &restore, "python3", &count);
+    });
+}
+
 /// What is missing is told before anything is created.
 #[test]
 fn not_given() {

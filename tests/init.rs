@@ -6,7 +6,6 @@ mod common;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use ckpt_tracer::fault::Step;
 use common::look::{all_stopped, assert_let_go, assert_nobody_left, children, status_field};
@@ -340,44 +339,46 @@ fn failures_of_an_attach() {
 fn restore_is_killed_at_any_moment() {
     isolated("restore_is_killed_at_any_moment", |case| {
         let image = killed(case);
-        let begun = Instant::now();
-        let mut job = restored(case, &image, &[]);
-        let longest = begun.elapsed();
-        job.signal(Signal::SIGKILL);
-        until("its end", || job.ended());
-        let parts = 60;
-        for part in 0..parts {
-            let before = count(case);
-            let mut restore = start(&mut restore_cmd(&image, &[]), &case.path("restore.log"));
-            let moment = longest.mul_f64(f64::from(part) / f64::from(parts));
-            let begun = Instant::now();
-            while begun.elapsed() < moment {
-                std::thread::sleep(Duration::from_micros(50));
-            }
-            let _ = kill(Pid::from_raw(restore.pid), Signal::SIGKILL);
-            until("its end", || restore.ended());
-            // One that was let go has us as its parent, and counts.
-            let runs = || {
-                let first = children(1).into_iter().find(|pid| {
-                    status_field(*pid, "NSpid").is_some_and(|ids| ids.ends_with("\t1"))
-                        && status_field(*pid, "TracerPid").as_deref() == Some("0")
-                        && status_field(*pid, "Name").as_deref() == Some("bash")
-                });
-                match first {
-                    Some(first) => (count(case) != before).then_some(Some(first)),
-                    None => children(1).is_empty().then_some(None),
-                }
-            };
-            let first = until("nobody or the whole job", || {
-                let _ = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
-                runs()
-            });
-            if let Some(first) = first {
-                counts(case);
-                kill(Pid::from_raw(first), Signal::SIGKILL).expect("it lives");
-            }
-            assert_nobody_left();
-        }
+        let restore = || restore_cmd(&image, &[]);
+        common::moments::restore_is_killed(case, 60, &restore, "bash", &|| count(case));
+    });
+}
+
+/// Inside a container `ckpt` takes part of it as it takes anything anywhere.
+#[test]
+fn from_inside() {
+    isolated("from_inside", |case| {
+        let program = "bash -c \"$0\" & while :; do wait; sleep 1; done";
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command.args(["bash", "-c", program, COUNTER]);
+        let outer = start(command.current_dir(case.dir()), &case.path("job.log"));
+        counts(case);
+        let first = children(outer.pid)[0];
+        let inside = |program: &str, args: &[&str]| {
+            let mut command = Command::new("nsenter");
+            command.args(["--target", &first.to_string(), "--pid", "--mount"]);
+            command.arg(format!("--wd={}", case.dir().display()));
+            run(case, command.arg(program).args(args))
+                .ok()
+                .trim()
+                .to_owned()
+        };
+        let job = children(first)[0];
+        let pid = status_field(job, "NSpid").expect("it lives");
+        let pid = pid.split('\t').next_back().expect("there is one");
+        inside(CKPT, &["attach", pid, "-o", "job.ckpt", "--kill"]);
+        until("its end", || {
+            status_field(job, "Pid").is_none().then_some(())
+        });
+        let restored = inside(RESTORE, &["job.ckpt", "--detach", "--pids", "keep"]);
+        assert_eq!(restored, pid);
+        counts(case);
+        // All of it, from where its pids are.
+        inside(CKPT, &["attach", "1", "-o", "all.ckpt"]);
+        counts(case);
+        outer.kill();
+        assert_nobody_left();
     });
 }
 
@@ -503,8 +504,9 @@ fn refused() {
             &["process", "another net namespace", "--net ckpt"],
         );
         // A process of the job that has a namespace to itself.
-        let program = "unshare --pid --fork --kill-child sleep 1000 & sleep 0.1; eval \"$0\"";
-        refuse(&[], program, &["(sleep)", "another pid namespace"]);
+        let program = "unshare --pid --fork --kill-child sh -c 'echo > ready; exec sleep 1000' & \
+                       until [ -e ready ]; do :; done; eval \"$0\"";
+        refuse(&[], program, &["another pid namespace"]);
         let program = "sleep 1000 & bash -c \"$0\" & wait";
         refuse(
             &["--ipc"],
