@@ -150,7 +150,10 @@ impl Orders {
         // SAFETY: as the function's.
         unsafe {
             libc::write(self.report, report.as_ptr().cast(), 8);
-            while self.first {
+            if !self.first {
+                libc::_exit(127)
+            }
+            loop {
                 // The tracer is told, tells why, and ends; that ends us.
                 libc::syscall(
                     libc::SYS_kill,
@@ -159,7 +162,6 @@ impl Orders {
                 );
                 libc::pause();
             }
-            libc::_exit(127)
         }
     }
 }
