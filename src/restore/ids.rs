@@ -85,7 +85,7 @@ fn someone(map: &[Extent]) -> u32 {
 
 /// An ordinary user takes the place of the one who had it; the other ids stay what they were.
 fn by_helpers(user: &UserNamespace) -> Spec {
-    let (uids, gids) = (ours(user).0, ours(user).1);
+    let (uids, gids) = ours(user);
     let ids = IdMaps {
         uids,
         gids,
