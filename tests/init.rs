@@ -367,15 +367,15 @@ fn from_inside() {
         let job = children(first)[0];
         let pid = status_field(job, "NSpid").expect("it lives");
         let pid = pid.split('\t').next_back().expect("there is one");
+        // All of it, from where its pids are, and a part.
+        inside(CKPT, &["attach", "1", "-o", "all.ckpt"]);
+        counts(case);
         inside(CKPT, &["attach", pid, "-o", "job.ckpt", "--kill"]);
         until("its end", || {
             status_field(job, "Pid").is_none().then_some(())
         });
         let restored = inside(RESTORE, &["job.ckpt", "--detach", "--pids", "keep"]);
         assert_eq!(restored, pid);
-        counts(case);
-        // All of it, from where its pids are.
-        inside(CKPT, &["attach", "1", "-o", "all.ckpt"]);
         counts(case);
         outer.kill();
         assert_nobody_left();
