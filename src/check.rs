@@ -240,7 +240,7 @@ fn is_ending(pid: Pid) -> bool {
 }
 
 /// What of the process's own state is in the way.
-fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
+pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
     let object = source.title();
     let mut refuse = |reason: String, remedy: Option<&str>| {
         collector.obstacles.push(Obstacle {
@@ -263,7 +263,7 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
             nsenter_option(&kind)
         );
         refuse(
-            format!("is in another {kind} namespace than ckpt, which is not supported yet"),
+            format!("is in another {kind} namespace than ckpt, which is not supported"),
             Some(&remedy),
         );
     }
@@ -295,7 +295,15 @@ fn other_namespaces(source: &Source) -> Result<Vec<String>> {
         Err(TracerError::Proc { source, .. }) if source.raw_os_error() == Some(libc::EACCES) => {
             Ok(Vec::new())
         }
-        kinds => Ok(kinds?),
+        Ok(mut kinds) => {
+            let own = |kind: &String| namespaces::OWN.contains(&kind.as_str());
+            // With a pid namespace these would be entered if it were not for the others.
+            if kinds.iter().any(|kind| kind == "pid") && !kinds.iter().all(own) {
+                kinds.retain(|kind| !own(kind));
+            }
+            Ok(kinds)
+        }
+        Err(e) => Err(e.into()),
     }
 }
 

@@ -114,6 +114,20 @@ impl FrozenJob {
         each(self.processes, Frozen::thaw)
     }
 
+    /// Every task is killed when this process ends, which is to be soon. So ends a job with the first
+    /// process of our pid namespace, which ignores our SIGKILL and whose end is ours.
+    pub fn end_with_us(self) -> Result<()> {
+        const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
+        for task in self.processes.iter().flat_map(Frozen::tasks) {
+            match task.set_options(OPTIONS) {
+                Ok(()) | Err(TracerError::Died { .. }) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        std::mem::forget(self);
+        Ok(())
+    }
+
     /// Lets go of every process but leaves it stopped, as `kill -STOP` would.
     pub fn leave_stopped(self) -> Result<()> {
         each(self.processes, Frozen::leave_stopped)

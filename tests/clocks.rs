@@ -6,9 +6,10 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::fixture::{fixture, killed};
+use common::fixture::{fixture, killed, start_in};
+use common::look::status_field;
 use common::tool::RESTORE;
-use common::{Case, Job, isolated, isolated_as_user, restored, run};
+use common::{Case, Ended, Job, attach, isolated, isolated_as_user, restored, run};
 
 /// Runs a program where the machine's clocks are shifted by so many seconds.
 fn shifted(seconds: i64) -> Command {
@@ -48,6 +49,82 @@ fn lives(case: &Case, shifts: &[i64]) {
         let out = restore_shifted(case, &image, *shift, &["--detach"]);
         let pid = out.ok().trim().parse().expect("a pid");
         target.continued_by(Job::of(pid));
+    }
+    target.passes();
+}
+
+/// The same in pid namespaces, from which each checkpoint is taken from outside.
+fn lives_in_namespaces(case: &Case, shifts: &[i64]) {
+    let mut target = fixture(case, "clocks");
+    let options = ["--detach", "--clock", "continue", "--pids", "namespace"];
+    for (life, shift) in shifts.iter().enumerate() {
+        let (image, _) = attach(case, target.pid(), "job.ckpt", &["--kill"]);
+        let ended = common::rounds::gone(&mut target.job);
+        assert_eq!(
+            ended,
+            if life == 0 {
+                Ended::Killed(9)
+            } else {
+                Ended::Exited(137)
+            }
+        );
+        let out = restore_shifted(case, &image, *shift, &options);
+        let pid = out.ok().trim().parse().expect("a pid");
+        assert_eq!(
+            status_field(pid, "NSpid").map(|ids| ids.split('\t').count()),
+            Some(2)
+        );
+        let init = status_field(pid, "PPid").and_then(|pid| pid.parse().ok());
+        target.continued_by(Job::behind(pid, init.expect("it lives")));
+    }
+    target.passes();
+}
+
+#[test]
+fn they_go_on_in_pid_namespaces() {
+    isolated("they_go_on_in_pid_namespaces", |case| {
+        lives_in_namespaces(case, &[DAY, reboot(), 3 * DAY])
+    });
+}
+
+#[test]
+fn they_go_on_in_pid_namespaces_of_an_ordinary_user() {
+    isolated_as_user("they_go_on_in_pid_namespaces_of_an_ordinary_user", |case| {
+        lives_in_namespaces(case, &[reboot(), DAY])
+    });
+}
+
+/// Those of the first process of a container: it enters the time namespace itself.
+#[test]
+fn they_go_on_in_the_first_process() {
+    isolated("they_go_on_in_the_first_process", |case| {
+        first_process(case, &[reboot(), DAY])
+    });
+}
+
+#[test]
+fn they_go_on_in_the_first_process_of_an_ordinary_user() {
+    isolated_as_user(
+        "they_go_on_in_the_first_process_of_an_ordinary_user",
+        |case| first_process(case, &[3 * DAY, reboot()]),
+    );
+}
+
+fn first_process(case: &Case, shifts: &[i64]) {
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc"]);
+    command.arg(case.fixtures().join("clocks"));
+    let mut target = start_in(case, "clocks", "run", command);
+    let mut first = common::look::children(target.pid())[0];
+    for shift in shifts {
+        let (image, _) = attach(case, first, "job.ckpt", &["--kill"]);
+        common::rounds::gone(&mut target.job);
+        let options = ["--detach", "--clock", "continue"];
+        let out = restore_shifted(case, &image, *shift, &options);
+        first = out.ok().trim().parse().expect("a pid");
+        let ids = format!("{first}\t1");
+        assert_eq!(status_field(first, "NSpid"), Some(ids));
+        target.continued_by(Job::of(first));
     }
     target.passes();
 }

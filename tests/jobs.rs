@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::isolate::open_to_all;
+use common::look::status_field;
 use common::rounds::{gone, same_result, same_result_in_namespaces};
-use common::tool::{leftovers, nobody};
+use common::tool::{CKPT, RESTORE, leftovers, nobody};
 use common::{
     Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restored, run, start, until,
 };
@@ -117,57 +118,122 @@ fn asked(case: &Case, command: &mut Command) -> String {
     run(case, command).ok().trim().to_owned()
 }
 
+/// Who takes checkpoints and restores, and where.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// We, under the old pids.
+    Here,
+    /// We, in a pid namespace.
+    Namespace,
+    /// An ordinary user, in a user and pid namespace.
+    UsersNamespace,
+}
+
 /// Kills the job into an image and restores it.
-fn second_life(case: &Case, mut job: Job) -> Job {
+fn second_life(case: &Case, job: Job) -> Job {
+    second_life_in(case, Place::Here, job)
+}
+
+fn second_life_in(case: &Case, place: Place, mut job: Job) -> Job {
+    if place == Place::UsersNamespace {
+        let pid = job.pid.to_string();
+        let mut command = nobody(case, Path::new(CKPT));
+        run(
+            case,
+            command.args(["attach", &pid, "--kill", "-o", "job.ckpt"]),
+        )
+        .ok();
+        assert!(gone(&mut job) != Ended::Exited(0));
+        let mut command = nobody(case, Path::new(RESTORE));
+        command.args(["job.ckpt", "--detach", "--pids", "namespace"]);
+        let pid = run(case, &mut command).ok().trim().parse().expect("a pid");
+        return behind_its_init(pid);
+    }
     let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
-    assert_eq!(gone(&mut job), Ended::Killed(9));
-    restored(case, &image, &[])
+    match place {
+        Place::Here => {
+            assert_eq!(gone(&mut job), Ended::Killed(9));
+            restored(case, &image, &[])
+        }
+        _ => {
+            assert!(gone(&mut job) != Ended::Exited(0));
+            restored(case, &image, &["--pids", "namespace"])
+        }
+    }
+}
+
+fn behind_its_init(pid: i32) -> Job {
+    let init = status_field(pid, "PPid").and_then(|pid| pid.parse().ok());
+    Job::behind(pid, init.expect("it lives"))
 }
 
 #[test]
 fn redis_while_it_saves() {
-    isolated("redis_while_it_saves", |case| {
-        case.needs_program("redis-server", "redis-server");
-        let socket = case.path("redis.sock");
-        let cli = |words: &[&str]| {
-            let mut command = Command::new("redis-cli");
-            asked(case, command.arg("-s").arg(&socket).args(words))
-        };
-        let mut server = Command::new("redis-server");
-        server.args(["--port", "0", "--save", "", "--rdb-key-save-delay", "60"]);
-        server
-            .arg("--unixsocket")
-            .arg(&socket)
-            .arg("--dir")
-            .arg(case.dir());
-        let mut job = start(&mut server, &case.path("redis.log"));
-        wait_for("the socket", || socket.exists());
-        let fill = "for i = 1, 20000 do redis.call('SET', 'key:' .. i, i * i) end";
-        cli(&["EVAL", fill, "0"]);
-        cli(&["RPUSH", "list", "one", "two", "three"]);
-        for life in 1..=3 {
-            cli(&["INCR", "lives"]);
-            assert_eq!(cli(&["BGSAVE"]), "Background saving started");
-            assert_eq!(job.descendants().len(), 1, "nobody saves");
-            job = second_life(case, job);
-            assert_eq!(job.descendants().len(), 1, "nobody saves any more");
-            assert_eq!(cli(&["GET", "lives"]), life.to_string());
-            assert_eq!(cli(&["LRANGE", "list", "0", "-1"]), "one\ntwo\nthree");
-            assert_eq!(cli(&["GET", "key:20000"]), "400000000");
-            assert_eq!(cli(&["DBSIZE"]), "20002");
-            wait_for("the end of saving", || {
-                cli(&["INFO", "persistence"]).contains("rdb_bgsave_in_progress:0")
-            });
-            assert!(cli(&["INFO", "persistence"]).contains("rdb_last_bgsave_status:ok"));
-        }
-        let check = asked(
-            case,
-            Command::new("redis-check-rdb").arg(case.path("dump.rdb")),
-        );
-        assert!(check.contains("20002 keys read"), "{check}");
-        job.signal(Signal::SIGTERM);
-        assert_eq!(job.wait(), Ended::Exited(0));
+    isolated("redis_while_it_saves", |case| redis(case, Place::Here));
+}
+
+#[test]
+fn redis_in_namespaces() {
+    isolated("redis_in_namespaces", |case| redis(case, Place::Namespace));
+}
+
+#[test]
+fn redis_of_an_ordinary_user_in_namespaces() {
+    isolated("redis_of_an_ordinary_user_in_namespaces", |case| {
+        case.needs_root();
+        open_to_all(case.dir());
+        redis(case, Place::UsersNamespace);
     });
+}
+
+/// `redis-server` with a child that writes its data.
+fn redis(case: &Case, place: Place) {
+    case.needs_program("redis-server", "redis-server");
+    let socket = case.path("redis.sock");
+    let cli = |words: &[&str]| {
+        let mut command = Command::new("redis-cli");
+        asked(case, command.arg("-s").arg(&socket).args(words))
+    };
+    let mut server = match place {
+        Place::UsersNamespace => nobody(case, Path::new("redis-server")),
+        _ => Command::new("redis-server"),
+    };
+    server.args(["--port", "0", "--save", "", "--rdb-key-save-delay", "60"]);
+    server
+        .arg("--unixsocket")
+        .arg(&socket)
+        .arg("--dir")
+        .arg(case.dir());
+    let log = case.path("redis.log");
+    fs::write(&log, "").expect("the test's directory is writable");
+    open_to_all(&log);
+    let mut job = start(&mut server, &log);
+    wait_for("the socket", || socket.exists());
+    let fill = "for i = 1, 20000 do redis.call('SET', 'key:' .. i, i * i) end";
+    cli(&["EVAL", fill, "0"]);
+    cli(&["RPUSH", "list", "one", "two", "three"]);
+    for life in 1..=3 {
+        cli(&["INCR", "lives"]);
+        assert_eq!(cli(&["BGSAVE"]), "Background saving started");
+        assert_eq!(job.descendants().len(), 1, "nobody saves");
+        job = second_life_in(case, place, job);
+        assert_eq!(job.descendants().len(), 1, "nobody saves any more");
+        assert_eq!(cli(&["GET", "lives"]), life.to_string());
+        assert_eq!(cli(&["LRANGE", "list", "0", "-1"]), "one\ntwo\nthree");
+        assert_eq!(cli(&["GET", "key:20000"]), "400000000");
+        assert_eq!(cli(&["DBSIZE"]), "20002");
+        wait_for("the end of saving", || {
+            cli(&["INFO", "persistence"]).contains("rdb_bgsave_in_progress:0")
+        });
+        assert!(cli(&["INFO", "persistence"]).contains("rdb_last_bgsave_status:ok"));
+    }
+    let check = asked(
+        case,
+        Command::new("redis-check-rdb").arg(case.path("dump.rdb")),
+    );
+    assert!(check.contains("20002 keys read"), "{check}");
+    job.signal(Signal::SIGTERM);
+    assert_eq!(job.wait(), Ended::Exited(0));
 }
 
 #[test]
@@ -282,30 +348,56 @@ fn postgres(case: &Case) -> String {
 #[test]
 fn postgres_under_load() {
     isolated("postgres_under_load", |case| {
-        case.needs_root();
-        let path = postgres(case);
-        let dir = case.path("bank");
-        fs::create_dir(&dir).expect("the test's directory is writable");
-        open_to_all(&dir);
-        let mut command = nobody(case, Path::new("bash"));
-        command.env("PATH", path).arg(source("bank.sh")).arg(&dir);
-        let mut job = start(&mut command, &case.path("bank.log"));
-        let count = || {
-            let text = fs::read_to_string(dir.join("count")).unwrap_or_default();
-            text.trim().parse().unwrap_or(0)
-        };
-        for _ in 1..=3 {
-            let before: u32 = count();
-            wait_for("transactions", || count() > before);
-            job = second_life(case, job);
-        }
-        let before = count();
-        wait_for("more transactions", || count() > before);
-        fs::write(dir.join("finish"), "").expect("the test's directory is writable");
-        assert_eq!(job.wait(), Ended::Exited(0));
-        let result = fs::read_to_string(dir.join("result")).expect("it has a result");
-        assert_eq!(result.trim(), "t|t|t|0");
+        busy_postgres(case, Place::Here)
     });
+}
+
+#[test]
+fn postgres_under_load_in_namespaces() {
+    isolated("postgres_under_load_in_namespaces", |case| {
+        busy_postgres(case, Place::Namespace);
+    });
+}
+
+#[test]
+fn postgres_under_load_of_an_ordinary_user_in_namespaces() {
+    isolated(
+        "postgres_under_load_of_an_ordinary_user_in_namespaces",
+        |case| {
+            open_to_all(case.dir());
+            busy_postgres(case, Place::UsersNamespace);
+        },
+    );
+}
+
+/// A server with its clients, which are of the job.
+fn busy_postgres(case: &Case, place: Place) {
+    case.needs_root();
+    let path = postgres(case);
+    let dir = case.path("bank");
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    open_to_all(&dir);
+    let mut command = nobody(case, Path::new("bash"));
+    command.env("PATH", path).arg(source("bank.sh")).arg(&dir);
+    let log = case.path("bank.log");
+    fs::write(&log, "").expect("the test's directory is writable");
+    open_to_all(&log);
+    let mut job = start(&mut command, &log);
+    let count = || {
+        let text = fs::read_to_string(dir.join("count")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    };
+    for _ in 1..=3 {
+        let before: u32 = count();
+        wait_for("transactions", || count() > before);
+        job = second_life_in(case, place, job);
+    }
+    let before = count();
+    wait_for("more transactions", || count() > before);
+    fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+    assert_eq!(job.wait(), Ended::Exited(0));
+    let result = fs::read_to_string(dir.join("result")).expect("it has a result");
+    assert_eq!(result.trim(), "t|t|t|0");
 }
 
 #[test]
@@ -322,65 +414,14 @@ fn sqlite_writers() {
 
 #[test]
 fn postgres_alone() {
-    isolated("postgres_alone", |case| {
-        case.needs_root();
-        let path = postgres(case);
-        let dir = case.path("bank");
-        fs::create_dir(&dir).expect("the test's directory is writable");
-        open_to_all(&dir);
-        let as_nobody = |program: &str, args: &[&str]| {
-            let mut command = nobody(case, Path::new(program));
-            command.env("PATH", &path).env("PGHOST", &dir).args(args);
-            command
-        };
-        let data = dir.join("data").display().to_string();
-        let args = ["-D", &data, "-U", "tester", "-A", "trust", "--no-sync"];
-        run(case, &mut as_nobody("initdb", &args)).ok();
-        let place = dir.display().to_string();
-        let args = ["-D", &data, "-k", &place, "-c", "listen_addresses="];
-        let mut job = start(
-            &mut as_nobody("postgres", &args),
-            &case.path("postgres.log"),
-        );
-        let psql = |sql: &str| {
-            let args = ["-U", "tester", "-d", "postgres", "-qtAc", sql];
-            run(case, &mut as_nobody("psql", &args))
-        };
-        wait_for("the server", || psql("SELECT 1").code() == 0);
-        psql("CREATE TABLE lives AS SELECT 0 AS number").ok();
-        // A client outside the job: its connection cannot come along.
-        let args = [
-            "-U",
-            "tester",
-            "-d",
-            "postgres",
-            "-qtAc",
-            "SELECT pg_sleep(600)",
-        ];
-        let client = start(&mut as_nobody("psql", &args), &case.path("psql.log"));
-        let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
-        wait_for("the client", || psql(sleeping).stdout.trim() == "1");
-        let out = ckpt(case, ["attach", &job.pid.to_string(), "-o", "job.ckpt"]);
-        out.refused(1, &["unix socket", "(psql), outside the job", "close it"]);
-        psql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
-            .ok();
-        client.wait();
-        for life in 1..=3 {
-            psql("UPDATE lives SET number = number + 1").ok();
-            wait_for("no backends", || {
-                !job.descendants().iter().any(|pid| {
-                    let line = fs::read_to_string(format!("/proc/{pid}/cmdline"));
-                    line.unwrap_or_default().contains("tester")
-                })
-            });
-            job = second_life(case, job);
-            assert_eq!(
-                psql("SELECT number FROM lives").ok().trim(),
-                life.to_string()
-            );
-        }
-        job.signal(Signal::SIGINT);
-        assert_eq!(job.wait(), Ended::Exited(0));
+    isolated("postgres_alone", |case| lonely_postgres(case, Place::Here));
+}
+
+#[test]
+fn postgres_alone_of_an_ordinary_user_in_namespaces() {
+    isolated("postgres_alone_of_an_ordinary_user_in_namespaces", |case| {
+        open_to_all(case.dir());
+        lonely_postgres(case, Place::UsersNamespace);
     });
 }
 
@@ -438,4 +479,65 @@ fn what_is_shared_with_the_outside_is_told() {
         .expect("it is there");
         parent.kill();
     });
+}
+
+/// A server whose clients are outside of the job.
+fn lonely_postgres(case: &Case, place: Place) {
+    case.needs_root();
+    let path = postgres(case);
+    let dir = case.path("bank");
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    open_to_all(&dir);
+    let as_nobody = |program: &str, args: &[&str]| {
+        let mut command = nobody(case, Path::new(program));
+        command.env("PATH", &path).env("PGHOST", &dir).args(args);
+        command
+    };
+    let data = dir.join("data").display().to_string();
+    let args = ["-D", &data, "-U", "tester", "-A", "trust", "--no-sync"];
+    run(case, &mut as_nobody("initdb", &args)).ok();
+    let sockets = dir.display().to_string();
+    let args = ["-D", &data, "-k", &sockets, "-c", "listen_addresses="];
+    let log = case.path("postgres.log");
+    fs::write(&log, "").expect("the test's directory is writable");
+    open_to_all(&log);
+    let mut job = start(&mut as_nobody("postgres", &args), &log);
+    let psql = |sql: &str| {
+        let args = ["-U", "tester", "-d", "postgres", "-qtAc", sql];
+        run(case, &mut as_nobody("psql", &args))
+    };
+    wait_for("the server", || psql("SELECT 1").code() == 0);
+    psql("CREATE TABLE lives AS SELECT 0 AS number").ok();
+    // A client outside the job: its connection cannot come along.
+    let args = [
+        "-U",
+        "tester",
+        "-d",
+        "postgres",
+        "-qtAc",
+        "SELECT pg_sleep(600)",
+    ];
+    let client = start(&mut as_nobody("psql", &args), &case.path("psql.log"));
+    let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+    wait_for("the client", || psql(sleeping).stdout.trim() == "1");
+    let out = ckpt(case, ["attach", &job.pid.to_string(), "-o", "job.ckpt"]);
+    out.refused(1, &["unix socket", "(psql), outside the job", "close it"]);
+    psql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").ok();
+    client.wait();
+    for life in 1..=3 {
+        psql("UPDATE lives SET number = number + 1").ok();
+        wait_for("no backends", || {
+            !job.descendants().iter().any(|pid| {
+                let line = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+                line.unwrap_or_default().contains("tester")
+            })
+        });
+        job = second_life_in(case, place, job);
+        assert_eq!(
+            psql("SELECT number FROM lives").ok().trim(),
+            life.to_string()
+        );
+    }
+    job.signal(Signal::SIGINT);
+    assert_eq!(job.wait(), Ended::Exited(0));
 }

@@ -15,6 +15,8 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::pagemap::PagemapScanner;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::tasks;
 use ckpt_tracer::remote::leave_stale_cave;
 
 use crate::error::{Error, Result};
@@ -236,6 +238,7 @@ fn checkpoint<W: Write + Send + 'static>(
     commit(sink)?;
     if let Some(frozen) = held {
         match request.after {
+            After::Kill if request.pid.raw() == 1 => frozen.end_with_us()?,
             After::Kill => kill(&sources, frozen)?,
             _ => frozen.leave_stopped()?,
         }
@@ -272,7 +275,7 @@ fn freeze_and_capture(
 ) -> Result<(FrozenJob, Vec<Source>, CapturedJob)> {
     let mut frozen = FrozenJob::freeze(&request.roots())?;
     let sources = open_sources(&frozen)?;
-    let mut captured = capture_frozen(&mut frozen, &sources, &request.save_files, patience)?;
+    let mut captured = capture_frozen(&mut frozen, &sources, request, patience)?;
     captured.snapshot.namespaces = request.namespaces.clone();
     captured.snapshot.show_groups(&request.groups);
     Ok((frozen, sources, captured))
@@ -297,6 +300,25 @@ fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
     frozen.thaw()
 }
 
+/// Processes of our pid namespace whose parents are outside of it, but for ourselves and those that
+/// came with us: nobody who was born inside has none.
+fn brought_in() -> Vec<Pid> {
+    let me = Pid(std::process::id() as i32);
+    let alive =
+        |pid: &Pid| read_status(*pid).is_ok_and(|s| s.ppid.raw() == 0 && !s.state.has_ended());
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid));
+    pids.filter(|pid| *pid != me && alive(pid)).collect()
+}
+
+fn not_of_the_job(pid: Pid) -> String {
+    let name = tasks::comm(pid).map_or_else(|_| "?".into(), |comm| comm.to_string());
+    format!(
+        "process {pid} ({name}) was brought into the job's pid namespace from outside: it is not in the \
+         image, and ends with the job"
+    )
+}
+
 struct CapturedJob {
     snapshot: Snapshot,
     /// Of each process.
@@ -311,9 +333,17 @@ struct CapturedJob {
 fn capture_frozen(
     job: &mut FrozenJob,
     sources: &[Source],
-    save_files: &SaveFiles,
+    request: &Request<'_>,
     patience: Patience,
 ) -> Result<CapturedJob> {
+    let mut collector = Collector::default();
+    // Of a job that does not stand still this is seen only now.
+    for source in sources {
+        crate::check::inside_the_job(source, &mut collector)?;
+    }
+    if !collector.obstacles.is_empty() {
+        return Err(Error::Refused(collector.obstacles));
+    }
     for (frozen, source) in job.processes.iter_mut().zip(sources) {
         if source.status.seccomp == Some(2) {
             for task in frozen.tasks() {
@@ -323,9 +353,9 @@ fn capture_frozen(
         // Of all, before anybody's memory is looked at: it may be that of several.
         leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     }
-    let mut collector = Collector::default();
     collector.patience = patience;
-    collector.save_files = save_files.clone();
+    collector.save_files = request.save_files.clone();
+    collector.alone_in_ipc = request.namespaces.ipc;
     let all: Vec<&Source> = sources.iter().collect();
     crate::check::shared_by_processes(&all, &mut collector)?;
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
@@ -379,6 +409,11 @@ fn capture_frozen(
         ..
     } = collector;
     warnings.extend(save_files.unmatched().iter().map(unmatched));
+    if processes[0].pid == 1 {
+        let of_the_job = |pid: &Pid| all.iter().any(|s| s.pid == *pid) || job.ended.contains(pid);
+        let others = brought_in().into_iter().filter(|pid| !of_the_job(pid));
+        warnings.extend(others.map(not_of_the_job));
+    }
     let snapshot = Snapshot {
         host,
         processes,

@@ -103,6 +103,8 @@ pub struct Collector {
     pub save_files: SaveFiles,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
+    /// The job has its IPC namespace to itself.
+    pub alone_in_ipc: bool,
     /// See [`Patience`].
     pub patience: Patience,
     /// What the user should know of a checkpoint that succeeds, one sentence each.

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use super::exit::{Failure, complain};
 use crate::error::Error;
-use crate::isolate::{self, Link};
+use crate::isolate::{self, First, Link};
 use crate::restore::env::{HandOver, Prepared};
 use crate::restore::pids::{self, Pids, Place};
 use crate::restore::terminal::Foreground;
@@ -79,7 +79,9 @@ fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Lau
     if let Some(owner) = &spec.owner {
         opened.restored_by(owner);
     }
-    let mut init = isolate::start(&spec, |link| inside(opened, values, link))?;
+    let mut init = isolate::start(&spec, |link: &mut Link, first: Option<First>| {
+        inside(opened, values, link, first)
+    })?;
     let running = init.until_it_runs()?;
     Ok(Launched {
         pid: running.pid,
@@ -90,13 +92,14 @@ fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Lau
     })
 }
 
-/// What the first process of the namespace does.
+/// What a process of the namespace does.
 fn inside(
     opened: &mut Opened<'_>,
     values: Option<HandOver>,
     link: &mut Link,
+    first: Option<First>,
 ) -> Result<i32, String> {
-    opened.restored_inside();
+    opened.restored_inside(first);
     pids::keep_clear(opened).map_err(|error| error.to_string())?;
     if let Some(values) = values {
         values.mount().map_err(|error| error.to_string())?;

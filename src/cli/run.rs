@@ -14,7 +14,7 @@ use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output};
 use crate::capture::save_files::Pattern;
 use crate::host::BASELINE;
-use crate::isolate::{self, Init, Spec};
+use crate::isolate::{self, First, Init, Link, Spec};
 use crate::objects::processor::Baseline;
 use crate::supervise::interval::parse_duration;
 use crate::supervise::periodic::{Periodic, Plan, Tell};
@@ -129,7 +129,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
 
 /// Starts a program as the child of a new namespace's first process.
 fn isolated(start: impl FnOnce() -> Result<i32, String>) -> Result<Init, Failure> {
-    let mut init = isolate::start(&Spec::own(), |link| {
+    let mut init = isolate::start(&Spec::own(), |link: &mut Link, _first: Option<First>| {
         let pid = start()?;
         let _ = link.ready(None);
         let _ = link.running(pid, Vec::new(), None);

@@ -2,8 +2,10 @@
 //! checkpoints it is done by a process inside, for which it is a job like any other.
 #![allow(unsafe_code)]
 
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use ckpt_tracer::pidfd::PidFd;
@@ -15,9 +17,10 @@ use nix::errno::Errno;
 use nix::unistd::{ForkResult, fork};
 
 use super::init;
-use super::make::{die_with_parent, keep_exit_codes, leave};
+use super::work::{die_with_parent, keep_exit_codes, leave};
 use crate::error::{Error, Obstacle, Result};
-use crate::objects::namespaces::{self, Namespaces, OWN};
+use crate::job::Family;
+use crate::objects::namespaces::{self, Names, Namespaces, OWN};
 
 /// A job as it is seen from where its pids are.
 #[derive(Clone, Debug)]
@@ -39,11 +42,11 @@ pub struct Visited {
 /// To be called while this process has one thread.
 ///
 /// # Errors
-/// When it is the namespace's first process, or no process can be created.
+/// When it is ckpt's own process there, or no process can be created.
 pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> {
     // Opened first: what is looked at later is this very process, or one that cannot be entered.
     let handle = PidFd::open(pid);
-    let Some(visited) = look(pid)? else {
+    let Some(mut visited) = look(pid)? else {
         return Ok(work(Ok(&Visited {
             pid,
             init: None,
@@ -59,14 +62,19 @@ pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> 
         ForkResult::Parent { child } => wait(child.as_raw()).map_err(|e| failed(pid, e)),
         ForkResult::Child => {
             die_with_parent(true);
-            let entered = enter(&handle, visited.namespaces.user.is_some())
+            let root = std::fs::metadata("/");
+            let entered = enter(&handle, &visited.namespaces)
                 .and_then(|()| std::env::set_current_dir(directory?))
                 // SAFETY: as above.
                 .and_then(|()| Ok(unsafe { fork() }?));
             match entered {
                 Ok(ForkResult::Child) => {
                     die_with_parent(true);
-                    leave(work(proc_fits(pid).map(|()| &visited)).into())
+                    if let Some(names) = &mut visited.namespaces.uts {
+                        *names = Names::here();
+                    }
+                    let fits = proc_fits(pid).and_then(|()| root_fits(pid, root));
+                    leave(work(fits.map(|()| &visited)).into())
                 }
                 Ok(ForkResult::Parent { child }) => {
                     leave(wait(child.as_raw()).map_or(1, i32::from))
@@ -100,6 +108,22 @@ fn proc_fits(pid: Pid) -> Result<()> {
     }
 }
 
+/// A restored job has the file systems that `restore` has, and all its paths lead there.
+fn root_fits(pid: Pid, ours: io::Result<Metadata>) -> Result<()> {
+    let (theirs, ours) = match (std::fs::metadata("/"), ours) {
+        (Ok(theirs), Ok(ours)) => (theirs, ours),
+        (Err(error), _) | (_, Err(error)) => return Err(failed(pid, error)),
+    };
+    match (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
+        true => Ok(()),
+        false => Err(Error::refuse(Obstacle::new(
+            format!("process {pid}"),
+            "is in a container with a root file system of its own, which is not made again",
+            "run ckpt inside that container, and later restore inside one with the same files",
+        ))),
+    }
+}
+
 /// What there is to enter; nothing where the job is where we are, or where the look into it tells
 /// what is in the way.
 fn look(pid: Pid) -> Result<Option<Visited>> {
@@ -115,16 +139,77 @@ fn look(pid: Pid) -> Result<Option<Visited>> {
     }
     let status = read_status(pid)?;
     let inner = status.ns_pid.last().copied().unwrap_or(1);
-    if inner == 1 {
-        let object = format!("process {pid} ({})", status.name);
-        return Err(Error::refuse(namespaces::is_init(object)));
+    if inner == 1 && status.name.0 == init::NAME.to_bytes() {
+        return Err(Error::refuse(ours(pid)));
+    }
+    let init = (inner != 1 && is_root(status.ppid, pid)).then_some(1);
+    if kinds.iter().any(|kind| kind == "ipc") {
+        alone_in_ipc(pid, init.map_or(pid, |_| status.ppid))?;
     }
     Ok(Some(Visited {
         pid: Pid(inner),
-        init: is_root(status.ppid, pid).then_some(1),
-        namespaces: Namespaces::of(&dir, &kinds)?,
+        init,
+        namespaces: with_groups(Namespaces::of(&dir, &kinds)?, pid),
         groups: status.groups,
     }))
+}
+
+/// What is in an IPC namespace comes back with the job, so nobody else may be in it but those that
+/// have started the job and wait for it, as unshare(1) does.
+fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
+    let namespace = |pid: Pid| {
+        let path = ProcRoot::default().process(pid).join("ns/ipc");
+        std::fs::metadata(path).map(|meta| meta.ino()).ok()
+    };
+    let theirs = namespace(pid);
+    let family = Family::of(top)?;
+    let parent = |pid: &Pid| {
+        read_status(*pid)
+            .ok()
+            .map(|s| s.ppid)
+            .filter(|p| p.raw() != 0)
+    };
+    let above: Vec<Pid> = std::iter::successors(Some(top), parent).collect();
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let all = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid));
+    let mut others = all.filter(|other| !family.living.contains(other) && !above.contains(other));
+    match others.find(|other| theirs.is_some() && namespace(*other) == theirs) {
+        None => Ok(()),
+        Some(other) => Err(Error::refuse(Obstacle::new(
+            format!("process {pid}"),
+            format!(
+                "is in another ipc namespace than ckpt, and shares it with process {other}, which is \
+                 not of the job"
+            ),
+            "end that one, or name the first process of both",
+        ))),
+    }
+}
+
+/// Adds the groups that came into a user namespace with whoever made it: processes inside have them
+/// until they set others, which then all lead somewhere.
+fn with_groups(mut namespaces: Namespaces, pid: Pid) -> Namespaces {
+    let family = Family::of(pid).unwrap_or_default();
+    if let Some(user) = namespaces.user.as_mut().filter(|u| !u.groups_are_fixed) {
+        let mut statuses = family
+            .living
+            .iter()
+            .filter_map(|pid| read_status(*pid).ok());
+        let foreign = statuses.find(|status| user.has_foreign(&status.groups));
+        user.inherited_groups = foreign.map(|status| status.groups).unwrap_or_default();
+    }
+    namespaces
+}
+
+/// The obstacle that it is the process that we have put in front of a job.
+fn ours(pid: Pid) -> Obstacle {
+    let children = tasks::children(&ProcRoot::default(), pid).unwrap_or_default();
+    let job = children.first().map_or("PID".into(), Pid::to_string);
+    Obstacle::new(
+        format!("process {pid}"),
+        "is ckpt's own, the first one of a job's pid namespace",
+        format!("name the job instead: ckpt attach {job}"),
+    )
 }
 
 /// Whether the process is the root of a job whose parent is the first process of a namespace of
@@ -138,9 +223,8 @@ fn is_root(parent: Pid, pid: Pid) -> bool {
 }
 
 /// The user namespace first, which gives the right to enter the others.
-fn enter(handle: &PidFd, user: bool) -> io::Result<()> {
-    let user = if user { libc::CLONE_NEWUSER } else { 0 };
-    let kinds = user | libc::CLONE_NEWNS | libc::CLONE_NEWPID;
+fn enter(handle: &PidFd, namespaces: &Namespaces) -> io::Result<()> {
+    let kinds = libc::CLONE_NEWNS | libc::CLONE_NEWPID | super::make::optional(namespaces);
     // SAFETY: a call without pointers; we have one thread.
     let entered = unsafe { libc::setns(handle.as_raw_fd(), kinds) };
     Ok(Errno::result(entered).map(drop)?)

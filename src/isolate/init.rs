@@ -7,7 +7,7 @@ use std::ffi::CStr;
 use std::os::fd::AsRawFd;
 
 use super::link::{Event, Link};
-use super::make::leave;
+use super::work::leave;
 
 /// What it is called in `ps`.
 pub(super) const NAME: &CStr = c"ckpt-init";

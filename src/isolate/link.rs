@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::terminal::Wish;
@@ -15,7 +16,12 @@ pub(super) enum Event {
     /// The namespaces are there, and want their ids mapped.
     Made,
     /// The first process is there: its pid as whoever is outside sees it.
-    Born(i32),
+    Born {
+        /// The first process.
+        first: i32,
+        /// The process beside it that rebuilds the job, if the first one is the job's.
+        builder: Option<i32>,
+    },
     /// The job is complete and about to be let go, with this wish for the terminal.
     Ready(Option<Wish>),
     /// The job runs.
@@ -24,7 +30,7 @@ pub(super) enum Event {
         pid: i32,
         /// What could not be brought back exactly.
         warnings: Vec<String>,
-        /// The number of a descriptor of the first process: the master of the job's terminal.
+        /// The number of a descriptor of whoever tells it: the master of the job's terminal.
         master: Option<i32>,
     },
     /// There will be no job, for this reason.
@@ -44,8 +50,30 @@ pub(super) enum Event {
 #[derive(Debug)]
 pub struct Link(UnixStream);
 
-/// More bytes are not sent in one event.
+/// More bytes are not sent at once.
 const LARGEST: usize = 1 << 24;
+
+/// Sends one thing.
+pub(super) fn tell(stream: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {
+    let mut body = Vec::new();
+    ciborium::into_writer(what, &mut body).map_err(io::Error::other)?;
+    let mut frame = (body.len() as u32).to_le_bytes().to_vec();
+    frame.extend(body);
+    stream.write_all(&frame)
+}
+
+/// Receives what was sent; waits for it.
+pub(super) fn hear<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
+    let mut len = [0; 4];
+    stream.read_exact(&mut len)?;
+    let len = u32::from_le_bytes(len) as usize;
+    if len > LARGEST {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut body = vec![0; len];
+    stream.read_exact(&mut body)?;
+    ciborium::from_reader(&body[..]).map_err(io::Error::other)
+}
 
 impl Link {
     pub(super) fn pair() -> io::Result<(Self, Self)> {
@@ -58,11 +86,7 @@ impl Link {
     /// # Errors
     /// When it is gone.
     pub(super) fn tell(&mut self, event: &Event) -> io::Result<()> {
-        let mut body = Vec::new();
-        ciborium::into_writer(event, &mut body).map_err(io::Error::other)?;
-        let mut frame = (body.len() as u32).to_le_bytes().to_vec();
-        frame.extend(body);
-        self.0.write_all(&frame)
+        tell(&mut self.0, event)
     }
 
     /// Tells that the job is complete, and waits until the terminal is as it wants it. From then on
@@ -73,7 +97,7 @@ impl Link {
     pub fn ready(&mut self, wish: Option<Wish>) -> io::Result<()> {
         self.tell(&Event::Ready(wish))?;
         self.wait()?;
-        super::make::die_with_parent(false);
+        super::work::die_with_parent(false);
         Ok(())
     }
 
@@ -101,15 +125,7 @@ impl Link {
     /// # Errors
     /// `UnexpectedEof` when the other end is gone.
     pub(super) fn hear(&mut self) -> io::Result<Event> {
-        let mut len = [0; 4];
-        self.0.read_exact(&mut len)?;
-        let len = u32::from_le_bytes(len) as usize;
-        if len > LARGEST {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        let mut body = vec![0; len];
-        self.0.read_exact(&mut body)?;
-        ciborium::from_reader(&body[..]).map_err(io::Error::other)
+        hear(&mut self.0)
     }
 
     /// Lets the other end go on.

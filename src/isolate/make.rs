@@ -1,28 +1,22 @@
 //! The making of the namespaces, see unshare(2), user_namespaces(7), pid_namespaces(7).
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::os::unix::net::UnixStream;
 
 use ckpt_tracer::capabilities::{Held, Use};
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, getegid, geteuid};
 
-use super::init;
+use super::first::{self, First};
+use super::idmap::IdMaps;
 use super::link::{Event, Link};
 use super::outside::Init;
+use super::work::{Body, keep_capabilities, leave, mount, work};
 use crate::error::{Error, Result};
-
-/// How ids inside a user namespace lead to those outside: (inside, outside, how many).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IdMaps {
-    /// `/proc/PID/uid_map`.
-    pub uids: Vec<(u32, u32, u32)>,
-    /// `/proc/PID/gid_map`.
-    pub gids: Vec<(u32, u32, u32)>,
-}
+use crate::objects::namespaces::{Names, Namespaces};
+use crate::restore::spawn::clone_under;
 
 /// Somebody whom root becomes before anything is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,31 +36,32 @@ pub struct Spec {
     pub ids: Option<IdMaps>,
     /// Who makes and has it, if not we.
     pub owner: Option<Owner>,
+    /// What else the job has to itself.
+    pub others: Namespaces,
+    /// The job's root is the first process, and what rebuilds it has this pid meanwhile.
+    pub builder: Option<i32>,
 }
 
 impl Spec {
     /// For whoever we are: the user remains the user.
     pub fn own() -> Self {
         let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-        let ids = IdMaps {
-            uids: vec![(uid, uid, 1)],
-            gids: vec![(gid, gid, 1)],
-        };
+        let ids = || IdMaps::one((uid, uid), (gid, gid));
         Self {
-            ids: (!may_without_user_namespace()).then_some(ids),
-            owner: None,
+            ids: (!may_without_user_namespace()).then(ids),
+            ..Self::default()
         }
     }
 }
 
-/// Makes the namespaces; `body` is the work of the first process. It answers the pid of the job's
-/// root, a child of its own, or what went wrong.
+/// Makes the namespaces; `body` is the work of the first process, whose child the job's root is, or of
+/// the builder.
 ///
 /// To be called while this process has one thread.
 ///
 /// # Errors
 /// When the namespaces cannot be made. Nothing is left of them.
-pub fn start(spec: &Spec, body: impl FnOnce(&mut Link) -> Result<i32, String>) -> Result<Init> {
+pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
     // The first process becomes ours when the one in the middle ends.
     crate::supervise::adopt_orphans();
     let (mut link, inner) = Link::pair().map_err(cannot("prepare"))?;
@@ -85,9 +80,13 @@ pub fn start(spec: &Spec, body: impl FnOnce(&mut Link) -> Result<i32, String>) -
     // Without the link, those who wait for us end.
     let link = born.is_ok().then_some(link);
     let _ = waitpid(middle, None);
-    let (pid, mut link) = (born?, link.ok_or_else(lost)?);
-    link.go().map_err(|_| lost())?;
-    Ok(Init::new(pid, link))
+    let ((first, builder), mut link) = (born?, link.ok_or_else(lost)?);
+    let gone = link.go().is_err();
+    let init = Init::new(first, builder, link);
+    match gone {
+        true => Err(init.failed(lost())),
+        false => Ok(init),
+    }
 }
 
 /// Whether we may make a pid namespace without a user namespace around it. Other users than root
@@ -106,61 +105,93 @@ fn lost() -> Error {
 }
 
 /// The outer part of the making: the ids are mapped from here, where there is a right to it.
-fn arrange(link: &mut Link, ids: Option<&IdMaps>, middle: i32) -> Result<i32> {
+fn arrange(link: &mut Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, Option<i32>)> {
     match link.hear().map_err(|_| lost())? {
         Event::Made => {}
         Event::Failed(text) => return Err(Error::Restore(text)),
         _ => return Err(lost()),
     }
     if let Some(ids) = ids {
-        map_ids(ids, middle).map_err(cannot("map ids in"))?;
+        ids.write(middle).map_err(cannot("map ids in"))?;
     }
     link.go().map_err(|_| lost())?;
     match link.hear().map_err(|_| lost())? {
-        Event::Born(pid) => Ok(pid),
+        Event::Born { first, builder } => Ok((first, builder)),
         Event::Failed(text) => Err(Error::Restore(text)),
         _ => Err(lost()),
     }
 }
 
-/// An ordinary user may map one id, their own, and only after giving up setgroups(2).
-fn map_ids(ids: &IdMaps, pid: i32) -> io::Result<()> {
-    let lines = |map: &[(u32, u32, u32)]| -> String {
-        let lines = map.iter().map(|(i, o, n)| format!("{i} {o} {n}\n"));
-        lines.collect()
-    };
-    std::fs::write(format!("/proc/{pid}/setgroups"), "deny")?;
-    std::fs::write(format!("/proc/{pid}/uid_map"), lines(&ids.uids))?;
-    std::fs::write(format!("/proc/{pid}/gid_map"), lines(&ids.gids))
-}
-
 /// A process of its own makes the namespaces, since only its children are in the new pid namespace
 /// and it would itself stay in the new user namespace.
-fn in_the_middle(
-    spec: &Spec,
-    mut link: Link,
-    body: impl FnOnce(&mut Link) -> Result<i32, String>,
-) -> ! {
-    let user = spec.ids.is_some();
+fn in_the_middle(spec: &Spec, mut link: Link, body: impl Body) -> ! {
     let made = spec.owner.as_ref().map_or(Ok(()), become_owner);
-    let made = made.and_then(|()| make(user)).and_then(|()| {
+    let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+    let made = made.and_then(|()| make(spec)).and_then(|()| {
         link.tell(&Event::Made)?;
         link.wait()?;
-        // SAFETY: we have one thread.
-        Ok(unsafe { fork() }?)
+        spec.ids
+            .as_ref()
+            .map_or(Ok(()), |ids| ids.settle(uid, gid))?;
+        keep_capabilities()?;
+        match spec.builder {
+            None => first_alone(),
+            Some(pid) => first_and_builder(pid),
+        }
     });
     match made {
-        Ok(ForkResult::Child) => first(link, body),
-        Ok(ForkResult::Parent { child }) => {
-            let _ = link.tell(&Event::Born(child.as_raw()));
+        Ok(Born::Worker(first)) => work(link, first, body),
+        Ok(Born::Others { first, builder }) => {
+            let _ = link.tell(&Event::Born { first, builder });
             leave(0)
         }
         Err(error) => {
-            let text = format!("cannot make a {} namespace: {error}", kinds(user));
+            let text = format!("cannot make a {} namespace: {error}", kinds(spec));
             let _ = link.tell(&Event::Failed(text));
             leave(1)
         }
     }
+}
+
+/// Who somebody is after a birth.
+enum Born {
+    /// The one that does the work.
+    Worker(Option<First>),
+    /// The one in the middle.
+    Others { first: i32, builder: Option<i32> },
+}
+
+fn first_alone() -> io::Result<Born> {
+    // SAFETY: we have one thread.
+    Ok(match unsafe { fork() }? {
+        ForkResult::Child => Born::Worker(None),
+        ForkResult::Parent { child } => Born::Others {
+            first: child.as_raw(),
+            builder: None,
+        },
+    })
+}
+
+/// The first process waits for the builder, and ends if that one is not born.
+fn first_and_builder(pid: i32) -> io::Result<Born> {
+    let (ours, theirs) = UnixStream::pair()?;
+    // SAFETY: we have one thread.
+    let first = match unsafe { fork() }? {
+        ForkResult::Child => {
+            drop(ours);
+            first::serve(theirs)
+        }
+        ForkResult::Parent { child } => child.as_raw(),
+    };
+    drop(theirs);
+    // SAFETY: we have one thread.
+    Ok(match unsafe { clone_under(pid) }? {
+        0 => Born::Worker(Some(First::new(ours))),
+        builder => Born::Others {
+            first,
+            builder: Some(builder),
+        },
+    })
 }
 
 /// Nothing of root's is left: that is not only the ids but what they would give a right to.
@@ -186,116 +217,33 @@ fn become_owner(owner: &Owner) -> io::Result<()> {
     Ok(())
 }
 
-fn kinds(user: bool) -> &'static str {
-    if user { "user and pid" } else { "pid" }
+fn kinds(spec: &Spec) -> &'static str {
+    match spec.ids {
+        Some(_) => "user and pid",
+        None => "pid",
+    }
 }
 
-fn make(user: bool) -> io::Result<()> {
-    let user = if user { libc::CLONE_NEWUSER } else { 0 };
-    // SAFETY: calls with constants.
+/// Namespaces of which a job has only some to itself.
+pub(super) fn optional(namespaces: &Namespaces) -> libc::c_int {
+    let flag = |has: bool, flag| if has { flag } else { 0 };
+    flag(namespaces.user.is_some(), libc::CLONE_NEWUSER)
+        | flag(namespaces.uts.is_some(), libc::CLONE_NEWUTS)
+        | flag(namespaces.ipc, libc::CLONE_NEWIPC)
+        | flag(namespaces.cgroup, libc::CLONE_NEWCGROUP)
+}
+
+fn make(spec: &Spec) -> io::Result<()> {
+    let user = spec.ids.as_ref().map_or(0, |_| libc::CLONE_NEWUSER);
+    let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS | optional(&spec.others);
+    // SAFETY: a call with constants, then calls with live bytes and their length.
     unsafe {
-        Errno::result(libc::unshare(user | libc::CLONE_NEWPID | libc::CLONE_NEWNS))?;
+        Errno::result(libc::unshare(user | kinds))?;
+        if let Some(Names { host, domain }) = &spec.others.uts {
+            Errno::result(libc::sethostname(host.as_ptr().cast(), host.len()))?;
+            Errno::result(libc::setdomainname(domain.as_ptr().cast(), domain.len()))?;
+        }
     }
     // What is mounted outside later is seen inside, and not the other way round.
     mount(c"none", c"/", None, libc::MS_REC | libc::MS_SLAVE)
-}
-
-fn mount(what: &CStr, at: &CStr, kind: Option<&CStr>, flags: libc::c_ulong) -> io::Result<()> {
-    let kind = kind.map_or(std::ptr::null(), CStr::as_ptr);
-    // SAFETY: C strings that outlive the call, and no data.
-    let r = unsafe { libc::mount(what.as_ptr(), at.as_ptr(), kind, flags, std::ptr::null()) };
-    Ok(Errno::result(r).map(drop)?)
-}
-
-/// The first process of the namespace.
-fn first(mut link: Link, body: impl FnOnce(&mut Link) -> Result<i32, String>) -> ! {
-    // SAFETY: a C string.
-    unsafe { libc::prctl(libc::PR_SET_NAME, init::NAME.as_ptr()) };
-    if link.wait().is_err() {
-        leave(1);
-    }
-    // Until the job runs, the end of whoever wants it is its end.
-    die_with_parent(true);
-    keep_exit_codes();
-    if link.is_ready() {
-        // It died before.
-        leave(1);
-    }
-    let done = settle_in().and_then(|()| {
-        catch_unwind(AssertUnwindSafe(|| body(&mut link)))
-            .unwrap_or_else(|_| Err("the restore failed by a defect of ckpt".into()))
-    });
-    match done {
-        Ok(root) => init::reap(root, link),
-        Err(text) => {
-            let _ = link.tell(&Event::Failed(text));
-            leave(1)
-        }
-    }
-}
-
-/// Whether the kernel kills us when our parent ends.
-pub(super) fn die_with_parent(yes: bool) {
-    let signal = if yes { libc::SIGKILL } else { 0 };
-    // SAFETY: a call without pointers.
-    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal, 0, 0, 0) };
-}
-
-/// An inherited "ignore" would make the kernel reap our children and keep their status.
-pub(super) fn keep_exit_codes() {
-    // SAFETY: the default action runs no code of ours.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
-}
-
-/// `/proc` of this namespace; and capabilities that an ordinary user has inside go through exec.
-fn settle_in() -> Result<(), String> {
-    let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    mount(c"proc", c"/proc", Some(c"proc"), flags).map_err(|error| {
-        format!(
-            "cannot mount /proc in a pid namespace: {error}; a container whose own /proc is partly \
-             hidden forbids that, restore outside of it"
-        )
-    })?;
-    if !geteuid().is_root() {
-        keep_capabilities().map_err(|e| format!("cannot keep capabilities: {}", e.desc()))?;
-    }
-    Ok(())
-}
-
-/// All permitted capabilities become inheritable and ambient: job processes create others under
-/// chosen pids, after an exec.
-fn keep_capabilities() -> Result<(), Errno> {
-    const VERSION_3: u32 = 0x2008_0522;
-    let header = [VERSION_3, 0];
-    // effective, permitted, inheritable; twice 32 bits.
-    let mut sets = [[0u32; 3]; 2];
-    // SAFETY: header and sets have the layout of capget(2), version 3.
-    unsafe {
-        Errno::result(libc::syscall(
-            libc::SYS_capget,
-            header.as_ptr(),
-            sets.as_mut_ptr(),
-        ))?;
-        for half in &mut sets {
-            half[2] = half[1];
-        }
-        Errno::result(libc::syscall(
-            libc::SYS_capset,
-            header.as_ptr(),
-            sets.as_ptr(),
-        ))?;
-        for cap in 0..64 {
-            if sets[cap / 32][1] & 1 << (cap % 32) != 0 {
-                let raise = libc::PR_CAP_AMBIENT_RAISE;
-                Errno::result(libc::prctl(libc::PR_CAP_AMBIENT, raise, cap, 0, 0))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Ends this process without what its parent has to do at its end.
-pub(super) fn leave(code: i32) -> ! {
-    // SAFETY: a call without pointers.
-    unsafe { libc::_exit(code) }
 }

@@ -20,6 +20,9 @@ use crate::supervise::{Change, Supervised};
 #[derive(Debug)]
 pub struct Init {
     pid: i32,
+    /// The one beside it that rebuilds the job, a child of ours too. Then the first process is the
+    /// job's root, and only the link tells of anything until the job runs.
+    builder: Option<i32>,
     link: Link,
     root: Option<PidFd>,
 }
@@ -38,9 +41,10 @@ pub struct Running {
 }
 
 impl Init {
-    pub(super) fn new(pid: i32, link: Link) -> Self {
+    pub(super) fn new(pid: i32, builder: Option<i32>, link: Link) -> Self {
         Self {
             pid,
+            builder,
             link,
             root: None,
         }
@@ -56,6 +60,12 @@ impl Init {
             self.end();
         }
         result
+    }
+
+    /// Ends it for that reason.
+    pub(super) fn failed(mut self, error: Error) -> Error {
+        self.end();
+        error
     }
 
     fn follow(&mut self) -> Result<Running> {
@@ -74,9 +84,10 @@ impl Init {
                 } => {
                     let pid = self.outer(pid).ok_or_else(killed)?;
                     self.root = Some(PidFd::open(Pid(pid))?);
-                    let init = PidFd::open(Pid(self.pid))?;
-                    let master = master.map(|fd| init.get_fd(fd)).transpose()?;
+                    let teller = PidFd::open(Pid(self.builder.unwrap_or(self.pid)))?;
+                    let master = master.map(|fd| teller.get_fd(fd)).transpose()?;
                     self.link.go().map_err(|_| killed())?;
+                    self.builder.iter().for_each(reap);
                     terminal.iter().for_each(Foreground::redraw);
                     return Ok(Running {
                         pid,
@@ -126,8 +137,15 @@ impl Init {
             nix::unistd::Pid::from_raw(self.pid),
             nix::sys::signal::Signal::SIGKILL,
         );
-        let _ = waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+        // The end of a namespace's first process waits until all others have been waited for.
+        self.builder.iter().for_each(reap);
+        reap(&self.pid);
     }
+}
+
+fn reap(pid: &i32) {
+    let pid = nix::unistd::Pid::from_raw(*pid);
+    while waitpid(pid, None) == Err(Errno::EINTR) {}
 }
 
 fn killed() -> Error {
@@ -144,6 +162,9 @@ impl Supervised for Init {
     }
 
     fn changed(&mut self) -> nix::Result<Option<Change>> {
+        if self.builder.is_some() {
+            return crate::supervise::changed(self.pid);
+        }
         if !self.link.is_ready() {
             return Ok(None);
         }
@@ -151,7 +172,7 @@ impl Supervised for Init {
             Ok(Event::Stopped(signal)) => Ok(Some(Change::Stopped(signal))),
             Ok(Event::Ended { code, last }) => {
                 if last {
-                    let _ = waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+                    reap(&self.pid);
                 }
                 Ok(Some(Change::Ended(code)))
             }
@@ -159,7 +180,7 @@ impl Supervised for Init {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(None),
             // The end of the first process is that of all.
             Err(_) => {
-                let _ = waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+                reap(&self.pid);
                 Ok(Some(Change::Ended(128 + libc::SIGKILL)))
             }
         }
@@ -178,6 +199,6 @@ impl Supervised for Init {
     }
 
     fn wakes(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.link.as_fd())
+        self.builder.is_none().then(|| self.link.as_fd())
     }
 }

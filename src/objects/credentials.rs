@@ -10,6 +10,7 @@ use ckpt_tracer::proc::status::{Ids, Status};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
+use super::process::Process;
 use crate::error::Obstacle;
 use crate::restore::plan::Builder;
 
@@ -38,12 +39,25 @@ pub struct Credentials {
     pub no_new_privs: bool,
 }
 
-/// What of the job's credentials we may not give; `now` is what its processes have from us, `held` what
-/// they may do with it.
-pub fn obstacles(snapshot: &Snapshot, now: &Credentials, held: Held) -> Vec<Obstacle> {
+/// Whether setgroups(2) is permitted: it is not in user namespaces that an ordinary user has made alone.
+pub fn groups_can_be_set() -> bool {
     let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
-    let no_groups = setting.trim() == "deny";
-    let mut obstacles = Vec::new();
+    setting.trim() != "deny"
+}
+
+/// What of the job's credentials we may not give; `now` is what its processes have from us, `held` what
+/// they may do with it, `outside` are our groups outside of the job's user namespace.
+pub fn obstacles(
+    snapshot: &Snapshot,
+    now: &Credentials,
+    held: Held,
+    outside: &[u32],
+) -> Vec<Obstacle> {
+    let no_groups = !groups_can_be_set();
+    let mut obstacles = match no_groups {
+        true => Vec::new(),
+        false => foreign_groups(snapshot, outside),
+    };
     for process in &snapshot.processes {
         let mut refuse = |reason: String, remedy: &str| {
             let object = format!("process {}", process.pid);
@@ -133,6 +147,30 @@ fn is_mapped(id: u32, kind: &str) -> bool {
         let range = first.zip(count);
         range.is_some_and(|(first, count)| id >= first && id - first < count)
     })
+}
+
+/// Groups that came into the job's user namespace from outside, and that lead nowhere inside: only
+/// whoever has exactly these can make such a namespace again.
+pub fn foreign_groups(snapshot: &Snapshot, outside: &[u32]) -> Vec<Obstacle> {
+    let user = snapshot.namespaces.user.as_ref();
+    let Some(user) = user.filter(|u| !u.inherited_groups.is_empty()) else {
+        return Vec::new();
+    };
+    let inherited = user.groups_inside(&user.inherited_groups);
+    let has = |p: &&Process| p.threads.iter().any(|t| t.credentials.groups == inherited);
+    let processes = snapshot.processes.iter().filter(has);
+    let processes = processes.filter(|_| outside != user.inherited_groups);
+    let obstacle = |p: &Process| {
+        Obstacle::new(
+            format!("process {}", p.pid),
+            format!(
+                "has supplementary groups from outside its user namespace, {:?}, and yours are {outside:?}",
+                user.inherited_groups
+            ),
+            "restore it as root, or as a member of exactly its groups",
+        )
+    };
+    processes.map(obstacle).collect()
 }
 
 impl Credentials {

@@ -1,9 +1,11 @@
 //! The namespaces that a job had to itself (namespaces(7)): it comes back in such ones.
 
+use std::os::fd::AsRawFd;
+
 use ckpt_tracer::proc::{ProcDir, tasks};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Obstacle, Result};
+use crate::error::Result;
 
 /// What a job had to itself, as seen by whoever took the checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,6 +14,38 @@ pub struct Namespaces {
     pub pid: bool,
     /// A user namespace.
     pub user: Option<UserNamespace>,
+    /// The names of a UTS namespace.
+    #[serde(default)]
+    pub uts: Option<Names>,
+    /// An IPC namespace, in which nobody else was.
+    #[serde(default)]
+    pub ipc: bool,
+    /// A cgroup namespace, whose root is the group of whoever makes it.
+    #[serde(default)]
+    pub cgroup: bool,
+}
+
+/// What a UTS namespace holds: uname(2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Names {
+    /// `uname -n`.
+    pub host: String,
+    /// Of NIS.
+    pub domain: String,
+}
+
+impl Names {
+    /// Those of the UTS namespace in which we are.
+    pub fn here() -> Self {
+        let read = |file: &str| {
+            let text = std::fs::read_to_string(format!("/proc/sys/kernel/{file}"));
+            text.unwrap_or_default().trim_end_matches('\n').to_owned()
+        };
+        Self {
+            host: read("hostname"),
+            domain: read("domainname"),
+        }
+    }
 }
 
 /// How ids inside lead to those outside.
@@ -21,6 +55,13 @@ pub struct UserNamespace {
     pub uids: Vec<(u32, u32, u32)>,
     /// `/proc/PID/gid_map`.
     pub gids: Vec<(u32, u32, u32)>,
+    /// Who made it, outside.
+    #[serde(default)]
+    pub owner: Option<u32>,
+    /// Where setgroups(2) is permitted: supplementary groups of whoever made it, outside. A process
+    /// that has not set its own has them, though they may lead nowhere inside.
+    #[serde(default)]
+    pub inherited_groups: Vec<u32>,
     /// setgroups(2) is forbidden: the supplementary groups are those of whoever made it.
     pub groups_are_fixed: bool,
 }
@@ -34,6 +75,8 @@ impl Namespaces {
             true => Some(UserNamespace {
                 uids: map("uid_map")?,
                 gids: map("gid_map")?,
+                owner: owner(process),
+                inherited_groups: Vec::new(),
                 groups_are_fixed: process.read("setgroups")?.starts_with(b"deny"),
             }),
             false => None,
@@ -41,11 +84,50 @@ impl Namespaces {
         Ok(Self {
             pid: has("pid"),
             user,
+            uts: has("uts").then(Names::default),
+            ipc: has("ipc"),
+            cgroup: has("cgroup"),
         })
     }
 }
 
-fn parse_map(text: &[u8]) -> Vec<(u32, u32, u32)> {
+impl UserNamespace {
+    /// Which groups these outside are inside, as the kernel shows them there: setgroups(2) cannot have
+    /// made a list with one that leads nowhere.
+    pub fn groups_inside(&self, outside: &[u32]) -> Vec<u32> {
+        /// `/proc/sys/kernel/overflowgid`.
+        const NOBODY: u32 = 65534;
+        let inside = |group: &u32| {
+            let line = self.gids.iter().find(|line| leads_to(line, *group));
+            line.map_or(NOBODY, |(inside, first, _)| inside + (group - first))
+        };
+        outside.iter().map(inside).collect()
+    }
+
+    /// Whether one of these groups outside leads nowhere inside.
+    pub fn has_foreign(&self, outside: &[u32]) -> bool {
+        let foreign = |group: &u32| !self.gids.iter().any(|line| leads_to(line, *group));
+        outside.iter().any(foreign)
+    }
+}
+
+fn leads_to((_, first, count): &(u32, u32, u32), id: u32) -> bool {
+    id.checked_sub(*first).is_some_and(|above| above < *count)
+}
+
+/// The user who made the user namespace of a process (ioctl_nsfs(2)), as we see them.
+#[allow(unsafe_code)]
+fn owner(process: &ProcDir) -> Option<u32> {
+    const NS_GET_OWNER_UID: u64 = 0xb704;
+    let namespace = std::fs::File::open(process.join("ns/user")).ok()?;
+    let mut uid = 0u32;
+    // SAFETY: the kernel writes one uid_t.
+    let r = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_OWNER_UID, &raw mut uid) };
+    (r == 0).then_some(uid)
+}
+
+/// What `/proc/PID/uid_map` says.
+pub fn parse_map(text: &[u8]) -> Vec<(u32, u32, u32)> {
     let text = String::from_utf8_lossy(text);
     let line = |line: &str| {
         let mut numbers = line.split_whitespace().map(str::parse);
@@ -72,16 +154,7 @@ pub fn others(process: &ProcDir) -> ckpt_tracer::Result<Vec<String>> {
 }
 
 /// The kinds that can be entered from outside, and made again.
-pub const OWN: [&str; 3] = ["mnt", "pid", "user"];
-
-/// The obstacle that a job is the first process of its pid namespace.
-pub fn is_init(object: String) -> Obstacle {
-    Obstacle::new(
-        object,
-        "is the first process of its pid namespace, which cannot be made again from outside",
-        "run ckpt, and later restore, inside that namespace on one of its children",
-    )
-}
+pub const OWN: [&str; 6] = ["cgroup", "ipc", "mnt", "pid", "user", "uts"];
 
 #[cfg(test)]
 mod tests {
@@ -92,5 +165,16 @@ mod tests {
         let map = b"         0       1000          1\n         1     100000      65536\n";
         assert_eq!(parse_map(map), [(0, 1000, 1), (1, 100_000, 65536)]);
         assert_eq!(parse_map(b""), []);
+    }
+
+    #[test]
+    fn groups_are_seen_from_inside() {
+        let user = UserNamespace {
+            gids: vec![(0, 1000, 1), (1, 100_000, 65536)],
+            ..UserNamespace::default()
+        };
+        assert_eq!(user.groups_inside(&[4, 1000, 100_032]), [65534, 0, 33]);
+        assert!(user.has_foreign(&[1000, 4]) && !user.has_foreign(&[1000, 165_535]));
+        assert!(user.has_foreign(&[165_536]));
     }
 }

@@ -9,6 +9,7 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::tasks::timens_offsets;
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
@@ -27,7 +28,7 @@ pub enum ClockPolicy {
 }
 
 /// What was decided.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Clocks {
     /// The machine's.
     #[default]
@@ -86,6 +87,24 @@ impl Clocks {
             unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWTIME) };
         }
         Ok(created)
+    }
+
+    /// From now on they are those of this process, which has one thread.
+    ///
+    /// # Errors
+    /// As for [`during`](Self::during).
+    pub fn join(self) -> Result<()> {
+        if self == Clocks::Ours {
+            return Ok(());
+        }
+        self.enter().map_err(denied)?;
+        let join = |ours: std::fs::File| {
+            // SAFETY: a call without pointers.
+            Errno::result(unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWTIME) })
+        };
+        let ours = std::fs::File::open("/proc/self/ns/time_for_children");
+        let ours = ours.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)));
+        ours.and_then(join).map(drop).map_err(denied)
     }
 
     /// Whether there can be a namespace: a child of ours makes one, and ends.

@@ -32,6 +32,8 @@ pub mod env;
 mod executor;
 pub mod fill;
 mod handover;
+mod ids;
+pub(crate) mod orders;
 pub mod paths;
 pub mod pids;
 pub mod plan;
@@ -99,6 +101,8 @@ pub struct Restored {
 /// The plans as text, one operation a line. Touches nothing.
 pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
     opened.decide_clocks()?;
+    // What is against it is told by the restore.
+    let _ = opened.look_for_a_place();
     let opened = &*opened;
     let (request, snapshot) = (opened.request, &opened.snapshot);
     let way = way::look(opened, Vec::new())?;
@@ -137,8 +141,8 @@ pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
 pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let mut opened = open(request)?;
     opened.decide_clocks()?;
-    let pids = match pids::decide(&opened, pids::Pids::Auto) {
-        Ok(_) => Vec::new(),
+    let pids = match opened.look_for_a_place() {
+        Ok(()) => Vec::new(),
         Err(Error::Refused(obstacles)) => obstacles,
         Err(e) => return Err(e),
     };
@@ -153,9 +157,10 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
 /// complete and about to be let go. On error no process is left behind.
 pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
     let clocks = opened.decide_clocks()?;
+    let first = opened.first.take();
     let opened = &*opened;
     let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
-    let pids = pids::in_the_way(snapshot, &opened.kernel);
+    let pids = pids::in_the_way(snapshot, &opened.kernel, first.as_ref());
     let way::Way {
         job,
         inherit,
@@ -173,7 +178,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
     let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
-    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks)?;
+    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, first)?;
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         let ours = request.foreground && master.is_none() && root.session != root.pid;

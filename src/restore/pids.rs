@@ -9,15 +9,15 @@ use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
-use nix::unistd::{getegid, geteuid};
 
 use super::births::{self, Births};
-use super::{Opened, spawn};
+use super::{Opened, ids, spawn};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
-use crate::isolate::{IdMaps, Owner, Spec};
+use crate::isolate::{First, Spec};
 use crate::objects::Snapshot;
 use crate::objects::memory::FileIdentity;
+use crate::objects::namespaces::Namespaces;
 
 /// Where a job shall have its pids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,7 +61,15 @@ pub fn decide(opened: &Opened<'_>, wanted: Pids) -> Result<Place> {
     }
 }
 
+/// Whether the job's root was the first process of its pid namespace, and so has to be it again.
+pub(super) fn begins_with_the_first(snapshot: &Snapshot) -> bool {
+    snapshot.processes.first().is_some_and(|root| root.pid == 1)
+}
+
 fn why_not_here(snapshot: &Snapshot, births: &[Births]) -> Option<String> {
+    if begins_with_the_first(snapshot) {
+        return Some("the job's root was the first process of a pid namespace".into());
+    }
     if snapshot.namespaces.pid {
         return Some("the job had a pid namespace to itself".into());
     }
@@ -99,10 +107,10 @@ fn why_not_in_namespace(
         None => what.to_owned(),
     };
     const REMEDY: &str = "restore it where its pids are free and may be chosen, with --pids keep";
-    if ids(snapshot, births).contains(&1) {
+    if ids(snapshot, births).contains(&1) && !begins_with_the_first(snapshot) {
         obstacles.push(Obstacle::new(
-            "process 1 of the job",
-            reason("has the pid of a namespace's first process, which is ours"),
+            "the job",
+            reason("has the id 1 for a group of processes, which is our process's there"),
             REMEDY,
         ));
     }
@@ -127,34 +135,22 @@ fn why_not_in_namespace(
 /// # Errors
 /// A user namespace that cannot be made again.
 pub fn namespaces(opened: &Opened<'_>) -> Result<Spec> {
-    let Some(user) = &opened.snapshot.namespaces.user else {
-        return Ok(Spec::own());
+    let builder = match begins_with_the_first(&opened.snapshot) {
+        true => Some(last_of_the_job(opened)? + 1),
+        false => None,
     };
-    let (&[(uid, outer_uid, 1)], &[(gid, outer_gid, 1)]) = (&user.uids[..], &user.gids[..]) else {
-        return Err(Error::refuse(Obstacle::new(
-            "the job",
-            "had a user namespace with more ids than one, which is not supported",
-            "restore it inside such a namespace, with --pids keep",
-        )));
+    let spec = match &opened.snapshot.namespaces.user {
+        None => Spec::own(),
+        Some(user) => ids::decide(user, opened)?,
     };
-    let root = &opened.snapshot.processes[0].threads[0].credentials;
-    let (me, group) = (geteuid(), getegid());
-    // Root makes it for whom it was.
-    let owner = (me.is_root() && outer_uid != 0).then(|| Owner {
-        uid: outer_uid,
-        gid: outer_gid,
-        groups: root.groups.clone(),
-    });
-    let (outer_uid, outer_gid) = match owner {
-        Some(_) => (outer_uid, outer_gid),
-        None => (me.as_raw(), group.as_raw()),
+    let others = Namespaces {
+        user: None,
+        ..opened.snapshot.namespaces.clone()
     };
     Ok(Spec {
-        ids: Some(IdMaps {
-            uids: vec![(uid, outer_uid, 1)],
-            gids: vec![(gid, outer_gid, 1)],
-        }),
-        owner,
+        builder,
+        others,
+        ..spec
     })
 }
 
@@ -188,12 +184,17 @@ fn taken(ids: &[i32]) -> Vec<Obstacle> {
 }
 
 /// What stands in the way of the job's ids among ours.
-pub(super) fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
+pub(super) fn in_the_way(
+    snapshot: &Snapshot,
+    kernel: &KernelFeatures,
+    first: Option<&First>,
+) -> Vec<Obstacle> {
     let Ok(births) = births::decide(snapshot) else {
         return Vec::new();
     };
     let ids = ids(snapshot, &births);
-    let mut obstacles = taken(&ids);
+    let others: Vec<i32> = ids.iter().copied().filter(|id| *id != 1).collect();
+    let mut obstacles = taken(if first.is_some() { &others } else { &ids });
     if !kernel.set_tid {
         obstacles.push(not_permitted(snapshot.processes[0].pid));
     }
@@ -259,15 +260,21 @@ pub(super) fn pid_taken(pid: i32) -> Obstacle {
 /// When the kernel refuses.
 pub fn keep_clear(opened: &Opened<'_>) -> Result<()> {
     const FILE: &str = "/proc/sys/kernel/ns_last_pid";
-    let births = births::decide(&opened.snapshot).map_err(Error::Refused)?;
-    let highest = std::fs::read_to_string("/proc/sys/kernel/pid_max");
-    let highest = highest.ok().and_then(|text| text.trim().parse().ok());
-    let after = clear_after(&ids(&opened.snapshot, &births), highest.unwrap_or(32768));
+    let after = last_of_the_job(opened)?;
     std::fs::write(FILE, after.to_string()).map_err(|source| Error::File {
         what: "write to",
         path: FILE.into(),
         source,
     })
+}
+
+/// The id after which those of our helpers come.
+fn last_of_the_job(opened: &Opened<'_>) -> Result<i32> {
+    let births = births::decide(&opened.snapshot).map_err(Error::Refused)?;
+    let highest = std::fs::read_to_string("/proc/sys/kernel/pid_max");
+    let highest = highest.ok().and_then(|text| text.trim().parse().ok());
+    let ids = ids(&opened.snapshot, &births);
+    Ok(clear_after(&ids, highest.unwrap_or(32768)))
 }
 
 /// An id behind which there is room, as a rule behind the last one.

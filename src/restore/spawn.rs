@@ -7,7 +7,8 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use ckpt_tracer::Tid;
 use ckpt_tracer::capabilities::Use;
@@ -15,14 +16,19 @@ use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
 use super::clock::Clocks;
+use super::orders::{Kept, Orders};
 use super::pids;
 use crate::error::{Error, Result};
+use crate::isolate::First;
 use crate::objects::process::Process;
 
 /// The new processes: killed and reaped unless they were let go.
 #[derive(Default)]
 pub struct Brood {
     pids: Vec<i32>,
+    /// The root is the first process of our pid namespace. No signal of ours kills that one; our end
+    /// does, after which nobody is left.
+    first: Option<First>,
     kept: bool,
 }
 
@@ -67,17 +73,6 @@ impl Drop for Brood {
     }
 }
 
-/// What the child does between its creation and the exec: prepared before, since there only
-/// system calls are allowed.
-struct Orders {
-    executable: RawFd,
-    /// (our descriptor, number in the child), ascending by number; ours are above all numbers.
-    descriptors: Vec<(RawFd, i32)>,
-    name: CString,
-    go: RawFd,
-    report: RawFd,
-}
-
 #[repr(C, align(8))]
 #[derive(Default)]
 struct CloneArgs {
@@ -94,85 +89,104 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// Creates the process and brings it to its exec stop.
+/// Creates the process and brings it to its exec stop; with `first`, that one becomes it.
 pub fn spawn(
     process: &Process,
     executable: &File,
     descriptors: Vec<(OwnedFd, i32)>,
     clocks: Clocks,
+    first: Option<First>,
 ) -> Result<(Brood, Stopped)> {
     crate::host::raise_descriptor_limit();
-    let highest = descriptors.iter().map(|(_, to)| *to).max().unwrap_or(2);
-    let above = |fd: RawFd| duplicate_above(fd, highest + 1);
-    let mut kept: Vec<OwnedFd> = Vec::new();
-    let mut moved = Vec::with_capacity(descriptors.len());
-    for (fd, to) in &descriptors {
-        let fd = above(fd.as_raw_fd())?;
-        moved.push((fd.as_raw_fd(), *to));
-        kept.push(fd);
-    }
-    moved.sort_by_key(|(_, to)| *to);
-    let executable = above(executable.as_raw_fd())?;
-    let (go_read, go_write) = pipe()?;
+    let name = CString::new(process.threads[0].name.clone()).unwrap_or_default();
     let (report_read, report_write) = pipe()?;
-    let (go_in_child, report_in_child) = (
-        above(go_read.as_raw_fd())?,
-        above(report_write.as_raw_fd())?,
-    );
-    let orders = Orders {
-        executable: executable.as_raw_fd(),
-        descriptors: moved,
-        name: CString::new(process.threads[0].name.clone()).unwrap_or_default(),
-        go: go_in_child.as_raw_fd(),
-        report: report_in_child.as_raw_fd(),
+    let mut brood = Brood::default();
+    let is_first = first.is_some();
+    let go: Box<dyn Write> = match first {
+        Some(mut first) => {
+            first.order(executable, &descriptors, &report_write, name, clocks)?;
+            drop((report_write, descriptors));
+            Box::new(brood.first.insert(first).go())
+        }
+        None => {
+            let (go_read, go_write) = pipe()?;
+            let kept = Kept::above(executable, &descriptors, &go_read, &report_write)?;
+            let orders = kept.orders(name, Some(go_write.as_raw_fd()));
+            fork_under(process.pid, clocks, &orders)?;
+            brood.add(process.pid);
+            Box::new(File::from(go_write))
+        }
     };
-    let pid = process.pid;
+    let task = Running::seize_with(Tid(process.pid), BIRTH_OPTIONS)?;
+    let mut task = begin(go, task, report_read, is_first)?;
+    leave_exec(&mut task)?;
+    Ok((brood, task))
+}
+
+/// A fork under that pid; 0 in the child.
+///
+/// SAFETY: as for fork(2), which is without conditions only where there is one thread.
+pub(crate) unsafe fn clone_under(pid: i32) -> nix::Result<i32> {
     let mut args = CloneArgs {
         exit_signal: libc::SIGCHLD as u64,
         set_tid: (&raw const pid) as u64,
         set_tid_size: 1,
         ..CloneArgs::default()
     };
+    let size = std::mem::size_of::<CloneArgs>();
+    // SAFETY: live arguments of that size; without CLONE_VM this is a fork.
+    let r = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size) };
+    Errno::result(r as i32)
+}
+
+/// A child of ours under that pid, with these clocks.
+fn fork_under(pid: i32, clocks: Clocks, orders: &Orders) -> Result<()> {
     let r = clocks.during(|| {
-        // SAFETY: without CLONE_VM this is a fork; the child runs `execute`, which makes nothing but
-        // system calls on memory prepared above, and never returns.
+        // SAFETY: the child runs `execute`, which makes nothing but system calls on memory that was
+        // prepared before, and never returns.
         unsafe {
-            let size = std::mem::size_of::<CloneArgs>();
-            let r = libc::syscall(libc::SYS_clone3, &raw mut args, size);
-            if r == 0 {
-                execute(&orders)
+            let r = clone_under(pid);
+            if r == Ok(0) {
+                orders.execute()
             }
             r
         }
     })?;
-    Errno::result(r).map_err(|errno| cannot_have_pid(pid, errno))?;
-    let mut brood = Brood::default();
-    brood.add(pid);
-    drop((go_read, report_write, go_in_child, report_in_child, kept));
+    r.map_err(|errno| cannot_have_pid(pid, errno))?;
+    Ok(())
+}
 
-    let task = Running::seize_with(Tid(pid), BIRTH_OPTIONS)?;
-    // The child holds this end as well, so it waits for a byte and not for the end.
-    std::io::Write::write_all(&mut File::from(go_write), b"!").map_err(|source| Error::File {
+/// Lets the new process go on to its exec.
+fn begin(
+    mut go: Box<dyn Write + '_>,
+    task: Running,
+    report: OwnedFd,
+    first: bool,
+) -> Result<Stopped> {
+    go.write_all(b"!").map_err(|source| Error::File {
         what: "write to",
         path: "the new process".into(),
         source,
     })?;
     let mut task = match task.wait_stopped() {
         Ok(stopped) => stopped,
-        Err(_) => return Err(failed_before_exec(report_read)),
+        Err(_) => return Err(failed_before_exec(report)),
     };
     while task.stop() != Stop::Exec {
+        // The first process does not end when it has failed.
+        if first && task.stop() == Stop::Signal(libc::SIGTRAP) {
+            return Err(failed_before_exec(report));
+        }
         // A signal from outside that nobody asked for.
         task = match task
             .resume(ckpt_tracer::task::Resume::Cont, 0)?
             .wait_stopped()
         {
             Ok(stopped) => stopped,
-            Err(_) => return Err(failed_before_exec(report_read)),
+            Err(_) => return Err(failed_before_exec(report)),
         };
     }
-    leave_exec(&mut task)?;
-    Ok((brood, task))
+    Ok(task)
 }
 
 /// While processes create others: the loss of the tracer ends them, and what they create is
@@ -199,16 +213,8 @@ pub fn leave_exec(task: &mut Stopped) -> Result<()> {
 pub fn may_choose_pids(by_others: bool) -> bool {
     // Ours is taken, which is found only when it may be chosen.
     let taken = std::process::id();
-    let mut args = CloneArgs {
-        exit_signal: libc::SIGCHLD as u64,
-        set_tid: (&raw const taken) as u64,
-        set_tid_size: 1,
-        ..CloneArgs::default()
-    };
-    let size = std::mem::size_of::<CloneArgs>();
     // SAFETY: a fork that fails in any case, since the pid is that of the caller.
-    let r = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size) };
-    if Errno::result(r) != Err(Errno::EEXIST) {
+    if unsafe { clone_under(taken as i32) } != Err(Errno::EEXIST) {
         return false;
     }
     let status = ckpt_tracer::proc::status::read_status(Tid(taken as i32));
@@ -248,69 +254,6 @@ fn failed_before_exec(report: OwnedFd) -> Error {
     Error::Restore(text)
 }
 
-/// SAFETY: only to be called in the child of a fork; makes only system calls.
-unsafe fn execute(orders: &Orders) -> ! {
-    let fail = |step: i32| -> ! {
-        // SAFETY: as the function's.
-        unsafe {
-            let errno = *libc::__errno_location();
-            let mut report = [0u8; 8];
-            report[..4].copy_from_slice(&step.to_ne_bytes());
-            report[4..].copy_from_slice(&errno.to_ne_bytes());
-            libc::write(orders.report, report.as_ptr().cast(), 8);
-            libc::_exit(127)
-        }
-    };
-    // SAFETY: system calls on values and on memory that was prepared before the fork.
-    unsafe {
-        // All but SIGTRAP: the restorer's breakpoints must not find it blocked, since the
-        // kernel then resets its action (force_sig_info_to_task).
-        let mask: u64 = !(1 << (libc::SIGTRAP - 1));
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            libc::SIG_SETMASK,
-            &raw const mask,
-            0,
-            8,
-        );
-        for signal in 1..=64 {
-            if signal != libc::SIGKILL && signal != libc::SIGSTOP {
-                let default = [0u64; 4];
-                libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8);
-            }
-        }
-        let mut first = 0;
-        for &(fd, to) in &orders.descriptors {
-            if libc::dup3(fd, to, 0) < 0 {
-                fail(0);
-            }
-            if to > first {
-                libc::close_range(
-                    first as u32,
-                    to as u32 - 1,
-                    libc::CLOSE_RANGE_CLOEXEC as i32,
-                );
-            }
-            first = to + 1;
-        }
-        libc::close_range(first as u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32);
-        // Until the tracer has attached.
-        let mut byte = 0u8;
-        libc::read(orders.go, (&raw mut byte).cast(), 1);
-        let argv = [orders.name.as_ptr(), std::ptr::null()];
-        let envp = [std::ptr::null::<libc::c_char>()];
-        libc::syscall(
-            libc::SYS_execveat,
-            orders.executable,
-            c"".as_ptr(),
-            argv.as_ptr(),
-            envp.as_ptr(),
-            libc::AT_EMPTY_PATH,
-        );
-        fail(1)
-    }
-}
-
 fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: the kernel writes two ints.
@@ -318,17 +261,4 @@ fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     Errno::result(r).map_err(|e| Error::Restore(format!("cannot make a pipe: {}", e.desc())))?;
     // SAFETY: the kernel just gave us these descriptors.
     Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
-}
-
-fn duplicate_above(fd: RawFd, lowest: i32) -> Result<OwnedFd> {
-    // SAFETY: a call without pointers.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, lowest) };
-    let copy = Errno::result(copy).map_err(|e| {
-        Error::Restore(format!(
-            "cannot place descriptors above {lowest}: {}; raise the limit with ulimit -n",
-            e.desc()
-        ))
-    })?;
-    // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }

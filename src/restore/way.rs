@@ -10,12 +10,14 @@ use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::status::read_status;
 
 use super::clock::{self, Clocks};
+use super::pids::{self, Pids, Place};
 use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
 use super::{Request, bundle, paths, rights, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
+use crate::isolate::First;
 use crate::objects::files::changed::Cut;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, credentials, ipc, processor};
@@ -28,11 +30,17 @@ pub struct Opened<'a> {
     /// With the paths that its files have now.
     pub(super) snapshot: Snapshot,
     pub(super) kernel: KernelFeatures,
-    /// Our supplementary groups; in a user namespace the kernel does not show them.
+    /// Our supplementary groups outside of a user namespace, which the kernel does not show inside.
     groups: Vec<u32>,
     /// It belongs to us.
     is_ours: bool,
+    /// Those that a process of ours has where the work is done.
+    groups_there: Vec<u32>,
     vdso: Replaced,
+    /// The namespaces are made, and we are in them.
+    inside: bool,
+    /// The first process of our namespace, if the job begins with it.
+    pub(super) first: Option<First>,
     /// What has come up already.
     obstacles: Vec<Obstacle>,
     /// What the job has to do without, one sentence each.
@@ -44,17 +52,35 @@ pub struct Opened<'a> {
 impl Opened<'_> {
     /// In whose name files are opened, if not in ours.
     pub(super) fn rights(&self) -> Result<Option<rights::Rights>> {
-        Ok(super::host_state(&self.groups, &self.snapshot, self.is_ours)?.rights)
+        Ok(super::host_state(&self.groups_there, &self.snapshot, self.is_ours)?.rights)
     }
 
     /// The work is done by that one.
     pub fn restored_by(&mut self, owner: &crate::isolate::Owner) {
         self.groups = owner.groups.clone();
+        self.groups_there = owner.groups.clone();
     }
 
-    /// The work is done in a namespace, where we are now.
-    pub fn restored_inside(&mut self) {
+    /// Decides where the job would have its pids, and who would do the work.
+    pub(super) fn look_for_a_place(&mut self) -> Result<()> {
+        if let Place::Namespace(_) = pids::decide(self, Pids::Auto)?
+            && let Some(owner) = pids::namespaces(self)?.owner
+        {
+            self.restored_by(&owner);
+        }
+        Ok(())
+    }
+
+    /// The work is done in a namespace, where we are now; with `first`, that one becomes the job's root.
+    pub fn restored_inside(&mut self, first: Option<First>) {
         self.kernel = KernelFeatures::probe();
+        self.first = first;
+        self.inside = true;
+        if credentials::groups_can_be_set()
+            && let Ok(status) = read_status(Pid(std::process::id() as i32))
+        {
+            self.groups_there = status.groups;
+        }
     }
 
     /// Which clocks the job gets; what is against it is noted.
@@ -107,14 +133,18 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);
     let vdso = refused_or(vdso, &mut obstacles)?;
     let given = bundle::choose(&mut snapshot, request);
+    let groups = read_status(Pid(std::process::id() as i32))?.groups;
     Ok(Opened {
         request,
         image,
         snapshot,
         kernel,
         is_ours,
-        groups: read_status(Pid(std::process::id() as i32))?.groups,
+        groups_there: groups.clone(),
+        groups,
         vdso,
+        inside: false,
+        first: None,
         obstacles,
         warnings,
         given,
@@ -163,7 +193,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
         snapshot,
         image,
         request,
-        super::host_state(&opened.groups, snapshot, opened.is_ours)?,
+        super::host_state(&opened.groups_there, snapshot, opened.is_ours)?,
         &opened.vdso,
     ) {
         Ok(job) => Some(job),
@@ -189,13 +219,17 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     obstacles.extend(rights.iter().flat_map(|rights| rights.obstacles(snapshot)));
     let cuts = cuts.map_err(Error::Refused);
     let cuts = refused_or(cuts, &mut obstacles)?;
-    refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
+    // In a namespace of its own everything is missing, and may be created.
+    if opened.inside || !snapshot.namespaces.ipc {
+        refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
+    }
     if let Some(job) = &job {
-        obstacles.extend(credentials::obstacles(
-            snapshot,
-            &job.host.credentials,
-            job.host.held,
-        ));
+        let (now, held) = (&job.host.credentials, job.host.held);
+        // What ids there are, and what may be done with them, shows inside.
+        obstacles.extend(match opened.inside || snapshot.namespaces.user.is_none() {
+            true => credentials::obstacles(snapshot, now, held, &opened.groups),
+            false => credentials::foreign_groups(snapshot, &opened.groups),
+        });
     }
     obstacles.extend(pids);
     match job {

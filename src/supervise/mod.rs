@@ -17,6 +17,7 @@ pub mod signals;
 mod sys;
 
 pub use child::{Child, start, wait_for};
+pub(crate) use sys::changed;
 pub use sys::{Change, Signals, adopt_orphans};
 
 /// A job that is waited for.

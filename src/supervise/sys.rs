@@ -164,7 +164,7 @@ pub(super) fn reap_adopted(known: &[i32]) {
 }
 
 /// Asks what has become of a child of ours, without waiting.
-pub(super) fn changed(pid: i32) -> nix::Result<Option<Change>> {
+pub(crate) fn changed(pid: i32) -> nix::Result<Option<Change>> {
     let mut status = 0;
     // SAFETY: `status` outlives the call. nix's own waitpid fails on children that a real-time
     // signal ended, after having reaped them.

@@ -201,6 +201,13 @@ fn stat(seen: &mut Look, name: &str, file: &str) {
     seen.insert(name.into(), wanted.collect::<Vec<_>>().join(" "));
 }
 
+/// The children of a process's first thread.
+pub fn children(pid: i32) -> Vec<i32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.split_whitespace().flat_map(str::parse).collect()
+}
+
 /// A field of `/proc/PID/status`.
 pub fn status_field(pid: i32, key: &str) -> Option<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

@@ -9,6 +9,7 @@ pub mod isolate;
 pub mod job;
 pub mod logger;
 pub mod look;
+pub mod moments;
 pub mod odd;
 pub mod refused;
 pub mod rounds;

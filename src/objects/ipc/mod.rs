@@ -259,6 +259,8 @@ struct Job {
     began: i64,
     /// What its threads wait for: the system call and its first operand.
     waits: Vec<(i64, i32)>,
+    /// It has the namespace to itself, and with it all that is in it.
+    alone: bool,
 }
 
 impl Job {
@@ -270,6 +272,7 @@ impl Job {
             uids: sources().map(|s| s.status.uid.effective).collect(),
             began: host::unix_time_of_ticks(ticks),
             waits: Vec::new(),
+            alone: false,
         }
     }
 
@@ -283,7 +286,7 @@ impl Job {
     fn claim(&self, row: &Row, used: bool) -> Option<Claim> {
         let possible =
             self.uids.contains(&(row.get("cuid") as u32)) && row.get("ctime") >= self.began;
-        match (used, possible) {
+        match (used || self.alone, possible) {
             (true, _) => Some(Claim::Used),
             (false, true) => Some(Claim::Possible),
             (false, false) => None,
@@ -312,6 +315,7 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     let [shm, sem, msg] = kinds.map(table::read);
     let (shm, sem, msg) = (shm?, sem?, msg?);
     let mut job = Job::of(processes);
+    job.alone = collector.alone_in_ipc;
     if !(sem.is_empty() && msg.is_empty()) {
         job.waits = processes
             .iter()
@@ -320,6 +324,9 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     }
     collector.ipc.place = Place::here();
     mqueue::refuse_notifications(&job, &collector.descriptions, &mut collector.obstacles);
+    if job.alone {
+        mqueue::refuse_contents(&collector.descriptions, &mut collector.obstacles);
+    }
     sysv_shm::survey(processes, &job, &shm, collector);
     sysv_sem::survey(&job, &sem, collector);
     sysv_msg::survey(&job, &msg, collector);

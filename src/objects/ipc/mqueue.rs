@@ -119,6 +119,46 @@ pub(super) fn refuse_notifications(
     }
 }
 
+/// Refuses what goes with an IPC namespace: messages, and queues that nobody of the job has open.
+pub(super) fn refuse_contents(descriptions: &[files::Description], obstacles: &mut Vec<Obstacle>) {
+    let mut known = Vec::new();
+    for (queue, _) in queues(descriptions) {
+        known.push(queue.name.clone());
+        if queue.held > 0 {
+            obstacles.push(Obstacle::new(
+                queue.title(),
+                format!(
+                    "holds {} unread messages, which only reading could save, and the job's IPC namespace \
+                     goes with it",
+                    queue.held
+                ),
+                "let the program read them",
+            ));
+        }
+    }
+    match sys::queue_names() {
+        Ok(names) => obstacles.extend(names.into_iter().filter(|n| !known.contains(n)).map(
+            |name| {
+                Obstacle::new(
+                    format!(
+                        "the POSIX message queue /{}",
+                        String::from_utf8_lossy(&name)
+                    ),
+                    "is in the job's IPC namespace, and no process of the job has it open",
+                    "let one of them open it, or remove it (mq_unlink)",
+                )
+            },
+        )),
+        Err(errno) => obstacles.push(Obstacle::without_remedy(
+            "the job's IPC namespace",
+            format!(
+                "may have POSIX message queues, which cannot be listed: {}",
+                errno.desc()
+            ),
+        )),
+    }
+}
+
 /// Every queue once, by the first of its descriptions.
 fn queues(descriptions: &[files::Description]) -> impl Iterator<Item = (&MessageQueue, usize)> {
     let all = descriptions.iter().enumerate();

@@ -310,6 +310,38 @@ pub fn open_queue(name: &[u8], access: i32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// The names of all queues of our IPC namespace, without their slashes: its file system is opened
+/// without being mounted anywhere (fsopen(2), fsmount(2)).
+pub fn queue_names() -> Result<Vec<Vec<u8>>> {
+    const FSCONFIG_CMD_CREATE: i32 = 6;
+    const FSOPEN_CLOEXEC: i32 = 1;
+    let owned = |fd: libc::c_long| {
+        let fd = Errno::result(fd)?;
+        // SAFETY: the kernel just gave us this descriptor.
+        Ok::<_, Errno>(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    };
+    let null = std::ptr::null::<libc::c_char>();
+    // SAFETY: a C string, and calls without pointers.
+    let mounted = unsafe {
+        let context = owned(libc::syscall(
+            libc::SYS_fsopen,
+            c"mqueue".as_ptr(),
+            FSOPEN_CLOEXEC,
+        ))?;
+        let fd = context.as_raw_fd();
+        let create = FSCONFIG_CMD_CREATE;
+        Errno::result(libc::syscall(libc::SYS_fsconfig, fd, create, null, null, 0))?;
+        owned(libc::syscall(libc::SYS_fsmount, fd, FSOPEN_CLOEXEC, 0))?
+    };
+    let path = format!("/proc/self/fd/{}", mounted.as_raw_fd());
+    let entries = std::fs::read_dir(path);
+    let entries = entries.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    let names = entries
+        .flatten()
+        .map(|entry| entry.file_name().into_encoded_bytes());
+    Ok(names.collect())
+}
+
 /// `mq_open(3)` that creates a queue for that many messages of that size.
 pub fn create_queue(name: &[u8], most: i64, size: i64) -> Result<OwnedFd> {
     let name = CString::new(name).map_err(|_| Errno::EINVAL)?;

@@ -117,7 +117,7 @@ pub(super) fn survey(
     for row in rows {
         let made = job.pids.contains(&(row.get("cpid") as i32));
         let user = collector_user(row, &segments, processes);
-        let used = made || (user && job.pids.contains(&(row.get("lpid") as i32)));
+        let used = job.alone || made || (user && job.pids.contains(&(row.get("lpid") as i32)));
         if used && row.get("nattch") == 0 {
             let size = row.get("size") as u64;
             let contents = collector.space_for(Contents::Segment(row.id(), size));

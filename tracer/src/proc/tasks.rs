@@ -325,15 +325,20 @@ fn link(dir: ProcDir, name: &str) -> Result<Option<PathBuf>> {
 pub fn namespaces(process: impl Into<ProcDir>) -> Result<Vec<(String, u64)>> {
     let dir = process.into();
     let path = dir.join("ns");
+    let failed = |source| dir.error(path.clone(), source);
+    std::fs::metadata(&path).map_err(failed)?;
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(&path).map_err(|source| dir.error(path.clone(), source))? {
-        let entry = entry.map_err(|source| dir.error(path.clone(), source))?;
+    // The names are ours: only its user may list the directory of a process, which whoever has its user
+    // namespace need not be.
+    for entry in std::fs::read_dir("/proc/self/ns").map_err(failed)? {
+        let entry = entry.map_err(failed)?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        match std::fs::metadata(entry.path()) {
+        let link = path.join(&name);
+        match std::fs::metadata(&link) {
             Ok(metadata) => found.push((name, metadata.ino())),
             // pid_for_children before the first child of a new namespace.
             Err(source) if source.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(dir.error(entry.path(), source)),
+            Err(source) => return Err(dir.error(link, source)),
         }
     }
     found.sort_unstable();

@@ -1,0 +1,126 @@
+//! The ids of a user namespace: user_namespaces(7), newuidmap(1).
+#![allow(unsafe_code)]
+
+use std::io;
+use std::process::Command;
+
+use nix::errno::Errno;
+
+use super::work::keep_exit_codes;
+
+/// A line of `/proc/PID/uid_map`: inside, outside, how many.
+pub type Extent = (u32, u32, u32);
+
+/// How ids inside a user namespace lead to those outside.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IdMaps {
+    /// `/proc/PID/uid_map`.
+    pub uids: Vec<Extent>,
+    /// `/proc/PID/gid_map`.
+    pub gids: Vec<Extent>,
+    /// setgroups(2) is forbidden, as it has to be where nobody with a right to it writes the map.
+    pub groups_are_fixed: bool,
+    /// Supplementary groups are given up, being those of whoever makes the namespace.
+    pub without_groups: bool,
+    /// The system's set-uid programs write the maps: an ordinary user may map only themselves.
+    pub by_helpers: bool,
+}
+
+impl IdMaps {
+    /// One user and one group, as everybody may have them.
+    pub fn one((uid, outer_uid): (u32, u32), (gid, outer_gid): (u32, u32)) -> Self {
+        Self {
+            uids: vec![(uid, outer_uid, 1)],
+            gids: vec![(gid, outer_gid, 1)],
+            groups_are_fixed: true,
+            ..Self::default()
+        }
+    }
+
+    /// Writes them from outside for the namespace of that process.
+    pub(super) fn write(&self, pid: i32) -> io::Result<()> {
+        if self.groups_are_fixed {
+            std::fs::write(format!("/proc/{pid}/setgroups"), "deny")?;
+        }
+        if self.by_helpers {
+            help("newuidmap", pid, &self.uids)?;
+            return help("newgidmap", pid, &self.gids);
+        }
+        std::fs::write(format!("/proc/{pid}/uid_map"), lines(&self.uids))?;
+        std::fs::write(format!("/proc/{pid}/gid_map"), lines(&self.gids))
+    }
+
+    /// Who has made the namespace, and is `uid` and `gid` outside, becomes somebody inside, if these
+    /// lead nowhere.
+    pub(super) fn settle(&self, uid: u32, gid: u32) -> io::Result<()> {
+        let new_gid = somebody(&self.gids, gid);
+        let new_uid = somebody(&self.uids, uid);
+        // SAFETY: calls without pointers, or with a null one for an empty list.
+        unsafe {
+            if self.without_groups {
+                Errno::result(libc::setgroups(0, std::ptr::null()))?;
+            }
+            if let Some(gid) = new_gid {
+                Errno::result(libc::setresgid(gid, gid, gid))?;
+            }
+            if let Some(uid) = new_uid {
+                Errno::result(libc::setresuid(uid, uid, uid))?;
+            }
+            // Else our files in /proc would be root's from now on.
+            libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
+        }
+        Ok(())
+    }
+}
+
+fn lines(map: &[Extent]) -> String {
+    let lines = map.iter().map(|(i, o, n)| format!("{i} {o} {n}\n"));
+    lines.collect()
+}
+
+/// The id inside for one that leads nowhere: root's if there is one.
+fn somebody(map: &[Extent], outer: u32) -> Option<u32> {
+    if map
+        .iter()
+        .any(|(_, o, n)| (*o..o.saturating_add(*n)).contains(&outer))
+    {
+        return None;
+    }
+    map.iter().map(|(inside, _, _)| *inside).min()
+}
+
+/// Runs newuidmap(1) or newgidmap(1).
+fn help(program: &str, pid: i32, map: &[Extent]) -> io::Result<()> {
+    keep_exit_codes();
+    let mut command = Command::new(program);
+    command.arg(pid.to_string());
+    for (inside, outside, count) in map {
+        command.args([inside, outside, count].map(u32::to_string));
+    }
+    let out = command.output().map_err(|error| {
+        io::Error::other(format!("{program} (package uidmap) cannot be run: {error}"))
+    })?;
+    match out.status.success() {
+        true => Ok(()),
+        false => Err(io::Error::other(
+            String::from_utf8_lossy(&out.stderr)
+                .trim()
+                .replace('\n', "; "),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_that_leads_nowhere_becomes_another_one() {
+        let map = [(1, 100_000, 65536), (0, 1000, 1)];
+        assert_eq!(somebody(&map, 1000), None);
+        assert_eq!(somebody(&map, 100_007), None);
+        assert_eq!(somebody(&map, 0), Some(0));
+        assert_eq!(somebody(&map, 165_536), Some(0));
+        assert_eq!(lines(&map), "1 100000 65536\n0 1000 1\n");
+    }
+}
