@@ -17,6 +17,7 @@ use super::{Request, bundle, paths, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::objects::files::changed::Cut;
+use crate::objects::seccomp::surroundings as surroundings_of_the_job;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, credentials, ipc, processor};
 use crate::snapshot;
@@ -81,7 +82,10 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     }
     let kernel = KernelFeatures::probe();
     let verdict = processor::judge(&snapshot, &kernel.cpu);
-    let warnings = verdict.warning().into_iter().collect();
+    let threads = snapshot.processes.iter().flat_map(|p| &p.threads);
+    let around = threads.map(|t| t.seccomp.around).max().unwrap_or(0);
+    let fewer_filters = surroundings_of_the_job::fewer_here(around);
+    let warnings = verdict.warning().into_iter().chain(fewer_filters).collect();
     let mut obstacles = verdict.obstacles;
     obstacles.extend(
         paths::apply(&request.map_paths, &mut snapshot)

@@ -9,8 +9,8 @@ use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Look, Staging};
-use crate::capture::source::{Collector, Source};
+use super::{Kind, Look, Staging, WITHHELD_REMEDY};
+use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::process::Process;
@@ -55,7 +55,17 @@ pub fn capture_entries(
         for target in targets {
             // One number may have been added for several descriptions, one after the other.
             let turn = seen.entry(target.tfd).or_default();
-            let found = find(looks, set, target, *turn)?;
+            let found = match collector.copies {
+                Copies::Lent(_) => match find_alone(looks, target) {
+                    Ok(found) => found,
+                    Err(rivals) => {
+                        let obstacle = untold(set, sources, target, rivals);
+                        collector.obstacles.push(obstacle);
+                        continue;
+                    }
+                },
+                _ => find(looks, set, target, *turn)?,
+            };
             *turn += 1;
             match found {
                 Some(at) => entries.push(Entry {
@@ -80,6 +90,30 @@ pub fn capture_entries(
         }
     }
     Ok(())
+}
+
+/// Without kcmp(2): the only description of the job that is of the watched inode, if it is the only
+/// one. That of a pipe is two descriptions', and that of eventfds and their like is all of
+/// theirs; how many there are is the error.
+fn find_alone(looks: &[Look], target: &EpollTarget) -> Result<Option<usize>, usize> {
+    let mut alike = (0..looks.len()).filter(|&i| looks[i].stat.st_ino == target.ino);
+    let first = alike.next();
+    match alike.count() {
+        0 => Ok(first),
+        others => Err(others + 1),
+    }
+}
+
+fn untold(set: &Look, sources: &[&Source], target: &EpollTarget, rivals: usize) -> Obstacle {
+    Obstacle::new(
+        set.object(sources[set.process]),
+        format!(
+            "is an epoll set, and which of {rivals} files alike it watches as fd {} cannot be told \
+             where kcmp(2) is not permitted",
+            target.tfd
+        ),
+        WITHHELD_REMEDY,
+    )
 }
 
 fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {

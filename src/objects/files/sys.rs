@@ -17,6 +17,15 @@ pub fn fstat(fd: &impl AsRawFd) -> Result<libc::stat, Errno> {
     Errno::result(r).map(|_| stat)
 }
 
+/// A handle of what a path leads to, which opens nothing (`O_PATH`).
+pub fn handle(path: &Path) -> Result<OwnedFd, Errno> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `path` is a C string.
+    let fd = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
+    // SAFETY: the kernel just gave us this descriptor.
+    Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// `F_GETOWN_EX`: kind and id of who gets SIGIO.
 pub fn owner(fd: &OwnedFd) -> Option<(i32, i32)> {
     const F_GETOWN_EX: i32 = 16;
