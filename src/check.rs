@@ -362,7 +362,10 @@ fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
             Some(&remedy),
         );
     }
-        for tid in tasks::list_tasks(source.pid)?.into_iter().filter(|_| compared) {
+    for tid in tasks::list_tasks(source.pid)?
+        .into_iter()
+        .filter(|_| compared)
+    {
         if let Some(what) = own_table(source.pid, tid)? {
             let reason =
                 format!("has a thread {tid} with {what} of its own, which is not supported");

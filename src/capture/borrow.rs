@@ -8,10 +8,10 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
+use ckpt_tracer::proc::ProcRoot;
 use ckpt_tracer::proc::fdlink::{FdLink, list_fds, read_fd_link};
 use ckpt_tracer::proc::maps::read_maps;
 use ckpt_tracer::proc::status::{read_status, read_task};
-use ckpt_tracer::proc::ProcRoot;
 use ckpt_tracer::remote::lend::{self, Borrower, Marks};
 use ckpt_tracer::remote::{Cave, RemoteCalls};
 use ckpt_tracer::task::Stopped;
@@ -42,9 +42,16 @@ pub(super) fn all(job: &mut FrozenJob, sources: &[Source], withheld: &str) -> Re
         let stopped = frozen.stopped_by().is_some();
         let fds = list_fds(source.dir.clone())?;
         let mut shared = None;
-        let lent = borrow(frozen.tasks_mut(), stopped, source, &fds, &borrower, &mut |marks| {
-            shared = shared.take().or_else(|| who_shares(index, sources, marks));
-        });
+        let lent = borrow(
+            frozen.tasks_mut(),
+            stopped,
+            source,
+            &fds,
+            &borrower,
+            &mut |marks| {
+                shared = shared.take().or_else(|| who_shares(index, sources, marks));
+            },
+        );
         let lent = match lent {
             Err(ckpt_tracer::Error::NoDoorbell { pid }) => {
                 let what = ckpt_tracer::Error::NoDoorbell { pid }.to_string();
@@ -128,12 +135,18 @@ fn who_shares(index: usize, sources: &[Source], marked: Marked) -> Option<String
     let source = &sources[index];
     let threads = ckpt_tracer::proc::tasks::list_tasks(source.pid).unwrap_or_default();
     for tid in threads {
-        let fd = source.dir.join(format!("task/{tid}/fd/{}", marked.marks.fd));
+        let fd = source
+            .dir
+            .join(format!("task/{tid}/fd/{}", marked.marks.fd));
         if std::fs::symlink_metadata(fd).is_err() {
-            return Some(format!("its thread {tid} has a table of descriptors of its own"));
+            return Some(format!(
+                "its thread {tid} has a table of descriptors of its own"
+            ));
         }
         if !has_umask(source.pid, tid, marked.marks.umask) {
-            return Some(format!("its thread {tid} has a working directory of its own"));
+            return Some(format!(
+                "its thread {tid} has a working directory of its own"
+            ));
         }
     }
     let shares = |what: &str, pid: Pid| Some(format!("it shares its {what} with process {pid}"));

@@ -314,11 +314,7 @@ struct CapturedJob {
 
 /// Suspends seccomp filters where we may. Else they must be those that we are under, in every task
 /// as it is now: it may have added some since it was looked at first.
-fn filters_in_force(
-    job: &FrozenJob,
-    sources: &[Source],
-    collector: &mut Collector,
-) -> Result<()> {
+fn filters_in_force(job: &FrozenJob, sources: &[Source], collector: &mut Collector) -> Result<()> {
     for (frozen, source) in job.processes.iter().zip(sources) {
         for task in frozen.tasks() {
             let status = read_task(source.pid, task.tid())?;

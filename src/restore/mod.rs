@@ -18,6 +18,7 @@ use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::{ipc, scheduling};
 use crate::progress::Progress;
+use next_pid::Means;
 use put::PutFiles;
 use terminal::Wish;
 
@@ -31,6 +32,7 @@ pub mod env;
 mod executor;
 pub mod fill;
 mod handover;
+pub mod next_pid;
 pub mod paths;
 pub mod pids;
 pub mod plan;
@@ -150,6 +152,18 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
 /// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
 /// complete and about to be let go. On error no process is left behind.
 pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
+    /// Somebody who creates processes all the time may take an id of the job's as often.
+    const ATTEMPTS: u32 = 8;
+    for _ in 1..ATTEMPTS {
+        match attempt(opened, lend) {
+            Err(Error::PidMissed { .. }) => {}
+            other => return other,
+        }
+    }
+    attempt(opened, lend)
+}
+
+fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
     let clocks = opened.decide_clocks()?;
     let opened = &*opened;
     let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
@@ -171,7 +185,8 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
     let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
-    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks)?;
+    let means = job.host.means;
+    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, means)?;
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         let ours = request.foreground && master.is_none() && root.session != root.pid;
@@ -193,7 +208,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state(groups: &[u32]) -> Result<plan::HostState> {
+fn host_state(groups: &[u32], means: Means) -> Result<plan::HostState> {
     const CAP_SYS_RESOURCE: u64 = 1 << 24;
     let me = Pid(std::process::id() as i32);
     let status = read_status(me)?;
@@ -208,6 +223,7 @@ fn host_state(groups: &[u32]) -> Result<plan::HostState> {
         credentials.effective = status.capabilities.ambient;
     }
     Ok(plan::HostState {
+        means,
         scheduling: scheduling::capture(Tid(me.raw()), 0),
         may_raise_limits: status.capabilities.effective & CAP_SYS_RESOURCE != 0
             && host::in_first_user_namespace(),

@@ -10,6 +10,7 @@ use ckpt_tracer::blob::Blob;
 
 mod finished;
 
+use super::next_pid::Means;
 use crate::objects::credentials::Credentials;
 use crate::objects::scheduling::Scheduling;
 use finished::List;
@@ -18,6 +19,8 @@ pub use finished::{Part, Plan};
 /// What a new process has before the plan sets anything, and what it may do.
 #[derive(Clone, Debug)]
 pub struct HostState {
+    /// How tasks come by their ids.
+    pub means: Means,
     /// Our own credentials.
     pub credentials: Credentials,
     /// Our own scheduling.
@@ -85,8 +88,10 @@ struct Task {
     creator: usize,
     /// Where its [`ThreadPlan`] is.
     plan: u64,
-    /// Where its `struct clone_args` is.
-    args: u64,
+    /// Where its `struct clone_args` is, if it is created by clone3(2).
+    args: Option<u64>,
+    /// Which operation of its creator's creates it.
+    created_at: usize,
     /// Of a process, where its header is.
     header: Option<u64>,
 }
@@ -105,6 +110,7 @@ pub struct Builder {
     current: usize,
     objects: Vec<String>,
     stages: Vec<(usize, usize, Stage)>,
+    aims: Vec<(usize, usize, i32)>,
     warnings: Vec<String>,
     conditional: Vec<(usize, usize, String)>,
     inherit: Vec<Inherit>,
@@ -126,6 +132,7 @@ impl Builder {
             current: 0,
             objects: Vec::new(),
             stages: Vec::new(),
+            aims: Vec::new(),
             warnings: Vec::new(),
             conditional: Vec::new(),
             inherit: Vec::new(),
@@ -223,7 +230,7 @@ impl Builder {
         self.task(OpKind::Thread, tid, FLAGS as u64, 0, object, fill);
     }
 
-    /// Creates a process with that id by clone3(2) with `flags`, which sends its parent `signal` at
+    /// Creates a process with that id by clone(2) with `flags`, which sends its parent `signal` at
     /// its end; `fill` appends what it does.
     pub fn process(&mut self, pid: i32, flags: i32, signal: i32, fill: impl FnOnce(&mut Self)) {
         // A child of the parent's parent sends the signal that we send ourselves (clone(2)).
@@ -245,26 +252,24 @@ impl Builder {
         fill: impl FnOnce(&mut Self),
     ) {
         // ThreadPlan and stack contents are written at the end, when addresses are known.
-        let ids = self.data(&tid.to_le_bytes());
         let plan = self.reserve(size_of::<ThreadPlan>());
-        let args = self.reserve(88);
-        // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
-        let words = [
-            flags,
-            0,
-            0,
-            0,
-            exit_signal,
-            0,
-            THREAD_STACK - 8,
-            0,
-            ids,
-            1,
-            0,
-        ];
-        self.put(args, &words.map(u64::to_le_bytes).concat());
-        let op = Op::other(kind, [plan, args, 88, 0, 0, 0]).expecting(tid as u64);
-        self.push(op, object);
+        let (args, op) = match self.host.means {
+            Means::SetTid => {
+                let args = self.clone_args(tid, flags, exit_signal);
+                let op = Op::create(kind, libc::SYS_clone3, [plan, args, 88]);
+                (Some(args), op)
+            }
+            // The tracer sees to it that it gets its id; its stack is known at the end.
+            Means::LastPid | Means::Turns => {
+                let index = self.list().ops.len();
+                self.aims.push((self.current, index, tid));
+                self.push(Op::other(OpKind::Trap, [0; 6]), object.clone());
+                let op = Op::create(kind, libc::SYS_clone, [plan, flags | exit_signal, 0]);
+                (None, op)
+            }
+        };
+        let created_at = self.list().ops.len();
+        self.push(op.expecting(tid as u64), object);
         let process = kind == OpKind::Process;
         let header = process.then(|| self.reserve(size_of::<PlanHeader>()));
         let outer = std::mem::replace(&mut self.current, self.tasks.len() + 1);
@@ -274,10 +279,22 @@ impl Builder {
             creator: outer,
             plan,
             args,
+            created_at,
             header,
         });
         fill(self);
         self.current = outer;
+    }
+
+    /// A `struct clone_args` that asks for an id; its stack is written at the end.
+    fn clone_args(&mut self, tid: i32, flags: u64, exit_signal: u64) -> u64 {
+        let ids = self.data(&tid.to_le_bytes());
+        let args = self.reserve(88);
+        // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
+        let size = THREAD_STACK - 8;
+        let words = [flags, 0, 0, 0, exit_signal, 0, size, 0, ids, 1, 0];
+        self.put(args, &words.map(u64::to_le_bytes).concat());
+        args
     }
 
     /// Waits until all threads that the process has created are parked.
@@ -321,25 +338,30 @@ impl Builder {
         let mut parts = HashMap::new();
         for (number, task) in tasks.iter().enumerate() {
             let (ops, list) = &lists[number + 1];
-            let count = list.ops.len() as u64;
+            let (ops, count) = (*ops, list.ops.len() as u64);
             let of_creator = match task.creator.checked_sub(1) {
                 Some(creator) => tasks[creator].header.unwrap_or(header),
                 None => header,
             };
             let words = [
-                *ops,
+                ops,
                 count,
                 task.header.unwrap_or(of_creator),
                 task.header.is_some().into(),
             ];
             self.put(task.plan, &words.map(u64::to_le_bytes).concat());
             if let Some(header) = task.header {
-                self.put_header(header, number + 1, (*ops, count), &tasks);
+                self.put_header(header, number + 1, (ops, count), &tasks);
                 let list = number + 1;
                 parts.insert(task.tid, Part { header, list });
             }
-            let stack_field = task.args + 5 * 8;
-            self.put(stack_field, &stack.to_le_bytes());
+            match task.args {
+                Some(args) => self.put(args + 5 * 8, &stack.to_le_bytes()),
+                None => {
+                    let op = &mut lists[task.creator].1.ops[task.created_at];
+                    op.args[2] = stack + THREAD_STACK - 8;
+                }
+            }
             stack += THREAD_STACK;
         }
         let end = stack.next_multiple_of(4096);
@@ -380,7 +402,9 @@ impl Builder {
             main: Part { header, list: 0 },
             image,
             parts,
+            means: self.host.means,
             stages: self.stages,
+            aims: self.aims,
             warnings: self.warnings,
             conditional,
             inherit: self.inherit,

@@ -14,6 +14,7 @@ use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
 use super::clock::Clocks;
+use super::next_pid::Means;
 use super::pids;
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
@@ -96,6 +97,7 @@ pub fn spawn(
     executable: &File,
     descriptors: Vec<(OwnedFd, i32)>,
     clocks: Clocks,
+    means: Means,
 ) -> Result<(Brood, Stopped)> {
     crate::host::raise_descriptor_limit();
     let highest = descriptors.iter().map(|(_, to)| *to).max().unwrap_or(2);
@@ -129,21 +131,28 @@ pub fn spawn(
         set_tid_size: 1,
         ..CloneArgs::default()
     };
+    means.aim(pid)?;
     let r = clocks.during(|| {
         // SAFETY: without CLONE_VM this is a fork; the child runs `execute`, which makes nothing but
         // system calls on memory prepared above, and never returns.
         unsafe {
             let size = std::mem::size_of::<CloneArgs>();
-            let r = libc::syscall(libc::SYS_clone3, &raw mut args, size);
+            let r = match means {
+                Means::SetTid => libc::syscall(libc::SYS_clone3, &raw mut args, size),
+                _ => libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0),
+            };
             if r == 0 {
                 execute(&orders)
             }
             r
         }
     })?;
-    Errno::result(r).map_err(|errno| cannot_have_pid(pid, errno))?;
+    let r = Errno::result(r).map_err(|errno| cannot_have_pid(pid, errno))?;
     let mut brood = Brood::default();
-    brood.add(pid);
+    brood.add(r as i32);
+    if r != i64::from(pid) {
+        return Err(Error::PidMissed { pid });
+    }
     drop((go_read, report_write, go_in_child, report_in_child, kept));
 
     let task = Running::seize_with(Tid(pid), BIRTH_OPTIONS)?;
@@ -218,7 +227,7 @@ const MAY_CHOOSE: u64 = 1 << 40 | 1 << 21;
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
     match errno {
         Errno::EEXIST => Error::refuse(pids::pid_taken(pid)),
-        Errno::EPERM => Error::refuse(pids::not_permitted(pid)),
+        Errno::EPERM => Error::refuse(pids::not_permitted(pid, "")),
         Errno::EINVAL => Error::refuse(pids::above_the_highest(pid)),
         other => Error::Restore(format!("process {pid} cannot be created: {}", other.desc())),
     }

@@ -13,13 +13,12 @@ use super::clock::{self, Clocks};
 use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
-use super::{Request, bundle, paths, surroundings};
+use super::{Request, bundle, paths, pids, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::objects::files::changed::Cut;
-use crate::objects::seccomp::surroundings as surroundings_of_the_job;
 use crate::objects::vdso::{self, Replaced};
-use crate::objects::{Snapshot, credentials, ipc, processor};
+use crate::objects::{Snapshot, credentials, ipc, processor, seccomp};
 use crate::snapshot;
 
 /// An image that was read and can be believed.
@@ -82,9 +81,7 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     }
     let kernel = KernelFeatures::probe();
     let verdict = processor::judge(&snapshot, &kernel.cpu);
-    let threads = snapshot.processes.iter().flat_map(|p| &p.threads);
-    let around = threads.map(|t| t.seccomp.around).max().unwrap_or(0);
-    let fewer_filters = surroundings_of_the_job::fewer_here(around);
+    let fewer_filters = seccomp::surroundings::fewer_here(snapshot.filters_around());
     let warnings = verdict.warning().into_iter().chain(fewer_filters).collect();
     let mut obstacles = verdict.obstacles;
     obstacles.extend(
@@ -146,7 +143,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
         snapshot,
         image,
         request,
-        super::host_state(&opened.groups)?,
+        super::host_state(&opened.groups, pids::means(snapshot))?,
         &opened.vdso,
     ) {
         Ok(job) => Some(job),

@@ -26,6 +26,8 @@ pub struct Container {
     open_paths: bool,
     /// `--security-opt seccomp=unconfined`
     open_calls: bool,
+    /// The highest pid is soon reached.
+    few_pids: bool,
 }
 
 impl Container {
@@ -47,6 +49,14 @@ impl Container {
         Self {
             added,
             ..Self::default()
+        }
+    }
+
+    /// Pids begin again soon, so that each can be awaited.
+    pub fn few_pids(self) -> Self {
+        Self {
+            few_pids: true,
+            ..self
         }
     }
 
@@ -91,6 +101,9 @@ impl Container {
         // SAFETY: a call without pointers.
         let uts = unsafe { libc::unshare(libc::CLONE_NEWUTS) };
         step("the UTS namespace", uts.into())?;
+        if self.few_pids {
+            few_pids()?;
+        }
         if !self.open_paths {
             hide_paths()?;
         }
@@ -105,6 +118,27 @@ impl Container {
             false => self.capabilities(),
         };
         step("the capabilities", drop_all_but(&keeps, self.user && me))
+    }
+}
+
+/// Since Linux 6.14 each pid namespace has a highest pid of its own.
+fn few_pids() -> Result<(), String> {
+    const FILE: &str = "/proc/sys/kernel/pid_max";
+    let highest = fs::read_to_string(FILE).unwrap_or_default();
+    if highest
+        .trim()
+        .parse()
+        .is_ok_and(|highest: u32| highest <= 65536)
+    {
+        return Ok(());
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0u32);
+    let lacking = "a highest pid of a pid namespace's own (Linux 6.14)";
+    match (next(), next()) >= (6, 14) {
+        true => fs::write(FILE, "1200").map_err(|e| format!("{lacking}: {e}")),
+        false => Err(lacking.into()),
     }
 }
 
@@ -140,7 +174,10 @@ fn mount(what: &str, at: &str, kind: Option<&str>, flags: libc::c_ulong) -> Resu
 
 /// Installs docker's filter for all of our threads.
 fn install(capabilities: &[u32]) -> i64 {
-    filter(&mut profile::program(capabilities), libc::SECCOMP_FILTER_FLAG_TSYNC)
+    filter(
+        &mut profile::program(capabilities),
+        libc::SECCOMP_FILTER_FLAG_TSYNC,
+    )
 }
 
 /// Installs a filter.
@@ -152,6 +189,20 @@ pub fn filter(program: &mut [libc::sock_filter], flags: libc::c_ulong) -> i64 {
     const SET_MODE_FILTER: libc::c_int = 1;
     // SAFETY: the kernel copies the program.
     unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const fprog) }
+}
+
+/// All of our threads, and all that they start, are killed when they make this call.
+pub fn kills_on(nr: i64) {
+    let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut program = [
+        op(0x20, 0, 0, 0),
+        op(0x15, 0, 1, nr as u32),
+        op(0x06, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+        op(0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    // SAFETY: a call without pointers.
+    unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(filter(&mut program, libc::SECCOMP_FILTER_FLAG_TSYNC), 0);
 }
 
 /// Leaves this thread, and all that it starts, those capabilities at most; as another user none.

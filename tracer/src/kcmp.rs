@@ -158,7 +158,9 @@ pub fn withheld() -> Option<&'static str> {
     if getfd != Errno::EBADF {
         return Some("pidfd_getfd(2)");
     }
-    compare(Tid(me), Tid(me), KcmpType::Vm).is_err().then_some("kcmp(2)")
+    compare(Tid(me), Tid(me), KcmpType::Vm)
+        .is_err()
+        .then_some("kcmp(2)")
 }
 
 /// Whether two descriptors of ours are of one open file description, without kcmp(2); `None` where that

@@ -68,24 +68,48 @@ fn remote_calls() -> [Call; 31] {
         Call::new("munmap", libc::SYS_munmap, &[0, 0]),
         Call::new("rt_sigprocmask", libc::SYS_rt_sigprocmask, &[2, 0, 0, 8]),
         Call::new("gettid", libc::SYS_gettid, &[]),
-        Call::new("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[0, 0, libc::SIGURG as u64]),
-        Call::new("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[0, 0, libc::SIGWINCH as u64]),
-        Call::new("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[0, 0, libc::SIGCHLD as u64]),
-        Call::new("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[0, 0, libc::SIGCONT as u64]),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGURG as u64],
+        ),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGWINCH as u64],
+        ),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGCHLD as u64],
+        ),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGCONT as u64],
+        ),
         // The address space.
         Call::new("brk", libc::SYS_brk, &[0]),
         prctl("prctl(PR_GET_DUMPABLE)", libc::PR_GET_DUMPABLE),
         prctl("prctl(PR_GET_THP_DISABLE)", 42),
         Call::new("membarrier", libc::SYS_membarrier, &[1 << 9]),
         // The process.
-        Call::new("rt_sigaction", libc::SYS_rt_sigaction, &[libc::SIGUSR1 as u64, 0, 0, 8]),
+        Call::new(
+            "rt_sigaction",
+            libc::SYS_rt_sigaction,
+            &[libc::SIGUSR1 as u64, 0, 0, 8],
+        ),
         Call::new("getitimer", libc::SYS_getitimer, &[0, 1]),
         Call::new("getitimer", libc::SYS_getitimer, &[1, 1]),
         Call::new("getitimer", libc::SYS_getitimer, &[2, 1]),
         Call::new("timer_gettime", libc::SYS_timer_gettime, &[0, 1]),
         Call::new("timer_getoverrun", libc::SYS_timer_getoverrun, &[0]),
         prctl_to("prctl(PR_GET_CHILD_SUBREAPER)", 37),
-        Call::new("waitid", libc::SYS_waitid, &[libc::P_PID.into(), 0, 1, STOPPED]),
+        Call::new(
+            "waitid",
+            libc::SYS_waitid,
+            &[libc::P_PID.into(), 0, 1, STOPPED],
+        ),
         Call::new("semop", libc::SYS_semop, &[NONE, 0, 0]),
         // A thread.
         Call::new("sigaltstack", libc::SYS_sigaltstack, &[0, 0]),
@@ -94,9 +118,21 @@ fn remote_calls() -> [Call; 31] {
         prctl("prctl(PR_GET_TIMERSLACK)", libc::PR_GET_TIMERSLACK),
         prctl("prctl(PR_GET_SECUREBITS)", libc::PR_GET_SECUREBITS),
         // Descriptors, handed out by `lend`.
-        Call::new("socketpair", libc::SYS_socketpair, &[libc::AF_UNIX as u64, pair, 0, 1]),
-        Call::new("process_vm_readv", libc::SYS_process_vm_readv, &[0, 0, 0, 0, 0, 0]),
-        Call::new("sendmsg", libc::SYS_sendmsg, &[0xffff_ffff, 1, libc::MSG_NOSIGNAL as u64]),
+        Call::new(
+            "socketpair",
+            libc::SYS_socketpair,
+            &[libc::AF_UNIX as u64, pair, 0, 1],
+        ),
+        Call::new(
+            "process_vm_readv",
+            libc::SYS_process_vm_readv,
+            &[0, 0, 0, 0, 0, 0],
+        ),
+        Call::new(
+            "sendmsg",
+            libc::SYS_sendmsg,
+            &[0xffff_ffff, 1, libc::MSG_NOSIGNAL as u64],
+        ),
         Call::new("umask", libc::SYS_umask, &[0o077]),
         Call::new("close", libc::SYS_close, &[0xffff_ffff]),
     ]

@@ -20,9 +20,9 @@
 //! filter that kills (or traps) finds nobody else ([`ckpt_tracer::trial`]). One that only refuses makes the
 //! checkpoint fail, and the job goes on.
 
+use ckpt_tracer::Pid;
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::trial;
-use ckpt_tracer::Pid;
 
 use crate::host;
 
@@ -86,9 +86,7 @@ impl Surroundings {
                 )),
             },
             (_, Surroundings::Outside) => Some((
-                format!(
-                    "has seccomp filters, {COULD_KILL}; suspending them needs CAP_SYS_ADMIN"
-                ),
+                format!("has seccomp filters, {COULD_KILL}; suspending them needs CAP_SYS_ADMIN"),
                 "run ckpt as root",
             )),
             (_, Surroundings::Unclear(why)) => Some((why.clone(), REMEDY)),
@@ -101,7 +99,10 @@ fn counted(me: &Status, first: Option<&Status>) -> Surroundings {
     if me.seccomp != Some(2) {
         return Surroundings::Outside;
     }
-    match (me.seccomp_filters, first.and_then(|first| first.seccomp_filters)) {
+    match (
+        me.seccomp_filters,
+        first.and_then(|first| first.seccomp_filters),
+    ) {
         (Some(mine), Some(its)) if mine == its => Surroundings::Same(mine),
         (Some(mine), Some(its)) => Surroundings::Unclear(format!(
             "has seccomp filters, and whose they are cannot be told: ckpt is under {} and process 1 \
@@ -164,8 +165,14 @@ mod tests {
     #[test]
     fn filters_are_ours_only_when_all_have_as_many() {
         let all = |me, first| counted(&me, Some(&first));
-        assert_eq!(all(status(2, Some(1)), status(2, Some(1))), Surroundings::Same(1));
-        assert_eq!(all(status(0, Some(0)), status(2, Some(1))), Surroundings::Outside);
+        assert_eq!(
+            all(status(2, Some(1)), status(2, Some(1))),
+            Surroundings::Same(1)
+        );
+        assert_eq!(
+            all(status(0, Some(0)), status(2, Some(1))),
+            Surroundings::Outside
+        );
         for (me, first) in [
             (status(2, Some(2)), status(2, Some(1))),
             (status(2, Some(1)), status(0, Some(0))),
@@ -173,7 +180,10 @@ mod tests {
         ] {
             assert!(matches!(all(me, first), Surroundings::Unclear(_)));
         }
-        assert!(matches!(counted(&status(2, Some(1)), None), Surroundings::Unclear(_)));
+        assert!(matches!(
+            counted(&status(2, Some(1)), None),
+            Surroundings::Unclear(_)
+        ));
     }
 
     #[test]
@@ -186,7 +196,11 @@ mod tests {
             assert!(reason.contains("filters of its own"), "{reason}");
         }
         assert!(same.in_the_way(&status(1, None)).is_some());
-        assert!(Surroundings::Outside.in_the_way(&status(2, Some(1))).is_some());
+        assert!(
+            Surroundings::Outside
+                .in_the_way(&status(2, Some(1)))
+                .is_some()
+        );
         assert_eq!(Surroundings::Master.in_the_way(&status(2, Some(3))), None);
     }
 }

@@ -59,7 +59,12 @@ const ADMIN: [i64; 12] = [
 /// The filter for a container with these capabilities, as classic BPF.
 pub fn program(capabilities: &[u32]) -> Vec<libc::sock_filter> {
     let has = |cap: u32| capabilities.contains(&cap);
-    let mut p = vec![load(ARCH), equal(AUDIT_ARCH_X86_64, 1, 0), ret(EPERM), load(NR)];
+    let mut p = vec![
+        load(ARCH),
+        equal(AUDIT_ARCH_X86_64, 1, 0),
+        ret(EPERM),
+        load(NR),
+    ];
     let mut calls = ALLOWED.to_vec();
     if has(cap::SYS_PTRACE) {
         calls.extend(PTRACE);
@@ -73,7 +78,12 @@ pub fn program(capabilities: &[u32]) -> Vec<libc::sock_filter> {
     if !has(cap::SYS_ADMIN) {
         p.extend([equal(libc::SYS_clone3 as u32, 0, 1), ret(ENOSYS)]);
         // No new namespaces: CLONE_NEW* but CLONE_NEWTIME, which is not for clone.
-        let none = [load(ARGUMENT), any_bit(0x7e02_0000, 1, 0), ret(ALLOW), ret(EPERM)];
+        let none = [
+            load(ARGUMENT),
+            any_bit(0x7e02_0000, 1, 0),
+            ret(ALLOW),
+            ret(EPERM),
+        ];
         of(libc::SYS_clone, &none, &mut p);
     }
     // No vsock.

@@ -148,7 +148,8 @@ impl Borrower {
     ) -> Result<[Vec<Call>; 2]> {
         const UNSET: u64 = 0xffff_ffff;
         let place = |offset: u64| (calls.scratch() + offset).raw();
-        let words = |words: &[u64]| -> Vec<u8> { words.iter().flat_map(|w| w.to_le_bytes()).collect() };
+        let words =
+            |words: &[u64]| -> Vec<u8> { words.iter().flat_map(|w| w.to_le_bytes()).collect() };
         let control_len = 16 + 4 * fds.len() as u64;
         let mut control = words(&[control_len]);
         for half in [libc::SOL_SOCKET, libc::SCM_RIGHTS].iter().chain(fds) {
@@ -226,6 +227,8 @@ impl Borrower {
         let found = if is_rights { (len - 16) / 4 } else { 0 };
         let number = |i: usize| (control[2 + i / 2] >> (32 * (i % 2))) as i32;
         // SAFETY: the kernel just gave us these descriptors.
-        Ok((0..found).map(|i| unsafe { OwnedFd::from_raw_fd(number(i)) }).collect())
+        Ok((0..found)
+            .map(|i| unsafe { OwnedFd::from_raw_fd(number(i)) })
+            .collect())
     }
 }
