@@ -138,7 +138,8 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let mut opened = open(request)?;
     opened.decide_clocks()?;
     let pids = match pids::decide(&opened, pids::Pids::Auto) {
-        Ok(_) => Vec::new(),
+        Ok(pids::Place::Here) => pids::in_the_way(&opened.snapshot, &opened.kernel),
+        Ok(pids::Place::Namespace(_)) => Vec::new(),
         Err(Error::Refused(obstacles)) => obstacles,
         Err(e) => return Err(e),
     };

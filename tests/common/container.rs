@@ -13,6 +13,7 @@ use super::isolate::{Case, isolated, open_to_all};
 
 pub mod profile;
 
+#[allow(unused_imports)]
 pub use profile::cap;
 
 /// What is asked of the container: the options of `docker run`.
@@ -28,6 +29,8 @@ pub struct Container {
     open_calls: bool,
     /// The highest pid is soon reached.
     few_pids: bool,
+    /// The first pids have been given.
+    aged: bool,
 }
 
 impl Container {
@@ -57,6 +60,14 @@ impl Container {
         Self {
             few_pids: true,
             ..self
+        }
+    }
+
+    /// Likewise, and the first pids have been given already, which come only once.
+    pub fn aged(self) -> Self {
+        Self {
+            aged: true,
+            ..self.few_pids()
         }
     }
 
@@ -103,6 +114,10 @@ impl Container {
         step("the UTS namespace", uts.into())?;
         if self.few_pids {
             few_pids()?;
+        }
+        if self.aged {
+            let written = fs::write("/proc/sys/kernel/ns_last_pid", "320");
+            written.map_err(|e| format!("choosing the last pid ({e})"))?;
         }
         if !self.open_paths {
             hide_paths()?;
