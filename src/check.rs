@@ -290,7 +290,11 @@ fn accessible(pid: Pid) -> Result<(), Obstacle> {
         return Err(Obstacle::new(
             object,
             format!("belongs to uid {} and you are uid {me}", status.uid.real),
-            "run ckpt as that user or as root",
+            match me {
+                // As in a container.
+                0 => "run ckpt as that user, or with CAP_SYS_PTRACE, which you do not have",
+                _ => "run ckpt as that user or as root",
+            },
         ));
     }
     Ok(())

@@ -10,7 +10,7 @@ use std::process::Command;
 use common::container::{Container, cap, contained, kills_on};
 use common::edit::edited;
 use common::fixture::{exceptions, killed};
-use common::look::{assert_let_go, assert_nobody_left, status_field};
+use common::look::{assert_let_go, assert_nobody_left, await_let_go, status_field};
 use common::refused::{FAILED, attach_is_refused, restore_is_refused};
 use common::tool::{CKPT, descendants_in};
 use common::{
@@ -31,14 +31,15 @@ const FIXTURES: &[&str] = &[
     "eventfd",
     "timerfd",
     "inotify",
+    "epoll",
     "sock_pair",
     "sock_listen",
     "sock_rights",
     "pty_pair",
     "timers_posix",
     "sigpending",
+    "sigmask",
     "sleepers",
-    "creds",
     "tree_pipe",
     "tree_sharedfd",
     "tree_exec",
@@ -84,7 +85,7 @@ fn fixtures_as_root() {
 fn fixtures_as_a_user() {
     let container = Container::user().aged();
     contained("fixtures_as_a_user", container, |case| {
-        all_live_on(case, FIXTURES.iter().filter(|name| **name != "creds"));
+        all_live_on(case, FIXTURES.iter());
     });
 }
 
@@ -202,7 +203,7 @@ fn run_leaves_the_ids_that_come_only_once() {
             let mut command = Command::new(CKPT);
             command.args(["run", "--interval", "200ms", "--name", "job", "--"]);
             command.args(["perl", "-e", PERL]).current_dir(case.dir());
-            let mut run = start(&mut command, &case.path("run.log"));
+            let run = start(&mut command, &case.path("run.log"));
             let image = case.path("job.1.ckpt");
             until("a checkpoint", || image.exists().then_some(()));
             let at = steps(case);
@@ -420,17 +421,43 @@ fn fewer_filters_are_told() {
     });
 }
 
+/// While the job hands out its descriptors ckpt fails, or dies: the calls are made to the end, and
+/// nothing is left in the job. The last program leaves no signal by which their end could be told.
+#[cfg(feature = "faults")]
 #[test]
-fn zz_explore() {
-    contained("zz_explore", Container::root().aged(), |case| {
-        let name = std::env::var("CKPT_ONE").unwrap();
-        lives_on(case, &name);
-    });
-}
-#[test]
-fn zz_explore_user() {
-    contained("zz_explore_user", Container::user().aged(), |case| {
-        let name = std::env::var("CKPT_ONE").unwrap();
-        lives_on(case, &name);
-    });
+fn a_job_is_unharmed_by_lending() {
+    contained(
+        "a_job_is_unharmed_by_lending",
+        Container::user().aged(),
+        |case| {
+            for name in ["threads", "tree_pipe", "sigmask"] {
+                let target = fixture(case, name);
+                let before = Looks::at(target.pid());
+                for fault in [
+                    "lending",
+                    "lending:kill",
+                    "remote-call:kill",
+                    "cave-entered:kill",
+                ] {
+                    let pid = target.pid().to_string();
+                    let mut command = Command::new(CKPT);
+                    command
+                        .args(["attach", &pid, "-o", "job.ckpt"])
+                        .env("CKPT_FAULT", fault);
+                    let out = run(case, command.current_dir(case.dir()));
+                    match fault.ends_with("kill") {
+                        true => assert_eq!(out.ended, Ended::Killed(9), "the step was not reached"),
+                        false => out.refused(1, &["fault injected", "lending"]),
+                    }
+                    await_let_go(&target.job);
+                    before.assert_same(target.pid(), &[]);
+                }
+                let (image, _) = attach(case, target.pid(), "job.ckpt", &[]);
+                fs::remove_file(image).expect("it was written");
+                before.assert_same(target.pid(), &[]);
+                target.passes();
+                fs::remove_dir_all(case.path("run")).expect("it was made by the fixture");
+            }
+        },
+    );
 }

@@ -52,13 +52,7 @@ pub(super) fn all(job: &mut FrozenJob, sources: &[Source], withheld: &str) -> Re
                 shared = shared.take().or_else(|| who_shares(index, sources, marks));
             },
         );
-        let lent = match lent {
-            Err(ckpt_tracer::Error::NoDoorbell { pid }) => {
-                let what = ckpt_tracer::Error::NoDoorbell { pid }.to_string();
-                return Err(refused(source, &what, withheld));
-            }
-            other => other?,
-        };
+        let lent = lent?;
         if let Some(what) = shared {
             return Err(refused(source, &what, withheld));
         }

@@ -90,14 +90,6 @@ pub enum Error {
         /// Bytes needed.
         need: usize,
     },
-    /// The program leaves no signal for the end of a list of calls that must not be cut short.
-    #[error(
-        "process {pid} catches or blocks all of SIGURG, SIGWINCH, SIGCHLD and SIGCONT, one of which is needed to ask it for its descriptors"
-    )]
-    NoDoorbell {
-        /// The process.
-        pid: Pid,
-    },
     /// The process kept creating threads for as long as we tried to stop them.
     #[error(
         "process {pid} creates threads faster than they can be stopped (gave up after {rounds} rounds); try again, or stop it first with kill -STOP {pid}"

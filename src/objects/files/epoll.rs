@@ -9,7 +9,7 @@ use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Look, Staging, WITHHELD_REMEDY};
+use super::{Kind, Look, Staging, WITHHELD_REMEDY, sys};
 use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
@@ -56,14 +56,11 @@ pub fn capture_entries(
             // One number may have been added for several descriptions, one after the other.
             let turn = seen.entry(target.tfd).or_default();
             let found = match collector.copies {
-                Copies::Lent(_) => match find_alone(looks, target) {
-                    Ok(found) => found,
-                    Err(rivals) => {
-                        let obstacle = untold(set, sources, target, rivals);
-                        collector.obstacles.push(obstacle);
-                        continue;
-                    }
-                },
+                Copies::Lent(_) if targets.iter().filter(|t| t.tfd == target.tfd).count() > 1 => {
+                    collector.obstacles.push(untold(set, sources, target));
+                    continue;
+                }
+                Copies::Lent(_) => find_by_adding(looks, set, target)?,
                 _ => find(looks, set, target, *turn)?,
             };
             *turn += 1;
@@ -92,23 +89,27 @@ pub fn capture_entries(
     Ok(())
 }
 
-/// Without kcmp(2): the only description of the job that is of the watched inode, if it is the only
-/// one. That of a pipe is two descriptions', and that of eventfds and their like is all of
-/// theirs; how many there are is the error.
-fn find_alone(looks: &[Look], target: &EpollTarget) -> Result<Option<usize>, usize> {
-    let mut alike = (0..looks.len()).filter(|&i| looks[i].stat.st_ino == target.ino);
-    let first = alike.next();
-    match alike.count() {
-        0 => Ok(first),
-        others => Err(others + 1),
+/// Without kcmp(2): a set refuses to take a description under a number under which it has it
+/// (EEXIST).
+fn find_by_adding(looks: &[Look], set: &Look, target: &EpollTarget) -> Result<Option<usize>> {
+    for at in candidates(looks, set, target) {
+        let asked = sys::epoll_has(&set.copy, &looks[at].copy, target.tfd);
+        if asked.map_err(|errno| Error::Kernel {
+            call: "epoll_ctl",
+            object: format!("an epoll set, about fd {}", target.tfd),
+            errno,
+        })? {
+            return Ok(Some(at));
+        }
     }
+    Ok(None)
 }
 
-fn untold(set: &Look, sources: &[&Source], target: &EpollTarget, rivals: usize) -> Obstacle {
+fn untold(set: &Look, sources: &[&Source], target: &EpollTarget) -> Obstacle {
     Obstacle::new(
         set.object(sources[set.process]),
         format!(
-            "is an epoll set, and which of {rivals} files alike it watches as fd {} cannot be told \
+            "is an epoll set that watches several files as fd {}, and which is which cannot be told \
              where kcmp(2) is not permitted",
             target.tfd
         ),
@@ -116,12 +117,17 @@ fn untold(set: &Look, sources: &[&Source], target: &EpollTarget, rivals: usize) 
     )
 }
 
-fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
+/// Descriptions of the watched inode, the obvious one first.
+fn candidates(looks: &[Look], set: &Look, target: &EpollTarget) -> Vec<usize> {
     let mut candidates: Vec<usize> = (0..looks.len())
         .filter(|&i| looks[i].stat.st_ino == target.ino)
         .collect();
     candidates.sort_by_key(|&i| (looks[i].process != set.process, looks[i].fd != target.tfd));
-    for at in candidates {
+    candidates
+}
+
+fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
+    for at in candidates(looks, set, target) {
         let what = KcmpType::EpollTfd {
             fd: looks[at].fd,
             efd: set.fd,

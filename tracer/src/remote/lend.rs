@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::{CALL_BYTES, Call, RemoteCalls};
+use crate::fault::{self, Step};
 use crate::{Error, Result};
 
 /// `SCM_MAX_FD`, include/net/scm.h.
@@ -85,7 +86,6 @@ impl Borrower {
     /// `look` is called while the marks are on it.
     ///
     /// # Errors
-    /// [`Error::NoDoorbell`] when the program leaves no signal that would let us do it unharmed;
     /// [`Error::Remote`] when the kernel refuses.
     pub fn borrow(
         &self,
@@ -95,18 +95,15 @@ impl Borrower {
         look: &mut dyn FnMut(Marks) -> Result<()>,
     ) -> Result<Vec<OwnedFd>> {
         let tid = calls.tid();
-        if !calls.has_doorbell() {
-            return Err(Error::NoDoorbell { pid: calls.pid() });
-        }
         let marked = umask ^ 0o001;
         let [first, second] = self.lists(calls, fds, umask, marked)?;
         let scratch = calls.scratch();
         let memory = calls.cave.mem;
         let answers = calls.batch_in_two(at::LIST, [&first, &second], &mut || {
+            fault::hit(Step::Lending)?;
             let fd = i32::from_le_bytes(memory.read_array(scratch + at::PAIR)?);
             look(Marks { fd, umask: marked })
         })?;
-        let answers = answers.ok_or(Error::NoDoorbell { pid: calls.pid() })?;
         if answers[0] == 0 && answers[1] != 12 {
             // The kernel has put the numbers nowhere, so nothing was closed.
             let pair: [i32; 2] = [0, 4].map(|half| {

@@ -341,45 +341,43 @@ impl<'a> RemoteCalls<'a> {
         let Some(doorbell) = self.doorbell else {
             return calls.iter().map(|c| self.raw_call(c)).collect();
         };
-        self.rung(list, doorbell, &[calls])?.run(&mut || Ok(()))
+        self.listed(list, Some(doorbell), &[calls])?
+            .run(&mut || Ok(()))
     }
 
     /// As [`batch`](Self::batch), with a stop between two parts, in which `look` looks around. If the
-    /// tracer dies there, the task executes the second part all the same: what the first one did
-    /// can be undone in it. `None`, and nothing is done, where the program leaves no doorbell. 64 bytes
-    /// more.
+    /// tracer dies there, or anywhere, the task executes the rest all the same: what the first part did
+    /// can be undone in the second. 64 bytes more.
     pub fn batch_in_two(
         &mut self,
         list: u64,
         parts: [&[Call]; 2],
         look: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Option<Vec<i64>>> {
-        let Some(doorbell) = self.doorbell else {
-            return Ok(None);
-        };
-        self.rung(list, doorbell, &parts)?.run(look).map(Some)
+    ) -> Result<Vec<i64>> {
+        self.listed(list, self.doorbell, &parts)?.run(look)
     }
 
-    /// Whether batches are executed to their end also without us.
-    pub fn has_doorbell(&self) -> bool {
-        self.doorbell.is_some()
-    }
-
-    /// Writes the list, with a ring behind each part, and sets the task in front of it.
-    fn rung(&mut self, list: u64, doorbell: i32, parts: &[&[Call]]) -> Result<Rung<'_, 'a>> {
+    /// Writes the list, with a ring behind each part, and sets the task in front of it. Without a doorbell
+    /// the tracer waits for each call of the list, and the rings are calls that do nothing.
+    fn listed(
+        &mut self,
+        list: u64,
+        doorbell: Option<i32>,
+        parts: &[&[Call]],
+    ) -> Result<Listed<'_, 'a>> {
         fault::hit(Step::RemoteCall)?;
         let calls: usize = parts.iter().map(|part| part.len() + 1).sum();
         let end = list + calls as u64 * CALL_BYTES;
         // SI_QUEUE from the task itself; the value tells nobody anything.
         let mut info = [0u8; 128];
-        info[..4].copy_from_slice(&doorbell.to_le_bytes());
+        let signal = doorbell.unwrap_or(0);
+        info[..4].copy_from_slice(&signal.to_le_bytes());
         info[8..12].copy_from_slice(&(-1i32).to_le_bytes());
         let (pid, tid) = (self.pid().raw() as u64, self.task.tid().raw() as u64);
-        let ring = [pid, tid, doorbell as u64, (self.scratch + end).raw(), 0, 0];
-        let ring = Call {
-            name: "doorbell",
-            nr: libc::SYS_rt_tgsigqueueinfo,
-            args: ring,
+        let ring = [pid, tid, signal as u64, (self.scratch + end).raw()];
+        let ring = match doorbell {
+            Some(_) => Call::new("doorbell", libc::SYS_rt_tgsigqueueinfo, &ring),
+            None => Call::new("gettid", libc::SYS_gettid, &[]),
         };
         let mut bytes = Vec::with_capacity((end - list) as usize + info.len());
         let mut rings = Vec::with_capacity(parts.len());
@@ -400,7 +398,7 @@ impl<'a> RemoteCalls<'a> {
         regs.rbx = (self.scratch + list).raw();
         regs.rbp = (self.scratch + end).raw();
         self.task.set_regs(&regs)?;
-        Ok(Rung {
+        Ok(Listed {
             calls: self,
             doorbell,
             list,
@@ -522,24 +520,50 @@ impl<'a> RemoteCalls<'a> {
 }
 
 /// A list of calls in the scratch memory, with the task in front of it.
-struct Rung<'r, 'a> {
+struct Listed<'r, 'a> {
     calls: &'r mut RemoteCalls<'a>,
-    doorbell: i32,
+    doorbell: Option<i32>,
     list: u64,
     /// Where the calls stand that ring.
     rings: Vec<u64>,
 }
 
-impl Rung<'_, '_> {
+impl Listed<'_, '_> {
     /// Lets the task work through the list, with a look at each ring but the last; the raw answers,
     /// without those of the rings.
     fn run(self, look: &mut dyn FnMut() -> Result<()>) -> Result<Vec<i64>> {
+        match self.doorbell {
+            Some(doorbell) => self.run_to_rings(doorbell, look),
+            None => self.run_call_by_call(look),
+        }
+    }
+
+    fn run_call_by_call(self, look: &mut dyn FnMut() -> Result<()>) -> Result<Vec<i64>> {
+        let calls = self.calls;
+        let begin = (calls.scratch + self.list).raw();
+        let last = self.rings[self.rings.len() - 1];
+        let (mut answers, mut seen) = (Vec::new(), Ok(()));
+        for at in (begin..=last).step_by(CALL_BYTES as usize) {
+            for _entry_then_exit in 0..2 {
+                calls.reach_syscall_stop()?;
+            }
+            if !self.rings.contains(&at) {
+                answers.push(calls.task.regs()?.rax as i64);
+            } else if at != last {
+                // Whatever was seen, the rest of the list is executed.
+                seen = look();
+            }
+        }
+        seen.map(|()| answers)
+    }
+
+    fn run_to_rings(self, doorbell: i32, look: &mut dyn FnMut() -> Result<()>) -> Result<Vec<i64>> {
         let calls = self.calls;
         let last = self.rings[self.rings.len() - 1];
         let (mut signal, mut seen) = (0, Ok(()));
         loop {
             match advance(calls.cave.mem.pid(), calls.task, Resume::Cont, signal)? {
-                Stop::Signal(arrived) if arrived == self.doorbell => {
+                Stop::Signal(arrived) if arrived == doorbell => {
                     let at = calls.task.regs()?.rbx;
                     if at == last {
                         break;
