@@ -248,18 +248,68 @@ fn a_low_pid_comes_only_once() {
                         check.code() == 1 && check.stdout.contains("below 300"),
                         "{check:?}"
                     );
-                    until("the first ids to be over", || {
-                        let one = start(&mut Command::new("true"), &case.path("job.log"));
-                        let pid = one.pid;
-                        one.wait();
-                        (pid > 300).then_some(())
-                    });
+                    until_pids_are_above_300(case);
                 } else {
                     restored(case, &image, &[]).kill();
                 }
             }
         },
     );
+}
+
+/// In a new container the job's pids are still to come.
+#[test]
+fn a_low_pid_that_was_not_given_yet() {
+    contained(
+        "a_low_pid_that_was_not_given_yet",
+        Container::user(),
+        |case| {
+            let mut job = start(Command::new("sleep").arg("1000"), &case.path("job.log"));
+            let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+            until("its end", || job.ended());
+            let later = edited(case, &image, "later.ckpt", |snapshot| {
+                snapshot.processes[0].pid = 290;
+                snapshot.processes[0].threads[0].tid = 290;
+            });
+            let again = restored(case, &later, &[]);
+            assert_eq!(again.pid, 290);
+            again.kill();
+            assert_nobody_left();
+        },
+    );
+}
+
+/// Where millions of pids are given before it comes again.
+#[test]
+fn a_pid_that_is_too_far_away() {
+    contained("a_pid_that_is_too_far_away", Container::root(), |case| {
+        let highest = fs::read_to_string("/proc/sys/kernel/pid_max").expect("it is readable");
+        if highest
+            .trim()
+            .parse()
+            .is_ok_and(|highest: u32| highest < 600_000)
+        {
+            case.skip("a kernel.pid_max above 600000");
+        }
+        until_pids_are_above_300(case);
+        let mut job = start(Command::new("sleep").arg("1000"), &case.path("job.log"));
+        let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+        until("its end", || job.ended());
+        restore_is_refused(
+            case,
+            &image,
+            &["comes only after", "others", "in a new container"],
+        );
+    });
+}
+
+fn until_pids_are_above_300(case: &Case) {
+    until("the first ids to be over", || {
+        let one = start(&mut Command::new("true"), &case.path("job.log"));
+        let pid = one.pid;
+        one.wait();
+        (pid > 300).then_some(())
+    });
 }
 
 /// The options that the refusal names permit it.

@@ -157,7 +157,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
     const ATTEMPTS: u32 = 8;
     for _ in 1..ATTEMPTS {
         match attempt(opened, lend) {
-            Err(Error::PidMissed { .. }) => {}
+            Err(Error::PidMissed { .. }) if pids::awaited(&opened.snapshot).is_none() => {}
             other => return other,
         }
     }

@@ -24,8 +24,9 @@ use crate::error::{Error, Result};
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 /// Below, the kernel gives ids only once (`RESERVED_PIDS`, kernel/pid.c).
 const RESERVED: i32 = 300;
-/// Children for one wanted id, or for all of a job; half a minute to two.
-const PATIENCE: u64 = 5_000_000;
+/// Children for one wanted id, or for all of a job: some 25 µs each, up to four times that on a busy
+/// machine.
+const PATIENCE: u64 = 500_000;
 
 /// The way that is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

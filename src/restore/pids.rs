@@ -88,6 +88,26 @@ pub(super) fn means(snapshot: &Snapshot) -> Means {
     Means::here(ids(snapshot, &births).len() > 1)
 }
 
+/// How many ids are given before the job's, where that takes a while.
+pub fn awaited(snapshot: &Snapshot) -> Option<u64> {
+    const SOON: u64 = 100_000;
+    if means(snapshot) != Means::Turns {
+        return None;
+    }
+    let births = births::decide(snapshot).ok()?;
+    let turns = next_pid::turns(&order(snapshot, &births)).ok()?;
+    (turns > SOON && next_pid::is_bearable(turns)).then_some(turns)
+}
+
+/// What is told of it before the restore.
+pub fn note_of_waiting(opened: &Opened<'_>) -> Option<String> {
+    let turns = awaited(&opened.snapshot)?;
+    Some(format!(
+        "pids may not be chosen here, and no pid namespace can be made: waiting for the old pids, which \
+         come after {turns} others"
+    ))
+}
+
 /// The ids in the order in which they are needed: processes each with whom it creates, then their
 /// threads, the last process's first (see `driver`).
 fn order(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
