@@ -6,17 +6,16 @@ mod access;
 use std::cmp::Ordering;
 use std::os::unix::fs::MetadataExt;
 
-use ckpt_tracer::capabilities::{Held, Use};
 use ckpt_tracer::kcmp::{KcmpType, group_tasks, has_undo_list, kcmp};
 use ckpt_tracer::proc::stat::read_stat;
-use ckpt_tracer::proc::status::{Status, read_status};
+use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Error as TracerError, Pid, Tid};
 use nix::errno::Errno;
 
 use access::{accessible, denial};
 
-use crate::capture::source::{Collector, Source};
+use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 use crate::job::Family;
 use crate::objects::ipc;
@@ -108,7 +107,7 @@ fn look(family: &Family, depth: Depth) -> Result<Vec<Obstacle>> {
         }
     }
     let all: Vec<&Source> = sources.iter().collect();
-    let mut collector = Collector::default();
+    let mut collector = Collector::for_a_look();
     match look_at_all(&all, depth, &mut collector) {
         Ok(()) => Ok(collector.obstacles),
         Err(e) => denial(e, &family.living),
@@ -119,7 +118,9 @@ fn look_at_all(sources: &[&Source], depth: Depth, collector: &mut Collector) -> 
     for source in sources {
         inside_the_job(source, collector)?;
     }
-    shared_by_processes(sources, collector)?;
+    if matches!(collector.copies, Copies::Taken) {
+        shared_by_processes(sources, collector)?;
+    }
     clocks_of_their_own(sources, collector);
     let outside = process::capture_from_outside(sources, depth, collector)?;
     let spaces = process::address_spaces(sources, &outside, collector);
@@ -242,6 +243,8 @@ fn is_ending(pid: Pid) -> bool {
 /// What of the process's own state is in the way.
 pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
     let object = source.title();
+    let surroundings = collector.surroundings();
+    let compared = matches!(collector.copies, Copies::Taken);
     let mut refuse = |reason: String, remedy: Option<&str>| {
         collector.obstacles.push(Obstacle {
             object: object.clone(),
@@ -267,7 +270,10 @@ pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> 
             Some(&remedy),
         );
     }
-    for tid in tasks::list_tasks(source.pid)? {
+    for tid in tasks::list_tasks(source.pid)?
+        .into_iter()
+        .filter(|_| compared)
+    {
         if let Some(what) = own_table(source.pid, tid)? {
             let reason =
                 format!("has a thread {tid} with {what} of its own, which is not supported");
@@ -279,8 +285,8 @@ pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> 
         let Ok(status) = read_status((source.pid, tid)) else {
             continue;
         };
-        if let Some(reason) = seccomp_in_the_way(&status) {
-            refuse(reason, Some("run ckpt as root"));
+        if let Some((reason, remedy)) = surroundings.in_the_way(&status) {
+            refuse(reason, Some(remedy));
             break;
         }
     }
@@ -334,24 +340,6 @@ fn own_table(pid: Pid, tid: Tid) -> Result<Option<&'static str>> {
         }
     }
     Ok(None)
-}
-
-fn seccomp_in_the_way(status: &Status) -> Option<String> {
-    match status.seccomp {
-        Some(1) => Some("is under strict seccomp, which is not supported".into()),
-        Some(2) if !may_suspend_seccomp() => Some(format!(
-            "has seccomp filters, which could kill it on a call made from outside; suspending them \
-             needs {}",
-            Use::SuspendSeccomp
-        )),
-        _ => None,
-    }
-}
-
-/// A tracer that is under seccomp itself may not either (`check_ptrace_options`, kernel/ptrace.c).
-fn may_suspend_seccomp() -> bool {
-    let me = read_status(Pid(std::process::id() as i32));
-    Held::now().allows(Use::SuspendSeccomp) && me.is_ok_and(|s| s.seccomp != Some(2))
 }
 
 /// A program without a 64-bit auxiliary vector and code segment: told by the executable.

@@ -108,6 +108,15 @@ pub enum Error {
         /// The kernel's answer.
         reason: String,
     },
+    /// A task was not given the id that it was to have.
+    #[error(
+        "process {pid} cannot get its old pid: others are given it again and again in the moment before; \
+         try again when fewer processes are created here"
+    )]
+    PidMissed {
+        /// The id, or the one that came in its place.
+        pid: i32,
+    },
     /// The restore cannot go on for a reason outside the plan.
     #[error("{0}")]
     Restore(String),

@@ -98,8 +98,9 @@ fn restore_of_ends(case: &Case, name: &str, fault: &str) {
 }
 
 macro_rules! steps {
-    (attach $($attach:ident)*; restore $($restore:ident)*) => {
-        const LISTED: &[&str] = &[$(stringify!($attach),)* $(stringify!($restore),)*];
+    (attach $($attach:ident)*; restore $($restore:ident)*; elsewhere $($other:ident)*) => {
+        const LISTED: &[&str] =
+            &[$(stringify!($attach),)* $(stringify!($restore),)* $(stringify!($other),)*];
         mod attach_fails {
             $(#[test] fn $attach() { super::at("attach_fails", stringify!($attach), super::attach_fails) })*
         }
@@ -124,7 +125,9 @@ attach
     seized frozen cave_written cave_entered remote_call cave_leaving state_captured pages_half
     release release_half before_sync before_rename;
 restore
-    restore_spawned restore_mapped restore_filled restore_threads restore_release
+    restore_spawned restore_mapped restore_filled restore_threads restore_release;
+elsewhere
+    lending // in tests/containers.rs
 }
 
 fn at(module: &str, step: &str, body: impl FnOnce(&Case, &str)) {

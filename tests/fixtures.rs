@@ -3,36 +3,15 @@
 
 mod common;
 
+use common::fixture::exceptions;
 use common::look::{self, assert_let_go};
 use common::refused::attach_is_refused;
 use common::tool::{ckpt, leftovers};
 use common::{Case, Looks, attach, fixture, isolated, isolated_as_user, restored};
 use std::os::unix::fs::MetadataExt;
 
-/// What looks different after a restore, and may: beginnings of names of looks, by fixture.
-const EXCEPTIONS: &[(&str, &[&str])] = &[
-    // A one-shot entry that has fired watches nothing; added again it watches ERR and HUP, always.
-    ("epoll", &["fd 3"]),
-    // Opened with O_TMPFILE, which says how a file came to be and not what it is.
-    ("fd_deleted", &["fd 5"]),
-    // Its name is gone and another one leads to it: it is opened by that one.
-    ("fd_hardlink", &["fd 3"]),
-    // Likewise.
-    ("fd_tmpfile", &["fd 3", "fd 4"]),
-    ("fifo", &["fd 11", "fd 12"]),
-    // The name that sem_open(3) made it under is gone; it is mapped by the one that it has.
-    ("sem_posix", &["maps"]),
-    // Opened with O_NOFOLLOW by a name that is gone, which says how the name was looked up.
-    ("shm_posix", &["fd 3", "fd 4"]),
-];
-
 /// What is not supported: the fixture and the words that name the object and the remedy.
 const REFUSED: &[(&str, &[&str])] = &[("aio", &["AIO context", "io_destroy"])];
-
-fn exceptions(name: &str) -> &'static [&'static str] {
-    let found = EXCEPTIONS.iter().find(|(fixture, _)| *fixture == name);
-    found.map_or(&[], |(_, names)| names)
-}
 
 /// A checkpoint, after which it goes on as if nothing had been.
 fn goes_on(case: &Case, name: &str) {

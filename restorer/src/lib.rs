@@ -20,8 +20,8 @@ pub enum OpKind {
     Syscall = 0,
     /// Stop with a breakpoint trap; the tracer does its part and continues the task.
     Trap = 1,
-    /// Create a thread: `args[0]` is a [`ThreadPlan`], `args[1]` a kernel `struct clone_args`,
-    /// `args[2]` its size.
+    /// Create a thread: `args[0]` is a [`ThreadPlan`]. With clone3(2) as `nr`, `args[1]` is a kernel
+    /// `struct clone_args` and `args[2]` its size; with clone(2) they are flags and the end of the stack.
     Thread = 2,
     /// Wait until every thread created so far has executed its own operations and parked.
     Join = 3,
@@ -133,6 +133,13 @@ impl Op {
             expect: 0,
             result: 0,
         }
+    }
+
+    /// One that creates a task.
+    pub const fn create(kind: OpKind, nr: i64, args: [u64; 3]) -> Self {
+        let mut op = Self::other(kind, [args[0], args[1], args[2], 0, 0, 0]);
+        op.nr = nr as u64;
+        op
     }
 
     /// The same, with the answer that it must have.

@@ -13,22 +13,25 @@ use std::time::{Duration, Instant};
 use ckpt_image::{Codec, ImageFile, Writer, WriterOptions};
 use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
+use ckpt_tracer::kcmp;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::pagemap::PagemapScanner;
-use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::status::{read_status, read_task};
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::remote::leave_stale_cave;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::namespaces::Namespaces;
 use crate::objects::process::{self, InJob, Process};
+use crate::objects::seccomp::surroundings::Surroundings;
 use crate::objects::{Snapshot, SpaceId, ipc, zombie};
 use crate::progress::Progress;
 use crate::restore::births;
 use crate::snapshot;
 
+mod borrow;
 pub mod bundle;
 mod cow;
 pub mod pages;
@@ -330,6 +333,26 @@ struct CapturedJob {
     warnings: Vec<String>,
 }
 
+/// Suspends seccomp filters where we may. Else they must be those that we are under, in every task
+/// as it is now: it may have added some since it was looked at first.
+fn filters_in_force(job: &FrozenJob, sources: &[Source], collector: &mut Collector) -> Result<()> {
+    for (frozen, source) in job.processes.iter().zip(sources) {
+        for task in frozen.tasks() {
+            let status = read_task(source.pid, task.tid())?;
+            if status.seccomp.unwrap_or(0) == 0 {
+                continue;
+            }
+            let surroundings = collector.surroundings();
+            if surroundings == Surroundings::Master {
+                task.suspend_seccomp()?;
+            } else if let Some((reason, remedy)) = surroundings.in_the_way(&status) {
+                return Err(Error::refuse(Obstacle::new(source.title(), reason, remedy)));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn capture_frozen(
     job: &mut FrozenJob,
     sources: &[Source],
@@ -337,6 +360,7 @@ fn capture_frozen(
     patience: Patience,
 ) -> Result<CapturedJob> {
     let mut collector = Collector::default();
+    filters_in_force(job, sources, &mut collector)?;
     // Of a job that does not stand still this is seen only now.
     for source in sources {
         crate::check::inside_the_job(source, &mut collector)?;
@@ -345,11 +369,6 @@ fn capture_frozen(
         return Err(Error::Refused(collector.obstacles));
     }
     for (frozen, source) in job.processes.iter_mut().zip(sources) {
-        if source.status.seccomp == Some(2) {
-            for task in frozen.tasks() {
-                task.suspend_seccomp()?;
-            }
-        }
         // Of all, before anybody's memory is looked at: it may be that of several.
         leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     }
@@ -357,7 +376,10 @@ fn capture_frozen(
     collector.save_files = request.save_files.clone();
     collector.alone_in_ipc = request.namespaces.ipc;
     let all: Vec<&Source> = sources.iter().collect();
-    crate::check::shared_by_processes(&all, &mut collector)?;
+    match kcmp::withheld() {
+        None => crate::check::shared_by_processes(&all, &mut collector)?,
+        Some(call) => collector.copies = borrow::all(job, sources, call)?,
+    }
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
     let spaces = process::address_spaces(&all, &outside, &collector);
     ipc::capture(&spaces, &mut collector)?;

@@ -3,8 +3,10 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::kcmp;
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::pidfd::PidFd;
 use ckpt_tracer::proc::stat::{Stat, read_stat};
@@ -19,6 +21,7 @@ use crate::objects::files::Description;
 use crate::objects::ipc::Ipc;
 use crate::objects::memory::{MappedFile, SharedMemory};
 use crate::objects::process::Shares;
+use crate::objects::seccomp::surroundings::Surroundings;
 
 /// A process seen from outside.
 pub struct Source {
@@ -79,6 +82,18 @@ pub enum Patience {
     None,
 }
 
+/// How we come by copies of the job's descriptors.
+#[derive(Debug, Default)]
+pub enum Copies {
+    /// By pidfd_getfd(2); what is shared is told by kcmp(2).
+    #[default]
+    Taken,
+    /// Not at all: one of the two is withheld, and the job runs. What files they are can be seen.
+    None,
+    /// The job has handed them out.
+    Lent(HashMap<(Pid, i32), OwnedFd>),
+}
+
 /// Tables of what is shared, filled while objects are captured; and everything that stands
 /// in the way.
 #[derive(Default)]
@@ -101,6 +116,8 @@ pub struct Collector {
     pub tasks: HashSet<i32>,
     /// Files whose contents are wanted.
     pub save_files: SaveFiles,
+    /// See [`Copies`].
+    pub copies: Copies,
     /// What cannot be captured.
     pub obstacles: Vec<Obstacle>,
     /// The job has its IPC namespace to itself.
@@ -109,6 +126,7 @@ pub struct Collector {
     pub patience: Patience,
     /// What the user should know of a checkpoint that succeeds, one sentence each.
     pub warnings: Vec<String>,
+    surroundings: Option<Surroundings>,
     files_by_key: HashMap<(PathBuf, u64), usize>,
     spaces: u32,
 }
@@ -118,6 +136,24 @@ impl Collector {
     /// need not be read.
     pub fn frozen(&self) -> bool {
         self.patience != Patience::Running
+    }
+
+    /// The same for a job that runs: without copies where they cannot be taken.
+    pub fn for_a_look() -> Self {
+        let copies = match kcmp::withheld() {
+            None => Copies::Taken,
+            Some(_) => Copies::None,
+        };
+        Self {
+            copies,
+            ..Self::default()
+        }
+    }
+
+    /// The seccomp filters around us, looked at once.
+    pub fn surroundings(&mut self) -> Surroundings {
+        let known = self.surroundings.get_or_insert_with(Surroundings::look);
+        known.clone()
     }
 
     /// What a process shares with its parent.

@@ -138,6 +138,13 @@ fn summary_text(summary: &Summary) -> String {
             "bundled",
             output::count(summary.bundled_files as u64, "file"),
         ),
+        (
+            "seccomp",
+            format!(
+                "{} of the surroundings",
+                output::count(summary.filters_around.into(), "filter")
+            ),
+        ),
         ("memory", memory),
         ("size", size),
     ];

@@ -35,7 +35,12 @@ pub(super) fn launch(
 ) -> Result<Launched, Failure> {
     let values = HandOver::of(opened, values)?;
     match pids::decide(opened, wanted)? {
-        Place::Here => here(opened, values),
+        Place::Here => {
+            if let Some(note) = pids::note_of_waiting(opened).filter(|_| !quiet) {
+                complain(&note);
+            }
+            here(opened, values)
+        }
         Place::Namespace(why) => {
             if let Some(why) = why.as_ref().filter(|_| !quiet) {
                 complain(&format!("{why}: restoring in a pid namespace of its own"));

@@ -16,6 +16,7 @@ use crate::capture::save_files::Pattern;
 use crate::host::BASELINE;
 use crate::isolate::{self, First, Init, Link, Spec};
 use crate::objects::processor::Baseline;
+use crate::restore::next_pid;
 use crate::supervise::interval::parse_duration;
 use crate::supervise::periodic::{Periodic, Plan, Tell};
 use crate::supervise::retention::Images;
@@ -96,6 +97,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
         if let Some(level) = args.cpu_baseline {
             keep_to(level, &mut command);
         }
+        next_pid::leave_the_first_ids();
         supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
             let program = output::visible(program.as_bytes());
             format!("cannot start {program}: {error}; check its name and PATH")

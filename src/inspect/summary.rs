@@ -55,6 +55,8 @@ pub struct Summary {
     pub codec: String,
     /// Number of files that `--bundle` stored.
     pub bundled_files: usize,
+    /// Most seccomp filters that a thread was under and that were those of its surroundings.
+    pub filters_around: u32,
     /// The processes, the job's first one first.
     pub process_list: Vec<ProcessView>,
     /// Processes that have ended and that their parents have not waited for.
@@ -131,6 +133,7 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
         ratio: memory_bytes as f64 / reader.bytes().max(1) as f64,
         codec: header.codec.to_string(),
         bundled_files: snapshot.bundle.len(),
+        filters_around: snapshot.filters_around(),
         process_list: snapshot.processes.iter().map(process).collect(),
         zombies: snapshot.zombies.iter().map(zombie).collect(),
     }

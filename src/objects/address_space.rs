@@ -201,6 +201,7 @@ mod tests {
     fn a_dumpability_that_nobody_may_set_is_told() {
         let warnings = |dumpable| {
             let host = HostState {
+                means: Default::default(),
                 credentials: Credentials::default(),
                 scheduling: Scheduling::default(),
                 held: Held::default(),

@@ -63,6 +63,12 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// How many seccomp filters of its surroundings the job was under.
+    pub fn filters_around(&self) -> u32 {
+        let threads = self.processes.iter().flat_map(|p| &p.threads);
+        threads.map(|t| t.seccomp.around).max().unwrap_or(0)
+    }
+
     /// In a user namespace in which groups are fixed, all tasks have those of whoever made it; most of
     /// them have no number inside.
     pub fn show_groups(&mut self, groups: &[u32]) {

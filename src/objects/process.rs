@@ -23,7 +23,7 @@ use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
 use super::timers::{self, IntervalTimers, PosixTimer};
 use super::{SpaceId, memory};
-use crate::capture::source::{Collector, Source};
+use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 
 /// A process.
@@ -176,9 +176,12 @@ pub fn capture_from_outside(
     depth: Depth,
     collector: &mut Collector,
 ) -> Result<Vec<FromOutside>> {
-    let mut survey = files::Survey::of(sources)?;
+    let mut survey = files::Survey::of(sources, &collector.copies)?;
     let terminals = files::terminal::Ends::of(sources, &survey.looks, collector);
-    let fds = files::capture(sources, &mut survey, &terminals, collector)?;
+    let fds = match collector.copies {
+        Copies::None => files::judge_by_sight(sources, &survey, collector),
+        _ => files::capture(sources, &mut survey, &terminals, collector)?,
+    };
     let locks = survey.seen.into_iter().map(|seen| {
         let locks = seen.into_iter().map(|s| (s.fd, s.locks));
         locks.flat_map(|(fd, locks)| locks.into_iter().map(move |l| (fd, l)))

@@ -1,10 +1,14 @@
-//! Seccomp filters.
+//! Seccomp filters: those of the job are stored and installed again, those of its surroundings
+//! ([`surroundings`]) are where it is restored, or are not.
 
 use ckpt_tracer::Result;
+use ckpt_tracer::proc::status::Status;
 use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
+
+pub mod surroundings;
 
 /// One installed filter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,14 +27,25 @@ pub struct Seccomp {
     pub mode: u32,
     /// With mode 2.
     pub filters: Vec<Filter>,
+    /// How many filters of the surroundings it was under, which are not stored. Never with
+    /// filters of its own: who may read those reads all.
+    #[serde(default)]
+    pub around: u32,
 }
 
-/// The filters of a task; needs CAP_SYS_ADMIN, which the preflight has made sure of.
-pub fn capture(task: &Stopped, mode: u32) -> Result<Seccomp> {
-    if mode != 2 {
+/// The filters of a task. Reading them needs CAP_SYS_ADMIN; without it those that a task has are
+/// those of the surroundings, as the preflight has made sure.
+pub fn capture(task: &Stopped, status: &Status) -> Result<Seccomp> {
+    let mode = status.seccomp.unwrap_or(0);
+    if mode != 2 || !surroundings::may_suspend() {
+        let around = match mode {
+            2 => status.seccomp_filters.unwrap_or(0),
+            _ => 0,
+        };
         return Ok(Seccomp {
-            mode,
+            mode: if mode == 2 { 0 } else { mode },
             filters: Vec::new(),
+            around,
         });
     }
     let filters = task.seccomp_filters()?;
@@ -38,7 +53,11 @@ pub fn capture(task: &Stopped, mode: u32) -> Result<Seccomp> {
         .into_iter()
         .map(|(program, flags)| Filter { program, flags })
         .collect();
-    Ok(Seccomp { mode, filters })
+    Ok(Seccomp {
+        mode,
+        filters,
+        around: 0,
+    })
 }
 
 /// `SECCOMP_SET_MODE_FILTER`.

@@ -148,7 +148,6 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
     let task = calls.task();
     let tid = task.tid();
     let status = read_task(source.pid, tid)?;
-    let mode = status.seccomp.unwrap_or(0);
     let mut regs = calls.original_regs().into();
     unveil_restarted(&mut regs, source)?;
     Ok(Thread {
@@ -170,7 +169,7 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
         scheduling: scheduling::capture(tid, asked.timer_slack),
         credentials: Credentials::of(&status, asked.securebits),
         parent_death_signal: asked.parent_death_signal,
-        seccomp: seccomp::capture(task, mode)?,
+        seccomp: seccomp::capture(task, &status)?,
         security: security::capture(source.pid, tid),
     })
 }

@@ -14,6 +14,7 @@ use super::births::Origin;
 use super::executor::{Worker, failed_operation, place, unexpected, warnings_of};
 use super::fill::Pages;
 use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
+use super::next_pid::Means;
 use super::plan::{Part, Stage};
 use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
@@ -54,7 +55,8 @@ pub fn rebuild(
     progress.begin(image.pages() * u64::from(image.header().page_size));
     let mut driver = Driver {
         job,
-        pages: Pages::of(image, progress),
+        // A thread of ours would take an id for which the job is waiting.
+        pages: Pages::of(image, progress).alone(job.host.means == Means::Turns),
         brood,
         live: Vec::with_capacity(job.snapshot.processes.len()),
         waiting: VecDeque::from([(0, root, None)]),
@@ -146,7 +148,11 @@ impl Driver<'_> {
         let mut task = Running::auto_attached(tid).wait_stopped()?;
         let processes = &self.job.snapshot.processes;
         let Some(part) = planned.plan.part_of(tid.raw()) else {
-            return unexpected(tid);
+            return match planned.plan.means {
+                Means::SetTid => unexpected(tid),
+                // In place of one of the job's.
+                _ => Err(Error::PidMissed { pid: tid.raw() }),
+            };
         };
         let Some(index) = processes.iter().position(|p| p.pid == tid.raw()) else {
             let mut phantom = worker(task, creator, part, planned)?;

@@ -114,7 +114,10 @@ impl Worker {
             }
             match self.task.regs()?.rax {
                 ckpt_restorer::FAILED => return Err(self.failed_operation()),
-                word => return Ok(word),
+                word => match self.planned.plan.aim_at(self.part, word) {
+                    Some(id) => self.planned.plan.means.aim(id)?,
+                    None => return Ok(word),
+                },
             }
         }
     }
@@ -139,6 +142,9 @@ pub(super) fn failed_operation(plan: &Plan, part: Part, mem: &ProcessMemory) -> 
         return unknown();
     };
     let result = result as i64;
+    if let Some(pid) = plan.missed_at(at, result) {
+        return Error::PidMissed { pid };
+    }
     let reason = if (-4095..0).contains(&result) {
         Errno::from_raw(-result as i32).desc().to_owned()
     } else {

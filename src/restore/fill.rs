@@ -17,6 +17,7 @@ pub struct Pages<'a> {
     image: &'a Reader,
     chunks: HashMap<u32, Vec<usize>>,
     progress: &'a dyn Progress,
+    alone: bool,
 }
 
 /// Where the pages of one space go.
@@ -49,7 +50,13 @@ impl<'a> Pages<'a> {
             image,
             chunks,
             progress,
+            alone: false,
         }
+    }
+
+    /// Whether no thread may help.
+    pub fn alone(self, alone: bool) -> Self {
+        Self { alone, ..self }
     }
 
     /// Fills in one process. Every chunk is checked against its digest before its pages are used.
@@ -112,7 +119,7 @@ impl<'a> Pages<'a> {
         let workers = std::thread::available_parallelism()
             .map_or(1, usize::from)
             .min(chunks.len());
-        if workers <= 1 {
+        if workers <= 1 || self.alone {
             return work();
         }
         std::thread::scope(|scope| {

@@ -18,6 +18,7 @@ use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::{Snapshot, ipc, scheduling};
 use crate::progress::Progress;
+use next_pid::Means;
 use put::PutFiles;
 use rights::Rights;
 use terminal::Wish;
@@ -33,6 +34,7 @@ mod executor;
 pub mod fill;
 mod handover;
 mod ids;
+pub mod next_pid;
 pub(crate) mod orders;
 pub mod paths;
 pub mod pids;
@@ -142,8 +144,7 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let mut opened = open(request)?;
     opened.decide_clocks()?;
     let pids = match opened.look_for_a_place() {
-        Ok(()) => Vec::new(),
-        Err(Error::Refused(obstacles)) => obstacles,
+        Ok(obstacles) | Err(Error::Refused(obstacles)) => obstacles,
         Err(e) => return Err(e),
     };
     match way::look(&opened, pids) {
@@ -156,6 +157,18 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
 /// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
 /// complete and about to be let go. On error no process is left behind.
 pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
+    /// Somebody who creates processes all the time may take an id of the job's as often.
+    const ATTEMPTS: u32 = 8;
+    for _ in 1..ATTEMPTS {
+        match attempt(opened, lend) {
+            Err(Error::PidMissed { .. }) if pids::awaited(&opened.snapshot).is_none() => {}
+            other => return other,
+        }
+    }
+    attempt(opened, lend)
+}
+
+fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
     let clocks = opened.decide_clocks()?;
     let first = opened.first.take();
     let opened = &*opened;
@@ -178,7 +191,8 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
     let executable = contents::executable(root.memory.executable, snapshot, image)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
-    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, first)?;
+    let means = job.host.means;
+    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, (first, means))?;
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         let ours = request.foreground && master.is_none() && root.session != root.pid;
@@ -200,7 +214,12 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state(groups: &[u32], snapshot: &Snapshot, trusted: bool) -> Result<plan::HostState> {
+fn host_state(
+    groups: &[u32],
+    means: Means,
+    snapshot: &Snapshot,
+    trusted: bool,
+) -> Result<plan::HostState> {
     let me = Pid(std::process::id() as i32);
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
@@ -223,6 +242,7 @@ fn host_state(groups: &[u32], snapshot: &Snapshot, trusted: bool) -> Result<plan
     let root = &snapshot.processes[0].threads[0].credentials;
     let another = root.uid[0] != credentials.uid[0];
     Ok(plan::HostState {
+        means,
         keyring: (another && keyrings_exist()).then_some((root.uid[0], root.gid[0])),
         rights,
         scheduling: scheduling::capture(Tid(me.raw()), 0),

@@ -1,5 +1,6 @@
 //! Under which pids a job comes back: those that it had, here or in a pid namespace of its own.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,9 @@ use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::{Pid, Tid};
 
-use super::births::{self, Births};
-use super::{Opened, ids, spawn};
+use super::births::{self, Birth, Births, Body, Origin};
+use super::next_pid::{self, Means};
+use super::{Opened, ids};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::isolate::{First, Spec};
@@ -51,6 +53,8 @@ pub fn decide(opened: &Opened<'_>, wanted: Pids) -> Result<Place> {
         Pids::Namespace => None,
         Pids::Auto => match why_not_here(&opened.snapshot, &births) {
             None => return Ok(Place::Here),
+            // Whatever is in the way here is told by the restore here.
+            _ if !may_have_namespace(opened) => return Ok(Place::Here),
             why => why,
         },
     };
@@ -74,12 +78,77 @@ fn why_not_here(snapshot: &Snapshot, births: &[Births]) -> Option<String> {
         return Some("the job had a pid namespace to itself".into());
     }
     let ids = ids(snapshot, births);
-    if !spawn::may_choose_pids(ids.len() > 1) {
+    if Means::here(ids.len() > 1) == Means::Turns {
         return Some(format!("choosing pids takes {}", Use::ChoosePids));
     }
     let taken = taken(&ids);
     let first = taken.first()?;
     Some(format!("{} {}", first.object, first.reason))
+}
+
+/// A pid namespace can be made, or the job cannot do without one.
+fn may_have_namespace(opened: &Opened<'_>) -> bool {
+    opened.kernel.pid_namespace || opened.snapshot.namespaces.pid
+}
+
+/// How the job's tasks come by their ids among ours.
+pub(super) fn means(snapshot: &Snapshot) -> Means {
+    let births = births::decide(snapshot).unwrap_or_default();
+    Means::here(ids(snapshot, &births).len() > 1)
+}
+
+/// How many ids are given before the job's, where that takes a while.
+pub fn awaited(snapshot: &Snapshot) -> Option<u64> {
+    const SOON: u64 = 100_000;
+    if means(snapshot) != Means::Turns {
+        return None;
+    }
+    let births = births::decide(snapshot).ok()?;
+    let turns = next_pid::turns(&order(snapshot, &births)).ok()?;
+    (turns > SOON && next_pid::is_bearable(turns)).then_some(turns)
+}
+
+/// What is told of it before the restore.
+pub fn note_of_waiting(opened: &Opened<'_>) -> Option<String> {
+    let turns = awaited(&opened.snapshot)?;
+    Some(format!(
+        "pids may not be chosen here, and no pid namespace can be made: waiting for the old pids, which \
+         come after {turns} others"
+    ))
+}
+
+/// The ids in the order in which they are needed: processes each with whom it creates, then their
+/// threads, the last process's first (see `driver`).
+fn order(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
+    let mut ids = vec![snapshot.processes[0].pid];
+    let mut next = VecDeque::from([0]);
+    while let Some(index) = next.pop_front() {
+        in_turn(births[index].all(), births, &mut ids, &mut next);
+    }
+    for process in snapshot.processes.iter().rev() {
+        ids.extend(process.threads[1..].iter().map(|t| t.tid));
+    }
+    ids
+}
+
+fn in_turn<'a>(
+    created: impl Iterator<Item = &'a Birth>,
+    births: &'a [Births],
+    ids: &mut Vec<i32>,
+    next: &mut VecDeque<usize>,
+) {
+    for birth in created {
+        ids.push(birth.pid);
+        match &birth.body {
+            Body::Phantom(phantom) => in_turn(phantom.births.iter(), births, ids, next),
+            // In its creator's memory it goes on at once.
+            Body::Process(index) if births[*index].origin == Origin::Sharing => {
+                let all: Vec<&Birth> = births[*index].all().collect();
+                in_turn(all.into_iter(), births, ids, next);
+            }
+            Body::Process(index) => next.push_back(*index),
+        }
+    }
 }
 
 /// The job's first process as it was at the checkpoint, if it still runs: under its pid, of the same
@@ -195,24 +264,51 @@ pub(super) fn in_the_way(
     let ids = ids(snapshot, &births);
     let others: Vec<i32> = ids.iter().copied().filter(|id| *id != 1).collect();
     let mut obstacles = taken(if first.is_some() { &others } else { &ids });
-    if !kernel.set_tid {
-        obstacles.push(not_permitted(snapshot.processes[0].pid));
+    if obstacles.is_empty() && Means::here(ids.len() > 1) == Means::Turns {
+        // Who can have a namespace has no need to keep others waiting for ids.
+        obstacles.extend(match kernel.pid_namespace {
+            true => Some(not_permitted(snapshot.processes[0].pid, "")),
+            false => out_of_reach(&order(snapshot, &births)),
+        });
     }
     let above = ids.iter().find(|id| **id as u64 >= kernel.pid_max);
     obstacles.extend(above.map(|id| above_the_highest(*id)));
     obstacles
 }
 
+/// Ids that we may not choose and that do not come by themselves in a time that can be waited for.
+fn out_of_reach(order: &[i32]) -> Option<Obstacle> {
+    match next_pid::turns(order) {
+        Ok(turns) if next_pid::is_bearable(turns) => None,
+        Ok(turns) => {
+            let why = format!(", and it comes only after {turns} others");
+            Some(not_permitted(order[0], &why))
+        }
+        Err((pid, last)) => {
+            let why = format!(
+                ", and it will not come by itself: ids below 300 are given only once, and {last} was \
+                 given already"
+            );
+            Some(not_permitted(pid, &why))
+        }
+    }
+}
+
 /// The obstacle that we may not choose pids.
-pub(super) fn not_permitted(pid: i32) -> Obstacle {
-    Obstacle::new(
-        format!("process {pid}"),
-        format!(
-            "cannot get its old pid: choosing a pid needs {}",
-            Use::ChoosePids
-        ),
-        "run restore as root, or with --pids namespace",
-    )
+pub(super) fn not_permitted(pid: i32, why: &str) -> Obstacle {
+    let reason = format!(
+        "cannot get its old pid: choosing a pid needs {}{why}",
+        Use::ChoosePids
+    );
+    let filtered = read_status(Pid(std::process::id() as i32)).is_ok_and(|s| s.seccomp == Some(2));
+    let remedy = match filtered {
+        true => {
+            "restore it as the first in a new container, or in one with --cap-add SYS_ADMIN, or with \
+             --cap-add CHECKPOINT_RESTORE --security-opt systempaths=unconfined"
+        }
+        false => "run restore as root, or with --pids namespace",
+    };
+    Obstacle::new(format!("process {pid}"), reason, remedy)
 }
 
 /// The obstacle that no process here has such a pid.

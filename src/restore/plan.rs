@@ -13,6 +13,7 @@ use ckpt_tracer::capabilities::Held;
 
 mod finished;
 
+use super::next_pid::Means;
 use super::rights::Rights;
 use crate::objects::credentials::Credentials;
 use crate::objects::scheduling::Scheduling;
@@ -22,6 +23,8 @@ pub use finished::{Part, Plan};
 /// What a new process has before the plan sets anything, and what it may do.
 #[derive(Clone, Debug)]
 pub struct HostState {
+    /// How tasks come by their ids.
+    pub means: Means,
     /// Our own credentials.
     pub credentials: Credentials,
     /// Our own scheduling.
@@ -96,8 +99,10 @@ struct Task {
     creator: usize,
     /// Where its [`ThreadPlan`] is.
     plan: u64,
-    /// Where its `struct clone_args` is.
-    args: u64,
+    /// Where its `struct clone_args` is, if it is created by clone3(2).
+    args: Option<u64>,
+    /// Which operation of its creator's creates it.
+    created_at: usize,
     /// Of a process, where its header is.
     header: Option<u64>,
     /// [`ThreadPlan::end`].
@@ -118,6 +123,7 @@ pub struct Builder {
     current: usize,
     objects: Vec<String>,
     stages: Vec<(usize, usize, Stage)>,
+    aims: Vec<(usize, usize, i32)>,
     warnings: Vec<String>,
     conditional: Vec<(usize, usize, String)>,
     inherit: Vec<Inherit>,
@@ -139,6 +145,7 @@ impl Builder {
             current: 0,
             objects: Vec::new(),
             stages: Vec::new(),
+            aims: Vec::new(),
             warnings: Vec::new(),
             conditional: Vec::new(),
             inherit: Vec::new(),
@@ -236,7 +243,7 @@ impl Builder {
         self.task(PARKS, tid, (FLAGS as u64, 0), object, fill);
     }
 
-    /// Creates a process with that id by clone3(2) with `flags`, which sends its parent `signal` at
+    /// Creates a process with that id by clone(2) with `flags`, which sends its parent `signal` at
     /// its end; `fill` appends what it does.
     pub fn process(&mut self, pid: i32, flags: i32, signal: i32, fill: impl FnOnce(&mut Self)) {
         // A child of the parent's parent sends the signal that we send ourselves (clone(2)).
@@ -265,6 +272,11 @@ impl Builder {
             | libc::CLONE_FILES
             | libc::CLONE_FS
             | libc::CLONE_UNTRACED;
+        if self.host.means != Means::SetTid {
+            // The tracer would have to see to it that it gets its id.
+            self.warn(warning.to_owned());
+            return otherwise(self);
+        }
         let object = format!("envoy {pid}");
         self.task(EXITS, pid, (FLAGS as u64, 0), object.clone(), fill);
         let header = self.tasks.last().and_then(|t| t.header).unwrap_or_default();
@@ -288,29 +300,28 @@ impl Builder {
         fill: impl FnOnce(&mut Self),
     ) {
         // ThreadPlan and stack contents are written at the end, when addresses are known.
-        let ids = self.data(&tid.to_le_bytes());
         let plan = self.reserve(size_of::<ThreadPlan>());
-        let args = self.reserve(88);
-        // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
-        let words = [
-            flags,
-            0,
-            0,
-            0,
-            exit_signal,
-            0,
-            THREAD_STACK - 8,
-            0,
-            ids,
-            1,
-            0,
-        ];
-        self.put(args, &words.map(u64::to_le_bytes).concat());
         let kind = match end {
             PARKS => OpKind::Thread,
             _ => OpKind::Process,
         };
-        let op = Op::other(kind, [plan, args, 88, 0, 0, 0]).expecting(tid as u64);
+        let (args, op) = match self.host.means {
+            Means::SetTid => {
+                let args = self.clone_args(tid, flags, exit_signal);
+                let op = Op::create(kind, libc::SYS_clone3, [plan, args, 88]);
+                (Some(args), op)
+            }
+            // The tracer sees to it that it gets its id; its stack is known at the end.
+            Means::LastPid | Means::Turns => {
+                let index = self.list().ops.len();
+                self.aims.push((self.current, index, tid));
+                self.push(Op::other(OpKind::Trap, [0; 6]), object.clone());
+                let op = Op::create(kind, libc::SYS_clone, [plan, flags | exit_signal, 0]);
+                (None, op)
+            }
+        };
+        let created_at = self.list().ops.len();
+        let op = op.expecting(tid as u64);
         self.push(if end == EXITS { op.may_fail() } else { op }, object);
         let header = (end != PARKS).then(|| self.reserve(size_of::<PlanHeader>()));
         let outer = std::mem::replace(&mut self.current, self.tasks.len() + 1);
@@ -320,11 +331,23 @@ impl Builder {
             creator: outer,
             plan,
             args,
+            created_at,
             header,
             end,
         });
         fill(self);
         self.current = outer;
+    }
+
+    /// A `struct clone_args` that asks for an id; its stack is written at the end.
+    fn clone_args(&mut self, tid: i32, flags: u64, exit_signal: u64) -> u64 {
+        let ids = self.data(&tid.to_le_bytes());
+        let args = self.reserve(88);
+        // flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup
+        let size = THREAD_STACK - 8;
+        let words = [flags, 0, 0, 0, exit_signal, 0, size, 0, ids, 1, 0];
+        self.put(args, &words.map(u64::to_le_bytes).concat());
+        args
     }
 
     /// Waits until all threads that the process has created are parked.
@@ -368,22 +391,27 @@ impl Builder {
         let mut parts = HashMap::new();
         for (number, task) in tasks.iter().enumerate() {
             let (ops, list) = &lists[number + 1];
-            let count = list.ops.len() as u64;
+            let (ops, count) = (*ops, list.ops.len() as u64);
             let of_creator = match task.creator.checked_sub(1) {
                 Some(creator) => tasks[creator].header.unwrap_or(header),
                 None => header,
             };
-            let words = [*ops, count, task.header.unwrap_or(of_creator), task.end];
+            let words = [ops, count, task.header.unwrap_or(of_creator), task.end];
             self.put(task.plan, &words.map(u64::to_le_bytes).concat());
             if let Some(header) = task.header {
-                self.put_header(header, number + 1, (*ops, count), &tasks);
+                self.put_header(header, number + 1, (ops, count), &tasks);
                 let list = number + 1;
                 if task.end == TRAPS {
                     parts.insert(task.tid, Part { header, list });
                 }
             }
-            let stack_field = task.args + 5 * 8;
-            self.put(stack_field, &stack.to_le_bytes());
+            match task.args {
+                Some(args) => self.put(args + 5 * 8, &stack.to_le_bytes()),
+                None => {
+                    let op = &mut lists[task.creator].1.ops[task.created_at];
+                    op.args[2] = stack + THREAD_STACK - 8;
+                }
+            }
             stack += THREAD_STACK;
         }
         let end = stack.next_multiple_of(4096);
@@ -424,7 +452,9 @@ impl Builder {
             main: Part { header, list: 0 },
             image,
             parts,
+            means: self.host.means,
             stages: self.stages,
+            aims: self.aims,
             warnings: self.warnings,
             conditional,
             inherit: self.inherit,

@@ -16,6 +16,7 @@ use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
 use super::clock::Clocks;
+use super::next_pid::Means;
 use super::orders::{Kept, Orders};
 use super::pids;
 use crate::error::{Error, Result};
@@ -95,7 +96,7 @@ pub fn spawn(
     executable: &File,
     descriptors: Vec<(OwnedFd, i32)>,
     clocks: Clocks,
-    first: Option<First>,
+    (first, means): (Option<First>, Means),
 ) -> Result<(Brood, Stopped)> {
     crate::host::raise_descriptor_limit();
     let name = CString::new(process.threads[0].name.clone()).unwrap_or_default();
@@ -112,8 +113,11 @@ pub fn spawn(
             let (go_read, go_write) = pipe()?;
             let kept = Kept::above(executable, &descriptors, &go_read, &report_write)?;
             let orders = kept.orders(name, Some(go_write.as_raw_fd()));
-            fork_under(process.pid, clocks, &orders)?;
-            brood.add(process.pid);
+            let pid = fork_under(process.pid, means, clocks, &orders)?;
+            brood.add(pid);
+            if pid != process.pid {
+                return Err(Error::PidMissed { pid: process.pid });
+            }
             Box::new(File::from(go_write))
         }
     };
@@ -139,21 +143,27 @@ pub(crate) unsafe fn clone_under(pid: i32) -> nix::Result<i32> {
     Errno::result(r as i32)
 }
 
-/// A child of ours under that pid, with these clocks.
-fn fork_under(pid: i32, clocks: Clocks, orders: &Orders) -> Result<()> {
+/// A child of ours under that pid, with these clocks; it may turn out to have another pid, unless
+/// the kernel was told.
+fn fork_under(pid: i32, means: Means, clocks: Clocks, orders: &Orders) -> Result<i32> {
+    means.aim(pid)?;
     let r = clocks.during(|| {
         // SAFETY: the child runs `execute`, which makes nothing but system calls on memory that was
         // prepared before, and never returns.
         unsafe {
-            let r = clone_under(pid);
+            let r = match means {
+                Means::SetTid => clone_under(pid),
+                _ => {
+                    Errno::result(libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as i32)
+                }
+            };
             if r == Ok(0) {
                 orders.execute()
             }
             r
         }
     })?;
-    r.map_err(|errno| cannot_have_pid(pid, errno))?;
-    Ok(())
+    r.map_err(|errno| cannot_have_pid(pid, errno))
 }
 
 /// Lets the new process go on to its exec.
@@ -228,7 +238,7 @@ pub fn may_choose_pids(by_others: bool) -> bool {
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
     match errno {
         Errno::EEXIST => Error::refuse(pids::pid_taken(pid)),
-        Errno::EPERM => Error::refuse(pids::not_permitted(pid)),
+        Errno::EPERM => Error::refuse(pids::not_permitted(pid, "")),
         Errno::EINVAL => Error::refuse(pids::above_the_highest(pid)),
         other => Error::Restore(format!("process {pid} cannot be created: {}", other.desc())),
     }

@@ -8,6 +8,7 @@ use ckpt_tracer::features::KernelFeatures;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, faccessat};
 
+use super::next_pid;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
@@ -138,7 +139,7 @@ pub fn kernel_needs(snapshot: &Snapshot) -> Vec<KernelNeed> {
     let mut needs = vec![KernelNeed {
         feature: "clone3 with set_tid (Linux 5.5)",
         what: "pids",
-        available: |kernel| kernel.clone3,
+        available: |kernel| kernel.clone3 || next_pid::can_be_awaited(),
     }];
     if any(|m| !m.guards.is_empty()) {
         needs.push(KernelNeed {

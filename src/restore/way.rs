@@ -20,7 +20,7 @@ use crate::inspect::references;
 use crate::isolate::First;
 use crate::objects::files::changed::Cut;
 use crate::objects::vdso::{self, Replaced};
-use crate::objects::{Snapshot, credentials, ipc, processor};
+use crate::objects::{Snapshot, credentials, ipc, processor, seccomp};
 use crate::snapshot;
 
 /// An image that was read and can be believed.
@@ -52,7 +52,8 @@ pub struct Opened<'a> {
 impl Opened<'_> {
     /// In whose name files are opened, if not in ours.
     pub(super) fn rights(&self) -> Result<Option<rights::Rights>> {
-        Ok(super::host_state(&self.groups_there, &self.snapshot, self.is_ours)?.rights)
+        let means = pids::means(&self.snapshot);
+        Ok(super::host_state(&self.groups_there, means, &self.snapshot, self.is_ours)?.rights)
     }
 
     /// The work is done by that one.
@@ -61,14 +62,16 @@ impl Opened<'_> {
         self.groups_there = owner.groups.clone();
     }
 
-    /// Decides where the job would have its pids, and who would do the work.
-    pub(super) fn look_for_a_place(&mut self) -> Result<()> {
-        if let Place::Namespace(_) = pids::decide(self, Pids::Auto)?
-            && let Some(owner) = pids::namespaces(self)?.owner
-        {
+    /// Decides where the job would have its pids, and who would do the work; what stands in the way of
+    /// its pids there.
+    pub(super) fn look_for_a_place(&mut self) -> Result<Vec<Obstacle>> {
+        if let Place::Here = pids::decide(self, Pids::Auto)? {
+            return Ok(pids::in_the_way(&self.snapshot, &self.kernel, None));
+        }
+        if let Some(owner) = pids::namespaces(self)?.owner {
             self.restored_by(&owner);
         }
-        Ok(())
+        Ok(Vec::new())
     }
 
     /// The work is done in a namespace, where we are now; with `first`, that one becomes the job's root.
@@ -121,7 +124,8 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     }
     let kernel = KernelFeatures::probe();
     let verdict = processor::judge(&snapshot, &kernel.cpu);
-    let warnings = verdict.warning().into_iter().collect();
+    let fewer_filters = seccomp::surroundings::fewer_here(snapshot.filters_around());
+    let warnings = verdict.warning().into_iter().chain(fewer_filters).collect();
     let mut obstacles = verdict.obstacles;
     obstacles.extend(
         paths::apply(&request.map_paths, &mut snapshot)
@@ -193,7 +197,12 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
         snapshot,
         image,
         request,
-        super::host_state(&opened.groups_there, snapshot, opened.is_ours)?,
+        super::host_state(
+            &opened.groups_there,
+            pids::means(snapshot),
+            snapshot,
+            opened.is_ours,
+        )?,
         &opened.vdso,
     ) {
         Ok(job) => Some(job),

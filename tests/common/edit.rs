@@ -13,8 +13,9 @@ pub fn edited(case: &Case, image: &Path, name: &str, edit: impl FnOnce(&mut Snap
     let reader = Reader::open(image).expect("it was just written");
     let mut snapshot = ckpt::snapshot::read(&reader, image).expect("likewise");
     edit(&mut snapshot);
-    let header = reader.header();
-    let mut writer = Writer::new(Vec::new(), header, WriterOptions::default()).expect("to memory");
+    let mut header = reader.header().clone();
+    header.pid = snapshot.processes[0].pid as u32;
+    let mut writer = Writer::new(Vec::new(), &header, WriterOptions::default()).expect("to memory");
     let (mut data, mut scratch) = (Vec::new(), Vec::new());
     for index in 0..reader.chunks().len() {
         let read = reader.read_chunk(index, &mut data, &mut scratch);

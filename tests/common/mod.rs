@@ -3,6 +3,7 @@
 //! process from outside ([`look`]), and waiting for a state ([`wait`]).
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod container;
 pub mod edit;
 pub mod fixture;
 pub mod isolate;

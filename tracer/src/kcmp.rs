@@ -4,6 +4,7 @@
 
 use std::cmp::Ordering;
 use std::mem::{offset_of, size_of};
+use std::os::fd::RawFd;
 
 use nix::errno::Errno;
 
@@ -140,6 +141,66 @@ impl KcmpType {
     }
 }
 
+/// Which of the two calls that tell what processes share, and copy descriptors, is not permitted to us
+/// at all: by a seccomp filter (docker's default profile), or by the kernel's configuration. Tried
+/// on ourselves, whom we may always look into.
+pub fn withheld() -> Option<&'static str> {
+    let me = std::process::id() as i32;
+    // SAFETY: calls without pointers; a descriptor that is closed once. -1 is no descriptor, which is
+    // found out after permission was checked.
+    let getfd = unsafe {
+        let own = libc::syscall(libc::SYS_pidfd_open, me, 0) as i32;
+        libc::syscall(libc::SYS_pidfd_getfd, own, -1, 0);
+        let errno = Errno::last();
+        libc::close(own);
+        errno
+    };
+    if getfd != Errno::EBADF {
+        return Some("pidfd_getfd(2)");
+    }
+    compare(Tid(me), Tid(me), KcmpType::Vm)
+        .is_err()
+        .then_some("kcmp(2)")
+}
+
+/// Whether two descriptors of ours are of one open file description, without kcmp(2); `None` where that
+/// cannot be told.
+pub fn same_description(first: RawFd, second: RawFd) -> Option<bool> {
+    /// Linux 6.10.
+    const F_DUPFD_QUERY: i32 = 1024 + 3;
+    // SAFETY: a call without pointers.
+    match unsafe { libc::fcntl(first, F_DUPFD_QUERY, second) } {
+        0 => Some(false),
+        1 => Some(true),
+        _ => same_by_epoll(first, second),
+    }
+}
+
+/// An epoll set tells entries apart by number and description (`ep_find`, fs/eventpoll.c): under the same
+/// number only the same description is there already. What cannot be polled, regular files above
+/// all, is not told apart.
+fn same_by_epoll(first: RawFd, second: RawFd) -> Option<bool> {
+    // SAFETY: calls on descriptors of ours; the number that comes and goes is that of a copy of ours,
+    // and all are closed once. The set goes with its entries.
+    unsafe {
+        let set = libc::epoll_create1(libc::EPOLL_CLOEXEC);
+        let number = libc::fcntl(first, libc::F_DUPFD_CLOEXEC, 0);
+        let mut event = libc::epoll_event { events: 0, u64: 0 };
+        let mut add = || libc::epoll_ctl(set, libc::EPOLL_CTL_ADD, number, &raw mut event);
+        let mut same = None;
+        if number >= 0 && add() == 0 && libc::dup3(second, number, libc::O_CLOEXEC) == number {
+            same = match add() {
+                0 => Some(false),
+                _ if Errno::last() == Errno::EEXIST => Some(true),
+                _ => None,
+            };
+        }
+        libc::close(number);
+        libc::close(set);
+        same
+    }
+}
+
 /// Sorts candidates into groups of one identity by the given total order, N log N comparisons. The
 /// groups, and the members of each, keep the order in which they came.
 ///
@@ -242,6 +303,23 @@ mod tests {
         let fds = [&first, &second, &duplicate].map(|file| (own(), file.as_raw_fd()));
         let groups = group_files(fds.to_vec()).unwrap();
         assert_eq!(groups, [vec![fds[0], fds[2]], vec![fds[1]]]);
+    }
+
+    #[test]
+    fn descriptors_of_ours_are_told_apart_without_it() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let again = reader.try_clone().unwrap();
+        let file = File::open("/etc/passwd").unwrap();
+        let number = |fd: &dyn AsRawFd| fd.as_raw_fd();
+        for same in [same_description, same_by_epoll] {
+            assert_eq!(same(number(&reader), number(&again)), Some(true));
+            assert_eq!(same(number(&reader), number(&writer)), Some(false));
+        }
+        let copy = file.try_clone().unwrap();
+        assert_eq!(same_by_epoll(number(&file), number(&copy)), None);
+        let newer = same_description(number(&file), number(&copy));
+        assert!(matches!(newer, None | Some(true)));
+        assert_eq!(withheld().is_none(), available());
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub mod proc;
 pub mod refusal;
 pub mod remote;
 pub mod task;
+pub mod trial;
 pub mod unix_diag;
 mod vdso;
 

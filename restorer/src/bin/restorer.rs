@@ -23,7 +23,6 @@ mod blob {
     const SYS_PAUSE: u64 = 34;
     const SYS_EXIT: u64 = 60;
     const SYS_FUTEX: u64 = 202;
-    const SYS_CLONE3: u64 = 435;
     const FUTEX_WAIT: u64 = 0;
     const FUTEX_WAKE: u64 = 1;
 
@@ -60,16 +59,17 @@ mod blob {
 
     /// Creates a thread whose first instruction is `ckpt_thread_start`; only the parent returns.
     ///
-    /// SAFETY: `args` is a valid `struct clone_args` with a stack on top of which the address
-    /// of the thread's plan stands.
+    /// SAFETY: `nr` is clone or clone3, and its first two operands give the thread a stack on top of
+    /// which the address of its plan stands; no flag asks for the other operands.
     #[inline(always)]
-    unsafe fn clone3(args: u64, size: u64) -> i64 {
+    unsafe fn create(nr: u64, first: u64, second: u64) -> i64 {
         let r: i64;
         // SAFETY: in the child rax is 0 and the stack is another one; it leaves by the jump
         // and never uses anything of this frame.
         unsafe {
             asm!("syscall", "test rax, rax", "jz ckpt_thread_start",
-                 inlateout("rax") SYS_CLONE3 => r, in("rdi") args, in("rsi") size,
+                 inlateout("rax") nr => r, in("rdi") first, in("rsi") second,
+                 in("rdx") 0, in("r10") 0, in("r8") 0,
                  lateout("rcx") _, lateout("r11") _, options(nostack));
         }
         r
@@ -100,7 +100,7 @@ mod blob {
                 0
             } else if op.kind == OpKind::Thread as u32 || op.kind == OpKind::Process as u32 {
                 // SAFETY: the planner made the stack and the arguments.
-                unsafe { clone3(op.args[1], op.args[2]) }
+                unsafe { create(op.nr, op.args[1], op.args[2]) }
             } else if op.kind == OpKind::Unless as u32 {
                 // SAFETY: the planner gave the address of the envoy's plan.
                 let parked =

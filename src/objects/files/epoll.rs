@@ -9,8 +9,8 @@ use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Look, Staging};
-use crate::capture::source::{Collector, Source};
+use super::{Kind, Look, Staging, WITHHELD_REMEDY, sys};
+use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::process::Process;
@@ -55,7 +55,14 @@ pub fn capture_entries(
         for target in targets {
             // One number may have been added for several descriptions, one after the other.
             let turn = seen.entry(target.tfd).or_default();
-            let found = find(looks, set, target, *turn)?;
+            let found = match collector.copies {
+                Copies::Lent(_) if targets.iter().filter(|t| t.tfd == target.tfd).count() > 1 => {
+                    collector.obstacles.push(untold(set, sources, target));
+                    continue;
+                }
+                Copies::Lent(_) => find_by_adding(looks, set, target)?,
+                _ => find(looks, set, target, *turn)?,
+            };
             *turn += 1;
             match found {
                 Some(at) => entries.push(Entry {
@@ -82,12 +89,45 @@ pub fn capture_entries(
     Ok(())
 }
 
-fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
+/// Without kcmp(2): a set refuses to take a description under a number under which it has it
+/// (EEXIST).
+fn find_by_adding(looks: &[Look], set: &Look, target: &EpollTarget) -> Result<Option<usize>> {
+    for at in candidates(looks, set, target) {
+        let asked = sys::epoll_has(&set.copy, &looks[at].copy, target.tfd);
+        if asked.map_err(|errno| Error::Kernel {
+            call: "epoll_ctl",
+            object: format!("an epoll set, about fd {}", target.tfd),
+            errno,
+        })? {
+            return Ok(Some(at));
+        }
+    }
+    Ok(None)
+}
+
+fn untold(set: &Look, sources: &[&Source], target: &EpollTarget) -> Obstacle {
+    Obstacle::new(
+        set.object(sources[set.process]),
+        format!(
+            "is an epoll set that watches several files as fd {}, and which is which cannot be told \
+             where kcmp(2) is not permitted",
+            target.tfd
+        ),
+        WITHHELD_REMEDY,
+    )
+}
+
+/// Descriptions of the watched inode, the obvious one first.
+fn candidates(looks: &[Look], set: &Look, target: &EpollTarget) -> Vec<usize> {
     let mut candidates: Vec<usize> = (0..looks.len())
         .filter(|&i| looks[i].stat.st_ino == target.ino)
         .collect();
     candidates.sort_by_key(|&i| (looks[i].process != set.process, looks[i].fd != target.tfd));
-    for at in candidates {
+    candidates
+}
+
+fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
+    for at in candidates(looks, set, target) {
         let what = KcmpType::EpollTfd {
             fd: looks[at].fd,
             efd: set.fd,

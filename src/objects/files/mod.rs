@@ -37,7 +37,7 @@ use rebuild::reopen_flags;
 pub use rebuild::{
     Staging, complete_descriptions, named, number, open_descriptions, place, rebuild_owners, seal,
 };
-pub use survey::{Look, Seen, Survey};
+pub use survey::{Look, Seen, Survey, WITHHELD_REMEDY};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
@@ -136,7 +136,13 @@ pub fn capture(
     let ourselves = Source::open(Pid(std::process::id() as i32))?;
     let seen_in_job = survey.looks.len();
     for copy in &found.in_flight {
-        let look = Look::at(&ourselves, sources.len(), copy.as_raw_fd())?;
+        let fd = copy.as_raw_fd();
+        let own = copy.try_clone().map_err(|source| crate::Error::File {
+            what: "copy",
+            path: "a descriptor in flight".into(),
+            source,
+        })?;
+        let look = Look::with(own, &ourselves, sources.len(), fd)?;
         survey.looks.push(look);
     }
     let mut sources = sources.to_vec();
@@ -177,6 +183,34 @@ pub fn capture(
         seen.iter().map(entry).collect()
     });
     Ok(entries.collect())
+}
+
+/// Finds what stands in the way as far as it can be seen without copies of the descriptors: what a file
+/// is, but not what is in it. The rest is found when the job is frozen.
+pub fn judge_by_sight(
+    sources: &[&Source],
+    survey: &Survey,
+    collector: &mut Collector,
+) -> Vec<Vec<FdEntry>> {
+    const KNOWN: [&str; 5] = ["eventfd", "signalfd", "timerfd", "eventpoll", "inotify"];
+    for look in &survey.looks {
+        let what = match &look.link {
+            FdLink::AnonInode(name) if !KNOWN.contains(&name.as_str()) => {
+                format!("an {name} descriptor")
+            }
+            FdLink::Namespace(..) | FdLink::Other(_) => "a file of an unknown kind".to_owned(),
+            FdLink::File { .. } if look.file_type() == libc::S_IFBLK && !look.is_path() => {
+                "a block device".to_owned()
+            }
+            _ => continue,
+        };
+        collector.obstacles.push(Obstacle::new(
+            look.object(sources[look.process]),
+            format!("is {what} ({}), which is not supported", look.name()),
+            "close it before the checkpoint",
+        ));
+    }
+    vec![Vec::new(); sources.len()]
 }
 
 fn kind(

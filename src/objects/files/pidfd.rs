@@ -275,6 +275,7 @@ mod tests {
         let mut plan = Builder::new(
             0,
             HostState {
+                means: Default::default(),
                 credentials: Default::default(),
                 scheduling: Default::default(),
                 held: Default::default(),

@@ -2,9 +2,9 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use ckpt_tracer::kcmp::{KcmpType, kcmp};
+use ckpt_tracer::kcmp::{KcmpType, kcmp, same_description};
 use ckpt_tracer::proc::fdinfo::{self, FdInfo};
 use ckpt_tracer::proc::fdlink::{self, FdLink};
 use ckpt_tracer::{Error, Result, Tid};
@@ -12,7 +12,8 @@ use nix::errno::Errno;
 
 use super::regular::{Lock, LockKind};
 use super::{Owner, sys};
-use crate::capture::source::Source;
+use crate::capture::source::{Copies, Source};
+use crate::error::Obstacle;
 
 /// All descriptors of a job.
 pub struct Survey {
@@ -61,8 +62,9 @@ impl Survey {
     /// Looks at every descriptor of every process.
     ///
     /// # Errors
-    /// [`Error::Kernel`] of pidfd_getfd(2) or kcmp(2), above all EPERM; [`Error::Proc`].
-    pub fn of(sources: &[&Source]) -> Result<Self> {
+    /// [`Error::Kernel`] of pidfd_getfd(2) or kcmp(2), above all EPERM; [`Error::Proc`]. A refusal where
+    /// it cannot be told which descriptions there are.
+    pub fn of(sources: &[&Source], copies: &Copies) -> crate::Result<Self> {
         let mut survey = Self {
             looks: Vec::new(),
             seen: Vec::with_capacity(sources.len()),
@@ -72,8 +74,8 @@ impl Survey {
         for (process, source) in sources.iter().enumerate() {
             let mut seen = Vec::new();
             for fd in fdlink::list_fds(source.dir.clone())? {
-                match Look::at(source, process, fd) {
-                    Ok(look) => seen.push(survey.enter(look, &mut alike)?),
+                match Look::by(copies, source, process, fd) {
+                    Ok(look) => seen.push(survey.enter(look, copies, sources, &mut alike)?),
                     // Closed meanwhile; only possible while the process runs (`ckpt check`).
                     Err(Error::Kernel {
                         errno: Errno::EBADF,
@@ -81,7 +83,7 @@ impl Survey {
                     }) => {}
                     Err(Error::Proc { source: e, .. })
                         if e.kind() == std::io::ErrorKind::NotFound => {}
-                    Err(e) => return Err(e),
+                    Err(e) => return Err(e.into()),
                 }
             }
             survey.seen.push(seen);
@@ -95,7 +97,13 @@ impl Survey {
         seen.any(|s| s.look == look && s.fd <= 2)
     }
 
-    fn enter(&mut self, mut look: Look, alike: &mut HashMap<Alike, Vec<usize>>) -> Result<Seen> {
+    fn enter(
+        &mut self,
+        mut look: Look,
+        copies: &Copies,
+        sources: &[&Source],
+        alike: &mut HashMap<Alike, Vec<usize>>,
+    ) -> crate::Result<Seen> {
         let (posix, others) = std::mem::take(&mut look.info.locks)
             .into_iter()
             .partition(|l| l.kind == "POSIX");
@@ -117,7 +125,21 @@ impl Survey {
             look.info.pos,
         );
         let candidates = alike.entry(key).or_default();
-        let (mut low, mut high) = (0, candidates.len());
+        let (mut low, mut high) = match copies {
+            Copies::Taken => (0, candidates.len()),
+            // Each is one of its own for whoever only looks.
+            Copies::None => (0, 0),
+            Copies::Lent(_) => {
+                for &candidate in candidates.iter() {
+                    let other = &self.looks[candidate];
+                    if same(&look, other).ok_or_else(|| untold(&look, other, sources))? {
+                        seen.look = candidate;
+                        return Ok(seen);
+                    }
+                }
+                (0, 0)
+            }
+        };
         while low < high {
             let middle = low + (high - low) / 2;
             let other = &self.looks[candidates[middle]];
@@ -128,7 +150,7 @@ impl Survey {
                 }
                 Ok(Ordering::Less) => high = middle,
                 Ok(Ordering::Greater) => low = middle + 1,
-                Err(e) => return Err(e),
+                Err(e) => return Err(e.into()),
             }
         }
         candidates.insert(low, self.looks.len());
@@ -137,9 +159,58 @@ impl Survey {
     }
 }
 
+fn same(look: &Look, other: &Look) -> Option<bool> {
+    same_description(look.copy.as_raw_fd(), other.copy.as_raw_fd())
+}
+
+fn untold(look: &Look, other: &Look, sources: &[&Source]) -> crate::Error {
+    crate::Error::refuse(Obstacle::new(
+        look.object(sources[look.process]),
+        format!(
+            "may be a duplicate of fd {} of process {} or opened by itself, which cannot be told here: \
+             kcmp(2) is not permitted, and Linux is older than 6.10",
+            other.fd, sources[other.process].pid
+        ),
+        WITHHELD_REMEDY,
+    ))
+}
+
+/// What permits kcmp(2) and pidfd_getfd(2) in a container.
+pub const WITHHELD_REMEDY: &str =
+    "start the container with --cap-add SYS_PTRACE, or run ckpt as root outside of its filters";
+
 impl Look {
+    /// A look by the copy that there is.
+    fn by(copies: &Copies, source: &Source, process: usize, fd: i32) -> Result<Self> {
+        match copies {
+            Copies::Taken => Self::at(source, process, fd),
+            Copies::None => {
+                let copy = source.dir.join("fd").join(fd.to_string());
+                let copy = sys::handle(&copy).map_err(|e| Error::Proc {
+                    path: copy,
+                    source: e.into(),
+                })?;
+                Self::with(copy, source, process, fd)
+            }
+            Copies::Lent(all) => {
+                let copy = all.get(&(source.pid, fd)).map(OwnedFd::try_clone);
+                let gone = || std::io::Error::from_raw_os_error(libc::EBADF);
+                let copy = copy.unwrap_or_else(|| Err(gone()));
+                let copy = copy.map_err(|e| Error::Kernel {
+                    call: "recvmsg",
+                    object: format!("fd {fd} of process {}", source.pid),
+                    errno: Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)),
+                })?;
+                Self::with(copy, source, process, fd)
+            }
+        }
+    }
+
     pub(super) fn at(source: &Source, process: usize, fd: i32) -> Result<Self> {
-        let copy = source.pidfd.get_fd(fd)?;
+        Self::with(source.pidfd.get_fd(fd)?, source, process, fd)
+    }
+
+    pub(super) fn with(copy: OwnedFd, source: &Source, process: usize, fd: i32) -> Result<Self> {
         let stat = sys::fstat(&copy).map_err(|errno| Error::Kernel {
             call: "fstat",
             object: format!("fd {fd} of process {}", source.pid),

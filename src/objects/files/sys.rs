@@ -17,6 +17,15 @@ pub fn fstat(fd: &impl AsRawFd) -> Result<libc::stat, Errno> {
     Errno::result(r).map(|_| stat)
 }
 
+/// A handle of what a path leads to, which opens nothing (`O_PATH`).
+pub fn handle(path: &Path) -> Result<OwnedFd, Errno> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `path` is a C string.
+    let fd = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
+    // SAFETY: the kernel just gave us this descriptor.
+    Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// `F_GETOWN_EX`: kind and id of who gets SIGIO.
 pub fn owner(fd: &OwnedFd) -> Option<(i32, i32)> {
     const F_GETOWN_EX: i32 = 16;
@@ -223,6 +232,52 @@ pub fn pidfd_of_nobody(status: i32, flags: u32) -> Result<OwnedFd, Errno> {
     unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd? as i32) })
+}
+
+/// Whether an epoll set watches that description under that number. It is asked by adding it, which the set
+/// refuses if it has it; if it does not, what was added is taken out again. That is done by
+/// a child, in a session of its own and without any signal, so that it is done to the end also if we are
+/// killed.
+pub fn epoll_has(set: &OwnedFd, description: &OwnedFd, number: i32) -> Result<bool, Errno> {
+    const ADDED: i32 = 0;
+    const HAD: i32 = 1;
+    const FAILED: i32 = 100;
+    // SAFETY: the child makes only system calls, on its own table of descriptors, and never returns from
+    // here.
+    let pid = Errno::result(unsafe { libc::fork() })?;
+    if pid == 0 {
+        // SAFETY: as above.
+        unsafe {
+            libc::setsid();
+            let all = u64::MAX;
+            let how = libc::SIG_SETMASK;
+            libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, 0, 8);
+            // Neither of the two may be in the place of the number.
+            let above = number.saturating_add(1);
+            let set = libc::fcntl(set.as_raw_fd(), libc::F_DUPFD_CLOEXEC, above);
+            let watched = libc::dup2(description.as_raw_fd(), number);
+            let mut event = libc::epoll_event { events: 0, u64: 0 };
+            let event = &raw mut event;
+            let answer = match () {
+                () if set < 0 || watched != number => FAILED + *libc::__errno_location(),
+                () if libc::epoll_ctl(set, libc::EPOLL_CTL_ADD, number, event) == 0 => {
+                    libc::epoll_ctl(set, libc::EPOLL_CTL_DEL, number, event);
+                    ADDED
+                }
+                () if *libc::__errno_location() == libc::EEXIST => HAD,
+                () => FAILED + *libc::__errno_location(),
+            };
+            libc::_exit(answer)
+        }
+    }
+    let mut status = 0;
+    // SAFETY: a child of ours; the kernel writes one int.
+    Errno::result(unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) })?;
+    match libc::WEXITSTATUS(status) {
+        ADDED if libc::WIFEXITED(status) => Ok(false),
+        HAD => Ok(true),
+        code => Err(Errno::from_raw(code - FAILED)),
+    }
 }
 
 /// Waits until every writer of a pipe has gone.

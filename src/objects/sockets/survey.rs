@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use ckpt_tracer::kcmp::{KcmpType, kcmp};
+use ckpt_tracer::kcmp::{KcmpType, kcmp, same_description};
 use ckpt_tracer::{Tid, unix_diag};
 use serde_bytes::ByteBuf;
 
@@ -130,7 +130,14 @@ impl Known {
         let (device, inode, raw) = Self::entry(fd);
         let me = Tid(std::process::id() as i32);
         for (number, (d, i, other)) in self.all.iter().enumerate() {
-            if (*d, *i) == (device, inode) && kcmp(me, me, KcmpType::File(raw, *other))?.is_eq() {
+            if (*d, *i) != (device, inode) {
+                continue;
+            }
+            let same = match same_description(raw, *other) {
+                Some(same) => same,
+                None => kcmp(me, me, KcmpType::File(raw, *other))?.is_eq(),
+            };
+            if same {
                 return Ok((number, false));
             }
         }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use ckpt_restorer::{Op, OpKind};
 
+use super::super::next_pid::Means;
 use super::{Inherit, Stage};
 
 /// Operations of one thread, with the object each belongs to.
@@ -47,6 +48,10 @@ pub struct Plan {
     pub(super) parts: HashMap<i32, Part>,
     /// Number of a list, index of an operation in it.
     pub(super) stages: Vec<(usize, usize, Stage)>,
+    /// How its tasks come by their ids.
+    pub means: Means,
+    /// Likewise of operations before which the tracer sees to an id, and that id.
+    pub(super) aims: Vec<(usize, usize, i32)>,
     pub(super) lists: Vec<(u64, List)>,
     pub(super) objects: Vec<String>,
 }
@@ -54,9 +59,7 @@ pub struct Plan {
 impl Plan {
     /// The operation at an address: its text, and the object that it belongs to.
     pub fn operation_at(&self, address: u64) -> Option<(String, &str)> {
-        let (base, list) = self.lists.iter().find(|(base, list)| {
-            (*base..*base + (list.ops.len() * size_of::<Op>()) as u64).contains(&address)
-        })?;
+        let (base, list) = self.list_at(address)?;
         let index = ((address - base) / size_of::<Op>() as u64) as usize;
         Some((
             describe(&list.ops[index]),
@@ -73,6 +76,27 @@ impl Plan {
     pub fn stage_at(&self, part: Part, index: u64) -> Option<Stage> {
         let is = |(list, at, _): &&(usize, usize, Stage)| *list == part.list && *at as u64 == index;
         self.stages.iter().find(is).map(|(_, _, stage)| *stage)
+    }
+
+    /// The id that the next operation of that part is to give to whom it creates, where the tracer
+    /// has to see to it.
+    pub fn aim_at(&self, part: Part, index: u64) -> Option<i32> {
+        let is = |(list, at, _): &&(usize, usize, i32)| *list == part.list && *at as u64 == index;
+        self.aims.iter().find(is).map(|(_, _, id)| *id)
+    }
+
+    /// Whether the operation at an address was to create a task and has created one with another id.
+    pub fn missed_at(&self, address: u64, answer: i64) -> Option<i32> {
+        let (base, list) = self.list_at(address)?;
+        let op = &list.ops[((address - base) / size_of::<Op>() as u64) as usize];
+        let creates = [OpKind::Thread as u32, OpKind::Process as u32].contains(&op.kind);
+        (creates && answer > 0 && self.means != Means::SetTid).then_some(op.expect as i32)
+    }
+
+    fn list_at(&self, address: u64) -> Option<&(u64, List)> {
+        self.lists.iter().find(|(base, list)| {
+            (*base..*base + (list.ops.len() * size_of::<Op>()) as u64).contains(&address)
+        })
     }
 
     /// The whole plan as text, one operation a line, threads after the first one's list.
@@ -97,10 +121,10 @@ fn syscall_name(nr: u64) -> String {
 
 fn describe(op: &Op) -> String {
     if op.kind == OpKind::Thread as u32 {
-        return format!("clone3(thread {})", op.expect);
+        return format!("{}(thread {})", syscall_name(op.nr), op.expect);
     }
     if op.kind == OpKind::Process as u32 {
-        return format!("clone3(process {})", op.expect);
+        return format!("{}(process {})", syscall_name(op.nr), op.expect);
     }
     if op.kind == OpKind::Trap as u32 {
         return "hand over to the tracer".into();

@@ -1,0 +1,176 @@
+//! Descriptors and sharing where pidfd_getfd(2) or kcmp(2) is withheld, as in a container: each process
+//! of the frozen job hands out its descriptors itself, and while it does, whoever else shows its
+//! marks shares its table or its directories with it ([`ckpt_tracer::remote::lend`]).
+//!
+//! Such sharing is refused here, between processes and between threads, since not everything
+//! about it can be told in this way (whether signal actions are shared, for instance).
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use ckpt_tracer::proc::ProcRoot;
+use ckpt_tracer::proc::fdlink::{FdLink, list_fds, read_fd_link};
+use ckpt_tracer::proc::maps::read_maps;
+use ckpt_tracer::proc::status::{read_status, read_task};
+use ckpt_tracer::remote::lend::{self, Borrower, Marks};
+use ckpt_tracer::remote::{Cave, RemoteCalls};
+use ckpt_tracer::task::Stopped;
+use ckpt_tracer::{Pid, RemoteAddr, Tid};
+
+use super::source::{Copies, Source};
+use crate::error::{Error, Obstacle, Result};
+use crate::job::FrozenJob;
+use crate::objects::files::WITHHELD_REMEDY;
+use crate::objects::ipc;
+
+/// Borrows all descriptors of the job; `withheld` is the call that would do.
+///
+/// # Errors
+/// [`Error::Refused`] where something is shared that cannot be told apart, or a process cannot be asked.
+pub(super) fn all(job: &mut FrozenJob, sources: &[Source], withheld: &str) -> Result<Copies> {
+    if !ipc::no_semaphores() {
+        return Err(refused(
+            &sources[0],
+            "whether its adjustments of System V semaphores are its own cannot be told",
+            withheld,
+        ));
+    }
+    let borrower = Borrower::new()?;
+    let mut copies = HashMap::new();
+    for (index, frozen) in job.processes.iter_mut().enumerate() {
+        let source = &sources[index];
+        let stopped = frozen.stopped_by().is_some();
+        let fds = list_fds(source.dir.clone())?;
+        let mut shared = None;
+        let lent = borrow(
+            frozen.tasks_mut(),
+            stopped,
+            source,
+            &fds,
+            &borrower,
+            &mut |marks| {
+                shared = shared.take().or_else(|| who_shares(index, sources, marks));
+            },
+        );
+        let lent = lent?;
+        if let Some(what) = shared {
+            return Err(refused(source, &what, withheld));
+        }
+        copies.extend(lent.into_iter().map(|(fd, copy)| ((source.pid, fd), copy)));
+    }
+    Ok(Copies::Lent(copies))
+}
+
+fn refused(source: &Source, what: &str, withheld: &str) -> Error {
+    Error::refuse(Obstacle::new(
+        source.title(),
+        format!("cannot be captured where {withheld} is not permitted: {what}"),
+        WITHHELD_REMEDY,
+    ))
+}
+
+/// What the marks are looked for in.
+struct Marked {
+    marks: Marks,
+    /// The link of the mark's descriptor.
+    link: FdLink,
+    /// Where there is memory now that was none.
+    memory: RemoteAddr,
+}
+
+fn borrow(
+    tasks: &mut [Stopped],
+    stopped: bool,
+    source: &Source,
+    fds: &[i32],
+    borrower: &Borrower,
+    look: &mut dyn FnMut(Marked),
+) -> ckpt_tracer::Result<Vec<(i32, OwnedFd)>> {
+    let vmas = read_maps(source.dir.clone())?;
+    let taken = vmas.iter().map(|v| (v.start, v.end));
+    let scratch = crate::holes::find(taken, lend::SCRATCH);
+    let scratch = RemoteAddr(scratch.ok_or(ckpt_tracer::Error::NoCodeCave {
+        pid: source.pid,
+        need: lend::SCRATCH as usize,
+    })?);
+    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(tasks, stopped);
+    let leader = tasks.first_mut().ok_or(ckpt_tracer::Error::Died {
+        tid: source.pid.leader(),
+    })?;
+    let umask = read_status(source.dir.clone())?.umask.unwrap_or(0o022);
+    let mut calls = RemoteCalls::begin(leader, &cave, scratch, lend::SCRATCH)?;
+    let mut lent = Vec::with_capacity(fds.len());
+    // Once also without any descriptor, for what is shared.
+    let mut rest = fds;
+    loop {
+        let (some, more) = rest.split_at(rest.len().min(lend::AT_ONCE));
+        let copies = borrower.borrow(&mut calls, some, umask, &mut |marks| {
+            let link = read_fd_link(source.dir.clone(), marks.fd)?;
+            look(Marked {
+                marks,
+                link,
+                memory: scratch,
+            });
+            Ok(())
+        })?;
+        lent.extend(some.iter().copied().zip(copies));
+        rest = more;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    calls.finish()?;
+    cave.fill_in()?;
+    Ok(lent)
+}
+
+/// Whoever shares with that process, or does not, other than is usual; as the second half of a sentence.
+fn who_shares(index: usize, sources: &[Source], marked: Marked) -> Option<String> {
+    let source = &sources[index];
+    let threads = ckpt_tracer::proc::tasks::list_tasks(source.pid).unwrap_or_default();
+    for tid in threads {
+        let fd = source
+            .dir
+            .join(format!("task/{tid}/fd/{}", marked.marks.fd));
+        if std::fs::symlink_metadata(fd).is_err() {
+            return Some(format!(
+                "its thread {tid} has a table of descriptors of its own"
+            ));
+        }
+        if !has_umask(source.pid, tid, marked.marks.umask) {
+            return Some(format!(
+                "its thread {tid} has a working directory of its own"
+            ));
+        }
+    }
+    let shares = |what: &str, pid: Pid| Some(format!("it shares its {what} with process {pid}"));
+    for other in sources.iter().filter(|other| other.pid != source.pid) {
+        let seen_by = |source: &Source| source.mem.read_array::<1024>(marked.memory).ok();
+        if seen_by(source).is_some_and(|bytes| seen_by(other) == Some(bytes)) {
+            return shares("memory", other.pid);
+        }
+        if shows(other.pid, &marked) {
+            return shares("table of descriptors", other.pid);
+        }
+        if other.status.umask == source.status.umask
+            && has_umask(other.pid, other.pid.leader(), marked.marks.umask)
+        {
+            return shares("working directory", other.pid);
+        }
+    }
+    let parent = source.status.ppid;
+    let outside = !sources.iter().any(|s| s.pid == parent);
+    match outside && shows(parent, &marked) {
+        true => shares("table of descriptors", parent),
+        false => None,
+    }
+}
+
+fn shows(pid: Pid, marked: &Marked) -> bool {
+    let dir = ProcRoot::default().process(pid);
+    read_fd_link(dir, marked.marks.fd).is_ok_and(|link| link == marked.link)
+}
+
+fn has_umask(pid: Pid, tid: Tid, umask: u32) -> bool {
+    read_task(pid, tid).is_ok_and(|status| status.umask == Some(umask))
+}

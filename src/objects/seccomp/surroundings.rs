@@ -1,0 +1,206 @@
+//! Filters of the surroundings: those that a container's runtime gave to its first process, and that
+//! everything in it has inherited.
+//!
+//! A task under filters of its own could be killed by them on a call that is made in it from
+//! outside, and who has no CAP_SYS_ADMIN in the first user namespace can neither suspend filters nor read
+//! them. But in a container everybody is under filters, ckpt included. Where the filters of the job
+//! are ours, they need not be suspended, nor stored: what kills there kills here first, and a
+//! restore in such surroundings brings the job back under them.
+//!
+//! When are they ours? Filters are inherited by fork and exec and can only be added, so a process
+//! has all those of the one that it descends from. We take the filters of a task for ours when
+//! three numbers are the same (`Seccomp_filters`, Linux 5.9): the task's, ours, and that of process 1 of
+//! our pid namespace. Then neither the job nor we have added any to those that process 1 has.
+//! What is assumed is that the job and we have our filters from process 1, or, when a runtime has
+//! brought somebody into the container later (`docker exec`), that it gave everybody the same.
+//! Somebody who enters a container past its runtime, under other filters of the same number, is not
+//! told apart; docs/limits.md says so.
+//!
+//! Then each call that would be made inside of the job is made by a child of ours first, so that a
+//! filter that kills (or traps) finds nobody else ([`ckpt_tracer::trial`]). One that only refuses makes the
+//! checkpoint fail, and the job goes on.
+
+use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::{Held, Use};
+use ckpt_tracer::proc::status::{Status, read_status};
+use ckpt_tracer::trial;
+
+/// What is known of the filters around us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Surroundings {
+    /// We may suspend and read filters, so it does not matter whose they are.
+    Master,
+    /// All in our pid namespace have as many, and none of them kills on our calls.
+    Same(u32),
+    /// We are under none, and may not suspend those of others.
+    Outside,
+    /// A task under filters is not to be touched, for this reason.
+    Unclear(String),
+}
+
+/// How a process comes to be without filters, or with fewer than process 1.
+const REMEDY: &str = "run ckpt as root outside of the filters (docker exec --privileged)";
+
+impl Surroundings {
+    /// Looks; a child is created where we are under filters.
+    pub fn look() -> Self {
+        if may_suspend() {
+            return Surroundings::Master;
+        }
+        let of = |pid: i32| read_status(Pid(pid)).ok();
+        let Some(me) = of(std::process::id() as i32) else {
+            return Surroundings::Outside;
+        };
+        match counted(&me, of(1).as_ref()) {
+            Surroundings::Same(count) => match trial::deadly_call() {
+                None => Surroundings::Same(count),
+                Some(call) => Surroundings::Unclear(format!(
+                    "is under seccomp filters that kill whoever calls {call}, as a child of ckpt has \
+                     found out"
+                )),
+            },
+            other => other,
+        }
+    }
+
+    /// Why nothing may be executed in the task, and what helps.
+    pub fn in_the_way(&self, task: &Status) -> Option<(String, &'static str)> {
+        const COULD_KILL: &str = "which could kill it on a call made from outside";
+        match (task.seccomp, self) {
+            (None | Some(0), _) => None,
+            (Some(1), _) => {
+                let reason = "is under strict seccomp, which is not supported";
+                Some((reason.into(), "run ckpt as root"))
+            }
+            (_, Surroundings::Master) => None,
+            (_, Surroundings::Same(around)) => match task.seccomp_filters.unwrap_or(u32::MAX) {
+                own if own == *around => None,
+                own => Some((
+                    format!(
+                        "has {}, where process 1 and ckpt have {around}: it has filters of its own, \
+                         {COULD_KILL}",
+                        filters(own)
+                    ),
+                    REMEDY,
+                )),
+            },
+            (_, Surroundings::Outside) => Some((
+                format!(
+                    "has seccomp filters, {COULD_KILL}; suspending them needs {}",
+                    Use::SuspendSeccomp
+                ),
+                "run ckpt as root",
+            )),
+            (_, Surroundings::Unclear(why)) => Some((why.clone(), REMEDY)),
+        }
+    }
+}
+
+/// Whether our filters are those of process 1, going by their number.
+fn counted(me: &Status, first: Option<&Status>) -> Surroundings {
+    if me.seccomp != Some(2) {
+        return Surroundings::Outside;
+    }
+    match (
+        me.seccomp_filters,
+        first.and_then(|first| first.seccomp_filters),
+    ) {
+        (Some(mine), Some(its)) if mine == its => Surroundings::Same(mine),
+        (Some(mine), Some(its)) => Surroundings::Unclear(format!(
+            "has seccomp filters, and whose they are cannot be told: ckpt is under {} and process 1 \
+             under {its}",
+            filters(mine)
+        )),
+        _ => Surroundings::Unclear(
+            "has seccomp filters, and how many is not told here (Linux 5.9, a /proc that shows \
+             process 1)"
+                .into(),
+        ),
+    }
+}
+
+fn filters(count: u32) -> String {
+    match count {
+        1 => "1 seccomp filter".into(),
+        u32::MAX => "an unknown number of seccomp filters".into(),
+        _ => format!("{count} seccomp filters"),
+    }
+}
+
+/// `PTRACE_O_SUSPEND_SECCOMP` wants CAP_SYS_ADMIN in the first user namespace, and a tracer that is
+/// not under seccomp itself (`check_ptrace_options`, kernel/ptrace.c).
+pub fn may_suspend() -> bool {
+    let me = read_status(Pid(std::process::id() as i32));
+    Held::now().allows(Use::SuspendSeccomp) && me.is_ok_and(|s| s.seccomp != Some(2))
+}
+
+/// What is to be told of a job that was under so many filters of its surroundings at the
+/// checkpoint: it goes on with fewer restrictions than it had.
+pub fn fewer_here(then: u32) -> Option<String> {
+    let me = read_status(Pid(std::process::id() as i32)).ok()?;
+    let now = match me.seccomp {
+        Some(2) => me.seccomp_filters?,
+        _ => 0,
+    };
+    (now < then).then(|| {
+        format!(
+            "the job was under {} of its surroundings (a container's, say), and is under {now} here: \
+             calls that were forbidden to it are not any more",
+            filters(then)
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(mode: u32, count: Option<u32>) -> Status {
+        let mut status = read_status(Pid(std::process::id() as i32)).expect("we are alive");
+        status.seccomp = Some(mode as _);
+        status.seccomp_filters = count;
+        status
+    }
+
+    #[test]
+    fn filters_are_ours_only_when_all_have_as_many() {
+        let all = |me, first| counted(&me, Some(&first));
+        assert_eq!(
+            all(status(2, Some(1)), status(2, Some(1))),
+            Surroundings::Same(1)
+        );
+        assert_eq!(
+            all(status(0, Some(0)), status(2, Some(1))),
+            Surroundings::Outside
+        );
+        for (me, first) in [
+            (status(2, Some(2)), status(2, Some(1))),
+            (status(2, Some(1)), status(0, Some(0))),
+            (status(2, None), status(2, None)),
+        ] {
+            assert!(matches!(all(me, first), Surroundings::Unclear(_)));
+        }
+        assert!(matches!(
+            counted(&status(2, Some(1)), None),
+            Surroundings::Unclear(_)
+        ));
+    }
+
+    #[test]
+    fn a_filter_of_its_own_is_in_the_way() {
+        let same = Surroundings::Same(1);
+        assert_eq!(same.in_the_way(&status(2, Some(1))), None);
+        assert_eq!(same.in_the_way(&status(0, Some(0))), None);
+        for own in [status(2, Some(2)), status(2, Some(0)), status(2, None)] {
+            let (reason, _) = same.in_the_way(&own).expect("it is not ours");
+            assert!(reason.contains("filters of its own"), "{reason}");
+        }
+        assert!(same.in_the_way(&status(1, None)).is_some());
+        assert!(
+            Surroundings::Outside
+                .in_the_way(&status(2, Some(1)))
+                .is_some()
+        );
+        assert_eq!(Surroundings::Master.in_the_way(&status(2, Some(3))), None);
+    }
+}

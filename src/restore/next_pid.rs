@@ -1,0 +1,245 @@
+//! How a new task comes by a chosen id, and which ways there are for us.
+//!
+//! 1. clone3(2) is told the id (`set_tid`): with CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
+//! 2. The kernel is told which id it gave last (`/proc/sys/kernel/ns_last_pid`), and gives the next: with
+//!    the same capabilities, where clone3 is withheld (docker's seccomp profile) but that file
+//!    is not.
+//! 3. Ids are given in ascending order, and begin again at 300 behind the highest
+//!    (`alloc_pid`, kernel/pid.c). So children that end at once take all ids up to the wanted one: without
+//!    any privilege. Ids below 300 come only once in the life of a pid namespace.
+//!
+//! With 2 and 3 somebody else may be given the id in the moment before the task is created. That is
+//! seen, and the restore is begun anew ([`Error::PidMissed`]).
+#![allow(unsafe_code)]
+
+use std::arch::asm;
+use std::fs;
+
+use ckpt_tracer::features::KernelFeatures;
+use nix::errno::Errno;
+
+use super::spawn::may_choose_pids;
+use crate::error::{Error, Result};
+
+const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
+/// Below, the kernel gives ids only once (`RESERVED_PIDS`, kernel/pid.c).
+const RESERVED: i32 = 300;
+/// Children for one wanted id, or for all of a job: some 25 µs each, up to four times that on a busy
+/// machine.
+const PATIENCE: u64 = 500_000;
+
+/// The way that is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Means {
+    /// clone3 is told.
+    #[default]
+    SetTid,
+    /// The kernel is told what was last.
+    LastPid,
+    /// All ids before it are taken.
+    Turns,
+}
+
+impl Means {
+    /// The best one for us; `by_others`: also for children that were executed by our children.
+    pub fn here(by_others: bool) -> Self {
+        if may_choose_pids(by_others) {
+            Means::SetTid
+        } else if may_set_last() {
+            Means::LastPid
+        } else {
+            Means::Turns
+        }
+    }
+
+    /// Sees to it that the next task that is created in our pid namespace gets this id.
+    ///
+    /// # Errors
+    /// [`Error::PidMissed`] when it cannot be brought about.
+    pub fn aim(self, wanted: i32) -> Result<()> {
+        let done = match self {
+            Means::SetTid => true,
+            Means::LastPid => fs::write(LAST_PID, (wanted - 1).to_string()).is_ok(),
+            Means::Turns => take_turns(wanted),
+        };
+        done.then_some(()).ok_or(Error::PidMissed { pid: wanted })
+    }
+}
+
+/// How many ids are taken in vain until tasks with these ids have been created one after the other;
+/// `Err` is the first that cannot be reached at all, and the last id that was given.
+pub fn turns(order: &[i32]) -> Result<u64, (i32, i32)> {
+    let mut last = last_pid().unwrap_or(i32::MAX);
+    let highest = highest();
+    let mut all = 0;
+    for &wanted in order {
+        all += distance(last, wanted, highest).ok_or((wanted, last))?;
+        last = wanted;
+    }
+    Ok(all)
+}
+
+/// Whether it can be told which id comes next.
+pub fn can_be_awaited() -> bool {
+    last_pid().is_some()
+}
+
+/// Whether so many turns can be waited for.
+pub fn is_bearable(turns: u64) -> bool {
+    turns <= PATIENCE
+}
+
+/// Where ids can only be awaited, takes those that come only once: whoever is created now can have its
+/// id again, in this pid namespace and in a new one.
+pub fn leave_the_first_ids() {
+    let early = last_pid().is_some_and(|last| last <= RESERVED);
+    if early && Means::here(false) == Means::Turns && !KernelFeatures::probe().pid_namespace {
+        take_turns(RESERVED + ROOM);
+    }
+}
+
+/// A restore in a new namespace takes some ids before the job's.
+const ROOM: i32 = 50;
+
+/// Ids between the last one that was given and the wanted one.
+fn distance(last: i32, wanted: i32, highest: i32) -> Option<u64> {
+    match wanted {
+        _ if wanted > last => Some((wanted - last - 1) as u64),
+        _ if wanted < RESERVED => None,
+        _ => Some((highest.max(last) - last) as u64 + (wanted - RESERVED) as u64),
+    }
+}
+
+/// The id that was given last in our pid namespace: that file, and the last word of another one, which
+/// is there without CONFIG_CHECKPOINT_RESTORE too.
+fn last_pid() -> Option<i32> {
+    let number = |path: &str| {
+        let text = fs::read_to_string(path).ok()?;
+        text.split_whitespace().next_back()?.parse().ok()
+    };
+    number(LAST_PID).or_else(|| number("/proc/loadavg"))
+}
+
+fn highest() -> i32 {
+    let text = fs::read_to_string("/proc/sys/kernel/pid_max").ok();
+    text.and_then(|text| text.trim().parse().ok())
+        .unwrap_or(32768)
+}
+
+/// Tried with what is there already.
+fn may_set_last() -> bool {
+    fs::read_to_string(LAST_PID).is_ok_and(|last| fs::write(LAST_PID, last.trim()).is_ok())
+}
+
+fn take_turns(wanted: i32) -> bool {
+    let Some(mut last) = last_pid() else {
+        return false;
+    };
+    let Some(distance) = distance(last, wanted, highest()) else {
+        return false;
+    };
+    // Others take some, too.
+    let most = distance + distance / 4 + 64;
+    if distance > PATIENCE {
+        return false;
+    }
+    for _ in 0..=most {
+        if last < wanted && all_taken(last + 1, wanted) {
+            return true;
+        }
+        match take_one() {
+            Ok(id) => last = id,
+            Err(_) => return false,
+        }
+    }
+    false
+}
+
+/// Whether somebody has every id of that range, so that the next one given is its end.
+fn all_taken(from: i32, to: i32) -> bool {
+    const NEAR: i32 = 64;
+    // SAFETY: signal 0 is not delivered. A group or session keeps the id of a leader that has gone.
+    let free = |id: i32| unsafe {
+        let nobody = |id| libc::kill(id, 0) != 0 && Errno::last() == Errno::ESRCH;
+        nobody(id) && nobody(-id)
+    };
+    to - from < NEAR && !(from..to).any(free)
+}
+
+/// A child that ends at once, in our memory; its id.
+fn take_one() -> Result<i32, Errno> {
+    const FLAGS: u64 = (libc::CLONE_VM | libc::CLONE_VFORK) as u64;
+    let _undisturbed = Undisturbed::begin();
+    let answer: i64;
+    // SAFETY: in the child rax is 0; it makes one more system call, exit, with registers of its own,
+    // and uses no memory. We wait meanwhile (CLONE_VFORK). It has no signal to deal with, since
+    // all are blocked, and tells nobody of its end, since it has no exit signal.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor edi, edi",
+            "mov eax, 60",
+            "syscall",
+            "2:",
+            inlateout("rax") libc::SYS_clone => answer,
+            in("rdi") FLAGS, in("rsi") 0, in("rdx") 0, in("r10") 0, in("r8") 0,
+            lateout("rcx") _, lateout("r11") _,
+        );
+    }
+    if answer < 0 {
+        return Err(Errno::from_raw(-answer as i32));
+    }
+    // SAFETY: a child of ours; the status is not asked for.
+    let waited = unsafe { libc::waitpid(answer as i32, std::ptr::null_mut(), libc::__WALL) };
+    Errno::result(waited)
+}
+
+/// All signals of this thread wait while it lives.
+struct Undisturbed(libc::sigset_t);
+
+impl Undisturbed {
+    fn begin() -> Self {
+        // SAFETY: sets of ours; the first is filled in before it is used.
+        unsafe {
+            let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for Undisturbed {
+    fn drop(&mut self) {
+        // SAFETY: the mask that there was.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_ids_come_only_once() {
+        assert_eq!(distance(10, 11, 32768), Some(0));
+        assert_eq!(distance(10, 42, 32768), Some(31));
+        assert_eq!(distance(42, 42, 32768), None);
+        assert_eq!(distance(4000, 299, 32768), None);
+        assert_eq!(distance(4000, 300, 32768), Some(28768));
+        assert_eq!(distance(32767, 301, 32768), Some(2));
+    }
+
+    #[test]
+    fn a_turn_takes_an_id_and_leaves_no_child() {
+        let id = take_one().expect("a process can be created");
+        // SAFETY: signal 0 is not delivered.
+        let gone = unsafe { libc::kill(id, 0) } != 0;
+        assert!(id > 0 && gone);
+        assert!(last_pid().is_some_and(|last| last > 0));
+    }
+}

@@ -1,0 +1,175 @@
+//! Whether our seccomp filters kill on a call that we would make in others.
+//!
+//! Tasks with the same filters get the same answers for the same operands, so a child of ours finds
+//! out: it makes each call once, in a way that changes nothing. A filter sees the number and the
+//! operands, of pointers only the address; so the operands that say what is done (options, flags,
+//! sizes) are those that are used, and the others are none.
+#![allow(unsafe_code)]
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::child::Child;
+use crate::remote::Call;
+
+/// What the child makes: all, or the one of that number.
+static WHICH: AtomicUsize = AtomicUsize::new(ALL);
+const ALL: usize = usize::MAX;
+
+/// The name of a call that a filter kills on; none when all are survived.
+#[must_use]
+pub fn deadly_call() -> Option<&'static str> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock();
+    if survives(ALL) {
+        return None;
+    }
+    let calls = remote_calls();
+    let one = (0..calls.len()).find(|which| !survives(*which));
+    // Without one of them it was something else that killed all: nothing is known.
+    Some(one.map_or("a call", |which| calls[which].name))
+}
+
+fn survives(which: usize) -> bool {
+    WHICH.store(which, Ordering::SeqCst);
+    let child = Child::start(make);
+    child.is_some_and(|child| child.exit_code() == Some(0))
+}
+
+fn make() -> ! {
+    let which = WHICH.load(Ordering::SeqCst);
+    for (number, call) in remote_calls().iter().enumerate() {
+        if which == ALL || which == number {
+            let [a, b, c, d, e, f] = call.args;
+            // SAFETY: the operands name no memory, or none of ours; each call fails or only asks.
+            unsafe { libc::syscall(call.nr, a, b, c, d, e, f) };
+        }
+    }
+    // SAFETY: ends the child.
+    unsafe { libc::_exit(0) }
+}
+
+/// Everything that is made inside of a job that is checkpointed and goes on. Made without a heap, in
+/// a child.
+fn remote_calls() -> [Call; 31] {
+    const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    const FIXED: u64 = PRIVATE | libc::MAP_FIXED_NOREPLACE as u64;
+    const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    const STOPPED: u64 = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL) as u64;
+    const NONE: u64 = u64::MAX;
+    let unmapped = [0, 0, READ_WRITE, FIXED, NONE, 0];
+    let pair = (libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u64;
+    let prctl = |name, option: i32| Call::new(name, libc::SYS_prctl, &[option as u64]);
+    // The address asked for comes first: 1 is none, where 0 would do something.
+    let prctl_to = |name, option: i32| Call::new(name, libc::SYS_prctl, &[option as u64, 1]);
+    [
+        // The way in and out; see `remote`.
+        Call::new("mmap", libc::SYS_mmap, &unmapped),
+        Call::new("munmap", libc::SYS_munmap, &[0, 0]),
+        Call::new("rt_sigprocmask", libc::SYS_rt_sigprocmask, &[2, 0, 0, 8]),
+        Call::new("gettid", libc::SYS_gettid, &[]),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGURG as u64],
+        ),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGWINCH as u64],
+        ),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGCHLD as u64],
+        ),
+        Call::new(
+            "rt_tgsigqueueinfo",
+            libc::SYS_rt_tgsigqueueinfo,
+            &[0, 0, libc::SIGCONT as u64],
+        ),
+        // The address space.
+        Call::new("brk", libc::SYS_brk, &[0]),
+        prctl("prctl(PR_GET_DUMPABLE)", libc::PR_GET_DUMPABLE),
+        prctl("prctl(PR_GET_THP_DISABLE)", 42),
+        Call::new("membarrier", libc::SYS_membarrier, &[1 << 9]),
+        // The process.
+        Call::new(
+            "rt_sigaction",
+            libc::SYS_rt_sigaction,
+            &[libc::SIGUSR1 as u64, 0, 0, 8],
+        ),
+        Call::new("getitimer", libc::SYS_getitimer, &[0, 1]),
+        Call::new("getitimer", libc::SYS_getitimer, &[1, 1]),
+        Call::new("getitimer", libc::SYS_getitimer, &[2, 1]),
+        Call::new("timer_gettime", libc::SYS_timer_gettime, &[0, 1]),
+        Call::new("timer_getoverrun", libc::SYS_timer_getoverrun, &[0]),
+        prctl_to("prctl(PR_GET_CHILD_SUBREAPER)", 37),
+        Call::new(
+            "waitid",
+            libc::SYS_waitid,
+            &[libc::P_PID.into(), 0, 1, STOPPED],
+        ),
+        Call::new("semop", libc::SYS_semop, &[NONE, 0, 0]),
+        // A thread.
+        Call::new("sigaltstack", libc::SYS_sigaltstack, &[0, 0]),
+        prctl_to("prctl(PR_GET_TID_ADDRESS)", 40),
+        prctl_to("prctl(PR_GET_PDEATHSIG)", libc::PR_GET_PDEATHSIG),
+        prctl("prctl(PR_GET_TIMERSLACK)", libc::PR_GET_TIMERSLACK),
+        prctl("prctl(PR_GET_SECUREBITS)", libc::PR_GET_SECUREBITS),
+        // Descriptors, handed out by `lend`.
+        Call::new(
+            "socketpair",
+            libc::SYS_socketpair,
+            &[libc::AF_UNIX as u64, pair, 0, 1],
+        ),
+        Call::new(
+            "process_vm_readv",
+            libc::SYS_process_vm_readv,
+            &[0, 0, 0, 0, 0, 0],
+        ),
+        Call::new(
+            "sendmsg",
+            libc::SYS_sendmsg,
+            &[0xffff_ffff, 1, libc::MSG_NOSIGNAL as u64],
+        ),
+        Call::new("umask", libc::SYS_umask, &[0o077]),
+        Call::new("close", libc::SYS_close, &[0xffff_ffff]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadly_call_is_named() {
+        assert_eq!(deadly_call(), None);
+        // In a thread of its own, which keeps the filter.
+        let found = std::thread::spawn(|| {
+            kill_on(libc::SYS_getitimer as u32);
+            deadly_call()
+        });
+        assert_eq!(found.join().expect("it ends"), Some("getitimer"));
+    }
+
+    fn kill_on(nr: u32) {
+        let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+        let mut program = [
+            op(0x20, 0, 0, 0),
+            op(0x15, 0, 1, nr),
+            op(0x06, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+            op(0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let fprog = libc::sock_fprog {
+            len: program.len() as u16,
+            filter: program.as_mut_ptr(),
+        };
+        // SAFETY: the kernel copies the program; only this thread has it.
+        unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            let r = libc::syscall(libc::SYS_seccomp, 1, 0, &raw const fprog);
+            assert_eq!(r, 0, "the kernel has seccomp filters");
+        }
+    }
+}
