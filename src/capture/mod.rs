@@ -21,8 +21,8 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::namespaces::Namespaces;
-use crate::objects::process::{self, InJob, Process};
-use crate::objects::{Snapshot, SpaceId, ipc, zombie};
+use crate::objects::process::{self, FromOutside, InJob, Process};
+use crate::objects::{Snapshot, SpaceId, aio, ipc, zombie};
 use crate::progress::Progress;
 use crate::restore::births;
 use crate::snapshot;
@@ -308,6 +308,26 @@ struct CapturedJob {
     warnings: Vec<String>,
 }
 
+/// All that can be seen from outside of a frozen job in whose way nothing is.
+fn look(
+    sources: &[Source],
+    save_files: &SaveFiles,
+    patience: Patience,
+) -> Result<(Collector, Vec<FromOutside>)> {
+    let mut collector = Collector::default();
+    collector.patience = patience;
+    collector.save_files = save_files.clone();
+    let all: Vec<&Source> = sources.iter().collect();
+    crate::check::shared_by_processes(&all, &mut collector)?;
+    let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
+    let spaces = process::address_spaces(&all, &outside, &collector);
+    ipc::capture(&spaces, &mut collector)?;
+    if !collector.obstacles.is_empty() {
+        return Err(Error::Refused(collector.obstacles));
+    }
+    Ok((collector, outside))
+}
+
 fn capture_frozen(
     job: &mut FrozenJob,
     sources: &[Source],
@@ -323,16 +343,10 @@ fn capture_frozen(
         // Of all, before anybody's memory is looked at: it may be that of several.
         leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     }
-    let mut collector = Collector::default();
-    collector.patience = patience;
-    collector.save_files = save_files.clone();
-    let all: Vec<&Source> = sources.iter().collect();
-    crate::check::shared_by_processes(&all, &mut collector)?;
-    let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
-    let spaces = process::address_spaces(&all, &outside, &collector);
-    ipc::capture(&spaces, &mut collector)?;
-    if !collector.obstacles.is_empty() {
-        return Err(Error::Refused(collector.obstacles));
+    let (mut collector, mut outside) = look(sources, save_files, patience)?;
+    // What a request was still writing may be in files and in memory that were just looked at.
+    if aio::settle(job, sources, &outside, &collector)? {
+        (collector, outside) = look(sources, save_files, patience)?;
     }
     let stopped: Vec<(Pid, i32)> = job
         .processes

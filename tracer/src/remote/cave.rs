@@ -202,6 +202,12 @@ impl<'m> Cave<'m> {
         Ok(cave)
     }
 
+    /// Whether a batch is one: without a doorbell calls are made one by one, and the next one is not
+    /// made if we are killed.
+    pub fn has_doorbell(&self) -> bool {
+        self.doorbell.is_some()
+    }
+
     /// Looks for a signal that can be the doorbell of batches; `tasks` are all of the process,
     /// `stopped` says that it is in a group stop.
     pub fn with_doorbell(mut self, tasks: &[Stopped], stopped: bool) -> Self {

@@ -38,6 +38,7 @@
 use nix::errno::Errno;
 
 use crate::fault::{self, Step};
+use crate::mem::ProcessMemory;
 use crate::task::{Regs, Resume, Stop, Stopped, Waited};
 use crate::{Error, Pid, RemoteAddr, Result, Tid};
 
@@ -220,6 +221,11 @@ impl<'a> RemoteCalls<'a> {
     /// Its process.
     pub fn pid(&self) -> Pid {
         self.cave.mem.pid()
+    }
+
+    /// Its process's memory.
+    pub fn memory(&self) -> &ProcessMemory {
+        self.cave.mem
     }
 
     /// The registers with which the task will go on.
