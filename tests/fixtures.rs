@@ -140,7 +140,7 @@ fn as_user(case: &Case, name: &str) {
 }
 
 matrix! {
-    aio aio_inflight aio_ring anon_private anon_shared anonname bigsparse brk cleartid clocks condvar counter creds cwd
+    aio aio_busy aio_inflight aio_ring anon_private anon_shared anonname bigsparse brk cleartid clocks condvar counter creds cwd
     dev_tty dumpable epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir
     fd_dup fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
     file_shared flock_self fsgs growsdown guard hugetlb inhandler inotify inotify_unread lease limits madvflags
@@ -164,7 +164,7 @@ twins
     restart_nanosleep_static = "restart_nanosleep.static" rseq_static = "rseq.static"
     robust_static = "robust.static" sleepers_static = "sleepers.static"
     counter_musl = "counter.musl" threads_musl = "threads.musl";
-hundred sleepers threads rseq
+hundred sleepers threads rseq aio_busy
 }
 
 #[test]

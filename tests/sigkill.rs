@@ -102,6 +102,14 @@ fn killed_at_any_moment_of_shared_memory() {
     });
 }
 
+#[test]
+fn killed_at_any_moment_of_aio() {
+    isolated("killed_at_any_moment_of_aio", |case| {
+        let command = Command::new(case.fixtures().join("aio_ring"));
+        killed(case, start_in(case, "aio_ring", "run", command), u32::MAX);
+    });
+}
+
 fn killed(case: &Case, mut target: Fixture, most: u32) {
     let mut random = Random::new();
     let longest = duration(case, target.pid());

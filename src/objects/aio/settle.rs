@@ -19,7 +19,7 @@ use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::remote::{Call, Cave, RemoteCalls};
 
 use super::turn::{AFFINITY_ROOM, Room, Turner};
-use super::{EVENT, HEAD, Seen, TAIL, capacity, distance, is_ring, refused};
+use super::{EVENT, HEAD, Seen, TAIL, distance, is_ring, refused};
 use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
 use crate::job::FrozenJob;
@@ -195,7 +195,7 @@ fn settle_context(mut turner: Turner<'_, '_>, source: &Source, vma: &Vma) -> Res
         let ring = Seen::read(source, vma).map_err(|o| Error::refuse(*o))?;
         let turned = turner.turn(vma.start, &ring)?;
         if turned.foreign.is_empty() {
-            let in_flight = in_flight(&turner, source, vma, &ring, turned.free)?;
+            let in_flight = in_flight(&turner, source, vma, turned.free)?;
             put_back_the_rest(source, vma, &ring, in_flight)?;
             return wait(source, vma, &ring, in_flight, begun);
         }
@@ -213,19 +213,11 @@ fn settle_context(mut turner: Turner<'_, '_>, source: &Source, vma: &Vma) -> Res
 }
 
 /// How many requests are in flight, or as it looks.
-fn in_flight(
-    turner: &Turner<'_, '_>,
-    source: &Source,
-    vma: &Vma,
-    ring: &Seen,
-    free: u64,
-) -> Result<u64> {
-    let places = ring.places();
-    let counted = distance(ring.word(HEAD), ring.word(TAIL), places) + free;
-    let all = capacity(places, turner.cpus.len() as u64);
-    all.checked_sub(counted).ok_or_else(|| {
+fn in_flight(turner: &Turner<'_, '_>, source: &Source, vma: &Vma, free: u64) -> Result<u64> {
+    let all = turner.capacity();
+    all.checked_sub(free).ok_or_else(|| {
         let reason = format!(
-            "takes {counted} requests where {all} were expected: this kernel counts otherwise"
+            "takes {free} requests where {all} were expected: this kernel counts otherwise"
         );
         let remedy = "io_destroy it before the checkpoint";
         Error::refuse(refused(source, vma, &reason, remedy))

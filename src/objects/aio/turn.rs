@@ -17,7 +17,7 @@
 use ckpt_tracer::remote::{Call, RemoteCalls};
 use nix::errno::Errno;
 
-use super::{HEAD, Seen, TAIL, distance};
+use super::{HEAD, Seen, TAIL, capacity, distance};
 use crate::error::{Error, Result};
 
 /// Tells events of ours from others, together with the address of the control block.
@@ -93,7 +93,7 @@ impl Room {
 /// What a context has shown.
 #[derive(Debug)]
 pub(super) struct Turned {
-    /// Requests that it took besides the events that were in it.
+    /// Requests that it took, without any event in it.
     pub(super) free: u64,
     /// Events that the program's own requests left behind meanwhile, in their order.
     pub(super) foreign: Vec<Vec<u8>>,
@@ -118,6 +118,11 @@ pub(super) struct Turner<'c, 'a> {
 }
 
 impl Turner<'_, '_> {
+    /// Requests that the context takes when it has none and no events.
+    pub(super) fn capacity(&self) -> u64 {
+        capacity(self.room.places, self.cpus.len() as u64)
+    }
+
     /// Takes a ring around. `ring` is how it is now.
     pub(super) fn turn(&mut self, at: u64, ring: &Seen) -> Result<Turned> {
         let places = self.room.places;
@@ -127,10 +132,14 @@ impl Turner<'_, '_> {
             foreign: Vec::new(),
         };
         let (mut tail, mut missing, mut total) = (ring.word(TAIL), places, 0);
+        // Twice around where once would end before the context is full.
+        if missing - unread < self.capacity() {
+            missing += places;
+        }
         for batch in 0.. {
-            // The last ones stand for the events that nobody had taken: the kernel takes their places for
-            // occupied. For them all others are taken out.
-            let bursts = self.batch(at, ring, [missing - unread, unread], batch > 0)?;
+            // The last ones stand for the events that nobody had taken: the kernel takes their
+            // places for occupied. Before them all others are taken out.
+            let bursts = self.batch(at, ring, [missing - unread, unread])?;
             if batch == 0 {
                 turned.free = bursts[0].made;
             }
@@ -184,9 +193,9 @@ impl Turner<'_, '_> {
         Error::refuse(crate::error::Obstacle::without_remedy(object, what))
     }
 
-    /// One batch: fills the context up on every CPU, takes the events out and submits more, up to the first number;
-    /// then takes all out and submits the second number. `again`: takes all out first.
-    fn batch(&mut self, at: u64, ring: &Seen, todo: [u64; 2], again: bool) -> Result<Vec<Burst>> {
+    /// One batch: takes all events out, fills the context up on every CPU, takes them out again and
+    /// submits more, up to the first number; takes those out and submits the second number.
+    fn batch(&mut self, at: u64, ring: &Seen, todo: [u64; 2]) -> Result<Vec<Burst>> {
         self.write_scratch(ring, todo)?;
         let (room, fd) = (self.room, self.fd as u64);
         let base = self.calls.scratch().raw();
@@ -198,7 +207,7 @@ impl Turner<'_, '_> {
             calls: Vec::new(),
             bursts: Vec::new(),
         };
-        let list = list.fill(self.cpus, again);
+        let list = list.fill(self.cpus);
         let unread = distance(ring.word(HEAD), ring.word(TAIL), room.places);
         let list = list.put_back(
             &ring.stretches(ring.word(HEAD).into(), unread),
@@ -345,7 +354,7 @@ impl List {
         self.copy(to, self.at, self.room.ring);
     }
 
-    fn fill(mut self, cpus: &[u32], again: bool) -> Self {
+    fn fill(mut self, cpus: &[u32]) -> Self {
         let (room, base) = (self.room, self.base);
         self.call(
             "memfd_create",
@@ -358,9 +367,7 @@ impl List {
             &[self.fd, base + room.file, room.file_len, 0],
         );
         self.begin(0);
-        if again {
-            self.take_out();
-        }
+        self.take_out();
         self.bursts.push(Vec::new());
         for n in 0..cpus.len() as u64 {
             let mask = base + MASKS + n * room.mask;
