@@ -303,13 +303,16 @@ fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
     None
 }
 
+/// Instructions of the longest batch, ten a call: those that go from CPU to CPU have two for each.
+const MOST_STEPS: u32 = 200_000;
+
 /// Moves tasks out of a cave that a dead tracer left them in. All tasks must be stopped; a
 /// task inside runs home instruction by instruction.
 pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()> {
     let image = cave_image();
     let slot = image.bytes.len() as u64;
     for task in tasks {
-        for _ in 0..256 {
+        for _ in 0..MOST_STEPS {
             let rip = RemoteAddr(task.regs()?.rip);
             // The code before the magic, wherever in it the task is.
             let mut around = vec![0u8; 2 * slot as usize];
