@@ -12,11 +12,11 @@
 
 use std::time::{Duration, Instant};
 
-use ckpt_tracer::RemoteAddr;
-use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::proc::limits::read_limits;
 use ckpt_tracer::proc::maps::Vma;
-use ckpt_tracer::remote::{Call, Cave, RemoteCalls};
+use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls};
+use ckpt_tracer::task::Stopped;
+use ckpt_tracer::{Pid, RemoteAddr};
 
 use super::turn::{AFFINITY_ROOM, Room, Turner};
 use super::{EVENT, HEAD, Seen, TAIL, distance, is_ring, refused};
@@ -42,17 +42,47 @@ pub fn settle(
 ) -> Result<bool> {
     let all: Vec<&Source> = sources.iter().collect();
     let spaces = process::address_spaces(&all, outside, collector);
+    let with_rings = spaces.iter().enumerate();
+    let with_rings = with_rings.filter(|(_, (_, vmas))| vmas.iter().any(is_ring));
     let mut any = false;
-    for ((source, vmas), frozen) in spaces.into_iter().zip(&mut job.processes) {
-        if vmas.iter().any(is_ring) {
-            settle_process(frozen, source, vmas)?;
-            any = true;
-        }
+    for (index, (source, vmas)) in with_rings {
+        let stopped = job.processes[index].stopped_by().is_some();
+        let cave = Cave::dig(&source.mem, vmas)?;
+        let cave = cave.with_doorbell(job.processes[index].tasks(), stopped);
+        // The process comes before those who share its memory.
+        let all = job.processes.iter_mut().zip(sources);
+        let sharing = all.filter(|(_, s)| memory_of(s.pid, sources, collector) == source.pid);
+        let tasks = sharing.flat_map(|(frozen, _)| frozen.tasks_mut()).collect();
+        let others = shares_only_descriptors(collector);
+        settle_process(tasks, &cave, others, source, vmas)?;
+        cave.fill_in()?;
+        any = true;
     }
     Ok(any)
 }
 
-fn settle_process(frozen: &mut Frozen, source: &Source, vmas: &[Vma]) -> Result<()> {
+/// Whose memory a process has.
+fn memory_of(pid: Pid, sources: &[Source], collector: &Collector) -> Pid {
+    let parent = sources.iter().find(|s| s.pid == pid);
+    match parent.filter(|_| collector.shares(pid).memory) {
+        Some(source) => memory_of(source.status.ppid, sources, collector),
+        None => pid,
+    }
+}
+
+/// Somebody who could open a file while a batch goes on by itself, in a table that it counts on.
+fn shares_only_descriptors(collector: &Collector) -> bool {
+    let mut shares = collector.shares.values();
+    shares.any(|s| s.files && !s.memory)
+}
+
+fn settle_process(
+    mut tasks: Vec<&mut Stopped>,
+    cave: &Cave<'_>,
+    descriptors_are_shared: bool,
+    source: &Source,
+    vmas: &[Vma],
+) -> Result<()> {
     let rings: Vec<&Vma> = vmas.iter().filter(|v| is_ring(v)).collect();
     let cpus = super::needs::possible_cpus()?;
     let largest = rings.iter().map(|r| r.len()).max().unwrap_or(0);
@@ -77,15 +107,23 @@ fn settle_process(frozen: &mut Frozen, source: &Source, vmas: &[Vma]) -> Result<
             "raise it: prlimit --fsize=unlimited --pid PID",
         ));
     }
+    if descriptors_are_shared {
+        let reason = "belongs to a job in which processes share descriptors and not their memory, which is not supported";
+        return Err(refuse(reason.into(), "io_destroy it before the checkpoint"));
+    }
+    if tasks.is_empty() {
+        let tid = source.pid.leader();
+        return Err(ckpt_tracer::Error::Died { tid }.into());
+    }
+    let leader = tasks.remove(0);
     let taken = vmas.iter().map(|v| (v.start, v.end));
-    let scratch = crate::holes::find(taken, room.len).ok_or_else(|| {
-        refuse(
-            "leaves no free room in the address space".into(),
-            "use a smaller ring",
-        )
-    })?;
-    let stopped = frozen.stopped_by().is_some();
-    let cave = Cave::dig(&source.mem, vmas)?.with_doorbell(frozen.tasks(), stopped);
+    let scratch =
+        crate::holes::find(taken, room.len + Hold::room(tasks.len())).ok_or_else(|| {
+            refuse(
+                "leaves no free room in the address space".into(),
+                "use a smaller ring",
+            )
+        })?;
     if !cave.has_doorbell() {
         let reason = "belongs to a process that catches SIGURG, SIGWINCH, SIGCHLD and SIGCONT, which is not supported";
         return Err(refuse(
@@ -93,14 +131,13 @@ fn settle_process(frozen: &mut Frozen, source: &Source, vmas: &[Vma]) -> Result<
             "let the program leave one of them alone",
         ));
     }
-    let leader = frozen.tasks_mut().first_mut();
-    let leader = leader.ok_or(ckpt_tracer::Error::Died {
-        tid: source.pid.leader(),
-    })?;
-    let mut calls = RemoteCalls::begin(leader, &cave, RemoteAddr(scratch), room.len)?;
+    let mut calls = RemoteCalls::begin(leader, cave, RemoteAddr(scratch), room.len)?;
     contexts_are_there(&mut calls, source, &rings)?;
     let affinity = affinity(&mut calls)?;
     let fd = next_descriptor(source)?;
+    let mut hold = Hold::new(tasks, RemoteAddr(scratch + room.len));
+    hold.map(&mut calls)?;
+    let mut settled = Ok(());
     for ring in rings {
         let room = Room::of(ring.len(), &cpus);
         let calls = &mut calls;
@@ -110,12 +147,13 @@ fn settle_process(frozen: &mut Frozen, source: &Source, vmas: &[Vma]) -> Result<
             cpus: &cpus,
             affinity: &affinity,
             fd,
+            hold: &mut hold,
         };
-        settle_context(turner, source, ring)?;
+        settled = settled.and_then(|()| settle_context(turner, source, ring));
     }
+    hold.unmap(&mut calls)?;
     calls.finish()?;
-    cave.fill_in()?;
-    Ok(())
+    settled
 }
 
 /// A process that was forked has the mapping and no context; submitting nothing tells.

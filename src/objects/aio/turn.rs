@@ -14,7 +14,7 @@
 //! own that comes during the batch lies among ours: we find it and see to it afterwards. It is lost if it comes in
 //! these microseconds and we are killed in them as well.
 
-use ckpt_tracer::remote::{Call, RemoteCalls};
+use ckpt_tracer::remote::{Call, Hold, RemoteCalls};
 use nix::errno::Errno;
 
 use super::{HEAD, Seen, TAIL, capacity, distance};
@@ -115,6 +115,8 @@ pub(super) struct Turner<'c, 'a> {
     pub(super) affinity: &'c [u8],
     /// The number that the next descriptor gets.
     pub(super) fd: i32,
+    /// Who must not see the ring meanwhile.
+    pub(super) hold: &'c mut Hold<'a>,
 }
 
 impl Turner<'_, '_> {
@@ -213,7 +215,9 @@ impl Turner<'_, '_> {
             &ring.stretches(ring.word(HEAD).into(), unread),
             self.affinity.len() as u64,
         );
-        let answers = self.calls.batch(room.list, &list.calls)?;
+        let answers = self
+            .calls
+            .batch_holding(room.list, &list.calls, self.hold)?;
         self.check(&list, &answers)?;
         let mut bursts = Vec::new();
         for (n, calls) in list.bursts.iter().enumerate() {

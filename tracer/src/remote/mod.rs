@@ -43,10 +43,12 @@ use crate::task::{Regs, Resume, Stop, Stopped, Waited};
 use crate::{Error, Pid, RemoteAddr, Result, Tid};
 
 mod cave;
+mod hold;
 mod restart;
 
 use cave::cave_image;
 pub use cave::{Cave, leave_stale_cave};
+pub use hold::Hold;
 use restart::restarted;
 pub use restart::{effective_rip, hide_interruption};
 
