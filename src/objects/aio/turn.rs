@@ -70,7 +70,7 @@ impl Room {
         let file = blocks + places * 8;
         let events = (file + file_len).next_multiple_of(64);
         let seen = events + ring;
-        let list = seen + ring * (ROUNDS as u64 + 2);
+        let list = seen + ring * 2 * (ROUNDS as u64 + 2);
         let calls = 2 * cpus.len() as u64 + 64;
         let len = (list + calls * 64 + 256).next_multiple_of(4096);
         Self {
@@ -99,7 +99,7 @@ pub(super) struct Turned {
     pub(super) foreign: Vec<Vec<u8>>,
 }
 
-/// Requests submitted one after the other, and the ring afterwards.
+/// Requests submitted one after the other, or none, and the ring afterwards.
 struct Burst {
     made: u64,
     seen: Seen,
@@ -143,7 +143,7 @@ impl Turner<'_, '_> {
             // places for occupied. Before them all others are taken out.
             let bursts = self.batch(at, ring, [missing - unread, unread])?;
             if batch == 0 {
-                turned.free = bursts[0].made;
+                turned.free = bursts[1].made;
             }
             let made: u64 = bursts.iter().map(|b| b.made).sum();
             for burst in bursts {
@@ -372,27 +372,33 @@ impl List {
         );
         self.begin(0);
         self.take_out();
-        self.bursts.push(Vec::new());
-        for n in 0..cpus.len() as u64 {
-            let mask = base + MASKS + n * room.mask;
-            self.call(
-                "sched_setaffinity",
-                libc::SYS_sched_setaffinity,
-                &[0, room.mask, mask],
-            );
-            self.submit();
-        }
-        self.look();
+        self.burst(|list| {
+            for n in 0..cpus.len() as u64 {
+                let mask = base + MASKS + n * room.mask;
+                let args = [0, room.mask, mask];
+                list.call("sched_setaffinity", libc::SYS_sched_setaffinity, &args);
+                list.submit();
+            }
+        });
         for round in 0..=ROUNDS {
-            self.bursts.push(Vec::new());
             self.take_out();
             if round == ROUNDS {
                 self.begin(1);
             }
-            self.submit();
-            self.look();
+            self.burst(List::submit);
         }
         self
+    }
+
+    /// What is submitted at once, with a look at the ring before and after. From when events have been
+    /// taken out, the kernel lets no more come than there are places; but others may have come between
+    /// the last look and that.
+    fn burst(&mut self, submit: impl FnOnce(&mut Self)) {
+        self.bursts.push(Vec::new());
+        self.look();
+        self.bursts.push(Vec::new());
+        submit(self);
+        self.look();
     }
 
     /// Puts back the events that nobody had taken, the head, and where the task may run.
