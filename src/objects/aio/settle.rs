@@ -202,7 +202,7 @@ fn file_size_limit(source: &Source) -> Result<u64> {
     let limits = read_limits(source.pid)?;
     let of_it = limits
         .iter()
-        .find(|l| l.resource as u32 == libc::RLIMIT_FSIZE as u32);
+        .find(|l| l.resource as u32 == libc::RLIMIT_FSIZE);
     Ok(of_it.map_or(u64::MAX, |l| l.soft))
 }
 
