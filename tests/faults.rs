@@ -12,10 +12,17 @@ use common::tool::{CKPT, leftovers};
 use common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run};
 
 /// Timers and sleeps notice what happens to them, computations when a register is lost, parents
-/// when one of their children is not as it was, and all who share a memory when one is in it that
-/// should not be.
-fn targets(case: &Case) -> [Fixture; 4] {
-    ["sleepers", "timers_posix", "tree_pipe", "tree_vm_threads"].map(|name| {
+/// when one of their children is not as it was, all who share a memory when one is in it that
+/// should not be, and rings of events when an event or the tail is not where it was.
+fn targets(case: &Case) -> [Fixture; 5] {
+    let names = [
+        "sleepers",
+        "timers_posix",
+        "tree_pipe",
+        "tree_vm_threads",
+        "aio_ring",
+    ];
+    names.map(|name| {
         let command = Command::new(case.fixtures().join(name));
         common::fixture::start_in(case, name, &format!("run-{name}"), command)
     })

@@ -11,7 +11,14 @@ use common::{Case, Looks, attach, fixture, isolated, isolated_as_user, restored}
 use std::os::unix::fs::MetadataExt;
 
 /// What is not supported: the fixture and the words that name the object and the remedy.
-const REFUSED: &[(&str, &[&str])] = &[("aio", &["AIO context", "io_destroy"])];
+const REFUSED: &[(&str, &[&str])] = &[(
+    "aio_inflight",
+    &[
+        "AIO context",
+        "requests in flight that do not end (3;",
+        "io_cancel",
+    ],
+)];
 
 /// A checkpoint, after which it goes on as if nothing had been.
 fn goes_on(case: &Case, name: &str) {
@@ -112,7 +119,7 @@ fn as_user(case: &Case, name: &str) {
 }
 
 matrix! {
-    aio anon_private anon_shared anonname bigsparse brk cleartid clocks condvar counter creds cwd
+    aio aio_busy aio_inflight aio_ring anon_private anon_shared anonname bigsparse brk cleartid clocks condvar counter creds cwd
     dev_tty dumpable epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir
     fd_dup fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
     file_shared flock_self fsgs growsdown guard hugetlb inhandler inotify inotify_unread lease limits madvflags
@@ -136,7 +143,7 @@ twins
     restart_nanosleep_static = "restart_nanosleep.static" rseq_static = "rseq.static"
     robust_static = "robust.static" sleepers_static = "sleepers.static"
     counter_musl = "counter.musl" threads_musl = "threads.musl";
-hundred sleepers threads rseq
+hundred sleepers threads rseq aio_busy
 }
 
 #[test]

@@ -3,12 +3,15 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::job::start;
+use common::look::assert_let_go;
 use common::rounds::same_result;
 use common::tool::source;
-use common::{Case, isolated, isolated_as_user, run};
+use common::{Case, Ended, Job, attach, isolated, isolated_as_user, restored, run, until};
 
 /// Builds a program into the test's directory.
 fn built(case: &Case, command: &mut Command) -> PathBuf {
@@ -144,6 +147,59 @@ fn java_with_children() {
 fn java_of_an_ordinary_user() {
     isolated_as_user("java_of_an_ordinary_user", |case| {
         java(case, "Sums", &["-XX:-UsePerfData", "-XX:+UseParallelGC"]);
+    });
+}
+
+/// It writes blocks with a checksum each, reads them back and compares them; it takes events out of
+/// the ring by itself.
+#[test]
+fn fio_with_native_aio() {
+    isolated("fio_with_native_aio", |case| {
+        case.needs_program("fio", "fio");
+        let file = case.path("blocks");
+        let report = case.path("report.json");
+        let mut fio = Command::new("fio");
+        fio.args(["--name=blocks", "--ioengine=libaio", "--userspace_reap=1"])
+            .args([
+                "--iodepth=32",
+                "--iodepth_batch_complete_min=4",
+                "--direct=1",
+            ])
+            .args(["--rw=randwrite", "--bs=4k", "--size=8m", "--rate=6m"])
+            .args(["--verify=crc32c", "--verify_fatal=1", "--thread"])
+            .args(["--output-format=json", "--fallocate=none"])
+            .arg(format!("--filename={}", file.display()))
+            .arg(format!("--output={}", report.display()));
+        let mut job = start(fio.current_dir(case.dir()), &case.path("fio.log"));
+        let grown = |job: &mut Job, bytes: u64| {
+            until("fio's file", || {
+                assert_eq!(job.ended(), None, "fio ended early");
+                let blocks = std::fs::metadata(&file).map_or(0, |m| m.blocks());
+                (blocks * 512 >= bytes).then_some(())
+            });
+        };
+        grown(&mut job, 1 << 20);
+        for _ in 0..10 {
+            attach(case, job.pid, "job.ckpt", &[]);
+            assert_let_go(job.pid);
+        }
+        for bytes in [3 << 20, 5 << 20] {
+            grown(&mut job, bytes);
+            let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+            until("fio's end", || job.ended());
+            job = restored(case, &image, &[]);
+        }
+        assert_eq!(job.wait(), Ended::Exited(0));
+        let report = std::fs::read_to_string(&report).expect("fio writes a report");
+        let report: serde_json::Value = serde_json::from_str(&report).expect("it is JSON");
+        let of_it = &report["jobs"][0];
+        assert_eq!(of_it["error"], 0, "{report}");
+        // What it wrote it has read again.
+        assert_eq!(of_it["write"]["total_ios"], of_it["read"]["total_ios"]);
+        assert!(
+            of_it["write"]["total_ios"].as_u64() >= Some(2048),
+            "{report}"
+        );
     });
 }
 

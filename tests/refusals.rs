@@ -196,6 +196,36 @@ fn io_uring() {
     });
 }
 
+/// A fork has the mapping of a ring, and not its context.
+#[test]
+fn ring_of_an_aio_context_after_a_fork() {
+    isolated("ring_of_an_aio_context_after_a_fork", |case| {
+        let target = odd(case, "aio-fork", None);
+        let before = Looks::at(target.pid());
+        let whole = ["AIO context", "came over with the fork", "MADV_DONTFORK"];
+        ckpt(
+            case,
+            ["attach", &target.pid().to_string(), "-o", "job.ckpt"],
+        )
+        .refused(1, &whole);
+        // Alone: only a call made in it tells.
+        let child = target.job.descendants()[0].to_string();
+        let alone = ["AIO context", "no context of this process", "MADV_DONTFORK"];
+        ckpt(case, ["attach", &child, "-o", "job.ckpt"]).refused(1, &alone);
+        unharmed(case, target, &before);
+    });
+}
+
+/// A batch of calls that is to go on by itself must not end in SIGXFSZ.
+#[test]
+fn aio_context_under_a_limit_of_the_file_size() {
+    isolated("aio_context_under_a_limit_of_the_file_size", |case| {
+        let target = odd(case, "aio-file-size", None);
+        let words = ["AIO context", "limit of the file size", "prlimit --fsize"];
+        attach_is_refused(case, target, &words);
+    });
+}
+
 /// The kernel stops no task that waits in vfork(2); nobody waits for it for ever.
 #[test]
 fn waiting_in_vfork() {

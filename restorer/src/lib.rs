@@ -3,7 +3,8 @@
 //! A plan is a flat list of operations, nearly all of them one system call with its operands.
 //! The planner decides every number beforehand (addresses, descriptors, ids), so that
 //! operations need no results of earlier ones; where the kernel answers with a number, the
-//! plan says which one is expected.
+//! plan says which one is expected. What nobody can decide beforehand, the address that io_setup(2)
+//! chooses, the kernel writes into memory, where a later operation finds it ([`LOAD`]).
 //!
 //! All structures are read in place by the freestanding program `restorer`, which the tracer
 //! puts into a hole of the target's address space together with the plan. The pointers in them
@@ -39,13 +40,16 @@ pub const MAY_FAIL: u32 = 1;
 /// The answer must be `expect`, not just any success.
 pub const EXPECT: u32 = 2;
 
+/// `args[0]` is the address of the first operand, which an earlier operation has had written.
+pub const LOAD: u32 = 4;
+
 /// One operation.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Op {
     /// An [`OpKind`].
     pub kind: u32,
-    /// [`MAY_FAIL`], [`EXPECT`].
+    /// [`MAY_FAIL`], [`EXPECT`], [`LOAD`].
     pub flags: u32,
     /// System call number.
     pub nr: u64,
@@ -152,6 +156,12 @@ impl Op {
     /// The same, allowed to fail.
     pub const fn may_fail(mut self) -> Self {
         self.flags |= MAY_FAIL;
+        self
+    }
+
+    /// The same, with the address of its first operand in place of it.
+    pub const fn loading(mut self) -> Self {
+        self.flags |= LOAD;
         self
     }
 

@@ -24,9 +24,9 @@ use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::namespaces::Namespaces;
-use crate::objects::process::{self, InJob, Process};
+use crate::objects::process::{self, FromOutside, InJob, Process};
 use crate::objects::seccomp::surroundings::Surroundings;
-use crate::objects::{Snapshot, SpaceId, ipc, zombie};
+use crate::objects::{Snapshot, SpaceId, aio, ipc, zombie};
 use crate::progress::Progress;
 use crate::restore::births;
 use crate::snapshot;
@@ -353,6 +353,31 @@ fn filters_in_force(job: &FrozenJob, sources: &[Source], collector: &mut Collect
     Ok(())
 }
 
+/// All that can be seen from outside of a frozen job in whose way nothing is.
+fn look(
+    job: &mut FrozenJob,
+    sources: &[Source],
+    request: &Request<'_>,
+    patience: Patience,
+) -> Result<(Collector, Vec<FromOutside>)> {
+    let mut collector = Collector::default();
+    collector.patience = patience;
+    collector.save_files = request.save_files.clone();
+    collector.alone_in_ipc = request.namespaces.ipc;
+    let all: Vec<&Source> = sources.iter().collect();
+    match kcmp::withheld() {
+        None => crate::check::shared_by_processes(&all, &mut collector)?,
+        Some(call) => collector.copies = borrow::all(job, sources, call)?,
+    }
+    let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
+    let spaces = process::address_spaces(&all, &outside, &collector);
+    ipc::capture(&spaces, &mut collector)?;
+    if !collector.obstacles.is_empty() {
+        return Err(Error::Refused(collector.obstacles));
+    }
+    Ok((collector, outside))
+}
+
 fn capture_frozen(
     job: &mut FrozenJob,
     sources: &[Source],
@@ -372,19 +397,10 @@ fn capture_frozen(
         // Of all, before anybody's memory is looked at: it may be that of several.
         leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
     }
-    collector.patience = patience;
-    collector.save_files = request.save_files.clone();
-    collector.alone_in_ipc = request.namespaces.ipc;
-    let all: Vec<&Source> = sources.iter().collect();
-    match kcmp::withheld() {
-        None => crate::check::shared_by_processes(&all, &mut collector)?,
-        Some(call) => collector.copies = borrow::all(job, sources, call)?,
-    }
-    let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
-    let spaces = process::address_spaces(&all, &outside, &collector);
-    ipc::capture(&spaces, &mut collector)?;
-    if !collector.obstacles.is_empty() {
-        return Err(Error::Refused(collector.obstacles));
+    let (mut collector, mut outside) = look(job, sources, request, patience)?;
+    // What a request was still writing may be in files and in memory that were just looked at.
+    if aio::settle(job, sources, &outside, &collector)? {
+        (collector, outside) = look(job, sources, request, patience)?;
     }
     let stopped: Vec<(Pid, i32)> = job
         .processes
@@ -432,7 +448,8 @@ fn capture_frozen(
     } = collector;
     warnings.extend(save_files.unmatched().iter().map(unmatched));
     if processes[0].pid == 1 {
-        let of_the_job = |pid: &Pid| all.iter().any(|s| s.pid == *pid) || job.ended.contains(pid);
+        let of_the_job =
+            |pid: &Pid| sources.iter().any(|s| s.pid == *pid) || job.ended.contains(pid);
         let others = brought_in().into_iter().filter(|pid| !of_the_job(pid));
         warnings.extend(others.map(not_of_the_job));
     }

@@ -111,7 +111,8 @@ fn permissions(mapping: &Mapping) -> String {
         }
     };
     let shared = match mapping.backing {
-        Backing::SharedFile { .. } | Backing::SharedMemory { .. } | Backing::SysV { .. } => 's',
+        Backing::SharedFile { .. } | Backing::SharedMemory { .. } => 's',
+        Backing::SysV { .. } | Backing::AioRing(_) => 's',
         Backing::Description { private: false, .. } => 's',
         _ => 'p',
     };
@@ -144,6 +145,7 @@ fn path(
             let key = segment.map_or(0, |segment| segment.object.key);
             format!("/SYSV{key:08x}")
         }
+        Backing::AioRing(_) => "/[aio]".into(),
         Backing::Kernel(KernelMapping::Vdso) => "[vdso]".into(),
         Backing::Kernel(KernelMapping::Vvar) => "[vvar]".into(),
         Backing::Kernel(KernelMapping::VvarVclock) => "[vvar_vclock]".into(),

@@ -83,7 +83,7 @@ impl<'a> ImageMemory<'a> {
                 };
                 self.stored_or_zero(memfd.contents, offset.checked_add(inside)?, into);
             }
-            Backing::Kernel(_) => return None,
+            Backing::AioRing(_) | Backing::Kernel(_) => return None,
         }
         Some(())
     }

@@ -6,13 +6,13 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::objects::Snapshot;
 use crate::objects::files::Kind;
 use crate::objects::files::regular::Regular;
 use crate::objects::ipc::Object;
 use crate::objects::ipc::table::Type;
 use crate::objects::memory::{Backing, FileIdentity, KernelMapping};
 use crate::objects::processor;
+use crate::objects::{Snapshot, aio};
 use crate::restore::surroundings;
 
 /// One thing that must be there; the JSON keys stay as they are.
@@ -324,7 +324,12 @@ fn amounts(snapshot: &Snapshot) -> Vec<NeedView> {
             let name = format!("{} KiB", size / 1024);
             NeedView::new("huge pages", name, format!("{} of them", bytes / size))
         });
-    limits.into_iter().chain(pools).collect()
+    let (contexts, requests) = aio::wanted(snapshot);
+    let contexts = (contexts > 0).then(|| {
+        let detail = format!("{requests} to spare, for {contexts} AIO contexts");
+        NeedView::new("limit", "fs.aio-max-nr", detail)
+    });
+    limits.into_iter().chain(contexts).chain(pools).collect()
 }
 
 #[cfg(test)]

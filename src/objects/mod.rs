@@ -5,6 +5,7 @@
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
 pub mod address_space;
+pub mod aio;
 pub mod bundle;
 pub mod cgroup;
 pub mod credentials;

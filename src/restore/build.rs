@@ -14,7 +14,7 @@ use crate::objects::files::{self, Staging};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
-use crate::objects::{Snapshot, credentials, limits, signals, timers};
+use crate::objects::{Snapshot, aio, credentials, limits, signals, timers};
 
 /// One plan in the making.
 #[derive(Clone, Copy)]
@@ -58,6 +58,7 @@ impl Build<'_> {
         let objects = &self.job.snapshot.shared_memory;
         memory::place_shared(mappings, objects, self.shared_at, forked, &mut plan);
         self.family(&mut plan, &mut obstacles);
+        aio::rebuild(mappings, &mut plan);
         memory::finish(
             mappings,
             self.job.snapshot,
@@ -123,6 +124,7 @@ impl Build<'_> {
         memory::free_keys(forked.parent, plan);
         memory::allocate_keys(mappings, plan);
         memory::map_all(mappings, snapshot, staging, self.shared_at, forked, plan);
+        aio::reserve(mappings, plan);
         memory::drop_pages(&self.surplus(forked), plan);
         sysv_shm::attach(self.process, snapshot, self.segment_at, plan);
         plan.stage(Stage::Fill);

@@ -196,6 +196,13 @@ impl Builder {
         self.push(Op::syscall(nr, six(args)).expecting(answer), object());
     }
 
+    /// A system call with the answer that it must give; its first operand is the address of a word
+    /// that an earlier one has had written.
+    pub fn loading(&mut self, nr: i64, args: &[u64], answer: u64, object: impl FnOnce() -> String) {
+        let op = Op::syscall(nr, six(args)).expecting(answer).loading();
+        self.push(op, object());
+    }
+
     /// A system call that may fail, which then is told as a warning.
     pub fn try_syscall(&mut self, nr: i64, args: &[u64], warning: &str) {
         self.push(Op::syscall(nr, six(args)).may_fail(), warning.to_owned());

@@ -10,9 +10,9 @@ use nix::unistd::{AccessFlags, faccessat};
 
 use super::next_pid;
 use crate::error::Obstacle;
-use crate::objects::Snapshot;
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
 use crate::objects::process::Process;
+use crate::objects::{Snapshot, aio};
 
 /// What to do about something that is not where it was.
 pub const MISSING: &str =
@@ -32,6 +32,7 @@ pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle>
             .iter()
             .filter_map(|p| too_many_mappings(p, kernel)),
     );
+    obstacles.extend(aio::in_the_way(snapshot));
     let pools = huge_pages(snapshot);
     obstacles.extend(
         pools

@@ -2,7 +2,7 @@
  * A program in an unusual situation, which ODD names; it follows the protocol of the fixtures.
  * ODD_FILE is the file of the situations that have one.
  */
-#include "../../fixtures/fixture.h"
+#include "../../fixtures/aio.h"
 
 #include <arpa/inet.h>
 #include <mqueue.h>
@@ -15,6 +15,7 @@
 #include <sys/fanotify.h>
 #include <sys/ioctl.h>
 #include <sys/ipc.h>
+#include <sys/resource.h>
 #include <sys/sem.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -221,6 +222,18 @@ int main(int argc, char **argv)
 	} else if (is("sem-fresh")) {
 		fx_cleanup = remove_set;
 		set = FX_SYS(semget(0x46000001, 2, IPC_CREAT | IPC_EXCL | 0600));
+	} else if (is("aio-fork")) {
+		aio_setup(4);
+		child = FX_SYS(fork());
+		if (!child)
+			for (;;)
+				pause();
+		fx_cleanup = end_child;
+	} else if (is("aio-file-size")) {
+		struct rlimit small = { .rlim_cur = 1000, .rlim_max = RLIM_INFINITY };
+
+		aio_setup(4);
+		FX_SYS(setrlimit(RLIMIT_FSIZE, &small));
 	} else if (is("map")) {
 		fd = FX_SYS(open(file, O_RDONLY));
 		map = mmap(NULL, FX_PAGE, PROT_READ, MAP_PRIVATE, fd, 0);

@@ -18,7 +18,7 @@ mod blob {
     use core::ptr::{read_volatile, write_volatile};
     use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-    use ckpt_restorer::{DONE, EXITS, FAILED, Op, OpKind, PARKS, Plan, ThreadPlan};
+    use ckpt_restorer::{DONE, EXITS, FAILED, LOAD, Op, OpKind, PARKS, Plan, ThreadPlan};
 
     const SYS_PAUSE: u64 = 34;
     const SYS_EXIT: u64 = 60;
@@ -93,8 +93,13 @@ mod blob {
             // SAFETY: `at` is valid, and nobody writes it but this thread.
             let op = unsafe { read_volatile(at) };
             let result = if op.kind == OpKind::Syscall as u32 {
+                let mut args = op.args;
+                if op.flags & LOAD != 0 {
+                    // SAFETY: the planner gave the address of a word of the plan's data.
+                    args[0] = unsafe { read_volatile(args[0] as *const u64) };
+                }
                 // SAFETY: the plan's business.
-                unsafe { syscall(op.nr, &op.args) }
+                unsafe { syscall(op.nr, &args) }
             } else if op.kind == OpKind::Trap as u32 {
                 trap(i);
                 0

@@ -75,6 +75,12 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
     let size = mapping.end.saturating_sub(mapping.start);
     let (what, number, count, offset) = match &mapping.backing {
         Backing::Anonymous | Backing::Kernel(_) => return Ok(()),
+        Backing::AioRing(ring) => {
+            let plain = mapping.prot == (libc::PROT_READ | libc::PROT_WRITE) as u32;
+            let fault = ring.fault(size);
+            let fault = fault.or_else(|| (!plain).then(|| "is an AIO ring, and protected".into()));
+            return fault.map_or(Ok(()), Err);
+        }
         Backing::AnonymousHuge { page_size } => {
             let fits = page_size.is_power_of_two()
                 && *page_size >= page.into()

@@ -16,7 +16,7 @@ use super::{
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::ipc::sysv_shm;
-use crate::objects::{SpaceId, files};
+use crate::objects::{SpaceId, aio, files};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
@@ -206,15 +206,8 @@ fn backing(
     if vma.shared && path == Path::new("/dev/zero") {
         return Ok(shared_memory(source, vma, all, collector));
     }
-    // Free slots for requests are counted in the kernel alone, every request that would count them
-    // leaves an event behind (fs/aio.c), and one that polls may be in flight for ever.
-    if path == Path::new("/[aio]") {
-        let remedy = "let the program end its asynchronous I/O (io_destroy) before the checkpoint";
-        return Err(refuse(
-            "is the ring of an AIO context,",
-            "which is not supported: the kernel shows nobody its requests in flight",
-            Some(remedy),
-        ));
+    if aio::is_ring(vma) {
+        return Ok(Backing::AioRing(aio::capture(source, vma, collector)?));
     }
     if is_memfd(path) {
         let description = memfd_mapping(source, vma, all, collector);

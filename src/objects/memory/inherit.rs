@@ -54,8 +54,8 @@ fn same_object(p: &Mapping, m: &Mapping) -> bool {
         && p.flags.intersection(FIXED) == m.flags.intersection(FIXED)
         && p.protection_key == m.protection_key
         && !p.flags.contains(MappingFlags::SEALED)
-        // Attached by shmat(2), which says who has it attached.
-        && !matches!(m.backing, Backing::SysV { .. })
+        // Attached by shmat(2), which says who has it attached; made by each process for itself.
+        && !matches!(m.backing, Backing::SysV { .. } | Backing::AioRing(_))
 }
 
 /// The offset into what is behind the mapping; none where there is no such thing.
@@ -68,6 +68,7 @@ fn offset(backing: &Backing) -> Option<u64> {
         Backing::Anonymous
         | Backing::AnonymousHuge { .. }
         | Backing::SysV { .. }
+        | Backing::AioRing(_)
         | Backing::Kernel(_) => None,
     }
 }
@@ -82,6 +83,7 @@ fn with_offset(backing: &Backing, to: u64) -> Backing {
         Backing::Anonymous
         | Backing::AnonymousHuge { .. }
         | Backing::SysV { .. }
+        | Backing::AioRing(_)
         | Backing::Kernel(_) => {}
     }
     backing

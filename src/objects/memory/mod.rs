@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::SpaceId;
+use super::aio::Ring;
 
 mod capture;
 mod file;
@@ -91,6 +92,8 @@ pub enum Backing {
         /// MAP_PRIVATE.
         private: bool,
     },
+    /// The ring of an AIO context.
+    AioRing(Ring),
     /// A piece of the kernel's: moved, never copied.
     Kernel(KernelMapping),
 }

@@ -247,8 +247,11 @@ pub fn map_all(
                 };
                 m.map(how, staging.of(*description).into(), *offset, plan);
             }
-            // Segments are attached by a call of their own.
-            Backing::SharedMemory { .. } | Backing::SysV { .. } | Backing::Kernel(_) => {}
+            // Segments are attached by a call of their own, rings come with their contexts.
+            Backing::SharedMemory { .. }
+            | Backing::SysV { .. }
+            | Backing::AioRing(_)
+            | Backing::Kernel(_) => {}
         }
     }
     close_open(&mut open, plan);

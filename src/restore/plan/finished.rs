@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use ckpt_restorer::{Op, OpKind};
+use ckpt_restorer::{LOAD, Op, OpKind};
 
 use super::super::next_pid::Means;
 use super::{Inherit, Stage};
@@ -138,8 +138,11 @@ fn describe(op: &Op) -> String {
     let used = op.args.iter().rposition(|a| *a != 0).map_or(0, |i| i + 1);
     let args: Vec<String> = op.args[..used]
         .iter()
-        .map(|a| {
-            if *a < 10_000 {
+        .enumerate()
+        .map(|(n, a)| {
+            if n == 0 && op.flags & LOAD != 0 {
+                format!("*{a:#x}")
+            } else if *a < 10_000 {
                 a.to_string()
             } else {
                 format!("{a:#x}")

@@ -26,6 +26,8 @@ global_asm!(
     ".hidden ckpt_cave_home",
     ".globl ckpt_cave_unmap",
     ".hidden ckpt_cave_unmap",
+    ".globl ckpt_cave_park",
+    ".hidden ckpt_cave_park",
     ".globl ckpt_cave_magic",
     ".hidden ckpt_cave_magic",
     ".globl ckpt_cave_scratch",
@@ -95,6 +97,28 @@ global_asm!(
     "    sahf",
     "    mov rax, qword ptr [rip + ckpt_cave_regs + 64]",
     "    jmp qword ptr [rip + ckpt_cave_regs + 72]",
+    // Where other tasks wait until a batch is done; rbx is a block of memory (hold.rs). A futex that
+    // is not 0 ends the wait.
+    "ckpt_cave_park:",
+    "    mov rdi, qword ptr [rbx]",
+    "    mov esi, 128", // FUTEX_WAIT | FUTEX_PRIVATE_FLAG
+    "    xor edx, edx",
+    "    xor r10d, r10d",
+    "    mov eax, 202", // futex
+    "    syscall",
+    "    mov rdi, qword ptr [rbx]",
+    "    cmp dword ptr [rdi], 0",
+    "    je ckpt_cave_park",
+    "    lea rsp, [rbx + 8]",
+    "    pop rdi",
+    "    pop rsi",
+    "    pop rdx",
+    "    pop r10",
+    "    pop rcx",
+    "    pop r11",
+    "    pop rax",
+    "    pop rbx",
+    "    iretq",
     ".balign 8",
     "ckpt_cave_magic:",
     ".ascii \"ckptcave\"",
@@ -123,6 +147,7 @@ unsafe extern "C" {
     static ckpt_cave_batch: u8;
     static ckpt_cave_home: u8;
     static ckpt_cave_unmap: u8;
+    static ckpt_cave_park: u8;
     static ckpt_cave_magic: u8;
     static ckpt_cave_scratch: u8;
     static ckpt_cave_end: u8;
@@ -136,6 +161,7 @@ pub(super) struct CaveImage {
     pub(super) batch: u64,
     pub(super) home: u64,
     pub(super) unmap: u64,
+    pub(super) park: u64,
     pub(super) magic: u64,
     pub(super) data: u64,
 }
@@ -152,6 +178,7 @@ pub(super) fn cave_image() -> CaveImage {
         batch: (&raw const ckpt_cave_batch) as u64 - start,
         home: (&raw const ckpt_cave_home) as u64 - start,
         unmap: (&raw const ckpt_cave_unmap) as u64 - start,
+        park: (&raw const ckpt_cave_park) as u64 - start,
         magic: (&raw const ckpt_cave_magic) as u64 - start,
         data: (&raw const ckpt_cave_scratch) as u64 - start,
     }
@@ -200,6 +227,12 @@ impl<'m> Cave<'m> {
         cave.set_owner(0)?;
         fault::hit(Step::CaveWritten)?;
         Ok(cave)
+    }
+
+    /// Whether a batch is one: without a doorbell calls are made one by one, and the next one is not
+    /// made if we are killed.
+    pub fn has_doorbell(&self) -> bool {
+        self.doorbell.is_some()
     }
 
     /// Looks for a signal that can be the doorbell of batches; `tasks` are all of the process,
@@ -297,13 +330,16 @@ fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
     None
 }
 
+/// Instructions of the longest batch, ten a call: those that go from CPU to CPU have two for each.
+const MOST_STEPS: u32 = 200_000;
+
 /// Moves tasks out of a cave that a dead tracer left them in. All tasks must be stopped; a
 /// task inside runs home instruction by instruction.
 pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()> {
     let image = cave_image();
     let slot = image.bytes.len() as u64;
     for task in tasks {
-        for _ in 0..256 {
+        for _ in 0..MOST_STEPS {
             let rip = RemoteAddr(task.regs()?.rip);
             // The code before the magic, wherever in it the task is.
             let mut around = vec![0u8; 2 * slot as usize];

@@ -38,15 +38,18 @@
 use nix::errno::Errno;
 
 use crate::fault::{self, Step};
+use crate::mem::ProcessMemory;
 use crate::task::{Regs, Resume, Stop, Stopped, Waited};
 use crate::{Error, Pid, RemoteAddr, Result, Tid};
 
 mod cave;
+mod hold;
 pub mod lend;
 mod restart;
 
 use cave::cave_image;
 pub use cave::{Cave, leave_stale_cave};
+pub use hold::Hold;
 use restart::restarted;
 pub use restart::{effective_rip, hide_interruption};
 
@@ -221,6 +224,11 @@ impl<'a> RemoteCalls<'a> {
     /// Its process.
     pub fn pid(&self) -> Pid {
         self.cave.mem.pid()
+    }
+
+    /// Its process's memory.
+    pub fn memory(&self) -> &ProcessMemory {
+        self.cave.mem
     }
 
     /// The registers with which the task will go on.

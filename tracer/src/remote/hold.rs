@@ -1,0 +1,186 @@
+//! Tasks held back until a batch is done, even if the tracer dies.
+//!
+//! When a tracer dies, all of its tasks go on at once, while one of them may be in a batch that goes on by itself.
+//! A batch after which nothing is as the others may see it in between has to keep them away. So they
+//! are sent into the cave as well, to a futex; they do not get there unless the tracer dies, since they stay in
+//! their stops. The last call of the batch wakes them, and each has a block of memory with its registers
+//! from which it goes home by iretq, which takes instruction pointer, flags and stack pointer at once.
+//!
+//! 1. The caller's task gets a batch of one call, the waking: from now on it wakes, whatever happens.
+//! 2. The futex says "wait", and the others get their registers.
+//! 3. The caller's task gets the batch, which ends with the waking, and goes.
+//! 4. The others get their own registers back.
+//!
+//! Nobody can know when the last one has left its block, so if the tracer dies the blocks stay mapped.
+
+use super::cave::cave_image;
+use super::restart::{effective_rip, restarted};
+use super::{Call, RemoteCalls};
+use crate::task::{Regs, Stopped};
+use crate::{RemoteAddr, Result};
+
+/// Bytes a task: its block stands at the end, and a signal frame has room below.
+const EACH: u64 = 4096;
+/// Bytes of a block.
+const BLOCK: u64 = 14 * 8;
+/// `FUTEX_OP(FUTEX_OP_SET, 1, FUTEX_OP_CMP_EQ, 0)`, linux/futex.h.
+const SET_ONE: u64 = 1 << 12;
+
+/// Tasks that share the memory of the one that makes the calls.
+pub struct Hold<'t> {
+    tasks: Vec<&'t mut Stopped>,
+    /// Their registers, while they have others.
+    original: Vec<Regs>,
+    at: RemoteAddr,
+    mapped: bool,
+}
+
+impl<'t> Hold<'t> {
+    /// Holds these, with memory at `at`, a hole of [`room`](Self::room) bytes.
+    pub fn new(tasks: Vec<&'t mut Stopped>, at: RemoteAddr) -> Self {
+        Self {
+            tasks,
+            original: Vec::new(),
+            at,
+            mapped: false,
+        }
+    }
+
+    /// Bytes of memory for so many tasks.
+    pub fn room(tasks: usize) -> u64 {
+        match tasks {
+            0 => 0,
+            some => EACH * (some as u64 + 1),
+        }
+    }
+
+    /// Maps the memory.
+    pub fn map(&mut self, calls: &mut RemoteCalls<'_>) -> Result<()> {
+        let len = Self::room(self.tasks.len());
+        if len > 0 {
+            let flags = libc::MAP_PRIVATE
+                | libc::MAP_ANONYMOUS
+                | libc::MAP_NORESERVE
+                | libc::MAP_FIXED_NOREPLACE;
+            let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+            let args = [self.at.raw(), len, prot, flags as u64, u64::MAX, 0];
+            calls.call("mmap", libc::SYS_mmap, args)?;
+            self.mapped = true;
+        }
+        Ok(())
+    }
+
+    /// Unmaps it.
+    pub fn unmap(&mut self, calls: &mut RemoteCalls<'_>) -> Result<()> {
+        if std::mem::take(&mut self.mapped) {
+            let args = [self.at.raw(), Self::room(self.tasks.len()), 0, 0, 0, 0];
+            calls.call("munmap", libc::SYS_munmap, args)?;
+        }
+        Ok(())
+    }
+
+    fn waking(&self) -> Call {
+        let word = self.at.raw();
+        let op = (libc::FUTEX_WAKE_OP | libc::FUTEX_PRIVATE_FLAG) as u64;
+        let all = i32::MAX as u64;
+        Call::new(
+            "futex",
+            libc::SYS_futex,
+            &[word, op, all, all, word, SET_ONE],
+        )
+    }
+
+    fn send_in(&mut self, calls: &RemoteCalls<'_>) -> Result<()> {
+        let mem = calls.cave.mem;
+        let park = (calls.cave.slot(0) + cave_image().park).raw();
+        for (n, task) in self.tasks.iter().enumerate() {
+            let original = task.regs()?;
+            let mut home = original;
+            home.rip = effective_rip(task, mem, &original)?;
+            let home = restarted(&home);
+            let block = self.at + (EACH * (n as u64 + 2) - BLOCK);
+            let words = [
+                self.at.raw(),
+                home.rdi,
+                home.rsi,
+                home.rdx,
+                home.r10,
+                home.rcx,
+                home.r11,
+                home.rax,
+                home.rbx,
+                home.rip,
+                home.cs,
+                home.eflags,
+                home.rsp,
+                home.ss,
+            ];
+            mem.write(block, &words.map(u64::to_le_bytes).concat())?;
+            let mut regs = original;
+            regs.rip = park;
+            regs.rbx = block.raw();
+            regs.rax = 0;
+            // No system call to restart in the state that we set.
+            regs.orig_rax = u64::MAX;
+            self.original.push(original);
+            task.set_regs(&regs)?;
+        }
+        Ok(())
+    }
+
+    fn bring_back(&mut self) -> Result<()> {
+        let mut first = Ok(());
+        for (task, regs) in self.tasks.iter().zip(self.original.drain(..)) {
+            first = first.and(task.set_regs(&regs));
+        }
+        first
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let _ = self.bring_back();
+    }
+}
+
+impl RemoteCalls<'_> {
+    /// As [`batch`](Self::batch), with the other tasks held back until it is done. `list` as there, with 192 bytes more.
+    pub fn batch_holding(
+        &mut self,
+        list: u64,
+        calls: &[Call],
+        hold: &mut Hold<'_>,
+    ) -> Result<Vec<i64>> {
+        if hold.tasks.is_empty() {
+            return self.batch(list, calls);
+        }
+        let waking = hold.waking();
+        self.stand_at(list, &waking)?;
+        let mem = self.cave.mem;
+        mem.write(hold.at, &0u32.to_le_bytes())?;
+        let sent = hold.send_in(self);
+        let answers = sent.and_then(|()| {
+            let all: Vec<Call> = calls.iter().copied().chain([waking]).collect();
+            self.batch(list + 64, &all)
+        });
+        // If it did not come to the waking: nobody waits for it any more.
+        let back = hold.bring_back();
+        let mut answers = answers?;
+        back?;
+        answers.pop();
+        Ok(answers)
+    }
+
+    /// The task will make this call and go home, if nothing else is said.
+    fn stand_at(&mut self, list: u64, call: &Call) -> Result<()> {
+        let mut bytes = (call.nr as u64).to_le_bytes().to_vec();
+        for arg in call.args.iter().chain([&0]) {
+            bytes.extend_from_slice(&arg.to_le_bytes());
+        }
+        self.write_scratch(list, &bytes)?;
+        let mut regs = self.call_regs(cave_image().batch, 0, [0; 6]);
+        regs.rbx = (self.scratch + list).raw();
+        regs.rbp = regs.rbx + 64;
+        self.task.set_regs(&regs)
+    }
+}
