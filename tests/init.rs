@@ -305,10 +305,9 @@ fn failures_of_an_attach() {
     isolated("failures_of_an_attach", |case| {
         let container = container(case, &[]);
         let first = container.first.to_string();
-        for step in Step::ALL
-            .iter()
-            .filter(|s| !s.name().starts_with("restore"))
-        {
+        // Nobody lends descriptors where ckpt may take them.
+        let steps = Step::ALL.iter().filter(|step| **step != Step::Lending);
+        for step in steps.filter(|s| !s.name().starts_with("restore")) {
             for fault in [step.name().to_owned(), format!("{}:kill", step.name())] {
                 let mut command = Command::new(CKPT);
                 command.args(["attach", &first, "-o", "job.ckpt"]);
