@@ -517,7 +517,7 @@ fn refused() {
                        for dir in usr tmp proc dev \"$here\"; do \
                            mkdir -p ./$dir; mount --rbind /$dir ./$dir; done; \
                        ln -s usr/bin usr/lib usr/lib64 .; mkdir old; \
-                       pivot_root . old; cd \"$here\"; eval \"$0\"";
+                       /usr/sbin/pivot_root . old; cd \"$here\"; eval \"$0\"";
         refuse(
             &[],
             program,

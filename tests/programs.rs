@@ -165,21 +165,22 @@ fn fio_with_native_aio() {
                 "--iodepth_batch_complete_min=4",
                 "--direct=1",
             ])
-            .args(["--rw=randwrite", "--bs=4k", "--size=8m", "--rate=6m"])
+            .args(["--rw=randwrite", "--bs=4k", "--size=8m", "--rate=1500k"])
             .args(["--verify=crc32c", "--verify_fatal=1", "--thread"])
             .args(["--output-format=json", "--fallocate=none"])
             .arg(format!("--filename={}", file.display()))
             .arg(format!("--output={}", report.display()));
         let mut job = start(fio.current_dir(case.dir()), &case.path("fio.log"));
+        let written = || std::fs::metadata(&file).map_or(0, |m| m.blocks() * 512);
         let grown = |job: &mut Job, bytes: u64| {
             until("fio's file", || {
                 assert_eq!(job.ended(), None, "fio ended early");
-                let blocks = std::fs::metadata(&file).map_or(0, |m| m.blocks());
-                (blocks * 512 >= bytes).then_some(())
+                (written() >= bytes).then_some(())
             });
         };
         grown(&mut job, 1 << 20);
-        for _ in 0..10 {
+        // At this rate it has something in flight all the time until it has written 8 MiB.
+        while written() < 3 << 20 {
             attach(case, job.pid, "job.ckpt", &[]);
             assert_let_go(job.pid);
         }
