@@ -25,6 +25,25 @@ fn no_such_process() {
 }
 
 #[test]
+fn too_few_descriptors() {
+    isolated("too_few_descriptors", |case| {
+        let fixture = fixture(case, "counter");
+        let before = Looks::at(fixture.pid());
+        let attach = format!(
+            "ulimit -n 12; exec {CKPT} attach {} -o job.ckpt",
+            fixture.pid()
+        );
+        let mut command = Command::new("sh");
+        command.args(["-c", &attach]).current_dir(case.dir());
+        run(case, &mut command).refused(1, &["cannot", "open files", "ulimit -Hn"]);
+        assert_let_go(fixture.pid());
+        before.assert_same(fixture.pid(), &[]);
+        assert!(leftovers(case.dir()).is_empty());
+        fixture.passes();
+    });
+}
+
+#[test]
 fn kernel_thread() {
     // It is only seen from the first pid namespace, and nothing is started here.
     if fs::read_to_string("/proc/2/comm")

@@ -55,11 +55,26 @@ impl<E: Into<crate::Error>> From<E> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Error(error) => error.fmt(f),
+            Failure::Error(error) => {
+                error.fmt(f)?;
+                match is_out_of_descriptors(error) {
+                    true => f.write_str("; raise the hard limit of open files (ulimit -Hn)"),
+                    false => Ok(()),
+                }
+            }
             Failure::Usage(text) | Failure::Message(text) => f.write_str(text),
             Failure::Told => Ok(()),
         }
     }
+}
+
+/// Of each process of a job several files are open at once, and we have raised the soft limit already.
+fn is_out_of_descriptors(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |e| e.source());
+    causes.any(|cause| {
+        let io = cause.downcast_ref::<std::io::Error>();
+        io.is_some_and(|e| e.raw_os_error() == Some(libc::EMFILE))
+    })
 }
 
 /// Result of a command: the exit code to return.
