@@ -54,6 +54,9 @@ pub struct Layout {
     pub env_end: u64,
 }
 
+/// `MEMBARRIER_CMD_GLOBAL_EXPEDITED`, `PRIVATE_EXPEDITED`, `PRIVATE_EXPEDITED_SYNC_CORE` and
+/// `PRIVATE_EXPEDITED_RSEQ`; the next bit of each is the registration.
+const MEMBARRIERS: [u64; 4] = [1 << 1, 1 << 3, 1 << 5, 1 << 7];
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` (Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
 /// `PR_GET_THP_DISABLE`.
@@ -79,11 +82,19 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let dumpable = calls.call("prctl(PR_GET_DUMPABLE)", libc::SYS_prctl, get_dumpable)? as u32;
     let get_thp = [PR_GET_THP_DISABLE, 0, 0, 0, 0, 0];
     let thp = calls.call("prctl(PR_GET_THP_DISABLE)", libc::SYS_prctl, get_thp)?;
-    // Absent before Linux 6.3; then the common registration is made at restore.
-    let args = [MEMBARRIER_GET_REGISTRATIONS, 0, 0, 0, 0, 0];
-    let membarrier = calls
-        .call("membarrier", libc::SYS_membarrier, args)
-        .unwrap_or(0) as u32;
+    let mut membarrier = |command: u64| {
+        let args = [command, 0, 0, 0, 0, 0];
+        calls.call("membarrier", libc::SYS_membarrier, args)
+    };
+    let membarrier = match membarrier(MEMBARRIER_GET_REGISTRATIONS) {
+        Ok(registered) => registered as u32,
+        // Before Linux 6.3. A barrier is refused to who has not registered for it; only for the global
+        // one everybody may ask, so who is to take part in it is not told: too many do no harm.
+        Err(_) => MEMBARRIERS
+            .into_iter()
+            .filter(|command| membarrier(*command).is_ok())
+            .fold(0, |all, command| all | (command << 1) as u32),
+    };
     Ok(Asked {
         brk,
         dumpable,

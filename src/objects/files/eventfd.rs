@@ -1,5 +1,9 @@
 //! eventfd(2).
+#![allow(unsafe_code)]
 
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
@@ -29,5 +33,101 @@ impl EventFd {
             plan.expect(libc::SYS_write, &[0, data, 8], 8, object);
         }
         super::place(0, at, plan, object);
+    }
+}
+
+/// Whether it counts as a semaphore, by how much a read takes; `count` is what it holds. For kernels
+/// that do not tell (fs/eventfd.c), and while nobody uses it. `None` where that cannot be found out.
+///
+/// A child of ours does it and puts all back, in a session of its own and with signals blocked, so that
+/// what kills us lets it finish. Who waits for the count may be woken once more than it was written.
+pub fn is_semaphore(fd: &OwnedFd, count: u64) -> Option<bool> {
+    let fd = fd.as_raw_fd();
+    // SAFETY: the child makes only system calls on values of its own stack, and leaves by _exit.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        // SAFETY: as above.
+        unsafe {
+            let all = u64::MAX;
+            let how = libc::SIG_BLOCK;
+            libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, 0, 8);
+            libc::setsid();
+            libc::_exit(match try_out(fd, count) {
+                Some(semaphore) => semaphore.into(),
+                None => 2,
+            })
+        }
+    }
+    let mut status = 0;
+    // SAFETY: a child of ours; the kernel writes one int.
+    let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    match libc::WEXITSTATUS(status) {
+        answer @ (0 | 1) if waited == pid && libc::WIFEXITED(status) => Some(answer == 1),
+        _ => None,
+    }
+}
+
+fn try_out(fd: i32, count: u64) -> Option<bool> {
+    if count > 1 {
+        let taken = take(fd)?;
+        add(fd, taken);
+        return Some(taken == 1);
+    }
+    // With less than two both kinds read the same.
+    if take(fd)? != count {
+        return None;
+    }
+    add(fd, 2);
+    let taken = take(fd)?;
+    take(fd);
+    if count == 1 {
+        add(fd, 1);
+    }
+    Some(taken == 1)
+}
+
+/// Reads what is there, without waiting; `None` where the kernel has no such read.
+fn take(fd: i32) -> Option<u64> {
+    let mut value = 0u64;
+    let part = libc::iovec {
+        iov_base: (&raw mut value).cast(),
+        iov_len: 8,
+    };
+    // SAFETY: room for what an eventfd answers.
+    let n = unsafe { libc::preadv2(fd, &raw const part, 1, -1, libc::RWF_NOWAIT) };
+    match n {
+        8 => Some(value),
+        _ if Errno::last() == Errno::EAGAIN => Some(0),
+        _ => None,
+    }
+}
+
+fn add(fd: i32, value: u64) {
+    // SAFETY: the kernel reads eight bytes.
+    unsafe { libc::write(fd, (&raw const value).cast(), 8) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::FromRawFd;
+
+    #[test]
+    fn both_kinds_are_told_apart_and_left_as_they_were() {
+        for (flags, semaphore) in [(0, false), (libc::EFD_SEMAPHORE, true)] {
+            for count in [0, 1, 2, 3, 7, u64::MAX - 1] {
+                // SAFETY: a new descriptor that nobody else owns.
+                let fd = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, flags)) };
+                if count > 0 {
+                    add(fd.as_raw_fd(), count);
+                }
+                assert_eq!(is_semaphore(&fd, count), Some(semaphore), "{count}");
+                let info = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+                let info = std::fs::read_to_string(info).unwrap();
+                let line = info.lines().find(|l| l.starts_with("eventfd-count"));
+                let left = line.unwrap().rsplit(' ').next().unwrap();
+                assert_eq!(u64::from_str_radix(left, 16), Ok(count));
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 
 use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::fdlink::FdLink;
+use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks::list_tasks;
 use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
@@ -232,9 +233,22 @@ fn kind(
     }
     match (&look.link, &look.info.detail) {
         (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) => {
+            let held = || read_status(source.pid).is_ok_and(|s| sockets::is_held(&s));
+            let semaphore = match semaphore {
+                Some(semaphore) => Some(*semaphore),
+                None if held() => eventfd::is_semaphore(&look.copy, *count),
+                // The frozen job will tell.
+                None => Some(false),
+            };
+            let semaphore = semaphore.ok_or_else(|| {
+                unsupported(
+                    "an eventfd of which this kernel does not tell how it counts",
+                    "close it before the checkpoint",
+                )
+            })?;
             Ok(Kind::EventFd(eventfd::EventFd {
                 count: *count,
-                semaphore: *semaphore,
+                semaphore,
             }))
         }
         (FdLink::AnonInode(_), FdDetail::SignalFd { mask }) => {

@@ -55,8 +55,8 @@ pub enum FdDetail {
     EventFd {
         /// Counter.
         count: u64,
-        /// `EFD_SEMAPHORE` (said since Linux 6.5, else false).
-        semaphore: bool,
+        /// `EFD_SEMAPHORE`, which newer kernels tell.
+        semaphore: Option<bool>,
     },
     /// signalfd(2)
     SignalFd {
@@ -197,11 +197,11 @@ fn detail(detail: &mut FdDetail, key: &[u8], value: &[u8], line: &[u8]) -> Optio
         (FdDetail::Plain, b"eventfd-count") => {
             *detail = FdDetail::EventFd {
                 count: hex(value)?,
-                semaphore: false,
+                semaphore: None,
             };
         }
         (FdDetail::EventFd { semaphore, .. }, b"eventfd-semaphore") => {
-            *semaphore = dec::<u32>(value)? != 0;
+            *semaphore = Some(dec::<u32>(value)? != 0);
         }
         (FdDetail::EventFd { .. }, _) => {}
         (FdDetail::Plain, b"sigmask") => *detail = FdDetail::SignalFd { mask: hex(value)? },
@@ -400,14 +400,14 @@ mod tests {
             detail_of("eventfd-count:               2a\neventfd-id: 1\neventfd-semaphore: 1\n"),
             FdDetail::EventFd {
                 count: 42,
-                semaphore: true
+                semaphore: Some(true)
             }
         );
         assert_eq!(
             detail_of("eventfd-count: ffffffffffffffff\n"),
             FdDetail::EventFd {
                 count: u64::MAX,
-                semaphore: false
+                semaphore: None
             }
         );
         let mask = FdDetail::SignalFd { mask: 0x200 };
