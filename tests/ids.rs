@@ -37,8 +37,11 @@ while True:
     n += 1
     try:
         os.symlink(f"{n} {os.getresuid()} {os.getresgid()} {os.getgroups()}", f"{name}.next")
+    except FileExistsError:
+        pass  # Of one that was killed in between, or of a clone.
+    try:
         os.rename(f"{name}.next", name)
-    except OSError:
+    except FileNotFoundError:
         pass  # A clone was faster.
     time.sleep(0.01)
 "#;
