@@ -242,22 +242,26 @@ fn is_ending(pid: Pid) -> bool {
 
 /// What of the process's own state is in the way.
 pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
-    let object = source.title();
+    let tids = tasks::list_tasks(source.pid)?;
+    lives_elsewhere(source, &tids, collector)?;
     let surroundings = collector.surroundings();
-    let compared = matches!(collector.copies, Copies::Taken);
-    let mut refuse = |reason: String, remedy: Option<&str>| {
-        collector.obstacles.push(Obstacle {
-            object: object.clone(),
-            reason,
-            remedy: remedy.map(str::to_owned),
-            passing: false,
-        });
-    };
+    for tid in tids {
+        let Ok(status) = read_status((source.pid, tid)) else {
+            continue;
+        };
+        if let Some((reason, remedy)) = surroundings.in_the_way(&status) {
+            refuse(source, reason, Some(remedy), collector);
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The part of it that may be otherwise by the time a job is frozen that did not stand still before.
+pub fn lives_elsewhere(source: &Source, tids: &[Tid], collector: &mut Collector) -> Result<()> {
     if is_32_bit(source) {
-        refuse(
-            "is a 32-bit program, which is not supported".into(),
-            Some("use a 64-bit build"),
-        );
+        let reason = "is a 32-bit program, which is not supported";
+        refuse(source, reason.into(), Some("use a 64-bit build"), collector);
     }
     for kind in other_namespaces(source)? {
         let remedy = format!(
@@ -265,32 +269,29 @@ pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> 
             source.pid,
             nsenter_option(&kind)
         );
-        refuse(
-            format!("is in another {kind} namespace than ckpt, which is not supported"),
-            Some(&remedy),
-        );
+        let reason = format!("is in another {kind} namespace than ckpt, which is not supported");
+        refuse(source, reason, Some(&remedy), collector);
     }
-    for tid in tasks::list_tasks(source.pid)?
-        .into_iter()
-        .filter(|_| compared)
-    {
-        if let Some(what) = own_table(source.pid, tid)? {
-            let reason =
-                format!("has a thread {tid} with {what} of its own, which is not supported");
-            refuse(reason, None);
-            break;
-        }
-    }
-    for tid in tasks::list_tasks(source.pid)? {
-        let Ok(status) = read_status((source.pid, tid)) else {
-            continue;
-        };
-        if let Some((reason, remedy)) = surroundings.in_the_way(&status) {
-            refuse(reason, Some(remedy));
-            break;
+    if matches!(collector.copies, Copies::Taken) {
+        for &tid in tids {
+            if let Some(what) = own_table(source.pid, tid)? {
+                let reason =
+                    format!("has a thread {tid} with {what} of its own, which is not supported");
+                refuse(source, reason, None, collector);
+                break;
+            }
         }
     }
     Ok(())
+}
+
+fn refuse(source: &Source, reason: String, remedy: Option<&str>, collector: &mut Collector) {
+    collector.obstacles.push(Obstacle {
+        object: source.title(),
+        reason,
+        remedy: remedy.map(str::to_owned),
+        passing: false,
+    });
 }
 
 /// Kinds of namespaces in which the process is elsewhere than we are. The restored process is

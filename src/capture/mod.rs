@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ckpt_image::{Codec, ImageFile, Writer, WriterOptions};
-use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::kcmp;
 use ckpt_tracer::proc::maps::Vma;
@@ -19,12 +18,13 @@ use ckpt_tracer::proc::pagemap::PagemapScanner;
 use ckpt_tracer::proc::status::{read_status, read_task};
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::remote::leave_stale_cave;
+use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::namespaces::Namespaces;
-use crate::objects::process::{self, FromOutside, InJob, Process};
+use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
 use crate::objects::seccomp::surroundings::Surroundings;
 use crate::objects::{Snapshot, SpaceId, aio, ipc, zombie};
 use crate::progress::Progress;
@@ -335,22 +335,27 @@ struct CapturedJob {
 
 /// Suspends seccomp filters where we may. Else they must be those that we are under, in every task
 /// as it is now: it may have added some since it was looked at first.
-fn filters_in_force(job: &FrozenJob, sources: &[Source], collector: &mut Collector) -> Result<()> {
+fn filters_in_force(
+    job: &FrozenJob,
+    sources: &[Source],
+    collector: &mut Collector,
+) -> Result<Statuses> {
+    let mut statuses = Statuses::new();
     for (frozen, source) in job.processes.iter().zip(sources) {
         for task in frozen.tasks() {
             let status = read_task(source.pid, task.tid())?;
-            if status.seccomp.unwrap_or(0) == 0 {
-                continue;
+            if status.seccomp.unwrap_or(0) != 0 {
+                let surroundings = collector.surroundings();
+                if surroundings == Surroundings::Master {
+                    task.suspend_seccomp()?;
+                } else if let Some((reason, remedy)) = surroundings.in_the_way(&status) {
+                    return Err(Error::refuse(Obstacle::new(source.title(), reason, remedy)));
+                }
             }
-            let surroundings = collector.surroundings();
-            if surroundings == Surroundings::Master {
-                task.suspend_seccomp()?;
-            } else if let Some((reason, remedy)) = surroundings.in_the_way(&status) {
-                return Err(Error::refuse(Obstacle::new(source.title(), reason, remedy)));
-            }
+            statuses.insert(task.tid(), status);
         }
     }
-    Ok(())
+    Ok(statuses)
 }
 
 /// All that can be seen from outside of a frozen job in whose way nothing is.
@@ -385,10 +390,11 @@ fn capture_frozen(
     patience: Patience,
 ) -> Result<CapturedJob> {
     let mut collector = Collector::default();
-    filters_in_force(job, sources, &mut collector)?;
+    let statuses = filters_in_force(job, sources, &mut collector)?;
     // Of a job that does not stand still this is seen only now.
-    for source in sources {
-        crate::check::inside_the_job(source, &mut collector)?;
+    for (frozen, source) in job.processes.iter().zip(sources) {
+        let tids: Vec<Tid> = frozen.tasks().iter().map(|task| task.tid()).collect();
+        crate::check::lives_elsewhere(source, &tids, &mut collector)?;
     }
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
@@ -426,6 +432,7 @@ fn capture_frozen(
             shares,
             stopped_children: &children,
             ipc: &collector.ipc,
+            statuses: &statuses,
         };
         let (process, vmas, scanner) = process::capture(frozen, source, outside, &in_job)?;
         processes.push(process);

@@ -6,12 +6,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use ckpt_tracer::capabilities::{Held, Use, set_names};
-use ckpt_tracer::proc::status::{Ids, Status};
+use ckpt_tracer::proc::status::{self, Status};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
+use super::namespaces::parse_map;
 use super::process::Process;
 use crate::error::Obstacle;
+use crate::isolate::Extent;
 use crate::restore::plan::Builder;
 
 /// A task's credentials (credentials(7), capabilities(7)).
@@ -54,6 +56,7 @@ pub fn obstacles(
     outside: &[u32],
 ) -> Vec<Obstacle> {
     let no_groups = !groups_can_be_set();
+    let ids = Ids::here();
     let mut obstacles = match no_groups {
         true => Vec::new(),
         false => foreign_groups(snapshot, outside),
@@ -72,7 +75,7 @@ pub fn obstacles(
                 "restore it as root, or as a member of exactly its groups",
             );
         }
-        let reason = threads().find_map(|c| c.not_permitted(now, held, no_groups));
+        let reason = threads().find_map(|c| c.not_permitted(now, held, no_groups, &ids));
         if let Some(reason) = reason {
             refuse(reason, "restore it as that user, or as root");
         }
@@ -135,18 +138,33 @@ pub fn join_keyring((uid, gid): (u32, u32), plan: &mut Builder) {
     plan.attempt(libc::SYS_keyctl, &args, object);
 }
 
-/// Whether somebody has that id in our user namespace: lines of inner id, outer id, count
-/// (user_namespaces(7)).
-fn is_mapped(id: u32, kind: &str) -> bool {
-    let Ok(map) = std::fs::read_to_string(format!("/proc/self/{kind}_map")) else {
-        return true;
-    };
-    map.lines().any(|line| {
-        let mut numbers = line.split_whitespace().flat_map(str::parse::<u32>);
-        let (first, count) = (numbers.next(), numbers.nth(1));
-        let range = first.zip(count);
-        range.is_some_and(|(first, count)| id >= first && id - first < count)
-    })
+/// The ids that somebody has in a user namespace (user_namespaces(7)); `None`: not known.
+#[derive(Default)]
+struct Ids {
+    users: Option<Vec<Extent>>,
+    groups: Option<Vec<Extent>>,
+}
+
+impl Ids {
+    /// Those of our own.
+    fn here() -> Self {
+        let map = |file: &str| std::fs::read(format!("/proc/self/{file}")).ok();
+        Self {
+            users: map("uid_map").map(|text| parse_map(&text)),
+            groups: map("gid_map").map(|text| parse_map(&text)),
+        }
+    }
+
+    /// One of a task's that nobody has.
+    fn lacking(&self, task: &Credentials) -> Option<u32> {
+        let unknown = |ids: &[u32], map: &Option<Vec<Extent>>| {
+            let map = map.as_ref()?;
+            let has = |id: u32, (first, _, count): &Extent| id >= *first && id - first < *count;
+            let nobody = |id: &u32| !map.iter().any(|extent| has(*id, extent));
+            ids.iter().copied().find(nobody)
+        };
+        unknown(&task.uid, &self.users).or_else(|| unknown(&task.gid, &self.groups))
+    }
 }
 
 /// Groups that came into the job's user namespace from outside, and that lead nowhere inside: only
@@ -176,7 +194,7 @@ pub fn foreign_groups(snapshot: &Snapshot, outside: &[u32]) -> Vec<Obstacle> {
 impl Credentials {
     /// From a task's status; the securebits are asked from inside.
     pub fn of(status: &Status, securebits: u32) -> Self {
-        let ids = |i: &Ids| [i.real, i.effective, i.saved, i.fs];
+        let ids = |i: &status::Ids| [i.real, i.effective, i.saved, i.fs];
         Self {
             uid: ids(&status.uid),
             gid: ids(&status.gid),
@@ -192,7 +210,13 @@ impl Credentials {
     }
 
     /// Why these cannot be had by a process that begins with `now`.
-    fn not_permitted(&self, now: &Credentials, held: Held, no_groups: bool) -> Option<String> {
+    fn not_permitted(
+        &self,
+        now: &Credentials,
+        held: Held,
+        no_groups: bool,
+        ids: &Ids,
+    ) -> Option<String> {
         let foreign = |ids: &[u32; 4], own: &[u32; 4]| {
             let other = ids.iter().find(|id| !own[..3].contains(id));
             other.copied()
@@ -221,9 +245,7 @@ impl Credentials {
                 "has other ids than you have, and looking into it while it is rebuilt needs {takes}"
             ));
         }
-        let unknown = |ids: &[u32], kind| ids.iter().copied().find(|id| !is_mapped(*id, kind));
-        let unknown = unknown(&self.uid, "uid").or_else(|| unknown(&self.gid, "gid"));
-        if let Some(id) = unknown {
+        if let Some(id) = ids.lacking(self) {
             return Some(format!(
                 "has the id {id}, which does not exist in this user namespace"
             ));
@@ -357,7 +379,7 @@ mod tests {
     #[test]
     fn what_is_lacking_is_named() {
         let why = |job: &Credentials, now: &Credentials, set| {
-            job.not_permitted(now, Held::NONE.with(set), false)
+            job.not_permitted(now, Held::NONE.with(set), false, &Ids::default())
         };
         let (me, root) = (of(1000), of(0));
         assert_eq!(why(&me, &me, 0), None);
@@ -388,5 +410,13 @@ mod tests {
         };
         let said = why(&capable, &me, both).expect("nobody can give it");
         assert!(said.ends_with("cannot give it: net_admin"), "{said}");
+        let ids = Ids {
+            users: Some(vec![(0, 0, 1), (1000, 5000, 2)]),
+            groups: None,
+        };
+        assert_eq!(
+            [0, 1001, 1002].map(|id| ids.lacking(&of(id))),
+            [None, None, Some(1002)]
+        );
     }
 }

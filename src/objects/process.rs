@@ -1,16 +1,17 @@
 //! One process: what its threads share.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
-use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, read_maps, read_smaps};
 use ckpt_tracer::proc::pagemap::PagemapScanner;
 use ckpt_tracer::proc::stat::read_stat;
-use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::proc::timers::read_timers;
 use ckpt_tracer::remote::{Cave, RemoteCalls};
+use ckpt_tracer::{RemoteAddr, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
@@ -288,6 +289,18 @@ pub struct InJob<'a> {
     pub stopped_children: &'a [i32],
     /// The job's objects of the IPC namespace.
     pub ipc: &'a Ipc,
+    /// Of all tasks of the job.
+    pub statuses: &'a Statuses,
+}
+
+/// What `/proc/PID/task/TID/status` says of frozen tasks: it takes long to read, and is read once.
+pub type Statuses = HashMap<Tid, Status>;
+
+impl InJob<'_> {
+    fn status(&self, tid: Tid) -> Result<&Status> {
+        let status = self.statuses.get(&tid);
+        Ok(status.ok_or(ckpt_tracer::Error::Died { tid })?)
+    }
 }
 
 /// Room for the answers of remote calls.
@@ -367,10 +380,15 @@ pub fn capture(
     if !job.shares.adjustments {
         semaphore_adjustments = undo::capture(&mut calls, &job.ipc.semaphores, &tids)?;
     }
-    let mut threads = vec![thread::capture(&mut calls, source)?];
+    let mut threads = vec![thread::capture(
+        &mut calls,
+        source,
+        job.status(pid.leader())?,
+    )?];
     for task in others {
+        let status = job.status(task.tid())?;
         calls = calls.hand_over(task)?;
-        threads.push(thread::capture(&mut calls, source)?);
+        threads.push(thread::capture(&mut calls, source, status)?);
     }
     calls.finish()?;
     cave.fill_in()?;

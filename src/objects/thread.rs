@@ -1,6 +1,6 @@
 //! One thread: registers and everything that the kernel keeps a task.
 
-use ckpt_tracer::proc::status::read_task;
+use ckpt_tracer::proc::status::Status;
 use ckpt_tracer::remote::{Call, RemoteCalls};
 use ckpt_tracer::{RemoteAddr, Result, Tid};
 use serde::{Deserialize, Serialize};
@@ -143,11 +143,14 @@ fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
 }
 
 /// Captures the thread that remote calls are already running in.
-pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Thread> {
+pub fn capture(
+    calls: &mut RemoteCalls<'_>,
+    source: &Source,
+    status: &Status,
+) -> crate::Result<Thread> {
     let asked = ask(calls)?;
     let task = calls.task();
     let tid = task.tid();
-    let status = read_task(source.pid, tid)?;
     let mut regs = calls.original_regs().into();
     unveil_restarted(&mut regs, source)?;
     Ok(Thread {
@@ -167,9 +170,9 @@ pub fn capture(calls: &mut RemoteCalls<'_>, source: &Source) -> crate::Result<Th
         robust_list: robust_list(tid)?,
         clear_child_tid: asked.clear_child_tid,
         scheduling: scheduling::capture(tid, asked.timer_slack),
-        credentials: Credentials::of(&status, asked.securebits),
+        credentials: Credentials::of(status, asked.securebits),
         parent_death_signal: asked.parent_death_signal,
-        seccomp: seccomp::capture(task, &status)?,
+        seccomp: seccomp::capture(task, status)?,
         security: security::capture(source.pid, tid),
     })
 }
