@@ -1,23 +1,22 @@
 //! `--bundle`: programs, libraries and files that are only read are in the image, and need not be
 //! where it is restored.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ckpt::objects::Snapshot;
-use ckpt_image::Reader;
-use common::fixture::start_in;
-use common::look::assert_let_go;
-use common::refused::restore_is_refused;
-use common::tool::{CKPT, leftovers, source};
-use common::{
+use crate::common::fixture::start_in;
+use crate::common::look::assert_let_go;
+use crate::common::refused::restore_is_refused;
+use crate::common::tool::{CKPT, leftovers, source};
+use crate::common::{
     Case, Ended, Fixture, ckpt, isolated, isolated_as_user, restore_cmd, restored, run, start,
     until,
 };
+use ckpt::objects::Snapshot;
+use ckpt_image::Reader;
 use nix::sys::signal::Signal;
 
 /// `tests/programs/packed.c` with its library and its files, in a directory of their own.

@@ -1,15 +1,14 @@
 //! Clocks that begin with the machine, when a job is restored after a reboot or on another machine:
 //! a time namespace around `restore` stands for that one.
 
-mod common;
-
+use crate::common;
 use std::path::Path;
 use std::process::Command;
 
-use common::fixture::{fixture, killed, start_in};
-use common::look::status_field;
-use common::tool::RESTORE;
-use common::{Case, Ended, Job, attach, isolated, isolated_as_user, restored, run};
+use crate::common::fixture::{fixture, killed, start_in};
+use crate::common::look::status_field;
+use crate::common::tool::RESTORE;
+use crate::common::{Case, Ended, Job, attach, isolated, isolated_as_user, restored, run};
 
 /// Runs a program where the machine's clocks are shifted by so many seconds.
 fn shifted(seconds: i64) -> Command {

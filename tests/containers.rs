@@ -2,18 +2,17 @@
 //! user in it: what is possible is done, and what is not is refused with the option that
 //! permits it.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::process::Command;
 
-use common::container::{Container, cap, contained, kills_on};
-use common::edit::edited;
-use common::fixture::{exceptions, killed};
-use common::look::{assert_let_go, assert_nobody_left, await_let_go, status_field};
-use common::refused::{FAILED, attach_is_refused, restore_is_refused};
-use common::tool::{CKPT, descendants_in};
-use common::{
+use crate::common::container::{Container, cap, contained, kills_on};
+use crate::common::edit::edited;
+use crate::common::fixture::{exceptions, killed};
+use crate::common::look::{assert_let_go, assert_nobody_left, await_let_go, status_field};
+use crate::common::refused::{FAILED, attach_is_refused, restore_is_refused};
+use crate::common::tool::{CKPT, descendants_in};
+use crate::common::{
     Case, Ended, Job, Looks, attach, ckpt, fixture, isolated, odd, restore_cmd, restored, run,
     start, until,
 };

@@ -201,6 +201,19 @@ fn sources(dir: &Path, found: &mut Vec<std::path::PathBuf>) {
     }
 }
 
+/// A file that `main.rs` does not name would not be compiled, and nobody would miss its tests.
+#[test]
+fn every_file_of_tests_is_a_module() {
+    let main = read("tests/main.rs");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let entries = fs::read_dir(directory).expect("it is there").flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let files = names.filter_map(|name| Some(name.strip_suffix(".rs")?.to_owned()));
+    let left_out = |name: &String| name != "main" && !main.contains(&format!("mod {name};"));
+    let left_out: Vec<String> = files.filter(left_out).collect();
+    assert_eq!(left_out, [""; 0], "name it in tests/main.rs");
+}
+
 #[test]
 fn links_between_the_pages_lead_somewhere() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

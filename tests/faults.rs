@@ -1,15 +1,13 @@
 //! A failure, or death, at each step of attach and restore: the target of an attach is unharmed
 //! and the next attach works; of a failed restore nothing is left.
-#![cfg(feature = "faults")]
 
-mod common;
-
+use crate::common;
 use std::process::Command;
 
+use crate::common::look::{assert_let_go, assert_nobody_left, await_let_go};
+use crate::common::tool::{CKPT, leftovers};
+use crate::common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run};
 use ckpt_tracer::fault::Step;
-use common::look::{assert_let_go, assert_nobody_left, await_let_go};
-use common::tool::{CKPT, leftovers};
-use common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run};
 
 /// Timers and sleeps notice what happens to them, computations when a register is lost, parents
 /// when one of their children is not as it was, all who share a memory when one is in it that

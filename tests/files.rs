@@ -1,18 +1,17 @@
 //! Open files on file systems that tests do not run on by themselves, and files whose names nobody
 //! finds.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::fixture::{killed, start_in};
-use common::look::assert_let_go;
-use common::refused::attach_is_refused;
-use common::rounds::{gone, same_result};
-use common::tool::source;
-use common::{Case, Ended, attach, ckpt, fixture, isolated, restored, run, start, until};
+use crate::common::fixture::{killed, start_in};
+use crate::common::look::assert_let_go;
+use crate::common::refused::attach_is_refused;
+use crate::common::rounds::{gone, same_result};
+use crate::common::tool::source;
+use crate::common::{Case, Ended, attach, ckpt, fixture, isolated, restored, run, start, until};
 
 /// Mounts a file system as DIR/name; without permission the test is skipped.
 fn mounted(case: &Case, kind: &str, options: &str, name: &str) {

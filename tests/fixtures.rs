@@ -1,13 +1,12 @@
 //! Every fixture through checkpoint, kill and restore: it judges itself, and from outside it
 //! looks as before.
 
-mod common;
-
-use common::fixture::exceptions;
-use common::look::{self, assert_let_go};
-use common::refused::attach_is_refused;
-use common::tool::{ckpt, leftovers};
-use common::{Case, Looks, attach, fixture, isolated, isolated_as_user, restored};
+use crate::common;
+use crate::common::fixture::exceptions;
+use crate::common::look::{self, assert_let_go};
+use crate::common::refused::attach_is_refused;
+use crate::common::tool::{ckpt, leftovers};
+use crate::common::{Case, Looks, attach, fixture, isolated, isolated_as_user, restored};
 use std::os::unix::fs::MetadataExt;
 
 /// What is not supported: the fixture and the words that name the object and the remedy.

@@ -1,18 +1,17 @@
 //! Jobs in user namespaces with several ids, as rootless containers have them. What an ordinary user
 //! is given (`/etc/subuid`) is another file in each test's mount namespace.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::isolate::open_to_all;
-use common::look::{assert_nobody_left, children, status_field};
-use common::refused::FAILED;
-use common::tool::{CKPT, RESTORE};
-use common::{Case, Ended, Job, isolated, run, start, until};
+use crate::common::isolate::open_to_all;
+use crate::common::look::{assert_nobody_left, children, status_field};
+use crate::common::refused::FAILED;
+use crate::common::tool::{CKPT, RESTORE};
+use crate::common::{Case, Ended, Job, isolated, run, start, until};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 

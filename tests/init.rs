@@ -1,20 +1,19 @@
 //! Jobs whose root is the first process of a pid namespace, as in a container: attached to from
 //! outside, and restored as the first process of a new one.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use ckpt_tracer::fault::Step;
-use common::look::{all_stopped, assert_let_go, assert_nobody_left, children, status_field};
-use common::refused::FAILED;
-use common::tool::{CKPT, RESTORE, leftovers, restored_in_front};
-use common::{
+use crate::common::look::{all_stopped, assert_let_go, assert_nobody_left, children, status_field};
+use crate::common::refused::FAILED;
+use crate::common::tool::{CKPT, RESTORE, leftovers, restored_in_front};
+use crate::common::{
     Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restore_cmd, restored, run, start,
     until,
 };
+use ckpt_tracer::fault::Step;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

@@ -1,14 +1,12 @@
 //! Objects that outlive the job: what becomes of them when they are missing at the restore, or when
 //! others use them meanwhile.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::fixture::start_in;
-use common::tool::{RESTORE, leftovers};
-use common::{
+use crate::common::fixture::start_in;
+use crate::common::tool::{RESTORE, leftovers};
+use crate::common::{
     Case, Fixture, Job, attach, ckpt, fixture, isolated, isolated_as_user, odd, restore_cmd,
     restored, run, start, until,
 };

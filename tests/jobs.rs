@@ -2,17 +2,15 @@
 //! between them. Each is checkpointed from outside in the middle of its work, killed and restored;
 //! what it makes of it is what it makes when nobody disturbs it.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::isolate::open_to_all;
-use common::look::status_field;
-use common::rounds::{gone, same_result, same_result_in_namespaces};
-use common::tool::{CKPT, RESTORE, leftovers, nobody};
-use common::{
+use crate::common::isolate::open_to_all;
+use crate::common::look::status_field;
+use crate::common::rounds::{gone, same_result, same_result_in_namespaces};
+use crate::common::tool::{CKPT, RESTORE, leftovers, nobody};
+use crate::common::{
     Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restored, run, start, until,
 };
 use nix::sys::signal::{Signal, kill};

@@ -1,25 +1,26 @@
 //! Root restores what belongs to somebody else: nothing of root's is in it afterwards, and nothing that
 //! only root may do was done for it.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::common::edit::edited;
+use crate::common::isolate::open_to_all;
+use crate::common::look::assert_nobody_left;
+use crate::common::refused::FAILED;
+use crate::common::tool::{Output, RESTORE};
+use crate::common::{
+    Case, Ended, Job, Looks, attach, isolated, restore_cmd, restored, run, start, until,
+};
 use ckpt::objects::Snapshot;
 use ckpt::objects::files::Kind;
 use ckpt::objects::files::regular::Regular;
 use ckpt::objects::ipc::sysv_sem::Set;
 use ckpt::objects::ipc::{Claim, Object};
 use ckpt::objects::thread::Thread;
-use common::edit::edited;
-use common::isolate::open_to_all;
-use common::look::assert_nobody_left;
-use common::refused::FAILED;
-use common::tool::{Output, RESTORE};
-use common::{Case, Ended, Job, Looks, attach, isolated, restore_cmd, restored, run, start, until};
 use nix::sys::signal::Signal;
 
 /// Says all that it can know of itself each time it is asked by SIGUSR1, in `facts.N`; ends by SIGTERM.

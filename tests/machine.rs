@@ -1,23 +1,22 @@
 //! Another machine: what an image says of its own, what it needs, and what is told when it is not
 //! there.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use ckpt::objects::Snapshot;
-use common::edit::edited;
-use common::fixture::killed;
-use common::logger::{Logger, mapping};
-use common::look::assert_nobody_left;
-use common::refused::{FAILED, restore_is_refused};
-use common::tool::{CKPT, source};
-use common::{
+use crate::common::edit::edited;
+use crate::common::fixture::killed;
+use crate::common::logger::{Logger, mapping};
+use crate::common::look::assert_nobody_left;
+use crate::common::refused::{FAILED, restore_is_refused};
+use crate::common::tool::{CKPT, source};
+use crate::common::{
     Case, attach, ckpt, isolated, isolated_as_user, restore_cmd, restored, run, start, until,
 };
+use ckpt::objects::Snapshot;
 use serde_json::Value;
 
 fn json(case: &Case, args: &[&str], image: &Path) -> Value {

@@ -1,18 +1,18 @@
 //! Files that moved, changed or went away between checkpoint and restore: `--map-path`, `--files`,
 //! `--save-files` and `--put-files`.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use common::logger::{Logger, STATE, expected, mapping, names};
-use common::look::assert_nobody_left;
-use common::tool::CKPT;
-use common::{Case, Ended, Job, ckpt, isolated, isolated_as_user, restore_cmd, run, start, until};
+use crate::common::logger::{Logger, STATE, expected, mapping, names};
+use crate::common::look::assert_nobody_left;
+use crate::common::tool::CKPT;
+use crate::common::{
+    Case, Ended, Job, ckpt, isolated, isolated_as_user, restore_cmd, run, start, until,
+};
 
 #[test]
 fn a_whole_directory_moves() {

@@ -1,20 +1,19 @@
 //! Jobs in pid namespaces of their own: when their pids are taken or may not be chosen, several of
 //! one image at once, and from the beginning; each checkpoint is taken from outside.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ckpt_tracer::fault::Step;
-use common::look::{assert_nobody_left, children, status_field};
-use common::refused::FAILED;
-use common::tool::{CKPT, RESTORE, nobody, restored_in_front};
-use common::{
+use crate::common::look::{assert_nobody_left, children, status_field};
+use crate::common::refused::FAILED;
+use crate::common::tool::{CKPT, RESTORE, nobody, restored_in_front};
+use crate::common::{
     Case, Ended, Job, attach, ckpt, isolated, isolated_as_user, restore_cmd, restored, run, start,
     until,
 };
+use ckpt_tracer::fault::Step;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

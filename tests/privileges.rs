@@ -1,18 +1,17 @@
 //! Ordinary users with one capability and no other: each widens what works, and nothing else
 //! (`docs/privileges.md`).
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::isolate::open_to_all;
-use common::look::{assert_let_go, assert_nobody_left, status_field};
-use common::refused::FAILED;
-use common::tool::{CKPT, Output, RESTORE, nobody};
-use common::{Case, Ended, Job, ckpt, fixture, isolated, run, start, until};
+use crate::common::isolate::open_to_all;
+use crate::common::look::{assert_let_go, assert_nobody_left, status_field};
+use crate::common::refused::FAILED;
+use crate::common::tool::{CKPT, Output, RESTORE, nobody};
+use crate::common::{Case, Ended, Job, ckpt, fixture, isolated, run, start, until};
 use nix::sys::signal::Signal;
 
 const NOBODY: u32 = 65534;

@@ -1,17 +1,15 @@
 //! Ordinary programs: checkpointed from outside in the middle of their work, killed, restored,
 //! three times in a row. The result is that of a run that nobody disturbed.
 
-mod common;
-
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::job::start;
-use common::look::assert_let_go;
-use common::rounds::same_result;
-use common::tool::source;
-use common::{Case, Ended, Job, attach, isolated, isolated_as_user, restored, run, until};
+use crate::common::job::start;
+use crate::common::look::assert_let_go;
+use crate::common::rounds::same_result;
+use crate::common::tool::source;
+use crate::common::{Case, Ended, Job, attach, isolated, isolated_as_user, restored, run, until};
 
 /// Builds a program into the test's directory.
 fn built(case: &Case, command: &mut Command) -> PathBuf {

@@ -1,16 +1,14 @@
 //! What cannot be done is refused in one sentence that names the object and the remedy, before
 //! anything is touched: the target goes on, and nothing is left behind.
 
-mod common;
-
 use std::fs;
 use std::process::Command;
 
-use common::isolate::{open_to_all, skipped};
-use common::look::{assert_let_go, states, status_field};
-use common::refused::{attach_is_refused, unharmed};
-use common::tool::{CKPT, leftovers, nobody};
-use common::{Looks, ckpt, fixture, isolated, isolated_as_user, odd, run, start, until};
+use crate::common::isolate::{open_to_all, skipped};
+use crate::common::look::{assert_let_go, states, status_field};
+use crate::common::refused::{attach_is_refused, unharmed};
+use crate::common::tool::{CKPT, leftovers, nobody};
+use crate::common::{Looks, ckpt, fixture, isolated, isolated_as_user, odd, run, start, until};
 
 #[test]
 fn no_such_process() {

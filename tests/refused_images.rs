@@ -1,20 +1,19 @@
 //! Images that cannot be restored here, or not as they are: refused in one sentence that names the
 //! object and the remedy, and no process is left behind.
 
-mod common;
-
+use crate::common;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::fixture::killed;
-use common::isolate::open_to_all;
-use common::look::assert_let_go;
-use common::refused::{FAILED, restore_is_refused};
-use common::tool::{CKPT, nobody};
-use common::{
+use crate::common::fixture::killed;
+use crate::common::isolate::open_to_all;
+use crate::common::look::assert_let_go;
+use crate::common::refused::{FAILED, restore_is_refused};
+use crate::common::tool::{CKPT, nobody};
+use crate::common::{
     Case, Ended, Fixture, Looks, ckpt, fixture, isolated, odd, restore_cmd, restored, run, start,
     until,
 };

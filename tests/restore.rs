@@ -1,18 +1,17 @@
 //! `restore` and its options, with the standard streams and signals of those who use it.
 
-mod common;
-
+use crate::common;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::fixture::{killed, start_in};
-use common::job::appended;
-use common::look::{all_stopped, assert_let_go, assert_nobody_left, look, status_field};
-use common::tool::{RESTORE, restored_in_front};
-use common::{
+use crate::common::fixture::{killed, start_in};
+use crate::common::job::appended;
+use crate::common::look::{all_stopped, assert_let_go, assert_nobody_left, look, status_field};
+use crate::common::tool::{RESTORE, restored_in_front};
+use crate::common::{
     Case, Ended, Fixture, Job, Looks, attach, fixture, holds_for, isolated, isolated_as_user,
     restore_cmd, restored, run, start, until,
 };

@@ -1,14 +1,13 @@
 //! `ckpt run` and what it leaves: images to restore from, and a program that outlives it.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::process::Command;
 
-use common::fixture::start_in;
-use common::look::{assert_let_go, status_field};
-use common::tool::{CKPT, leftovers};
-use common::{Case, Ended, Fixture, Job, isolated, restored, until};
+use crate::common::fixture::start_in;
+use crate::common::look::{assert_let_go, status_field};
+use crate::common::tool::{CKPT, leftovers};
+use crate::common::{Case, Ended, Fixture, Job, isolated, restored, until};
 use nix::sys::signal::Signal;
 
 /// A fixture under `ckpt run` with an interval, and its own pid.

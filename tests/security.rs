@@ -1,14 +1,13 @@
 //! What security modules say of a task. No module with contexts may be at work where this runs, so the
 //! image gets contexts that the kernel does not know.
 
-mod common;
-
+use crate::common;
+use crate::common::edit::edited;
+use crate::common::fixture::killed;
+use crate::common::look::assert_nobody_left;
+use crate::common::tool::restored;
+use crate::common::{ckpt, isolated, restore_cmd, run};
 use ckpt::objects::security::Label;
-use common::edit::edited;
-use common::fixture::killed;
-use common::look::assert_nobody_left;
-use common::tool::restored;
-use common::{ckpt, isolated, restore_cmd, run};
 
 /// A context that nobody can give it: the job goes on without, and both are named.
 #[test]

@@ -1,18 +1,16 @@
 //! Under `systemd --user`: a service is checkpointed while it runs, killed, and started again by a
 //! restore, in the same control group, with its socket to the service manager.
 
-mod common;
-
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::isolate::open_to_all;
-use common::look::status_field;
-use common::tool::{CKPT, RESTORE, nobody};
-use common::{Case, Job, isolated, run, start, until};
+use crate::common::isolate::open_to_all;
+use crate::common::look::status_field;
+use crate::common::tool::{CKPT, RESTORE, nobody};
+use crate::common::{Case, Job, isolated, run, start, until};
 
 /// Tells the service manager how far it has come, by a socket that stays connected.
 const PROGRAM: &str = r#"

@@ -1,17 +1,15 @@
 //! Programs that have more rights than whoever started them, and programs that nobody may look
 //! into: refused by name for their user, checkpointed and restored by root.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::isolate::open_to_all;
-use common::look::{assert_let_go, assert_nobody_left, status_field};
-use common::tool::{CKPT, RESTORE, leftovers, nobody, source};
-use common::{Case, Ended, Job, Looks, attach, isolated, restored, run, start, until};
+use crate::common::isolate::open_to_all;
+use crate::common::look::{assert_let_go, assert_nobody_left, status_field};
+use crate::common::tool::{CKPT, RESTORE, leftovers, nobody, source};
+use crate::common::{Case, Ended, Job, Looks, attach, isolated, restored, run, start, until};
 use nix::sys::signal::Signal;
 
 /// `tests/programs/ids.c`, owned by these ids, with this mode.

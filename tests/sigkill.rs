@@ -2,16 +2,14 @@
 //!
 //! `CKPT_KILLS` is how often (300), `CKPT_SEED` repeats a run.
 
-mod common;
-
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::fixture::start_in;
-use common::job::appended;
-use common::look::await_let_go;
-use common::tool::{CKPT, leftovers};
-use common::{Case, Ended, Fixture, Job, Looks, attach, ckpt, isolated, until};
+use crate::common::fixture::start_in;
+use crate::common::job::appended;
+use crate::common::look::await_let_go;
+use crate::common::tool::{CKPT, leftovers};
+use crate::common::{Case, Ended, Fixture, Job, Looks, attach, ckpt, isolated, until};
 use nix::sys::signal::Signal;
 
 /// Marsaglia's xorshift.

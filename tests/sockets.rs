@@ -1,16 +1,15 @@
 //! Sockets whose other side is outside the job, and names that others use.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use common::fixture::killed;
-use common::look::assert_let_go;
-use common::tool::leftovers;
-use common::{
+use crate::common::fixture::killed;
+use crate::common::look::assert_let_go;
+use crate::common::tool::leftovers;
+use crate::common::{
     Case, Fixture, Looks, attach, ckpt, isolated, odd, restore_cmd, restored, run, until,
 };
 use nix::sys::signal::Signal;

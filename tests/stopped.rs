@@ -1,17 +1,15 @@
 //! Processes that a signal has stopped, with several threads: a checkpoint leaves them stopped, a
 //! restore brings them back stopped, and SIGCONT continues them, with the right result.
 
-mod common;
-
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
-use common::fixture::start_in;
-use common::look::{all_stopped, states, status_field};
-use common::tool::restored_in_front;
-use common::{
+use crate::common::fixture::start_in;
+use crate::common::look::{all_stopped, states, status_field};
+use crate::common::tool::restored_in_front;
+use crate::common::{
     Case, Fixture, Looks, attach, holds_for, isolated, isolated_as_user, restored, until,
 };
 use nix::sys::signal::Signal;

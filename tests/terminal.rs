@@ -1,14 +1,13 @@
 //! Interactive programs: checkpointed in one terminal, restored in another or in the same one.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::process::Command;
 
-use common::job::{Job, reap_orphans};
-use common::screen::Screen;
-use common::tool::{CKPT, RESTORE, restore_cmd};
-use common::{Case, Ended, attach, isolated, run, start, until};
+use crate::common::job::{Job, reap_orphans};
+use crate::common::screen::Screen;
+use crate::common::tool::{CKPT, RESTORE, restore_cmd};
+use crate::common::{Case, Ended, attach, isolated, run, start, until};
 
 /// Ends the program with a checkpoint, and starts `restore` in the shell that it was started from.
 fn restored_in(case: &Case, shell: &mut Screen, name: &str) {

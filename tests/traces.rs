@@ -1,16 +1,15 @@
 //! Every readable file below `/proc/PID` of a job that waits, before and after an attach, and before a
 //! kill and after a restore: what may differ is listed here, each with its reason.
 
-mod common;
-
+use crate::common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::look::states;
-use common::tool::descendants_in;
-use common::{Case, Job, attach, isolated, isolated_as_user, restored, start, until};
+use crate::common::look::states;
+use crate::common::tool::descendants_in;
+use crate::common::{Case, Job, attach, isolated, isolated_as_user, restored, start, until};
 
 /// Exceptions: the end of a file's path, and beginnings of its keys (of `stat` whole ones; `*` is all).
 type Exceptions = &'static [(&'static str, &'static str)];

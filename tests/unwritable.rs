@@ -1,16 +1,15 @@
 //! An image that cannot be written where it shall go: refused in one sentence that names the place
 //! and the remedy; the target goes on, an older image stays, and nothing is left behind.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::isolate::open_to_all;
-use common::refused::unharmed;
-use common::tool::{CKPT, leftovers, nobody, restored_in_front};
-use common::{Case, Ended, Looks, ckpt, fixture, isolated, run, until};
+use crate::common::isolate::open_to_all;
+use crate::common::refused::unharmed;
+use crate::common::tool::{CKPT, leftovers, nobody, restored_in_front};
+use crate::common::{Case, Ended, Looks, ckpt, fixture, isolated, run, until};
 
 /// A checkpoint that cannot be written there; the target goes on, an older image stays.
 fn cannot_write(case: &Case, image: &Path, words: &[&str]) {

@@ -2,17 +2,16 @@
 //! which the vDSO is a different one: the functions of this kernel's, of which only the beginnings may be
 //! executed. With a second kernel: `make test-kernels`.
 
-mod common;
-
+use crate::common;
 use std::fs::{self, File};
 use std::path::Path;
 
+use crate::common::look::assert_nobody_left;
+use crate::common::refused::restore_is_refused;
+use crate::common::{Case, Fixture, fixture, isolated, isolated_as_user, restored};
 use ckpt::objects::Snapshot;
 use ckpt::snapshot;
 use ckpt_image::{Chunk, Reader, Writer, WriterOptions};
-use common::look::assert_nobody_left;
-use common::refused::restore_is_refused;
-use common::{Case, Fixture, fixture, isolated, isolated_as_user, restored};
 use object::{Object, ObjectSymbol};
 
 /// Writes the image anew with another snapshot.

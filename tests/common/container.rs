@@ -89,6 +89,7 @@ impl Container {
 }
 
 /// Runs the body of test `name` as process 1 of a container.
+#[track_caller]
 pub fn contained(name: &str, container: Container, body: impl FnOnce(&Case)) {
     isolated(name, |case| {
         if let Err(lacking) = container.enter(case) {

@@ -9,6 +9,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -29,7 +30,6 @@ enum Who {
 /// What a test's body gets.
 pub struct Case {
     dir: PathBuf,
-    name: String,
 }
 
 impl Case {
@@ -41,11 +41,6 @@ impl Case {
     /// A path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
-    }
-
-    /// The test's name.
-    pub fn name(&self) -> &str {
-        &self.name
     }
 
     /// Where the fixtures are.
@@ -99,13 +94,15 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Runs the body of test `name` in a pid namespace.
+/// Runs the body of test `name`, one of the caller's file, in a pid namespace.
+#[track_caller]
 pub fn isolated(name: &str, body: impl FnOnce(&Case)) {
     in_namespace(name, Who::Me, Box::new(body));
 }
 
 /// Runs the body of test `name` in a pid and user namespace of an ordinary user, even when we are
 /// root.
+#[track_caller]
 pub fn isolated_as_user(name: &str, body: impl FnOnce(&Case)) {
     in_namespace(name, Who::OrdinaryUser, Box::new(body));
 }
@@ -113,16 +110,11 @@ pub fn isolated_as_user(name: &str, body: impl FnOnce(&Case)) {
 /// What a test does. Boxed, so that the rest of a test is compiled once and not for each of them.
 type Body<'a> = Box<dyn FnOnce(&Case) + 'a>;
 
+#[track_caller]
 fn in_namespace(name: &str, who: Who, body: Body<'_>) {
     match std::env::var_os(INSIDE) {
-        Some(dir) => inside(
-            &Case {
-                dir: dir.into(),
-                name: name.into(),
-            },
-            body,
-        ),
-        None => outside(name, who),
+        Some(dir) => inside(&Case { dir: dir.into() }, body),
+        None => outside(&title(name, Location::caller().file()), who),
     }
 }
 
@@ -157,18 +149,22 @@ fn close_inherited() {
     }
 }
 
-fn outside(name: &str, who: Who) {
-    let file = Path::new(env!("CARGO_CRATE_NAME")).display().to_string();
-    let title = format!("{file}::{name}");
+/// The name by which the test binary knows a test: `tests/FILE.rs` is the module FILE.
+fn title(name: &str, file: &str) -> String {
+    let module = Path::new(file).file_stem().unwrap_or_default();
+    format!("{}::{name}", module.display())
+}
+
+fn outside(title: &str, who: Who) {
     if let Err(lacking) = namespaces(who) {
-        return skipped(&title, &lacking);
+        return skipped(title, &lacking);
     }
-    let dir = Scratch::new(&title, who);
+    let dir = Scratch::new(title, who);
     let fixtures = ckpt_fixtures::path("counter");
     let log = File::create(dir.0.join("test.log")).expect("the test's directory is writable");
     let mut inner = unshare(who)
         .arg(std::env::current_exe().expect("we have a name"))
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .args(["--exact", title, "--nocapture", "--test-threads=1"])
         .env(INSIDE, &dir.0)
         .env(FIXTURES, fixtures.parent().expect("it is in a directory"))
         .env("TMPDIR", &dir.0)
@@ -183,7 +179,7 @@ fn outside(name: &str, who: Who) {
         .expect("util-linux is installed");
     let ended = wait(&mut inner);
     if let Ok(lacking) = fs::read_to_string(dir.0.join(".skip")) {
-        return skipped(&title, &lacking);
+        return skipped(title, &lacking);
     }
     let trouble = match ended {
         None => format!("not finished after {DEADLINE:?}"),

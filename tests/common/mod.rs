@@ -1,7 +1,7 @@
 //! What the end-to-end tests share: a pid namespace for each test ([`isolate`]), processes that
 //! are reaped when they end ([`job`]), the command lines ([`tool`]), what can be seen of a
 //! process from outside ([`look`]), and waiting for a state ([`wait`]).
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(missing_docs, unreachable_pub)]
 
 pub mod container;
 pub mod edit;
@@ -18,7 +18,6 @@ pub mod screen;
 pub mod tool;
 pub mod wait;
 
-#[allow(unused_imports)]
 pub use {
     fixture::{Fixture, fixture},
     isolate::{Case, isolated, isolated_as_user},

@@ -221,8 +221,9 @@ fn wait_interrupted(mut task: Running, leader: bool, vdso: &Vdso) -> Result<Opti
 }
 
 /// How often a task may run on that has stopped inside the vDSO. A program that does nothing but ask
-/// for the time is there most of the time.
-const VDSO_TRIES: u32 = 64;
+/// for the time is there most of the time. To step it out would be sure, but were we killed between a
+/// step and its report, the SIGTRAP would be delivered, and end the process.
+const VDSO_TRIES: u32 = 256;
 /// How long it runs each time: a function of the vDSO takes some ten nanoseconds.
 const VDSO_RUN: Duration = Duration::from_micros(20);
 

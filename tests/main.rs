@@ -1,0 +1,40 @@
+//! The end-to-end tests: one program, since each links the same and takes as long to build.
+//! A file is a subject; what they share is in `common`.
+
+mod common;
+
+mod bundle;
+mod cli_image;
+mod cli_run;
+mod cli_usage;
+mod clocks;
+mod containers;
+mod docs;
+#[cfg(feature = "faults")]
+mod faults;
+mod files;
+mod fixtures;
+mod ids;
+mod init;
+mod ipc;
+mod jobs;
+mod leaks;
+mod machine;
+mod paths;
+mod pids;
+mod privileges;
+mod programs;
+mod refusals;
+mod refused_images;
+mod restore;
+mod run;
+mod security;
+mod service;
+mod setid;
+mod sigkill;
+mod sockets;
+mod stopped;
+mod terminal;
+mod traces;
+mod unwritable;
+mod vdso;
