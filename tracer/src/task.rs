@@ -9,13 +9,11 @@ use std::ptr;
 
 use nix::errno::Errno;
 
-use crate::abi::{self, PeekSigInfoArgs, RseqConfiguration, SeccompMetadata};
-use crate::{Error, Result, Tid};
+use crate::{Error, Pid, Result, Tid, abi};
 
-/// General registers as the kernel hands them out.
-pub type Regs = libc::user_regs_struct;
-/// One signal's information, 128 bytes.
-pub type SigInfo = [u8; 128];
+mod state;
+
+pub use state::{Regs, SigInfo};
 
 /// Why a task stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,7 +228,7 @@ fn decode_stop(status: i32) -> Stop {
 impl Stopped {
     /// Stands in for a task while it is resumed in place; every request on it answers ESRCH,
     /// since the task runs.
-    pub(crate) fn absent(tid: Tid) -> Self {
+    fn absent(tid: Tid) -> Self {
         Self {
             tid,
             stop: Stop::Other(0),
@@ -266,6 +264,42 @@ impl Stopped {
             tid: self.tid,
             only: self.only,
         })
+    }
+
+    /// Resumes the task, of that process, and waits for its next stop, in place; every other task
+    /// of ours is in a stop. If the process is killed now, a first thread's end is told only when
+    /// the others have been waited for, so for that one they are waited for as well. For the
+    /// others that would be a walk over all tasks at each stop.
+    pub fn advance(&mut self, pid: Pid, how: Resume, signal: i32) -> Result<()> {
+        let tid = self.tid();
+        let taken = std::mem::replace(self, Stopped::absent(tid));
+        let running = taken.resume(how, signal)?;
+        let waited = if tid == pid.leader() {
+            running.wait_alone()?
+        } else {
+            running.wait()?
+        };
+        match waited {
+            Waited::Stopped(stopped) => {
+                *self = stopped;
+                Ok(())
+            }
+            Waited::Gone(_) => Err(Error::Died { tid }),
+        }
+    }
+
+    /// Resumes the task and waits for its next stop, in place, and for nothing else: other tasks
+    /// may come to their stops meanwhile.
+    pub fn advance_among_others(&mut self, how: Resume, signal: i32) -> Result<()> {
+        let tid = self.tid();
+        let taken = std::mem::replace(self, Stopped::absent(tid));
+        *self = taken.resume(how, signal)?.wait_stopped()?;
+        Ok(())
+    }
+
+    /// Asks for an event stop, to be reached on the next resume.
+    pub fn interrupt(&self) -> Result<()> {
+        Running::auto_attached(self.tid()).interrupt()
     }
 
     /// Lets it go for good, delivering `signal` (0: none). A process in a group stop stays
@@ -312,192 +346,5 @@ impl Stopped {
             data,
         )?;
         Ok(message)
-    }
-
-    /// General registers, fs and gs bases included.
-    pub fn regs(&self) -> Result<Regs> {
-        // SAFETY: the structure is plain integers, for which zero is valid.
-        let mut regs: Regs = unsafe { std::mem::zeroed() };
-        let data = ptr::addr_of_mut!(regs) as usize;
-        request("PTRACE_GETREGS", libc::PTRACE_GETREGS, self.tid, 0, data)?;
-        Ok(regs)
-    }
-
-    /// Sets the general registers. Where they say that a system call was interrupted
-    /// (`orig_rax` ≥ 0, `rax` an `-ERESTART*`), the kernel restarts it on the way out of a
-    /// [`Stop::Event`].
-    pub fn set_regs(&self, regs: &Regs) -> Result<()> {
-        let data = ptr::from_ref(regs) as usize;
-        request("PTRACE_SETREGS", libc::PTRACE_SETREGS, self.tid, 0, data).map(drop)
-    }
-
-    /// The extended state (x87, SSE, AVX …) in the standard xsave format.
-    pub fn xstate(&self) -> Result<Vec<u8>> {
-        let mut bytes = vec![0u8; 16 * 1024];
-        let n = self.regset(libc::PTRACE_GETREGSET, &mut bytes)?;
-        bytes.truncate(n);
-        bytes.shrink_to_fit();
-        Ok(bytes)
-    }
-
-    /// Sets the extended state.
-    pub fn set_xstate(&self, xstate: &[u8]) -> Result<()> {
-        self.regset(libc::PTRACE_SETREGSET, &mut xstate.to_vec())
-            .map(drop)
-    }
-
-    fn regset(&self, req: u32, bytes: &mut [u8]) -> Result<usize> {
-        let mut iov = libc::iovec {
-            iov_base: bytes.as_mut_ptr().cast(),
-            iov_len: bytes.len(),
-        };
-        let data = ptr::addr_of_mut!(iov) as usize;
-        request(
-            "PTRACE_GETREGSET",
-            req,
-            self.tid,
-            abi::NT_X86_XSTATE as usize,
-            data,
-        )?;
-        Ok(iov.iov_len)
-    }
-
-    /// Blocked signals, bit n-1 for signal n.
-    pub fn signal_mask(&self) -> Result<u64> {
-        let mut mask = 0u64;
-        let data = ptr::addr_of_mut!(mask) as usize;
-        request(
-            "PTRACE_GETSIGMASK",
-            abi::PTRACE_GETSIGMASK,
-            self.tid,
-            8,
-            data,
-        )?;
-        Ok(mask)
-    }
-
-    /// Sets the blocked signals.
-    pub fn set_signal_mask(&self, mask: u64) -> Result<()> {
-        let data = ptr::from_ref(&mask) as usize;
-        request(
-            "PTRACE_SETSIGMASK",
-            abi::PTRACE_SETSIGMASK,
-            self.tid,
-            8,
-            data,
-        )
-        .map(drop)
-    }
-
-    /// Pending signals in the order in which they are queued: the task's own, or those of
-    /// the whole process.
-    pub fn pending_signals(&self, shared: bool) -> Result<Vec<SigInfo>> {
-        const BATCH: usize = 32;
-        let mut all = Vec::new();
-        loop {
-            let args = PeekSigInfoArgs {
-                off: all.len() as u64,
-                flags: if shared {
-                    abi::PTRACE_PEEKSIGINFO_SHARED
-                } else {
-                    0
-                },
-                nr: BATCH as i32,
-            };
-            let mut batch: [SigInfo; BATCH] = [[0; 128]; BATCH];
-            let n = request(
-                "PTRACE_PEEKSIGINFO",
-                abi::PTRACE_PEEKSIGINFO,
-                self.tid,
-                ptr::from_ref(&args) as usize,
-                batch.as_mut_ptr() as usize,
-            )? as usize;
-            all.extend_from_slice(&batch[..n.min(BATCH)]);
-            if n < BATCH {
-                return Ok(all);
-            }
-        }
-    }
-
-    /// The signal that a [`Stop::Signal`] is about.
-    pub fn signal_info(&self) -> Result<SigInfo> {
-        let mut info: SigInfo = [0; 128];
-        let data = info.as_mut_ptr() as usize;
-        request(
-            "PTRACE_GETSIGINFO",
-            libc::PTRACE_GETSIGINFO,
-            self.tid,
-            0,
-            data,
-        )?;
-        Ok(info)
-    }
-
-    /// The registered restartable sequence area; `None` where the kernel has no such request
-    /// (before Linux 5.13) or none is registered.
-    pub fn rseq(&self) -> Result<Option<RseqConfiguration>> {
-        let mut conf = RseqConfiguration::default();
-        let size = size_of::<RseqConfiguration>();
-        let data = ptr::addr_of_mut!(conf) as usize;
-        match request(
-            "PTRACE_GET_RSEQ",
-            abi::PTRACE_GET_RSEQ_CONFIGURATION,
-            self.tid,
-            size,
-            data,
-        ) {
-            Ok(_) if conf.rseq_abi_pointer == 0 => Ok(None),
-            Ok(_) => Ok(Some(conf)),
-            Err(Error::Kernel {
-                errno: Errno::EIO | Errno::EINVAL,
-                ..
-            }) => Ok(None),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// The task's seccomp filters, oldest first: the BPF program (8 bytes an instruction) and
-    /// the flags it was installed with. Needs CAP_SYS_ADMIN.
-    pub fn seccomp_filters(&self) -> Result<Vec<(Vec<u8>, u64)>> {
-        let mut filters = Vec::new();
-        loop {
-            let index = filters.len();
-            let len = match request(
-                "PTRACE_SECCOMP_GET_FILTER",
-                abi::PTRACE_SECCOMP_GET_FILTER,
-                self.tid,
-                index,
-                0,
-            ) {
-                Ok(n) => n as usize,
-                Err(Error::Kernel {
-                    errno: Errno::ENOENT,
-                    ..
-                }) => return Ok(filters),
-                Err(e) => return Err(e),
-            };
-            let mut program = vec![0u8; len * 8];
-            let data = program.as_mut_ptr() as usize;
-            request(
-                "PTRACE_SECCOMP_GET_FILTER",
-                abi::PTRACE_SECCOMP_GET_FILTER,
-                self.tid,
-                index,
-                data,
-            )?;
-            let mut meta = SeccompMetadata {
-                filter_off: index as u64,
-                flags: 0,
-            };
-            let data = ptr::addr_of_mut!(meta) as usize;
-            request(
-                "PTRACE_SECCOMP_GET_METADATA",
-                abi::PTRACE_SECCOMP_GET_METADATA,
-                self.tid,
-                size_of::<SeccompMetadata>(),
-                data,
-            )?;
-            filters.push((program, meta.flags));
-        }
     }
 }

@@ -4,7 +4,8 @@
 
 use std::arch::global_asm;
 
-use super::{advance, doorbell};
+use super::doorbell::doorbell;
+use super::wait::advance;
 use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
 use crate::proc::maps::{Vma, VmaName};

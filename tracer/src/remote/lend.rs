@@ -14,7 +14,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use super::{CALL_BYTES, Call, RemoteCalls};
+use super::RemoteCalls;
+use super::batch::{CALL_BYTES, Call};
 use crate::fault::{self, Step};
 use crate::{Error, Result};
 

@@ -1,0 +1,216 @@
+//! A task made ready for remote calls, and single calls in it.
+
+use nix::errno::Errno;
+
+use super::cave::{Cave, cave_image};
+use super::restart::effective_rip;
+use super::wait::advance;
+use crate::fault::{self, Step};
+use crate::mem::ProcessMemory;
+use crate::task::{Regs, Resume, Stop, Stopped};
+use crate::{Error, Pid, RemoteAddr, Result, Tid};
+
+/// A task made ready for remote calls. [`finish`](Self::finish) puts everything back; a drop
+/// does so as well as it can, and if nothing at all is done the task finds home by itself.
+#[derive(Debug)]
+pub struct RemoteCalls<'a> {
+    pub(super) task: &'a mut Stopped,
+    pub(super) cave: &'a Cave<'a>,
+    pub(super) slot: RemoteAddr,
+    pub(super) id: u64,
+    pub(super) original: Regs,
+    pub(super) mask: u64,
+    pub(super) scratch: RemoteAddr,
+    pub(super) scratch_len: u64,
+    pub(super) owns_scratch: bool,
+    pub(super) entered: bool,
+    pub(super) doorbell: Option<i32>,
+}
+
+impl<'a> RemoteCalls<'a> {
+    /// Makes the task ready and maps `scratch_len` bytes of scratch memory (readable and
+    /// writable, private) at `scratch`, a hole that the caller found.
+    pub fn begin(
+        task: &'a mut Stopped,
+        cave: &'a Cave<'a>,
+        scratch: RemoteAddr,
+        scratch_len: u64,
+    ) -> Result<Self> {
+        let mut calls = Self::prepare(task, cave, 0)?;
+        calls.scratch = scratch;
+        calls.scratch_len = scratch_len;
+        cave.set_owner(0)?;
+        calls.write_way_home()?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let args = [
+            scratch.raw(),
+            scratch_len,
+            (libc::PROT_READ | libc::PROT_WRITE) as u64,
+            flags as u64,
+            u64::MAX,
+            0,
+        ];
+        let image = cave_image();
+        let regs = calls.call_regs(image.boot, libc::SYS_mmap, args);
+        calls.enter(&regs)?;
+        let answer = calls.run_call("mmap")?;
+        if answer != scratch.raw() {
+            let _ = calls.go_home();
+            return Err(Error::Remote {
+                tid: calls.task.tid(),
+                call: "mmap",
+                errno: Errno::EEXIST,
+            });
+        }
+        calls.owns_scratch = true;
+        Ok(calls)
+    }
+
+    /// Makes a task ready for calls that need no scratch memory.
+    pub fn begin_without_scratch(task: &'a mut Stopped, cave: &'a Cave<'a>) -> Result<Self> {
+        let mut calls = Self::prepare(task, cave, 1)?;
+        cave.set_owner(0)?;
+        calls.write_way_home()?;
+        let regs = calls.call_regs(cave_image().home, libc::SYS_gettid, [0; 6]);
+        calls.enter(&regs)?;
+        Ok(calls)
+    }
+
+    pub(super) fn prepare(task: &'a mut Stopped, cave: &'a Cave<'a>, slot: u64) -> Result<Self> {
+        let mut original = task.regs()?;
+        original.rip = effective_rip(task, cave.mem, &original)?;
+        let mask = task.signal_mask()?;
+        Ok(Self {
+            slot: cave.slot(slot),
+            id: slot,
+            task,
+            cave,
+            original,
+            mask,
+            scratch: RemoteAddr(0),
+            scratch_len: 0,
+            owns_scratch: false,
+            entered: false,
+            doorbell: cave.doorbell,
+        })
+    }
+
+    /// The task.
+    pub fn tid(&self) -> Tid {
+        self.task.tid()
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        self.cave.mem.pid()
+    }
+
+    /// Its process's memory.
+    pub fn memory(&self) -> &ProcessMemory {
+        self.cave.mem
+    }
+
+    /// The registers with which the task will go on.
+    pub fn original_regs(&self) -> &Regs {
+        &self.original
+    }
+
+    /// The signals that the task blocks by itself.
+    pub fn original_mask(&self) -> u64 {
+        self.mask
+    }
+
+    /// The stopped task, to be looked into. Its registers and its signal mask are those of the
+    /// remote calls.
+    pub fn task(&self) -> &Stopped {
+        self.task
+    }
+
+    /// Where the scratch memory is.
+    pub fn scratch(&self) -> RemoteAddr {
+        self.scratch
+    }
+
+    pub(super) fn call_regs(&self, entry: u64, nr: i64, args: [u64; 6]) -> Regs {
+        let mut regs = self.original;
+        regs.rip = (self.slot + entry).raw();
+        regs.rax = nr as u64;
+        // No system call to restart in the state that we set.
+        regs.orig_rax = u64::MAX;
+        regs.rdi = args[0];
+        regs.rsi = args[1];
+        regs.rdx = args[2];
+        regs.r10 = args[3];
+        regs.r8 = args[4];
+        regs.r9 = args[5];
+        regs
+    }
+
+    pub(super) fn enter(&mut self, regs: &Regs) -> Result<()> {
+        self.task.set_regs(regs)?;
+        self.entered = true;
+        fault::hit(Step::CaveEntered)?;
+        let open = self.doorbell.map_or(0, |signal| 1 << (signal - 1));
+        self.task.set_signal_mask(!open)
+    }
+
+    /// Runs the task from the registers set up to the exit of the system call.
+    pub(super) fn run_call(&mut self, call: &'static str) -> Result<u64> {
+        for _entry_then_exit in 0..2 {
+            self.reach_syscall_stop()?;
+        }
+        let answer = self.task.regs()?.rax;
+        if (-4095..0).contains(&(answer as i64)) {
+            let errno = Errno::from_raw(-(answer as i64) as i32);
+            return Err(Error::Remote {
+                tid: self.task.tid(),
+                call,
+                errno,
+            });
+        }
+        Ok(answer)
+    }
+
+    /// Executes one system call in the task. Its errno comes back as [`Error::Remote`].
+    pub fn call(&mut self, name: &'static str, nr: i64, args: [u64; 6]) -> Result<u64> {
+        fault::hit(Step::RemoteCall)?;
+        let regs = self.call_regs(cave_image().call, nr, args);
+        self.task.set_regs(&regs)?;
+        self.run_call(name)
+    }
+
+    /// Begins a system call and interrupts it before it can wait: what it leaves in the task
+    /// (a restart block) stays. Returns the kernel's raw answer, an `-ERESTART*` included; the
+    /// task is then in its event stop.
+    pub fn begin_and_interrupt(mut self, nr: i64, args: [u64; 6]) -> Result<i64> {
+        let regs = self.call_regs(cave_image().call, nr, args);
+        self.task.set_regs(&regs)?;
+        self.reach_syscall_stop()?;
+        self.task.interrupt()?;
+        let mut signal = 0;
+        loop {
+            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
+                Stop::Event(_) => break,
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+        let answer = self.task.regs()?.rax as i64;
+        self.entered = false;
+        self.task.set_regs(&self.original)?;
+        self.task.set_signal_mask(self.mask)?;
+        Ok(answer)
+    }
+
+    /// Writes into the scratch memory.
+    pub fn write_scratch(&self, offset: u64, bytes: &[u8]) -> Result<RemoteAddr> {
+        let at = self.scratch + offset;
+        self.cave.mem.write(at, bytes)?;
+        Ok(at)
+    }
+
+    /// Reads from the scratch memory.
+    pub fn read_scratch<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
+        self.cave.mem.read_array(self.scratch + offset)
+    }
+}

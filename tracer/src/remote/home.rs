@@ -1,0 +1,94 @@
+//! The way home: what the cave needs to walk it by itself, and putting a task back without it.
+
+use super::RemoteCalls;
+use super::cave::cave_image;
+use super::restart::restarted;
+use super::wait::advance;
+use crate::Result;
+use crate::fault::{self, Step};
+use crate::task::{Regs, Resume, Stop};
+
+impl RemoteCalls<'_> {
+    pub(super) fn write_way_home(&self) -> Result<()> {
+        let home = restarted(&self.original);
+        let overflow = home.eflags & 0x800 != 0;
+        // al becomes 0x80 (overflow) or 1; ah carries SF ZF AF PF CF for sahf.
+        let flags = if overflow { 0x7f } else { 0 } | (home.eflags & 0xff) << 8;
+        let words = [
+            self.scratch.raw(),
+            self.scratch_len,
+            self.mask,
+            flags,
+            self.cave.owner_at().raw(),
+            self.id,
+            home.rdi,
+            home.rsi,
+            home.rdx,
+            home.r10,
+            home.r8,
+            home.r9,
+            home.rcx,
+            home.r11,
+            home.rax,
+            home.rip,
+            home.rbx,
+            home.rbp,
+        ];
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.cave.mem.write(self.slot + cave_image().data, &bytes)
+    }
+
+    /// Leaves the task in its stop, to go on elsewhere: with other registers and another
+    /// signal mask. The scratch memory stays mapped; it is the caller's now.
+    pub fn leave_at(mut self, regs: &Regs, mask: u64) -> Result<()> {
+        self.entered = false;
+        self.owns_scratch = false;
+        self.task.set_signal_mask(mask)?;
+        self.task.set_regs(regs)
+    }
+
+    /// Puts everything back: the task is stopped as it was found.
+    pub fn finish(mut self) -> Result<()> {
+        self.go_home()
+    }
+
+    pub(super) fn go_home(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.entered) {
+            return Ok(());
+        }
+        if std::mem::take(&mut self.owns_scratch) {
+            let args = [self.scratch.raw(), self.scratch_len, 0, 0, 0, 0];
+            let regs = self.call_regs(cave_image().unmap, libc::SYS_munmap, args);
+            self.task.set_regs(&regs)?;
+            self.run_call("munmap")?;
+        }
+        // Only on the way out of an event stop, or of the stop for a signal, does the kernel
+        // restart an interrupted call, and look at signals that came in meanwhile.
+        if self.at_doorbell() {
+            return self.set_original();
+        }
+        self.task.interrupt()?;
+        let mut signal = 0;
+        while !matches!(self.task.stop(), Stop::Event(_)) {
+            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+        self.set_original()
+    }
+
+    fn set_original(&self) -> Result<()> {
+        self.task.set_signal_mask(self.mask)?;
+        // Whatever fails, the registers are set: the cave is about to be filled in.
+        let fault = fault::hit(Step::CaveLeaving);
+        self.task.set_regs(&self.original)?;
+        fault
+    }
+}
+
+impl Drop for RemoteCalls<'_> {
+    fn drop(&mut self) {
+        let _ = self.go_home();
+    }
+}

@@ -1,0 +1,33 @@
+//! Letting a task in the cave go on to a stop.
+
+use super::RemoteCalls;
+use crate::task::{Resume, Stop, Stopped};
+use crate::{Error, Pid, Result};
+
+/// Resumes a task in place and waits for its next stop.
+pub(super) fn advance(pid: Pid, task: &mut Stopped, how: Resume, signal: i32) -> Result<Stop> {
+    let tid = task.tid();
+    task.advance(pid, how, signal)?;
+    match task.stop() {
+        Stop::Exec | Stop::Clone | Stop::Other(_) => Err(Error::UnexpectedStop {
+            tid,
+            what: format!("{:?}", task.stop()),
+        }),
+        stop => Ok(stop),
+    }
+}
+
+impl RemoteCalls<'_> {
+    pub(super) fn reach_syscall_stop(&mut self) -> Result<()> {
+        let mut signal = 0;
+        loop {
+            match advance(self.cave.mem.pid(), self.task, Resume::Syscall, signal)? {
+                Stop::Syscall => return Ok(()),
+                // Only SIGSTOP comes through a full mask. It takes effect when the task is
+                // let go; in between the tracer's word counts.
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+    }
+}
