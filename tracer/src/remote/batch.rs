@@ -1,8 +1,7 @@
 //! Calls made as a list that the cave works through, with one stop at the end.
 
-use nix::errno::Errno;
-
 use super::RemoteCalls;
+use super::calls::checked;
 use super::cave::cave_image;
 use super::wait::advance;
 use crate::fault::{self, Step};
@@ -28,6 +27,16 @@ impl Call {
             nr,
             args: std::array::from_fn(|i| args.get(i).copied().unwrap_or(0)),
         }
+    }
+
+    /// As it stands in a list: number, operands, and room for the answer.
+    pub(super) fn in_list(&self) -> [u8; CALL_BYTES as usize] {
+        let mut bytes = [0; CALL_BYTES as usize];
+        let words = [self.nr as u64].into_iter().chain(self.args);
+        for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
     }
 }
 
@@ -84,27 +93,28 @@ impl<'a> RemoteCalls<'a> {
         let mut rings = Vec::with_capacity(parts.len());
         for part in parts {
             for call in part.iter().chain([&ring]) {
-                bytes.extend_from_slice(&(call.nr as u64).to_le_bytes());
-                call.args
-                    .iter()
-                    .for_each(|a| bytes.extend_from_slice(&a.to_le_bytes()));
-                bytes.extend_from_slice(&0u64.to_le_bytes());
+                bytes.extend_from_slice(&call.in_list());
             }
             let ring = list + bytes.len() as u64 - CALL_BYTES;
             rings.push((self.scratch + ring).raw());
         }
         bytes.extend_from_slice(&info);
         self.write_scratch(list, &bytes)?;
-        let mut regs = self.call_regs(cave_image().batch, 0, [0; 6]);
-        regs.rbx = (self.scratch + list).raw();
-        regs.rbp = (self.scratch + end).raw();
-        self.task.set_regs(&regs)?;
+        self.stand_before(list, end)?;
         Ok(Listed {
             calls: self,
             doorbell,
             list,
             rings,
         })
+    }
+
+    /// The task will make the calls that are written there, and go home, if nothing else is said.
+    pub(super) fn stand_before(&mut self, list: u64, end: u64) -> Result<()> {
+        let mut regs = self.call_regs(cave_image().batch, 0, [0; 6]);
+        regs.rbx = (self.scratch + list).raw();
+        regs.rbp = (self.scratch + end).raw();
+        self.task.set_regs(&regs)
     }
 
     fn raw_call(&mut self, call: &Call) -> Result<i64> {
@@ -119,20 +129,9 @@ impl<'a> RemoteCalls<'a> {
     pub fn batch_ok(&mut self, list: u64, calls: &[Call]) -> Result<Vec<u64>> {
         let tid = self.task.tid();
         let answers = self.batch(list, calls)?;
+        let answers = answers.into_iter().zip(calls);
         answers
-            .into_iter()
-            .zip(calls)
-            .map(|(answer, call)| match answer {
-                -4095..0 => {
-                    let errno = Errno::from_raw(-answer as i32);
-                    Err(Error::Remote {
-                        tid,
-                        call: call.name,
-                        errno,
-                    })
-                }
-                _ => Ok(answer as u64),
-            })
+            .map(|(answer, call)| checked(tid, call.name, answer))
             .collect()
     }
 }

@@ -4,11 +4,22 @@ use nix::errno::Errno;
 
 use super::cave::{Cave, cave_image};
 use super::restart::effective_rip;
-use super::wait::advance;
 use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
-use crate::task::{Regs, Resume, Stop, Stopped};
+use crate::task::{Regs, Stopped};
 use crate::{Error, Pid, RemoteAddr, Result, Tid};
+
+/// What a task has answered; an errno comes back as [`Error::Remote`].
+pub(super) fn checked(tid: Tid, call: &'static str, answer: i64) -> Result<u64> {
+    match answer {
+        -4095..0 => Err(Error::Remote {
+            tid,
+            call,
+            errno: Errno::from_raw(-answer as i32),
+        }),
+        _ => Ok(answer as u64),
+    }
+}
 
 /// A task made ready for remote calls. [`finish`](Self::finish) puts everything back; a drop
 /// does so as well as it can, and if nothing at all is done the task finds home by itself.
@@ -159,16 +170,7 @@ impl<'a> RemoteCalls<'a> {
         for _entry_then_exit in 0..2 {
             self.reach_syscall_stop()?;
         }
-        let answer = self.task.regs()?.rax;
-        if (-4095..0).contains(&(answer as i64)) {
-            let errno = Errno::from_raw(-(answer as i64) as i32);
-            return Err(Error::Remote {
-                tid: self.task.tid(),
-                call,
-                errno,
-            });
-        }
-        Ok(answer)
+        checked(self.tid(), call, self.task.regs()?.rax as i64)
     }
 
     /// Executes one system call in the task. Its errno comes back as [`Error::Remote`].
@@ -186,15 +188,7 @@ impl<'a> RemoteCalls<'a> {
         let regs = self.call_regs(cave_image().call, nr, args);
         self.task.set_regs(&regs)?;
         self.reach_syscall_stop()?;
-        self.task.interrupt()?;
-        let mut signal = 0;
-        loop {
-            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
-                Stop::Event(_) => break,
-                Stop::Signal(arrived) => signal = arrived,
-                _ => signal = 0,
-            }
-        }
+        self.reach_event_stop()?;
         let answer = self.task.regs()?.rax as i64;
         self.entered = false;
         self.task.set_regs(&self.original)?;

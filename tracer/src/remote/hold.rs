@@ -13,9 +13,10 @@
 //!
 //! Nobody can know when the last one has left its block, so if the tracer dies the blocks stay mapped.
 
+use super::RemoteCalls;
+use super::batch::{CALL_BYTES, Call};
 use super::cave::cave_image;
 use super::restart::{effective_rip, restarted};
-use super::{Call, RemoteCalls};
 use crate::task::{Regs, Stopped};
 use crate::{RemoteAddr, Result};
 
@@ -155,13 +156,14 @@ impl RemoteCalls<'_> {
             return self.batch(list, calls);
         }
         let waking = hold.waking();
-        self.stand_at(list, &waking)?;
+        self.write_scratch(list, &waking.in_list())?;
+        self.stand_before(list, list + CALL_BYTES)?;
         let mem = self.cave.mem;
         mem.write(hold.at, &0u32.to_le_bytes())?;
         let sent = hold.send_in(self);
         let answers = sent.and_then(|()| {
             let all: Vec<Call> = calls.iter().copied().chain([waking]).collect();
-            self.batch(list + 64, &all)
+            self.batch(list + CALL_BYTES, &all)
         });
         // If it did not come to the waking: nobody waits for it any more.
         let back = hold.bring_back();
@@ -169,18 +171,5 @@ impl RemoteCalls<'_> {
         back?;
         answers.pop();
         Ok(answers)
-    }
-
-    /// The task will make this call and go home, if nothing else is said.
-    fn stand_at(&mut self, list: u64, call: &Call) -> Result<()> {
-        let mut bytes = (call.nr as u64).to_le_bytes().to_vec();
-        for arg in call.args.iter().chain([&0]) {
-            bytes.extend_from_slice(&arg.to_le_bytes());
-        }
-        self.write_scratch(list, &bytes)?;
-        let mut regs = self.call_regs(cave_image().batch, 0, [0; 6]);
-        regs.rbx = (self.scratch + list).raw();
-        regs.rbp = regs.rbx + 64;
-        self.task.set_regs(&regs)
     }
 }

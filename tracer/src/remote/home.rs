@@ -3,10 +3,9 @@
 use super::RemoteCalls;
 use super::cave::cave_image;
 use super::restart::restarted;
-use super::wait::advance;
 use crate::Result;
 use crate::fault::{self, Step};
-use crate::task::{Regs, Resume, Stop};
+use crate::task::Regs;
 
 impl RemoteCalls<'_> {
     pub(super) fn write_way_home(&self) -> Result<()> {
@@ -67,14 +66,7 @@ impl RemoteCalls<'_> {
         if self.at_doorbell() {
             return self.set_original();
         }
-        self.task.interrupt()?;
-        let mut signal = 0;
-        while !matches!(self.task.stop(), Stop::Event(_)) {
-            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
-                Stop::Signal(arrived) => signal = arrived,
-                _ => signal = 0,
-            }
-        }
+        self.reach_event_stop()?;
         self.set_original()
     }
 

@@ -16,6 +16,7 @@ use nix::errno::Errno;
 
 use super::RemoteCalls;
 use super::batch::{CALL_BYTES, Call};
+use super::calls::checked;
 use crate::fault::{self, Step};
 use crate::{Error, Result};
 
@@ -117,13 +118,7 @@ impl Borrower {
         }
         let all = first.iter().chain(&second).zip(answers);
         for (call, answer) in all {
-            if (-4095..0).contains(&answer) {
-                return Err(Error::Remote {
-                    tid,
-                    call: call.name,
-                    errno: Errno::from_raw(-answer as i32),
-                });
-            }
+            checked(tid, call.name, answer)?;
         }
         let copies = self.receive(fds.len())?;
         match copies.len() == fds.len() {

@@ -30,4 +30,17 @@ impl RemoteCalls<'_> {
             }
         }
     }
+
+    /// Where it is in none.
+    pub(super) fn reach_event_stop(&mut self) -> Result<()> {
+        self.task.interrupt()?;
+        let mut signal = 0;
+        while !matches!(self.task.stop(), Stop::Event(_)) {
+            match advance(self.cave.mem.pid(), self.task, Resume::Cont, signal)? {
+                Stop::Signal(arrived) => signal = arrived,
+                _ => signal = 0,
+            }
+        }
+        Ok(())
+    }
 }
