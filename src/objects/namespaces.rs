@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd;
 
-use ckpt_tracer::proc::{ProcDir, tasks};
+use ckpt_tracer::proc::{ProcDir, namespaces};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
@@ -141,10 +141,10 @@ pub fn parse_map(text: &[u8]) -> Vec<(u32, u32, u32)> {
 /// of the process itself; what its clocks show is in the image.
 ///
 /// # Errors
-/// As [`tasks::namespaces`].
+/// As [`namespaces::list_namespaces`].
 pub fn others(process: &ProcDir) -> ckpt_tracer::Result<Vec<String>> {
-    let ours = tasks::namespaces(ckpt_tracer::Pid(std::process::id() as i32))?;
-    let theirs = tasks::namespaces(process.clone())?;
+    let ours = namespaces::list_namespaces(ckpt_tracer::Pid(std::process::id() as i32))?;
+    let theirs = namespaces::list_namespaces(process.clone())?;
     let differ = theirs.into_iter().filter(|namespace| {
         !namespace.0.ends_with("_for_children")
             && namespace.0 != "time"

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
-use ckpt_tracer::proc::tasks::timens_offsets;
+use ckpt_tracer::proc::namespaces::timens_offsets;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 
 use crate::error::AttachError;
 use crate::fault::{self, Step};
+use crate::proc::syscall::{InSyscall, read_syscall};
 use crate::proc::{status, tasks};
 use crate::refusal;
 use crate::remote::hide_interruption;
@@ -252,8 +253,8 @@ fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
 
 fn does_not_stop(tid: Tid) -> Error {
     let name = tasks::comm(tid).map_or_else(|_| "?".into(), |c| c.to_string());
-    let call = match tasks::syscall(tid) {
-        Ok(tasks::InSyscall::Inside { nr, .. }) => nr,
+    let call = match read_syscall(tid) {
+        Ok(InSyscall::Inside { nr, .. }) => nr,
         _ => -1,
     };
     let vfork = [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&call);

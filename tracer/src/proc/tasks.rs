@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::parse::{dec, fields, hex, lines};
@@ -223,65 +222,6 @@ pub fn wchan(task: impl Into<ProcDir>) -> Result<String> {
         .unwrap_or_default())
 }
 
-/// What `/proc/PID/task/TID/syscall` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InSyscall {
-    /// It runs, and there is nothing to read.
-    Running,
-    /// It is blocked or stopped, outside a system call.
-    Outside {
-        /// Stack pointer.
-        sp: u64,
-        /// Instruction pointer.
-        pc: u64,
-    },
-    /// It is blocked or stopped in a system call.
-    Inside {
-        /// Number of the call.
-        nr: i64,
-        /// Its arguments.
-        args: [u64; 6],
-        /// Stack pointer.
-        sp: u64,
-        /// Instruction pointer, behind the `syscall` instruction.
-        pc: u64,
-    },
-}
-
-/// The system call that a task is in.
-///
-/// # Errors
-/// See [`ProcDir::read`]; `EPERM` without the right to ptrace it.
-pub fn syscall(task: impl Into<ProcDir>) -> Result<InSyscall> {
-    let dir = task.into();
-    let text = dir.read("syscall")?;
-    parse_syscall(&text).ok_or_else(|| dir.syntax("syscall", &text))
-}
-
-fn parse_syscall(text: &[u8]) -> Option<InSyscall> {
-    let all: Vec<&[u8]> = fields(text).collect();
-    match *all.as_slice() {
-        [b"running"] => Some(InSyscall::Running),
-        [b"-1", sp, pc] => Some(InSyscall::Outside {
-            sp: hex(sp)?,
-            pc: hex(pc)?,
-        }),
-        [nr, ref args @ .., sp, pc] if args.len() == 6 => {
-            let mut values = [0; 6];
-            for (value, text) in values.iter_mut().zip(args) {
-                *value = hex(text)?;
-            }
-            Some(InSyscall::Inside {
-                nr: dec(nr)?,
-                args: values,
-                sp: hex(sp)?,
-                pc: hex(pc)?,
-            })
-        }
-        _ => None,
-    }
-}
-
 /// The executable; `None` for a kernel thread and a zombie. The kernel appends `" (deleted)"`
 /// to the path of a file that is no longer there.
 ///
@@ -317,72 +257,6 @@ fn link(dir: ProcDir, name: &str) -> Result<Option<PathBuf>> {
     }
 }
 
-/// Namespaces of a process: name of the link (`pid`, `pid_for_children`, `time` …) and inode, in
-/// the order of the names.
-///
-/// # Errors
-/// See [`ProcDir::read_link`]; `EACCES` without the right to ptrace it.
-pub fn namespaces(process: impl Into<ProcDir>) -> Result<Vec<(String, u64)>> {
-    let dir = process.into();
-    let path = dir.join("ns");
-    let failed = |source| dir.error(path.clone(), source);
-    std::fs::metadata(&path).map_err(failed)?;
-    let mut found = Vec::new();
-    // The names are ours: only its user may list the directory of a process, which whoever has its user
-    // namespace need not be.
-    for entry in std::fs::read_dir("/proc/self/ns").map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let link = path.join(&name);
-        match std::fs::metadata(&link) {
-            Ok(metadata) => found.push((name, metadata.ino())),
-            // pid_for_children before the first child of a new namespace.
-            Err(source) if source.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(dir.error(link, source)),
-        }
-    }
-    found.sort_unstable();
-    Ok(found)
-}
-
-/// Offset of one clock in the time namespace of a process's children.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClockOffset {
-    /// `monotonic` or `boottime`.
-    pub clock: String,
-    /// Seconds.
-    pub seconds: i64,
-    /// Nanoseconds, 0 to 999999999.
-    pub nanoseconds: i64,
-}
-
-/// Clock offsets; empty on a kernel without time namespaces.
-///
-/// # Errors
-/// See [`ProcDir::read`].
-pub fn timens_offsets(process: impl Into<ProcDir>) -> Result<Vec<ClockOffset>> {
-    let dir = process.into();
-    let text = dir.read_optional("timens_offsets")?.unwrap_or_default();
-    let parse = |line: &[u8]| {
-        let mut parts = fields(line);
-        let clock = match parts.next()? {
-            // Linux before 5.7 printed the number of the clock.
-            b"1" => "monotonic".to_owned(),
-            b"7" => "boottime".to_owned(),
-            name => String::from_utf8_lossy(name).into_owned(),
-        };
-        Some(ClockOffset {
-            clock,
-            seconds: dec(parts.next()?)?,
-            nanoseconds: dec(parts.next()?)?,
-        })
-    };
-    let present = lines(&text).filter(|line| !line.is_empty());
-    present
-        .map(|line| parse(line).ok_or_else(|| dir.syntax("timens_offsets", line)))
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -400,31 +274,6 @@ mod tests {
     }
 
     #[test]
-    fn system_calls() {
-        assert_eq!(parse_syscall(b"running\n"), Some(InSyscall::Running));
-        let outside = InSyscall::Outside {
-            sp: 0x7ffc_0000_0000,
-            pc: 0x40_1000,
-        };
-        assert_eq!(
-            parse_syscall(b"-1 0x7ffc00000000 0x401000\n"),
-            Some(outside)
-        );
-        let inside = InSyscall::Inside {
-            nr: 35,
-            args: [1, 2, 3, 4, 5, 6],
-            sp: 0x7f,
-            pc: 0x40,
-        };
-        assert_eq!(
-            parse_syscall(b"35 0x1 0x2 0x3 0x4 0x5 0x6 0x7f 0x40\n"),
-            Some(inside)
-        );
-        assert_eq!(parse_syscall(b"35 0x1 0x2\n"), None);
-        assert_eq!(parse_syscall(b"0\n"), None);
-    }
-
-    #[test]
     fn what_we_know_of_ourselves() {
         assert!(list_tasks(own()).unwrap().contains(&own().leader()));
         assert_eq!(exe(own()).unwrap(), Some(std::env::current_exe().unwrap()));
@@ -434,18 +283,11 @@ mod tests {
         let vector = auxv(own()).unwrap();
         assert_eq!(vector.len() % 16, 0);
         assert_eq!(vector[vector.len() - 16..], [0; 16]);
-        assert!(
-            namespaces(own())
-                .unwrap()
-                .iter()
-                .any(|(name, inode)| name == "pid" && *inode != 0)
-        );
         assert!(oom_score_adj(own()).unwrap() >= -1000);
         personality(own()).unwrap();
         coredump_filter(own()).unwrap();
         loginuid(own()).unwrap();
         cgroup(own()).unwrap();
-        timens_offsets(own()).unwrap();
         wchan(own()).unwrap();
     }
 
@@ -472,13 +314,11 @@ mod tests {
         let dir = root.join("42");
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("cgroup"), "0::/a:b\n4:cpu,memory:/x\n").unwrap();
-        std::fs::write(dir.join("timens_offsets"), "monotonic  -5  7\n7 1 2\n").unwrap();
         std::fs::write(dir.join("loginuid"), "4294967295").unwrap();
         std::fs::write(dir.join("comm"), b"a\n)\xff\n").unwrap();
         std::fs::write(dir.join("coredump_filter"), "x").unwrap();
         let process = ProcRoot::new(&root).process(Pid(42));
         let groups = cgroup(&process).unwrap();
-        let offsets = timens_offsets(&process).unwrap();
         let (login, name) = (loginuid(&process).unwrap(), comm(&process).unwrap());
         let (odd, missing) = (coredump_filter(&process), oom_score_adj(&process));
         std::fs::remove_dir_all(&root).unwrap();
@@ -486,14 +326,6 @@ mod tests {
         assert_eq!(
             (groups[1].hierarchy, groups[1].controllers.as_str()),
             (4, "cpu,memory")
-        );
-        assert_eq!(
-            (offsets[0].clock.as_str(), offsets[0].seconds),
-            ("monotonic", -5)
-        );
-        assert_eq!(
-            (offsets[1].clock.as_str(), offsets[1].nanoseconds),
-            ("boottime", 2)
         );
         assert_eq!((login, &*name), (None, &b"a\n)\xff"[..]));
         assert!(matches!(odd, Err(Error::ProcSyntax { .. })));
