@@ -206,7 +206,7 @@ fn same_by_epoll(first: RawFd, second: RawFd) -> Option<bool> {
 ///
 /// # Errors
 /// The first error of a comparison.
-pub fn group_by<T, E>(
+fn group_by<T, E>(
     candidates: Vec<T>,
     mut compare: impl FnMut(&T, &T) -> Result<Ordering, E>,
 ) -> Result<Vec<Vec<T>>, E> {
@@ -237,17 +237,6 @@ pub fn group_by<T, E>(
         .into_iter()
         .map(|group| group.into_iter().map(|(_, item)| item).collect())
         .collect())
-}
-
-/// Groups descriptors by open file description. Only candidates that look alike (same link, flags and
-/// position) need to be asked about; each question is a system call.
-///
-/// # Errors
-/// As [`kcmp`].
-pub fn group_files(descriptors: Vec<(Tid, i32)>) -> Result<Vec<Vec<(Tid, i32)>>> {
-    group_by(descriptors, |&(tid1, fd1), &(tid2, fd2)| {
-        kcmp(tid1, tid2, KcmpType::File(fd1, fd2))
-    })
 }
 
 /// Groups tasks by something they may share: [`KcmpType::Vm`], `Files`, `Fs`, `Sighand`, `Io` or `Sysvsem`.
@@ -301,7 +290,10 @@ mod tests {
         let duplicate = first.try_clone().unwrap();
         let second = File::open("/dev/null").unwrap();
         let fds = [&first, &second, &duplicate].map(|file| (own(), file.as_raw_fd()));
-        let groups = group_files(fds.to_vec()).unwrap();
+        let same = |&(tid1, fd1): &(Tid, i32), &(tid2, fd2): &(Tid, i32)| {
+            kcmp(tid1, tid2, KcmpType::File(fd1, fd2))
+        };
+        let groups = group_by(fds.to_vec(), same).unwrap();
         assert_eq!(groups, [vec![fds[0], fds[2]], vec![fds[1]]]);
     }
 

@@ -211,17 +211,6 @@ pub fn cgroup(process: impl Into<ProcDir>) -> Result<Vec<Cgroup>> {
         .collect()
 }
 
-/// The kernel function that a task waits in; empty when it runs or when we may not know.
-///
-/// # Errors
-/// See [`ProcDir::read`].
-pub fn wchan(task: impl Into<ProcDir>) -> Result<String> {
-    let text = task.into().read_optional("wchan")?.unwrap_or_default();
-    Ok(Some(String::from_utf8_lossy(&text).into_owned())
-        .filter(|name| name != "0")
-        .unwrap_or_default())
-}
-
 /// The executable; `None` for a kernel thread and a zombie. The kernel appends `" (deleted)"`
 /// to the path of a file that is no longer there.
 ///
@@ -288,7 +277,6 @@ mod tests {
         coredump_filter(own()).unwrap();
         loginuid(own()).unwrap();
         cgroup(own()).unwrap();
-        wchan(own()).unwrap();
     }
 
     #[test]
