@@ -15,6 +15,7 @@
 use std::arch::asm;
 use std::fs;
 
+use ckpt_tracer::child::Undisturbed;
 use ckpt_tracer::features::KernelFeatures;
 use nix::errno::Errno;
 
@@ -194,30 +195,6 @@ fn take_one() -> Result<i32, Errno> {
     // SAFETY: a child of ours; the status is not asked for.
     let waited = unsafe { libc::waitpid(answer as i32, std::ptr::null_mut(), libc::__WALL) };
     Errno::result(waited)
-}
-
-/// All signals of this thread wait while it lives.
-struct Undisturbed(libc::sigset_t);
-
-impl Undisturbed {
-    fn begin() -> Self {
-        // SAFETY: sets of ours; the first is filled in before it is used.
-        unsafe {
-            let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-            libc::sigfillset(&raw mut all);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
-            Self(before)
-        }
-    }
-}
-
-impl Drop for Undisturbed {
-    fn drop(&mut self) {
-        // SAFETY: the mask that there was.
-        unsafe {
-            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
-        };
-    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! * [`remote`]: system calls executed in a stopped task, such that the task survives the
 //!   loss of its tracer at any moment;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
+//! * [`child`]: children of our own, for what must be done to the end if we are killed;
 //! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
 //! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
@@ -17,7 +18,7 @@ pub mod abi;
 mod addr;
 pub mod blob;
 pub mod capabilities;
-mod child;
+pub mod child;
 mod error;
 pub mod fault;
 pub mod features;

@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -39,30 +40,16 @@ impl EventFd {
 /// Whether it counts as a semaphore, by how much a read takes; `count` is what it holds. For kernels
 /// that do not tell (fs/eventfd.c), and while nobody uses it. `None` where that cannot be found out.
 ///
-/// A child of ours does it and puts all back, in a session of its own and with signals blocked, so that
-/// what kills us lets it finish. Who waits for the count may be woken once more than it was written.
+/// A helper does it and puts all back, also if we are killed. Who waits for the count may be woken once more than it was written.
 pub fn is_semaphore(fd: &OwnedFd, count: u64) -> Option<bool> {
     let fd = fd.as_raw_fd();
-    // SAFETY: the child makes only system calls on values of its own stack, and leaves by _exit.
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        // SAFETY: as above.
-        unsafe {
-            let all = u64::MAX;
-            let how = libc::SIG_BLOCK;
-            libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, 0, 8);
-            libc::setsid();
-            libc::_exit(match try_out(fd, count) {
-                Some(semaphore) => semaphore.into(),
-                None => 2,
-            })
-        }
-    }
-    let mut status = 0;
-    // SAFETY: a child of ours; the kernel writes one int.
-    let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
-    match libc::WEXITSTATUS(status) {
-        answer @ (0 | 1) if waited == pid && libc::WIFEXITED(status) => Some(answer == 1),
+    let work = || match try_out(fd, count) {
+        Some(semaphore) => semaphore.into(),
+        None => 2,
+    };
+    // SAFETY: it makes only system calls on values of its own stack.
+    match unsafe { Helper::run(work) } {
+        Ok(answer @ (0 | 1)) => Some(answer == 1),
         _ => None,
     }
 }

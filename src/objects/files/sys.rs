@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
 
 /// fstat(2).
@@ -235,30 +236,22 @@ pub fn pidfd_of_nobody(status: i32, flags: u32) -> Result<OwnedFd, Errno> {
 }
 
 /// Whether an epoll set watches that description under that number. It is asked by adding it, which the set
-/// refuses if it has it; if it does not, what was added is taken out again. That is done by
-/// a child, in a session of its own and without any signal, so that it is done to the end also if we are
-/// killed.
+/// refuses if it has it; if it does not, what was added is taken out again. That is done by a helper, so
+/// that it is done to the end also if we are killed.
 pub fn epoll_has(set: &OwnedFd, description: &OwnedFd, number: i32) -> Result<bool, Errno> {
     const ADDED: i32 = 0;
     const HAD: i32 = 1;
     const FAILED: i32 = 100;
-    // SAFETY: the child makes only system calls, on its own table of descriptors, and never returns from
-    // here.
-    let pid = Errno::result(unsafe { libc::fork() })?;
-    if pid == 0 {
-        // SAFETY: as above.
-        unsafe {
-            libc::setsid();
-            let all = u64::MAX;
-            let how = libc::SIG_SETMASK;
-            libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, 0, 8);
+    // SAFETY: it makes only system calls, on its own table of descriptors.
+    let answer = unsafe {
+        Helper::run(|| {
             // Neither of the two may be in the place of the number.
             let above = number.saturating_add(1);
             let set = libc::fcntl(set.as_raw_fd(), libc::F_DUPFD_CLOEXEC, above);
             let watched = libc::dup2(description.as_raw_fd(), number);
             let mut event = libc::epoll_event { events: 0, u64: 0 };
             let event = &raw mut event;
-            let answer = match () {
+            match () {
                 () if set < 0 || watched != number => FAILED + *libc::__errno_location(),
                 () if libc::epoll_ctl(set, libc::EPOLL_CTL_ADD, number, event) == 0 => {
                     libc::epoll_ctl(set, libc::EPOLL_CTL_DEL, number, event);
@@ -266,15 +259,11 @@ pub fn epoll_has(set: &OwnedFd, description: &OwnedFd, number: i32) -> Result<bo
                 }
                 () if *libc::__errno_location() == libc::EEXIST => HAD,
                 () => FAILED + *libc::__errno_location(),
-            };
-            libc::_exit(answer)
-        }
-    }
-    let mut status = 0;
-    // SAFETY: a child of ours; the kernel writes one int.
-    Errno::result(unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) })?;
-    match libc::WEXITSTATUS(status) {
-        ADDED if libc::WIFEXITED(status) => Ok(false),
+            }
+        })
+    };
+    match answer? {
+        ADDED => Ok(false),
         HAD => Ok(true),
         code => Err(Errno::from_raw(code - FAILED)),
     }

@@ -9,6 +9,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
 use serde_bytes::ByteBuf;
 
@@ -204,19 +205,15 @@ impl Work<'_> {
         // SAFETY: the mapping is of that size, zero is valid for it, and the helper has ended when
         // we look at it. The helper makes system calls only, on that memory and its stack.
         unsafe {
-            let mut all: libc::sigset_t = std::mem::zeroed();
-            let mut before: libc::sigset_t = std::mem::zeroed();
-            libc::sigfillset(&mut all);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-            let child = libc::fork();
-            if child == 0 {
-                libc::setsid();
+            let ended = Helper::run(|| {
                 let done = self.work(&mut *area, output, input);
-                libc::_exit(done.map_or_else(|e| e as i32, |()| 0));
-            }
-            let ended = Errno::result(child).and_then(wait);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-            let found = ended.map(|()| (*area).waiting());
+                done.map_or_else(|e| e as i32, |()| 0)
+            });
+            let found = match ended {
+                Ok(0) => Ok((*area).waiting()),
+                Ok(errno) => Err(Errno::from_raw(errno)),
+                Err(errno) => Err(errno),
+            };
             libc::munmap(area.cast(), size_of::<Area>());
             found
         }
@@ -390,15 +387,15 @@ impl Work<'_> {
             let written = write_some(writer.as_raw_fd(), reader, &mut piece);
             rest = &rest[len - piece.len()..];
             if written == Err(Errno::EAGAIN) {
-                // SAFETY: the copy makes system calls only, and ends.
-                unsafe {
-                    if libc::fork() == 0 {
+                // SAFETY: it makes system calls only.
+                let _ends_by_itself = unsafe {
+                    Helper::start(|| {
                         while !rest.is_empty() {
                             let _ = write_some(writer.as_raw_fd(), reader, &mut rest);
                         }
-                        libc::_exit(0)
-                    }
-                }
+                        0
+                    })
+                };
                 return Ok(());
             }
             written?;
@@ -461,21 +458,6 @@ impl Area {
             flow: self.flow,
             status: self.status,
         }
-    }
-}
-
-fn wait(child: i32) -> Result<()> {
-    let mut status = 0;
-    // SAFETY: `status` is live.
-    while unsafe { libc::waitpid(child, &mut status, 0) } < 0 {
-        if Errno::last() != Errno::EINTR {
-            return Err(Errno::last());
-        }
-    }
-    match libc::WIFEXITED(status) {
-        true if status == 0 => Ok(()),
-        true => Err(Errno::from_raw(libc::WEXITSTATUS(status))),
-        false => Err(Errno::EINTR),
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
 
 use super::sys;
@@ -15,7 +16,7 @@ use super::sys;
 pub(super) struct PeekOffset<'a> {
     socket: &'a OwnedFd,
     before: i32,
-    guard: Option<(libc::pid_t, OwnedFd)>,
+    guard: Option<(Helper, OwnedFd)>,
 }
 
 impl<'a> PeekOffset<'a> {
@@ -45,33 +46,24 @@ impl<'a> PeekOffset<'a> {
 
 impl Drop for PeekOffset<'_> {
     fn drop(&mut self) {
-        if let Some((pid, pipe)) = self.guard.take() {
+        if let Some((guard, pipe)) = self.guard.take() {
             // It cannot fail where setting it did not.
             let _ = sys::set_int_option(self.socket, libc::SO_PEEK_OFF, self.before);
             // The guard does the same once more and ends.
             drop(pipe);
-            // SAFETY: the pid is our child's and not reaped yet; the status is not asked for.
-            unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
+            let _ = guard.wait();
         }
     }
 }
 
 /// A process that puts the option back when the pipe ends, that is, when we let go or die.
-fn guard(socket: &OwnedFd, before: i32) -> Result<(libc::pid_t, OwnedFd), Errno> {
+fn guard(socket: &OwnedFd, before: i32) -> Result<(Helper, OwnedFd), Errno> {
     let (read, write) = crate::objects::files::sys::pipe(4096)?;
     let (socket, read_end) = (socket.as_raw_fd(), read.as_raw_fd());
     let (low, high) = (socket.min(read_end) as u32, socket.max(read_end) as u32);
-    // SAFETY: the child makes only system calls on values that were computed before, and leaves
-    // by _exit.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
-    if pid == 0 {
-        // SAFETY: as above. Signals are blocked and a session of its own is begun, so that what
-        // kills us by the group does not reach it.
-        unsafe {
-            let all = u64::MAX;
-            let how = libc::SIG_BLOCK;
-            libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const all, 0, 8);
-            libc::setsid();
+    // SAFETY: it makes only system calls on values that were computed before.
+    let guard = unsafe {
+        Helper::start(|| {
             // Everything else, or what is ours would not end with us.
             for (first, last) in [(0, low), (low + 1, high), (high + 1, u32::MAX)] {
                 if first < last {
@@ -91,11 +83,10 @@ fn guard(socket: &OwnedFd, before: i32) -> Result<(libc::pid_t, OwnedFd), Errno>
                 (&raw const before).cast(),
                 4,
             );
-            libc::_exit(0)
-        }
-    }
-    let pid = Errno::result(pid)?;
-    Ok((pid as libc::pid_t, write))
+            0
+        })
+    }?;
+    Ok((guard, write))
 }
 
 #[cfg(test)]
@@ -131,10 +122,9 @@ mod tests {
         let mut offset = PeekOffset::of(&socket).expect("it has it");
         offset.set(7).expect("it has it");
         // What the kernel does at our death: the pipe is closed, and nothing more.
-        let (pid, pipe) = offset.guard.take().expect("it is guarded");
+        let (guard, pipe) = offset.guard.take().expect("it is guarded");
         drop(pipe);
-        // SAFETY: the pid is our child's and not reaped yet; the status is not asked for.
-        unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
+        assert_eq!(guard.wait(), Ok(0));
         assert_eq!(option(&socket), -1);
     }
 }
