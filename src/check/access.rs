@@ -115,34 +115,9 @@ fn privileged(dir: &ProcDir, status: &Status, me: &Me) -> Option<(String, String
 /// What makes a process one that not everybody of the same user may look into; `owner` is whom its
 /// private files in `/proc` belong to.
 fn why_private(status: &Status, owner: Option<u32>, me: &Me) -> Option<String> {
-    let [uids, gids] = [&status.uid, &status.gid].map(|i: &Ids| [i.real, i.effective, i.saved]);
-    if uids == [uids[0]; 3] && uids[0] != me.uid {
-        return Some(format!(
-            "belongs to uid {} and you are uid {}",
-            uids[0], me.uid
-        ));
-    }
-    if uids != [me.uid; 3] {
-        let [real, effective, saved] = uids;
-        return Some(format!(
-            "runs a set-uid program (real uid {real}, effective {effective}, saved {saved}), and you \
-             are uid {}",
-            me.uid
-        ));
-    }
-    if gids == [gids[0]; 3] && gids[0] != me.gid {
-        return Some(format!(
-            "belongs to gid {} and you are gid {}",
-            gids[0], me.gid
-        ));
-    }
-    if gids != [me.gid; 3] {
-        let [real, effective, saved] = gids;
-        return Some(format!(
-            "runs a set-gid program (real gid {real}, effective {effective}, saved {saved}), and you \
-             are gid {}",
-            me.gid
-        ));
+    let ids = foreign("uid", &status.uid, me.uid).or_else(|| foreign("gid", &status.gid, me.gid));
+    if ids.is_some() {
+        return ids;
     }
     if status.capabilities.permitted & !me.permitted != 0 {
         return Some(format!(
@@ -156,6 +131,21 @@ fn why_private(status: &Status, owner: Option<u32>, me: &Me) -> Option<String> {
          capabilities when it began, or it has called prctl(PR_SET_DUMPABLE, 0)"
             .to_owned()
     })
+}
+
+/// What is said of ids of one kind that are not all ours.
+fn foreign(kind: &str, ids: &Ids, own: u32) -> Option<String> {
+    let all @ [real, effective, saved] = [ids.real, ids.effective, ids.saved];
+    if all == [own; 3] {
+        return None;
+    }
+    let what = match all == [real; 3] {
+        true => format!("belongs to {kind} {real}"),
+        false => format!(
+            "runs a set-{kind} program (real {kind} {real}, effective {effective}, saved {saved}),"
+        ),
+    };
+    Some(format!("{what} and you are {kind} {own}"))
 }
 
 /// An error that means that one of the processes may not be looked into, as an obstacle.
