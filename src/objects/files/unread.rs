@@ -11,23 +11,19 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
-use serde_bytes::ByteBuf;
 
 use super::terminal::{Ending, Flow, Input};
 use crate::error::Obstacle;
 use crate::tty::{self, Modes};
 
+mod area;
 mod flow;
 
+use area::{Area, Shared, read_some};
 use flow::takes_output;
 
 type Result<T, E = Errno> = std::result::Result<T, E>;
 
-/// More than the kernel lets wait in one direction: twice 8 KiB in the port's buffers (`pty.c`,
-/// `tty_buffer.c`), 4 KiB in the line discipline, and what the last write was over it.
-const ROOM: usize = 64 * 1024;
-/// Each line has a byte at least, or is an end of file that was typed.
-const LINES: usize = 8 * 1024;
 /// Attempts, with a nap of [`NAP`] each, before data is taken to be stuck.
 const ATTEMPTS: u32 = 2_000;
 /// Microseconds.
@@ -92,20 +88,6 @@ pub struct Waiting {
     pub flow: Flow,
     /// The changes that a reader in packet mode has not been told of, `TIOCPKT_*`.
     pub status: u8,
-}
-
-/// What the helper fills, in memory that both have.
-#[repr(C)]
-struct Area {
-    output_len: usize,
-    input_len: usize,
-    lines: usize,
-    flow: Flow,
-    status: u8,
-    lengths: [u32; LINES],
-    endings: [Ending; LINES],
-    output: [u8; ROOM],
-    input: [u8; ROOM],
 }
 
 /// Copies what waits in a pty whose tasks are all stopped, given its master. `slave` is a
@@ -190,32 +172,17 @@ struct Work<'a> {
 
 impl Work<'_> {
     fn in_helper(&self, output: bool, input: bool) -> Result<Waiting> {
-        // SAFETY: a new mapping.
-        let area = unsafe {
-            let (prot, flags) = (
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-            );
-            libc::mmap(std::ptr::null_mut(), size_of::<Area>(), prot, flags, -1, 0)
-        };
-        if area == libc::MAP_FAILED {
-            return Err(Errno::last());
-        }
-        let area: *mut Area = area.cast();
-        // SAFETY: the mapping is of that size, zero is valid for it, and the helper has ended when
-        // we look at it. The helper makes system calls only, on that memory and its stack.
-        unsafe {
-            let ended = Helper::run(|| {
-                let done = self.work(&mut *area, output, input);
+        let mut area = Shared::new()?;
+        // SAFETY: the helper makes system calls only, on that memory and its stack.
+        let done = unsafe {
+            Helper::run(|| {
+                let done = self.work(&mut area, output, input);
                 done.map_or_else(|e| e as i32, |()| 0)
-            });
-            let found = match ended {
-                Ok(0) => Ok((*area).waiting()),
-                Ok(errno) => Err(Errno::from_raw(errno)),
-                Err(errno) => Err(errno),
-            };
-            libc::munmap(area.cast(), size_of::<Area>());
-            found
+            })
+        };
+        match done? {
+            0 => Ok(area.waiting()),
+            errno => Err(Errno::from_raw(errno)),
         }
     }
 
@@ -429,51 +396,6 @@ impl Work<'_> {
             modes.chars[libc::VTIME] = 0;
         }
         modes
-    }
-}
-
-impl Area {
-    fn line(&mut self, len: usize, ending: Ending) -> Result<()> {
-        let at = self.lines;
-        *self.lengths.get_mut(at).ok_or(Errno::E2BIG)? = len as u32;
-        self.endings[at] = ending;
-        self.lines += 1;
-        Ok(())
-    }
-
-    fn waiting(&self) -> Waiting {
-        let mut from = 0;
-        let line = |at: usize| {
-            let to = from + self.lengths[at] as usize;
-            let bytes = ByteBuf::from(&self.input[from..to]);
-            from = to;
-            Input {
-                bytes,
-                ending: self.endings[at],
-            }
-        };
-        Waiting {
-            output: self.output[..self.output_len].to_vec(),
-            input: (0..self.lines).map(line).collect(),
-            flow: self.flow,
-            status: self.status,
-        }
-    }
-}
-
-/// One read of input; nothing when there is none.
-fn read_some(slave: &OwnedFd, area: &mut Area) -> Result<Option<usize>> {
-    if super::sys::poll_now(slave, libc::POLLIN) & libc::POLLIN == 0 {
-        return Ok(None);
-    }
-    let room = area.input.get_mut(area.input_len..area.input_len + 4096);
-    match read(slave.as_raw_fd(), room.ok_or(Errno::E2BIG)?) {
-        Ok(n) => {
-            area.input_len += n;
-            Ok(Some(n))
-        }
-        Err(Errno::EAGAIN) => Ok(None),
-        Err(e) => Err(e),
     }
 }
 
