@@ -114,14 +114,16 @@ pub fn as_before_exec(now: &Credentials, plan: &mut Builder) {
     prctl([libc::PR_SET_KEEPCAPS as u64, 1], plan);
     // Its effective set is what the file gave; that which is permitted suffices for what follows.
     now.set_capabilities(plan, object);
-    let [r, e, s, f] = now.gid.map(u64::from);
-    plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
-    plan.syscall(libc::SYS_setfsgid, &[f], object);
-    let [r, e, s, f] = now.uid.map(u64::from);
-    plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
-    plan.syscall(libc::SYS_setfsuid, &[f], object);
+    now.set_ids(plan, object);
     now.set_capabilities(plan, object);
     prctl([libc::PR_SET_KEEPCAPS as u64, 0], plan);
+}
+
+/// setgroups(2).
+pub fn set_groups(groups: &[u32], plan: &mut Builder, object: impl Fn() -> String) {
+    let bytes: Vec<u8> = groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+    let at = plan.data(&bytes);
+    plan.syscall(libc::SYS_setgroups, &[groups.len() as u64, at], object);
 }
 
 /// A new session keyring, empty and that user's: who has ours could use the keys in it
@@ -283,9 +285,7 @@ impl Credentials {
     pub fn rebuild(&self, now: &Credentials, plan: &mut Builder) {
         let object = || "credentials".to_owned();
         if self.groups != now.groups {
-            let bytes: Vec<u8> = self.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
-            let at = plan.data(&bytes);
-            plan.syscall(libc::SYS_setgroups, &[self.groups.len() as u64, at], object);
+            set_groups(&self.groups, plan, object);
         }
         for cap in 0..64 {
             let bit = 1 << cap;
@@ -308,12 +308,7 @@ impl Credentials {
             );
         }
         if ids_differ {
-            let [r, e, s, f] = self.gid.map(u64::from);
-            plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
-            plan.syscall(libc::SYS_setfsgid, &[f], object);
-            let [r, e, s, f] = self.uid.map(u64::from);
-            plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
-            plan.syscall(libc::SYS_setfsuid, &[f], object);
+            self.set_ids(plan, object);
         }
         if leaves_root || self.securebits != now.securebits {
             let bits = u64::from(self.securebits);
@@ -344,6 +339,16 @@ impl Credentials {
                 object,
             );
         }
+    }
+
+    /// Groups first: the right to choose them goes with the user.
+    fn set_ids(&self, plan: &mut Builder, object: impl Fn() -> String + Copy) {
+        let [r, e, s, f] = self.gid.map(u64::from);
+        plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
+        plan.syscall(libc::SYS_setfsgid, &[f], object);
+        let [r, e, s, f] = self.uid.map(u64::from);
+        plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
+        plan.syscall(libc::SYS_setfsuid, &[f], object);
     }
 
     /// capset(2).

@@ -24,7 +24,7 @@ use super::plan::Builder;
 use super::surroundings::may;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
-use crate::objects::credentials::Credentials;
+use crate::objects::credentials::{self, Credentials};
 use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, FileIdentity};
 
@@ -123,9 +123,7 @@ impl Rights {
     /// The rights of the new process until it has its own credentials.
     pub fn begin(&self, plan: &mut Builder) {
         let object = || "the rights by which files are opened".to_owned();
-        let bytes: Vec<u8> = self.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
-        let at = plan.data(&bytes);
-        plan.syscall(libc::SYS_setgroups, &[self.groups.len() as u64, at], object);
+        credentials::set_groups(&self.groups, plan, object);
         plan.syscall(libc::SYS_setfsgid, &[self.gid.into()], object);
         plan.syscall(libc::SYS_setfsuid, &[self.uid.into()], object);
     }
@@ -216,38 +214,36 @@ pub fn open_the_same(path: &Path, flags: i32, was: &FileIdentity) -> Result<File
 
 /// The file system ids and groups of this thread, until it is dropped.
 struct Guard {
-    before: Option<(u32, u32, Vec<u32>)>,
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
 }
 
 impl Guard {
     fn enter(rights: &Rights) -> Self {
-        let groups = nix_groups();
+        let groups = own_groups();
         set_groups(&rights.groups);
         // SAFETY: calls without pointers, which change this thread alone; each answers the id before.
         let (gid, uid) = unsafe {
             let gid = libc::syscall(libc::SYS_setfsgid, rights.gid) as u32;
             (gid, libc::syscall(libc::SYS_setfsuid, rights.uid) as u32)
         };
-        Self {
-            before: Some((uid, gid, groups)),
-        }
+        Self { uid, gid, groups }
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some((uid, gid, groups)) = self.before.take() {
-            // SAFETY: as above.
-            unsafe {
-                libc::syscall(libc::SYS_setfsuid, uid);
-                libc::syscall(libc::SYS_setfsgid, gid);
-            }
-            set_groups(&groups);
+        // SAFETY: as above.
+        unsafe {
+            libc::syscall(libc::SYS_setfsuid, self.uid);
+            libc::syscall(libc::SYS_setfsgid, self.gid);
         }
+        set_groups(&self.groups);
     }
 }
 
-fn nix_groups() -> Vec<u32> {
+fn own_groups() -> Vec<u32> {
     // SAFETY: with no room the kernel only counts.
     let count = unsafe { libc::getgroups(0, std::ptr::null_mut()) }.max(0);
     let mut groups = vec![0; count as usize];
