@@ -40,8 +40,7 @@ pub fn shared(job: &[Pid]) -> Vec<Shared> {
 
 /// A process by name, for messages.
 pub fn process_name(pid: Pid) -> String {
-    let name = tasks::comm(pid).map_or_else(|_| "?".into(), |c| c.to_string());
-    format!("process {pid} ({name})")
+    format!("process {pid} ({})", tasks::name_to_tell(pid))
 }
 
 /// A descriptor.

@@ -16,7 +16,7 @@ use ckpt_tracer::kcmp;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::pagemap::PagemapScanner;
 use ckpt_tracer::proc::status::{read_status, read_task};
-use ckpt_tracer::proc::tasks;
+use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::remote::leave_stale_cave;
 use ckpt_tracer::{Pid, Tid};
 
@@ -27,6 +27,7 @@ use crate::objects::namespaces::Namespaces;
 use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
 use crate::objects::seccomp::surroundings::Surroundings;
 use crate::objects::{Snapshot, SpaceId, aio, ipc, zombie};
+use crate::outsiders::process_name;
 use crate::progress::Progress;
 use crate::restore::births;
 use crate::snapshot;
@@ -309,16 +310,16 @@ fn brought_in() -> Vec<Pid> {
     let me = Pid(std::process::id() as i32);
     let alive =
         |pid: &Pid| read_status(*pid).is_ok_and(|s| s.ppid.raw() == 0 && !s.state.has_ended());
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid));
+    let pids = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
+    let pids = pids.into_iter();
     pids.filter(|pid| *pid != me && alive(pid)).collect()
 }
 
 fn not_of_the_job(pid: Pid) -> String {
-    let name = tasks::comm(pid).map_or_else(|_| "?".into(), |comm| comm.to_string());
     format!(
-        "process {pid} ({name}) was brought into the job's pid namespace from outside: it is not in the \
-         image, and ends with the job"
+        "{} was brought into the job's pid namespace from outside: it is not in the image, and ends \
+         with the job",
+        process_name(pid)
     )
 }
 

@@ -68,7 +68,7 @@ pub(super) fn accessible(pid: Pid) -> Result<(), Obstacle> {
 }
 
 fn traced_by(tracer: i32) -> String {
-    let name = tasks::comm(Pid(tracer)).map_or_else(|_| "?".into(), |c| c.to_string());
+    let name = tasks::name_to_tell(Pid(tracer));
     format!("is being traced by {name} (pid {tracer}), and a process has one tracer at most")
 }
 

@@ -170,10 +170,11 @@ fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
             .filter(|p| p.raw() != 0)
     };
     let above: Vec<Pid> = std::iter::successors(Some(top), parent).collect();
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let all = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid));
-    let mut others = all.filter(|other| !family.living.contains(other) && !above.contains(other));
-    match others.find(|other| theirs.is_some() && namespace(*other) == theirs) {
+    let all = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
+    let mut others = all
+        .iter()
+        .filter(|other| !family.living.contains(other) && !above.contains(other));
+    match others.find(|other| theirs.is_some() && namespace(**other) == theirs) {
         None => Ok(()),
         Some(other) => Err(Error::refuse(Obstacle::new(
             format!("process {pid}"),

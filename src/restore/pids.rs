@@ -322,7 +322,7 @@ pub(super) fn above_the_highest(pid: i32) -> Obstacle {
 
 /// The obstacle that somebody else has the pid.
 pub(super) fn pid_taken(pid: i32) -> Obstacle {
-    let name = tasks::comm(Pid(pid)).map_or_else(|_| "?".into(), |c| c.to_string());
+    let name = tasks::name_to_tell(Pid(pid));
     let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
     let who = if leader == pid {
         format!("process {pid} ({name})")

@@ -252,7 +252,7 @@ fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
 }
 
 fn does_not_stop(tid: Tid) -> Error {
-    let name = tasks::comm(tid).map_or_else(|_| "?".into(), |c| c.to_string());
+    let name = tasks::name_to_tell(tid);
     let call = match read_syscall(tid) {
         Ok(InSyscall::Inside { nr, .. }) => nr,
         _ => -1,
@@ -283,7 +283,7 @@ fn explain_refusal(pid: Pid, tid: Tid) -> Error {
     let reason = match status::read_task(pid, tid) {
         Err(_) => return AttachError::NoSuchProcess { pid }.into(),
         Ok(s) if s.tracer_pid != 0 => {
-            let name = tasks::comm(Pid(s.tracer_pid)).unwrap_or_else(|_| "?".into());
+            let name = tasks::name_to_tell(Pid(s.tracer_pid));
             format!(
                 "process {pid} is being traced by {name} (pid {}), and a task has one tracer at \
                  most; end that one first",

@@ -10,7 +10,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::fdinfo::FdDetail;
-use ckpt_tracer::proc::tasks;
 use serde::{Deserialize, Serialize};
 
 use super::epoll::{Entry, Epoll};
@@ -19,6 +18,7 @@ use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::process::Process;
+use crate::outsiders::process_name;
 use crate::restore::plan::{Builder, Inherited};
 
 /// A handle of a process or thread.
@@ -60,12 +60,10 @@ pub fn capture(
         FdDetail::PidFd { pid: Pid(0), .. } => {
             refuse("is a pidfd of a process in another pid namespace".to_owned())
         }
-        FdDetail::PidFd { pid, .. } => {
-            let name = tasks::comm(pid).map_or_else(|_| "?".into(), |c| c.to_string());
-            refuse(format!(
-                "is a pidfd of process {pid} ({name}), which is not part of the job"
-            ))
-        }
+        FdDetail::PidFd { pid, .. } => refuse(format!(
+            "is a pidfd of {}, which is not part of the job",
+            process_name(pid)
+        )),
         _ => refuse("is a pidfd of which the kernel does not tell the process".to_owned()),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use ckpt_tracer::proc::{ProcRoot, stat::read_stat};
+use ckpt_tracer::proc::{ProcRoot, stat::read_stat, tasks};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -389,14 +389,15 @@ fn name_of((major, minor): (u32, u32)) -> String {
 
 /// A process outside the job whose controlling terminal it is.
 fn holder_outside(device: (u32, u32), sources: &[&Source]) -> Option<i32> {
-    let proc = ProcRoot::default();
-    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let mut others = pids.filter(|pid| sources.iter().all(|s| s.pid.raw() != *pid));
-    others.find(|pid| {
-        let stat = read_stat(proc.process(ckpt_tracer::Pid(*pid)));
+    let pids = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
+    let mut others = pids
+        .iter()
+        .filter(|pid| sources.iter().all(|s| s.pid != **pid));
+    let holder = others.find(|pid| {
+        let stat = read_stat(**pid);
         stat.is_ok_and(|stat| stat.tty() == Some(device) && !stat.state.has_ended())
-    })
+    });
+    holder.map(|pid| pid.raw())
 }
 
 /// What kind of file a terminal is.

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use super::sys;
 use super::unix::{NameFile, Style, show, sockaddr};
 use crate::objects::files::sys as files_sys;
+use crate::outsiders::process_name;
 
 /// The file of a name that is a path. `inode` is what sock_diag tells, `cwd` the directory of a
 /// process that has the socket.
@@ -105,8 +106,7 @@ pub fn holder(inode: u64) -> Option<String> {
             .any(|fd| matches!(read_fd_link(*pid, fd), Ok(FdLink::Socket(i)) if i == inode))
     };
     let pid = tasks::list_processes(&root).ok()?.into_iter().find(has)?;
-    let name = tasks::comm(pid).map_or_else(|_| "?".into(), |c| c.to_string());
-    Some(format!("process {pid} ({name})"))
+    Some(process_name(pid))
 }
 
 /// ` of process 44 (food)` for the socket of a name, as far as it can be told.

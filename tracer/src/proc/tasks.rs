@@ -94,6 +94,11 @@ pub fn comm(task: impl Into<ProcDir>) -> Result<Comm> {
     Ok(Comm(name))
 }
 
+/// Its name for a message, where it need not be known.
+pub fn name_to_tell(task: impl Into<ProcDir>) -> String {
+    comm(task).map_or_else(|_| "?".into(), |name| name.to_string())
+}
+
 /// The arguments, each without its terminating 0. A program may have overwritten them.
 ///
 /// # Errors
