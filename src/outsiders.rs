@@ -28,7 +28,7 @@ pub struct Shared {
 /// that may not be traced nothing is known, and all of them run.
 pub fn shared(job: &[Pid]) -> Vec<Shared> {
     let everybody = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
-    let me = Pid(std::process::id() as i32);
+    let me = Pid::own();
     let others: Vec<Pid> = everybody
         .into_iter()
         .filter(|pid| *pid != me && !job.contains(pid))

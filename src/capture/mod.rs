@@ -307,7 +307,7 @@ fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
 /// Processes of our pid namespace whose parents are outside of it, but for ourselves and those that
 /// came with us: nobody who was born inside has none.
 fn brought_in() -> Vec<Pid> {
-    let me = Pid(std::process::id() as i32);
+    let me = Pid::own();
     let alive =
         |pid: &Pid| read_status(*pid).is_ok_and(|s| s.ppid.raw() == 0 && !s.state.has_ended());
     let pids = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();

@@ -46,7 +46,7 @@ pub(super) fn accessible(pid: Pid) -> Result<(), Obstacle> {
         };
         return Err(Obstacle::without_remedy(object, reason));
     }
-    if pid.raw() as u32 == std::process::id() {
+    if pid == Pid::own() {
         return Err(Obstacle::new(
             object,
             "is ckpt itself",
@@ -82,7 +82,7 @@ struct Me {
 
 impl Me {
     fn now() -> Self {
-        let own = read_status(Pid(std::process::id() as i32));
+        let own = read_status(Pid::own());
         Self {
             uid: geteuid().as_raw(),
             gid: getegid().as_raw(),
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     fn of_status(edit: impl FnOnce(&mut Status)) -> Status {
-        let mut status = read_status(Pid(std::process::id() as i32)).expect("we run");
+        let mut status = read_status(Pid::own()).expect("we run");
         let ids = |id| Ids {
             real: id,
             effective: id,
@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn both_capabilities_are_asked_for_one_after_the_other() {
-        let dir = ProcRoot::default().process(Pid(std::process::id() as i32));
+        let dir = ProcRoot::default().process(Pid::own());
         let other = of_status(|s| {
             s.uid = Ids {
                 real: 7,

@@ -69,7 +69,7 @@ pub fn current(resource: u32) -> (u64, u64) {
 }
 
 fn read(resource: u32) -> Option<(u64, u64)> {
-    let me = Pid(std::process::id() as i32);
+    let me = Pid::own();
     let limits = ckpt_tracer::proc::limits::read_limits(me).ok()?;
     limits
         .iter()

@@ -143,7 +143,7 @@ pub fn parse_map(text: &[u8]) -> Vec<(u32, u32, u32)> {
 /// # Errors
 /// As [`namespaces::list_namespaces`].
 pub fn others(process: &ProcDir) -> ckpt_tracer::Result<Vec<String>> {
-    let ours = namespaces::list_namespaces(ckpt_tracer::Pid(std::process::id() as i32))?;
+    let ours = namespaces::list_namespaces(ckpt_tracer::Pid::own())?;
     let theirs = namespaces::list_namespaces(process.clone())?;
     let differ = theirs.into_iter().filter(|namespace| {
         !namespace.0.ends_with("_for_children")

@@ -303,7 +303,7 @@ mod tests {
     /// Errors of the kernel itself, with whatever modules it has.
     #[test]
     fn our_own_can_be_read() {
-        let me = Pid(std::process::id() as i32);
+        let me = Pid::own();
         let labels = capture(me, me.leader());
         assert!(
             labels

@@ -41,7 +41,7 @@ struct Lent {
 
 impl Lent {
     fn now() -> Self {
-        let me = Pid(std::process::id() as i32);
+        let me = Pid::own();
         let mut pieces = read_maps(me).unwrap_or_default();
         pieces.retain(|v| KernelMapping::of(v).is_some());
         let mut code = Vec::new();

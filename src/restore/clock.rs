@@ -127,7 +127,7 @@ impl Clocks {
 
     /// Leaves a new time namespace to our children.
     fn enter(self) -> Result<(), Errno> {
-        let me = Pid(std::process::id() as i32);
+        let me = Pid::own();
         // SAFETY: a call without pointers.
         Errno::result(unsafe { libc::unshare(libc::CLONE_NEWTIME) })?;
         let mut text = String::new();
@@ -164,7 +164,7 @@ impl Clocks {
 
 /// What a clock of a process shows, in nanoseconds, while ours shows `ours`.
 pub fn as_seen_by(pid: Pid, clock: i32, ours: u64) -> u64 {
-    let me = Pid(std::process::id() as i32);
+    let me = Pid::own();
     let shift = offset(pid, clock) - offset(me, clock);
     (i128::from(ours) + shift).max(0) as u64
 }

@@ -116,7 +116,7 @@ fn ours(user: &UserNamespace) -> (Vec<Extent>, Vec<Extent>) {
 
 /// Ids that root does not have either, in a user namespace.
 fn not_mapped_here(user: &UserNamespace) -> Vec<Obstacle> {
-    let me = ProcRoot::default().process(Pid(std::process::id() as i32));
+    let me = ProcRoot::default().process(Pid::own());
     let lacking = |file: &str, map: &[Extent], what: &str| {
         let here = parse_map(&me.read(file).ok()?);
         let given: Vec<(u32, u32)> = here.iter().map(|(inside, _, n)| (*inside, *n)).collect();

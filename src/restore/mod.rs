@@ -220,7 +220,7 @@ fn host_state(
     snapshot: &Snapshot,
     trusted: bool,
 ) -> Result<plan::HostState> {
-    let me = Pid(std::process::id() as i32);
+    let me = Pid::own();
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
     credentials.groups = groups.to_vec();

@@ -300,7 +300,7 @@ pub(super) fn not_permitted(pid: i32, why: &str) -> Obstacle {
         "cannot get its old pid: choosing a pid needs {}{why}",
         Use::ChoosePids
     );
-    let filtered = read_status(Pid(std::process::id() as i32)).is_ok_and(|s| s.seccomp == Some(2));
+    let filtered = read_status(Pid::own()).is_ok_and(|s| s.seccomp == Some(2));
     let remedy = match filtered {
         true => {
             "restore it as the first in a new container, or in one with --cap-add SYS_ADMIN, or with \

@@ -80,7 +80,7 @@ impl Opened<'_> {
         self.first = first;
         self.inside = true;
         if credentials::groups_can_be_set()
-            && let Ok(status) = read_status(Pid(std::process::id() as i32))
+            && let Ok(status) = read_status(Pid::own())
         {
             self.groups_there = status.groups;
         }
@@ -137,7 +137,7 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);
     let vdso = refused_or(vdso, &mut obstacles)?;
     let given = bundle::choose(&mut snapshot, request);
-    let groups = read_status(Pid(std::process::id() as i32))?.groups;
+    let groups = read_status(Pid::own())?.groups;
     Ok(Opened {
         request,
         image,

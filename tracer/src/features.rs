@@ -243,7 +243,7 @@ impl KernelFeatures {
             self.pagemap_scan = scanner.method() == ScanMethod::Ioctl;
             self.pagemap_guard = self.pagemap_scan && scanner.has_guard();
         }
-        self.kcmp = kcmp(Tid(std::process::id() as i32), Tid(pid), KcmpType::Vm).is_ok();
+        self.kcmp = kcmp(Pid::own().leader(), Tid(pid), KcmpType::Vm).is_ok();
         // SAFETY: descriptors only; each is closed once. That number -1 is no descriptor (EBADF) is
         // found out after permission was checked.
         unsafe {
@@ -330,7 +330,7 @@ fn number(path: &str) -> Option<u64> {
 }
 
 fn hidepid() -> u32 {
-    let own = Pid(std::process::id() as i32);
+    let own = Pid::own();
     let Ok(table) = mounts::read_mounts(own) else {
         return 0;
     };

@@ -13,6 +13,11 @@ pub struct Pid(pub i32);
 pub struct Tid(pub i32);
 
 impl Pid {
+    /// Ours.
+    pub fn own() -> Self {
+        Self(std::process::id() as i32)
+    }
+
     /// The number, for system calls.
     pub const fn raw(self) -> i32 {
         self.0

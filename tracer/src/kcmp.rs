@@ -269,7 +269,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     fn own() -> Tid {
-        Tid(std::process::id() as i32)
+        crate::Pid::own().leader()
     }
 
     /// Without the call (CONFIG_KCMP) there is nothing to test; say so.

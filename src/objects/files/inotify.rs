@@ -111,7 +111,7 @@ fn path_by_handle(watch: &InotifyWatch) -> Option<PathBuf> {
     if watch.handle.is_empty() {
         return None;
     }
-    let mounts = mounts::read_mounts(Pid(std::process::id() as i32)).ok()?;
+    let mounts = mounts::read_mounts(Pid::own()).ok()?;
     let on_it = mounts.all().iter().filter(|m| m.dev == watch.sdev);
     on_it
         .filter_map(|mount| File::open(&mount.mount_point).ok())

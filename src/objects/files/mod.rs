@@ -134,7 +134,7 @@ pub fn capture(
     });
     let mut found = sockets::survey::survey(&open.collect::<Vec<_>>(), collector.frozen())?;
     // What is only in flight between sockets has no number in any process but ours.
-    let ourselves = Source::open(Pid(std::process::id() as i32))?;
+    let ourselves = Source::open(Pid::own())?;
     let seen_in_job = survey.looks.len();
     for copy in &found.in_flight {
         let fd = copy.as_raw_fd();

@@ -47,11 +47,11 @@ impl Surroundings {
         if may_suspend() {
             return Surroundings::Master;
         }
-        let of = |pid: i32| read_status(Pid(pid)).ok();
-        let Some(me) = of(std::process::id() as i32) else {
+        let of = |pid: Pid| read_status(pid).ok();
+        let Some(me) = of(Pid::own()) else {
             return Surroundings::Outside;
         };
-        match counted(&me, of(1).as_ref()) {
+        match counted(&me, of(Pid(1)).as_ref()) {
             Surroundings::Same(count) => match trial::deadly_call() {
                 None => Surroundings::Same(count),
                 Some(call) => Surroundings::Unclear(format!(
@@ -130,14 +130,14 @@ fn filters(count: u32) -> String {
 /// `PTRACE_O_SUSPEND_SECCOMP` wants CAP_SYS_ADMIN in the first user namespace, and a tracer that is
 /// not under seccomp itself (`check_ptrace_options`, kernel/ptrace.c).
 pub fn may_suspend() -> bool {
-    let me = read_status(Pid(std::process::id() as i32));
+    let me = read_status(Pid::own());
     Held::now().allows(Use::SuspendSeccomp) && me.is_ok_and(|s| s.seccomp != Some(2))
 }
 
 /// What is to be told of a job that was under so many filters of its surroundings at the
 /// checkpoint: it goes on with fewer restrictions than it had.
 pub fn fewer_here(then: u32) -> Option<String> {
-    let me = read_status(Pid(std::process::id() as i32)).ok()?;
+    let me = read_status(Pid::own()).ok()?;
     let now = match me.seccomp {
         Some(2) => me.seccomp_filters?,
         _ => 0,
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     fn status(mode: u32, count: Option<u32>) -> Status {
-        let mut status = read_status(Pid(std::process::id() as i32)).expect("we are alive");
+        let mut status = read_status(Pid::own()).expect("we are alive");
         status.seccomp = Some(mode as _);
         status.seccomp_filters = count;
         status

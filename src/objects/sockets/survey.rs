@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::kcmp::{KcmpType, kcmp, same_description};
-use ckpt_tracer::{Tid, unix_diag};
+use ckpt_tracer::{Pid, unix_diag};
 use serde_bytes::ByteBuf;
 
 use super::queue::{self, Seen};
@@ -128,7 +128,7 @@ impl Known {
     /// The number of a description that was found in a message, and whether it is new.
     fn number(&mut self, fd: &OwnedFd) -> Result<(usize, bool)> {
         let (device, inode, raw) = Self::entry(fd);
-        let me = Tid(std::process::id() as i32);
+        let me = Pid::own().leader();
         for (number, (d, i, other)) in self.all.iter().enumerate() {
             if (*d, *i) != (device, inode) {
                 continue;

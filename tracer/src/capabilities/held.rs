@@ -25,7 +25,7 @@ impl Held {
     /// Ours now.
     #[must_use]
     pub fn now() -> Self {
-        let own = read_status(Pid(std::process::id() as i32));
+        let own = read_status(Pid::own());
         Self {
             effective: own.map_or(0, |status| status.capabilities.effective),
             in_first: in_first_user_namespace(),

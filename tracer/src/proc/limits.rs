@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn both_sources_agree() {
-        let own = Pid(std::process::id() as i32);
+        let own = Pid::own();
         let by_call = read_limits(own).unwrap();
         assert_eq!(by_call.len(), 16);
         assert_eq!(by_call, read_limits_file(own).unwrap());

@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_missing_process_died_but_a_missing_file_did_not() {
-        let own = Pid(std::process::id() as i32);
+        let own = Pid::own();
         // pid_max is at most 4 Mi.
         let nobody = ProcDir::from(Pid(0x7fff_fff0));
         assert!(matches!(
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn numbers_of_own_tasks_include_the_own_one() {
-        let own = Pid(std::process::id() as i32);
+        let own = Pid::own();
         assert!(
             ProcDir::from(own)
                 .numbers_in("task")

@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn we_are_in_namespaces() {
-        let own = Pid(std::process::id() as i32);
+        let own = Pid::own();
         let found = list_namespaces(own).unwrap();
         assert!(
             found

@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_kernel_s_own_threads_are_recognised() {
-        let own = read_stat(Pid(std::process::id() as i32)).unwrap();
+        let own = read_stat(Pid::own()).unwrap();
         assert!(!own.is_kernel_thread());
         assert!(
             Stat {

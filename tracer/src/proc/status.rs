@@ -406,7 +406,7 @@ Cpus_allowed_list:\t0-1\n";
 
     #[test]
     fn a_thread_of_ours() {
-        let own = Pid(std::process::id() as i32);
+        let own = Pid::own();
         let status = read_task(own, own.leader()).unwrap();
         assert_eq!((status.tgid, status.tid), (own, own.leader()));
         assert!(status.threads >= 1 && !status.ns_pid.is_empty());

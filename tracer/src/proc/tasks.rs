@@ -255,10 +255,6 @@ fn link(dir: ProcDir, name: &str) -> Result<Option<PathBuf>> {
 mod tests {
     use super::*;
 
-    fn own() -> Pid {
-        Pid(std::process::id() as i32)
-    }
-
     #[test]
     fn arguments_that_are_empty() {
         assert_eq!(strings(b"a\0\0b\0"), [&b"a"[..], b"", b"b"]);
@@ -269,19 +265,29 @@ mod tests {
 
     #[test]
     fn what_we_know_of_ourselves() {
-        assert!(list_tasks(own()).unwrap().contains(&own().leader()));
-        assert_eq!(exe(own()).unwrap(), Some(std::env::current_exe().unwrap()));
-        assert_eq!(cwd(own()).unwrap(), Some(std::env::current_dir().unwrap()));
+        assert!(
+            list_tasks(Pid::own())
+                .unwrap()
+                .contains(&Pid::own().leader())
+        );
+        assert_eq!(
+            exe(Pid::own()).unwrap(),
+            Some(std::env::current_exe().unwrap())
+        );
+        assert_eq!(
+            cwd(Pid::own()).unwrap(),
+            Some(std::env::current_dir().unwrap())
+        );
         let arguments: Vec<_> = std::env::args().map(String::into_bytes).collect();
-        assert_eq!(cmdline(own()).unwrap(), arguments);
-        let vector = auxv(own()).unwrap();
+        assert_eq!(cmdline(Pid::own()).unwrap(), arguments);
+        let vector = auxv(Pid::own()).unwrap();
         assert_eq!(vector.len() % 16, 0);
         assert_eq!(vector[vector.len() - 16..], [0; 16]);
-        assert!(oom_score_adj(own()).unwrap() >= -1000);
-        personality(own()).unwrap();
-        coredump_filter(own()).unwrap();
-        loginuid(own()).unwrap();
-        cgroup(own()).unwrap();
+        assert!(oom_score_adj(Pid::own()).unwrap() >= -1000);
+        personality(Pid::own()).unwrap();
+        coredump_filter(Pid::own()).unwrap();
+        loginuid(Pid::own()).unwrap();
+        cgroup(Pid::own()).unwrap();
     }
 
     #[test]
@@ -293,8 +299,8 @@ mod tests {
         let pid = Pid(child.id() as i32);
         let root = ProcRoot::default();
         // Other tests have children that come and go: look for this one only.
-        let by_file = children(&root, own()).unwrap();
-        let by_parent = children_by_parent(&root, own()).unwrap();
+        let by_file = children(&root, Pid::own()).unwrap();
+        let by_parent = children_by_parent(&root, Pid::own()).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(by_file.contains(&pid) && by_parent.contains(&pid));
@@ -303,7 +309,7 @@ mod tests {
 
     #[test]
     fn captured_files_read_like_live_ones() {
-        let root = std::env::temp_dir().join(format!("ckpt-proc-{}", own()));
+        let root = std::env::temp_dir().join(format!("ckpt-proc-{}", Pid::own()));
         let dir = root.join("42");
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("cgroup"), "0::/a:b\n4:cpu,memory:/x\n").unwrap();

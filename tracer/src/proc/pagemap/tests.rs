@@ -79,7 +79,7 @@ impl Drop for Pages {
 
 /// A scanner of ourselves for each method that works here.
 fn scanners() -> Vec<PagemapScanner> {
-    let own = Pid(std::process::id() as i32);
+    let own = Pid::own();
     let first = PagemapScanner::open(own).unwrap();
     let mut second = PagemapScanner::open(own).unwrap();
     second.method = ScanMethod::Entries;
@@ -91,7 +91,7 @@ fn scanners() -> Vec<PagemapScanner> {
 }
 
 fn stored(scanner: &PagemapScanner, pages: &Pages) -> Vec<(u64, u64)> {
-    let own = Pid(std::process::id() as i32);
+    let own = Pid::own();
     let vmas = read_maps(own).unwrap();
     // The mapping may have been merged with a neighbour.
     let vma = vmas
@@ -202,7 +202,7 @@ fn masks_mean_the_same_in_both_methods() {
 
 #[test]
 fn shared_memory_is_stored_with_its_object() {
-    let own = Pid(std::process::id() as i32);
+    let own = Pid::own();
     let mut vma = read_maps(own)
         .unwrap()
         .into_iter()
