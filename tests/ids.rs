@@ -111,9 +111,7 @@ impl By {
 fn contained(case: &Case, groups: &str, maps: &[&str], program: &[&str]) -> (Job, i32) {
     let mut command = by_user(case, Path::new("unshare"), groups);
     command.args(maps).args(["--pid", "--fork", "--mount-proc"]);
-    let log = case.path("job.log");
-    fs::write(&log, "").expect("the test's directory is writable");
-    open_to_all(&log);
+    let log = case.open_log("job.log");
     let outer = start(command.args(program), &log);
     let is_first = |pid: &i32| status_field(*pid, "NSpid").is_some_and(|i| i.ends_with("\t1"));
     // Other children map its ids.
@@ -343,9 +341,7 @@ fn restore_is_killed_at_any_moment() {
         let (outer, first) = workers(case, NO_GROUPS);
         killed(case, By::User(NO_GROUPS), first);
         outer.wait();
-        let log = case.path("restore.log");
-        fs::write(&log, "").expect("the test's directory is writable");
-        open_to_all(&log);
+        case.open_log("restore.log");
         let restore = || {
             let mut command = By::User(NO_GROUPS).command(case, RESTORE);
             command.arg("job.ckpt");

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::common::counter::{count, counts};
 use crate::common::look::{all_stopped, assert_let_go, assert_nobody_left, children, status_field};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, RESTORE, leftovers, restored_in_front};
@@ -67,16 +68,6 @@ impl Container {
 
 fn killed(case: &Case) -> PathBuf {
     container(case, &[]).killed(case)
-}
-
-fn count(case: &Case) -> u32 {
-    let text = fs::read_to_string(case.path("count")).unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
-}
-
-fn counts(case: &Case) {
-    let before = count(case);
-    until("it to count", || (count(case) > before + 5).then_some(()));
 }
 
 fn result(case: &Case) -> String {

@@ -202,9 +202,7 @@ fn redis(case: &Case, place: Place) {
         .arg(&socket)
         .arg("--dir")
         .arg(case.dir());
-    let log = case.path("redis.log");
-    fs::write(&log, "").expect("the test's directory is writable");
-    open_to_all(&log);
+    let log = case.open_log("redis.log");
     let mut job = start(&mut server, &log);
     wait_for("the socket", || socket.exists());
     let fill = "for i = 1, 20000 do redis.call('SET', 'key:' .. i, i * i) end";
@@ -377,9 +375,7 @@ fn busy_postgres(case: &Case, place: Place) {
     open_to_all(&dir);
     let mut command = nobody(case, Path::new("bash"));
     command.env("PATH", path).arg(source("bank.sh")).arg(&dir);
-    let log = case.path("bank.log");
-    fs::write(&log, "").expect("the test's directory is writable");
-    open_to_all(&log);
+    let log = case.open_log("bank.log");
     let mut job = start(&mut command, &log);
     let count = || {
         let text = fs::read_to_string(dir.join("count")).unwrap_or_default();
@@ -496,9 +492,7 @@ fn lonely_postgres(case: &Case, place: Place) {
     run(case, &mut as_nobody("initdb", &args)).ok();
     let sockets = dir.display().to_string();
     let args = ["-D", &data, "-k", &sockets, "-c", "listen_addresses="];
-    let log = case.path("postgres.log");
-    fs::write(&log, "").expect("the test's directory is writable");
-    open_to_all(&log);
+    let log = case.open_log("postgres.log");
     let mut job = start(&mut as_nobody("postgres", &args), &log);
     let psql = |sql: &str| {
         let args = ["-U", "tester", "-d", "postgres", "-qtAc", sql];

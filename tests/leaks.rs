@@ -8,12 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::edit::edited;
-use crate::common::isolate::open_to_all;
 use crate::common::look::assert_nobody_left;
 use crate::common::refused::FAILED;
 use crate::common::tool::{Output, RESTORE};
 use crate::common::{
-    Case, Ended, Job, Looks, attach, isolated, restore_cmd, restored, run, start, until,
+    Case, Ended, Job, Looks, attach, isolated_as_root, restore_cmd, restored, run, start, until,
 };
 use ckpt::objects::Snapshot;
 use ckpt::objects::files::Kind;
@@ -91,22 +90,6 @@ os.chdir('roots')
 os.execv(sys.argv[1], sys.argv[1:])
 "#;
 
-fn as_root(name: &str, body: impl FnOnce(&Case)) {
-    isolated(name, |case| {
-        case.needs_root();
-        case.needs_program("setpriv", "util-linux");
-        open_to_all(case.dir());
-        body(case);
-    });
-}
-
-fn log(case: &Case, name: &str) -> PathBuf {
-    let log = case.path(name);
-    fs::write(&log, "").expect("the test's directory is writable");
-    open_to_all(&log);
-    log
-}
-
 fn witness(case: &Case, who: &[&str]) -> Job {
     let python = case.system_python();
     let mut command = Command::new("setpriv");
@@ -115,7 +98,7 @@ fn witness(case: &Case, who: &[&str]) -> Job {
     command
         .env("PATH", "/usr/bin:/bin")
         .env("WHOSE", "the job's");
-    let job = start(&mut command, &log(case, "job.log"));
+    let job = start(&mut command, &case.open_log("job.log"));
     until("it to begin", || case.path("ready").exists().then_some(()));
     job
 }
@@ -165,14 +148,14 @@ fn nothing_leaks(case: &Case, who: &[&str]) {
 
 #[test]
 fn nobody() {
-    as_root("nobody", |case| {
+    isolated_as_root("nobody", |case| {
         nothing_leaks(case, &["--reuid=65534", "--regid=65534", "--clear-groups"]);
     });
 }
 
 #[test]
 fn somebody_with_groups() {
-    as_root("somebody_with_groups", |case| {
+    isolated_as_root("somebody_with_groups", |case| {
         let who = ["--reuid=12345", "--regid=12345", "--groups=4242,4243"];
         nothing_leaks(case, &who);
     });
@@ -212,7 +195,7 @@ fn regular<'a>(snapshot: &'a mut Snapshot, name: &str) -> &'a mut Regular {
 /// An image whose owner could not have had what is in it: other ids, groups, capabilities.
 #[test]
 fn more_than_its_owner() {
-    as_root("more_than_its_owner", |case| {
+    isolated_as_root("more_than_its_owner", |case| {
         let image = image_of_nobody(case, &[]);
         type Edit = fn(&mut Thread);
         let edits: [(&str, Edit); 6] = [
@@ -267,7 +250,7 @@ fn more_than_its_owner() {
 /// Root's own files are neither opened nor written for it, wherever its paths lead.
 #[test]
 fn files_of_root() {
-    as_root("files_of_root", |case| {
+    isolated_as_root("files_of_root", |case| {
         let image = image_of_nobody(case, &["--save-files", "**/data"]);
         let root = case.path("root");
         fs::create_dir(&root).expect("the test's directory is writable");
@@ -326,7 +309,7 @@ fn files_of_root() {
 /// `--env` writes where the job says, and so with its user's rights.
 #[test]
 fn values_are_not_written_for_it() {
-    as_root("values_are_not_written_for_it", |case| {
+    isolated_as_root("values_are_not_written_for_it", |case| {
         let root = case.path("root");
         fs::create_dir(&root).expect("the test's directory is writable");
         fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("it is ours");
@@ -334,7 +317,7 @@ fn values_are_not_written_for_it() {
         command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
         command.args(["sleep", "1000"]).current_dir(case.dir());
         command.env("CKPT_RESTORE_ENV", root.join("values"));
-        let mut job = start(&mut command, &log(case, "job.log"));
+        let mut job = start(&mut command, &case.open_log("job.log"));
         until("it to sleep", || {
             (common::look::status_field(job.pid, "Name")? == "sleep").then_some(())
         });

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::common::counter::counts;
 use crate::common::look::{assert_nobody_left, children, status_field};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, RESTORE, nobody, restored_in_front};
@@ -35,16 +36,6 @@ fn started(case: &Case) -> Job {
     let job = start(command.current_dir(case.dir()), &case.path("job.log"));
     counts(case);
     job
-}
-
-/// It goes on for a while.
-fn counts(case: &Case) {
-    let now = || -> u32 {
-        let text = fs::read_to_string(case.path("count")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
-    };
-    let before = now();
-    until("it to count", || (now() > before + 5).then_some(()));
 }
 
 /// An image of a job that was killed.
@@ -164,9 +155,7 @@ fn not_permitted() {
         };
         let mut program = with_groups(Path::new("bash"));
         program.args(["-c", COUNTER]);
-        let log = case.path("job.log");
-        fs::write(&log, "").expect("the test's directory is writable");
-        common::isolate::open_to_all(&log);
+        let log = case.open_log("job.log");
         let mut job = start(&mut program, &log);
         counts(case);
         let pid = job.pid;
@@ -216,9 +205,7 @@ fn of_another_user() {
         common::isolate::open_to_all(case.dir());
         let mut program = nobody(case, Path::new(CKPT));
         program.args(["run", "--isolated", "--", "bash", "-c", COUNTER]);
-        let log = case.path("job.log");
-        fs::write(&log, "").expect("the test's directory is writable");
-        common::isolate::open_to_all(&log);
+        let log = case.open_log("job.log");
         let mut front = start(&mut program, &log);
         counts(case);
         let pid = until("the program", || {
@@ -480,9 +467,7 @@ fn image_of_another_user() {
         common::isolate::open_to_all(case.dir());
         fs::remove_file(case.path("count")).expect("it counted");
         let mut program = nobody(case, Path::new("bash"));
-        let log = case.path("nobody.log");
-        fs::write(&log, "").expect("the test's directory is writable");
-        common::isolate::open_to_all(&log);
+        let log = case.open_log("nobody.log");
         let mut job = start(program.args(["-c", COUNTER]), &log);
         counts(case);
         let (image, _) = attach(case, job.pid, "nobody.ckpt", &["--kill"]);

@@ -7,11 +7,11 @@ use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::isolate::open_to_all;
+use crate::common::counter::counts;
 use crate::common::look::{assert_let_go, assert_nobody_left, status_field};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, Output, RESTORE, nobody};
-use crate::common::{Case, Ended, Job, ckpt, fixture, isolated, run, start, until};
+use crate::common::{Case, Ended, Job, ckpt, fixture, isolated_as_root, run, start, until};
 use nix::sys::signal::Signal;
 
 const NOBODY: u32 = 65534;
@@ -55,39 +55,12 @@ fn number(name: &str) -> u32 {
     }
 }
 
-/// A test that begins as root, in a directory that is everybody's.
-fn as_root(name: &str, body: impl FnOnce(&Case)) {
-    isolated(name, |case| {
-        case.needs_root();
-        case.needs_program("setpriv", "util-linux");
-        open_to_all(case.dir());
-        body(case);
-    });
-}
-
-fn counts(case: &Case) {
-    let now = || -> u32 {
-        let text = fs::read_to_string(case.path("count")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
-    };
-    let before = now();
-    until("it to count", || (now() > before + 5).then_some(()));
-}
-
-/// A log that everybody may write to.
-fn log(case: &Case, name: &str) -> PathBuf {
-    let log = case.path(name);
-    fs::write(&log, "").expect("the test's directory is writable");
-    open_to_all(&log);
-    log
-}
-
 /// The counter, started by `command`, and its image, taken and owned by nobody.
 fn killed(case: &Case, mut command: Command) -> (i32, PathBuf) {
     command
         .args(["bash", "-c", COUNTER])
         .current_dir(case.dir());
-    let mut job = start(&mut command, &log(case, "job.log"));
+    let mut job = start(&mut command, &case.open_log("job.log"));
     counts(case);
     let image = case.path("job.ckpt");
     let out = ckpt(
@@ -134,7 +107,7 @@ fn assert_has_none(pid: i32) {
 /// The old pids beside all other processes, also for children: no namespace is made.
 #[test]
 fn checkpoint_restore_alone() {
-    as_root("checkpoint_restore_alone", |case| {
+    isolated_as_root("checkpoint_restore_alone", |case| {
         let (pid, image) = killed(case, of_nobody());
         let restore = |capabilities: &[&str]| {
             let mut command = with(case, capabilities, RESTORE);
@@ -162,7 +135,7 @@ fn checkpoint_restore_alone() {
 /// Another user's process: the right to trace is one, that to open its files in `/proc` another one.
 #[test]
 fn sys_ptrace_alone() {
-    as_root("sys_ptrace_alone", |case| {
+    isolated_as_root("sys_ptrace_alone", |case| {
         let target = fixture(case, "counter");
         let pid = target.pid().to_string();
         let attach = |capabilities: &[&str]| {
@@ -194,7 +167,7 @@ fn nice_of(pid: i32) -> i32 {
 
 #[test]
 fn sys_nice_alone() {
-    as_root("sys_nice_alone", |case| {
+    isolated_as_root("sys_nice_alone", |case| {
         let own = nice_of(std::process::id() as i32);
         let mut program = Command::new("nice");
         program.args([
@@ -269,7 +242,7 @@ fn limited(case: &Case) -> (i32, PathBuf) {
 
 #[test]
 fn without_sys_resource() {
-    as_root("without_sys_resource", |case| {
+    isolated_as_root("without_sys_resource", |case| {
         let (pid, image) = limited(case);
         let out = lower_limit(case, &image, &["checkpoint_restore"]);
         let job = detached(&out);
@@ -283,7 +256,7 @@ fn without_sys_resource() {
 
 #[test]
 fn sys_resource_alone() {
-    as_root("sys_resource_alone", |case| {
+    isolated_as_root("sys_resource_alone", |case| {
         let (pid, image) = limited(case);
         let out = lower_limit(case, &image, &["checkpoint_restore", "sys_resource"]);
         let job = detached(&out);
@@ -297,7 +270,7 @@ fn sys_resource_alone() {
 /// A job of one ordinary user, restored by another who may become him, and nobody else.
 #[test]
 fn setuid_and_what_goes_with_it() {
-    as_root("setuid_and_what_goes_with_it", |case| {
+    isolated_as_root("setuid_and_what_goes_with_it", |case| {
         let (pid, image) = killed(
             case,
             setpriv(&["--reuid=12345", "--regid=12345", "--clear-groups"]),
@@ -331,7 +304,7 @@ fn setuid_and_what_goes_with_it() {
 /// `ckpt check` says of each use whether it is held.
 #[test]
 fn listed() {
-    as_root("listed", |case| {
+    isolated_as_root("listed", |case| {
         let held = |capabilities: &[&str]| -> Vec<String> {
             let mut command = with(case, capabilities, CKPT);
             let out = run(case, command.args(["check", "--json"]));

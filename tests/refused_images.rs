@@ -301,9 +301,7 @@ fn pid_may_not_be_chosen() {
     isolated("pid_may_not_be_chosen", |case| {
         case.needs_root();
         open_to_all(case.dir());
-        let log = case.path("counter.log");
-        File::create(&log).expect("the test's directory is writable");
-        open_to_all(&log);
+        case.open_log("counter.log");
         let command = nobody(case, &case.fixtures().join("counter"));
         let mut target = common::fixture::start_in(case, "counter", "run", command);
         let pid = target.pid().to_string();

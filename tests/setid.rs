@@ -6,10 +6,11 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::isolate::open_to_all;
 use crate::common::look::{assert_let_go, assert_nobody_left, status_field};
 use crate::common::tool::{CKPT, RESTORE, leftovers, nobody, source};
-use crate::common::{Case, Ended, Job, Looks, attach, isolated, restored, run, start, until};
+use crate::common::{
+    Case, Ended, Job, Looks, attach, isolated_as_root, restored, run, start, until,
+};
 use nix::sys::signal::Signal;
 
 /// `tests/programs/ids.c`, owned by these ids, with this mode.
@@ -25,9 +26,7 @@ fn program(case: &Case, uid: u32, gid: u32, mode: u32) -> PathBuf {
 
 /// Starts it as nobody.
 fn started(case: &Case, program: &Path, how: &str) -> Job {
-    let log = case.path("ids.log");
-    fs::write(&log, "").expect("the test's directory is writable");
-    open_to_all(&log);
+    let log = case.open_log("ids.log");
     // By way of somebody who has no capability left: setpriv itself has those of root up to its exec,
     // and might read the program.
     let mut command = nobody(case, Path::new("bash"));
@@ -43,15 +42,6 @@ fn started(case: &Case, program: &Path, how: &str) -> Job {
 /// What it said of itself.
 fn said(case: &Case, name: &str) -> String {
     fs::read_to_string(case.path(name)).expect("it was written")
-}
-
-fn as_root(name: &str, body: impl FnOnce(&Case)) {
-    isolated(name, |case| {
-        case.needs_root();
-        case.needs_program("setpriv", "util-linux");
-        open_to_all(case.dir());
-        body(case);
-    });
 }
 
 /// Its user's attach names these words, and does nothing.
@@ -94,7 +84,7 @@ fn must_be(case: &Case, ids: &str) {
 
 #[test]
 fn set_uid_root() {
-    as_root("set_uid_root", |case| {
+    isolated_as_root("set_uid_root", |case| {
         let program = program(case, 0, 0, 0o4755);
         let job = started(case, &program, "");
         must_be(case, "uid 65534 0 0 gid 65534 65534 65534");
@@ -107,7 +97,7 @@ fn set_uid_root() {
 /// The exec of the restore would make root another user, who then could rebuild nothing.
 #[test]
 fn set_uid_to_another_user() {
-    as_root("set_uid_to_another_user", |case| {
+    isolated_as_root("set_uid_to_another_user", |case| {
         let program = program(case, 12345, 0, 0o4755);
         let job = started(case, &program, "");
         must_be(case, "uid 65534 12345 12345");
@@ -118,7 +108,7 @@ fn set_uid_to_another_user() {
 
 #[test]
 fn set_gid() {
-    as_root("set_gid", |case| {
+    isolated_as_root("set_gid", |case| {
         let program = program(case, 0, 4242, 0o2755);
         let job = started(case, &program, "");
         must_be(case, "gid 65534 4242 4242");
@@ -132,7 +122,7 @@ fn set_gid() {
 /// nor that of its user, who may look into it now.
 #[test]
 fn set_uid_and_dropped() {
-    as_root("set_uid_and_dropped", |case| {
+    isolated_as_root("set_uid_and_dropped", |case| {
         let program = program(case, 12345, 4242, 0o6755);
         let mut job = started(case, &program, "drop");
         let pid = job.pid.to_string();
@@ -159,7 +149,7 @@ fn set_uid_and_dropped() {
 
 #[test]
 fn capabilities_of_a_file() {
-    as_root("capabilities_of_a_file", |case| {
+    isolated_as_root("capabilities_of_a_file", |case| {
         case.needs_program("setcap", "libcap2-bin");
         let program = program(case, 0, 0, 0o755);
         let set = run(
@@ -181,7 +171,7 @@ fn capabilities_of_a_file() {
 
 #[test]
 fn not_dumpable() {
-    as_root("not_dumpable", |case| {
+    isolated_as_root("not_dumpable", |case| {
         let program = program(case, 0, 0, 0o755);
         let job = started(case, &program, "undumpable");
         assert!(said(case, "before").contains("dumpable 0"));
@@ -197,7 +187,7 @@ fn not_dumpable() {
 /// It may be executed and not be read, and so is not dumpable.
 #[test]
 fn unreadable() {
-    as_root("unreadable", |case| {
+    isolated_as_root("unreadable", |case| {
         let program = program(case, 0, 0, 0o711);
         let job = started(case, &program, "");
         refused_to_its_user(case, &job, &["is not dumpable", "may not be read by you"]);
@@ -208,11 +198,9 @@ fn unreadable() {
 /// Nothing is given to a program that has forsworn it, and nothing by its restore.
 #[test]
 fn no_new_privs() {
-    as_root("no_new_privs", |case| {
+    isolated_as_root("no_new_privs", |case| {
         let program = program(case, 12345, 0, 0o4755);
-        let log = case.path("ids.log");
-        fs::write(&log, "").expect("the test's directory is writable");
-        open_to_all(&log);
+        let log = case.open_log("ids.log");
         let mut command = nobody(case, Path::new("setpriv"));
         command.arg("--no-new-privs").arg(&program).arg(case.dir());
         let job = start(&mut command, &log);

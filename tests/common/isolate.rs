@@ -43,6 +43,14 @@ impl Case {
         self.dir.join(name)
     }
 
+    /// An empty file in it that everybody may write to.
+    pub fn open_log(&self, name: &str) -> PathBuf {
+        let log = self.path(name);
+        fs::write(&log, "").expect("the test's directory is writable");
+        open_to_all(&log);
+        log
+    }
+
     /// Where the fixtures are.
     pub fn fixtures(&self) -> PathBuf {
         std::env::var_os(FIXTURES).expect("set outside").into()
@@ -105,6 +113,17 @@ pub fn isolated(name: &str, body: impl FnOnce(&Case)) {
 #[track_caller]
 pub fn isolated_as_user(name: &str, body: impl FnOnce(&Case)) {
     in_namespace(name, Who::OrdinaryUser, Box::new(body));
+}
+
+/// Runs the body of test `name` as root, in a directory that is everybody's.
+#[track_caller]
+pub fn isolated_as_root(name: &str, body: impl FnOnce(&Case)) {
+    isolated(name, |case| {
+        case.needs_root();
+        case.needs_program("setpriv", "util-linux");
+        open_to_all(case.dir());
+        body(case);
+    });
 }
 
 /// What a test does. Boxed, so that the rest of a test is compiled once and not for each of them.

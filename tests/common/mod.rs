@@ -4,6 +4,7 @@
 #![allow(missing_docs, unreachable_pub)]
 
 pub mod container;
+pub mod counter;
 pub mod edit;
 pub mod fixture;
 pub mod isolate;
@@ -20,7 +21,7 @@ pub mod wait;
 
 pub use {
     fixture::{Fixture, fixture},
-    isolate::{Case, isolated, isolated_as_user},
+    isolate::{Case, isolated, isolated_as_root, isolated_as_user},
     job::{Ended, Job, start},
     look::Looks,
     odd::odd,
