@@ -8,7 +8,6 @@ use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
@@ -122,18 +121,8 @@ pub fn rebuild(
     let again = plan.path(Path::new("/proc/self/fd/0"));
     let cwd = libc::AT_FDCWD as u64;
     plan.expect(libc::SYS_openat, &[cwd, again, access], 1, object);
-    if end.capacity != 65536 {
-        let args = [1, libc::F_SETPIPE_SZ as u64, end.capacity.into()];
-        let capacity = || {
-            let (of, takes) = (object(), Use::LargePipe);
-            format!("the capacity of {of}, which needs {takes} above fs.pipe-max-size")
-        };
-        plan.syscall(libc::SYS_fcntl, &args, capacity);
-    }
     let unread = ends.iter().map(|(.., f)| &f.unread).find(|u| !u.is_empty());
-    if let Some(unread) = unread {
-        pieces::rebuild(unread, 1, plan, &object);
-    }
+    pipe::fill(end.capacity, unread, plan, object);
     let open = |at: u64, (i, d, _): &(usize, &Description, &FifoEnd), plan: &mut Builder| {
         let access = d.flags as i32 & libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_CLOEXEC;
         plan.expect(libc::SYS_openat, &[cwd, again, access as u64], at, object);

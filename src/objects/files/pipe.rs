@@ -144,18 +144,8 @@ pub fn rebuild(
     }
     let out = plan.reserve(8);
     plan.expect(libc::SYS_pipe2, &[out, 0], 0, object);
-    if end.capacity != 65536 {
-        let args = [1, libc::F_SETPIPE_SZ as u64, end.capacity.into()];
-        let capacity = || {
-            let (of, takes) = (object(), Use::LargePipe);
-            format!("the capacity of {of}, which needs {takes} above fs.pipe-max-size")
-        };
-        plan.syscall(libc::SYS_fcntl, &args, capacity);
-    }
     let unread = ends.iter().map(|(.., p)| &p.unread).find(|u| !u.is_empty());
-    if let Some(unread) = unread {
-        pieces::rebuild(unread, 1, plan, &object);
-    }
+    fill(end.capacity, unread, plan, object);
     let mut used = [false; 2];
     for (i, flags, _) in &ends {
         let access = *flags as i32 & libc::O_ACCMODE;
@@ -181,4 +171,26 @@ pub fn rebuild(
     }
     plan.syscall(libc::SYS_close, &[0], object);
     plan.syscall(libc::SYS_close, &[1], object);
+}
+
+/// Capacity and contents of a pipe, the write end of which is descriptor 1.
+pub(super) fn fill(
+    capacity: u32,
+    unread: Option<&Vec<Piece>>,
+    plan: &mut Builder,
+    object: impl Fn() -> String,
+) {
+    /// What a new one has (`PIPE_DEF_BUFFERS`, linux/pipe_fs_i.h).
+    const USUAL: u32 = 16 * 4096;
+    if capacity != USUAL {
+        let args = [1, libc::F_SETPIPE_SZ as u64, capacity.into()];
+        let capacity = || {
+            let (of, takes) = (object(), Use::LargePipe);
+            format!("the capacity of {of}, which needs {takes} above fs.pipe-max-size")
+        };
+        plan.syscall(libc::SYS_fcntl, &args, capacity);
+    }
+    if let Some(unread) = unread {
+        pieces::rebuild(unread, 1, plan, &object);
+    }
 }
