@@ -307,6 +307,10 @@ impl Thread {
         self.scheduling.rebuild(&now, plan);
         let now = plan.host().credentials.clone();
         self.credentials.rebuild(&now, plan);
+        if self.credentials.takes_no_new_privs(&now) {
+            security::ask_before_no_new_privs(&self.security, plan);
+        }
+        self.credentials.rebuild_no_new_privs(&now, plan);
         // After the credentials, whose change clears it (prctl(2)).
         if self.parent_death_signal != 0 {
             prctl(

@@ -281,6 +281,7 @@ mod tests {
                 held: Default::default(),
                 rights: None,
                 keyring: None,
+                security: Default::default(),
             },
         );
         rebuild_late(index, &snapshot(), &mut plan);
