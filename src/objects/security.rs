@@ -161,20 +161,26 @@ pub struct Surroundings {
 impl Surroundings {
     /// Looks at ourselves; `may_become` tries what can only be tried.
     pub fn of(snapshot: &Snapshot, may_become: impl Fn(&[u8]) -> bool) -> Self {
-        let mut here = Self::default();
-        if !modules_answer() {
-            return here;
-        }
         let me = Pid(std::process::id() as i32);
-        here.own = capture(me, me.leader());
+        match modules_answer() {
+            true => Self::trying(capture(me, me.leader()), snapshot, may_become),
+            false => Self::default(),
+        }
+    }
+
+    fn trying(
+        own: Vec<Label>,
+        snapshot: &Snapshot,
+        may_become: impl Fn(&[u8]) -> bool,
+    ) -> Self {
         let processes = snapshot.processes.iter();
         let wanted = processes.filter_map(|p| common_context(&p.threads));
-        let mut wanted: Vec<&Label> = wanted.filter(|l| !here.own.contains(l)).collect();
+        let mut wanted: Vec<&Label> = wanted.filter(|l| !own.contains(l)).collect();
         wanted.sort_unstable_by(|a, b| a.value.cmp(&b.value));
         wanted.dedup();
         let may = wanted.into_iter().filter(|l| may_become(&l.request()));
-        here.early = may.map(|l| l.value.clone()).collect();
-        here
+        let early = may.map(|l| l.value.clone()).collect();
+        Self { own, early }
     }
 }
 
@@ -288,6 +294,7 @@ fn not_permitted(label: &Label, is: &str, why: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::restore::plan::HostState;
 
     /// An `attr` directory with these files.
     struct Attr(PathBuf);
@@ -390,6 +397,105 @@ mod tests {
         );
         let gone = super::changed(&[was], &[]);
         assert_eq!(gone[0].1, "nothing");
+    }
+
+    /// The calls of a plan that `fill` makes, with these surroundings.
+    fn planned(security: Surroundings, fill: impl FnOnce(&mut Builder)) -> Vec<String> {
+        let host = HostState {
+            means: Default::default(),
+            credentials: Default::default(),
+            scheduling: Default::default(),
+            held: Default::default(),
+            rights: None,
+            keyring: None,
+            security,
+        };
+        let mut plan = Builder::new(0, host);
+        fill(&mut plan);
+        let text = plan.finish().to_text();
+        let calls = text.lines().filter_map(|line| {
+            let words = line.split([' ', '(']);
+            let calls = ["openat", "write", "close", "prctl"];
+            words
+                .into_iter()
+                .find(|w| calls.contains(w))
+                .map(str::to_owned)
+        });
+        calls.collect()
+    }
+
+    fn labeled(contexts: &[&str]) -> Vec<Thread> {
+        let thread = crate::inspect::fixture::snapshot().processes[0].threads[0].clone();
+        let with = contexts.iter().map(|context| Thread {
+            security: vec![Label {
+                attribute: "current".into(),
+                value: context.as_bytes().to_vec(),
+            }],
+            ..thread.clone()
+        });
+        with.collect()
+    }
+
+    #[test]
+    fn threads_with_one_context_are_created_in_it() {
+        let asked = |threads: &[Thread], early: &[&str]| {
+            let early = early.iter().map(|c| c.as_bytes().to_vec()).collect();
+            let here = Surroundings {
+                early,
+                ..Default::default()
+            };
+            planned(here, |plan| ask_before_threads(threads, plan))
+        };
+        let all = labeled(&["u:r:t:s0", "u:r:t:s0"]);
+        assert_eq!(asked(&all, &["u:r:t:s0"]), ["openat", "write", "close"]);
+        assert_eq!(asked(&all, &[]), [""; 0], "it would not go well");
+        assert_eq!(asked(&all[..1], &["u:r:t:s0"]), [""; 0], "it is done last");
+        let several = labeled(&["u:r:t:s0", "u:r:other:s0"]);
+        assert_eq!(asked(&several, &["u:r:t:s0"]), [""; 0]);
+        let profiles = labeled(&["p (enforce)", "p (enforce)"]);
+        assert_eq!(asked(&profiles, &["p (enforce)"]), [""; 0]);
+        assert!(asked(&labeled(&[]), &[]).is_empty());
+    }
+
+    #[test]
+    fn a_profile_comes_before_no_new_privs() {
+        let mut thread = labeled(&["p (enforce)"]).remove(0);
+        let own = thread.security.clone();
+        let credentials = |thread: &Thread, own: Vec<Label>| {
+            let here = Surroundings {
+                own,
+                ..Default::default()
+            };
+            planned(here, |plan| thread.rebuild_privileges(plan))
+        };
+        thread.credentials.no_new_privs = false;
+        let without = credentials(&thread, Vec::new());
+        assert!(!without.contains(&"openat".into()), "it is done last");
+        thread.credentials.no_new_privs = true;
+        let with = credentials(&thread, Vec::new());
+        assert_eq!(with[with.len() - 4..], ["openat", "write", "close", "prctl"]);
+        let same = credentials(&thread, own);
+        assert!(!same.contains(&"openat".into()), "nothing is to be asked for");
+        let mut thread = labeled(&["u:r:t:s0"]).remove(0);
+        thread.credentials.no_new_privs = true;
+        assert!(!credentials(&thread, Vec::new()).contains(&"openat".into()));
+    }
+
+    #[test]
+    fn only_contexts_of_several_threads_are_tried_beforehand() {
+        let mut snapshot = crate::inspect::fixture::snapshot();
+        snapshot.processes[0].threads = labeled(&["u:r:t:s0", "u:r:t:s0"]);
+        let here = Surroundings::trying(Vec::new(), &snapshot, |c| c == b"u:r:t:s0\0");
+        assert_eq!(here.early, [b"u:r:t:s0"]);
+        let here = Surroundings::trying(Vec::new(), &snapshot, |_| false);
+        assert!(here.early.is_empty());
+        let own = snapshot.processes[0].threads[0].security.clone();
+        let never = |_: &[u8]| panic!("it is the same already");
+        assert!(Surroundings::trying(own, &snapshot, never).early.is_empty());
+        snapshot.processes[0].threads.pop();
+        let never = |_: &[u8]| panic!("a single thread asks at the end");
+        let here = Surroundings::trying(Vec::new(), &snapshot, never);
+        assert!(here.early.is_empty());
     }
 
     /// Errors of the kernel itself, with whatever modules it has.
