@@ -168,11 +168,7 @@ impl Surroundings {
         }
     }
 
-    fn trying(
-        own: Vec<Label>,
-        snapshot: &Snapshot,
-        may_become: impl Fn(&[u8]) -> bool,
-    ) -> Self {
+    fn trying(own: Vec<Label>, snapshot: &Snapshot, may_become: impl Fn(&[u8]) -> bool) -> Self {
         let processes = snapshot.processes.iter();
         let wanted = processes.filter_map(|p| common_context(&p.threads));
         let mut wanted: Vec<&Label> = wanted.filter(|l| !own.contains(l)).collect();
@@ -205,7 +201,10 @@ pub fn ask_before_threads(threads: &[Thread], plan: &mut Builder) {
 /// A thread that is to have `no_new_privs` asks for its profile. Whether it got it is seen at the end.
 pub fn ask_before_no_new_privs(was: &[Label], plan: &mut Builder) {
     let own = plan.host().security.own.clone();
-    for label in was.iter().filter(|l| l.is_of_apparmor() && !own.contains(l)) {
+    for label in was
+        .iter()
+        .filter(|l| l.is_of_apparmor() && !own.contains(l))
+    {
         ask(label, plan);
     }
 }
@@ -473,9 +472,15 @@ mod tests {
         assert!(!without.contains(&"openat".into()), "it is done last");
         thread.credentials.no_new_privs = true;
         let with = credentials(&thread, Vec::new());
-        assert_eq!(with[with.len() - 4..], ["openat", "write", "close", "prctl"]);
+        assert_eq!(
+            with[with.len() - 4..],
+            ["openat", "write", "close", "prctl"]
+        );
         let same = credentials(&thread, own);
-        assert!(!same.contains(&"openat".into()), "nothing is to be asked for");
+        assert!(
+            !same.contains(&"openat".into()),
+            "nothing is to be asked for"
+        );
         let mut thread = labeled(&["u:r:t:s0"]).remove(0);
         thread.credentials.no_new_privs = true;
         assert!(!credentials(&thread, Vec::new()).contains(&"openat".into()));
