@@ -168,7 +168,7 @@ pub(super) fn denial(error: Error, pids: &[Pid]) -> Result<Vec<Obstacle>> {
 }
 
 fn denied(pid: Pid) -> Obstacle {
-    let (why, remedy) = refusal::why();
+    let (why, remedy) = refusal::why(pid);
     let reason = format!("may not be traced by you: {why}");
     Obstacle::new(format!("process {pid}"), reason, remedy)
 }

@@ -218,6 +218,7 @@ mod tests {
                 held: Held::default(),
                 rights: None,
                 keyring: None,
+                security: Default::default(),
             };
             let mut plan = Builder::new(0, host);
             let mut memory = fixture::snapshot().processes.remove(0).memory;

@@ -332,11 +332,20 @@ impl Credentials {
                 plan.syscall(libc::SYS_prctl, &args, object);
             }
         }
-        if self.no_new_privs && !now.no_new_privs {
+    }
+
+    /// Whether [`rebuild_no_new_privs`](Self::rebuild_no_new_privs) sets what we do not have ourselves.
+    pub fn takes_no_new_privs(&self, now: &Credentials) -> bool {
+        self.no_new_privs && !now.no_new_privs
+    }
+
+    /// `no_new_privs`, when all that needs privileges is done, and before seccomp filters, which need it.
+    pub fn rebuild_no_new_privs(&self, now: &Credentials, plan: &mut Builder) {
+        if self.takes_no_new_privs(now) {
             plan.syscall(
                 libc::SYS_prctl,
                 &[libc::PR_SET_NO_NEW_PRIVS as u64, 1],
-                object,
+                || "credentials".to_owned(),
             );
         }
     }

@@ -5,9 +5,16 @@
 //! A restored task has the context of `restore`, or what the policy makes of it when the program is
 //! executed. Where that is another one, the task itself asks for its old one
 //! (`proc_pid_attr_write`, fs/proc/base.c, lets nobody else), and what the policy forbids is told.
+//! That comes last, since much of a restore is what a job's own policy may forbid; but
+//!
+//! - SELinux lets no process change its context that has threads (`selinux_lsm_setattr`,
+//!   security/selinux/hooks.c), unless the new type is bounded by the old one: there it is done before
+//!   they are created, where a child that tries it first finds that it would go on well;
+//! - AppArmor lets no confined task change its profile that has `no_new_privs` (`aa_change_profile`,
+//!   security/apparmor/domain.c): there it is done right before.
+//!
 //! Landlock shows nothing here: a restriction by it is not seen.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -20,6 +27,9 @@ use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::objects::Snapshot;
+use crate::objects::thread::Thread;
+use crate::restore::plan::Builder;
 
 /// One attribute that is set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +124,13 @@ impl Label {
         String::from_utf8_lossy(&self.value).into_owned()
     }
 
+    /// Whether AppArmor said it: without its own directory it is known by how it speaks.
+    fn is_of_apparmor(&self) -> bool {
+        self.attribute.starts_with("apparmor/")
+            || self.value.ends_with(b")") && self.text().contains(" (")
+            || self.value == b"unconfined"
+    }
+
     /// What is written to ask for it: a context as it is, of AppArmor a command and the profile's
     /// name without its mode (`apparmor_setprocattr`, security/apparmor/lsm.c).
     fn request(&self) -> Vec<u8> {
@@ -122,10 +139,7 @@ impl Label {
             .rsplit_once(" (")
             .filter(|(_, rest)| rest.ends_with(')'));
         let profile = mode.map(|(name, _)| name);
-        // Without its own directory AppArmor is told by how it speaks.
-        let apparmor =
-            self.attribute.starts_with("apparmor/") || profile.is_some() || text == "unconfined";
-        if !apparmor {
+        if !self.is_of_apparmor() {
             return [self.value.as_slice(), b"\0"].concat();
         }
         let command = match self.attribute.ends_with("exec") {
@@ -134,6 +148,81 @@ impl Label {
         };
         format!("{command} {}", profile.unwrap_or(&text)).into_bytes()
     }
+}
+
+/// What security modules say of us, and what a new process of ours may become.
+#[derive(Clone, Debug, Default)]
+pub struct Surroundings {
+    own: Vec<Label>,
+    /// Contexts that a process may change to before it has threads, and then go on.
+    early: Vec<Vec<u8>>,
+}
+
+impl Surroundings {
+    /// Looks at ourselves; `may_become` tries what can only be tried.
+    pub fn of(snapshot: &Snapshot, may_become: impl Fn(&[u8]) -> bool) -> Self {
+        let me = Pid(std::process::id() as i32);
+        match modules_answer() {
+            true => Self::trying(capture(me, me.leader()), snapshot, may_become),
+            false => Self::default(),
+        }
+    }
+
+    fn trying(own: Vec<Label>, snapshot: &Snapshot, may_become: impl Fn(&[u8]) -> bool) -> Self {
+        let processes = snapshot.processes.iter();
+        let wanted = processes.filter_map(|p| common_context(&p.threads));
+        let mut wanted: Vec<&Label> = wanted.filter(|l| !own.contains(l)).collect();
+        wanted.sort_unstable_by(|a, b| a.value.cmp(&b.value));
+        wanted.dedup();
+        let may = wanted.into_iter().filter(|l| may_become(&l.request()));
+        let early = may.map(|l| l.value.clone()).collect();
+        Self { own, early }
+    }
+}
+
+/// The context of SELinux that several threads have in common.
+fn common_context(threads: &[Thread]) -> Option<&Label> {
+    let (first, others) = threads.split_first()?;
+    let mut labels = first.security.iter();
+    let label = labels.find(|l| l.attribute == "current" && !l.is_of_apparmor())?;
+    let all = others.iter().all(|t| t.security.contains(label));
+    (all && !others.is_empty()).then_some(label)
+}
+
+/// A process that is to have threads becomes what they all were, where that can be.
+pub fn ask_before_threads(threads: &[Thread], plan: &mut Builder) {
+    let label = common_context(threads);
+    let early = &plan.host().security.early;
+    if let Some(label) = label.filter(|l| early.contains(&l.value)) {
+        ask(label, plan);
+    }
+}
+
+/// A thread that is to have `no_new_privs` asks for its profile. Whether it got it is seen at the end.
+pub fn ask_before_no_new_privs(was: &[Label], plan: &mut Builder) {
+    let own = plan.host().security.own.clone();
+    for label in was
+        .iter()
+        .filter(|l| l.is_of_apparmor() && !own.contains(l))
+    {
+        ask(label, plan);
+    }
+}
+
+fn ask(label: &Label, plan: &mut Builder) {
+    let object = || format!("security attribute {}", label.attribute);
+    let path = plan.path(&Path::new("/proc/thread-self/attr").join(&label.attribute));
+    let request = label.request();
+    let at = plan.data(&request);
+    let flags = (libc::O_WRONLY | libc::O_CLOEXEC) as u64;
+    plan.attempt(
+        libc::SYS_openat,
+        &[libc::AT_FDCWD as u64, path, flags],
+        object,
+    );
+    let written = [0, at, request.len() as u64];
+    plan.attempt_with_answer(libc::SYS_write, (0, &written), object);
+    plan.attempt_with_answer(libc::SYS_close, (1, &[]), object);
 }
 
 /// Room for what is written, in the memory of the task: a path, and an attribute of at most a page
@@ -153,7 +242,7 @@ pub fn rebuild(
 ) -> Result<Vec<String>> {
     let tid = task.tid();
     let now = capture(mem.pid(), tid);
-    let mut warnings = Vec::new();
+    let (mut warnings, mut refused) = (Vec::new(), Vec::new());
     for (label, is) in changed(was, &now) {
         let path = format!("/proc/thread-self/attr/{}\0", label.attribute);
         let mut request = label.request();
@@ -177,17 +266,25 @@ pub fn rebuild(
         match answer {
             Ok(_) => {}
             Err(ckpt_tracer::Error::Remote { errno, .. }) => {
-                warnings.push(not_permitted(&label, &is, &io::Error::from(errno)));
+                warnings.push(not_permitted(&label, &is, errno.desc()));
+                refused.push(label.attribute);
             }
             Err(e) => return Err(e.into()),
+        }
+    }
+    // A profile that was loaded anew in another mode, say, has been given and is not what it was.
+    for (label, is) in changed(was, &capture(mem.pid(), tid)) {
+        if !refused.contains(&label.attribute) {
+            let why = "it was given, and the policy has it so";
+            warnings.push(not_permitted(&label, &is, why));
         }
     }
     Ok(warnings)
 }
 
-fn not_permitted(label: &Label, is: &str, error: &io::Error) -> String {
+fn not_permitted(label: &Label, is: &str, why: &str) -> String {
     format!(
-        "the security attribute {} was {} and is {is} now: {error}",
+        "the security attribute {} was {} and is {is} now: {why}",
         label.attribute,
         label.text()
     )
@@ -196,6 +293,7 @@ fn not_permitted(label: &Label, is: &str, error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::restore::plan::HostState;
 
     /// An `attr` directory with these files.
     struct Attr(PathBuf);
@@ -291,13 +389,118 @@ mod tests {
         let [(label, is)] = &changed[..] else {
             panic!("{changed:?}");
         };
-        let said = not_permitted(label, is, &io::Error::from_raw_os_error(libc::EACCES));
+        let said = not_permitted(label, is, "Permission denied");
         assert!(
             said.contains("was container_t and is unconfined_t now: Permission denied"),
             "{said}"
         );
         let gone = super::changed(&[was], &[]);
         assert_eq!(gone[0].1, "nothing");
+    }
+
+    /// The calls of a plan that `fill` makes, with these surroundings.
+    fn planned(security: Surroundings, fill: impl FnOnce(&mut Builder)) -> Vec<String> {
+        let host = HostState {
+            means: Default::default(),
+            credentials: Default::default(),
+            scheduling: Default::default(),
+            held: Default::default(),
+            rights: None,
+            keyring: None,
+            security,
+        };
+        let mut plan = Builder::new(0, host);
+        fill(&mut plan);
+        let text = plan.finish().to_text();
+        let calls = text.lines().filter_map(|line| {
+            let words = line.split([' ', '(']);
+            let calls = ["openat", "write", "close", "prctl"];
+            words
+                .into_iter()
+                .find(|w| calls.contains(w))
+                .map(str::to_owned)
+        });
+        calls.collect()
+    }
+
+    fn labeled(contexts: &[&str]) -> Vec<Thread> {
+        let thread = crate::inspect::fixture::snapshot().processes[0].threads[0].clone();
+        let with = contexts.iter().map(|context| Thread {
+            security: vec![Label {
+                attribute: "current".into(),
+                value: context.as_bytes().to_vec(),
+            }],
+            ..thread.clone()
+        });
+        with.collect()
+    }
+
+    #[test]
+    fn threads_with_one_context_are_created_in_it() {
+        let asked = |threads: &[Thread], early: &[&str]| {
+            let early = early.iter().map(|c| c.as_bytes().to_vec()).collect();
+            let here = Surroundings {
+                early,
+                ..Default::default()
+            };
+            planned(here, |plan| ask_before_threads(threads, plan))
+        };
+        let all = labeled(&["u:r:t:s0", "u:r:t:s0"]);
+        assert_eq!(asked(&all, &["u:r:t:s0"]), ["openat", "write", "close"]);
+        assert_eq!(asked(&all, &[]), [""; 0], "it would not go well");
+        assert_eq!(asked(&all[..1], &["u:r:t:s0"]), [""; 0], "it is done last");
+        let several = labeled(&["u:r:t:s0", "u:r:other:s0"]);
+        assert_eq!(asked(&several, &["u:r:t:s0"]), [""; 0]);
+        let profiles = labeled(&["p (enforce)", "p (enforce)"]);
+        assert_eq!(asked(&profiles, &["p (enforce)"]), [""; 0]);
+        assert!(asked(&labeled(&[]), &[]).is_empty());
+    }
+
+    #[test]
+    fn a_profile_comes_before_no_new_privs() {
+        let mut thread = labeled(&["p (enforce)"]).remove(0);
+        let own = thread.security.clone();
+        let credentials = |thread: &Thread, own: Vec<Label>| {
+            let here = Surroundings {
+                own,
+                ..Default::default()
+            };
+            planned(here, |plan| thread.rebuild_privileges(plan))
+        };
+        thread.credentials.no_new_privs = false;
+        let without = credentials(&thread, Vec::new());
+        assert!(!without.contains(&"openat".into()), "it is done last");
+        thread.credentials.no_new_privs = true;
+        let with = credentials(&thread, Vec::new());
+        assert_eq!(
+            with[with.len() - 4..],
+            ["openat", "write", "close", "prctl"]
+        );
+        let same = credentials(&thread, own);
+        assert!(
+            !same.contains(&"openat".into()),
+            "nothing is to be asked for"
+        );
+        let mut thread = labeled(&["u:r:t:s0"]).remove(0);
+        thread.credentials.no_new_privs = true;
+        assert!(!credentials(&thread, Vec::new()).contains(&"openat".into()));
+    }
+
+    #[test]
+    fn only_contexts_of_several_threads_are_tried_beforehand() {
+        let mut snapshot = crate::inspect::fixture::snapshot();
+        snapshot.processes[0].threads = labeled(&["u:r:t:s0", "u:r:t:s0"]);
+        let here = Surroundings::trying(Vec::new(), &snapshot, |c| c == b"u:r:t:s0\0");
+        assert_eq!(here.early, [b"u:r:t:s0"]);
+        let here = Surroundings::trying(Vec::new(), &snapshot, |_| false);
+        assert!(here.early.is_empty());
+        let own = snapshot.processes[0].threads[0].security.clone();
+        let never = |_: &[u8]| panic!("it is the same already");
+        assert!(Surroundings::trying(own, &snapshot, never).early.is_empty());
+        snapshot.processes[0].threads.pop();
+        let never = |_: &[u8]| panic!("a single thread asks at the end");
+        let here = Surroundings::trying(Vec::new(), &snapshot, never);
+        assert!(here.early.is_empty());
     }
 
     /// Errors of the kernel itself, with whatever modules it has.

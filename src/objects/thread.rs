@@ -305,8 +305,7 @@ impl Thread {
         signals::rebuild_pending(&self.pending, pid, Some(tid), plan);
         let now = plan.host().scheduling.clone();
         self.scheduling.rebuild(&now, plan);
-        let now = plan.host().credentials.clone();
-        self.credentials.rebuild(&now, plan);
+        self.rebuild_privileges(plan);
         // After the credentials, whose change clears it (prctl(2)).
         if self.parent_death_signal != 0 {
             prctl(
@@ -316,5 +315,15 @@ impl Thread {
             );
         }
         self.seccomp.rebuild(plan);
+    }
+
+    /// Credentials, and `no_new_privs` last, since nothing takes it back.
+    pub(super) fn rebuild_privileges(&self, plan: &mut Builder) {
+        let now = plan.host().credentials.clone();
+        self.credentials.rebuild(&now, plan);
+        if self.credentials.takes_no_new_privs(&now) {
+            security::ask_before_no_new_privs(&self.security, plan);
+        }
+        self.credentials.rebuild_no_new_privs(&now, plan);
     }
 }

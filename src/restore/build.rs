@@ -14,7 +14,7 @@ use crate::objects::files::{self, Staging};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
-use crate::objects::{Snapshot, aio, credentials, limits, signals, timers};
+use crate::objects::{Snapshot, aio, credentials, limits, security, signals, timers};
 
 /// One plan in the making.
 #[derive(Clone, Copy)]
@@ -181,6 +181,7 @@ impl Build<'_> {
         }
         sysv_sem::rebuild_adjustments(process, snapshot, plan);
         sysv_msg::rebuild(process, snapshot, plan);
+        security::ask_before_threads(&process.threads, plan);
         for thread in &process.threads[1..] {
             plan.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));
         }

@@ -248,6 +248,7 @@ fn host_state(
         scheduling: scheduling::capture(Tid(me.raw()), 0),
         held,
         credentials,
+        security: Default::default(),
     })
 }
 

@@ -17,6 +17,7 @@ use super::next_pid::Means;
 use super::rights::Rights;
 use crate::objects::credentials::Credentials;
 use crate::objects::scheduling::Scheduling;
+use crate::objects::security::Surroundings;
 use finished::List;
 pub use finished::{Part, Plan};
 
@@ -35,6 +36,8 @@ pub struct HostState {
     pub rights: Option<Rights>,
     /// Whose its session keyring becomes, if it shall not have ours.
     pub keyring: Option<(u32, u32)>,
+    /// What security modules say of us, and what they let a new process become.
+    pub security: Surroundings,
 }
 
 /// A point at which the restorer hands over to the tracer.
@@ -126,6 +129,8 @@ pub struct Builder {
     aims: Vec<(usize, usize, i32)>,
     warnings: Vec<String>,
     conditional: Vec<(usize, usize, String)>,
+    /// Operations whose first operand is the answer of an earlier one: list, the operation, the earlier.
+    answers: Vec<(usize, usize, usize)>,
     inherit: Vec<Inherit>,
     host: HostState,
 }
@@ -148,6 +153,7 @@ impl Builder {
             aims: Vec::new(),
             warnings: Vec::new(),
             conditional: Vec::new(),
+            answers: Vec::new(),
             inherit: Vec::new(),
             host,
         }
@@ -214,6 +220,19 @@ impl Builder {
     /// A system call of which nobody needs to know whether it succeeded.
     pub fn attempt(&mut self, nr: i64, args: &[u64], object: impl FnOnce() -> String) {
         self.push(Op::syscall(nr, six(args)).may_fail(), object());
+    }
+
+    /// The same; its first operand is what the last but `back` operation has answered (a descriptor,
+    /// say; nothing good comes of an error).
+    pub fn attempt_with_answer(
+        &mut self,
+        nr: i64,
+        (back, args): (usize, &[u64]),
+        object: impl FnOnce() -> String,
+    ) {
+        let index = self.list().ops.len();
+        self.answers.push((self.current, index, index - 1 - back));
+        self.push(Op::syscall(nr, six(args)).may_fail().loading(), object());
     }
 
     /// Hands over to the tracer, in the list of a process that the plan creates.
@@ -421,6 +440,15 @@ impl Builder {
             }
             stack += THREAD_STACK;
         }
+        let results: Vec<u64> = lists.iter().map(|(ops, _)| *ops).collect();
+        let result_of = |list: usize, index: usize| {
+            results[list]
+                + (index * size_of::<Op>()) as u64
+                + std::mem::offset_of!(Op, result) as u64
+        };
+        for (list, index, earlier) in std::mem::take(&mut self.answers) {
+            lists[list].1.ops[index].args[0] = result_of(list, earlier);
+        }
         let end = stack.next_multiple_of(4096);
         let ops = (lists[0].0, lists[0].1.ops.len() as u64);
         self.put_header(header, 0, ops, &tasks);
@@ -441,11 +469,6 @@ impl Builder {
                 image.extend_from_slice(&task.plan.to_le_bytes());
             }
         }
-        let result_of = |list: usize, index: usize| {
-            lists[list].0
-                + (index * size_of::<Op>()) as u64
-                + std::mem::offset_of!(Op, result) as u64
-        };
         let conditional = self
             .conditional
             .into_iter()

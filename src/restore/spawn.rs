@@ -143,6 +143,30 @@ pub(crate) unsafe fn clone_under(pid: i32) -> nix::Result<i32> {
     Errno::result(r as i32)
 }
 
+/// Whether a new process may change its context to this one, and then create threads with chosen ids: a
+/// child tries it. Never where it would take an id that is waited for.
+pub fn may_become(context: &[u8], means: Means) -> bool {
+    if means == Means::Turns {
+        return false;
+    }
+    // SAFETY: the child makes only system calls, and never returns from here.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: as above; path and context live on. The last one is a fork that fails in any case, since
+        // the id is taken, which is found only when it may be chosen.
+        unsafe {
+            let fd = libc::open(c"/proc/self/attr/current".as_ptr(), libc::O_WRONLY);
+            let asked = libc::write(fd, context.as_ptr().cast(), context.len()) >= 0;
+            let chooses =
+                means != Means::SetTid || clone_under(libc::getpid()) == Err(Errno::EEXIST);
+            libc::_exit(i32::from(!(asked && chooses)))
+        }
+    }
+    let mut status = 1;
+    // SAFETY: `status` is live.
+    child > 0 && unsafe { libc::waitpid(child, &mut status, 0) } == child && status == 0
+}
+
 /// A child of ours under that pid, with these clocks; it may turn out to have another pid, unless
 /// the kernel was told.
 fn fork_under(pid: i32, means: Means, clocks: Clocks, orders: &Orders) -> Result<i32> {

@@ -14,13 +14,13 @@ use super::pids::{self, Pids, Place};
 use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
-use super::{Request, bundle, paths, rights, surroundings};
+use super::{Request, bundle, paths, rights, spawn, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::isolate::First;
 use crate::objects::files::changed::Cut;
 use crate::objects::vdso::{self, Replaced};
-use crate::objects::{Snapshot, credentials, ipc, processor, seccomp};
+use crate::objects::{Snapshot, credentials, ipc, processor, seccomp, security};
 use crate::snapshot;
 
 /// An image that was read and can be believed.
@@ -193,18 +193,10 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     let mut obstacles = opened.obstacles.clone();
     obstacles.extend(surroundings::in_the_way(snapshot, &opened.kernel));
     let mut inherit = Vec::new();
-    let job = match Job::new(
-        snapshot,
-        image,
-        request,
-        super::host_state(
-            &opened.groups_there,
-            pids::means(snapshot),
-            snapshot,
-            opened.is_ours,
-        )?,
-        &opened.vdso,
-    ) {
+    let means = pids::means(snapshot);
+    let mut host = super::host_state(&opened.groups_there, means, snapshot, opened.is_ours)?;
+    host.security = security::Surroundings::of(snapshot, |c| spawn::may_become(c, means));
+    let job = match Job::new(snapshot, image, request, host, &opened.vdso) {
         Ok(job) => Some(job),
         Err(more) => {
             obstacles.extend(more);

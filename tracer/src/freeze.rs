@@ -306,7 +306,7 @@ fn explain_refusal(pid: Pid, tid: Tid) -> Error {
                     s.name
                 )
             } else {
-                let (why, remedy) = refusal::why();
+                let (why, remedy) = refusal::why(pid);
                 format!(
                     "process {pid} ({}) may not be traced by you: {why}; {remedy}",
                     s.name

@@ -1,12 +1,40 @@
 //! Why the kernel lets nobody attach although the user is the right one, and what helps.
 
-use crate::capabilities::Use;
+use crate::Pid;
+use crate::capabilities::{Held, Use};
+use crate::proc::ProcRoot;
 
 /// Why a process of one's own may not be traced, and the remedy: two halves of a sentence.
 #[must_use]
-pub fn why() -> (String, &'static str) {
+pub fn why(pid: Pid) -> (String, &'static str) {
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    of_scope(scope.trim().parse().unwrap_or(0))
+    let scope = scope.trim().parse().unwrap_or(0);
+    let me = Pid(std::process::id() as i32);
+    match (context(me), context(pid)) {
+        // Nothing else forbids it to whoever has the capability, but the last of Yama's scopes.
+        (Some(ours), Some(theirs))
+            if scope < 3 && ours != "unconfined" && Held::now().allows(Use::Trace) =>
+        {
+            of_contexts(&ours, &theirs)
+        }
+        _ => of_scope(scope),
+    }
+}
+
+/// What the security module at work says of a process: SELinux's context, AppArmor's profile.
+fn context(pid: Pid) -> Option<String> {
+    let text = std::fs::read(ProcRoot::default().process(pid).join("attr/current")).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let text = text.trim_end_matches(['\0', '\n']);
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn of_contexts(ours: &str, theirs: &str) -> (String, &'static str) {
+    (
+        format!("you run as {ours} and it as {theirs}, and the security policy forbids it"),
+        "run ckpt in a context that may trace it (aa-exec, runcon), or have the policy allow it \
+         (ptrace)",
+    )
 }
 
 /// The scopes of Yama, see Documentation/admin-guide/LSM/Yama.rst.
@@ -34,7 +62,18 @@ fn of_scope(scope: u32) -> (String, &'static str) {
 
 #[cfg(test)]
 mod tests {
-    use super::of_scope;
+    use super::{of_contexts, of_scope};
+
+    #[test]
+    fn both_contexts_are_named() {
+        let (reason, remedy) = of_contexts("docker-default (enforce)", "u:r:job_t:s0");
+        assert_eq!(
+            reason,
+            "you run as docker-default (enforce) and it as u:r:job_t:s0, and the security policy \
+             forbids it"
+        );
+        assert!(remedy.contains("runcon"));
+    }
 
     #[test]
     fn each_scope_has_the_remedy_that_helps() {

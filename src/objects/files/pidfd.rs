@@ -279,6 +279,7 @@ mod tests {
                 held: Default::default(),
                 rights: None,
                 keyring: None,
+                security: Default::default(),
             },
         );
         rebuild_late(index, &snapshot(), &mut plan);
