@@ -6,6 +6,7 @@
 //! * [`freeze`]: stopping every task of a process, and letting go of it again;
 //! * [`remote`]: system calls executed in a stopped task, such that the task survives the
 //!   loss of its tracer at any moment;
+//! * [`cpuid`]: programs that are answered when they ask what the processor is;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
 //! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
@@ -18,6 +19,7 @@ mod addr;
 pub mod blob;
 pub mod capabilities;
 mod child;
+pub mod cpuid;
 mod error;
 pub mod fault;
 pub mod features;

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::ptr;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -48,7 +49,7 @@ impl Waited {
     fn of(self, task: &Running) -> Self {
         match self {
             Waited::Stopped(stopped) => Waited::Stopped(Stopped {
-                only: task.only,
+                company: task.company,
                 ..stopped
             }),
             gone => gone,
@@ -76,11 +77,23 @@ pub enum Resume {
     Step = libc::PTRACE_SINGLESTEP as isize,
 }
 
+/// What else of ours there is while a task is waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Company {
+    /// Others, each in a stop: what they come to is their end.
+    #[default]
+    Stopped,
+    /// Nobody, in its process.
+    Nobody,
+    /// Others that run: their stops are for somebody else to take note of.
+    Running,
+}
+
 /// A seized task that runs, or may run.
 #[derive(Debug)]
 pub struct Running {
     tid: Tid,
-    only: bool,
+    company: Company,
 }
 
 /// A seized task in a ptrace stop.
@@ -88,7 +101,7 @@ pub struct Running {
 pub struct Stopped {
     tid: Tid,
     stop: Stop,
-    only: bool,
+    company: Company,
 }
 
 fn request(call: &'static str, req: u32, tid: Tid, addr: usize, data: usize) -> Result<i64> {
@@ -107,17 +120,26 @@ impl Running {
     /// Attaches with options of one's own (`PTRACE_O_*`).
     pub fn seize_with(tid: Tid, options: i32) -> Result<Self> {
         request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize)?;
-        Ok(Self { tid, only: false })
+        Ok(Self {
+            tid,
+            company: Company::default(),
+        })
     }
 
     /// A task that the kernel seized for us (`PTRACE_O_TRACECLONE`).
     pub fn auto_attached(tid: Tid) -> Self {
-        Self { tid, only: false }
+        Self {
+            tid,
+            company: Company::default(),
+        }
     }
 
     /// Notes that it is the only task of its process, see [`wait_alone`](Self::wait_alone).
     pub fn only(self) -> Self {
-        Self { only: true, ..self }
+        Self {
+            company: Company::Nobody,
+            ..self
+        }
     }
 
     /// The task.
@@ -141,8 +163,10 @@ impl Running {
     /// one of those (its process was killed), and that too is taken note of here. The only task of
     /// a process needs none of that, and the kernel need not walk over all of ours.
     pub fn wait_alone(self) -> Result<Waited> {
-        if self.only {
-            return self.wait();
+        match self.company {
+            Company::Nobody => return self.wait(),
+            Company::Running => return self.wait_among_running(),
+            Company::Stopped => {}
         }
         loop {
             match wait_for(-1, self.tid)? {
@@ -152,10 +176,24 @@ impl Running {
         }
     }
 
+    /// Waits for it, takes note of the ends of others, and leaves their stops to whoever waits next.
+    fn wait_among_running(self) -> Result<Waited> {
+        const LONGEST_NAP: Duration = Duration::from_millis(1);
+        let mut nap = Duration::from_micros(5);
+        loop {
+            if let Some((_, waited)) = wait_with(self.tid.raw(), self.tid, libc::WNOHANG)? {
+                return Ok(waited.of(&self));
+            }
+            note_ends();
+            std::thread::sleep(nap);
+            nap = (nap * 2).min(LONGEST_NAP);
+        }
+    }
+
     /// Looks whether it has stopped or ended. With `all` the ends of other tasks are taken note of
     /// as in [`wait_alone`](Self::wait_alone).
     pub fn poll(self, all: bool) -> Result<Polled> {
-        let which = if all && !self.only {
+        let which = if all && self.company == Company::Stopped {
             -1
         } else {
             self.tid.raw()
@@ -209,8 +247,55 @@ fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Wai
         return Ok(Some((tid, Waited::Gone(status))));
     }
     let stop = decode_stop(status);
-    let only = false;
-    Ok(Some((tid, Waited::Stopped(Stopped { tid, stop, only }))))
+    let stopped = Stopped {
+        tid,
+        stop,
+        company: Company::default(),
+    };
+    Ok(Some((tid, Waited::Stopped(stopped))))
+}
+
+/// Whoever of ours has ended is waited for.
+fn note_ends() {
+    let options = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+    loop {
+        // SAFETY: plain integers, for which zero is valid; the kernel writes one siginfo.
+        let ended = unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            libc::waitid(libc::P_ALL, 0, &mut info, options) == 0 && info.si_pid() != 0
+        };
+        if !ended {
+            return;
+        }
+    }
+}
+
+/// What has come of all our tasks.
+#[derive(Debug)]
+pub enum News {
+    /// Nothing.
+    None,
+    /// We have no task.
+    NoTasks,
+    /// One has stopped or ended. What is done with it is done while others run.
+    Of(Tid, Waited),
+}
+
+/// Looks for the next stop or end of any task, without waiting.
+pub fn news() -> Result<News> {
+    let nobody = Tid(-1);
+    Ok(match wait_with(-1, nobody, libc::WNOHANG)? {
+        None => News::None,
+        Some((tid, _)) if tid == nobody => News::NoTasks,
+        Some((tid, Waited::Stopped(stopped))) => News::Of(
+            tid,
+            Waited::Stopped(Stopped {
+                company: Company::Running,
+                ..stopped
+            }),
+        ),
+        Some((tid, gone)) => News::Of(tid, gone),
+    })
 }
 
 fn decode_stop(status: i32) -> Stop {
@@ -234,7 +319,7 @@ impl Stopped {
         Self {
             tid,
             stop: Stop::Other(0),
-            only: false,
+            company: Company::default(),
         }
     }
 
@@ -246,7 +331,10 @@ impl Stopped {
     /// Notes whether it is the only task of its process that we trace, see
     /// [`Running::wait_alone`].
     pub fn note_only(&mut self, only: bool) {
-        self.only = only;
+        self.company = match only {
+            true => Company::Nobody,
+            false => Company::Stopped,
+        };
     }
 
     /// Why it stopped.
@@ -264,8 +352,14 @@ impl Stopped {
         request("PTRACE_CONT", how as u32, self.tid, 0, signal as usize)?;
         Ok(Running {
             tid: self.tid,
-            only: self.only,
+            company: self.company,
         })
+    }
+
+    /// Lets it stay in the group stop that it is in, until that is over, which is a stop again
+    /// (`PTRACE_LISTEN`).
+    pub fn listen(self) -> Result<()> {
+        request("PTRACE_LISTEN", libc::PTRACE_LISTEN, self.tid, 0, 0).map(drop)
     }
 
     /// Lets it go for good, delivering `signal` (0: none). A process in a group stop stays
