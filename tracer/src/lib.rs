@@ -37,5 +37,5 @@ pub mod unix_diag;
 mod vdso;
 
 pub use addr::RemoteAddr;
-pub use error::{Error, Result};
+pub use error::{AttachError, Error, Result};
 pub use ids::{Pid, Tid};

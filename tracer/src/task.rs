@@ -11,7 +11,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use crate::abi::{self, PeekSigInfoArgs, RseqConfiguration, SeccompMetadata};
-use crate::{Error, Result, Tid};
+use crate::proc::tasks;
+use crate::{Error, Pid, Result, Tid};
 
 /// General registers as the kernel hands them out.
 pub type Regs = libc::user_regs_struct;
@@ -176,7 +177,8 @@ impl Running {
         }
     }
 
-    /// Waits for it, takes note of the ends of others, and leaves their stops to whoever waits next.
+    /// Waits for it, a first thread, and takes note of the ends of others of its process, without which its own is not
+    /// told; their stops are left to whoever waits next.
     fn wait_among_running(self) -> Result<Waited> {
         const LONGEST_NAP: Duration = Duration::from_millis(1);
         let mut nap = Duration::from_micros(5);
@@ -184,7 +186,7 @@ impl Running {
             if let Some((_, waited)) = wait_with(self.tid.raw(), self.tid, libc::WNOHANG)? {
                 return Ok(waited.of(&self));
             }
-            note_ends();
+            note_ends_beside(self.tid);
             std::thread::sleep(nap);
             nap = (nap * 2).min(LONGEST_NAP);
         }
@@ -255,17 +257,21 @@ fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Wai
     Ok(Some((tid, Waited::Stopped(stopped))))
 }
 
-/// Whoever of ours has ended is waited for.
-fn note_ends() {
-    let options = libc::WEXITED | libc::WNOHANG | libc::__WALL;
-    loop {
+/// Waits for threads of ours that have ended. A wait for ends is also told of a traced task's stop, and
+/// that would be lost (`wait_task_stopped`, kernel/exit.c), so it looks first.
+fn note_ends_beside(leader: Tid) {
+    let others = tasks::list_tasks(Pid(leader.raw())).unwrap_or_default();
+    for tid in others.into_iter().filter(|tid| *tid != leader) {
+        let options = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+        let id = tid.raw() as libc::id_t;
         // SAFETY: plain integers, for which zero is valid; the kernel writes one siginfo.
-        let ended = unsafe {
+        unsafe {
             let mut info: libc::siginfo_t = std::mem::zeroed();
-            libc::waitid(libc::P_ALL, 0, &mut info, options) == 0 && info.si_pid() != 0
-        };
-        if !ended {
-            return;
+            let looked = libc::waitid(libc::P_PID, id, &mut info, options | libc::WNOWAIT);
+            let ended = [libc::CLD_EXITED, libc::CLD_KILLED, libc::CLD_DUMPED];
+            if looked == 0 && info.si_pid() != 0 && ended.contains(&info.si_code) {
+                libc::waitid(libc::P_PID, id, &mut info, options);
+            }
         }
     }
 }

@@ -198,10 +198,26 @@ mod tests {
     fn nobody_finds_avx512_amx_avx10_or_apx() {
         for level in Baseline::ALL {
             let seven = all(level, 7, 0);
-            assert!(![16, 17, 21, 26, 27, 28, 30, 31].map(|n| bit(seven.ebx, n)).contains(&true));
-            assert!(![1, 6, 11, 12, 14].map(|n| bit(seven.ecx, n)).contains(&true));
-            assert!(![2, 3, 8, 22, 23, 24, 25].map(|n| bit(seven.edx, n)).contains(&true));
-            assert!(![19, 21].map(|n| bit(all(level, 7, 1).edx, n)).contains(&true));
+            assert!(
+                ![16, 17, 21, 26, 27, 28, 30, 31]
+                    .map(|n| bit(seven.ebx, n))
+                    .contains(&true)
+            );
+            assert!(
+                ![1, 6, 11, 12, 14]
+                    .map(|n| bit(seven.ecx, n))
+                    .contains(&true)
+            );
+            assert!(
+                ![2, 3, 8, 22, 23, 24, 25]
+                    .map(|n| bit(seven.edx, n))
+                    .contains(&true)
+            );
+            assert!(
+                ![19, 21]
+                    .map(|n| bit(all(level, 7, 1).edx, n))
+                    .contains(&true)
+            );
             for leaf in [0x1d, 0x1e, 0x24, 0x29] {
                 assert_eq!(all(level, leaf, 0), Answer::default());
             }
@@ -234,7 +250,17 @@ mod tests {
     #[test]
     fn who_it_is_and_how_it_is_built_is_true() {
         for level in Baseline::ALL {
-            for leaf in [0, 2, 4, 0xb, 0x16, 0x1f, 0x8000_0000, 0x8000_0002, 0x8000_001e] {
+            for leaf in [
+                0,
+                2,
+                4,
+                0xb,
+                0x16,
+                0x1f,
+                0x8000_0000,
+                0x8000_0002,
+                0x8000_001e,
+            ] {
                 assert_eq!(all(level, leaf, 0).eax, u32::MAX, "{leaf:x}");
                 assert_eq!(all(level, leaf, 3).ebx, u32::MAX, "{leaf:x}");
             }
