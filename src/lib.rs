@@ -9,6 +9,7 @@ pub mod capture;
 pub mod check;
 pub mod cli;
 pub mod error;
+pub mod guard;
 pub mod holes;
 pub mod host;
 pub mod inspect;

@@ -273,7 +273,8 @@ fn a_baseline_is_kept_by_glibc_and_known_at_the_checkpoint() {
                 let mut command = Command::new(CKPT);
                 command
                     .arg("run")
-                    .args(level.map(|l| format!("--cpu-baseline={l}")));
+                    .args(level.map(|l| format!("--cpu-baseline={l}")))
+                    .args(level.map(|_| "--cpuid=host"));
                 let job = start(command.arg("--").arg(&program), &log);
                 let text = until("what it finds", || {
                     let text = fs::read_to_string(&log).ok()?;
@@ -311,6 +312,7 @@ fn a_baseline_is_that_of_all_processes() {
                 "run",
                 "--cpu-baseline",
                 "x86-64-v2",
+                "--cpuid=host",
                 "--",
                 "sh",
                 "-c",

@@ -3,6 +3,7 @@
 
 mod common;
 
+mod baseline;
 mod bundle;
 mod cli_image;
 mod cli_run;

@@ -21,6 +21,7 @@ use ckpt_tracer::remote::leave_stale_cave;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
+use crate::guard::door::Door;
 use crate::host;
 use crate::job::FrozenJob;
 use crate::objects::namespaces::Namespaces;
@@ -62,6 +63,8 @@ pub enum After {
 pub struct Request<'a> {
     /// The process: it and all that descend from it are the job.
     pub pid: Pid,
+    /// The way to its guard, if it has one.
+    pub guard: Option<&'a Door>,
     /// Further processes that belong to the job with their descendants, though another process
     /// has adopted them.
     pub adopted: Vec<Pid>,
@@ -198,10 +201,14 @@ fn checkpoint<W: Write + Send + 'static>(
         } else {
             Patience::None
         };
+        if let Some(guard) = request.guard {
+            guard.leave(request.pid)?;
+        }
         match freeze_and_capture(request, patience) {
             Err(e) if e.is_passing() && patience == Patience::Some => {}
             other => break other?,
         }
+        request.guard.iter().for_each(|guard| guard.come());
         attempts += 1;
         paused_before += frozen_at.elapsed();
         std::thread::sleep(BETWEEN);
@@ -218,6 +225,7 @@ fn checkpoint<W: Write + Send + 'static>(
     let mut held = None;
     if request.after == After::Continue {
         frozen.thaw()?;
+        request.guard.iter().for_each(|guard| guard.come());
     } else {
         held = Some(frozen);
     }

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::unistd::{getegid, geteuid};
 
 use crate::error::{Error, Obstacle, Result};
+use crate::guard;
 
 fn no_such(pid: Pid) -> Obstacle {
     Obstacle::new(
@@ -53,7 +54,8 @@ pub(super) fn accessible(pid: Pid) -> Result<(), Obstacle> {
             "name the process that you want to checkpoint",
         ));
     }
-    if status.tracer_pid != 0 {
+    // One of ours steps aside when it comes to it.
+    if status.tracer_pid != 0 && !guard::is_one(Pid(status.tracer_pid)) {
         return Err(Obstacle::new(
             object,
             traced_by(status.tracer_pid),

@@ -19,6 +19,7 @@ use super::exit::{self, Failure, Outcome, Role, complain};
 use super::{Loudness, output, progress};
 use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
+use crate::guard::{self, door::Door};
 use crate::isolate::{self, Visited};
 use crate::job::Family;
 use crate::{Error, Obstacle, outsiders};
@@ -66,14 +67,14 @@ Examples:
   ckpt attach 4242 --bundle           for a machine without the program and its libraries
   ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
 
-/// The children of `by` that are neither the job's root nor this process.
+/// The children of `by` that are neither the job's root nor this process nor the job's guard.
 fn adopted(root: i32, by: i32) -> Result<Vec<Pid>, Failure> {
     let me = std::process::id() as i32;
     let children = tasks::children(&ProcRoot::default(), Pid(by)).map_err(crate::Error::from)?;
     let living = |pid: &Pid| read_status(*pid).is_ok_and(|s| !s.state.has_ended());
     Ok(children
         .into_iter()
-        .filter(|pid| pid.raw() != root && pid.raw() != me && living(pid))
+        .filter(|pid| pid.raw() != root && pid.raw() != me && living(pid) && !guard::is_one(*pid))
         .collect())
 }
 
@@ -138,16 +139,18 @@ impl fmt::Display for Figures<'_> {
 }
 
 pub(crate) fn run(args: &Attach) -> Outcome {
+    // It is where we are now, and cannot be seen from inside a namespace.
+    let door = Door::of(Pid(args.pid))?;
     Ok(isolate::visit(Pid(args.pid), |visited| {
         let outcome = match visited {
-            Ok(visited) => attach(args, visited),
+            Ok(visited) => attach(args, visited, door),
             Err(error) => Err(error.into()),
         };
         exit::report(Role::Tool, outcome)
     })?)
 }
 
-fn attach(args: &Attach, visited: &Visited) -> Outcome {
+fn attach(args: &Attach, visited: &Visited, door: Option<Door>) -> Outcome {
     let to_stdout = args.output.as_deref() == Some(Path::new("-"));
     if to_stdout && stdout().is_terminal() {
         let text =
@@ -161,8 +164,13 @@ fn attach(args: &Attach, visited: &Visited) -> Outcome {
         .thread_block()
         .map_err(|e| Failure::Message(format!("cannot block a signal: {}", e.desc())))?;
     let progress = progress::on_terminal("checkpoint", !args.loudness.quiet);
+    let door = match door {
+        Some(door) => Some(door),
+        None => Door::of(visited.pid)?,
+    };
     let request = capture::Request {
         pid: visited.pid,
+        guard: door.as_ref(),
         adopted: visited
             .init
             .or(args.adopted_by)

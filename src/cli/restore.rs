@@ -4,13 +4,15 @@ use std::io::{stdin, stdout};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
+use ckpt_tracer::Pid;
 use clap::{Args, ValueEnum};
 
 use super::exit::{Failure, Outcome, complain};
 use super::launch::launch;
 use super::places::Places;
-use super::run::{leave_standard_streams, take_over_signals, wait};
+use super::run::{Cpuid, leave_standard_streams, take_over_signals, wait, watch};
 use super::{Loudness, output, progress};
+use crate::guard::Guard;
 use crate::restore::clock::ClockPolicy;
 use crate::restore::pids::Pids;
 use crate::restore::{self, env};
@@ -47,6 +49,9 @@ pub struct Restore {
     /// As root: restore an image that belongs to another user, with the ids that are in it.
     #[arg(long)]
     any_owner: bool,
+    /// Of a job that was started for a baseline: what its programs are told that ask the processor themselves.
+    #[arg(long, value_name = "POLICY", default_value = "auto")]
+    cpuid: Cpuid,
     #[command(flatten)]
     loudness: Loudness,
 }
@@ -121,6 +126,8 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         return Ok(0);
     }
     let mut opened = restore::open(&request)?;
+    let guarded = args.cpuid == Cpuid::Auto && !args.stopped && Guard::is_possible();
+    let baseline = opened.baseline().filter(|_| guarded);
     let restored = launch(
         &mut opened,
         args.pids.into(),
@@ -136,6 +143,19 @@ pub(crate) fn run(args: &Restore) -> Outcome {
             .iter()
             .for_each(|warning| complain(&format!("warning: {warning}")));
     }
+    // Until it has the job, programs see the processor as it is, which has all that they were told of.
+    let guard = baseline.map(|level| Guard::over(level, vec![Pid(restored.pid)]));
+    let guard = match guard.transpose() {
+        Ok(guard) => guard,
+        Err(error) => {
+            if !args.loudness.quiet {
+                complain(&format!(
+                    "warning: the job is not guarded: {error}; its programs see the processor as it is"
+                ));
+            }
+            None
+        }
+    };
     if args.stopped || args.detach {
         if let Some(master) = restored.master.take() {
             serve(restored.pid, master)?;
@@ -162,7 +182,13 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         (None, None) => Box::new(NoTerminal),
     };
     leave_standard_streams()?;
-    wait(&mut *restored.job, &signals, None, &mut *terminal)
+    wait(
+        &mut *restored.job,
+        &signals,
+        None,
+        &mut *terminal,
+        &mut watch(guard),
+    )
 }
 
 /// Shows the job's terminal on ours.

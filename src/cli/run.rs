@@ -8,11 +8,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use ckpt_image::Codec;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output};
 use crate::capture::save_files::Pattern;
+use crate::guard::{Entrance, Guard, Watch};
 use crate::host::BASELINE;
 use crate::isolate::{self, First, Init, Link, Spec};
 use crate::objects::processor::Baseline;
@@ -50,9 +51,12 @@ pub struct Run {
     /// Store the program, its libraries and the files that it only reads with each checkpoint, as `ckpt attach --bundle` does.
     #[arg(long)]
     bundle: bool,
-    /// Start the program so that glibc uses no more of the processor than this level, x86-64-v2 or x86-64-v3: its images can be restored on every machine that has it.
+    /// Start the program so that it uses no more of the processor than this level, x86-64-v2 or x86-64-v3: its images can be restored on every machine that has it.
     #[arg(long, value_name = "LEVEL")]
     cpu_baseline: Option<Baseline>,
+    /// With a baseline: what programs are told that ask the processor themselves.
+    #[arg(long, value_name = "POLICY", default_value = "auto")]
+    cpuid: Cpuid,
     #[command(flatten)]
     loudness: Loudness,
     /// The program and its arguments.
@@ -63,6 +67,15 @@ pub struct Run {
         value_name = "PROG"
     )]
     command: Vec<OsString>,
+}
+
+/// What programs see that ask with CPUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cpuid {
+    /// No more than the baseline has, where the processor lets somebody answer for it (CPUID faulting); a process of ckpt's stays with the job.
+    Auto,
+    /// The processor as it is.
+    Host,
 }
 
 const EXAMPLES: &str = "\
@@ -91,21 +104,34 @@ pub(crate) fn run(args: &Run) -> Outcome {
     }
     let signals = take_over_signals()?;
     supervise::adopt_orphans();
-    let start = || {
+    let (guard, entrance) = match args.cpu_baseline.and_then(|level| guarded(level, args)) {
+        Some(level) => {
+            let made = Guard::before_the_program(level);
+            let (guard, entrance) = made.map_err(|error| {
+                Failure::Message(format!(
+                    "cannot start the guard of a baseline: {error}; --cpuid host does without"
+                ))
+            })?;
+            (Some(guard), Some(entrance))
+        }
+        None => (None, None),
+    };
+    let start = |entrance: Option<Entrance>| {
         let mut command = Command::new(program);
         command.args(arguments);
         if let Some(level) = args.cpu_baseline {
             keep_to(level, &mut command);
         }
         next_pid::leave_the_first_ids();
-        supervise::start(command, &signals, args.interval.is_some()).map_err(|error| {
+        let traced = args.interval.is_some();
+        supervise::start(command, &signals, traced, entrance).map_err(|error| {
             let program = output::visible(program.as_bytes());
             format!("cannot start {program}: {error}; check its name and PATH")
         })
     };
     let mut job: Box<dyn Supervised> = match args.isolated {
-        true => Box::new(isolated(start)?),
-        false => Box::new(Child(start().map_err(Failure::Message)?)),
+        true => Box::new(isolated(|| start(entrance))?),
+        false => Box::new(Child(start(entrance).map_err(Failure::Message)?)),
     };
     leave_standard_streams()?;
     let mut periodic = args.interval.map(|interval| {
@@ -126,7 +152,31 @@ pub(crate) fn run(args: &Run) -> Outcome {
         });
         Periodic::new(plan, job.pid(), failed, done)
     });
-    wait(&mut *job, &signals, periodic.as_mut(), &mut NoTerminal)
+    let mut watch = watch(guard);
+    wait(
+        &mut *job,
+        &signals,
+        periodic.as_mut(),
+        &mut NoTerminal,
+        &mut watch,
+    )
+}
+
+/// The level, if a guard is wanted and there can be one.
+fn guarded(level: Baseline, args: &Run) -> Option<Baseline> {
+    let possible = args.cpuid == Cpuid::Auto && Guard::is_possible();
+    if !possible && args.cpuid == Cpuid::Auto && args.loudness.verbose && !args.loudness.quiet {
+        complain(&format!(
+            "this processor answers everybody itself (no CPUID faulting): programs that do not ask glibc \
+             may use more than {level}"
+        ));
+    }
+    possible.then_some(level)
+}
+
+/// What is told of a guard is told as everything else.
+pub(crate) fn watch(guard: Option<Guard>) -> Watch {
+    Watch::over(guard, Box::new(|line| complain(&line)))
 }
 
 /// Starts a program as the child of a new namespace's first process.
@@ -155,9 +205,10 @@ pub(crate) fn wait(
     signals: &Signals,
     periodic: Option<&mut Periodic>,
     terminal: &mut dyn Terminal,
+    watch: &mut Watch,
 ) -> Outcome {
     let pid = job.pid();
-    let code = supervise::wait_for(job, signals, periodic, terminal).map_err(|errno| {
+    let code = supervise::wait_for(job, signals, periodic, terminal, watch).map_err(|errno| {
         Failure::Message(format!("cannot wait for process {pid}: {}", errno.desc()))
     })?;
     Ok(u8::try_from(code).unwrap_or(u8::MAX))

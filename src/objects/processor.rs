@@ -12,9 +12,11 @@ use crate::error::Obstacle;
 
 mod features;
 mod refit;
+mod shown;
 
 pub use features::Baseline;
 pub use refit::Refit;
+pub use shown::{Answer, shown};
 
 /// A processor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

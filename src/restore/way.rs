@@ -19,6 +19,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::isolate::First;
 use crate::objects::files::changed::Cut;
+use crate::objects::processor::Baseline;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, credentials, ipc, processor, seccomp, security};
 use crate::snapshot;
@@ -54,6 +55,11 @@ impl Opened<'_> {
     pub(super) fn rights(&self) -> Result<Option<rights::Rights>> {
         let means = pids::means(&self.snapshot);
         Ok(super::host_state(&self.groups_there, means, &self.snapshot, self.is_ours)?.rights)
+    }
+
+    /// What the job was started to use of the processor.
+    pub fn baseline(&self) -> Option<Baseline> {
+        self.snapshot.host.baseline
     }
 
     /// The work is done by that one.

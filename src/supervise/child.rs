@@ -4,6 +4,7 @@ use std::io;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use ckpt_tracer::Pid as CkptPid;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
@@ -13,14 +14,23 @@ use super::periodic::Periodic;
 use super::signals::{Received, is_forwarded, stops_the_shell_job};
 use super::sys::{Change, Signals, changed, reap_adopted, send};
 use super::{Supervised, Terminal};
+use crate::guard::{Entrance, Watch, children_but};
 
 /// Starts a program in our process group, with the signals that we were started with; its pid.
-/// `traced` says that checkpoints will be taken of it.
+/// `traced` says that checkpoints will be taken of it; with an entrance it begins under its guard.
 ///
 /// # Errors
 /// When the program cannot be started.
-pub fn start(mut command: Command, signals: &Signals, traced: bool) -> io::Result<i32> {
-    signals.leave_to(&mut command, traced);
+pub fn start(
+    mut command: Command,
+    signals: &Signals,
+    traced: bool,
+    entrance: Option<Entrance>,
+) -> io::Result<i32> {
+    signals.leave_to(&mut command, traced || entrance.is_some());
+    if let Some(entrance) = entrance {
+        entrance.pass_through(&mut command);
+    }
     // Dropping the handle leaves the child alone; `wait_for` waits for it.
     Ok(command.spawn()?.id() as i32)
 }
@@ -57,6 +67,7 @@ pub fn wait_for(
     signals: &Signals,
     mut periodic: Option<&mut Periodic>,
     terminal: &mut dyn Terminal,
+    watch: &mut Watch,
 ) -> nix::Result<i32> {
     let mut end = None;
     loop {
@@ -85,7 +96,15 @@ pub fn wait_for(
             }
         }
         let helper = periodic.as_deref().and_then(Periodic::helper);
-        reap_adopted(&[job.child(), helper.unwrap_or(job.child())]);
+        let ours = |guard: Option<i32>| {
+            let [helper, guard] = [helper, guard].map(|pid| pid.unwrap_or(job.child()));
+            [job.child(), helper, guard]
+        };
+        if end.is_none() {
+            let known = ours(watch.pid());
+            watch.look(|| all_of(job, &known));
+        }
+        reap_adopted(&ours(watch.pid()));
         let now = Instant::now();
         let timeout = match periodic.as_deref_mut() {
             Some(periodic) => {
@@ -108,6 +127,16 @@ pub fn wait_for(
             Err(errno) => return Err(errno),
         }
     }
+}
+
+/// The root of a job, and who has lost his parent: to us, or to the first process of a namespace.
+fn all_of(job: &dyn Supervised, known: &[i32]) -> Vec<CkptPid> {
+    let mut all = vec![CkptPid(job.pid())];
+    all.extend(children_but(std::process::id() as i32, known));
+    if job.child() != job.pid() {
+        all.extend(children_but(job.child(), &[job.pid()]));
+    }
+    all
 }
 
 /// Rounded up, so that what is due is due when the poll ends; at most what poll can take.

@@ -124,6 +124,11 @@ impl Job {
         self.kill_and_reap()
     }
 
+    /// The same where its descendants go on.
+    pub fn kill_and_forget(&mut self) {
+        self.kill_and_reap();
+    }
+
     fn kill_and_reap(&mut self) -> Ended {
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         let what = format!("the end of {} after SIGKILL", self.pid);

@@ -6,6 +6,7 @@
 //! * [`freeze`]: stopping every task of a process, and letting go of it again;
 //! * [`remote`]: system calls executed in a stopped task, such that the task survives the
 //!   loss of its tracer at any moment;
+//! * [`cpuid`]: programs that are answered when they ask what the processor is;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
 //! * [`child`]: children of our own, for what must be done to the end if we are killed;
 //! * [`refusal`]: why the kernel lets nobody attach;
@@ -19,6 +20,7 @@ mod addr;
 pub mod blob;
 pub mod capabilities;
 pub mod child;
+pub mod cpuid;
 mod error;
 pub mod fault;
 pub mod features;
@@ -36,5 +38,5 @@ pub mod unix_diag;
 mod vdso;
 
 pub use addr::RemoteAddr;
-pub use error::{Error, Result};
+pub use error::{AttachError, Error, Result};
 pub use ids::{Pid, Tid};

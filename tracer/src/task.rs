@@ -6,9 +6,11 @@
 #![allow(unsafe_code)]
 
 use std::ptr;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
+use crate::proc::tasks;
 use crate::{Error, Pid, Result, Tid, abi};
 
 mod state;
@@ -46,7 +48,7 @@ impl Waited {
     fn of(self, task: &Running) -> Self {
         match self {
             Waited::Stopped(stopped) => Waited::Stopped(Stopped {
-                only: task.only,
+                company: task.company,
                 ..stopped
             }),
             gone => gone,
@@ -74,11 +76,23 @@ pub enum Resume {
     Step = libc::PTRACE_SINGLESTEP as isize,
 }
 
+/// What else of ours there is while a task is waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Company {
+    /// Others, each in a stop: what they come to is their end.
+    #[default]
+    Stopped,
+    /// Nobody, in its process.
+    Nobody,
+    /// Others that run: their stops are for somebody else to take note of.
+    Running,
+}
+
 /// A seized task that runs, or may run.
 #[derive(Debug)]
 pub struct Running {
     tid: Tid,
-    only: bool,
+    company: Company,
 }
 
 /// A seized task in a ptrace stop.
@@ -86,7 +100,7 @@ pub struct Running {
 pub struct Stopped {
     tid: Tid,
     stop: Stop,
-    only: bool,
+    company: Company,
 }
 
 fn request(call: &'static str, req: u32, tid: Tid, addr: usize, data: usize) -> Result<i64> {
@@ -105,17 +119,26 @@ impl Running {
     /// Attaches with options of one's own (`PTRACE_O_*`).
     pub fn seize_with(tid: Tid, options: i32) -> Result<Self> {
         request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize)?;
-        Ok(Self { tid, only: false })
+        Ok(Self {
+            tid,
+            company: Company::default(),
+        })
     }
 
     /// A task that the kernel seized for us (`PTRACE_O_TRACECLONE`).
     pub fn auto_attached(tid: Tid) -> Self {
-        Self { tid, only: false }
+        Self {
+            tid,
+            company: Company::default(),
+        }
     }
 
     /// Notes that it is the only task of its process, see [`wait_alone`](Self::wait_alone).
     pub fn only(self) -> Self {
-        Self { only: true, ..self }
+        Self {
+            company: Company::Nobody,
+            ..self
+        }
     }
 
     /// The task.
@@ -139,8 +162,10 @@ impl Running {
     /// one of those (its process was killed), and that too is taken note of here. The only task of
     /// a process needs none of that, and the kernel need not walk over all of ours.
     pub fn wait_alone(self) -> Result<Waited> {
-        if self.only {
-            return self.wait();
+        match self.company {
+            Company::Nobody => return self.wait(),
+            Company::Running => return self.wait_among_running(),
+            Company::Stopped => {}
         }
         loop {
             match wait_for(-1, self.tid)? {
@@ -150,10 +175,25 @@ impl Running {
         }
     }
 
+    /// Waits for it, a first thread, and takes note of the ends of others of its process, without which its own is not
+    /// told; their stops are left to whoever waits next.
+    fn wait_among_running(self) -> Result<Waited> {
+        const LONGEST_NAP: Duration = Duration::from_millis(1);
+        let mut nap = Duration::from_micros(5);
+        loop {
+            if let Some((_, waited)) = wait_with(self.tid.raw(), self.tid, libc::WNOHANG)? {
+                return Ok(waited.of(&self));
+            }
+            note_ends_beside(self.tid);
+            std::thread::sleep(nap);
+            nap = (nap * 2).min(LONGEST_NAP);
+        }
+    }
+
     /// Looks whether it has stopped or ended. With `all` the ends of other tasks are taken note of
     /// as in [`wait_alone`](Self::wait_alone).
     pub fn poll(self, all: bool) -> Result<Polled> {
-        let which = if all && !self.only {
+        let which = if all && self.company == Company::Stopped {
             -1
         } else {
             self.tid.raw()
@@ -207,8 +247,59 @@ fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Wai
         return Ok(Some((tid, Waited::Gone(status))));
     }
     let stop = decode_stop(status);
-    let only = false;
-    Ok(Some((tid, Waited::Stopped(Stopped { tid, stop, only }))))
+    let stopped = Stopped {
+        tid,
+        stop,
+        company: Company::default(),
+    };
+    Ok(Some((tid, Waited::Stopped(stopped))))
+}
+
+/// Waits for threads of ours that have ended. A wait for ends is also told of a traced task's stop, and
+/// that would be lost (`wait_task_stopped`, kernel/exit.c), so it looks first.
+fn note_ends_beside(leader: Tid) {
+    let others = tasks::list_tasks(Pid(leader.raw())).unwrap_or_default();
+    for tid in others.into_iter().filter(|tid| *tid != leader) {
+        let options = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+        let id = tid.raw() as libc::id_t;
+        // SAFETY: plain integers, for which zero is valid; the kernel writes one siginfo.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let looked = libc::waitid(libc::P_PID, id, &mut info, options | libc::WNOWAIT);
+            let ended = [libc::CLD_EXITED, libc::CLD_KILLED, libc::CLD_DUMPED];
+            if looked == 0 && info.si_pid() != 0 && ended.contains(&info.si_code) {
+                libc::waitid(libc::P_PID, id, &mut info, options);
+            }
+        }
+    }
+}
+
+/// What has come of all our tasks.
+#[derive(Debug)]
+pub enum News {
+    /// Nothing.
+    None,
+    /// We have no task.
+    NoTasks,
+    /// One has stopped or ended. What is done with it is done while others run.
+    Of(Tid, Waited),
+}
+
+/// Looks for the next stop or end of any task, without waiting.
+pub fn news() -> Result<News> {
+    let nobody = Tid(-1);
+    Ok(match wait_with(-1, nobody, libc::WNOHANG)? {
+        None => News::None,
+        Some((tid, _)) if tid == nobody => News::NoTasks,
+        Some((tid, Waited::Stopped(stopped))) => News::Of(
+            tid,
+            Waited::Stopped(Stopped {
+                company: Company::Running,
+                ..stopped
+            }),
+        ),
+        Some((tid, gone)) => News::Of(tid, gone),
+    })
 }
 
 fn decode_stop(status: i32) -> Stop {
@@ -232,7 +323,7 @@ impl Stopped {
         Self {
             tid,
             stop: Stop::Other(0),
-            only: false,
+            company: Company::default(),
         }
     }
 
@@ -244,7 +335,10 @@ impl Stopped {
     /// Notes whether it is the only task of its process that we trace, see
     /// [`Running::wait_alone`].
     pub fn note_only(&mut self, only: bool) {
-        self.only = only;
+        self.company = match only {
+            true => Company::Nobody,
+            false => Company::Stopped,
+        };
     }
 
     /// Why it stopped.
@@ -262,7 +356,7 @@ impl Stopped {
         request("PTRACE_CONT", how as u32, self.tid, 0, signal as usize)?;
         Ok(Running {
             tid: self.tid,
-            only: self.only,
+            company: self.company,
         })
     }
 
@@ -300,6 +394,12 @@ impl Stopped {
     /// Asks for an event stop, to be reached on the next resume.
     pub fn interrupt(&self) -> Result<()> {
         Running::auto_attached(self.tid()).interrupt()
+    }
+
+    /// Lets it stay in the group stop that it is in, until that is over, which is a stop again
+    /// (`PTRACE_LISTEN`).
+    pub fn listen(self) -> Result<()> {
+        request("PTRACE_LISTEN", libc::PTRACE_LISTEN, self.tid, 0, 0).map(drop)
     }
 
     /// Lets it go for good, delivering `signal` (0: none). A process in a group stop stays

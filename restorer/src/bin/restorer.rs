@@ -21,10 +21,18 @@ mod blob {
     use ckpt_restorer::{DONE, EXITS, FAILED, LOAD, Op, OpKind, PARKS, Plan, ThreadPlan};
 
     const SYS_PAUSE: u64 = 34;
+    const SYS_NANOSLEEP: u64 = 35;
     const SYS_EXIT: u64 = 60;
     const SYS_FUTEX: u64 = 202;
     const FUTEX_WAIT: u64 = 0;
     const FUTEX_WAKE: u64 = 1;
+    const EEXIST: i64 = -17;
+
+    /// The id of a thread that has ended is given back a moment after whoever waited for its process has
+    /// been told of the end (`release_task`, kernel/exit.c, since Linux 6.15): so long an id that
+    /// nobody has may not be had.
+    const PAUSE: [u64; 2] = [0, 1_000_000];
+    const MOST_PAUSES: u32 = 200;
 
     global_asm!(
         ".section .text._start, \"ax\", @progbits",
@@ -104,8 +112,18 @@ mod blob {
                 trap(i);
                 0
             } else if op.kind == OpKind::Thread as u32 || op.kind == OpKind::Process as u32 {
-                // SAFETY: the planner made the stack and the arguments.
-                unsafe { create(op.nr, op.args[1], op.args[2]) }
+                let mut pauses = 0;
+                loop {
+                    // SAFETY: the planner made the stack and the arguments.
+                    let r = unsafe { create(op.nr, op.args[1], op.args[2]) };
+                    if r != EEXIST || pauses == MOST_PAUSES {
+                        break r;
+                    }
+                    pauses += 1;
+                    let pause = PAUSE;
+                    // SAFETY: it reads the time, which is live.
+                    unsafe { syscall(SYS_NANOSLEEP, &[&raw const pause as u64, 0, 0, 0, 0, 0]) };
+                }
             } else if op.kind == OpKind::Unless as u32 {
                 // SAFETY: the planner gave the address of the envoy's plan.
                 let parked =

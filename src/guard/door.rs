@@ -1,0 +1,242 @@
+//! How a guard is asked to step aside: by a socket that only lives as long as it does, of the abstract kind
+//! (unix(7)). A signal would do within one pid namespace; over this the end of the one who asks is noticed also out of
+//! another one, and the asker can tell that it is done before it ends.
+//!
+//! 1. Who wants to trace a job connects, and says `LEAVE`.
+//! 2. The guard takes the flag from all tasks, lets go of them, and says `LEFT`.
+//! 3. The other one says `COME`, or is gone: the guard takes what is left of the job.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::time::Duration;
+
+use ckpt_tracer::Pid;
+use ckpt_tracer::proc::ProcRoot;
+use ckpt_tracer::proc::status::read_status;
+use nix::unistd::geteuid;
+
+use super::first::peer;
+use crate::error::{Error, Obstacle, Result};
+
+const LEAVE: u8 = b'l';
+const LEFT: u8 = b'L';
+const STAYS: u8 = b'N';
+const COME: u8 = b'c';
+
+/// A guard waits for tasks to stop, and answers within this.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Pids are another one's elsewhere; a pid namespace has its inode everywhere.
+fn address(pid: Pid, inside: i32) -> io::Result<SocketAddr> {
+    use std::os::unix::fs::MetadataExt;
+    let namespace = ProcRoot::default().process(pid).join("ns/pid");
+    let namespace = std::fs::metadata(namespace)?.ino();
+    SocketAddr::from_abstract_name(format!("{}.{namespace}.{inside}", super::NAME))
+}
+
+/// Whoever wants the job to himself for a while.
+#[derive(Debug)]
+pub struct Door {
+    stream: UnixStream,
+    guard: i32,
+}
+
+impl Door {
+    /// To the guard of a process, if it has one that can be seen from here.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn of(pid: Pid) -> Result<Option<Self>> {
+        let tracer = read_status(pid).map_or(0, |status| status.tracer_pid);
+        if tracer == 0 || !super::is_one(Pid(tracer)) {
+            return Ok(None);
+        }
+        let refused = |why: &str| Error::refuse(obstacle(pid, tracer, why));
+        let inside = read_status(Pid(tracer)).map_or(0, |s| s.ns_pid.last().copied().unwrap_or(0));
+        let stream = address(Pid(tracer), inside).and_then(|at| UnixStream::connect_addr(&at));
+        let stream = stream.map_err(|error| refused(&format!("cannot be asked ({error})")))?;
+        let _ = stream.set_read_timeout(Some(PATIENCE));
+        // Whoever else has the name is not told anything.
+        match peer(&stream) {
+            Some((listens, _)) if listens == tracer => Ok(Some(Self {
+                stream,
+                guard: tracer,
+            })),
+            _ => Err(refused("is not who listens for it")),
+        }
+    }
+
+    /// Waits until the guard has let go of all of a job.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn leave(&self, pid: Pid) -> Result<()> {
+        let mut stream = &self.stream;
+        let mut answer = [0];
+        let asked = stream.write_all(&[LEAVE]);
+        let answered = asked.and_then(|()| stream.read_exact(&mut answer));
+        match answered {
+            Ok(()) if answer == [LEFT] => Ok(()),
+            // It has ended; if the job goes on, whoever traces it will be told of.
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            _ => Err(Error::refuse(obstacle(
+                pid,
+                self.guard,
+                "cannot let go of it now: a task does not stop, or has locked itself in with seccomp",
+            ))),
+        }
+    }
+
+    /// The guard may come back.
+    pub fn come(&self) {
+        let _ = (&self.stream).write_all(&[COME]);
+    }
+}
+
+fn obstacle(pid: Pid, guard: i32, why: &str) -> Obstacle {
+    Obstacle::new(
+        format!("process {pid}"),
+        format!("is traced by {} (pid {guard}), which {why}", super::NAME),
+        "try again, as the user who started the job or as root",
+    )
+}
+
+/// The guard's side.
+#[derive(Debug)]
+pub(super) struct Threshold {
+    listener: Option<UnixListener>,
+    visitors: Vec<Visitor>,
+}
+
+#[derive(Debug)]
+struct Visitor {
+    stream: UnixStream,
+    /// It wants us to be away.
+    wants: bool,
+    /// It knows that we are.
+    told: bool,
+}
+
+impl Threshold {
+    /// Under our own name. Where another one has it, nobody can ask.
+    pub(super) fn new() -> Self {
+        let me = std::process::id() as i32;
+        let listener = address(Pid(me), me).and_then(|at| UnixListener::bind_addr(&at));
+        let listener = listener.and_then(|l| l.set_nonblocking(true).map(|()| l));
+        Self {
+            listener: listener.ok(),
+            visitors: Vec::new(),
+        }
+    }
+
+    /// What is to be waited for.
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let visitors = self.visitors.iter().map(|v| v.stream.as_fd());
+        self.listener.iter().map(AsFd::as_fd).chain(visitors)
+    }
+
+    /// Listens to whoever is there: whether somebody wants us to be away.
+    pub(super) fn look(&mut self) -> bool {
+        while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
+            // Root of the job's user namespace may trace it, as its user may.
+            let ours = |uid| uid == 0 || uid == geteuid().as_raw();
+            let welcome = peer(&stream).is_some_and(|(_, uid)| ours(uid));
+            if welcome && stream.set_nonblocking(true).is_ok() {
+                self.visitors.push(Visitor {
+                    stream,
+                    wants: false,
+                    told: false,
+                });
+            }
+        }
+        self.visitors.retain_mut(Visitor::hear);
+        self.visitors.iter().any(|visitor| visitor.wants)
+    }
+
+    /// We are away.
+    pub(super) fn left(&mut self) {
+        for visitor in self.visitors.iter_mut().filter(|v| v.wants && !v.told) {
+            visitor.told = visitor.stream.write_all(&[LEFT]).is_ok();
+        }
+    }
+
+    /// We cannot go: nobody wants it any more.
+    pub(super) fn stays(&mut self) {
+        for visitor in self.visitors.iter_mut().filter(|v| v.wants) {
+            let _ = visitor.stream.write_all(&[STAYS]);
+            visitor.wants = false;
+        }
+    }
+}
+
+impl Visitor {
+    /// False when it is gone.
+    fn hear(&mut self) -> bool {
+        let mut said = [0; 16];
+        loop {
+            match self.stream.read(&mut said) {
+                Ok(0) => return false,
+                Ok(n) => {
+                    self.wants = said[n - 1] == LEAVE;
+                    self.told = false;
+                }
+                Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn visitor() -> (UnixStream, Threshold) {
+        let (asks, stream) = UnixStream::pair().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let visitors = vec![Visitor {
+            stream,
+            wants: false,
+            told: false,
+        }];
+        let threshold = Threshold {
+            listener: None,
+            visitors,
+        };
+        (asks, threshold)
+    }
+
+    #[test]
+    fn who_asks_is_told_once_and_let_in_until_it_is_gone() {
+        let (mut asks, mut threshold) = visitor();
+        assert!(!threshold.look());
+        asks.write_all(&[LEAVE]).unwrap();
+        assert!(threshold.look());
+        threshold.left();
+        threshold.left();
+        let mut answer = [0; 4];
+        assert_eq!(asks.read(&mut answer).unwrap(), 1);
+        assert_eq!(answer[0], LEFT);
+        asks.write_all(&[COME]).unwrap();
+        assert!(!threshold.look());
+        asks.write_all(&[LEAVE]).unwrap();
+        assert!(threshold.look());
+        drop(asks);
+        assert!(!threshold.look());
+        assert!(threshold.visitors.is_empty());
+    }
+
+    #[test]
+    fn who_is_refused_does_not_want_it_any_more() {
+        let (mut asks, mut threshold) = visitor();
+        asks.write_all(&[LEAVE]).unwrap();
+        assert!(threshold.look());
+        threshold.stays();
+        assert!(!threshold.look());
+        let mut answer = [0];
+        asks.read_exact(&mut answer).unwrap();
+        assert_eq!(answer, [STAYS]);
+    }
+}

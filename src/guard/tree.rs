@@ -1,0 +1,555 @@
+//! The guard's work: all tasks of a job, what they stop for, and what is to be done with each.
+//!
+//! Nothing is waited for but by one poll, and nobody is stopped for longer than what is done with him takes:
+//! tasks of one process are held until all of it stand still, have their flag set or cleared, and go on.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use ckpt_tracer::mem::ProcessMemory;
+use ckpt_tracer::proc::maps::read_maps;
+use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::tasks;
+use ckpt_tracer::remote::{Cave, hide_interruption, leave_stale_cave};
+use ckpt_tracer::task::{News, Resume, Running, Stop, Stopped, Waited, news};
+use ckpt_tracer::{AttachError, Error, Pid, Result, Tid, cpuid, refusal};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::door::Threshold;
+use super::first;
+use crate::job::Family;
+use crate::objects::processor::{Answer, Baseline, shown};
+
+/// Who a task creates is ours from the beginning; if we are killed, all go on.
+const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACEVFORK
+    | libc::PTRACE_O_TRACECLONE
+    | libc::PTRACE_O_TRACEEXEC;
+/// Adds that seccomp filters are suspended; takes CAP_SYS_ADMIN.
+const SUSPEND_SECCOMP: i32 = 1 << 21;
+
+/// SIGSEGV in a set of signals.
+const SEGV: u64 = 1 << (libc::SIGSEGV - 1);
+
+/// A task that does not stop for so long is in the kernel, where it does nothing of its own.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often it is looked whether that time is over, milliseconds.
+const TICK: u16 = 20;
+
+/// Whether CPUID faults in a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flag {
+    No,
+    Yes,
+    /// It cannot be set: a 32-bit program, or one with seccomp filters.
+    Never,
+}
+
+#[derive(Debug)]
+struct Task {
+    process: Pid,
+    flag: Flag,
+    /// SIGSEGV was blocked when its program began. The kernel unblocks it with each question, and nobody tells
+    /// whether the program has done so meanwhile.
+    blocked: bool,
+    /// Its stop, while it waits for others of its process.
+    held: Option<Stopped>,
+}
+
+/// A guard.
+struct Guard {
+    level: Baseline,
+    tasks: HashMap<Tid, Task>,
+    /// Those whose first stop came before their creator's word of them.
+    unclaimed: Vec<Stopped>,
+    /// Processes whose tasks are held, since when.
+    gathering: HashMap<Pid, Instant>,
+    /// While we are to be away: the job's processes, with their starting times.
+    away: Option<Vec<(Pid, u64)>>,
+    /// Somebody cannot be let go of.
+    stuck: bool,
+}
+
+/// Guards a job: whoever comes through the entrance, or what descends from `roots`; until nobody is left.
+pub(super) fn guard(
+    level: Baseline,
+    roots: &[Pid],
+    entrance: Option<UnixStream>,
+    link: UnixStream,
+) {
+    let mut child = SigSet::empty();
+    child.add(Signal::SIGCHLD);
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let Ok(children) = SignalFd::with_flags(&child, flags) else {
+        return;
+    };
+    let mut guard = Guard {
+        level,
+        tasks: HashMap::new(),
+        unclaimed: Vec::new(),
+        gathering: HashMap::new(),
+        away: None,
+        stuck: false,
+    };
+    let mut threshold = Threshold::new();
+    let taken = match &entrance {
+        Some(entrance) => guard.let_in(entrance),
+        None => guard.take_patiently(roots),
+    };
+    if let Err(error) = taken {
+        let _ = (&link).write_all(error.to_string().as_bytes());
+        super::fail();
+    }
+    let _ = (&link).write_all(super::TAKEN.as_bytes());
+    drop((entrance, link));
+    guard.run(&children, &mut threshold);
+}
+
+impl Guard {
+    fn run(&mut self, children: &SignalFd, threshold: &mut Threshold) {
+        loop {
+            while let Ok(Some(_)) = children.read_signal() {}
+            let alone = self.drain();
+            match (threshold.look(), self.away.is_some()) {
+                (true, false) => self.begin_to_leave(),
+                (false, true) => self.come_back(),
+                (true, true) if alone => threshold.left(),
+                _ => {}
+            }
+            if !self.tick() {
+                threshold.stays();
+                continue;
+            }
+            if alone && self.away.is_none() && self.tasks.is_empty() {
+                return;
+            }
+            let busy = !self.gathering.is_empty() || self.away.is_some() && !alone;
+            let timeout = match busy {
+                true => PollTimeout::from(TICK),
+                false => PollTimeout::NONE,
+            };
+            let fds: Vec<BorrowedFd<'_>> = threshold.fds().chain([children.as_fd()]).collect();
+            let mut fds: Vec<PollFd<'_>> = fds
+                .into_iter()
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+                .collect();
+            let _ = poll(&mut fds, timeout);
+        }
+    }
+
+    /// The program comes: it is ours before its first instruction.
+    fn let_in(&mut self, entrance: &UnixStream) -> Result<()> {
+        // Nobody: it could not be started.
+        let Some(pid) = first::sender(entrance) else {
+            return Ok(());
+        };
+        let seized = self.seize(pid, pid.leader());
+        let _ = (&mut &*entrance).write_all(b"!");
+        seized.map_err(|error| explained(pid, error))
+    }
+
+    /// Takes what descends from these and is not ours yet. Whoever may not be traced is left out; an error if that is all.
+    fn take(&mut self, roots: &[Pid]) -> Result<()> {
+        let mut refused: HashSet<Tid> = HashSet::new();
+        let mut error = None;
+        loop {
+            let mut found = false;
+            for pid in Family::of_all(roots).map_or_else(|_| roots.to_vec(), |f| f.living) {
+                for tid in tasks::list_tasks(pid).unwrap_or_default() {
+                    if self.tasks.contains_key(&tid) || refused.contains(&tid) {
+                        continue;
+                    }
+                    match self.seize(pid, tid) {
+                        Ok(()) => {
+                            found = true;
+                            let _ = Running::auto_attached(tid).interrupt();
+                        }
+                        Err(e) => {
+                            refused.insert(tid);
+                            if !matches!(e, Error::Died { .. }) && !has_ended(tid) {
+                                error = error.or(Some(explained(pid, e)));
+                            }
+                        }
+                    }
+                }
+            }
+            if !found {
+                break;
+            }
+        }
+        match error {
+            Some(error) if self.tasks.is_empty() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// As [`take`](Self::take). A checkpoint may be under way.
+    fn take_patiently(&mut self, roots: &[Pid]) -> Result<()> {
+        const PAUSE: Duration = Duration::from_millis(20);
+        let begun = Instant::now();
+        let traced = |pid: &Pid| read_status(*pid).is_ok_and(|status| status.tracer_pid != 0);
+        loop {
+            match self.take(roots) {
+                Err(_) if begun.elapsed() < 5 * PATIENCE && roots.iter().any(traced) => {
+                    std::thread::sleep(PAUSE);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn seize(&mut self, process: Pid, tid: Tid) -> Result<()> {
+        Running::seize_with(tid, OPTIONS)?;
+        self.note(process, tid, Flag::No, false);
+        Ok(())
+    }
+
+    fn note(&mut self, process: Pid, tid: Tid, flag: Flag, blocked: bool) {
+        let held = None;
+        self.tasks.entry(tid).or_insert(Task {
+            process,
+            flag,
+            blocked,
+            held,
+        });
+    }
+
+    /// Deals with all that has come; whether no task is left. Tasks that ask all the time do not keep us from the
+    /// others: each is heard once before anybody is heard again, and after some rounds everything else has its turn.
+    fn drain(&mut self) -> bool {
+        const ROUNDS: u32 = 8;
+        for _ in 0..ROUNDS {
+            let mut all = Vec::new();
+            let alone = loop {
+                match news() {
+                    Ok(News::Of(tid, waited)) => all.push((tid, waited)),
+                    other => break matches!(other, Ok(News::NoTasks)),
+                }
+            };
+            if alone {
+                self.tasks.clear();
+                self.gathering.clear();
+                self.unclaimed.clear();
+                return true;
+            }
+            if all.is_empty() {
+                break;
+            }
+            for (tid, waited) in all {
+                match waited {
+                    Waited::Gone(_) => self.gone(tid),
+                    Waited::Stopped(stopped) => self.stopped(stopped),
+                }
+            }
+        }
+        // Whose creator was killed before it told of them, or has yet to.
+        for stopped in std::mem::take(&mut self.unclaimed) {
+            if let Ok(status) = read_status(Pid(stopped.tid().raw())) {
+                self.note(status.tgid, stopped.tid(), Flag::No, false);
+                self.event(stopped);
+            }
+        }
+        false
+    }
+
+    fn gone(&mut self, tid: Tid) {
+        if let Some(task) = self.tasks.remove(&tid)
+            && self.gathering.contains_key(&task.process)
+        {
+            self.gather(task.process);
+        }
+    }
+
+    /// A task that has ended meanwhile is told of by its end.
+    fn stopped(&mut self, stopped: Stopped) {
+        let _ = match stopped.stop() {
+            Stop::Signal(signal) => self.signal(stopped, signal),
+            Stop::Clone => self.clone(stopped),
+            Stop::Exec => self.exec(stopped),
+            Stop::Event(_) if self.tasks.contains_key(&stopped.tid()) => {
+                self.event(stopped);
+                Ok(())
+            }
+            Stop::Event(_) => {
+                self.unclaimed.push(stopped);
+                Ok(())
+            }
+            Stop::Syscall | Stop::Other(_) => stopped.resume(Resume::Cont, 0).map(drop),
+        };
+    }
+
+    /// A question is answered; any other signal is the program's.
+    fn signal(&self, stopped: Stopped, signal: i32) -> Result<()> {
+        let (process, blocked) = match self.tasks.get(&stopped.tid()) {
+            Some(task) => (task.process, task.blocked),
+            None => (Pid(stopped.tid().raw()), false),
+        };
+        let level = self.level;
+        let answered = cpuid::answer(&stopped, process, |leaf, subleaf, raw| {
+            let raw = Answer {
+                eax: raw.eax,
+                ebx: raw.ebx,
+                ecx: raw.ecx,
+                edx: raw.edx,
+            };
+            let shown = shown(level, leaf, subleaf, raw);
+            std::arch::x86_64::CpuidResult {
+                eax: shown.eax,
+                ebx: shown.ebx,
+                ecx: shown.ecx,
+                edx: shown.edx,
+            }
+        });
+        let signal = match answered {
+            Ok(true) => 0,
+            _ => signal,
+        };
+        // A program with a handler wants it called.
+        let caught = || read_status(process).map_or(0, |status| status.signals.caught);
+        if signal == 0 && blocked && caught() & SEGV == 0 {
+            stopped.set_signal_mask(stopped.signal_mask()? | SEGV)?;
+        }
+        stopped.resume(Resume::Cont, signal).map(drop)
+    }
+
+    /// The new task has the flag if its creator has it.
+    fn clone(&mut self, stopped: Stopped) -> Result<()> {
+        let new = Tid(stopped.event_message()? as i32);
+        let creator = self.tasks.get(&stopped.tid());
+        let (flag, blocked) = creator.map_or((Flag::No, false), |task| (task.flag, task.blocked));
+        if let Ok(status) = read_status(Pid(new.raw())) {
+            self.note(status.tgid, new, flag, blocked);
+        }
+        stopped.resume(Resume::Cont, 0)?;
+        if let Some(at) = self.unclaimed.iter().position(|s| s.tid() == new) {
+            let first = self.unclaimed.swap_remove(at);
+            self.stopped(first);
+        }
+        Ok(())
+    }
+
+    /// The flag is gone, and so are all other tasks of the process. The task stops once more, where system
+    /// calls can be made in it, before the program's first instruction.
+    fn exec(&mut self, stopped: Stopped) -> Result<()> {
+        let former = Tid(stopped.event_message()? as i32);
+        let process = Pid(stopped.tid().raw());
+        self.tasks.remove(&former);
+        self.tasks.insert(
+            stopped.tid(),
+            Task {
+                process,
+                flag: Flag::No,
+                blocked: stopped.signal_mask()? & SEGV != 0,
+                held: None,
+            },
+        );
+        self.gathering.remove(&process);
+        stopped.interrupt()?;
+        stopped.resume(Resume::Cont, 0).map(drop)
+    }
+
+    /// We have interrupted it, or its process is stopped, or goes on.
+    fn event(&mut self, stopped: Stopped) {
+        let Some(task) = self.tasks.get_mut(&stopped.tid()) else {
+            return;
+        };
+        let process = task.process;
+        let _ = hide_interruption(&stopped);
+        let wanted = self.away.is_some() || task.flag == Flag::No;
+        if wanted || self.gathering.contains_key(&process) {
+            task.held = Some(stopped);
+            self.gather(process);
+        } else {
+            let _ = go_on(stopped);
+        }
+    }
+
+    /// Sees to it that all tasks of a process are held; when they are, what is to be done is done.
+    fn gather(&mut self, process: Pid) {
+        if let Entry::Vacant(entry) = self.gathering.entry(process) {
+            entry.insert(Instant::now());
+            let others = self.tasks.iter();
+            others
+                .filter(|(_, task)| task.process == process && task.held.is_none())
+                .for_each(|(tid, _)| drop(Running::auto_attached(*tid).interrupt()));
+        }
+        let all = tasks::list_tasks(process).unwrap_or_default();
+        let held = |tid: &Tid| self.tasks.get(tid).is_some_and(|t| t.held.is_some());
+        if all.iter().all(|tid| held(tid) || has_ended(*tid)) {
+            self.act(process);
+        }
+    }
+
+    /// Sets or clears the flag of those that are held, and lets them go on, or go.
+    fn act(&mut self, process: Pid) {
+        self.gathering.remove(&process);
+        let mine = self.tasks.iter_mut().filter(|(_, t)| t.process == process);
+        let mut held: Vec<(Stopped, Flag)> = mine
+            .filter_map(|(_, task)| Some((task.held.take()?, task.flag)))
+            .collect();
+        held.sort_by_key(|(stopped, _)| (stopped.tid() != process.leader(), stopped.tid()));
+        let wanted = match self.away {
+            Some(_) => Flag::No,
+            None => Flag::Yes,
+        };
+        let changed = change(process, &mut held, wanted);
+        for (stopped, flag) in held {
+            let tid = stopped.tid();
+            let flag = match (changed.is_ok(), wanted) {
+                (true, _) => flag,
+                // It would be tried again and again.
+                (false, Flag::Yes) if flag == Flag::No => Flag::Never,
+                (false, _) => flag,
+            };
+            self.stuck |= self.away.is_some() && flag == Flag::Yes;
+            if self.away.is_some() && flag != Flag::Yes {
+                self.tasks.remove(&tid);
+                let _ = stopped.detach(0);
+                continue;
+            }
+            if let Some(task) = self.tasks.get_mut(&tid) {
+                task.flag = flag;
+            }
+            let _ = go_on(stopped);
+        }
+    }
+
+    fn begin_to_leave(&mut self) {
+        let mut processes: Vec<Pid> = self.tasks.values().map(|task| task.process).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        let begun = |pid: Pid| Some((pid, read_stat(pid).ok()?.starttime));
+        self.away = Some(processes.iter().copied().filter_map(begun).collect());
+        for process in processes {
+            self.gather(process);
+        }
+    }
+
+    fn come_back(&mut self) {
+        let Some(processes) = self.away.take() else {
+            return;
+        };
+        let lives = |(pid, begun): &(Pid, u64)| {
+            read_stat(*pid).is_ok_and(|s| s.starttime == *begun && !s.state.has_ended())
+        };
+        let living: Vec<Pid> = processes.iter().filter(|p| lives(p)).map(|p| p.0).collect();
+        if !living.is_empty() {
+            // Whoever may not be traced any more goes on as it is: without the flag.
+            let _ = self.take(&living);
+        }
+        // Those that had not left yet.
+        let waiting: Vec<Pid> = self.gathering.keys().copied().collect();
+        waiting.into_iter().for_each(|process| self.act(process));
+    }
+
+    /// Does not wait for ever: false if somebody cannot be let go of.
+    fn tick(&mut self) -> bool {
+        let late = |since: &Instant| since.elapsed() > PATIENCE;
+        let late: Vec<Pid> = self
+            .gathering
+            .iter()
+            .filter(|(_, since)| late(since))
+            .map(|(pid, _)| *pid)
+            .collect();
+        if self.away.is_some() && (self.stuck || !late.is_empty()) {
+            self.stuck = false;
+            self.come_back();
+            return false;
+        }
+        late.into_iter().for_each(|process| self.act(process));
+        let gone = |tid: &Tid| !std::path::Path::new(&format!("/proc/{tid}")).exists();
+        if self.away.is_some() {
+            self.tasks.retain(|tid, _| !gone(tid));
+        }
+        true
+    }
+}
+
+/// A stopped process stays so.
+fn go_on(stopped: Stopped) -> Result<()> {
+    match stopped.stopped_by_signal() {
+        true => stopped.listen(),
+        false => stopped.resume(Resume::Cont, 0).map(drop),
+    }
+}
+
+/// By remote calls, in those that have not got it yet.
+fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -> Result<()> {
+    if held
+        .iter()
+        .all(|(_, flag)| *flag == wanted || *flag == Flag::Never)
+    {
+        return Ok(());
+    }
+    let memory = ProcessMemory::open(process)?;
+    for (stopped, _) in held.iter_mut() {
+        leave_stale_cave(std::slice::from_mut(stopped), &memory)?;
+    }
+    let cave = Cave::dig(&memory, &read_maps(process)?)?;
+    let mut failure = None;
+    for (stopped, flag) in held.iter_mut() {
+        if *flag == wanted || *flag == Flag::Never {
+            continue;
+        }
+        match change_one(process, stopped, &cave, wanted) {
+            Ok(true) => *flag = wanted,
+            Ok(false) => *flag = Flag::Never,
+            Err(Error::Died { .. }) => {}
+            Err(e) => failure = failure.or(Some(e)),
+        }
+    }
+    cave.fill_in()?;
+    failure.map_or(Ok(()), Err)
+}
+
+/// False where it cannot be set, because a call of ours would be none or would not be forgiven.
+fn change_one(process: Pid, task: &mut Stopped, cave: &Cave<'_>, wanted: Flag) -> Result<bool> {
+    /// `__USER_CS`, arch/x86/include/asm/segment.h.
+    const CODE_64: u64 = 0x33;
+    if task.regs()?.cs != CODE_64 && wanted == Flag::Yes {
+        return Ok(false);
+    }
+    let seccomp = read_status((process, task.tid())).map_or(0, |s| s.seccomp.unwrap_or(0));
+    let suspended = seccomp == 2 && task.set_options(OPTIONS | SUSPEND_SECCOMP).is_ok();
+    if seccomp != 0 && !suspended {
+        return match wanted {
+            Flag::Yes => Ok(false),
+            _ => Err(Error::UnexpectedStop {
+                tid: task.tid(),
+                what: "it has seccomp filters now".into(),
+            }),
+        };
+    }
+    let done = cpuid::set(task, cave, wanted == Flag::Yes);
+    if suspended {
+        task.set_options(OPTIONS)?;
+    }
+    done.map(|()| true)
+}
+
+fn has_ended(tid: Tid) -> bool {
+    read_status(Pid(tid.raw())).map_or(true, |status| status.state.has_ended())
+}
+
+/// Why a process is not guarded.
+fn explained(pid: Pid, error: Error) -> Error {
+    match error {
+        Error::Kernel {
+            errno: nix::errno::Errno::EPERM,
+            ..
+        } => {
+            let (why, remedy) = refusal::why(pid);
+            let reason = format!("process {pid} may not be traced by you: {why}; {remedy}");
+            AttachError::Refused { reason }.into()
+        }
+        other => other,
+    }
+}
