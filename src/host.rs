@@ -96,6 +96,9 @@ pub fn describe(process: &Process, sources: &[Source]) -> Result<Host> {
         realtime_ns: clock(libc::CLOCK_REALTIME),
         processor: Processor::here(),
         baseline: baseline(sources),
+        binds_at_once: sources
+            .iter()
+            .all(|source| variable(source, BIND_NOW).is_some_and(|value| !value.is_empty())),
         command: std::env::args_os()
             .map(|word| word.to_string_lossy().into_owned())
             .collect(),
@@ -109,13 +112,23 @@ pub const BASELINE: &str = "CKPT_CPU_BASELINE";
 /// if one of them was started without.
 fn baseline(sources: &[Source]) -> Option<Baseline> {
     let levels = sources.iter().map(|source| {
-        let environment = std::fs::read(source.dir.join("environ")).ok()?;
-        let mut variables = environment.split(|byte| *byte == 0);
-        let name = [BASELINE, "="].concat();
-        let level = variables.find_map(|v| v.strip_prefix(name.as_bytes()))?;
-        std::str::from_utf8(level).ok()?.parse().ok()
+        let level = variable(source, BASELINE)?;
+        std::str::from_utf8(&level).ok()?.parse().ok()
     });
     levels.collect::<Option<Vec<Baseline>>>()?.into_iter().max()
+}
+
+/// With this in the environment, the dynamic linker looks up all functions when a program or library is
+/// loaded (ld.so(8)), not each at its first call.
+pub const BIND_NOW: &str = "LD_BIND_NOW";
+
+/// A variable of the environment that a process was started with.
+fn variable(source: &Source, name: &str) -> Option<Vec<u8>> {
+    let environment = std::fs::read(source.dir.join("environ")).ok()?;
+    let mut variables = environment.split(|byte| *byte == 0);
+    let name = [name, "="].concat();
+    let value = variables.find_map(|v| v.strip_prefix(name.as_bytes()))?;
+    Some(value.to_owned())
 }
 
 /// What a clock shows, in nanoseconds.

@@ -216,6 +216,33 @@ fn missing_features_of_the_processor_are_named() {
     });
 }
 
+/// An image from a processor without XSAVEC and with fewer state components: what glibc saves at the first call
+/// of a function is too much for the room that it made.
+#[test]
+fn more_state_than_there_is_room_for_is_refused() {
+    isolated("more_state_than_there_is_room_for_is_refused", |case| {
+        let older = |snapshot: &mut Snapshot| {
+            let host = &mut snapshot.host;
+            for word in &mut host.processor.words {
+                if (word.leaf, word.subleaf, word.register) == (0xd, 1, 0) {
+                    word.bits &= !0b10;
+                }
+            }
+            host.xcr0 &= 0b11;
+        };
+        let (_, image) = killed(case, "counter");
+        let old = edited(case, &image, "old.ckpt", older);
+        restore_is_refused(case, &old, &["AVX", "LD_BIND_NOW=1"]);
+        let mut program = Command::new(case.fixtures().join("counter"));
+        program.env("LD_BIND_NOW", "1");
+        let mut target = common::fixture::start_in(case, "counter", "run-at-once", program);
+        let image = target.killed_into(case, "at-once.ckpt");
+        let old = edited(case, &image, "old-at-once.ckpt", older);
+        target.continued_by(restored(case, &old, &[]));
+        target.passes();
+    });
+}
+
 /// An image from a processor with fewer state components: the kernel here wants a larger area.
 #[test]
 fn a_smaller_extended_state_fits() {

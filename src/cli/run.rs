@@ -14,7 +14,7 @@ use super::exit::{Failure, Outcome, complain};
 use super::{Loudness, output};
 use crate::capture::save_files::Pattern;
 use crate::guard::{Entrance, Guard, Watch};
-use crate::host::BASELINE;
+use crate::host::{BASELINE, BIND_NOW};
 use crate::isolate::{self, First, Init, Link, Spec};
 use crate::objects::processor::Baseline;
 use crate::restore::next_pid;
@@ -197,6 +197,7 @@ fn keep_to(level: Baseline, command: &mut Command) {
     let before = std::env::var(TUNABLES).ok();
     command.env(TUNABLES, level.glibc_tunables(before.as_deref()));
     command.env(BASELINE, level.name());
+    command.env(BIND_NOW, "1");
 }
 
 /// Waits in the foreground for a job; its exit code.

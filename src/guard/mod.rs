@@ -34,6 +34,7 @@ use crate::supervise::{Change, changed};
 
 pub mod door;
 mod first;
+mod flag;
 mod tree;
 
 /// What it is called in `ps`.

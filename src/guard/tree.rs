@@ -10,12 +10,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use ckpt_tracer::mem::ProcessMemory;
-use ckpt_tracer::proc::maps::read_maps;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
-use ckpt_tracer::remote::{Cave, hide_interruption, leave_stale_cave};
+use ckpt_tracer::remote::hide_interruption;
 use ckpt_tracer::task::{News, Resume, Running, Stop, Stopped, Waited, news};
 use ckpt_tracer::{AttachError, Error, Pid, Result, Tid, cpuid, refusal};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -24,17 +22,16 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::door::Threshold;
 use super::first;
+use super::flag::{self, Flag};
 use crate::job::Family;
 use crate::objects::processor::{Answer, Baseline, shown};
 
 /// Who a task creates is ours from the beginning; if we are killed, all go on.
-const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
+pub(super) const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACEFORK
     | libc::PTRACE_O_TRACEVFORK
     | libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEEXEC;
-/// Adds that seccomp filters are suspended; takes CAP_SYS_ADMIN.
-const SUSPEND_SECCOMP: i32 = 1 << 21;
 
 /// SIGSEGV in a set of signals.
 const SEGV: u64 = 1 << (libc::SIGSEGV - 1);
@@ -43,15 +40,6 @@ const SEGV: u64 = 1 << (libc::SIGSEGV - 1);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How often it is looked whether that time is over, milliseconds.
 const TICK: u16 = 20;
-
-/// Whether CPUID faults in a task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Flag {
-    No,
-    Yes,
-    /// It cannot be set: a 32-bit program, or one with seccomp filters.
-    Never,
-}
 
 #[derive(Debug)]
 struct Task {
@@ -400,7 +388,7 @@ impl Guard {
             Some(_) => Flag::No,
             None => Flag::Yes,
         };
-        let changed = change(process, &mut held, wanted);
+        let changed = flag::change(process, &mut held, wanted);
         for (stopped, flag) in held {
             let tid = stopped.tid();
             let flag = match (changed.is_ok(), wanted) {
@@ -442,6 +430,7 @@ impl Guard {
         };
         let living: Vec<Pid> = processes.iter().filter(|p| lives(p)).map(|p| p.0).collect();
         if !living.is_empty() {
+            until_nobody_traces(&living);
             // Whoever may not be traced any more goes on as it is: without the flag.
             let _ = self.take(&living);
         }
@@ -473,66 +462,26 @@ impl Guard {
     }
 }
 
+/// Who asked us to leave and was killed is gone for us before the kernel has let go of all that he traced,
+/// which it does at once. Somebody else may trace it for good: nobody of the job waits meanwhile, but we
+/// do not wait for long.
+fn until_nobody_traces(processes: &[Pid]) {
+    const PAUSE: Duration = Duration::from_millis(1);
+    let begun = Instant::now();
+    let us = Pid::own().raw();
+    let others = |tracer: i32| tracer != 0 && tracer != us;
+    let traced = |pid: &Pid| read_status(*pid).is_ok_and(|status| others(status.tracer_pid));
+    while processes.iter().any(traced) && begun.elapsed() < PATIENCE {
+        std::thread::sleep(PAUSE);
+    }
+}
+
 /// A stopped process stays so.
 fn go_on(stopped: Stopped) -> Result<()> {
     match stopped.stopped_by_signal() {
         true => stopped.listen(),
         false => stopped.resume(Resume::Cont, 0).map(drop),
     }
-}
-
-/// By remote calls, in those that have not got it yet.
-fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -> Result<()> {
-    if held
-        .iter()
-        .all(|(_, flag)| *flag == wanted || *flag == Flag::Never)
-    {
-        return Ok(());
-    }
-    let memory = ProcessMemory::open(process)?;
-    for (stopped, _) in held.iter_mut() {
-        leave_stale_cave(std::slice::from_mut(stopped), &memory)?;
-    }
-    let cave = Cave::dig(&memory, &read_maps(process)?)?;
-    let mut failure = None;
-    for (stopped, flag) in held.iter_mut() {
-        if *flag == wanted || *flag == Flag::Never {
-            continue;
-        }
-        match change_one(process, stopped, &cave, wanted) {
-            Ok(true) => *flag = wanted,
-            Ok(false) => *flag = Flag::Never,
-            Err(Error::Died { .. }) => {}
-            Err(e) => failure = failure.or(Some(e)),
-        }
-    }
-    cave.fill_in()?;
-    failure.map_or(Ok(()), Err)
-}
-
-/// False where it cannot be set, because a call of ours would be none or would not be forgiven.
-fn change_one(process: Pid, task: &mut Stopped, cave: &Cave<'_>, wanted: Flag) -> Result<bool> {
-    /// `__USER_CS`, arch/x86/include/asm/segment.h.
-    const CODE_64: u64 = 0x33;
-    if task.regs()?.cs != CODE_64 && wanted == Flag::Yes {
-        return Ok(false);
-    }
-    let seccomp = read_status((process, task.tid())).map_or(0, |s| s.seccomp.unwrap_or(0));
-    let suspended = seccomp == 2 && task.set_options(OPTIONS | SUSPEND_SECCOMP).is_ok();
-    if seccomp != 0 && !suspended {
-        return match wanted {
-            Flag::Yes => Ok(false),
-            _ => Err(Error::UnexpectedStop {
-                tid: task.tid(),
-                what: "it has seccomp filters now".into(),
-            }),
-        };
-    }
-    let done = cpuid::set(task, cave, wanted == Flag::Yes);
-    if suspended {
-        task.set_options(OPTIONS)?;
-    }
-    done.map(|()| true)
 }
 
 fn has_ended(tid: Tid) -> bool {

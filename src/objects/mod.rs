@@ -114,6 +114,9 @@ pub struct Host {
     /// What of it the job was started to use, if not all.
     #[serde(default)]
     pub baseline: Option<processor::Baseline>,
+    /// All programs were started with `LD_BIND_NOW` (ld.so(8)).
+    #[serde(default)]
+    pub binds_at_once: bool,
     /// The command line that took the checkpoint.
     #[serde(default)]
     pub command: Vec<String>,

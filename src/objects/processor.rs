@@ -145,6 +145,7 @@ pub fn judge(snapshot: &Snapshot, now: &Cpu) -> Verdict {
     }
     obstacles.extend(state_missing(snapshot, now.xcr0));
     obstacles.extend(laid_out_otherwise(host, &here));
+    obstacles.extend(overflows(host, now.xcr0));
     let mut forgone: Vec<&str> = host.processor.features();
     forgone.retain(|feature| lacking(feature) && !missing.contains(feature));
     Verdict { obstacles, forgone }
@@ -204,6 +205,35 @@ fn laid_out_otherwise(host: &Host, now: &Processor) -> Option<Obstacle> {
         );
         Obstacle::new("the job", reason, remedy)
     })
+}
+
+/// Components that glibc's dynamic linker saves when a function is called for the first time
+/// (`STATE_SAVE_MASK`, sysdeps/x86/sysdep.h): SSE, AVX, MPX, AVX-512, APX.
+const SAVED_BY_LINKER: u64 = 0b1110_1110 | 1 << 19;
+
+/// The dynamic linker reckons once how much room they take. With XSAVEC, those that are not in use take
+/// none later; without it, all that the processor has are written, and would be written over whatever
+/// is beside that room.
+fn overflows(host: &Host, xcr0: u64) -> Option<Obstacle> {
+    let features = host.processor.features();
+    let has = |feature| features.contains(&feature);
+    let by_xsave = match host.baseline {
+        Some(Baseline::V2) => false,
+        Some(Baseline::V3) => true,
+        None => !has("xsavec"),
+    };
+    let more = xcr0 & !host.xcr0 & SAVED_BY_LINKER;
+    if !(by_xsave && has("xsave") && has("osxsave")) || more == 0 || host.binds_at_once {
+        return None;
+    }
+    let reason = format!(
+        "may save processor state into room that is too small on this machine, which has more of it ({}): its \
+         dynamic linker does so with XSAVE when a function is called for the first time",
+        component_names(more)
+    );
+    let remedy = "restore it on a machine without that state; programs that are started with LD_BIND_NOW=1 in \
+                  their environment, as ckpt run --cpu-baseline does, do not mind";
+    Some(Obstacle::new("the job", reason, remedy))
 }
 
 /// Where the header of an XSAVE area begins; `XSTATE_BV` is its first word (Intel SDM volume 1,
@@ -326,6 +356,33 @@ mod tests {
         snapshot.processes[0].threads[1].xstate = xstate;
         let verdict = judge(&snapshot, &cpu);
         assert!(verdict.obstacles[0].reason.contains("(AVX)"), "{verdict:?}");
+    }
+
+    #[test]
+    fn more_state_than_the_linker_has_room_for_is_refused() {
+        let (mut cpu, mut snapshot) = here();
+        let why = |snapshot: &Snapshot, cpu: &Cpu| -> Vec<String> {
+            let verdict = judge(snapshot, cpu);
+            verdict.obstacles.into_iter().map(|o| o.reason).collect()
+        };
+        snapshot.host.xcr0 = 0b111;
+        cpu.xcr0 = 0b1110_0111;
+        let old = without(cpu.clone(), &["xsavec"]);
+        snapshot.host.processor.words = Processor::from(&old).words;
+        let said = why(&snapshot, &cpu);
+        assert!(said.len() == 1 && said[0].contains("(AVX-512)"), "{said:?}");
+        snapshot.host.binds_at_once = true;
+        assert_eq!(why(&snapshot, &cpu), [""; 0]);
+        snapshot.host.binds_at_once = false;
+        // It is told not to use XSAVE.
+        snapshot.host.baseline = Some(Baseline::V2);
+        assert_eq!(why(&snapshot, &cpu), [""; 0]);
+        // It has XSAVEC, and is told not to use it.
+        snapshot.host.processor.words = Processor::from(&cpu).words;
+        snapshot.host.baseline = Some(Baseline::V3);
+        assert_eq!(why(&snapshot, &cpu).len(), 1);
+        snapshot.host.baseline = None;
+        assert_eq!(why(&snapshot, &cpu), [""; 0]);
     }
 
     #[test]

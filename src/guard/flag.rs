@@ -1,0 +1,77 @@
+//! The flag that makes CPUID fault, which only a task itself can set: by remote calls, in all tasks of a
+//! process while they stand still.
+
+use ckpt_tracer::mem::ProcessMemory;
+use ckpt_tracer::proc::maps::read_maps;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::remote::{Cave, leave_stale_cave};
+use ckpt_tracer::task::Stopped;
+use ckpt_tracer::{Error, Pid, Result, cpuid};
+
+use super::tree::OPTIONS;
+
+/// Whether CPUID faults in a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flag {
+    No,
+    Yes,
+    /// It cannot be set: a 32-bit program, or one with seccomp filters.
+    Never,
+}
+
+/// Adds that seccomp filters are suspended; takes CAP_SYS_ADMIN.
+const SUSPEND_SECCOMP: i32 = 1 << 21;
+
+/// By remote calls, in those that have not got it yet.
+pub(super) fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -> Result<()> {
+    if held
+        .iter()
+        .all(|(_, flag)| *flag == wanted || *flag == Flag::Never)
+    {
+        return Ok(());
+    }
+    let memory = ProcessMemory::open(process)?;
+    for (stopped, _) in held.iter_mut() {
+        leave_stale_cave(std::slice::from_mut(stopped), &memory)?;
+    }
+    let cave = Cave::dig(&memory, &read_maps(process)?)?;
+    let mut failure = None;
+    for (stopped, flag) in held.iter_mut() {
+        if *flag == wanted || *flag == Flag::Never {
+            continue;
+        }
+        match change_one(process, stopped, &cave, wanted) {
+            Ok(true) => *flag = wanted,
+            Ok(false) => *flag = Flag::Never,
+            Err(Error::Died { .. }) => {}
+            Err(e) => failure = failure.or(Some(e)),
+        }
+    }
+    cave.fill_in()?;
+    failure.map_or(Ok(()), Err)
+}
+
+/// False where it cannot be set, because a call of ours would be none or would not be forgiven.
+fn change_one(process: Pid, task: &mut Stopped, cave: &Cave<'_>, wanted: Flag) -> Result<bool> {
+    /// `__USER_CS`, arch/x86/include/asm/segment.h.
+    const CODE_64: u64 = 0x33;
+    if task.regs()?.cs != CODE_64 && wanted == Flag::Yes {
+        return Ok(false);
+    }
+    let seccomp = read_status((process, task.tid())).map_or(0, |s| s.seccomp.unwrap_or(0));
+    let suspended = seccomp == 2 && task.set_options(OPTIONS | SUSPEND_SECCOMP).is_ok();
+    if seccomp != 0 && !suspended {
+        return match wanted {
+            Flag::Yes => Ok(false),
+            _ => Err(Error::UnexpectedStop {
+                tid: task.tid(),
+                what: "it has seccomp filters now".into(),
+            }),
+        };
+    }
+    let done = cpuid::set(task, cave, wanted == Flag::Yes);
+    if suspended {
+        task.set_options(OPTIONS)?;
+    }
+    done.map(|()| true)
+}
