@@ -101,6 +101,16 @@ impl<'a> Loop<'a> {
         guard_of(self.root)
     }
 
+    /// Its guard is killed, and replaced.
+    fn gets_another_guard(&self) {
+        let guard = self.guard();
+        kill(Pid::from_raw(guard), Signal::SIGKILL).expect("it lives");
+        until("another guard", || {
+            let now = self.guard();
+            (now != 0 && now != guard).then_some(())
+        });
+    }
+
     /// Everybody is answered: in a time in which all ask often, nobody sees more than it should.
     fn is_guarded(&self) {
         until("questions that are answered", || {
@@ -320,12 +330,7 @@ fn a_restored_job_in_the_foreground_keeps_its_guard() {
         });
         job.run = restore;
         job.is_guarded();
-        let guard = job.guard();
-        kill(Pid::from_raw(guard), Signal::SIGKILL).expect("it lives");
-        until("another guard", || {
-            let now = job.guard();
-            (now != 0 && now != guard).then_some(())
-        });
+        job.gets_another_guard();
         job.is_guarded();
         job.ends();
     });
@@ -355,12 +360,7 @@ fn a_killed_guard_is_replaced() {
         let job = Loop::start(case, &[]);
         for _ in 0..3 {
             job.is_guarded();
-            let guard = job.guard();
-            kill(Pid::from_raw(guard), Signal::SIGKILL).expect("it lives");
-            until("another guard", || {
-                let now = job.guard();
-                (now != 0 && now != guard).then_some(())
-            });
+            job.gets_another_guard();
         }
         job.is_guarded();
         job.ends();

@@ -25,12 +25,11 @@ use std::process::Command;
 
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Pid, cpuid};
-use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::{ForkResult, fork, setsid};
 
 use crate::objects::processor::Baseline;
-use crate::supervise::{Change, changed};
+use crate::supervise::{Change, changed, let_go};
 
 pub mod door;
 mod first;
@@ -237,33 +236,11 @@ fn fail() -> ! {
 /// SIGKILL ends us before the job has ended.
 fn settle(kept: &[i32]) {
     let _ = setsid();
-    let _ = std::env::set_current_dir("/");
+    let_go(kept);
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
-    let null = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null");
-    if let Ok(null) = &null {
-        let _ = nix::unistd::dup2_stdin(null);
-        let _ = nix::unistd::dup2_stdout(null);
-        let _ = nix::unistd::dup2_stderr(null);
-    }
-    drop(null);
-    let mut kept = kept.to_vec();
-    kept.sort_unstable();
-    let mut from = 3;
-    for fd in kept.into_iter().chain([i32::MAX]) {
-        let last = fd as u32 - 1;
-        if from <= last {
-            // SAFETY: nothing is left in this process that owns another descriptor.
-            let _ = Errno::result(unsafe { libc::close_range(from, last, 0) });
-        }
-        from = fd as u32 + 1;
-    }
-    // SAFETY: a C string, an action that runs no code of ours, and memory that was freed is given back.
+    // SAFETY: a C string, and an action that runs no code of ours.
     unsafe {
         libc::prctl(libc::PR_SET_NAME, c"ckpt-guard".as_ptr());
         libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-        libc::malloc_trim(0);
     }
 }

@@ -4,17 +4,19 @@
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use super::link::{Event, Link};
 use super::work::leave;
+use crate::supervise::let_go;
 
 /// What it is called in `ps`.
 pub(super) const NAME: &CStr = c"ckpt-init";
 
 /// Reaps until nobody is left; ends with the exit code of the root.
 pub(super) fn reap(root: i32, link: Link) -> ! {
-    let mut link = let_go(link);
+    let_go(&[link.as_fd().as_raw_fd()]);
+    let mut link = link;
     let mut ended = 0;
     while let Some((pid, status)) = wait(0) {
         if pid != root {
@@ -57,31 +59,4 @@ fn wait(options: i32) -> Option<(i32, i32)> {
             _ => return None,
         }
     }
-}
-
-/// Lets go of directory, standard streams and every other descriptor: what we held open would seem
-/// to be in use.
-fn let_go(link: Link) -> Link {
-    let _ = std::env::set_current_dir("/");
-    let null = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null");
-    if let Ok(null) = &null {
-        let _ = nix::unistd::dup2_stdin(null);
-        let _ = nix::unistd::dup2_stdout(null);
-        let _ = nix::unistd::dup2_stderr(null);
-    }
-    drop(null);
-    let kept = std::os::fd::AsFd::as_fd(&link).as_raw_fd() as u32;
-    // SAFETY: nothing is left in this process that owns another descriptor; the memory that was
-    // freed is given back.
-    unsafe {
-        if kept > 3 {
-            libc::close_range(3, kept - 1, 0);
-        }
-        libc::close_range(kept + 1, u32::MAX, 0);
-        libc::malloc_trim(0);
-    }
-    link
 }

@@ -211,15 +211,7 @@ mod tests {
     #[test]
     fn a_dumpability_that_nobody_may_set_is_told() {
         let warnings = |dumpable| {
-            let host = HostState {
-                means: Default::default(),
-                credentials: Credentials::default(),
-                scheduling: Scheduling::default(),
-                held: Held::default(),
-                rights: None,
-                keyring: None,
-                security: Default::default(),
-            };
+            let host = HostState::default();
             let mut plan = Builder::new(0, host);
             let mut memory = fixture::snapshot().processes.remove(0).memory;
             memory.dumpable = dumpable;

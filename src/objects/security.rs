@@ -401,13 +401,8 @@ mod tests {
     /// The calls of a plan that `fill` makes, with these surroundings.
     fn planned(security: Surroundings, fill: impl FnOnce(&mut Builder)) -> Vec<String> {
         let host = HostState {
-            means: Default::default(),
-            credentials: Default::default(),
-            scheduling: Default::default(),
-            held: Default::default(),
-            rights: None,
-            keyring: None,
             security,
+            ..HostState::default()
         };
         let mut plan = Builder::new(0, host);
         fill(&mut plan);

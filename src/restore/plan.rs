@@ -22,7 +22,7 @@ use finished::List;
 pub use finished::{Part, Plan};
 
 /// What a new process has before the plan sets anything, and what it may do.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct HostState {
     /// How tasks come by their ids.
     pub means: Means,

@@ -17,8 +17,8 @@ pub mod signals;
 mod sys;
 
 pub use child::{Child, start, wait_for};
-pub(crate) use sys::changed;
 pub use sys::{Change, Signals, adopt_orphans};
+pub(crate) use sys::{changed, let_go};
 
 /// A job that is waited for.
 pub trait Supervised {

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -179,4 +179,31 @@ pub(crate) fn changed(pid: i32) -> nix::Result<Option<Change>> {
     } else {
         Change::Stopped(libc::WSTOPSIG(status))
     }))
+}
+/// Lets go of directory, standard streams and every other descriptor but those `kept`: what a process that
+/// stays with a job held open would seem to be in use.
+pub(crate) fn let_go(kept: &[RawFd]) {
+    let _ = std::env::set_current_dir("/");
+    let null = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null");
+    if let Ok(null) = &null {
+        let _ = nix::unistd::dup2_stdin(null);
+        let _ = nix::unistd::dup2_stdout(null);
+        let _ = nix::unistd::dup2_stderr(null);
+    }
+    drop(null);
+    let mut kept: Vec<u32> = kept.iter().map(|fd| *fd as u32).collect();
+    kept.sort_unstable();
+    let mut from = 3;
+    for fd in kept.into_iter().chain([u32::MAX]) {
+        if from < fd {
+            // SAFETY: nothing is left in this process that owns another descriptor.
+            unsafe { libc::close_range(from, fd - 1, 0) };
+        }
+        from = fd.saturating_add(1);
+    }
+    // SAFETY: memory that was freed is given back.
+    unsafe { libc::malloc_trim(0) };
 }

@@ -270,18 +270,7 @@ mod tests {
     }
 
     fn late(index: usize) -> (Vec<String>, Vec<String>) {
-        let mut plan = Builder::new(
-            0,
-            HostState {
-                means: Default::default(),
-                credentials: Default::default(),
-                scheduling: Default::default(),
-                held: Default::default(),
-                rights: None,
-                keyring: None,
-                security: Default::default(),
-            },
-        );
+        let mut plan = Builder::new(0, HostState::default());
         rebuild_late(index, &snapshot(), &mut plan);
         let plan = plan.finish();
         let text = plan.to_text();
