@@ -143,11 +143,15 @@ fn memory_shared_by_orphans_is_refused() {
             .current_dir(case.dir());
         let log = case.path("run.log");
         let job = common::start(&mut command, &log);
-        until("the refusal", || {
-            let said = fs::read_to_string(&log).unwrap_or_default();
-            said.contains("shares anonymous memory").then_some(())
-        });
-        assert!(!case.path("job.1.ckpt").exists());
+        let refused = |times: usize| {
+            until("the refusal", || {
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                let said = said.matches("shares anonymous memory").count();
+                (said >= times).then(|| fs::read_dir(case.dir()).expect("it is ours").count())
+            })
+        };
+        // On a slow machine an image may have been taken before there was anything to refuse.
+        assert_eq!(refused(1), refused(3), "an image in spite of it");
         fs::write(case.path("go"), "").expect("the test's directory is writable");
         assert_eq!(job.wait(), Ended::Exited(5));
         common::look::assert_nobody_left();

@@ -201,11 +201,8 @@ impl AddressSpace {
 
 #[cfg(test)]
 mod tests {
-    use ckpt_tracer::capabilities::Held;
 
     use crate::inspect::fixture;
-    use crate::objects::credentials::Credentials;
-    use crate::objects::scheduling::Scheduling;
     use crate::restore::plan::{Builder, HostState};
 
     #[test]
