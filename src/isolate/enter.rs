@@ -154,6 +154,9 @@ fn look(pid: Pid) -> Result<Option<Visited>> {
     }))
 }
 
+/// How often a process is looked for in a job that runs before it counts as a stranger.
+const LOOKS: u32 = 3;
+
 /// What is in an IPC namespace comes back with the job, so nobody else may be in it but those that
 /// have started the job and wait for it, as unshare(1) does.
 fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
@@ -162,7 +165,6 @@ fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
         std::fs::metadata(path).map(|meta| meta.ino()).ok()
     };
     let theirs = namespace(pid);
-    let family = Family::of(top)?;
     let parent = |pid: &Pid| {
         read_status(*pid)
             .ok()
@@ -170,11 +172,14 @@ fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
             .filter(|p| p.raw() != 0)
     };
     let above: Vec<Pid> = std::iter::successors(Some(top), parent).collect();
-    let all = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
-    let mut others = all
-        .iter()
-        .filter(|other| !family.living.contains(other) && !above.contains(other));
-    match others.find(|other| theirs.is_some() && namespace(**other) == theirs) {
+    let mut others = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
+    others.retain(|other| theirs.is_some() && !above.contains(other));
+    // The job runs: who becomes an orphan while it is looked through may be missed once.
+    for _ in 0..LOOKS {
+        let family = Family::of(top)?;
+        others.retain(|other| !family.living.contains(other) && namespace(*other) == theirs);
+    }
+    match others.first() {
         None => Ok(()),
         Some(other) => Err(Error::refuse(Obstacle::new(
             format!("process {pid}"),
