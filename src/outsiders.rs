@@ -12,6 +12,7 @@ use std::path::Path;
 use ckpt_tracer::kcmp::{KcmpType, kcmp};
 use ckpt_tracer::proc::fdlink::list_fds;
 use ckpt_tracer::proc::maps::{Vma, VmaName, read_maps};
+use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Pid, Tid};
 
@@ -29,9 +30,16 @@ pub struct Shared {
 pub fn shared(job: &[Pid]) -> Vec<Shared> {
     let everybody = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
     let me = Pid::own();
+    // A job that runs may have got another child since it was looked through.
+    let parent = |pid: &Pid| {
+        let status = read_status(*pid).ok()?;
+        (status.ppid.raw() != 0).then_some(status.ppid)
+    };
+    let of_the_job =
+        |pid: &Pid| std::iter::successors(Some(*pid), parent).any(|pid| job.contains(&pid));
     let others: Vec<Pid> = everybody
         .into_iter()
-        .filter(|pid| *pid != me && !job.contains(pid))
+        .filter(|pid| *pid != me && !of_the_job(pid))
         .collect();
     let mut found = open_files(job, &others);
     found.extend(memory(job, &others));
