@@ -62,7 +62,9 @@ signal.signal(signal.SIGUSR1, tell)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 os.setsid()
 data = open('data', 'a+')
-open('ready', 'w').close()
+# At once: it is asked for its descriptors from then on.
+open('ready.new', 'w').close()
+os.rename('ready.new', 'ready')
 while True: time.sleep(0.01)
 "#;
 
