@@ -4,8 +4,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::Once;
-use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -13,21 +11,22 @@ use nix::unistd::Pid;
 
 const CKPT: &str = env!("CARGO_BIN_EXE_ckpt");
 
-/// A defect may leave a test waiting for ever; then all end, and say so.
-fn watch() {
-    static WATCHDOG: Once = Once::new();
-    WATCHDOG.call_once(|| {
-        std::thread::spawn(|| {
-            std::thread::sleep(Duration::from_secs(120));
-            eprintln!("FAILED: a test of cli_run still waits after two minutes");
-            std::process::exit(1);
-        });
-    });
+/// A defect may leave a test waiting for ever; `ckpt run` then gets a signal, which ends the program.
+#[allow(unsafe_code)]
+fn watch(command: &mut Command) {
+    const SECONDS: u32 = 120;
+    // SAFETY: one system call; the alarm stays through the exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::alarm(SECONDS);
+            Ok(())
+        })
+    };
 }
 
 fn run(options: &[&str], program: &[&str]) -> Command {
-    watch();
     let mut command = Command::new(CKPT);
+    watch(&mut command);
     command.arg("run").args(options).arg("--").args(program);
     command
         .env_remove("CKPT_FAIL_RC")
@@ -153,10 +152,10 @@ fn the_program_inherits_what_we_inherited() {
         // The process group.
         &["cut", "-d", " ", "-f", "5", "/proc/self/stat"],
     ] {
-        let alone = Command::new(program[0])
-            .args(&program[1..])
-            .output()
-            .unwrap();
+        let mut alone = Command::new(program[0]);
+        // What a closure before exec changes, it changes for both.
+        watch(&mut alone);
+        let alone = alone.args(&program[1..]).output().unwrap();
         let under = run(&["--interval", "1h"], program).output().unwrap();
         assert_eq!(alone.stdout, under.stdout, "{program:?}");
     }
