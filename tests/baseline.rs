@@ -126,13 +126,16 @@ impl<'a> Loop<'a> {
         assert_eq!(self.counts().failed, 0, "a program was ended");
     }
 
+    /// All of the job.
+    fn processes(&self) -> Vec<i32> {
+        let mut all = self.run.descendants();
+        all.retain(|pid| name(*pid).as_deref() != Some("ckpt-guard"));
+        all
+    }
+
     fn ends(self) {
-        let all = self.run.descendants();
-        for pid in all
-            .iter()
-            .filter(|pid| name(**pid).as_deref() != Some("ckpt-guard"))
-        {
-            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        for pid in self.processes() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         assert_eq!(self.run.wait(), Ended::Exited(137));
         no_guard_is_left();
@@ -439,7 +442,10 @@ fn a_guarded_job_is_stopped_and_continued() {
         attach(case, job.root, "stop.ckpt", &["--stop"]);
         until("the guard", || (guard_of(job.root) != 0).then_some(()));
         stands();
-        send(Signal::SIGCONT);
+        // It has stopped every process, also one that the root waits for.
+        for pid in job.processes() {
+            kill(Pid::from_raw(pid), Signal::SIGCONT).expect("it is stopped");
+        }
         job.is_guarded();
         job.ends();
     });
