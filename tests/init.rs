@@ -18,13 +18,13 @@ use ckpt_tracer::fault::Step;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Counts in the file `count`, is left orphans and has a child that does not end; when it is asked to
+/// Counts in the link `count`, is left orphans and has a child that does not end; when it is asked to
 /// end it says who it is and what its session and group are. Its code is 7.
 const COUNTER: &str = r#"
 trap 'read -r _ _ _ parent group session _ < /proc/self/stat
       echo "$$ $parent $group $session" > result; exit 7' TERM
 sleep 1000 &
-while :; do n=$((n + 1)); echo $n > next; mv next count; (true &); sleep 0.01; done
+while :; do n=$((n + 1)); ln -sfn $n count; (true &); sleep 0.01; done
 "#;
 
 /// What it says of itself, if it leads a session and if it does not.
@@ -402,7 +402,8 @@ before = look()
 n = 0
 while not ended:
     n += 1
-    with open("next", "w") as f: f.write(str(n))
+    try: os.symlink(str(n), "next")
+    except FileExistsError: pass  # Of a life that ended in between.
     os.rename("next", "count")
     time.sleep(0.01)
 after = look()

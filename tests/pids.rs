@@ -18,11 +18,11 @@ use ckpt_tracer::fault::Step;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Counts in the file `count`, leaves an orphan behind each time, and when it is asked to end says
+/// Counts in the link `count`, leaves an orphan behind each time, and when it is asked to end says
 /// who it is; its code is 7.
 const COUNTER: &str = r#"
 trap 'echo "$$ $(id -u)" > result; exit 7' TERM
-while :; do n=$((n + 1)); echo $n > next; mv next count; (true &); sleep 0.01; done
+while :; do n=$((n + 1)); ln -sfn $n count; (true &); sleep 0.01; done
 "#;
 
 fn counter() -> Command {
@@ -180,7 +180,7 @@ fn not_permitted() {
                 status_field(outer, "CapPrm").map(|c| c.trim_matches('0').len()),
                 Some(0)
             );
-            let owner = fs::metadata(case.path("count")).expect("it counts");
+            let owner = fs::symlink_metadata(case.path("count")).expect("it counts");
             assert_eq!(std::os::unix::fs::MetadataExt::uid(&owner), 65534);
         }
         // Another one, with other groups, cannot be that user.

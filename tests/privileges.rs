@@ -16,9 +16,9 @@ use nix::sys::signal::Signal;
 
 const NOBODY: u32 = 65534;
 
-/// Counts in the file `count`; its code is 7 when it is asked to end.
+/// Counts in the link `count`; its code is 7 when it is asked to end.
 const COUNTER: &str = "trap 'exit 7' TERM
-while :; do n=$((n + 1)); echo $n > next; mv next count; sleep 0.01; done";
+while :; do n=$((n + 1)); ln -sfn $n count; sleep 0.01; done";
 
 /// A program of an ordinary user that has these capabilities in every set, and no other.
 fn with(case: &Case, capabilities: &[&str], program: &str) -> Command {

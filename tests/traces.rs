@@ -28,6 +28,8 @@ const STATISTICS: Exceptions = &[
     ("/io", "*"),
     ("/oom_score", "*"),
     ("/oom_adj", "*"),
+    // How long ago it used AVX-512, on processors that have it.
+    ("/arch_status", "AVX512_elapsed_ms"),
     ("/ksm_stat", "*"),
     // How many pages are there, whose they are, and who has looked at them; also by other processes
     // that have mapped the same file.

@@ -95,11 +95,8 @@ pub fn look(pid: i32) -> Look {
     for link in ["cwd", "exe", "root"] {
         seen.insert(link.into(), link_of(format!("{proc}/{link}")));
     }
-    let maps = fs::read_to_string(format!("{proc}/maps")).unwrap_or_default();
-    seen.insert(
-        "maps".into(),
-        maps.lines().map(|line| mapping(line) + "\n").collect(),
-    );
+    let smaps = fs::read_to_string(format!("{proc}/smaps")).unwrap_or_default();
+    seen.insert("maps".into(), mappings(&smaps));
     status(&mut seen, "status", &format!("{proc}/status"), STATUS);
     stat(&mut seen, "stat", &format!("{proc}/stat"));
     for tid in numbers(&format!("{proc}/task")) {
@@ -168,6 +165,42 @@ fn watched(line: &str) -> &str {
 fn stays(line: &&str) -> bool {
     let change = "mnt_id: ino: it_value: ticks: tty-index: eventfd-id:";
     !change.split(' ').any(|key| line.starts_with(key))
+}
+
+/// The lines of maps, out of smaps. Anonymous neighbours that are alike are one: the kernel keeps them
+/// apart where each had pages before they touched (their `anon_vma` is not the same), which makes no
+/// difference to a program. A restore maps them before it fills them, so that they are joined.
+fn mappings(smaps: &str) -> String {
+    let mut all: Vec<(String, String)> = Vec::new();
+    for line in smaps.lines() {
+        let key = line.split([' ', '\t']).next().unwrap_or_default();
+        if key == "VmFlags:" {
+            let flags = line
+                .split_whitespace()
+                .filter(|flag| !["ac", "sd"].contains(flag));
+            let flags = flags.collect::<Vec<_>>().join(" ");
+            let (here, _) = all.pop().expect("flags come after their mapping");
+            match all.last_mut() {
+                Some((last, its)) if *its == flags && joined(last, &here).is_some() => {
+                    *last = joined(last, &here).expect("it was tried");
+                }
+                _ => all.push((here, flags)),
+            }
+        } else if !key.ends_with(':') {
+            all.push((mapping(line), String::new()));
+        }
+    }
+    all.into_iter().map(|(line, _)| line + "\n").collect()
+}
+
+/// One line for two mappings of private anonymous memory that touch, with the same protection.
+fn joined(lower: &str, upper: &str) -> Option<String> {
+    let (lower, kind) = lower.split_once(' ')?;
+    let (upper, other) = upper.split_once(' ')?;
+    let (start, between) = lower.split_once('-')?;
+    let (from, end) = upper.split_once('-')?;
+    let anonymous = kind.ends_with("p 00000000 00:00 0");
+    (anonymous && kind == other && between == from).then(|| format!("{start}-{end} {kind}"))
 }
 
 /// A line of maps; shared memory and deleted files get new inodes (and devices) by a restore.

@@ -17,6 +17,11 @@
 //! * hugetlb pages are always `HUGE`, and `FILE` when not anonymous; the zero page never is there.
 //! * `FILE` wants a look at the `struct page`, so the kernel leaves it out unless it is in a mask.
 //! * A category that the kernel does not know gives `EINVAL`, so `GUARD` is probed.
+//! * The kernel collects regions in a buffer of 512 and walks on when it was full. `walk_end` is set when the
+//!   buffer is full, and to the end of the range if it never was. So it is stale when the walk went on
+//!   after a full buffer and then came to the end: it lies before regions that were answered (and
+//!   write-protected). Regions come in order, so all before the larger of `walk_end` and the end of
+//!   the last region has been walked.
 
 #![allow(unsafe_code)]
 
@@ -338,7 +343,8 @@ impl PagemapScanner {
             let filled = self
                 .ioctl(&mut arg, &mut regions)
                 .map_err(|error| self.error(error))?;
-            for region in &regions[..filled.min(REGIONS)] {
+            let found = &regions[..filled.min(REGIONS)];
+            for region in found {
                 let categories = PageCategories::from_bits_truncate(region.categories);
                 merge.push(PageRun {
                     start: region.start,
@@ -346,13 +352,15 @@ impl PagemapScanner {
                     categories,
                 });
             }
+            // `walk_end` may be stale, see above.
+            let walked = arg.walk_end.max(found.last().map_or(0, |last| last.end));
             // Without progress the kernel would be asked the same forever.
-            if arg.walk_end <= start {
+            if walked <= start {
                 return Err(self
                     .dir
                     .syntax("pagemap", format!("no progress at {start:#x}")));
             }
-            start = arg.walk_end;
+            start = walked;
         }
         Ok(())
     }

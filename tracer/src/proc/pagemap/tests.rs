@@ -169,6 +169,26 @@ fn more_runs_than_fit_in_one_answer_and_across_page_tables() {
     }
 }
 
+/// The kernel's own buffer has 512 regions: the last page of these is found after it was flushed.
+const COUNTS: [usize; 12] = [
+    1, 511, 512, 513, 1023, 1024, 1025, 1535, 1536, 1537, 2048, 4000,
+];
+
+#[test]
+fn each_run_comes_once_however_many_there_are() {
+    let pages = Pages::map(2 * COUNTS[COUNTS.len() - 1], None);
+    let mut written = 0;
+    for count in COUNTS {
+        (written..count).for_each(|run| pages.write(2 * run));
+        written = count;
+        let expected: Vec<_> = (0..count as u64).map(|n| (2 * n, 2 * n + 1)).collect();
+        for scanner in scanners() {
+            let runs = stored(&scanner, &pages);
+            assert!(runs == expected, "{count} runs, {:?}", scanner.method);
+        }
+    }
+}
+
 #[test]
 fn masks_mean_the_same_in_both_methods() {
     let pages = Pages::map(8, None);
@@ -316,4 +336,29 @@ fn writes_are_seen_once_and_markers_hold_nothing() {
         ..run
     };
     assert!(!swapped.may_be_marker());
+}
+
+#[test]
+fn written_runs_come_once_though_they_are_written_meanwhile() {
+    let pages = Pages::map(2 * COUNTS[COUNTS.len() - 1], None);
+    (0..pages.1).for_each(|page| pages.write(page));
+    let scanner = &scanners()[0];
+    let Some(_uffd) = protect(&pages) else {
+        eprintln!("skipped: userfaultfd write protection in async mode (needs Linux 6.7)");
+        return;
+    };
+    for count in COUNTS {
+        (0..count).for_each(|run| pages.write(2 * run));
+        let mut runs = Vec::new();
+        let found = |run: PageRun| {
+            let number = (run.start - pages.range().start) / PAGE_SIZE;
+            runs.push(number);
+            pages.write(number as usize);
+        };
+        scanner
+            .scan_written_and_protect(pages.range(), PageCategories::PRESENT, found)
+            .unwrap();
+        let expected: Vec<_> = (0..count as u64).map(|run| 2 * run).collect();
+        assert!(runs == expected, "{count} runs come as {}", runs.len());
+    }
 }
