@@ -13,7 +13,7 @@ const MARGIN: u64 = 4 << 20;
 pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64> {
     let mut ranges: Vec<(u64, u64)> = taken.into_iter().collect();
     ranges.sort_unstable();
-    let len = len.next_multiple_of(4096);
+    let len = len.checked_next_multiple_of(4096)?;
     let mut best = None;
     let mut free_from = BOTTOM;
     for (start, end) in ranges.into_iter().chain([(TOP, TOP)]) {

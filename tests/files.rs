@@ -265,7 +265,7 @@ fn namespace() {
         is_refused(
             case,
             "namespace",
-            &["fd 3", "uts:[", "not supported", "close it"],
+            &["fd 3", "another uts namespace", "not supported", "close it"],
         );
     });
 }

@@ -120,9 +120,9 @@ fn as_user(case: &Case, name: &str) {
 matrix! {
     aio aio_busy aio_inflight aio_ring anon_private anon_shared anonname bigsparse brk cleartid clocks condvar counter creds cwd
     dev_tty dumpable epoll epoll_dup eventfd exelink fcntl_owner fd_chardev fd_deleted fd_dir
-    fd_dup fd_grown fd_hardlink fd_opath fd_regular fd_tmpfile fifo file_deleted file_private
-    file_shared flock_self fragmented fsgs growsdown guard hugetlb inhandler inotify inotify_unread lease limits madvflags
-    maps membarrier memfd mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held
+    fd_dup fd_grown fd_hardlink fd_opath fd_proc fd_regular fd_tmpfile fifo file_deleted file_private file_shared
+    flock_self fragmented fsgs growsdown guard hugetlb inhandler inotify inotify_unread lease limits madvflags
+    map_beyond maps membarrier memfd memfd_exec mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held
     nnp noreserve oomscore pdeathsig personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked
     pty_packet pty_pair pty_session pty_several pty_stopped restart_epoll restart_futex restart_locks
     restart_misc restart_nanosleep restart_poll restart_sysv robust rodata root rseq sched

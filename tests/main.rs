@@ -32,6 +32,7 @@ mod run;
 mod security;
 mod service;
 mod setid;
+mod shared_memory;
 mod sigkill;
 mod sockets;
 mod stopped;

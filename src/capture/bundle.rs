@@ -131,7 +131,7 @@ impl Opened {
 fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Path, &FileIdentity)> {
     let written = Written::by(snapshot);
     let mapped = snapshot.mapped_files.iter();
-    let mapped = mapped.filter(|file| file.contents.is_none());
+    let mapped = mapped.filter(|file| file.contents.is_none() && file.saved.is_none());
     let mapped = mapped.map(|file| (file.path.as_path(), &file.identity));
     let open = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
         Kind::Regular(file) if d.flags as i32 & libc::O_PATH == 0 => {

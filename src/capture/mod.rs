@@ -271,7 +271,9 @@ fn checkpoint<W: Write + Send + 'static>(
 }
 
 fn unmatched(pattern: &String) -> String {
-    format!("--save-files {pattern} matches no file that the job has open")
+    format!(
+        "--save-files {pattern} matches no file that the job has open or writes through a mapping"
+    )
 }
 
 /// How often a checkpoint is begun anew while something is in the way that goes by itself; the job

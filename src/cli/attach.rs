@@ -46,7 +46,7 @@ pub struct Attach {
     /// Take the other children of that process too: orphans of the job, which it has adopted.
     #[arg(long, value_name = "PID", hide = true)]
     adopted_by: Option<i32>,
-    /// Store the contents of open files that match, for `restore --put-files`: GLOB is matched with the file's name, or with its whole path if it has a slash; may be repeated.
+    /// Store the contents of files that match and are open, or written through a mapping, for `restore --put-files`: GLOB is matched with the file's name, or with its whole path if it has a slash; may be repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
     /// Store the program, its libraries and the files that it only reads as well, each contents once: restore takes them from the image where they are missing or other ones.

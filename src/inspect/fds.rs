@@ -23,7 +23,7 @@ pub struct FdView {
     pub path: String,
     /// Offset in bytes, where the kind has one.
     pub offset: Option<u64>,
-    /// Size in bytes of the file, if the image has its contents: a deleted file, a memfd, or one of
+    /// Size in bytes of the file, if the image has its contents: a deleted file, a memfd, POSIX shared memory, or one of
     /// `--save-files`.
     pub saved_bytes: Option<u64>,
     /// Access mode and status flags, such as `O_RDWR|O_APPEND`, and `O_CLOEXEC` of the descriptor.
@@ -91,6 +91,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Terminal(end) if end.side == Side::Master => "pty",
         Kind::Terminal(_) => "terminal",
         Kind::PidFd(_) => "pidfd",
+        Kind::ProcFile(_) => "proc",
         Kind::MessageQueue(_) => "mqueue",
         Kind::UnixSocket(_) => "unix",
         Kind::Outside(_) => "outside",
@@ -104,6 +105,7 @@ pub(super) fn name(kind: &Kind) -> String {
     match kind {
         Kind::Regular(file) => file.path.to_string_lossy().into_owned(),
         Kind::Device(device) => device.path.to_string_lossy().into_owned(),
+        Kind::ProcFile(file) => file.path.to_string_lossy().into_owned(),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
         Kind::Fifo(fifo) => fifo.path.to_string_lossy().into_owned(),
         Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
@@ -125,6 +127,7 @@ pub(super) fn name(kind: &Kind) -> String {
 fn offset(kind: &Kind) -> Option<u64> {
     match kind {
         Kind::Regular(file) => Some(file.offset),
+        Kind::ProcFile(file) => Some(file.offset),
         Kind::MemFd(memfd) => Some(memfd.offset),
         _ => None,
     }

@@ -64,6 +64,8 @@ pub(crate) fn snapshot() -> Snapshot {
             created_ns: None,
         },
         contents: None,
+        attributes: None,
+        saved: None,
     };
     let file_backing = Backing::PrivateFile { file: 0, offset: 0 };
     let process = Process {

@@ -6,7 +6,7 @@ use ckpt_image::Reader;
 use serde::Serialize;
 
 use crate::objects::files::Kind;
-use crate::objects::memory::{Backing, KernelMapping, Mapping};
+use crate::objects::memory::{Backing, KernelMapping, MappedFile, Mapping};
 use crate::objects::{Snapshot, SpaceId};
 
 /// A mapping as `ckpt inspect --maps` shows it; the JSON keys stay as they are.
@@ -69,7 +69,7 @@ fn object(snapshot: &Snapshot, backing: &Backing) -> (u64, Option<SpaceId>) {
             snapshot
                 .mapped_files
                 .get(*file)
-                .and_then(|file| file.contents),
+                .and_then(MappedFile::stored),
         ),
         Backing::SharedMemory { object, offset } => (
             *offset,

@@ -90,7 +90,7 @@ impl<'a> ImageMemory<'a> {
 
     fn of_file(&self, index: usize, offset: u64, into: &mut [u8]) -> Option<()> {
         let record = self.files.record(index)?;
-        if let Some(space) = record.contents {
+        if let Some(space) = record.stored() {
             self.stored_or_zero(space, offset, into);
             return Some(());
         }

@@ -2,6 +2,8 @@
 
 mod family;
 
+use std::path::Path;
+
 use ckpt_tracer::proc::maps::Vma;
 use nix::unistd::AccessFlags;
 
@@ -10,7 +12,7 @@ use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
 use super::surroundings;
 use crate::error::Obstacle;
-use crate::objects::files::{self, Staging};
+use crate::objects::files::{self, Staging, procfs};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
@@ -113,7 +115,7 @@ impl Build<'_> {
         let mut keep: Vec<(u64, u64)> = forked.inherited.iter().map(|i| (i.start, i.end)).collect();
         if !forked.parent.is_empty() {
             let shared = snapshot.shared_memory.iter().zip(self.shared_at);
-            keep.extend(shared.filter_map(|(o, at)| at.map(|at| (at, at + o.mapped_len()))));
+            keep.extend(shared.filter_map(|(o, at)| at.map(|at| (at, at + o.staged_len()))));
         }
         let keep = memory::join(keep);
         if let Err(o) = memory::clear_and_move(mappings, self.present, &keep, self.aside, plan)
@@ -175,7 +177,8 @@ impl Build<'_> {
             files::epoll::rebuild_bound(self.index, snapshot, staging, plan);
             files::number(process, staging, plan);
         }
-        rebuild_places(process, plan);
+        let late = procfs::is_of_job(&process.cwd, snapshot);
+        rebuild_places(process, late, plan);
         if !process.shares.actions {
             signals::rebuild_actions(&process.actions, plan);
         }
@@ -189,9 +192,14 @@ impl Build<'_> {
             plan.join();
         }
         plan.stage(Stage::Threads);
+        if late && !process.shares.fs {
+            let inside = process.cwd.strip_prefix(&process.root);
+            let inside = Path::new("/").join(inside.unwrap_or(&process.cwd));
+            enter_working_directory(&inside, plan);
+        }
         sysv_sem::rebuild_operators(process, snapshot, plan);
         if !process.shares.files {
-            files::pidfd::rebuild_late(self.index, snapshot, plan);
+            files::late::rebuild_late(self.index, snapshot, plan);
             files::regular::rebuild_leases(self.index, snapshot, plan);
             files::rebuild_owners(self.index, snapshot, plan);
         }
@@ -260,10 +268,11 @@ fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
         .any(|p| p.memory.executable == file || p.memory.mappings.iter().any(is))
 }
 
-/// Directories, umask, personality, and the like.
-fn rebuild_places(process: &Process, plan: &mut Builder) {
+/// Directories, umask, personality, and the like. `late` is whether the working directory will be there
+/// only later.
+fn rebuild_places(process: &Process, late: bool, plan: &mut Builder) {
     if !process.shares.fs {
-        rebuild_directories(process, plan);
+        rebuild_directories(process, late, plan);
     }
     if process.child_subreaper {
         let args = [libc::PR_SET_CHILD_SUBREAPER as u64, 1];
@@ -275,21 +284,28 @@ fn rebuild_places(process: &Process, plan: &mut Builder) {
     }
 }
 
-fn rebuild_directories(process: &Process, plan: &mut Builder) {
-    let enter = |path: &std::path::Path, nr: i64, object: String, plan: &mut Builder| {
-        let at = plan.path(path);
-        let call = |plan: &mut Builder| plan.syscall(nr, &[at], || object);
-        match plan.host().rights.clone() {
-            Some(rights) => {
-                let may = rights.during(|| surroundings::may(path, AccessFlags::X_OK).is_ok());
-                rights.as_ourselves(may, plan, call);
-            }
-            None => call(plan),
+fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
+    let at = plan.path(path);
+    let call = |plan: &mut Builder| plan.syscall(nr, &[at], || object);
+    match plan.host().rights.clone() {
+        Some(rights) => {
+            let may = rights.during(|| surroundings::may(path, AccessFlags::X_OK).is_ok());
+            rights.as_ourselves(may, plan, call);
         }
-    };
-    let object = format!("the working directory {}", process.cwd.display());
-    enter(&process.cwd, libc::SYS_chdir, object, plan);
-    if process.root != std::path::Path::new("/") {
+        None => call(plan),
+    }
+}
+
+fn enter_working_directory(path: &Path, plan: &mut Builder) {
+    let object = format!("the working directory {}", path.display());
+    enter(path, libc::SYS_chdir, object, plan);
+}
+
+fn rebuild_directories(process: &Process, late: bool, plan: &mut Builder) {
+    if !late {
+        enter_working_directory(&process.cwd, plan);
+    }
+    if process.root != Path::new("/") {
         let object = format!("the root directory {}", process.root.display());
         enter(&process.root, libc::SYS_chroot, object, plan);
     }

@@ -1,6 +1,7 @@
 //! Files that the new process inherits: their contents come from the image, or they are ours.
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -17,48 +18,149 @@ use super::plan::{Inherit, Inherited};
 use super::pty::{self, Ptys};
 use super::rights;
 use crate::error::{Error, Result};
+use crate::objects::files::attributes::Attributes;
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Kind, inotify};
 use crate::objects::memory::{join, subtract};
 use crate::objects::{Snapshot, SpaceId};
 
-/// Makes every descriptor that the plan asks for.
+/// Descriptors and the numbers that they get, and what could not be done, one sentence each.
+pub type Opened = (Vec<(OwnedFd, i32)>, Vec<String>);
+
+/// Makes every descriptor that the plan asks for. `trusted` is whether the image may give away rights.
 pub fn open_all(
     inherit: &[Inherit],
     snapshot: &Snapshot,
     image: &Reader,
     ptys: &Ptys,
-) -> Result<Vec<(OwnedFd, i32)>> {
-    let files = Vec::new();
-    let mut made = Made { files, ptys };
-    inherit
-        .iter()
-        .map(|i| Ok((open(&i.what, snapshot, image, &mut made)?, i.number)))
-        .collect()
+    trusted: bool,
+) -> Result<Opened> {
+    let mut made = Made {
+        files: Vec::new(),
+        ended: HashMap::new(),
+        ptys,
+    };
+    let mut descriptors = Vec::with_capacity(inherit.len());
+    for i in inherit {
+        descriptors.push((open(&i.what, snapshot, image, &mut made)?, i.number));
+    }
+    // Once all is opened, which the mode may forbid.
+    let mut warnings = Vec::new();
+    for file in &made.files {
+        warnings.extend(file.complete(trusted));
+        if let Some(memfd) = file.seals {
+            seal(&file.file, memfd)?;
+        }
+    }
+    Ok((descriptors, warnings))
 }
 
-/// Files made so far, by space: several descriptors may lead to one.
+/// What was made so far.
 struct Made<'a> {
-    files: Vec<(SpaceId, File)>,
+    files: Vec<MadeFile<'a>>,
+    /// Pidfds of ended processes, by description.
+    ended: HashMap<usize, OwnedFd>,
     ptys: &'a Ptys,
 }
 
-impl Made<'_> {
-    fn get(&mut self, space: SpaceId, make: impl FnOnce() -> Result<File>) -> Result<&File> {
-        if let Some(at) = self.files.iter().position(|(s, _)| *s == space) {
-            return Ok(&self.files[at].1);
-        }
-        let file = make()?;
-        self.files.push((space, file));
-        Ok(&self.files[self.files.len() - 1].1)
+/// A file with contents of the image: several descriptors may lead to it.
+struct MadeFile<'a> {
+    space: SpaceId,
+    file: File,
+    name: String,
+    mode: u32,
+    attributes: Option<&'a Attributes>,
+    /// To be sealed by us.
+    seals: Option<&'a MemFd>,
+    /// The description by which it was made is one of the job's.
+    given: bool,
+}
+
+impl MadeFile<'_> {
+    /// Gives it what it has besides its contents; what is lost of that.
+    fn complete(&self, trusted: bool) -> Option<String> {
+        let lost = match self.attributes {
+            Some(attributes) => attributes.give(&self.file, self.mode, trusted),
+            None => {
+                let mode = PermissionsExt::from_mode(self.mode & 0o777);
+                let _ = self.file.set_permissions(mode);
+                Vec::new()
+            }
+        };
+        let of = &self.name;
+        (!lost.is_empty()).then(|| format!("{of}: could not be given back: {}", lost.join("; ")))
     }
 }
 
-fn open(
+impl<'a> MadeFile<'a> {
+    /// One of which no description is left by which it was made.
+    fn nameless(
+        space: SpaceId,
+        file: File,
+        path: &Path,
+        mode: u32,
+        attributes: Option<&'a Attributes>,
+    ) -> Self {
+        Self {
+            space,
+            file,
+            name: format!("the nameless file {}", path.display()),
+            mode,
+            attributes,
+            seals: None,
+            given: false,
+        }
+    }
+}
+
+impl<'a> Made<'a> {
+    fn get(
+        &mut self,
+        space: SpaceId,
+        make: impl FnOnce() -> Result<MadeFile<'a>>,
+    ) -> Result<&mut MadeFile<'a>> {
+        let at = match self.files.iter().position(|file| file.space == space) {
+            Some(at) => at,
+            None => {
+                self.files.push(make()?);
+                self.files.len() - 1
+            }
+        };
+        Ok(&mut self.files[at])
+    }
+
+    /// A pidfd of an ended process. All of one process are made at once: they are one inode.
+    fn ended(&mut self, index: usize, snapshot: &Snapshot) -> Result<OwnedFd> {
+        if let Some(fd) = self.ended.remove(&index) {
+            return Ok(fd);
+        }
+        let of = |at: usize| match &snapshot.descriptions.get(at)?.kind {
+            Kind::PidFd(pidfd) => Some((pidfd, snapshot.descriptions[at].flags)),
+            _ => None,
+        };
+        let Some((pidfd, _)) = of(index) else {
+            return Err(Error::Restore(format!("description {index} is no pidfd")));
+        };
+        let all = (0..snapshot.descriptions.len()).filter(|at| {
+            *at == index || of(*at).is_some_and(|(other, _)| pidfd.is_same_process(other))
+        });
+        let all: Vec<usize> = all.collect();
+        let flags: Vec<u32> = all.iter().filter_map(|at| Some(of(*at)?.1)).collect();
+        let made = pidfd.of_nobody(&flags).map_err(|e| {
+            let reason = e.desc();
+            Error::Restore(format!("a pidfd of an ended process: {reason}"))
+        })?;
+        self.ended.extend(all.into_iter().zip(made));
+        let own = self.ended.remove(&index);
+        own.ok_or_else(|| Error::Restore(format!("description {index} is missing")))
+    }
+}
+
+fn open<'a>(
     what: &Inherited,
-    snapshot: &Snapshot,
+    snapshot: &'a Snapshot,
     image: &Reader,
-    made: &mut Made<'_>,
+    made: &mut Made<'a>,
 ) -> Result<OwnedFd> {
     match what {
         Inherited::Terminal(index) => {
@@ -95,28 +197,48 @@ fn open(
             let Kind::MemFd(memfd) = &description.kind else {
                 return Err(Error::Restore(format!("description {index} is no memfd")));
             };
-            let file = made.get(memfd.contents, || {
+            let made = made.get(memfd.contents, || {
                 let file = create_memfd(memfd)?;
                 let name = PathBuf::from(std::ffi::OsString::from_vec(memfd.name.clone()));
                 fill(&file, &name, memfd.contents, memfd.size, image)?;
-                if !memfd.is_writable(snapshot) {
-                    seal(&file, memfd)?;
-                }
-                Ok(file)
+                Ok(MadeFile {
+                    space: memfd.contents,
+                    file,
+                    name: format!("the memfd {}", name.display()),
+                    mode: memfd.mode,
+                    attributes: memfd.attributes.as_ref(),
+                    seals: (!memfd.is_writable(snapshot)).then_some(memfd),
+                    given: false,
+                })
             })?;
-            let file = reopen(file, description.flags)?;
+            // Only a description that open(2) makes for writing keeps the file from being executed
+            // (ETXTBSY, `deny_write_access`); that of memfd_create(2) does not, and was the first.
+            let writes = description.flags as i32 & (libc::O_ACCMODE | libc::O_PATH);
+            let file = match writes == libc::O_RDWR && !std::mem::replace(&mut made.given, true) {
+                true => made.file.try_clone().map_err(|source| Error::File {
+                    what: "copy",
+                    path: "a memfd".into(),
+                    source,
+                })?,
+                false => reopen(&made.file, description.flags)?,
+            };
             seek(&file, memfd.offset)?;
             Ok(file.into())
         }
-        Inherited::EndedProcess(index) => {
+        Inherited::EndedProcess(index) => made.ended(*index, snapshot),
+        Inherited::EndedProcFile(index) => {
             let description = &snapshot.descriptions[*index];
-            let Kind::PidFd(pidfd) = &description.kind else {
-                return Err(Error::Restore(format!("description {index} is no pidfd")));
+            let Kind::ProcFile(file) = &description.kind else {
+                return Err(Error::Restore(format!(
+                    "description {index} is no file of /proc"
+                )));
             };
-            pidfd.of_nobody(description.flags).map_err(|e| {
-                let reason = e.desc();
-                Error::Restore(format!("a pidfd of an ended process: {reason}"))
-            })
+            file.of_ended(description.flags)
+                .map_err(|source| Error::File {
+                    what: "open",
+                    path: file.path.clone(),
+                    source,
+                })
         }
         Inherited::Inotify(index) => inotify::create(snapshot.descriptions[*index].flags),
         Inherited::DeletedFile(index) => {
@@ -126,8 +248,18 @@ fn open(
             };
             let space = regular.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (regular.identity.size, regular.identity.mode);
-            let file = made.get(space, || nameless(&regular.path, space, size, mode, image))?;
-            Ok(reopen(file, description.flags)?.into())
+            let made = made.get(space, || {
+                let file = nameless(&regular.path, space, size, image)?;
+                let path = &regular.path;
+                Ok(MadeFile::nameless(
+                    space,
+                    file,
+                    path,
+                    mode,
+                    regular.attributes.as_ref(),
+                ))
+            })?;
+            Ok(reopen(&made.file, description.flags)?.into())
         }
         Inherited::Executable(file) => Ok(executable(*file, snapshot, image)?.into()),
         Inherited::OpenedForIt(index, flags) => match &snapshot.descriptions[*index].kind {
@@ -148,13 +280,23 @@ fn open(
             }
             let space = record.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (record.identity.size, record.identity.mode);
-            let file = made.get(space, || nameless(&record.path, space, size, mode, image))?;
+            let made = made.get(space, || {
+                let file = nameless(&record.path, space, size, image)?;
+                let path = &record.path;
+                Ok(MadeFile::nameless(
+                    space,
+                    file,
+                    path,
+                    mode,
+                    record.attributes.as_ref(),
+                ))
+            })?;
             let access = if *writable {
                 libc::O_RDWR
             } else {
                 libc::O_RDONLY
             };
-            Ok(reopen(file, access as u32)?.into())
+            Ok(reopen(&made.file, access as u32)?.into())
         }
     }
 }
@@ -175,7 +317,8 @@ pub fn executable(file: usize, snapshot: &Snapshot, image: &Reader) -> Result<Fi
             }),
         Some(space) => {
             let mode = record.identity.mode | 0o500;
-            let file = nameless(&record.path, space, record.identity.size, mode, image)?;
+            let file = nameless(&record.path, space, record.identity.size, image)?;
+            let _ = file.set_permissions(PermissionsExt::from_mode(mode & 0o777));
             // Not open for writing anywhere, else exec answers ETXTBSY.
             reopen(&file, libc::O_RDONLY as u32)
         }
@@ -202,7 +345,7 @@ fn own(fd: i32) -> Result<OwnedFd> {
 }
 
 /// A file without a name, beside where the original was if that is possible.
-fn nameless(path: &Path, space: SpaceId, size: u64, mode: u32, image: &Reader) -> Result<File> {
+fn nameless(path: &Path, space: SpaceId, size: u64, image: &Reader) -> Result<File> {
     let temp = std::env::temp_dir();
     let parent = path.parent().unwrap_or(Path::new("/"));
     let places = [parent, &temp, Path::new("/var/tmp")];
@@ -222,8 +365,6 @@ fn nameless(path: &Path, space: SpaceId, size: u64, mode: u32, image: &Reader) -
         None => in_memory(path)?,
     };
     fill(&file, path, space, size, image)?;
-    // Ownership of a root's restore is the caller's to keep; the mode is the file's.
-    let _ = file.set_permissions(PermissionsExt::from_mode(mode & 0o777));
     Ok(file)
 }
 

@@ -184,7 +184,8 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
-    let descriptors = contents::open_all(&inherit, snapshot, image, &ptys)?;
+    let (descriptors, incomplete) =
+        contents::open_all(&inherit, snapshot, image, &ptys, opened.is_ours)?;
     let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
     let master = ptys.finish(snapshot)?;
@@ -202,6 +203,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     let mut warnings = driver::rebuild(&job, image, &cuts, &mut brood, leader, last)?;
     warnings.extend(opened.warnings.iter().cloned());
     warnings.extend(lost);
+    warnings.extend(incomplete);
     brood.keep();
     warnings.extend(objects.keep());
     warnings.extend(put::warning(request.put_files, snapshot));

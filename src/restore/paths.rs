@@ -98,6 +98,7 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
         // Without a path, or with one that is only shown.
         Kind::Pipe(_)
         | Kind::PidFd(_)
+        | Kind::ProcFile(_)
         | Kind::MessageQueue(_)
         | Kind::EventFd(_)
         | Kind::SignalFd(_)

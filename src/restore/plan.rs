@@ -78,6 +78,8 @@ pub enum Inherited {
     Executable(usize),
     /// A pidfd of a process that has ended, by description.
     EndedProcess(usize),
+    /// A file of `/proc` of a process that has ended, by description.
+    EndedProcFile(usize),
     /// An inotify descriptor without watches, by description.
     Inotify(usize),
     /// One of our own descriptors, for something outside the job.

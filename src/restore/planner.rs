@@ -168,7 +168,9 @@ impl<'a> Job<'a> {
                 for (i, object) in self.snapshot.shared_memory.iter().enumerate() {
                     let align = object.huge_page_size.max(4096);
                     let at = match uses(i) {
-                        true => Some(place(object.mapped_len() + align).ok_or_else(no_room)?),
+                        true => Some(
+                            place(object.staged_len().saturating_add(align)).ok_or_else(no_room)?,
+                        ),
                         false => None,
                     };
                     places.push(at.map(|at| at.next_multiple_of(align)));

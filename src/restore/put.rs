@@ -1,5 +1,6 @@
-//! `--put-files`: files whose contents the image holds go back to their places, before the job
-//! opens them. A restore that fails takes everything back.
+//! Files whose contents the image holds go back to their places, before the job opens them: POSIX shared
+//! memory that is missing, as after a reboot, and with `--put-files` all of them. A restore that fails
+//! takes everything back.
 
 use std::collections::HashSet;
 use std::fs::{self, File, FileTimes, Metadata, OpenOptions, Permissions};
@@ -17,15 +18,18 @@ use super::rights::{self, Rights};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
-use crate::objects::files::regular::{Regular, Saved};
+use crate::objects::files::saved::{Saved, is_shared_memory};
+use crate::objects::memory::FileIdentity;
 
 /// What becomes of the files that the image holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PutFiles {
-    /// They stay in the image; the job takes those that are there.
+    /// They stay in the image; the job takes those that are there. What is missing of POSIX shared
+    /// memory is put back.
     #[default]
     No,
-    /// They are put back, never over one that was changed after the checkpoint.
+    /// They are put back, never over one that was changed after the checkpoint, nor over POSIX shared
+    /// memory: no time tells when that was written through a mapping.
     UnlessNewer,
     /// They are put back over whatever is there.
     Overwrite,
@@ -34,13 +38,22 @@ pub enum PutFiles {
 /// Makes the snapshot forget what is not to be put back: then it says of each file whether what is
 /// in its place matters.
 pub fn forget(policy: PutFiles, snapshot: &mut Snapshot) {
-    if policy != PutFiles::No {
-        return;
-    }
+    let stays = |path: &Path| {
+        let missing =
+            || fs::symlink_metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+        match policy {
+            PutFiles::No => is_shared_memory(path) && missing(),
+            PutFiles::UnlessNewer => !is_shared_memory(path) || missing(),
+            PutFiles::Overwrite => true,
+        }
+    };
     for description in &mut snapshot.descriptions {
         if let Kind::Regular(file) = &mut description.kind {
-            file.saved = None;
+            file.saved = file.saved.filter(|_| stays(&file.path));
         }
+    }
+    for file in &mut snapshot.mapped_files {
+        file.saved = file.saved.filter(|_| stays(&file.path));
     }
 }
 
@@ -54,21 +67,25 @@ pub fn warning(policy: PutFiles, snapshot: &Snapshot) -> Option<String> {
 
 /// Whether the file of that path is put back, and so is as it was.
 pub fn covers(snapshot: &Snapshot, path: &Path) -> bool {
-    saved(snapshot).any(|(file, _)| file.path == path)
+    saved(snapshot).any(|(file, _, _)| file == path)
 }
 
-fn saved(snapshot: &Snapshot) -> impl Iterator<Item = (&Regular, Saved)> {
-    let kinds = snapshot.descriptions.iter().map(|d| &d.kind);
-    kinds.filter_map(|kind| match kind {
-        Kind::Regular(file) => Some((file, file.saved?)),
+/// A saved file: its path, what it was, what is saved of it.
+type SavedFile<'a> = (&'a Path, &'a FileIdentity, Saved);
+
+fn saved(snapshot: &Snapshot) -> impl Iterator<Item = SavedFile<'_>> {
+    let open = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
+        Kind::Regular(file) => Some((file.path.as_path(), &file.identity, file.saved?)),
         _ => None,
-    })
+    });
+    let mapped = snapshot.mapped_files.iter();
+    open.chain(mapped.filter_map(|f| Some((f.path.as_path(), &f.identity, f.saved?))))
 }
 
 /// A file to be put back.
 #[derive(Debug)]
 pub struct Put<'a> {
-    file: &'a Regular,
+    identity: &'a FileIdentity,
     saved: Saved,
     /// Where: symbolic links in its place are followed.
     path: PathBuf,
@@ -89,12 +106,12 @@ pub fn decide<'a>(
     let mut puts: Vec<Put<'a>> = Vec::new();
     let mut obstacles = Vec::new();
     let mut seen: HashSet<&Path> = HashSet::new();
-    for (file, saved) in saved(snapshot) {
-        if !seen.insert(&file.path) {
+    for file in saved(snapshot) {
+        if !seen.insert(file.0) {
             continue;
         }
         let taken_at = snapshot.host.realtime_ns;
-        match decide_one(file, saved, image, policy, taken_at)? {
+        match decide_one(file, image, policy, taken_at)? {
             Ok(put) => puts.extend(put),
             Err(o) => obstacles.push(*o),
         }
@@ -108,19 +125,18 @@ pub fn decide<'a>(
 type Decision<'a> = Result<Option<Put<'a>>, Box<Obstacle>>;
 
 fn decide_one<'a>(
-    file: &'a Regular,
-    saved: Saved,
+    (name, identity, saved): SavedFile<'a>,
     image: &Reader,
     policy: PutFiles,
     taken_at: u64,
 ) -> Result<Decision<'a>> {
-    let object = format!("the saved file {}", file.path.display());
+    let object = format!("the saved file {}", name.display());
     let refuse = |reason: String, remedy: &str| {
         Ok(Err(Box::new(Obstacle::new(object.clone(), reason, remedy))))
     };
-    let path = fs::canonicalize(&file.path).unwrap_or_else(|_| file.path.clone());
+    let path = fs::canonicalize(name).unwrap_or_else(|_| name.to_owned());
     let put = |replaces| Put {
-        file,
+        identity,
         saved,
         path: path.clone(),
         replaces,
@@ -147,10 +163,10 @@ fn decide_one<'a>(
             );
         }
     };
-    if meta.len() == file.identity.size {
+    if meta.len() == identity.size {
         match File::open(&path) {
             Ok(there) => {
-                let size = file.identity.size;
+                let size = identity.size;
                 if contents::same(&there, &path, saved.space, size, image)? {
                     return Ok(Ok(None));
                 }
@@ -176,7 +192,7 @@ fn modified_ns(meta: &Metadata) -> i128 {
 impl Put<'_> {
     /// What is going to be done, in one line.
     pub fn describe(&self) -> String {
-        let (path, size) = (self.path.display(), self.file.identity.size);
+        let (path, size) = (self.path.display(), self.identity.size);
         match self.replaces {
             true => format!("overwrite {path} with the {size} bytes of the image"),
             false => format!("create {path} with the {size} bytes of the image"),
@@ -198,7 +214,7 @@ impl Put<'_> {
             .open(&at);
         let file = opened.map_err(|source| self.error(source))?;
         let prepared = Prepared { at };
-        let identity = &self.file.identity;
+        let identity = self.identity;
         contents::fill(&file, &self.path, self.saved.space, identity.size, image)?;
         let meta = file.metadata().map_err(|source| self.error(source))?;
         let (uid, gid) = self.saved.owner;

@@ -164,7 +164,8 @@ fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
             true => AccessFlags::W_OK,
             false => AccessFlags::empty(),
         };
-        file.contents.is_none() && may(&file.path, AccessFlags::R_OK | write) == Err(Errno::EACCES)
+        let named = file.contents.is_none() && file.saved.is_none();
+        named && may(&file.path, AccessFlags::R_OK | write) == Err(Errno::EACCES)
     });
     let descriptions = snapshot.descriptions.iter().map(|description| {
         let Kind::Regular(file) = &description.kind else {

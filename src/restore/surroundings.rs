@@ -10,6 +10,7 @@ use nix::unistd::{AccessFlags, faccessat};
 
 use super::next_pid;
 use crate::error::Obstacle;
+use crate::objects::files::procfs;
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, aio};
@@ -82,7 +83,9 @@ fn directories(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
                 continue;
             }
             seen.push(path);
-            obstacles.extend(directory(what, path));
+            if !procfs::is_of_job(path, snapshot) {
+                obstacles.extend(directory(what, path));
+            }
         }
     }
     let changed = |p: &&Process| p.root != Path::new("/");

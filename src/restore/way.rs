@@ -34,7 +34,7 @@ pub struct Opened<'a> {
     /// Our supplementary groups outside of a user namespace, which the kernel does not show inside.
     groups: Vec<u32>,
     /// It belongs to us.
-    is_ours: bool,
+    pub(super) is_ours: bool,
     /// Those that a process of ours has where the work is done.
     groups_there: Vec<u32>,
     vdso: Replaced,

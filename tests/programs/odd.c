@@ -19,6 +19,7 @@
 #include <sys/sem.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 
 static pid_t child;
 
@@ -89,7 +90,27 @@ static void other_files(const char *file)
 
 		fd = syscall(SYS_bpf, BPF_MAP_CREATE, attr, sizeof(attr));
 	} else if (is("namespace")) {
-		fd = open("/proc/self/ns/uts", O_RDONLY);
+		char path[64];
+		int told[2];
+		pid_t child;
+
+		/* That of a child, which is in another one. */
+		FX_SYS(pipe(told));
+		child = FX_SYS(fork());
+		if (!child) {
+			FX_EQ("write", write(told[1], unshare(CLONE_NEWUTS) ? "n" : "y", 1), 1);
+			for (;;)
+				pause();
+		}
+		FX_EQ("read", read(told[0], path, 1), 1);
+		if (path[0] == 'n')
+			fx_skip("permission for a uts namespace");
+		close(told[0]);
+		close(told[1]);
+		snprintf(path, sizeof(path), "/proc/%d/ns/uts", child);
+		fd = open(path, O_RDONLY);
+		kill(child, SIGKILL);
+		waitpid(child, NULL, 0);
 	} else if (is("stranger")) {
 		fd = syscall(SYS_pidfd_open, 1, 0);
 	}

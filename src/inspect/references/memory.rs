@@ -125,15 +125,21 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
         Backing::SharedMemory { object, .. } => {
             let object = snapshot.shared_memory.get(*object);
             match object {
-                Some(object) if end > round_up(object.size, page.into()) => Err(format!(
-                    "reaches beyond the {} bytes of shared memory {number}",
-                    object.size
-                )),
+                Some(object) if end > round_up(object.size.max(object.reach), page.into()) => {
+                    Err(format!(
+                        "reaches beyond the {} bytes of shared memory {number}",
+                        object.size
+                    ))
+                }
                 _ => Ok(()),
             }
         }
         Backing::SysV { segment, .. } => match snapshot.ipc.segments.get(*segment) {
-            Some(found) if end > round_up(found.size, found.huge_page_size.max(page.into())) => {
+            // mremap(2) makes ordinary pages reach beyond the end.
+            Some(found)
+                if found.huge_page_size != 0
+                    && end > round_up(found.size, found.huge_page_size) =>
+            {
                 Err(format!(
                     "reaches beyond the {} bytes of segment {number}",
                     found.size
@@ -174,7 +180,7 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
     let mapped = snapshot
         .mapped_files
         .iter()
-        .map(|file| (file.contents, file.identity.size));
+        .map(|file| (file.stored(), file.identity.size));
     let mapped = mapped.filter_map(|(space, size)| Some((space?, size)));
     let open = snapshot
         .descriptions

@@ -1,9 +1,9 @@
 //! memfd_create(2).
 
-use std::fs::File;
-
 use serde::{Deserialize, Serialize};
 
+use super::attributes::Attributes;
+use super::regular::open_quietly;
 use super::{Kind, Look, sys};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
@@ -30,6 +30,9 @@ pub struct MemFd {
     pub huge_page_size: u64,
     /// Its contents in the image.
     pub contents: SpaceId,
+    /// What else it had.
+    #[serde(default)]
+    pub attributes: Option<Attributes>,
 }
 
 /// `HUGETLBFS_MAGIC`.
@@ -44,19 +47,22 @@ pub fn capture(
 ) -> Result<MemFd, Box<Obstacle>> {
     let inode = look.stat.st_ino;
     let known = collector.descriptions.iter().find_map(|d| match &d.kind {
-        Kind::MemFd(m) if m.inode == inode => Some(m.contents),
+        Kind::MemFd(m) if m.inode == inode => Some((m.contents, m.attributes.clone())),
         _ => None,
     });
     let size = look.stat.st_size as u64;
-    let contents = match known {
-        Some(space) => space,
+    let (contents, attributes) = match known {
+        Some(known) => known,
         None => {
             // Opened anew: looking for holes moves the offset, and that of `copy` is the job's.
-            let file = File::open(source.dir.join(format!("fd/{}", look.fd))).map_err(|e| {
+            let path = source.dir.join(format!("fd/{}", look.fd));
+            let file = open_quietly(&path).map_err(|e| {
                 let reason = format!("is a memfd that cannot be read: {e}");
                 Box::new(Obstacle::without_remedy(look.object(source), reason))
             })?;
-            collector.space_for(Contents::File(file, size))
+            let attributes = file.metadata().map(|meta| Attributes::of(&file, &meta));
+            let contents = collector.space_for(Contents::File(file, size));
+            (contents, attributes.ok())
         }
     };
     let huge_page_size = match sys::fstatfs(&look.copy) {
@@ -72,6 +78,7 @@ pub fn capture(
         offset: look.info.pos,
         huge_page_size,
         contents,
+        attributes,
     })
 }
 

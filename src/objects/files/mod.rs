@@ -14,19 +14,23 @@ use super::sockets::{self, unix};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 
+pub mod attributes;
 pub mod changed;
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
 pub mod fifo;
 pub mod inotify;
+pub mod late;
 pub mod memfd;
 pub mod outside;
 pub mod pidfd;
 pub mod pieces;
 pub mod pipe;
+pub mod procfs;
 mod rebuild;
 pub mod regular;
+pub mod saved;
 pub mod signalfd;
 mod survey;
 pub mod sys;
@@ -102,6 +106,8 @@ pub enum Kind {
     Terminal(terminal::End),
     /// pidfd_open(2).
     PidFd(pidfd::PidFd),
+    /// A file of `/proc` that belongs to a process.
+    ProcFile(procfs::ProcFile),
     /// A POSIX message queue, mq_overview(7).
     MessageQueue(mqueue::MessageQueue),
     /// A unix domain socket.
@@ -126,6 +132,7 @@ pub fn capture(
         let tasks = list_tasks(source.dir.clone()).unwrap_or_default();
         collector.tasks.extend(tasks.into_iter().map(Tid::raw));
     }
+    collector.first = sources.first().map(|source| source.pid.raw());
     let first = collector.descriptions.len();
     let open = survey.looks.iter().map(|look| sockets::survey::Open {
         copy: &look.copy,
@@ -160,7 +167,7 @@ pub fn capture(
         };
         let kind = match number < seen_in_job {
             true => kind,
-            false => sockets::may_be_in_flight(kind),
+            false => sockets::may_be_in_flight(kind, sources.first().map(|s| s.pid.raw())),
         };
         match kind {
             Ok(kind) => collector.descriptions.push(Description {
@@ -199,7 +206,7 @@ pub fn judge_by_sight(
             FdLink::AnonInode(name) if !KNOWN.contains(&name.as_str()) => {
                 format!("an {name} descriptor")
             }
-            FdLink::Namespace(..) | FdLink::Other(_) => "a file of an unknown kind".to_owned(),
+            FdLink::Other(_) => "a file of an unknown kind".to_owned(),
             FdLink::File { .. } if look.file_type() == libc::S_IFBLK && !look.is_path() => {
                 "a block device".to_owned()
             }
@@ -291,6 +298,12 @@ fn kind(
         {
             mqueue::capture(source, look, path).map(Kind::MessageQueue)
         }
+        (FdLink::File { path, deleted }, _) if procfs::is_of_process(look, path) => {
+            procfs::capture(source, look, path, *deleted, collector).map(Kind::ProcFile)
+        }
+        (FdLink::Namespace(kind, inode), _) => {
+            procfs::namespace(source, look, (kind, *inode), collector).map(Kind::ProcFile)
+        }
         (FdLink::File { path, deleted }, _) => match look.file_type() {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
                 regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
@@ -314,7 +327,7 @@ fn kind(
             let is_ours = |task| collector.tasks.contains(&task);
             pidfd::capture(source, look, is_ours).map(Kind::PidFd)
         }
-        (FdLink::Namespace(..) | FdLink::Other(_), _) => Err(unsupported(
+        (FdLink::Other(_), _) => Err(unsupported(
             "a file of an unknown kind",
             "close it before the checkpoint",
         )),
@@ -337,6 +350,7 @@ impl Kind {
             Kind::Inotify(_) => "inotify".into(),
             Kind::Terminal(t) => t.name.clone(),
             Kind::PidFd(_) => "pidfd".into(),
+            Kind::ProcFile(p) => p.path.display().to_string(),
             Kind::MessageQueue(q) => q.title(),
             Kind::UnixSocket(s) => s.label(),
             Kind::Outside(o) => o.name.clone(),

@@ -3,7 +3,7 @@
 
 use ckpt_tracer::capabilities::Use;
 
-use super::{Description, Kind, Owner, changed, epoll, fifo, pidfd, pipe};
+use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe};
 use crate::error::Obstacle;
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, sockets};
@@ -143,6 +143,7 @@ pub fn open_descriptions(
                 Err(o) => obstacles.push(*o),
             },
             Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
+            Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, request.files, plan),
             Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
             Kind::UnixSocket(_) => {}
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
@@ -151,6 +152,7 @@ pub fn open_descriptions(
             },
         }
     }
+    late::warn_of_shared(snapshot, plan);
     if obstacles.is_empty() {
         Ok(())
     } else {
@@ -208,7 +210,7 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         if let Kind::Epoll(set) = &description.kind {
-            let later = |d| pidfd::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
+            let later = |d| late::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
             set.rebuild_entries(at, staging, later, plan);
         }
         rebuild_status(description, at, plan);
@@ -269,7 +271,7 @@ fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
     }
     let wanted = description.flags & SETTABLE & !(libc::O_ASYNC as u32);
     let opened_with = match description.kind {
-        Kind::Regular(_) | Kind::Device(_) => wanted,
+        Kind::Regular(_) | Kind::Device(_) | Kind::ProcFile(_) => wanted,
         _ => 0,
     };
     if wanted != opened_with || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_)) {

@@ -2,7 +2,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
-use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::os::unix::fs::{DirEntryExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ckpt_tracer::capabilities::Use;
@@ -10,7 +10,9 @@ use ckpt_tracer::proc::fdinfo::LockLine;
 use ckpt_tracer::proc::silly::is_silly_name;
 use serde::{Deserialize, Serialize};
 
+use super::attributes::Attributes;
 use super::changed::{self, Written};
+use super::saved::{Saved, is_shared_memory};
 use super::{Kind, Look};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
@@ -30,20 +32,14 @@ pub struct Regular {
     pub offset: u64,
     /// Its contents in the image, where no name leads to it any more.
     pub contents: Option<SpaceId>,
-    /// Its contents in the image, as `--save-files` asked for.
+    /// What else it had, where no name leads to it any more.
+    #[serde(default)]
+    pub attributes: Option<Attributes>,
+    /// Its contents in the image, though it has a name.
     #[serde(default)]
     pub saved: Option<Saved>,
     /// Locks held through this description.
     pub locks: Vec<Lock>,
-}
-
-/// A named file that can be put back as it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Saved {
-    /// Its contents in the image.
-    pub space: SpaceId,
-    /// Its owner, and its owner's group.
-    pub owner: (u32, u32),
 }
 
 /// A file lock.
@@ -116,7 +112,7 @@ pub fn capture(
         locks.push(Lock::of(kind, lock));
     }
     let mut path = path.to_owned();
-    let mut contents = None;
+    let (mut contents, mut attributes) = (None, None);
     if deleted {
         match other_name(&file, &path) {
             // Another hard link still leads to it.
@@ -144,17 +140,24 @@ pub fn capture(
                         return refuse(reason, "close it before the checkpoint");
                     }
                 };
+                let read = readable(source, look);
+                attributes = read
+                    .ok()
+                    .and_then(|f| Some(Attributes::of(&f, &f.metadata().ok()?)));
             }
         }
     }
     let mut saved = None;
     let is_file = identity.mode & libc::S_IFMT == libc::S_IFREG;
-    if is_file && collector.save_files.wants(&path) && contents.is_none() {
+    let asked_for = collector.save_files.wants(&path);
+    let wanted = asked_for || (is_shared_memory(&path) && !look.is_path());
+    if is_file && wanted && contents.is_none() {
         saved = match contents_of(source, look, &identity, collector) {
             Ok(space) => Some(Saved {
                 space,
                 owner: (look.stat.st_uid, look.stat.st_gid),
             }),
+            Err(_) if !asked_for => None,
             Err(e) => {
                 let reason = format!("({}) cannot be read to be saved: {e}", path.display());
                 return refuse(reason, "make it readable, or leave it out of --save-files");
@@ -166,6 +169,7 @@ pub fn capture(
         identity,
         offset: look.info.pos,
         contents,
+        attributes,
         saved,
         locks,
     })
@@ -197,7 +201,17 @@ fn contents_of(
 
 /// A descriptor of ours that reads the file: the job's may be write-only.
 fn readable(source: &Source, look: &Look) -> std::io::Result<File> {
-    File::open(source.dir.join(format!("fd/{}", look.fd)))
+    open_quietly(&source.dir.join(format!("fd/{}", look.fd)))
+}
+
+/// Opens a file to read it, where permitted so that its time of access stays what it is.
+///
+/// # Errors
+/// Those of open(2).
+pub fn open_quietly(path: &Path) -> std::io::Result<File> {
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NOATIME);
+    options.open(path).or_else(|_| File::open(path))
 }
 
 /// How many names are looked at for that of a file that has another one.

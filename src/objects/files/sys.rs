@@ -50,7 +50,7 @@ pub fn is_terminal(fd: &OwnedFd) -> bool {
 }
 
 /// A fcntl without a pointer; `None` when it fails.
-pub fn fcntl(fd: &OwnedFd, command: i32) -> Option<i32> {
+pub fn fcntl(fd: &impl AsRawFd, command: i32) -> Option<i32> {
     // SAFETY: only called with commands that take no argument.
     let r = unsafe { libc::fcntl(fd.as_raw_fd(), command) };
     (r >= 0).then_some(r)
@@ -210,8 +210,47 @@ pub fn pidfd_info(fd: i32, info: &mut [u8; 64]) -> Result<(), Errno> {
     Errno::result(r).map(drop)
 }
 
-/// A pidfd of a child of ours that has ended with this wait status and has been waited for.
-pub fn pidfd_of_nobody(status: i32, flags: u32) -> Result<OwnedFd, Errno> {
+/// What `open` answers of a child of ours, which has ended and has been waited for then. The child has the
+/// pid `wanted` if that is free and we may choose; `open` is told which.
+///
+/// # Errors
+/// Those of `open`, of clone3(2) and pipe(2).
+pub fn with_child<T>(
+    wanted: i32,
+    open: impl FnOnce(i32) -> std::io::Result<T>,
+) -> std::io::Result<T> {
+    let (wait, go) = pipe(4096)?;
+    // struct clone_args: exit_signal is the fifth word, set_tid and its size the ninth and tenth.
+    let mut args = [0u64; 11];
+    args[4] = libc::SIGCHLD as u64;
+    args[8] = &raw const wanted as u64;
+    args[9] = 1;
+    // SAFETY: the arguments live on; the child makes only system calls, and never returns from here.
+    let chosen = unsafe { libc::syscall(libc::SYS_clone3, args.as_ptr(), size_of_val(&args)) };
+    let pid = match chosen {
+        // SAFETY: as above.
+        -1 => unsafe { libc::fork() },
+        pid => pid as i32,
+    };
+    if pid == 0 {
+        // SAFETY: as above.
+        unsafe {
+            libc::close(go.as_raw_fd());
+            poll_forever(wait.as_raw_fd());
+            libc::_exit(0)
+        }
+    }
+    Errno::result(pid)?;
+    let opened = open(pid);
+    drop(go);
+    // SAFETY: the status is not asked for.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
+    opened
+}
+
+/// Pidfds of a child of ours that has ended with this wait status and has been waited for, one for each
+/// of the flags.
+pub fn pidfds_of_nobody(status: i32, flags: &[u32]) -> Result<Vec<OwnedFd>, Errno> {
     // The child waits for its end: where SIGCHLD is ignored its pid is free as soon as it ends.
     let (wait, go) = pipe(4096)?;
     // SAFETY: the child makes only system calls, and never returns from here.
@@ -225,14 +264,17 @@ pub fn pidfd_of_nobody(status: i32, flags: u32) -> Result<OwnedFd, Errno> {
         }
     }
     Errno::result(pid)?;
-    // SAFETY: a call without pointers; the child still runs, so the pid is its own.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) };
-    let fd = Errno::result(fd);
+    let open = |flags: &u32| {
+        // SAFETY: a call without pointers; the child still runs, so the pid is its own.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, *flags) };
+        // SAFETY: the kernel just gave us this descriptor.
+        Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    };
+    let fds = flags.iter().map(open).collect();
     drop(go);
     // SAFETY: the status is not asked for.
     unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
-    // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd? as i32) })
+    fds
 }
 
 /// Whether an epoll set watches that description under that number. It is asked by adding it, which the set

@@ -353,6 +353,16 @@ impl Attachment<'_> {
         all == self.segment.mapped_len()
     }
 
+    /// Bytes from the beginning of the segment to the end of the last mapping, which mremap(2) makes
+    /// reach beyond its end.
+    fn reach(&self) -> u64 {
+        let ends = self
+            .parts
+            .iter()
+            .map(|(m, offset)| offset + (m.end - m.start));
+        ends.fold(self.segment.mapped_len(), u64::max)
+    }
+
     fn object(&self) -> String {
         format!("{} at {:#x}", self.segment.title(), self.base)
     }
@@ -363,6 +373,12 @@ impl Attachment<'_> {
         let at = if self.is_whole() { self.base } else { aside };
         plan.expect(libc::SYS_shmat, &[id, at, flags], at, || self.object());
         if !self.is_whole() {
+            let (len, reach) = (self.segment.mapped_len(), self.reach());
+            if reach > len {
+                // Grown in place; the segment keeps its size.
+                let args = [aside, len, reach, 0];
+                plan.expect(libc::SYS_mremap, &args, aside, || self.object());
+            }
             for (mapping, offset) in &self.parts {
                 // An old length of 0 makes another view of shared pages (mremap(2)).
                 let how = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
@@ -370,11 +386,7 @@ impl Attachment<'_> {
                 let args = [aside + offset, 0, len, how, mapping.start];
                 plan.expect(libc::SYS_mremap, &args, mapping.start, || self.object());
             }
-            plan.syscall(
-                libc::SYS_munmap,
-                &[aside, self.segment.mapped_len()],
-                || self.object(),
-            );
+            plan.syscall(libc::SYS_munmap, &[aside, reach], || self.object());
         }
         let attached = libc::PROT_READ | if self.writable { libc::PROT_WRITE } else { 0 };
         for (mapping, _) in &self.parts {
@@ -401,11 +413,11 @@ impl Attachment<'_> {
 pub fn room(process: &Process, snapshot: &Snapshot) -> Option<(u64, u64)> {
     let partial = attachments(process, snapshot);
     let partial = partial.iter().filter(|a| !a.is_whole());
-    let attached = partial.map(|a| a.segment);
-    let unattached = unattached(snapshot);
+    let attached = partial.map(|a| (a.segment, a.reach()));
+    let unattached = unattached(snapshot).map(|s| (s, s.mapped_len()));
     attached
         .chain(unattached)
-        .map(|s| (s.mapped_len(), s.huge_page_size.max(4096)))
+        .map(|(s, len)| (len, s.huge_page_size.max(4096)))
         .reduce(|a, b| (a.0.max(b.0), a.1.max(b.1)))
 }
 

@@ -9,14 +9,15 @@ use std::path::{Path, PathBuf};
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use ckpt_tracer::proc::pagemap::{PageCategories, PageQuery, PagemapScanner};
 
+use super::contents::{Layout, add_views, contents_of, looked_at};
 use super::{
-    Backing, FileIdentity, KernelMapping, MappedFile, Mapping, MappingFlags, SharedMemory, join,
-    same_file, subtract,
+    Backing, FileIdentity, KernelMapping, MappedFile, Mapping, MappingFlags, SharedMemory,
+    same_file,
 };
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::ipc::sysv_shm;
-use crate::objects::{SpaceId, aio, files};
+use crate::objects::{aio, files};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
@@ -42,7 +43,8 @@ pub fn capture(
         if vma.name == VmaName::Vsyscall {
             continue;
         }
-        match backing(source, vma, vmas, collector) {
+        let all = Layout { vmas, guards };
+        match backing(source, vma, all, collector) {
             Ok(backing) => mappings.push(Mapping {
                 start: vma.start,
                 end: vma.end,
@@ -127,7 +129,7 @@ fn guards_in(vma: &Vma, guards: &[(u64, u64)]) -> Vec<(u64, u64)> {
 fn backing(
     source: &Source,
     vma: &Vma,
-    all: &[Vma],
+    all: Layout<'_>,
     collector: &mut Collector,
 ) -> Result<Backing, Box<Obstacle>> {
     let refuse = |what: &str, reason: &str, remedy: Option<&str>| {
@@ -184,7 +186,7 @@ fn backing(
             (true, false) => Ok(Backing::AnonymousHuge {
                 page_size: vma.kernel_page_size,
             }),
-            (true, true) if seen_twice(vma, all) => Err(refuse(
+            (true, true) if seen_twice(vma, all.vmas) => Err(refuse(
                 "is shared memory of huge pages that is mapped twice,",
                 "which is not supported",
                 None,
@@ -226,6 +228,7 @@ fn backing(
         ));
     }
     let file = mapped_file(source, vma, path, all, collector);
+    files::saved::save_mapped(source, vma, file, collector)?;
     Ok(if vma.shared {
         Backing::SharedFile {
             file,
@@ -255,72 +258,12 @@ fn is_memfd(path: &Path) -> bool {
     path.to_string_lossy().starts_with("/memfd:")
 }
 
-/// Ranges of memory in which the object with that inode is mapped: (offset, address, bytes).
-fn views(vma: &Vma, all: &[Vma], private: bool) -> Vec<(u64, u64, u64)> {
-    let mut views: Vec<_> = all
-        .iter()
-        .filter(|v| (v.dev, v.inode) == (vma.dev, vma.inode) && v.shared != private)
-        .map(|v| (v.offset, v.start, v.end - v.start))
-        .collect();
-    views.sort_unstable();
-    // Every offset once.
-    let mut done = 0;
-    views.retain_mut(|(offset, address, len)| {
-        let skip = done.max(*offset) - *offset;
-        if skip >= *len {
-            return false;
-        }
-        (*offset, *address, *len) = (*offset + skip, *address + skip, *len - skip);
-        done = *offset + *len;
-        true
-    });
-    views
-}
-
-/// The file behind a mapping, through `/proc/PID/map_files` (which wants
-/// CAP_CHECKPOINT_RESTORE), or its views in memory.
-fn contents_of(source: &Source, vma: &Vma, all: &[Vma], private: bool) -> (Contents, u64) {
-    let name = format!("map_files/{:x}-{:x}", vma.start, vma.end);
-    if let Ok(file) = File::open(source.dir.join(name))
-        && let Ok(meta) = file.metadata()
-    {
-        let size = meta.len();
-        return (Contents::File(file, size), size);
-    }
-    let views = views(vma, all, private);
-    let size = views.last().map_or(0, |(offset, _, len)| offset + len);
-    let of_it = |(offset, address, len)| (source.pid, offset, address, len);
-    (
-        Contents::Memory(views.into_iter().map(of_it).collect()),
-        size,
-    )
-}
-
-/// Where an object can only be read through mappings: what this process shows of it and no
-/// process before did.
-fn add_views(
-    space: SpaceId,
+fn shared_memory(
     source: &Source,
     vma: &Vma,
-    all: &[Vma],
+    all: Layout<'_>,
     collector: &mut Collector,
-) -> u64 {
-    let contents = collector.contents.iter_mut().find(|(s, _)| *s == space);
-    let Some((_, Contents::Memory(known))) = contents else {
-        return 0;
-    };
-    let mut end = 0;
-    for (offset, address, len) in views(vma, all, false) {
-        let shown = join(known.iter().map(|v| (v.1, v.1 + v.3)).collect());
-        for (from, to) in subtract(&[(offset, offset + len)], &shown) {
-            known.push((source.pid, from, address + (from - offset), to - from));
-        }
-        end = end.max(offset + len);
-    }
-    end
-}
-
-fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> Backing {
+) -> Backing {
     let known = collector
         .shared_memory
         .iter()
@@ -340,9 +283,12 @@ fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
             size,
             inode: vma.inode,
             huge_page_size: if hugetlb { vma.kernel_page_size } else { 0 },
+            reach: 0,
         });
         collector.shared_memory.len() - 1
     });
+    let reach = &mut collector.shared_memory[object].reach;
+    *reach = (vma.offset + vma.len()).max(*reach);
     Backing::SharedMemory {
         object,
         offset: vma.offset,
@@ -351,40 +297,58 @@ fn shared_memory(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collec
 
 /// The description behind a mapped memfd: one that the job holds open, or, when its
 /// descriptors are all closed, one made for the purpose.
-fn memfd_mapping(source: &Source, vma: &Vma, all: &[Vma], collector: &mut Collector) -> usize {
+fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Collector) -> usize {
     let open = collector.descriptions.iter().position(|d| {
         matches!(&d.kind, files::Kind::MemFd(m) if m.inode == vma.inode)
             && (!vma.shared || !vma.flags.contains(VmFlags::MAY_WRITE) || d.flags & 3 == 2)
     });
+    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
+        files::Kind::MemFd(m) if m.inode == vma.inode => Some(m.clone()),
+        _ => None,
+    });
     open.unwrap_or_else(|| {
-        let (contents, size) = contents_of(source, vma, all, !vma.shared);
-        let name = match &vma.name {
-            VmaName::File { path, .. } => path
-                .as_os_str()
-                .as_bytes()
-                .strip_prefix(b"/memfd:")
-                .unwrap_or_default()
-                .to_vec(),
-            _ => Vec::new(),
-        };
-        let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
-        let contents = collector.space_for(contents);
+        // One file, though no descriptor of it leads to such a mapping.
+        let memfd = known.unwrap_or_else(|| closed_memfd(source, vma, all, collector));
+        let writes = !vma.shared || vma.flags.contains(VmFlags::MAY_WRITE);
+        let access = if writes { libc::O_RDWR } else { libc::O_RDONLY };
         collector.descriptions.push(files::Description {
-            kind: files::Kind::MemFd(files::memfd::MemFd {
-                name,
-                inode: vma.inode,
-                size,
-                mode: 0o777,
-                seals: 0,
-                offset: 0,
-                huge_page_size: if hugetlb { vma.kernel_page_size } else { 0 },
-                contents,
-            }),
-            flags: libc::O_RDWR as u32,
+            kind: files::Kind::MemFd(files::memfd::MemFd { offset: 0, ..memfd }),
+            flags: access as u32,
             owner: None,
         });
         collector.descriptions.len() - 1
     })
+}
+
+/// A memfd that is only mapped.
+fn closed_memfd(
+    source: &Source,
+    vma: &Vma,
+    all: Layout<'_>,
+    collector: &mut Collector,
+) -> files::memfd::MemFd {
+    let (contents, size) = contents_of(source, vma, all, !vma.shared);
+    let name = match &vma.name {
+        VmaName::File { path, .. } => path.as_os_str().as_bytes().strip_prefix(b"/memfd:"),
+        _ => None,
+    };
+    let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
+    let (meta, attributes) = looked_at(&contents).unzip();
+    let seals = match &contents {
+        Contents::File(file, _) => files::sys::fcntl(file, libc::F_GET_SEALS),
+        _ => None,
+    };
+    files::memfd::MemFd {
+        name: name.unwrap_or_default().to_vec(),
+        inode: vma.inode,
+        size,
+        mode: meta.map_or(0o777, |meta| meta.mode() & 0o7777),
+        seals: seals.unwrap_or(0) as u32,
+        offset: 0,
+        huge_page_size: if hugetlb { vma.kernel_page_size } else { 0 },
+        contents: collector.space_for(contents),
+        attributes,
+    }
 }
 
 /// The file behind a mapping, if a descriptor leads to it.
@@ -408,7 +372,7 @@ fn mapped_file(
     source: &Source,
     vma: &Vma,
     path: &Path,
-    all: &[Vma],
+    all: Layout<'_>,
     collector: &mut Collector,
 ) -> usize {
     let deleted = matches!(vma.name, VmaName::File { deleted: true, .. });
@@ -419,6 +383,8 @@ fn mapped_file(
                 path: path.to_owned(),
                 identity,
                 contents: None,
+                attributes: None,
+                saved: None,
             };
         }
         // One that is open as well must stay one file with what its descriptors lead to.
@@ -427,6 +393,8 @@ fn mapped_file(
                 path: open.path.clone(),
                 identity: open.identity.clone(),
                 contents: open.contents,
+                attributes: open.attributes.clone(),
+                saved: open.saved,
             };
         }
         // It lost the name that it was opened by, and has another one: sem_open(3) makes a semaphore
@@ -436,18 +404,19 @@ fn mapped_file(
                 path,
                 identity: FileIdentity::of(&meta),
                 contents: None,
+                attributes: None,
+                saved: None,
             };
         }
         // No name leads to it any more: it goes into the image as a whole.
         // A shared view shows the file itself, a private one possibly the process's own pages.
         let shared = all
+            .vmas
             .iter()
             .any(|v| v.shared && (v.dev, v.inode) == (vma.dev, vma.inode));
         let (contents, size) = contents_of(source, vma, all, !shared);
-        let identity = match &contents {
-            Contents::File(file, _) => file.metadata().ok().map(|m| FileIdentity::of(&m)),
-            Contents::Memory(_) | Contents::Segment(..) => None,
-        };
+        let (meta, attributes) = looked_at(&contents).unzip();
+        let identity = meta.map(|meta| FileIdentity::of(&meta));
         let identity = identity.unwrap_or(FileIdentity {
             device: vma.dev,
             inode: vma.inode,
@@ -462,6 +431,8 @@ fn mapped_file(
             path: path.to_owned(),
             identity,
             contents,
+            attributes,
+            saved: None,
         }
     })
 }
@@ -514,6 +485,8 @@ fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Resul
             path: path.clone(),
             identity: FileIdentity::of(&meta),
             contents: (!exists).then(|| collector.space_for(Contents::File(file, meta.len()))),
+            attributes: None,
+            saved: None,
         }),
     )
 }

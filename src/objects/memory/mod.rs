@@ -6,8 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::SpaceId;
 use super::aio::Ring;
+use super::files::attributes::Attributes;
+use super::files::saved::Saved;
 
 mod capture;
+mod contents;
 mod file;
 mod inherit;
 mod rebuild;
@@ -158,6 +161,19 @@ pub struct MappedFile {
     pub identity: FileIdentity,
     /// Its whole contents in the image, where no name leads to it any more.
     pub contents: Option<SpaceId>,
+    /// What else it had, where no name leads to it any more.
+    #[serde(default)]
+    pub attributes: Option<Attributes>,
+    /// Its contents in the image, though it has a name.
+    #[serde(default)]
+    pub saved: Option<Saved>,
+}
+
+impl MappedFile {
+    /// Its contents in the image.
+    pub fn stored(&self) -> Option<SpaceId> {
+        self.contents.or(self.saved.map(|saved| saved.space))
+    }
 }
 
 /// What tells one file's contents from another's.
@@ -191,4 +207,8 @@ pub struct SharedMemory {
     pub inode: u64,
     /// Page size of hugetlb memory, 0 for ordinary pages.
     pub huge_page_size: u64,
+    /// Bytes from its beginning to the end of its last mapping: mremap(2) makes mappings that reach
+    /// beyond the end of the object, where any access is a SIGBUS.
+    #[serde(default)]
+    pub reach: u64,
 }

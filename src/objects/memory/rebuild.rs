@@ -280,15 +280,28 @@ fn map_shared(snapshot: &Snapshot, shared_at: &SharedAt, plan: &mut Builder) {
             flags |= libc::MAP_NORESERVE;
         }
         let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        let args = [*at, object.mapped_len(), prot, flags as u64, u64::MAX, 0];
+        let (len, staged) = (object.mapped_len(), object.staged_len());
+        let args = [*at, len, prot, flags as u64, u64::MAX, 0];
         plan.expect(libc::SYS_mmap, &args, *at, || "shared memory".into());
+        if staged > len {
+            // Grown in place; the object keeps its size.
+            plan.expect(libc::SYS_mremap, &[*at, len, staged, 0], *at, || {
+                "shared memory beyond its end".into()
+            });
+        }
     }
 }
 
 impl SharedMemory {
-    /// Bytes to map, whole pages.
+    /// Bytes of the object, whole pages.
     pub fn mapped_len(&self) -> u64 {
-        self.size.next_multiple_of(self.huge_page_size.max(4096))
+        let page = self.huge_page_size.max(4096);
+        self.size.checked_next_multiple_of(page).unwrap_or(u64::MAX)
+    }
+
+    /// Bytes to map so that every mapping of it is a part of that.
+    pub fn staged_len(&self) -> u64 {
+        self.mapped_len().max(self.reach)
     }
 }
 
@@ -387,7 +400,7 @@ pub fn finish(
 ) {
     for (object, at) in snapshot.shared_memory.iter().zip(shared_at) {
         let Some(at) = at else { continue };
-        plan.syscall(libc::SYS_munmap, &[*at, object.mapped_len()], || {
+        plan.syscall(libc::SYS_munmap, &[*at, object.staged_len()], || {
             "shared memory".into()
         });
     }

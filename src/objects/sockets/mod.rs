@@ -21,7 +21,7 @@ mod transfer;
 pub mod unix;
 
 use crate::error::Obstacle;
-use crate::objects::files::{Description, Kind};
+use crate::objects::files::{Description, Kind, late};
 use survey::{Survey, Verdict};
 
 /// Whether a descriptor of ours is for a unix domain socket.
@@ -62,10 +62,19 @@ pub fn is_held(status: &ckpt_tracer::proc::status::Status) -> bool {
 
 /// A file that only an unread message holds: none whose state is told through a process that has
 /// it open.
-pub fn may_be_in_flight(kind: Result<Kind, Box<Obstacle>>) -> Result<Kind, Box<Obstacle>> {
+pub fn may_be_in_flight(
+    kind: Result<Kind, Box<Obstacle>>,
+    first: Option<i32>,
+) -> Result<Kind, Box<Obstacle>> {
     let what = match kind {
         Ok(Kind::Epoll(_)) => "an epoll set".to_owned(),
         Ok(Kind::Outside(outside)) => outside.name,
+        Ok(kind) if late::must_wait(&kind, first) => {
+            format!(
+                "{}, which can be opened only when all processes are there",
+                kind.label()
+            )
+        }
         Ok(other) => return Ok(other),
         Err(obstacle) => {
             return Err(Box::new(Obstacle {
