@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
-use crate::common::fixture::killed;
+use crate::common::fixture::{killed, start_in};
 use crate::common::refused::restore_is_refused;
 use crate::common::tool::leftovers;
 use crate::common::{
@@ -117,7 +118,8 @@ fn a_mapped_file_is_saved() {
         target.continued_by(restored(case, &image, &["--put-files"]));
         target.passes();
         // Libraries are mapped as well, and not the job's to write.
-        let target = fixture(case, "counter");
+        let counter = Command::new(case.fixtures().join("counter"));
+        let target = start_in(case, "counter", "run-counter", counter);
         let out = ckpt(
             case,
             [
