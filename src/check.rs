@@ -291,6 +291,7 @@ fn refuse(source: &Source, reason: String, remedy: Option<&str>, collector: &mut
         reason,
         remedy: remedy.map(str::to_owned),
         passing: false,
+        by_option: false,
     });
 }
 

@@ -22,6 +22,10 @@ pub struct Obstacle {
     /// It goes by itself, as a rule soon: an attempt is made again before it is told.
     #[serde(skip)]
     pub passing: bool,
+    /// An option of `restore` settles it: it depends on how a restore is asked for, not on whether
+    /// one can be made.
+    #[serde(skip)]
+    pub by_option: bool,
 }
 
 impl Obstacle {
@@ -36,6 +40,7 @@ impl Obstacle {
             reason: reason.into(),
             remedy: Some(remedy.into()),
             passing: false,
+            by_option: false,
         }
     }
 
@@ -47,6 +52,14 @@ impl Obstacle {
         }
     }
 
+    /// The same, as one that an option of `restore` settles.
+    pub fn by_option(self) -> Self {
+        Self {
+            by_option: true,
+            ..self
+        }
+    }
+
     /// An obstacle that nothing can be done about.
     pub fn without_remedy(object: impl Into<String>, reason: impl Into<String>) -> Self {
         Self {
@@ -54,6 +67,7 @@ impl Obstacle {
             reason: reason.into(),
             remedy: None,
             passing: false,
+            by_option: false,
         }
     }
 }
@@ -74,6 +88,13 @@ pub enum Error {
     /// It cannot be done, for these reasons; nothing was changed.
     #[error("{}", join(.0))]
     Refused(Vec<Obstacle>),
+    /// The job was not ended, since these would stand in the way of its restore.
+    #[error(
+        "{}\nthe job goes on and no image is left: it could not be restored from it; --no-check leaves \
+         this check out",
+        join(.0)
+    )]
+    NotRestorable(Vec<Obstacle>),
     /// Working in the live process failed.
     #[error(transparent)]
     Tracer(#[from] ckpt_tracer::Error),

@@ -18,6 +18,7 @@ pub mod job;
 pub mod objects;
 pub mod outsiders;
 pub mod progress;
+pub mod rehearse;
 pub mod restore;
 pub mod snapshot;
 pub mod supervise;

@@ -133,6 +133,7 @@ restore
     restore_spawned restore_mapped restore_filled restore_threads restore_release;
 elsewhere
     lending // in tests/containers.rs
+    check   // in tests/kill.rs
 }
 
 fn at(module: &str, step: &str, body: impl FnOnce(&Case, &str)) {

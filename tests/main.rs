@@ -19,6 +19,7 @@ mod ids;
 mod init;
 mod ipc;
 mod jobs;
+mod kill;
 mod leaks;
 mod machine;
 mod paths;

@@ -103,6 +103,67 @@ fn pid_is_taken(case: &Case) {
     assert_nobody_left();
 }
 
+/// The root has ended, and a process that it has started after the checkpoint is left in its session.
+fn pid_is_a_session(case: &Case) {
+    let line = "(while [ ! -e go ]; do sleep 0.01; done; exec sleep 1000) & echo $! > member; exec sleep 1001";
+    let mut command = Command::new("setsid");
+    command.args(["--fork", "sh", "-c", line]).current_dir(case.dir());
+    start(&mut command, &case.path("job.log")).wait();
+    let member = until("the job", || {
+        let text = fs::read_to_string(case.path("member")).ok()?;
+        text.trim().parse::<i32>().ok()
+    });
+    let pid: i32 = status_field(member, "PPid").unwrap().parse().unwrap();
+    until("the program", || {
+        (status_field(pid, "Name")? == "sleep").then_some(())
+    });
+    let (image, _) = attach(case, pid, "job.ckpt", &[]);
+    // Only the root is killed; the other one goes on.
+    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it lives");
+    common::job::reap_orphans(&[pid]);
+    fs::write(case.path("go"), "").expect("the directory is writable");
+    let session = format!("pid {pid}");
+    let words = [&session, "session", "(s", "--pids namespace"];
+    ckpt(case, ["check", "job.ckpt"]).ok();
+    run(case, &mut restore_cmd(&image, &["--pids", "keep"])).refused(FAILED, &words);
+    let job = restored_in_front(case, &image, &[]);
+    let said = fs::read_to_string(case.path("restore.log")).expect("it was written");
+    assert!(said.contains("session") && said.contains("pid namespace"), "{said}");
+    assert_eq!(status_field(job.pid, "NSpid").map(last), Some(pid));
+    job.kill();
+    kill(Pid::from_raw(member), Signal::SIGKILL).expect("it lives");
+}
+
+#[test]
+fn taken_as_a_session() {
+    isolated("taken_as_a_session", pid_is_a_session);
+}
+
+#[test]
+fn taken_as_a_session_of_an_ordinary_user() {
+    isolated_as_user("taken_as_a_session_of_an_ordinary_user", pid_is_a_session);
+}
+
+/// A restore right after the job's end awaits that its parent has waited for it, and else tells.
+#[test]
+fn not_waited_for() {
+    isolated("not_waited_for", |case| {
+        let mut job = started(case);
+        let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+        let others = common::tool::descendants_in(case, &image);
+        let keep = run(case, &mut restore_cmd(&image, &["--pids", "keep"]));
+        let pid = format!("pid {}", job.pid);
+        keep.refused(FAILED, &[&pid, "its parent 1 has not waited for"]);
+        let mut restore = start(&mut restore_cmd(&image, &["--detach"]), &case.path("r.log"));
+        until("its end", || job.ended());
+        common::job::reap_orphans(&others);
+        assert_eq!(until("the restore", || restore.ended()), Ended::Exited(0));
+        assert_eq!(status_field(job.pid, "Name").as_deref(), Some("bash"));
+        counts(case);
+        Job::of(job.pid).kill();
+    });
+}
+
 fn last(numbers: String) -> i32 {
     let last = numbers
         .split_whitespace()

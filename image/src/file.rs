@@ -57,6 +57,7 @@ impl ImageFile {
             temporary.push(format!("{}.{random:016x}", std::process::id()));
             let temporary = directory.join(temporary);
             let file = OpenOptions::new()
+                .read(true)
                 .write(true)
                 .create_new(true)
                 .mode(0o600)
@@ -79,6 +80,11 @@ impl ImageFile {
                 });
             }
         }
+    }
+
+    /// The open file, also for reading what was written.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// The final name.

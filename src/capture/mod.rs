@@ -6,11 +6,13 @@
 //! 4. Thaw (or not, see [`After`]).
 //! 5. The metadata is written and the image is committed.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ckpt_image::{Codec, ImageFile, Writer, WriterOptions};
+use ckpt_image::{Codec, Header, ImageFile, Writer, WriterOptions};
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::kcmp;
 use ckpt_tracer::proc::maps::Vma;
@@ -19,6 +21,8 @@ use ckpt_tracer::proc::status::{read_status, read_task};
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::remote::leave_stale_cave;
 use ckpt_tracer::{Pid, Tid};
+
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::guard::door::Door;
@@ -30,6 +34,7 @@ use crate::objects::seccomp::surroundings::Surroundings;
 use crate::objects::{Snapshot, SpaceId, aio, ipc, zombie};
 use crate::outsiders::process_name;
 use crate::progress::Progress;
+use crate::rehearse::Prover;
 use crate::restore::births;
 use crate::snapshot;
 
@@ -80,6 +85,8 @@ pub struct Request<'a> {
     pub save_files: SaveFiles,
     /// Programs, libraries and files that the job only reads go into the image as well.
     pub bundle: bool,
+    /// Looks at the image before the job is ended or left stopped.
+    pub prover: Option<&'a Prover>,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -90,6 +97,20 @@ impl Request<'_> {
         let mut roots = vec![self.pid];
         roots.extend(&self.adopted);
         roots
+    }
+
+    /// Nothing stands in the way of a restore from that image but what an option of `restore` settles,
+    /// which is told.
+    fn prove(&self, image: &File, name: &Path) -> Result<Vec<String>> {
+        let Some(prover) = self.prover else {
+            return Ok(Vec::new());
+        };
+        let found = prover.obstacles(image, name)?;
+        let (told, obstacles): (Vec<_>, Vec<_>) = found.into_iter().partition(|o| o.by_option);
+        match obstacles.is_empty() {
+            true => Ok(told.iter().map(|o| format!("at the restore: {o}")).collect()),
+            false => Err(Error::NotRestorable(obstacles)),
+        }
     }
 }
 
@@ -124,12 +145,16 @@ pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
     refuse_obstacles(&request.roots())?;
     let file = ImageFile::create(path)?;
     let commit = |file: ImageFile| {
+        let told = request.prove(file.file(), path)?;
         fault::hit(Step::BeforeSync)?;
         file.sync()?;
         fault::hit(Step::BeforeRename)?;
-        Ok(file.commit()?)
+        file.commit()?;
+        Ok(told)
     };
-    let report = checkpoint(request, begun, file, commit).map_err(|error| named(error, path))?;
+    let complete = |_: &Snapshot, _: &Header| Ok(Vec::new());
+    let report = checkpoint(request, begun, file, complete, commit);
+    let report = report.map_err(|error| named(error, path))?;
     Ok(Report {
         path: Some(path.to_owned()),
         ..report
@@ -149,17 +174,41 @@ fn named(error: Error, path: &Path) -> Error {
 }
 
 /// Checkpoints into a stream. With [`After::Stop`] and [`After::Kill`] "complete" means that
-/// everything was written without error.
+/// everything was written without error, and what is looked at before is an image without pages: if
+/// something stands in the way of its restore, the stream ends before it is an image.
 pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Result<Report> {
     let begun = Instant::now();
     refuse_obstacles(&request.roots())?;
-    checkpoint(request, begun, sink, |mut sink| {
-        sink.flush().map_err(|source| Error::File {
+    let complete = |snapshot: &Snapshot, header: &Header| match request.prover {
+        Some(_) => request.prove(&without_pages(snapshot, header)?, Path::new("(stream)")),
+        None => Ok(Vec::new()),
+    };
+    checkpoint(request, begun, sink, complete, |mut sink| {
+        let flushed = sink.flush().map_err(|source| Error::File {
             what: "write",
             path: "the image to the pipe".into(),
             source,
-        })
+        });
+        flushed.map(|()| Vec::new())
     })
+}
+
+/// An image of a snapshot as it is planned from: nothing of that looks at pages.
+fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File> {
+    let failed = |source| Error::File {
+        what: "write",
+        path: "the image in memory".into(),
+        source,
+    };
+    let file = nix::sys::memfd::memfd_create("ckpt-check", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let file = File::from(file.map_err(|e| failed(e.into()))?);
+    let mut writer = Writer::new(file, header, WriterOptions::default())?;
+    writer.section(
+        snapshot::SECTION,
+        snapshot::VERSION,
+        &snapshot::encode(snapshot),
+    )?;
+    Ok(writer.finish()?.0)
 }
 
 fn refuse_obstacles(roots: &[Pid]) -> Result<()> {
@@ -177,11 +226,14 @@ fn refuse_obstacles(roots: &[Pid]) -> Result<()> {
     }
 }
 
+/// `complete` is called with the snapshot before it is written, `commit` with the whole image; both
+/// answer what the user should know.
 fn checkpoint<W: Write + Send + 'static>(
     request: &Request<'_>,
     begun: Instant,
     sink: W,
-    commit: impl FnOnce(W) -> Result<()>,
+    complete: impl FnOnce(&Snapshot, &Header) -> Result<Vec<String>>,
+    commit: impl FnOnce(W) -> Result<Vec<String>>,
 ) -> Result<Report> {
     host::raise_descriptor_limit();
     let header = host::image_header(&Source::open(request.pid)?)?;
@@ -241,13 +293,15 @@ fn checkpoint<W: Write + Send + 'static>(
         memory_bytes += sink.finish()?;
         request.progress.end();
     }
+    let mut warnings = captured.warnings;
+    warnings.extend(complete(&snapshot, &header)?);
     writer.section(
         snapshot::SECTION,
         snapshot::VERSION,
         &snapshot::encode(&snapshot),
     )?;
     let (sink, summary) = writer.finish()?;
-    commit(sink)?;
+    warnings.extend(commit(sink)?);
     if let Some(frozen) = held {
         match request.after {
             After::Kill if request.pid.raw() == 1 => frozen.end_with_us()?,
@@ -266,7 +320,7 @@ fn checkpoint<W: Write + Send + 'static>(
         total: begun.elapsed(),
         paused: paused_before + paused,
         path: None,
-        warnings: captured.warnings,
+        warnings,
     })
 }
 
@@ -311,7 +365,20 @@ fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
             Err(e) => return Err(e.into()),
         }
     }
-    frozen.thaw()
+    frozen.thaw()?;
+    await_end(sources);
+    Ok(())
+}
+
+/// A process that was killed has its pid, its names and its memory until the kernel has taken it apart.
+/// A restore that comes at once shall find them free. It awaits itself what takes longer.
+fn await_end(sources: &[Source]) {
+    let give_up = Instant::now() + Duration::from_secs(10);
+    for source in sources {
+        let left = give_up.saturating_duration_since(Instant::now());
+        let mut ended = [PollFd::new(source.pidfd.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut ended, left.as_millis() as u16);
+    }
 }
 
 /// Processes of our pid namespace whose parents are outside of it, but for ourselves and those that

@@ -21,6 +21,7 @@ use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
 use crate::guard::{self, door::Door};
 use crate::isolate::{self, Visited};
+use crate::rehearse::Prover;
 use crate::job::Family;
 use crate::{Error, Obstacle, outsiders};
 
@@ -34,12 +35,15 @@ pub struct Attach {
     /// Where the image goes; `-` is standard output. Without it the image is named after the process, NAME.PID.ckpt, in the current directory.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// End the process once the image is complete and safe on disk.
+    /// End the process once the image is complete and safe on disk, and nothing stands in the way of a restore here.
     #[arg(long, conflicts_with = "stop")]
     kill: bool,
     /// Leave the process stopped, as by SIGSTOP, once the image is complete; `kill -CONT PID` lets it go on.
     #[arg(long)]
     stop: bool,
+    /// With --kill or --stop: do not look first whether the job can be restored here from its image.
+    #[arg(long)]
+    no_check: bool,
     /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
     codec: Codec,
@@ -139,18 +143,27 @@ impl fmt::Display for Figures<'_> {
 }
 
 pub(crate) fn run(args: &Attach) -> Outcome {
-    // It is where we are now, and cannot be seen from inside a namespace.
+    // They are where we are now, which cannot be seen from inside a namespace.
     let door = Door::of(Pid(args.pid))?;
+    let prover = match (args.kill || args.stop) && !args.no_check {
+        true => Some(Prover::start(Pid(args.pid), args.adopted_by.map(Pid))?),
+        false => None,
+    };
     Ok(isolate::visit(Pid(args.pid), |visited| {
         let outcome = match visited {
-            Ok(visited) => attach(args, visited, door),
+            Ok(visited) => attach(args, visited, door, prover.as_ref()),
             Err(error) => Err(error.into()),
         };
         exit::report(Role::Tool, outcome)
     })?)
 }
 
-fn attach(args: &Attach, visited: &Visited, door: Option<Door>) -> Outcome {
+fn attach(
+    args: &Attach,
+    visited: &Visited,
+    door: Option<Door>,
+    prover: Option<&Prover>,
+) -> Outcome {
     let to_stdout = args.output.as_deref() == Some(Path::new("-"));
     if to_stdout && stdout().is_terminal() {
         let text =
@@ -185,6 +198,7 @@ fn attach(args: &Attach, visited: &Visited, door: Option<Door>) -> Outcome {
         },
         save_files: SaveFiles::new(args.save_files.clone()),
         bundle: args.bundle,
+        prover,
         progress: &*progress,
     };
     let shared = shared(args, &request);

@@ -7,7 +7,6 @@ use clap::{Args, ValueEnum};
 
 use super::exit::Failure;
 use crate::progress::Progress;
-use crate::restore::clock::ClockPolicy;
 use crate::restore::paths::Mapping;
 use crate::restore::put::PutFiles;
 use crate::restore::{FilesPolicy, Request};
@@ -59,7 +58,6 @@ impl Places {
         progress: &'a dyn Progress,
     ) -> Result<Request<'a>, Failure> {
         Ok(Request {
-            image,
             files: match self.files {
                 Files::Strict => FilesPolicy::Strict,
                 Files::Adopt => FilesPolicy::Adopt,
@@ -71,12 +69,8 @@ impl Places {
                 (true, false) => PutFiles::UnlessNewer,
                 (true, true) => PutFiles::Overwrite,
             },
-            clock: ClockPolicy::default(),
             fds: self.descriptors()?,
-            any_owner: false,
-            stopped: false,
-            foreground: true,
-            progress,
+            ..Request::plain(image, progress)
         })
     }
 

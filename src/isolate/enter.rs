@@ -218,14 +218,17 @@ fn ours(pid: Pid) -> Obstacle {
     )
 }
 
+/// Whether a process has the name of the first one of a namespace of our making.
+pub(crate) fn is_init(pid: Pid) -> bool {
+    tasks::comm(pid).is_ok_and(|name| name.0 == init::NAME.to_bytes())
+}
+
 /// Whether the process is the root of a job whose parent is the first process of a namespace of
 /// our making: its eldest child. The others are orphans of the job.
 fn is_root(parent: Pid, pid: Pid) -> bool {
-    let name = tasks::comm(parent);
     let begun = |pid: &Pid| read_stat(*pid).map_or(u64::MAX, |stat| stat.starttime);
     let children = || tasks::children(&ProcRoot::default(), parent).unwrap_or_default();
-    name.is_ok_and(|name| name.0 == init::NAME.to_bytes())
-        && children().iter().min_by_key(|child| begun(child)) == Some(&pid)
+    is_init(parent) && children().iter().min_by_key(|child| begun(child)) == Some(&pid)
 }
 
 /// The user namespace first, which gives the right to enter the others.

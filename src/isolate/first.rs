@@ -69,13 +69,13 @@ impl First {
     }
 
     fn send(&mut self, order: &Order, fds: &[RawFd]) -> io::Result<Option<String>> {
-        tell(&mut self.0, order)?;
+        tell(&mut *self.0, order)?;
         for some in fds.chunks(rights::MOST) {
             rights::send(&self.0, some)?;
             // The kernel counts those on their way.
             self.0.read_exact(&mut [0])?;
         }
-        hear(&mut self.0)
+        hear(&mut *self.0)
     }
 
     /// A byte lets it go on.

@@ -54,7 +54,7 @@ pub struct Link(UnixStream);
 const LARGEST: usize = 1 << 24;
 
 /// Sends one thing.
-pub(super) fn tell(stream: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {
+pub(crate) fn tell(stream: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
     let mut body = Vec::new();
     ciborium::into_writer(what, &mut body).map_err(io::Error::other)?;
     let mut frame = (body.len() as u32).to_le_bytes().to_vec();
@@ -63,7 +63,7 @@ pub(super) fn tell(stream: &mut UnixStream, what: &impl Serialize) -> io::Result
 }
 
 /// Receives what was sent; waits for it.
-pub(super) fn hear<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
+pub(crate) fn hear<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<T> {
     let mut len = [0; 4];
     stream.read_exact(&mut len)?;
     let len = u32::from_le_bytes(len) as usize;

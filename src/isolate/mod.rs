@@ -31,9 +31,13 @@ mod outside;
 mod rights;
 mod work;
 
+pub(crate) use enter::is_init;
 pub use enter::{Visited, visit};
 pub use first::First;
 pub use idmap::{Extent, IdMaps};
 pub use link::Link;
+pub(crate) use link::{hear, tell};
 pub use make::{Owner, Spec, start};
 pub use outside::{Init, Running};
+pub(crate) use rights::{receive as receive_descriptors, send as send_descriptors};
+pub(crate) use work::{die_with_parent, leave};

@@ -25,7 +25,7 @@ fn message(byte: &mut libc::iovec, control: &mut Control, len: usize) -> libc::m
 }
 
 /// Sends copies of at most [`MOST`].
-pub(super) fn send(socket: &UnixStream, fds: &[RawFd]) -> io::Result<()> {
+pub(crate) fn send(socket: &UnixStream, fds: &[RawFd]) -> io::Result<()> {
     assert!(!fds.is_empty() && fds.len() <= MOST);
     let mut byte = [0u8];
     let mut part = libc::iovec {
@@ -53,7 +53,7 @@ pub(super) fn send(socket: &UnixStream, fds: &[RawFd]) -> io::Result<()> {
 }
 
 /// The next that were sent.
-pub(super) fn receive(socket: &UnixStream) -> io::Result<Vec<OwnedFd>> {
+pub(crate) fn receive(socket: &UnixStream) -> io::Result<Vec<OwnedFd>> {
     let mut byte = [0u8];
     let mut part = libc::iovec {
         iov_base: byte.as_mut_ptr().cast(),

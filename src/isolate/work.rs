@@ -61,7 +61,7 @@ pub(super) fn mount(
 }
 
 /// Whether the kernel kills us when our parent ends.
-pub(super) fn die_with_parent(yes: bool) {
+pub(crate) fn die_with_parent(yes: bool) {
     let signal = if yes { libc::SIGKILL } else { 0 };
     // SAFETY: a call without pointers.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal, 0, 0, 0) };
@@ -120,7 +120,7 @@ pub(super) fn keep_capabilities() -> Result<(), Errno> {
 }
 
 /// Ends this process without what its parent has to do at its end.
-pub(super) fn leave(code: i32) -> ! {
+pub(crate) fn leave(code: i32) -> ! {
     // SAFETY: a call without pointers.
     unsafe { libc::_exit(code) }
 }

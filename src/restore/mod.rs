@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use ckpt_image::Reader;
 use ckpt_tracer::capabilities::Held;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
@@ -46,6 +47,7 @@ pub mod rights;
 pub mod spawn;
 pub mod stop;
 pub mod surroundings;
+mod taken;
 pub mod terminal;
 pub mod terminals;
 mod way;
@@ -78,6 +80,9 @@ pub struct Request<'a> {
     pub clock: clock::ClockPolicy,
     /// Descriptors that get another file than they had (`--fd N=PATH`).
     pub fds: BTreeMap<i32, PathBuf>,
+    /// Processes that have the job's state now and will have ended when it is restored: pids, names and
+    /// objects that they hold count as free. For questions before a job is ended, never for a restore.
+    pub leaving: Vec<Pid>,
     /// Whoever has the image is trusted, as only root may say.
     pub any_owner: bool,
     /// Leave the job stopped, for a debugger.
@@ -86,6 +91,25 @@ pub struct Request<'a> {
     pub foreground: bool,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
+}
+
+impl<'a> Request<'a> {
+    /// A restore without options of a job that goes on in the foreground.
+    pub fn plain(image: &'a Path, progress: &'a dyn Progress) -> Self {
+        Self {
+            image,
+            files: FilesPolicy::default(),
+            map_paths: Vec::new(),
+            put_files: PutFiles::No,
+            clock: clock::ClockPolicy::default(),
+            fds: BTreeMap::new(),
+            leaving: Vec::new(),
+            any_owner: false,
+            stopped: false,
+            foreground: true,
+            progress,
+        }
+    }
 }
 
 /// A restored job: its root is a child of the caller.
@@ -141,7 +165,18 @@ pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
 /// # Errors
 /// When the image cannot be read, or cannot be believed.
 pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
-    let mut opened = open(request)?;
+    obstacles_of(open(request)?)
+}
+
+/// The same of an image of our own that is open already.
+///
+/// # Errors
+/// As [`obstacles`].
+pub fn obstacles_in(image: Reader, request: &Request<'_>) -> Result<Vec<Obstacle>> {
+    obstacles_of(way::open_trusted(image, request)?)
+}
+
+fn obstacles_of(mut opened: Opened<'_>) -> Result<Vec<Obstacle>> {
     opened.decide_clocks()?;
     let pids = match opened.look_for_a_place() {
         Ok(obstacles) | Err(Error::Refused(obstacles)) => obstacles,
@@ -173,7 +208,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     let first = opened.first.take();
     let opened = &*opened;
     let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
-    let pids = pids::in_the_way(snapshot, &opened.kernel, first.as_ref());
+    let pids = pids::in_the_way(snapshot, &opened.kernel, first.as_ref(), &[]);
     let way::Way {
         job,
         inherit,
@@ -247,6 +282,7 @@ fn host_state(
         means,
         keyring: (another && keyrings_exist()).then_some((root.uid[0], root.gid[0])),
         rights,
+        leaving: false,
         scheduling: scheduling::capture(Tid(me.raw()), 0),
         held,
         credentials,

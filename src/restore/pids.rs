@@ -1,18 +1,16 @@
 //! Under which pids a job comes back: those that it had, here or in a pid namespace of its own.
 
 use std::collections::VecDeque;
-use std::path::Path;
-use std::time::{Duration, Instant};
 
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
-use ckpt_tracer::proc::tasks;
-use ckpt_tracer::{Pid, Tid};
+use ckpt_tracer::Pid;
 
 use super::births::{self, Birth, Births, Body, Origin};
 use super::next_pid::{self, Means};
+use super::taken::taken;
 use super::{Opened, ids};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
@@ -51,7 +49,7 @@ pub fn decide(opened: &Opened<'_>, wanted: Pids) -> Result<Place> {
     let why = match wanted {
         Pids::Keep => return Ok(Place::Here),
         Pids::Namespace => None,
-        Pids::Auto => match why_not_here(&opened.snapshot, &births) {
+        Pids::Auto => match why_not_here(&opened.snapshot, &births, &opened.request.leaving) {
             None => return Ok(Place::Here),
             // Whatever is in the way here is told by the restore here.
             _ if !may_have_namespace(opened) => return Ok(Place::Here),
@@ -70,7 +68,7 @@ pub(super) fn begins_with_the_first(snapshot: &Snapshot) -> bool {
     snapshot.processes.first().is_some_and(|root| root.pid == 1)
 }
 
-fn why_not_here(snapshot: &Snapshot, births: &[Births]) -> Option<String> {
+fn why_not_here(snapshot: &Snapshot, births: &[Births], leaving: &[Pid]) -> Option<String> {
     if begins_with_the_first(snapshot) {
         return Some("the job's root was the first process of a pid namespace".into());
     }
@@ -81,7 +79,7 @@ fn why_not_here(snapshot: &Snapshot, births: &[Births]) -> Option<String> {
     if Means::here(ids.len() > 1) == Means::Turns {
         return Some(format!("choosing pids takes {}", Use::ChoosePids));
     }
-    let taken = taken(&ids);
+    let taken = taken(&ids, leaving);
     let first = taken.first()?;
     Some(format!("{} {}", first.object, first.reason))
 }
@@ -235,35 +233,19 @@ pub fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
     ids
 }
 
-/// Ids that somebody else has. Those of processes that have just been killed are free
-/// when their parent has taken note, so that is waited for.
-fn taken(ids: &[i32]) -> Vec<Obstacle> {
-    const PATIENCE: Duration = Duration::from_secs(2);
-    let begun = Instant::now();
-    loop {
-        let exists = |id: &&i32| Path::new(&format!("/proc/{id}")).exists();
-        let taken: Vec<i32> = ids.iter().filter(exists).copied().collect();
-        // One that is gone by now has ended as well.
-        let ended = |id: &i32| read_status(Tid(*id)).map_or(true, |s| s.state.has_ended());
-        if taken.is_empty() || !taken.iter().all(ended) || begun.elapsed() > PATIENCE {
-            return taken.into_iter().map(pid_taken).collect();
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// What stands in the way of the job's ids among ours.
+/// What stands in the way of the job's ids among ours; those of processes that are `leaving` are free.
 pub(super) fn in_the_way(
     snapshot: &Snapshot,
     kernel: &KernelFeatures,
     first: Option<&First>,
+    leaving: &[Pid],
 ) -> Vec<Obstacle> {
     let Ok(births) = births::decide(snapshot) else {
         return Vec::new();
     };
     let ids = ids(snapshot, &births);
     let others: Vec<i32> = ids.iter().copied().filter(|id| *id != 1).collect();
-    let mut obstacles = taken(if first.is_some() { &others } else { &ids });
+    let mut obstacles = taken(if first.is_some() { &others } else { &ids }, leaving);
     if obstacles.is_empty() && Means::here(ids.len() > 1) == Means::Turns {
         // Who can have a namespace has no need to keep others waiting for ids.
         obstacles.extend(match kernel.pid_namespace {
@@ -317,35 +299,6 @@ pub(super) fn above_the_highest(pid: i32) -> Obstacle {
         format!("process {pid}"),
         "cannot get its old pid: it is above this system's kernel.pid_max",
         "raise that setting",
-    )
-}
-
-/// The obstacle that somebody else has the pid.
-pub(super) fn pid_taken(pid: i32) -> Obstacle {
-    let name = tasks::name_to_tell(Pid(pid));
-    let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
-    let who = if leader == pid {
-        format!("process {pid} ({name})")
-    } else {
-        format!("a thread of process {leader} ({name})")
-    };
-    // A zombie cannot be ended again; its parent has to take note of its end.
-    if let Ok(status) = read_status(Tid(pid))
-        && status.state.has_ended()
-    {
-        let parent = status.ppid;
-        return Obstacle::new(
-            format!("the pid {pid}"),
-            format!(
-                "is taken by {who}, which has ended but which its parent {parent} has not waited for"
-            ),
-            "let the parent wait for it or end the parent, or restore with --pids namespace",
-        );
-    }
-    Obstacle::new(
-        format!("the pid {pid}"),
-        format!("is taken by {who}"),
-        "end that one first, or restore with --pids namespace",
     )
 }
 

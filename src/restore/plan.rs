@@ -36,6 +36,8 @@ pub struct HostState {
     pub rights: Option<Rights>,
     /// Whose its session keyring becomes, if it shall not have ours.
     pub keyring: Option<(u32, u32)>,
+    /// The job lives: what it holds of names and objects is free when it is restored.
+    pub leaving: bool,
     /// What security modules say of us, and what they let a new process become.
     pub security: Surroundings,
 }

@@ -261,7 +261,7 @@ pub fn may_choose_pids(by_others: bool) -> bool {
 
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
     match errno {
-        Errno::EEXIST => Error::refuse(pids::pid_taken(pid)),
+        Errno::EEXIST => Error::refuse(super::taken::pid_taken(pid)),
         Errno::EPERM => Error::refuse(pids::not_permitted(pid, "")),
         Errno::EINVAL => Error::refuse(pids::above_the_highest(pid)),
         other => Error::Restore(format!("process {pid} cannot be created: {}", other.desc())),

@@ -20,7 +20,12 @@ pub const MISSING: &str =
     "put it back in its place, or say where it is now with --map-path OLD=NEW";
 
 /// Everything of the surroundings that stands in the way of a restore, open and mapped files aside.
-pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
+/// What a job that is `leaving` has of limited things, it leaves to its restore.
+pub fn in_the_way(
+    snapshot: &Snapshot,
+    kernel: &KernelFeatures,
+    leaving: bool,
+) -> Vec<Obstacle> {
     let mut obstacles: Vec<Obstacle> = programs(snapshot).collect();
     obstacles.extend(directories(snapshot, kernel));
     let missing = kernel_needs(snapshot)
@@ -33,7 +38,10 @@ pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle>
             .iter()
             .filter_map(|p| too_many_mappings(p, kernel)),
     );
-    obstacles.extend(aio::in_the_way(snapshot));
+    obstacles.extend(aio::in_the_way(snapshot, leaving));
+    if leaving {
+        return obstacles;
+    }
     let pools = huge_pages(snapshot);
     obstacles.extend(
         pools

@@ -127,13 +127,14 @@ impl Terminals {
             return Ok(Inherited::OwnTerminal(controlling, flags));
         }
         let fd = numbers.first().copied().unwrap_or_default();
-        Err(Box::new(Obstacle::new(
+        let obstacle = Obstacle::new(
             format!("fd {fd} of the job"),
             format!("was a terminal ({}), and restore has none", end.name),
             format!(
                 "run restore in a terminal, or with --detach, or say what it shall be with --fd {fd}=PATH"
             ),
-        )))
+        );
+        Err(Box::new(obstacle.by_option()))
     }
 }
 
@@ -143,4 +144,5 @@ fn too_many(terminal: &Terminal) -> Obstacle {
         "is the second one outside the job, which cannot be shown together with the first",
         "say what its descriptors shall be with --fd N=PATH",
     )
+    .by_option()
 }

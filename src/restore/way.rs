@@ -72,7 +72,8 @@ impl Opened<'_> {
     /// its pids there.
     pub(super) fn look_for_a_place(&mut self) -> Result<Vec<Obstacle>> {
         if let Place::Here = pids::decide(self, Pids::Auto)? {
-            return Ok(pids::in_the_way(&self.snapshot, &self.kernel, None));
+            let leaving = &self.request.leaving;
+            return Ok(pids::in_the_way(&self.snapshot, &self.kernel, None, leaving));
         }
         if let Some(owner) = pids::namespaces(self)?.owner {
             self.restored_by(&owner);
@@ -115,6 +116,15 @@ pub(super) struct Way<'a> {
 /// else is in the way is only noted.
 pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     let (image, owner) = open_own(request)?;
+    opened(image, owner, request)
+}
+
+/// The same of an image that we have just written, or made in memory.
+pub(super) fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
+    opened(image, nix::unistd::geteuid().as_raw(), request)
+}
+
+fn opened<'a>(image: Reader, owner: u32, request: &'a Request<'a>) -> Result<Opened<'a>> {
     let is_ours = owner == nix::unistd::geteuid().as_raw();
     image.require_arch(Arch::native())?;
     let mut snapshot = snapshot::read(&image, request.image)?;
@@ -197,10 +207,12 @@ fn open_own(request: &Request<'_>) -> Result<(Reader, u32)> {
 pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Way<'a>> {
     let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
     let mut obstacles = opened.obstacles.clone();
-    obstacles.extend(surroundings::in_the_way(snapshot, &opened.kernel));
+    let leaving = !request.leaving.is_empty();
+    obstacles.extend(surroundings::in_the_way(snapshot, &opened.kernel, leaving));
     let mut inherit = Vec::new();
     let means = pids::means(snapshot);
     let mut host = super::host_state(&opened.groups_there, means, snapshot, opened.is_ours)?;
+    host.leaving = leaving;
     host.security = security::Surroundings::of(snapshot, |c| spawn::may_become(c, means));
     let job = match Job::new(snapshot, image, request, host, &opened.vdso) {
         Ok(job) => Some(job),

@@ -60,6 +60,8 @@ steps! {
     RestoreThreads = "restore-threads",
     /// Restore: registers are set, nothing is released.
     RestoreRelease = "restore-release",
+    /// With `--kill` and `--stop`: the image is about to be looked at.
+    Check = "check",
     /// Where descriptors cannot be copied: the process has the marks on it with which it lends them.
     Lending = "lending",
 }

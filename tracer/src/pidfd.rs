@@ -1,7 +1,7 @@
 //! Processes by handle, and copies of their descriptors.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
@@ -72,6 +72,12 @@ impl PidFd {
         Errno::result(r)
             .map(drop)
             .map_err(|errno| Error::from_errno("pidfd_send_signal", self.pid.leader(), errno))
+    }
+}
+
+impl AsFd for PidFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

@@ -62,8 +62,9 @@ pub fn wanted(snapshot: &Snapshot) -> (usize, u64) {
     of_each.fold((0, 0), |(count, sum), one| (count + 1, sum + one))
 }
 
-/// What keeps this machine from making the contexts of a job.
-pub fn in_the_way(snapshot: &Snapshot) -> Vec<Obstacle> {
+/// What keeps this machine from making the contexts of a job; one that is `leaving` has had its part
+/// of what is limited.
+pub fn in_the_way(snapshot: &Snapshot, leaving: bool) -> Vec<Obstacle> {
     let (count, wanted) = wanted(snapshot);
     if count == 0 {
         return Vec::new();
@@ -85,7 +86,7 @@ pub fn in_the_way(snapshot: &Snapshot) -> Vec<Obstacle> {
         text.trim().parse::<u64>().ok()
     };
     match (number("aio-nr"), number("aio-max-nr")) {
-        (Some(now), Some(most)) if now + wanted > most => obstacles.push(Obstacle::new(
+        (Some(now), Some(most)) if !leaving && now + wanted > most => obstacles.push(Obstacle::new(
             "the job's AIO contexts",
             format!(
                 "need {wanted} of the requests that fs.aio-max-nr allows, and {} are left",

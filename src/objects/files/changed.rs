@@ -102,7 +102,13 @@ pub fn check(
         Some(change) => {
             let reason = change.reason(file.identity.size, now.len());
             let adopt = "put the old one back, or take what is there with --files adopt";
-            refuse(reason, adopt)
+            let obstacle = Obstacle::new(file.object(), reason, adopt);
+            // The very file, which others write.
+            let its_own = change != Change::Replaced;
+            Err(Box::new(match its_own {
+                true => obstacle.by_option(),
+                false => obstacle,
+            }))
         }
     }
 }

@@ -49,13 +49,14 @@ impl Outside {
             Surroundings::Pipe => "a pipe",
             Surroundings::Socket => "a socket",
         };
-        Err(Box::new(Obstacle::new(
+        let obstacle = Obstacle::new(
             format!("fd {} of the job", self.fd),
             format!(
                 "was {what} ({}) with its far end outside the job",
                 self.name
             ),
             format!("say what it shall be with --fd {}=PATH", self.fd),
-        )))
+        );
+        Err(Box::new(obstacle.by_option()))
     }
 }

@@ -374,10 +374,11 @@ pub fn refuse(snapshot: &Snapshot, request: &Request<'_>) -> Result<()> {
 
 fn in_the_way(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let here = snapshot.ipc.place == Place::here();
+    let leaving = !request.leaving.is_empty();
     let mut obstacles = mqueue::in_the_way(snapshot, here, request);
     let rows = table::read(Type::Shm)?;
     for segment in &snapshot.ipc.segments {
-        obstacles.extend(segment.in_the_way(&rows, here).err());
+        obstacles.extend(segment.in_the_way(&rows, here, leaving).err());
     }
     let rows = table::read(Type::Sem)?;
     for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {

@@ -201,8 +201,14 @@ impl Segment {
         Obstacle::new(self.title(), reason, remedy)
     }
 
-    /// Whether it may be put back or created here.
-    pub(super) fn in_the_way(&self, rows: &[Row], here: bool) -> Result<(), Obstacle> {
+    /// Whether it may be put back or created here. That others have attached what a job has that is
+    /// `leaving`, its checkpoint has refused.
+    pub(super) fn in_the_way(
+        &self,
+        rows: &[Row],
+        here: bool,
+        leaving: bool,
+    ) -> Result<(), Obstacle> {
         match self.object.find(Type::Shm, rows, here)? {
             Found::Missing => super::may_create(&self.object, Type::Shm),
             Found::Same(row) if row.get("size") as u64 != self.size => Err(Obstacle::new(
@@ -210,7 +216,11 @@ impl Segment {
                 "does not exist any more, and another object has its id",
                 "restore in an IPC namespace of its own: unshare --ipc restore IMAGE",
             )),
-            Found::Same(row) if row.get("nattch") > 0 => Err(self.used_outside(
+            // It goes with the last process that has it attached.
+            Found::Same(_) if leaving && self.destroyed => {
+                super::may_create(&self.object, Type::Shm)
+            }
+            Found::Same(row) if row.get("nattch") > 0 && !leaving => Err(self.used_outside(
                 &[],
                 "end that one, or restore in an IPC namespace of its own: \
                  unshare --ipc restore IMAGE",
@@ -227,7 +237,7 @@ impl Segment {
         image: &Reader,
         warnings: &mut Vec<String>,
     ) -> Result<Ready> {
-        self.in_the_way(rows, here).map_err(Error::refuse)?;
+        self.in_the_way(rows, here, false).map_err(Error::refuse)?;
         let failed = |what, errno| super::failed(&self.object, Type::Shm, what, errno);
         let found = self.object.find(Type::Shm, rows, here);
         let created = matches!(found.map_err(Error::refuse)?, Found::Missing);

@@ -144,6 +144,7 @@ fn backing(
             reason: format!("{what} {reason}"),
             remedy: remedy.map(str::to_owned),
             passing: false,
+            by_option: false,
         })
     };
     let uffd = VmFlags::UFFD_MISSING | VmFlags::UFFD_WP | VmFlags::UFFD_MINOR;

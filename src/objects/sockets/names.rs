@@ -97,6 +97,22 @@ pub fn is_live(path: &Path) -> Option<bool> {
     in_use(format!("/proc/self/fd/{}", file.as_raw_fd()).as_bytes())
 }
 
+/// Whether all live sockets that are bound to a name, or to the file at `path` if it leads to one, are
+/// among these inodes. One that nobody has a descriptor of yet waits at a listening one to be accepted.
+pub fn are_these(bytes: &[u8], path: Option<&Path>, inodes: &[u64]) -> bool {
+    let Ok(all) = ckpt_tracer::unix_diag::dump() else {
+        return false;
+    };
+    let file = path.map(|path| std::fs::symlink_metadata(path).map(|meta| meta.ino() as u32));
+    let bound = |socket: &&ckpt_tracer::unix_diag::UnixSocket| match &file {
+        None => socket.name.as_deref().map(trim) == Some(bytes),
+        Some(inode) => inode.as_ref().ok() == socket.file.map(|(_, inode)| inode).as_ref(),
+    };
+    all.iter()
+        .filter(bound)
+        .all(|socket| socket.inode == 0 || inodes.contains(&socket.inode.into()))
+}
+
 /// `process 44 (food)`, for whoever has a socket open; `None` when we may not see it.
 pub fn holder(inode: u64) -> Option<String> {
     let root = ProcRoot::default();

@@ -33,7 +33,11 @@ pub fn open(
     }
     let job = Job::of(snapshot, staging);
     let mut obstacles = Vec::new();
-    let stale = stale_files(&job, plan, &mut obstacles);
+    let leaving = match plan.host().leaving {
+        true => job.all.iter().map(|(_, socket)| socket.inode).collect(),
+        false => Vec::new(),
+    };
+    let stale = stale_files(&job, &leaving, plan, &mut obstacles);
     for (at, (_, socket)) in job.all.iter().enumerate() {
         if let Role::Beyond { address } = &socket.role
             && names::in_use(address) != Some(true)
@@ -48,6 +52,7 @@ pub fn open(
     }
     let mut binding = Binding {
         stale,
+        leaving,
         plan,
         obstacles: &mut obstacles,
     };
@@ -65,6 +70,7 @@ pub fn open(
 /// Files of the job's sockets that are still there, with nobody behind them: they are removed.
 fn stale_files(
     job: &Job<'_>,
+    leaving: &[u64],
     plan: &mut Builder,
     obstacles: &mut Vec<Obstacle>,
 ) -> HashSet<PathBuf> {
@@ -83,7 +89,9 @@ fn stale_files(
                 ),
                 "move that file away",
             ));
-        } else if names::is_live(path) != Some(false) {
+        } else if names::is_live(path) != Some(false)
+            && !leaves(path.as_os_str().as_bytes(), Some(path), leaving)
+        {
             let bytes = path.as_os_str().as_bytes();
             obstacles.push(Obstacle::new(
                 format!("the {label}"),
@@ -101,6 +109,11 @@ fn stale_files(
         }
     }
     stale
+}
+
+/// Whether a name is held by sockets of the job itself, which will be gone.
+fn leaves(bytes: &[u8], path: Option<&Path>, leaving: &[u64]) -> bool {
+    !leaving.is_empty() && names::are_these(bytes, path, leaving)
 }
 
 /// socket(2) or socketpair(2), placed at the staging numbers.
@@ -129,6 +142,8 @@ fn create(job: &Job<'_>, at: usize, plan: &mut Builder) {
 struct Binding<'a> {
     /// Files that the plan has removed before.
     stale: HashSet<PathBuf>,
+    /// Inodes of sockets of the job that live now and will be gone.
+    leaving: Vec<u64>,
     plan: &'a mut Builder,
     obstacles: &'a mut Vec<Obstacle>,
 }
@@ -201,7 +216,10 @@ impl Binding<'_> {
 
     fn is_taken(&self, name: &Name) -> bool {
         match &name.file {
-            None => names::in_use(&name.bytes) == Some(true),
+            None => {
+                names::in_use(&name.bytes) == Some(true)
+                    && !leaves(&name.bytes, None, &self.leaving)
+            }
             Some(file) => {
                 let there = std::fs::symlink_metadata(&file.named).is_ok();
                 there && !self.stale.contains(&file.named)

@@ -1,0 +1,8 @@
+//! Whether an image becomes the job again, found out before the job is ended.
+//!
+//! A [`Prover`] is a process beside `ckpt attach`. It stays where `restore` will be called: outside of
+//! the namespaces that a job may have to itself and that its checkpoint enters.
+
+mod prover;
+
+pub use prover::Prover;

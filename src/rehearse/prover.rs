@@ -1,0 +1,188 @@
+//! The process that is asked, and what it answers.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use ckpt_image::Reader;
+use ckpt_tracer::Pid;
+use ckpt_tracer::fault::{self, Step};
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::{ProcRoot, tasks};
+use nix::errno::Errno;
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, fork, getppid};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Obstacle, Result};
+use crate::isolate;
+use crate::job::Family;
+use crate::progress::Silent;
+use crate::restore::{self, Request};
+
+/// A process that looks at images, in the place of the process that has started it.
+#[derive(Debug)]
+pub struct Prover {
+    link: UnixStream,
+    child: nix::unistd::Pid,
+}
+
+/// Asked of the prover, with a descriptor of the image.
+#[derive(Debug, Serialize, Deserialize)]
+enum Question {
+    /// What stands in the way of its restore here.
+    Check(PathBuf),
+}
+
+/// What it answers.
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    Checked(Vec<Told>),
+    Failed(String),
+}
+
+/// An obstacle on its way to another process.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    object: String,
+    reason: String,
+    remedy: Option<String>,
+    by_option: bool,
+}
+
+impl Prover {
+    /// Starts it for images of that job, `by` being a process that adopts its orphans.
+    ///
+    /// To be called while this process has one thread.
+    ///
+    /// # Errors
+    /// When no process can be created.
+    pub fn start(root: Pid, by: Option<Pid>) -> Result<Self> {
+        let failed = |e: io::Error| Error::Restore(format!("cannot prepare a check: {e}"));
+        let (link, theirs) = UnixStream::pair().map_err(failed)?;
+        let parent = nix::unistd::getpid();
+        // SAFETY: we have one thread, so that the child has all of us.
+        match unsafe { fork() }.map_err(|e| failed(e.into()))? {
+            ForkResult::Parent { child } => Ok(Self { link, child }),
+            ForkResult::Child => {
+                drop(link);
+                isolate::die_with_parent(true);
+                if getppid() != parent {
+                    isolate::leave(1);
+                }
+                let served = catch_unwind(AssertUnwindSafe(|| serve(theirs, root, by)));
+                isolate::leave(i32::from(served.is_err()))
+            }
+        }
+    }
+
+    /// What stands in the way of a restore from `image`, whose job is frozen and will be gone: what its
+    /// processes hold counts as free. `name` is for messages.
+    ///
+    /// # Errors
+    /// When the image cannot be read or believed, or the prover was killed.
+    pub fn obstacles(&self, image: &File, name: &Path) -> Result<Vec<Obstacle>> {
+        match self.ask(&Question::Check(name.to_owned()), image)? {
+            Answer::Checked(told) => Ok(told.into_iter().map(Told::obstacle).collect()),
+            Answer::Failed(text) => Err(Error::Restore(text)),
+        }
+    }
+
+    fn ask(&self, question: &Question, image: &File) -> Result<Answer> {
+        let mut link = &self.link;
+        let told = isolate::tell(&mut link, question)
+            .and_then(|()| isolate::send_descriptors(&self.link, &[image.as_raw_fd()]))
+            .and_then(|()| isolate::hear(&mut link));
+        told.map_err(|_| Error::Restore("the process that checks the image was killed".into()))
+    }
+}
+
+impl Drop for Prover {
+    fn drop(&mut self) {
+        let _ = self.link.shutdown(std::net::Shutdown::Both);
+        while waitpid(self.child, None) == Err(Errno::EINTR) {}
+    }
+}
+
+/// Answers until nobody asks any more.
+fn serve(link: UnixStream, root: Pid, by: Option<Pid>) {
+    let mut stream = &link;
+    while let Ok(question) = isolate::hear::<Question>(&mut stream) {
+        let Some(image) = isolate::receive_descriptors(&link)
+            .ok()
+            .and_then(|mut fds| fds.pop())
+        else {
+            return;
+        };
+        let image = File::from(image);
+        let answer = match question {
+            Question::Check(name) => check(image, &name, leaving(root, by)),
+        };
+        let answer = answer.unwrap_or_else(|error| Answer::Failed(error.to_string()));
+        if isolate::tell(&mut stream, &answer).is_err() {
+            return;
+        }
+    }
+}
+
+fn check(image: File, name: &Path, leaving: Vec<Pid>) -> Result<Answer> {
+    fault::hit(Step::Check)?;
+    let image = Reader::from_file(image, name)?;
+    let request = Request {
+        leaving,
+        // What terminal there will be is for `restore --detach` to say.
+        foreground: false,
+        ..Request::plain(name, &Silent)
+    };
+    let obstacles = restore::obstacles_in(image, &request)?;
+    Ok(Answer::Checked(obstacles.into_iter().map(Told::of).collect()))
+}
+
+/// The processes of the job, as they are seen from here.
+fn leaving(root: Pid, by: Option<Pid>) -> Vec<Pid> {
+    let parent = read_status(root).ok().map(|status| status.ppid);
+    let by = by.or(parent.filter(|parent| isolate::is_init(*parent)));
+    let mut roots = vec![root];
+    let adopted = by.and_then(|by| tasks::children(&ProcRoot::default(), by).ok());
+    let ours = [nix::unistd::getpid().as_raw(), getppid().as_raw()];
+    roots.extend(
+        adopted
+            .into_iter()
+            .flatten()
+            .filter(|pid| *pid != root && !ours.contains(&pid.raw())),
+    );
+    Family::of_all(&roots).unwrap_or_default().living
+}
+
+impl Told {
+    fn of(obstacle: Obstacle) -> Self {
+        let by_option = obstacle.by_option;
+        let Obstacle {
+            object,
+            reason,
+            remedy,
+            ..
+        } = obstacle;
+        Self {
+            object,
+            reason,
+            remedy,
+            by_option,
+        }
+    }
+
+    fn obstacle(self) -> Obstacle {
+        let obstacle = Obstacle {
+            remedy: self.remedy,
+            ..Obstacle::without_remedy(self.object, self.reason)
+        };
+        match self.by_option {
+            true => obstacle.by_option(),
+            false => obstacle,
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Ids that are in use. The kernel has one space of numbers for tasks, process groups and sessions: the
+//! number of a leader that has ended stays in use as long as its group or session has members
+//! (`struct pid`, kernel/pid.c).
+
+use std::time::{Duration, Instant};
+
+use ckpt_tracer::proc::stat::{Stat, read_stat};
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::{ProcRoot, tasks};
+use ckpt_tracer::{Pid, Tid};
+
+use crate::error::Obstacle;
+use crate::outsiders::process_name;
+
+/// Ids that others have. `leaving` are processes whose ids will be free.
+///
+/// The ids of processes that have just been killed are free when they have ended and their parents have
+/// waited for them; that is awaited for a while.
+pub(super) fn taken(ids: &[i32], leaving: &[Pid]) -> Vec<Obstacle> {
+    /// For the end of one that was killed: the kernel gives much memory back in seconds.
+    const ENDING: Duration = Duration::from_secs(30);
+    /// For a parent to wait for one that has ended.
+    const ENDED: Duration = Duration::from_secs(2);
+    let mut give_up = Instant::now() + ENDED;
+    let never = Instant::now() + ENDING;
+    loop {
+        let holders = holders(ids, leaving);
+        let all = |is: fn(&Stage) -> bool| holders.iter().all(|h| is(&h.stage()));
+        if !all(|stage| *stage == Stage::Ended) {
+            give_up = Instant::now() + ENDED;
+        }
+        let in_vain = Instant::now() > give_up.min(never);
+        if holders.is_empty() || !all(|stage| *stage != Stage::Lives) || in_vain {
+            return holders.iter().map(Holder::obstacle).collect();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The obstacle that an id is taken, for one that the kernel has just refused.
+pub(super) fn pid_taken(id: i32) -> Obstacle {
+    match holders(&[id], &[]).first() {
+        Some(holder) => holder.obstacle(),
+        None => Obstacle::new(
+            format!("the pid {id}"),
+            "is in use, by a process, group or session that you may not see or that has just ended",
+            "try again, or restore with --pids namespace",
+        ),
+    }
+}
+
+/// What has an id.
+#[derive(Debug)]
+struct Holder {
+    id: i32,
+    used_as: UsedAs,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum UsedAs {
+    /// A process or thread.
+    Task,
+    /// A process group of which this is a member.
+    Group(Pid),
+    /// A session of which this is a member.
+    Session(Pid),
+}
+
+/// How far a process is on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Lives,
+    /// It was killed, and has not come to its end.
+    Ending,
+    /// It is gone, or a zombie.
+    Ended,
+}
+
+fn holders(ids: &[i32], leaving: &[Pid]) -> Vec<Holder> {
+    let pids = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
+    let all: Vec<Stat> = pids.into_iter().filter_map(|p| read_stat(p).ok()).collect();
+    let leaves = |stat: &&Stat| {
+        leaving.contains(&Pid(stat.pid))
+            || (stat.state.has_ended() && leaving.contains(&stat.ppid))
+    };
+    let stay: Vec<&Stat> = all.iter().filter(|stat| !leaves(stat)).collect();
+    let holder = |&id: &i32| {
+        let process = || all.iter().find(|stat| stat.pid == id);
+        let used_as = if let Some(stat) = process() {
+            (!leaves(&stat)).then_some(UsedAs::Task)
+        } else if let Ok(status) = read_status(Tid(id)) {
+            (!leaving.contains(&status.tgid)).then_some(UsedAs::Task)
+        } else {
+            None
+        };
+        let member = |of: fn(&Stat) -> i32| stay.iter().find(|s| of(s) == id).map(|s| Pid(s.pid));
+        let used_as = used_as
+            .or_else(|| member(|s| s.session).map(UsedAs::Session))
+            .or_else(|| member(|s| s.pgrp).map(UsedAs::Group))?;
+        Some(Holder { id, used_as })
+    };
+    ids.iter().filter_map(holder).collect()
+}
+
+impl Holder {
+    fn stage(&self) -> Stage {
+        /// `linux/sched.h`.
+        const PF_EXITING: u32 = 0x4;
+        const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+        let task = match self.used_as {
+            UsedAs::Task => Tid(self.id),
+            UsedAs::Group(pid) | UsedAs::Session(pid) => pid.leader(),
+        };
+        let (Ok(stat), Ok(status)) = (read_stat(task), read_status(task)) else {
+            return Stage::Ended;
+        };
+        let killed = (status.signals.pending | status.signals.shared_pending) & SIGKILL != 0;
+        match () {
+            () if stat.state.has_ended() => Stage::Ended,
+            () if stat.flags & PF_EXITING != 0 || killed => Stage::Ending,
+            () => Stage::Lives,
+        }
+    }
+
+    fn obstacle(&self) -> Obstacle {
+        let pid = self.id;
+        let object = format!("the pid {pid}");
+        const END_IT: &str = "end that one first, or restore with --pids namespace";
+        let (what, member) = match self.used_as {
+            UsedAs::Task => return task(pid, object, END_IT),
+            UsedAs::Group(member) => ("process group", member),
+            UsedAs::Session(member) => ("session", member),
+        };
+        let reason = format!(
+            "is still the id of a {what}, that of {}",
+            process_name(member)
+        );
+        Obstacle::new(object, reason, END_IT)
+    }
+}
+
+fn task(pid: i32, object: String, end_it: &str) -> Obstacle {
+    let leader = read_status(Tid(pid)).map_or(pid, |s| s.tgid.raw());
+    let who = match leader == pid {
+        true => process_name(Pid(pid)),
+        false => format!("a thread of {}", process_name(Pid(leader))),
+    };
+    // A zombie cannot be ended again; its parent has to take note of its end.
+    if let Ok(status) = read_status(Tid(pid))
+        && status.state.has_ended()
+    {
+        let parent = status.ppid;
+        return Obstacle::new(
+            object,
+            format!(
+                "is taken by {who}, which has ended but which its parent {parent} has not waited for"
+            ),
+            "let the parent wait for it or end the parent, or restore with --pids namespace",
+        );
+    }
+    Obstacle::new(object, format!("is taken by {who}"), end_it)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn an_id_is_taken_as_a_task_as_a_group_and_not_by_those_who_leave() {
+        // The leader of a group that has ended, with a member that lives.
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 1000 & echo $!"]);
+        let out = command.process_group(0).stdout(Stdio::piped()).spawn();
+        let mut leader = out.unwrap();
+        let mut text = String::new();
+        let mut stdout = std::io::BufReader::new(leader.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut stdout, &mut text).unwrap();
+        let member: i32 = text.trim().parse().unwrap();
+        let group = leader.id() as i32;
+        leader.wait().unwrap();
+        let told = |ids: &[i32], leaving: &[Pid]| -> Vec<String> {
+            taken(ids, leaving).iter().map(Obstacle::to_string).collect()
+        };
+        let as_group = told(&[group], &[]);
+        assert!(as_group[0].contains("still the id of a process group"), "{as_group:?}");
+        assert!(told(&[member], &[])[0].contains("is taken by process"));
+        assert_eq!(told(&[group, member], &[Pid(member)]), Vec::<String>::new());
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(member),
+            nix::sys::signal::Signal::SIGKILL,
+        )
+        .unwrap();
+    }
+}

@@ -1,0 +1,300 @@
+//! What `attach --kill` and `--stop` look at before the job ends: an image from which nothing can be
+//! restored ends no job.
+
+use std::fs;
+use std::process::Command;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::common::counter::counts;
+use crate::common::look::{all_stopped, assert_let_go, children, states};
+use crate::common::refused::FAILED;
+use crate::common::tool::{CKPT, leftovers};
+use crate::common::{
+    Case, Ended, Job, Looks, Output, attach, ckpt, isolated, isolated_as_user, restore_cmd,
+    restored, run, start, until,
+};
+
+/// Counts in the file `count` and has the file `data` open.
+const COUNTER: &str = r#"
+echo contents > data; exec 7<> data
+while :; do n=$((n + 1)); echo $n > next; mv next count; sleep 0.01; done
+"#;
+
+fn started(case: &Case) -> Job {
+    let mut command = Command::new("bash");
+    command.args(["-c", COUNTER]).current_dir(case.dir());
+    let job = start(&mut command, &case.path("job.log"));
+    counts(case);
+    job
+}
+
+/// `data` becomes another file of the same contents.
+fn replace(case: &Case) {
+    fs::copy(case.path("data"), case.path("other")).expect("it is there");
+    fs::rename(case.path("other"), case.path("data")).expect("it is there");
+}
+
+/// The process that looks at the image, waiting to do so.
+fn prover(case: &Case, attach: i32) -> i32 {
+    until("the check to begin", || {
+        case.path("here").exists().then_some(())
+    });
+    until("the process that checks", || {
+        let stopped = |pid: &i32| states(*pid).iter().any(|(_, state)| *state == 'T');
+        children(attach).into_iter().find(stopped)
+    })
+}
+
+fn attach_command(case: &Case, pid: i32, args: &[&str]) -> Command {
+    let mut command = Command::new(CKPT);
+    command
+        .args(["attach", &pid.to_string()])
+        .args(args)
+        .current_dir(case.dir());
+    command
+}
+
+/// An attach during whose check `data` is replaced.
+fn attach_meanwhile(case: &Case, pid: i32, args: &[&str]) -> Output {
+    let _ = fs::remove_file(case.path("here"));
+    let mut command = attach_command(case, pid, args);
+    let fault = format!("check:wait={}", case.path("here").display());
+    std::thread::scope(|scope| {
+        let attach = scope.spawn(|| run(case, command.env("CKPT_FAULT", fault)));
+        until("the check to begin", || {
+            case.path("here").exists().then_some(())
+        });
+        let waits = |pid: &i32| {
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.windows(6).any(|word| word == b"attach"))
+                && states(*pid).iter().any(|(_, state)| *state == 'T')
+        };
+        let pids = || {
+            let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+            entries.filter_map(|e| e.file_name().to_str()?.parse().ok())
+        };
+        let prover = until("the process that checks", || pids().find(waits));
+        replace(case);
+        kill(Pid::from_raw(prover), Signal::SIGCONT).expect("it waits");
+        attach.join().expect("it does not panic")
+    })
+}
+
+fn replaced_meanwhile(case: &Case) {
+    let mut job = started(case);
+    fs::write(case.path("job.ckpt"), "an older one").expect("the directory is writable");
+    for after in ["--kill", "--stop"] {
+        let out = attach_meanwhile(case, job.pid, &["-o", "job.ckpt", after]);
+        let data = case.path("data");
+        out.refused(1, &[&data.display().to_string(), "was replaced", "put the old"]);
+        out.refused(1, &["the job goes on", "--no-check"]);
+        counts(case);
+        assert_let_go(job.pid);
+        let image = fs::read_to_string(case.path("job.ckpt"));
+        assert_eq!(image.expect("it is there"), "an older one");
+        assert_eq!(leftovers(case.dir()), ["job.ckpt"]);
+        // The job has the file that was replaced, and is refused at once from now on: a new one.
+        job.kill_and_forget();
+        common_end(case);
+        job = started(case);
+    }
+    let out = run(
+        case,
+        &mut attach_command(case, job.pid, &["-o", "job.ckpt", "--kill", "--no-check"]),
+    );
+    out.ok();
+    until("its end", || job.ended());
+    common_end(case);
+    let job = restored(case, &case.path("job.ckpt"), &[]);
+    counts(case);
+    job.kill();
+}
+
+/// Children of a counter that was killed.
+fn common_end(case: &Case) {
+    crate::common::rounds::everybody_reaped();
+    let _ = fs::remove_file(case.path("count"));
+}
+
+#[test]
+fn a_file_replaced_meanwhile() {
+    isolated("a_file_replaced_meanwhile", replaced_meanwhile);
+}
+
+#[test]
+fn a_file_replaced_meanwhile_of_an_ordinary_user() {
+    isolated_as_user(
+        "a_file_replaced_meanwhile_of_an_ordinary_user",
+        replaced_meanwhile,
+    );
+}
+
+/// What comes out of the pipe is no image if the job was not ended.
+#[test]
+fn into_a_pipe() {
+    isolated("into_a_pipe", |case| {
+        let mut job = started(case);
+        let piped = |fault: &str| {
+            let line = format!(
+                "{CKPT} attach {} --kill -o - 2>err | cat > piped.ckpt; exit ${{PIPESTATUS[0]}}",
+                job.pid
+            );
+            let mut command = Command::new("bash");
+            command.args(["-c", &line]).current_dir(case.dir());
+            run(case, command.env("CKPT_FAULT", fault)).code()
+        };
+        assert_eq!(piped("check"), 1);
+        counts(case);
+        assert_let_go(job.pid);
+        ckpt(case, ["verify", "piped.ckpt"]).refused(1, &["piped.ckpt"]);
+        let said = fs::read_to_string(case.path("err")).expect("it was written");
+        assert!(said.contains("fault injected"), "{said}");
+        assert_eq!(piped(""), 0);
+        until("its end", || job.ended());
+        common_end(case);
+        let job = restored(case, &case.path("piped.ckpt"), &[]);
+        counts(case);
+        job.kill();
+    });
+}
+
+/// Neither the death of the process that checks nor that of the attach meanwhile is the job's.
+#[test]
+fn killed_while_it_checks() {
+    isolated("killed_while_it_checks", |case| {
+        let job = started(case);
+        let before = Looks::at(job.pid);
+        let mut command = attach_command(case, job.pid, &["--kill", "-o", "job.ckpt"]);
+        let out = run(case, command.env("CKPT_FAULT", "check:kill"));
+        out.refused(1, &["checks the image", "killed"]);
+        counts(case);
+        assert_let_go(job.pid);
+        assert!(leftovers(case.dir()).is_empty());
+        let mut command = attach_command(case, job.pid, &["--kill", "-o", "job.ckpt"]);
+        let fault = format!("check:wait={}", case.path("here").display());
+        let mut attach = start(
+            command.env("CKPT_FAULT", fault),
+            &case.path("attach.log"),
+        );
+        let prover = prover(case, attach.pid);
+        kill(Pid::from_raw(attach.pid), Signal::SIGKILL).expect("it waits");
+        assert_eq!(until("its end", || attach.ended()), Ended::Killed(9));
+        crate::common::job::reap_orphans(&[prover]);
+        counts(case);
+        assert_let_go(job.pid);
+        before.assert_same(job.pid, &["fd", "task", "maps"]);
+        counts(case);
+        assert!(!case.path("job.ckpt").exists());
+        attach_and_restore(case, job);
+    });
+}
+
+fn attach_and_restore(case: &Case, mut job: Job) {
+    let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+    until("its end", || job.ended());
+    common_end(case);
+    assert_eq!(leftovers(case.dir()), ["job.ckpt"]);
+    let job = restored(case, &image, &[]);
+    counts(case);
+    job.kill();
+}
+
+/// The image of a job in a pid namespace is looked at from where `restore` will be called.
+#[test]
+fn in_a_pid_namespace() {
+    isolated("in_a_pid_namespace", |case| {
+        let mut command = Command::new(CKPT);
+        command
+            .args(["run", "--isolated", "--", "bash", "-c", COUNTER])
+            .current_dir(case.dir());
+        let mut outer = start(&mut command, &case.path("run.log"));
+        counts(case);
+        let find = || {
+            let init = children(outer.pid).into_iter().next()?;
+            children(init).into_iter().next()
+        };
+        let pid = until("the job", find);
+        let out = attach_meanwhile(case, pid, &["-o", "job.ckpt", "--kill"]);
+        out.refused(1, &["was replaced"]);
+        counts(case);
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it lives");
+        until("its end", || outer.ended());
+        common_end(case);
+        let mut outer = start(&mut command, &case.path("run.log"));
+        counts(case);
+        let pid = until("the job", || {
+            let init = children(outer.pid).into_iter().next()?;
+            children(init).into_iter().next()
+        });
+        let (image, _) = attach(case, pid, "job.ckpt", &["--kill"]);
+        until("its end", || outer.ended());
+        common_end(case);
+        let out = run(case, &mut restore_cmd(&image, &["--detach"]));
+        let pid: i32 = out.ok().trim().parse().expect("a pid");
+        counts(case);
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it lives");
+    });
+}
+
+/// What an option of `restore` settles is told, and keeps no job from its end.
+#[test]
+fn what_an_option_settles_is_told() {
+    isolated("what_an_option_settles_is_told", |case| {
+        let line = "mkfifo pipe; exec 8<> pipe; rm pipe; sleep 1000 8>&- | (exec 9<&0 0</dev/null; touch ready; \
+                    exec sleep 1001)";
+        let mut command = Command::new("bash");
+        command.args(["-c", line]).current_dir(case.dir());
+        let mut shell = start(&mut command, &case.path("job.log"));
+        until("it to be ready", || {
+            case.path("ready").exists().then_some(())
+        });
+        let is = |pid: &i32| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == b"sleep\x001001\0")
+        };
+        let pid = until("it", || children(shell.pid).into_iter().find(is));
+        let out = run(
+            case,
+            &mut attach_command(case, pid, &["--kill", "-o", "job.ckpt"]),
+        );
+        out.ok();
+        let told = out.stderr.lines().find(|line| line.contains("--fd 9=PATH"));
+        assert!(
+            told.is_some_and(|line| line.starts_with("ckpt: warning: ")),
+            "{out:?}"
+        );
+        let refused = run(case, &mut restore_cmd(&case.path("job.ckpt"), &[]));
+        refused.refused(FAILED, &["fd 9", "--fd 9=PATH"]);
+        shell.kill_and_forget();
+    });
+}
+
+/// Names and objects that the job itself has, when it is stopped, are not in its own way.
+#[test]
+fn what_the_job_has_is_free() {
+    isolated("what_the_job_has_is_free", |case| {
+        let names = [
+            "sock_named",
+            "sock_abstract",
+            "sock_listen",
+            "sysv_shm",
+            "sysv_sem",
+            "sysv_msg",
+            "mqueue",
+            "flock_self",
+            "lease",
+            "fifo",
+            "aio_ring",
+        ];
+        for name in names {
+            let dir = format!("run-{name}");
+            let command = Command::new(case.fixtures().join(name));
+            let target = crate::common::fixture::start_in(case, name, &dir, command);
+            attach(case, target.pid(), "job.ckpt", &["--stop"]);
+            assert!(all_stopped(target.pid()));
+            kill(Pid::from_raw(target.pid()), Signal::SIGCONT).expect("it is stopped");
+            target.passes();
+        }
+    });
+}
