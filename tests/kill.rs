@@ -88,7 +88,10 @@ fn replaced_meanwhile(case: &Case) {
     for after in ["--kill", "--stop"] {
         let out = attach_meanwhile(case, job.pid, &["-o", "job.ckpt", after]);
         let data = case.path("data");
-        out.refused(1, &[&data.display().to_string(), "was replaced", "put the old"]);
+        out.refused(
+            1,
+            &[&data.display().to_string(), "was replaced", "put the old"],
+        );
         out.refused(1, &["the job goes on", "--no-check"]);
         counts(case);
         assert_let_go(job.pid);
@@ -174,10 +177,7 @@ fn killed_while_it_checks() {
         assert!(leftovers(case.dir()).is_empty());
         let mut command = attach_command(case, job.pid, &["--kill", "-o", "job.ckpt"]);
         let fault = format!("check:wait={}", case.path("here").display());
-        let mut attach = start(
-            command.env("CKPT_FAULT", fault),
-            &case.path("attach.log"),
-        );
+        let mut attach = start(command.env("CKPT_FAULT", fault), &case.path("attach.log"));
         let prover = prover(case, attach.pid);
         kill(Pid::from_raw(attach.pid), Signal::SIGKILL).expect("it waits");
         assert_eq!(until("its end", || attach.ended()), Ended::Killed(9));

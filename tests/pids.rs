@@ -107,7 +107,9 @@ fn pid_is_taken(case: &Case) {
 fn pid_is_a_session(case: &Case) {
     let line = "(while [ ! -e go ]; do sleep 0.01; done; exec sleep 1000) & echo $! > member; exec sleep 1001";
     let mut command = Command::new("setsid");
-    command.args(["--fork", "sh", "-c", line]).current_dir(case.dir());
+    command
+        .args(["--fork", "sh", "-c", line])
+        .current_dir(case.dir());
     start(&mut command, &case.path("job.log")).wait();
     let member = until("the job", || {
         let text = fs::read_to_string(case.path("member")).ok()?;
@@ -128,7 +130,10 @@ fn pid_is_a_session(case: &Case) {
     run(case, &mut restore_cmd(&image, &["--pids", "keep"])).refused(FAILED, &words);
     let job = restored_in_front(case, &image, &[]);
     let said = fs::read_to_string(case.path("restore.log")).expect("it was written");
-    assert!(said.contains("session") && said.contains("pid namespace"), "{said}");
+    assert!(
+        said.contains("session") && said.contains("pid namespace"),
+        "{said}"
+    );
     assert_eq!(status_field(job.pid, "NSpid").map(last), Some(pid));
     job.kill();
     kill(Pid::from_raw(member), Signal::SIGKILL).expect("it lives");

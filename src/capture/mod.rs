@@ -108,7 +108,10 @@ impl Request<'_> {
         let found = prover.obstacles(image, name)?;
         let (told, obstacles): (Vec<_>, Vec<_>) = found.into_iter().partition(|o| o.by_option);
         match obstacles.is_empty() {
-            true => Ok(told.iter().map(|o| format!("at the restore: {o}")).collect()),
+            true => Ok(told
+                .iter()
+                .map(|o| format!("at the restore: {o}"))
+                .collect()),
             false => Err(Error::NotRestorable(obstacles)),
         }
     }

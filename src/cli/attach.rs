@@ -21,8 +21,8 @@ use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
 use crate::guard::{self, door::Door};
 use crate::isolate::{self, Visited};
-use crate::rehearse::Prover;
 use crate::job::Family;
+use crate::rehearse::Prover;
 use crate::{Error, Obstacle, outsiders};
 
 /// Arguments of `ckpt attach`.

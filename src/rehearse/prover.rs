@@ -139,7 +139,9 @@ fn check(image: File, name: &Path, leaving: Vec<Pid>) -> Result<Answer> {
         ..Request::plain(name, &Silent)
     };
     let obstacles = restore::obstacles_in(image, &request)?;
-    Ok(Answer::Checked(obstacles.into_iter().map(Told::of).collect()))
+    Ok(Answer::Checked(
+        obstacles.into_iter().map(Told::of).collect(),
+    ))
 }
 
 /// The processes of the job, as they are seen from here.

@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 
+use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
-use ckpt_tracer::Pid;
 
 use super::births::{self, Birth, Births, Body, Origin};
 use super::next_pid::{self, Means};

@@ -21,11 +21,7 @@ pub const MISSING: &str =
 
 /// Everything of the surroundings that stands in the way of a restore, open and mapped files aside.
 /// What a job that is `leaving` has of limited things, it leaves to its restore.
-pub fn in_the_way(
-    snapshot: &Snapshot,
-    kernel: &KernelFeatures,
-    leaving: bool,
-) -> Vec<Obstacle> {
+pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures, leaving: bool) -> Vec<Obstacle> {
     let mut obstacles: Vec<Obstacle> = programs(snapshot).collect();
     obstacles.extend(directories(snapshot, kernel));
     let missing = kernel_needs(snapshot)

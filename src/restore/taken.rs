@@ -80,8 +80,7 @@ fn holders(ids: &[i32], leaving: &[Pid]) -> Vec<Holder> {
     let pids = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
     let all: Vec<Stat> = pids.into_iter().filter_map(|p| read_stat(p).ok()).collect();
     let leaves = |stat: &&Stat| {
-        leaving.contains(&Pid(stat.pid))
-            || (stat.state.has_ended() && leaving.contains(&stat.ppid))
+        leaving.contains(&Pid(stat.pid)) || (stat.state.has_ended() && leaving.contains(&stat.ppid))
     };
     let stay: Vec<&Stat> = all.iter().filter(|stat| !leaves(stat)).collect();
     let holder = |&id: &i32| {
@@ -181,10 +180,16 @@ mod tests {
         let group = leader.id() as i32;
         leader.wait().unwrap();
         let told = |ids: &[i32], leaving: &[Pid]| -> Vec<String> {
-            taken(ids, leaving).iter().map(Obstacle::to_string).collect()
+            taken(ids, leaving)
+                .iter()
+                .map(Obstacle::to_string)
+                .collect()
         };
         let as_group = told(&[group], &[]);
-        assert!(as_group[0].contains("still the id of a process group"), "{as_group:?}");
+        assert!(
+            as_group[0].contains("still the id of a process group"),
+            "{as_group:?}"
+        );
         assert!(told(&[member], &[])[0].contains("is taken by process"));
         assert_eq!(told(&[group, member], &[Pid(member)]), Vec::<String>::new());
         nix::sys::signal::kill(

@@ -73,7 +73,12 @@ impl Opened<'_> {
     pub(super) fn look_for_a_place(&mut self) -> Result<Vec<Obstacle>> {
         if let Place::Here = pids::decide(self, Pids::Auto)? {
             let leaving = &self.request.leaving;
-            return Ok(pids::in_the_way(&self.snapshot, &self.kernel, None, leaving));
+            return Ok(pids::in_the_way(
+                &self.snapshot,
+                &self.kernel,
+                None,
+                leaving,
+            ));
         }
         if let Some(owner) = pids::namespaces(self)?.owner {
             self.restored_by(&owner);

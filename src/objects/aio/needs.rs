@@ -86,17 +86,19 @@ pub fn in_the_way(snapshot: &Snapshot, leaving: bool) -> Vec<Obstacle> {
         text.trim().parse::<u64>().ok()
     };
     match (number("aio-nr"), number("aio-max-nr")) {
-        (Some(now), Some(most)) if !leaving && now + wanted > most => obstacles.push(Obstacle::new(
-            "the job's AIO contexts",
-            format!(
-                "need {wanted} of the requests that fs.aio-max-nr allows, and {} are left",
-                most.saturating_sub(now)
-            ),
-            format!(
-                "raise it: sysctl fs.aio-max-nr={}",
-                (now + wanted).next_power_of_two()
-            ),
-        )),
+        (Some(now), Some(most)) if !leaving && now + wanted > most => {
+            obstacles.push(Obstacle::new(
+                "the job's AIO contexts",
+                format!(
+                    "need {wanted} of the requests that fs.aio-max-nr allows, and {} are left",
+                    most.saturating_sub(now)
+                ),
+                format!(
+                    "raise it: sysctl fs.aio-max-nr={}",
+                    (now + wanted).next_power_of_two()
+                ),
+            ))
+        }
         (Some(_), Some(_)) => {}
         _ => obstacles.push(Obstacle::new(
             "the job's AIO contexts",
