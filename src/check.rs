@@ -263,6 +263,15 @@ pub fn lives_elsewhere(source: &Source, tids: &[Tid], collector: &mut Collector)
         let reason = "is a 32-bit program, which is not supported";
         refuse(source, reason.into(), Some("use a 64-bit build"), collector);
     }
+    if source
+        .status
+        .untag_mask
+        .is_some_and(|mask| mask != u64::MAX)
+    {
+        let reason = "has pointers with tags (ARCH_ENABLE_TAGGED_ADDR), which is not supported";
+        let remedy = "let the program do without linear address masking";
+        refuse(source, reason.into(), Some(remedy), collector);
+    }
     for kind in other_namespaces(source)? {
         let remedy = format!(
             "run ckpt, and later restore, inside it: nsenter --target {} --{} ckpt …",

@@ -151,9 +151,13 @@ impl Error {
 }
 
 impl Error {
-    /// Whether it is a refusal only for what goes by itself.
+    /// Whether it is only about what goes by itself.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Error::Refused(obstacles) if obstacles.iter().all(|o| o.passing))
+        match self {
+            Error::Refused(obstacles) => obstacles.iter().all(|o| o.passing),
+            Error::Tracer(ckpt_tracer::Error::OtherCode { .. }) => true,
+            _ => false,
+        }
     }
 }
 

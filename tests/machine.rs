@@ -389,6 +389,7 @@ fn what_cannot_be_used_is_told() {
                 flags: ckpt::objects::memory::MappingFlags::empty(),
                 name: None,
                 guards: Vec::new(),
+                policy: None,
                 ..mappings[0].clone()
             };
             mappings.insert(at, huge);

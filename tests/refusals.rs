@@ -326,6 +326,37 @@ fn several_obstacles_are_told_at_once() {
 }
 
 #[test]
+fn a_filter_with_a_listener() {
+    isolated("a_filter_with_a_listener", |case| {
+        case.needs_root();
+        let target = odd(case, "notifying", None);
+        let words = ["SECCOMP_RET_USER_NOTIF", "without that listener"];
+        attach_is_refused(case, target, &words);
+    });
+}
+
+/// No call can be made in it from outside, since our code would be another there.
+#[test]
+fn a_thread_in_32_bit_code() {
+    isolated("a_thread_in_32_bit_code", |case| {
+        let target = odd(case, "code32", None);
+        attach_is_refused(case, target, &["the segment 0x23", "in a moment"]);
+    });
+}
+
+#[test]
+fn strict_seccomp_of_an_ordinary_user() {
+    isolated_as_user("strict_seccomp_of_an_ordinary_user", |case| {
+        let target = fixture(case, "seccomp_strict");
+        attach_is_refused(
+            case,
+            target,
+            &["strict seccomp", "CAP_SYS_ADMIN", "as root"],
+        );
+    });
+}
+
+#[test]
 fn seccomp_of_an_ordinary_user() {
     isolated_as_user("seccomp_of_an_ordinary_user", |case| {
         let target = fixture(case, "seccomp");

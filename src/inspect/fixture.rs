@@ -24,6 +24,7 @@ pub(crate) fn mapping(start: u64, pages: u64, backing: Backing) -> Mapping {
         name: None,
         protection_key: 0,
         guards: Vec::new(),
+        policy: None,
     }
 }
 
@@ -47,6 +48,10 @@ fn thread(tid: i32) -> Thread {
         credentials: Default::default(),
         parent_death_signal: 0,
         seccomp: Default::default(),
+        switches: Vec::new(),
+        memory_policy: None,
+        thread_areas: Vec::new(),
+        io_ports: Vec::new(),
         security: Vec::new(),
     }
 }
@@ -94,6 +99,8 @@ pub(crate) fn snapshot() -> Snapshot {
             inherited: Vec::new(),
             lock_future: 0,
             thp_disabled: false,
+            switches: Vec::new(),
+            segments: Vec::new(),
             dumpable: 1,
             membarrier: 0,
         },
@@ -118,6 +125,8 @@ pub(crate) fn snapshot() -> Snapshot {
         cgroups: Vec::new(),
         oom_score_adj: 0,
         coredump_filter: None,
+        autogroup_nice: None,
+        login_uid: None,
         semaphore_adjustments: Vec::new(),
     };
     let null = device::Device {

@@ -285,8 +285,8 @@ fn privileges(snapshot: &Snapshot) -> Vec<NeedView> {
             let credentials = &thread.credentials;
             let name = format!("uid {}, gid {}", credentials.uid[1], credentials.gid[1]);
             needs.push(NeedView::new("user", name, "or what changing to it takes"));
-            if thread.seccomp.mode == 2 {
-                let detail = "seccomp filters";
+            if thread.seccomp.is_on() {
+                let detail = "seccomp";
                 needs.push(NeedView::new(
                     "privilege",
                     Use::InstallSeccomp.to_string(),

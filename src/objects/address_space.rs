@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::SpaceId;
 use super::memory::Mapping;
+use super::segments::{self, Segment};
+use super::switches::{self, Scope, Switch};
 use crate::restore::plan::Builder;
 
 /// An address space.
@@ -28,8 +30,15 @@ pub struct AddressSpace {
     pub inherited: Vec<(u64, u64)>,
     /// `MCL_FUTURE`, possibly with `MCL_ONFAULT`, when mappings to come are locked; else 0.
     pub lock_future: u32,
-    /// `PR_GET_THP_DISABLE`.
+    /// `PR_GET_THP_DISABLE` in images without [`switches`](Self::switches).
+    #[serde(default, skip_serializing)]
     pub thp_disabled: bool,
+    /// What it has switched on or off.
+    #[serde(default)]
+    pub switches: Vec<Switch>,
+    /// The local descriptor table.
+    #[serde(default)]
+    pub segments: Vec<Segment>,
     /// `PR_GET_DUMPABLE`: 0, 1 or 2.
     pub dumpable: u32,
     /// Bits of `MEMBARRIER_CMD_REGISTER_*` that the process has registered.
@@ -59,18 +68,16 @@ pub struct Layout {
 const MEMBARRIERS: [u64; 4] = [1 << 1, 1 << 3, 1 << 5, 1 << 7];
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` (Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
-/// `PR_GET_THP_DISABLE`.
-const PR_GET_THP_DISABLE: u64 = 42;
 
 /// The fields that only the process itself can ask for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Asked {
     /// See [`Layout::brk`].
     pub brk: u64,
     /// See [`AddressSpace::dumpable`].
     pub dumpable: u32,
-    /// See [`AddressSpace::thp_disabled`].
-    pub thp_disabled: bool,
+    /// See [`AddressSpace::switches`].
+    pub switches: Vec<Switch>,
     /// See [`AddressSpace::membarrier`].
     pub membarrier: u32,
 }
@@ -80,8 +87,10 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let brk = calls.call("brk", libc::SYS_brk, [0; 6])?;
     let get_dumpable = [libc::PR_GET_DUMPABLE as u64, 0, 0, 0, 0, 0];
     let dumpable = calls.call("prctl(PR_GET_DUMPABLE)", libc::SYS_prctl, get_dumpable)? as u32;
-    let get_thp = [PR_GET_THP_DISABLE, 0, 0, 0, 0, 0];
-    let thp = calls.call("prctl(PR_GET_THP_DISABLE)", libc::SYS_prctl, get_thp)?;
+    let questions = switches::Questions::new(true, 0);
+    let list = switches::Questions::ROOM.next_multiple_of(64);
+    let answers = calls.batch(list, &questions.calls(calls.scratch()))?;
+    let switches = questions.read(calls, &answers)?;
     let mut membarrier = |command: u64| {
         let args = [command, 0, 0, 0, 0, 0];
         calls.call("membarrier", libc::SYS_membarrier, args)
@@ -98,7 +107,7 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     Ok(Asked {
         brk,
         dumpable,
-        thp_disabled: thp != 0,
+        switches,
         membarrier,
     })
 }
@@ -155,15 +164,18 @@ impl AddressSpace {
                 "a membarrier registration".into()
             });
         }
+        segments::rebuild_local(&self.segments, plan);
+        let mut switches = self.switches.clone();
         if self.thp_disabled {
-            const PR_SET_THP_DISABLE: u64 = 41;
-            plan.syscall(libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1], || {
-                "the switch for transparent huge pages".into()
+            switches.push(Switch {
+                name: "PR_SET_THP_DISABLE".into(),
+                value: 1,
             });
         }
+        switches::rebuild(&switches, Scope::Memory, plan);
     }
 
-    /// What must find the mappings complete: `mlockall` and seals.
+    /// What must find the mappings complete: `mlockall`, seals, `PR_SET_MDWE`.
     pub fn rebuild_locks(&self, plan: &mut Builder) {
         if self.lock_future != 0 {
             plan.try_syscall(
@@ -178,6 +190,7 @@ impl AddressSpace {
         for mapping in &self.mappings {
             mapping.seal(plan);
         }
+        switches::rebuild(&self.switches, Scope::FinishedMemory, plan);
     }
 
     /// Dumpability, which a change of credentials resets.

@@ -41,6 +41,9 @@ pub struct Credentials {
     pub no_new_privs: bool,
 }
 
+/// `SECBIT_KEEP_CAPS`, which `PR_SET_KEEPCAPS` sets and clears.
+const KEEP_CAPS: u32 = 1 << 4;
+
 /// Whether setgroups(2) is permitted: it is not in user namespaces that an ordinary user has made alone.
 pub fn groups_can_be_set() -> bool {
     let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
@@ -79,11 +82,10 @@ pub fn obstacles(
         if let Some(reason) = reason {
             refuse(reason, "restore it as that user, or as root");
         }
-        if process.threads.iter().any(|t| t.seccomp.mode == 2) && !held.allows(Use::InstallSeccomp)
-        {
+        if process.threads.iter().any(|t| t.seccomp.is_on()) && !held.allows(Use::InstallSeccomp) {
             let takes = Use::InstallSeccomp;
             refuse(
-                format!("has seccomp filters, and restoring them needs {takes}"),
+                format!("is under seccomp, and restoring that needs {takes}"),
                 "restore it as root",
             );
         }
@@ -252,7 +254,7 @@ impl Credentials {
                 "has the id {id}, which does not exist in this user namespace"
             ));
         }
-        let bits = now.bounding & !self.bounding != 0 || self.securebits != now.securebits;
+        let bits = now.bounding & !self.bounding != 0 || self.securebits_differ(now);
         if (bits || self.leaves_root(now)) && !held.allows(Use::Setpcap) {
             let takes = Use::Setpcap;
             return Some(format!(
@@ -273,6 +275,11 @@ impl Credentials {
     /// (`cap_emulate_setxuid`, security/commoncap.c).
     fn leaves_root(&self, now: &Credentials) -> bool {
         self.ids_differ(now) && (now.uid.contains(&0) || self.uid.contains(&0))
+    }
+
+    /// Whether securebits differ but for the one that takes no capability.
+    fn securebits_differ(&self, now: &Credentials) -> bool {
+        (self.securebits ^ now.securebits) & !KEEP_CAPS != 0
     }
 
     fn ids_differ(&self, now: &Credentials) -> bool {
@@ -300,7 +307,7 @@ impl Credentials {
         let (ids_differ, leaves_root) = (self.ids_differ(now), self.leaves_root(now));
         if leaves_root {
             // SECBIT_KEEP_CAPS and SECBIT_NO_SETUID_FIXUP: capabilities stay through setresuid.
-            let keep = 1 << 4 | 1 << 2;
+            let keep = u64::from(KEEP_CAPS) | 1 << 2;
             plan.syscall(
                 libc::SYS_prctl,
                 &[libc::PR_SET_SECUREBITS as u64, keep],
@@ -310,11 +317,18 @@ impl Credentials {
         if ids_differ {
             self.set_ids(plan, object);
         }
-        if leaves_root || self.securebits != now.securebits {
+        if leaves_root || self.securebits_differ(now) {
             let bits = u64::from(self.securebits);
             plan.syscall(
                 libc::SYS_prctl,
                 &[libc::PR_SET_SECUREBITS as u64, bits],
+                object,
+            );
+        } else if self.securebits != now.securebits {
+            let keep = u64::from(self.securebits & KEEP_CAPS != 0);
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_KEEPCAPS as u64, keep],
                 object,
             );
         }

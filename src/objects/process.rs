@@ -11,6 +11,7 @@ use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::proc::timers::read_timers;
 use ckpt_tracer::remote::{Cave, RemoteCalls};
+use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{RemoteAddr, Tid};
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +21,9 @@ use super::files::{self, FdEntry, regular::Lock};
 use super::ipc::Ipc;
 use super::ipc::undo::{self, Adjustment};
 use super::limits::{self, Limit};
+use super::memory_policy;
+use super::segments::{self, Segment};
+use super::session;
 use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
 use super::timers::{self, IntervalTimers, PosixTimer};
@@ -89,6 +93,12 @@ pub struct Process {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
+    /// The nice value of its autogroup (sched(7)), where there are any.
+    #[serde(default)]
+    pub autogroup_nice: Option<i32>,
+    /// `/proc/PID/loginuid`, where there is audit; `u32::MAX` is unset.
+    #[serde(default)]
+    pub login_uid: Option<u32>,
     /// What its end does to semaphores; those that it shares with its parent are with that one.
     #[serde(default)]
     pub semaphore_adjustments: Vec<Adjustment>,
@@ -133,6 +143,11 @@ impl Shares {
 }
 
 impl Process {
+    /// Whether any of its threads is restricted by seccomp.
+    pub fn is_under_seccomp(&self) -> bool {
+        self.threads.iter().any(|t| t.seccomp.is_on())
+    }
+
     /// Whether the process was forked by that parent, and neither has executed a program since.
     fn is_fork_of(&self, parent: &Process) -> bool {
         let (mine, theirs) = (&self.memory, &parent.memory);
@@ -333,14 +348,7 @@ pub fn capture(
     let listed = read_timers(dir.clone())?;
 
     let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
-    let taken = vmas.iter().map(|v| (v.start, v.end));
-    let scratch = crate::holes::find(taken, SCRATCH).ok_or_else(|| {
-        Obstacle::without_remedy(
-            source.title(),
-            "has no free room in its address space for remote calls",
-        )
-    });
-    let scratch = RemoteAddr(scratch.map_err(crate::Error::refuse)?);
+    let scratch = scratch(source, &vmas, SCRATCH)?;
     let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(frozen.tasks(), stopped.is_some());
     let (leader, others) = frozen
         .tasks_mut()
@@ -348,19 +356,25 @@ pub fn capture(
         .ok_or(ckpt_tracer::Error::Died { tid: pid.leader() })?;
     let mut calls = RemoteCalls::begin(leader, &cave, scratch, SCRATCH)?;
     let parent = |shared: bool| job.parent.filter(|_| shared);
-    let memory = match parent(job.shares.memory) {
+    let mut has_segments = false;
+    let mut memory = match parent(job.shares.memory) {
         Some(parent) => parent.memory.clone(),
         None => {
             let asked = address_space::capture(&mut calls)?;
+            has_segments = segments::has_local(&mut calls)?;
+            let mut mappings = memory.mappings;
+            memory_policy::capture(&mut calls, &mut mappings)?;
             AddressSpace {
                 space: job.space,
                 layout: address_space::layout(&read_stat(dir.clone())?, asked.brk),
                 auxv: tasks::auxv(dir.clone())?,
                 executable: memory.executable,
-                mappings: memory.mappings,
+                mappings,
                 inherited: Vec::new(),
                 lock_future: lock_future(&mut calls, &vmas)?,
-                thp_disabled: asked.thp_disabled,
+                thp_disabled: false,
+                switches: asked.switches,
+                segments: Vec::new(),
                 dumpable: asked.dumpable,
                 membarrier: asked.membarrier,
             }
@@ -391,6 +405,11 @@ pub fn capture(
         threads.push(thread::capture(&mut calls, source, status)?);
     }
     calls.finish()?;
+    if has_segments {
+        // The whole table takes more scratch memory than all else.
+        let leader = &mut frozen.tasks_mut()[0];
+        memory.segments = local_segments(leader, source, &vmas, &cave)?;
+    }
     cave.fill_in()?;
 
     let link = |name: &str| {
@@ -429,11 +448,36 @@ pub fn capture(
         child_subreaper,
         cgroups: cgroup::capture(dir.clone())?,
         oom_score_adj: tasks::oom_score_adj(dir.clone())?,
+        autogroup_nice: session::autogroup_nice(&dir),
+        login_uid: session::login_uid(&dir),
         coredump_filter: tasks::coredump_filter(dir)?,
         semaphore_adjustments,
     };
     process.forked = job.parent.is_some_and(|parent| process.is_fork_of(parent));
     Ok((process, vmas, scanner))
+}
+
+fn local_segments(
+    leader: &mut Stopped,
+    source: &Source,
+    vmas: &[Vma],
+    cave: &Cave<'_>,
+) -> Result<Vec<Segment>> {
+    let scratch = scratch(source, vmas, segments::LARGEST)?;
+    let mut calls = RemoteCalls::begin(leader, cave, scratch, segments::LARGEST)?;
+    let segments = segments::capture_local(&mut calls)?;
+    calls.finish()?;
+    Ok(segments)
+}
+
+/// A hole for the scratch memory of remote calls.
+fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<RemoteAddr> {
+    let taken = vmas.iter().map(|v| (v.start, v.end));
+    let hole = crate::holes::find(taken, bytes).ok_or_else(|| {
+        let reason = "has no free room in its address space for remote calls";
+        crate::Error::refuse(Obstacle::without_remedy(source.title(), reason))
+    });
+    Ok(RemoteAddr(hole?))
 }
 
 /// `PR_GET_CHILD_SUBREAPER`.

@@ -2,14 +2,18 @@
 
 use ckpt_tracer::proc::status::Status;
 use ckpt_tracer::remote::{Call, RemoteCalls};
+use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{RemoteAddr, Result, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Credentials;
+use super::memory_policy::{self, MemoryPolicy};
 use super::scheduling::{self, Scheduling};
 use super::seccomp::{self, Seccomp};
 use super::security::{self, Label};
+use super::segments::{self, Segment};
 use super::signals::{self, Pending};
+use super::switches::{self, Scope, Switch};
 use crate::capture::source::Source;
 use crate::restore::plan::Builder;
 
@@ -46,6 +50,18 @@ pub struct Thread {
     pub parent_death_signal: u32,
     /// Its seccomp state.
     pub seccomp: Seccomp,
+    /// What it has switched on or off.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub switches: Vec<Switch>,
+    /// Its memory policy (set_mempolicy(2)), unless it is the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_policy: Option<MemoryPolicy>,
+    /// Its thread-local segments (set_thread_area(2)).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub thread_areas: Vec<Segment>,
+    /// I/O ports that it may use: first, how many.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub io_ports: Vec<(u16, u32)>,
     /// What security modules say of it.
     #[serde(default)]
     pub security: Vec<Label>,
@@ -97,7 +113,14 @@ struct Asked {
     parent_death_signal: u32,
     timer_slack: u64,
     securebits: u32,
+    switches: Vec<Switch>,
+    memory_policy: Option<MemoryPolicy>,
 }
+
+/// Where answers are written in the scratch memory: those of switches, a memory policy; then the list.
+const SWITCHES: u64 = 40;
+const POLICY: u64 = (SWITCHES + switches::Questions::ROOM).next_multiple_of(8);
+const LIST: u64 = (POLICY + memory_policy::ROOM).next_multiple_of(64);
 
 /// `PR_GET_TID_ADDRESS` (CONFIG_CHECKPOINT_RESTORE).
 const PR_GET_TID_ADDRESS: u64 = 40;
@@ -107,29 +130,42 @@ const SS_ONSTACK: u32 = 1;
 fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let out = calls.scratch().raw();
     let prctl = |name, option: u64, arg: u64| Call::new(name, libc::SYS_prctl, &[option, arg]);
-    let answers = calls.batch_ok(
-        64,
-        &[
-            Call::new("sigaltstack", libc::SYS_sigaltstack, &[0, out]),
-            prctl("prctl(PR_GET_TID_ADDRESS)", PR_GET_TID_ADDRESS, out + 24),
-            prctl(
-                "prctl(PR_GET_PDEATHSIG)",
-                libc::PR_GET_PDEATHSIG as u64,
-                out + 32,
-            ),
-            prctl(
-                "prctl(PR_GET_TIMERSLACK)",
-                libc::PR_GET_TIMERSLACK as u64,
-                0,
-            ),
-            prctl(
-                "prctl(PR_GET_SECUREBITS)",
-                libc::PR_GET_SECUREBITS as u64,
-                0,
-            ),
-        ],
-    )?;
-    let (slack, bits) = (answers[3], answers[4]);
+    let tid = calls.tid();
+    let always = [
+        Call::new("sigaltstack", libc::SYS_sigaltstack, &[0, out]),
+        prctl("prctl(PR_GET_TID_ADDRESS)", PR_GET_TID_ADDRESS, out + 24),
+        prctl(
+            "prctl(PR_GET_PDEATHSIG)",
+            libc::PR_GET_PDEATHSIG as u64,
+            out + 32,
+        ),
+        prctl(
+            "prctl(PR_GET_TIMERSLACK)",
+            libc::PR_GET_TIMERSLACK as u64,
+            0,
+        ),
+        prctl(
+            "prctl(PR_GET_SECUREBITS)",
+            libc::PR_GET_SECUREBITS as u64,
+            0,
+        ),
+    ];
+    let questions = switches::Questions::new(false, SWITCHES);
+    let mut list = always.to_vec();
+    list.push(memory_policy::question(out + POLICY));
+    list.extend(questions.calls(calls.scratch()));
+    let answers = calls.batch(LIST, &list)?;
+    let (checked, others) = answers.split_at(always.len());
+    for (answer, call) in checked.iter().zip(&always) {
+        if *answer < 0 {
+            return Err(ckpt_tracer::Error::Remote {
+                tid,
+                call: call.name,
+                errno: nix::errno::Errno::from_raw(-*answer as i32),
+            });
+        }
+    }
+    let (slack, bits) = (checked[3] as u64, checked[4]);
     let answer: [u8; 36] = calls.read_scratch(0)?;
     let word = |i: usize| u64::from_le_bytes(answer[i..][..8].try_into().unwrap_or([0; 8]));
     let half = |i: usize| u32::from_le_bytes(answer[i..][..4].try_into().unwrap_or([0; 4]));
@@ -139,6 +175,8 @@ fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
         parent_death_signal: half(32),
         timer_slack: slack,
         securebits: bits as u32,
+        switches: questions.read(calls, &others[1..])?,
+        memory_policy: memory_policy::read(calls, POLICY, others[0])?,
     })
 }
 
@@ -172,9 +210,28 @@ pub fn capture(
         scheduling: scheduling::capture(tid, asked.timer_slack),
         credentials: Credentials::of(status, asked.securebits),
         parent_death_signal: asked.parent_death_signal,
-        seccomp: seccomp::capture(task, status)?,
+        seccomp: seccomp_of(task, status, source)?,
+        switches: asked.switches,
+        memory_policy: asked.memory_policy,
+        thread_areas: segments::capture_thread_areas(task)?,
+        io_ports: segments::capture_ports(task)?,
         security: security::capture(source.pid, tid),
     })
+}
+
+/// Its seccomp state; a filter with a listener is refused.
+fn seccomp_of(task: &Stopped, status: &Status, source: &Source) -> crate::Result<Seccomp> {
+    let seccomp = seccomp::capture(task, status)?;
+    if seccomp.filters.iter().any(seccomp::Filter::notifies) {
+        let obstacle = crate::Obstacle::new(
+            source.title(),
+            "has a seccomp filter that hands calls to a listener (SECCOMP_RET_USER_NOTIF), which \
+             is not supported",
+            "start it without that listener",
+        );
+        return Err(crate::Error::refuse(obstacle));
+    }
+    Ok(seccomp)
 }
 
 /// A call that was interrupted and restarted once already shows restart_syscall(2) in place of
@@ -262,8 +319,9 @@ fn robust_list(tid: Tid) -> Result<(u64, u64)> {
 
 impl Thread {
     /// What the thread does for itself in the new process, after its memory is complete.
-    /// Registers, extended state and signal mask are set by the tracer.
-    pub fn rebuild(&self, pid: i32, plan: &mut Builder) {
+    /// Registers, extended state and signal mask are set by the tracer. The first `filters` of its
+    /// seccomp filters it has already.
+    pub fn rebuild(&self, pid: i32, filters: usize, plan: &mut Builder) {
         let tid = self.tid;
         let object = || format!("thread {tid}");
         let prctl = |plan: &mut Builder, option: i32, arg: u64| {
@@ -305,6 +363,13 @@ impl Thread {
         signals::rebuild_pending(&self.pending, pid, Some(tid), plan);
         let now = plan.host().scheduling.clone();
         self.scheduling.rebuild(&now, plan);
+        memory_policy::rebuild(self.memory_policy.as_ref(), plan);
+        segments::rebuild_thread_areas(&self.thread_areas, plan);
+        segments::rebuild_ports(&self.io_ports, plan);
+        switches::rebuild(&self.switches, Scope::Task, plan);
+        // Before the credentials, which may not suffice for it.
+        let installed = filters..self.seccomp.filters.len();
+        self.seccomp.install(installed, plan);
         self.rebuild_privileges(plan);
         // After the credentials, whose change clears it (prctl(2)).
         if self.parent_death_signal != 0 {
@@ -314,7 +379,7 @@ impl Thread {
                 u64::from(self.parent_death_signal),
             );
         }
-        self.seccomp.rebuild(plan);
+        self.seccomp.rebuild_strict(plan);
     }
 
     /// Credentials, and `no_new_privs` last, since nothing takes it back.

@@ -78,6 +78,7 @@ impl Lent {
                 name: None,
                 protection_key: 0,
                 guards: Vec::new(),
+                policy: None,
             })
         })
     }

@@ -16,7 +16,10 @@ use crate::objects::files::{self, Staging, procfs};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
-use crate::objects::{Snapshot, aio, credentials, limits, security, signals, timers};
+use crate::objects::thread::Thread;
+use crate::objects::{
+    Snapshot, aio, credentials, limits, seccomp, security, session, signals, timers,
+};
 
 /// One plan in the making.
 #[derive(Clone, Copy)]
@@ -185,9 +188,8 @@ impl Build<'_> {
         sysv_sem::rebuild_adjustments(process, snapshot, plan);
         sysv_msg::rebuild(process, snapshot, plan);
         security::ask_before_threads(&process.threads, plan);
-        for thread in &process.threads[1..] {
-            plan.thread(thread.tid, |plan| thread.rebuild(process.pid, plan));
-        }
+        session::rebuild_login_uid(process, plan);
+        let filters = threads(process, plan);
         if process.threads.len() > 1 {
             plan.join();
         }
@@ -211,7 +213,7 @@ impl Build<'_> {
             process.memory.rebuild_locks(plan);
         }
         limits::rebuild(&process.limits, plan);
-        process.threads[0].rebuild(process.pid, plan);
+        process.threads[0].rebuild(process.pid, filters, plan);
         process.memory.rebuild_dumpable(plan);
         timers::rebuild_interval(&process.interval_timers, plan);
         timers::start_posix(&process.posix_timers, plan);
@@ -266,6 +268,28 @@ fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
         .processes
         .iter()
         .any(|p| p.memory.executable == file || p.memory.mappings.iter().any(is))
+}
+
+/// Creates the threads, each when the first one has the seccomp filters that both have; how many that
+/// one has then.
+fn threads(process: &Process, plan: &mut Builder) -> usize {
+    let first = &process.threads[0].seccomp;
+    let in_common = |thread: &&Thread| first.in_common(&thread.seccomp);
+    let mut others: Vec<&Thread> = process.threads[1..].iter().collect();
+    others.sort_by_key(in_common);
+    let mut installed = 0;
+    for thread in others {
+        let filters = in_common(&thread);
+        first.install(installed..filters, plan);
+        installed = filters;
+        plan.thread(thread.tid, |plan| {
+            thread.rebuild(process.pid, filters, plan);
+        });
+    }
+    if let Some(warning) = seccomp::separated(process) {
+        plan.warn(warning);
+    }
+    installed
 }
 
 /// Directories, umask, personality, and the like. `late` is whether the working directory will be there

@@ -74,7 +74,7 @@ pub fn rebuild(
     // to complete, who also may have to take note of its stop.
     lives.sort_by_key(|live| std::cmp::Reverse(live.index));
     for live in &mut lives {
-        live.worker.run_to(Stage::Threads, &mut unexpected)?;
+        live.worker.run_to_threads()?;
         fault::hit(Step::RestoreThreads)?;
     }
     for live in &mut lives {
@@ -120,6 +120,7 @@ impl Driver<'_> {
             mem,
             part: planned.plan.main,
             planned,
+            threads: Vec::new(),
         };
         worker.run_to(Stage::Fill, &mut unexpected)?;
         fault::hit(Step::RestoreMapped)?;
@@ -188,9 +189,12 @@ impl Driver<'_> {
     /// Every process joins its group; then phantoms have done their part, and end.
     fn join_groups(&mut self) -> Result<()> {
         let mut phantoms = std::mem::take(&mut self.phantoms);
-        for Live { worker, .. } in &mut self.live {
+        for Live { index, worker } in &mut self.live {
             worker.run_to(Stage::Joined, &mut unexpected)?;
-            worker.task.set_options(TAKEN_OVER)?;
+            match self.job.process(*index).is_under_seccomp() {
+                true => handover::suspend_from_the_beginning(&worker.task)?,
+                false => worker.task.set_options(TAKEN_OVER)?,
+            }
         }
         for phantom in &mut phantoms {
             phantom.run_to_trap(&mut unexpected)?;
@@ -209,6 +213,7 @@ fn worker(task: Stopped, pid: Pid, part: Part, planned: &Rc<Planned>) -> Result<
         mem: ProcessMemory::open(pid)?,
         planned: planned.clone(),
         part,
+        threads: Vec::new(),
     })
 }
 

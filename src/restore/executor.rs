@@ -6,7 +6,7 @@ use ckpt_tracer::blob::Blob;
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::remote::{Cave, RemoteCalls};
-use ckpt_tracer::task::{Regs, Resume, Stop, Stopped};
+use ckpt_tracer::task::{Regs, Resume, Running, Stop, Stopped};
 use ckpt_tracer::{RemoteAddr, Tid};
 use nix::errno::Errno;
 
@@ -56,6 +56,8 @@ pub(super) struct Worker {
     pub(super) planned: Rc<Planned>,
     /// What of the plan it executes.
     pub(super) part: Part,
+    /// Threads that it has created and that are traced.
+    pub(super) threads: Vec<Running>,
 }
 
 /// Takes over a process that a worker has just created.
@@ -79,6 +81,19 @@ impl Worker {
                  ckpt"
             ))),
         }
+    }
+
+    /// Runs the restorer until its threads are parked. Those that are traced from their beginning
+    /// go on at once.
+    pub(super) fn run_to_threads(&mut self) -> Result<()> {
+        let mut threads = Vec::new();
+        let reached = self.run_to(Stage::Threads, &mut |tid| {
+            let task = Running::auto_attached(tid).wait_stopped()?;
+            threads.push(task.resume(Resume::Cont, 0)?);
+            Ok(())
+        });
+        self.threads = threads;
+        reached
     }
 
     /// Runs the restorer to the end of its list.

@@ -17,9 +17,9 @@ use crate::error::Result;
 use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
-use crate::objects::security;
 use crate::objects::signals::Action;
 use crate::objects::thread::Thread;
+use crate::objects::{security, session};
 
 /// The signal that is to stop a process before it runs.
 fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
@@ -34,6 +34,9 @@ pub(super) struct Complete {
     pub(super) warnings: Vec<String>,
 }
 
+/// `PTRACE_O_SUSPEND_SECCOMP`, linux/ptrace.h.
+const SUSPEND_SECCOMP: i32 = libc::PTRACE_O_SUSPEND_SECCOMP;
+
 /// When a process creates no more processes.
 pub(super) const TAKEN_OVER: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
 
@@ -44,10 +47,11 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
         task: mut leader,
         mem,
         planned,
+        threads: traced,
         ..
     } = worker;
     let (mem, plan) = (&mem, &planned.plan);
-    let mut others = take_over(process)?;
+    let mut others = take_over(process, traced)?;
     leader.note_only(others.is_empty());
     // One cave for all that is left to be done inside: a map of very many threads is long.
     let cave = Cave::dig(mem, &read_maps(mem.pid())?)?;
@@ -58,7 +62,7 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
         if thread.security.is_empty() {
             continue;
         }
-        if thread.seccomp.mode == 2 {
+        if thread.seccomp.is_on() {
             suspend_seccomp(task)?;
         }
         // Below the end of the restorer's stack, on which nobody runs any more.
@@ -100,17 +104,24 @@ pub(super) fn adjust_from_outside(
         ))
     });
     refused
+        .chain(session::rebuild_autogroup(process, pid))
+        .chain(session::other_login_uid(process, pid).filter(|_| untrusted.is_none()))
         .chain(rights::with(untrusted, || {
             cgroup::rebuild(&process.cgroups, pid)
         }))
         .collect()
 }
 
-/// Attaches to the parked threads, in the order of the snapshot.
-fn take_over(process: &Process) -> Result<Vec<Stopped>> {
+/// Attaches to the parked threads, in the order of the snapshot; `traced` are those that are traced
+/// from their beginning.
+fn take_over(process: &Process, mut traced: Vec<Running>) -> Result<Vec<Stopped>> {
     let mut seized = Vec::with_capacity(process.threads.len());
     for thread in &process.threads[1..] {
-        let task = Running::seize_with(Tid(thread.tid), TAKEN_OVER)?;
+        let tid = Tid(thread.tid);
+        let task = match traced.iter().position(|task| task.tid() == tid) {
+            Some(at) => traced.swap_remove(at),
+            None => Running::seize_with(tid, TAKEN_OVER)?,
+        };
         task.interrupt()?;
         seized.push(task);
     }
@@ -141,7 +152,7 @@ fn take_note_of_stops(
     let at = RemoteAddr(place);
     let sigchld = 1u64 << (libc::SIGCHLD - 1);
     mem.write(at, &[sigchld, 0, 0].map(u64::to_le_bytes).concat())?;
-    if process.threads[0].seccomp.mode == 2 {
+    if process.threads[0].seccomp.is_on() {
         suspend_seccomp(leader)?;
     }
     let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
@@ -182,7 +193,7 @@ fn remove_restorer(
     if process.shares.memory && trap.is_none() {
         return Ok(());
     }
-    if process.threads[0].seccomp.mode == 2 {
+    if process.threads[0].seccomp.is_on() {
         suspend_seccomp(leader)?;
     }
     let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
@@ -201,8 +212,12 @@ fn remove_restorer(
     Ok(())
 }
 
+/// Suspends the seccomp filters of a task that creates threads, and theirs from their beginning.
+pub(super) fn suspend_from_the_beginning(task: &Stopped) -> Result<()> {
+    Ok(task.set_options(TAKEN_OVER | SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?)
+}
+
 fn suspend_seccomp(task: &Stopped) -> Result<()> {
-    const SUSPEND_SECCOMP: i32 = 1 << 21;
     Ok(task.set_options(TAKEN_OVER | SUSPEND_SECCOMP)?)
 }
 
@@ -285,7 +300,7 @@ fn rearm(task: &mut Stopped, regs: &Regs, process: &Process, cave: &Cave<'_>) ->
         libc::SYS_clock_nanosleep => regs.r10,
         _ => 0,
     };
-    if remainder == 0 || process.threads.iter().any(|t| t.seccomp.mode == 2) {
+    if remainder == 0 || process.is_under_seccomp() {
         return Ok(Rearmed::No);
     }
     let (nr, args) = match regs.orig_rax as i64 {

@@ -17,7 +17,7 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
-use crate::objects::{Snapshot, ipc, scheduling};
+use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, switches};
 use crate::progress::Progress;
 use next_pid::Means;
 use put::PutFiles;
@@ -286,6 +286,9 @@ fn host_state(
         scheduling: scheduling::capture(Tid(me.raw()), 0),
         held,
         credentials,
+        switches: switches::Ours::ask(),
+        memory_policy: memory_policy::own(),
+        login_uid: session::login_uid(&me.into()).filter(|_| trusted),
         security: Default::default(),
     })
 }

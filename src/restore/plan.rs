@@ -16,8 +16,10 @@ mod finished;
 use super::next_pid::Means;
 use super::rights::Rights;
 use crate::objects::credentials::Credentials;
+use crate::objects::memory_policy::MemoryPolicy;
 use crate::objects::scheduling::Scheduling;
 use crate::objects::security::Surroundings;
+use crate::objects::switches::Ours;
 use finished::List;
 pub use finished::{Part, Plan};
 
@@ -38,6 +40,12 @@ pub struct HostState {
     pub keyring: Option<(u32, u32)>,
     /// The job lives: what it holds of names and objects is free when it is restored.
     pub leaving: bool,
+    /// Our own switches.
+    pub switches: Ours,
+    /// Our own audit login uid, if the job may have another one.
+    pub login_uid: Option<u32>,
+    /// Our own memory policy.
+    pub memory_policy: Option<MemoryPolicy>,
     /// What security modules say of us, and what they let a new process become.
     pub security: Surroundings,
 }

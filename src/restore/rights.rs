@@ -27,6 +27,7 @@ use crate::objects::Snapshot;
 use crate::objects::credentials::{self, Credentials};
 use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, FileIdentity};
+use crate::objects::thread::Thread;
 
 /// The job's user, where that is not we.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -287,7 +288,8 @@ pub fn beyond_its_owner(snapshot: &Snapshot, owner: u32) -> Vec<Obstacle> {
     let processes = snapshot.processes.iter().filter_map(|process| {
         let threads = || process.threads.iter();
         let what = threads().find_map(|t| beyond(&t.credentials));
-        let favoured = threads().any(|t| t.scheduling.is_favoured()) || process.oom_score_adj < 0;
+        let favoured = |t: &Thread| t.scheduling.is_favoured() || !t.io_ports.is_empty();
+        let favoured = threads().any(favoured) || process.oom_score_adj < 0;
         let favoured = favoured.then(|| "has a priority that only root may give".to_owned());
         Some(refuse(
             format!("process {}", process.pid),

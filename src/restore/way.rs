@@ -218,6 +218,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     let means = pids::means(snapshot);
     let mut host = super::host_state(&opened.groups_there, means, snapshot, opened.is_ours)?;
     host.leaving = leaving;
+    obstacles.extend(host.switches.obstacle());
     host.security = security::Surroundings::of(snapshot, |c| spawn::may_become(c, means));
     let job = match Job::new(snapshot, image, request, host, &opened.vdso) {
         Ok(job) => Some(job),

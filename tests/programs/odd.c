@@ -11,6 +11,8 @@
 #include <sched.h>
 #include <semaphore.h>
 #include <linux/bpf.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <linux/perf_event.h>
 #include <sys/fanotify.h>
 #include <sys/ioctl.h>
@@ -52,6 +54,21 @@ static int unix_socket(int type, const char *path, int (*call)(int, const struct
 	strcpy(a.sun_path, path);
 	FX_SYS(call(fd, (void *)&a, sizeof(a)));
 	return fd;
+}
+
+static atomic_int begun;
+
+/* Goes to 32-bit code that does nothing for ever. */
+static void *code32(void *unused)
+{
+	unsigned char *code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+
+	(void)unused;
+	FX_CHECK(code != MAP_FAILED, "mmap: %s", strerror(errno));
+	memcpy(code, "\xeb\xfe", 2); /* jmp to itself */
+	atomic_store(&begun, 1);
+	__asm__ volatile("pushq $0x23; pushq %0; lretq" : : "r"(code));
+	__builtin_unreachable();
 }
 
 static sem_t alone;
@@ -229,6 +246,19 @@ int main(int argc, char **argv)
 	} else if (is("own-uts")) {
 		if (unshare(CLONE_NEWUTS))
 			fx_skip("permission for a uts namespace (%s)", strerror(errno));
+	} else if (is("notifying")) {
+		struct sock_filter code[] = {
+			BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0), /* seccomp_data.nr */
+			BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_getppid, 0, 1),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+		};
+		struct sock_fprog prog = { .len = FX_COUNT(code), .filter = code };
+
+		FX_SYS(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &prog));
+	} else if (is("code32")) {
+		fx_thread(code32, NULL);
+		fx_await(&begun, 1);
 	} else if (is("mq-nameless") || is("mq-notify")) {
 		struct sigevent event = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1 };
 

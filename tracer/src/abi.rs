@@ -21,6 +21,15 @@ pub const NT_X86_XSTATE: u32 = 0x202;
 /// `PTRACE_EVENT_STOP`: a seized task stopped by `PTRACE_INTERRUPT` or by a group stop.
 pub const PTRACE_EVENT_STOP: i32 = 128;
 
+/// `NT_386_IOPERM` (elf.h): the I/O permission bitmap.
+pub const NT_386_IOPERM: u32 = 0x201;
+/// `PTRACE_GET_THREAD_AREA` (asm/ptrace-abi.h): a thread-local entry of the global descriptor table.
+pub const PTRACE_GET_THREAD_AREA: u32 = 25;
+/// The first of the three thread-local entries of a 64-bit kernel (`GDT_ENTRY_TLS_MIN`, asm/segment.h).
+pub const TLS_ENTRIES: std::ops::Range<u32> = 12..15;
+/// `__USER_CS` (asm/segment.h): the code segment of 64-bit programs.
+pub const USER_CS: u64 = 0x33;
+
 /// io_pgetevents(2), which `libc` lacks for this target.
 pub const SYS_IO_PGETEVENTS: i64 = 333;
 

@@ -38,6 +38,7 @@ capabilities!(
     Setpcap = 8 "CAP_SETPCAP",
     NetAdmin = 12 "CAP_NET_ADMIN",
     IpcLock = 14 "CAP_IPC_LOCK",
+    SysRawio = 17 "CAP_SYS_RAWIO",
     SysChroot = 18 "CAP_SYS_CHROOT",
     SysPtrace = 19 "CAP_SYS_PTRACE",
     SysAdmin = 21 "CAP_SYS_ADMIN",
@@ -45,6 +46,7 @@ capabilities!(
     SysResource = 24 "CAP_SYS_RESOURCE",
     SysTime = 25 "CAP_SYS_TIME",
     Lease = 28 "CAP_LEASE",
+    AuditControl = 30 "CAP_AUDIT_CONTROL",
     CheckpointRestore = 40 "CAP_CHECKPOINT_RESTORE",
 );
 

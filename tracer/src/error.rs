@@ -100,6 +100,16 @@ pub enum Error {
         /// Rounds tried.
         rounds: u32,
     },
+    /// The task executes 32-bit code, or code of a segment of its own, in which our code would be another.
+    #[error(
+        "task {tid} of a 64-bit program executes code of the segment {selector:#x}, in which no call can be made from outside; try again in a moment"
+    )]
+    OtherCode {
+        /// The task.
+        tid: Tid,
+        /// Its `cs`.
+        selector: u64,
+    },
     /// A fault asked for by a test (feature `faults`).
     #[error("fault injected at step {0}")]
     Injected(crate::fault::Step),

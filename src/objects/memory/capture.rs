@@ -57,6 +57,7 @@ pub fn capture(
                 },
                 protection_key: vma.protection_key,
                 guards: guards_in(vma, guards),
+                policy: None,
             }),
             Err(obstacle) => collector.obstacles.push(*obstacle),
         }

@@ -54,6 +54,8 @@ fn same_object(p: &Mapping, m: &Mapping) -> bool {
         && p.flags.intersection(FIXED) == m.flags.intersection(FIXED)
         && p.protection_key == m.protection_key
         && !p.flags.contains(MappingFlags::SEALED)
+        // A fork empties it.
+        && !p.flags.contains(MappingFlags::DROPPABLE)
         // Attached by shmat(2), which says who has it attached; made by each process for itself.
         && !matches!(m.backing, Backing::SysV { .. } | Backing::AioRing(_))
 }
@@ -166,6 +168,7 @@ mod tests {
             name: None,
             protection_key: 0,
             guards: Vec::new(),
+            policy: None,
         }
     }
 

@@ -8,6 +8,7 @@ use super::SpaceId;
 use super::aio::Ring;
 use super::files::attributes::Attributes;
 use super::files::saved::Saved;
+use super::memory_policy::MemoryPolicy;
 
 mod capture;
 mod contents;
@@ -42,6 +43,9 @@ pub struct Mapping {
     pub protection_key: u32,
     /// Guard pages (`MADV_GUARD_INSTALL`) as address ranges.
     pub guards: Vec<(u64, u64)>,
+    /// Its own memory policy (mbind(2)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<MemoryPolicy>,
 }
 
 /// What is behind a mapping.

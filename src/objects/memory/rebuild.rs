@@ -107,6 +107,10 @@ impl Mapping {
                 plan.attempt(libc::SYS_madvise, &args, || self.object());
             }
         }
+        // Likewise, so that they come on its nodes.
+        if self.policy.is_some() {
+            self.rebuild_policy(plan);
+        }
     }
 }
 
@@ -217,7 +221,15 @@ pub fn map_all(
     });
     for m in missing {
         match &m.backing {
-            Backing::Anonymous => m.map(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0, plan),
+            Backing::Anonymous => {
+                let droppable = m.flags.contains(MappingFlags::DROPPABLE);
+                let kind = if droppable {
+                    MAP_DROPPABLE
+                } else {
+                    libc::MAP_PRIVATE
+                };
+                m.map(kind | libc::MAP_ANONYMOUS, -1, 0, plan);
+            }
             Backing::AnonymousHuge { page_size } => {
                 let size = page_size.trailing_zeros() << libc::MAP_HUGE_SHIFT;
                 let huge = libc::MAP_HUGETLB | size as i32;
@@ -233,7 +245,11 @@ pub fn map_all(
                 writable,
             } => {
                 let fd = file_fd(*file, *writable, snapshot, staging, &mut open, plan);
-                m.map(libc::MAP_SHARED, fd, *offset, plan);
+                let kind = match m.flags.contains(MappingFlags::SYNC) {
+                    true => libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC,
+                    false => libc::MAP_SHARED,
+                };
+                m.map(kind, fd, *offset, plan);
             }
             Backing::Description {
                 description,
@@ -416,6 +432,15 @@ pub fn finish(
             let args = [m.start, m.len(), m.prot.into()];
             plan.syscall(libc::SYS_mprotect, &args, || m.object());
         }
+        // The others have it since they were mapped.
+        let placed = matches!(
+            m.backing,
+            Backing::SharedMemory { .. } | Backing::SysV { .. }
+        );
+        let of_parent = |i: &Inherited| &forked.parent[i.parent].policy;
+        if placed && m.policy.is_some() || forked.within(m).any(|i| *of_parent(i) != m.policy) {
+            m.rebuild_policy(plan);
+        }
         m.advise(plan);
     }
 }
@@ -451,6 +476,8 @@ pub fn allocate_keys(mappings: &[Mapping], plan: &mut Builder) {
     }
 }
 
+/// `MAP_DROPPABLE` (Linux 6.11), in place of `MAP_PRIVATE`.
+const MAP_DROPPABLE: i32 = 8;
 /// `MADV_GUARD_INSTALL` (Linux 6.13).
 const MADV_GUARD_INSTALL: u64 = 102;
 

@@ -67,12 +67,15 @@ impl Surroundings {
     pub fn in_the_way(&self, task: &Status) -> Option<(String, &'static str)> {
         const COULD_KILL: &str = "which could kill it on a call made from outside";
         match (task.seccomp, self) {
-            (None | Some(0), _) => None,
+            (None | Some(0), _) | (_, Surroundings::Master) => None,
             (Some(1), _) => {
-                let reason = "is under strict seccomp, which is not supported";
-                Some((reason.into(), "run ckpt as root"))
+                let takes = Use::SuspendSeccomp;
+                let reason = format!(
+                    "is under strict seccomp, which would kill it on a call made from outside; \
+                     suspending it needs {takes}"
+                );
+                Some((reason, "run ckpt as root outside of any filters"))
             }
-            (_, Surroundings::Master) => None,
             (_, Surroundings::Same(around)) => match task.seccomp_filters.unwrap_or(u32::MAX) {
                 own if own == *around => None,
                 own => Some((

@@ -1,8 +1,9 @@
 //! The table. `docs/privileges.md` has the same rows, which a test compares.
 
 use super::Capability::{
-    CheckpointRestore, Chown, DacOverride, DacReadSearch, Fowner, IpcLock, Lease, NetAdmin, Setgid,
-    Setpcap, Setuid, SysAdmin, SysChroot, SysNice, SysPtrace, SysResource, SysTime,
+    AuditControl, CheckpointRestore, Chown, DacOverride, DacReadSearch, Fowner, IpcLock, Lease,
+    NetAdmin, Setgid, Setpcap, Setuid, SysAdmin, SysChroot, SysNice, SysPtrace, SysRawio,
+    SysResource, SysTime,
 };
 use super::Realm::{First, Own, Owner, Target};
 use super::Row;
@@ -176,6 +177,27 @@ uses! {
         "an `oom_score_adj` below your own",
         without "yours, with a warning",
         kernel "`__set_oom_adj` (fs/proc/base.c)"
+    }
+    /// `/proc/PID/loginuid`.
+    LoginUid {
+        Any(&[AuditControl]), First,
+        "to restore an audit login uid that is not yours",
+        without "yours, with a warning",
+        kernel "`audit_set_loginuid_perm` (kernel/auditsc.c)"
+    }
+    /// ioperm(2).
+    IoPorts {
+        Any(&[SysRawio]), First,
+        "to let a thread use I/O ports again (`ioperm`)",
+        without "it may not, with a warning",
+        kernel "`ksys_ioperm` (arch/x86/kernel/ioport.c)"
+    }
+    /// `PR_SET_IO_FLUSHER`.
+    IoFlusher {
+        Any(&[SysResource]), First,
+        "to make a task an I/O flusher again (`PR_SET_IO_FLUSHER`)",
+        without "it is none, with a warning",
+        kernel "`sys_prctl` (kernel/sys.c)"
     }
     /// `F_SETPIPE_SZ`.
     LargePipe {

@@ -131,6 +131,8 @@ pub struct Status {
     pub kernel_thread: Option<bool>,
     /// `VmLck`: locked memory in bytes; absent without an address space.
     pub locked: Option<u64>,
+    /// `untag_mask`: the bits of a pointer that are its address (linear address masking).
+    pub untag_mask: Option<u64>,
     /// `CoreDumping`
     pub core_dumping: Option<bool>,
     /// `THP_enabled`: false after `PR_SET_THP_DISABLE`.
@@ -169,6 +171,7 @@ impl Status {
             ns_sid: Vec::new(),
             kernel_thread: None,
             locked: None,
+            untag_mask: None,
             core_dumping: None,
             thp_enabled: None,
             threads: 0,
@@ -250,6 +253,7 @@ fn field(status: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
         b"CapBnd" => status.capabilities.bounding = hex(value)?,
         b"CapAmb" => status.capabilities.ambient = hex(value)?,
         b"NoNewPrivs" => status.no_new_privs = dec::<u32>(value)? != 0,
+        b"untag_mask" => status.untag_mask = Some(hex(value.strip_prefix(b"0x")?)?),
         b"Seccomp" => status.seccomp = Some(dec(value)?),
         b"Seccomp_filters" => status.seccomp_filters = Some(dec(value)?),
         _ => {}
@@ -327,6 +331,7 @@ CapEff:\t0000000000200000\n\
 CapBnd:\t000001fffeffffff\n\
 CapAmb:\t0000000000000001\n\
 NoNewPrivs:\t1\n\
+untag_mask:\t0x81ffffffffffffff\n\
 Seccomp:\t2\n\
 Seccomp_filters:\t3\n\
 Speculation_Store_Bypass:\tthread vulnerable\n\
@@ -358,6 +363,7 @@ Cpus_allowed_list:\t0-1\n";
             ns_sid: vec![5231, 0],
             kernel_thread: Some(false),
             locked: Some(8192),
+            untag_mask: Some(0x81ff_ffff_ffff_ffff),
             core_dumping: Some(false),
             thp_enabled: Some(true),
             threads: 3,

@@ -7,7 +7,7 @@ use super::restart::effective_rip;
 use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
 use crate::task::{Regs, Stopped};
-use crate::{Error, Pid, RemoteAddr, Result, Tid};
+use crate::{Error, Pid, RemoteAddr, Result, Tid, abi};
 
 /// What a task has answered; an errno comes back as [`Error::Remote`].
 pub(super) fn checked(tid: Tid, call: &'static str, answer: i64) -> Result<u64> {
@@ -89,6 +89,12 @@ impl<'a> RemoteCalls<'a> {
 
     pub(super) fn prepare(task: &'a mut Stopped, cave: &'a Cave<'a>, slot: u64) -> Result<Self> {
         let mut original = task.regs()?;
+        if original.cs != abi::USER_CS {
+            return Err(Error::OtherCode {
+                tid: task.tid(),
+                selector: original.cs,
+            });
+        }
         original.rip = effective_rip(task, cave.mem, &original)?;
         let mask = task.signal_mask()?;
         Ok(Self {

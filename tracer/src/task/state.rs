@@ -47,19 +47,46 @@ impl Stopped {
             .map(drop)
     }
 
+    /// The thread-local entries of the global descriptor table, `struct user_desc` as four words each;
+    /// none where the kernel has none (without `CONFIG_IA32_EMULATION`).
+    pub fn thread_areas(&self) -> Result<Vec<[u32; 4]>> {
+        let mut areas = Vec::new();
+        for entry in abi::TLS_ENTRIES {
+            let mut area = [0u32; 4];
+            let data = area.as_mut_ptr() as usize;
+            let name = "PTRACE_GET_THREAD_AREA";
+            let get = abi::PTRACE_GET_THREAD_AREA;
+            match request(name, get, self.tid, entry as usize, data) {
+                Ok(_) => areas.push(area),
+                Err(Error::Kernel { .. }) => break,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(areas)
+    }
+
+    /// The I/O permission bitmap; empty if the task has none, or the kernel knows none.
+    pub fn io_bitmap(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0u8; 8192];
+        match self.regset_of(libc::PTRACE_GETREGSET, abi::NT_386_IOPERM, &mut bytes) {
+            Ok(len) => bytes.truncate(len),
+            Err(Error::Kernel { .. }) => bytes.clear(),
+            Err(e) => return Err(e),
+        }
+        Ok(bytes)
+    }
+
     fn regset(&self, req: u32, bytes: &mut [u8]) -> Result<usize> {
+        self.regset_of(req, abi::NT_X86_XSTATE, bytes)
+    }
+
+    fn regset_of(&self, req: u32, which: u32, bytes: &mut [u8]) -> Result<usize> {
         let mut iov = libc::iovec {
             iov_base: bytes.as_mut_ptr().cast(),
             iov_len: bytes.len(),
         };
         let data = ptr::addr_of_mut!(iov) as usize;
-        request(
-            "PTRACE_GETREGSET",
-            req,
-            self.tid,
-            abi::NT_X86_XSTATE as usize,
-            data,
-        )?;
+        request("PTRACE_GETREGSET", req, self.tid, which as usize, data)?;
         Ok(iov.iov_len)
     }
 
