@@ -1,5 +1,6 @@
 # make demo   a computation is checkpointed, killed with -9 and restored
 # make test   everything; installs what the tests need
+# make field   some 130 real programs, cut at random moments; installs them; not a part of make test
 # make test-kernels  on other kernels, in virtual machines; not a part of make test
 # make lint   formatting, clippy, documentation, the freestanding restorer
 # make bench  figures as ratios in one run (docs/performance.md)
@@ -8,7 +9,7 @@ CARGO ?= cargo
 # One set of features everywhere, so that everything is built once.
 FEATURES = --features faults
 
-.PHONY: all demo test test-kernels lint bench fuzz install clean deps
+.PHONY: all demo test field test-kernels lint bench fuzz install clean deps
 
 all:
 	$(CARGO) build --release
@@ -25,6 +26,11 @@ test: deps
 	fixtures/selfcheck.sh
 	@scripts/run-tests
 	@scripts/show-skips
+
+field:
+	@scripts/install-field-deps
+	$(CARGO) build $(FEATURES)
+	@tests/field/run
 
 test-kernels:
 	@scripts/install-test-deps

@@ -11,7 +11,9 @@ use crate::common::look::assert_let_go;
 use crate::common::refused::attach_is_refused;
 use crate::common::rounds::{gone, same_result};
 use crate::common::tool::source;
-use crate::common::{Case, Ended, attach, ckpt, fixture, isolated, restored, run, start, until};
+use crate::common::{
+    Case, Ended, Job, attach, ckpt, fixture, isolated, restored, run, start, until,
+};
 
 /// Mounts a file system as DIR/name; without permission the test is skipped.
 fn mounted(case: &Case, kind: &str, options: &str, name: &str) {
@@ -301,5 +303,24 @@ fn an_end_of_a_pipe_is_replaced() {
         };
         assert_eq!(link(3), given);
         assert!(link(4).to_string_lossy().starts_with("pipe:["));
+    });
+}
+
+/// Each of two processes has `/dev/null` open many times; one closes and opens it all the time.
+#[test]
+fn descriptors_that_come_and_go() {
+    isolated("descriptors_that_come_and_go", |case| {
+        let mut python = Command::new(case.system_python());
+        python.arg(source("comes_and_goes.py"));
+        let job = start(&mut python, &case.path("python.log"));
+        until("the child", || (job.descendants().len() == 1).then_some(()));
+        for _ in 0..30 {
+            attach(case, job.pid, "job.ckpt", &[]);
+        }
+        let child = job.descendants();
+        job.kill();
+        for pid in child {
+            Job::of(pid).kill();
+        }
     });
 }

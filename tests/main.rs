@@ -14,6 +14,7 @@ mod containers;
 mod docs;
 #[cfg(feature = "faults")]
 mod faults;
+mod field;
 mod files;
 mod fixtures;
 mod ids;

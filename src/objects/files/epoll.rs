@@ -2,10 +2,11 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
+use std::os::fd::AsRawFd;
 
-use ckpt_tracer::Error;
 use ckpt_tracer::kcmp::{KcmpType, kcmp};
 use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
+use ckpt_tracer::{Error, Pid};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -127,14 +128,16 @@ fn candidates(looks: &[Look], set: &Look, target: &EpollTarget) -> Vec<usize> {
 }
 
 fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
+    let me = Pid::own().leader();
     for at in candidates(looks, set, target) {
+        // The copies: a process that runs (`ckpt check`) may have closed its descriptors since.
         let what = KcmpType::EpollTfd {
-            fd: looks[at].fd,
-            efd: set.fd,
+            fd: looks[at].copy.as_raw_fd(),
+            efd: set.copy.as_raw_fd(),
             tfd: target.tfd as u32,
             toff: turn,
         };
-        match kcmp(looks[at].leader, set.leader, what) {
+        match kcmp(me, me, what) {
             Ok(Ordering::Equal) => return Ok(Some(at)),
             Ok(_) => {}
             Err(Error::Kernel {

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use ckpt_tracer::kcmp::{KcmpType, kcmp, same_description};
 use ckpt_tracer::proc::fdinfo::{self, FdInfo};
 use ckpt_tracer::proc::fdlink::{self, FdLink};
-use ckpt_tracer::{Error, Result, Tid};
+use ckpt_tracer::{Error, Pid, Result};
 use nix::errno::Errno;
 
 use super::regular::{Lock, LockKind};
@@ -40,8 +40,6 @@ pub struct Seen {
 pub struct Look {
     /// Index of the process.
     pub process: usize,
-    /// That process's first thread.
-    pub leader: Tid,
     /// The descriptor's number there.
     pub fd: i32,
     /// Where its link leads.
@@ -140,10 +138,13 @@ impl Survey {
                 (0, 0)
             }
         };
+        // The copies: a process that runs (`ckpt check`) may have closed its descriptors since.
+        let me = Pid::own().leader();
         while low < high {
             let middle = low + (high - low) / 2;
             let other = &self.looks[candidates[middle]];
-            match kcmp(look.leader, other.leader, KcmpType::File(look.fd, other.fd)) {
+            let both = KcmpType::File(look.copy.as_raw_fd(), other.copy.as_raw_fd());
+            match kcmp(me, me, both) {
                 Ok(Ordering::Equal) => {
                     seen.look = candidates[middle];
                     return Ok(seen);
@@ -222,7 +223,6 @@ impl Look {
         }
         Ok(Self {
             process,
-            leader: source.pid.leader(),
             fd,
             link,
             info: fdinfo::read_fdinfo(source.dir.clone(), fd)?,
