@@ -211,8 +211,14 @@ def cut_up(world: World, expected: tuple[int, str], seconds: float) -> int:
         steps = sorted([(moment, run.cut) for moment in moments] + [(copied, run.copy)], key=lambda step: step[0])
         told = []
         for moment, step in steps:
-            if not run.runs_until(moment) or not step(image):
-                break
+            try:
+                if not run.runs_until(moment) or not step(image):
+                    break
+            except Refused:
+                # It goes on, and comes to its end like any other.
+                if (seen := run.finish()) != expected:
+                    raise Failed(f"refused, and harmed by it: {difference(expected, seen)}") from None
+                raise
             made += step == run.cut
             told.append(f"{moment:.3f}{'' if step == run.cut else ' (attach)'}")
         seen = run.finish()

@@ -19,6 +19,8 @@ class Program:
     name: str
     packages: tuple[str, ...]
     size: str
+    # It is known to be refused, and by that must not be harmed.
+    refused: bool
     command: str
 
     def missing(self) -> list[str]:
@@ -33,10 +35,12 @@ def programs() -> list[Program]:
         if not line.strip() or line.startswith("#"):
             continue
         name, packages, size, command = line.split(None, 3)
+        refused = size.endswith("!")
+        size = size.rstrip("!")
         if size not in LONGEST:
             raise SystemExit(f"{name}: no such class: {size}")
         packages = () if packages == "-" else tuple(packages.split(","))
-        found.append(Program(name, packages, size, command))
+        found.append(Program(name, packages, size, refused, command))
     names = [program.name for program in found]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
