@@ -11,14 +11,16 @@ use ckpt_tracer::fault::Step;
 
 /// Timers and sleeps notice what happens to them, computations when a register is lost, parents
 /// when one of their children is not as it was, all who share a memory when one is in it that
-/// should not be, and rings of events when an event or the tail is not where it was.
-fn targets(case: &Case) -> [Fixture; 5] {
+/// should not be, rings of events when an event or the tail is not where it was, and a program whose
+/// system calls are dispatched dies of one that it does not make itself.
+fn targets(case: &Case) -> [Fixture; 6] {
     let names = [
         "sleepers",
         "timers_posix",
         "tree_pipe",
         "tree_vm_threads",
         "aio_ring",
+        "dispatch",
     ];
     names.map(|name| {
         let command = Command::new(case.fixtures().join(name));
@@ -132,8 +134,8 @@ attach
 restore
     restore_spawned restore_mapped restore_filled restore_threads restore_release;
 elsewhere
-    lending // in tests/containers.rs
     check   // in tests/kill.rs
+    lending // in tests/containers.rs
 }
 
 fn at(module: &str, step: &str, body: impl FnOnce(&Case, &str)) {

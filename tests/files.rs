@@ -12,7 +12,7 @@ use crate::common::refused::attach_is_refused;
 use crate::common::rounds::{gone, same_result};
 use crate::common::tool::source;
 use crate::common::{
-    Case, Ended, Job, attach, ckpt, fixture, isolated, restored, run, start, until,
+    Case, Ended, Job, attach, ckpt, fixture, isolated, restore_cmd, restored, run, start, until,
 };
 
 /// Mounts a file system as DIR/name; without permission the test is skipped.
@@ -322,5 +322,24 @@ fn descriptors_that_come_and_go() {
         for pid in child {
             Job::of(pid).kill();
         }
+    });
+}
+
+/// Where nothing is free above the job's descriptors, a restore works in a gap between them.
+#[test]
+fn descriptors_at_the_limit() {
+    isolated("descriptors_at_the_limit", |case| {
+        let mut target = fixture(case, "fd_high");
+        let image = target.killed_into(case, "job.ckpt");
+        let restore = restore_cmd(&image, &["--detach"]);
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "ulimit -n 1024; exec \"$0\" \"$@\""])
+            .arg(restore.get_program())
+            .args(restore.get_args());
+        let out = run(case, &mut command);
+        let pid = out.ok().trim().parse().expect("it is a pid");
+        target.continued_by(Job::of(pid));
+        target.passes();
     });
 }

@@ -363,3 +363,23 @@ fn seccomp_of_an_ordinary_user() {
         attach_is_refused(case, target, &["seccomp", "CAP_SYS_ADMIN", "as root"]);
     });
 }
+
+/// A timer of somebody else's CPU time.
+#[test]
+fn timer_of_an_outsiders_time() {
+    isolated("timer_of_an_outsiders_time", |case| {
+        let target = odd(case, "others-time", None);
+        let words = ["POSIX timer (id 0)", "CPU time of", "delete it"];
+        attach_is_refused(case, target, &words);
+    });
+}
+
+/// No remote call can be made from where the program may make calls: there is no room.
+#[test]
+fn dispatch_with_a_narrow_range() {
+    isolated("dispatch_with_a_narrow_range", |case| {
+        let target = odd(case, "narrow-dispatch", None);
+        let words = ["unused room", "syscall user dispatch", "turn that off"];
+        attach_is_refused(case, target, &words);
+    });
+}

@@ -7,10 +7,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::common::fixture::start_in;
+use crate::common::job::Job;
 use crate::common::look::{all_stopped, states, status_field};
-use crate::common::tool::restored_in_front;
+use crate::common::tool::{CKPT, restored_in_front};
 use crate::common::{
-    Case, Fixture, Looks, attach, holds_for, isolated, isolated_as_user, restored, until,
+    Case, Ended, Fixture, Looks, attach, holds_for, isolated, isolated_as_user, restore_cmd,
+    restored, start, until,
 };
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -147,5 +149,98 @@ fn the_parent_can_wait_for_both() {
         assert_eq!(told, WaitStatus::Continued(pid));
         fs::write(target.path("continued"), "1").expect("the test's directory is writable");
         target.passes();
+    });
+}
+
+/// A stop from outside that comes while it is being restored is put off until it is let go.
+fn stopped_meanwhile(case: &Case, step: &str) {
+    let mut command = Command::new(case.fixtures().join("stopped"));
+    command.process_group(0);
+    let mut target = start_in(case, "stopped", "run", command);
+    let before = Looks::at(target.pid());
+    let image = target.killed_into(case, "job.ckpt");
+    let here = case.path("here");
+    let mut command = restore_cmd(&image, &["--detach"]);
+    command.env("CKPT_FAULT", format!("{step}:wait={}", here.display()));
+    let mut restore = start(&mut command, &case.path("restore.log"));
+    until("the restore to wait", || {
+        (here.exists() && all_stopped(restore.pid)).then_some(())
+    });
+    let job = Job::of(target.pid());
+    job.signal(Signal::SIGSTOP);
+    restore.signal(Signal::SIGCONT);
+    let ended = until("the restore to be done", || restore.ended());
+    assert_eq!(ended, Ended::Exited(0));
+    target.continued_by(job);
+    remains_stopped(&target, &before);
+    passes_when_continued(target);
+}
+
+#[test]
+fn stopped_while_it_is_mapped() {
+    isolated("stopped_while_it_is_mapped", |case| {
+        stopped_meanwhile(case, "restore-mapped");
+    });
+}
+
+#[test]
+fn stopped_while_its_threads_are_parked() {
+    isolated("stopped_while_its_threads_are_parked", |case| {
+        stopped_meanwhile(case, "restore-threads");
+    });
+}
+
+#[test]
+fn stopped_just_before_it_is_let_go() {
+    isolated("stopped_just_before_it_is_let_go", |case| {
+        stopped_meanwhile(case, "restore-release");
+    });
+}
+
+/// Likewise while it is attached to: it stops at once, or when it is let go.
+fn stopped_at_an_attach(case: &Case, step: &str) {
+    let mut command = Command::new(case.fixtures().join("stopped"));
+    command.process_group(0);
+    let target = start_in(case, "stopped", "run", command);
+    let before = Looks::at(target.pid());
+    let here = case.path("here");
+    let mut command = Command::new(CKPT);
+    command
+        .args(["attach", &target.pid().to_string(), "-o", "job.ckpt"])
+        .current_dir(case.dir())
+        .env("CKPT_FAULT", format!("{step}:wait={}", here.display()));
+    let mut attach = start(&mut command, &case.path("attach.log"));
+    until("the attach to wait", || {
+        (here.exists() && all_stopped(attach.pid)).then_some(())
+    });
+    target.job.signal(Signal::SIGSTOP);
+    // It may pass the step several times.
+    let ended = until("the attach to be done", || {
+        attach.signal(Signal::SIGCONT);
+        attach.ended()
+    });
+    assert_eq!(ended, Ended::Exited(0));
+    remains_stopped(&target, &before);
+    passes_when_continued(target);
+}
+
+#[test]
+fn stopped_while_it_is_seized() {
+    isolated("stopped_while_it_is_seized", |case| {
+        stopped_at_an_attach(case, "seized");
+    });
+}
+
+#[test]
+fn stopped_when_it_is_frozen() {
+    isolated("stopped_when_it_is_frozen", |case| {
+        stopped_at_an_attach(case, "frozen");
+    });
+}
+
+#[test]
+fn stopped_between_remote_calls() {
+    isolated("stopped_between_remote_calls", |case| {
+        stopped_at_an_attach(case, "remote-call");
     });
 }

@@ -33,6 +33,8 @@ pub enum OpKind {
     /// If the envoy whose [`Plan`] is at `args[0]` has done everything, leave out the next
     /// `args[1]` operations; otherwise the answer is `ECANCELED`.
     Unless = 5,
+    /// Load the components `args[1]` of the processor's state from the XSAVE area at `args[0]`.
+    LoadState = 6,
 }
 
 /// The answer may be an error; it is kept in `result` and the plan goes on.
@@ -139,9 +141,10 @@ impl Op {
         }
     }
 
-    /// One that creates a task.
-    pub const fn create(kind: OpKind, nr: i64, args: [u64; 3]) -> Self {
-        let mut op = Self::other(kind, [args[0], args[1], args[2], 0, 0, 0]);
+    /// One that creates a task: the address of its plan, the first two operands of the call, and for
+    /// clone(2) where its id is written if the flags ask for it.
+    pub const fn create(kind: OpKind, nr: i64, args: [u64; 4]) -> Self {
+        let mut op = Self::other(kind, [args[0], args[1], args[2], args[3], 0, 0]);
         op.nr = nr as u64;
         op
     }

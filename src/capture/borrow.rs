@@ -93,7 +93,7 @@ fn borrow(
         pid: source.pid,
         need: lend::SCRATCH as usize,
     })?);
-    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(tasks, stopped);
+    let cave = Cave::dig(&source.mem, &vmas, &*tasks)?.with_doorbell(tasks, stopped);
     let leader = tasks.first_mut().ok_or(ckpt_tracer::Error::Died {
         tid: source.pid.leader(),
     })?;

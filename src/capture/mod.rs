@@ -489,13 +489,17 @@ fn capture_frozen(
     if aio::settle(job, sources, &outside, &collector)? {
         (collector, outside) = look(job, sources, request, patience)?;
     }
-    let stopped: Vec<(Pid, i32)> = job
+    let stops: Vec<bool> = job
         .processes
         .iter()
-        .zip(sources)
-        .filter(|(frozen, _)| frozen.stopped_by().is_some())
-        .map(|(_, source)| (source.status.ppid, source.pid.raw()))
+        .map(|frozen| frozen.stopped_by().is_some())
         .collect();
+    let children = |parent: Pid, stopped: bool| -> Vec<i32> {
+        let all = sources.iter().zip(&stops);
+        all.filter(|(s, is)| s.status.ppid == parent && **is == stopped)
+            .map(|(s, _)| s.pid.raw())
+            .collect()
+    };
     let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
     let mut memory = Vec::with_capacity(sources.len());
     for ((frozen, source), outside) in job.processes.iter_mut().zip(sources).zip(outside) {
@@ -505,13 +509,12 @@ fn capture_frozen(
             Some(parent) => parent.memory.space,
             None => collector.new_space(),
         };
-        let children = stopped.iter().filter(|(parent, _)| *parent == source.pid);
-        let children: Vec<i32> = children.map(|(_, child)| *child).collect();
         let in_job = InJob {
             space,
             parent,
             shares,
-            stopped_children: &children,
+            stopped_children: &children(source.pid, true),
+            running_children: &children(source.pid, false),
             ipc: &collector.ipc,
             statuses: &statuses,
         };

@@ -34,7 +34,8 @@ pub(super) fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -
     for (stopped, _) in held.iter_mut() {
         leave_stale_cave(std::slice::from_mut(stopped), &memory)?;
     }
-    let cave = Cave::dig(&memory, &read_maps(process)?)?;
+    let tasks = held.iter().map(|(stopped, _)| stopped);
+    let cave = Cave::dig(&memory, &read_maps(process)?, tasks)?;
     let mut failure = None;
     for (stopped, flag) in held.iter_mut() {
         if *flag == wanted || *flag == Flag::Never {

@@ -53,6 +53,7 @@ fn thread(tid: i32) -> Thread {
         thread_areas: Vec::new(),
         io_ports: Vec::new(),
         security: Vec::new(),
+        dispatch: None,
     }
 }
 
@@ -85,6 +86,8 @@ pub(crate) fn snapshot() -> Snapshot {
         terminal: None,
         stopped: None,
         untold_stops: Vec::new(),
+        untold_continues: Vec::new(),
+        dynamic_state: Default::default(),
         command_line: b"program\0argument\0".to_vec(),
         memory: AddressSpace {
             space: SpaceId(1),

@@ -185,7 +185,6 @@ fn signals(process: &Process, faults: &mut Faults) {
 
 fn timers(process: &Process, faults: &mut Faults) {
     let pid = process.pid;
-    let tids: HashSet<i32> = process.threads.iter().map(|thread| thread.tid).collect();
     let mut last = -1;
     for timer in &process.posix_timers {
         let id = timer.id;
@@ -195,11 +194,6 @@ fn timers(process: &Process, faults: &mut Faults) {
             "POSIX timer {id} of process {pid} is out of order"
         );
         last = last.max(id);
-        require!(
-            faults,
-            timer.thread.is_none_or(|tid| tids.contains(&tid)),
-            "POSIX timer {id} of process {pid} notifies a thread that the process does not have"
-        );
     }
 }
 

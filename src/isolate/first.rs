@@ -113,7 +113,7 @@ fn obey(socket: &mut UnixStream) -> Result<()> {
     crate::host::raise_descriptor_limit();
     order.clocks.join()?;
     let descriptors: Vec<(OwnedFd, i32)> = fds.drain(2..).zip(order.numbers).collect();
-    let kept = Kept::above(&fds[0], &descriptors, socket, &fds[1])?;
+    let kept = Kept::beside(&fds[0], &descriptors, socket, &fds[1])?;
     drop((descriptors, fds));
     tell(socket, &None::<String>).map_err(gone)?;
     #[allow(unsafe_code)]

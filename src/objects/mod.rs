@@ -9,6 +9,8 @@ pub mod aio;
 pub mod bundle;
 pub mod cgroup;
 pub mod credentials;
+pub mod dispatch;
+pub mod dynamic_state;
 pub mod files;
 pub mod frames;
 pub mod ipc;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
 use super::cgroup::{self, Cgroup};
+use super::dynamic_state::{self, DynamicState};
 use super::files::{self, FdEntry, regular::Lock};
 use super::ipc::Ipc;
 use super::ipc::undo::{self, Adjustment};
@@ -56,6 +57,9 @@ pub struct Process {
     pub stopped: Option<i32>,
     /// Children that are stopped and whose stop it has not been told by wait(2) yet.
     pub untold_stops: Vec<i32>,
+    /// Children that go on after a stop, of which it has not been told by wait(2) yet.
+    #[serde(default)]
+    pub untold_continues: Vec<i32>,
     /// Command line, `\0` after each argument.
     #[serde(with = "serde_bytes")]
     pub command_line: Vec<u8>,
@@ -89,6 +93,9 @@ pub struct Process {
     pub child_subreaper: bool,
     /// Control groups.
     pub cgroups: Vec<Cgroup>,
+    /// Processor state that it may use.
+    #[serde(default)]
+    pub dynamic_state: DynamicState,
     /// `/proc/PID/oom_score_adj`.
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
@@ -207,6 +214,11 @@ pub fn capture_from_outside(
         sources.iter().zip(fds.into_iter().zip(locks)).enumerate()
     {
         directories(source, collector)?;
+        timers::judge(
+            source,
+            &|pid| sources.iter().any(|s| s.pid == pid),
+            collector,
+        )?;
         let scanner = PagemapScanner::open(source.dir.clone())?;
         let parent = sources.iter().position(|s| s.pid == source.status.ppid);
         let parent = parent.and_then(|at| all.get(at));
@@ -302,6 +314,8 @@ pub struct InJob<'a> {
     pub shares: Shares,
     /// Its children that are stopped.
     pub stopped_children: &'a [i32],
+    /// Its children that are not.
+    pub running_children: &'a [i32],
     /// The job's objects of the IPC namespace.
     pub ipc: &'a Ipc,
     /// Of all tasks of the job.
@@ -349,7 +363,8 @@ pub fn capture(
 
     let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
     let scratch = scratch(source, &vmas, SCRATCH)?;
-    let cave = Cave::dig(&source.mem, &vmas)?.with_doorbell(frozen.tasks(), stopped.is_some());
+    let cave = Cave::dig(&source.mem, &vmas, frozen.tasks())?;
+    let cave = cave.with_doorbell(frozen.tasks(), stopped.is_some());
     let (leader, others) = frozen
         .tasks_mut()
         .split_first_mut()
@@ -384,12 +399,14 @@ pub fn capture(
         Some(parent) => parent.actions.clone(),
         None => signals::capture_actions(&mut calls)?,
     };
+    let dynamic_state = dynamic_state::capture(&mut calls)?;
     let interval_timers = timers::capture_interval(&mut calls)?;
     let posix_timers = timers::capture_posix(&mut calls, &listed)?;
     let get = [PR_GET_CHILD_SUBREAPER, scratch.raw(), 0, 0, 0, 0];
     calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
     let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
-    let untold_stops = untold_stops(&mut calls, job.stopped_children)?;
+    let untold_stops = untold(&mut calls, libc::WSTOPPED, job.stopped_children)?;
+    let untold_continues = untold(&mut calls, libc::WCONTINUED, job.running_children)?;
     let mut semaphore_adjustments = Vec::new();
     if !job.shares.adjustments {
         semaphore_adjustments = undo::capture(&mut calls, &job.ipc.semaphores, &tids)?;
@@ -431,6 +448,7 @@ pub fn capture(
         terminal,
         stopped,
         untold_stops,
+        untold_continues,
         command_line: dir.read("cmdline")?,
         memory,
         threads,
@@ -447,6 +465,7 @@ pub fn capture(
         personality: tasks::personality(dir.clone())?,
         child_subreaper,
         cgroups: cgroup::capture(dir.clone())?,
+        dynamic_state,
         oom_score_adj: tasks::oom_score_adj(dir.clone())?,
         autogroup_nice: session::autogroup_nice(&dir),
         login_uid: session::login_uid(&dir),
@@ -483,20 +502,26 @@ fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<RemoteAddr> {
 /// `PR_GET_CHILD_SUBREAPER`.
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 
-/// Which of its stopped children wait(2) would still tell the process about: asked without taking
-/// it (`WNOWAIT`).
-fn untold_stops(calls: &mut RemoteCalls<'_>, stopped: &[i32]) -> Result<Vec<i32>> {
-    const OPTIONS: i32 = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
+/// Which of these children wait(2) would still tell the process about, of their stop (`WSTOPPED`) or that they
+/// go on (`WCONTINUED`): asked without taking it (`WNOWAIT`).
+fn untold(calls: &mut RemoteCalls<'_>, what: i32, children: &[i32]) -> Result<Vec<i32>> {
+    let options = what | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
     /// `si_pid` in `siginfo_t`.
     const SI_PID: u64 = 16;
-    let mut untold = Vec::new();
-    let info = calls.scratch().raw();
-    for &child in stopped {
+    let mut ask = |whom: libc::idtype_t, id: i32| -> Result<i32> {
+        let info = calls.scratch().raw();
         calls.write_scratch(0, &[0; 128])?;
-        let args = [libc::P_PID.into(), child as u64, info, OPTIONS as u64, 0, 0];
+        let args = [whom.into(), id as u64, info, options as u64, 0, 0];
         calls.call("waitid", libc::SYS_waitid, args)?;
-        if i32::from_le_bytes(calls.read_scratch(SI_PID)?) == child {
-            untold.push(child);
+        Ok(i32::from_le_bytes(calls.read_scratch(SI_PID)?))
+    };
+    let mut untold = Vec::new();
+    // Mostly there is nothing to tell of any.
+    if !children.is_empty() && ask(libc::P_ALL, 0)? != 0 {
+        for &child in children {
+            if ask(libc::P_PID, child)? == child {
+                untold.push(child);
+            }
         }
     }
     Ok(untold)

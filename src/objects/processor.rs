@@ -238,9 +238,9 @@ fn overflows(host: &Host, xcr0: u64) -> Option<Obstacle> {
 
 /// Where the header of an XSAVE area begins; `XSTATE_BV` is its first word (Intel SDM volume 1,
 /// 13.4.2).
-const HEADER: usize = 512;
+pub(super) const HEADER: usize = 512;
 /// Where the first component behind the header may begin.
-const COMPONENTS: usize = 576;
+pub(super) const COMPONENTS: usize = 576;
 
 /// Protection keys (pkeys(7)): bit of the component, and what the kernel gives every thread
 /// (`init_pkru`, arch/x86/mm/pkeys.c).
@@ -257,7 +257,7 @@ fn needed_of(xstate: &[u8], components: &[Component]) -> u64 {
 }
 
 /// `XSTATE_BV`: components that are not in their initial state.
-fn in_use(xstate: &[u8]) -> u64 {
+pub(super) fn in_use(xstate: &[u8]) -> u64 {
     let word = xstate.get(HEADER..HEADER + 8).and_then(|b| b.first_chunk());
     word.map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }

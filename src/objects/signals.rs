@@ -5,6 +5,7 @@ use ckpt_tracer::remote::{Call, RemoteCalls};
 use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
+use super::timers::PosixTimer;
 use crate::restore::plan::Builder;
 
 /// What a process does on a signal (`struct kernel_sigaction`).
@@ -31,6 +32,19 @@ impl Pending {
     /// The signal's number, `si_signo`.
     pub fn signal(&self) -> i32 {
         self.0.first_chunk().map_or(0, |b| i32::from_le_bytes(*b))
+    }
+
+    /// The id of the POSIX timer that sent it, if one did (`SI_TIMER`).
+    pub fn timer(&self) -> Option<i32> {
+        let id = self.0.get(16..).and_then(|b| b.first_chunk());
+        id.map(|b| i32::from_le_bytes(*b))
+            .filter(|_| self.code() == libc::SI_TIMER)
+    }
+
+    /// Whether it cannot wait while the restorer is at work: SIGTRAP is what it hands over by, and
+    /// SIGSTOP cannot be blocked.
+    pub fn is_for_the_tracer(&self) -> bool {
+        [libc::SIGTRAP, libc::SIGSTOP].contains(&self.signal())
     }
 
     /// Where it came from, `si_code`.
@@ -109,10 +123,21 @@ pub fn rebuild_actions(actions: &[Action], plan: &mut Builder) {
     }
 }
 
-/// Queues signals for the calling thread, or for its process. From the process itself the
-/// kernel takes any `si_code` (kernel/signal.c, `do_rt_sigqueueinfo`).
-pub fn rebuild_pending(pending: &[Pending], pid: i32, thread: Option<i32>, plan: &mut Builder) {
+/// Queues signals for the calling thread, or for its process, but for those that are the tracer's
+/// to queue or that their `timers` send again. From the process itself the kernel takes any
+/// `si_code` (kernel/signal.c, `do_rt_sigqueueinfo`).
+pub fn rebuild_pending(
+    pending: &[Pending],
+    timers: &[PosixTimer],
+    pid: i32,
+    thread: Option<i32>,
+    plan: &mut Builder,
+) {
+    let again = |info: &Pending| timers.iter().any(|timer| timer.sends_again(info));
     for info in pending {
+        if info.is_for_the_tracer() || again(info) {
+            continue;
+        }
         let at = plan.data(&info.0);
         let signal = info.signal();
         let object = || format!("pending signal {signal}");

@@ -7,7 +7,10 @@ use ckpt_tracer::{RemoteAddr, Result, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Credentials;
+use super::dispatch::Dispatch;
+use super::dynamic_state;
 use super::memory_policy::{self, MemoryPolicy};
+use super::process::Process;
 use super::scheduling::{self, Scheduling};
 use super::seccomp::{self, Seccomp};
 use super::security::{self, Label};
@@ -65,6 +68,9 @@ pub struct Thread {
     /// What security modules say of it.
     #[serde(default)]
     pub security: Vec<Label>,
+    /// Its syscall user dispatch.
+    #[serde(default)]
+    pub dispatch: Option<Dispatch>,
 }
 
 /// A registered restartable sequence area.
@@ -216,6 +222,7 @@ pub fn capture(
         thread_areas: segments::capture_thread_areas(task)?,
         io_ports: segments::capture_ports(task)?,
         security: security::capture(source.pid, tid),
+        dispatch: calls.original_dispatch()?.map(Dispatch::from),
     })
 }
 
@@ -321,7 +328,7 @@ impl Thread {
     /// What the thread does for itself in the new process, after its memory is complete.
     /// Registers, extended state and signal mask are set by the tracer. The first `filters` of its
     /// seccomp filters it has already.
-    pub fn rebuild(&self, pid: i32, filters: usize, plan: &mut Builder) {
+    pub fn rebuild(&self, process: &Process, filters: usize, plan: &mut Builder) {
         let tid = self.tid;
         let object = || format!("thread {tid}");
         let prctl = |plan: &mut Builder, option: i32, arg: u64| {
@@ -351,6 +358,7 @@ impl Thread {
             ];
             plan.syscall(libc::SYS_rseq, &args, object);
         }
+        dynamic_state::load_tiles(&self.xstate, plan);
         let (sp, flags, size) = self.alternate_stack;
         if size != 0 {
             let mut stack = [0u8; 24];
@@ -360,7 +368,8 @@ impl Thread {
             let at = plan.data(&stack);
             plan.syscall(libc::SYS_sigaltstack, &[at, 0], object);
         }
-        signals::rebuild_pending(&self.pending, pid, Some(tid), plan);
+        let timers = &process.posix_timers;
+        signals::rebuild_pending(&self.pending, timers, process.pid, Some(tid), plan);
         let now = plan.host().scheduling.clone();
         self.scheduling.rebuild(&now, plan);
         memory_policy::rebuild(self.memory_policy.as_ref(), plan);

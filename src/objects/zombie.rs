@@ -3,6 +3,7 @@
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::ProcRoot;
 use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::proc::status::read_status;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
@@ -24,6 +25,9 @@ pub struct Zombie {
     pub exit_signal: i32,
     /// What wait(2) will tell, as the kernel encodes it.
     pub status: i32,
+    /// The user and group ids that it ended with, where the kernel tells.
+    #[serde(default)]
+    pub ids: Option<(u32, u32)>,
     /// Name.
     #[serde(with = "serde_bytes")]
     pub name: Vec<u8>,
@@ -31,7 +35,9 @@ pub struct Zombie {
 
 /// Captures what is left; everything is in `/proc/PID/stat`.
 pub fn capture(pid: Pid) -> Result<Zombie> {
-    let stat = read_stat(ProcRoot::default().process(pid))?;
+    let dir = ProcRoot::default().process(pid);
+    let stat = read_stat(dir.clone())?;
+    let status = read_status(dir).ok();
     Ok(Zombie {
         pid: pid.raw(),
         parent: stat.ppid.raw(),
@@ -39,6 +45,7 @@ pub fn capture(pid: Pid) -> Result<Zombie> {
         session: stat.session,
         exit_signal: stat.exit_signal,
         status: stat.exit_code,
+        ids: status.map(|s| (s.uid.real, s.gid.real)),
         name: stat.comm.0.clone(),
     })
 }

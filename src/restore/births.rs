@@ -4,7 +4,11 @@
 //! So a child that is still in the session its parent was born into is created before the
 //! parent's setsid, and one whose session's leader has gone is created by a *phantom*: a process
 //! that has the leader's id for a while. A phantom leads a group whose leader has gone, too, and a
-//! zombie is a phantom that is not waited for.
+//! zombie is a phantom that is not waited for. A process whose parent is not in its session was adopted:
+//! the session's leader creates it for that parent (`CLONE_PARENT`), or by a phantom whose end leaves it to that one,
+//! a child subreaper.
+
+mod site;
 
 use std::collections::HashMap;
 
@@ -13,6 +17,7 @@ use crate::objects::Snapshot;
 use crate::objects::memory::Backing;
 use crate::objects::process::{Process, Shares};
 use crate::objects::zombie::Zombie;
+use site::Site;
 
 /// A process that somebody creates.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +31,30 @@ pub struct Birth {
 }
 
 impl Birth {
+    /// Its id, and those of whom it creates if it is a phantom.
+    pub fn ids(&self) -> Vec<i32> {
+        let of_phantom: &[Birth] = match &self.body {
+            Body::Phantom(phantom) => &phantom.births,
+            Body::Process(_) => &[],
+        };
+        let left = of_phantom.iter().map(|birth| birth.pid);
+        std::iter::once(self.pid).chain(left).collect()
+    }
+
+    /// Those that have ended when the job goes on and that its creator, whose child it is, has to wait for: itself,
+    /// and what it leaves behind.
+    pub fn helpers(&self) -> Vec<i32> {
+        let Body::Phantom(phantom) = &self.body else {
+            return Vec::new();
+        };
+        let own = phantom.zombie.is_none().then_some(self.pid);
+        // The children of one that leads no session are another one's.
+        let left = phantom.births.iter().filter(|_| phantom.leads_session);
+        own.into_iter()
+            .chain(left.flat_map(Self::helpers))
+            .collect()
+    }
+
     /// The signal by which its end before the job goes on is told, if it ends.
     pub fn tells(&self) -> Option<i32> {
         match &self.body {
@@ -66,13 +95,24 @@ pub struct Phantom {
     /// It leads a group.
     pub leads_group: bool,
     /// A group that it joins.
-    pub joins: Option<i32>,
+    pub joins: Option<Group>,
     /// What its parent will be told; without one it is waited for before the job goes on.
     pub zombie: Option<i32>,
     /// The signal that tells its parent of its end.
     pub exit_signal: i32,
+    /// Whom it had been, as far as that shows: user and group, of a zombie.
+    pub ids: Option<(u32, u32)>,
     /// Whom it creates.
     pub births: Vec<Birth>,
+}
+
+/// The process group of what is not its leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// One of the job.
+    Of(i32),
+    /// That of `restore`.
+    Ours,
 }
 
 /// What one process creates.
@@ -130,6 +170,8 @@ struct Tree<'a> {
     born_into: Vec<i32>,
     /// Phantoms that lead sessions, by id: the creator, and whether by `CLONE_PARENT`.
     phantoms: HashMap<i32, (usize, bool)>,
+    /// Phantoms that end for their children to be adopted, by leader: their ids, and by whom.
+    passing: HashMap<usize, (i32, i32)>,
     obstacles: Vec<Obstacle>,
 }
 
@@ -145,6 +187,7 @@ pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
         births: vec![Births::default(); snapshot.processes.len()],
         born_into: Vec::with_capacity(snapshot.processes.len()),
         phantoms: HashMap::new(),
+        passing: HashMap::new(),
         obstacles: Vec::new(),
     };
     for (i, process) in snapshot.processes.iter().enumerate() {
@@ -156,6 +199,10 @@ pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
     for (i, process) in snapshot.processes.iter().enumerate() {
         tree.join_group(i, process);
     }
+    for zombie in &snapshot.zombies {
+        tree.join_group_ended(zombie);
+    }
+    tree.check_adoptions();
     tree.spare_joins();
     tree.share_memory();
     if tree.obstacles.is_empty() {
@@ -207,33 +254,54 @@ impl Tree<'_> {
             });
             return;
         }
-        let (creator, adopted) = self.creator(process.parent);
-        let own = process.session == process.pid;
-        let when = if own {
-            Some(When::Late)
-        } else {
-            self.when(creator, process.session)
+        let site = match self.site(process.parent, process.session, process.pid) {
+            Ok(site) => site,
+            Err(reason) => {
+                self.born_into.push(process.session);
+                let object = format!("process {}", process.pid);
+                return self
+                    .obstacles
+                    .push(Obstacle::without_remedy(object, reason));
+            }
         };
-        let Some(when) = when else {
-            return self.place_by_phantom(index, process);
-        };
-        let origin = match process.shares.memory {
-            true => Origin::Sharing,
-            false if process.forked && !adopted => Origin::Forked,
-            false => Origin::Executed,
-        };
-        let executed = origin == Origin::Executed;
         let shares = process.shares;
-        if shares.files && executed || adopted && shares != Shares::default() {
+        let origin = match (site, shares.memory) {
+            (_, true) => Origin::Sharing,
+            (Site::Process(_, _, false), false) if process.forked => Origin::Forked,
+            _ => Origin::Executed,
+        };
+        let memory_alone = Shares {
+            memory: shares.memory,
+            ..Shares::default()
+        };
+        let possible = match site {
+            Site::Process(_, _, false) => !(shares.files && origin == Origin::Executed),
+            Site::Process(_, _, true) => shares == Shares::default(),
+            // It has the memory of its creator, but tables of its own.
+            Site::Phantom(creator, _) => {
+                let leads = self.passing.contains_key(&creator);
+                shares
+                    == if leads {
+                        Shares::default()
+                    } else {
+                        memory_alone
+                    }
+            }
+        };
+        if !possible {
             self.shares_with_another(process);
         }
-        let before = match when {
-            When::Late if self.leads(creator) => self.snapshot.processes[creator].pid,
-            _ => self.born_into[creator],
+        let before = match site {
+            Site::Process(creator, When::Late, _) if self.leads(creator) => {
+                self.snapshot.processes[creator].pid
+            }
+            Site::Process(creator, ..) => self.born_into[creator],
+            Site::Phantom(..) => process.session,
         };
         self.born_into.push(before);
         self.births[index].origin = origin;
-        self.list(creator, when).push(Birth {
+        let adopted = matches!(site, Site::Process(_, _, true));
+        self.list_at(site).push(Birth {
             pid: process.pid,
             adopted,
             body: Body::Process(index),
@@ -248,103 +316,58 @@ impl Tree<'_> {
         ));
     }
 
-    /// A process whose session no longer has its leader: that one comes back for a while.
-    fn place_by_phantom(&mut self, index: usize, process: &Process) {
-        self.born_into.push(process.session);
-        let session = process.session;
-        let living = self.index.contains_key(&session);
-        let (creator, adopted) = self.creator(process.parent);
-        if living {
-            self.obstacles.push(Obstacle::without_remedy(
-                format!("process {}", process.pid),
-                format!(
-                    "is in the session of process {session} without having been created in it, which \
-                     cannot be brought about again"
-                ),
-            ));
-            return;
-        }
-        let parent = (creator, adopted);
-        let first = *self.phantoms.entry(session).or_insert(parent);
-        if first != parent {
-            self.obstacles.push(Obstacle::without_remedy(
-                format!("process {}", process.pid),
-                format!(
-                    "is in session {session}, whose leader has gone, and so is a child of another \
-                     parent, which cannot be brought about again"
-                ),
-            ));
-            return;
-        }
-        let list = self.list(creator, When::Late);
-        if !list.iter().any(|b| b.pid == session) {
-            list.push(Birth {
-                pid: session,
-                adopted,
-                body: Body::Phantom(Phantom {
-                    leads_session: true,
-                    leads_group: true,
-                    exit_signal: libc::SIGCHLD,
-                    ..Phantom::default()
-                }),
-            });
-        }
-        let birth = Birth {
-            pid: process.pid,
-            adopted: false,
-            body: Body::Process(index),
-        };
-        if let Some(Birth {
-            body: Body::Phantom(phantom),
-            ..
-        }) = list.iter_mut().find(|b| b.pid == session)
-        {
-            phantom.births.push(birth);
-        }
-        self.births[creator].adopts |= !adopted;
-        // The phantom has the memory of its creator, but tables of its own.
-        let memory_alone = Shares {
-            memory: process.shares.memory,
-            ..Shares::default()
-        };
-        if process.shares != memory_alone {
-            self.shares_with_another(process);
-        }
-        if process.shares.memory {
-            self.births[index].origin = Origin::Sharing;
-        }
+    /// Everything that is created, phantoms and what they create.
+    fn all(&self) -> impl Iterator<Item = &Birth> {
+        let own = self.births.iter().flat_map(Births::all);
+        own.flat_map(|birth| {
+            let of_phantom: &[Birth] = match &birth.body {
+                Body::Phantom(phantom) => &phantom.births,
+                Body::Process(_) => &[],
+            };
+            std::iter::once(birth).chain(of_phantom)
+        })
     }
 
     fn place_zombie(&mut self, zombie: &Zombie) {
-        let (creator, adopted) = self.creator(zombie.parent);
         let leads_session = zombie.session == zombie.pid;
         let phantom = Phantom {
             name: zombie.name.clone(),
             leads_session,
             leads_group: zombie.group == zombie.pid && !leads_session,
-            // 0 is a group outside of the job's pid namespace, which has no id inside.
-            joins: (zombie.group != zombie.pid && zombie.group != 0).then_some(zombie.group),
+            joins: None,
             zombie: Some(zombie.status),
             exit_signal: zombie.exit_signal,
+            ids: zombie.ids,
             births: Vec::new(),
         };
         // A leader that others were waiting for to be placed is there already.
-        let when = self.when(creator, zombie.session).unwrap_or(When::Late);
-        let list = self.list(creator, when);
-        if let Some(Birth {
-            body: Body::Phantom(known),
-            ..
-        }) = list.iter_mut().find(|b| b.pid == zombie.pid)
-        {
-            let births = std::mem::take(&mut known.births);
-            *known = Phantom { births, ..phantom };
-            return;
+        let creator = self.creator(zombie.parent).0;
+        for when in [When::Early, When::Late] {
+            let mut list = self.list(creator, when).iter_mut();
+            if let Some(Birth {
+                body: Body::Phantom(known),
+                ..
+            }) = list.find(|b| b.pid == zombie.pid)
+            {
+                let births = std::mem::take(&mut known.births);
+                *known = Phantom { births, ..phantom };
+                return;
+            }
         }
-        list.push(Birth {
+        let site = self.site_of_ended(zombie);
+        let adopted = matches!(site, Site::Process(_, _, true));
+        self.list_at(site).push(Birth {
             pid: zombie.pid,
             adopted,
             body: Body::Phantom(phantom),
         });
+    }
+
+    /// Of what has ended the session only shows: there is no obstacle in it.
+    fn site_of_ended(&mut self, zombie: &Zombie) -> Site {
+        let (creator, adopted) = self.creator(zombie.parent);
+        let site = self.site(zombie.parent, zombie.session, zombie.pid);
+        site.unwrap_or(Site::Process(creator, When::Late, adopted))
     }
 
     /// Who is created in the group of `restore` need not join it. From inside a pid namespace that
@@ -411,53 +434,78 @@ impl Tree<'_> {
 
     /// The group of a process: that of a member, of a phantom, or of `restore`.
     fn join_group(&mut self, index: usize, process: &Process) {
-        let group = process.group;
-        if group == process.pid || process.session == process.pid {
+        let (group, session) = (process.group, process.session);
+        if group == process.pid || session == process.pid {
             return;
         }
+        let site = match index {
+            // Itself creates a leader of its group.
+            0 => Ok(Site::Process(0, When::Late, false)),
+            _ => self.site(process.parent, session, process.pid),
+        };
+        match self.group(group, session, site) {
+            Ok(Group::Ours) => self.births[index].joins_ours = index != 0,
+            Ok(Group::Of(group)) => self.births[index].joins = Some(group),
+            Err(reason) => self.obstacles.push(Obstacle::without_remedy(
+                format!("process {}", process.pid),
+                format!("is in the process group {group} without its leader, and {reason}"),
+            )),
+        }
+    }
+
+    /// Likewise of what has ended.
+    fn join_group_ended(&mut self, zombie: &Zombie) {
+        let (group, session) = (zombie.group, zombie.session);
+        // 0 is a group outside of the job's pid namespace, which has no id inside.
+        if [0, zombie.pid].contains(&group) || session == zombie.pid {
+            return;
+        }
+        let site = self.site_of_ended(zombie);
+        let joins = self.group(group, session, Ok(site)).ok();
+        let list = self.list_at(site).iter_mut();
+        for birth in list.filter(|b| b.pid == zombie.pid) {
+            if let Body::Phantom(phantom) = &mut birth.body {
+                phantom.joins = joins;
+            }
+        }
+    }
+
+    /// A group that somebody in that session joins, who is created there; a leader that has gone is too.
+    fn group(
+        &mut self,
+        group: i32,
+        session: i32,
+        site: Result<Site, String>,
+    ) -> Result<Group, String> {
         let root = &self.snapshot.processes[0];
         let exists = self.index.contains_key(&group)
             || self.snapshot.zombies.iter().any(|z| z.pid == group)
-            || self
-                .births
-                .iter()
-                .flat_map(Births::all)
-                .any(|b| b.pid == group);
-        let ours = !exists && group == root.group && process.session == root.session;
-        if ours {
-            self.births[index].joins_ours = index != 0;
-            return;
-        }
-        self.births[index].joins = Some(group);
+            || self.all().any(|b| b.pid == group);
         if exists {
-            return;
+            return Ok(Group::Of(group));
         }
-        let (creator, adopted) = self.creator(process.parent);
-        let (creator, adopted) = if index == 0 {
-            (0, false)
-        } else {
-            (creator, adopted)
-        };
-        let Some(when) = self.when(creator, process.session) else {
-            self.obstacles.push(Obstacle::without_remedy(
-                format!("process {}", process.pid),
-                format!(
-                    "is in the process group {group} without its leader, in a session without its leader, \
-                     which cannot be brought about again"
-                ),
-            ));
-            return;
+        if group == root.group && session == root.session {
+            return Ok(Group::Ours);
+        }
+        // What a phantom that passes creates is not waited for by who created that one.
+        let site = match site? {
+            Site::Phantom(leader, _) if self.passing.contains_key(&leader) => {
+                Site::Process(leader, When::Late, false)
+            }
+            site => site,
         };
         let phantom = Phantom {
             leads_group: true,
             exit_signal: libc::SIGCHLD,
             ..Phantom::default()
         };
+        let adopted = matches!(site, Site::Process(_, _, true));
         let birth = Birth {
             pid: group,
             adopted,
             body: Body::Phantom(phantom),
         };
-        self.list(creator, when).insert(0, birth);
+        self.list_at(site).insert(0, birth);
+        Ok(Group::Of(group))
     }
 }

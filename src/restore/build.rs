@@ -100,7 +100,7 @@ impl Build<'_> {
     fn memory(&self, forked: Forked<'_>, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let snapshot = self.job.snapshot;
         let mappings = &self.process.memory.mappings;
-        let staging = Staging::above(snapshot);
+        let staging = Staging::beside(snapshot);
         if self.index == 0 {
             self.inherit_files(staging, plan);
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
@@ -160,7 +160,7 @@ impl Build<'_> {
     /// Every open file description of the job, for all processes to come.
     fn descriptions(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (snapshot, request) = (self.job.snapshot, self.job.request);
-        let staging = Staging::above(snapshot);
+        let staging = Staging::beside(snapshot);
         if let Err(more) =
             files::open_descriptions(snapshot, request, &self.job.terminals, staging, plan)
         {
@@ -172,7 +172,7 @@ impl Build<'_> {
     /// All that is the process's own and not memory.
     fn process_state(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (process, snapshot) = (self.process, self.job.snapshot);
-        let staging = Staging::above(snapshot);
+        let staging = Staging::beside(snapshot);
         if self.index == 0 {
             files::seal(snapshot, staging, plan);
         }
@@ -182,6 +182,7 @@ impl Build<'_> {
         }
         let late = procfs::is_of_job(&process.cwd, snapshot);
         rebuild_places(process, late, plan);
+        process.dynamic_state.rebuild(plan);
         if !process.shares.actions {
             signals::rebuild_actions(&process.actions, plan);
         }
@@ -205,18 +206,19 @@ impl Build<'_> {
             files::regular::rebuild_leases(self.index, snapshot, plan);
             files::rebuild_owners(self.index, snapshot, plan);
         }
-        if let Err(o) = timers::create_posix(&process.posix_timers, plan) {
+        if let Err(o) = timers::create_posix(process, snapshot, plan) {
             obstacles.push(o);
         }
-        signals::rebuild_pending(&process.pending, process.pid, None, plan);
+        let timers = &process.posix_timers;
+        signals::rebuild_pending(&process.pending, timers, process.pid, None, plan);
         if !process.shares.memory {
             process.memory.rebuild_locks(plan);
         }
         limits::rebuild(&process.limits, plan);
-        process.threads[0].rebuild(process.pid, filters, plan);
+        process.threads[0].rebuild(process, filters, plan);
         process.memory.rebuild_dumpable(plan);
-        timers::rebuild_interval(&process.interval_timers, plan);
-        timers::start_posix(&process.posix_timers, plan);
+        timers::rebuild_interval(process, plan);
+        timers::start_posix(process, plan);
     }
 
     /// Files whose contents come from the image are made by the restoring process, and the
@@ -283,7 +285,7 @@ fn threads(process: &Process, plan: &mut Builder) -> usize {
         first.install(installed..filters, plan);
         installed = filters;
         plan.thread(thread.tid, |plan| {
-            thread.rebuild(process.pid, filters, plan);
+            thread.rebuild(process, filters, plan);
         });
     }
     if let Some(warning) = seccomp::separated(process) {

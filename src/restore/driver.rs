@@ -11,7 +11,7 @@ use ckpt_tracer::task::{Resume, Running, Stop, Stopped, Waited};
 use ckpt_tracer::{Pid, Tid};
 
 use super::births::Origin;
-use super::executor::{Worker, failed_operation, place, unexpected, warnings_of};
+use super::executor::{Disturbed, Worker, failed_operation, place, unexpected, warnings_of};
 use super::fill::Pages;
 use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
 use super::next_pid::Means;
@@ -121,6 +121,7 @@ impl Driver<'_> {
             part: planned.plan.main,
             planned,
             threads: Vec::new(),
+            disturbed: Disturbed::default(),
         };
         worker.run_to(Stage::Fill, &mut unexpected)?;
         fault::hit(Step::RestoreMapped)?;
@@ -214,6 +215,7 @@ fn worker(task: Stopped, pid: Pid, part: Part, planned: &Rc<Planned>) -> Result<
         planned: planned.clone(),
         part,
         threads: Vec::new(),
+        disturbed: Disturbed::default(),
     })
 }
 

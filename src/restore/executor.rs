@@ -12,6 +12,7 @@ use nix::errno::Errno;
 
 use super::plan::{Part, Plan, Stage};
 use super::planner::Planned;
+use super::stop;
 use crate::error::{Error, Result};
 
 /// Puts restorer and plan into a hole of the process and sends its first thread there.
@@ -21,7 +22,7 @@ pub(super) fn place(
     present: &[Vma],
     plan: &Plan,
 ) -> Result<()> {
-    let cave = Cave::dig(mem, present)?;
+    let cave = Cave::dig(mem, present, [])?;
     let mut calls = RemoteCalls::begin(leader, &cave, RemoteAddr(plan.base), plan.len)?;
     mem.write(RemoteAddr(plan.base), &plan.image)?;
     let code = Blob::load().image.len() as u64;
@@ -58,6 +59,17 @@ pub(super) struct Worker {
     pub(super) part: Part,
     /// Threads that it has created and that are traced.
     pub(super) threads: Vec<Running>,
+    /// What was done to it from outside meanwhile.
+    pub(super) disturbed: Disturbed,
+}
+
+/// Stop signals that have come from outside, and were put off: the process stops when it is let go.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Disturbed {
+    /// It is to stop.
+    pub(super) stop: bool,
+    /// A thread took the signal before we saw it, so that SIGCONT had to be sent.
+    pub(super) continued: bool,
 }
 
 /// Takes over a process that a worker has just created.
@@ -112,6 +124,16 @@ impl Worker {
             self.task.advance_among_others(Resume::Cont, 0)?;
             match self.task.stop() {
                 Stop::Signal(libc::SIGTRAP) => {}
+                Stop::Signal(libc::SIGSTOP) => {
+                    self.disturbed.stop = true;
+                    continue;
+                }
+                Stop::Event(signal) if signal != libc::SIGTRAP => {
+                    self.disturbed.stop = true;
+                    self.disturbed.continued = true;
+                    stop::send(self.mem.pid(), libc::SIGCONT)?;
+                    continue;
+                }
                 Stop::Signal(signal) => {
                     let regs = self.task.regs()?;
                     return Err(Error::Restore(format!(
@@ -124,7 +146,7 @@ impl Worker {
                     born(Tid(self.task.event_message()? as i32))?;
                     continue;
                 }
-                // A stop or a continue from outside.
+                // A continue from outside.
                 _ => continue,
             }
             match self.task.regs()?.rax {

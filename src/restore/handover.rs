@@ -4,11 +4,11 @@ use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::proc::maps::read_maps;
 use ckpt_tracer::remote::{Cave, RemoteCalls};
-use ckpt_tracer::task::{Regs, Running, Stopped};
+use ckpt_tracer::task::{Regs, Resume, Running, Stop, Stopped};
 use ckpt_tracer::{Pid, RemoteAddr, Tid, abi};
 use nix::errno::Errno;
 
-use super::executor::Worker;
+use super::executor::{Disturbed, Worker};
 use super::plan::Plan;
 use super::planner::Job;
 use super::rights::{self, Rights};
@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
-use crate::objects::signals::Action;
+use crate::objects::signals::{Action, Pending};
 use crate::objects::thread::Thread;
 use crate::objects::{security, session};
 
@@ -30,6 +30,8 @@ fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
 /// A process whose tasks have their registers.
 pub(super) struct Complete {
     tasks: Vec<Stopped>,
+    /// Its id, if it is to take a SIGSTOP when it is let go.
+    stops: Option<Pid>,
     /// What its tasks have to do without.
     pub(super) warnings: Vec<String>,
 }
@@ -48,13 +50,14 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
         mem,
         planned,
         threads: traced,
+        mut disturbed,
         ..
     } = worker;
     let (mem, plan) = (&mem, &planned.plan);
-    let mut others = take_over(process, traced)?;
+    let mut others = take_over(process, traced, &mut disturbed)?;
     leader.note_only(others.is_empty());
     // One cave for all that is left to be done inside: a map of very many threads is long.
-    let cave = Cave::dig(mem, &read_maps(mem.pid())?)?;
+    let cave = Cave::dig(mem, &read_maps(mem.pid())?, [])?;
     take_note_of_stops(&mut leader, mem, plan.stack, process, job, &cave)?;
     let mut warnings = Vec::new();
     let tasks = std::iter::once(&mut leader).chain(&mut others);
@@ -74,14 +77,36 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
                 .map(|w| format!("process {}: {w}", process.pid)),
         );
     }
-    remove_restorer(&mut leader, process, plan, mem, &cave)?;
+    remove_restorer(&mut leader, process, plan, mem, disturbed, &cave)?;
     let mut tasks = set_states(leader, others, process, job, &cave)?;
     cave.fill_in()?;
     if let Some(signal) = stop_signal(process, job) {
         stop::by_signal(&mut tasks, process, signal)?;
+    } else if goes_on_untold(process, job) {
+        stop::by_signal(&mut tasks, process, libc::SIGSTOP)?;
+        stop::is_over(&mut tasks, process, waits(process, libc::SIGCONT))?;
     }
-    Ok(Complete { tasks, warnings })
+    let stops = disturbed.stop || waits(process, libc::SIGSTOP);
+    Ok(Complete {
+        tasks,
+        stops: stops.then_some(Pid(process.pid)),
+        warnings,
+    })
 }
+
+/// Whether it goes on after a stop, of which its parent has not been told.
+fn goes_on_untold(process: &Process, job: &Job<'_>) -> bool {
+    let mut all = job.snapshot.processes.iter();
+    all.any(|p| p.pid == process.parent && p.untold_continues.contains(&process.pid))
+}
+
+/// Whether a signal waits for the process or a thread of it.
+fn waits(process: &Process, signal: i32) -> bool {
+    let of_threads = process.threads.iter().flat_map(|t| &t.pending);
+    let mut all = process.pending.iter().chain(of_threads);
+    all.any(|pending| pending.signal() == signal)
+}
+
 /// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
 /// what the kernel does not take is left as it is, with a warning. Into the control groups that an image
 /// of somebody else names goes who may go there by themselves.
@@ -114,7 +139,11 @@ pub(super) fn adjust_from_outside(
 
 /// Attaches to the parked threads, in the order of the snapshot; `traced` are those that are traced
 /// from their beginning.
-fn take_over(process: &Process, mut traced: Vec<Running>) -> Result<Vec<Stopped>> {
+fn take_over(
+    process: &Process,
+    mut traced: Vec<Running>,
+    disturbed: &mut Disturbed,
+) -> Result<Vec<Stopped>> {
     let mut seized = Vec::with_capacity(process.threads.len());
     for thread in &process.threads[1..] {
         let tid = Tid(thread.tid);
@@ -127,7 +156,12 @@ fn take_over(process: &Process, mut traced: Vec<Running>) -> Result<Vec<Stopped>
     }
     let mut stopped = Vec::with_capacity(seized.len());
     for task in seized {
-        stopped.push(task.wait_stopped()?);
+        let mut task = task.wait_stopped()?;
+        while let Stop::Signal(signal) = task.stop() {
+            disturbed.stop |= signal == libc::SIGSTOP;
+            task.advance_among_others(Resume::Cont, 0)?;
+        }
+        stopped.push(task);
     }
     Ok(stopped)
 }
@@ -142,11 +176,13 @@ fn take_note_of_stops(
     job: &Job<'_>,
     cave: &Cave<'_>,
 ) -> Result<()> {
-    let children = job.snapshot.processes.iter().filter(|p| {
-        p.parent == process.pid && p.pid != process.pid && stop_signal(p, job).is_some()
-    });
-    let children: Vec<i32> = children.map(|p| p.pid).collect();
-    if children.is_empty() {
+    let all = job.snapshot.processes.iter();
+    let children: Vec<&Process> = all
+        .filter(|p| p.parent == process.pid && p.pid != process.pid)
+        .collect();
+    let stops = |p: &&&Process| stop_signal(p, job).is_some();
+    let stopped: Vec<i32> = children.iter().filter(stops).map(|p| p.pid).collect();
+    if stopped.is_empty() && process.untold_continues.is_empty() {
         return Ok(());
     }
     let at = RemoteAddr(place);
@@ -156,41 +192,49 @@ fn take_note_of_stops(
         suspend_seccomp(leader)?;
     }
     let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
-    for child in children {
+    for child in stopped {
         if !process.untold_stops.contains(&child) {
             let how = (libc::WUNTRACED | libc::WNOHANG | libc::__WALL) as u64;
             let args = [child as u64, 0, how, 0, 0, 0];
             calls.call("wait4", libc::SYS_wait4, args)?;
         }
     }
-    let waits = |p: &crate::objects::signals::Pending| p.signal() == libc::SIGCHLD;
-    if !process.pending.iter().any(waits) {
-        let args = [at.raw(), 0, at.raw() + 8, 8, 0, 0];
-        match calls.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
-            Ok(_) => {}
-            Err(ckpt_tracer::Error::Remote {
-                errno: Errno::EAGAIN,
-                ..
-            }) => {}
-            Err(e) => return Err(e.into()),
-        }
+    if !waits(process, libc::SIGCHLD) {
+        take_signal(&mut calls, at)?;
     }
     calls.finish()?;
     Ok(())
 }
 
-/// Traps are over, so SIGTRAP's own action is set here, and the restorer is unmapped: both by the
-/// one who has not got them from its parent, and so is the last.
+/// Takes a pending signal, if there is one, of the set that stands at `at`, with a `struct timespec` of zero
+/// behind it.
+fn take_signal(calls: &mut RemoteCalls<'_>, at: RemoteAddr) -> Result<()> {
+    let args = [at.raw(), 0, at.raw() + 8, 8, 0, 0];
+    match calls.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
+        Ok(_) => Ok(()),
+        Err(ckpt_tracer::Error::Remote {
+            errno: Errno::EAGAIN,
+            ..
+        }) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Traps are over, so SIGTRAP's own action is set here, and those that wait are queued; and the restorer is
+/// unmapped. What a process has from its parent, the last one sees to.
 fn remove_restorer(
     leader: &mut Stopped,
     process: &Process,
     plan: &Plan,
     mem: &ProcessMemory,
+    disturbed: Disturbed,
     cave: &Cave<'_>,
 ) -> Result<()> {
     let is_trap = |a: &&Action| a.signal == libc::SIGTRAP as u32 && !process.shares.actions;
     let trap = process.actions.iter().find(is_trap);
-    if process.shares.memory && trap.is_none() {
+    let continued = disturbed.continued && !waits(process, libc::SIGCONT);
+    let queues = waits(process, libc::SIGTRAP);
+    if process.shares.memory && trap.is_none() && !continued && !queues {
         return Ok(());
     }
     if process.threads[0].seccomp.is_on() {
@@ -204,6 +248,15 @@ fn remove_restorer(
         let args = [libc::SIGTRAP as u64, at.raw(), 0, 8, 0, 0];
         calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
     }
+    let at = RemoteAddr(plan.stack);
+    if queues {
+        queue_traps(&mut calls, process, at)?;
+    }
+    if continued {
+        let sigcont = 1u64 << (libc::SIGCONT - 1);
+        mem.write(at, &[sigcont, 0, 0].map(u64::to_le_bytes).concat())?;
+        take_signal(&mut calls, at)?;
+    }
     if !process.shares.memory {
         let args = [plan.base, plan.len, 0, 0, 0, 0];
         calls.call("munmap", libc::SYS_munmap, args)?;
@@ -215,6 +268,26 @@ fn remove_restorer(
 /// Suspends the seccomp filters of a task that creates threads, and theirs from their beginning.
 pub(super) fn suspend_from_the_beginning(task: &Stopped) -> Result<()> {
     Ok(task.set_options(TAKEN_OVER | SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?)
+}
+
+/// Queues the SIGTRAPs that wait, by `at` where there is room for one.
+fn queue_traps(calls: &mut RemoteCalls<'_>, process: &Process, at: RemoteAddr) -> Result<()> {
+    let pid = process.pid as u64;
+    let trap = libc::SIGTRAP as u64;
+    let is_trap = |p: &&Pending| p.signal() == libc::SIGTRAP;
+    for info in process.pending.iter().filter(is_trap) {
+        calls.memory().write(at, &info.0)?;
+        let args = [pid, trap, at.raw(), 0, 0, 0];
+        calls.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, args)?;
+    }
+    for thread in &process.threads {
+        for info in thread.pending.iter().filter(is_trap) {
+            calls.memory().write(at, &info.0)?;
+            let args = [pid, thread.tid as u64, trap, at.raw(), 0, 0];
+            calls.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
+        }
+    }
+    Ok(())
 }
 
 fn suspend_seccomp(task: &Stopped) -> Result<()> {
@@ -252,8 +325,13 @@ pub(super) fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
     for task in complete.iter().flat_map(|c| &c.tasks) {
         task.set_options(0)?;
     }
-    for task in complete.into_iter().flat_map(|c| c.tasks) {
-        task.detach(0)?;
+    for process in complete {
+        if let Some(pid) = process.stops {
+            stop::send(pid, libc::SIGSTOP)?;
+        }
+        for task in process.tasks {
+            task.detach(0)?;
+        }
     }
     Ok(())
 }
@@ -279,6 +357,9 @@ fn set_state(
     }
     task.set_regs(&regs)?;
     task.set_signal_mask(thread.signal_mask)?;
+    if let Some(dispatch) = &thread.dispatch {
+        dispatch.rebuild(&task)?;
+    }
     Ok(task)
 }
 

@@ -1,6 +1,7 @@
 //! What a new process does between its creation and the exec of the job's program.
 #![allow(unsafe_code)]
 
+use std::collections::HashSet;
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 /// Prepared before the process exists, since a fork may only make system calls.
 pub(crate) struct Orders {
     executable: RawFd,
-    /// (our descriptor, number in the new process), ascending by number; ours are above all numbers.
+    /// (our descriptor, number in the new process), ascending by number; ours are none of these numbers.
     descriptors: Vec<(RawFd, i32)>,
     name: CString,
     /// From here comes a byte when the tracer has attached, and the end if it never will.
@@ -36,24 +37,25 @@ impl Kept {
     ///
     /// # Errors
     /// When there is no room for them.
-    pub(crate) fn above(
+    pub(crate) fn beside(
         executable: &impl AsRawFd,
         descriptors: &[(OwnedFd, i32)],
         go: &impl AsRawFd,
         report: &impl AsRawFd,
     ) -> Result<Self> {
-        let highest = descriptors.iter().map(|(_, to)| *to).max().unwrap_or(2);
-        let above = |fd: RawFd| duplicate_above(fd, highest + 1);
+        let numbers: HashSet<i32> = descriptors.iter().map(|(_, to)| *to).collect();
+        let mut lowest = 3;
+        let mut beside = |fd: RawFd| duplicate_beside(fd, &numbers, &mut lowest);
         let mut copies = Vec::with_capacity(descriptors.len());
         for (fd, to) in descriptors {
-            copies.push((above(fd.as_raw_fd())?, *to));
+            copies.push((beside(fd.as_raw_fd())?, *to));
         }
         copies.sort_by_key(|(_, to)| *to);
         Ok(Self {
-            executable: above(executable.as_raw_fd())?,
+            executable: beside(executable.as_raw_fd())?,
             descriptors: copies,
-            go: above(go.as_raw_fd())?,
-            report: above(report.as_raw_fd())?,
+            go: beside(go.as_raw_fd())?,
+            report: beside(report.as_raw_fd())?,
         })
     }
 
@@ -166,15 +168,22 @@ impl Orders {
     }
 }
 
-fn duplicate_above(fd: RawFd, lowest: i32) -> Result<OwnedFd> {
-    // SAFETY: a call without pointers.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, lowest) };
-    let copy = Errno::result(copy).map_err(|e| {
-        Error::Restore(format!(
-            "cannot place descriptors above {lowest}: {}; raise the limit with ulimit -n",
-            e.desc()
-        ))
-    })?;
-    // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+/// A copy under a number that is none of these, from `lowest` on, which goes up.
+fn duplicate_beside(fd: RawFd, numbers: &HashSet<i32>, lowest: &mut i32) -> Result<OwnedFd> {
+    loop {
+        // SAFETY: a call without pointers.
+        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, *lowest) };
+        let copy = Errno::result(copy).map_err(|e| {
+            Error::Restore(format!(
+                "cannot place descriptors: {}; raise the limit with ulimit -n",
+                e.desc()
+            ))
+        })?;
+        // SAFETY: the kernel just gave us this descriptor.
+        let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+        *lowest = copy.as_raw_fd() + 1;
+        if !numbers.contains(&copy.as_raw_fd()) {
+            return Ok(copy);
+        }
+    }
 }

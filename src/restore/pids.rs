@@ -226,7 +226,7 @@ pub fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
     let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
     let tids = tids.map(|t| t.tid);
     let zombies = snapshot.zombies.iter().map(|z| z.pid);
-    let helpers = births.iter().flat_map(Births::all).map(|b| b.pid);
+    let helpers = births.iter().flat_map(Births::all).flat_map(Birth::ids);
     let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
     ids.sort_unstable();
     ids.dedup();

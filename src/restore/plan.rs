@@ -23,6 +23,14 @@ use crate::objects::switches::Ours;
 use finished::List;
 pub use finished::{Part, Plan};
 
+/// What a thread shares with its creator, clone(2).
+const THREAD: i32 = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM;
+
 /// What a new process has before the plan sets anything, and what it may do.
 #[derive(Clone, Debug, Default)]
 pub struct HostState {
@@ -247,6 +255,12 @@ impl Builder {
         self.push(Op::syscall(nr, six(args)).may_fail().loading(), object());
     }
 
+    /// Loads components of the processor's state, from an XSAVE area at the beginning of a page.
+    pub fn load_state(&mut self, area: u64, components: u64, object: impl FnOnce() -> String) {
+        let op = Op::other(OpKind::LoadState, [area, components, 0, 0, 0, 0]);
+        self.push(op, object());
+    }
+
     /// Hands over to the tracer, in the list of a process that the plan creates.
     pub fn pause(&mut self) {
         self.push(Op::other(OpKind::Trap, [0; 6]), "helper process".into());
@@ -271,14 +285,8 @@ impl Builder {
 
     /// Creates a thread with that id; `fill` appends what it does for itself.
     pub fn thread(&mut self, tid: i32, fill: impl FnOnce(&mut Self)) {
-        const FLAGS: i32 = libc::CLONE_VM
-            | libc::CLONE_FS
-            | libc::CLONE_FILES
-            | libc::CLONE_SIGHAND
-            | libc::CLONE_THREAD
-            | libc::CLONE_SYSVSEM;
         let object = format!("thread {tid}");
-        self.task(PARKS, tid, (FLAGS as u64, 0), object, fill);
+        self.task(PARKS, tid, (THREAD as u64, 0), object, fill);
     }
 
     /// Creates a process with that id by clone(2) with `flags`, which sends its parent `signal` at
@@ -329,6 +337,47 @@ impl Builder {
         ops[index].args[1] = (ops.len() - index - 1) as u64;
     }
 
+    /// A thread does what `fill` appends, and is gone before its creator goes on. It has the id `tid` where that
+    /// may be chosen; else another one, which is written to `id_at`.
+    pub fn passing_thread(
+        &mut self,
+        (tid, id_at): (i32, u64),
+        object: &str,
+        fill: impl FnOnce(&mut Self),
+    ) {
+        // Nobody traces it: it is as good as a call of its creator, which waits for it.
+        const FLAGS: i32 = THREAD | libc::CLONE_VFORK | libc::CLONE_UNTRACED;
+        let plan = self.reserve(size_of::<ThreadPlan>());
+        let created_at = self.list().ops.len();
+        let chosen = self.host.means == Means::SetTid;
+        let args = chosen.then(|| self.clone_args(tid, FLAGS as u64, 0));
+        let op = match args {
+            Some(args) => Op::create(OpKind::Process, libc::SYS_clone3, [plan, args, 88, 0]),
+            None => {
+                let flags = (FLAGS | libc::CLONE_CHILD_SETTID) as u64;
+                Op::create(OpKind::Process, libc::SYS_clone, [plan, flags, 0, id_at])
+            }
+        };
+        self.push(op, object.to_owned());
+        let header = self.reserve(size_of::<PlanHeader>());
+        let outer = std::mem::replace(&mut self.current, self.tasks.len() + 1);
+        self.tasks.push(Task {
+            list: List::default(),
+            tid,
+            creator: outer,
+            plan,
+            args,
+            created_at,
+            header: Some(header),
+            end: EXITS,
+        });
+        fill(self);
+        self.current = outer;
+        // Fails if it has.
+        let done = Op::other(OpKind::Unless, [header, 0, 0, 0, 0, 0]);
+        self.push(done, object.to_owned());
+    }
+
     fn task(
         &mut self,
         end: u64,
@@ -346,7 +395,7 @@ impl Builder {
         let (args, op) = match self.host.means {
             Means::SetTid => {
                 let args = self.clone_args(tid, flags, exit_signal);
-                let op = Op::create(kind, libc::SYS_clone3, [plan, args, 88]);
+                let op = Op::create(kind, libc::SYS_clone3, [plan, args, 88, 0]);
                 (Some(args), op)
             }
             // The tracer sees to it that it gets its id; its stack is known at the end.
@@ -354,7 +403,7 @@ impl Builder {
                 let index = self.list().ops.len();
                 self.aims.push((self.current, index, tid));
                 self.push(Op::other(OpKind::Trap, [0; 6]), object.clone());
-                let op = Op::create(kind, libc::SYS_clone, [plan, flags | exit_signal, 0]);
+                let op = Op::create(kind, libc::SYS_clone, [plan, flags | exit_signal, 0, 0]);
                 (None, op)
             }
         };

@@ -1,6 +1,7 @@
 //! Stopping a new process as a signal would have done, before it executes anything.
 #![allow(unsafe_code)]
 
+use ckpt_tracer::Pid;
 use ckpt_tracer::task::{Resume, Stop, Stopped};
 use nix::errno::Errno;
 
@@ -26,6 +27,40 @@ pub fn by_signal(tasks: &mut [Stopped], process: &Process, signal: i32) -> Resul
         )));
     }
     for task in others {
+        task.advance_among_others(Resume::Cont, 0)?;
+    }
+    Ok(())
+}
+
+/// Sends a signal to a process.
+pub fn send(pid: Pid, signal: i32) -> Result<()> {
+    // SAFETY: a call without pointers; the process is ours.
+    let sent = unsafe { libc::kill(pid.raw(), signal) };
+    Errno::result(sent)
+        .map(drop)
+        .map_err(|e| Error::Restore(format!("cannot signal process {pid}: {}", e.desc())))
+}
+
+/// Ends the group stop of a process whose tasks are all ours, as SIGCONT would have done, so that its parent may
+/// be told of it (`WCONTINUED`), and `pending` says whether that signal stays.
+pub fn is_over(tasks: &mut [Stopped], process: &Process, pending: bool) -> Result<()> {
+    const CONT: u64 = 1 << (libc::SIGCONT - 1);
+    send(Pid(process.pid), libc::SIGCONT)?;
+    let Some((leader, others)) = tasks.split_last_mut() else {
+        return Ok(());
+    };
+    leader.set_signal_mask(if pending { !0 } else { !CONT })?;
+    while !pending && leader.stop() != Stop::Signal(libc::SIGCONT) {
+        leader.advance_among_others(Resume::Cont, 0)?;
+    }
+    // On the way to its next stop it tells its parent.
+    leader.interrupt()?;
+    while leader.stop() != Stop::Event(libc::SIGTRAP) {
+        leader.advance_among_others(Resume::Cont, 0)?;
+    }
+    leader.set_signal_mask(process.threads[0].signal_mask)?;
+    for task in others {
+        task.interrupt()?;
         task.advance_among_others(Resume::Cont, 0)?;
     }
     Ok(())

@@ -163,6 +163,22 @@ pub fn kernel_needs(snapshot: &Snapshot) -> Vec<KernelNeed> {
             available: |kernel| kernel.mseal,
         });
     }
+    let threads = snapshot.processes.iter().flat_map(|p| &p.threads);
+    let dispatches: Vec<_> = threads.filter_map(|t| t.dispatch).collect();
+    if !dispatches.is_empty() {
+        needs.push(KernelNeed {
+            feature: "PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG (Linux 6.4)",
+            what: "syscall user dispatch",
+            available: |kernel| kernel.version() >= (6, 4),
+        });
+    }
+    if dispatches.iter().any(|d| d.is_inclusive()) {
+        needs.push(KernelNeed {
+            feature: "PR_SYS_DISPATCH_INCLUSIVE_ON (Linux 6.17)",
+            what: "syscall user dispatch",
+            available: |kernel| kernel.version() >= (6, 17),
+        });
+    }
     needs
 }
 

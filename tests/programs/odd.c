@@ -189,6 +189,19 @@ int main(int argc, char **argv)
 		fd = FX_SYS(socket(AF_INET, SOCK_STREAM, 0));
 		FX_SYS(bind(fd, (void *)&any, sizeof(any)));
 		FX_SYS(listen(fd, 1));
+	} else if (is("others-time")) {
+		struct sigevent event = { .sigev_notify = SIGEV_NONE };
+		clockid_t clock;
+		timer_t timer;
+
+		FX_PT(clock_getcpuclockid(getppid(), &clock));
+		FX_SYS(timer_create(clock, &event, &timer));
+	} else if (is("narrow-dispatch")) {
+		static char selector;
+
+		/* PR_SET_SYSCALL_USER_DISPATCH */
+		if (prctl(59, 1, (unsigned long)main, 16, &selector))
+			fx_skip("syscall user dispatch (Linux 5.11)");
 	} else if (is("unix-stream")) {
 		fd = unix_socket(SOCK_STREAM, file, connect);
 	} else if (is("unix-datagram")) {

@@ -16,6 +16,10 @@ pub const PTRACE_SECCOMP_GET_FILTER: u32 = 0x420c;
 pub const PTRACE_SECCOMP_GET_METADATA: u32 = 0x420d;
 /// `PTRACE_GET_RSEQ_CONFIGURATION` (Linux 5.13).
 pub const PTRACE_GET_RSEQ_CONFIGURATION: u32 = 0x420f;
+/// `PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG` (Linux 6.4).
+pub const PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4210;
+/// `PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG`.
+pub const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
 /// `NT_X86_XSTATE` (elf.h): the xsave area, standard format.
 pub const NT_X86_XSTATE: u32 = 0x202;
 /// `PTRACE_EVENT_STOP`: a seized task stopped by `PTRACE_INTERRUPT` or by a group stop.
@@ -104,6 +108,7 @@ const _: () = {
     assert!(offset_of!(PeekSigInfoArgs, nr) == 12);
     assert!(size_of::<RseqConfiguration>() == 24);
     assert!(size_of::<SeccompMetadata>() == 16);
+    assert!(size_of::<crate::dispatch::Dispatch>() == 32);
     assert!(size_of::<RseqCs>() == 32);
     assert!(offset_of!(RseqCs, abort_ip) == 24);
     assert!(size_of::<libc::siginfo_t>() == 128);

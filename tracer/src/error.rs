@@ -90,6 +90,17 @@ pub enum Error {
         /// Bytes needed.
         need: usize,
     },
+    /// No place was found for it from which all threads may make system calls.
+    #[error(
+        "process {pid} has no unused room of {need} bytes in the executable memory from which all its \
+         threads may make system calls (syscall user dispatch); let it turn that off for the checkpoint"
+    )]
+    NoAllowedCave {
+        /// The process.
+        pid: Pid,
+        /// Bytes needed.
+        need: usize,
+    },
     /// The process kept creating threads for as long as we tried to stop them.
     #[error(
         "process {pid} creates threads faster than they can be stopped (gave up after {rounds} rounds); try again, or stop it first with kill -STOP {pid}"

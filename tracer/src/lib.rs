@@ -9,6 +9,7 @@
 //! * [`cpuid`]: programs that are answered when they ask what the processor is;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
 //! * [`child`]: children of our own, for what must be done to the end if we are killed;
+//! * [`dispatch`]: tasks whose own system calls are dispatched to the program;
 //! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
 //! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
@@ -21,6 +22,7 @@ pub mod blob;
 pub mod capabilities;
 pub mod child;
 pub mod cpuid;
+pub mod dispatch;
 mod error;
 pub mod fault;
 pub mod features;

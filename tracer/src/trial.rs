@@ -51,7 +51,7 @@ fn make() -> ! {
 
 /// Everything that is made inside of a job that is checkpointed and goes on. Made without a heap, in
 /// a child.
-fn remote_calls() -> [Call; 31] {
+fn remote_calls() -> [Call; 32] {
     const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
     const FIXED: u64 = PRIVATE | libc::MAP_FIXED_NOREPLACE as u64;
     const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
@@ -135,6 +135,8 @@ fn remote_calls() -> [Call; 31] {
         ),
         Call::new("umask", libc::SYS_umask, &[0o077]),
         Call::new("close", libc::SYS_close, &[0xffff_ffff]),
+        // ARCH_GET_XCOMP_PERM
+        Call::new("arch_prctl", libc::SYS_arch_prctl, &[0x1022, 0]),
     ]
 }
 

@@ -68,16 +68,17 @@ mod blob {
     /// Creates a thread whose first instruction is `ckpt_thread_start`; only the parent returns.
     ///
     /// SAFETY: `nr` is clone or clone3, and its first two operands give the thread a stack on top of
-    /// which the address of its plan stands; no flag asks for the other operands.
+    /// which the address of its plan stands; `id_at` is where clone's flags may ask for the id, and
+    /// they ask for no other operand.
     #[inline(always)]
-    unsafe fn create(nr: u64, first: u64, second: u64) -> i64 {
+    unsafe fn create(nr: u64, first: u64, second: u64, id_at: u64) -> i64 {
         let r: i64;
         // SAFETY: in the child rax is 0 and the stack is another one; it leaves by the jump
         // and never uses anything of this frame.
         unsafe {
             asm!("syscall", "test rax, rax", "jz ckpt_thread_start",
                  inlateout("rax") nr => r, in("rdi") first, in("rsi") second,
-                 in("rdx") 0, in("r10") 0, in("r8") 0,
+                 in("rdx") 0, in("r10") id_at, in("r8") 0,
                  lateout("rcx") _, lateout("r11") _, options(nostack));
         }
         r
@@ -115,7 +116,7 @@ mod blob {
                 let mut pauses = 0;
                 loop {
                     // SAFETY: the planner made the stack and the arguments.
-                    let r = unsafe { create(op.nr, op.args[1], op.args[2]) };
+                    let r = unsafe { create(op.nr, op.args[1], op.args[2], op.args[3]) };
                     if r != EEXIST || pauses == MOST_PAUSES {
                         break r;
                     }
@@ -134,6 +135,10 @@ mod blob {
                 } else {
                     -125 // ECANCELED
                 }
+            } else if op.kind == OpKind::LoadState as u32 {
+                // SAFETY: the planner gave the address of an aligned area; it uses none of these components.
+                unsafe { load_state(op.args[0], op.args[1]) };
+                0
             } else {
                 // SAFETY: `plan` is valid.
                 unsafe { join(plan) }
@@ -149,6 +154,17 @@ mod blob {
             i += 1;
         }
         true
+    }
+
+    /// Loads components of the processor's state.
+    ///
+    /// SAFETY: at `area` is an XSAVE area of the standard format, and no code uses the components.
+    unsafe fn load_state(area: u64, components: u64) {
+        // SAFETY: as the caller says.
+        unsafe {
+            asm!("xrstor64 [{area}]", area = in(reg) area, in("eax") components as u32,
+                 in("edx") (components >> 32) as u32, options(nostack));
+        }
     }
 
     /// Waits for all threads to park; fails when one of them failed.

@@ -106,8 +106,9 @@ fn stops(process: &Process, place: &HashMap<i32, usize>, faults: &mut Faults) {
         process
             .untold_stops
             .iter()
+            .chain(&process.untold_continues)
             .all(|pid| place.contains_key(pid)),
-        "process {} has not been told of the stop of a process that is not there",
+        "process {} has not been told of the stop or going on of a process that is not there",
         process.pid
     );
 }

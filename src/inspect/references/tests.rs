@@ -69,6 +69,7 @@ fn trees() {
         parent,
         group: pid,
         session: 50,
+        ids: None,
         exit_signal: libc::SIGCHLD,
         status,
         name: b"ended".to_vec(),

@@ -47,7 +47,7 @@ pub fn settle(
     let mut any = false;
     for (index, (source, vmas)) in with_rings {
         let stopped = job.processes[index].stopped_by().is_some();
-        let cave = Cave::dig(&source.mem, vmas)?;
+        let cave = Cave::dig(&source.mem, vmas, job.processes[index].tasks())?;
         let cave = cave.with_doorbell(job.processes[index].tasks(), stopped);
         // The process comes before those who share its memory.
         let all = job.processes.iter_mut().zip(sources);

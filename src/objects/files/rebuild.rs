@@ -6,7 +6,7 @@ use ckpt_tracer::capabilities::Use;
 use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe};
 use crate::error::Obstacle;
 use crate::objects::process::Process;
-use crate::objects::{Snapshot, sockets};
+use crate::objects::{Snapshot, limits, sockets};
 use crate::restore::plan::{Builder, Inherited};
 use crate::restore::terminals::Terminals;
 
@@ -19,24 +19,46 @@ pub struct Staging {
     descriptions: i32,
     files: i32,
     terminals: i32,
+    /// How many numbers there are in all.
+    len: i32,
 }
 
+/// Calls that create descriptors put them at the lowest numbers.
+const LOWEST: i32 = 10;
+
 impl Staging {
-    /// Above every number that a process of the job uses.
-    pub fn above(snapshot: &Snapshot) -> Self {
-        let fds = snapshot.processes.iter().flat_map(|p| &p.fds).map(|e| e.fd);
-        let watched = snapshot.descriptions.iter().flat_map(|d| match &d.kind {
-            Kind::Epoll(e) => e.entries.as_slice(),
-            _ => &[],
-        });
-        let highest = fds.chain(watched.map(|e| e.fd)).max().unwrap_or(2).max(2);
-        // 0 to 3 are where calls that create descriptors put them.
-        Self {
-            base: highest + 8,
+    /// Among numbers that no process of the job uses.
+    pub fn beside(snapshot: &Snapshot) -> Self {
+        let sockets = snapshot.descriptions.iter();
+        let sockets = sockets.filter(|d| matches!(d.kind, Kind::UnixSocket(_)));
+        // One for the file of a name, two for what stands in for a listener.
+        let spare = 3 * sockets.count() as i32;
+        let mut staging = Self {
+            base: 0,
             descriptions: snapshot.descriptions.len() as i32,
             files: snapshot.mapped_files.len() as i32,
             terminals: snapshot.terminals.len() as i32,
-        }
+            len: 0,
+        };
+        staging.len = staging.spare(spare as usize);
+        staging.base = gap(used(snapshot), staging.len, limit());
+        staging
+    }
+
+    /// What is in the way where there are not enough numbers.
+    fn obstacle(self) -> Option<Obstacle> {
+        (self.base + self.len > limit()).then(|| {
+            Obstacle::new(
+                "restore",
+                format!(
+                    "has no {} numbers of descriptors in a row that the job does not use, below the limit of \
+                     open files, {}",
+                    self.len,
+                    limit()
+                ),
+                "raise that limit (ulimit -n) for restore",
+            )
+        })
     }
 
     /// The number of a description.
@@ -65,10 +87,38 @@ impl Staging {
         self.base + self.descriptions + 3 * self.files + self.terminals + number as i32
     }
 
-    /// The first number used; none of the job's is as high.
-    pub fn first(self) -> i32 {
-        self.base
+    /// The first number, and the last one.
+    fn all(self) -> (i32, i32) {
+        (self.base, self.base + self.len)
     }
+}
+
+/// Numbers that the job uses.
+fn used(snapshot: &Snapshot) -> Vec<i32> {
+    let fds = snapshot.processes.iter().flat_map(|p| &p.fds).map(|e| e.fd);
+    let watched = snapshot.descriptions.iter().flat_map(|d| match &d.kind {
+        Kind::Epoll(e) => e.entries.as_slice(),
+        _ => &[],
+    });
+    fds.chain(watched.map(|e| e.fd)).collect()
+}
+
+/// Where so many numbers are free: in a gap, so that the table of descriptors does not grow, else above all.
+fn gap(mut used: Vec<i32>, len: i32, limit: i32) -> i32 {
+    used.push(LOWEST - 1);
+    used.sort_unstable();
+    let above = used[used.len() - 1].saturating_add(1);
+    let mut gaps = used
+        .windows(2)
+        .map(|pair| (pair[0].saturating_add(1).max(LOWEST), pair[1].min(limit)));
+    let gap = gaps.find(|(from, to)| to - from > len);
+    gap.map_or(above, |(from, _)| from)
+}
+
+/// Our own limit of numbers, which new processes have until they get theirs.
+fn limit() -> i32 {
+    let (_, hard) = limits::current(libc::RLIMIT_NOFILE);
+    hard.try_into().unwrap_or(i32::MAX)
 }
 
 /// Flags that open(2) takes again; creation flags do not belong to an open description.
@@ -89,6 +139,7 @@ pub fn open_descriptions(
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
     let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, request).collect();
+    obstacles.extend(staging.obstacle());
     let written = changed::Written::by(snapshot);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
@@ -249,9 +300,10 @@ pub fn number(process: &Process, staging: Staging, plan: &mut Builder) {
             format!("fd {}", entry.fd)
         });
     }
+    let (first, last) = staging.all();
     plan.syscall(
         libc::SYS_close_range,
-        &[staging.first() as u64, u64::from(u32::MAX), 0],
+        &[first as u64, last as u64, 0],
         || "the descriptors used in between".into(),
     );
     // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
@@ -343,5 +395,23 @@ impl Owner {
         if self.signal != 0 {
             plan.syscall(libc::SYS_fcntl, &[fd, F_SETSIG, self.signal as u64], object);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gap;
+
+    #[test]
+    fn numbers_are_found_above_or_in_a_gap() {
+        assert_eq!(gap(vec![0, 1, 2], 5, 1024), 10);
+        assert_eq!(gap(vec![0, 1, 14], 5, 1024), 15);
+        assert_eq!(gap(vec![0, 1, 40], 5, 1024), 10);
+        assert_eq!(gap(vec![0, 1, 1023], 5, 1024), 10);
+        assert_eq!(gap(vec![0, 12, 500, 1023], 5, 1024), 13);
+        assert_eq!(gap(vec![12, 14, 20, 1023], 5, 1024), 21);
+        // Not with a number to spare: what is made comes to the lowest one.
+        assert_eq!(gap(vec![0, 16], 6, 17), 17);
+        assert_eq!(gap((0..1020).collect(), 6, 1024), 1020);
     }
 }

@@ -1,6 +1,6 @@
 //! The family of a new process, as operations: its session and group, and whom it creates.
 
-use super::super::births::{Birth, Body, Origin, Phantom};
+use super::super::births::{Birth, Body, Group, Origin, Phantom};
 use super::super::plan::{Builder, Stage};
 use super::Build;
 use crate::error::Obstacle;
@@ -56,15 +56,17 @@ impl Build<'_> {
             self.foreground(plan);
         }
         // What has ended is waited for; zombies are not.
-        for birth in births.all() {
-            if matches!(&birth.body, Body::Phantom(p) if p.zombie.is_none()) && !birth.adopted {
-                let args = [birth.pid as u64, 0, 0, 0];
-                plan.expect(libc::SYS_wait4, &args, birth.pid as u64, || {
-                    "a helper process".into()
-                });
-            }
+        let own = births.all().filter(|birth| !birth.adopted);
+        for pid in own.flat_map(Birth::helpers) {
+            let args = [pid as u64, 0, 0, 0];
+            plan.expect(libc::SYS_wait4, &args, pid as u64, || {
+                "a helper process".into()
+            });
         }
         let mut told: Vec<i32> = births.all().filter_map(Birth::tells).collect();
+        if births.adopts {
+            told.push(libc::SIGCHLD);
+        }
         told.sort_unstable();
         told.dedup();
         for signal in told {
@@ -87,7 +89,7 @@ impl Build<'_> {
         let Some((terminal, record)) = self.new_terminal() else {
             return;
         };
-        let fd = Staging::above(self.job.snapshot).terminal(terminal) as u64;
+        let fd = Staging::beside(self.job.snapshot).terminal(terminal) as u64;
         plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSCTTY], || {
             format!("the controlling terminal {}", record.name)
         });
@@ -114,7 +116,7 @@ impl Build<'_> {
             .any(|p| p.group == group || p.pid == group);
         // That of a group that is gone is nobody's.
         if there {
-            let fd = Staging::above(snapshot).terminal(terminal) as u64;
+            let fd = Staging::beside(snapshot).terminal(terminal) as u64;
             let data = plan.data(&group.to_le_bytes());
             plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSPGRP, data], || {
                 format!("the foreground process group {group} of {}", record.name)
@@ -158,7 +160,7 @@ impl Build<'_> {
     /// What a process does that comes to be by executing its program.
     fn execute(&self, index: usize, plan: &mut Builder) {
         let process = self.job.process(index);
-        let staging = Staging::above(self.job.snapshot);
+        let staging = Staging::beside(self.job.snapshot);
         let mut name = process.threads[0].name.clone();
         name.push(0);
         let name = plan.data(&name);
@@ -194,12 +196,37 @@ impl Build<'_> {
             self.birth(birth, plan, obstacles);
         }
         plan.pause();
-        if let Some(group) = phantom.joins {
-            // It is only shown; that of restore is as good as one that is gone.
-            plan.attempt(libc::SYS_setpgid, &[0, group as u64], object);
+        let joins = phantom.joins.map(|group| match group {
+            Group::Of(group) => group,
+            Group::Ours => self.job.group,
+        });
+        if let Some(group) = joins {
+            let warning =
+                format!("process {pid}, which has ended, is not in its process group, {group}");
+            plan.try_syscall(libc::SYS_setpgid, &[0, group as u64], &warning);
         }
         plan.pause();
+        let now = &plan.host().credentials;
+        let (uid, gid) = (now.uid[0], now.gid[0]);
+        if let Some((was_uid, was_gid)) = phantom.ids.filter(|ids| *ids != (uid, gid)) {
+            // User and group of its signal and of its directory in /proc, and nothing else any more.
+            let warning = format!(
+                "process {pid}, which has ended, had user id {was_uid} and group id {was_gid}, which it \
+                 has no longer"
+            );
+            for (nr, id) in [
+                (libc::SYS_setresgid, was_gid),
+                (libc::SYS_setresuid, was_uid),
+            ] {
+                plan.try_syscall(nr, &[u64::from(id); 3], &warning);
+            }
+        }
         let status = phantom.zombie.unwrap_or(0);
+        if status & 0x80 != 0 {
+            plan.warn(format!(
+                "process {pid}, which has ended, had dumped core, which its parent is not told any more"
+            ));
+        }
         let signal = status & 0x7f;
         if signal != 0 {
             let no_core = plan.data(&[0; 16]);

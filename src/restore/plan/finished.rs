@@ -132,6 +132,9 @@ fn describe(op: &Op) -> String {
     if op.kind == OpKind::Unless as u32 {
         return format!("leave out {} if that was done", op.args[1]);
     }
+    if op.kind == OpKind::LoadState as u32 {
+        return format!("load processor state {:#x}", op.args[1]);
+    }
     if op.kind == OpKind::Join as u32 {
         return "wait for the threads".into();
     }

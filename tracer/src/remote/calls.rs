@@ -4,6 +4,7 @@ use nix::errno::Errno;
 
 use super::cave::{Cave, cave_image};
 use super::restart::effective_rip;
+use crate::dispatch::Dispatch;
 use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
 use crate::task::{Regs, Stopped};
@@ -31,6 +32,8 @@ pub struct RemoteCalls<'a> {
     pub(super) id: u64,
     pub(super) original: Regs,
     pub(super) mask: u64,
+    /// Its syscall user dispatch, where that is another one in the cave.
+    pub(super) dispatch: Option<Dispatch>,
     pub(super) scratch: RemoteAddr,
     pub(super) scratch_len: u64,
     pub(super) owns_scratch: bool,
@@ -97,6 +100,7 @@ impl<'a> RemoteCalls<'a> {
         }
         original.rip = effective_rip(task, cave.mem, &original)?;
         let mask = task.signal_mask()?;
+        let dispatch = cave.dispatch_of(task)?;
         Ok(Self {
             slot: cave.slot(slot),
             id: slot,
@@ -104,6 +108,7 @@ impl<'a> RemoteCalls<'a> {
             cave,
             original,
             mask,
+            dispatch,
             scratch: RemoteAddr(0),
             scratch_len: 0,
             owns_scratch: false,
@@ -137,6 +142,14 @@ impl<'a> RemoteCalls<'a> {
         self.mask
     }
 
+    /// Its syscall user dispatch.
+    pub fn original_dispatch(&self) -> Result<Option<Dispatch>> {
+        match self.dispatch {
+            Some(dispatch) => Ok(Some(dispatch)),
+            None => self.task.dispatch(),
+        }
+    }
+
     /// The stopped task, to be looked into. Its registers and its signal mask are those of the
     /// remote calls.
     pub fn task(&self) -> &Stopped {
@@ -164,8 +177,13 @@ impl<'a> RemoteCalls<'a> {
     }
 
     pub(super) fn enter(&mut self, regs: &Regs) -> Result<()> {
-        self.task.set_regs(regs)?;
+        if let Some(dispatch) = &self.dispatch {
+            // Before it is there, and until it has left.
+            self.task
+                .set_dispatch(&dispatch.allowing(&self.cave.range()))?;
+        }
         self.entered = true;
+        self.task.set_regs(regs)?;
         fault::hit(Step::CaveEntered)?;
         let open = self.doorbell.map_or(0, |signal| 1 << (signal - 1));
         self.task.set_signal_mask(!open)

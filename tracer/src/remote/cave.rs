@@ -3,9 +3,11 @@
 #![allow(unsafe_code)]
 
 use std::arch::global_asm;
+use std::ops::Range;
 
 use super::doorbell::doorbell;
 use super::wait::advance;
+use crate::dispatch::{self, Dispatch};
 use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
 use crate::proc::maps::{Vma, VmaName};
@@ -81,6 +83,17 @@ global_asm!(
     "    mov r10d, 8",
     "    mov eax, 14", // rt_sigprocmask
     "    syscall",
+    // Last, the dispatch of system calls that allows no address, this one included.
+    "    mov esi, dword ptr [rip + ckpt_cave_dispatch]",
+    "    test esi, esi",
+    "    jz 3f",
+    "    mov edi, 59", // PR_SET_SYSCALL_USER_DISPATCH
+    "    xor edx, edx",
+    "    xor r10d, r10d",
+    "    mov r8,  qword ptr [rip + ckpt_cave_selector]",
+    "    mov eax, 157", // prctl
+    "    syscall",
+    "3:",
     "    mov rdi, qword ptr [rip + ckpt_cave_regs + 0]",
     "    mov rsi, qword ptr [rip + ckpt_cave_regs + 8]",
     "    mov rdx, qword ptr [rip + ckpt_cave_regs + 16]",
@@ -110,7 +123,16 @@ global_asm!(
     "    mov rdi, qword ptr [rbx]",
     "    cmp dword ptr [rdi], 0",
     "    je ckpt_cave_park",
-    "    lea rsp, [rbx + 8]",
+    "    mov esi, dword ptr [rbx + 8]", // as on the way home
+    "    test esi, esi",
+    "    jz 4f",
+    "    mov edi, 59",
+    "    xor edx, edx",
+    "    xor r10d, r10d",
+    "    mov r8,  qword ptr [rbx + 16]",
+    "    mov eax, 157",
+    "    syscall",
+    "4:  lea rsp, [rbx + 24]",
     "    pop rdi",
     "    pop rsi",
     "    pop rdx",
@@ -134,6 +156,10 @@ global_asm!(
     "ckpt_cave_owner_at:",
     ".quad 0",
     "ckpt_cave_id:",
+    ".quad 0",
+    "ckpt_cave_dispatch:",
+    ".quad 0",
+    "ckpt_cave_selector:",
     ".quad 0",
     "ckpt_cave_regs:", // rdi rsi rdx r10 r8 r9 rcx r11 rax rip rbx rbp
     ".fill 12, 8, 0",
@@ -190,6 +216,11 @@ const SLOTS: u64 = 2;
 /// Behind the slots stands the number of the one whose task owns the scratch memory.
 const OWNER_BYTES: usize = 16;
 
+/// Bytes of a cave.
+fn size() -> usize {
+    cave_image().bytes.len().next_multiple_of(16) * SLOTS as usize + OWNER_BYTES
+}
+
 /// Room in the target that remote calls execute in; empty of tasks except during
 /// [`RemoteCalls`](super::RemoteCalls).
 #[derive(Debug)]
@@ -201,14 +232,20 @@ pub struct Cave<'m> {
 }
 
 impl<'m> Cave<'m> {
-    /// Finds unused room and writes the cave there. All tasks must be stopped.
-    pub fn dig(mem: &'m ProcessMemory, maps: &[Vma]) -> Result<Self> {
+    /// Finds unused room and writes the cave there, where all of `tasks` may make system calls. All tasks
+    /// of the process must be stopped.
+    pub fn dig<'t>(
+        mem: &'m ProcessMemory,
+        maps: &[Vma],
+        tasks: impl IntoIterator<Item = &'t Stopped>,
+    ) -> Result<Self> {
         let image = cave_image();
-        let slot = image.bytes.len().next_multiple_of(16);
-        let need = slot * SLOTS as usize + OWNER_BYTES;
-        let addr = find_room(mem, maps, need)?.ok_or(Error::NoCodeCave {
-            pid: mem.pid(),
-            need,
+        let (pid, need) = (mem.pid(), size());
+        let ranges = dispatch::ranges(tasks)?;
+        let addr = find_room(mem, maps, &ranges, need)?;
+        let addr = addr.ok_or(match ranges.is_empty() {
+            true => Error::NoCodeCave { pid, need },
+            false => Error::NoAllowedCave { pid, need },
         })?;
         let mut before = vec![0; need];
         mem.read(addr, &mut before)?;
@@ -243,6 +280,27 @@ impl<'m> Cave<'m> {
         self
     }
 
+    /// Addresses of it.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.addr.raw()..self.addr.raw() + size() as u64
+    }
+
+    /// Syscall user dispatch of a task that is to come in. If it allows no address, it is to allow those of the
+    /// cave meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::NoAllowedCave`] where the task must not make system calls.
+    pub(super) fn dispatch_of(&self, task: &Stopped) -> Result<Option<Dispatch>> {
+        match task.dispatch()? {
+            Some(dispatch) if dispatch.allows_nothing() => Ok(Some(dispatch)),
+            Some(dispatch) if !dispatch.allows(&self.range()) => Err(Error::NoAllowedCave {
+                pid: self.mem.pid(),
+                need: size(),
+            }),
+            _ => Ok(None),
+        }
+    }
+
     pub(super) fn slot(&self, index: u64) -> RemoteAddr {
         let slots = (self.before.len() - OWNER_BYTES) as u64;
         self.addr + index * (slots / SLOTS)
@@ -273,21 +331,34 @@ impl Drop for Cave<'_> {
 
 /// Looks for a run of `need` equal filler bytes (0x00 or 0xcc) in executable memory, in the
 /// vDSO first, or for a cave that a dead tracer left.
-fn find_room(mem: &ProcessMemory, maps: &[Vma], need: usize) -> Result<Option<RemoteAddr>> {
+fn find_room(
+    mem: &ProcessMemory,
+    maps: &[Vma],
+    ranges: &[Dispatch],
+    need: usize,
+) -> Result<Option<RemoteAddr>> {
     let image = cave_image();
     let mut executable: Vec<&Vma> = maps
         .iter()
         .filter(|v| v.exec && !v.shared && v.name != VmaName::Vsyscall)
         .collect();
     executable.sort_by_key(|v| v.name != VmaName::Vdso);
-    for vma in executable {
+    let whole = |vma: &Vma| std::iter::once(vma.start..vma.end).collect();
+    let allowed = executable.into_iter().flat_map(|vma| {
+        ranges
+            .iter()
+            .fold(whole(vma), |parts: Vec<Range<u64>>, range| {
+                parts.iter().flat_map(|p| range.allowed_in(p)).collect()
+            })
+    });
+    for part in allowed {
         let mut offset = 0;
-        let len = (vma.end - vma.start) as usize;
+        let len = (part.end - part.start) as usize;
         while offset < len {
             // The pieces overlap so that no run is cut.
             let piece = (len - offset).min(1 << 20);
             let mut bytes = vec![0; piece];
-            let base = RemoteAddr(vma.start + offset as u64);
+            let base = RemoteAddr(part.start + offset as u64);
             if mem.read(base, &mut bytes).is_err() {
                 break;
             }
@@ -335,7 +406,8 @@ fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
 const MOST_STEPS: u32 = 200_000;
 
 /// Moves tasks out of a cave that a dead tracer left them in. All tasks must be stopped; a
-/// task inside runs home instruction by instruction.
+/// task inside runs home instruction by instruction. Its system calls may still be allowed to one that
+/// was at the threshold.
 pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()> {
     let image = cave_image();
     let slot = image.bytes.len() as u64;
@@ -361,8 +433,21 @@ pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()
             }
             step_once(mem.pid(), task)?;
         }
+        if let Some(dispatch) = task.dispatch()?
+            && dispatch.len == size() as u64
+            && is_cave(mem, RemoteAddr(dispatch.offset))
+        {
+            task.set_dispatch(&dispatch.allowing_nothing())?;
+        }
     }
     Ok(())
+}
+
+fn is_cave(mem: &ProcessMemory, at: RemoteAddr) -> bool {
+    let image = cave_image();
+    let code = &image.bytes[..image.magic as usize + 8];
+    let mut bytes = vec![0; code.len()];
+    mem.read(at, &mut bytes).is_ok() && bytes == code
 }
 
 fn inside_stale(bytes: &[u8], rip: u64, image: &CaveImage) -> bool {

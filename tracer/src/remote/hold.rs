@@ -17,21 +17,22 @@ use super::RemoteCalls;
 use super::batch::{CALL_BYTES, Call};
 use super::cave::cave_image;
 use super::restart::{effective_rip, restarted};
+use crate::dispatch::Dispatch;
 use crate::task::{Regs, Stopped};
 use crate::{RemoteAddr, Result};
 
 /// Bytes a task: its block stands at the end, and a signal frame has room below.
 const EACH: u64 = 4096;
 /// Bytes of a block.
-const BLOCK: u64 = 14 * 8;
+const BLOCK: u64 = 16 * 8;
 /// `FUTEX_OP(FUTEX_OP_SET, 1, FUTEX_OP_CMP_EQ, 0)`, linux/futex.h.
 const SET_ONE: u64 = 1 << 12;
 
 /// Tasks that share the memory of the one that makes the calls.
 pub struct Hold<'t> {
     tasks: Vec<&'t mut Stopped>,
-    /// Their registers, while they have others.
-    original: Vec<Regs>,
+    /// Their registers and their syscall user dispatch, while they have others.
+    original: Vec<(Regs, Option<Dispatch>)>,
     at: RemoteAddr,
     mapped: bool,
 }
@@ -100,8 +101,11 @@ impl<'t> Hold<'t> {
             home.rip = effective_rip(task, mem, &original)?;
             let home = restarted(&home);
             let block = self.at + (EACH * (n as u64 + 2) - BLOCK);
+            let dispatch = calls.cave.dispatch_of(task)?;
             let words = [
                 self.at.raw(),
+                u64::from(dispatch.is_some()),
+                dispatch.map_or(0, |dispatch| dispatch.selector),
                 home.rdi,
                 home.rsi,
                 home.rdx,
@@ -123,7 +127,10 @@ impl<'t> Hold<'t> {
             regs.rax = 0;
             // No system call to restart in the state that we set.
             regs.orig_rax = u64::MAX;
-            self.original.push(original);
+            self.original.push((original, dispatch));
+            if let Some(dispatch) = &dispatch {
+                task.set_dispatch(&dispatch.allowing(&calls.cave.range()))?;
+            }
             task.set_regs(&regs)?;
         }
         Ok(())
@@ -131,8 +138,11 @@ impl<'t> Hold<'t> {
 
     fn bring_back(&mut self) -> Result<()> {
         let mut first = Ok(());
-        for (task, regs) in self.tasks.iter().zip(self.original.drain(..)) {
+        for (task, (regs, dispatch)) in self.tasks.iter().zip(self.original.drain(..)) {
             first = first.and(task.set_regs(&regs));
+            if let Some(dispatch) = &dispatch {
+                first = first.and(task.set_dispatch(dispatch));
+            }
         }
         first
     }

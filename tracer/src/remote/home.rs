@@ -20,6 +20,8 @@ impl RemoteCalls<'_> {
             flags,
             self.cave.owner_at().raw(),
             self.id,
+            u64::from(self.dispatch.is_some()),
+            self.dispatch.map_or(0, |dispatch| dispatch.selector),
             home.rdi,
             home.rsi,
             home.rdx,
@@ -75,6 +77,9 @@ impl RemoteCalls<'_> {
         // Whatever fails, the registers are set: the cave is about to be filled in.
         let fault = fault::hit(Step::CaveLeaving);
         self.task.set_regs(&self.original)?;
+        if let Some(dispatch) = &self.dispatch {
+            self.task.set_dispatch(dispatch)?;
+        }
         fault
     }
 }

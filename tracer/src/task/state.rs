@@ -7,6 +7,7 @@ use nix::errno::Errno;
 
 use super::{Stopped, request};
 use crate::abi::{self, PeekSigInfoArgs, RseqConfiguration, SeccompMetadata};
+use crate::dispatch::Dispatch;
 use crate::{Error, Result};
 
 /// General registers as the kernel hands them out.
@@ -182,6 +183,40 @@ impl Stopped {
             }) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    /// Its syscall user dispatch; `None` when it is off, or where the kernel does not tell (before
+    /// Linux 6.4).
+    pub fn dispatch(&self) -> Result<Option<Dispatch>> {
+        let mut dispatch = Dispatch::default();
+        let asked = request(
+            "PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG",
+            abi::PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG,
+            self.tid,
+            size_of::<Dispatch>(),
+            ptr::addr_of_mut!(dispatch) as usize,
+        );
+        match asked {
+            Ok(_) => Ok(Some(dispatch).filter(Dispatch::is_on)),
+            Err(Error::Kernel {
+                errno: Errno::EIO | Errno::EINVAL,
+                ..
+            }) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Turns syscall user dispatch on.
+    pub fn set_dispatch(&self, dispatch: &Dispatch) -> Result<()> {
+        let dispatch = dispatch.as_set();
+        request(
+            "PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG",
+            abi::PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG,
+            self.tid,
+            size_of::<Dispatch>(),
+            ptr::from_ref(&dispatch) as usize,
+        )
+        .map(drop)
     }
 
     /// The task's seccomp filters, oldest first: the BPF program (8 bytes an instruction) and

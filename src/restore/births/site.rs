@@ -1,0 +1,157 @@
+//! Where in the tree a process is created, so that it is in its session and has its parent.
+
+use super::{Birth, Body, Phantom, Tree, When};
+use crate::error::Obstacle;
+use crate::objects::process::Process;
+
+/// Where in the tree somebody is created.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Site {
+    /// By a process, and whether by `CLONE_PARENT`.
+    Process(usize, When, bool),
+    /// By a phantom of that process.
+    Phantom(usize, i32),
+}
+
+impl Tree<'_> {
+    /// Where a child of that parent is created in that session; else why nowhere.
+    pub(super) fn site(&mut self, parent: i32, session: i32, pid: i32) -> Result<Site, String> {
+        let (creator, adopted) = self.creator(parent);
+        if session == pid {
+            return Ok(Site::Process(creator, When::Late, adopted));
+        }
+        if let Some(when) = self.when(creator, session) {
+            return Ok(Site::Process(creator, when, adopted));
+        }
+        match self.index.get(&session) {
+            Some(&leader) => self.site_by_leader(leader, parent),
+            None => self.site_by_phantom(session, (creator, adopted)),
+        }
+    }
+
+    /// By the leader of the session, for a parent that has adopted it.
+    fn site_by_leader(&mut self, leader: usize, parent: i32) -> Result<Site, String> {
+        let process = &self.snapshot.processes[leader];
+        if process.parent == parent {
+            return Ok(Site::Process(leader, When::Late, true));
+        }
+        let id = match self.passing.get(&leader) {
+            Some(&(id, to)) if to == parent => id,
+            Some(_) => return Err(without_way(process.pid)),
+            None => {
+                let id = self.unused();
+                self.passing.insert(leader, (id, parent));
+                self.births[leader].late.push(Birth {
+                    pid: id,
+                    adopted: false,
+                    body: Body::Phantom(Phantom {
+                        exit_signal: libc::SIGCHLD,
+                        ..Phantom::default()
+                    }),
+                });
+                if let Some(&parent) = self.index.get(&parent) {
+                    self.births[parent].adopts = true;
+                }
+                id
+            }
+        };
+        Ok(Site::Phantom(leader, id))
+    }
+
+    /// An id that no task of the job has, and none here.
+    fn unused(&self) -> i32 {
+        let snapshot = self.snapshot;
+        let of = |p: &Process| {
+            p.threads
+                .iter()
+                .map(|t| t.tid)
+                .chain([p.group, p.session])
+                .max()
+        };
+        let processes = snapshot.processes.iter().filter_map(of);
+        let zombies = snapshot
+            .zombies
+            .iter()
+            .map(|z| z.pid.max(z.group).max(z.session));
+        let passing = self.passing.values().map(|(id, _)| *id);
+        let highest = processes.chain(zombies).chain(passing).max().unwrap_or(0);
+        let free = |id: &i32| !std::path::Path::new(&format!("/proc/{id}")).exists();
+        (highest + 1..).find(free).unwrap_or(highest + 1)
+    }
+
+    /// What ends for its children to be adopted leaves them to the nearest subreaper.
+    pub(super) fn check_adoptions(&mut self) {
+        let wrong = self.passing.iter().find(|(leader, (_, parent))| {
+            let mut at = Some(**leader);
+            while let Some(index) = at {
+                let process = &self.snapshot.processes[index];
+                if process.pid == *parent {
+                    return false;
+                }
+                if self.births[index].adopts {
+                    return true;
+                }
+                at = self.index.get(&process.parent).copied();
+            }
+            self.index.contains_key(parent)
+        });
+        if let Some((leader, _)) = wrong {
+            let pid = self.snapshot.processes[*leader].pid;
+            self.obstacles.push(Obstacle::without_remedy(
+                format!("session {pid}"),
+                without_way(pid),
+            ));
+        }
+    }
+
+    /// In a session that no longer has its leader: that one comes back for a while.
+    fn site_by_phantom(&mut self, session: i32, parent: (usize, bool)) -> Result<Site, String> {
+        let (creator, adopted) = parent;
+        let first = *self.phantoms.entry(session).or_insert(parent);
+        if first != parent {
+            return Err(format!(
+                "is in session {session}, whose leader has gone, and so is a child of another parent, \
+                 which cannot be brought about again"
+            ));
+        }
+        let list = self.list(creator, When::Late);
+        if !list.iter().any(|b| b.pid == session) {
+            list.push(Birth {
+                pid: session,
+                adopted,
+                body: Body::Phantom(Phantom {
+                    leads_session: true,
+                    leads_group: true,
+                    exit_signal: libc::SIGCHLD,
+                    ..Phantom::default()
+                }),
+            });
+        }
+        self.births[creator].adopts |= !adopted;
+        Ok(Site::Phantom(creator, session))
+    }
+
+    /// What is created there.
+    pub(super) fn list_at(&mut self, site: Site) -> &mut Vec<Birth> {
+        let (creator, phantom) = match site {
+            Site::Process(creator, when, _) => return self.list(creator, when),
+            Site::Phantom(creator, phantom) => (creator, phantom),
+        };
+        let at = self.births[creator]
+            .late
+            .iter()
+            .position(|b| b.pid == phantom);
+        let late = &mut self.births[creator].late;
+        match at.map(|at| &mut late[at].body) {
+            Some(Body::Phantom(phantom)) => &mut phantom.births,
+            _ => unreachable!("a site has its phantom"),
+        }
+    }
+}
+
+fn without_way(session: i32) -> String {
+    format!(
+        "is in the session of process {session} without having been created in it, which cannot be brought \
+         about again"
+    )
+}
