@@ -110,6 +110,8 @@ pub struct Collector {
     pub ipc: Ipc,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
+    /// Processes of which all mappings of an object were looked at for its contents.
+    pub viewed: HashSet<(Pid, SpaceId)>,
     /// Rings of AIO contexts by inode, and whose they are.
     pub aio_rings: Vec<(u64, Pid)>,
     /// What processes share with their parents.

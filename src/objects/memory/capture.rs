@@ -272,13 +272,16 @@ fn shared_memory(
         .position(|m| m.inode == vma.inode);
     if let Some(object) = known {
         let space = collector.shared_memory[object].space;
-        let end = add_views(space, source, vma, all, collector);
-        let size = &mut collector.shared_memory[object].size;
-        *size = end.max(*size);
+        if collector.viewed.insert((source.pid, space)) {
+            let end = add_views(space, source, vma, all, collector);
+            let size = &mut collector.shared_memory[object].size;
+            *size = end.max(*size);
+        }
     }
     let object = known.unwrap_or_else(|| {
         let (contents, size) = contents_of(source, vma, all, false);
         let space = collector.space_for(contents);
+        collector.viewed.insert((source.pid, space));
         let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
         collector.shared_memory.push(SharedMemory {
             space,

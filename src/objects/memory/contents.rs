@@ -100,8 +100,8 @@ pub(super) fn contents_of(
     )
 }
 
-/// Where an object can only be read through mappings: what this process shows of it and no
-/// process before did.
+/// Where an object can only be read through mappings: what all mappings of this process show of it
+/// and no process before did. Returns the end of what they show, in bytes from the object's beginning.
 pub(super) fn add_views(
     space: SpaceId,
     source: &Source,
@@ -113,15 +113,18 @@ pub(super) fn add_views(
     let Some((_, Contents::Memory(known))) = contents else {
         return 0;
     };
-    let mut end = 0;
-    for (offset, address, len) in readable(source, views(vma, all.vmas, false), all) {
-        let shown = join(known.iter().map(|v| (v.1, v.1 + v.3)).collect());
-        for (from, to) in subtract(&[(offset, offset + len)], &shown) {
+    let views = readable(source, views(vma, all.vmas, false), all);
+    let shown = join(known.iter().map(|v| (v.1, v.1 + v.3)).collect());
+    let ranges: Vec<(u64, u64)> = views.iter().map(|v| (v.0, v.0 + v.2)).collect();
+    let mut views = views.iter().peekable();
+    for (from, to) in subtract(&ranges, &shown) {
+        // Both ascend, and each piece lies in one view.
+        while views.next_if(|v| v.0 + v.2 <= from).is_some() {}
+        if let Some((offset, address, _)) = views.peek() {
             known.push((source.pid, from, address + (from - offset), to - from));
         }
-        end = end.max(offset + len);
     }
-    end
+    ranges.last().map_or(0, |range| range.1)
 }
 
 /// What a file is whose contents we can read as such.
