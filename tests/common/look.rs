@@ -173,9 +173,10 @@ fn stays(line: &&str) -> bool {
 fn mappings(smaps: &str) -> String {
     let mut all: Vec<(String, String)> = Vec::new();
     for line in smaps.lines() {
-        let key = line.split([' ', '\t']).next().unwrap_or_default();
-        if key == "VmFlags:" {
-            let flags = line
+        if !line.starts_with(|c: char| c.is_ascii_uppercase()) {
+            all.push((mapping(line), String::new()));
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let flags = flags
                 .split_whitespace()
                 .filter(|flag| !["ac", "sd"].contains(flag));
             let flags = flags.collect::<Vec<_>>().join(" ");
@@ -186,8 +187,6 @@ fn mappings(smaps: &str) -> String {
                 }
                 _ => all.push((here, flags)),
             }
-        } else if !key.ends_with(':') {
-            all.push((mapping(line), String::new()));
         }
     }
     all.into_iter().map(|(line, _)| line + "\n").collect()
