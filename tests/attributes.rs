@@ -10,7 +10,9 @@ use ckpt::objects::memory_policy::MemoryPolicy;
 use crate::common::edit::edited;
 use crate::common::look::assert_nobody_left;
 use crate::common::refused::FAILED;
-use crate::common::{Job, fixture, isolated, restore_cmd, restored, run};
+use crate::common::{
+    Case, Job, ckpt, fixture, isolated, isolated_as_user, odd, restore_cmd, restored, run,
+};
 
 fn page() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/attributes.md");
@@ -92,6 +94,31 @@ fn a_missing_node_is_told() {
         target.continued_by(Job::of(pid));
         target.passes();
     });
+}
+
+/// Nothing tells of a Landlock domain, but what is in one may not look out of it.
+fn landlock_is_told(case: &Case) {
+    let mut target = odd(case, "landlocked", None);
+    let pid = target.pid().to_string();
+    let told = ckpt(case, ["attach", &pid, "-o", "first.ckpt"]);
+    told.ok();
+    assert!(told.stderr.contains("restricted by Landlock"), "{told:?}");
+    let image = target.killed_into(case, "job.ckpt");
+    let out = run(case, restore_cmd(&image, &[]).arg("--detach"));
+    let pid = out.ok().trim().parse().expect("it prints the pid");
+    assert!(out.stderr.contains("restricted by Landlock"), "{out:?}");
+    target.continued_by(Job::of(pid));
+    target.passes();
+}
+
+#[test]
+fn landlock() {
+    isolated("landlock", landlock_is_told);
+}
+
+#[test]
+fn landlock_of_a_user() {
+    isolated_as_user("landlock_of_a_user", landlock_is_told);
 }
 
 /// `restore` under PR_SET_MDWE cannot make the restorer executable.

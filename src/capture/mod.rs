@@ -20,14 +20,17 @@ use ckpt_tracer::proc::pagemap::PagemapScanner;
 use ckpt_tracer::proc::status::{read_status, read_task};
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::remote::leave_stale_cave;
+use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{Pid, Tid};
 
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::guard::door::Door;
 use crate::host;
 use crate::job::FrozenJob;
+use crate::objects::landlock::{self, Bystanders};
 use crate::objects::namespaces::Namespaces;
 use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
 use crate::objects::seccomp::surroundings::Surroundings;
@@ -368,15 +371,27 @@ fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
             Err(e) => return Err(e.into()),
         }
     }
+    // Of each process all but the first, whose end is its parent's to know.
+    let threads = frozen.processes.iter().flat_map(|f| &f.tasks()[1..]);
+    let tids: Vec<Tid> = threads.map(Stopped::tid).collect();
     frozen.thaw()?;
-    await_end(sources);
+    await_end(sources, tids);
     Ok(())
 }
 
 /// A process that was killed has its pid, its names and its memory until the kernel has taken it apart.
-/// A restore that comes at once shall find them free. It awaits itself what takes longer.
-fn await_end(sources: &[Source]) {
+/// A restore that comes at once shall find them free. It awaits itself what takes longer. A process ends
+/// when its threads have been waited for, and those that were traced when they were killed are ours.
+fn await_end(sources: &[Source], mut tids: Vec<Tid>) {
     let give_up = Instant::now() + Duration::from_secs(10);
+    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+    while !tids.is_empty() && Instant::now() < give_up {
+        let runs = |tid: &Tid| waitpid(nix::unistd::Pid::from_raw(tid.raw()), Some(flags));
+        tids.retain(|tid| matches!(runs(tid), Ok(WaitStatus::StillAlive)));
+        if !tids.is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
     for source in sources {
         let left = give_up.saturating_duration_since(Instant::now());
         let mut ended = [PollFd::new(source.pidfd.as_fd(), PollFlags::POLLIN)];
@@ -500,6 +515,7 @@ fn capture_frozen(
             .map(|(s, _)| s.pid.raw())
             .collect()
     };
+    let bystanders = Bystanders::of(statuses.values());
     let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
     let mut memory = Vec::with_capacity(sources.len());
     for ((frozen, source), outside) in job.processes.iter_mut().zip(sources).zip(outside) {
@@ -517,6 +533,7 @@ fn capture_frozen(
             running_children: &children(source.pid, false),
             ipc: &collector.ipc,
             statuses: &statuses,
+            bystanders: &bystanders,
         };
         let (process, vmas, scanner) = process::capture(frozen, source, outside, &in_job)?;
         processes.push(process);
@@ -537,6 +554,7 @@ fn capture_frozen(
         mut warnings,
         ..
     } = collector;
+    warnings.extend(processes.iter().filter_map(landlock::warning));
     warnings.extend(save_files.unmatched().iter().map(unmatched));
     if processes[0].pid == 1 {
         let of_the_job =

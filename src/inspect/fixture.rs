@@ -52,6 +52,7 @@ fn thread(tid: i32) -> Thread {
         memory_policy: None,
         thread_areas: Vec::new(),
         io_ports: Vec::new(),
+        landlocked: false,
         security: Vec::new(),
         dispatch: None,
     }

@@ -14,6 +14,7 @@ pub mod dynamic_state;
 pub mod files;
 pub mod frames;
 pub mod ipc;
+pub mod landlock;
 pub mod limits;
 pub mod memory;
 pub mod memory_policy;

@@ -21,6 +21,7 @@ use super::dynamic_state::{self, DynamicState};
 use super::files::{self, FdEntry, regular::Lock};
 use super::ipc::Ipc;
 use super::ipc::undo::{self, Adjustment};
+use super::landlock::Bystanders;
 use super::limits::{self, Limit};
 use super::memory_policy;
 use super::segments::{self, Segment};
@@ -320,6 +321,8 @@ pub struct InJob<'a> {
     pub ipc: &'a Ipc,
     /// Of all tasks of the job.
     pub statuses: &'a Statuses,
+    /// By which Landlock is noticed.
+    pub bystanders: &'a Bystanders,
 }
 
 /// What `/proc/PID/task/TID/status` says of frozen tasks: it takes long to read, and is read once.
@@ -411,15 +414,14 @@ pub fn capture(
     if !job.shares.adjustments {
         semaphore_adjustments = undo::capture(&mut calls, &job.ipc.semaphores, &tids)?;
     }
-    let mut threads = vec![thread::capture(
-        &mut calls,
-        source,
-        job.status(pid.leader())?,
-    )?];
+    let status = job.status(pid.leader())?;
+    let bystander = job.bystanders.beside(status);
+    let mut threads = vec![thread::capture(&mut calls, source, status, bystander)?];
     for task in others {
         let status = job.status(task.tid())?;
         calls = calls.hand_over(task)?;
-        threads.push(thread::capture(&mut calls, source, status)?);
+        let bystander = job.bystanders.beside(status);
+        threads.push(thread::capture(&mut calls, source, status, bystander)?);
     }
     calls.finish()?;
     if has_segments {

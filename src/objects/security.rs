@@ -41,6 +41,15 @@ pub struct Label {
     pub value: Vec<u8>,
 }
 
+impl Label {
+    /// Whether its name says that it restricts nothing (`unconfined` of AppArmor, the
+    /// `unconfined_t` of SELinux's usual policies).
+    pub fn is_unconfined(&self) -> bool {
+        let word = b"unconfined";
+        self.value.windows(word.len()).any(|w| w == word)
+    }
+}
+
 /// A module's own file comes before the common one, which says the same.
 const CURRENT: [&str; 3] = ["apparmor/current", "smack/current", "current"];
 /// What is to be given to what the task creates or executes next.

@@ -348,6 +348,23 @@ mod tests {
         assert_ne!(planned("other", 0, Scope::Task, &ours).trim(), "");
     }
 
+    /// A filter that kills on one of them is to kill a child of ours and not the job.
+    #[test]
+    fn each_question_is_tried_first() {
+        let tried = ckpt_tracer::trial::remote_calls();
+        for row in TABLE {
+            let (nr, [option, which]) = match row.ask {
+                Ask::Answer(nr, args) => (nr, args),
+                Ask::Written(nr, option) => (nr, [option, 1]),
+                Ask::Flags(_) => continue,
+            };
+            let it = |c: &&ckpt_tracer::remote::Call| {
+                (c.nr, c.args[0], c.args[1]) == (nr, option, which)
+            };
+            assert!(tried.iter().any(|c| it(&c)), "{}", row.name);
+        }
+    }
+
     #[test]
     fn speculation_that_is_set_for_all_is_no_switch() {
         let row = |name: &str| TABLE.iter().find(|r| r.name.ends_with(name));

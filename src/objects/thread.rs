@@ -1,5 +1,6 @@
 //! One thread: registers and everything that the kernel keeps a task.
 
+use ckpt_tracer::bystander::Bystander;
 use ckpt_tracer::proc::status::Status;
 use ckpt_tracer::remote::{Call, RemoteCalls};
 use ckpt_tracer::task::Stopped;
@@ -65,6 +66,9 @@ pub struct Thread {
     /// I/O ports that it may use: first, how many.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub io_ports: Vec<(u16, u32)>,
+    /// It is in a Landlock domain.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub landlocked: bool,
     /// What security modules say of it.
     #[serde(default)]
     pub security: Vec<Label>,
@@ -121,19 +125,23 @@ struct Asked {
     securebits: u32,
     switches: Vec<Switch>,
     memory_policy: Option<MemoryPolicy>,
+    /// Whether it may not look into its bystander.
+    kept_out: bool,
 }
 
-/// Where answers are written in the scratch memory: those of switches, a memory policy; then the list.
+/// Where answers are written in the scratch memory: those of switches, a memory policy, what a look
+/// into a bystander shows; then the list.
 const SWITCHES: u64 = 40;
 const POLICY: u64 = (SWITCHES + switches::Questions::ROOM).next_multiple_of(8);
-const LIST: u64 = (POLICY + memory_policy::ROOM).next_multiple_of(64);
+const LOOK: u64 = POLICY + memory_policy::ROOM;
+const LIST: u64 = (LOOK + 16).next_multiple_of(64);
 
 /// `PR_GET_TID_ADDRESS` (CONFIG_CHECKPOINT_RESTORE).
 const PR_GET_TID_ADDRESS: u64 = 40;
 /// `SS_ONSTACK`: not a property of the alternate stack, but of the moment.
 const SS_ONSTACK: u32 = 1;
 
-fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
+fn ask(calls: &mut RemoteCalls<'_>, bystander: Option<&Bystander>) -> Result<Asked> {
     let out = calls.scratch().raw();
     let prctl = |name, option: u64, arg: u64| Call::new(name, libc::SYS_prctl, &[option, arg]);
     let tid = calls.tid();
@@ -160,6 +168,7 @@ fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let mut list = always.to_vec();
     list.push(memory_policy::question(out + POLICY));
     list.extend(questions.calls(calls.scratch()));
+    list.extend(bystander.map(|b| b.look(out + LOOK)));
     let answers = calls.batch(LIST, &list)?;
     let (checked, others) = answers.split_at(always.len());
     for (answer, call) in checked.iter().zip(&always) {
@@ -182,6 +191,7 @@ fn ask(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
         timer_slack: slack,
         securebits: bits as u32,
         switches: questions.read(calls, &others[1..])?,
+        kept_out: bystander.is_some() && others.last() == Some(&-i64::from(libc::EPERM)),
         memory_policy: memory_policy::read(calls, POLICY, others[0])?,
     })
 }
@@ -191,12 +201,14 @@ pub fn capture(
     calls: &mut RemoteCalls<'_>,
     source: &Source,
     status: &Status,
+    bystander: Option<&Bystander>,
 ) -> crate::Result<Thread> {
-    let asked = ask(calls)?;
+    let asked = ask(calls, bystander)?;
     let task = calls.task();
     let tid = task.tid();
     let mut regs = calls.original_regs().into();
     unveil_restarted(&mut regs, source)?;
+    let security = security::capture(source.pid, tid);
     Ok(Thread {
         tid: tid.raw(),
         name: status.name.0.clone(),
@@ -221,7 +233,9 @@ pub fn capture(
         memory_policy: asked.memory_policy,
         thread_areas: segments::capture_thread_areas(task)?,
         io_ports: segments::capture_ports(task)?,
-        security: security::capture(source.pid, tid),
+        // Else it may be the policy of another module that keeps it out.
+        landlocked: asked.kept_out && security.iter().all(Label::is_unconfined),
+        security,
         dispatch: calls.original_dispatch()?.map(Dispatch::from),
     })
 }

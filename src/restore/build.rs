@@ -18,7 +18,7 @@ use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
 use crate::objects::{
-    Snapshot, aio, credentials, limits, seccomp, security, session, signals, timers,
+    Snapshot, aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
 };
 
 /// One plan in the making.
@@ -288,9 +288,8 @@ fn threads(process: &Process, plan: &mut Builder) -> usize {
             thread.rebuild(process, filters, plan);
         });
     }
-    if let Some(warning) = seccomp::separated(process) {
-        plan.warn(warning);
-    }
+    let told = [seccomp::separated(process), landlock::warning(process)];
+    told.into_iter().flatten().for_each(|w| plan.warn(w));
     installed
 }
 

@@ -269,6 +269,16 @@ int main(int argc, char **argv)
 		struct sock_fprog prog = { .len = FX_COUNT(code), .filter = code };
 
 		FX_SYS(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &prog));
+	} else if (is("landlocked")) {
+		/* struct landlock_ruleset_attr: LANDLOCK_ACCESS_FS_MAKE_SOCK */
+		unsigned long long handled = 1 << 9;
+		int rules = syscall(444 /* landlock_create_ruleset */, &handled, sizeof(handled), 0);
+
+		if (rules < 0)
+			fx_skip("Landlock (%s)", strerror(errno));
+		FX_SYS(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+		FX_SYS(syscall(446 /* landlock_restrict_self */, rules, 0));
+		close(rules);
 	} else if (is("code32")) {
 		fx_thread(code32, NULL);
 		fx_await(&begun, 1);

@@ -3,14 +3,22 @@
 //! that must not be left half done, which does.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
+
 use nix::errno::Errno;
 
 /// A child that is killed and waited for when dropped.
+#[derive(Debug)]
 pub(crate) struct Child(libc::pid_t);
 
 impl Child {
     /// `main` runs in a copy of one thread of us: it may make system calls and nothing else.
     pub(crate) fn start(main: fn() -> !) -> Option<Self> {
+        Self::start_with(|| main())
+    }
+
+    /// The same with something to take along; when it returns the child ends.
+    pub(crate) fn start_with(main: impl FnOnce()) -> Option<Self> {
         let parent = std::process::id();
         // SAFETY: the child makes only system calls: no allocation, no lock, no destructor.
         match unsafe { split() } {
@@ -19,7 +27,9 @@ impl Child {
                 // What we have locked is to be free when we are killed, before this one is.
                 // SAFETY: a plain system call; the child uses no descriptor.
                 unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
-                main()
+                main();
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(1) }
             }
             pid if pid > 0 => Some(Self(pid)),
             _ => None,
@@ -28,6 +38,21 @@ impl Child {
 
     pub(crate) fn pid(&self) -> libc::pid_t {
         self.0
+    }
+
+    /// Waits until it has stopped itself; whether it has not ended instead.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+        let options = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT | libc::__WALL;
+        // SAFETY: the kernel fills the structure, of which zero is a valid value.
+        unsafe {
+            while libc::waitid(libc::P_PID, self.0 as u32, info.as_mut_ptr(), options) < 0 {
+                if Errno::last() != Errno::EINTR {
+                    return false;
+                }
+            }
+            info.assume_init().si_code == libc::CLD_STOPPED
+        }
     }
 
     /// What it exited with, when it does.
@@ -151,7 +176,7 @@ fn exit_code(pid: libc::pid_t) -> Result<i32, Errno> {
 }
 
 /// Ends the child when the parent ends, or has ended before this could be said.
-fn die_with(parent: u32) {
+pub(crate) fn die_with(parent: u32) {
     // SAFETY: plain system calls.
     unsafe {
         libc::syscall(

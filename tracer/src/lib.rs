@@ -19,6 +19,7 @@
 pub mod abi;
 mod addr;
 pub mod blob;
+pub mod bystander;
 pub mod capabilities;
 pub mod child;
 pub mod cpuid;

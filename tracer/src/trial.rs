@@ -51,7 +51,8 @@ fn make() -> ! {
 
 /// Everything that is made inside of a job that is checkpointed and goes on. Made without a heap, in
 /// a child.
-fn remote_calls() -> [Call; 32] {
+#[must_use]
+pub fn remote_calls() -> [Call; 44] {
     const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
     const FIXED: u64 = PRIVATE | libc::MAP_FIXED_NOREPLACE as u64;
     const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
@@ -62,6 +63,10 @@ fn remote_calls() -> [Call; 32] {
     let prctl = |name, option: i32| Call::new(name, libc::SYS_prctl, &[option as u64]);
     // The address asked for comes first: 1 is none, where 0 would do something.
     let prctl_to = |name, option: i32| Call::new(name, libc::SYS_prctl, &[option as u64, 1]);
+    let speculation = |which| {
+        let args = [libc::PR_GET_SPECULATION_CTRL as u64, which];
+        Call::new("prctl(PR_GET_SPECULATION_CTRL)", libc::SYS_prctl, &args)
+    };
     [
         // The way in and out; see `remote`.
         Call::new("mmap", libc::SYS_mmap, &unmapped),
@@ -93,6 +98,10 @@ fn remote_calls() -> [Call; 32] {
         prctl("prctl(PR_GET_DUMPABLE)", libc::PR_GET_DUMPABLE),
         prctl("prctl(PR_GET_THP_DISABLE)", 42),
         Call::new("membarrier", libc::SYS_membarrier, &[1 << 9]),
+        prctl("prctl(PR_GET_MEMORY_MERGE)", 68),
+        prctl("prctl(PR_GET_MDWE)", 66),
+        Call::new("get_mempolicy", libc::SYS_get_mempolicy, &[1, 0, 0, 0, 2]),
+        Call::new("modify_ldt", libc::SYS_modify_ldt, &[0, 1, 0]),
         // The process.
         Call::new(
             "rt_sigaction",
@@ -117,6 +126,14 @@ fn remote_calls() -> [Call; 32] {
         prctl_to("prctl(PR_GET_PDEATHSIG)", libc::PR_GET_PDEATHSIG),
         prctl("prctl(PR_GET_TIMERSLACK)", libc::PR_GET_TIMERSLACK),
         prctl("prctl(PR_GET_SECUREBITS)", libc::PR_GET_SECUREBITS),
+        Call::new("get_mempolicy", libc::SYS_get_mempolicy, &[1, 0, 0, 0, 0]),
+        prctl_to("prctl(PR_GET_TSC)", libc::PR_GET_TSC),
+        Call::new("arch_prctl", libc::SYS_arch_prctl, &[0x1011, 0]),
+        prctl("prctl(PR_MCE_KILL_GET)", libc::PR_MCE_KILL_GET),
+        speculation(0),
+        speculation(1),
+        speculation(2),
+        Call::new("get_robust_list", libc::SYS_get_robust_list, &[0, 1, 1]),
         // Descriptors, handed out by `lend`.
         Call::new(
             "socketpair",
