@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::rehearse::Difference;
+
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -95,6 +97,12 @@ pub enum Error {
         join(.0)
     )]
     NotRestorable(Vec<Obstacle>),
+    /// A copy that was restored from the image is not what the job is.
+    #[error(
+        "{}\nthe rehearsal shows that the job would not come back as it is; it goes on, and no image is left",
+        lines(.0)
+    )]
+    Differs(Vec<Difference>),
     /// Working in the live process failed.
     #[error(transparent)]
     Tracer(#[from] ckpt_tracer::Error),
@@ -159,6 +167,11 @@ impl Error {
             _ => false,
         }
     }
+}
+
+fn lines(found: &[Difference]) -> String {
+    let lines: Vec<String> = found.iter().map(Difference::to_string).collect();
+    lines.join("\n")
 }
 
 fn join(obstacles: &[Obstacle]) -> String {

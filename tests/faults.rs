@@ -134,8 +134,9 @@ attach
 restore
     restore_spawned restore_mapped restore_filled restore_threads restore_release;
 elsewhere
-    check   // in tests/kill.rs
     lending // in tests/containers.rs
+    check // in tests/kill.rs
+    rehearse_mask rehearse_page // in tests/rehearse.rs
 }
 
 fn at(module: &str, step: &str, body: impl FnOnce(&Case, &str)) {

@@ -30,6 +30,7 @@ mod privileges;
 mod programs;
 mod refusals;
 mod refused_images;
+mod rehearse;
 mod restore;
 mod run;
 mod security;

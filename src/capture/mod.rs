@@ -88,8 +88,12 @@ pub struct Request<'a> {
     pub save_files: SaveFiles,
     /// Programs, libraries and files that the job only reads go into the image as well.
     pub bundle: bool,
-    /// Looks at the image before the job is ended or left stopped.
+    /// Whether anything stands in the way of a restore is looked at before the image has its name.
+    pub check: bool,
+    /// Looks at the image.
     pub prover: Option<&'a Prover>,
+    /// The job is restored from the image in namespaces of its own, and compared, before anything else.
+    pub rehearse: bool,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -108,6 +112,15 @@ impl Request<'_> {
         let Some(prover) = self.prover else {
             return Ok(Vec::new());
         };
+        if self.rehearse {
+            let found = prover.differences(image, name)?;
+            if !found.is_empty() {
+                return Err(Error::Differs(found));
+            }
+        }
+        if !self.check {
+            return Ok(Vec::new());
+        }
         let found = prover.obstacles(image, name)?;
         let (told, obstacles): (Vec<_>, Vec<_>) = found.into_iter().partition(|o| o.by_option);
         match obstacles.is_empty() {
@@ -281,7 +294,7 @@ fn checkpoint<W: Write + Send + 'static>(
 
     let threads = frozen.tasks() as u32;
     let mut held = None;
-    if request.after == After::Continue {
+    if request.after == After::Continue && !request.rehearse {
         frozen.thaw()?;
         request.guard.iter().for_each(|guard| guard.come());
     } else {
@@ -312,7 +325,11 @@ fn checkpoint<W: Write + Send + 'static>(
         match request.after {
             After::Kill if request.pid.raw() == 1 => frozen.end_with_us()?,
             After::Kill => kill(&sources, frozen)?,
-            _ => frozen.leave_stopped()?,
+            After::Continue => {
+                frozen.thaw()?;
+                request.guard.iter().for_each(|guard| guard.come());
+            }
+            After::Stop => frozen.leave_stopped()?,
         }
         paused = frozen_at.elapsed();
     }

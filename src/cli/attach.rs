@@ -44,6 +44,9 @@ pub struct Attach {
     /// With --kill or --stop: do not look first whether the job can be restored here from its image.
     #[arg(long)]
     no_check: bool,
+    /// First restore the job from its image beside itself, stopped and in namespaces of its own, and compare it with the job, which stays frozen for so long.
+    #[arg(long)]
+    rehearse: bool,
     /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
     codec: Codec,
@@ -68,8 +71,16 @@ Examples:
   ckpt attach 4242                    write NAME.4242.ckpt here; the process goes on
   ckpt attach 4242 -o job.ckpt --kill write job.ckpt, then end the process
   ckpt attach 4242 --save-files '*.log' --save-files '/data/**'
+  ckpt attach 4242 --rehearse --kill  end it only if a copy came back from the image just as it is
   ckpt attach 4242 --bundle           for a machine without the program and its libraries
   ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
+
+impl Attach {
+    /// Whether it is looked first for what stands in the way of a restore.
+    fn checks(&self) -> bool {
+        (self.kill || self.stop) && !self.no_check
+    }
+}
 
 /// The children of `by` that are neither the job's root nor this process nor the job's guard.
 fn adopted(root: i32, by: i32) -> Result<Vec<Pid>, Failure> {
@@ -103,10 +114,12 @@ struct Figures<'a> {
     paused_seconds: f64,
     /// Where the image is; null when it went to standard output.
     path: Option<String>,
+    /// Whether a copy was restored from it and found to be as the job.
+    rehearsed: bool,
 }
 
-impl<'a> From<&'a Report> for Figures<'a> {
-    fn from(report: &'a Report) -> Self {
+impl<'a> Figures<'a> {
+    fn of(report: &'a Report, rehearsed: bool) -> Self {
         Figures {
             name: &report.name,
             pid: report.pid,
@@ -120,6 +133,7 @@ impl<'a> From<&'a Report> for Figures<'a> {
                 .path
                 .as_ref()
                 .map(|path| path.to_string_lossy().into_owned()),
+            rehearsed,
         }
     }
 }
@@ -145,7 +159,7 @@ impl fmt::Display for Figures<'_> {
 pub(crate) fn run(args: &Attach) -> Outcome {
     // They are where we are now, which cannot be seen from inside a namespace.
     let door = Door::of(Pid(args.pid))?;
-    let prover = match (args.kill || args.stop) && !args.no_check {
+    let prover = match args.checks() || args.rehearse {
         true => Some(Prover::start(Pid(args.pid), args.adopted_by.map(Pid))?),
         false => None,
     };
@@ -168,6 +182,11 @@ fn attach(
     if to_stdout && stdout().is_terminal() {
         let text =
             "an image is not for a terminal; redirect standard output, or name a file with -o FILE";
+        return Err(Failure::Usage(text.into()));
+    }
+    if to_stdout && args.rehearse {
+        let text =
+            "--rehearse restores from the image, which has to be a file: name one with -o FILE";
         return Err(Failure::Usage(text.into()));
     }
     // Past a limit of the file size the write shall fail, and the job shall hear nothing of it.
@@ -198,7 +217,9 @@ fn attach(
         },
         save_files: SaveFiles::new(args.save_files.clone()),
         bundle: args.bundle,
+        check: args.checks(),
         prover,
+        rehearse: args.rehearse,
         progress: &*progress,
     };
     let shared = shared(args, &request);
@@ -250,7 +271,7 @@ fn tell(args: &Attach, report: &Report, to_stdout: bool) -> Outcome {
             ),
         ));
     }
-    let figures = Figures::from(report);
+    let figures = Figures::of(report, args.rehearse);
     let text = match args.json {
         true => output::json(&figures)?,
         false if args.loudness.quiet => return Ok(0),

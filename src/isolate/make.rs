@@ -38,6 +38,8 @@ pub struct Spec {
     pub owner: Option<Owner>,
     /// What else the job has to itself.
     pub others: Namespaces,
+    /// A network namespace, with nothing in it.
+    pub network: bool,
     /// The job's root is the first process, and what rebuilds it has this pid meanwhile.
     pub builder: Option<i32>,
 }
@@ -235,7 +237,8 @@ pub(super) fn optional(namespaces: &Namespaces) -> libc::c_int {
 
 fn make(spec: &Spec) -> io::Result<()> {
     let user = spec.ids.as_ref().map_or(0, |_| libc::CLONE_NEWUSER);
-    let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS | optional(&spec.others);
+    let network = if spec.network { libc::CLONE_NEWNET } else { 0 };
+    let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS | network | optional(&spec.others);
     // SAFETY: a call with constants, then calls with live bytes and their length.
     unsafe {
         Errno::result(libc::unshare(user | kinds))?;

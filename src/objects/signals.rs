@@ -56,6 +56,16 @@ impl Pending {
     }
 }
 
+impl Pending {
+    /// Whether a timer of the process has sent it: setitimer(2), timer_create(2).
+    pub fn is_from_a_timer(&self) -> bool {
+        const SI_TIMER: i32 = -2;
+        const SI_KERNEL: i32 = 0x80;
+        let interval = [libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF];
+        self.code() == SI_TIMER || self.code() == SI_KERNEL && interval.contains(&self.signal())
+    }
+}
+
 /// Highest signal number.
 pub const SIGNALS: u32 = 64;
 

@@ -3,6 +3,12 @@
 //! A [`Prover`] is a process beside `ckpt attach`. It stays where `restore` will be called: outside of
 //! the namespaces that a job may have to itself and that its checkpoint enters.
 
+mod canonical;
+mod compare;
+mod pages;
 mod prover;
+mod stage;
 
+pub(crate) use canonical::locks as without_locks;
+pub use compare::Difference;
 pub use prover::Prover;

@@ -18,6 +18,8 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, getppid};
 use serde::{Deserialize, Serialize};
 
+use super::compare::Difference;
+use super::stage;
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate;
 use crate::job::Family;
@@ -36,12 +38,15 @@ pub struct Prover {
 enum Question {
     /// What stands in the way of its restore here.
     Check(PathBuf),
+    /// In what a copy that is restored from it differs from the job.
+    Rehearse(PathBuf),
 }
 
 /// What it answers.
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Checked(Vec<Told>),
+    Rehearsed(Vec<Difference>),
     Failed(String),
 }
 
@@ -88,7 +93,21 @@ impl Prover {
     pub fn obstacles(&self, image: &File, name: &Path) -> Result<Vec<Obstacle>> {
         match self.ask(&Question::Check(name.to_owned()), image)? {
             Answer::Checked(told) => Ok(told.into_iter().map(Told::obstacle).collect()),
+            Answer::Rehearsed(_) => Err(confused()),
             Answer::Failed(text) => Err(Error::Restore(text)),
+        }
+    }
+
+    /// In what a job that is restored from `image`, stopped and in namespaces of its own, differs from the
+    /// one that is in it.
+    ///
+    /// # Errors
+    /// When it cannot be restored there.
+    pub fn differences(&self, image: &File, name: &Path) -> Result<Vec<Difference>> {
+        match self.ask(&Question::Rehearse(name.to_owned()), image)? {
+            Answer::Rehearsed(found) => Ok(found),
+            Answer::Checked(_) => Err(confused()),
+            Answer::Failed(text) => Err(Error::Restore(format!("the rehearsal failed: {text}"))),
         }
     }
 
@@ -108,6 +127,10 @@ impl Drop for Prover {
     }
 }
 
+fn confused() -> Error {
+    Error::Restore("the process that checks the image answers what it was not asked".into())
+}
+
 /// Answers until nobody asks any more.
 fn serve(link: UnixStream, root: Pid, by: Option<Pid>) {
     let mut stream = &link;
@@ -121,6 +144,9 @@ fn serve(link: UnixStream, root: Pid, by: Option<Pid>) {
         let image = File::from(image);
         let answer = match question {
             Question::Check(name) => check(image, &name, leaving(root, by)),
+            Question::Rehearse(name) => {
+                stage::rehearse(&image, &name, leaving(root, by)).map(Answer::Rehearsed)
+            }
         };
         let answer = answer.unwrap_or_else(|error| Answer::Failed(error.to_string()));
         if isolate::tell(&mut stream, &answer).is_err() {

@@ -176,6 +176,16 @@ pub fn obstacles_in(image: Reader, request: &Request<'_>) -> Result<Vec<Obstacle
     obstacles_of(way::open_trusted(image, request)?)
 }
 
+/// Opens an image of our own for a restore beside the job: without the locks, which the job holds.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_to_rehearse<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
+    let mut opened = way::open_trusted(image, request)?;
+    crate::rehearse::without_locks(&mut opened.snapshot);
+    Ok(opened)
+}
+
 fn obstacles_of(mut opened: Opened<'_>) -> Result<Vec<Obstacle>> {
     opened.decide_clocks()?;
     let pids = match opened.look_for_a_place() {

@@ -62,6 +62,16 @@ impl Opened<'_> {
         self.snapshot.host.baseline
     }
 
+    /// A fault for tests: the job's first thread gets another signal mask.
+    pub(crate) fn another_mask(&mut self) {
+        self.snapshot.processes[0].threads[0].signal_mask ^= 1 << (libc::SIGUSR2 - 1);
+    }
+
+    /// Supplementary groups of whoever does the work.
+    pub fn groups_of_the_job(&self) -> &[u32] {
+        &self.groups
+    }
+
     /// The work is done by that one.
     pub fn restored_by(&mut self, owner: &crate::isolate::Owner) {
         self.groups = owner.groups.clone();

@@ -62,6 +62,10 @@ steps! {
     RestoreRelease = "restore-release",
     /// With `--kill` and `--stop`: the image is about to be looked at.
     Check = "check",
+    /// Rehearsal: the copy gets another signal mask than the job has.
+    RehearseMask = "rehearse-mask",
+    /// Rehearsal: a page of the copy is not as it is in the job.
+    RehearsePage = "rehearse-page",
     /// Where descriptors cannot be copied: the process has the marks on it with which it lends them.
     Lending = "lending",
 }

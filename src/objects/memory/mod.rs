@@ -181,7 +181,7 @@ impl MappedFile {
 }
 
 /// What tells one file's contents from another's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileIdentity {
     /// Device, major and minor.
     pub device: (u32, u32),

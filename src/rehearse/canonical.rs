@@ -1,0 +1,319 @@
+//! What a rehearsal makes otherwise on purpose, taken out of a snapshot before it is compared: each
+//! function is one reason (docs/limits.md).
+
+use std::collections::{HashMap, HashSet};
+
+use crate::objects::files::Kind;
+use crate::objects::files::attributes::Attributes;
+use crate::objects::ipc::{Claim, Ipc};
+use crate::objects::memory::{Backing, Mapping};
+use crate::objects::process::Process;
+use crate::objects::sockets::unix::Role;
+use crate::objects::{Host, Snapshot};
+
+/// What of the job itself decides about what its copy may have otherwise.
+pub(super) struct Known {
+    /// Processes that have timers.
+    timers: HashSet<i32>,
+    /// System V objects that are the job's without doubt: semaphore sets, message queues.
+    objects: [HashSet<i32>; 2],
+}
+
+impl Known {
+    /// Of a job.
+    pub(super) fn of(job: &Snapshot) -> Self {
+        let has_timers = |p: &&Process| {
+            let interval = p.interval_timers.0.iter().any(|t| t[2] != 0 || t[3] != 0);
+            interval || !p.posix_timers.is_empty()
+        };
+        let sets = job.ipc.semaphores.iter();
+        let sets = sets.filter(|s| s.claim == Claim::Used);
+        let queues = job.ipc.queues.iter();
+        let queues = queues.filter(|q| q.claim == Claim::Used);
+        Self {
+            timers: job
+                .processes
+                .iter()
+                .filter(has_timers)
+                .map(|p| p.pid)
+                .collect(),
+            objects: [
+                sets.map(|s| s.object.id).collect(),
+                queues.map(|q| q.object.id).collect(),
+            ],
+        }
+    }
+}
+
+/// Takes it all out.
+pub(super) fn canonical(snapshot: &mut Snapshot, known: &Known) {
+    when_and_where_it_was_taken(snapshot);
+    the_stop(snapshot);
+    locks(snapshot);
+    surroundings(snapshot);
+    inodes(snapshot);
+    terminals(snapshot);
+    nameless_files(snapshot);
+    contents_stored_beside(snapshot);
+    objects_of_others(&mut snapshot.ipc, &mut snapshot.processes, known);
+    orders_of_the_kernel(snapshot);
+    time_goes_on(snapshot, known);
+    calls_are_made_again(snapshot);
+    memory(snapshot);
+}
+
+fn when_and_where_it_was_taken(snapshot: &mut Snapshot) {
+    snapshot.host = Host::default();
+    snapshot.namespaces = Default::default();
+    snapshot.ipc.place = Default::default();
+}
+
+/// The copy is stopped before its first instruction.
+fn the_stop(snapshot: &mut Snapshot) {
+    for process in &mut snapshot.processes {
+        process.stopped = None;
+        process.untold_stops.clear();
+    }
+}
+
+/// Locks that the job holds cannot be had beside it.
+pub(crate) fn locks(snapshot: &mut Snapshot) {
+    for process in &mut snapshot.processes {
+        process.record_locks.clear();
+    }
+    for description in &mut snapshot.descriptions {
+        if let Kind::Regular(file) = &mut description.kind {
+            file.locks.clear();
+        }
+    }
+}
+
+/// The parent, sessions, groups and control groups outside of the job: only the place of a restore decides.
+fn surroundings(snapshot: &mut Snapshot) {
+    let mut known: Vec<i32> = snapshot.processes.iter().map(|p| p.pid).collect();
+    known.extend(snapshot.zombies.iter().map(|z| z.pid));
+    for process in &mut snapshot.processes {
+        let ids = [
+            &mut process.parent,
+            &mut process.session,
+            &mut process.group,
+        ];
+        ids.into_iter()
+            .filter(|id| !known.contains(id))
+            .for_each(|id| *id = 0);
+        process.cgroups.clear();
+    }
+}
+
+/// Numbers that the kernel gives to what is made anew: which of them are the same is compared.
+fn inodes(snapshot: &mut Snapshot) {
+    let mut inodes: HashMap<u64, u64> = HashMap::new();
+    let mut renamed = |inode: &mut u64| {
+        let next = inodes.len() as u64;
+        *inode = *inodes.entry(*inode).or_insert(next);
+    };
+    for description in &mut snapshot.descriptions {
+        match &mut description.kind {
+            Kind::Pipe(pipe) => renamed(&mut pipe.inode),
+            Kind::MemFd(memfd) => renamed(&mut memfd.inode),
+            Kind::MessageQueue(queue) => renamed(&mut queue.inode),
+            Kind::PidFd(pidfd) => pidfd.inode.iter_mut().for_each(&mut renamed),
+            Kind::UnixSocket(socket) => {
+                renamed(&mut socket.inode);
+                match &mut socket.role {
+                    Role::Connected { peer } => renamed(peer),
+                    Role::Listening { pending, .. } => pending.iter_mut().for_each(&mut renamed),
+                    _ => {}
+                }
+                for message in &mut socket.queue {
+                    renamed(&mut message.from);
+                }
+            }
+            _ => {}
+        }
+    }
+    for object in &mut snapshot.shared_memory {
+        renamed(&mut object.inode);
+    }
+}
+
+/// A pty has another number, and a terminal that is not the job's own is another one.
+fn terminals(snapshot: &mut Snapshot) {
+    for terminal in &mut snapshot.terminals {
+        terminal.name.clear();
+        terminal.device = (0, 0);
+        if terminal.pair.is_none() {
+            terminal.state = None;
+            terminal.foreground = None;
+        }
+    }
+    for description in &mut snapshot.descriptions {
+        match &mut description.kind {
+            Kind::Terminal(end) => end.name.clear(),
+            Kind::Outside(outside) => outside.name.clear(),
+            _ => {}
+        }
+    }
+}
+
+/// A file without a name is made anew, and one is opened by the name that it has: `O_TMPFILE` and
+/// `O_NOFOLLOW` say how it came to be open. Looking at a file is an access.
+fn nameless_files(snapshot: &mut Snapshot) {
+    const HOW: u32 = (libc::O_TMPFILE & !libc::O_DIRECTORY | libc::O_NOFOLLOW) as u32;
+    let looked_at = |attributes: &mut Option<Attributes>| {
+        attributes.iter_mut().for_each(|a| a.accessed_ns = 0);
+    };
+    for description in &mut snapshot.descriptions {
+        match &mut description.kind {
+            Kind::Regular(file) => {
+                looked_at(&mut file.attributes);
+                description.flags &= !HOW;
+                if !file.is(libc::S_IFDIR) {
+                    // A part of O_TMPFILE.
+                    description.flags &= !(libc::O_DIRECTORY as u32);
+                }
+                if file.contents.is_some() {
+                    (file.identity, file.path) = Default::default();
+                }
+            }
+            Kind::MemFd(memfd) => looked_at(&mut memfd.attributes),
+            _ => {}
+        }
+    }
+    for file in &mut snapshot.mapped_files {
+        looked_at(&mut file.attributes);
+        if file.contents.is_some() {
+            (file.identity, file.path) = Default::default();
+        }
+    }
+}
+
+/// The copy's image is taken without `--save-files` and `--bundle`.
+fn contents_stored_beside(snapshot: &mut Snapshot) {
+    snapshot.bundle.clear();
+    for description in &mut snapshot.descriptions {
+        if let Kind::Regular(file) = &mut description.kind {
+            file.saved = None;
+        }
+    }
+    for file in &mut snapshot.mapped_files {
+        file.saved = None;
+        file.identity.build_id = None;
+    }
+}
+
+/// In an IPC namespace of its own, everything is the copy's; the last operations are those of the restore.
+fn objects_of_others(ipc: &mut Ipc, processes: &mut [Process], known: &Known) {
+    for adjustment in processes
+        .iter_mut()
+        .flat_map(|p| &mut p.semaphore_adjustments)
+    {
+        if let Some(set) = ipc.semaphores.get(adjustment.set) {
+            adjustment.set = set.object.id as usize;
+        }
+    }
+    let [sets, queues] = &known.objects;
+    ipc.semaphores.retain(|set| sets.contains(&set.object.id));
+    ipc.queues.retain(|queue| queues.contains(&queue.object.id));
+    for set in &mut ipc.semaphores {
+        set.claim = Claim::Used;
+        set.operators.clear();
+    }
+    for queue in &mut ipc.queues {
+        queue.claim = Claim::Used;
+        (queue.sender, queue.receiver) = (0, 0);
+    }
+}
+
+/// An epoll set is listed by kernel addresses; the kernel numbers rings of AIO.
+fn orders_of_the_kernel(snapshot: &mut Snapshot) {
+    for description in &mut snapshot.descriptions {
+        if let Kind::Epoll(epoll) = &mut description.kind {
+            // Watched always, but for an entry that has fired and fires once: it watches nothing more.
+            let always = (libc::EPOLLERR | libc::EPOLLHUP) as u32;
+            epoll.entries.iter_mut().for_each(|e| e.events &= !always);
+            epoll.entries.sort_by_key(|e| (e.fd, e.description, e.data));
+        }
+    }
+    let mappings = snapshot
+        .processes
+        .iter_mut()
+        .flat_map(|p| &mut p.memory.mappings);
+    for mapping in mappings {
+        if let Backing::AioRing(ring) = &mut mapping.backing {
+            ring.id = 0;
+        }
+    }
+}
+
+/// What remains of a timer becomes less. One that is due before a rehearsal ends may have fired, once or
+/// again and again.
+fn time_goes_on(snapshot: &mut Snapshot, known: &Known) {
+    /// Longer than a rehearsal takes, in seconds.
+    const LONG: i64 = 3600;
+    let armed = |remaining: i64, repeats: bool| i64::from(remaining > LONG || repeats);
+    for process in &mut snapshot.processes {
+        for timer in &mut process.interval_timers.0 {
+            let [interval, interval_us, value, _] = *timer;
+            let repeats = (interval, interval_us) != (0, 0);
+            *timer = [interval, interval_us, armed(value, repeats), 0];
+        }
+        for timer in &mut process.posix_timers {
+            timer.remaining = (armed(timer.remaining.0, timer.interval != (0, 0)), 0);
+            timer.overrun = 0;
+        }
+        if known.timers.contains(&process.pid) {
+            process.pending.retain(|pending| !pending.is_from_a_timer());
+            for thread in &mut process.threads {
+                thread.pending.retain(|pending| !pending.is_from_a_timer());
+            }
+        }
+    }
+    for description in &mut snapshot.descriptions {
+        if let Kind::TimerFd(timer) = &mut description.kind {
+            timer.remaining = (armed(timer.remaining.0, timer.interval != (0, 0)), 0);
+            timer.ticks = 0;
+        }
+    }
+}
+
+/// A restored task has no restart block: a call that would go on by it is made again as a whole, but for a
+/// sleep (docs/architecture.md).
+fn calls_are_made_again(snapshot: &mut Snapshot) {
+    const ERESTARTNOHAND: u64 = -514i64 as u64;
+    const ERESTART_RESTARTBLOCK: u64 = -516i64 as u64;
+    let threads = snapshot.processes.iter_mut().flat_map(|p| &mut p.threads);
+    for thread in threads.filter(|t| t.regs.rax == ERESTART_RESTARTBLOCK) {
+        thread.regs.rax = ERESTARTNOHAND;
+    }
+}
+
+/// Which process of a tree stores a page that several have, and neighbours that the kernel joins: programs
+/// see neither.
+fn memory(snapshot: &mut Snapshot) {
+    for process in &mut snapshot.processes {
+        process.memory.inherited.clear();
+        let mut joined: Vec<Mapping> = Vec::new();
+        for mapping in std::mem::take(&mut process.memory.mappings) {
+            match joined.last_mut() {
+                Some(last) if continues(last, &mapping) => {
+                    last.end = mapping.end;
+                    last.guards.extend(mapping.guards);
+                }
+                _ => joined.push(mapping),
+            }
+        }
+        process.memory.mappings = joined;
+    }
+}
+
+/// Whether anonymous memory goes on in the next mapping with nothing changed.
+fn continues(last: &Mapping, next: &Mapping) -> bool {
+    let alike = Mapping {
+        start: last.start,
+        end: last.end,
+        guards: last.guards.clone(),
+        ..next.clone()
+    };
+    last.end == next.start && last.backing == Backing::Anonymous && *last == alike
+}
