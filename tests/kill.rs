@@ -19,7 +19,7 @@ use crate::common::{
 /// Counts in the file `count` and has the file `data` open.
 const COUNTER: &str = r#"
 echo contents > data; exec 7<> data
-while :; do n=$((n + 1)); echo $n > next; mv next count; sleep 0.01; done
+while :; do n=$((n + 1)); ln -sfn $n count; sleep 0.01; done
 "#;
 
 fn started(case: &Case) -> Job {

@@ -165,7 +165,7 @@ fn then_killed() {
 #[test]
 fn in_namespaces() {
     isolated("in_namespaces", |case| {
-        const COUNT: &str = "while :; do n=$((n + 1)); echo $n > next; mv next count; done";
+        const COUNT: &str = "while :; do n=$((n + 1)); ln -sfn $n count; done";
         let isolated: &[&str] = &[CKPT, "run", "--isolated", "--", "sh", "-c", COUNT];
         let first: &[&str] = &["unshare", "-p", "-f", "--mount-proc", "sh", "-c", COUNT];
         for (command, depth) in [(isolated, 2), (first, 1)] {
