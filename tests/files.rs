@@ -240,6 +240,35 @@ fn userfaultfd() {
 }
 
 #[test]
+fn secret_memory() {
+    isolated("secret_memory", |case| {
+        is_refused(case, "secret", &["fd 3", "secret memory", "close it"]);
+        is_refused(
+            case,
+            "secret-mapped",
+            &["memory 0x", "secret memory", "unmap it"],
+        );
+    });
+}
+
+/// Of which changes it is told, the kernel does not show.
+#[test]
+fn notices_of_a_directory() {
+    isolated("notices_of_a_directory", |case| {
+        let target = common::odd(case, "dnotify", None);
+        let out = ckpt(
+            case,
+            ["attach", &target.pid().to_string(), "-o", "job.ckpt"],
+        );
+        out.ok();
+        for word in ["fd 3 of process", "F_NOTIFY", "not told"] {
+            assert!(out.stderr.contains(word), "{out:?}");
+        }
+        target.passes();
+    });
+}
+
+#[test]
 fn perf_event() {
     isolated("perf_event", |case| {
         is_refused(

@@ -18,6 +18,7 @@ use super::save_files::SaveFiles;
 use crate::error::{Obstacle, Result};
 use crate::objects::SpaceId;
 use crate::objects::files::Description;
+use crate::objects::files::removed::Removed;
 use crate::objects::ipc::Ipc;
 use crate::objects::memory::{MappedFile, SharedMemory};
 use crate::objects::process::Shares;
@@ -102,6 +103,8 @@ pub struct Collector {
     pub descriptions: Vec<Description>,
     /// See [`Snapshot::mapped_files`](crate::objects::Snapshot).
     pub mapped_files: Vec<MappedFile>,
+    /// See [`Snapshot::removed`](crate::objects::Snapshot).
+    pub removed: Vec<Removed>,
     /// See [`Snapshot::shared_memory`](crate::objects::Snapshot).
     pub shared_memory: Vec<SharedMemory>,
     /// See [`Snapshot::terminals`](crate::objects::Snapshot).

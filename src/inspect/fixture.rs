@@ -120,6 +120,7 @@ pub(crate) fn snapshot() -> Snapshot {
                 close_on_exec: fd == 1,
             })
             .into(),
+        removed: Default::default(),
         cwd: "/".into(),
         root: "/".into(),
         umask: 0o22,
@@ -157,6 +158,7 @@ pub(crate) fn snapshot() -> Snapshot {
         ],
         terminals: Vec::new(),
         mapped_files: vec![file],
+        removed: Vec::new(),
         shared_memory: Vec::new(),
         ipc: Default::default(),
         bundle: Vec::new(),

@@ -123,7 +123,7 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
     for description in &snapshot.descriptions {
         let flags = description.flags as i32;
         match &description.kind {
-            Kind::Regular(file) if file.contents.is_none() => {
+            Kind::Regular(file) if file.contents.is_none() && file.removed.is_none() => {
                 needs.push(open_file(file, flags, snapshot))
             }
             Kind::Device(device) => {
@@ -190,10 +190,13 @@ fn open_file(file: &Regular, flags: i32, snapshot: &Snapshot) -> NeedView {
 fn directories(snapshot: &Snapshot) -> Vec<NeedView> {
     let mut needs = Vec::new();
     for process in &snapshot.processes {
-        for (detail, path) in [
-            ("working directory", &process.cwd),
-            ("root directory", &process.root),
+        for (detail, path, removed) in [
+            ("working directory", &process.cwd, process.removed.cwd),
+            ("root directory", &process.root, process.removed.root),
         ] {
+            if removed.is_some() {
+                continue;
+            }
             needs.push(NeedView::new("directory", path.to_string_lossy(), detail));
         }
     }

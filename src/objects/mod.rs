@@ -57,6 +57,9 @@ pub struct Snapshot {
     pub terminals: Vec<files::terminal::Terminal>,
     /// Files that are mapped, referred to by their index.
     pub mapped_files: Vec<memory::MappedFile>,
+    /// Directories and the like without a name, referred to by their index.
+    #[serde(default)]
+    pub removed: Vec<files::removed::Removed>,
     /// Shared anonymous memory, referred to by its index.
     pub shared_memory: Vec<memory::SharedMemory>,
     /// Objects of the IPC namespace.

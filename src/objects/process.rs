@@ -1,7 +1,9 @@
 //! One process: what its threads share.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, read_maps, read_smaps};
@@ -18,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::address_space::{self, AddressSpace};
 use super::cgroup::{self, Cgroup};
 use super::dynamic_state::{self, DynamicState};
-use super::files::{self, FdEntry, regular::Lock};
+use super::files::{self, FdEntry, regular::Lock, removed};
 use super::ipc::Ipc;
 use super::ipc::undo::{self, Adjustment};
 use super::landlock::Bystanders;
@@ -80,6 +82,9 @@ pub struct Process {
     pub fds: Vec<FdEntry>,
     /// POSIX locks, each with a descriptor of the file.
     pub record_locks: Vec<(i32, Lock)>,
+    /// Which of them were removed.
+    #[serde(default)]
+    pub removed: RemovedPlaces,
     /// Current directory.
     pub cwd: PathBuf,
     /// Root directory.
@@ -110,6 +115,15 @@ pub struct Process {
     /// What its end does to semaphores; those that it shares with its parent are with that one.
     #[serde(default)]
     pub semaphore_adjustments: Vec<Adjustment>,
+}
+
+/// A working and a root directory without a name, among the snapshot's removed things.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemovedPlaces {
+    /// The working directory.
+    pub cwd: Option<usize>,
+    /// The root directory.
+    pub root: Option<usize>,
 }
 
 /// The exit signal of nearly all processes.
@@ -177,6 +191,8 @@ pub struct FromOutside {
     pub memory: memory::Captured,
     /// Descriptors.
     pub fds: Vec<FdEntry>,
+    /// Directories that were removed.
+    pub removed: RemovedPlaces,
     /// Controlling terminal.
     pub terminal: Option<usize>,
     /// POSIX locks, by descriptor.
@@ -214,7 +230,7 @@ pub fn capture_from_outside(
     for (index, (source, (fds, locks))) in
         sources.iter().zip(fds.into_iter().zip(locks)).enumerate()
     {
-        directories(source, collector)?;
+        let removed = directories(source, collector)?;
         timers::judge(
             source,
             &|pid| sources.iter().any(|s| s.pid == pid),
@@ -231,6 +247,7 @@ pub fn capture_from_outside(
             vmas,
             memory,
             fds,
+            removed,
             record_locks: locks.collect(),
             terminal: terminals.controlling(index, source, collector),
             scanner,
@@ -270,8 +287,9 @@ fn memory_from_outside(
     Ok((vmas, memory))
 }
 
-/// The working directory and the root directory can be found again.
-fn directories(source: &Source, collector: &mut Collector) -> Result<()> {
+/// The working directory and the root directory can be found or made again.
+fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlaces> {
+    let mut places = RemovedPlaces::default();
     for name in ["cwd", "root"] {
         let link = match std::fs::read_link(source.dir.join(name)) {
             Ok(link) => link,
@@ -291,7 +309,25 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<()> {
         let there = std::fs::metadata(source.dir.join(name));
         let named = std::fs::metadata(&link);
         let reachable = matches!((&there, &named), (Ok(a), Ok(b)) if memory::same_file(a, b));
-        if !reachable {
+        let removed = |collector: &mut Collector| {
+            let path = without_deleted(&link)?;
+            let handle = files::sys::handle(&source.dir.join(name)).ok()?;
+            removed::enter(&path, &handle, &mut collector.removed).ok()
+        };
+        if reachable {
+            continue;
+        }
+        // What descriptors several processes have in common, one of them puts into their places.
+        let shared = collector.shares(source.pid);
+        let found = match shared.files && !shared.fs {
+            true => None,
+            false => removed(collector),
+        };
+        match name {
+            "cwd" => places.cwd = found,
+            _ => places.root = found,
+        }
+        if found.is_none() {
             collector.obstacles.push(Obstacle::new(
                 source.title(),
                 format!(
@@ -302,7 +338,13 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<()> {
             ));
         }
     }
-    Ok(())
+    Ok(places)
+}
+
+/// The name of something of which the kernel says that it was deleted.
+fn without_deleted(link: &Path) -> Option<PathBuf> {
+    let name = link.as_os_str().as_bytes().strip_suffix(b" (deleted)")?;
+    Some(PathBuf::from(OsStr::from_bytes(name)))
 }
 
 /// What a process has to do with the others of the job.
@@ -350,6 +392,7 @@ pub fn capture(
         vmas,
         memory,
         fds,
+        removed,
         terminal,
         record_locks,
         scanner,
@@ -431,12 +474,18 @@ pub fn capture(
     }
     cave.fill_in()?;
 
-    let link = |name: &str| {
-        std::fs::read_link(dir.join(name)).map_err(|source| crate::Error::File {
+    let link = |name: &str| -> Result<PathBuf> {
+        let link = std::fs::read_link(dir.join(name)).map_err(|source| crate::Error::File {
             what: "look at",
             path: dir.join(name),
             source,
-        })
+        })?;
+        let is_removed = match name {
+            "cwd" => removed.cwd.is_some(),
+            _ => removed.root.is_some(),
+        };
+        let named = is_removed.then(|| without_deleted(&link)).flatten();
+        Ok(named.unwrap_or(link))
     };
     let status = read_status(dir.clone())?;
     let mut process = Process {
@@ -460,6 +509,7 @@ pub fn capture(
         posix_timers,
         fds,
         record_locks,
+        removed,
         cwd: link("cwd")?,
         root: link("root")?,
         umask: status.umask.unwrap_or(0o022),

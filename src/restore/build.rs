@@ -12,10 +12,10 @@ use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
 use super::surroundings;
 use crate::error::Obstacle;
-use crate::objects::files::{self, Staging, procfs};
+use crate::objects::files::{self, Staging, procfs, removed};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
-use crate::objects::process::Process;
+use crate::objects::process::{Process, RemovedPlaces};
 use crate::objects::thread::Thread;
 use crate::objects::{
     Snapshot, aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
@@ -176,6 +176,9 @@ impl Build<'_> {
         if self.index == 0 {
             files::seal(snapshot, staging, plan);
         }
+        if !process.shares.fs {
+            enter_removed(process, staging, plan);
+        }
         if !process.shares.files {
             files::epoll::rebuild_bound(self.index, snapshot, staging, plan);
             files::number(process, staging, plan);
@@ -252,6 +255,11 @@ impl Build<'_> {
                 plan.inherit(staging.terminal(terminal), Inherited::Leading(terminal));
             }
         }
+        for index in 0..snapshot.removed.len() {
+            if removed::is_place(index, snapshot) {
+                plan.inherit(staging.removed(index), Inherited::RemovedPlace(index));
+            }
+        }
         let others = snapshot.processes.iter().zip(&self.job.births).skip(1);
         let executed = others.filter(|(_, b)| b.origin == Origin::Executed);
         let mut programs: Vec<usize> = executed.map(|(p, _)| p.memory.executable).collect();
@@ -321,16 +329,34 @@ fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
     }
 }
 
+/// Enters directories without a name, while their descriptors are there.
+fn enter_removed(process: &Process, staging: Staging, plan: &mut Builder) {
+    if let Some(index) = process.removed.root {
+        let object = || format!("the root directory {} (deleted)", process.root.display());
+        let path = format!("/proc/self/fd/{}", staging.removed(index));
+        let path = plan.path(Path::new(&path));
+        if process.removed.cwd.is_none() {
+            // From the old root.
+            enter_working_directory(&process.cwd, plan);
+        }
+        plan.syscall(libc::SYS_chroot, &[path], object);
+    }
+    if let Some(index) = process.removed.cwd {
+        let object = || format!("the working directory {} (deleted)", process.cwd.display());
+        plan.syscall(libc::SYS_fchdir, &[staging.removed(index) as u64], object);
+    }
+}
+
 fn enter_working_directory(path: &Path, plan: &mut Builder) {
     let object = format!("the working directory {}", path.display());
     enter(path, libc::SYS_chdir, object, plan);
 }
 
 fn rebuild_directories(process: &Process, late: bool, plan: &mut Builder) {
-    if !late {
+    if !late && process.removed == RemovedPlaces::default() {
         enter_working_directory(&process.cwd, plan);
     }
-    if process.root != Path::new("/") {
+    if process.root != Path::new("/") && process.removed.root.is_none() {
         let object = format!("the root directory {}", process.root.display());
         enter(&process.root, libc::SYS_chroot, object, plan);
     }

@@ -1,7 +1,6 @@
 //! Files that the new process inherits: their contents come from the image, or they are ours.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -16,11 +15,11 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::plan::{Inherit, Inherited};
 use super::pty::{self, Ptys};
-use super::rights;
+use super::rights::{self, Rights};
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
 use crate::objects::files::memfd::MemFd;
-use crate::objects::files::{Kind, inotify};
+use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
 use crate::objects::memory::{join, subtract};
 use crate::objects::{Snapshot, SpaceId};
 
@@ -33,19 +32,22 @@ pub fn open_all(
     snapshot: &Snapshot,
     image: &Reader,
     ptys: &Ptys,
-    trusted: bool,
+    (rights, trusted): (Option<&Rights>, bool),
 ) -> Result<Opened> {
     let mut made = Made {
         files: Vec::new(),
-        ended: HashMap::new(),
+        ready: Vec::new(),
         ptys,
+        rights,
+        trusted,
+        warnings: Vec::new(),
     };
     let mut descriptors = Vec::with_capacity(inherit.len());
     for i in inherit {
         descriptors.push((open(&i.what, snapshot, image, &mut made)?, i.number));
     }
     // Once all is opened, which the mode may forbid.
-    let mut warnings = Vec::new();
+    let mut warnings = made.warnings;
     for file in &made.files {
         warnings.extend(file.complete(trusted));
         if let Some(memfd) = file.seals {
@@ -58,9 +60,12 @@ pub fn open_all(
 /// What was made so far.
 struct Made<'a> {
     files: Vec<MadeFile<'a>>,
-    /// Pidfds of ended processes, by description.
-    ended: HashMap<usize, OwnedFd>,
+    /// What was made together with others, until it is its turn.
+    ready: Vec<(Inherited, OwnedFd)>,
     ptys: &'a Ptys,
+    rights: Option<&'a Rights>,
+    trusted: bool,
+    warnings: Vec<String>,
 }
 
 /// A file with contents of the image: several descriptors may lead to it.
@@ -129,9 +134,46 @@ impl<'a> Made<'a> {
         Ok(&mut self.files[at])
     }
 
+    /// What was made already, if it was.
+    fn take(&mut self, what: &Inherited) -> Option<OwnedFd> {
+        let at = self.ready.iter().position(|(ready, _)| ready == what)?;
+        Some(self.ready.swap_remove(at).1)
+    }
+
+    /// Something without a name, opened at once for all that have it.
+    fn removed(&mut self, index: usize, snapshot: &Snapshot) -> Result<()> {
+        let Some(removed) = snapshot.removed.get(index) else {
+            return Err(Error::Restore(format!("there is no removed thing {index}")));
+        };
+        let of = |d: &Description| matches!(&d.kind, Kind::Regular(f) if f.removed == Some(index));
+        let all = snapshot.descriptions.iter().enumerate();
+        let all = all.filter(|(_, description)| of(description));
+        let all = all.map(|(at, d)| (Inherited::Removed(at), reopen_flags(d.flags)));
+        let mut all: Vec<(Inherited, u32)> = all.collect();
+        if removed::is_place(index, snapshot) {
+            let handle = (libc::O_PATH | libc::O_DIRECTORY) as u32;
+            all.push((Inherited::RemovedPlace(index), handle));
+        }
+        let (what, flags): (Vec<Inherited>, Vec<u32>) = all.into_iter().unzip();
+        let trusted = self.trusted;
+        // Names are made for a moment: where, an image of others may not say with our rights.
+        let made = match self.rights.filter(|rights| !rights.trusted()) {
+            None if !trusted => Err(std::io::ErrorKind::PermissionDenied.into()),
+            rights => rights::with(rights, || removed.make(&flags, trusted)),
+        };
+        let (opened, lost) = made.map_err(|source| Error::File {
+            what: "make again what was deleted,",
+            path: removed.path.clone(),
+            source,
+        })?;
+        self.ready.extend(what.into_iter().zip(opened));
+        self.warnings.extend(lost);
+        Ok(())
+    }
+
     /// A pidfd of an ended process. All of one process are made at once: they are one inode.
     fn ended(&mut self, index: usize, snapshot: &Snapshot) -> Result<OwnedFd> {
-        if let Some(fd) = self.ended.remove(&index) {
+        if let Some(fd) = self.take(&Inherited::EndedProcess(index)) {
             return Ok(fd);
         }
         let of = |at: usize| match &snapshot.descriptions.get(at)?.kind {
@@ -150,8 +192,9 @@ impl<'a> Made<'a> {
             let reason = e.desc();
             Error::Restore(format!("a pidfd of an ended process: {reason}"))
         })?;
-        self.ended.extend(all.into_iter().zip(made));
-        let own = self.ended.remove(&index);
+        let all = all.into_iter().map(Inherited::EndedProcess);
+        self.ready.extend(all.zip(made));
+        let own = self.take(&Inherited::EndedProcess(index));
         own.ok_or_else(|| Error::Restore(format!("description {index} is missing")))
     }
 }
@@ -224,6 +267,22 @@ fn open<'a>(
             };
             seek(&file, memfd.offset)?;
             Ok(file.into())
+        }
+        Inherited::Removed(_) | Inherited::RemovedPlace(_) => {
+            if let Some(fd) = made.take(what) {
+                return Ok(fd);
+            }
+            let index = match what {
+                Inherited::RemovedPlace(index) => Some(*index),
+                Inherited::Removed(at) => match &snapshot.descriptions[*at].kind {
+                    Kind::Regular(file) => file.removed,
+                    _ => None,
+                },
+                _ => None,
+            };
+            made.removed(index.unwrap_or(usize::MAX), snapshot)?;
+            let own = made.take(what);
+            own.ok_or_else(|| Error::Restore("a deleted directory is missing".into()))
         }
         Inherited::EndedProcess(index) => made.ended(*index, snapshot),
         Inherited::EndedProcFile(index) => {

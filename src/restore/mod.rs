@@ -229,8 +229,8 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
-    let (descriptors, incomplete) =
-        contents::open_all(&inherit, snapshot, image, &ptys, opened.is_ours)?;
+    let whose = (job.host.rights.as_ref(), opened.is_ours);
+    let (descriptors, incomplete) = contents::open_all(&inherit, snapshot, image, &ptys, whose)?;
     let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
     let master = ptys.finish(snapshot)?;

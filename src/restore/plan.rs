@@ -96,6 +96,10 @@ pub enum Inherited {
     Executable(usize),
     /// A pidfd of a process that has ended, by description.
     EndedProcess(usize),
+    /// Something without a name that is no regular file, by description.
+    Removed(usize),
+    /// A directory without a name that processes are in, by removed thing.
+    RemovedPlace(usize),
     /// A file of `/proc` of a process that has ended, by description.
     EndedProcFile(usize),
     /// An inotify descriptor without watches, by description.

@@ -1,14 +1,14 @@
 //! Pseudo-terminals are made here, in the restoring process; the new processes inherit them.
 
-use std::fs::OpenOptions;
+use std::fs::{OpenOptions, Permissions};
 use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 
 use super::terminals::{Place, Terminals};
 use crate::error::{Error, Result};
 use crate::objects::Snapshot;
-use crate::objects::files::terminal::{End, Pair, Side, Terminal};
+use crate::objects::files::terminal::{Access, End, Pair, Side, Terminal};
 use crate::objects::files::unread::{self, Waiting};
 use crate::tty::{self, Modes};
 
@@ -48,6 +48,15 @@ impl Ptys {
         for index in pairs {
             let terminal = &snapshot.terminals[index];
             let master = made.numbered(terminal, &mut spare)?;
+            if let Err(e) = terminal
+                .access
+                .map_or(Ok(()), |access| give(&master, access))
+            {
+                made.warnings.push(format!(
+                    "the job's terminal {} has not got its old owner and mode: {e}",
+                    terminal.name
+                ));
+            }
             made.ptys[index] = Some(Pty::of(master, index, terminal, snapshot, terminals)?);
         }
         drop(spare);
@@ -171,6 +180,21 @@ impl Pty {
             }
         }
         Ok(Self { master, slave })
+    }
+}
+
+/// Gives the slave its owner and mode.
+fn give(master: &OwnedFd, access: Access) -> std::io::Result<()> {
+    let slave = tty::peer(master, libc::O_PATH)?;
+    let path = format!("/proc/self/fd/{}", slave.as_raw_fd());
+    let meta = std::fs::metadata(&path)?;
+    let (uid, gid) = access.owner;
+    if (meta.uid(), meta.gid()) != access.owner {
+        std::os::unix::fs::chown(&path, Some(uid), Some(gid))?;
+    }
+    match meta.mode() & 0o777 == access.mode & 0o777 {
+        true => Ok(()),
+        false => std::fs::set_permissions(&path, Permissions::from_mode(access.mode & 0o777)),
     }
 }
 

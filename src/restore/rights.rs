@@ -179,7 +179,7 @@ fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
             libc::O_WRONLY => AccessFlags::W_OK,
             _ => AccessFlags::R_OK | AccessFlags::W_OK,
         };
-        let named = file.contents.is_none() && file.saved.is_none();
+        let named = file.contents.is_none() && file.saved.is_none() && file.removed.is_none();
         named && may(&file.path, how) == Err(Errno::EACCES)
     });
     (mapped.collect(), descriptions.collect())

@@ -79,11 +79,11 @@ fn directories(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
     let mut obstacles = Vec::new();
     let mut seen: Vec<&Path> = Vec::new();
     for process in snapshot.processes.iter().filter(|p| !p.shares.fs) {
-        for (what, path) in [
-            ("the working directory", &process.cwd),
-            ("the root directory", &process.root),
+        for (what, path, removed) in [
+            ("the working directory", &process.cwd, process.removed.cwd),
+            ("the root directory", &process.root, process.removed.root),
         ] {
-            if seen.contains(&path.as_path()) {
+            if removed.is_some() || seen.contains(&path.as_path()) {
                 continue;
             }
             seen.push(path);

@@ -1,6 +1,8 @@
 //! What becomes of each terminal of a job: the pty that it was between processes of the job, our
 //! own terminal, or a new pty.
 
+use std::path::PathBuf;
+
 use super::Request;
 use super::plan::Inherited;
 use crate::error::Obstacle;
@@ -17,6 +19,8 @@ pub enum Place {
     Ours,
     /// A new pty of which we have the master: it controls a session that the job leads.
     Fresh,
+    /// The same device of the machine's: it controls no session of the job.
+    Device,
     /// Nothing: only descriptors that were hung up, or given other files, led to it.
     Nothing,
 }
@@ -37,21 +41,28 @@ impl Terminals {
     pub fn decide(snapshot: &Snapshot, request: &Request<'_>) -> Result<Self, Vec<Obstacle>> {
         let mut places = Vec::with_capacity(snapshot.terminals.len());
         for (index, terminal) in snapshot.terminals.iter().enumerate() {
-            let mut ends = snapshot.descriptions.iter().enumerate();
-            let used = ends.any(|(at, description)| match &description.kind {
+            let ends = snapshot.descriptions.iter().enumerate();
+            let ends = ends.filter_map(|(at, description)| match &description.kind {
                 Kind::Terminal(end) => {
-                    end.terminal == index
+                    let counts = end.terminal == index
                         && end.side != Side::HungUp
-                        && named(at, snapshot, request).is_none()
+                        && named(at, snapshot, request).is_none();
+                    counts.then_some((end, description.flags))
                 }
-                _ => false,
+                _ => None,
             });
+            let ends: Vec<(&End, u32)> = ends.collect();
+            let used = !ends.is_empty();
+            let controls = snapshot.processes.iter().any(|p| p.terminal == Some(index));
+            let again =
+                |(end, flags): &(&End, u32)| end.is_of_machine() && end.can_be_opened(*flags);
             let leads = |p: &crate::objects::process::Process| {
                 p.terminal == Some(index) && p.session == p.pid
             };
             let led = snapshot.processes.iter().any(leads);
             places.push(match terminal.pair {
                 Some(_) => Place::Pair,
+                None if used && !controls && ends.iter().all(again) => Place::Device,
                 None if led || (used && !request.foreground) => Place::Fresh,
                 None if used => Place::Ours,
                 None => Place::Nothing,
@@ -101,6 +112,12 @@ impl Terminals {
         process.session == process.pid || (index == 0 && self.root_leads)
     }
 
+    /// Whether a terminal of the machine's becomes another one.
+    pub fn loses(&self, end: &End) -> bool {
+        let other = matches!(self.place(end.terminal), Place::Ours | Place::Fresh);
+        end.is_of_machine() && other
+    }
+
     /// What a description of a terminal is made from.
     pub fn rebuild(
         &self,
@@ -109,6 +126,9 @@ impl Terminals {
         flags: u32,
         snapshot: &Snapshot,
     ) -> Result<Inherited, Box<Obstacle>> {
+        if self.place(end.terminal) == Place::Device && end.is_of_machine() {
+            return Ok(Inherited::Named(PathBuf::from(&end.name), flags));
+        }
         if end.side == Side::HungUp || self.place(end.terminal) != Place::Ours {
             return Ok(Inherited::Terminal(index));
         }

@@ -97,6 +97,24 @@ static void other_files(const char *file)
 		fd = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY);
 	} else if (is("userfaultfd")) {
 		fd = syscall(SYS_userfaultfd, 1 /* UFFD_USER_MODE_ONLY */);
+	} else if (is("secret") || is("secret-mapped")) {
+		char *at;
+
+		fd = syscall(447 /* memfd_secret */, 0);
+		if (fd < 0)
+			fx_skip("memfd_secret (%s)", strerror(errno));
+		FX_SYS(ftruncate(fd, FX_PAGE));
+		at = mmap(NULL, FX_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		FX_CHECK(at != MAP_FAILED, "mmap: %s", strerror(errno));
+		strcpy(at, "key");
+		if (is("secret-mapped"))
+			close(fd);
+	} else if (is("dnotify")) {
+		signal(SIGUSR1, SIG_IGN);
+		fd = FX_SYS(open(fx_dir, O_RDONLY | O_DIRECTORY));
+		FX_SYS(fcntl(fd, F_SETSIG, SIGUSR1));
+		if (fcntl(fd, F_NOTIFY, DN_CREATE | DN_MULTISHOT))
+			fx_skip("F_NOTIFY (%s)", strerror(errno));
 	} else if (is("perf")) {
 		struct perf_event_attr attr = { .type = PERF_TYPE_SOFTWARE, .size = sizeof(attr), .config = PERF_COUNT_SW_TASK_CLOCK,
 			.exclude_kernel = 1 };

@@ -29,6 +29,12 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
                     );
                 }
             }
+            Kind::Regular(file) => require!(
+                faults,
+                file.removed
+                    .is_none_or(|index| index < snapshot.removed.len()),
+                "description {number} refers to a removed directory that does not exist"
+            ),
             Kind::Pipe(pipe) => contents(number, &pipe.unread, pipe.capacity, faults),
             Kind::Fifo(fifo) => contents(number, &fifo.unread, fifo.capacity, faults),
             Kind::Terminal(end) => require!(
@@ -66,6 +72,15 @@ fn contents(number: usize, unread: &[Piece], capacity: u32, faults: &mut Faults)
 /// A process's descriptors.
 pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut Faults) {
     let pid = process.pid;
+    let places = [process.removed.cwd, process.removed.root];
+    require!(
+        faults,
+        places
+            .iter()
+            .flatten()
+            .all(|index| *index < snapshot.removed.len()),
+        "process {pid} is in a removed directory that does not exist"
+    );
     require!(
         faults,
         process

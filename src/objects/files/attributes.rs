@@ -6,8 +6,12 @@ use std::ffi::{CStr, CString};
 use std::fs::{File, FileTimes, Metadata, Permissions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::fcntl::AT_FDCWD;
+use nix::sys::stat::{UtimensatFlags, utimensat};
+use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
 /// The attributes of a file whose mode is known.
@@ -23,6 +27,9 @@ pub struct Attributes {
     pub extended: Vec<Extended>,
     /// Inode flags that a user can change (ioctl_iflags(2)).
     pub flags: u32,
+    /// How long what is written will live, `F_GET_RW_HINT` (fcntl(2)).
+    #[serde(default)]
+    pub lifetime: u64,
 }
 
 /// An extended attribute.
@@ -42,6 +49,9 @@ const FINAL: u32 = 0x10 | 0x20;
 /// `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`.
 const GET_FLAGS: u64 = 0x8008_6601;
 const SET_FLAGS: u64 = 0x4008_6602;
+/// `F_GET_RW_HINT` and `F_SET_RW_HINT`.
+const GET_LIFETIME: i32 = 1035;
+const SET_LIFETIME: i32 = 1036;
 
 impl Attributes {
     /// Those of an open file.
@@ -52,7 +62,40 @@ impl Attributes {
             modified_ns: meta.mtime() * 1_000_000_000 + meta.mtime_nsec(),
             extended: extended(file),
             flags: flags(file) & MODIFIABLE,
+            lifetime: lifetime(file),
         }
+    }
+
+    /// Without the inode flags that forbid every other change: a name with them could not be removed.
+    pub fn changeable(mut self) -> Self {
+        self.flags &= !FINAL;
+        self
+    }
+
+    /// Gives owner, mode and times to what has a name and cannot be opened; a symbolic link has no mode. What
+    /// could not be given, in words.
+    pub fn give_to_name(&self, path: &Path, mode: Option<u32>) -> Vec<String> {
+        let mut lost = Vec::new();
+        let (uid, gid) = self.owner;
+        let is = std::fs::symlink_metadata(path).map(|m| (m.uid(), m.gid()));
+        if is.is_ok_and(|is| is != self.owner)
+            && let Err(e) = std::os::unix::fs::lchown(path, Some(uid), Some(gid))
+        {
+            lost.push(format!("the owner {uid}:{gid}: {e}"));
+        }
+        if let Some(mode) = mode
+            && let Err(e) = std::fs::set_permissions(path, Permissions::from_mode(mode & 0o777))
+        {
+            lost.push(format!("the mode {mode:o}: {e}"));
+        }
+        let spec =
+            |ns: i64| TimeSpec::new(ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000));
+        let (accessed, modified) = (spec(self.accessed_ns), spec(self.modified_ns));
+        let not_followed = UtimensatFlags::NoFollowSymlink;
+        if let Err(e) = utimensat(AT_FDCWD, path, &accessed, &modified, not_followed) {
+            lost.push(format!("the times: {}", e.desc()));
+        }
+        lost
     }
 
     /// Gives them, and the mode, to a file that has its contents. An image that we do not trust gives away no
@@ -78,6 +121,14 @@ impl Attributes {
                 && let Err(e) = attribute.give(file)
             {
                 note(&format!("the extended attribute {}", attribute.name), e);
+            }
+        }
+        if self.lifetime != lifetime(file) {
+            // SAFETY: the kernel reads one word.
+            let set =
+                unsafe { libc::fcntl(file.as_raw_fd(), SET_LIFETIME, &raw const self.lifetime) };
+            if set != 0 {
+                note("the hint of its lifetime", std::io::Error::last_os_error());
             }
         }
         if let Err(e) = self.give_flags(file, !FINAL) {
@@ -125,6 +176,14 @@ fn flags(file: &File) -> u32 {
     // SAFETY: the kernel writes one int.
     unsafe { libc::ioctl(file.as_raw_fd(), GET_FLAGS, &raw mut flags) };
     flags
+}
+
+/// The hint; 0 where there is none.
+fn lifetime(file: &File) -> u64 {
+    let mut hint = 0u64;
+    // SAFETY: the kernel writes one word.
+    unsafe { libc::fcntl(file.as_raw_fd(), GET_LIFETIME, &raw mut hint) };
+    hint
 }
 
 /// Those that can be read.

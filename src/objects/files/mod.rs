@@ -1,6 +1,7 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::fdlink::FdLink;
@@ -30,6 +31,7 @@ pub mod pipe;
 pub mod procfs;
 mod rebuild;
 pub mod regular;
+pub mod removed;
 pub mod saved;
 pub mod signalfd;
 mod survey;
@@ -38,9 +40,9 @@ pub mod terminal;
 pub mod timerfd;
 pub mod unread;
 
-use rebuild::reopen_flags;
 pub use rebuild::{
-    Staging, complete_descriptions, named, number, open_descriptions, place, rebuild_owners, seal,
+    Staging, complete_descriptions, named, number, open_descriptions, place, rebuild_owners,
+    reopen_flags, seal,
 };
 pub use survey::{Look, Seen, Survey, WITHHELD_REMEDY};
 
@@ -304,6 +306,19 @@ fn kind(
         (FdLink::Namespace(kind, inode), _) => {
             procfs::namespace(source, look, (kind, *inode), collector).map(Kind::ProcFile)
         }
+        (
+            FdLink::File {
+                path,
+                deleted: true,
+            },
+            _,
+        ) if path == Path::new("/secretmem") && is_secret(look) => {
+            let reason = "is secret memory (memfd_secret(2)), which the kernel shows to nobody but the \
+                          process itself";
+            let remedy =
+                "let the program close it before the checkpoint, or start it without secret memory";
+            Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
+        }
         (FdLink::File { path, deleted }, _) => match look.file_type() {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
                 regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
@@ -332,6 +347,11 @@ fn kind(
             "close it before the checkpoint",
         )),
     }
+}
+
+/// Whether it is of the file system of memfd_secret(2), `SECRETMEM_MAGIC`.
+fn is_secret(look: &Look) -> bool {
+    sys::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == 0x5345_434d)
 }
 
 impl Kind {

@@ -19,6 +19,7 @@ pub struct Staging {
     descriptions: i32,
     files: i32,
     terminals: i32,
+    removed: i32,
     /// How many numbers there are in all.
     len: i32,
 }
@@ -38,6 +39,7 @@ impl Staging {
             descriptions: snapshot.descriptions.len() as i32,
             files: snapshot.mapped_files.len() as i32,
             terminals: snapshot.terminals.len() as i32,
+            removed: snapshot.removed.len() as i32,
             len: 0,
         };
         staging.len = staging.spare(spare as usize);
@@ -82,9 +84,14 @@ impl Staging {
         self.base + self.descriptions + 3 * self.files + terminal as i32
     }
 
+    /// The number of a directory that was removed and that processes are in.
+    pub fn removed(self, index: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + self.terminals + index as i32
+    }
+
     /// Further numbers, for what the plan needs only while it runs.
     pub fn spare(self, number: usize) -> i32 {
-        self.base + self.descriptions + 3 * self.files + self.terminals + number as i32
+        self.removed(0) + self.removed + number as i32
     }
 
     /// The first number, and the last one.
@@ -122,7 +129,7 @@ fn limit() -> i32 {
 }
 
 /// Flags that open(2) takes again; creation flags do not belong to an open description.
-pub(super) fn reopen_flags(flags: u32) -> u32 {
+pub fn reopen_flags(flags: u32) -> u32 {
     let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
     // O_TMPFILE has the bit of O_DIRECTORY in it.
     let tmpfile = flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE;
@@ -190,7 +197,15 @@ pub fn open_descriptions(
                 }
             }
             Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
-                Ok(what) => plan.inherit(at, what),
+                Ok(what) => {
+                    plan.inherit(at, what);
+                    if terminals.loses(end) {
+                        plan.warn(format!(
+                            "the terminal {} that the job had open is another one now",
+                            end.name
+                        ));
+                    }
+                }
                 Err(o) => obstacles.push(*o),
             },
             Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),

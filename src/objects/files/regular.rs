@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::attributes::Attributes;
 use super::changed::{self, Written};
 use super::saved::{Saved, is_shared_memory};
-use super::{Kind, Look};
+use super::{Kind, Look, removed};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::memory::FileIdentity;
@@ -32,6 +32,9 @@ pub struct Regular {
     pub offset: u64,
     /// Its contents in the image, where no name leads to it any more.
     pub contents: Option<SpaceId>,
+    /// What it is among the snapshot's removed things, where it is no regular file and no name leads to it.
+    #[serde(default)]
+    pub removed: Option<usize>,
     /// What else it had, where no name leads to it any more.
     #[serde(default)]
     pub attributes: Option<Attributes>,
@@ -112,14 +115,20 @@ pub fn capture(
         locks.push(Lock::of(kind, lock));
     }
     let mut path = path.to_owned();
-    let (mut contents, mut attributes) = (None, None);
+    let (mut contents, mut attributes, mut removed) = (None, None, None);
     if deleted {
         match other_name(&file, &path) {
             // Another hard link still leads to it.
             Some(name) => path = name,
             None if identity.mode & libc::S_IFMT != libc::S_IFREG => {
-                let reason = format!("is a directory that was deleted ({})", path.display());
-                return refuse(reason, "close it before the checkpoint");
+                removed = match removed::enter(&path, &look.copy, &mut collector.removed) {
+                    Ok(index) => Some(index),
+                    Err(e) => {
+                        let path = path.display();
+                        let reason = format!("was deleted ({path}) and cannot be made again: {e}");
+                        return refuse(reason, "close it before the checkpoint");
+                    }
+                };
             }
             None if has_names_elsewhere(&file, &path) => {
                 let reason = format!(
@@ -147,6 +156,16 @@ pub fn capture(
             }
         }
     }
+    let owner = look.owner().filter(|owner| owner.id != 0);
+    if identity.mode & libc::S_IFMT == libc::S_IFDIR && owner.is_some() && collector.frozen() {
+        // Only F_NOTIFY gives a directory an owner by itself (`fcntl_dirnotify`, fs/notify/dnotify/dnotify.c).
+        collector.warnings.push(format!(
+            "{} ({}) is told of changes in the directory by F_NOTIFY: of which, the kernel does not show, so \
+             that a restored process is not told of them",
+            look.object(source),
+            path.display()
+        ));
+    }
     let mut saved = None;
     let is_file = identity.mode & libc::S_IFMT == libc::S_IFREG;
     let asked_for = collector.save_files.wants(&path);
@@ -169,6 +188,7 @@ pub fn capture(
         identity,
         offset: look.info.pos,
         contents,
+        removed,
         attributes,
         saved,
         locks,
@@ -313,7 +333,9 @@ impl Regular {
     ) -> Result<(), Box<Obstacle>> {
         let object = || self.object();
         let ours = plan.host().rights.as_ref();
-        if self.contents.is_some() {
+        if self.removed.is_some() {
+            plan.inherit(at, Inherited::Removed(index));
+        } else if self.contents.is_some() {
             plan.inherit(at, Inherited::DeletedFile(index));
         } else if ours.is_some_and(|rights| rights.opens_for_it(index)) {
             changed::check(self, flags, checks.0, checks.1)?;
@@ -336,7 +358,8 @@ impl Regular {
             plan.expect(libc::SYS_openat, &args, 0, object);
             super::place(0, at, plan, object);
         }
-        if self.offset != 0 && flags as i32 & libc::O_PATH == 0 {
+        // There is nothing in a directory that was removed.
+        if self.offset != 0 && flags as i32 & libc::O_PATH == 0 && self.removed.is_none() {
             let args = [at as u64, self.offset, libc::SEEK_SET as u64];
             plan.expect(libc::SYS_lseek, &args, self.offset, object);
         }

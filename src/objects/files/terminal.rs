@@ -1,15 +1,19 @@
 //! Terminals: those outside the job, and pseudo-terminals of which the job has the master.
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use ckpt_tracer::proc::{ProcRoot, stat::read_stat, tasks};
 use nix::errno::Errno;
+use nix::unistd::AccessFlags;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::{Kind, Look, unread};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
+use crate::restore::surroundings::may;
 use crate::tty::{self, Modes, Size};
 
 /// A terminal that the job has open, or that controls a session of the job.
@@ -25,6 +29,18 @@ pub struct Terminal {
     pub foreground: Option<i32>,
     /// What belongs to the job's own end, when it has the master.
     pub pair: Option<Pair>,
+    /// Whose the slave is, when the job has the master.
+    #[serde(default)]
+    pub access: Option<Access>,
+}
+
+/// Owner and mode of a terminal's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Access {
+    /// Its owner, and its owner's group.
+    pub owner: (u32, u32),
+    /// Permission bits.
+    pub mode: u32,
 }
 
 /// How a terminal is set.
@@ -111,6 +127,29 @@ pub struct End {
     pub name: String,
     /// Which side.
     pub side: Side,
+    /// The device number of the file that was opened, major and minor: `/dev/console` and `/dev/tty0` stand
+    /// for another terminal.
+    #[serde(default)]
+    pub node: Option<(u32, u32)>,
+}
+
+impl End {
+    /// Whether it is a terminal of the machine's, and no pty.
+    pub fn is_of_machine(&self) -> bool {
+        self.side == Side::Slave && self.node.is_some_and(|(major, _)| !PTS.contains(&major))
+    }
+
+    /// Whether its name leads to the device that was opened, and may be opened in that way.
+    pub fn can_be_opened(&self, flags: u32) -> bool {
+        let node =
+            std::fs::metadata(&self.name).map(|m| (libc::major(m.rdev()), libc::minor(m.rdev())));
+        let access = match flags as i32 & libc::O_ACCMODE {
+            libc::O_RDONLY => AccessFlags::R_OK,
+            libc::O_WRONLY => AccessFlags::W_OK,
+            _ => AccessFlags::R_OK | AccessFlags::W_OK,
+        };
+        node.ok() == self.node && may(Path::new(&self.name), access).is_ok()
+    }
 }
 
 /// How a terminal is held.
@@ -214,10 +253,12 @@ impl Ends {
 
     fn insert(&mut self, look: &Look, terminal: usize, side: Side) {
         let name = look.name();
+        let node = look.stat.st_rdev;
         let end = End {
             terminal,
             name,
             side,
+            node: Some((libc::major(node), libc::minor(node))),
         };
         self.ends.insert((look.process, look.fd), end);
     }
@@ -271,6 +312,10 @@ impl Ends {
             state: state(look),
             foreground: None,
             pair: Some(pair),
+            access: stat.map(|stat| Access {
+                owner: (stat.st_uid, stat.st_gid),
+                mode: stat.st_mode & 0o777,
+            }),
         };
         if let Some(stat) = stat {
             known.insert((stat.st_dev, stat.st_rdev), collector.terminals.len());
@@ -305,6 +350,7 @@ impl Ends {
                 state: None,
                 foreground: None,
                 pair: None,
+                access: None,
             });
             collector.terminals.len() - 1
         });
@@ -338,6 +384,7 @@ impl Ends {
             state: None,
             foreground: None,
             pair: None,
+            access: None,
         });
         collector.terminals.len() - 1
     }

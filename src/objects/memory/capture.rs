@@ -19,6 +19,9 @@ use crate::error::Obstacle;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::{aio, files};
 
+/// The name of what memfd_secret(2) makes (mm/secretmem.c).
+const SECRET: &str = "/secretmem";
+
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
 /// Records of one process's mappings.
@@ -227,6 +230,15 @@ fn backing(
             &what,
             "which only the device's driver can bring back",
             None,
+        ));
+    }
+    if path == Path::new(SECRET) {
+        return Err(refuse(
+            "is secret memory (memfd_secret(2)),",
+            "which the kernel shows to nobody but the process itself",
+            Some(
+                "let the program unmap it before the checkpoint, or start it without secret memory",
+            ),
         ));
     }
     let file = mapped_file(source, vma, path, all, collector);

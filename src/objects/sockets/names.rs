@@ -11,11 +11,13 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::fdlink::{FdLink, list_fds, read_fd_link};
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use nix::errno::Errno;
+use nix::unistd::AccessFlags;
 
 use super::sys;
 use super::unix::{NameFile, Style, show, sockaddr};
 use crate::objects::files::sys as files_sys;
 use crate::outsiders::process_name;
+use crate::restore::surroundings::may;
 
 /// The file of a name that is a path. `inode` is what sock_diag tells, `cwd` the directory of a
 /// process that has the socket.
@@ -135,6 +137,22 @@ pub fn holder_of_name(bytes: &[u8]) -> String {
         Some(holder) => format!("{} of {holder}", show(bytes)),
         None => show(bytes),
     }
+}
+
+/// The directories above a name that are not there, the deepest first; `None` if they cannot be made.
+pub fn missing_directories(name: &Path) -> Option<Vec<PathBuf>> {
+    let mut missing = Vec::new();
+    for directory in name.ancestors().skip(1) {
+        match std::fs::metadata(directory) {
+            Ok(meta) => {
+                let writes = AccessFlags::W_OK | AccessFlags::X_OK;
+                let possible = missing.is_empty() || may(directory, writes).is_ok();
+                return (meta.is_dir() && possible).then_some(missing);
+            }
+            Err(_) => missing.push(directory.to_owned()),
+        }
+    }
+    None
 }
 
 /// sock_diag counts the zero byte that ends a path.

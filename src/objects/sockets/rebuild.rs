@@ -249,7 +249,9 @@ impl Binding<'_> {
             self.plan.syscall(libc::SYS_bind, &args, object);
             return true;
         };
-        if !file.named.parent().is_some_and(Path::is_dir) {
+        let now = file.now.as_ref().filter(|_| stays);
+        let missing = names::missing_directories(&file.named);
+        let Some(missing) = missing.filter(|missing| missing.is_empty() || now.is_none()) else {
             self.obstacles.push(Obstacle::new(
                 label,
                 format!(
@@ -259,7 +261,7 @@ impl Binding<'_> {
                 "make that directory",
             ));
             return false;
-        }
+        };
         // As long as it was it fitted; another one comes of --map-path.
         if address.len() > size_of::<libc::sockaddr_un>() {
             self.obstacles.push(Obstacle::new(
@@ -278,8 +280,12 @@ impl Binding<'_> {
         if let Some(aside) = &aside {
             rename(&file.named, aside, label, self.plan);
         }
+        // The directories are gone like the file: they are there for this moment only.
+        for directory in missing.iter().rev() {
+            let path = self.plan.path(directory);
+            self.plan.syscall(libc::SYS_mkdir, &[path, 0o700], object);
+        }
         self.bind_file(at, file_at, &address, file, label);
-        let now = file.now.as_ref().filter(|_| stays);
         match now {
             Some(now) if *now != file.named => rename(&file.named, now, label, self.plan),
             Some(_) => {}
@@ -287,6 +293,10 @@ impl Binding<'_> {
                 let path = self.plan.path(&file.named);
                 self.plan.syscall(libc::SYS_unlink, &[path], object);
             }
+        }
+        for directory in &missing {
+            let path = self.plan.path(directory);
+            self.plan.syscall(libc::SYS_rmdir, &[path], object);
         }
         if let Some(aside) = &aside {
             rename(aside, &file.named, label, self.plan);
