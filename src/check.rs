@@ -18,21 +18,22 @@ use access::{accessible, denial};
 use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 use crate::job::Family;
+use crate::objects::files::left::Choices;
 use crate::objects::ipc;
 use crate::objects::namespaces;
 use crate::objects::process::{self, Depth};
 
 /// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
 /// nothing.
-pub fn obstacles(pid: Pid) -> Result<Vec<Obstacle>> {
-    Ok(look_while_it_runs(&[pid], Depth::Full)?.obstacles)
+pub fn obstacles(pid: Pid, choices: &Choices) -> Result<Vec<Obstacle>> {
+    Ok(look_while_it_runs(&[pid], Depth::Full, choices)?.obstacles)
 }
 
 /// The same before a checkpoint, at a glance: what takes time with the size of the memory is
 /// looked at once only, when the job is frozen. Of a job that does not stand still for long enough
 /// the freeze will tell.
-pub fn obstacles_at_a_glance(roots: &[Pid]) -> Result<Vec<Obstacle>> {
-    let sight = look_while_it_runs(roots, Depth::Glance)?;
+pub fn obstacles_at_a_glance(roots: &[Pid], choices: &Choices) -> Result<Vec<Obstacle>> {
+    let sight = look_while_it_runs(roots, Depth::Glance, choices)?;
     Ok(if sight.steady {
         sight.obstacles
     } else {
@@ -51,7 +52,7 @@ struct Sight {
 /// somebody outside the job to those that were there before, and one that ends loses what it
 /// has piece by piece; so what was found is believed if it is found twice in the same processes,
 /// and so are errors.
-fn look_while_it_runs(roots: &[Pid], depth: Depth) -> Result<Sight> {
+fn look_while_it_runs(roots: &[Pid], depth: Depth, choices: &Choices) -> Result<Sight> {
     const LOOKS: u32 = 20;
     let mut last: Option<(Family, Vec<Obstacle>)> = None;
     for number in 0.. {
@@ -67,7 +68,7 @@ fn look_while_it_runs(roots: &[Pid], depth: Depth) -> Result<Sight> {
             }
         }
         let family = Family::of_all(roots)?;
-        let seen = look(&family, depth);
+        let seen = look(&family, depth, choices);
         let alone = family.living.len() == 1 && family.ended.is_empty();
         let steady = !family.living.iter().any(|pid| is_ending(*pid))
             && Family::of_all(roots).is_ok_and(|now| now.living == family.living);
@@ -95,7 +96,7 @@ fn look_while_it_runs(roots: &[Pid], depth: Depth) -> Result<Sight> {
     unreachable!("the looks end")
 }
 
-fn look(family: &Family, depth: Depth) -> Result<Vec<Obstacle>> {
+fn look(family: &Family, depth: Depth, choices: &Choices) -> Result<Vec<Obstacle>> {
     let mut sources = Vec::with_capacity(family.living.len());
     for &pid in &family.living {
         if let Err(obstacle) = accessible(pid) {
@@ -108,6 +109,7 @@ fn look(family: &Family, depth: Depth) -> Result<Vec<Obstacle>> {
     }
     let all: Vec<&Source> = sources.iter().collect();
     let mut collector = Collector::for_a_look();
+    collector.choices = choices.clone();
     match look_at_all(&all, depth, &mut collector) {
         Ok(()) => Ok(collector.obstacles),
         Err(e) => denial(e, &family.living),

@@ -9,6 +9,7 @@ use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Error as TracerError, Pid};
 
 use crate::error::{Error, Obstacle, Result};
+use crate::objects::cgroup::freezer::Thawed;
 
 /// How long processes are stopped before giving up: so long, and [`PATIENCE_EACH`] for each that was
 /// there in the beginning. A fork bomb may outrun us for ever, and what we have stopped already
@@ -67,6 +68,8 @@ impl Family {
 
 /// A job of which every task is stopped. Letting it drop lets it go on.
 pub struct FrozenJob {
+    /// Its control groups, if they were frozen: to be frozen again before any task is let go.
+    pub groups: Option<Thawed>,
     /// Its living processes, in the order of [`Family::living`].
     pub processes: Vec<Frozen>,
     /// Its zombies.
@@ -97,6 +100,7 @@ impl FrozenJob {
             if quiet == 2 {
                 let in_order = living.iter().filter_map(|pid| hunt.frozen.remove(pid));
                 return Ok(Self {
+                    groups: None,
                     processes: in_order.collect(),
                     ended: hunt.ended.into_iter().collect(),
                 });
@@ -110,7 +114,8 @@ impl FrozenJob {
     }
 
     /// Lets every process go on.
-    pub fn thaw(self) -> Result<()> {
+    pub fn thaw(mut self) -> Result<()> {
+        drop(self.groups.take());
         each(self.processes, Frozen::thaw)
     }
 
@@ -129,7 +134,8 @@ impl FrozenJob {
     }
 
     /// Lets go of every process but leaves it stopped, as `kill -STOP` would.
-    pub fn leave_stopped(self) -> Result<()> {
+    pub fn leave_stopped(mut self) -> Result<()> {
+        drop(self.groups.take());
         each(self.processes, Frozen::leave_stopped)
     }
 }

@@ -91,8 +91,8 @@ macro_rules! elsewhere {
     };
 }
 
-elsewhere!(on_tmpfs: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
-elsewhere!(on_overlay: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify lease);
+elsewhere!(on_tmpfs: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify inotify_deep lease);
+elsewhere!(on_overlay: fd_dir fd_deleted fd_regular fd_tmpfile fifo file_deleted flock_self inotify inotify_deep lease);
 
 elsewhere!(on_fuse: file_deleted fd_dir fd_regular fd_opath cwd flock_self file_private);
 

@@ -233,6 +233,24 @@ fn posix_queues_that_cannot_come_back() {
     });
 }
 
+/// The socket is glibc's, of which the program knows nothing.
+#[test]
+fn notices_by_a_thread_are_told_as_such() {
+    isolated("notices_by_a_thread_are_told_as_such", |case| {
+        let fixture = odd(case, "mq-thread", None);
+        let pid = fixture.pid().to_string();
+        let words = ["netlink", "mq_notify with SIGEV_THREAD", "poll the queue"];
+        until("glibc's thread to wait", || {
+            let said = ckpt(case, ["check", &pid]).stdout;
+            said.lines()
+                .any(|line| words.iter().all(|word| line.contains(word)))
+                .then_some(())
+        });
+        ckpt(case, ["attach", &pid, "-o", "job.ckpt"]).refused(1, &words);
+        fixture.passes();
+    });
+}
+
 #[test]
 fn a_set_that_the_job_only_created() {
     isolated("a_set_that_the_job_only_created", |case| {

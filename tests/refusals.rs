@@ -208,7 +208,12 @@ fn io_uring() {
         attach_is_refused(
             case,
             odd(case, "uring", None),
-            &["fd 3", "io_uring", "not supported"],
+            &[
+                "(odd)",
+                "uses io_uring",
+                "not supported",
+                "io_uring_disabled",
+            ],
         );
     });
 }

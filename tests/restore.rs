@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::common::fixture::{killed, start_in};
+use crate::common::group::Group;
 use crate::common::job::appended;
 use crate::common::look::{all_stopped, assert_let_go, assert_nobody_left, look, status_field};
 use crate::common::tool::{RESTORE, restored_in_front};
@@ -391,25 +392,10 @@ fn terminal(line: &str, log: &Path) -> Command {
 #[test]
 fn control_group() {
     isolated("control_group", |case| {
-        case.needs_root();
-        let name = format!("ckpt-test.{}", std::process::id());
-        let made = ["unified", "", "freezer"]
-            .into_iter()
-            .find_map(|hierarchy| {
-                let group = Path::new("/sys/fs/cgroup").join(hierarchy).join(&name);
-                fs::create_dir(&group).ok()?;
-                let is_one = group.join("cgroup.procs").exists();
-                let group = Some(group).filter(|group| is_one || fs::remove_dir(group).is_err());
-                group.filter(|_| is_one)
-            });
-        let Some(group) = made else {
-            case.skip("a control group hierarchy below /sys/fs/cgroup that can be written");
-        };
+        let group = Group::with(case, &["cgroup.procs"]);
         let mut target = fixture(case, "tree_deep");
         let tree = [vec![target.pid()], target.job.descendants()].concat();
-        for pid in &tree {
-            fs::write(group.join("cgroup.procs"), pid.to_string()).expect("it may be entered");
-        }
+        group.take(&tree);
         let groups = || {
             tree.iter()
                 .map(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")))
@@ -420,6 +406,6 @@ fn control_group() {
         let after: Vec<_> = groups().map(Result::unwrap).collect();
         assert_eq!(before, after);
         target.passes();
-        until("the group to be empty", || fs::remove_dir(&group).ok());
+        group.remove();
     });
 }

@@ -254,3 +254,53 @@ fn told_of_a_pid_that_another_process_has() {
         common::rounds::everybody_reaped();
     });
 }
+
+/// Messages are sent before any process but the first exists, and sets that only a message holds have no process
+/// that could add a signalfd.
+#[test]
+fn in_flight_before_it_exists() {
+    isolated("in_flight_before_it_exists", |case| {
+        let python = case.system_python();
+        for (name, what, close, words) in [
+            (
+                "pidfd",
+                "os.pidfd_open(child)",
+                "",
+                ["unread message", "pidfd", "all processes are there"],
+            ),
+            (
+                "set",
+                "watching(os.pidfd_open(child))",
+                "os.close(c)",
+                [
+                    "epoll set",
+                    "in flight",
+                    "signalfd or a handle of a process",
+                ],
+            ),
+        ] {
+            let script = format!(
+                "import os, select, socket, time\n\
+                child = os.fork()\n\
+                if not child: time.sleep(1000)\n\
+                def watching(fd):\n    e = select.epoll(); e.register(fd, 1); globals()['keep'] = fd; return e.detach() if hasattr(e, 'detach') else os.dup(e.fileno())\n\
+                a, b = socket.socketpair(); c = {what}\n\
+                socket.send_fds(a, [b'x'], [c]); {close}\n\
+                open('{name}', 'w').close()\n\
+                time.sleep(1000)\n"
+            );
+            let mut command = std::process::Command::new(python);
+            command.args(["-c", &script]).current_dir(case.dir());
+            let job = common::start(&mut command, &case.path("python.log"));
+            until("it to be ready", || case.path(name).exists().then_some(()));
+            let pid = job.pid.to_string();
+            ckpt(case, ["attach", &pid, "-o", "job.ckpt"]).refused(1, &words);
+            let children = job.descendants();
+            job.kill();
+            children.iter().for_each(|pid| {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), Signal::SIGKILL);
+            });
+            common::job::reap_orphans(&children);
+        }
+    });
+}

@@ -30,6 +30,9 @@ use crate::error::{Error, Obstacle, Result};
 use crate::guard::door::Door;
 use crate::host;
 use crate::job::FrozenJob;
+use crate::objects::cgroup::freezer::{Thawable, Thawed};
+use crate::objects::cgroup::settings;
+use crate::objects::files::left::Choices;
 use crate::objects::landlock::{self, Bystanders};
 use crate::objects::namespaces::Namespaces;
 use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
@@ -94,6 +97,10 @@ pub struct Request<'a> {
     pub prover: Option<&'a Prover>,
     /// The job is restored from the image in namespaces of its own, and compared, before anything else.
     pub rehearse: bool,
+    /// Descriptors that do not go into the image.
+    pub choices: Choices,
+    /// The job's frozen control groups, to be thawed for the checkpoint.
+    pub frozen_groups: Option<Thawable>,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -161,7 +168,7 @@ pub struct Report {
 /// Checkpoints into a file: complete and synced when this returns, or not there at all.
 pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
     let begun = Instant::now();
-    refuse_obstacles(&request.roots())?;
+    refuse_obstacles(request)?;
     let file = ImageFile::create(path)?;
     let commit = |file: ImageFile| {
         let told = request.prove(file.file(), path)?;
@@ -197,7 +204,7 @@ fn named(error: Error, path: &Path) -> Error {
 /// something stands in the way of its restore, the stream ends before it is an image.
 pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Result<Report> {
     let begun = Instant::now();
-    refuse_obstacles(&request.roots())?;
+    refuse_obstacles(request)?;
     let complete = |snapshot: &Snapshot, header: &Header| match request.prover {
         Some(_) => request.prove(&without_pages(snapshot, header)?, Path::new("(stream)")),
         None => Ok(Vec::new()),
@@ -230,8 +237,8 @@ fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File> {
     Ok(writer.finish()?.0)
 }
 
-fn refuse_obstacles(roots: &[Pid]) -> Result<()> {
-    let obstacles = crate::check::obstacles_at_a_glance(roots)?;
+fn refuse_obstacles(request: &Request<'_>) -> Result<()> {
+    let obstacles = crate::check::obstacles_at_a_glance(&request.roots(), &request.choices)?;
     if obstacles.is_empty() {
         Ok(())
     } else {
@@ -305,6 +312,7 @@ fn checkpoint<W: Write + Send + 'static>(
 
     let mut snapshot = captured.snapshot;
     host::read_build_ids(&mut snapshot);
+    settings::read_groups(&mut snapshot);
     if request.bundle {
         request.progress.begin(bundle.bytes());
         let mut sink = PageSink::new(&mut writer, request.progress);
@@ -364,7 +372,11 @@ fn freeze_and_capture(
     request: &Request<'_>,
     patience: Patience,
 ) -> Result<(FrozenJob, Vec<Source>, CapturedJob)> {
+    let groups = request.frozen_groups.as_ref().map(Thawed::begin);
+    let groups = groups.transpose()?;
     let mut frozen = FrozenJob::freeze(&request.roots())?;
+    groups.iter().try_for_each(Thawed::complete)?;
+    frozen.groups = groups;
     let sources = open_sources(&frozen)?;
     let mut captured = capture_frozen(&mut frozen, &sources, request, patience)?;
     captured.snapshot.namespaces = request.namespaces.clone();
@@ -380,7 +392,8 @@ fn open_sources(frozen: &FrozenJob) -> Result<Vec<Source>> {
 }
 
 /// All at once, so that none sees the end of another one.
-fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
+fn kill(sources: &[Source], mut frozen: FrozenJob) -> Result<()> {
+    let groups = frozen.groups.take();
     for source in sources {
         match source.pidfd.signal(libc::SIGKILL) {
             // Ended by the end of another one, in a pid namespace.
@@ -392,7 +405,9 @@ fn kill(sources: &[Source], frozen: FrozenJob) -> Result<()> {
     let threads = frozen.processes.iter().flat_map(|f| &f.tasks()[1..]);
     let tids: Vec<Tid> = threads.map(Stopped::tid).collect();
     frozen.thaw()?;
+    // Version 1 would freeze what has not ended yet, for ever.
     await_end(sources, tids);
+    drop(groups);
     Ok(())
 }
 
@@ -481,6 +496,7 @@ fn look(
     let mut collector = Collector::default();
     collector.patience = patience;
     collector.save_files = request.save_files.clone();
+    collector.choices = request.choices.clone();
     collector.alone_in_ipc = request.namespaces.ipc;
     let all: Vec<&Source> = sources.iter().collect();
     match kcmp::withheld() {
@@ -580,8 +596,10 @@ fn capture_frozen(
         let others = brought_in().into_iter().filter(|pid| !of_the_job(pid));
         warnings.extend(others.map(not_of_the_job));
     }
+    let cgroups = settings::hierarchies(&processes);
     let snapshot = Snapshot {
         host,
+        cgroups,
         processes,
         zombies,
         descriptions,

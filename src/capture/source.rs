@@ -18,6 +18,7 @@ use super::save_files::SaveFiles;
 use crate::error::{Obstacle, Result};
 use crate::objects::SpaceId;
 use crate::objects::files::Description;
+use crate::objects::files::left::Choices;
 use crate::objects::files::removed::Removed;
 use crate::objects::ipc::Ipc;
 use crate::objects::memory::{MappedFile, SharedMemory};
@@ -125,6 +126,8 @@ pub struct Collector {
     pub first: Option<i32>,
     /// Files whose contents are wanted.
     pub save_files: SaveFiles,
+    /// Descriptors that are not wanted.
+    pub choices: Choices,
     /// See [`Copies`].
     pub copies: Copies,
     /// What cannot be captured.
@@ -156,6 +159,13 @@ impl Collector {
         Self {
             copies,
             ..Self::default()
+        }
+    }
+
+    /// Notes what cannot be captured; the same is told once.
+    pub fn refuse(&mut self, obstacle: Obstacle) {
+        if !self.obstacles.contains(&obstacle) {
+            self.obstacles.push(obstacle);
         }
     }
 

@@ -16,12 +16,14 @@ use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
 use super::exit::{self, Failure, Outcome, Role, complain};
+use super::places::Descriptors;
 use super::{Loudness, output, progress};
 use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
 use crate::guard::{self, door::Door};
 use crate::isolate::{self, Visited};
 use crate::job::Family;
+use crate::objects::cgroup::freezer::{self, Thawable};
 use crate::rehearse::Prover;
 use crate::{Error, Obstacle, outsiders};
 
@@ -59,6 +61,11 @@ pub struct Attach {
     /// Store the program, its libraries and the files that it only reads as well, each contents once: restore takes them from the image where they are missing or other ones.
     #[arg(long)]
     bundle: bool,
+    #[command(flatten)]
+    descriptors: Descriptors,
+    /// Of a job in a frozen control group (docker pause, systemctl freeze): thaw the group for the checkpoint and freeze it again. The job executes nothing meanwhile, but for version 1 of control groups at the beginning.
+    #[arg(long)]
+    thaw: bool,
     /// Print the figures as a JSON object.
     #[arg(long)]
     json: bool,
@@ -159,23 +166,48 @@ impl fmt::Display for Figures<'_> {
 pub(crate) fn run(args: &Attach) -> Outcome {
     // They are where we are now, which cannot be seen from inside a namespace.
     let door = Door::of(Pid(args.pid))?;
+    let groups = frozen_groups(args, door.is_some())?;
     let prover = match args.checks() || args.rehearse {
         true => Some(Prover::start(Pid(args.pid), args.adopted_by.map(Pid))?),
         false => None,
     };
     Ok(isolate::visit(Pid(args.pid), |visited| {
         let outcome = match visited {
-            Ok(visited) => attach(args, visited, door, prover.as_ref()),
+            Ok(visited) => attach(args, visited, door, groups, prover.as_ref()),
             Err(error) => Err(error.into()),
         };
         exit::report(Role::Tool, outcome)
     })?)
 }
 
+/// The frozen control groups of the job, if they may be thawed. They are looked for from here: inside the
+/// job's namespaces they have other names.
+fn frozen_groups(args: &Attach, guarded: bool) -> Result<Option<Thawable>, Failure> {
+    let mut roots = vec![Pid(args.pid)];
+    if let Some(by) = args.adopted_by {
+        roots.extend(adopted(args.pid, by)?);
+    }
+    let job = Family::of_all(&roots).unwrap_or_default().living;
+    let groups = freezer::frozen(&job);
+    let refuse = |obstacle: Obstacle| Err(Error::refuse(obstacle).into());
+    match groups.first() {
+        None => Ok(None),
+        Some(group) if !args.thaw => refuse(group.obstacle(args.pid)),
+        // Its remote calls would wait for the thaw.
+        Some(_) if guarded => refuse(Obstacle::new(
+            format!("process {}", args.pid),
+            "is guarded (--cpu-baseline) and in a frozen control group, for which --thaw is not supported",
+            "thaw the group first",
+        )),
+        Some(_) => Ok(Some(Thawable::open(&groups, &job)?)),
+    }
+}
+
 fn attach(
     args: &Attach,
     visited: &Visited,
     door: Option<Door>,
+    frozen_groups: Option<Thawable>,
     prover: Option<&Prover>,
 ) -> Outcome {
     let to_stdout = args.output.as_deref() == Some(Path::new("-"));
@@ -220,6 +252,8 @@ fn attach(
         check: args.checks(),
         prover,
         rehearse: args.rehearse,
+        choices: args.descriptors.choices_to_store()?,
+        frozen_groups,
         progress: &*progress,
     };
     let shared = shared(args, &request);

@@ -15,6 +15,8 @@ use super::places::Places;
 use super::{output, progress};
 use crate::error::Obstacle;
 use crate::job::Family;
+use crate::objects::cgroup::freezer;
+use crate::objects::files::left::Choices;
 use crate::{check, isolate, outsiders, restore};
 
 /// Arguments of `ckpt check`.
@@ -145,7 +147,7 @@ pub(crate) fn run(args: &Check) -> Outcome {
         _ if args.places.any() => Err(Failure::Usage(
             "the options about files are for an image; name one".into(),
         )),
-        Some(Subject::Process(pid)) => process(*pid, args.json),
+        Some(Subject::Process(pid)) => process(*pid, args),
         None => here(args.json),
     }
 }
@@ -217,18 +219,28 @@ fn privileges_table(privileges: &[Privilege]) -> String {
 }
 
 /// Looks at it from where its pids are.
-fn process(pid: i32, json: bool) -> Outcome {
+fn process(pid: i32, args: &Check) -> Outcome {
+    let choices = args.places.descriptors.choices_to_store()?;
+    // Inside the job's namespaces control groups have other names.
+    let job = Family::of(Pid(pid)).unwrap_or_default().living;
+    let groups = freezer::frozen(&job);
+    let groups: Vec<Obstacle> = groups.iter().map(|group| group.obstacle(pid)).collect();
     Ok(isolate::visit(Pid(pid), |visited| {
         let outcome = match visited {
-            Ok(visited) => look(pid, visited.pid, json),
+            Ok(visited) => look((pid, visited.pid), groups, &choices, args.json),
             Err(error) => Err(error.into()),
         };
         exit::report(Role::Tool, outcome)
     })?)
 }
 
-fn look(pid: i32, inner: Pid, json: bool) -> Outcome {
-    let obstacles = check::obstacles(inner)?;
+fn look(
+    (pid, inner): (i32, Pid),
+    mut obstacles: Vec<Obstacle>,
+    choices: &Choices,
+    json: bool,
+) -> Outcome {
+    obstacles.extend(check::obstacles(inner, choices)?);
     let job = Family::of(inner).unwrap_or_default().living;
     let shared = outsiders::shared(&job).into_iter();
     let shared: Vec<String> = shared.map(|s| s.sentence).collect();

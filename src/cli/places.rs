@@ -1,22 +1,77 @@
 //! Options that say where a job finds what it had: of `restore`, and of `ckpt check IMAGE`.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
 use super::exit::Failure;
+use crate::objects::files::left::{Choices, Chosen};
 use crate::progress::Progress;
 use crate::restore::paths::Mapping;
 use crate::restore::put::PutFiles;
 use crate::restore::{FilesPolicy, Request};
 
+/// What becomes of single descriptors: at a checkpoint, at a restore, and when either is looked at.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Descriptors {
+    /// Give descriptor N the file PATH instead of the one it had; may be repeated.
+    #[arg(long = "fd", visible_alias = "replace-fd", value_name = "N=PATH", value_parser = parse_fd)]
+    fds: Vec<(i32, PathBuf)>,
+    /// Leave descriptor N out of the restored job, or the descriptors of a kind that could not be kept: socket, inet, unix, netlink, pipe, device, anon_inode; may be repeated.
+    #[arg(long = "drop-fd", value_name = "N|KIND")]
+    drop: Vec<Chosen>,
+}
+
+impl Descriptors {
+    /// The options for another command line.
+    pub(crate) fn words(&self) -> Vec<OsString> {
+        let drop = self
+            .drop
+            .iter()
+            .map(|chosen| format!("--drop-fd={chosen}").into());
+        let fds = self.fds.iter().map(|(fd, path)| {
+            let mut word = OsString::from(format!("--fd={fd}="));
+            word.push(path);
+            word
+        });
+        drop.chain(fds).collect()
+    }
+
+    /// What they say.
+    pub(crate) fn choices(&self) -> Result<Choices, Failure> {
+        let mut replace = BTreeMap::new();
+        for (fd, path) in &self.fds {
+            if replace.insert(*fd, path.clone()).is_some() {
+                return Err(Failure::Usage(format!(
+                    "--fd {fd} is given twice; give each descriptor once"
+                )));
+            }
+        }
+        Ok(Choices {
+            drop: self.drop.clone(),
+            replace,
+        })
+    }
+
+    /// Likewise for a checkpoint: the restore may be elsewhere, so paths are whole ones.
+    pub(crate) fn choices_to_store(&self) -> Result<Choices, Failure> {
+        let mut choices = self.choices()?;
+        for path in choices.replace.values_mut() {
+            if let Ok(whole) = std::path::absolute(&*path) {
+                *path = whole;
+            }
+        }
+        Ok(choices)
+    }
+}
+
 /// What a restore takes in the place of what is missing or has changed.
 #[derive(Args, Debug, Default)]
 pub struct Places {
-    /// Give descriptor N the file PATH instead of the one it had; may be repeated.
-    #[arg(long = "fd", value_name = "N=PATH", value_parser = parse_fd)]
-    fds: Vec<(i32, PathBuf)>,
+    #[command(flatten)]
+    pub(crate) descriptors: Descriptors,
     /// Look for what lay at or below OLD at or below NEW: files, mapped files, programs, directories. May be repeated; the longest OLD wins.
     #[arg(long = "map-path", value_name = "OLD=NEW", value_parser = parse_mapping)]
     map_paths: Vec<Mapping>,
@@ -43,12 +98,9 @@ enum Files {
 }
 
 impl Places {
-    /// Whether any of them was given.
+    /// Whether any of them was given that is for an image only.
     pub(crate) fn any(&self) -> bool {
-        !self.fds.is_empty()
-            || !self.map_paths.is_empty()
-            || self.put_files
-            || self.files != Files::Strict
+        !self.map_paths.is_empty() || self.put_files || self.files != Files::Strict
     }
 
     /// The wish for a restore of that image; a job that goes on in the foreground, by default.
@@ -57,6 +109,7 @@ impl Places {
         image: &'a Path,
         progress: &'a dyn Progress,
     ) -> Result<Request<'a>, Failure> {
+        let choices = self.descriptors.choices()?;
         Ok(Request {
             files: match self.files {
                 Files::Strict => FilesPolicy::Strict,
@@ -69,7 +122,8 @@ impl Places {
                 (true, false) => PutFiles::UnlessNewer,
                 (true, true) => PutFiles::Overwrite,
             },
-            fds: self.descriptors()?,
+            drop: choices.drop,
+            fds: choices.replace,
             ..Request::plain(image, progress)
         })
     }
@@ -84,18 +138,6 @@ impl Places {
             }
         }
         Ok(self.map_paths.clone())
-    }
-
-    fn descriptors(&self) -> Result<BTreeMap<i32, PathBuf>, Failure> {
-        let mut fds = BTreeMap::new();
-        for (fd, path) in &self.fds {
-            if fds.insert(*fd, path.clone()).is_some() {
-                return Err(Failure::Usage(format!(
-                    "--fd {fd} is given twice; give each descriptor once"
-                )));
-            }
-        }
-        Ok(fds)
     }
 }
 

@@ -13,6 +13,7 @@ use super::places::Places;
 use super::run::{Cpuid, leave_standard_streams, take_over_signals, wait, watch};
 use super::{Loudness, output, progress};
 use crate::guard::Guard;
+use crate::objects::cgroup::Policy;
 use crate::restore::clock::ClockPolicy;
 use crate::restore::pids::Pids;
 use crate::restore::{self, env};
@@ -40,6 +41,9 @@ pub struct Restore {
     /// Which clocks the job gets that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME).
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     clock: Clock,
+    /// In which control groups the job is: keep (those it was in, as far as they exist), ignore (those of restore), restore (missing ones are made again with their settings), or a path: the same below that group.
+    #[arg(long, value_name = "keep|ignore|restore|ROOT", default_value = "keep")]
+    cgroups: Policy,
     /// Where the job has its pids.
     #[arg(long, value_name = "PLACE", default_value = "auto")]
     pids: Where,
@@ -110,6 +114,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
             Clock::Continue => ClockPolicy::Continue,
             Clock::Host => ClockPolicy::Host,
         },
+        cgroups: args.cgroups.clone(),
         any_owner: args.any_owner,
         stopped: args.stopped,
         foreground: !args.stopped && !args.detach,

@@ -11,6 +11,7 @@ use ckpt_image::Codec;
 use clap::{Args, ValueEnum};
 
 use super::exit::{Failure, Outcome, complain};
+use super::places::Descriptors;
 use super::{Loudness, output};
 use crate::capture::save_files::Pattern;
 use crate::guard::{Entrance, Guard, Watch};
@@ -45,6 +46,8 @@ pub struct Run {
     /// Store the contents of open files that match with each checkpoint, as `ckpt attach --save-files` does; may be repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
+    #[command(flatten)]
+    descriptors: Descriptors,
     /// Start the program in a pid namespace of its own, in which it can be restored whoever has its pids by then.
     #[arg(long)]
     isolated: bool,
@@ -142,6 +145,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
             codec: args.codec,
             save_files: args.save_files.clone(),
             bundle: args.bundle,
+            descriptors: args.descriptors.words(),
         };
         let (quiet, verbose) = (args.loudness.quiet, args.loudness.verbose);
         let failed: Tell = Box::new(|line| complain(&line));

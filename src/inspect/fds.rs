@@ -17,7 +17,7 @@ pub struct FdView {
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
     /// `memfd`, `inotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a terminal), `outside` (a pipe or socket whose far end is
-    /// outside the job) or `unknown`.
+    /// outside the job), `replaced` (by `--replace-fd`) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
     pub path: String,
@@ -95,6 +95,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::MessageQueue(_) => "mqueue",
         Kind::UnixSocket(_) => "unix",
         Kind::Outside(_) => "outside",
+        Kind::Left(_) => "replaced",
         #[allow(unreachable_patterns)]
         _ => "unknown",
     }
@@ -112,6 +113,10 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::Terminal(end) => end.name.clone(),
         Kind::UnixSocket(socket) => socket.label(),
         Kind::Outside(outside) => outside.name.clone(),
+        Kind::Left(left) => left
+            .instead
+            .as_ref()
+            .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
         Kind::MessageQueue(queue) => format!("/{}", String::from_utf8_lossy(&queue.name)),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),

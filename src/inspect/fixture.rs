@@ -149,6 +149,7 @@ pub(crate) fn snapshot() -> Snapshot {
     };
     Snapshot {
         namespaces: Default::default(),
+        cgroups: Vec::new(),
         zombies: Vec::new(),
         host: Host::default(),
         processes: vec![process],

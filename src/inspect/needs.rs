@@ -142,9 +142,15 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
                     "by its name",
                 ));
             }
-            Kind::Inotify(inotify) => needs.extend(inotify.watches.iter().map(|watch| {
-                NeedView::new("watched file", watch.path.to_string_lossy(), "for inotify")
-            })),
+            Kind::Inotify(inotify) => needs.extend(
+                inotify
+                    .watches
+                    .iter()
+                    .filter(|w| w.open.is_none())
+                    .map(|watch| {
+                        NeedView::new("watched file", watch.path.to_string_lossy(), "for inotify")
+                    }),
+            ),
             Kind::UnixSocket(socket) => {
                 socket.clone().each_path(&mut |path| {
                     let name = path.to_string_lossy();
@@ -155,6 +161,10 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
                     ));
                 });
             }
+            Kind::Left(left) => needs.extend(left.instead.iter().map(|path| {
+                let detail = format!("in the place of {}", left.name);
+                NeedView::new("replacement", path.to_string_lossy(), detail)
+            })),
             Kind::Outside(outside) => {
                 let (name, fd) = (&outside.name, outside.fd);
                 let detail = match fd {

@@ -31,6 +31,7 @@ pub mod sockets;
 pub mod switches;
 pub mod thread;
 pub mod timers;
+pub mod uring;
 pub mod vdso;
 pub mod zombie;
 
@@ -68,6 +69,9 @@ pub struct Snapshot {
     /// Files that are in the image as well.
     #[serde(default)]
     pub bundle: Vec<bundle::Bundled>,
+    /// Control groups with their settings, a hierarchy each.
+    #[serde(default)]
+    pub cgroups: Vec<cgroup::settings::Hierarchy>,
     /// Namespaces that the job had to itself.
     #[serde(default)]
     pub namespaces: namespaces::Namespaces,

@@ -17,8 +17,10 @@ use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
 use super::next_pid::Means;
 use super::plan::{Part, Stage};
 use super::planner::{Job, Planned};
+use super::rights;
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
+use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
 
@@ -88,7 +90,15 @@ pub fn rebuild(
             warnings.extend(warnings_of(&worker.planned.plan, &worker.mem)?);
         }
         let untrusted = job.host.rights.as_ref().filter(|rights| !rights.trusted());
-        warnings.extend(adjust_from_outside(process, Pid(process.pid), untrusted));
+        warnings.extend(adjust_from_outside(
+            process,
+            Pid(process.pid),
+            untrusted.is_none(),
+        ));
+        // Untrusted image: join control groups with its user's rights.
+        warnings.extend(rights::with(untrusted, || {
+            cgroup::enter(process, job.snapshot, &job.request.cgroups)
+        }));
         let done = handover::complete(worker, process, job)?;
         warnings.extend(done.warnings.iter().cloned());
         complete.push(done);

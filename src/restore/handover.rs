@@ -11,10 +11,8 @@ use nix::errno::Errno;
 use super::executor::{Disturbed, Worker};
 use super::plan::Plan;
 use super::planner::Job;
-use super::rights::{self, Rights};
 use super::stop;
 use crate::error::Result;
-use crate::objects::cgroup;
 use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
 use crate::objects::signals::{Action, Pending};
@@ -108,13 +106,8 @@ fn waits(process: &Process, signal: i32) -> bool {
 }
 
 /// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
-/// what the kernel does not take is left as it is, with a warning. Into the control groups that an image
-/// of somebody else names goes who may go there by themselves.
-pub(super) fn adjust_from_outside(
-    process: &Process,
-    pid: Pid,
-    untrusted: Option<&Rights>,
-) -> Vec<String> {
+/// what the kernel does not take is left as it is, with a warning.
+pub(super) fn adjust_from_outside(process: &Process, pid: Pid, trusted: bool) -> Vec<String> {
     let score = process.oom_score_adj.to_string();
     let filter = process.coredump_filter.map(|filter| format!("{filter:#x}"));
     let wanted = [("oom_score_adj", Some(score)), ("coredump_filter", filter)];
@@ -130,10 +123,7 @@ pub(super) fn adjust_from_outside(
     });
     refused
         .chain(session::rebuild_autogroup(process, pid))
-        .chain(session::other_login_uid(process, pid).filter(|_| untrusted.is_none()))
-        .chain(rights::with(untrusted, || {
-            cgroup::rebuild(&process.cgroups, pid)
-        }))
+        .chain(session::other_login_uid(process, pid).filter(|_| trusted))
         .collect()
 }
 
@@ -423,7 +413,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.oom_score_adj = -1000;
         process.coredump_filter = Some(0x21);
-        let warnings = adjust_from_outside(&process, pid, None);
+        let warnings = adjust_from_outside(&process, pid, true);
         let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
         let score = file("oom_score_adj").expect("it runs");
         let filter = file("coredump_filter").expect("it runs");
@@ -441,7 +431,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.coredump_filter = Some(0x21);
         // No process has this pid.
-        let warnings = adjust_from_outside(&process, Pid(i32::MAX), None);
+        let warnings = adjust_from_outside(&process, Pid(i32::MAX), true);
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[1].starts_with("coredump_filter was 0x21 and is unknown now"));
     }

@@ -15,8 +15,10 @@ use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
+use crate::objects::cgroup;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
+use crate::objects::files::left::Chosen;
 use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, switches};
 use crate::progress::Progress;
 use next_pid::Means;
@@ -83,6 +85,10 @@ pub struct Request<'a> {
     /// Processes that have the job's state now and will have ended when it is restored: pids, names and
     /// objects that they hold count as free. For questions before a job is ended, never for a restore.
     pub leaving: Vec<Pid>,
+    /// Descriptors that the job does without (`--drop-fd`).
+    pub drop: Vec<Chosen>,
+    /// In which control groups the job is.
+    pub cgroups: cgroup::Policy,
     /// Whoever has the image is trusted, as only root may say.
     pub any_owner: bool,
     /// Leave the job stopped, for a debugger.
@@ -104,6 +110,8 @@ impl<'a> Request<'a> {
             clock: clock::ClockPolicy::default(),
             fds: BTreeMap::new(),
             leaving: Vec::new(),
+            drop: Vec::new(),
+            cgroups: cgroup::Policy::default(),
             any_owner: false,
             stopped: false,
             foreground: true,
@@ -226,6 +234,11 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
         cuts,
     } = way::look(opened, pids)?;
     let put_back = put::put(&puts, image, job.host.rights.as_ref())?;
+    // Untrusted image: make control groups with its user's rights.
+    let untrusted = job.host.rights.as_ref().filter(|rights| !rights.trusted());
+    let groups = rights::with(untrusted, || {
+        cgroup::settings::make(snapshot, &request.cgroups)
+    })?;
     let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
@@ -253,6 +266,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     warnings.extend(objects.keep());
     warnings.extend(put::warning(request.put_files, snapshot));
     warnings.extend(put_back.keep());
+    warnings.extend(groups.keep());
     Ok(Restored {
         pid: root.pid,
         warnings,

@@ -92,7 +92,10 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
     match kind {
         Kind::Regular(file) => f(&mut file.path),
         Kind::Device(device) => f(&mut device.path),
-        Kind::Inotify(inotify) => inotify.watches.iter_mut().for_each(|w| f(&mut w.path)),
+        Kind::Inotify(inotify) => {
+            let named = inotify.watches.iter_mut().filter(|w| w.open.is_none());
+            named.for_each(|w| f(&mut w.path));
+        }
         Kind::Fifo(fifo) => f(&mut fifo.path),
         Kind::UnixSocket(socket) => socket.each_path(f),
         // Without a path, or with one that is only shown.
@@ -106,7 +109,8 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
         | Kind::Epoll(_)
         | Kind::MemFd(_)
         | Kind::Terminal(_)
-        | Kind::Outside(_) => {}
+        | Kind::Outside(_)
+        | Kind::Left(_) => {}
     }
 }
 

@@ -19,6 +19,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::isolate::First;
 use crate::objects::files::changed::Cut;
+use crate::objects::files::left;
 use crate::objects::processor::Baseline;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, credentials, ipc, processor, seccomp, security};
@@ -164,6 +165,7 @@ fn opened<'a>(image: Reader, owner: u32, request: &'a Request<'a>) -> Result<Ope
             .into_iter()
             .flatten(),
     );
+    left::drop_from(&mut snapshot, &request.drop);
     put::forget(request.put_files, &mut snapshot);
     let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);
     let vdso = refused_or(vdso, &mut obstacles)?;

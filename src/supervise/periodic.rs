@@ -4,6 +4,7 @@
 //! not interrupt it. What it says goes into memory files: no pipe has to be emptied, and nothing
 //! of it is lost.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::unix::process::CommandExt;
@@ -33,6 +34,8 @@ pub struct Plan {
     pub codec: Codec,
     /// Open files that go into the images.
     pub save_files: Vec<Pattern>,
+    /// Options about single descriptors.
+    pub descriptors: Vec<OsString>,
     /// Programs, libraries and what is only read go into the images.
     pub bundle: bool,
 }
@@ -121,6 +124,7 @@ impl Periodic {
         command.arg(format!("--adopted-by={}", std::process::id()));
         let patterns = self.plan.save_files.iter();
         command.args(patterns.map(|pattern| format!("--save-files={}", pattern.text())));
+        command.args(&self.plan.descriptors);
         command.args(self.plan.bundle.then_some("--bundle"));
         command
             .arg("-o")

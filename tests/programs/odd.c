@@ -71,6 +71,11 @@ static void *code32(void *unused)
 	__builtin_unreachable();
 }
 
+static void noticed(union sigval unused)
+{
+	(void)unused;
+}
+
 static sem_t alone;
 
 static void *unshared(void *unused)
@@ -300,14 +305,18 @@ int main(int argc, char **argv)
 	} else if (is("code32")) {
 		fx_thread(code32, NULL);
 		fx_await(&begun, 1);
-	} else if (is("mq-nameless") || is("mq-notify")) {
+	} else if (is("mq-nameless") || is("mq-notify") || is("mq-thread")) {
 		struct sigevent event = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1 };
 
 		fd = mq_open("/odd", O_RDWR | O_CREAT, 0600, NULL);
 		if (fd < 0)
 			fx_skip("POSIX message queues (%s)", strerror(errno));
 		mq_unlink("/odd");
-		if (is("mq-notify"))
+		if (is("mq-thread")) {
+			event.sigev_notify = SIGEV_THREAD;
+			event.sigev_notify_function = noticed;
+		}
+		if (!is("mq-nameless"))
 			FX_SYS(mq_notify(fd, &event));
 		else
 			FX_SYS(mq_send(fd, "text", 4, 0));

@@ -76,6 +76,7 @@ impl Drop for Child {
 /// A child that does its work to the end, whatever becomes of us: it is in a session of its own, so that
 /// what kills our group does not reach it, and has every signal blocked. It ends by itself, also when
 /// nobody waits for it.
+#[derive(Debug)]
 #[must_use]
 pub struct Helper(libc::pid_t);
 

@@ -35,6 +35,16 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
                     .is_none_or(|index| index < snapshot.removed.len()),
                 "description {number} refers to a removed directory that does not exist"
             ),
+            Kind::Inotify(inotify) => {
+                for open in inotify.watches.iter().filter_map(|watch| watch.open) {
+                    require!(
+                        faults,
+                        open < snapshot.descriptions.len() && open != number,
+                        "a watch of the inotify in description {number} refers to description {open}, which \
+                         it cannot watch"
+                    );
+                }
+            }
             Kind::Pipe(pipe) => contents(number, &pipe.unread, pipe.capacity, faults),
             Kind::Fifo(fifo) => contents(number, &fifo.unread, fifo.capacity, faults),
             Kind::Terminal(end) => require!(
@@ -97,10 +107,20 @@ pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut F
             "fd {fd} of process {pid} is out of order or exists twice"
         );
         last = last.max(fd);
+        let kind = snapshot
+            .descriptions
+            .get(entry.description)
+            .map(|d| &d.kind);
         require!(
             faults,
-            entry.description < snapshot.descriptions.len(),
+            kind.is_some(),
             "fd {fd} of process {pid} refers to description {}, which does not exist",
+            entry.description
+        );
+        require!(
+            faults,
+            !matches!(kind, Some(Kind::Left(left)) if left.instead.is_none()),
+            "fd {fd} of process {pid} refers to description {}, which is not in the image",
             entry.description
         );
     }

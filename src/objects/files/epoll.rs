@@ -51,6 +51,13 @@ pub fn capture_entries(
         let FdDetail::Epoll { targets } = &set.info.detail else {
             continue;
         };
+        let kinds = &collector.descriptions[first..];
+        let is_left = |at: usize| {
+            kinds
+                .get(at)
+                .is_some_and(|d| matches!(d.kind, Kind::Left(_)))
+        };
+        let left: Vec<bool> = (0..looks.len()).map(is_left).collect();
         let mut entries = Vec::with_capacity(targets.len());
         let mut seen: HashMap<i32, u32> = HashMap::new();
         for target in targets {
@@ -66,6 +73,8 @@ pub fn capture_entries(
             };
             *turn += 1;
             match found {
+                // Closing a file takes it out of the sets that watch it.
+                Some(at) if left[at] => {}
                 Some(at) => entries.push(Entry {
                     fd: target.tfd,
                     description: first + at,

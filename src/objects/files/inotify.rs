@@ -5,21 +5,22 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirEntryExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::fdinfo::InotifyWatch;
-use ckpt_tracer::proc::mounts;
 use serde::{Deserialize, Serialize};
 
-use super::{Look, sys};
+use super::{Look, Staging, sys};
 use crate::capture::source::{Collector, Patience, Source};
 use crate::error::{Error, Obstacle};
 use crate::objects::Snapshot;
 use crate::restore::plan::{Builder, Inherit, Inherited};
 use crate::restore::surroundings::MISSING;
+
+mod search;
+
+use search::Search;
 
 /// Watches on files and directories.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,43 +39,44 @@ pub struct Watch {
     pub wd: i32,
     /// `IN_*`.
     pub mask: u32,
-    /// What is watched.
+    /// What is watched; empty for what has no name.
     pub path: PathBuf,
+    /// The description that is open for it, an index in the snapshot's.
+    #[serde(default)]
+    pub open: Option<usize>,
 }
 
-/// Captures the watches. The kernel keeps inodes, not names; a name is found through the file
-/// handle (which wants CAP_DAC_READ_SEARCH), or among the places that the job itself knows.
+/// Captures the watches. What has no name is watched through a description of the job that is open for it: `job` has
+/// all of them, and the index of the first.
 pub fn capture(
     source: &Source,
     look: &Look,
     watches: &[InotifyWatch],
+    job: (&[Look], usize),
     collector: &mut Collector,
 ) -> Result<Inotify, Box<Obstacle>> {
     let unread = sys::unread(&look.copy) > 0;
     if unread {
         not_read_yet(look.object(source), collector)?;
     }
+    let nameless: Vec<Option<usize>> = watches.iter().map(|w| open_nameless(w, job)).collect();
+    let named = watches.iter().zip(&nameless).filter(|(_, n)| n.is_none());
+    let named: Vec<&InotifyWatch> = named.map(|(watch, _)| watch).collect();
+    let mut names = Search::of(source).all(&named).into_iter();
     let mut found = Vec::with_capacity(watches.len());
-    for watch in watches {
-        let path = path_by_handle(watch).or_else(|| path_by_search(source, watch));
+    for (watch, open) in watches.iter().zip(nameless) {
+        let path = match open {
+            Some(_) => Some(PathBuf::new()),
+            None => names.next().flatten(),
+        };
         let Some(path) = path else {
-            return Err(Box::new(Obstacle::new(
-                look.object(source),
-                format!(
-                    "is an inotify descriptor whose watch {} is on inode {} of device {}:{}, for \
-                     which no name was found",
-                    watch.wd, watch.ino, watch.sdev.0, watch.sdev.1
-                ),
-                format!(
-                    "run ckpt as root, or with {}, to ask the kernel for it",
-                    Use::FileHandles
-                ),
-            )));
+            return Err(Box::new(no_name(source, look, watch)));
         };
         found.push(Watch {
             wd: watch.wd,
             mask: watch.mask,
             path,
+            open,
         });
     }
     found.sort_by_key(|w| w.wd);
@@ -82,6 +84,35 @@ pub fn capture(
         watches: found,
         unread,
     })
+}
+
+fn no_name(source: &Source, look: &Look, watch: &InotifyWatch) -> Obstacle {
+    let remedy = match nix::unistd::geteuid().is_root() {
+        true => "let the program remove that watch before the checkpoint".to_owned(),
+        false => format!(
+            "run ckpt as root, or with {}, to ask the kernel for it",
+            Use::FileHandles
+        ),
+    };
+    Obstacle::new(
+        look.object(source),
+        format!(
+            "is an inotify descriptor whose watch {} is on inode {} of device {}:{}, for which no name \
+             was found",
+            watch.wd, watch.ino, watch.sdev.0, watch.sdev.1
+        ),
+        remedy,
+    )
+}
+
+/// The description of the job that is open for a watched file without a name.
+fn open_nameless(watch: &InotifyWatch, (looks, first): (&[Look], usize)) -> Option<usize> {
+    let is_it = |look: &Look| {
+        let stat = &look.stat;
+        let device = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
+        stat.st_nlink == 0 && stat.st_ino == watch.ino && device == watch.sdev
+    };
+    Some(first + looks.iter().position(is_it)?)
 }
 
 /// As a rule the program reads its events soon; of those that stay there is a warning.
@@ -101,65 +132,14 @@ fn not_read_yet(object: String, collector: &mut Collector) -> Result<(), Box<Obs
     Ok(())
 }
 
-fn is_it(watch: &InotifyWatch, path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|m| {
-        m.ino() == watch.ino && (libc::major(m.dev()), libc::minor(m.dev())) == watch.sdev
-    })
-}
-
-fn path_by_handle(watch: &InotifyWatch) -> Option<PathBuf> {
-    if watch.handle.is_empty() {
-        return None;
-    }
-    let mounts = mounts::read_mounts(Pid::own()).ok()?;
-    let on_it = mounts.all().iter().filter(|m| m.dev == watch.sdev);
-    on_it
-        .filter_map(|mount| File::open(&mount.mount_point).ok())
-        .find_map(|mount| {
-            let fd = sys::open_by_handle(&mount, watch.handle_type, &watch.handle).ok()?;
-            let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
-            is_it(watch, &path).then_some(path)
-        })
-}
-
-/// The working directory, the directories of open files, and their ancestors and entries.
-fn path_by_search(source: &Source, watch: &InotifyWatch) -> Option<PathBuf> {
-    let mut places: Vec<PathBuf> = Vec::new();
-    places.extend(std::fs::read_link(source.dir.join("cwd")));
-    places.extend(std::fs::read_link(source.dir.join("exe")));
-    if let Ok(fds) = std::fs::read_dir(source.dir.join("fd")) {
-        places.extend(
-            fds.flatten()
-                .filter_map(|fd| std::fs::read_link(fd.path()).ok()),
-        );
-    }
-    places.extend(["/tmp", "/etc", "/var/log", "/dev"].map(PathBuf::from));
-    let mut all: Vec<&Path> = places.iter().flat_map(|p| p.ancestors()).collect();
-    all.sort();
-    all.dedup();
-    let direct = all
-        .iter()
-        .find(|p| is_it(watch, p))
-        .map(|p| p.to_path_buf());
-    direct.or_else(|| {
-        all.iter()
-            .filter_map(|dir| std::fs::read_dir(dir).ok())
-            .find_map(|entries| {
-                entries
-                    .flatten()
-                    .find(|e| e.ino() == watch.ino && is_it(watch, &e.path()))
-                    .map(|e| e.path())
-            })
-    })
-}
-
 /// More events than this, of 64 bytes or so each, are not queued to bring about an overflow.
 const MOST_QUEUED: u64 = 1 << 20;
 
 impl Inotify {
     /// Watches on what is not there any more.
     pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
-        self.watches.iter().filter_map(|watch| {
+        let named = self.watches.iter().filter(|watch| watch.open.is_none());
+        named.filter_map(|watch| {
             let error = std::fs::symlink_metadata(&watch.path).err()?;
             let object = format!("the inotify watch on {}", watch.path.display());
             Some(Obstacle::new(
@@ -170,9 +150,7 @@ impl Inotify {
         })
     }
 
-    /// Watches what was watched, on a descriptor that was made by [`create`]. Watch descriptors are
-    /// given out in ascending order (`idr_alloc_cyclic` in fs/notify/inotify), so gaps are made and
-    /// removed again; whether each number is the wanted one is checked.
+    /// Takes a descriptor that was made by [`create`].
     pub fn rebuild(&self, index: usize, at: i32, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
         if self.unread {
             let most = max_queued_events().unwrap_or(0);
@@ -185,11 +163,25 @@ impl Inotify {
             }
         }
         plan.inherit(at, Inherited::Inotify(index));
+        Ok(())
+    }
+
+    /// Watches what was watched, when every description is open. Watch descriptors are given out in ascending
+    /// order (`idr_alloc_cyclic` in fs/notify/inotify), so gaps are made and removed again; whether each number
+    /// is the wanted one is checked.
+    pub fn rebuild_watches(&self, at: i32, staging: Staging, plan: &mut Builder) {
         let fd = at as u64;
         let mut next = 1;
         for watch in &self.watches {
-            let path = plan.path(&watch.path);
-            let object = || format!("the inotify watch on {}", watch.path.display());
+            let watched = match watch.open {
+                Some(description) => format!("/proc/self/fd/{}", staging.of(description)).into(),
+                None => watch.path.clone(),
+            };
+            let path = plan.path(&watched);
+            let object = || match watch.open {
+                Some(_) => "the inotify watch on a file without a name".to_owned(),
+                None => format!("the inotify watch on {}", watch.path.display()),
+            };
             while next < watch.wd {
                 let args = [fd, path, libc::IN_DELETE_SELF.into()];
                 plan.expect(libc::SYS_inotify_add_watch, &args, next as u64, object);
@@ -213,7 +205,6 @@ impl Inotify {
                 "an inotify descriptor".to_owned()
             });
         }
-        Ok(())
     }
 }
 

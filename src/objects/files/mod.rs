@@ -1,7 +1,7 @@
 //! Open file descriptions and the descriptors that refer to them; one file a kind.
 
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::fdlink::FdLink;
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ipc::mqueue;
 use super::sockets::{self, unix};
+use super::uring;
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 
@@ -21,8 +22,10 @@ pub mod device;
 pub mod epoll;
 pub mod eventfd;
 pub mod fifo;
+mod flight;
 pub mod inotify;
 pub mod late;
+pub mod left;
 pub mod memfd;
 pub mod outside;
 pub mod pidfd;
@@ -40,6 +43,8 @@ pub mod terminal;
 pub mod timerfd;
 pub mod unread;
 
+use flight::Flight;
+use left::Choice;
 pub use rebuild::{
     Staging, complete_descriptions, named, number, open_descriptions, place, rebuild_owners,
     reopen_flags, seal,
@@ -117,6 +122,8 @@ pub enum Kind {
     /// Something of the surroundings that the restored job gets anew: a pipe with its other end
     /// outside, or a socket.
     Outside(outside::Outside),
+    /// Something that the job does without, or that leads elsewhere, because the user says so.
+    Left(left::Left),
 }
 
 /// `MQUEUE_MAGIC`: the file system of POSIX message queues.
@@ -159,14 +166,48 @@ pub fn capture(
     sources.push(&ourselves);
     let pipes = pipe::Ends::of(&survey.looks);
     for (number, look) in survey.looks.iter().enumerate() {
-        let outside = |obstacle: Obstacle| match survey.is_standard(number) {
-            true => Ok(outside::capture(look, outside::Surroundings::Socket)),
-            false => Err(Box::new(obstacle)),
+        let numbers = survey.numbers(number);
+        let choice = collector.choices.of(look, &numbers);
+        let left = |instead: Option<PathBuf>| {
+            Kind::Left(left::Left {
+                fd: look.fd,
+                name: look.told(),
+                instead,
+            })
         };
-        let kind = match found.kind(number, first, outside) {
-            Some(kind) => kind,
-            None => kind(sources[look.process], look, &pipes, terminals, collector),
+        let outside = |obstacle: Obstacle| match &choice {
+            Choice::Replace(path) => Ok(left(Some(path.clone()))),
+            Choice::Drop => Ok(left(None)),
+            Choice::Keep if numbers.iter().any(|fd| *fd <= 2) => {
+                Ok(outside::capture(look, outside::Surroundings::Socket))
+            }
+            Choice::Keep => Err(Box::new(obstacle)),
         };
+        let kind = match (found.kind(number, first, outside), &choice) {
+            (Some(Ok(Kind::UnixSocket(socket))), Choice::Replace(path)) => {
+                Err(Box::new(socket.not_replaceable(path)))
+            }
+            (Some(kind), _) => kind,
+            (None, Choice::Replace(path)) => Ok(left(Some(path.clone()))),
+            (None, _) => {
+                let all = (&survey.looks[..], first);
+                let kind = kind(
+                    sources[look.process],
+                    look,
+                    all,
+                    (&pipes, terminals),
+                    collector,
+                );
+                match (&kind, &choice) {
+                    (Err(_) | Ok(Kind::Outside(_)), Choice::Drop) => Ok(left(None)),
+                    _ => kind,
+                }
+            }
+        };
+        if let Ok(Kind::Left(left)) = &kind {
+            let note = left.note(look, sources[look.process], &collector.choices);
+            collector.warnings.extend(note);
+        }
         let kind = match number < seen_in_job {
             true => kind,
             false => sockets::may_be_in_flight(kind, sources.first().map(|s| s.pid.raw())),
@@ -177,13 +218,30 @@ pub fn capture(
                 flags: look.info.flags,
                 owner: look.owner(),
             }),
-            Err(obstacle) => collector.obstacles.push(*obstacle),
+            Err(obstacle) => collector.refuse(*obstacle),
         }
     }
     collector.descriptions.extend(found.ghosts());
     if collector.obstacles.is_empty() {
         epoll::capture_entries(&sources, &survey.looks, first, collector)?;
+        let flight = Flight {
+            descriptions: &collector.descriptions,
+            carried_only: first + seen_in_job,
+            root: sources[0].pid.raw(),
+        };
+        let in_the_way = flight.obstacles();
+        collector.obstacles.extend(in_the_way);
     }
+    let notes = collector.choices.take_from(survey, &sources);
+    collector.warnings.extend(notes);
+    let absent = |s: &Seen| match collector.descriptions.get(first + s.look).map(|d| &d.kind) {
+        Some(Kind::Left(left)) => left.instead.is_none(),
+        _ => false,
+    };
+    survey
+        .seen
+        .iter_mut()
+        .for_each(|seen| seen.retain(|s| !absent(s)));
     let entries = survey.seen.iter().map(|seen| {
         let entry = |s: &Seen| FdEntry {
             fd: s.fd,
@@ -203,22 +261,23 @@ pub fn judge_by_sight(
     collector: &mut Collector,
 ) -> Vec<Vec<FdEntry>> {
     const KNOWN: [&str; 5] = ["eventfd", "signalfd", "timerfd", "eventpoll", "inotify"];
-    for look in &survey.looks {
+    for (number, look) in survey.looks.iter().enumerate() {
+        if collector.choices.of(look, &survey.numbers(number)) != Choice::Keep {
+            continue;
+        }
         let what = match &look.link {
-            FdLink::AnonInode(name) if !KNOWN.contains(&name.as_str()) => {
-                format!("an {name} descriptor")
+            FdLink::AnonInode(name) if name == uring::NAME => {
+                collector.refuse(uring::obstacle(sources[look.process]));
+                continue;
             }
+            FdLink::AnonInode(name) if !KNOWN.contains(&name.as_str()) => anonymous(name),
             FdLink::Other(_) => "a file of an unknown kind".to_owned(),
             FdLink::File { .. } if look.file_type() == libc::S_IFBLK && !look.is_path() => {
                 "a block device".to_owned()
             }
             _ => continue,
         };
-        collector.obstacles.push(Obstacle::new(
-            look.object(sources[look.process]),
-            format!("is {what} ({}), which is not supported", look.name()),
-            "close it before the checkpoint",
-        ));
+        collector.refuse(left::droppable(look, sources[look.process], &what));
     }
     vec![Vec::new(); sources.len()]
 }
@@ -226,17 +285,11 @@ pub fn judge_by_sight(
 fn kind(
     source: &Source,
     look: &Look,
-    pipes: &pipe::Ends,
-    terminals: &terminal::Ends,
+    job: (&[Look], usize),
+    (pipes, terminals): (&pipe::Ends, &terminal::Ends),
     collector: &mut Collector,
 ) -> Result<Kind, Box<Obstacle>> {
-    let unsupported = |what: &str, remedy: &str| {
-        Box::new(Obstacle::new(
-            look.object(source),
-            format!("is {what} ({}), which is not supported", look.name()),
-            remedy,
-        ))
-    };
+    let unsupported = |what: &str| Box::new(left::droppable(look, source, what));
     if let Some(end) = terminals.get(look) {
         return terminal::capture(source, look, end, collector);
     }
@@ -250,10 +303,7 @@ fn kind(
                 None => Some(false),
             };
             let semaphore = semaphore.ok_or_else(|| {
-                unsupported(
-                    "an eventfd of which this kernel does not tell how it counts",
-                    "close it before the checkpoint",
-                )
+                unsupported("an eventfd of which this kernel does not tell how it counts")
             })?;
             Ok(Kind::EventFd(eventfd::EventFd {
                 count: *count,
@@ -275,24 +325,24 @@ fn kind(
             entries: Vec::new(),
         })),
         (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
-            inotify::capture(source, look, watches, collector).map(Kind::Inotify)
+            inotify::capture(source, look, watches, job, collector).map(Kind::Inotify)
         }
         (FdLink::AnonInode(name), _) if name == "inotify" => {
-            inotify::capture(source, look, &[], collector).map(Kind::Inotify)
+            inotify::capture(source, look, &[], job, collector).map(Kind::Inotify)
         }
-        (FdLink::AnonInode(name), _) => Err(unsupported(
-            &format!("an {name} descriptor"),
-            "close it before the checkpoint",
-        )),
+        (FdLink::AnonInode(name), _) if name == uring::NAME => {
+            Err(Box::new(uring::obstacle(source)))
+        }
+        (FdLink::AnonInode(name), _) => Err(unsupported(&anonymous(name))),
         (FdLink::Memfd(name), _) => memfd::capture(source, look, name, collector).map(Kind::MemFd),
         (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes, collector.frozen())?),
         (FdLink::Socket(_), _) if look.fd <= 2 => {
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }
-        (FdLink::Socket(_), _) => Err(unsupported(
-            &sockets::family(&look.copy),
-            "close it before the checkpoint",
-        )),
+        (FdLink::Socket(_), _) => match mqueue::waits_for_notices(source, look) {
+            true => Err(Box::new(mqueue::notices_by_thread(source, look))),
+            false => Err(unsupported(&sockets::family(&look.copy))),
+        },
         (FdLink::File { path, .. }, _)
             if look.file_type() == libc::S_IFREG
                 && look.info.flags as i32 & libc::O_PATH == 0
@@ -327,25 +377,25 @@ fn kind(
                 regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
             }
             libc::S_IFCHR if device::is_stateless(look) => Ok(device::capture(look, path)),
-            libc::S_IFCHR => Err(unsupported("a device", "close it before the checkpoint")),
+            libc::S_IFCHR => Err(unsupported("a device")),
             libc::S_IFIFO => fifo::capture(source, look, path, *deleted, pipes),
-            libc::S_IFBLK => Err(unsupported(
-                "a block device",
-                "close it before the checkpoint",
-            )),
-            _ => Err(unsupported(
-                "a file of an unknown type",
-                "close it before the checkpoint",
-            )),
+            libc::S_IFBLK => Err(unsupported("a block device")),
+            _ => Err(unsupported("a file of an unknown type")),
         },
         (FdLink::PidFd, _) => {
             let is_ours = |task| collector.tasks.contains(&task);
             pidfd::capture(source, look, is_ours).map(Kind::PidFd)
         }
-        (FdLink::Other(_), _) => Err(unsupported(
-            "a file of an unknown kind",
-            "close it before the checkpoint",
-        )),
+        (FdLink::Other(_), _) => Err(unsupported("a file of an unknown kind")),
+    }
+}
+
+/// What the kernel calls `anon_inode:[name]`, with its article.
+fn anonymous(name: &str) -> String {
+    let name = name.trim_matches(['[', ']']);
+    match name.starts_with(['a', 'e', 'i', 'o']) {
+        true => format!("an {name} descriptor"),
+        false => format!("a {name} descriptor"),
     }
 }
 
@@ -374,6 +424,7 @@ impl Kind {
             Kind::MessageQueue(q) => q.title(),
             Kind::UnixSocket(s) => s.label(),
             Kind::Outside(o) => o.name.clone(),
+            Kind::Left(l) => l.name.clone(),
         }
     }
 }

@@ -212,6 +212,11 @@ pub fn open_descriptions(
             Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, request.files, plan),
             Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
             Kind::UnixSocket(_) => {}
+            Kind::Left(left) => {
+                if let Some(path) = &left.instead {
+                    plan.inherit(at, Inherited::Named(path.clone(), flags));
+                }
+            }
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
                 Ok(what) => plan.inherit(at, what),
                 Err(o) => obstacles.push(*o),
@@ -279,6 +284,9 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
             let later = |d| late::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
             set.rebuild_entries(at, staging, later, plan);
         }
+        if let Kind::Inotify(inotify) = &description.kind {
+            inotify.rebuild_watches(at, staging, plan);
+        }
         rebuild_status(description, at, plan);
         if let Kind::Regular(r) = &description.kind {
             r.rebuild_locks(at, plan);
@@ -333,7 +341,8 @@ const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32
 
 /// Status flags that the way of opening has not set already.
 fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
-    if description.flags as i32 & libc::O_PATH != 0 {
+    let absent = matches!(&description.kind, Kind::Left(left) if left.instead.is_none());
+    if absent || description.flags as i32 & libc::O_PATH != 0 {
         return;
     }
     let wanted = description.flags & SETTABLE & !(libc::O_ASYNC as u32);

@@ -14,6 +14,7 @@ use super::regular::{Lock, LockKind};
 use super::{Owner, sys};
 use crate::capture::source::{Copies, Source};
 use crate::error::Obstacle;
+use crate::objects::sockets;
 
 /// All descriptors of a job.
 pub struct Survey {
@@ -89,10 +90,10 @@ impl Survey {
         Ok(survey)
     }
 
-    /// Whether any process has it as descriptor 0, 1 or 2.
-    pub fn is_standard(&self, look: usize) -> bool {
-        let mut seen = self.seen.iter().flatten();
-        seen.any(|s| s.look == look && s.fd <= 2)
+    /// The numbers under which processes have it.
+    pub fn numbers(&self, look: usize) -> Vec<i32> {
+        let seen = self.seen.iter().flatten().filter(|s| s.look == look);
+        seen.map(|s| s.fd).collect()
     }
 
     fn enter(
@@ -250,6 +251,15 @@ impl Look {
             FdLink::Namespace(kind, inode) => format!("{kind}:[{inode}]"),
             FdLink::Other(name) => String::from_utf8_lossy(name).into_owned(),
         }
+    }
+
+    /// What it is, for messages: a socket of the internet by its addresses, all else by its name.
+    pub fn told(&self) -> String {
+        let addresses = match self.link {
+            FdLink::Socket(_) => sockets::inet::describe(&self.copy),
+            _ => None,
+        };
+        addresses.unwrap_or_else(|| self.name())
     }
 
     /// `fd 3 of process 12 (name)`, for messages.

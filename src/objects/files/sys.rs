@@ -192,6 +192,33 @@ pub fn open_by_handle(mount: &impl AsRawFd, kind: i32, handle: &[u8]) -> Result<
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// name_to_handle_at(2) with `AT_HANDLE_FID` (Linux 6.6): the type and bytes of a handle that names a file and need not
+/// be one that can be opened. Symbolic links are followed.
+pub fn handle_of(path: &Path) -> Result<(i32, Vec<u8>), Errno> {
+    const AT_HANDLE_FID: i32 = libc::AT_REMOVEDIR;
+    /// `MAX_HANDLE_SZ`.
+    const MOST: usize = 128;
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    let mut buffer = [0u8; 8 + MOST];
+    buffer[..4].copy_from_slice(&(MOST as u32).to_ne_bytes());
+    let mut mount = 0i32;
+    // SAFETY: the path ends in a zero byte; `buffer` is a `struct file_handle` that says how much room is behind it.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            buffer.as_mut_ptr(),
+            &raw mut mount,
+            AT_HANDLE_FID | libc::AT_SYMLINK_FOLLOW,
+        )
+    };
+    Errno::result(r)?;
+    let word = |at: usize| i32::from_ne_bytes(buffer[at..at + 4].try_into().unwrap_or_default());
+    let bytes = (word(0).max(0) as usize).min(MOST);
+    Ok((word(4), buffer[8..8 + bytes].to_vec()))
+}
+
 /// timerfd_gettime(2), for its effect: an expired periodic timer is stopped until somebody looks
 /// at it, and its later expirations are counted only then.
 pub fn count_expirations(timer: &OwnedFd) {

@@ -10,6 +10,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::proc::syscall::{InSyscall, read_syscall};
+use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +20,7 @@ use crate::capture::source::Source;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Look};
+use crate::objects::sockets;
 use crate::outsiders::process_name;
 use crate::restore::plan::Builder;
 use crate::restore::{FilesPolicy, Request};
@@ -97,6 +100,36 @@ fn field(text: &str, key: &str) -> u64 {
     let mut words = text.split([':', ' ', '\n']).filter(|word| !word.is_empty());
     words.find(|word| *word == key);
     words.next().and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+/// Whether a socket is the one by which glibc is told of messages for mq_notify(3) with `SIGEV_THREAD`: a thread
+/// of glibc's reads cookies of `NOTIFY_COOKIE_LEN` bytes from it, as long as the process lives.
+pub fn waits_for_notices(source: &Source, look: &Look) -> bool {
+    const NOTIFY_COOKIE_LEN: u64 = 32;
+    if sockets::domain(&look.copy) != Some(libc::AF_NETLINK) {
+        return false;
+    }
+    let tasks = tasks::list_tasks(source.dir.clone()).unwrap_or_default();
+    tasks
+        .into_iter()
+        .any(|task| match read_syscall((source.pid, task)) {
+            Ok(InSyscall::Inside { nr, args, .. }) => {
+                nr == libc::SYS_recvfrom
+                    && args[0] == look.fd as u64
+                    && args[2] == NOTIFY_COOKIE_LEN
+            }
+            _ => false,
+        })
+}
+
+/// The obstacle that this socket is, which its program knows nothing of.
+pub fn notices_by_thread(source: &Source, look: &Look) -> Obstacle {
+    Obstacle::new(
+        look.object(source),
+        "is the netlink socket by which glibc runs a thread for each notice of a POSIX message queue (mq_notify \
+         with SIGEV_THREAD), which is not supported",
+        "let the program poll the queue instead",
+    )
 }
 
 /// Refuses what a process of the job wants to be told: the kernel does not show all of it.

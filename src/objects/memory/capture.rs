@@ -17,7 +17,7 @@ use super::{
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::ipc::sysv_shm;
-use crate::objects::{aio, files};
+use crate::objects::{aio, files, uring};
 
 /// The name of what memfd_secret(2) makes (mm/secretmem.c).
 const SECRET: &str = "/secretmem";
@@ -62,7 +62,7 @@ pub fn capture(
                 guards: guards_in(vma, guards),
                 policy: None,
             }),
-            Err(obstacle) => collector.obstacles.push(*obstacle),
+            Err(obstacle) => collector.refuse(*obstacle),
         }
     }
     let executable = executable(source, vmas, collector)?;
@@ -171,6 +171,9 @@ fn backing(
         return Ok(Backing::Kernel(kind));
     }
     let path = match &vma.name {
+        VmaName::OtherSpecial(name) if name.contains(uring::NAME) => {
+            return Err(Box::new(uring::obstacle(source)));
+        }
         VmaName::OtherSpecial(name) => {
             return Err(refuse(
                 &format!("is {name},"),

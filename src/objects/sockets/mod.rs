@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
+pub mod inet;
 pub mod names;
 mod offset;
 pub mod options;
@@ -26,7 +27,12 @@ use survey::{Survey, Verdict};
 
 /// Whether a descriptor of ours is for a unix domain socket.
 pub fn is_unix(fd: &impl AsRawFd) -> bool {
-    sys::int_option(fd, libc::SO_DOMAIN) == Ok(libc::AF_UNIX)
+    domain(fd) == Some(libc::AF_UNIX)
+}
+
+/// The family of a socket, `AF_*`.
+pub fn domain(fd: &impl AsRawFd) -> Option<i32> {
+    sys::int_option(fd, libc::SO_DOMAIN).ok()
 }
 
 /// What family a socket is of, for messages: `an IPv4 TCP socket`.
@@ -60,14 +66,13 @@ pub fn is_held(status: &ckpt_tracer::proc::status::Status) -> bool {
     status.tracer_pid != 0 && std::path::Path::new(&ours).exists()
 }
 
-/// A file that only an unread message holds: none whose state is told through a process that has
-/// it open.
+/// A file that only an unread message holds: none that becomes one of `restore`, which goes by the number of
+/// a descriptor, and none that waits for processes.
 pub fn may_be_in_flight(
     kind: Result<Kind, Box<Obstacle>>,
     first: Option<i32>,
 ) -> Result<Kind, Box<Obstacle>> {
     let what = match kind {
-        Ok(Kind::Epoll(_)) => "an epoll set".to_owned(),
         Ok(Kind::Outside(outside)) => outside.name,
         Ok(kind) if late::must_wait(&kind, first) => {
             format!(

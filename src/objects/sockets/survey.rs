@@ -60,6 +60,8 @@ struct Live {
     inode: u64,
     style: Style,
     seen: Vec<(Seen, Vec<usize>)>,
+    /// It holds descriptors that were not looked at, since the job runs.
+    unseen: bool,
     fault: Option<String>,
 }
 
@@ -161,6 +163,7 @@ impl Live {
             directory,
             style,
             seen: Vec::new(),
+            unseen: false,
             fault: None,
         })
     }
@@ -190,8 +193,11 @@ impl Live {
             }
             self.seen.push((message, rights));
         }
-        if held && descriptors < in_queue(&self.copy) {
-            self.fault = Some(queue::Fault::HiddenDescriptors.reason());
+        if descriptors < in_queue(&self.copy) {
+            match held {
+                true => self.fault = Some(queue::Fault::HiddenDescriptors.reason()),
+                false => self.unseen = true,
+            }
         }
         Ok(found)
     }
@@ -222,6 +228,8 @@ struct Table<'a> {
     live: HashMap<u64, &'a Live>,
     /// The job cannot run meanwhile.
     held: bool,
+    /// The job may have sockets in flight that were not looked at, since it runs.
+    unseen: bool,
     /// Clients in backlogs of the job's, and the listening socket.
     waiting: HashSet<u64>,
     /// Names of listening sockets of the job.
@@ -239,6 +247,7 @@ impl<'a> Table<'a> {
             diag: diag.map(|s| (s.inode.into(), s)).collect(),
             live: live.iter().map(|l| (l.inode, l)).collect(),
             held,
+            unseen: live.iter().any(|l| l.unseen),
             waiting: HashSet::new(),
             listening: HashSet::new(),
             datagram: HashMap::new(),
@@ -276,7 +285,8 @@ impl Table<'_> {
                 .flatten()
                 .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|l| l.as_os_str() == &*link))
         };
-        self.live.contains_key(&inode) || !self.held && self.live.values().any(lately)
+        let may_be = || self.unseen || self.live.values().any(lately);
+        self.live.contains_key(&inode) || !self.held && may_be()
     }
 }
 

@@ -153,6 +153,8 @@ fn role(
             let peer = ghosts.add(socket.style, &peer_name(), &socket.directory, role);
             Ok(Role::Connected { peer })
         }
+        // Of a listening socket in flight, perhaps; the frozen job will tell.
+        Some(0) if table.unseen => Ok(Role::Pending),
         Some(0) => Err(outside(
             socket,
             "waiting to be accepted by",
@@ -207,7 +209,7 @@ fn outside(socket: &Live, how: &str, name: &[u8], inode: Option<u64>) -> Verdict
     Verdict::Outside(Box::new(Obstacle::new(
         &socket.object,
         format!("is a unix socket {how} {who}, outside the job"),
-        "close it before the checkpoint",
+        "close it before the checkpoint, or leave it out of the restored job with --drop-fd unix",
     )))
 }
 

@@ -1,0 +1,66 @@
+//! What unread messages carry (SCM_RIGHTS) and a restore could not put into them.
+
+use super::{Description, Kind, late};
+use crate::error::Obstacle;
+
+/// The descriptions of a job.
+pub(super) struct Flight<'a> {
+    /// All of them.
+    pub(super) descriptions: &'a [Description],
+    /// From here on, only messages hold them.
+    pub(super) carried_only: usize,
+    /// The pid of the job's first process.
+    pub(super) root: i32,
+}
+
+impl Flight<'_> {
+    /// What stands in the way. Messages are sent before any process but the first exists.
+    pub(super) fn obstacles(&self) -> Vec<Obstacle> {
+        let messages = self.descriptions.iter().filter_map(|description| {
+            let Kind::UnixSocket(socket) = &description.kind else {
+                return None;
+            };
+            let mut rights = socket.queue.iter().flat_map(|message| &message.rights);
+            let what = rights.find_map(|index| self.not_yet(*index))?;
+            Some(Obstacle::new(
+                format!("the {}", socket.label()),
+                format!("has an unread message with {what}, which is not supported"),
+                "let the program receive it before the checkpoint",
+            ))
+        });
+        let sets = self.descriptions.iter().skip(self.carried_only);
+        let sets = sets.filter_map(|description| {
+            let Kind::Epoll(set) = &description.kind else {
+                return None;
+            };
+            let bound = set.entries.iter().find(|entry| {
+                let watched = self.descriptions.get(entry.description).map(|d| &d.kind);
+                matches!(watched, Some(Kind::SignalFd(_)))
+                    || self.not_yet(entry.description).is_some()
+            })?;
+            Some(Obstacle::new(
+                "an epoll set that is in flight between sockets",
+                format!(
+                    "watches what was added as fd {}, a signalfd or a handle of a process, for which a process must have the set",
+                    bound.fd
+                ),
+                "let the program receive it before the checkpoint",
+            ))
+        });
+        messages.chain(sets).collect()
+    }
+
+    /// What does not exist when messages are sent.
+    fn not_yet(&self, index: usize) -> Option<String> {
+        match &self.descriptions.get(index)?.kind {
+            Kind::Left(left) if left.instead.is_none() => {
+                Some(format!("what is also fd {} and was to be dropped", left.fd))
+            }
+            kind if late::must_wait(kind, Some(self.root)) => Some(format!(
+                "{}, which can be opened only when all processes are there",
+                kind.label()
+            )),
+            _ => None,
+        }
+    }
+}
