@@ -47,7 +47,7 @@ pub struct Attach {
     #[arg(long)]
     no_check: bool,
     /// First restore the job from its image beside itself, stopped and in namespaces of its own, and compare it with the job, which stays frozen for so long.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["drop", "fds"])]
     rehearse: bool,
     /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]

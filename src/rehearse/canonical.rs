@@ -103,6 +103,7 @@ fn surroundings(snapshot: &mut Snapshot) {
             .for_each(|id| *id = 0);
         process.cgroups.clear();
     }
+    snapshot.cgroups.clear();
 }
 
 /// Numbers that the kernel gives to what is made anew: which of them are the same is compared.

@@ -24,7 +24,9 @@ use crate::capture::{self, After};
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate::{self, First, Link};
 use crate::objects::Snapshot;
+use crate::objects::cgroup::Policy;
 use crate::objects::files::Kind;
+use crate::objects::files::left::Choices;
 use crate::objects::files::regular::LockKind;
 use crate::objects::namespaces::Namespaces;
 use crate::progress::Silent;
@@ -52,6 +54,7 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<V
         stopped: true,
         foreground: false,
         clock: ClockPolicy::Host,
+        cgroups: Policy::Ignore,
         fds: outside(&job).map(|fd| (fd, "/dev/null".into())).collect(),
         ..Request::plain(name, &Silent)
     };
@@ -140,6 +143,8 @@ fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File) -> Result<()> {
             after: After::Continue,
             save_files: SaveFiles::new(Vec::new()),
             bundle: false,
+            choices: Choices::default(),
+            frozen_groups: None,
             check: false,
             prover: None,
             rehearse: false,
