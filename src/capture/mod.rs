@@ -8,7 +8,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,11 +19,7 @@ use ckpt_tracer::proc::pagemap::PagemapScanner;
 use ckpt_tracer::proc::status::{read_status, read_task};
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::remote::leave_stale_cave;
-use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{Pid, Tid};
-
-use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::guard::door::Door;
@@ -47,12 +42,14 @@ use crate::snapshot;
 mod borrow;
 pub mod bundle;
 mod cow;
+mod end;
 pub mod pages;
 pub mod save_files;
 pub mod source;
 mod stored;
 
 use bundle::Bundle;
+use end::kill;
 use pages::PageSink;
 use save_files::SaveFiles;
 use source::{Collector, Patience, Source};
@@ -389,46 +386,6 @@ fn freeze_and_capture(
 fn open_sources(frozen: &FrozenJob) -> Result<Vec<Source>> {
     let sources = frozen.processes.iter().map(|f| Source::open(f.pid()));
     Ok(sources.collect::<ckpt_tracer::Result<_>>()?)
-}
-
-/// All at once, so that none sees the end of another one.
-fn kill(sources: &[Source], mut frozen: FrozenJob) -> Result<()> {
-    let groups = frozen.groups.take();
-    for source in sources {
-        match source.pidfd.signal(libc::SIGKILL) {
-            // Ended by the end of another one, in a pid namespace.
-            Ok(()) | Err(ckpt_tracer::Error::Died { .. }) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    // Of each process all but the first, whose end is its parent's to know.
-    let threads = frozen.processes.iter().flat_map(|f| &f.tasks()[1..]);
-    let tids: Vec<Tid> = threads.map(Stopped::tid).collect();
-    frozen.thaw()?;
-    // Version 1 would freeze what has not ended yet, for ever.
-    await_end(sources, tids);
-    drop(groups);
-    Ok(())
-}
-
-/// A process that was killed has its pid, its names and its memory until the kernel has taken it apart.
-/// A restore that comes at once shall find them free. It awaits itself what takes longer. A process ends
-/// when its threads have been waited for, and those that were traced when they were killed are ours.
-fn await_end(sources: &[Source], mut tids: Vec<Tid>) {
-    let give_up = Instant::now() + Duration::from_secs(10);
-    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
-    while !tids.is_empty() && Instant::now() < give_up {
-        let runs = |tid: &Tid| waitpid(nix::unistd::Pid::from_raw(tid.raw()), Some(flags));
-        tids.retain(|tid| matches!(runs(tid), Ok(WaitStatus::StillAlive)));
-        if !tids.is_empty() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-    for source in sources {
-        let left = give_up.saturating_duration_since(Instant::now());
-        let mut ended = [PollFd::new(source.pidfd.as_fd(), PollFlags::POLLIN)];
-        let _ = poll(&mut ended, left.as_millis() as u16);
-    }
 }
 
 /// Processes of our pid namespace whose parents are outside of it, but for ourselves and those that
