@@ -342,7 +342,8 @@ fn a_restored_job_in_the_foreground_keeps_its_guard() {
 #[test]
 fn checkpoints_at_an_interval_are_taken_of_it() {
     isolated("checkpoints_at_an_interval_are_taken_of_it", |case| {
-        let job = Loop::start(case, &["--name=job", "--interval=1s", "--keep=99"]);
+        // Long enough for some hundred questions between two checkpoints.
+        let job = Loop::start(case, &["--name=job", "--interval=5s", "--keep=99"]);
         let guard = job.guard();
         let image = case.path("job.2.ckpt");
         until("the second image", || image.exists().then_some(()));

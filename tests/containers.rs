@@ -224,6 +224,9 @@ fn run_leaves_the_ids_that_come_only_once() {
     );
 }
 
+/// Ends a job that this container could not give its pids again: `--kill` by itself refuses that.
+const NOT_HERE: &[&str] = &["--kill", "--no-check"];
+
 /// Without `--cap-add` and below 300.
 #[test]
 fn a_low_pid_comes_only_once() {
@@ -235,7 +238,7 @@ fn a_low_pid_comes_only_once() {
                 // The second one is beyond them.
                 let mut job = start(Command::new("sleep").arg("1000"), &case.path("job.log"));
                 assert_eq!(job.pid < 300, id == 0, "{}", job.pid);
-                let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+                let (image, _) = attach(case, job.pid, "job.ckpt", NOT_HERE);
                 until("its end", || job.ended());
                 if id == 0 {
                     let words = ["below 300", "--cap-add SYS_ADMIN", "systempaths=unconfined"];
@@ -264,7 +267,7 @@ fn a_low_pid_that_was_not_given_yet() {
         Container::user(),
         |case| {
             let mut job = start(Command::new("sleep").arg("1000"), &case.path("job.log"));
-            let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+            let (image, _) = attach(case, job.pid, "job.ckpt", NOT_HERE);
             until("its end", || job.ended());
             let later = edited(case, &image, "later.ckpt", |snapshot| {
                 snapshot.processes[0].pid = 290;
@@ -292,7 +295,7 @@ fn a_pid_that_is_too_far_away() {
         }
         until_pids_are_above_300(case);
         let mut job = start(Command::new("sleep").arg("1000"), &case.path("job.log"));
-        let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+        let (image, _) = attach(case, job.pid, "job.ckpt", NOT_HERE);
         until("its end", || job.ended());
         restore_is_refused(
             case,

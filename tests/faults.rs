@@ -134,9 +134,9 @@ attach
 restore
     restore_spawned restore_mapped restore_filled restore_threads restore_release;
 elsewhere
-    lending // in tests/containers.rs
     check // in tests/kill.rs
     rehearse_mask rehearse_page // in tests/rehearse.rs
+    lending // in tests/containers.rs
 }
 
 fn at(module: &str, step: &str, body: impl FnOnce(&Case, &str)) {

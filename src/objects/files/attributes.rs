@@ -112,9 +112,7 @@ impl Attributes {
             note(&format!("the owner {uid}:{gid}"), e);
             mode &= 0o777;
         }
-        if let Err(e) = file.set_permissions(Permissions::from_mode(mode)) {
-            note(&format!("the mode {mode:o}"), e);
-        }
+        // While the mode is still ours, which may forbid it.
         for attribute in &self.extended {
             let free = attribute.name.starts_with("user.");
             if (trusted || free)
@@ -122,6 +120,9 @@ impl Attributes {
             {
                 note(&format!("the extended attribute {}", attribute.name), e);
             }
+        }
+        if let Err(e) = file.set_permissions(Permissions::from_mode(mode)) {
+            note(&format!("the mode {mode:o}"), e);
         }
         if self.lifetime != lifetime(file) {
             // SAFETY: the kernel reads one word.
