@@ -150,7 +150,11 @@ fn terminals(snapshot: &mut Snapshot) {
     }
     for description in &mut snapshot.descriptions {
         match &mut description.kind {
-            Kind::Terminal(end) => end.name.clear(),
+            Kind::Terminal(end) => {
+                end.name.clear();
+                // The minor number of a pty's slave is its number.
+                end.node = end.node.map(|(major, _)| (major, 0));
+            }
             Kind::Outside(outside) => outside.name.clear(),
             _ => {}
         }
