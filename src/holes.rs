@@ -1,5 +1,12 @@
 //! Free places in an address space.
 
+use ckpt_tracer::RemoteAddr;
+use ckpt_tracer::features::max_map_count;
+use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
+use ckpt_tracer::remote::Scratch;
+
+use crate::error::Obstacle;
+
 /// Highest address that user memory may have with four-level page tables.
 pub const TOP: u64 = 0x7fff_ffff_f000;
 /// Lowest address used; far above `vm.mmap_min_addr`.
@@ -25,6 +32,40 @@ pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64
         free_from = free_from.max(end);
     }
     best
+}
+
+/// Scratch memory for remote calls in a process with these mappings (of smaps); `title` is the process in
+/// messages. A process that may not have another mapping lets one grow.
+pub fn scratch(title: String, vmas: &[Vma], len: u64) -> Result<Scratch, Obstacle> {
+    let limit = max_map_count();
+    let count = vmas.iter().filter(|v| v.name != VmaName::Vsyscall).count() as u64;
+    // `do_mmap`, mm/mmap.c.
+    if count <= limit {
+        let hole = find(vmas.iter().map(|v| (v.start, v.end)), len);
+        let reason = "has no free room in its address space for remote calls";
+        return hole
+            .map(|at| Scratch::in_hole(RemoteAddr(at), len))
+            .ok_or_else(|| Obstacle::without_remedy(title, reason));
+    }
+    // Whether mlockall locks mappings to come shows only at a new one.
+    let locked = vmas.iter().any(|v| v.flags.contains(VmFlags::LOCKED));
+    let grown = Scratch::behind(vmas, len).filter(|_| !locked);
+    grown.ok_or_else(|| {
+        Obstacle::new(
+            title,
+            format!(
+                "has {count} mappings, more than vm.max_map_count ({limit}) leaves room for, and none \
+                 of them can grow for remote calls"
+            ),
+            raise(count),
+        )
+    })
+}
+
+/// What helps a process with so many mappings.
+pub fn raise(count: u64) -> String {
+    let enough = (count + 1).next_power_of_two();
+    format!("raise the limit: sysctl vm.max_map_count={enough}")
 }
 
 #[cfg(test)]

@@ -121,7 +121,9 @@ matrix! {
     aio aio_busy aio_inflight aio_ring amx anon_private anon_shared anonname bigsparse brk cleartid clocks condvar
     counter creds cwd dev_console dev_tty dispatch droppable dumpable epoll epoll_dup eventfd exelink fcntl_owner
     fd_chardev fd_deleted fd_dir fd_dup fd_grown fd_hardlink fd_high fd_opath fd_proc fd_regular fd_removed fd_tmpfile
-    fifo file_deleted file_private file_shared flock_self fragmented fsgs growsdown guard hugetlb inhandler inotify inotify_deep inotify_nameless inotify_unread ldt lease limits limits_used login madvflags map_beyond maps mdwe membarrier memfd memfd_exec
+    fifo file_deleted file_private file_shared flock_self fragmented fsgs growsdown guard hugetlb inhandler inotify
+    inotify_deep inotify_nameless inotify_unread ldt lease limits limits_used login madvflags map_beyond maps maps_limit
+    mdwe membarrier memfd memfd_exec
     mempolicy mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held nnp noreserve oomscore pdeathsig
     personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked pty_packet pty_pair pty_session
     pty_several pty_stopped restart_epoll restart_futex restart_locks restart_misc restart_nanosleep restart_poll

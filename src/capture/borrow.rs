@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 
 use ckpt_tracer::proc::ProcRoot;
 use ckpt_tracer::proc::fdlink::{FdLink, list_fds, read_fd_link};
-use ckpt_tracer::proc::maps::read_maps;
+use ckpt_tracer::proc::maps::read_smaps;
 use ckpt_tracer::proc::status::{read_status, read_task};
 use ckpt_tracer::remote::lend::{self, Borrower, Marks};
 use ckpt_tracer::remote::{Cave, RemoteCalls};
@@ -85,20 +85,17 @@ fn borrow(
     fds: &[i32],
     borrower: &Borrower,
     look: &mut dyn FnMut(Marked),
-) -> ckpt_tracer::Result<Vec<(i32, OwnedFd)>> {
-    let vmas = read_maps(source.dir.clone())?;
-    let taken = vmas.iter().map(|v| (v.start, v.end));
-    let scratch = crate::holes::find(taken, lend::SCRATCH);
-    let scratch = RemoteAddr(scratch.ok_or(ckpt_tracer::Error::NoCodeCave {
-        pid: source.pid,
-        need: lend::SCRATCH as usize,
-    })?);
+) -> Result<Vec<(i32, OwnedFd)>> {
+    let vmas = read_smaps(source.dir.clone())?;
+    let scratch =
+        crate::holes::scratch(source.title(), &vmas, lend::SCRATCH).map_err(Error::refuse)?;
+    let memory = scratch.at();
     let cave = Cave::dig(&source.mem, &vmas, &*tasks)?.with_doorbell(tasks, stopped);
     let leader = tasks.first_mut().ok_or(ckpt_tracer::Error::Died {
         tid: source.pid.leader(),
     })?;
     let umask = read_status(source.dir.clone())?.umask.unwrap_or(0o022);
-    let mut calls = RemoteCalls::begin(leader, &cave, scratch, lend::SCRATCH)?;
+    let mut calls = RemoteCalls::begin(leader, &cave, scratch)?;
     let mut lent = Vec::with_capacity(fds.len());
     // Once also without any descriptor, for what is shared.
     let mut rest = fds;
@@ -109,7 +106,7 @@ fn borrow(
             look(Marked {
                 marks,
                 link,
-                memory: scratch,
+                memory,
             });
             Ok(())
         })?;

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::Tid;
 use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, read_maps, read_smaps};
 use ckpt_tracer::proc::pagemap::PagemapScanner;
@@ -12,9 +13,8 @@ use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::proc::timers::read_timers;
-use ckpt_tracer::remote::{Cave, RemoteCalls};
+use ckpt_tracer::remote::{Cave, RemoteCalls, Scratch};
 use ckpt_tracer::task::Stopped;
-use ckpt_tracer::{RemoteAddr, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
@@ -408,14 +408,15 @@ pub fn capture(
     let listed = read_timers(dir.clone())?;
 
     let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
-    let scratch = scratch(source, &vmas, SCRATCH)?;
+    let memory_for_calls = scratch(source, &vmas, SCRATCH)?;
+    let scratch = memory_for_calls.at();
     let cave = Cave::dig(&source.mem, &vmas, frozen.tasks())?;
     let cave = cave.with_doorbell(frozen.tasks(), stopped.is_some());
     let (leader, others) = frozen
         .tasks_mut()
         .split_first_mut()
         .ok_or(ckpt_tracer::Error::Died { tid: pid.leader() })?;
-    let mut calls = RemoteCalls::begin(leader, &cave, scratch, SCRATCH)?;
+    let mut calls = RemoteCalls::begin(leader, &cave, memory_for_calls)?;
     let parent = |shared: bool| job.parent.filter(|_| shared);
     let mut has_segments = false;
     let mut memory = match parent(job.shares.memory) {
@@ -535,20 +536,15 @@ fn local_segments(
     cave: &Cave<'_>,
 ) -> Result<Vec<Segment>> {
     let scratch = scratch(source, vmas, segments::LARGEST)?;
-    let mut calls = RemoteCalls::begin(leader, cave, scratch, segments::LARGEST)?;
+    let mut calls = RemoteCalls::begin(leader, cave, scratch)?;
     let segments = segments::capture_local(&mut calls)?;
     calls.finish()?;
     Ok(segments)
 }
 
-/// A hole for the scratch memory of remote calls.
-fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<RemoteAddr> {
-    let taken = vmas.iter().map(|v| (v.start, v.end));
-    let hole = crate::holes::find(taken, bytes).ok_or_else(|| {
-        let reason = "has no free room in its address space for remote calls";
-        crate::Error::refuse(Obstacle::without_remedy(source.title(), reason))
-    });
-    Ok(RemoteAddr(hole?))
+/// Scratch memory for remote calls.
+fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<Scratch> {
+    crate::holes::scratch(source.title(), vmas, bytes).map_err(crate::Error::refuse)
 }
 
 /// `PR_GET_CHILD_SUBREAPER`.

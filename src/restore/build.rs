@@ -59,7 +59,7 @@ impl Build<'_> {
         if self.index == 0 {
             self.descriptions(&mut plan, &mut obstacles);
         }
-        let mappings = &self.process.memory.mappings;
+        let mappings = &self.job.late.others(self.process);
         let objects = &self.job.snapshot.shared_memory;
         memory::place_shared(mappings, objects, self.shared_at, forked, &mut plan);
         self.family(&mut plan, &mut obstacles);
@@ -99,7 +99,7 @@ impl Build<'_> {
     /// Everything mapped, up to the point where pages are filled in.
     fn memory(&self, forked: Forked<'_>, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let snapshot = self.job.snapshot;
-        let mappings = &self.process.memory.mappings;
+        let mappings = &self.job.late.others(self.process);
         let staging = Staging::beside(snapshot);
         if self.index == 0 {
             self.inherit_files(staging, plan);

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use ckpt_tracer::blob::Blob;
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::proc::maps::Vma;
-use ckpt_tracer::remote::{Cave, RemoteCalls};
+use ckpt_tracer::remote::{Cave, RemoteCalls, Scratch};
 use ckpt_tracer::task::{Regs, Resume, Running, Stop, Stopped};
 use ckpt_tracer::{RemoteAddr, Tid};
 use nix::errno::Errno;
@@ -23,7 +23,8 @@ pub(super) fn place(
     plan: &Plan,
 ) -> Result<()> {
     let cave = Cave::dig(mem, present, [])?;
-    let mut calls = RemoteCalls::begin(leader, &cave, RemoteAddr(plan.base), plan.len)?;
+    let scratch = Scratch::in_hole(RemoteAddr(plan.base), plan.len);
+    let mut calls = RemoteCalls::begin(leader, &cave, scratch)?;
     mem.write(RemoteAddr(plan.base), &plan.image)?;
     let code = Blob::load().image.len() as u64;
     let prot = (libc::PROT_READ | libc::PROT_EXEC) as u64;

@@ -75,7 +75,7 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
                 .map(|w| format!("process {}: {w}", process.pid)),
         );
     }
-    remove_restorer(&mut leader, process, plan, mem, disturbed, &cave)?;
+    remove_restorer(&mut leader, process, plan, mem, (job, disturbed), &cave)?;
     let mut tasks = set_states(leader, others, process, job, &cave)?;
     cave.fill_in()?;
     if let Some(signal) = stop_signal(process, job) {
@@ -211,13 +211,14 @@ fn take_signal(calls: &mut RemoteCalls<'_>, at: RemoteAddr) -> Result<()> {
 }
 
 /// Traps are over, so SIGTRAP's own action is set here, and those that wait are queued; and the restorer is
-/// unmapped. What a process has from its parent, the last one sees to.
+/// unmapped. What a process has from its parent, the last one sees to. Then there is room for the last
+/// mappings.
 fn remove_restorer(
     leader: &mut Stopped,
     process: &Process,
     plan: &Plan,
     mem: &ProcessMemory,
-    disturbed: Disturbed,
+    (job, disturbed): (&Job<'_>, Disturbed),
     cave: &Cave<'_>,
 ) -> Result<()> {
     let is_trap = |a: &&Action| a.signal == libc::SIGTRAP as u32 && !process.shares.actions;
@@ -250,6 +251,7 @@ fn remove_restorer(
     if !process.shares.memory {
         let args = [plan.base, plan.len, 0, 0, 0, 0];
         calls.call("munmap", libc::SYS_munmap, args)?;
+        job.late.map(process, &mut calls)?;
     }
     calls.finish()?;
     Ok(())

@@ -37,6 +37,7 @@ mod executor;
 pub mod fill;
 mod handover;
 mod ids;
+mod late;
 pub mod next_pid;
 pub(crate) mod orders;
 pub mod paths;

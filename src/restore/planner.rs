@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 
 use ckpt_image::Reader;
+use ckpt_tracer::features::max_map_count;
 use ckpt_tracer::proc::maps::Vma;
 
 use super::Request;
 use super::births::{Births, Origin};
 use super::build::Build;
+use super::late::Late;
 use super::plan::{HostState, Plan};
 use super::terminals::Terminals;
 use crate::error::Obstacle;
@@ -40,6 +42,8 @@ pub struct Job<'a> {
     pub vdso: &'a Replaced,
     /// Pages that each address space of a job with forks has at its checkpoint; ascending.
     pub(super) held: HashMap<SpaceId, Vec<(u64, u64)>>,
+    /// What is mapped last.
+    pub(super) late: Late,
     /// What becomes of processor state.
     pub(super) refit: Refit,
 }
@@ -63,6 +67,7 @@ impl<'a> Job<'a> {
     ) -> Result<Self, Vec<Obstacle>> {
         let births = super::births::decide(snapshot)?;
         let terminals = Terminals::decide(snapshot, request)?;
+        let late = Late::decide(snapshot, image, &births, max_map_count())?;
         let mut held = HashMap::new();
         if births.iter().any(|b| b.origin == Origin::Forked) {
             held = pages_held(snapshot, image);
@@ -79,6 +84,7 @@ impl<'a> Job<'a> {
             terminals,
             vdso,
             held,
+            late,
             refit: Refit::to_here(&snapshot.host),
         })
     }

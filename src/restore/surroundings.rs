@@ -28,12 +28,6 @@ pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures, leaving: bool) -
         .into_iter()
         .filter(|need| !(need.available)(kernel));
     obstacles.extend(missing.map(|need| need.missing()));
-    obstacles.extend(
-        snapshot
-            .processes
-            .iter()
-            .filter_map(|p| too_many_mappings(p, kernel)),
-    );
     obstacles.extend(aio::in_the_way(snapshot, leaving));
     if leaving {
         return obstacles;
@@ -180,20 +174,6 @@ pub fn kernel_needs(snapshot: &Snapshot) -> Vec<KernelNeed> {
         });
     }
     needs
-}
-
-fn too_many_mappings(process: &Process, kernel: &KernelFeatures) -> Option<Obstacle> {
-    let (count, limit) = (process.memory.mappings.len() as u64, kernel.max_map_count);
-    (count > limit).then(|| {
-        Obstacle::new(
-            format!("process {}", process.pid),
-            format!("has {count} mappings, and vm.max_map_count allows {limit}"),
-            format!(
-                "raise it: sysctl vm.max_map_count={}",
-                count.next_power_of_two()
-            ),
-        )
-    })
 }
 
 /// Bytes of huge pages that the job maps, by page size.

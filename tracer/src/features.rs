@@ -144,7 +144,7 @@ impl KernelFeatures {
             overcommit: number("/proc/sys/vm/overcommit_memory").unwrap_or(0) as u32,
             unprivileged_userfaultfd: number("/proc/sys/vm/unprivileged_userfaultfd") == Some(1),
             swap: fs::read_to_string("/proc/swaps").is_ok_and(|text| text.lines().count() > 1),
-            max_map_count: number("/proc/sys/vm/max_map_count").unwrap_or(65530),
+            max_map_count: max_map_count(),
             pid_max: number("/proc/sys/kernel/pid_max").unwrap_or(32768),
             threads_max: number("/proc/sys/kernel/threads-max").unwrap_or(0),
             map_files: map_files_readable(),
@@ -323,6 +323,11 @@ fn try_namespaces() -> ! {
 
 fn setting(path: &str) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim().to_owned())
+}
+
+/// `vm.max_map_count`, by which a process may have one mapping more.
+pub fn max_map_count() -> u64 {
+    number("/proc/sys/vm/max_map_count").unwrap_or(65530)
 }
 
 fn number(path: &str) -> Option<u64> {

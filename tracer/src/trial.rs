@@ -52,7 +52,7 @@ fn make() -> ! {
 /// Everything that is made inside of a job that is checkpointed and goes on. Made without a heap, in
 /// a child.
 #[must_use]
-pub fn remote_calls() -> [Call; 44] {
+pub fn remote_calls() -> [Call; 45] {
     const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
     const FIXED: u64 = PRIVATE | libc::MAP_FIXED_NOREPLACE as u64;
     const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
@@ -70,6 +70,7 @@ pub fn remote_calls() -> [Call; 44] {
     [
         // The way in and out; see `remote`.
         Call::new("mmap", libc::SYS_mmap, &unmapped),
+        Call::new("mremap", libc::SYS_mremap, &[0, 0, 0, 0]),
         Call::new("munmap", libc::SYS_munmap, &[0, 0]),
         Call::new("rt_sigprocmask", libc::SYS_rt_sigprocmask, &[2, 0, 0, 8]),
         Call::new("gettid", libc::SYS_gettid, &[]),

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use ckpt_tracer::proc::limits::read_limits;
 use ckpt_tracer::proc::maps::Vma;
-use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls};
+use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls, Scratch};
 use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{Pid, RemoteAddr};
 
@@ -131,7 +131,8 @@ fn settle_process(
             "let the program leave one of them alone",
         ));
     }
-    let mut calls = RemoteCalls::begin(leader, cave, RemoteAddr(scratch), room.len)?;
+    let memory = Scratch::in_hole(RemoteAddr(scratch), room.len);
+    let mut calls = RemoteCalls::begin(leader, cave, memory)?;
     contexts_are_there(&mut calls, source, &rings)?;
     let affinity = affinity(&mut calls)?;
     let fd = next_descriptor(source)?;

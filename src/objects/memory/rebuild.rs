@@ -1,7 +1,9 @@
 //! Mappings as operations of a plan.
 
+use ckpt_tracer::Result;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::maps::{Vma, VmaName};
+use ckpt_tracer::remote::RemoteCalls;
 
 use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
 use crate::error::Obstacle;
@@ -87,30 +89,58 @@ impl Mapping {
         flags
     }
 
-    fn map(&self, flags: i32, fd: i64, offset: u64, plan: &mut Builder) {
-        let args = [
+    fn mmap_args(&self, flags: i32, fd: i64, offset: u64) -> [u64; 6] {
+        [
             self.start,
             self.len(),
             self.mapped_prot(),
             (flags | self.map_flags()) as u64,
             fd as u64,
             offset,
-        ];
+        ]
+    }
+
+    /// Maps private anonymous memory that holds nothing, by calls in the task itself.
+    pub fn map_empty(&self, calls: &mut RemoteCalls<'_>) -> Result<()> {
+        let args = self.mmap_args(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+        calls.call("mmap", libc::SYS_mmap, args)?;
+        for advice in self.huge_advice() {
+            let args = [self.start, self.len(), advice, 0, 0, 0];
+            // As in a plan, where the kernel may have no huge pages.
+            let _ = calls.call("madvise", libc::SYS_madvise, args);
+        }
+        if self.mapped_prot() != u64::from(self.prot) {
+            let args = [self.start, self.len(), self.prot.into(), 0, 0, 0];
+            calls.call("mprotect", libc::SYS_mprotect, args)?;
+        }
+        Ok(())
+    }
+
+    fn map(&self, flags: i32, fd: i64, offset: u64, plan: &mut Builder) {
+        let args = self.mmap_args(flags, fd, offset);
         plan.expect(libc::SYS_mmap, &args, self.start, || self.object());
         // Before pages come, so that they come as huge pages or not.
-        for (flag, advice) in [
-            (MappingFlags::HUGE, libc::MADV_HUGEPAGE),
-            (MappingFlags::NO_HUGE, libc::MADV_NOHUGEPAGE),
-        ] {
-            if self.flags.contains(flag) {
-                let args = [self.start, self.len(), advice as u64];
-                plan.attempt(libc::SYS_madvise, &args, || self.object());
-            }
+        for advice in self.huge_advice() {
+            let args = [self.start, self.len(), advice];
+            plan.attempt(libc::SYS_madvise, &args, || self.object());
         }
         // Likewise, so that they come on its nodes.
         if self.policy.is_some() {
             self.rebuild_policy(plan);
         }
+    }
+
+    /// `MADV_*` that says whether its pages are huge ones.
+    fn huge_advice(&self) -> impl Iterator<Item = u64> {
+        let flags = self.flags;
+        let all = [
+            (MappingFlags::HUGE, libc::MADV_HUGEPAGE),
+            (MappingFlags::NO_HUGE, libc::MADV_NOHUGEPAGE),
+        ];
+        let given = all
+            .into_iter()
+            .filter(move |(flag, _)| flags.contains(*flag));
+        given.map(|(_, advice)| advice as u64)
     }
 }
 
@@ -122,7 +152,7 @@ pub fn clear_and_move(
     keep: &[(u64, u64)],
     hole: u64,
     plan: &mut Builder,
-) -> Result<(), Box<Obstacle>> {
+) -> std::result::Result<(), Box<Obstacle>> {
     let kind = KernelMapping::of;
     for vma in present
         .iter()

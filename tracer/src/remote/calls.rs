@@ -4,6 +4,7 @@ use nix::errno::Errno;
 
 use super::cave::{Cave, cave_image};
 use super::restart::effective_rip;
+use super::scratch::Scratch;
 use crate::dispatch::Dispatch;
 use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
@@ -36,43 +37,30 @@ pub struct RemoteCalls<'a> {
     pub(super) dispatch: Option<Dispatch>,
     pub(super) scratch: RemoteAddr,
     pub(super) scratch_len: u64,
+    /// What the call that maps it answers.
+    pub(super) mapped: u64,
     pub(super) owns_scratch: bool,
     pub(super) entered: bool,
     pub(super) doorbell: Option<i32>,
 }
 
 impl<'a> RemoteCalls<'a> {
-    /// Makes the task ready and maps `scratch_len` bytes of scratch memory (readable and
-    /// writable, private) at `scratch`, a hole that the caller found.
-    pub fn begin(
-        task: &'a mut Stopped,
-        cave: &'a Cave<'a>,
-        scratch: RemoteAddr,
-        scratch_len: u64,
-    ) -> Result<Self> {
+    /// Makes the task ready and maps the scratch memory (readable and writable, private).
+    pub fn begin(task: &'a mut Stopped, cave: &'a Cave<'a>, scratch: Scratch) -> Result<Self> {
         let mut calls = Self::prepare(task, cave, 0)?;
-        calls.scratch = scratch;
-        calls.scratch_len = scratch_len;
+        let mapping = scratch.mapping();
+        calls.scratch = scratch.at;
+        calls.scratch_len = scratch.len;
+        calls.mapped = mapping.answer;
         cave.set_owner(0)?;
         calls.write_way_home()?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-        let args = [
-            scratch.raw(),
-            scratch_len,
-            (libc::PROT_READ | libc::PROT_WRITE) as u64,
-            flags as u64,
-            u64::MAX,
-            0,
-        ];
-        let image = cave_image();
-        let regs = calls.call_regs(image.boot, libc::SYS_mmap, args);
+        let regs = calls.call_regs(cave_image().boot, mapping.nr, mapping.args);
         calls.enter(&regs)?;
-        let answer = calls.run_call("mmap")?;
-        if answer != scratch.raw() {
+        if calls.run_call(mapping.name)? != mapping.answer {
             let _ = calls.go_home();
             return Err(Error::Remote {
                 tid: calls.task.tid(),
-                call: "mmap",
+                call: mapping.name,
                 errno: Errno::EEXIST,
             });
         }
@@ -111,6 +99,7 @@ impl<'a> RemoteCalls<'a> {
             dispatch,
             scratch: RemoteAddr(0),
             scratch_len: 0,
+            mapped: 0,
             owns_scratch: false,
             entered: false,
             doorbell: cave.doorbell,

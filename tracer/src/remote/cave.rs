@@ -39,11 +39,11 @@ global_asm!(
     ".hidden ckpt_cave_end",
     ".balign 8",
     "ckpt_cave_start:",
-    // First call: mmap of the scratch memory at a chosen address. Only if that worked may
+    // First call: it maps the scratch memory at a chosen address. Only if that worked may
     // the way home unmap it.
     "ckpt_cave_boot:",
     "    syscall",
-    "    cmp rax, qword ptr [rip + ckpt_cave_scratch]",
+    "    cmp rax, qword ptr [rip + ckpt_cave_mapped]",
     "    jne 2f",
     "    jmp 1f",
     // Every further call.
@@ -148,6 +148,8 @@ global_asm!(
     "ckpt_cave_scratch:",
     ".quad 0",
     "ckpt_cave_scratch_len:",
+    ".quad 0",
+    "ckpt_cave_mapped:", // what the first call answers
     ".quad 0",
     "ckpt_cave_mask:",
     ".quad 0",

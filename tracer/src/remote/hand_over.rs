@@ -15,6 +15,7 @@ impl<'a> RemoteCalls<'a> {
         let mut next = Self::prepare(task, self.cave, 1 - self.id)?;
         next.scratch = self.scratch;
         next.scratch_len = self.scratch_len;
+        next.mapped = self.mapped;
         next.write_way_home()?;
         let home = cave_image().home;
         let regs = next.call_regs(home, libc::SYS_gettid, [0; 6]);

@@ -16,6 +16,7 @@ impl RemoteCalls<'_> {
         let words = [
             self.scratch.raw(),
             self.scratch_len,
+            self.mapped,
             self.mask,
             flags,
             self.cave.owner_at().raw(),

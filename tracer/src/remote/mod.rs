@@ -27,7 +27,7 @@
 //! # Order of events, and what a dead tracer leaves at each point
 //!
 //! 1. Cave written. Nobody is in it: nothing happens; a later attach finds and clears it.
-//! 2. Registers set into the cave. The task makes the first call (an mmap of scratch memory)
+//! 2. Registers set into the cave. The task makes the first call (an mmap of scratch memory, or an mremap)
 //!    and walks home. A signal that comes meanwhile runs its handler on the task's own stack.
 //! 3. All signals blocked. The same; the way home restores the mask.
 //! 4. Calls. The same.
@@ -38,6 +38,7 @@
 //! # What is where
 //!
 //! * `calls`: [`RemoteCalls`], a task made ready: the way in, one call after the other, the scratch memory.
+//! * `scratch`: where the scratch memory comes from.
 //! * `home`: the way home, and back to where the task was.
 //! * `hand_over`: from one task of an address space to the next.
 //! * `batch`: lists of calls, [`Call`].
@@ -57,6 +58,7 @@ mod hold;
 mod home;
 pub mod lend;
 mod restart;
+mod scratch;
 mod wait;
 
 pub use batch::Call;
@@ -64,3 +66,4 @@ pub use calls::RemoteCalls;
 pub use cave::{Cave, leave_stale_cave};
 pub use hold::Hold;
 pub use restart::{effective_rip, hide_interruption};
+pub use scratch::Scratch;
