@@ -2,6 +2,7 @@
 # make test   everything; installs what the tests need
 # make field   some 130 real programs, cut at random moments; installs them; not a part of make test
 # make test-kernels  on other kernels, in virtual machines; not a part of make test
+# make chaos  random jobs for a long time (docs/chaos.md): SEEDS=N jobs from SEED=N on, SECONDS=N at most, AS=user, ONLY=KIND,…
 # make lint   formatting, clippy, documentation, the freestanding restorer
 # make bench  figures as ratios in one run (docs/performance.md)
 
@@ -9,7 +10,7 @@ CARGO ?= cargo
 # One set of features everywhere, so that everything is built once.
 FEATURES = --features faults
 
-.PHONY: all demo test field test-kernels lint bench fuzz install clean deps
+.PHONY: all demo test field chaos test-kernels lint bench fuzz install clean deps
 
 all:
 	$(CARGO) build --release
@@ -35,6 +36,15 @@ field:
 test-kernels:
 	@scripts/install-test-deps
 	@tests/kernels/run
+
+SEEDS ?= 10000
+SECONDS ?= 86400
+
+chaos:
+	@scripts/install-build-deps
+	$(CARGO) build -p ckpt -p ckpt-fixtures --bins --features ckpt/faults
+	target/debug/ckpt-chaos --jobs $(SEEDS) --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(filter user,$(AS)),--user)
 
 lint:
 	@scripts/install-build-deps

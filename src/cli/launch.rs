@@ -60,6 +60,7 @@ pub(super) fn launch(
 }
 
 fn here(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Launched, Failure> {
+    opened.keep_from_parents_end();
     let mut terminal = None;
     let mut prepared = values.map(|values| values.prepare()).transpose()?;
     let mut published = Ok(());

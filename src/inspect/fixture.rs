@@ -146,6 +146,7 @@ pub(crate) fn snapshot() -> Snapshot {
         kind,
         flags: 2,
         owner: None,
+        made_by: None,
     };
     Snapshot {
         namespaces: Default::default(),

@@ -72,6 +72,17 @@ pub const SIGNALS: u32 = 64;
 /// Bytes of `struct kernel_sigaction`.
 const ACTION_BYTES: u64 = 32;
 
+/// Whether a signal does nothing to a process with these actions.
+pub fn is_ignored(actions: &[Action], signal: u32) -> bool {
+    const BY_DEFAULT: [i32; 4] = [libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH];
+    let action = actions.iter().find(|action| action.signal == signal);
+    match action.map_or(libc::SIG_DFL, |action| action.handler as usize) {
+        libc::SIG_IGN => true,
+        libc::SIG_DFL => BY_DEFAULT.contains(&(signal as i32)),
+        _ => false,
+    }
+}
+
 /// All actions that are not the plain default.
 pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
     let unchangeable = [libc::SIGKILL as u64, libc::SIGSTOP as u64];

@@ -256,7 +256,9 @@ fn open<'a>(
             })?;
             // Only a description that open(2) makes for writing keeps the file from being executed
             // (ETXTBSY, `deny_write_access`); that of memfd_create(2) does not, and was the first.
-            let writes = description.flags as i32 & (libc::O_ACCMODE | libc::O_PATH);
+            // Nor has that one O_SYNC, which only an open gives.
+            let given = libc::O_ACCMODE | libc::O_PATH | libc::O_SYNC;
+            let writes = description.flags as i32 & given;
             let file = match writes == libc::O_RDWR && !std::mem::replace(&mut made.given, true) {
                 true => made.file.try_clone().map_err(|source| Error::File {
                     what: "copy",
@@ -265,7 +267,9 @@ fn open<'a>(
                 })?,
                 false => reopen(&made.file, description.flags)?,
             };
-            seek(&file, memfd.offset)?;
+            if description.flags as i32 & libc::O_PATH == 0 {
+                seek(&file, memfd.offset)?;
+            }
             Ok(file.into())
         }
         Inherited::Removed(_) | Inherited::RemovedPlace(_) => {
@@ -473,7 +477,9 @@ fn seal(file: &File, memfd: &MemFd) -> Result<()> {
 fn reopen(file: &File, flags: u32) -> Result<File> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let access = flags as i32 & libc::O_ACCMODE;
-    let status = flags as i32 & (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT);
+    // Of these, O_SYNC (with O_DSYNC in it) is set by nothing but an open.
+    let kept = libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_SYNC | libc::O_NOATIME;
+    let status = flags as i32 & (kept | libc::O_PATH);
     OpenOptions::new()
         .read(access != libc::O_WRONLY)
         .write(access != libc::O_RDONLY)

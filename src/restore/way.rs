@@ -22,7 +22,7 @@ use crate::objects::files::changed::Cut;
 use crate::objects::files::left;
 use crate::objects::processor::Baseline;
 use crate::objects::vdso::{self, Replaced};
-use crate::objects::{Snapshot, credentials, ipc, processor, seccomp, security};
+use crate::objects::{Snapshot, credentials, ipc, processor, seccomp, security, signals};
 use crate::snapshot;
 
 /// An image that was read and can be believed.
@@ -77,6 +77,28 @@ impl Opened<'_> {
     pub fn restored_by(&mut self, owner: &crate::isolate::Owner) {
         self.groups = owner.groups.clone();
         self.groups_there = owner.groups.clone();
+    }
+
+    /// With `--detach` the job's parent ends when the job runs. That is not to come to its first process as the
+    /// signal that it asked for (`PR_SET_PDEATHSIG`), which would be the end of most; one that is ignored may.
+    pub fn keep_from_parents_end(&mut self) {
+        if self.request.foreground {
+            return;
+        }
+        let root = &mut self.snapshot.processes[0];
+        let actions = &root.actions;
+        let threads = root.threads.iter_mut();
+        let asked = threads.filter(|thread| {
+            let signal = thread.parent_death_signal;
+            signal != 0 && !signals::is_ignored(actions, signal)
+        });
+        if asked.map(|thread| thread.parent_death_signal = 0).count() > 0 {
+            self.warnings.push(format!(
+                "process {} asked for a signal at the end of its parent and gets none: its parent is restore, \
+                 which ends before it",
+                root.pid
+            ));
+        }
     }
 
     /// Decides where the job would have its pids, and who would do the work; what stands in the way of

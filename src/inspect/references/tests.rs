@@ -170,6 +170,7 @@ fn descriptors() {
             kind,
             flags: 0,
             owner: None,
+            made_by: None,
         }
     };
     assert!(fault(|s| s.descriptions.push(epoll(9))).contains("description 9"));

@@ -216,6 +216,7 @@ mod tests {
                 kind,
                 flags: libc::O_RDWR as u32,
                 owner: None,
+                made_by: None,
             })
             .into();
         let mut second = snapshot.processes[0].clone();

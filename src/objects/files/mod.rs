@@ -73,6 +73,10 @@ pub struct Description {
     pub flags: u32,
     /// Who gets SIGIO.
     pub owner: Option<Owner>,
+    /// User and group that a pipe or socket was made by, as fstat(2) tells. A process that has become another
+    /// user may open its standard output anew by `/proc/self/fd` only where they are right.
+    #[serde(default)]
+    pub made_by: Option<(u32, u32)>,
 }
 
 /// `F_SETOWN_EX` and `F_SETSIG`.
@@ -217,6 +221,7 @@ pub fn capture(
                 kind,
                 flags: look.info.flags,
                 owner: look.owner(),
+                made_by: look.made_by(),
             }),
             Err(obstacle) => collector.refuse(*obstacle),
         }
@@ -314,7 +319,7 @@ fn kind(
             Ok(Kind::SignalFd(signalfd::SignalFd { mask: *mask }))
         }
         (FdLink::AnonInode(_), FdDetail::TimerFd(timer)) => {
-            Ok(Kind::TimerFd(timerfd::TimerFd::of(timer)))
+            Ok(Kind::TimerFd(timerfd::TimerFd::of(timer, &look.copy)))
         }
         (FdLink::AnonInode(name), FdDetail::Epoll { .. }) if name == "eventpoll" => {
             Ok(Kind::Epoll(epoll::Epoll {

@@ -288,6 +288,7 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
             inotify.rebuild_watches(at, staging, plan);
         }
         rebuild_status(description, at, plan);
+        rebuild_maker(description, at, plan);
         if let Kind::Regular(r) = &description.kind {
             r.rebuild_locks(at, plan);
         }
@@ -350,8 +351,28 @@ fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
         Kind::Regular(_) | Kind::Device(_) | Kind::ProcFile(_) => wanted,
         _ => 0,
     };
-    if wanted != opened_with || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_)) {
+    // Nothing but F_SETFL gives it to what is not opened by a path.
+    let noatime = match description.kind {
+        Kind::Regular(_) | Kind::Device(_) | Kind::Fifo(_) => 0,
+        _ => description.flags & libc::O_NOATIME as u32,
+    };
+    if wanted != opened_with
+        || noatime != 0
+        || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_))
+    {
         set_flags(description, at, wanted, plan);
+    }
+}
+
+/// Gives a pipe or socket to who had made it. Without CAP_CHOWN it stays ours (limits.md).
+fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
+    let nameless = matches!(description.kind, Kind::Pipe(_) | Kind::UnixSocket(_));
+    let ours = &plan.host().credentials;
+    let ours = (ours.uid[3], ours.gid[3]);
+    if let Some((user, group)) = description.made_by.filter(|ids| nameless && *ids != ours) {
+        let args = [at as u64, user.into(), group.into()];
+        let object = || format!("who made an open file ({})", description.kind.label());
+        plan.attempt(libc::SYS_fchown, &args, object);
     }
 }
 

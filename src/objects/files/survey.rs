@@ -281,6 +281,13 @@ impl Look {
         self.stat.st_mode & libc::S_IFMT
     }
 
+    /// See [`Description::made_by`](super::Description).
+    pub(super) fn made_by(&self) -> Option<(u32, u32)> {
+        let kinds = [libc::S_IFIFO, libc::S_IFSOCK];
+        let nameless = kinds.contains(&self.file_type()) && !self.is_path();
+        nameless.then_some((self.stat.st_uid, self.stat.st_gid))
+    }
+
     pub(super) fn owner(&self) -> Option<Owner> {
         if self.info.flags as i32 & libc::O_PATH != 0 {
             return None;

@@ -107,13 +107,18 @@ pub fn may_write(directory: &Path) -> bool {
 
 /// poll(2) without waiting: the events that hold now.
 pub fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
+    poll_for(fd, events, 0)
+}
+
+/// poll(2): the events that hold within so many milliseconds.
+pub fn poll_for(fd: &OwnedFd, events: i16, milliseconds: i32) -> i16 {
     let mut p = libc::pollfd {
         fd: fd.as_raw_fd(),
         events,
         revents: 0,
     };
     // SAFETY: one live entry.
-    unsafe { libc::poll(&mut p, 1, 0) };
+    unsafe { libc::poll(&mut p, 1, milliseconds) };
     p.revents
 }
 

@@ -1,7 +1,11 @@
 //! timerfd_create(2).
 
+use std::os::fd::OwnedFd;
+
+use ckpt_tracer::proc::fdinfo;
 use serde::{Deserialize, Serialize};
 
+use super::sys;
 use crate::objects::Host;
 use crate::restore::plan::Builder;
 
@@ -23,13 +27,20 @@ pub struct TimerFd {
 /// `TFD_IOC_SET_TICKS`, `_IOW('T', 0, u64)` (CONFIG_CHECKPOINT_RESTORE).
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 
+/// Milliseconds in which a timer that is due has fired.
+const DUE_MS: i32 = 2;
+
 impl TimerFd {
-    /// From its fdinfo.
-    pub fn of(timer: &ckpt_tracer::proc::fdinfo::TimerFd) -> Self {
+    /// From its fdinfo; `copy` is a descriptor of ours for it.
+    pub fn of(timer: &fdinfo::TimerFd, copy: &OwnedFd) -> Self {
         let pair = |(s, ns): (u64, u64)| (s as i64, ns as i64);
+        // A periodic timer of which nothing remains and nothing is unread is disarmed, or it is due at
+        // this very moment and has fired in the next.
+        let unclear = timer.value == (0, 0) && timer.interval != (0, 0) && timer.ticks == 0;
+        let fires = unclear && sys::poll_for(copy, libc::POLLIN, DUE_MS) & libc::POLLIN != 0;
         Self {
             clock: timer.clockid,
-            ticks: timer.ticks,
+            ticks: if fires { 1 } else { timer.ticks },
             settime_flags: timer.settime_flags,
             remaining: pair(timer.value),
             interval: pair(timer.interval),
@@ -62,12 +73,15 @@ impl TimerFd {
             0,
             object,
         );
-        // A periodic timer that is due at this very moment shows nothing remaining; the
-        // smallest time starts it.
-        let due = self.remaining == (0, 0) && self.interval != (0, 0);
-        let remaining = if due { (0, 1) } else { self.remaining };
-        if remaining != (0, 0) {
-            let due = self.due(remaining, host);
+        // A periodic timer that has fired shows nothing remaining until it is read; the smallest time
+        // starts it. One that is disarmed keeps its interval.
+        let fired = self.remaining == (0, 0) && self.ticks != 0 && self.interval != (0, 0);
+        let remaining = if fired { (0, 1) } else { self.remaining };
+        if (remaining, self.interval) != ((0, 0), (0, 0)) {
+            let due = match remaining {
+                (0, 0) => (0, 0),
+                _ => self.due(remaining, host),
+            };
             let words = [self.interval.0, self.interval.1, due.0, due.1];
             let data = plan.data(&words.map(i64::to_le_bytes).concat());
             let args = [0, self.settime_flags.into(), data, 0];

@@ -330,7 +330,8 @@ impl MessageQueue {
         let mut name = self.name_now(snapshot);
         name.push(0);
         let name = plan.data(&name);
-        let access = flags as i32 & libc::O_ACCMODE | libc::O_CLOEXEC;
+        // The kernel closes it on exec by itself, and F_GETFL would tell the flag.
+        let access = flags as i32 & libc::O_ACCMODE;
         let args = [name, access as u64, 0, 0];
         plan.expect(libc::SYS_mq_open, &args, 0, || self.title());
         files::place(0, at, plan, || self.title());

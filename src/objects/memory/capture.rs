@@ -335,6 +335,7 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
             kind: files::Kind::MemFd(files::memfd::MemFd { offset: 0, ..memfd }),
             flags: access as u32,
             owner: None,
+            made_by: None,
         });
         collector.descriptions.len() - 1
     })

@@ -125,6 +125,7 @@ impl Survey {
                 kind: Kind::UnixSocket(ghost),
                 flags: libc::O_RDWR as u32,
                 owner: None,
+                made_by: None,
             })
     }
 }
