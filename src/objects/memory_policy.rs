@@ -26,7 +26,7 @@ const OF_ADDRESS: u64 = 2;
 const NODES: usize = 1024;
 /// `maxnode`, of which the kernel takes one away (`get_nodes`, mm/mempolicy.c).
 const MAX_NODE: u64 = NODES as u64 + 1;
-/// Bytes of an answer: the mode, and at [`SET`] the nodes.
+/// Bytes of an answer: the mode, and at byte 8 the nodes.
 pub const ROOM: u64 = SET + NODES as u64 / 8;
 const SET: u64 = 8;
 
