@@ -22,6 +22,8 @@ use crate::objects::files::left::Choices;
 use crate::objects::ipc;
 use crate::objects::namespaces;
 use crate::objects::process::{self, Depth};
+use crate::objects::zombie::{self, Zombie};
+use crate::restore::births::{self, kin};
 
 /// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
 /// nothing.
@@ -110,13 +112,18 @@ fn look(family: &Family, depth: Depth, choices: &Choices) -> Result<Vec<Obstacle
     let all: Vec<&Source> = sources.iter().collect();
     let mut collector = Collector::for_a_look();
     collector.choices = choices.clone();
-    match look_at_all(&all, depth, &mut collector) {
+    match look_at_all(&all, &family.ended, depth, &mut collector) {
         Ok(()) => Ok(collector.obstacles),
         Err(e) => denial(e, &family.living),
     }
 }
 
-fn look_at_all(sources: &[&Source], depth: Depth, collector: &mut Collector) -> Result<()> {
+fn look_at_all(
+    sources: &[&Source],
+    ended: &[Pid],
+    depth: Depth,
+    collector: &mut Collector,
+) -> Result<()> {
     for source in sources {
         inside_the_job(source, collector)?;
     }
@@ -125,6 +132,15 @@ fn look_at_all(sources: &[&Source], depth: Depth, collector: &mut Collector) -> 
     }
     clocks_of_their_own(sources, collector);
     let outside = process::capture_from_outside(sources, depth, collector)?;
+    if matches!(collector.copies, Copies::Taken) {
+        // A process whose parent has just waited for it is none of the job's any more.
+        let zombies = ended.iter().filter_map(|pid| zombie::capture(*pid).ok());
+        let zombies: Vec<Zombie> = zombies.collect();
+        let kin = kin::of_all(sources, &outside, collector)?;
+        if let Err(obstacles) = births::decide_for(&kin, &zombies) {
+            obstacles.into_iter().for_each(|o| collector.refuse(o));
+        }
+    }
     let spaces = process::address_spaces(sources, &outside, collector);
     ipc::capture(&spaces, collector)
 }

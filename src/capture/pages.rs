@@ -181,7 +181,12 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
     /// Takes the contents of a space that is not an address space.
     pub fn contents(&mut self, space: SpaceId, contents: &Contents) -> Result<()> {
         match contents {
-            Contents::File(file, size) => self.file(space, file, *size),
+            Contents::File(file, size) => self.file(space, (file, *size), next_data),
+            // As if it had no holes.
+            Contents::Held(file, size) => {
+                let rest = |_: &File, from, size| (from < size).then_some((from, size));
+                self.file(space, (file, *size), rest)
+            }
             Contents::Memory(views) => {
                 for of_one in views.chunk_by(|a, b| a.0 == b.0) {
                     let mem = ProcessMemory::open(of_one[0].0)?;
@@ -223,15 +228,20 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         Ok(())
     }
 
-    /// Takes a file's data; holes stay holes.
-    fn file(&mut self, space: SpaceId, file: &File, size: u64) -> Result<()> {
+    /// Takes a file's data, of which `next` finds the stretch at or after an offset; holes stay holes.
+    fn file(
+        &mut self,
+        space: SpaceId,
+        (file, size): (&File, u64),
+        next: impl Fn(&File, u64, u64) -> Option<(u64, u64)>,
+    ) -> Result<()> {
         let error = |source| Error::File {
             what: "read",
             path: "a file of the job".into(),
             source,
         };
         let mut at = 0;
-        while let Some((start, end)) = next_data(file, at, size) {
+        while let Some((start, end)) = next(file, at, size) {
             let start = start / PAGE as u64 * PAGE as u64;
             let mut offset = start;
             while offset < end {

@@ -66,10 +66,22 @@ impl Source {
 pub enum Contents {
     /// A file of that size.
     File(File, u64),
+    /// The same through the job's own open file description, whose offset is to stay.
+    Held(File, u64),
     /// Memory of processes that show it: (process, offset in the object, address, bytes).
     Memory(Vec<(Pid, u64, u64, u64)>),
     /// A System V segment that nobody has attached: its id, its size.
     Segment(i32, u64),
+}
+
+impl Contents {
+    /// The file that they are read from.
+    pub fn as_file(&self) -> Option<&File> {
+        match self {
+            Contents::File(file, _) | Contents::Held(file, _) => Some(file),
+            Contents::Memory(_) | Contents::Segment(..) => None,
+        }
+    }
 }
 
 /// How a capture takes what goes by itself ([`Obstacle::passing`]) and could also be left out.

@@ -147,6 +147,7 @@ pub(crate) fn snapshot() -> Snapshot {
         flags: 2,
         owner: None,
         made_by: None,
+        locks: Vec::new(),
     };
     Snapshot {
         namespaces: Default::default(),

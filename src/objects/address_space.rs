@@ -173,6 +173,12 @@ impl AddressSpace {
             });
         }
         switches::rebuild(&switches, Scope::Memory, plan);
+        let merges = |s: &Switch| s.name == switches::MEMORY_MERGE && s.value != 0;
+        if switches.iter().any(merges) {
+            // The switch marks all that is mapped. What it does not apply to, such as the stack of a program that
+            // was executed with it, is not marked.
+            self.mappings.iter().for_each(|m| m.unmerge(plan));
+        }
     }
 
     /// What must find the mappings complete: `mlockall`, seals, `PR_SET_MDWE`.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::address_space::{self, AddressSpace};
 use super::cgroup::{self, Cgroup};
 use super::dynamic_state::{self, DynamicState};
-use super::files::{self, FdEntry, regular::Lock, removed};
+use super::files::{self, FdEntry, lock::Lock, removed};
 use super::ipc::Ipc;
 use super::ipc::undo::{self, Adjustment};
 use super::landlock::Bystanders;
@@ -31,9 +31,10 @@ use super::session;
 use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
 use super::timers::{self, IntervalTimers, PosixTimer};
-use super::{SpaceId, memory};
+use super::{SpaceId, aio, memory};
 use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
+use crate::restore::births::kin;
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -169,17 +170,6 @@ impl Process {
     pub fn is_under_seccomp(&self) -> bool {
         self.threads.iter().any(|t| t.seccomp.is_on())
     }
-
-    /// Whether the process was forked by that parent, and neither has executed a program since.
-    fn is_fork_of(&self, parent: &Process) -> bool {
-        let (mine, theirs) = (&self.memory, &parent.memory);
-        self.parent == parent.pid
-            && !self.shares.memory
-            && mine.executable == theirs.executable
-            && mine.auxv == theirs.auxv
-            && mine.layout.start_stack == theirs.layout.start_stack
-            && mine.layout.start_code == theirs.layout.start_code
-    }
 }
 
 /// What can be captured of a process without executing anything in it. Also the heart of
@@ -243,6 +233,8 @@ pub fn capture_from_outside(
             Some(parent) => (parent.vmas.clone(), parent.memory.clone()),
             None => memory_from_outside(source, depth, &scanner, collector)?,
         };
+        let requests = aio::hides_requests(source, &vmas, collector)?;
+        requests.into_iter().for_each(|o| collector.refuse(o));
         all.push(FromOutside {
             vmas,
             memory,
@@ -252,6 +244,9 @@ pub fn capture_from_outside(
             terminal: terminals.controlling(index, source, collector),
             scanner,
         });
+    }
+    for (source, outside) in sources.iter().zip(&all) {
+        memory::hidden_by_guards(source, &outside.memory.mappings, collector);
     }
     Ok(all)
 }
@@ -525,7 +520,9 @@ pub fn capture(
         coredump_filter: tasks::coredump_filter(dir)?,
         semaphore_adjustments,
     };
-    process.forked = job.parent.is_some_and(|parent| process.is_fork_of(parent));
+    process.forked = job
+        .parent
+        .is_some_and(|parent| kin::is_fork_of(&process, parent));
     Ok((process, vmas, scanner))
 }
 

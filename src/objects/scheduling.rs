@@ -83,12 +83,18 @@ impl Scheduling {
         const REAL_TIME: i32 = 1;
         const CLASS: u32 = 13;
         let word = |at: usize| self.attr.get(at..at + 4)?.first_chunk().copied();
-        let policy = word(4).map_or(0, i32::from_le_bytes);
+        let policy = self.policy();
         let nice = word(16).map_or(0, i32::from_le_bytes);
         self.nice < 0
             || nice < 0
             || !ORDINARY.contains(&policy)
             || self.io_priority >> CLASS == REAL_TIME
+    }
+
+    /// `SCHED_*`; the second word of `struct sched_attr`.
+    fn policy(&self) -> i32 {
+        let word = self.attr.get(4..8).and_then(|word| word.first_chunk());
+        word.map_or(libc::SCHED_OTHER, |word| i32::from_le_bytes(*word))
     }
 
     /// Sets what differs from `now`, the scheduling of the process that restores. An affinity
@@ -120,5 +126,13 @@ impl Scheduling {
         }
         let args = [libc::PR_SET_TIMERSLACK as u64, self.timer_slack];
         plan.syscall(libc::SYS_prctl, &args, object);
+        const REAL_TIME: [i32; 3] = [libc::SCHED_FIFO, libc::SCHED_RR, libc::SCHED_DEADLINE];
+        if self.timer_slack == 0 && !REAL_TIME.contains(&self.policy()) {
+            // 0 asks for the default, and only a fork of a real-time task inherits it.
+            plan.warn(
+                "the timer slack was 0, inherited from a real-time task, and is the default now"
+                    .into(),
+            );
+        }
     }
 }

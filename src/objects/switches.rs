@@ -21,6 +21,9 @@ pub struct Switch {
     pub value: u64,
 }
 
+/// Marks what may be marked with `MADV_MERGEABLE`, and will be.
+pub const MEMORY_MERGE: &str = "PR_SET_MEMORY_MERGE";
+
 /// What a switch belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
@@ -144,7 +147,7 @@ const TABLE: &[Row] = &[
         takes: None,
     },
     Row {
-        name: "PR_SET_MEMORY_MERGE",
+        name: MEMORY_MERGE,
         what: "the merging of equal pages",
         scope: Scope::Memory,
         default: 0,

@@ -374,7 +374,8 @@ impl Thread {
         }
         dynamic_state::load_tiles(&self.xstate, plan);
         let (sp, flags, size) = self.alternate_stack;
-        if size != 0 {
+        // An execve(2) takes the stack away and leaves SS_AUTODISARM.
+        if size != 0 || flags != libc::SS_DISABLE as u32 {
             let mut stack = [0u8; 24];
             stack[..8].copy_from_slice(&sp.to_le_bytes());
             stack[8..12].copy_from_slice(&flags.to_le_bytes());

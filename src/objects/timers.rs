@@ -267,7 +267,10 @@ fn create(timer: &PosixTimer, process: &Process, snapshot: &Snapshot, plan: &mut
     match (CpuTime::of(clock), timer.thread) {
         // Its creator is not told of; what watches its own time lets itself be notified.
         (Some(CpuTime::Own), Some(tid)) if clock & PER_THREAD != 0 => {
-            clock = of_thread(clock, tid);
+            // The leader creates them all.
+            if tid != process.pid {
+                clock = of_thread(clock, tid);
+            }
             measured_gone = notified_gone;
         }
         (Some(CpuTime::Thread(tid)), _) => measured_gone = Some(tid).filter(|tid| !has(*tid)),

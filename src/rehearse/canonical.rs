@@ -82,6 +82,7 @@ pub(crate) fn locks(snapshot: &mut Snapshot) {
         process.record_locks.clear();
     }
     for description in &mut snapshot.descriptions {
+        description.locks.clear();
         if let Kind::Regular(file) = &mut description.kind {
             file.locks.clear();
         }

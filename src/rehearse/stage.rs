@@ -27,7 +27,7 @@ use crate::objects::Snapshot;
 use crate::objects::cgroup::Policy;
 use crate::objects::files::Kind;
 use crate::objects::files::left::Choices;
-use crate::objects::files::regular::LockKind;
+use crate::objects::files::lock::LockKind;
 use crate::objects::namespaces::Namespaces;
 use crate::progress::Silent;
 use crate::restore::clock::ClockPolicy;
@@ -182,9 +182,6 @@ fn in_the_way(job: &Snapshot) -> Vec<Obstacle> {
         Kind::MessageQueue(queue) if !queue.unlinked && queue.held > 0 => {
             Some("is a message queue, whose messages cannot be read without taking them")
         }
-        Kind::Regular(file) if file.locks.iter().any(|l| l.kind == LockKind::Lease) => {
-            Some("holds a lease, which its copy would break")
-        }
         Kind::Inotify(inotify) if inotify.watches.iter().any(|w| w.mask & OPENING != 0) => {
             Some("watches how files are opened, as its copy would do")
         }
@@ -192,7 +189,9 @@ fn in_the_way(job: &Snapshot) -> Vec<Obstacle> {
     };
     let descriptions = job.descriptions.iter().enumerate();
     let found = descriptions.filter_map(|(index, d)| {
-        let reason = reason(&d.kind)?;
+        let lease = d.locks().iter().any(|l| l.kind == LockKind::Lease);
+        let lease = lease.then_some("holds a lease, which its copy would break");
+        let reason = lease.or_else(|| reason(&d.kind))?;
         let of = job.processes.iter().find_map(|process| {
             let entry = process.fds.iter().find(|e| e.description == index)?;
             Some(format!("fd {} of process {}", entry.fd, process.pid))

@@ -8,15 +8,16 @@
 //! the session's leader creates it for that parent (`CLONE_PARENT`), or by a phantom whose end leaves it to that one,
 //! a child subreaper.
 
+pub mod kin;
 mod site;
 
 use std::collections::HashMap;
 
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::objects::memory::Backing;
-use crate::objects::process::{Process, Shares};
+use crate::objects::process::Shares;
 use crate::objects::zombie::Zombie;
+use kin::Kin;
 use site::Site;
 
 /// A process that somebody creates.
@@ -163,7 +164,8 @@ enum When {
 }
 
 struct Tree<'a> {
-    snapshot: &'a Snapshot,
+    processes: &'a [Kin],
+    zombies: &'a [Zombie],
     index: HashMap<i32, usize>,
     births: Vec<Births>,
     /// The session that each process is born into.
@@ -180,26 +182,36 @@ struct Tree<'a> {
 /// # Errors
 /// What cannot be brought about: sessions and groups that the kernel has no way to make again.
 pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
-    let index = snapshot.processes.iter().enumerate();
+    let processes: Vec<Kin> = snapshot.processes.iter().map(Kin::of).collect();
+    decide_for(&processes, &snapshot.zombies)
+}
+
+/// The same of what is known of processes from outside; parents first.
+///
+/// # Errors
+/// As [`decide`].
+pub fn decide_for(processes: &[Kin], zombies: &[Zombie]) -> Result<Vec<Births>, Vec<Obstacle>> {
+    let index = processes.iter().enumerate();
     let mut tree = Tree {
-        snapshot,
+        processes,
+        zombies,
         index: index.map(|(i, p)| (p.pid, i)).collect(),
-        births: vec![Births::default(); snapshot.processes.len()],
-        born_into: Vec::with_capacity(snapshot.processes.len()),
+        births: vec![Births::default(); processes.len()],
+        born_into: Vec::with_capacity(processes.len()),
         phantoms: HashMap::new(),
         passing: HashMap::new(),
         obstacles: Vec::new(),
     };
-    for (i, process) in snapshot.processes.iter().enumerate() {
+    for (i, process) in processes.iter().enumerate() {
         tree.place(i, process);
     }
-    for zombie in &snapshot.zombies {
+    for zombie in zombies {
         tree.place_zombie(zombie);
     }
-    for (i, process) in snapshot.processes.iter().enumerate() {
+    for (i, process) in processes.iter().enumerate() {
         tree.join_group(i, process);
     }
-    for zombie in &snapshot.zombies {
+    for zombie in zombies {
         tree.join_group_ended(zombie);
     }
     tree.check_adoptions();
@@ -222,13 +234,13 @@ impl Tree<'_> {
     }
 
     fn leads(&self, index: usize) -> bool {
-        let process = &self.snapshot.processes[index];
+        let process = &self.processes[index];
         process.session == process.pid
     }
 
     /// When `creator` is in that session.
     fn when(&self, creator: usize, session: i32) -> Option<When> {
-        if self.leads(creator) && session == self.snapshot.processes[creator].pid {
+        if self.leads(creator) && session == self.processes[creator].pid {
             return Some(When::Late);
         }
         (session == self.born_into[creator]).then_some(if self.leads(creator) {
@@ -245,7 +257,7 @@ impl Tree<'_> {
         }
     }
 
-    fn place(&mut self, index: usize, process: &Process) {
+    fn place(&mut self, index: usize, process: &Kin) {
         if index == 0 {
             self.born_into.push(if process.session == process.pid {
                 0
@@ -293,7 +305,7 @@ impl Tree<'_> {
         }
         let before = match site {
             Site::Process(creator, When::Late, _) if self.leads(creator) => {
-                self.snapshot.processes[creator].pid
+                self.processes[creator].pid
             }
             Site::Process(creator, ..) => self.born_into[creator],
             Site::Phantom(..) => process.session,
@@ -308,7 +320,7 @@ impl Tree<'_> {
         });
     }
 
-    fn shares_with_another(&mut self, process: &Process) {
+    fn shares_with_another(&mut self, process: &Kin) {
         self.obstacles.push(Obstacle::without_remedy(
             format!("process {}", process.pid),
             "shares memory or tables with a process that cannot have created it as it is now, which \
@@ -377,7 +389,7 @@ impl Tree<'_> {
         created_there[0] = true;
         let mut next = vec![0];
         while let Some(at) = next.pop() {
-            let process = &self.snapshot.processes[at];
+            let process = &self.processes[at];
             let stays = process.group != process.pid && process.session != process.pid;
             let births = &self.births[at];
             let early = births.early.iter().map(|b| (b, created_there[at]));
@@ -405,16 +417,13 @@ impl Tree<'_> {
     /// from one that has it by forks and shared memory alone, or can be given it for them.
     fn share_memory(&mut self) {
         let mut first: HashMap<usize, usize> = HashMap::new();
-        for (index, process) in self.snapshot.processes.iter().enumerate() {
+        for (index, process) in self.processes.iter().enumerate() {
             let mut top = index;
             while self.births[top].origin != Origin::Executed {
-                let parent = self.snapshot.processes[top].parent;
+                let parent = self.processes[top].parent;
                 top = self.index[&parent];
             }
-            for mapping in &process.memory.mappings {
-                let Backing::SharedMemory { object, .. } = mapping.backing else {
-                    continue;
-                };
+            for &(object, start) in &process.memory {
                 let family = *first.entry(object).or_insert(top);
                 if family != top {
                     self.obstacles.push(Obstacle::new(
@@ -422,7 +431,7 @@ impl Tree<'_> {
                         format!(
                             "shares anonymous memory at {:#x} with process {}, which is not of its family \
                              any more: what had created both has ended or executed another program",
-                            mapping.start, self.snapshot.processes[family].pid
+                            start, self.processes[family].pid
                         ),
                         "use a memfd or a file for that memory",
                     ));
@@ -433,7 +442,7 @@ impl Tree<'_> {
     }
 
     /// The group of a process: that of a member, of a phantom, or of `restore`.
-    fn join_group(&mut self, index: usize, process: &Process) {
+    fn join_group(&mut self, index: usize, process: &Kin) {
         let (group, session) = (process.group, process.session);
         if group == process.pid || session == process.pid {
             return;
@@ -477,9 +486,9 @@ impl Tree<'_> {
         session: i32,
         site: Result<Site, String>,
     ) -> Result<Group, String> {
-        let root = &self.snapshot.processes[0];
+        let root = &self.processes[0];
         let exists = self.index.contains_key(&group)
-            || self.snapshot.zombies.iter().any(|z| z.pid == group)
+            || self.zombies.iter().any(|z| z.pid == group)
             || self.all().any(|b| b.pid == group);
         if exists {
             return Ok(Group::Of(group));

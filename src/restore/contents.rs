@@ -18,6 +18,7 @@ use super::pty::{self, Ptys};
 use super::rights::{self, Rights};
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
+use crate::objects::files::lock::LockKind;
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
 use crate::objects::memory::{join, subtract};
@@ -259,7 +260,13 @@ fn open<'a>(
             // Nor has that one O_SYNC, which only an open gives.
             let given = libc::O_ACCMODE | libc::O_PATH | libc::O_SYNC;
             let writes = description.flags as i32 & given;
-            let file = match writes == libc::O_RDWR && !std::mem::replace(&mut made.given, true) {
+            // Nor is it counted among those that write, of whom a lease for writing wants to be the only one.
+            let leased = description
+                .locks()
+                .iter()
+                .any(|l| l.kind == LockKind::Lease);
+            let first = writes == libc::O_RDWR && !leased;
+            let file = match first && !std::mem::replace(&mut made.given, true) {
                 true => made.file.try_clone().map_err(|source| Error::File {
                     what: "copy",
                     path: "a memfd".into(),

@@ -143,6 +143,24 @@ impl Rights {
     }
 }
 
+/// Whether whoever opens files may open that one in this way.
+///
+/// # Errors
+/// That of open(2).
+pub fn may_open(rights: Option<&Rights>, path: &Path, flags: i32) -> nix::Result<()> {
+    with(rights, || may(path, access(flags)))
+}
+
+/// What has to be allowed for an open(2) with these flags.
+fn access(flags: i32) -> AccessFlags {
+    match flags & libc::O_ACCMODE {
+        _ if flags & libc::O_PATH != 0 => AccessFlags::F_OK,
+        libc::O_RDONLY => AccessFlags::R_OK,
+        libc::O_WRONLY => AccessFlags::W_OK,
+        _ => AccessFlags::R_OK | AccessFlags::W_OK,
+    }
+}
+
 /// Does work in the name of the job's user, or in ours.
 pub fn with<T>(rights: Option<&Rights>, work: impl FnOnce() -> T) -> T {
     match rights {
@@ -172,13 +190,7 @@ fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
         let Kind::Regular(file) = &description.kind else {
             return false;
         };
-        let flags = description.flags as i32;
-        let how = match flags & libc::O_ACCMODE {
-            _ if flags & libc::O_PATH != 0 => AccessFlags::F_OK,
-            libc::O_RDONLY => AccessFlags::R_OK,
-            libc::O_WRONLY => AccessFlags::W_OK,
-            _ => AccessFlags::R_OK | AccessFlags::W_OK,
-        };
+        let how = access(description.flags as i32);
         let named = file.contents.is_none() && file.saved.is_none() && file.removed.is_none();
         named && may(&file.path, how) == Err(Errno::EACCES)
     });

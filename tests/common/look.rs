@@ -116,7 +116,13 @@ pub fn look(pid: i32) -> Look {
     for fd in numbers(&format!("{proc}/fd")) {
         let target = without_number(&link_of(format!("{proc}/fd/{fd}")));
         let info = fs::read_to_string(format!("{proc}/fdinfo/{fd}")).unwrap_or_default();
-        let mut info: Vec<&str> = info.lines().filter(stays).map(watched).collect();
+        let nameless = target.contains(":[]") || target.ends_with("(deleted)");
+        let of_file = |line: &str| match nameless && line.starts_with("lock:") {
+            true => without_inode(line),
+            false => line.to_owned(),
+        };
+        let info = info.lines().filter(stays).map(watched).map(of_file);
+        let mut info: Vec<String> = info.collect();
         // An epoll descriptor lists what it watches in the order of kernel addresses.
         info.sort_unstable();
         seen.insert(format!("fd {fd}"), format!("{target} {}", info.join(" ")));
@@ -158,6 +164,14 @@ fn watched(line: &str) -> &str {
     line.split_once(" ino:")
         .filter(|_| line.starts_with("tfd:"))
         .map_or(line, |(start, _)| start)
+}
+
+/// A lock of what has no name, which is another file after a restore.
+fn without_inode(lock: &str) -> String {
+    let words = lock
+        .split(' ')
+        .filter(|word| word.matches(':').count() != 2);
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// A line of fdinfo that stays. The inode and mount of a pipe or memfd are others after a restore,

@@ -7,9 +7,8 @@ use nix::errno::Errno;
 
 use crate::error::AttachError;
 use crate::fault::{self, Step};
-use crate::proc::status::{self, TaskState};
 use crate::proc::syscall::{InSyscall, read_syscall};
-use crate::proc::tasks;
+use crate::proc::{status, tasks};
 use crate::refusal;
 use crate::remote::hide_interruption;
 use crate::task::{Polled, Resume, Running, Stop, Stopped, Waited};
@@ -230,51 +229,25 @@ const VDSO_TRIES: u32 = 256;
 const VDSO_RUN: Duration = Duration::from_micros(20);
 
 /// A task that waits for what nothing can interrupt comes to no stop: in vfork(2) for its child's
-/// exec, or in I/O that does not end. The job stands still meanwhile.
+/// exec, or in I/O that does not end.
+/// The job stands still meanwhile.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// One that is at work in the kernel comes to its stop by itself, when it is given a processor.
-const PATIENCE_AT_WORK: Duration = Duration::from_secs(15);
 
 /// Waits for the next stop, but not for ever.
 fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
     const LONGEST_NAP: Duration = Duration::from_millis(2);
     let begun = Instant::now();
-    let mut still = Still::default();
     let mut nap = Duration::from_micros(20);
     loop {
         task = match task.poll(leader)? {
             Polled::Came(waited) => return Ok(waited),
             Polled::Runs(task) => task,
         };
-        if nap == LONGEST_NAP && still.since(task.tid()) > PATIENCE
-            || begun.elapsed() > PATIENCE_AT_WORK
-        {
+        if begun.elapsed() > PATIENCE {
             return Err(does_not_stop(task.tid()));
         }
         std::thread::sleep(nap);
         nap = (nap * 2).min(LONGEST_NAP);
-    }
-}
-
-/// How long a task has been in one and the same sleep that nothing can interrupt.
-#[derive(Default)]
-struct Still {
-    /// Its number of switches, and since when it is that.
-    seen: Option<(u64, Instant)>,
-}
-
-impl Still {
-    /// Looks at it. One that cannot be looked at counts as at work.
-    fn since(&mut self, tid: Tid) -> Duration {
-        let sleeps = status::read_status(Pid(tid.raw()))
-            .ok()
-            .filter(|status| status.state == TaskState::DiskSleep);
-        let now = Instant::now();
-        self.seen = sleeps.map(|status| match self.seen {
-            Some((switches, since)) if switches == status.switches => (switches, since),
-            _ => (status.switches, now),
-        });
-        self.seen.map_or(Duration::ZERO, |(_, since)| now - since)
     }
 }
 

@@ -171,6 +171,7 @@ fn descriptors() {
             flags: 0,
             owner: None,
             made_by: None,
+            locks: Vec::new(),
         }
     };
     assert!(fault(|s| s.descriptions.push(epoll(9))).contains("description 9"));

@@ -19,7 +19,7 @@ mod turn;
 
 pub use needs::{in_the_way, wanted};
 pub use rebuild::{rebuild, reserve};
-pub use settle::settle;
+pub use settle::{hides_requests, settle};
 
 /// Bytes of an event, and of what stands before the first one (`struct io_event` in
 /// linux/aio_abi.h, `struct aio_ring` in fs/aio.c).

@@ -27,6 +27,10 @@ use crate::objects::process::{self, FromOutside};
 
 /// How long requests are waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// One of them has to be left alone by the program ([`Cave::with_doorbell`]).
+const DOORBELLS: [i32; 4] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD, libc::SIGCONT];
+const NO_DOORBELL: &str = "belongs to a process that catches SIGURG, SIGWINCH, SIGCHLD and SIGCONT, which is \
+     not supported";
 /// Between two looks at the tail.
 const PAUSE: Duration = Duration::from_micros(200);
 
@@ -53,8 +57,7 @@ pub fn settle(
         let all = job.processes.iter_mut().zip(sources);
         let sharing = all.filter(|(_, s)| memory_of(s.pid, sources, collector) == source.pid);
         let tasks = sharing.flat_map(|(frozen, _)| frozen.tasks_mut()).collect();
-        let others = shares_only_descriptors(collector);
-        settle_process(tasks, &cave, others, source, vmas)?;
+        settle_process(tasks, &cave, source, vmas)?;
         cave.fill_in()?;
         any = true;
     }
@@ -76,10 +79,48 @@ fn shares_only_descriptors(collector: &Collector) -> bool {
     shares.any(|s| s.files && !s.memory)
 }
 
+/// Why it could not be found out whether a process has requests in flight, seen from outside.
+pub fn hides_requests(
+    source: &Source,
+    vmas: &[Vma],
+    collector: &Collector,
+) -> Result<Option<Obstacle>> {
+    let Some(ring) = vmas.iter().filter(|v| is_ring(v)).max_by_key(|v| v.len()) else {
+        return Ok(None);
+    };
+    let room = Room::of(ring.len(), &super::needs::possible_cpus()?);
+    let refuse = |reason: &str, remedy: &str| Ok(Some(refused(source, ring, reason, remedy)));
+    // Filters that we suspend are back when we are killed, in the middle of a batch.
+    if source.status.seccomp == Some(2) {
+        return refuse(
+            "belongs to a process with seccomp filters, which is not supported",
+            "run the program without seccomp filters, or without native AIO",
+        );
+    }
+    let caught = |signal: &i32| source.status.signals.caught & 1 << (signal - 1) != 0;
+    if DOORBELLS.iter().all(caught) {
+        return refuse(NO_DOORBELL, "let the program leave one of them alone");
+    }
+    if file_size_limit(source)? < room.file_len {
+        let reason = format!(
+            "cannot be looked at: the process's limit of the file size is below {}",
+            room.file_len
+        );
+        return refuse(&reason, "raise it: prlimit --fsize=unlimited --pid PID");
+    }
+    if shares_only_descriptors(collector) {
+        return refuse(
+            "belongs to a job in which processes share descriptors and not their memory, which is not \
+             supported",
+            "io_destroy it before the checkpoint",
+        );
+    }
+    Ok(None)
+}
+
 fn settle_process(
     mut tasks: Vec<&mut Stopped>,
     cave: &Cave<'_>,
-    descriptors_are_shared: bool,
     source: &Source,
     vmas: &[Vma],
 ) -> Result<()> {
@@ -89,28 +130,6 @@ fn settle_process(
     let room = Room::of(largest, &cpus);
     let refuse =
         |reason: String, remedy: &str| Error::refuse(refused(source, rings[0], &reason, remedy));
-    // Filters that we suspend are back when we are killed, in the middle of a batch.
-    if source.status.seccomp == Some(2) {
-        let remedy = "run the program without seccomp filters, or without native AIO";
-        return Err(refuse(
-            "belongs to a process with seccomp filters, which is not supported".into(),
-            remedy,
-        ));
-    }
-    if file_size_limit(source)? < room.file_len {
-        let reason = format!(
-            "cannot be looked at: the process's limit of the file size is below {}",
-            room.file_len
-        );
-        return Err(refuse(
-            reason,
-            "raise it: prlimit --fsize=unlimited --pid PID",
-        ));
-    }
-    if descriptors_are_shared {
-        let reason = "belongs to a job in which processes share descriptors and not their memory, which is not supported";
-        return Err(refuse(reason.into(), "io_destroy it before the checkpoint"));
-    }
     if tasks.is_empty() {
         let tid = source.pid.leader();
         return Err(ckpt_tracer::Error::Died { tid }.into());
@@ -125,7 +144,7 @@ fn settle_process(
             )
         })?;
     if !cave.has_doorbell() {
-        let reason = "belongs to a process that catches SIGURG, SIGWINCH, SIGCHLD and SIGCONT, which is not supported";
+        let reason = NO_DOORBELL;
         return Err(refuse(
             reason.into(),
             "let the program leave one of them alone",

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look};
 use crate::error::Obstacle;
 use crate::restore::plan::Builder;
+use crate::restore::rights;
 use crate::restore::surroundings::MISSING;
 
 /// An open character device.
@@ -65,6 +66,12 @@ impl Device {
                 None => return Err(Box::new(Obstacle::new(object(), reason, MISSING))),
             },
         };
+        let rights = plan.host().rights.as_ref();
+        if let Err(errno) = rights::may_open(rights, path, flags as i32) {
+            let reason = format!("cannot be opened by the job's user: {}", errno.desc());
+            let remedy = "give that user the right to it (chmod)";
+            return Err(Box::new(Obstacle::new(object(), reason, remedy)));
+        }
         let path = plan.path(path);
         let args = [libc::AT_FDCWD as u64, path, u64::from(flags), 0];
         plan.expect(libc::SYS_openat, &args, 0, object);

@@ -17,6 +17,7 @@ use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::restore::Request;
 use crate::restore::plan::Builder;
+use crate::restore::rights::{self, Rights};
 
 /// One open file description of a FIFO: a read end, a write end, or both in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,7 +150,7 @@ impl FifoEnd {
         let cwd = libc::AT_FDCWD as u64;
         let access = (libc::O_RDONLY | libc::O_NONBLOCK | libc::O_CLOEXEC) as u64;
         if !self.deleted {
-            self.check()?;
+            self.check(plan.host().rights.as_ref())?;
             let path = plan.path(&self.path);
             plan.expect(libc::SYS_openat, &[cwd, path, access], 0, object);
             return Ok(());
@@ -163,9 +164,21 @@ impl FifoEnd {
         Ok(())
     }
 
-    fn check(&self) -> Result<(), Box<Obstacle>> {
+    fn check(&self, rights: Option<&Rights>) -> Result<(), Box<Obstacle>> {
         let reason = match std::fs::metadata(&self.path) {
-            Ok(meta) if meta.file_type().is_fifo() => return Ok(()),
+            // Both ends are open meanwhile.
+            Ok(meta) if meta.file_type().is_fifo() => {
+                return rights::may_open(rights, &self.path, libc::O_RDWR).map_err(|errno| {
+                    Box::new(Obstacle::new(
+                        format!("the FIFO {}", self.path.display()),
+                        format!(
+                            "cannot be opened for reading and writing by the job's user: {}",
+                            errno.desc()
+                        ),
+                        "give that user the right to both (chmod)",
+                    ))
+                });
+            }
             Ok(_) => "is something else by now".to_owned(),
             Err(e) => format!("cannot be opened: {e}"),
         };

@@ -217,6 +217,7 @@ mod tests {
                 flags: libc::O_RDWR as u32,
                 owner: None,
                 made_by: None,
+                locks: Vec::new(),
             })
             .into();
         let mut second = snapshot.processes[0].clone();

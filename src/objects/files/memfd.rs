@@ -3,9 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::attributes::Attributes;
-use super::regular::open_quietly;
 use super::{Kind, Look, sys};
-use crate::capture::source::{Collector, Contents, Source};
+use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::objects::{Snapshot, SpaceId};
 use crate::restore::plan::Builder;
@@ -54,15 +53,13 @@ pub fn capture(
     let (contents, attributes) = match known {
         Some(known) => known,
         None => {
-            // Opened anew: looking for holes moves the offset, and that of `copy` is the job's.
-            let path = source.dir.join(format!("fd/{}", look.fd));
-            let file = open_quietly(&path).map_err(|e| {
+            let contents = look.contents(source, size).map_err(|e| {
                 let reason = format!("is a memfd that cannot be read: {e}");
                 Box::new(Obstacle::without_remedy(look.object(source), reason))
             })?;
-            let attributes = file.metadata().map(|meta| Attributes::of(&file, &meta));
-            let contents = collector.space_for(Contents::File(file, size));
-            (contents, attributes.ok())
+            let file = contents.as_file();
+            let attributes = file.and_then(|f| Some(Attributes::of(f, &f.metadata().ok()?)));
+            (collector.space_for(contents), attributes)
         }
     };
     let huge_page_size = match sys::fstatfs(&look.copy) {

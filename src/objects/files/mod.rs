@@ -26,6 +26,7 @@ mod flight;
 pub mod inotify;
 pub mod late;
 pub mod left;
+pub mod lock;
 pub mod memfd;
 pub mod outside;
 pub mod pidfd;
@@ -77,6 +78,9 @@ pub struct Description {
     /// user may open its standard output anew by `/proc/self/fd` only where they are right.
     #[serde(default)]
     pub made_by: Option<(u32, u32)>,
+    /// Locks and leases held through it. Read them by [`Description::locks`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub locks: Vec<lock::Lock>,
 }
 
 /// `F_SETOWN_EX` and `F_SETSIG`.
@@ -216,12 +220,15 @@ pub fn capture(
             true => kind,
             false => sockets::may_be_in_flight(kind, sources.first().map(|s| s.pid.raw())),
         };
-        match kind {
-            Ok(kind) => collector.descriptions.push(Description {
+        let source = sources[look.process];
+        let locks = |kind| lock::capture(source, look, &kind).map(|locks| (kind, locks));
+        match kind.and_then(locks) {
+            Ok((kind, locks)) => collector.descriptions.push(Description {
                 kind,
                 flags: look.info.flags,
                 owner: look.owner(),
                 made_by: look.made_by(),
+                locks,
             }),
             Err(obstacle) => collector.refuse(*obstacle),
         }

@@ -289,9 +289,7 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
         }
         rebuild_status(description, at, plan);
         rebuild_maker(description, at, plan);
-        if let Kind::Regular(r) = &description.kind {
-            r.rebuild_locks(at, plan);
-        }
+        description.rebuild_locks(at, plan);
     }
 }
 

@@ -1,23 +1,22 @@
 //! Regular files, directories and `O_PATH` handles.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::unix::fs::{DirEntryExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use ckpt_tracer::capabilities::Use;
-use ckpt_tracer::proc::fdinfo::LockLine;
 use ckpt_tracer::proc::silly::is_silly_name;
 use serde::{Deserialize, Serialize};
 
 use super::attributes::Attributes;
 use super::changed::{self, Written};
+use super::lock::Lock;
 use super::saved::{Saved, is_shared_memory};
 use super::{Kind, Look, removed};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
+use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
-use crate::objects::{Snapshot, SpaceId};
 use crate::restore::FilesPolicy;
 use crate::restore::plan::{Builder, Inherited};
 
@@ -41,34 +40,9 @@ pub struct Regular {
     /// Its contents in the image, though it has a name.
     #[serde(default)]
     pub saved: Option<Saved>,
-    /// Locks held through this description.
+    /// [`Description::locks`](super::Description::locks) in images that have them of such files only.
+    #[serde(default, skip_serializing)]
     pub locks: Vec<Lock>,
-}
-
-/// A file lock.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lock {
-    /// flock(2), POSIX or OFD lock (fcntl(2)), or a lease.
-    pub kind: LockKind,
-    /// For writing.
-    pub exclusive: bool,
-    /// First byte.
-    pub start: u64,
-    /// Bytes; 0 up to the end of the file.
-    pub len: u64,
-}
-
-/// Kinds of file locks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum LockKind {
-    /// flock(2).
-    Flock,
-    /// `F_SETLK`.
-    Posix,
-    /// `F_OFD_SETLK`.
-    Ofd,
-    /// `F_SETLEASE`.
-    Lease,
 }
 
 /// Captures a file, a directory or an `O_PATH` handle.
@@ -92,28 +66,6 @@ pub fn capture(
         Ok(meta) => FileIdentity::of(&meta),
         Err(e) => return refuse(format!("cannot be looked at: {e}"), "close it"),
     };
-    let mut locks = Vec::new();
-    for lock in &look.info.locks {
-        let kind = match lock.kind.as_str() {
-            "FLOCK" => LockKind::Flock,
-            "OFDLCK" => LockKind::Ofd,
-            "LEASE" if lock.mode == "ACTIVE" => LockKind::Lease,
-            "LEASE" => {
-                let name = path.display();
-                let reason = format!("({name}) holds a lease that another process breaks");
-                let obstacle = Obstacle::new(look.object(source), reason, "try again in a moment");
-                return Err(Box::new(obstacle.passing()));
-            }
-            other => {
-                let reason = format!(
-                    "({}) holds a {other}, which is not supported",
-                    path.display()
-                );
-                return refuse(reason, "release it before the checkpoint");
-            }
-        };
-        locks.push(Lock::of(kind, lock));
-    }
     let mut path = path.to_owned();
     let (mut contents, mut attributes, mut removed) = (None, None, None);
     if deleted {
@@ -149,10 +101,9 @@ pub fn capture(
                         return refuse(reason, "close it before the checkpoint");
                     }
                 };
-                let read = readable(source, look);
-                attributes = read
-                    .ok()
-                    .and_then(|f| Some(Attributes::of(&f, &f.metadata().ok()?)));
+                let read = look.contents(source, identity.size).ok();
+                let file = read.as_ref().and_then(Contents::as_file);
+                attributes = file.and_then(|f| Some(Attributes::of(f, &f.metadata().ok()?)));
             }
         }
     }
@@ -191,7 +142,7 @@ pub fn capture(
         removed,
         attributes,
         saved,
-        locks,
+        locks: Vec::new(),
     })
 }
 
@@ -212,16 +163,8 @@ fn contents_of(
     });
     match known {
         Some(space) => Ok(space),
-        None => {
-            let file = readable(source, look)?;
-            Ok(collector.space_for(Contents::File(file, identity.size)))
-        }
+        None => Ok(collector.space_for(look.contents(source, identity.size)?)),
     }
-}
-
-/// A descriptor of ours that reads the file: the job's may be write-only.
-fn readable(source: &Source, look: &Look) -> std::io::Result<File> {
-    open_quietly(&source.dir.join(format!("fd/{}", look.fd)))
 }
 
 /// Opens a file to read it, where permitted so that its time of access stays what it is.
@@ -284,38 +227,6 @@ fn has_names_elsewhere(file: &File, path: &Path) -> bool {
     meta.nlink() > silly.count() as u64
 }
 
-/// Takes the leases, each in the first process that has the description, under its lowest number
-/// there: a break tells that number. Any open of the file would break the lease, so this comes when
-/// every process has opened and mapped what it has.
-pub fn rebuild_leases(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
-    let Some((process, before)) = snapshot.processes[..=index].split_last() else {
-        return;
-    };
-    let before = before.iter().flat_map(|p| &p.fds);
-    let mut done: HashSet<usize> = before.map(|e| e.description).collect();
-    for entry in &process.fds {
-        let Kind::Regular(file) = &snapshot.descriptions[entry.description].kind else {
-            continue;
-        };
-        if !done.insert(entry.description) {
-            continue;
-        }
-        for lease in file.locks.iter().filter(|l| l.kind == LockKind::Lease) {
-            let how = if lease.exclusive {
-                libc::F_WRLCK
-            } else {
-                libc::F_RDLCK
-            };
-            let args = [entry.fd as u64, libc::F_SETLEASE as u64, how as u64];
-            let object = || {
-                let (path, takes) = (file.path.display(), Use::Lease);
-                format!("the lease on {path}, which needs {takes} if that is not yours")
-            };
-            plan.syscall(libc::SYS_fcntl, &args, object);
-        }
-    }
-}
-
 impl Regular {
     /// For messages.
     pub fn object(&self) -> String {
@@ -369,62 +280,5 @@ impl Regular {
     /// Whether it is a file of that type (`S_IFREG` …).
     pub fn is(&self, kind: u32) -> bool {
         self.identity.mode & libc::S_IFMT == kind
-    }
-
-    /// Takes the locks that belong to the description.
-    pub fn rebuild_locks(&self, at: i32, plan: &mut Builder) {
-        for lock in &self.locks {
-            let object = || format!("a lock on {}", self.path.display());
-            match lock.kind {
-                LockKind::Flock => {
-                    let how = if lock.exclusive {
-                        libc::LOCK_EX
-                    } else {
-                        libc::LOCK_SH
-                    };
-                    let args = [at as u64, (how | libc::LOCK_NB) as u64];
-                    plan.syscall(libc::SYS_flock, &args, object);
-                }
-                LockKind::Ofd => {
-                    let data = plan.data(&lock.flock());
-                    let args = [at as u64, libc::F_OFD_SETLK as u64, data];
-                    plan.syscall(libc::SYS_fcntl, &args, object);
-                }
-                LockKind::Posix | LockKind::Lease => {}
-            }
-        }
-    }
-}
-
-impl Lock {
-    /// From fdinfo.
-    pub fn of(kind: LockKind, lock: &LockLine) -> Self {
-        Self {
-            kind,
-            exclusive: lock.access == "WRITE",
-            start: lock.start,
-            len: lock.end.map_or(0, |end| end - lock.start + 1),
-        }
-    }
-
-    /// Takes a POSIX lock for the process that executes this.
-    pub fn rebuild_posix(&self, fd: i32, plan: &mut Builder) {
-        let data = plan.data(&self.flock());
-        let args = [fd as u64, libc::F_SETLK as u64, data];
-        plan.syscall(libc::SYS_fcntl, &args, || format!("a lock on fd {fd}"));
-    }
-
-    /// `struct flock`.
-    fn flock(&self) -> [u8; 32] {
-        let mut bytes = [0; 32];
-        let kind = if self.exclusive {
-            libc::F_WRLCK
-        } else {
-            libc::F_RDLCK
-        } as i16;
-        bytes[0..2].copy_from_slice(&kind.to_le_bytes());
-        bytes[8..16].copy_from_slice(&self.start.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.len.to_le_bytes());
-        bytes
     }
 }

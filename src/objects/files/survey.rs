@@ -10,7 +10,7 @@ use ckpt_tracer::proc::fdlink::{self, FdLink};
 use ckpt_tracer::{Error, Pid, Result};
 use nix::errno::Errno;
 
-use super::regular::{Lock, LockKind};
+use super::lock::{Lock, LockKind};
 use super::{Owner, sys};
 use crate::capture::source::{Copies, Source};
 use crate::error::Obstacle;

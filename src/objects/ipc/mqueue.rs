@@ -333,7 +333,14 @@ impl MessageQueue {
         // The kernel closes it on exec by itself, and F_GETFL would tell the flag.
         let access = flags as i32 & libc::O_ACCMODE;
         let args = [name, access as u64, 0, 0];
-        plan.expect(libc::SYS_mq_open, &args, 0, || self.title());
+        let open = |plan: &mut Builder| {
+            plan.expect(libc::SYS_mq_open, &args, 0, || self.title());
+        };
+        // A name leads nowhere else, and the job may have opened it before it gave up its privileges.
+        match plan.host().rights.clone() {
+            Some(rights) => rights.as_ourselves(false, plan, open),
+            None => open(plan),
+        }
         files::place(0, at, plan, || self.title());
     }
 }

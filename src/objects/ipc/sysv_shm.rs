@@ -10,7 +10,7 @@ use super::table::{Row, Type};
 use super::{Found, Job, Object};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::{Error, Obstacle, Result};
-use crate::objects::memory::{Backing, Mapping, MappingFlags};
+use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, SpaceId};
 use crate::outsiders::process_name;
@@ -401,15 +401,7 @@ impl Attachment<'_> {
         let attached = libc::PROT_READ | if self.writable { libc::PROT_WRITE } else { 0 };
         for (mapping, _) in &self.parts {
             let (start, len) = (mapping.start, mapping.end - mapping.start);
-            for (flag, advice) in [
-                (MappingFlags::HUGE, libc::MADV_HUGEPAGE),
-                (MappingFlags::NO_HUGE, libc::MADV_NOHUGEPAGE),
-            ] {
-                if mapping.flags.contains(flag) {
-                    let args = [start, len, advice as u64];
-                    plan.attempt(libc::SYS_madvise, &args, || self.object());
-                }
-            }
+            mapping.advise_huge(plan);
             // Those with a key of the program's get both later, as all mappings do.
             if mapping.prot != attached as u32 && mapping.protection_key == 0 {
                 let args = [start, len, mapping.prot.into()];

@@ -336,6 +336,7 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
             flags: access as u32,
             owner: None,
             made_by: None,
+            locks: Vec::new(),
         });
         collector.descriptions.len() - 1
     })
@@ -355,10 +356,8 @@ fn closed_memfd(
     };
     let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
     let (meta, attributes) = looked_at(&contents).unzip();
-    let seals = match &contents {
-        Contents::File(file, _) => files::sys::fcntl(file, libc::F_GET_SEALS),
-        _ => None,
-    };
+    let seals = contents.as_file();
+    let seals = seals.and_then(|file| files::sys::fcntl(file, libc::F_GET_SEALS));
     files::memfd::MemFd {
         name: name.unwrap_or_default().to_vec(),
         inode: vma.inode,

@@ -5,9 +5,12 @@ use std::fs::Metadata;
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::proc::maps::Vma;
 
-use super::{join, subtract};
+use super::inherit::offset;
+use super::{Backing, Mapping, join, subtract};
 use crate::capture::source::{Collector, Contents, Source};
+use crate::error::Obstacle;
 use crate::objects::SpaceId;
+use crate::objects::files::Kind;
 use crate::objects::files::attributes::Attributes;
 use crate::objects::files::regular::open_quietly;
 
@@ -22,12 +25,16 @@ pub(super) struct Layout<'a> {
     pub(super) guards: &'a [(u64, u64)],
 }
 
-/// Ranges of memory in which the object with that inode is mapped: (offset, address, bytes).
-fn views(vma: &Vma, all: &[Vma], private: bool) -> Vec<(u64, u64, u64)> {
-    let mut views: Vec<_> = all
-        .iter()
-        .filter(|v| (v.dev, v.inode) == (vma.dev, vma.inode) && v.shared != private)
-        .map(|v| (v.offset, v.start, v.end - v.start))
+/// Ranges of memory in which the object with that inode is seen: (offset, address, bytes). Guard pages
+/// show nothing of it.
+fn views(vma: &Vma, all: Layout<'_>, private: bool) -> Vec<(u64, u64, u64)> {
+    let mapped = all.vmas.iter();
+    let mapped = mapped.filter(|v| (v.dev, v.inode) == (vma.dev, vma.inode) && v.shared != private);
+    let mut views: Vec<_> = mapped
+        .flat_map(|v| {
+            let pieces = subtract(&[(v.start, v.end)], all.guards).into_iter();
+            pieces.map(|(start, end)| (v.offset + (start - v.start), start, end - start))
+        })
         .collect();
     views.sort_unstable();
     // Every offset once.
@@ -46,19 +53,11 @@ fn views(vma: &Vma, all: &[Vma], private: bool) -> Vec<(u64, u64, u64)> {
 
 /// What of some views can be read: mappings may reach beyond the end of an object, where the kernel
 /// answers EIO.
-fn readable(
-    source: &Source,
-    mut views: Vec<(u64, u64, u64)>,
-    all: Layout<'_>,
-) -> Vec<(u64, u64, u64)> {
+fn readable(source: &Source, mut views: Vec<(u64, u64, u64)>) -> Vec<(u64, u64, u64)> {
     let has = |address: u64| source.mem.read(RemoteAddr(address), &mut [0]).is_ok();
     let mut ended = false;
     for (_, address, len) in &mut views {
         let (start, end) = (*address, *address + *len);
-        // Guard pages cannot be read either, and are no end.
-        if all.guards.iter().any(|g| g.0 < end && start < g.1) {
-            continue;
-        }
         if ended || !has(end - 1) {
             let (mut low, mut high) = (0, if ended { 0 } else { *len / PAGE });
             while low < high {
@@ -91,7 +90,7 @@ pub(super) fn contents_of(
         let size = meta.len();
         return (Contents::File(file, size), size);
     }
-    let views = readable(source, views(vma, all.vmas, private), all);
+    let views = readable(source, views(vma, all, private));
     let size = views.last().map_or(0, |(offset, _, len)| offset + len);
     let of_it = |(offset, address, len)| (source.pid, offset, address, len);
     (
@@ -113,7 +112,7 @@ pub(super) fn add_views(
     let Some((_, Contents::Memory(known))) = contents else {
         return 0;
     };
-    let views = readable(source, views(vma, all.vmas, false), all);
+    let views = readable(source, views(vma, all, false));
     let shown = join(known.iter().map(|v| (v.1, v.1 + v.3)).collect());
     let ranges: Vec<(u64, u64)> = views.iter().map(|v| (v.0, v.0 + v.2)).collect();
     let mut views = views.iter().peekable();
@@ -127,11 +126,58 @@ pub(super) fn add_views(
     ranges.last().map_or(0, |range| range.1)
 }
 
+/// Mappings of one process in which guard pages hide what no mapping of the job shows: where an object can
+/// only be read through mappings, that cannot be had. Asked when all processes have been looked at.
+pub fn hidden_by_guards(source: &Source, mappings: &[Mapping], collector: &mut Collector) {
+    for mapping in mappings.iter().filter(|m| !m.guards.is_empty()) {
+        let Some((space, offset)) = space_of(mapping, collector) else {
+            continue;
+        };
+        let contents = collector.contents.iter().find(|(s, _)| *s == space);
+        let Some((_, Contents::Memory(views))) = contents else {
+            continue;
+        };
+        let shown = join(views.iter().map(|v| (v.1, v.1 + v.3)).collect());
+        let in_object = |at: u64| offset + (at - mapping.start);
+        let guards = mapping.guards.iter();
+        let guards: Vec<_> = guards.map(|g| (in_object(g.0), in_object(g.1))).collect();
+        if !subtract(&guards, &shown).is_empty() {
+            collector.refuse(Obstacle::new(
+                format!(
+                    "memory {:#x}-{:#x} of {}",
+                    mapping.start,
+                    mapping.end,
+                    source.title()
+                ),
+                "has guard pages (MADV_GUARD_INSTALL) over shared memory, and only root can see what is \
+                 behind them",
+                "run ckpt as root, or let the program map that memory a second time",
+            ));
+        }
+    }
+}
+
+/// Where the contents of what a mapping shows go, and where in them it begins.
+fn space_of(mapping: &Mapping, collector: &Collector) -> Option<(SpaceId, u64)> {
+    let space = match &mapping.backing {
+        Backing::SharedMemory { object, .. } => collector.shared_memory[*object].space,
+        Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } => {
+            collector.mapped_files[*file].contents?
+        }
+        Backing::Description { description, .. } => {
+            match &collector.descriptions[*description].kind {
+                Kind::MemFd(memfd) => memfd.contents,
+                _ => return None,
+            }
+        }
+        _ => return None,
+    };
+    Some((space, offset(&mapping.backing)?))
+}
+
 /// What a file is whose contents we can read as such.
 pub(super) fn looked_at(contents: &Contents) -> Option<(Metadata, Attributes)> {
-    let Contents::File(file, _) = contents else {
-        return None;
-    };
+    let file = contents.as_file()?;
     let meta = file.metadata().ok()?;
     let attributes = Attributes::of(file, &meta);
     Some((meta, attributes))

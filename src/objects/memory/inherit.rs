@@ -61,7 +61,7 @@ fn same_object(p: &Mapping, m: &Mapping) -> bool {
 }
 
 /// The offset into what is behind the mapping; none where there is no such thing.
-fn offset(backing: &Backing) -> Option<u64> {
+pub(super) fn offset(backing: &Backing) -> Option<u64> {
     match *backing {
         Backing::PrivateFile { offset, .. }
         | Backing::SharedFile { offset, .. }

@@ -17,6 +17,7 @@ mod inherit;
 mod rebuild;
 
 pub use capture::{Captured, capture, guard_pages};
+pub use contents::hidden_by_guards;
 pub use file::{build_id, check_file, same_file};
 pub use inherit::{Inherited, inherited, intersect, join, subtract};
 pub use rebuild::{

@@ -120,13 +120,18 @@ impl Mapping {
         let args = self.mmap_args(flags, fd, offset);
         plan.expect(libc::SYS_mmap, &args, self.start, || self.object());
         // Before pages come, so that they come as huge pages or not.
-        for advice in self.huge_advice() {
-            let args = [self.start, self.len(), advice];
-            plan.attempt(libc::SYS_madvise, &args, || self.object());
-        }
+        self.advise_huge(plan);
         // Likewise, so that they come on its nodes.
         if self.policy.is_some() {
             self.rebuild_policy(plan);
+        }
+    }
+
+    /// Whether its pages are huge ones; the kernel may have none.
+    pub(crate) fn advise_huge(&self, plan: &mut Builder) {
+        for advice in self.huge_advice() {
+            let args = [self.start, self.len(), advice];
+            plan.attempt(libc::SYS_madvise, &args, || self.object());
         }
     }
 
@@ -422,6 +427,7 @@ pub fn place_shared(
             let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
             let args = [at + offset, old, part.len(), flags, part.start];
             plan.expect(libc::SYS_mremap, &args, part.start, || part.object());
+            part.advise_huge(plan);
         }
     }
 }
@@ -552,18 +558,27 @@ impl Mapping {
             plan.attempt(libc::SYS_prctl, &args, || self.object());
         }
         if self.flags.contains(MappingFlags::LOCKED) {
-            let on_fault = self.flags.contains(MappingFlags::LOCK_ON_FAULT);
-            let flags = if on_fault {
-                libc::MLOCK_ONFAULT as u64
-            } else {
-                0
-            };
             let warning = format!(
                 "{} is not locked in memory; it may need {}",
                 self.object(),
                 Use::LockMemory
             );
-            plan.try_syscall(libc::SYS_mlock2, &[range[0], range[1], flags], &warning);
+            let on_fault = [range[0], range[1], libc::MLOCK_ONFAULT as u64];
+            plan.try_syscall(libc::SYS_mlock2, &on_fault, &warning);
+            if !self.flags.contains(MappingFlags::LOCK_ON_FAULT) {
+                // Fails for pages that cannot be there, behind the end of a file or without access, and has set
+                // the flag all the same (`do_mlock`, mm/mlock.c).
+                plan.attempt(libc::SYS_mlock2, &[range[0], range[1], 0], || self.object());
+            }
+        }
+    }
+
+    /// Takes away what [`switches::MEMORY_MERGE`](crate::objects::switches::MEMORY_MERGE) has marked and was not.
+    pub fn unmerge(&self, plan: &mut Builder) {
+        let kernels = matches!(self.backing, Backing::Kernel(_));
+        if !kernels && !self.flags.contains(MappingFlags::MERGEABLE) {
+            let args = [self.start, self.len(), libc::MADV_UNMERGEABLE as u64];
+            plan.attempt(libc::SYS_madvise, &args, || self.object());
         }
     }
 

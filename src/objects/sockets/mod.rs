@@ -126,6 +126,7 @@ impl Survey {
                 flags: libc::O_RDWR as u32,
                 owner: None,
                 made_by: None,
+                locks: Vec::new(),
             })
     }
 }

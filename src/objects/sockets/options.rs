@@ -19,12 +19,33 @@ pub struct SocketOption {
     pub value: ByteBuf,
 }
 
+const SO_TIMESTAMP_NEW: i32 = 63;
+const SO_TIMESTAMPNS_NEW: i32 = 64;
+const SO_TIMESTAMPING_NEW: i32 = 65;
+const SO_BUF_LOCK: i32 = 72;
+const SO_RCVMARK: i32 = 75;
 const SO_PASSPIDFD: i32 = 76;
+const SO_RCVPRIORITY: i32 = 82;
 const SO_PASSRIGHTS: i32 = 83;
 const SO_INQ: i32 = 84;
 
-/// Options that are kept, with the length of their value.
+const BUFFERS: [i32; 2] = [libc::SO_SNDBUF, libc::SO_RCVBUF];
+
+/// Those that may need a right. Setting others never does.
+const PRIVILEGED: &[i32] = &[
+    libc::SO_DEBUG,
+    libc::SO_PRIORITY,
+    libc::SO_MARK,
+    SO_RCVMARK,
+    libc::SO_BUSY_POLL,
+    libc::SO_PREFER_BUSY_POLL,
+    libc::SO_TXTIME,
+];
+
+/// Options that are kept, with the length of their value: all that a unix socket takes (`sk_setsockopt`,
+/// net/core/sock.c; `unix_setsockopt`, net/unix/af_unix.c) and tells, but for filters. Set in this order.
 pub const KEPT: &[(i32, &str, usize)] = &[
+    (libc::SO_DEBUG, "SO_DEBUG", 4),
     (libc::SO_REUSEADDR, "SO_REUSEADDR", 4),
     (libc::SO_DONTROUTE, "SO_DONTROUTE", 4),
     (libc::SO_BROADCAST, "SO_BROADCAST", 4),
@@ -47,6 +68,25 @@ pub const KEPT: &[(i32, &str, usize)] = &[
     (SO_PASSPIDFD, "SO_PASSPIDFD", 4),
     (SO_PASSRIGHTS, "SO_PASSRIGHTS", 4),
     (SO_INQ, "SO_INQ", 4),
+    (libc::SO_NO_CHECK, "SO_NO_CHECK", 4),
+    (SO_TIMESTAMP_NEW, "SO_TIMESTAMP_NEW", 4),
+    (SO_TIMESTAMPNS_NEW, "SO_TIMESTAMPNS_NEW", 4),
+    (libc::SO_TIMESTAMPING, "SO_TIMESTAMPING", 8),
+    (SO_TIMESTAMPING_NEW, "SO_TIMESTAMPING_NEW", 8),
+    (libc::SO_WIFI_STATUS, "SO_WIFI_STATUS", 4),
+    (libc::SO_NOFCS, "SO_NOFCS", 4),
+    (libc::SO_LOCK_FILTER, "SO_LOCK_FILTER", 4),
+    (libc::SO_SELECT_ERR_QUEUE, "SO_SELECT_ERR_QUEUE", 4),
+    (libc::SO_BUSY_POLL, "SO_BUSY_POLL", 4),
+    (libc::SO_PREFER_BUSY_POLL, "SO_PREFER_BUSY_POLL", 4),
+    (libc::SO_MAX_PACING_RATE, "SO_MAX_PACING_RATE", 8),
+    (libc::SO_INCOMING_CPU, "SO_INCOMING_CPU", 4),
+    (libc::SO_TXTIME, "SO_TXTIME", 8),
+    (libc::SO_BINDTOIFINDEX, "SO_BINDTOIFINDEX", 4),
+    (SO_RCVMARK, "SO_RCVMARK", 4),
+    (SO_RCVPRIORITY, "SO_RCVPRIORITY", 4),
+    // Which buffers the program has set: setting one locks it.
+    (SO_BUF_LOCK, "SO_BUF_LOCK", 4),
 ];
 
 /// What differs from a new socket of the same kind.
@@ -54,25 +94,36 @@ pub fn capture(socket: &OwnedFd, style: Style) -> Vec<SocketOption> {
     let Ok(fresh) = sys::socket(style.number()) else {
         return Vec::new();
     };
-    let kept = KEPT.iter().filter_map(|(number, _, len)| {
-        let value = sys::option(socket, *number).ok()?;
-        let differs = value.len() == *len && sys::option(&fresh, *number).ok()? != value;
-        differs.then(|| SocketOption {
-            number: *number,
-            value: ByteBuf::from(value),
-        })
-    });
-    kept.collect()
+    let mut kept: Vec<SocketOption> = Vec::new();
+    for (number, _, len) in KEPT {
+        let Ok(value) = sys::option(socket, *number) else {
+            continue;
+        };
+        // Setting a buffer locks it.
+        let follows = *number == SO_BUF_LOCK && kept.iter().any(|o| BUFFERS.contains(&o.number));
+        let differs = || sys::option(&fresh, *number).is_ok_and(|new| new != value);
+        if value.len() == *len && (follows || differs()) {
+            kept.push(SocketOption {
+                number: *number,
+                value: ByteBuf::from(value),
+            });
+        }
+    }
+    kept
 }
 
 impl SocketOption {
-    /// `SO_SNDBUF` of a new socket.
-    pub fn send_room_of_new() -> Option<Self> {
-        let fresh = sys::socket(Style::Stream.number()).ok()?;
-        Some(Self {
-            number: libc::SO_SNDBUF,
-            value: ByteBuf::from(sys::option(&fresh, libc::SO_SNDBUF).ok()?),
-        })
+    /// What tells of the room to send that a new socket has, after [`make_room`].
+    pub fn send_room_of_new() -> Vec<Self> {
+        let Ok(fresh) = sys::socket(Style::Stream.number()) else {
+            return Vec::new();
+        };
+        let numbers = [libc::SO_SNDBUF, SO_BUF_LOCK].into_iter();
+        let options = numbers.filter_map(|number| {
+            let value = ByteBuf::from(sys::option(&fresh, number).ok()?);
+            Some(Self { number, value })
+        });
+        options.collect()
     }
 
     /// Sets it on the socket at a number.
@@ -82,7 +133,7 @@ impl SocketOption {
         };
         let object = || format!("{name} of the {label}");
         let (mut number, mut value) = (self.number, self.value.to_vec());
-        if [libc::SO_SNDBUF, libc::SO_RCVBUF].contains(&number) {
+        if BUFFERS.contains(&number) {
             // The kernel doubles what it is given, and tells the doubled value.
             let doubled = value.get(..4).and_then(|v| v.try_into().ok());
             let half = i32::from_ne_bytes(doubled.unwrap_or_default()) / 2;
@@ -105,7 +156,7 @@ impl SocketOption {
         }
         let data = plan.data(&value);
         let args = operands(at, number, data, value.len());
-        if [libc::SO_MARK, libc::SO_PRIORITY].contains(&number) {
+        if PRIVILEGED.contains(&number) {
             let warning = format!(
                 "{} needs {} and is not set again",
                 object(),

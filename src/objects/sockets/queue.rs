@@ -174,7 +174,9 @@ fn messages(
         && files_sys::poll_now(socket, libc::POLLRDHUP) & libc::POLLRDHUP != 0;
     loop {
         let peeked = match look(socket, &mut buffer) {
-            Err(Fault::Kernel(Errno::EAGAIN)) => break,
+            // Of packets one that has no peer is not asked what is in its queue: of one that listens these are
+            // clients (`unix_seqpacket_recvmsg`, net/unix/af_unix.c).
+            Err(Fault::Kernel(Errno::EAGAIN | Errno::ENOTCONN)) => break,
             other => other?,
         };
         // The end of what a peer has sent looks like an empty packet.

@@ -77,7 +77,7 @@ fn send_all(job: &Job<'_>, staging: Staging, plan: &mut Builder) {
         }
     }
     for (at, _) in bytes.iter().enumerate().filter(|(_, b)| much(b)) {
-        if let Some(option) = SocketOption::send_room_of_new() {
+        for option in SocketOption::send_room_of_new() {
             option.rebuild(job.at(at), &job.socket(at).label(), plan);
         }
     }

@@ -2,7 +2,6 @@
 
 use super::{Birth, Body, Phantom, Tree, When};
 use crate::error::Obstacle;
-use crate::objects::process::Process;
 
 /// Where in the tree somebody is created.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,7 +30,7 @@ impl Tree<'_> {
 
     /// By the leader of the session, for a parent that has adopted it.
     fn site_by_leader(&mut self, leader: usize, parent: i32) -> Result<Site, String> {
-        let process = &self.snapshot.processes[leader];
+        let process = &self.processes[leader];
         if process.parent == parent {
             return Ok(Site::Process(leader, When::Late, true));
         }
@@ -60,19 +59,10 @@ impl Tree<'_> {
 
     /// An id that no task of the job has, and none here.
     fn unused(&self) -> i32 {
-        let snapshot = self.snapshot;
-        let of = |p: &Process| {
-            p.threads
-                .iter()
-                .map(|t| t.tid)
-                .chain([p.group, p.session])
-                .max()
-        };
-        let processes = snapshot.processes.iter().filter_map(of);
-        let zombies = snapshot
-            .zombies
-            .iter()
-            .map(|z| z.pid.max(z.group).max(z.session));
+        let processes = self.processes.iter();
+        let processes = processes.map(|p| p.highest.max(p.group).max(p.session));
+        let zombies = self.zombies.iter();
+        let zombies = zombies.map(|z| z.pid.max(z.group).max(z.session));
         let passing = self.passing.values().map(|(id, _)| *id);
         let highest = processes.chain(zombies).chain(passing).max().unwrap_or(0);
         let free = |id: &i32| !std::path::Path::new(&format!("/proc/{id}")).exists();
@@ -84,7 +74,7 @@ impl Tree<'_> {
         let wrong = self.passing.iter().find(|(leader, (_, parent))| {
             let mut at = Some(**leader);
             while let Some(index) = at {
-                let process = &self.snapshot.processes[index];
+                let process = &self.processes[index];
                 if process.pid == *parent {
                     return false;
                 }
@@ -96,7 +86,7 @@ impl Tree<'_> {
             self.index.contains_key(parent)
         });
         if let Some((leader, _)) = wrong {
-            let pid = self.snapshot.processes[*leader].pid;
+            let pid = self.processes[*leader].pid;
             self.obstacles.push(Obstacle::without_remedy(
                 format!("session {pid}"),
                 without_way(pid),

@@ -227,10 +227,10 @@ uses! {
         without "smaller ones, with a warning",
         kernel "`sk_setsockopt` (net/core/sock.c)"
     }
-    /// `SO_MARK`, `SO_PRIORITY`.
+    /// `SO_MARK`, `SO_PRIORITY`, `SO_RCVMARK`, `SO_DEBUG`, `SO_BUSY_POLL`, `SO_PREFER_BUSY_POLL`, `SO_TXTIME`.
     SocketMark {
         Any(&[NetAdmin]), Owner("net"),
-        "marks of sockets, and priorities above 6",
+        "marks of sockets, priorities above 6, `SO_DEBUG`, busy polling, `SO_TXTIME` by other clocks",
         without "not set, with a warning",
         kernel "`sk_setsockopt` (net/core/sock.c)"
     }

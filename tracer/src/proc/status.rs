@@ -149,8 +149,6 @@ pub struct Status {
     pub seccomp: Option<u32>,
     /// `Seccomp_filters`: how many (Linux 5.9).
     pub seccomp_filters: Option<u32>,
-    /// `voluntary_ctxt_switches` and `nonvoluntary_ctxt_switches`: how often it has left a processor.
-    pub switches: u64,
 }
 
 impl Status {
@@ -182,7 +180,6 @@ impl Status {
             no_new_privs: false,
             seccomp: None,
             seccomp_filters: None,
-            switches: 0,
         }
     }
 }
@@ -259,9 +256,6 @@ fn field(status: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
         b"untag_mask" => status.untag_mask = Some(hex(value.strip_prefix(b"0x")?)?),
         b"Seccomp" => status.seccomp = Some(dec(value)?),
         b"Seccomp_filters" => status.seccomp_filters = Some(dec(value)?),
-        b"voluntary_ctxt_switches" | b"nonvoluntary_ctxt_switches" => {
-            status.switches += dec::<u64>(value)?;
-        }
         _ => {}
     }
     Some(())
@@ -341,9 +335,7 @@ untag_mask:\t0x81ffffffffffffff\n\
 Seccomp:\t2\n\
 Seccomp_filters:\t3\n\
 Speculation_Store_Bypass:\tthread vulnerable\n\
-Cpus_allowed_list:\t0-1\n\
-voluntary_ctxt_switches:\t12\n\
-nonvoluntary_ctxt_switches:\t5\n";
+Cpus_allowed_list:\t0-1\n";
 
     #[test]
     fn every_field() {
@@ -392,7 +384,6 @@ nonvoluntary_ctxt_switches:\t5\n";
             no_new_privs: true,
             seccomp: Some(2),
             seccomp_filters: Some(3),
-            switches: 17,
         };
         assert_eq!(status, expected);
     }

@@ -74,6 +74,11 @@ const EINTR_WITHOUT_HANDLER: &[i64] = &[
     libc::SYS_sendmmsg,
     libc::SYS_accept,
     libc::SYS_accept4,
+    // Where what remains of the time limit is not written back: with STICKY_TIMEOUTS (personality(2)), or
+    // where the limit cannot be written to (`poll_select_finish`, fs/select.c).
+    libc::SYS_select,
+    libc::SYS_pselect6,
+    libc::SYS_ppoll,
 ];
 
 /// Makes a stopped task unaware of the interruption: a call that came back with EINTR only
