@@ -7,6 +7,7 @@ mod attributes;
 mod baseline;
 mod bundle;
 mod cgroups;
+mod chaos;
 mod cli_image;
 mod cli_run;
 mod cli_usage;

@@ -1,0 +1,99 @@
+//! What random jobs (docs/chaos.md) have found, as texts.
+
+use ckpt_fixtures::chaos::job::{Job, Text, kill_all, state};
+use ckpt_fixtures::chaos::lives::Verdict;
+use ckpt_fixtures::chaos::{self, Tools};
+
+use crate::common::tool::{CKPT, RESTORE};
+use crate::common::{Case, ckpt, isolated, isolated_as_user};
+
+fn tools(case: &Case) -> Tools {
+    let dir = case.path("jobs");
+    std::fs::create_dir(&dir).expect("the test's directory is writable");
+    Tools {
+        ckpt: CKPT.into(),
+        restore: RESTORE.into(),
+        chaos: case.fixtures().join("chaos"),
+        dir,
+    }
+}
+
+/// What stands in the way of an attach is told by a check, too.
+fn refused(case: &Case, job: &str, words: &[&str]) {
+    let job = Job::start(&tools(case), &Text::parse(job), "job").expect("its steps are possible");
+    let pid = job.root.to_string();
+    let check = ckpt(case, ["check", &pid]);
+    assert_eq!(check.code(), 1, "{check:?}");
+    assert!(
+        words.iter().all(|word| check.stdout.contains(word)),
+        "{check:?}"
+    );
+    ckpt(case, ["attach", &pid, "-o", "job.ckpt"]).refused(1, words);
+    kill_all();
+}
+
+#[test]
+fn memory_of_a_family_that_is_none() {
+    isolated("memory_of_a_family_that_is_none", |case| {
+        let job = "p0 mmap at=0x228000000 pages=3 of=anon share=shared prot=rw name=f0 size=1 fill=1 some=1
+            p0 fork child=1
+            p1 fork child=2
+            p1 exec";
+        refused(case, job, &["shares anonymous memory", "use a memfd"]);
+    });
+}
+
+#[test]
+fn behind_guard_pages() {
+    isolated_as_user("behind_guard_pages", |case| {
+        let job = "p0 shatter at=0x228000000 runs=3 gap=2 how=guard share=shared";
+        refused(case, job, &["has guard pages", "run ckpt as root"]);
+    });
+}
+
+#[test]
+fn requests_that_cannot_be_seen() {
+    isolated("requests_that_cannot_be_seen", |case| {
+        let job = "p0 clone child=1 share=files
+            p0 aio events=3 done=0 name=a0 inherit=0";
+        refused(case, job, &["AIO context", "share descriptors and not"]);
+    });
+}
+
+/// What root could open and the job's user cannot ends no job.
+#[test]
+fn opened_with_privileges() {
+    isolated("opened_with_privileges", |case| {
+        case.needs_root();
+        let job = "p0 fifo fd=21 name=q1 way=rw
+            p0 ids real=1000 effective=1001 saved=1002 group=1003 groups=3";
+        let job = Job::start(&tools(case), &Text::parse(job), "job").expect("it is possible");
+        let attach = ["attach", &job.root.to_string(), "--kill", "-o", "job.ckpt"];
+        ckpt(case, attach).refused(1, &["the FIFO", "by the job's user", "chmod"]);
+        assert_eq!(state(job.root), Some('S'), "it has been harmed");
+        kill_all();
+    });
+}
+
+/// Every job of `fixtures/chaos/found.txt`, three lives long.
+fn found(case: &Case) {
+    let jobs = include_str!("../fixtures/chaos/found.txt").split("\n\n");
+    let jobs: Vec<&str> = jobs.filter(|job| job.contains("\np0 ")).collect();
+    assert!(jobs.len() > 8, "they are separated by empty lines");
+    let tools = tools(case);
+    for job in jobs {
+        if let Verdict::Failed(failure) = chaos::run_text(&tools, job) {
+            panic!("{failure}\n--- the job:\n{job}");
+        }
+    }
+}
+
+#[test]
+fn what_was_found() {
+    isolated("what_was_found", found);
+}
+
+#[test]
+fn what_was_found_as_user() {
+    isolated_as_user("what_was_found_as_user", found);
+}
