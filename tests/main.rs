@@ -20,6 +20,7 @@ mod faults;
 mod field;
 mod files;
 mod fixtures;
+mod forged;
 mod frozen_groups;
 mod ids;
 mod init;

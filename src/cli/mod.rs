@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+mod as_owner;
 pub mod attach;
 pub mod check;
 pub mod console;

@@ -6,17 +6,19 @@ use std::path::PathBuf;
 
 use ckpt_tracer::Pid;
 use clap::{Args, ValueEnum};
+use nix::unistd::geteuid;
 
 use super::exit::{Failure, Outcome, complain};
 use super::launch::launch;
 use super::places::Places;
 use super::run::{Cpuid, leave_standard_streams, take_over_signals, wait, watch};
-use super::{Loudness, output, progress};
+use super::{Loudness, as_owner, output, progress};
 use crate::guard::Guard;
+use crate::isolate::die_with_parent;
 use crate::objects::cgroup::Policy;
 use crate::restore::clock::ClockPolicy;
 use crate::restore::pids::Pids;
-use crate::restore::{self, env};
+use crate::restore::{self, ImageFile, env};
 use crate::supervise::relay::Relay;
 use crate::supervise::{NoTerminal, Terminal, console};
 
@@ -50,7 +52,7 @@ pub struct Restore {
     /// Hand a value to the job: a line in the file that its environment names in CKPT_RESTORE_ENV; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = env::parse)]
     env: Vec<(String, String)>,
-    /// As root: restore an image that belongs to another user, with the ids that are in it.
+    /// As root: restore an image that belongs to another user, as that user.
     #[arg(long)]
     any_owner: bool,
     /// Of a job that was started for a baseline: what its programs are told that ask the processor themselves.
@@ -107,6 +109,12 @@ Examples:
                                    the same, told something in $CKPT_RESTORE_ENV";
 
 pub(crate) fn run(args: &Restore) -> Outcome {
+    let handed = as_owner::handed(&args.image)?;
+    let as_owner = handed.is_some();
+    let image = handed.map_or_else(|| ImageFile::open(&args.image), Ok)?;
+    if args.any_owner && geteuid().is_root() && image.owner() != 0 {
+        return as_owner::run(image);
+    }
     let progress = progress::on_terminal("restore", !args.loudness.quiet);
     let request = restore::Request {
         clock: match args.clock {
@@ -115,13 +123,12 @@ pub(crate) fn run(args: &Restore) -> Outcome {
             Clock::Host => ClockPolicy::Host,
         },
         cgroups: args.cgroups.clone(),
-        any_owner: args.any_owner,
         stopped: args.stopped,
         foreground: !args.stopped && !args.detach,
         ..args.places.request(&args.image, &*progress)?
     };
     if args.dry_run {
-        let plan = restore::dry_run(&mut restore::open(&request)?)?;
+        let plan = restore::dry_run(&mut restore::open_file(image, &request)?)?;
         let end = if plan.ends_with('\n') || plan.is_empty() {
             ""
         } else {
@@ -130,7 +137,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         output::print(plan + end)?;
         return Ok(0);
     }
-    let mut opened = restore::open(&request)?;
+    let mut opened = restore::open_file(image, &request)?;
     let guarded = args.cpuid == Cpuid::Auto && !args.stopped && Guard::is_possible();
     let baseline = opened.baseline().filter(|_| guarded);
     let restored = launch(
@@ -142,6 +149,10 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     drop(opened);
     drop(progress);
     let mut restored = restored?;
+    if as_owner {
+        // From now on it is the job's end that counts.
+        die_with_parent(false);
+    }
     if !args.loudness.quiet {
         restored
             .warnings

@@ -13,21 +13,11 @@ use super::first::{self, First};
 use super::idmap::IdMaps;
 use super::link::{Event, Link};
 use super::outside::Init;
+use super::owner::Owner;
 use super::work::{Body, keep_capabilities, leave, mount, work};
 use crate::error::{Error, Result};
 use crate::objects::namespaces::{Names, Namespaces};
 use crate::restore::spawn::clone_under;
-
-/// Somebody whom root becomes before anything is made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Owner {
-    /// User.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// Supplementary groups.
-    pub groups: Vec<u32>,
-}
 
 /// What is made: a pid namespace, with a mount namespace whose `/proc` fits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -127,7 +117,7 @@ fn arrange(link: &mut Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, O
 /// A process of its own makes the namespaces, since only its children are in the new pid namespace
 /// and it would itself stay in the new user namespace.
 fn in_the_middle(spec: &Spec, mut link: Link, body: impl Body) -> ! {
-    let made = spec.owner.as_ref().map_or(Ok(()), become_owner);
+    let made = spec.owner.as_ref().map_or(Ok(()), Owner::take_over);
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     let made = made.and_then(|()| make(spec)).and_then(|()| {
         link.tell(&Event::Made)?;
@@ -194,29 +184,6 @@ fn first_and_builder(pid: i32) -> io::Result<Born> {
             builder: Some(builder),
         },
     })
-}
-
-/// Nothing of root's is left: that is not only the ids but what they would give a right to.
-fn become_owner(owner: &Owner) -> io::Result<()> {
-    // SAFETY: calls on values and on a live list of that length.
-    unsafe {
-        Errno::result(libc::setgroups(owner.groups.len(), owner.groups.as_ptr()))?;
-        Errno::result(libc::setresgid(owner.gid, owner.gid, owner.gid))?;
-        Errno::result(libc::setresuid(owner.uid, owner.uid, owner.uid))?;
-        // Root's keys are not theirs (session-keyring(7)); without keyrings there are none.
-        const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
-        match Errno::result(libc::syscall(
-            libc::SYS_keyctl,
-            KEYCTL_JOIN_SESSION_KEYRING,
-            0,
-        )) {
-            Ok(_) | Err(Errno::ENOSYS) => {}
-            Err(e) => return Err(e.into()),
-        }
-        // Else our files in /proc would be root's from now on.
-        libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
-    }
-    Ok(())
 }
 
 fn kinds(spec: &Spec) -> &'static str {

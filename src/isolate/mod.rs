@@ -28,6 +28,7 @@ mod init;
 mod link;
 mod make;
 mod outside;
+mod owner;
 mod rights;
 mod work;
 
@@ -37,7 +38,8 @@ pub use first::First;
 pub use idmap::{Extent, IdMaps};
 pub use link::Link;
 pub(crate) use link::{hear, tell};
-pub use make::{Owner, Spec, start};
+pub use make::{Spec, start};
 pub use outside::{Init, Running};
+pub use owner::Owner;
 pub(crate) use rights::{receive as receive_descriptors, send as send_descriptors};
 pub(crate) use work::{die_with_parent, leave};

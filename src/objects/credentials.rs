@@ -375,7 +375,7 @@ impl Credentials {
     }
 
     /// capset(2).
-    fn set_capabilities(&self, plan: &mut Builder, object: impl Fn() -> String) {
+    pub fn set_capabilities(&self, plan: &mut Builder, object: impl Fn() -> String) {
         // _LINUX_CAPABILITY_VERSION_3, our own thread.
         let header = plan.data(&[0x2008_0522u32, 0].map(u32::to_le_bytes).concat());
         let words = [

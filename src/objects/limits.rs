@@ -5,7 +5,6 @@ use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
-use crate::restore::rights::Rights;
 
 /// One limit (getrlimit(2)); `u64::MAX` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,9 +33,7 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
 /// Sets the limits. Where a hard limit cannot be raised to what it was, the soft limit alone
 /// is set as far as it goes; the result is looked at afterwards and told as a warning.
 pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
-    let host = plan.host();
-    let trusted = host.rights.as_ref().is_none_or(Rights::trusted);
-    let may_raise = trusted && host.held.allows(Use::HardLimits);
+    let may_raise = plan.host().held.allows(Use::HardLimits);
     for limit in limits {
         let now = current(limit.resource);
         let hard = if limit.hard > now.1 && !may_raise {

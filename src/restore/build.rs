@@ -10,6 +10,7 @@ use nix::unistd::AccessFlags;
 use super::births::Origin;
 use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
+use super::rights;
 use super::surroundings;
 use crate::error::Obstacle;
 use crate::objects::files::{self, Staging, procfs, removed};
@@ -323,7 +324,10 @@ fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
     match plan.host().rights.clone() {
         Some(rights) => {
             let may = rights.during(|| surroundings::may(path, AccessFlags::X_OK).is_ok());
-            rights.as_ourselves(may, plan, call);
+            match may && nr == libc::SYS_chdir {
+                true => rights::led(plan, call),
+                false => rights.as_ourselves(may, plan, call),
+            }
         }
         None => call(plan),
     }

@@ -27,20 +27,19 @@ use crate::objects::{Snapshot, SpaceId};
 /// Descriptors and the numbers that they get, and what could not be done, one sentence each.
 pub type Opened = (Vec<(OwnedFd, i32)>, Vec<String>);
 
-/// Makes every descriptor that the plan asks for. `trusted` is whether the image may give away rights.
+/// Makes every descriptor that the plan asks for, by the rights of the job's user where that is not we.
 pub fn open_all(
     inherit: &[Inherit],
     snapshot: &Snapshot,
     image: &Reader,
     ptys: &Ptys,
-    (rights, trusted): (Option<&Rights>, bool),
+    rights: Option<&Rights>,
 ) -> Result<Opened> {
     let mut made = Made {
         files: Vec::new(),
         ready: Vec::new(),
         ptys,
         rights,
-        trusted,
         warnings: Vec::new(),
     };
     let mut descriptors = Vec::with_capacity(inherit.len());
@@ -50,7 +49,7 @@ pub fn open_all(
     // Once all is opened, which the mode may forbid.
     let mut warnings = made.warnings;
     for file in &made.files {
-        warnings.extend(file.complete(trusted));
+        warnings.extend(file.complete());
         if let Some(memfd) = file.seals {
             seal(&file.file, memfd)?;
         }
@@ -65,7 +64,6 @@ struct Made<'a> {
     ready: Vec<(Inherited, OwnedFd)>,
     ptys: &'a Ptys,
     rights: Option<&'a Rights>,
-    trusted: bool,
     warnings: Vec<String>,
 }
 
@@ -84,9 +82,9 @@ struct MadeFile<'a> {
 
 impl MadeFile<'_> {
     /// Gives it what it has besides its contents; what is lost of that.
-    fn complete(&self, trusted: bool) -> Option<String> {
+    fn complete(&self) -> Option<String> {
         let lost = match self.attributes {
-            Some(attributes) => attributes.give(&self.file, self.mode, trusted),
+            Some(attributes) => attributes.give(&self.file, self.mode),
             None => {
                 let mode = PermissionsExt::from_mode(self.mode & 0o777);
                 let _ = self.file.set_permissions(mode);
@@ -156,12 +154,8 @@ impl<'a> Made<'a> {
             all.push((Inherited::RemovedPlace(index), handle));
         }
         let (what, flags): (Vec<Inherited>, Vec<u32>) = all.into_iter().unzip();
-        let trusted = self.trusted;
-        // Names are made for a moment: where, an image of others may not say with our rights.
-        let made = match self.rights.filter(|rights| !rights.trusted()) {
-            None if !trusted => Err(std::io::ErrorKind::PermissionDenied.into()),
-            rights => rights::with(rights, || removed.make(&flags, trusted)),
-        };
+        // Names are made for a moment: where, is for the job's user to say, not for us.
+        let made = rights::with(self.rights, || removed.make(&flags));
         let (opened, lost) = made.map_err(|source| Error::File {
             what: "make again what was deleted,",
             path: removed.path.clone(),
@@ -318,8 +312,9 @@ fn open<'a>(
             };
             let space = regular.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (regular.identity.size, regular.identity.mode);
+            let rights = made.rights;
             let made = made.get(space, || {
-                let file = nameless(&regular.path, space, size, image)?;
+                let file = nameless(&regular.path, space, size, (image, rights))?;
                 let path = &regular.path;
                 Ok(MadeFile::nameless(
                     space,
@@ -331,7 +326,7 @@ fn open<'a>(
             })?;
             Ok(reopen(&made.file, description.flags)?.into())
         }
-        Inherited::Executable(file) => Ok(executable(*file, snapshot, image)?.into()),
+        Inherited::Executable(file) => Ok(executable(*file, snapshot, image, made.rights)?.into()),
         Inherited::OpenedForIt(index, flags) => match &snapshot.descriptions[*index].kind {
             Kind::Regular(file) => {
                 Ok(rights::open_the_same(&file.path, *flags as i32, &file.identity)?.into())
@@ -350,8 +345,9 @@ fn open<'a>(
             }
             let space = record.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (record.identity.size, record.identity.mode);
+            let rights = made.rights;
             let made = made.get(space, || {
-                let file = nameless(&record.path, space, size, image)?;
+                let file = nameless(&record.path, space, size, (image, rights))?;
                 let path = &record.path;
                 Ok(MadeFile::nameless(
                     space,
@@ -372,7 +368,12 @@ fn open<'a>(
 }
 
 /// An executable: the file itself, or one made from the image.
-pub fn executable(file: usize, snapshot: &Snapshot, image: &Reader) -> Result<File> {
+pub fn executable(
+    file: usize,
+    snapshot: &Snapshot,
+    image: &Reader,
+    rights: Option<&Rights>,
+) -> Result<File> {
     let record = &snapshot.mapped_files[file];
     match record.contents {
         // A program may be executable without being readable.
@@ -387,7 +388,7 @@ pub fn executable(file: usize, snapshot: &Snapshot, image: &Reader) -> Result<Fi
             }),
         Some(space) => {
             let mode = record.identity.mode | 0o500;
-            let file = nameless(&record.path, space, record.identity.size, image)?;
+            let file = nameless(&record.path, space, record.identity.size, (image, rights))?;
             let _ = file.set_permissions(PermissionsExt::from_mode(mode & 0o777));
             // Not open for writing anywhere, else exec answers ETXTBSY.
             reopen(&file, libc::O_RDONLY as u32)
@@ -415,7 +416,12 @@ fn own(fd: i32) -> Result<OwnedFd> {
 }
 
 /// A file without a name, beside where the original was if that is possible.
-fn nameless(path: &Path, space: SpaceId, size: u64, image: &Reader) -> Result<File> {
+fn nameless(
+    path: &Path,
+    space: SpaceId,
+    size: u64,
+    (image, rights): (&Reader, Option<&Rights>),
+) -> Result<File> {
     let temp = std::env::temp_dir();
     let parent = path.parent().unwrap_or(Path::new("/"));
     let places = [parent, &temp, Path::new("/var/tmp")];
@@ -429,7 +435,8 @@ fn nameless(path: &Path, space: SpaceId, size: u64, image: &Reader) -> Result<Fi
             .custom_flags(libc::O_TMPFILE)
             .open(place)
     });
-    let made = made.flat_map(std::io::Result::ok).next();
+    // Where the path leads is for the job's user to say.
+    let made = rights::with(rights, || made.flat_map(std::io::Result::ok).next());
     let file = match made {
         Some(file) => file,
         None => in_memory(path)?,

@@ -17,7 +17,6 @@ use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
 use super::next_pid::Means;
 use super::plan::{Part, Stage};
 use super::planner::{Job, Planned};
-use super::rights;
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
 use crate::objects::cgroup;
@@ -89,16 +88,8 @@ pub fn rebuild(
         if !process.shares.memory {
             warnings.extend(warnings_of(&worker.planned.plan, &worker.mem)?);
         }
-        let untrusted = job.host.rights.as_ref().filter(|rights| !rights.trusted());
-        warnings.extend(adjust_from_outside(
-            process,
-            Pid(process.pid),
-            untrusted.is_none(),
-        ));
-        // Untrusted image: join control groups with its user's rights.
-        warnings.extend(rights::with(untrusted, || {
-            cgroup::enter(process, job.snapshot, &job.request.cgroups)
-        }));
+        warnings.extend(adjust_from_outside(process, Pid(process.pid)));
+        warnings.extend(cgroup::enter(process, job.snapshot, &job.request.cgroups));
         let done = handover::complete(worker, process, job)?;
         warnings.extend(done.warnings.iter().cloned());
         complete.push(done);

@@ -107,7 +107,7 @@ fn waits(process: &Process, signal: i32) -> bool {
 
 /// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
 /// what the kernel does not take is left as it is, with a warning.
-pub(super) fn adjust_from_outside(process: &Process, pid: Pid, trusted: bool) -> Vec<String> {
+pub(super) fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
     let score = process.oom_score_adj.to_string();
     let filter = process.coredump_filter.map(|filter| format!("{filter:#x}"));
     let wanted = [("oom_score_adj", Some(score)), ("coredump_filter", filter)];
@@ -123,7 +123,7 @@ pub(super) fn adjust_from_outside(process: &Process, pid: Pid, trusted: bool) ->
     });
     refused
         .chain(session::rebuild_autogroup(process, pid))
-        .chain(session::other_login_uid(process, pid).filter(|_| trusted))
+        .chain(session::other_login_uid(process, pid))
         .collect()
 }
 
@@ -415,7 +415,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.oom_score_adj = -1000;
         process.coredump_filter = Some(0x21);
-        let warnings = adjust_from_outside(&process, pid, true);
+        let warnings = adjust_from_outside(&process, pid);
         let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
         let score = file("oom_score_adj").expect("it runs");
         let filter = file("coredump_filter").expect("it runs");
@@ -433,7 +433,7 @@ mod tests {
         let mut process = fixture::snapshot().processes.remove(0);
         process.coredump_filter = Some(0x21);
         // No process has this pid.
-        let warnings = adjust_from_outside(&process, Pid(i32::MAX), true);
+        let warnings = adjust_from_outside(&process, Pid(i32::MAX));
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[1].starts_with("coredump_filter was 0x21 and is unknown now"));
     }

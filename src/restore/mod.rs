@@ -37,6 +37,7 @@ mod executor;
 pub mod fill;
 mod handover;
 mod ids;
+mod image_file;
 mod late;
 pub mod next_pid;
 pub(crate) mod orders;
@@ -55,7 +56,8 @@ pub mod terminal;
 pub mod terminals;
 mod way;
 
-pub use way::{Opened, open};
+pub use image_file::ImageFile;
+pub use way::{Opened, open, open_file};
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,8 +92,6 @@ pub struct Request<'a> {
     pub drop: Vec<Chosen>,
     /// In which control groups the job is.
     pub cgroups: cgroup::Policy,
-    /// Whoever has the image is trusted, as only root may say.
-    pub any_owner: bool,
     /// Leave the job stopped, for a debugger.
     pub stopped: bool,
     /// The caller waits for the job: a job that led its process group gets the terminal.
@@ -113,7 +113,6 @@ impl<'a> Request<'a> {
             leaving: Vec::new(),
             drop: Vec::new(),
             cgroups: cgroup::Policy::default(),
-            any_owner: false,
             stopped: false,
             foreground: true,
             progress,
@@ -235,20 +234,16 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
         cuts,
     } = way::look(opened, pids)?;
     let put_back = put::put(&puts, image, job.host.rights.as_ref())?;
-    // Untrusted image: make control groups with its user's rights.
-    let untrusted = job.host.rights.as_ref().filter(|rights| !rights.trusted());
-    let groups = rights::with(untrusted, || {
-        cgroup::settings::make(snapshot, &request.cgroups)
-    })?;
+    let groups = cgroup::settings::make(snapshot, &request.cgroups)?;
     let objects = ipc::Prepared::new(snapshot, image, request)?;
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
-    let whose = (job.host.rights.as_ref(), opened.is_ours);
-    let (descriptors, incomplete) = contents::open_all(&inherit, snapshot, image, &ptys, whose)?;
+    let rights = job.host.rights.as_ref();
+    let (descriptors, incomplete) = contents::open_all(&inherit, snapshot, image, &ptys, rights)?;
     let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
     let master = ptys.finish(snapshot)?;
-    let executable = contents::executable(root.memory.executable, snapshot, image)?;
+    let executable = contents::executable(root.memory.executable, snapshot, image, rights)?;
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
     let means = job.host.means;
@@ -276,12 +271,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state(
-    groups: &[u32],
-    means: Means,
-    snapshot: &Snapshot,
-    trusted: bool,
-) -> Result<plan::HostState> {
+fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<plan::HostState> {
     let me = Pid::own();
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
@@ -295,7 +285,7 @@ fn host_state(
         credentials.effective = status.capabilities.ambient;
     }
     let held = Held::now().with(credentials.effective);
-    let rights = Rights::of(snapshot, &credentials, held, trusted);
+    let rights = Rights::of(snapshot, &credentials, held);
     if let Some(rights) = &rights {
         // What the plan begins with.
         credentials.groups = rights.groups().to_vec();
@@ -313,7 +303,7 @@ fn host_state(
         credentials,
         switches: switches::Ours::ask(),
         memory_policy: memory_policy::own(),
-        login_uid: session::login_uid(&me.into()).filter(|_| trusted),
+        login_uid: session::login_uid(&me.into()),
         security: Default::default(),
     })
 }

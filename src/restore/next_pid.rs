@@ -8,12 +8,17 @@
 //!    (`alloc_pid`, kernel/pid.c). So children that end at once take all ids up to the wanted one: without
 //!    any privilege. Ids below 300 come only once in the life of a pid namespace.
 //!
+//! For an image of another user's, root does 2 for us, on request.
+//!
 //! With 2 and 3 somebody else may be given the id in the moment before the task is created. That is
 //! seen, and the restore is begun anew ([`Error::PidMissed`]).
 #![allow(unsafe_code)]
 
 use std::arch::asm;
 use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
 
 use ckpt_tracer::child::Undisturbed;
 use ckpt_tracer::features::KernelFeatures;
@@ -60,11 +65,49 @@ impl Means {
     pub fn aim(self, wanted: i32) -> Result<()> {
         let done = match self {
             Means::SetTid => true,
-            Means::LastPid => fs::write(LAST_PID, (wanted - 1).to_string()).is_ok(),
+            Means::LastPid => match BROKER.get() {
+                Some(broker) => ask(broker, wanted).is_ok(),
+                None => set_last(wanted).is_ok(),
+            },
             Means::Turns => take_turns(wanted),
         };
         done.then_some(()).ok_or(Error::PidMissed { pid: wanted })
     }
+}
+
+/// Where root tells the kernel for us which id comes next ([`serve`]).
+static BROKER: OnceLock<UnixStream> = OnceLock::new();
+
+/// From now on another process is asked which may tell the kernel.
+pub fn ask_there(broker: UnixStream) {
+    let _ = BROKER.set(broker);
+}
+
+/// Tells the kernel which id it shall give next, whenever the other end asks for it, until that is closed. A number
+/// is all that it takes.
+pub fn serve(mut stream: UnixStream) {
+    let mut wanted = [0; 4];
+    while stream.read_exact(&mut wanted).is_ok() {
+        let wanted = i32::from_le_bytes(wanted);
+        let done = wanted > 1 && set_last(wanted).is_ok();
+        if stream.write_all(&[done.into()]).is_err() {
+            break;
+        }
+    }
+}
+
+fn ask(mut broker: &UnixStream, wanted: i32) -> io::Result<()> {
+    let mut done = [0];
+    broker.write_all(&wanted.to_le_bytes())?;
+    broker.read_exact(&mut done)?;
+    match done {
+        [0] => Err(io::ErrorKind::PermissionDenied.into()),
+        _ => Ok(()),
+    }
+}
+
+fn set_last(wanted: i32) -> io::Result<()> {
+    fs::write(LAST_PID, (wanted - 1).to_string())
 }
 
 /// How many ids are taken in vain until tasks with these ids have been created one after the other;
@@ -129,7 +172,8 @@ fn highest() -> i32 {
 
 /// Tried with what is there already.
 fn may_set_last() -> bool {
-    fs::read_to_string(LAST_PID).is_ok_and(|last| fs::write(LAST_PID, last.trim()).is_ok())
+    BROKER.get().is_some()
+        || fs::read_to_string(LAST_PID).is_ok_and(|last| fs::write(LAST_PID, last.trim()).is_ok())
 }
 
 fn take_turns(wanted: i32) -> bool {

@@ -7,11 +7,9 @@
 //! of root, to choose pids and to raise limits, stay.
 //!
 //! A job may have opened files before it gave up its privileges, or be a program that its user may execute
-//! and not read. What its user may not open, root opens for it, if the image is root's own and
-//! the file is the very one (inode and time of creation) that the job had.
+//! and not read. What its user may not open, root opens for it, if the file is the very one (inode and time of creation) that the job had.
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -27,7 +25,6 @@ use crate::objects::Snapshot;
 use crate::objects::credentials::{self, Credentials};
 use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, FileIdentity};
-use crate::objects::thread::Thread;
 
 /// The job's user, where that is not we.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,8 +32,6 @@ pub struct Rights {
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
-    /// Root trusts whoever wrote the image.
-    trusted: bool,
     /// Which of the snapshot's mapped files its user may not map.
     mapped: Vec<bool>,
     /// Which of its descriptions its user may not open.
@@ -45,7 +40,7 @@ pub struct Rights {
 
 impl Rights {
     /// Those of the job's user, when we are root and no process of the job is.
-    pub fn of(snapshot: &Snapshot, now: &Credentials, held: Held, trusted: bool) -> Option<Self> {
+    pub fn of(snapshot: &Snapshot, now: &Credentials, held: Held) -> Option<Self> {
         let threads = || snapshot.processes.iter().flat_map(|p| &p.threads);
         let first = &snapshot.processes.first()?.threads.first()?.credentials;
         let able = held.allows(Use::SetUser) && held.allows(Use::SetGroups);
@@ -57,16 +52,10 @@ impl Rights {
             uid: first.uid[3],
             gid: first.gid[3],
             groups: first.groups.clone(),
-            trusted,
             ..Self::default()
         };
         (rights.mapped, rights.descriptions) = rights.during(|| denied(snapshot));
         Some(rights)
-    }
-
-    /// Whether the image is root's own.
-    pub fn trusted(&self) -> bool {
-        self.trusted
     }
 
     /// The file system ids.
@@ -81,38 +70,12 @@ impl Rights {
 
     /// Whether we open that mapped file, since its user may not.
     pub fn maps_for_it(&self, file: usize) -> bool {
-        self.trusted && self.mapped.get(file).copied().unwrap_or(false)
+        self.mapped.get(file).copied().unwrap_or(false)
     }
 
     /// Whether we open what that description is of, since its user may not.
     pub fn opens_for_it(&self, description: usize) -> bool {
-        self.trusted && self.descriptions.get(description).copied().unwrap_or(false)
-    }
-
-    /// What the user may not do and nobody does for them.
-    pub fn obstacles(&self, snapshot: &Snapshot) -> Vec<Obstacle> {
-        if self.trusted {
-            return Vec::new();
-        }
-        let mapped = snapshot.mapped_files.iter().zip(&self.mapped);
-        let mapped = mapped.filter(|(_, denied)| **denied).map(|(f, _)| &f.path);
-        let open = snapshot.descriptions.iter().zip(&self.descriptions);
-        let open = open.filter(|(_, denied)| **denied);
-        let open = open.filter_map(|(d, _)| match &d.kind {
-            Kind::Regular(file) => Some(&file.path),
-            _ => None,
-        });
-        let paths = mapped.chain(open).map(|path| {
-            Obstacle::new(
-                format!("the file {}", path.display()),
-                format!(
-                    "may not be opened in that way by uid {}, whose image it is",
-                    self.uid
-                ),
-                "if you trust whoever wrote the image as yourself, make a copy that is yours",
-            )
-        });
-        paths.collect()
+        self.descriptions.get(description).copied().unwrap_or(false)
     }
 
     /// Does work with these rights, in this thread and those that it starts.
@@ -129,15 +92,14 @@ impl Rights {
         plan.syscall(libc::SYS_setfsuid, &[self.uid.into()], object);
     }
 
-    /// Has the new process do something as root that its user may not, where root trusts the image.
+    /// Has the new process do something as root that its user may not.
     pub fn as_ourselves(&self, may: bool, plan: &mut Builder, what: impl FnOnce(&mut Builder)) {
         let object = || "the rights by which files are opened".to_owned();
-        let bracket = self.trusted && !may;
-        if bracket {
+        if !may {
             plan.syscall(libc::SYS_setfsuid, &[0], object);
         }
         what(plan);
-        if bracket {
+        if !may {
             plan.syscall(libc::SYS_setfsuid, &[self.uid.into()], object);
         }
     }
@@ -159,6 +121,27 @@ fn access(flags: i32) -> AccessFlags {
         libc::O_WRONLY => AccessFlags::W_OK,
         _ => AccessFlags::R_OK | AccessFlags::W_OK,
     }
+}
+
+/// Has the new process open or enter what a path leads to, without any capability: those that setfsuid(2) leaves in
+/// force open files of `/proc`, `/dev/kmsg` and more.
+pub fn led(plan: &mut Builder, what: impl FnOnce(&mut Builder)) {
+    /// `CAP_FS_SET` (include/linux/capability.h): what setfsuid(2) has taken away, and would not come back.
+    const OF_FILES: u64 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 9 | 1 << 27 | 1 << 32;
+    let host = plan.host();
+    if host.rights.is_none() {
+        return what(plan);
+    }
+    let object = || "the rights by which files are opened".to_owned();
+    let mut with = host.credentials.clone();
+    with.effective = with.permitted & !OF_FILES;
+    let without = Credentials {
+        effective: 0,
+        ..with.clone()
+    };
+    without.set_capabilities(plan, object);
+    what(plan);
+    with.set_capabilities(plan, object);
 }
 
 /// Does work in the name of the job's user, or in ours.
@@ -226,10 +209,10 @@ pub fn open_the_same(path: &Path, flags: i32, was: &FileIdentity) -> Result<File
     Ok(file)
 }
 
-/// The file system ids and groups of this thread, until it is dropped.
+/// The effective ids and the groups of this thread, until it is dropped. With root's effective id go all effective
+/// capabilities, and come back with it (capabilities(7)); other threads keep theirs, since the calls are
+/// made without the C library.
 struct Guard {
-    uid: u32,
-    gid: u32,
     groups: Vec<u32>,
 }
 
@@ -237,23 +220,30 @@ impl Guard {
     fn enter(rights: &Rights) -> Self {
         let groups = own_groups();
         set_groups(&rights.groups);
-        // SAFETY: calls without pointers, which change this thread alone; each answers the id before.
-        let (gid, uid) = unsafe {
-            let gid = libc::syscall(libc::SYS_setfsgid, rights.gid) as u32;
-            (gid, libc::syscall(libc::SYS_setfsuid, rights.uid) as u32)
-        };
-        Self { uid, gid, groups }
+        effective(rights.uid, rights.gid);
+        Self { groups }
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // SAFETY: as above.
-        unsafe {
-            libc::syscall(libc::SYS_setfsuid, self.uid);
-            libc::syscall(libc::SYS_setfsgid, self.gid);
-        }
+        effective(0, nix::unistd::getgid().as_raw());
         set_groups(&self.groups);
+    }
+}
+
+/// The group first: root's id is what gives the right to it.
+fn effective(uid: u32, gid: u32) {
+    const SAME: u32 = u32::MAX;
+    // SAFETY: calls without pointers, which change this thread alone.
+    unsafe {
+        if uid == 0 {
+            libc::syscall(libc::SYS_setresuid, SAME, uid, SAME);
+        }
+        libc::syscall(libc::SYS_setresgid, SAME, gid, SAME);
+        if uid != 0 {
+            libc::syscall(libc::SYS_setresuid, SAME, uid, SAME);
+        }
     }
 }
 
@@ -271,81 +261,4 @@ fn own_groups() -> Vec<u32> {
 fn set_groups(groups: &[u32]) {
     // SAFETY: a live list of that length.
     unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
-}
-
-/// Everything in an image that its owner, who is not we, could not have had: root restores it for
-/// them, and for nobody else.
-pub fn beyond_its_owner(snapshot: &Snapshot, owner: u32) -> Vec<Obstacle> {
-    let groups = groups_of(owner);
-    let beyond = |c: &Credentials| {
-        let uid = c.uid.iter().find(|uid| **uid != owner);
-        let mut gids = c.gid.iter().chain(&c.groups);
-        let gid = gids.find(|gid| !groups.contains(gid));
-        match (uid, gid) {
-            (Some(uid), _) => Some(format!("has the uid {uid}")),
-            (_, Some(gid)) => Some(format!(
-                "has the gid {gid}, of which uid {owner} is no member"
-            )),
-            _ if c.permitted | c.inheritable | c.ambient != 0 => Some("has capabilities".into()),
-            _ => None,
-        }
-    };
-    let refuse = |object: String, what: String| {
-        Obstacle::new(
-            object,
-            format!("{what}, and the image belongs to uid {owner}"),
-            "if you trust whoever wrote the image as yourself, make a copy that is yours",
-        )
-    };
-    let processes = snapshot.processes.iter().filter_map(|process| {
-        let threads = || process.threads.iter();
-        let what = threads().find_map(|t| beyond(&t.credentials));
-        let favoured = |t: &Thread| t.scheduling.is_favoured() || !t.io_ports.is_empty();
-        let favoured = threads().any(favoured) || process.oom_score_adj < 0;
-        let favoured = favoured.then(|| "has a priority that only root may give".to_owned());
-        Some(refuse(
-            format!("process {}", process.pid),
-            what.or(favoured)?,
-        ))
-    });
-    // What exists is judged by its creator, and changed with root's rights.
-    let ipc = &snapshot.ipc;
-    let objects = ipc.segments.iter().map(|s| &s.object);
-    let objects = objects.chain(ipc.semaphores.iter().map(|s| &s.object));
-    let objects = objects.chain(ipc.queues.iter().map(|q| &q.object));
-    let others = objects.filter(|o| {
-        let ids = [o.gid, o.creator_gid];
-        [o.uid, o.creator_uid] != [owner; 2] || ids.iter().any(|gid| !groups.contains(gid))
-    });
-    let others = others.map(|object| {
-        refuse(
-            format!("the System V object {}", object.id),
-            format!("belongs to uid {}, gid {}", object.uid, object.gid),
-        )
-    });
-    processes.chain(others).collect()
-}
-
-/// The groups of a user as the system knows them; none of a user that it does not know.
-fn groups_of(uid: u32) -> Vec<u32> {
-    let mut buffer = vec![0; 16 << 10];
-    let mut entry: libc::passwd =
-        // SAFETY: a structure of numbers and pointers, which the call fills.
-        unsafe { std::mem::zeroed() };
-    let mut found = std::ptr::null_mut();
-    let (room, len) = (buffer.as_mut_ptr(), buffer.len());
-    // SAFETY: all live on; the call writes at most `len` bytes to the buffer.
-    unsafe { libc::getpwuid_r(uid, &mut entry, room, len, &mut found) };
-    if found.is_null() {
-        return Vec::new();
-    }
-    // SAFETY: the entry was found, so that its name is a C string in the buffer.
-    let name = unsafe { CStr::from_ptr(entry.pw_name) };
-    let mut groups = vec![0; 4096];
-    let mut count = groups.len() as i32;
-    // SAFETY: a C string, and room for `count` groups.
-    let got =
-        unsafe { libc::getgrouplist(name.as_ptr(), entry.pw_gid, groups.as_mut_ptr(), &mut count) };
-    groups.truncate(if got < 0 { 0 } else { count.max(0) as usize });
-    groups
 }

@@ -1,7 +1,6 @@
 //! The way of a restore, looked at as a whole before anything is created: everything that stands in
 //! it is found at once.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use ckpt_image::{Arch, Reader};
@@ -10,6 +9,7 @@ use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::status::read_status;
 
 use super::clock::{self, Clocks};
+use super::image_file::ImageFile;
 use super::pids::{self, Pids, Place};
 use super::plan::Inherit;
 use super::planner::Job;
@@ -34,8 +34,6 @@ pub struct Opened<'a> {
     pub(super) kernel: KernelFeatures,
     /// Our supplementary groups outside of a user namespace, which the kernel does not show inside.
     groups: Vec<u32>,
-    /// It belongs to us.
-    pub(super) is_ours: bool,
     /// Those that a process of ours has where the work is done.
     groups_there: Vec<u32>,
     vdso: Replaced,
@@ -55,7 +53,7 @@ impl Opened<'_> {
     /// In whose name files are opened, if not in ours.
     pub(super) fn rights(&self) -> Result<Option<rights::Rights>> {
         let means = pids::means(&self.snapshot);
-        Ok(super::host_state(&self.groups_there, means, &self.snapshot, self.is_ours)?.rights)
+        Ok(super::host_state(&self.groups_there, means, &self.snapshot)?.rights)
     }
 
     /// What the job was started to use of the processor.
@@ -153,28 +151,28 @@ pub(super) struct Way<'a> {
 /// [`Error::Image`] and [`Error::Metadata`], and [`Error::Refused`] for an image of somebody else. What
 /// else is in the way is only noted.
 pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
-    let (image, owner) = open_own(request)?;
-    opened(image, owner, request)
+    open_file(ImageFile::open(request.image)?, request)
+}
+
+/// The same of an image that is open already.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_file<'a>(image: ImageFile, request: &'a Request<'a>) -> Result<Opened<'a>> {
+    opened(image.ours()?, request)
 }
 
 /// The same of an image that we have just written, or made in memory.
 pub(super) fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
-    opened(image, nix::unistd::geteuid().as_raw(), request)
+    opened(image, request)
 }
 
-fn opened<'a>(image: Reader, owner: u32, request: &'a Request<'a>) -> Result<Opened<'a>> {
-    let is_ours = owner == nix::unistd::geteuid().as_raw();
+fn opened<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
     image.require_arch(Arch::native())?;
     let mut snapshot = snapshot::read(&image, request.image)?;
     if let Some(what) = references::check(&snapshot, &image).into_iter().next() {
         let path = request.image.to_owned();
         return Err(Error::Metadata { path, what });
-    }
-    if !is_ours {
-        let beyond = rights::beyond_its_owner(&snapshot, owner);
-        if !beyond.is_empty() {
-            return Err(Error::Refused(beyond));
-        }
     }
     let kernel = KernelFeatures::probe();
     let verdict = processor::judge(&snapshot, &kernel.cpu);
@@ -198,7 +196,6 @@ fn opened<'a>(image: Reader, owner: u32, request: &'a Request<'a>) -> Result<Ope
         image,
         snapshot,
         kernel,
-        is_ours,
         groups_there: groups.clone(),
         groups,
         vdso,
@@ -208,35 +205,6 @@ fn opened<'a>(image: Reader, owner: u32, request: &'a Request<'a>) -> Result<Ope
         warnings,
         given,
     })
-}
-
-/// What is in an image runs with the ids that are in it, so whoever wrote it must be ourselves, or
-/// trusted by root.
-fn open_own(request: &Request<'_>) -> Result<(Reader, u32)> {
-    let path = request.image;
-    let file = std::fs::File::open(path);
-    let owner = file.and_then(|file| Ok(file.metadata()?.uid()));
-    let image = Reader::open(path)?;
-    let me = nix::unistd::geteuid();
-    match owner {
-        Ok(owner) if owner != me.as_raw() && !(me.is_root() && request.any_owner) => {
-            let remedy = match me.is_root() {
-                true => "if you trust whoever wrote it, restore it with --any-owner",
-                false => "if you trust whoever wrote it as yourself, make a copy that is yours",
-            };
-            Err(Error::refuse(Obstacle::new(
-                format!("the image {}", path.display()),
-                format!("belongs to uid {owner} and you are uid {me}"),
-                remedy,
-            )))
-        }
-        Ok(owner) => Ok((image, owner)),
-        Err(source) => Err(Error::File {
-            what: "look at",
-            path: path.to_owned(),
-            source,
-        }),
-    }
 }
 
 /// Looks at everything, and touches nothing; `pids` is what stands in the way of the job's ids.
@@ -250,7 +218,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     obstacles.extend(surroundings::in_the_way(snapshot, &opened.kernel, leaving));
     let mut inherit = Vec::new();
     let means = pids::means(snapshot);
-    let mut host = super::host_state(&opened.groups_there, means, snapshot, opened.is_ours)?;
+    let mut host = super::host_state(&opened.groups_there, means, snapshot)?;
     host.leaving = leaving;
     obstacles.extend(host.switches.obstacle());
     host.security = security::Surroundings::of(snapshot, |c| spawn::may_become(c, means));
@@ -275,7 +243,6 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     let puts = refused_or(puts, &mut obstacles)?;
     let rights = job.as_ref().and_then(|job| job.host.rights.as_ref());
     let cuts = rights::with(rights, || Cut::all(snapshot, request));
-    obstacles.extend(rights.iter().flat_map(|rights| rights.obstacles(snapshot)));
     let cuts = cuts.map_err(Error::Refused);
     let cuts = refused_or(cuts, &mut obstacles)?;
     // In a namespace of its own everything is missing, and may be created.

@@ -13,8 +13,16 @@ pub fn edited(case: &Case, image: &Path, name: &str, edit: impl FnOnce(&mut Snap
     let reader = Reader::open(image).expect("it was just written");
     let mut snapshot = ckpt::snapshot::read(&reader, image).expect("likewise");
     edit(&mut snapshot);
+    let pid = snapshot.processes[0].pid as u32;
+    let path = case.path(name);
+    rewritten(&reader, pid, &ckpt::snapshot::encode(&snapshot), &path);
+    path
+}
+
+/// Writes a copy of an image with other bytes as its snapshot, and right digests.
+pub fn rewritten(reader: &Reader, pid: u32, snapshot: &[u8], path: &Path) {
     let mut header = reader.header().clone();
-    header.pid = snapshot.processes[0].pid as u32;
+    header.pid = pid;
     let mut writer = Writer::new(Vec::new(), &header, WriterOptions::default()).expect("to memory");
     let (mut data, mut scratch) = (Vec::new(), Vec::new());
     for index in 0..reader.chunks().len() {
@@ -25,12 +33,9 @@ pub fn edited(case: &Case, image: &Path, name: &str, edit: impl FnOnce(&mut Snap
         chunk.data.extend_from_slice(&data);
         writer.submit(chunk).expect("to memory");
     }
-    let bytes = ckpt::snapshot::encode(&snapshot);
     let (section, version) = (ckpt::snapshot::SECTION, ckpt::snapshot::VERSION);
-    let written = writer.section(section, version, &bytes);
+    let written = writer.section(section, version, snapshot);
     written.expect("to memory");
     let (bytes, _) = writer.finish().expect("to memory");
-    let path = case.path(name);
-    fs::write(&path, bytes).expect("the test's directory is writable");
-    path
+    fs::write(path, bytes).expect("the test's directory is writable");
 }

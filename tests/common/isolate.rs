@@ -354,8 +354,9 @@ pub fn skipped(title: &str, lacking: &str) {
     }
 }
 
-/// Makes a file or directory accessible to everybody.
+/// Makes a file or directory accessible to everybody; in the directory, everybody's files remain theirs.
 pub fn open_to_all(path: &Path) {
-    let permissions = fs::Permissions::from_mode(0o777);
+    let mode = if path.is_dir() { 0o1777 } else { 0o777 };
+    let permissions = fs::Permissions::from_mode(mode);
     fs::set_permissions(path, permissions).expect("it is ours");
 }

@@ -98,12 +98,10 @@ impl Attributes {
         lost
     }
 
-    /// Gives them, and the mode, to a file that has its contents. An image that we do not trust gives away no
-    /// rights: set-user-ID, and attributes that only root may give. What could not be given, in words.
-    pub fn give(&self, file: &File, mode: u32, trusted: bool) -> Vec<String> {
+    /// Gives them, and the mode, to a file that has its contents. What could not be given, in words.
+    pub fn give(&self, file: &File, mut mode: u32) -> Vec<String> {
         let mut lost = Vec::new();
         let mut note = |what: &str, error: std::io::Error| lost.push(format!("{what}: {error}"));
-        let mut mode = mode & if trusted { 0o7777 } else { 0o777 };
         let (uid, gid) = self.owner;
         let is = file.metadata().map(|m| (m.uid(), m.gid()));
         if is.is_ok_and(|is| is != self.owner)
@@ -114,10 +112,7 @@ impl Attributes {
         }
         // While the mode is still ours, which may forbid it.
         for attribute in &self.extended {
-            let free = attribute.name.starts_with("user.");
-            if (trusted || free)
-                && let Err(e) = attribute.give(file)
-            {
+            if let Err(e) = attribute.give(file) {
                 note(&format!("the extended attribute {}", attribute.name), e);
             }
         }

@@ -74,7 +74,7 @@ impl Device {
         }
         let path = plan.path(path);
         let args = [libc::AT_FDCWD as u64, path, u64::from(flags), 0];
-        plan.expect(libc::SYS_openat, &args, 0, object);
+        rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
         super::place(0, at, plan, object);
         Ok(())
     }

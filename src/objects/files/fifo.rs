@@ -152,7 +152,8 @@ impl FifoEnd {
         if !self.deleted {
             self.check(plan.host().rights.as_ref())?;
             let path = plan.path(&self.path);
-            plan.expect(libc::SYS_openat, &[cwd, path, access], 0, object);
+            let args = [cwd, path, access];
+            rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
             return Ok(());
         }
         let path = plan.path(&self.free_name(snapshot));

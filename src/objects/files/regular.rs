@@ -19,6 +19,7 @@ use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
 use crate::restore::FilesPolicy;
 use crate::restore::plan::{Builder, Inherited};
+use crate::restore::rights;
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -266,7 +267,7 @@ impl Regular {
                 u64::from(super::reopen_flags(flags)),
                 0,
             ];
-            plan.expect(libc::SYS_openat, &args, 0, object);
+            rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
             super::place(0, at, plan, object);
         }
         // There is nothing in a directory that was removed.

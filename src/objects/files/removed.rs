@@ -112,7 +112,7 @@ impl Removed {
     ///
     /// # Errors
     /// Those of making and opening it.
-    pub fn make(&self, flags: &[u32], trusted: bool) -> io::Result<(Vec<OwnedFd>, Vec<String>)> {
+    pub fn make(&self, flags: &[u32]) -> io::Result<(Vec<OwnedFd>, Vec<String>)> {
         let mut failed = None;
         for path in self.places() {
             let mut parents = Parents::default();
@@ -125,7 +125,7 @@ impl Removed {
             }
             let opened = flags.iter().map(|flags| open(&path, *flags));
             let opened: io::Result<Vec<OwnedFd>> = opened.collect();
-            let lost = self.complete(&path, trusted);
+            let lost = self.complete(&path);
             match self.what {
                 What::Directory => fs::remove_dir(&path)?,
                 _ => fs::remove_file(&path)?,
@@ -166,10 +166,10 @@ impl Removed {
         }
     }
 
-    fn complete(&self, path: &Path, trusted: bool) -> Vec<String> {
+    fn complete(&self, path: &Path) -> Vec<String> {
         let lost = match self.what {
             What::Directory => match File::open(path) {
-                Ok(file) => self.attributes.give(&file, self.mode, trusted),
+                Ok(file) => self.attributes.give(&file, self.mode),
                 Err(e) => vec![format!("its attributes: {e}")],
             },
             What::Link(_) => self.attributes.give_to_name(path, None),

@@ -9,6 +9,7 @@ use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemo
 use crate::error::Obstacle;
 use crate::objects::{Snapshot, files};
 use crate::restore::plan::Builder;
+use crate::restore::rights;
 
 /// Where shared memory objects are mapped as a whole while they are filled and handed out; none
 /// for those that the process and its forks have no part in.
@@ -387,7 +388,7 @@ fn file_fd(
             0,
         ];
         let object = || format!("the mapped file {}", record.path.display());
-        plan.expect(libc::SYS_openat, &args, 0, object);
+        rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
         *open = Some((file, writable));
     }
     0

@@ -1,0 +1,154 @@
+//! The file of an image that is to be restored: whose it is, and its contents, by one descriptor.
+//!
+//! What is in an image runs with the ids that are in it. So it is restored for its owner, and for nobody
+//! else; and what others may have written into it belongs to nobody. All of that is asked of the very
+//! file that is read: a name may lead to another one a moment later.
+
+use std::fs::{File, Metadata};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use ckpt_image::Reader;
+use nix::unistd::{getegid, geteuid};
+
+use crate::error::{Error, Obstacle, Result};
+
+/// An image that is open for reading.
+#[derive(Debug)]
+pub struct ImageFile {
+    file: File,
+    path: PathBuf,
+    /// Of what is open.
+    meta: Metadata,
+}
+
+impl ImageFile {
+    /// Opens what is there, if it is a file: a FIFO or a device is neither waited for nor touched.
+    ///
+    /// # Errors
+    /// [`Error::Image`] when there is no file that can be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let opened = File::options()
+            .read(true)
+            // A FIFO that nobody writes to would make us wait; a regular file does not mind.
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path);
+        let opened = opened.map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => ckpt_image::Error::Missing { path: path.into() },
+            _ => ckpt_image::Error::Io {
+                path: path.into(),
+                action: "open the image",
+                source,
+            },
+        })?;
+        Self::of(opened, path)
+    }
+
+    /// One that is open already; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`ImageFile::open`].
+    pub fn of(file: File, path: &Path) -> Result<Self> {
+        let failed = |source| Error::File {
+            what: "look at",
+            path: path.to_owned(),
+            source,
+        };
+        let meta = file.metadata().map_err(failed)?;
+        if !meta.is_file() {
+            return Err(ckpt_image::Error::NotAnImage {
+                path: path.into(),
+                reason: "it is not a regular file".into(),
+            }
+            .into());
+        }
+        Ok(Self {
+            file,
+            path: path.into(),
+            meta,
+        })
+    }
+
+    /// Only its owner may write to it.
+    fn is_written_by_us_alone(&self) -> Result<()> {
+        let (mode, gid) = (self.meta.mode(), self.meta.gid());
+        let reason = if mode & 0o002 != 0 {
+            "can be written by everybody".to_owned()
+        } else if mode & 0o020 != 0 && gid != getegid().as_raw() {
+            format!("can be written by the members of the group {gid}")
+        } else {
+            return Ok(());
+        };
+        Err(Error::refuse(Obstacle::new(
+            format!("the image {}", self.path.display()),
+            reason,
+            "if you trust what is in it, take that right away with chmod go-w",
+        )))
+    }
+
+    /// Root takes no image from where everybody may put another one of root's in its place.
+    fn stays_in_its_place(&self) -> Result<()> {
+        let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let place = std::fs::read_link(link).ok();
+        let Some(directory) = place.as_deref().and_then(Path::parent) else {
+            return Ok(());
+        };
+        let Ok(meta) = std::fs::metadata(directory) else {
+            return Ok(());
+        };
+        let replaceable = meta.mode() & 0o002 != 0 && meta.mode() & 0o1000 == 0;
+        if !replaceable {
+            return Ok(());
+        }
+        Err(Error::refuse(Obstacle::new(
+            format!("the image {}", self.path.display()),
+            format!(
+                "is in the directory {}, where everybody may put another file in its place",
+                directory.display()
+            ),
+            "move it to a directory of root's",
+        )))
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> u32 {
+        self.meta.uid()
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads it, if it is the caller's own.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for one of somebody else, one that others may write to, or one of root's where others may put
+    /// another in its place; [`Error::Image`] for one that cannot be read.
+    pub fn ours(self) -> Result<Reader> {
+        let me = geteuid();
+        if self.owner() != me.as_raw() {
+            let remedy = match me.is_root() {
+                true => "with --any-owner it is restored as that user",
+                false => "if you trust whoever wrote it as yourself, make a copy that is yours",
+            };
+            return Err(Error::refuse(Obstacle::new(
+                format!("the image {}", self.path.display()),
+                format!("belongs to uid {} and you are uid {me}", self.owner()),
+                remedy,
+            )));
+        }
+        self.is_written_by_us_alone()?;
+        if me.is_root() {
+            self.stays_in_its_place()?;
+        }
+        Ok(Reader::from_file(self.file, self.path)?)
+    }
+}
+
+impl AsFd for ImageFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
