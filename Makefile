@@ -3,6 +3,7 @@
 # make field   some 130 real programs, cut at random moments; installs them; not a part of make test
 # make test-kernels  on other kernels, in virtual machines; not a part of make test
 # make chaos  random jobs for a long time (docs/chaos.md): SEEDS=N jobs from SEED=N on, SECONDS=N at most, AS=user, ONLY=KIND,…
+# make torture  the tool killed, stopped, made to fail (docs/reliability.md): SECONDS=N in all, SEED=N
 # make lint   formatting, clippy, documentation, the freestanding restorer
 # make bench  figures as ratios in one run (docs/performance.md)
 
@@ -10,7 +11,7 @@ CARGO ?= cargo
 # One set of features everywhere, so that everything is built once.
 FEATURES = --features faults
 
-.PHONY: all demo test field chaos test-kernels lint bench fuzz install clean deps
+.PHONY: all demo test field chaos torture test-kernels lint bench fuzz install clean deps
 
 all:
 	$(CARGO) build --release
@@ -45,6 +46,12 @@ chaos:
 	$(CARGO) build -p ckpt -p ckpt-fixtures --bins --features ckpt/faults
 	target/debug/ckpt-chaos --jobs $(SEEDS) --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) \
 		$(if $(filter user,$(AS)),--user)
+
+torture: deps
+	@rm -f target/torture
+	CKPT_TORTURE_SECONDS=$(SECONDS) CKPT_TORTURE_FIGURES=$(CURDIR)/target/torture $(if $(SEED),CKPT_SEED=$(SEED)) \
+		$(CARGO) test $(FEATURES) --test e2e -- --test-threads=2 torture::
+	@cat target/torture
 
 lint:
 	@scripts/install-build-deps

@@ -163,7 +163,12 @@ impl Error {
     pub fn is_passing(&self) -> bool {
         match self {
             Error::Refused(obstacles) => obstacles.iter().all(|o| o.passing),
-            Error::Tracer(ckpt_tracer::Error::OtherCode { .. }) => true,
+            Error::Tracer(error) => matches!(
+                error,
+                ckpt_tracer::Error::OtherCode { .. }
+                    | ckpt_tracer::Error::DoesNotStop { .. }
+                    | ckpt_tracer::Error::ThreadsGrow { .. }
+            ),
             _ => false,
         }
     }

@@ -1,5 +1,6 @@
 //! What the machine is, for the image's header and for the comparison at restore.
 
+use std::os::unix::ffi::OsStrExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ckpt_image::{Arch, Codec, FormatVersion, Header};
@@ -26,7 +27,7 @@ pub fn image_header(source: &Source) -> Result<Header> {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     let words = tasks::cmdline(source.dir.clone()).unwrap_or_default();
-    let words: Vec<_> = words.iter().map(|w| String::from_utf8_lossy(w)).collect();
+    let words: Vec<_> = words.iter().map(|w| crate::text::of(w)).collect();
     Ok(Header {
         version: FormatVersion::CURRENT,
         arch: Arch::native(),
@@ -100,7 +101,7 @@ pub fn describe(process: &Process, sources: &[Source]) -> Result<Host> {
             .iter()
             .all(|source| variable(source, BIND_NOW).is_some_and(|value| !value.is_empty())),
         command: std::env::args_os()
-            .map(|word| word.to_string_lossy().into_owned())
+            .map(|word| crate::text::of(word.as_bytes()))
             .collect(),
     })
 }

@@ -11,12 +11,12 @@ use ckpt_tracer::{Error as TracerError, Pid};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::cgroup::freezer::Thawed;
 
-/// How long processes are stopped before giving up: so long, and [`PATIENCE_EACH`] for each that was
-/// there in the beginning. A fork bomb may outrun us for ever, and what we have stopped already
-/// stands still meanwhile.
+/// A fork bomb may outrun us for ever, and what we have stopped already stands still meanwhile. So we give up
+/// when so much time is over, and so many processes have been met that were not there in the beginning: a job
+/// that creates none is stopped in the end, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// See [`PATIENCE`].
-const PATIENCE_EACH: Duration = Duration::from_millis(10);
+const NEWCOMERS: usize = 50;
 
 /// The processes of a job, by what can be done with them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,14 +80,16 @@ impl FrozenJob {
     /// Stops every task of every process, and looks for more until there are none. On any error
     /// everything stopped so far is let go.
     pub fn freeze(roots: &[Pid]) -> Result<Self> {
-        let known = Family::of_all(roots)?.living.len() as u32;
-        Self::freeze_until(roots, Instant::now() + PATIENCE + PATIENCE_EACH * known)
+        Self::freeze_until(roots, Instant::now() + PATIENCE, NEWCOMERS)
     }
 
-    fn freeze_until(roots: &[Pid], give_up: Instant) -> Result<Self> {
+    fn freeze_until(roots: &[Pid], give_up: Instant, newcomers: usize) -> Result<Self> {
+        let family = Family::of_all(roots)?;
         let mut hunt = Hunt {
             roots: roots.to_vec(),
             give_up,
+            most: family.living.len() + newcomers,
+            met: 0,
             frozen: HashMap::new(),
             ended: BTreeSet::new(),
         };
@@ -144,7 +146,11 @@ impl FrozenJob {
 struct Hunt {
     /// The job's first process, and adopted ones as long as they live.
     roots: Vec<Pid>,
+    /// After this, more processes than `most` are too many.
     give_up: Instant,
+    most: usize,
+    /// Processes that were to be stopped, those too that had ended by then.
+    met: usize,
     frozen: HashMap<Pid, Frozen>,
     ended: BTreeSet<Pid>,
 }
@@ -180,7 +186,8 @@ impl Hunt {
 
     /// Stops a process, unless it has ended.
     fn stop(&mut self, pid: Pid) -> Result<bool> {
-        if Instant::now() > self.give_up {
+        self.met += 1;
+        if self.met > self.most && Instant::now() > self.give_up {
             return Err(self.outrun());
         }
         match Frozen::freeze(pid) {
@@ -205,7 +212,7 @@ impl Hunt {
             format!(
                 "has descendants that create processes faster than they can be stopped (gave up after {} \
                  processes)",
-                self.frozen.len() + self.ended.len()
+                self.met
             ),
             format!("try again, or stop it first with kill -STOP {root}"),
         ))
@@ -279,7 +286,7 @@ mod tests {
         let mut gone = Command::new("true").spawn().expect("true");
         gone.wait().expect("it ends");
         let roots = [shell.pid(), Pid(gone.id() as i32)];
-        let job = FrozenJob::freeze_until(&roots, Instant::now() + PATIENCE);
+        let job = FrozenJob::freeze(&roots);
         let job = job.expect("nothing is in the way");
         assert_eq!(job.processes.len(), 3);
         job.thaw().expect("all live");
@@ -288,8 +295,20 @@ mod tests {
     #[test]
     fn who_cannot_be_caught_up_with_is_refused_and_let_go() {
         let shell = Shell::start();
-        let error = FrozenJob::freeze_until(&[shell.pid()], Instant::now());
-        let error = error.err().expect("the time is over").to_string();
+        // The time is over at once; two of three count as having been there.
+        let all = FrozenJob::freeze_until(&[shell.pid()], Instant::now(), 0);
+        all.expect("nobody has come").thaw().expect("all live");
+        let mut hunt = Hunt {
+            roots: vec![shell.pid()],
+            give_up: Instant::now(),
+            most: 2,
+            met: 0,
+            frozen: HashMap::new(),
+            ended: BTreeSet::new(),
+        };
+        let error = hunt.walk();
+        drop(hunt);
+        let error = error.expect_err("the time is over").to_string();
         assert!(error.contains("faster than they can be stopped"), "{error}");
         assert_eq!(tracers(&shell.family()), [0, 0, 0]);
     }

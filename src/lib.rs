@@ -22,6 +22,7 @@ pub mod rehearse;
 pub mod restore;
 pub mod snapshot;
 pub mod supervise;
+pub mod text;
 pub mod tty;
 
 pub use error::{Error, Obstacle, Result};

@@ -104,7 +104,7 @@ fn open_files(job: &[Pid], others: &[Pid]) -> Vec<Shared> {
             "fd {fd} of {} ({}) is the same open file as in {}, which is not part of the job: a restored job \
              has it to itself, with an offset of its own",
             process_name(pid),
-            String::from_utf8_lossy(link),
+            crate::text::of(link),
             process_name(other),
         ),
         standard: fd <= 2,

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::isolate::open_to_all;
-use crate::common::look::status_field;
+use crate::common::job::spawn;
+use crate::common::look::{children, states, status_field};
 use crate::common::rounds::{gone, same_result, same_result_in_namespaces};
 use crate::common::tool::{CKPT, RESTORE, leftovers, nobody};
 use crate::common::{
@@ -532,4 +533,47 @@ fn lonely_postgres(case: &Case, place: Place) {
     }
     job.signal(Signal::SIGINT);
     assert_eq!(job.wait(), Ended::Exited(0));
+}
+
+/// A process that waits in vfork(2) longer than one attempt lasts: its child is held up before the exec by a
+/// pipe that nobody has opened for writing.
+#[test]
+fn a_vfork_that_takes_its_time() {
+    isolated("a_vfork_that_takes_its_time", |case| {
+        const PROGRAM: &str = "import os, time
+os.mkfifo('pipe')
+action = (os.POSIX_SPAWN_OPEN, 9, 'pipe', os.O_RDONLY, 0)
+os.waitpid(os.posix_spawn('/bin/true', ['true'], {}, file_actions=[action]), 0)
+open('over', 'w').close()
+while True: time.sleep(1)";
+        let python = case.system_python();
+        // The shell is stopped, and let go, in each attempt.
+        let mut command = Command::new("sh");
+        command.args(["-c", "\"$0\" -c \"$1\"; :", python, PROGRAM]);
+        let mut job = start(command.current_dir(case.dir()), &case.path("job.log"));
+        until("it to wait in vfork", || {
+            assert!(job.ended().is_none());
+            let child = *children(job.pid).first()?;
+            let waits = states(child).iter().any(|(_, state)| *state == 'D');
+            (waits && !children(child).is_empty()).then_some(())
+        });
+        let mut tool = Command::new(CKPT);
+        tool.args(["attach", "-q", "-o", "job.ckpt", &job.pid.to_string()]);
+        let tool = spawn(tool.current_dir(case.dir()));
+        let traced = || status_field(job.pid, "TracerPid").is_some_and(|tracer| tracer != "0");
+        until("the first attempt", || traced().then_some(()));
+        until("its end", || (!traced()).then_some(()));
+        let mut pipe = std::fs::File::options();
+        drop(
+            pipe.write(true)
+                .open(case.path("pipe"))
+                .expect("it is there"),
+        );
+        assert_eq!(tool.wait(), Ended::Exited(0));
+        ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
+        until("it to go on", || case.path("over").exists().then_some(()));
+        let program = children(job.pid);
+        job.kill();
+        program.into_iter().for_each(|pid| drop(Job::of(pid)));
+    });
 }

@@ -298,3 +298,28 @@ fn what_the_job_has_is_free() {
         }
     });
 }
+
+/// An image that would go nowhere ends no job: standard output is closed, and so are the others.
+#[test]
+fn a_closed_standard_output_takes_no_image() {
+    isolated("a_closed_standard_output_takes_no_image", |case| {
+        let mut job = started(case);
+        for closed in [">&-", "<&- >&-", "<&- >&- 2>&-"] {
+            let script = format!("exec \"$0\" attach --kill -q -o - $1 {closed}");
+            let mut command = Command::new("sh");
+            command.args(["-c", &script, CKPT, &job.pid.to_string()]);
+            let out = run(case, &mut command);
+            assert_eq!(out.ended, Ended::Exited(1), "{closed}: {}", out.stderr);
+            assert!(job.ended().is_none(), "{closed}: the job is gone");
+            assert_let_go(job.pid);
+            counts(case);
+        }
+        // Where the image does not go there, closed descriptors are no obstacle.
+        let script = "exec \"$0\" attach -q -o job.ckpt $1 <&- >&- 2>&-";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, CKPT, &job.pid.to_string()]);
+        run(case, command.current_dir(case.dir())).ok();
+        ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
+        job.kill();
+    });
+}

@@ -12,7 +12,8 @@ use crate::common::look::assert_nobody_left;
 use crate::common::refused::FAILED;
 use crate::common::tool::{Output, RESTORE};
 use crate::common::{
-    Case, Ended, Job, Looks, attach, isolated_as_root, restore_cmd, restored, run, start, until,
+    Case, Ended, Job, Looks, attach, fixture, isolated_as_root, restore_cmd, restored, run, start,
+    until,
 };
 use ckpt::objects::Snapshot;
 use ckpt::objects::files::Kind;
@@ -299,5 +300,47 @@ fn values_are_not_written_for_it() {
             assert_eq!(fs::read_dir(&root).expect("it is there").count(), 0);
             assert_nobody_left();
         }
+    });
+}
+
+/// What a process has from the one that made it, over fork and exec, is the job's own, whatever `restore` itself
+/// happens to have. (Switches that cannot be seen from outside are in the table of `objects/switches.rs`.)
+#[test]
+fn what_restore_itself_has_inherited() {
+    const WRAPPER: &str = "import ctypes, os, signal, sys
+libc = ctypes.CDLL(None)
+prctl = lambda *words: libc.prctl(*map(ctypes.c_ulong, words))
+assert prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE
+prctl(67, 1, 0, 0, 0)              # PR_SET_MEMORY_MERGE
+assert prctl(33, 1, 1, 0, 0) == 0  # PR_MCE_KILL
+assert prctl(29, 12345, 0, 0, 0) == 0
+node = ctypes.c_ulong(1)
+libc.syscall(238, 2, ctypes.byref(node), ctypes.c_ulong(64)) # MPOL_BIND
+os.nice(3); os.umask(0o77); os.sched_setaffinity(0, {0}); os.chdir('/')
+signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+open('/proc/self/oom_score_adj', 'w').write('100')
+open('/proc/self/coredump_filter', 'w').write('1')
+os.execv(sys.argv[1], sys.argv[1:])";
+    isolated_as_root("what_restore_itself_has_inherited", |case| {
+        let python = case.system_python();
+        let mut target = fixture(case, "tree_pipe");
+        let look = |pid: i32| {
+            let file = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}"));
+            let names = ["timerslack_ns", "oom_score_adj", "coredump_filter"];
+            let bound = file("numa_maps").is_ok_and(|maps| maps.contains(" bind:"));
+            (names.map(|name| file(name).ok()), bound)
+        };
+        let (before, seen) = (Looks::at(target.pid()), look(target.pid()));
+        let image = target.killed_into(case, "job.ckpt");
+        let mut command = Command::new(python);
+        command
+            .args(["-c", WRAPPER, RESTORE, "--detach"])
+            .arg(&image);
+        let out = run(case, &mut command);
+        target.continued_by(Job::of(out.ok().trim().parse().expect("a pid")));
+        before.assert_same(target.pid(), &[]);
+        assert_eq!(look(target.pid()), seen);
+        target.passes();
     });
 }

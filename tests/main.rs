@@ -6,6 +6,7 @@ mod common;
 mod attributes;
 mod baseline;
 mod bundle;
+mod bytes;
 mod cgroups;
 mod chaos;
 mod cli_image;
@@ -46,6 +47,8 @@ mod sigkill;
 mod sockets;
 mod stopped;
 mod terminal;
+#[cfg(feature = "faults")]
+mod torture;
 mod traces;
 mod unwritable;
 mod vdso;

@@ -205,27 +205,27 @@ fn fio_with_native_aio() {
 #[test]
 fn goroutines() {
     isolated("goroutines", |case| {
-        case.needs_program("go", "golang-go");
-        let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/go-cache");
-        let mut command = Command::new("go");
-        command
-            .env("CGO_ENABLED", "0")
-            .env("GOCACHE", cache)
-            .env("GOPATH", case.path("go"));
-        command
-            .env("GOFLAGS", "-modcacherw")
-            .env("GO111MODULE", "off");
-        let program = case.path("program");
-        run(
-            case,
-            command
-                .args(["build", "-o"])
-                .arg(&program)
-                .arg(source("pool.go")),
-        )
-        .ok();
+        let program = pool(case);
         same_result(case, &|| Command::new(&program));
     });
+}
+
+/// `pool.go`, built.
+pub(crate) fn pool(case: &Case) -> PathBuf {
+    case.needs_program("go", "golang-go");
+    let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/go-cache");
+    let mut command = Command::new("go");
+    command
+        .env("CGO_ENABLED", "0")
+        .env("GOCACHE", cache)
+        .env("GOPATH", case.path("go"))
+        .env("GOFLAGS", "-modcacherw")
+        .env("GO111MODULE", "off")
+        .arg("build");
+    let program = case.path("program");
+    let build = command.arg("-o").arg(&program).arg(source("pool.go"));
+    run(case, build).ok();
+    program
 }
 
 fn compiled(case: &Case, compiler: &str, whence: &str, options: &[&str], file: &str) {

@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use crate::common::fixture::start_in;
 use crate::common::job::appended;
-use crate::common::look::await_let_go;
+use crate::common::look::{all_stopped, await_let_go};
 use crate::common::tool::{CKPT, leftovers};
-use crate::common::{Case, Ended, Fixture, Job, Looks, attach, ckpt, isolated, until};
+use crate::common::{Case, Ended, Fixture, Job, Looks, attach, ckpt, isolated, restored, until};
 use nix::sys::signal::Signal;
 
 /// Marsaglia's xorshift.
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let seed = std::env::var("CKPT_SEED")
             .ok()
             .and_then(|text| text.parse().ok());
@@ -28,12 +28,21 @@ impl Random {
         Random(seed)
     }
 
-    /// A moment between nothing and `most`.
-    fn moment(&mut self, most: Duration) -> Duration {
+    fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        most.mul_f64((self.0 >> 11) as f64 / (1u64 << 53) as f64)
+        self.0 >> 11
+    }
+
+    /// A moment between nothing and `most`.
+    pub(crate) fn moment(&mut self, most: Duration) -> Duration {
+        most.mul_f64(self.next() as f64 / (1u64 << 53) as f64)
+    }
+
+    /// A number below `most`.
+    pub(crate) fn below(&mut self, most: usize) -> usize {
+        (self.next() % most as u64) as usize
     }
 }
 
@@ -66,7 +75,7 @@ fn duration(case: &Case, pid: i32) -> Duration {
 }
 
 /// Lets time pass: a wait for a random moment is what these tests are about.
-fn pass(time: Duration) {
+pub(crate) fn pass(time: Duration) {
     let begun = Instant::now();
     while begun.elapsed() < time {
         std::hint::spin_loop();
@@ -118,6 +127,93 @@ fn killed_at_any_moment_of_aio_with_threads() {
         let target = start_in(case, "aio", "run", command);
         killed_except(case, target, 150, &["maps", "status VmSize"]);
     });
+}
+
+/// No task walks home while the job is stopped: it is the next attach that meets them in the cave of one that was
+/// killed, and it is killed as well.
+#[test]
+fn killed_at_any_moment_of_a_stopped_job() {
+    isolated("killed_at_any_moment_of_a_stopped_job", |case| {
+        let mut command = Command::new(case.fixtures().join("sleepers"));
+        command.env("SLEEPERS_STOPPABLE", "1");
+        let target = start_in(case, "sleepers", "run", command);
+        let longest = duration(case, target.pid());
+        target.job.signal(Signal::SIGSTOP);
+        let stopped = || {
+            until("it to be stopped", || {
+                all_stopped(target.pid()).then_some(())
+            })
+        };
+        stopped();
+        let before = Looks::at(target.pid());
+        let mut random = Random::new();
+        for _ in 0..times(200) {
+            let tool = begin(case, target.pid(), "job.ckpt");
+            pass(random.moment(longest));
+            tool.kill();
+            stopped();
+        }
+        attach(case, target.pid(), "job.ckpt", &["-q"]);
+        stopped();
+        before.assert_same(target.pid(), &[]);
+        target.job.signal(Signal::SIGCONT);
+        target.passes();
+    });
+}
+
+fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ")
+        .next()
+        .is_some_and(|rest| rest.starts_with('T'))
+}
+
+/// A signal comes while a thread stands in the cave and its tracer dies: its handler will return into the cave. The
+/// next attach, and a restore of its image, come before it does.
+#[test]
+fn killed_while_a_handler_is_at_work() {
+    isolated("killed_while_a_handler_is_at_work", |case| {
+        for (step, restore) in [
+            ("cave-entered", false),
+            ("remote-call", false),
+            ("cave-leaving", false),
+            ("remote-call", true),
+        ] {
+            let place = format!("{step}-{restore}");
+            let command = Command::new(case.fixtures().join("handler_slow"));
+            let mut target = start_in(case, "handler_slow", &place, command);
+            killed_at(case, &target, step, Signal::SIGUSR1);
+            until("the handler to be at work", || {
+                target.path("entered").exists().then_some(())
+            });
+            attach(case, target.pid(), "job.ckpt", &[]);
+            attach(case, target.pid(), "job.ckpt", &[]);
+            if restore {
+                let image = target.killed_into(case, "job.ckpt");
+                target.continued_by(restored(case, &image, &[]));
+            }
+            std::fs::write(target.path("leave"), "").expect("the test's directory is writable");
+            target.passes();
+        }
+    });
+}
+
+/// Takes an attach to that step, sends the target a signal, and kills the attach.
+fn killed_at(case: &Case, target: &Fixture, step: &str, signal: Signal) {
+    let reached = case.path("reached");
+    let mut command = Command::new(CKPT);
+    command
+        .args(["attach", &target.pid().to_string(), "-q", "-o", "job.ckpt"])
+        .env("CKPT_FAULT", format!("{step}:wait={}", reached.display()))
+        .current_dir(case.dir());
+    let tool = Job::of(command.spawn().expect("it was built").id() as i32);
+    until(step, || {
+        (reached.exists() && is_stopped(tool.pid)).then_some(())
+    });
+    target.job.signal(signal);
+    assert_eq!(tool.kill(), Ended::Killed(9));
+    await_let_go(&target.job);
+    std::fs::remove_file(reached).expect("it is there");
 }
 
 fn killed(case: &Case, target: Fixture, most: u32) {

@@ -304,3 +304,33 @@ fn in_flight_before_it_exists() {
         }
     });
 }
+
+/// A restore that fails when everything is there takes the files of its sockets away again.
+#[cfg(feature = "faults")]
+#[test]
+fn a_failed_restore_leaves_no_file() {
+    isolated("a_failed_restore_leaves_no_file", |case| {
+        let (mut target, image) = killed(case, "sock_named");
+        let sockets = || -> Vec<PathBuf> {
+            let files = fs::read_dir(case.path("run")).expect("it is there");
+            let files = files.map(|file| file.expect("it is there").path());
+            files.filter(|path| is_socket(path)).collect()
+        };
+        let left = sockets();
+        assert!(!left.is_empty());
+        left.iter()
+            .for_each(|path| fs::remove_file(path).expect("it is ours"));
+        let mut command = restore_cmd(&image, &[]);
+        let out = run(case, command.env("CKPT_FAULT", "restore-release"));
+        out.refused(99, &["fault injected"]);
+        assert!(sockets().is_empty(), "{:?}", sockets());
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+    });
+}
+
+#[cfg(feature = "faults")]
+fn is_socket(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket())
+}

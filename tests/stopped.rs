@@ -11,8 +11,8 @@ use crate::common::job::Job;
 use crate::common::look::{all_stopped, states, status_field};
 use crate::common::tool::{CKPT, restored_in_front};
 use crate::common::{
-    Case, Ended, Fixture, Looks, attach, holds_for, isolated, isolated_as_user, restore_cmd,
-    restored, start, until,
+    Case, Ended, Fixture, Looks, attach, fixture, holds_for, isolated, isolated_as_user,
+    restore_cmd, restored, start, until,
 };
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -243,4 +243,68 @@ fn stopped_between_remote_calls() {
     isolated("stopped_between_remote_calls", |case| {
         stopped_at_an_attach(case, "remote-call");
     });
+}
+
+/// As soon as `--stop` is done, every thread has stopped.
+#[test]
+fn stopped_when_attach_ends() {
+    isolated("stopped_when_attach_ends", |case| {
+        let target = fixture(case, "threads");
+        for _ in 0..20 {
+            attach(case, target.pid(), "job.ckpt", &["--stop"]);
+            let now = states(target.pid());
+            assert!(now.iter().all(|(_, state)| *state == 'T'), "{now:?}");
+            target.job.signal(Signal::SIGCONT);
+            until("it to go on", || (!all_stopped(target.pid())).then_some(()));
+        }
+        target.passes();
+    });
+}
+
+/// Sleeps that were interrupted, at the point at which the kernel has made restart_syscall(2) of them, and the call
+/// is not made yet.
+#[test]
+fn a_call_about_to_be_restarted_is_made_as_a_whole() {
+    isolated("a_call_about_to_be_restarted_is_made_as_a_whole", |case| {
+        let mut target = fixture(case, "restart_nanosleep");
+        assert!(restarts(target.pid()) >= 4);
+        let image = target.killed_into(case, "job.ckpt");
+        target.continued_by(restored(case, &image, &[]));
+        target.job.signal(Signal::SIGCONT);
+        target.passes();
+    });
+}
+
+/// Does in every thread that sleeps what the kernel does to restart its call, and stops the process before one
+/// executes an instruction; how many there were.
+fn restarts(pid: i32) -> usize {
+    use ckpt_tracer::task::Running;
+    let pid = ckpt_tracer::Pid(pid);
+    let tids = ckpt_tracer::proc::tasks::list_tasks(pid).expect("it lives");
+    let stop = |tid| {
+        let task = Running::seize(tid).expect("it lives");
+        task.interrupt().expect("it lives");
+        task.wait_stopped().expect("it lives")
+    };
+    let tasks: Vec<_> = tids.into_iter().map(stop).collect();
+    let mut count = 0;
+    for task in &tasks {
+        let mut regs = task.regs().expect("it is stopped");
+        if regs.rax as i64 == -ckpt_tracer::abi::ERESTART_RESTARTBLOCK {
+            count += 1;
+            regs.rax = 219; // restart_syscall
+            regs.orig_rax = u64::MAX;
+            regs.rip -= 2;
+            task.set_regs(&regs).expect("it is stopped");
+        }
+    }
+    let raw = Pid::from_raw(pid.raw());
+    nix::sys::signal::kill(raw, Signal::SIGSTOP).expect("it lives");
+    for task in tasks {
+        task.detach(0).expect("it is stopped");
+    }
+    until("all its threads to be stopped", || {
+        all_stopped(pid.raw()).then_some(())
+    });
+    count
 }

@@ -39,19 +39,11 @@ pub(super) fn all(job: &mut FrozenJob, sources: &[Source], withheld: &str) -> Re
     let mut copies = HashMap::new();
     for (index, frozen) in job.processes.iter_mut().enumerate() {
         let source = &sources[index];
-        let stopped = frozen.stopped_by().is_some();
         let fds = list_fds(source.dir.clone())?;
         let mut shared = None;
-        let lent = borrow(
-            frozen.tasks_mut(),
-            stopped,
-            source,
-            &fds,
-            &borrower,
-            &mut |marks| {
-                shared = shared.take().or_else(|| who_shares(index, sources, marks));
-            },
-        );
+        let lent = borrow(frozen.tasks_mut(), source, &fds, &borrower, &mut |marks| {
+            shared = shared.take().or_else(|| who_shares(index, sources, marks));
+        });
         let lent = lent?;
         if let Some(what) = shared {
             return Err(refused(source, &what, withheld));
@@ -80,7 +72,6 @@ struct Marked {
 
 fn borrow(
     tasks: &mut [Stopped],
-    stopped: bool,
     source: &Source,
     fds: &[i32],
     borrower: &Borrower,
@@ -90,7 +81,7 @@ fn borrow(
     let scratch =
         crate::holes::scratch(source.title(), &vmas, lend::SCRATCH).map_err(Error::refuse)?;
     let memory = scratch.at();
-    let cave = Cave::dig(&source.mem, &vmas, &*tasks)?.with_doorbell(tasks, stopped);
+    let cave = Cave::dig(&source.mem, &vmas, &*tasks)?.with_doorbell(tasks);
     let leader = tasks.first_mut().ok_or(ckpt_tracer::Error::Died {
         tid: source.pid.leader(),
     })?;

@@ -18,7 +18,7 @@ use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::pagemap::PagemapScanner;
 use ckpt_tracer::proc::status::{read_status, read_task};
 use ckpt_tracer::proc::{ProcRoot, tasks};
-use ckpt_tracer::remote::leave_stale_cave;
+use ckpt_tracer::remote::withdraw_dispatch;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::{Error, Obstacle, Result};
@@ -271,7 +271,7 @@ fn checkpoint<W: Write + Send + 'static>(
     let mut paused_before = Duration::ZERO;
     let (frozen, sources, mut captured) = loop {
         frozen_at = Instant::now();
-        let patience = if attempts < ATTEMPTS {
+        let patience = if attempts < ATTEMPTS && paused_before < MOST_PAUSED {
             Patience::Some
         } else {
             Patience::None
@@ -339,7 +339,7 @@ fn checkpoint<W: Write + Send + 'static>(
         paused = frozen_at.elapsed();
     }
     Ok(Report {
-        name: sources[0].stat.comm.to_string(),
+        name: crate::text::of(&sources[0].stat.comm.0),
         pid: request.pid.raw(),
         processes: snapshot.processes.len() as u32,
         threads,
@@ -361,6 +361,8 @@ fn unmatched(pattern: &String) -> String {
 /// How often a checkpoint is begun anew while something is in the way that goes by itself; the job
 /// runs in between.
 const ATTEMPTS: u32 = 10;
+/// When the job has stood still for so long in all, the next attempt is the last.
+const MOST_PAUSED: Duration = Duration::from_secs(4);
 /// Time that the job has for it.
 const BETWEEN: Duration = Duration::from_millis(30);
 
@@ -485,9 +487,9 @@ fn capture_frozen(
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));
     }
-    for (frozen, source) in job.processes.iter_mut().zip(sources) {
+    for (frozen, source) in job.processes.iter().zip(sources) {
         // Of all, before anybody's memory is looked at: it may be that of several.
-        leave_stale_cave(frozen.tasks_mut(), &source.mem)?;
+        withdraw_dispatch(frozen.tasks(), &source.mem)?;
     }
     let (mut collector, mut outside) = look(job, sources, request, patience)?;
     // What a request was still writing may be in files and in memory that were just looked at.

@@ -136,10 +136,7 @@ impl<'a> Figures<'a> {
             image_bytes: report.image_bytes,
             total_seconds: report.total.as_secs_f64(),
             paused_seconds: report.paused.as_secs_f64(),
-            path: report
-                .path
-                .as_ref()
-                .map(|path| path.to_string_lossy().into_owned()),
+            path: report.path.as_ref().map(crate::text::of_path),
             rehearsed,
         }
     }

@@ -68,7 +68,7 @@ pub(crate) fn table_text(mut table: Table) -> String {
 
 /// Text of the process or the file system, with nothing in it that a terminal would obey.
 pub(crate) fn visible(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
+    let text = crate::text::of(bytes);
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
         .collect()

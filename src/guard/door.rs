@@ -104,6 +104,11 @@ fn obstacle(pid: Pid, guard: i32, why: &str) -> Obstacle {
     )
 }
 
+/// Visitors that are let in between two looks at the job's tasks.
+const AT_ONCE: usize = 16;
+/// Visitors at a time.
+const MOST: usize = 64;
+
 /// The guard's side.
 #[derive(Debug)]
 pub(super) struct Threshold {
@@ -132,15 +137,24 @@ impl Threshold {
         }
     }
 
-    /// What is to be waited for.
+    /// What is to be waited for. With as many visitors as there may be, nobody else is let in.
     pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let visitors = self.visitors.iter().map(|v| v.stream.as_fd());
-        self.listener.iter().map(AsFd::as_fd).chain(visitors)
+        let listener = self.listener.iter().filter(|_| self.visitors.len() < MOST);
+        listener.map(AsFd::as_fd).chain(visitors)
     }
 
     /// Listens to whoever is there: whether somebody wants us to be away.
     pub(super) fn look(&mut self) -> bool {
-        while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
+        // Whoever comes without end, or talks without end, is not to keep us from the job's tasks: the rest is for
+        // the next look.
+        for _ in 0..AT_ONCE {
+            if self.visitors.len() == MOST {
+                break;
+            }
+            let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) else {
+                break;
+            };
             // Root of the job's user namespace may trace it, as its user may.
             let ours = |uid| uid == 0 || uid == geteuid().as_raw();
             let welcome = peer(&stream).is_some_and(|(_, uid)| ours(uid));
@@ -176,15 +190,14 @@ impl Visitor {
     /// False when it is gone.
     fn hear(&mut self) -> bool {
         let mut said = [0; 16];
-        loop {
-            match self.stream.read(&mut said) {
-                Ok(0) => return false,
-                Ok(n) => {
-                    self.wants = said[n - 1] == LEAVE;
-                    self.told = false;
-                }
-                Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
+        match self.stream.read(&mut said) {
+            Ok(0) => false,
+            Ok(n) => {
+                self.wants = said[n - 1] == LEAVE;
+                self.told = false;
+                true
             }
+            Err(e) => e.kind() == io::ErrorKind::WouldBlock,
         }
     }
 }
@@ -226,6 +239,27 @@ mod tests {
         drop(asks);
         assert!(!threshold.look());
         assert!(threshold.visitors.is_empty());
+    }
+
+    #[test]
+    fn whoever_comes_or_talks_without_end_is_heard_a_little_at_a_time() {
+        let mut threshold = Threshold::new();
+        let me = std::process::id() as i32;
+        let connect = |_| UnixStream::connect_addr(&address(Pid(me), me).unwrap()).unwrap();
+        let mut crowd: Vec<UnixStream> = (0..100).map(connect).collect();
+        assert!(!threshold.look());
+        assert_eq!(threshold.visitors.len(), AT_ONCE);
+        crowd[0].write_all(&[COME; 100]).unwrap();
+        crowd[0].write_all(&[LEAVE]).unwrap();
+        assert!(!threshold.look());
+        assert_eq!(threshold.visitors.len(), 2 * AT_ONCE);
+        let looks = (0..10).filter(|_| threshold.look()).count();
+        assert!((1..10).contains(&looks), "it is heard in the end");
+        assert_eq!(threshold.visitors.len(), MOST);
+        assert_eq!(threshold.fds().count(), MOST);
+        drop(crowd);
+        threshold.look();
+        assert!(threshold.fds().count() > threshold.visitors.len());
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The flag that makes CPUID fault, which only a task itself can set: by remote calls, in all tasks of a
 //! process while they stand still.
 
+use ckpt_tracer::freeze::leave_stale_cave;
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::proc::maps::read_maps;
 use ckpt_tracer::proc::status::read_status;
-use ckpt_tracer::remote::{Cave, leave_stale_cave};
+use ckpt_tracer::remote::{Cave, withdraw_dispatch};
 use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{Error, Pid, Result, cpuid};
 
@@ -31,8 +32,10 @@ pub(super) fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -
         return Ok(());
     }
     let memory = ProcessMemory::open(process)?;
-    for (stopped, _) in held.iter_mut() {
-        leave_stale_cave(std::slice::from_mut(stopped), &memory)?;
+    let mut tasks: Vec<&mut Stopped> = held.iter_mut().map(|(stopped, _)| stopped).collect();
+    leave_stale_cave(process, &mut tasks)?;
+    for (stopped, _) in held.iter() {
+        withdraw_dispatch(std::slice::from_ref(stopped), &memory)?;
     }
     let tasks = held.iter().map(|(stopped, _)| stopped);
     let cave = Cave::dig(&memory, &read_maps(process)?, tasks)?;

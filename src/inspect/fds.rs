@@ -104,20 +104,20 @@ fn kind_name(kind: &Kind) -> &'static str {
 /// What an open file is called.
 pub(super) fn name(kind: &Kind) -> String {
     match kind {
-        Kind::Regular(file) => file.path.to_string_lossy().into_owned(),
-        Kind::Device(device) => device.path.to_string_lossy().into_owned(),
-        Kind::ProcFile(file) => file.path.to_string_lossy().into_owned(),
+        Kind::Regular(file) => crate::text::of_path(&file.path),
+        Kind::Device(device) => crate::text::of_path(&device.path),
+        Kind::ProcFile(file) => crate::text::of_path(&file.path),
         Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
-        Kind::Fifo(fifo) => fifo.path.to_string_lossy().into_owned(),
-        Kind::MemFd(memfd) => format!("memfd:{}", String::from_utf8_lossy(&memfd.name)),
+        Kind::Fifo(fifo) => crate::text::of_path(&fifo.path),
+        Kind::MemFd(memfd) => format!("memfd:{}", crate::text::of(&memfd.name)),
         Kind::Terminal(end) => end.name.clone(),
         Kind::UnixSocket(socket) => socket.label(),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::Left(left) => left
             .instead
             .as_ref()
-            .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
-        Kind::MessageQueue(queue) => format!("/{}", String::from_utf8_lossy(&queue.name)),
+            .map_or_else(String::new, crate::text::of_path),
+        Kind::MessageQueue(queue) => format!("/{}", crate::text::of(&queue.name)),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
         Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),

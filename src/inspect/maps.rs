@@ -133,7 +133,7 @@ fn path(
     match &mapping.backing {
         Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } => {
             let file = snapshot.mapped_files.get(*file);
-            file.map_or_else(String::new, |file| file.path.to_string_lossy().into_owned())
+            file.map_or_else(String::new, |file| crate::text::of_path(&file.path))
         }
         Backing::Description { description, .. } => {
             let description = snapshot.descriptions.get(*description);
@@ -152,7 +152,7 @@ fn path(
         Backing::Anonymous | Backing::AnonymousHuge { .. } => {
             let range = mapping.start..mapping.end;
             match &mapping.name {
-                Some(name) => format!("[anon:{}]", String::from_utf8_lossy(name)),
+                Some(name) => format!("[anon:{}]", crate::text::of(name)),
                 // As show_map_vma in fs/proc/task_mmu.c tells them.
                 None if mapping.start < layout.brk && mapping.end > layout.start_brk => {
                     "[heap]".into()

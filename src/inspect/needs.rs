@@ -65,7 +65,7 @@ impl NeedView {
             modified_ns: Some(identity.modified_ns),
             inode: Some(identity.inode),
             bundled,
-            ..Self::new(kind, path.to_string_lossy(), detail)
+            ..Self::new(kind, crate::text::of_path(path), detail)
         }
     }
 }
@@ -131,14 +131,14 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
                 let detail = format!("number {major}:{minor}");
                 needs.push(NeedView::new(
                     "device",
-                    device.path.to_string_lossy(),
+                    crate::text::of_path(&device.path),
                     detail,
                 ));
             }
             Kind::Fifo(fifo) if !fifo.deleted => {
                 needs.push(NeedView::new(
                     "FIFO",
-                    fifo.path.to_string_lossy(),
+                    crate::text::of_path(&fifo.path),
                     "by its name",
                 ));
             }
@@ -148,12 +148,16 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
                     .iter()
                     .filter(|w| w.open.is_none())
                     .map(|watch| {
-                        NeedView::new("watched file", watch.path.to_string_lossy(), "for inotify")
+                        NeedView::new(
+                            "watched file",
+                            crate::text::of_path(&watch.path),
+                            "for inotify",
+                        )
                     }),
             ),
             Kind::UnixSocket(socket) => {
                 socket.clone().each_path(&mut |path| {
-                    let name = path.to_string_lossy();
+                    let name = crate::text::of_path(path);
                     needs.push(NeedView::new(
                         "unix socket",
                         name,
@@ -163,7 +167,7 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
             }
             Kind::Left(left) => needs.extend(left.instead.iter().map(|path| {
                 let detail = format!("in the place of {}", left.name);
-                NeedView::new("replacement", path.to_string_lossy(), detail)
+                NeedView::new("replacement", crate::text::of_path(path), detail)
             })),
             Kind::Outside(outside) => {
                 let (name, fd) = (&outside.name, outside.fd);
@@ -207,7 +211,11 @@ fn directories(snapshot: &Snapshot) -> Vec<NeedView> {
             if removed.is_some() {
                 continue;
             }
-            needs.push(NeedView::new("directory", path.to_string_lossy(), detail));
+            needs.push(NeedView::new(
+                "directory",
+                crate::text::of_path(path),
+                detail,
+            ));
         }
     }
     needs

@@ -102,7 +102,7 @@ pub fn summary(reader: &Reader, snapshot: &Snapshot) -> Summary {
     let header = reader.header();
     let memory_bytes = reader.pages().saturating_mul(header.page_size.into());
     Summary {
-        image: reader.path().to_string_lossy().into_owned(),
+        image: crate::text::of_path(reader.path()),
         format: header.version.to_string(),
         image_id: header
             .image_id
@@ -144,7 +144,7 @@ fn zombie(zombie: &Zombie) -> ZombieView {
         pid: zombie.pid,
         parent: zombie.parent,
         status: zombie.status,
-        name: String::from_utf8_lossy(&zombie.name).into_owned(),
+        name: crate::text::of(&zombie.name),
     }
 }
 
@@ -168,9 +168,7 @@ fn process(process: &crate::objects::process::Process) -> ProcessView {
         fds: process.fds.len(),
         mappings: process.memory.mappings.len(),
         stopped: process.stopped.is_some(),
-        command_line: words
-            .map(|word| String::from_utf8_lossy(word).into_owned())
-            .collect(),
+        command_line: words.map(crate::text::of).collect(),
         security: process.threads.first().map_or(Vec::new(), |leader| {
             let labels = leader.security.iter();
             labels

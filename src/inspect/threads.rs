@@ -91,7 +91,7 @@ fn view(
     ThreadView {
         pid: process.pid,
         tid: thread.tid,
-        name: String::from_utf8_lossy(&thread.name).into_owned(),
+        name: crate::text::of(&thread.name),
         state: if process.stopped.is_some() {
             "stopped"
         } else {

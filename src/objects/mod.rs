@@ -21,6 +21,7 @@ pub mod memory_policy;
 pub mod namespaces;
 pub mod process;
 pub mod processor;
+pub mod raw_path;
 pub mod scheduling;
 pub mod seccomp;
 pub mod security;

@@ -87,8 +87,10 @@ pub struct Process {
     #[serde(default)]
     pub removed: RemovedPlaces,
     /// Current directory.
+    #[serde(with = "crate::objects::raw_path")]
     pub cwd: PathBuf,
     /// Root directory.
+    #[serde(with = "crate::objects::raw_path")]
     pub root: PathBuf,
     /// umask(2).
     pub umask: u32,
@@ -406,7 +408,7 @@ pub fn capture(
     let memory_for_calls = scratch(source, &vmas, SCRATCH)?;
     let scratch = memory_for_calls.at();
     let cave = Cave::dig(&source.mem, &vmas, frozen.tasks())?;
-    let cave = cave.with_doorbell(frozen.tasks(), stopped.is_some());
+    let cave = cave.with_doorbell(frozen.tasks());
     let (leader, others) = frozen
         .tasks_mut()
         .split_first_mut()

@@ -256,7 +256,8 @@ fn seccomp_of(task: &Stopped, status: &Status, source: &Source) -> crate::Result
 }
 
 /// A call that was interrupted and restarted once already shows restart_syscall(2) in place of
-/// its own number, and the restart block that knows better is the kernel's. There are four such
+/// its own number, and the restart block that knows better is the kernel's. So does one that is about to be
+/// made again, with the instruction pointer at the call; it becomes one that was interrupted. There are four such
 /// calls; which one it is, the program tells: the instruction that loads the number stands
 /// shortly before the system call, or before the call of the library's `syscall`, or else the
 /// operands fit only one of them.
@@ -265,8 +266,12 @@ fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Resu
     const LOAD_EAX: u8 = 0xb8;
     /// `mov edi, imm32`
     const LOAD_EDI: u8 = 0xbf;
-    let restarting = regs.rax as i64 == -ckpt_tracer::abi::ERESTART_RESTARTBLOCK;
-    if !restarting || regs.orig_rax != libc::SYS_restart_syscall as u64 {
+    const RESTART: u64 = libc::SYS_restart_syscall as u64;
+    let interrupted = (-ckpt_tracer::abi::ERESTART_RESTARTBLOCK) as u64;
+    if regs.rax == RESTART && is_call(source, regs.rip) {
+        *regs = interrupted_again(regs);
+    }
+    if regs.rax != interrupted || regs.orig_rax != RESTART {
         return Ok(());
     }
     let caller = source.mem.read_u64(RemoteAddr(regs.rsp)).unwrap_or(0);
@@ -287,6 +292,31 @@ fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Resu
     })?;
     regs.orig_rax = number as u64;
     Ok(())
+}
+
+/// Bytes of the instruction of a system call.
+const CALL: [u8; 2] = [0x0f, 0x05];
+
+fn is_call(source: &Source, at: u64) -> bool {
+    let code = source.mem.read_array(RemoteAddr(at));
+    code.is_ok_and(|code: [u8; CALL.len()]| code == CALL)
+}
+
+/// The registers of a task that is about to make restart_syscall(2), as they were before the kernel turned
+/// them to that (`arch_do_signal_or_restart`, arch/x86/kernel/signal.c). The number is still there unless
+/// something else interrupted it since.
+fn interrupted_again(regs: &GeneralRegisters) -> GeneralRegisters {
+    let known = (regs.orig_rax as i64) >= 0;
+    GeneralRegisters {
+        rax: (-ckpt_tracer::abi::ERESTART_RESTARTBLOCK) as u64,
+        orig_rax: if known {
+            regs.orig_rax
+        } else {
+            libc::SYS_restart_syscall as u64
+        },
+        rip: regs.rip + CALL.len() as u64,
+        ..*regs
+    }
 }
 
 /// The number of a restartable call that an instruction shortly before `address` loads.

@@ -37,9 +37,9 @@ pub struct Prover {
 #[derive(Debug, Serialize, Deserialize)]
 enum Question {
     /// What stands in the way of its restore here.
-    Check(PathBuf),
+    Check(#[serde(with = "crate::objects::raw_path")] PathBuf),
     /// In what a copy that is restored from it differs from the job.
-    Rehearse(PathBuf),
+    Rehearse(#[serde(with = "crate::objects::raw_path")] PathBuf),
 }
 
 /// What it answers.

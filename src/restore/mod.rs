@@ -19,7 +19,7 @@ use crate::objects::cgroup;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::files::left::Chosen;
-use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, switches};
+use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, sockets, switches};
 use crate::progress::Progress;
 use next_pid::Means;
 use put::PutFiles;
@@ -244,6 +244,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     let lost = ptys.warnings.clone();
     let master = ptys.finish(snapshot)?;
     let executable = contents::executable(root.memory.executable, snapshot, image, rights)?;
+    let bound = sockets::Made::before(snapshot, rights);
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
     let means = job.host.means;
@@ -259,6 +260,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     warnings.extend(lost);
     warnings.extend(incomplete);
     brood.keep();
+    bound.keep();
     warnings.extend(objects.keep());
     warnings.extend(put::warning(request.put_files, snapshot));
     warnings.extend(put_back.keep());

@@ -87,7 +87,7 @@ pub fn look(pid: i32) -> Look {
         "uid_map",
         "mountinfo",
     ] {
-        let text = fs::read_to_string(format!("{proc}/{file}")).unwrap_or_default();
+        let text = read_lossy(format!("{proc}/{file}")).unwrap_or_default();
         seen.insert(file.into(), text);
     }
     let auxv = fs::read(format!("{proc}/auxv")).unwrap_or_default();
@@ -95,7 +95,7 @@ pub fn look(pid: i32) -> Look {
     for link in ["cwd", "exe", "root"] {
         seen.insert(link.into(), link_of(format!("{proc}/{link}")));
     }
-    let smaps = fs::read_to_string(format!("{proc}/smaps")).unwrap_or_default();
+    let smaps = read_lossy(format!("{proc}/smaps")).unwrap_or_default();
     seen.insert("maps".into(), mappings(&smaps));
     status(&mut seen, "status", &format!("{proc}/status"), STATUS);
     stat(&mut seen, "stat", &format!("{proc}/stat"));
@@ -115,7 +115,7 @@ pub fn look(pid: i32) -> Look {
     }
     for fd in numbers(&format!("{proc}/fd")) {
         let target = without_number(&link_of(format!("{proc}/fd/{fd}")));
-        let info = fs::read_to_string(format!("{proc}/fdinfo/{fd}")).unwrap_or_default();
+        let info = read_lossy(format!("{proc}/fdinfo/{fd}")).unwrap_or_default();
         let nameless = target.contains(":[]") || target.ends_with("(deleted)");
         let of_file = |line: &str| match nameless && line.starts_with("lock:") {
             true => without_inode(line),
@@ -134,7 +134,8 @@ fn link_of(path: String) -> String {
     fs::read_link(path).map_or_else(|error| error.to_string(), |to| to.display().to_string())
 }
 
-fn numbers(dir: &str) -> Vec<i32> {
+/// Names in a directory that are numbers: in /proc, pids.
+pub fn numbers(dir: &str) -> Vec<i32> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -227,7 +228,7 @@ fn mapping(line: &str) -> String {
 }
 
 fn status(seen: &mut Look, name: &str, file: &str, wanted: &[&str]) {
-    let text = fs::read_to_string(file).unwrap_or_default();
+    let text = read_lossy(file).unwrap_or_default();
     for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
         if wanted.contains(&key) {
             seen.insert(format!("{name} {key}"), value.trim().into());
@@ -236,7 +237,7 @@ fn status(seen: &mut Look, name: &str, file: &str, wanted: &[&str]) {
 }
 
 fn stat(seen: &mut Look, name: &str, file: &str) {
-    let text = fs::read_to_string(file).unwrap_or_default();
+    let text = read_lossy(file).unwrap_or_default();
     let Some((_, rest)) = text.rsplit_once(") ") else {
         return;
     };
@@ -250,13 +251,13 @@ fn stat(seen: &mut Look, name: &str, file: &str) {
 /// The children of a process's first thread.
 pub fn children(pid: i32) -> Vec<i32> {
     let path = format!("/proc/{pid}/task/{pid}/children");
-    let text = fs::read_to_string(path).unwrap_or_default();
+    let text = read_lossy(path).unwrap_or_default();
     text.split_whitespace().flat_map(str::parse).collect()
 }
 
 /// A field of `/proc/PID/status`.
 pub fn status_field(pid: i32, key: &str) -> Option<String> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let text = read_lossy(format!("/proc/{pid}/status")).ok()?;
     let line = text
         .lines()
         .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
@@ -266,7 +267,7 @@ pub fn status_field(pid: i32, key: &str) -> Option<String> {
 /// The state letter of every thread.
 pub fn states(pid: i32) -> Vec<(i32, char)> {
     let state = |tid: i32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+        let stat = read_lossy(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
         Some((tid, stat.rsplit_once(") ")?.1.chars().next()?))
     };
     numbers(&format!("/proc/{pid}/task"))
@@ -300,7 +301,7 @@ pub fn all_stopped(pid: i32) -> bool {
 pub fn assert_let_go(pid: i32) {
     for (tid, _) in states(pid) {
         let file = format!("/proc/{pid}/task/{tid}/status");
-        let text = fs::read_to_string(file).unwrap_or_default();
+        let text = read_lossy(file).unwrap_or_default();
         let tracer = text
             .lines()
             .find_map(|line| line.strip_prefix("TracerPid:"));
@@ -400,8 +401,7 @@ pub fn everybody() -> String {
         let _ = writeln!(text, "  {pid} {:?} tracer {tracer} {command}", states(pid));
         for (tid, _) in states(pid) {
             let read = |file: &str| {
-                fs::read_to_string(Path::new(&format!("/proc/{pid}/task/{tid}/{file}")))
-                    .unwrap_or_default()
+                read_lossy(Path::new(&format!("/proc/{pid}/task/{tid}/{file}"))).unwrap_or_default()
             };
             let _ = writeln!(
                 text,
@@ -432,4 +432,10 @@ pub fn assert_nobody_left() {
         }
         others().is_empty().then_some(())
     });
+}
+
+/// A file of /proc as text: names in it are bytes.
+fn read_lossy(path: impl AsRef<Path>) -> std::io::Result<String> {
+    let bytes = fs::read(path)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

@@ -106,8 +106,8 @@ pub fn restore_cmd(image: &Path, args: &[&str]) -> Command {
 }
 
 /// A checkpoint that must succeed, as `image` in the test's directory; the figures.
-pub fn attach(case: &Case, pid: i32, image: &str, args: &[&str]) -> (PathBuf, Value) {
-    let path = case.path(image);
+pub fn attach(case: &Case, pid: i32, image: impl AsRef<Path>, args: &[&str]) -> (PathBuf, Value) {
+    let path = case.dir().join(image);
     let out = run(
         case,
         Command::new(CKPT)

@@ -101,6 +101,12 @@ pub enum Error {
         /// Bytes needed.
         need: usize,
     },
+    /// A task does not come to a stop; it goes by itself, as a rule.
+    #[error("{reason}")]
+    DoesNotStop {
+        /// One sentence: what it waits for, and what to do.
+        reason: String,
+    },
     /// The process kept creating threads for as long as we tried to stop them.
     #[error(
         "process {pid} creates threads faster than they can be stopped (gave up after {rounds} rounds); try again, or stop it first with kill -STOP {pid}"

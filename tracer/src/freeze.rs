@@ -7,10 +7,11 @@ use nix::errno::Errno;
 
 use crate::error::AttachError;
 use crate::fault::{self, Step};
+use crate::proc::status::TaskState;
 use crate::proc::syscall::{InSyscall, read_syscall};
 use crate::proc::{status, tasks};
 use crate::refusal;
-use crate::remote::hide_interruption;
+use crate::remote::{self, hide_interruption};
 use crate::task::{Polled, Resume, Running, Stop, Stopped, Waited};
 use crate::vdso::Vdso;
 use crate::{Error, Pid, Result, Tid};
@@ -41,7 +42,14 @@ impl Frozen {
                 .filter(|t| !known.contains(t))
                 .collect();
             if fresh.is_empty() {
-                break;
+                let mut tasks: Vec<&mut Stopped> = frozen.tasks.iter_mut().collect();
+                match leave_stale_cave(pid, &mut tasks) {
+                    Ok(false) => break,
+                    // They have run, and may have created others.
+                    Ok(true) => {}
+                    Err(Error::Died { tid }) => frozen.tasks.retain(|t| t.tid() != tid),
+                    Err(e) => return Err(e),
+                }
             }
             if round == MAX_ROUNDS {
                 return Err(Error::ThreadsGrow {
@@ -79,7 +87,10 @@ impl Frozen {
                     errno: Errno::EPERM,
                     ..
                 }) => {
-                    if !is_dead(self.pid, tid) {
+                    if is_ours(self.pid, tid) {
+                        // It did not stop when it was tried before, and only a stopped task can be let go.
+                        seized.push(Running::auto_attached(tid));
+                    } else if !is_dead(self.pid, tid) {
                         failure = Some(explain_refusal(self.pid, tid));
                         break;
                     }
@@ -147,9 +158,16 @@ impl Frozen {
         self.release(0)
     }
 
-    /// Lets go of the process but leaves it stopped, as `kill -STOP` would.
+    /// Lets go of the process but leaves it stopped, as `kill -STOP` would. All tasks have stopped when this
+    /// returns, unless they have ended or gone on again.
     pub fn leave_stopped(mut self) -> Result<()> {
-        self.release(libc::SIGSTOP)
+        self.release(libc::SIGSTOP)?;
+        const LONGEST: Duration = Duration::from_secs(5);
+        let begun = Instant::now();
+        while begun.elapsed() < LONGEST && !has_stopped(self.pid) {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
     }
 
     /// The first detached task takes the signal; a stop signal stops them all.
@@ -182,6 +200,17 @@ impl Drop for Frozen {
             let _ = task.detach(0);
         }
     }
+}
+
+/// Whether no task of it runs any more.
+fn has_stopped(pid: Pid) -> bool {
+    let tasks = tasks::list_tasks(pid).unwrap_or_default();
+    tasks.into_iter().all(|tid| {
+        let status = status::read_task(pid, tid);
+        status.map_or(true, |s| {
+            s.state == TaskState::Stopped || s.state.has_ended()
+        })
+    })
 }
 
 fn send_signal(pid: Pid, signal: i32) -> Result<()> {
@@ -221,6 +250,60 @@ fn wait_interrupted(mut task: Running, leader: bool, vdso: &Vdso) -> Result<Opti
     }
 }
 
+/// Lets the tasks of a process run that stand in the cave of a tracer that was killed, all at once, until they have
+/// found home and are stopped again; whether there were any. Those that are held back there wait for the others.
+///
+/// # Errors
+/// [`Error::Died`] of one that has ended; [`Error::DoesNotStop`] if they do not find home.
+pub fn leave_stale_cave(pid: Pid, tasks: &mut [&mut Stopped]) -> Result<bool> {
+    let vdso = Vdso::of(pid);
+    let begun = Instant::now();
+    let mut any = false;
+    loop {
+        let mut inside = Vec::new();
+        for task in tasks.iter_mut() {
+            if remote::holds(pid, task)? {
+                inside.push(task);
+            }
+        }
+        if inside.is_empty() {
+            return Ok(any);
+        }
+        any = true;
+        if begun.elapsed() > HOMEWARD {
+            return Err(does_not_stop(inside[0].tid()));
+        }
+        let mut running = Vec::with_capacity(inside.len());
+        for task in inside {
+            running.push((task.go_on()?, task));
+        }
+        std::thread::sleep(VDSO_RUN);
+        // The leader last, see `stop_tasks`.
+        running.sort_by_key(|(task, _)| task.tid() == pid.leader());
+        let mut failure = None;
+        for (task, _) in &running {
+            match task.interrupt() {
+                Ok(()) | Err(Error::Died { .. }) => {}
+                Err(e) => failure = failure.or(Some(e)),
+            }
+        }
+        for (task, place) in running {
+            let tid = task.tid();
+            match wait_interrupted(task, tid == pid.leader(), &vdso) {
+                Ok(Some(stopped)) => **place = stopped,
+                Ok(None) => failure = failure.or(Some(Error::Died { tid })),
+                Err(e) => failure = failure.or(Some(e)),
+            }
+        }
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+    }
+}
+
+/// A batch of calls that goes on by itself takes milliseconds.
+const HOMEWARD: Duration = Duration::from_secs(10);
+
 /// How often a task may run on that has stopped inside the vDSO. A program that does nothing but ask
 /// for the time is there most of the time. To step it out would be sure, but were we killed between a
 /// step and its report, the SIGTRAP would be delivered, and end the process.
@@ -232,6 +315,8 @@ const VDSO_RUN: Duration = Duration::from_micros(20);
 /// exec, or in I/O that does not end.
 /// The job stands still meanwhile.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// The same for a task that waits for a processor.
+const PATIENCE_FOR_CPU: Duration = Duration::from_secs(20);
 
 /// Waits for the next stop, but not for ever.
 fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
@@ -243,7 +328,12 @@ fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
             Polled::Came(waited) => return Ok(waited),
             Polled::Runs(task) => task,
         };
-        if begun.elapsed() > PATIENCE {
+        // One that waits for a processor would stop if it had one.
+        let waits = match begun.elapsed() > PATIENCE {
+            true => begun.elapsed() < PATIENCE_FOR_CPU && is_runnable(task.tid()),
+            false => true,
+        };
+        if !waits {
             return Err(does_not_stop(task.tid()));
         }
         std::thread::sleep(nap);
@@ -265,10 +355,19 @@ fn does_not_stop(tid: Tid) -> Error {
                   system)"
         }
     };
-    AttachError::Refused {
+    Error::DoesNotStop {
         reason: format!("task {tid} ({name}) {reason}; try again when that is over"),
     }
-    .into()
+}
+
+fn is_runnable(tid: Tid) -> bool {
+    let status = status::read_status(Pid(tid.raw()));
+    status.is_ok_and(|status| status.state == TaskState::Running)
+}
+
+fn is_ours(pid: Pid, tid: Tid) -> bool {
+    let status = status::read_task(pid, tid);
+    status.is_ok_and(|status| status.tracer_pid == Pid::own().raw())
 }
 
 fn is_dead(pid: Pid, tid: Tid) -> bool {

@@ -72,8 +72,6 @@ pub enum Resume {
     Cont = libc::PTRACE_CONT as isize,
     /// Until the next entry or exit of a system call.
     Syscall = libc::PTRACE_SYSCALL as isize,
-    /// For one instruction.
-    Step = libc::PTRACE_SINGLESTEP as isize,
 }
 
 /// What else of ours there is while a task is waited for.
@@ -358,6 +356,12 @@ impl Stopped {
             tid: self.tid,
             company: self.company,
         })
+    }
+
+    /// Lets it go on freely, and leaves in its place what answers ESRCH to every request.
+    pub fn go_on(&mut self) -> Result<Running> {
+        let tid = self.tid();
+        std::mem::replace(self, Stopped::absent(tid)).resume(Resume::Cont, 0)
     }
 
     /// Resumes the task, of that process, and waits for its next stop, in place; every other task

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use ckpt_tracer::proc::limits::read_limits;
 use ckpt_tracer::proc::maps::Vma;
-use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls, Scratch};
+use ckpt_tracer::proc::status::read_task;
+use ckpt_tracer::proc::tasks;
+use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls, Scratch, may_ring};
 use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{Pid, RemoteAddr};
 
@@ -27,10 +29,8 @@ use crate::objects::process::{self, FromOutside};
 
 /// How long requests are waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// One of them has to be left alone by the program ([`Cave::with_doorbell`]).
-const DOORBELLS: [i32; 4] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD, libc::SIGCONT];
-const NO_DOORBELL: &str = "belongs to a process that catches SIGURG, SIGWINCH, SIGCHLD and SIGCONT, which is \
-     not supported";
+const NO_DOORBELL: &str = "belongs to a process that catches or blocks SIGURG, SIGWINCH and SIGCHLD, and ignores \
+     no other signal, which is not supported";
 /// Between two looks at the tail.
 const PAUSE: Duration = Duration::from_micros(200);
 
@@ -50,9 +50,8 @@ pub fn settle(
     let with_rings = with_rings.filter(|(_, (_, vmas))| vmas.iter().any(is_ring));
     let mut any = false;
     for (index, (source, vmas)) in with_rings {
-        let stopped = job.processes[index].stopped_by().is_some();
         let cave = Cave::dig(&source.mem, vmas, job.processes[index].tasks())?;
-        let cave = cave.with_doorbell(job.processes[index].tasks(), stopped);
+        let cave = cave.with_doorbell(job.processes[index].tasks());
         // The process comes before those who share its memory.
         let all = job.processes.iter_mut().zip(sources);
         let sharing = all.filter(|(_, s)| memory_of(s.pid, sources, collector) == source.pid);
@@ -97,8 +96,11 @@ pub fn hides_requests(
             "run the program without seccomp filters, or without native AIO",
         );
     }
-    let caught = |signal: &i32| source.status.signals.caught & 1 << (signal - 1) != 0;
-    if DOORBELLS.iter().all(caught) {
+    let tasks = tasks::list_tasks(source.pid)?.into_iter();
+    let statuses: Vec<_> = tasks
+        .filter_map(|tid| read_task(source.pid, tid).ok())
+        .collect();
+    if !may_ring(statuses.iter().map(|status| &status.signals)) {
         return refuse(NO_DOORBELL, "let the program leave one of them alone");
     }
     if file_size_limit(source)? < room.file_len {

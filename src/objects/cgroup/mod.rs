@@ -24,6 +24,7 @@ pub struct Cgroup {
     /// version 2.
     pub controllers: String,
     /// Path below the root of the hierarchy.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
 }
 

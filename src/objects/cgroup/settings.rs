@@ -24,6 +24,7 @@ pub struct Hierarchy {
     /// The groups, those above before those below.
     pub groups: Vec<Group>,
     /// Threads that are in another group than the first thread of their process: ids and groups.
+    #[serde(with = "crate::objects::raw_path")]
     pub threads: Vec<(i32, PathBuf)>,
 }
 
@@ -31,6 +32,7 @@ pub struct Hierarchy {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     /// As [`Cgroup::path`].
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// Names of files and what was in them.
     pub settings: Vec<(String, String)>,

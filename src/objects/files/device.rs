@@ -15,6 +15,7 @@ use crate::restore::surroundings::MISSING;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// Where it was opened.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// Device number, major and minor.
     pub number: (u32, u32),

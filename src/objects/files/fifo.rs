@@ -23,6 +23,7 @@ use crate::restore::rights::{self, Rights};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FifoEnd {
     /// Its name, or what it was.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// No name leads to it any more.
     pub deleted: bool,

@@ -40,6 +40,7 @@ pub struct Watch {
     /// `IN_*`.
     pub mask: u32,
     /// What is watched; empty for what has no name.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// The description that is open for it, an index in the snapshot's.
     #[serde(default)]

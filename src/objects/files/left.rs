@@ -25,6 +25,7 @@ pub struct Left {
     /// What it was, for people.
     pub name: String,
     /// What is opened in its place; without it no descriptor leads to it.
+    #[serde(default, with = "crate::objects::raw_path")]
     pub instead: Option<PathBuf>,
 }
 

@@ -428,7 +428,7 @@ impl Kind {
             Kind::SignalFd(_) => "signalfd".into(),
             Kind::TimerFd(_) => "timerfd".into(),
             Kind::Epoll(_) => "epoll".into(),
-            Kind::MemFd(m) => format!("/memfd:{}", String::from_utf8_lossy(&m.name)),
+            Kind::MemFd(m) => format!("/memfd:{}", crate::text::of(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
             Kind::Terminal(t) => t.name.clone(),
             Kind::PidFd(_) => "pidfd".into(),

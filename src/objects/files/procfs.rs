@@ -28,6 +28,7 @@ use crate::restore::plan::{Builder, Inherited};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcFile {
     /// Its path, with the number of the process in it.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// The process that the path names.
     pub process: i32,

@@ -25,6 +25,7 @@ use crate::restore::rights;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Regular {
     /// Where it was, or is.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// What it was.
     pub identity: FileIdentity,

@@ -20,6 +20,7 @@ use crate::objects::Snapshot;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Removed {
     /// The name that it had.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// What it is.
     pub what: What,
@@ -39,7 +40,7 @@ pub enum What {
     /// A directory, which is empty.
     Directory,
     /// A symbolic link with this target.
-    Link(PathBuf),
+    Link(#[serde(with = "crate::objects::raw_path")] PathBuf),
     /// A FIFO.
     Fifo,
     /// The file of a unix socket.

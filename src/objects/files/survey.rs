@@ -246,10 +246,10 @@ impl Look {
             FdLink::Pipe(inode) => format!("pipe:[{inode}]"),
             FdLink::Socket(inode) => format!("socket:[{inode}]"),
             FdLink::AnonInode(name) => format!("anon_inode:[{name}]"),
-            FdLink::Memfd(name) => format!("/memfd:{}", String::from_utf8_lossy(name)),
+            FdLink::Memfd(name) => format!("/memfd:{}", crate::text::of(name)),
             FdLink::PidFd => "a pidfd".into(),
             FdLink::Namespace(kind, inode) => format!("{kind}:[{inode}]"),
-            FdLink::Other(name) => String::from_utf8_lossy(name).into_owned(),
+            FdLink::Other(name) => crate::text::of(name),
         }
     }
 

@@ -161,6 +161,7 @@ bitflags::bitflags! {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MappedFile {
     /// Where it was.
+    #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// What it was.
     pub identity: FileIdentity,

@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 
 pub mod inet;
+mod made;
 pub mod names;
 mod offset;
 pub mod options;
@@ -20,6 +21,8 @@ pub mod survey;
 pub mod sys;
 mod transfer;
 pub mod unix;
+
+pub use made::Made;
 
 use crate::error::Obstacle;
 use crate::objects::files::{Description, Kind, late};

@@ -112,10 +112,13 @@ pub struct Name {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct NameFile {
     /// Where the name leads.
+    #[serde(with = "crate::objects::raw_path")]
     pub named: PathBuf,
     /// The directory from which a relative name leads there.
+    #[serde(default, with = "crate::objects::raw_path")]
     pub directory: Option<PathBuf>,
     /// Where the file is: as named, or renamed, or deleted.
+    #[serde(default, with = "crate::objects::raw_path")]
     pub now: Option<PathBuf>,
     /// Permission bits.
     pub mode: u32,
@@ -210,8 +213,8 @@ impl UnixSocket {
 /// A name as people write it: `@` begins an abstract one.
 pub fn show(bytes: &[u8]) -> String {
     match bytes.split_first() {
-        Some((0, rest)) => format!("@{}", String::from_utf8_lossy(rest)),
-        _ => String::from_utf8_lossy(bytes).into_owned(),
+        Some((0, rest)) => format!("@{}", crate::text::of(rest)),
+        _ => crate::text::of(bytes),
     }
 }
 

@@ -6,13 +6,13 @@ use std::arch::global_asm;
 use std::ops::Range;
 
 use super::doorbell::doorbell;
-use super::wait::advance;
+use super::stale;
 use crate::dispatch::{self, Dispatch};
 use crate::fault::{self, Step};
 use crate::mem::ProcessMemory;
 use crate::proc::maps::{Vma, VmaName};
-use crate::task::{Resume, Stop, Stopped};
-use crate::{Error, Pid, RemoteAddr, Result};
+use crate::task::Stopped;
+use crate::{Error, RemoteAddr, Result};
 
 global_asm!(
     ".pushsection .rodata.ckpt_cave, \"a\", @progbits",
@@ -29,8 +29,12 @@ global_asm!(
     ".hidden ckpt_cave_home",
     ".globl ckpt_cave_unmap",
     ".hidden ckpt_cave_unmap",
+    ".globl ckpt_cave_last",
+    ".hidden ckpt_cave_last",
     ".globl ckpt_cave_park",
     ".hidden ckpt_cave_park",
+    ".globl ckpt_cave_left",
+    ".hidden ckpt_cave_left",
     ".globl ckpt_cave_magic",
     ".hidden ckpt_cave_magic",
     ".globl ckpt_cave_scratch",
@@ -77,6 +81,7 @@ global_asm!(
     // The last call: munmap of the scratch memory.
     "ckpt_cave_unmap:",
     "    syscall",
+    "ckpt_cave_last:",
     "2:  mov edi, 2", // SIG_SETMASK
     "    lea rsi, [rip + ckpt_cave_mask]",
     "    xor edx, edx",
@@ -141,6 +146,7 @@ global_asm!(
     "    pop r11",
     "    pop rax",
     "    pop rbx",
+    "ckpt_cave_left:",
     "    iretq",
     ".balign 8",
     "ckpt_cave_magic:",
@@ -176,7 +182,9 @@ unsafe extern "C" {
     static ckpt_cave_batch: u8;
     static ckpt_cave_home: u8;
     static ckpt_cave_unmap: u8;
+    static ckpt_cave_last: u8;
     static ckpt_cave_park: u8;
+    static ckpt_cave_left: u8;
     static ckpt_cave_magic: u8;
     static ckpt_cave_scratch: u8;
     static ckpt_cave_end: u8;
@@ -190,7 +198,11 @@ pub(super) struct CaveImage {
     pub(super) batch: u64,
     pub(super) home: u64,
     pub(super) unmap: u64,
+    /// Behind the unmapping: mask and registers.
+    pub(super) last: u64,
     pub(super) park: u64,
+    /// The last instruction of those that wait, which takes what is left from the stack.
+    pub(super) left: u64,
     pub(super) magic: u64,
     pub(super) data: u64,
 }
@@ -207,7 +219,9 @@ pub(super) fn cave_image() -> CaveImage {
         batch: (&raw const ckpt_cave_batch) as u64 - start,
         home: (&raw const ckpt_cave_home) as u64 - start,
         unmap: (&raw const ckpt_cave_unmap) as u64 - start,
+        last: (&raw const ckpt_cave_last) as u64 - start,
         park: (&raw const ckpt_cave_park) as u64 - start,
+        left: (&raw const ckpt_cave_left) as u64 - start,
         magic: (&raw const ckpt_cave_magic) as u64 - start,
         data: (&raw const ckpt_cave_scratch) as u64 - start,
     }
@@ -216,10 +230,10 @@ pub(super) fn cave_image() -> CaveImage {
 /// How many tasks may be in a cave at once: one, and the next while the first hands over.
 const SLOTS: u64 = 2;
 /// Behind the slots stands the number of the one whose task owns the scratch memory.
-const OWNER_BYTES: usize = 16;
+pub(super) const OWNER_BYTES: usize = 16;
 
 /// Bytes of a cave.
-fn size() -> usize {
+pub(super) fn size() -> usize {
     cave_image().bytes.len().next_multiple_of(16) * SLOTS as usize + OWNER_BYTES
 }
 
@@ -244,6 +258,7 @@ impl<'m> Cave<'m> {
         let image = cave_image();
         let (pid, need) = (mem.pid(), size());
         let ranges = dispatch::ranges(tasks)?;
+        stale::clear(mem, maps)?;
         let addr = find_room(mem, maps, &ranges, need)?;
         let addr = addr.ok_or(match ranges.is_empty() {
             true => Error::NoCodeCave { pid, need },
@@ -251,10 +266,6 @@ impl<'m> Cave<'m> {
         })?;
         let mut before = vec![0; need];
         mem.read(addr, &mut before)?;
-        if before[image.magic as usize..].starts_with(b"ckptcave") {
-            // A tracer died here; what was below it was unused.
-            before.fill(0);
-        }
         let cave = Cave {
             mem,
             addr,
@@ -275,10 +286,9 @@ impl<'m> Cave<'m> {
         self.doorbell.is_some()
     }
 
-    /// Looks for a signal that can be the doorbell of batches; `tasks` are all of the process,
-    /// `stopped` says that it is in a group stop.
-    pub fn with_doorbell(mut self, tasks: &[Stopped], stopped: bool) -> Self {
-        self.doorbell = doorbell(self.mem.pid(), tasks, stopped);
+    /// Looks for a signal that can be the doorbell of batches; `tasks` are all of the process.
+    pub fn with_doorbell(mut self, tasks: &[Stopped]) -> Self {
+        self.doorbell = doorbell(self.mem.pid(), tasks);
         self
     }
 
@@ -332,19 +342,14 @@ impl Drop for Cave<'_> {
 }
 
 /// Looks for a run of `need` equal filler bytes (0x00 or 0xcc) in executable memory, in the
-/// vDSO first, or for a cave that a dead tracer left.
+/// vDSO first.
 fn find_room(
     mem: &ProcessMemory,
     maps: &[Vma],
     ranges: &[Dispatch],
     need: usize,
 ) -> Result<Option<RemoteAddr>> {
-    let image = cave_image();
-    let mut executable: Vec<&Vma> = maps
-        .iter()
-        .filter(|v| v.exec && !v.shared && v.name != VmaName::Vsyscall)
-        .collect();
-    executable.sort_by_key(|v| v.name != VmaName::Vdso);
+    let executable = candidates(maps);
     let whole = |vma: &Vma| std::iter::once(vma.start..vma.end).collect();
     let allowed = executable.into_iter().flat_map(|vma| {
         ranges
@@ -364,7 +369,7 @@ fn find_room(
             if mem.read(base, &mut bytes).is_err() {
                 break;
             }
-            if let Some(at) = find_stale(&bytes, &image).or_else(|| find_filler(&bytes, need)) {
+            if let Some(at) = find_filler(&bytes, need) {
                 return Ok(Some(base + at as u64));
             }
             if piece < 1 << 20 {
@@ -376,13 +381,13 @@ fn find_room(
     Ok(None)
 }
 
-fn find_stale(bytes: &[u8], image: &CaveImage) -> Option<usize> {
-    let code = &image.bytes[..image.magic as usize + 8];
-    bytes
-        .windows(code.len())
-        .step_by(16)
-        .position(|w| w == code)
-        .map(|i| i * 16)
+/// Mappings that a cave may be in, in the order in which they are looked at. Memory without a file, where a
+/// program writes code of its own, comes last.
+pub(super) fn candidates(maps: &[Vma]) -> Vec<&Vma> {
+    let fits = |v: &&Vma| v.exec && !v.shared && v.name != VmaName::Vsyscall;
+    let mut executable: Vec<&Vma> = maps.iter().filter(fits).collect();
+    executable.sort_by_key(|v| (v.name != VmaName::Vdso, v.is_private_anonymous()));
+    executable
 }
 
 fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
@@ -402,72 +407,4 @@ fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
         }
     }
     None
-}
-
-/// Instructions of the longest batch, ten a call: those that go from CPU to CPU have two for each.
-const MOST_STEPS: u32 = 200_000;
-
-/// Moves tasks out of a cave that a dead tracer left them in. All tasks must be stopped; a
-/// task inside runs home instruction by instruction. Its system calls may still be allowed to one that
-/// was at the threshold.
-pub fn leave_stale_cave(tasks: &mut [Stopped], mem: &ProcessMemory) -> Result<()> {
-    let image = cave_image();
-    let slot = image.bytes.len() as u64;
-    for task in tasks {
-        for _ in 0..MOST_STEPS {
-            let rip = RemoteAddr(task.regs()?.rip);
-            // The code before the magic, wherever in it the task is.
-            let mut around = vec![0u8; 2 * slot as usize];
-            let from = RemoteAddr(rip.raw().saturating_sub(slot));
-            if mem.read(from, &mut around).is_err() {
-                // Too close to the border of a mapping to be the middle of a cave, or not
-                // readable: look at the bytes from the page's start instead.
-                let page = RemoteAddr(rip.raw() & !0xfff);
-                around = vec![0u8; 4096];
-                if mem.read(page, &mut around).is_err() {
-                    break;
-                }
-                if !inside_stale(&around, rip.raw() - page.raw(), &image) {
-                    break;
-                }
-            } else if !inside_stale(&around, rip.raw() - from.raw(), &image) {
-                break;
-            }
-            step_once(mem.pid(), task)?;
-        }
-        if let Some(dispatch) = task.dispatch()?
-            && dispatch.len == size() as u64
-            && is_cave(mem, RemoteAddr(dispatch.offset))
-        {
-            task.set_dispatch(&dispatch.allowing_nothing())?;
-        }
-    }
-    Ok(())
-}
-
-fn is_cave(mem: &ProcessMemory, at: RemoteAddr) -> bool {
-    let image = cave_image();
-    let code = &image.bytes[..image.magic as usize + 8];
-    let mut bytes = vec![0; code.len()];
-    mem.read(at, &mut bytes).is_ok() && bytes == code
-}
-
-fn inside_stale(bytes: &[u8], rip: u64, image: &CaveImage) -> bool {
-    let code = &image.bytes[..image.magic as usize + 8];
-    bytes
-        .windows(code.len())
-        .position(|w| w == code)
-        .is_some_and(|at| (at as u64..at as u64 + image.magic).contains(&rip))
-}
-
-/// One instruction, passing on signals that arrive.
-fn step_once(pid: Pid, task: &mut Stopped) -> Result<()> {
-    let mut signal = 0;
-    loop {
-        match advance(pid, task, Resume::Step, signal)? {
-            Stop::Signal(libc::SIGTRAP) => return Ok(()),
-            Stop::Signal(other) => signal = other,
-            _ => signal = 0,
-        }
-    }
 }

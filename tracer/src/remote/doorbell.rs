@@ -2,26 +2,79 @@
 
 use super::RemoteCalls;
 use crate::Pid;
+use crate::proc::status::SignalSets;
 use crate::task::{Stop, Stopped};
 
-/// A signal that the process ignores, to be the doorbell. SIGCONT wakes a stopped process, so
-/// it is the last choice and none for a stopped one. One that any of the tasks blocks is none
-/// either: it may be waiting, to be read from a signalfd, and would be taken with the ring.
-pub(super) fn doorbell(pid: Pid, tasks: &[Stopped], stopped: bool) -> Option<i32> {
+/// Signals of which the kernel generates one for a fault (`SYNCHRONOUS_MASK`, kernel/signal.c), and those that
+/// discard others that wait, even blocked ones (`prepare_signal`): a stop signal SIGCONT, and SIGCONT all of those.
+const NEVER: [i32; 12] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGTRAP,
+    libc::SIGFPE,
+    libc::SIGSYS,
+    libc::SIGKILL,
+    libc::SIGSTOP,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGCONT,
+];
+
+/// A signal that the process ignores, to be the doorbell: by default, or because it has said so. One that any
+/// of the tasks blocks is none: it may be waiting, to be read from a signalfd, and would be taken with the ring.
+pub(super) fn doorbell(pid: Pid, tasks: &[Stopped]) -> Option<i32> {
     let signals = crate::proc::status::read_status(pid).ok()?.signals;
-    let mut taken = signals.caught;
+    let mut blocked = 0;
     for task in tasks {
-        taken |= task.signal_mask().ok()?;
+        blocked |= task.signal_mask().ok()?;
     }
-    let cont = (!stopped).then_some(libc::SIGCONT);
-    [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
-        .into_iter()
-        .chain(cont)
-        .find(|signal| taken & (1 << (signal - 1)) == 0)
+    choose(signals.caught, signals.ignored, blocked)
+}
+
+/// Whether a process with these tasks leaves a signal alone that can be the doorbell.
+pub fn may_ring<'s>(tasks: impl IntoIterator<Item = &'s SignalSets>) -> bool {
+    let none = (0, 0, 0);
+    let (caught, ignored, blocked) = tasks.into_iter().fold(none, |sets, task| {
+        (task.caught, task.ignored, sets.2 | task.blocked)
+    });
+    choose(caught, ignored, blocked).is_some()
+}
+
+/// From sets of signals, bit n-1 for signal n.
+fn choose(caught: u64, ignored: u64, blocked: u64) -> Option<i32> {
+    let has = |set: u64, signal: i32| set & (1 << (signal - 1)) != 0;
+    let by_default = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
+    let by_default = by_default.into_iter().filter(|s| !has(caught, *s));
+    let by_wish = (1..=64).filter(|s| has(ignored, *s) && !NEVER.contains(s));
+    by_default.chain(by_wish).find(|s| !has(blocked, *s))
 }
 
 impl RemoteCalls<'_> {
     pub(super) fn at_doorbell(&self) -> bool {
         matches!((self.task.stop(), self.doorbell), (Stop::Signal(at), Some(bell)) if at == bell)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(signals: &[i32]) -> u64 {
+        signals.iter().fold(0, |set, s| set | 1 << (s - 1))
+    }
+
+    #[test]
+    fn nothing_rings_that_discards_what_waits() {
+        let usual = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
+        assert_eq!(choose(0, 0, 0), Some(libc::SIGURG));
+        assert_eq!(choose(set(&usual[..2]), 0, 0), Some(libc::SIGCHLD));
+        assert_eq!(choose(set(&usual), 0, 0), None);
+        assert_eq!(choose(0, 0, set(&usual)), None);
+        assert_eq!(choose(set(&usual), set(&NEVER), 0), None);
+        let pipe = set(&[libc::SIGPIPE]);
+        assert_eq!(choose(set(&usual), pipe, 0), Some(libc::SIGPIPE));
+        assert_eq!(choose(set(&usual), pipe, pipe), None);
     }
 }

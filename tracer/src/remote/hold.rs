@@ -24,7 +24,7 @@ use crate::{RemoteAddr, Result};
 /// Bytes a task: its block stands at the end, and a signal frame has room below.
 const EACH: u64 = 4096;
 /// Bytes of a block.
-const BLOCK: u64 = 16 * 8;
+pub(super) const BLOCK: usize = 16 * 8;
 /// `FUTEX_OP(FUTEX_OP_SET, 1, FUTEX_OP_CMP_EQ, 0)`, linux/futex.h.
 const SET_ONE: u64 = 1 << 12;
 
@@ -100,7 +100,7 @@ impl<'t> Hold<'t> {
             let mut home = original;
             home.rip = effective_rip(task, mem, &original)?;
             let home = restarted(&home);
-            let block = self.at + (EACH * (n as u64 + 2) - BLOCK);
+            let block = self.at + (EACH * (n as u64 + 2) - BLOCK as u64);
             let dispatch = calls.cave.dispatch_of(task)?;
             let words = [
                 self.at.raw(),

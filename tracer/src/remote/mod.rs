@@ -26,7 +26,7 @@
 //!
 //! # Order of events, and what a dead tracer leaves at each point
 //!
-//! 1. Cave written. Nobody is in it: nothing happens; a later attach finds and clears it.
+//! 1. Cave written. No task is in it: nothing happens; a later attach finds and clears it.
 //! 2. Registers set into the cave. The task makes the first call (an mmap of scratch memory, or an mremap)
 //!    and walks home. A signal that comes meanwhile runs its handler on the task's own stack.
 //! 3. All signals blocked. The same; the way home restores the mask.
@@ -34,6 +34,9 @@
 //! 5. Scratch memory unmapped: the entry behind the unmapping is used, so that nothing that
 //!    another thread mapped there since can be hit.
 //! 6. Mask restored, then registers. The same as 2, then the original state.
+//!
+//! At 2 and 6, and at the end of the way home, a signal's handler may return into the cave long after. What is done
+//! about that, and about tasks that a next tracer meets in a cave, stands in `stale`.
 //!
 //! # What is where
 //!
@@ -46,6 +49,7 @@
 //! * `wait`: letting the task go on to a stop.
 //! * `cave`: the code itself, and where it is put.
 //! * `restart`: where a task goes on that was stopped inside of something.
+//! * `stale`: what tracers have left that were killed.
 //! * `hold`: keeping the other tasks away from what a batch does.
 //! * [`lend`]: having descriptors handed out.
 
@@ -59,11 +63,15 @@ mod home;
 pub mod lend;
 mod restart;
 mod scratch;
+mod stale;
 mod wait;
 
 pub use batch::Call;
 pub use calls::RemoteCalls;
-pub use cave::{Cave, leave_stale_cave};
+pub use cave::Cave;
+pub use doorbell::may_ring;
 pub use hold::Hold;
 pub use restart::{effective_rip, hide_interruption};
 pub use scratch::Scratch;
+pub(crate) use stale::holds;
+pub use stale::withdraw_dispatch;

@@ -1,0 +1,419 @@
+//! The tool is killed, stopped, told to end, and made to fail or die at every step, while it takes checkpoints of targets that
+//! judge themselves, and while it restores them: no target is harmed, and of a restore that did not succeed nothing is left.
+//!
+//! `CKPT_TORTURE_SECONDS` is for how long in all (60), `CKPT_SEED` repeats a run as far as the machine allows, and figures
+//! are appended to the file `CKPT_TORTURE_FIGURES` (docs/reliability.md).
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use ckpt_tracer::fault::Step;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+
+use crate::common::fixture::start_in;
+use crate::common::job::{appended, spawn, start};
+use crate::common::look::{assert_nobody_left, numbers, states, status_field};
+use crate::common::rounds::gone;
+use crate::common::tool::{CKPT, source};
+use crate::common::{
+    Case, Ended, Fixture, Job, attach, isolated, restore_cmd, restored, run, until,
+};
+use crate::sigkill::{Random, pass};
+
+/// What has the twelve targets.
+const TARGETS: u32 = 12;
+/// Disturbances that one life of a target sees at most.
+const A_LIFE: u32 = 12;
+
+/// What is done to the tool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Harm {
+    /// SIGKILL at a random moment.
+    Killed,
+    /// SIGSTOP at a random moment, then SIGCONT.
+    Stopped,
+    /// SIGTERM at a random moment.
+    Ended,
+    /// An error at a step.
+    Fails(Step),
+    /// SIGKILL at a step.
+    Dies(Step),
+}
+
+impl Harm {
+    fn name(self) -> &'static str {
+        match self {
+            Harm::Killed => "kill -9",
+            Harm::Stopped => "SIGSTOP",
+            Harm::Ended => "SIGTERM",
+            Harm::Fails(_) => "error at a step",
+            Harm::Dies(_) => "kill -9 at a step",
+        }
+    }
+}
+
+/// Steps of a restore and of an attach; the rest belongs to what is not done here.
+fn steps(of_restore: bool) -> Vec<Step> {
+    let elsewhere = [
+        Step::Check,
+        Step::RehearseMask,
+        Step::RehearsePage,
+        Step::Lending,
+    ];
+    let all = Step::ALL.iter().copied();
+    all.filter(|s| !elsewhere.contains(s) && s.name().starts_with("restore-") == of_restore)
+        .collect()
+}
+
+/// A target at work.
+struct Target {
+    job: Job,
+    /// Lets it finish, and demands that it is content.
+    judge: Box<dyn FnOnce(Job)>,
+}
+
+struct Torture<'a> {
+    case: &'a Case,
+    random: Random,
+    /// How long an attach takes, and a restore.
+    longest: [Duration; 2],
+    figures: BTreeMap<String, u32>,
+}
+
+fn torture(case: &Case, name: &str, begin: &dyn Fn(&str) -> Target) {
+    let seconds = std::env::var("CKPT_TORTURE_SECONDS").ok();
+    let seconds = seconds.and_then(|s| s.parse().ok()).unwrap_or(60);
+    let over = Instant::now() + Duration::from_secs(seconds) / TARGETS;
+    let mut torture = Torture {
+        case,
+        random: Random::new(),
+        longest: [Duration::from_millis(50); 2],
+        figures: BTreeMap::new(),
+    };
+    let mut life = 0;
+    while life == 0 || Instant::now() < over {
+        let mut target = begin(&format!("life{life}"));
+        life += 1;
+        for number in 1..=A_LIFE {
+            torture.attach(&mut target.job);
+            if number % 3 == 0 {
+                torture.restore(&mut target.job);
+            }
+            if Instant::now() >= over && number >= 3 {
+                break;
+            }
+        }
+        (target.judge)(target.job);
+    }
+    torture.figures.insert("lives".into(), life);
+    torture.tell(name);
+}
+
+impl Torture<'_> {
+    fn count(&mut self, what: &str) {
+        *self.figures.entry(what.into()).or_default() += 1;
+    }
+
+    fn tell(&self, name: &str) {
+        let mut text = format!("{name}:");
+        for (what, number) in &self.figures {
+            let _ = write!(text, " {what} {number};");
+        }
+        eprintln!("{text}");
+        if let Some(path) = std::env::var_os("CKPT_TORTURE_FIGURES") {
+            let file = File::options().create(true).append(true).open(path);
+            writeln!(file.expect("it can be written"), "{text}").expect("it can be written");
+        }
+    }
+
+    fn harm(&mut self, of_restore: bool) -> Harm {
+        let steps = steps(of_restore);
+        let step = steps[self.random.below(steps.len())];
+        match self.random.below(6) {
+            0 | 1 => Harm::Killed,
+            2 => Harm::Stopped,
+            3 => Harm::Ended,
+            4 => Harm::Fails(step),
+            _ => Harm::Dies(step),
+        }
+    }
+
+    /// Runs the tool and does it harm; how it ended.
+    fn inflict(&mut self, harm: Harm, mut command: Command, longest: Duration) -> Ended {
+        let log = self.case.path("tool.log");
+        command.current_dir(self.case.dir());
+        command.stdout(appended(&log)).stderr(appended(&log));
+        match harm {
+            Harm::Fails(step) => drop(command.env("CKPT_FAULT", step.name())),
+            Harm::Dies(step) => drop(command.env("CKPT_FAULT", format!("{step}:kill"))),
+            _ => {}
+        }
+        let tool = spawn(&mut command);
+        match harm {
+            Harm::Fails(_) | Harm::Dies(_) => return tool.wait(),
+            _ => pass(self.random.moment(longest.mul_f64(1.1))),
+        }
+        match harm {
+            Harm::Killed => return tool.kill(),
+            Harm::Stopped => {
+                tool.signal(Signal::SIGSTOP);
+                pass(Duration::from_millis(2));
+                tool.signal(Signal::SIGCONT);
+            }
+            _ => tool.signal(Signal::SIGTERM),
+        }
+        tool.wait()
+    }
+
+    /// One attach is disturbed, the next one is not.
+    fn attach(&mut self, job: &mut Job) {
+        let harm = self.harm(false);
+        let mut command = Command::new(CKPT);
+        command.args(["attach", &job.pid.to_string(), "-q", "-o", "job.ckpt"]);
+        let ended = self.inflict(harm, command, self.longest[0]);
+        let expected = match harm {
+            Harm::Killed | Harm::Dies(_) => [Ended::Killed(9), Ended::Exited(0)],
+            Harm::Stopped => [Ended::Exited(0); 2],
+            Harm::Ended => [Ended::Killed(15), Ended::Exited(0)],
+            Harm::Fails(_) => [Ended::Exited(1), Ended::Exited(0)],
+        };
+        assert!(
+            expected.contains(&ended),
+            "{harm:?}: {ended:?}: {}",
+            self.said()
+        );
+        assert_eq!(job.ended(), None, "{harm:?} harmed the target");
+        nobody_is_held();
+        self.count(&format!("attach, {}", harm.name()));
+        let begun = Instant::now();
+        attach(self.case, job.pid, "job.ckpt", &["-q"]);
+        self.longest[0] = begun.elapsed();
+        assert_eq!(
+            job.ended(),
+            None,
+            "an attach after {harm:?} harmed the target"
+        );
+        self.count("attach, undisturbed");
+    }
+
+    /// It is killed, and restores are disturbed until one has succeeded.
+    fn restore(&mut self, job: &mut Job) {
+        let pid = job.pid;
+        let (image, _) = attach(self.case, pid, "kept.ckpt", &["-q", "--kill"]);
+        let ended = gone(job);
+        assert!(
+            matches!(ended, Ended::Killed(9) | Ended::Exited(137)),
+            "{ended:?}"
+        );
+        for _ in 0..2 {
+            let harm = self.harm(true);
+            let mut command = restore_cmd(&image, &["-q"]);
+            command.arg("--detach");
+            let ended = self.inflict(harm, command, self.longest[1]);
+            self.count(&format!("restore, {}", harm.name()));
+            let alive = settled(pid);
+            let whole = ended == Ended::Exited(0);
+            assert!(
+                alive || !whole,
+                "{harm:?}: nobody is there after success: {}",
+                self.said()
+            );
+            assert!(
+                whole || harm != Harm::Stopped,
+                "{harm:?}: {ended:?}: {}",
+                self.said()
+            );
+            if alive {
+                *job = Job::of(pid);
+                return;
+            }
+            assert_nobody_left();
+        }
+        let begun = Instant::now();
+        *job = restored(self.case, &image, &["-q"]);
+        self.longest[1] = begun.elapsed();
+        self.count("restore, undisturbed");
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(self.case.path("tool.log")).unwrap_or_default()
+    }
+}
+
+/// Waits until nobody is traced or stopped.
+fn nobody_is_held() {
+    until("everybody to be let go", || {
+        let mut others = numbers("/proc").into_iter().filter(|pid| *pid != 1);
+        let held = others.any(|pid| {
+            let traced = status_field(pid, "TracerPid").is_some_and(|tracer| tracer != "0");
+            traced || states(pid).iter().any(|(_, state)| "tT".contains(*state))
+        });
+        (!held).then_some(())
+    });
+}
+
+/// Waits until either nobody is there, or the job, which is not about to be killed.
+fn settled(pid: i32) -> bool {
+    const KILL: u64 = 1 << 8;
+    let dies = |pid: i32| {
+        let pending = ["SigPnd", "ShdPnd"].map(|key| status_field(pid, key));
+        let words = pending.iter().flatten();
+        let mut sets = words.filter_map(|word| u64::from_str_radix(word.trim(), 16).ok());
+        sets.any(|set| set & KILL != 0)
+    };
+    until("nobody, or the whole job", || {
+        let _ = waitpid(None, Some(WaitPidFlag::WNOHANG));
+        let others: Vec<i32> = numbers("/proc")
+            .into_iter()
+            .filter(|pid| *pid != 1)
+            .collect();
+        if others.is_empty() {
+            return Some(false);
+        }
+        let lives = |pid: i32| {
+            let now = states(pid);
+            !now.is_empty() && now.iter().all(|(_, state)| !"tZX".contains(*state))
+        };
+        let traced = |pid: i32| status_field(pid, "TracerPid").is_some_and(|t| t != "0");
+        let free = others.iter().all(|pid| !traced(*pid) && !dies(*pid));
+        (free && others.contains(&pid) && lives(pid)).then_some(true)
+    })
+}
+
+fn of_fixture(case: &Case, name: &'static str, place: &str) -> Target {
+    let mut command = Command::new(case.fixtures().join(name));
+    command.env("SLEEPERS_STOPPABLE", "1");
+    let fixture = start_in(case, name, place, command);
+    let dir = case.path(place);
+    let Fixture { job, .. } = fixture;
+    let judge = move |mut job: Job| {
+        fs::write(dir.join("go"), "").expect("the test's directory is writable");
+        let ended = until("the verdict", || job.ended());
+        let verdict = fs::read_to_string(dir.join("verdict")).unwrap_or_default();
+        assert_eq!(verdict.trim(), "PASS", "and {ended:?}");
+        assert_eq!(ended, Ended::Exited(0));
+    };
+    Target {
+        job,
+        judge: Box::new(judge),
+    }
+}
+
+/// A program that works in rounds (`tests/programs/README.md`).
+fn of_program(case: &Case, program: &dyn Fn() -> Command, place: &str, result: &str) -> Target {
+    let (dir, result) = (case.path(place), result.to_owned());
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    let mut command = program();
+    command.arg(&dir).current_dir(case.dir());
+    let job = start(&mut command, &case.path("program.log"));
+    until("its first round", || {
+        dir.join("progress").exists().then_some(())
+    });
+    let judge = move |mut job: Job| {
+        fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+        assert_eq!(until("its end", || job.ended()), Ended::Exited(0));
+        let now = fs::read_to_string(dir.join("result")).expect("it has a result");
+        assert_eq!(now, result);
+    };
+    Target {
+        job,
+        judge: Box::new(judge),
+    }
+}
+
+fn programs(case: &Case, name: &str, program: &dyn Fn() -> Command) {
+    let dir = case.path("undisturbed");
+    fs::create_dir(&dir).expect("the test's directory is writable");
+    fs::write(dir.join("finish"), "").expect("the test's directory is writable");
+    run(case, program().arg(&dir)).ok();
+    let result = fs::read_to_string(dir.join("result")).expect("it has a result");
+    torture(case, name, &|place| {
+        of_program(case, program, place, &result)
+    });
+}
+
+macro_rules! fixtures {
+    ($($test:ident = $fixture:literal)*) => {
+        $(#[test]
+        fn $test() {
+            isolated(stringify!($test), |case| {
+                torture(case, stringify!($test), &|place| of_fixture(case, $fixture, place));
+            });
+        })*
+    };
+}
+
+fixtures! {
+    threads = "sleepers"
+    queued_signals = "signal_sequence"
+    timers = "timers_posix"
+    shared_memory = "tree_futex"
+    storms = "storm"
+    files_appended = "fd_appended"
+    mappings_changing = "maps_changing"
+}
+
+fn interpreted(case: &Case, name: &str, interpreter: &str, file: &str) {
+    case.needs_program(interpreter, interpreter);
+    programs(case, name, &|| {
+        let mut command = Command::new(interpreter);
+        command.arg(source(file));
+        command
+    });
+}
+
+#[test]
+fn go() {
+    isolated("go", |case| {
+        let program = crate::programs::pool(case);
+        programs(case, "go", &|| Command::new(&program));
+    });
+}
+
+#[test]
+fn java() {
+    isolated("java", |case| {
+        case.needs_program("javac", "default-jdk-headless");
+        let classes = case.path("classes");
+        let mut build = Command::new("javac");
+        build.arg("-d").arg(&classes).arg(source("Sums.java"));
+        run(case, &mut build).ok();
+        let classes: &Path = &classes;
+        programs(case, "java", &|| {
+            let mut command = Command::new("java");
+            command
+                .args(["-XX:-UsePerfData", "-cp"])
+                .arg(classes)
+                .arg("Sums");
+            command
+        });
+    });
+}
+
+#[test]
+fn node() {
+    isolated("node", |case| interpreted(case, "node", "node", "sums.js"));
+}
+
+#[test]
+fn python() {
+    isolated("python", |case| {
+        let python = case.system_python();
+        programs(case, "python", &|| {
+            let mut command = Command::new(python);
+            command.arg(source("threads.py"));
+            command
+        });
+    });
+}
+
+#[test]
+fn ruby() {
+    isolated("ruby", |case| interpreted(case, "ruby", "ruby", "words.rb"));
+}
