@@ -163,19 +163,25 @@ pub fn read_build_ids(snapshot: &mut Snapshot) {
     }
 }
 
-/// The soft limit of descriptors up to the hard one: a job may have many, and we hold a copy of
-/// each.
+/// Our limit of descriptors up to the hard one, and where we may up to what the kernel gives at most (`fs.nr_open`): a job
+/// may have many, and we hold a copy of each.
 #[allow(unsafe_code)]
 pub fn raise_descriptor_limit() {
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap_or_default();
+    let most: u64 = most.trim().parse().unwrap_or(0);
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
     // SAFETY: one live structure.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+        return;
+    }
+    for hard in [most.max(limit.rlim_max), limit.rlim_max] {
+        (limit.rlim_cur, limit.rlim_max) = (hard, hard);
+        // SAFETY: the same.
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } == 0 {
+            return;
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::common::fixture::start_in;
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, leftovers};
 use crate::common::{
-    Case, Fixture, Looks, attach, ckpt, isolated, restore_cmd, restored, run, start, until,
+    Case, Fixture, Job, Looks, attach, ckpt, isolated, restore_cmd, restored, run, start, until,
 };
 
 /// Programs that are started have it too.
@@ -106,6 +106,40 @@ fn another_file_in_its_place() {
     });
 }
 
+/// Those who take the checkpoint and restore it may have no more descriptors than the job, unless they may raise that limit.
+#[test]
+fn as_many_as_the_limit_allows() {
+    isolated("as_many_as_the_limit_allows", |case| {
+        let few = |command: &Command| {
+            let mut limited = Command::new("prlimit");
+            limited.arg("--nofile=9000:9000");
+            limited.arg(command.get_program()).args(command.get_args());
+            limited
+        };
+        let program = Command::new(case.fixtures().join("fd_many"));
+        let mut target = start_in(case, "fd_many", "run", program);
+        let image = case.path("job.ckpt");
+        let mut attach = Command::new(CKPT);
+        attach.args(["attach", &target.pid().to_string(), "--kill", "-o"]);
+        let taken = run(case, &mut few(attach.arg(&image)));
+        let raised = run(
+            case,
+            &mut few(Command::new("prlimit").args(["--nofile=9001", "true"])),
+        );
+        if raised.code() != 0 {
+            let words = ["below the limit of open files, 9000", "ulimit -n"];
+            taken.refused(1, &words);
+            return target.passes();
+        }
+        taken.ok();
+        until("its end after attach --kill", || target.job.ended());
+        let out = run(case, &mut few(restore_cmd(&image, &[]).arg("--detach")));
+        let pid = out.ok().trim().parse().expect("it prints the pid");
+        target.continued_by(Job::of(pid));
+        target.passes();
+    });
+}
+
 /// A number that is not there is told, and does no harm; a wrong word is.
 #[test]
 fn words_that_name_nothing() {
@@ -140,6 +174,8 @@ fn dropped_by_the_restore() {
         let image = target.killed_into(case, "job.ckpt");
         let wanted = format!("--fd {fd}=PATH");
         run(case, &mut restore_cmd(&image, &[])).refused(FAILED, &[&wanted]);
+        let nobodys = ["--drop-fd 77", "does not have", "ckpt inspect IMAGE --fds"];
+        run(case, &mut restore_cmd(&image, &["--drop-fd=77"])).refused(FAILED, &nobodys);
         for drop in [format!("--drop-fd={fd}"), "--drop-fd=pipe".into()] {
             target.continued_by(restored(case, &image, &[&drop]));
             assert!(!Path::new(&format!("/proc/{}/fd/{fd}", target.pid())).exists());

@@ -185,6 +185,7 @@ fn opened<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
             .into_iter()
             .flatten(),
     );
+    obstacles.extend(left::unknown_numbers(&snapshot, &request.drop));
     left::drop_from(&mut snapshot, &request.drop);
     put::forget(request.put_files, &mut snapshot);
     let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);

@@ -217,6 +217,26 @@ pub(super) fn droppable(look: &Look, source: &Source, what: &str) -> Obstacle {
     )
 }
 
+/// `--drop-fd` of `restore` for numbers that no process of the image has.
+pub fn unknown_numbers(snapshot: &Snapshot, drop: &[Chosen]) -> Vec<Obstacle> {
+    let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
+    let numbers = drop.iter().filter_map(|chosen| match chosen {
+        Chosen::Number(fd) => Some(*fd),
+        Chosen::Class(_) => None,
+    });
+    let unknown = numbers.filter(|fd| !fds().any(|entry| entry.fd == *fd));
+    unknown.map(|fd| names_nothing("--drop-fd", fd)).collect()
+}
+
+/// The obstacle that an option of `restore` names a descriptor that the image has not.
+pub fn names_nothing(option: &str, fd: i32) -> Obstacle {
+    Obstacle::new(
+        format!("{option} {fd}"),
+        "names a descriptor that the job does not have",
+        "see its descriptors with: ckpt inspect IMAGE --fds",
+    )
+}
+
 /// Takes descriptors out of a snapshot that a job is restored without (`restore --drop-fd`); what leads to the
 /// surroundings need not be there then.
 pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {

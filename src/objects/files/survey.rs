@@ -90,10 +90,13 @@ impl Survey {
         Ok(survey)
     }
 
-    /// The numbers under which processes have it.
-    pub fn numbers(&self, look: usize) -> Vec<i32> {
-        let seen = self.seen.iter().flatten().filter(|s| s.look == look);
-        seen.map(|s| s.fd).collect()
+    /// The numbers under which processes have each look.
+    pub fn numbers(&self) -> Vec<Vec<i32>> {
+        let mut all = vec![Vec::new(); self.looks.len()];
+        for seen in self.seen.iter().flatten() {
+            all[seen.look].push(seen.fd);
+        }
+        all
     }
 
     fn enter(
@@ -213,11 +216,15 @@ impl Look {
     }
 
     pub(super) fn with(copy: OwnedFd, source: &Source, process: usize, fd: i32) -> Result<Self> {
-        let stat = sys::fstat(&copy).map_err(|errno| Error::Kernel {
-            call: "fstat",
-            object: format!("fd {fd} of process {}", source.pid),
-            errno,
-        })?;
+        let stat = match sys::fstat(&copy) {
+            // Only of `/proc/PID/fd`, which counts the descriptors of a process that has ended.
+            Err(Errno::ENOENT) => sys::unknown_directory(),
+            other => other.map_err(|errno| Error::Kernel {
+                call: "fstat",
+                object: format!("fd {fd} of process {}", source.pid),
+                errno,
+            })?,
+        };
         let link = fdlink::read_fd_link(source.dir.clone(), fd)?;
         if matches!(&link, FdLink::AnonInode(name) if name == "timerfd") {
             sys::count_expirations(&copy);

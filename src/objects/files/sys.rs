@@ -18,6 +18,14 @@ pub fn fstat(fd: &impl AsRawFd) -> Result<libc::stat, Errno> {
     Errno::result(r).map(|_| stat)
 }
 
+/// What is to be said of a directory that tells nothing.
+pub fn unknown_directory() -> libc::stat {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    stat.st_mode = libc::S_IFDIR;
+    stat
+}
+
 /// A handle of what a path leads to, which opens nothing (`O_PATH`).
 pub fn handle(path: &Path) -> Result<OwnedFd, Errno> {
     let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
