@@ -30,9 +30,13 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
         .collect())
 }
 
-/// Sets the limits. Where a hard limit cannot be raised to what it was, the soft limit alone
-/// is set as far as it goes; the result is looked at afterwards and told as a warning.
-pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
+const SIGPENDING: u32 = libc::RLIMIT_SIGPENDING;
+
+/// Sets the limits. Where a hard limit cannot be raised to what it was, the soft limit alone is set as far as it goes; the
+/// result is looked at afterwards and told as a warning. The limit of pending signals is left as high as it may be where
+/// some are queued only when the restorer is gone, see [`last`]: beyond it the kernel queues them without what belongs to
+/// them.
+pub fn rebuild(limits: &[Limit], signals_come: bool, plan: &mut Builder) {
     let may_raise = plan.host().held.allows(Use::HardLimits);
     for limit in limits {
         let now = current(limit.resource);
@@ -51,13 +55,28 @@ pub fn rebuild(limits: &[Limit], plan: &mut Builder) {
                 Use::HardLimits
             ));
         }
-        let at = plan.data(&[soft, hard].map(u64::to_le_bytes).concat());
+        let both = match signals_come && limit.resource == SIGPENDING {
+            true => [hard.max(now.1); 2],
+            false => [soft, hard],
+        };
+        let at = plan.data(&both.map(u64::to_le_bytes).concat());
         plan.syscall(
             libc::SYS_prlimit64,
             &[0, u64::from(limit.resource), at, 0],
             || format!("the limit of {}", name(limit.resource)),
         );
     }
+}
+
+/// The limit of pending signals, soft and hard, when all of them are there.
+pub fn last(limits: &[Limit], pid: Pid) -> ckpt_tracer::Result<Option<[u64; 2]>> {
+    let now = ckpt_tracer::proc::limits::read_limits(pid)?;
+    let now = now.iter().find(|l| l.resource as u32 == SIGPENDING);
+    let limit = limits.iter().find(|l| l.resource == SIGPENDING);
+    Ok(now.zip(limit).map(|(now, limit)| {
+        let hard = limit.hard.min(now.hard);
+        [limit.soft.min(hard), hard]
+    }))
 }
 
 /// Our own limit, which the restored process inherits.

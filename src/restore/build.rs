@@ -8,6 +8,7 @@ use ckpt_tracer::proc::maps::Vma;
 use nix::unistd::AccessFlags;
 
 use super::births::Origin;
+use super::handover;
 use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
 use super::rights;
@@ -218,7 +219,8 @@ impl Build<'_> {
         if !process.shares.memory {
             process.memory.rebuild_locks(plan);
         }
-        limits::rebuild(&process.limits, plan);
+        let traps = handover::waits(process, libc::SIGTRAP);
+        limits::rebuild(&process.limits, traps, plan);
         process.threads[0].rebuild(process, filters, plan);
         process.memory.rebuild_dumpable(plan);
         timers::rebuild_interval(process, plan);

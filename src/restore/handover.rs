@@ -17,7 +17,7 @@ use crate::objects::files::changed::Cut;
 use crate::objects::process::Process;
 use crate::objects::signals::{Action, Pending};
 use crate::objects::thread::Thread;
-use crate::objects::{security, session};
+use crate::objects::{limits, security, session};
 
 /// The signal that is to stop a process before it runs.
 fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
@@ -99,7 +99,7 @@ fn goes_on_untold(process: &Process, job: &Job<'_>) -> bool {
 }
 
 /// Whether a signal waits for the process or a thread of it.
-fn waits(process: &Process, signal: i32) -> bool {
+pub(super) fn waits(process: &Process, signal: i32) -> bool {
     let of_threads = process.threads.iter().flat_map(|t| &t.pending);
     let mut all = process.pending.iter().chain(of_threads);
     all.any(|pending| pending.signal() == signal)
@@ -242,6 +242,12 @@ fn remove_restorer(
     let at = RemoteAddr(plan.stack);
     if queues {
         queue_traps(&mut calls, process, at)?;
+        if let Some(limit) = limits::last(&process.limits, Pid(process.pid))? {
+            mem.write(at, &limit.map(u64::to_le_bytes).concat())?;
+            let resource = libc::RLIMIT_SIGPENDING.into();
+            let args = [0, resource, at.raw(), 0, 0, 0];
+            calls.call("prlimit64", libc::SYS_prlimit64, args)?;
+        }
     }
     if continued {
         let sigcont = 1u64 << (libc::SIGCONT - 1);
