@@ -126,6 +126,7 @@ fn every_key_of_json_is_described() {
         ("src/inspect/maps.rs", "pub struct MapView"),
         ("src/inspect/fds.rs", "pub struct FdView"),
         ("src/inspect/needs.rs", "pub struct NeedView"),
+        ("src/inspect/attributes.rs", "pub struct AttributeView"),
     ];
     for (file, head) in structs {
         let source = read(file);

@@ -9,12 +9,13 @@ use serde::Serialize;
 
 use super::exit::Outcome;
 use super::output::{self, visible};
+use crate::inspect::attributes::AttributeView;
 use crate::inspect::fds::FdView;
 use crate::inspect::maps::MapView;
 use crate::inspect::needs::NeedView;
 use crate::inspect::summary::Summary;
 use crate::inspect::threads::ThreadView;
-use crate::inspect::{fds, maps, needs, summary, threads};
+use crate::inspect::{attributes, fds, maps, needs, summary, threads};
 use crate::snapshot;
 
 /// Arguments of `ckpt inspect`.
@@ -36,6 +37,9 @@ pub struct Inspect {
     /// Show what a machine must have to restore it: files, programs, features, privileges, limits.
     #[arg(long)]
     needs: bool,
+    /// Show what else is kept of each process and thread: signals, timers, limits, control groups, switches, credentials.
+    #[arg(long)]
+    attributes: bool,
     /// Print everything that is asked for as a JSON object.
     #[arg(long)]
     json: bool,
@@ -61,6 +65,8 @@ struct Everything {
     fds: Option<Vec<FdView>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     needs: Option<Vec<NeedView>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attributes: Option<Vec<AttributeView>>,
 }
 
 pub(crate) fn run(args: &Inspect) -> Outcome {
@@ -72,6 +78,7 @@ pub(crate) fn run(args: &Inspect) -> Outcome {
         maps: args.maps.then(|| maps::maps(&reader, &snapshot)),
         fds: args.fds.then(|| fds::fds(&snapshot)),
         needs: args.needs.then(|| needs::needs(&snapshot)),
+        attributes: args.attributes.then(|| attributes::attributes(&snapshot)),
     };
     output::print(if args.json {
         output::json(&everything)?
@@ -88,14 +95,16 @@ fn text(everything: &Everything) -> String {
         everything.maps.is_some(),
         everything.fds.is_some(),
         everything.needs.is_some(),
+        everything.attributes.is_some(),
     ];
-    if lists == [false; 4] {
+    if lists == [false; 5] {
         parts.push(summary_text(&everything.summary));
     }
     parts.extend(everything.threads.as_deref().map(threads_text));
     parts.extend(everything.maps.as_deref().map(maps_text));
     parts.extend(everything.fds.as_deref().map(fds_text));
     parts.extend(everything.needs.as_deref().map(needs_text));
+    parts.extend(everything.attributes.as_deref().map(attributes_text));
     parts.join("\n")
 }
 
@@ -302,5 +311,19 @@ fn needs_text(needs: &[NeedView]) -> String {
         ]);
     }
     output::right_align(&mut table, &[2, 4]);
+    output::table_text(table)
+}
+
+fn attributes_text(attributes: &[AttributeView]) -> String {
+    let mut table = output::table(&["pid", "tid", "attribute", "value"]);
+    let cell = |id: Option<i32>| id.map_or_else(|| "-".into(), |id| id.to_string());
+    for attribute in attributes {
+        table.add_row([
+            cell(attribute.pid),
+            cell(attribute.tid),
+            visible(attribute.name.as_bytes()),
+            visible(attribute.value.as_bytes()),
+        ]);
+    }
     output::table_text(table)
 }

@@ -4,6 +4,7 @@
 //! somebody else. [`references`] says whether it fits together. Memory is read through
 //! [`memory::TargetMemory`], so that the same views can be given of a live process.
 
+pub mod attributes;
 pub mod calls;
 pub mod disassembly;
 pub mod fds;

@@ -130,7 +130,7 @@ pub struct RemovedPlaces {
 }
 
 /// The exit signal of nearly all processes.
-pub(super) fn sigchld() -> i32 {
+pub(crate) fn sigchld() -> i32 {
     libc::SIGCHLD
 }
 
