@@ -52,6 +52,132 @@ fn every_switch_has_its_row() {
     assert_eq!(missing(words), [""; 0], "name it in docs/attributes.md");
 }
 
+/// The options of prctl(2) of Linux 6.18 that are more than a question.
+const PRCTL: &str = "SET_PDEATHSIG SET_DUMPABLE SET_UNALIGN SET_KEEPCAPS SET_FPEMU SET_FPEXC SET_TIMING SET_NAME \
+    SET_ENDIAN SET_SECCOMP CAPBSET_DROP SET_TSC SET_SECUREBITS SET_TIMERSLACK TASK_PERF_EVENTS_DISABLE \
+    TASK_PERF_EVENTS_ENABLE MCE_KILL SET_MM SET_PTRACER SET_CHILD_SUBREAPER SET_NO_NEW_PRIVS GET_TID_ADDRESS \
+    SET_THP_DISABLE MPX_ENABLE_MANAGEMENT MPX_DISABLE_MANAGEMENT SET_FP_MODE CAP_AMBIENT SVE_SET_VL \
+    SET_SPECULATION_CTRL PAC_RESET_KEYS SET_TAGGED_ADDR_CTRL SET_IO_FLUSHER SET_SYSCALL_USER_DISPATCH \
+    PAC_SET_ENABLED_KEYS SCHED_CORE SME_SET_VL SET_MDWE SET_VMA GET_AUXV SET_MEMORY_MERGE RISCV_V_SET_CONTROL \
+    RISCV_SET_ICACHE_FLUSH_CTX PPC_SET_DEXCR SET_SHADOW_STACK_STATUS LOCK_SHADOW_STACK_STATUS \
+    TIMER_CREATE_RESTORE_IDS FUTEX_HASH";
+
+/// What a header defines that begins with `prefix`; values of options are written with a space behind the `#`.
+fn defined(header: &str, prefix: &str) -> Vec<String> {
+    let text = fs::read_to_string(header).expect("linux-libc-dev is installed, for the fixtures");
+    let names = text.lines().filter_map(|line| {
+        let name = line.strip_prefix("#define ")?.split_whitespace().next()?;
+        name.starts_with(prefix).then(|| name.to_owned())
+    });
+    names.collect()
+}
+
+#[test]
+fn every_prctl_has_its_row() {
+    let known = PRCTL.split_whitespace().map(|name| format!("PR_{name}"));
+    assert_eq!(missing(known), [""; 0], "name it in docs/attributes.md");
+    let installed = defined("/usr/include/linux/prctl.h", "PR_");
+    let asks = |name: &str| {
+        let setter = name.replace("GET_", "SET_");
+        let reads = ["PR_CAPBSET_READ", "PR_MCE_KILL_GET"].contains(&name);
+        reads || setter != name && installed.contains(&setter)
+    };
+    let sets = installed.iter().filter(|name| !asks(name)).cloned();
+    assert_eq!(
+        missing(sets),
+        [""; 0],
+        "the installed linux/prctl.h has an option without a row in docs/attributes.md: what becomes of it?"
+    );
+}
+
+#[test]
+fn every_advice_has_its_row() {
+    let advice = defined("/usr/include/asm-generic/mman-common.h", "MADV_");
+    assert_eq!(
+        missing(advice.into_iter()),
+        [""; 0],
+        "the installed header has advice without a row in docs/attributes.md"
+    );
+}
+
+/// A field that a newer kernel shows has to be looked at, before it is lost in silence.
+#[test]
+fn every_field_of_proc_has_its_row() {
+    let read = |file: &str| fs::read_to_string(format!("/proc/self/{file}")).expect("we run");
+    let keys = |text: &str| -> Vec<String> {
+        let keys = text.lines().filter_map(|line| line.split_once(':'));
+        keys.map(|(key, _)| key.trim().to_owned()).collect()
+    };
+    let is_word = |word: &String| word.chars().all(|c| c.is_alphanumeric() || c == '_');
+    let smaps = read("smaps");
+    let mut words: Vec<String> = keys(&smaps).into_iter().filter(is_word).collect();
+    let flags = smaps.lines().filter_map(|l| l.strip_prefix("VmFlags:"));
+    words.extend(flags.flat_map(|f| f.split_whitespace().map(str::to_owned)));
+    words.extend(keys(&read("io")));
+    let limits = read("limits");
+    let name = |line: &str| line.get(..26).unwrap_or_default().trim().to_owned();
+    words.extend(limits.lines().skip(1).map(name));
+    words.extend(fields_of_descriptors());
+    words.sort();
+    words.dedup();
+    assert_eq!(
+        missing(words.into_iter()),
+        [""; 0],
+        "this kernel shows a field without a row in docs/attributes.md: what becomes of it?"
+    );
+    let stat = read("stat");
+    let (_, behind) = stat.rsplit_once(')').expect("the name is in parentheses");
+    let count = behind.split_whitespace().count() + 2;
+    assert!(
+        count <= 52,
+        "this kernel's stat has {count} fields, docs/attributes.md tells of 52"
+    );
+}
+
+/// What fdinfo shows of descriptors of all kinds.
+#[allow(unsafe_code)]
+fn fields_of_descriptors() -> Vec<String> {
+    let _pair = std::os::unix::net::UnixStream::pair().expect("sockets");
+    let _us = ckpt_tracer::pidfd::PidFd::open(ckpt_tracer::Pid::own()).expect("a pidfd");
+    // SAFETY: each makes a descriptor, from nothing but numbers and memory that lives until then.
+    let made = unsafe {
+        let mask: libc::sigset_t = std::mem::zeroed();
+        let mut event: libc::epoll_event = std::mem::zeroed();
+        let made = [
+            libc::eventfd(0, libc::EFD_CLOEXEC),
+            libc::epoll_create1(libc::EPOLL_CLOEXEC),
+            libc::inotify_init1(libc::IN_CLOEXEC),
+            libc::signalfd(-1, &raw const mask, libc::SFD_CLOEXEC),
+            libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC),
+        ];
+        libc::epoll_ctl(made[1], libc::EPOLL_CTL_ADD, made[0], &raw mut event);
+        libc::inotify_add_watch(made[2], c"/".as_ptr(), libc::IN_CREATE);
+        made
+    };
+    let descriptors = fs::read_dir("/proc/self/fdinfo").expect("we run").flatten();
+    let texts = descriptors.filter_map(|entry| fs::read_to_string(entry.path()).ok());
+    let mut keys = Vec::new();
+    for line in texts.collect::<String>().lines().filter(|l| !l.is_empty()) {
+        let key = line.split(':').next().unwrap_or_default().trim();
+        let key = key.strip_suffix(" wd").unwrap_or(key);
+        keys.push(key.to_owned());
+    }
+    for fd in made {
+        nix::unistd::close(fd).expect("it was made");
+    }
+    for seen in [
+        "eventfd-count",
+        "tfd",
+        "inotify",
+        "sigmask",
+        "clockid",
+        "NSpid",
+    ] {
+        assert!(keys.iter().any(|key| key == seen), "{seen}: {keys:?}");
+    }
+    keys
+}
+
 #[test]
 fn fixtures_in_the_tables_exist() {
     let page = page();

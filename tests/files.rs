@@ -223,7 +223,7 @@ fn fanotify() {
         is_refused(
             case,
             "fanotify",
-            &["fd 3", "fanotify", "not supported", "close it"],
+            &["fd 3", "a fanotify group", "permissions", "close it"],
         );
     });
 }
@@ -246,7 +246,12 @@ fn secret_memory() {
         is_refused(
             case,
             "secret-mapped",
-            &["memory 0x", "secret memory", "unmap it"],
+            &[
+                "memory 0x",
+                "like 2 more mappings of it",
+                "secret memory",
+                "unmap it",
+            ],
         );
     });
 }

@@ -30,6 +30,7 @@ mod jobs;
 mod kill;
 mod leaks;
 mod machine;
+mod messages;
 mod paths;
 mod pids;
 mod privileges;

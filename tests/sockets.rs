@@ -35,6 +35,25 @@ fn refused(case: &Case, target: Fixture, words: &[&str]) {
     target.passes();
 }
 
+/// What can be seen only by taking it is refused, and not taken.
+#[test]
+fn what_cannot_be_peeked() {
+    isolated("what_cannot_be_peeked", |case| {
+        let target = odd(case, "unix-urgent", None);
+        refused(
+            case,
+            target,
+            &["fd 4", "urgent byte (MSG_OOB)", "let the program read it"],
+        );
+        let target = odd(case, "unix-error", Some(&short(case, "other")));
+        refused(
+            case,
+            target,
+            &["fd 4", "error (ECONNRESET)", "let the program read it"],
+        );
+    });
+}
+
 #[test]
 fn connected_to_somebody_outside() {
     isolated("connected_to_somebody_outside", |case| {

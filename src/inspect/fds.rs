@@ -16,7 +16,7 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a terminal), `outside` (a pipe or socket whose far end is
+    /// `memfd`, `inotify`, `fanotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a terminal), `outside` (a pipe or socket whose far end is
     /// outside the job), `replaced` (by `--replace-fd`) or `unknown`.
     pub kind: &'static str,
     /// Its path, or what stands for one.
@@ -88,6 +88,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::Epoll(_) => "epoll",
         Kind::MemFd(_) => "memfd",
         Kind::Inotify(_) => "inotify",
+        Kind::Fanotify(_) => "fanotify",
         Kind::Terminal(end) if end.side == Side::Master => "pty",
         Kind::Terminal(_) => "terminal",
         Kind::PidFd(_) => "pidfd",
@@ -120,6 +121,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::MessageQueue(queue) => format!("/{}", crate::text::of(&queue.name)),
         Kind::EventFd(event) => format!("eventfd:{}", event.count),
         Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
+        Kind::Fanotify(group) => format!("fanotify:{} marks", group.marks.len()),
         Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),
         Kind::PidFd(pidfd) => match pidfd.task {
             Some(task) => format!("pidfd:{task}"),

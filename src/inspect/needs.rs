@@ -155,6 +155,9 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
                         )
                     }),
             ),
+            Kind::Fanotify(group) => needs.extend(group.marks.iter().map(|mark| {
+                NeedView::new("watched file", mark.path.to_string_lossy(), "for fanotify")
+            })),
             Kind::UnixSocket(socket) => {
                 socket.clone().each_path(&mut |path| {
                     let name = crate::text::of_path(path);

@@ -185,6 +185,7 @@ fn in_the_way(job: &Snapshot) -> Vec<Obstacle> {
         Kind::Inotify(inotify) if inotify.watches.iter().any(|w| w.mask & OPENING != 0) => {
             Some("watches how files are opened, as its copy would do")
         }
+        Kind::Fanotify(_) => Some("is told of what its copy would do"),
         _ => None,
     };
     let descriptions = job.descriptions.iter().enumerate();

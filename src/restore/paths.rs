@@ -96,6 +96,7 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
             let named = inotify.watches.iter_mut().filter(|w| w.open.is_none());
             named.for_each(|w| f(&mut w.path));
         }
+        Kind::Fanotify(group) => group.marks.iter_mut().for_each(|m| f(&mut m.path)),
         Kind::Fifo(fifo) => f(&mut fifo.path),
         Kind::UnixSocket(socket) => socket.each_path(f),
         // Without a path, or with one that is only shown.

@@ -177,7 +177,7 @@ fn why_not_in_namespace(
     if ids(snapshot, births).contains(&1) && !begins_with_the_first(snapshot) {
         obstacles.push(Obstacle::new(
             "the job",
-            reason("has the id 1 for a group of processes, which is our process's there"),
+            reason("has the id 1 for a group of processes, which is that of ckpt-init there"),
             REMEDY,
         ));
     }

@@ -99,7 +99,9 @@ static void other_files(const char *file)
 			fx_skip("leases on this file system (%s)", strerror(errno));
 		FX_EQ("open", open(file, O_WRONLY | O_NONBLOCK), -1);
 	} else if (is("fanotify")) {
-		fd = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY);
+		fd = syscall(SYS_fanotify_init, FAN_CLASS_CONTENT, O_RDONLY);
+		if (fd < 0)
+			fx_skip("fanotify with permissions (%s)", strerror(errno));
 	} else if (is("userfaultfd")) {
 		fd = syscall(SYS_userfaultfd, 1 /* UFFD_USER_MODE_ONLY */);
 	} else if (is("secret") || is("secret-mapped")) {
@@ -112,8 +114,11 @@ static void other_files(const char *file)
 		at = mmap(NULL, FX_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 		FX_CHECK(at != MAP_FAILED, "mmap: %s", strerror(errno));
 		strcpy(at, "key");
-		if (is("secret-mapped"))
+		if (is("secret-mapped")) {
+			for (int i = 0; i < 2; i++)
+				FX_CHECK(mmap(NULL, FX_PAGE, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED, "mmap: %s", strerror(errno));
 			close(fd);
+		}
 	} else if (is("dnotify")) {
 		signal(SIGUSR1, SIG_IGN);
 		fd = FX_SYS(open(fx_dir, O_RDONLY | O_DIRECTORY));
@@ -202,8 +207,9 @@ static void end_siblings(void)
 int main(int argc, char **argv)
 {
 	const char *file = getenv("ODD_FILE");
+	struct sockaddr_un beyond = { .sun_family = AF_UNIX };
 	char *map = NULL, old[16] = "";
-	int fd = -1;
+	int fd = -1, ends[2];
 
 	fx_init(argc, argv);
 	if (is("listen")) {
@@ -241,6 +247,17 @@ int main(int argc, char **argv)
 		a = unix_socket(SOCK_DGRAM, file, connect);
 		b = unix_socket(SOCK_DGRAM, file, connect);
 		FX_EQ("send", send(a, "x", 1, 0) + send(b, "", 0, 0) + send(a, "yy", 2, 0), 3);
+	} else if (is("unix-urgent")) {
+		FX_SYS(socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
+		FX_EQ("send", send(ends[0], "now", 3, MSG_OOB), 3);
+	} else if (is("unix-error")) {
+		/* A message is unread at the one that the other leaves; it is told so. */
+		FX_SYS(socketpair(AF_UNIX, SOCK_DGRAM, 0, ends));
+		FX_EQ("send", send(ends[0], "first", 5, 0), 5);
+		unix_socket(SOCK_DGRAM, file, bind);
+		FX_EQ("send", send(ends[1], "unread", 6, 0), 6);
+		strcpy(beyond.sun_path, file);
+		FX_SYS(connect(ends[0], (void *)&beyond, sizeof(beyond)));
 	} else if (is("uring")) {
 		char params[120] = "";
 
@@ -363,6 +380,18 @@ int main(int argc, char **argv)
 
 		for (size_t i = 0; i < FX_COUNT(sizes); i++)
 			FX_EQ("recv", recv(fd, buf, sizeof(buf), MSG_DONTWAIT), sizes[i]);
+	}
+	if (is("unix-urgent")) {
+		char byte;
+
+		FX_EQ("recv", recv(ends[1], &byte, 1, MSG_OOB | MSG_DONTWAIT), 1);
+		FX_EQ("the urgent byte", byte, 'w');
+	}
+	if (is("unix-error")) {
+		char buf[8];
+
+		FX_CHECK(recv(ends[1], buf, sizeof(buf), MSG_DONTWAIT) == -1 && errno == ECONNRESET, "the error is lost");
+		FX_EQ("recv", recv(ends[1], buf, sizeof(buf), MSG_DONTWAIT), 5);
 	}
 	if (is("fd3"))
 		FX_EQ("write", FX_SYS(write(3, "hello\n", 6)), 6);

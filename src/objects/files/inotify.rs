@@ -18,7 +18,7 @@ use crate::objects::Snapshot;
 use crate::restore::plan::{Builder, Inherit, Inherited};
 use crate::restore::surroundings::MISSING;
 
-mod search;
+pub(super) mod search;
 
 use search::Search;
 

@@ -21,6 +21,7 @@ pub mod changed;
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
+pub mod fanotify;
 pub mod fifo;
 mod flight;
 pub mod inotify;
@@ -117,6 +118,8 @@ pub enum Kind {
     MemFd(memfd::MemFd),
     /// inotify(7).
     Inotify(inotify::Inotify),
+    /// A group of fanotify(7).
+    Fanotify(fanotify::Fanotify),
     /// A terminal, or the master of one.
     Terminal(terminal::End),
     /// pidfd_open(2).
@@ -173,9 +176,10 @@ pub fn capture(
     let mut sources = sources.to_vec();
     sources.push(&ourselves);
     let pipes = pipe::Ends::of(&survey.looks);
+    let numbers = survey.numbers();
     for (number, look) in survey.looks.iter().enumerate() {
-        let numbers = survey.numbers(number);
-        let choice = collector.choices.of(look, &numbers);
+        let numbers = &numbers[number];
+        let choice = collector.choices.of(look, numbers);
         let left = |instead: Option<PathBuf>| {
             Kind::Left(left::Left {
                 fd: look.fd,
@@ -272,9 +276,16 @@ pub fn judge_by_sight(
     survey: &Survey,
     collector: &mut Collector,
 ) -> Vec<Vec<FdEntry>> {
-    const KNOWN: [&str; 5] = ["eventfd", "signalfd", "timerfd", "eventpoll", "inotify"];
-    for (number, look) in survey.looks.iter().enumerate() {
-        if collector.choices.of(look, &survey.numbers(number)) != Choice::Keep {
+    const KNOWN: [&str; 6] = [
+        "eventfd",
+        "signalfd",
+        "timerfd",
+        "eventpoll",
+        "inotify",
+        "fanotify",
+    ];
+    for (look, numbers) in survey.looks.iter().zip(survey.numbers()) {
+        if collector.choices.of(look, &numbers) != Choice::Keep {
             continue;
         }
         let what = match &look.link {
@@ -338,6 +349,9 @@ fn kind(
         })),
         (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
             inotify::capture(source, look, watches, job, collector).map(Kind::Inotify)
+        }
+        (FdLink::AnonInode(_), FdDetail::Fanotify(group)) => {
+            fanotify::capture(source, look, group, collector).map(Kind::Fanotify)
         }
         (FdLink::AnonInode(name), _) if name == "inotify" => {
             inotify::capture(source, look, &[], job, collector).map(Kind::Inotify)
@@ -430,6 +444,7 @@ impl Kind {
             Kind::Epoll(_) => "epoll".into(),
             Kind::MemFd(m) => format!("/memfd:{}", crate::text::of(&m.name)),
             Kind::Inotify(_) => "inotify".into(),
+            Kind::Fanotify(_) => "fanotify".into(),
             Kind::Terminal(t) => t.name.clone(),
             Kind::PidFd(_) => "pidfd".into(),
             Kind::ProcFile(p) => p.path.display().to_string(),

@@ -3,6 +3,7 @@
 
 use ckpt_tracer::capabilities::Use;
 
+use super::left::names_nothing;
 use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe};
 use crate::error::Obstacle;
 use crate::objects::process::Process;
@@ -124,6 +125,7 @@ fn gap(mut used: Vec<i32>, len: i32, limit: i32) -> i32 {
 
 /// Our own limit of numbers, which new processes have until they get theirs.
 fn limit() -> i32 {
+    crate::host::raise_descriptor_limit();
     let (_, hard) = limits::current(libc::RLIMIT_NOFILE);
     hard.try_into().unwrap_or(i32::MAX)
 }
@@ -196,6 +198,10 @@ pub fn open_descriptions(
                     obstacles.push(*o);
                 }
             }
+            Kind::Fanotify(group) => {
+                obstacles.extend(group.missing());
+                group.rebuild(at, plan);
+            }
             Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
                 Ok(what) => {
                     plan.inherit(at, what);
@@ -258,13 +264,7 @@ fn unknown_numbers(
             .any(|e| e.fd == *fd)
     };
     let unknown: Vec<i32> = request.fds.keys().copied().filter(|fd| !has(fd)).collect();
-    unknown.into_iter().map(|fd| {
-        Obstacle::new(
-            format!("--fd {fd}"),
-            "names a descriptor that the job does not have",
-            "see its descriptors with: ckpt inspect IMAGE --fds",
-        )
-    })
+    unknown.into_iter().map(|fd| names_nothing("--fd", fd))
 }
 
 /// Moves a descriptor from where the kernel put it to its staging number, where it outlives the
@@ -284,8 +284,10 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
             let later = |d| late::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
             set.rebuild_entries(at, staging, later, plan);
         }
-        if let Kind::Inotify(inotify) = &description.kind {
-            inotify.rebuild_watches(at, staging, plan);
+        match &description.kind {
+            Kind::Inotify(inotify) => inotify.rebuild_watches(at, staging, plan),
+            Kind::Fanotify(group) => group.rebuild_marks(at, plan),
+            _ => {}
         }
         rebuild_status(description, at, plan);
         rebuild_maker(description, at, plan);

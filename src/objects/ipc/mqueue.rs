@@ -143,7 +143,7 @@ pub(super) fn refuse_notifications(
             obstacles.push(Obstacle::new(
                 queue.title(),
                 format!(
-                    "is to tell {} of its next message (mq_notify), which is not supported",
+                    "is to tell {} of its next message (mq_notify), with a value that the kernel shows to nobody",
                     process_name(Pid(queue.notified))
                 ),
                 "let the program take that back, or poll the queue",

@@ -42,6 +42,7 @@ pub fn capture(
     collector: &mut Collector,
 ) -> Result<Captured> {
     let mut mappings = Vec::with_capacity(vmas.len());
+    let mut refused = Vec::new();
     for vma in vmas {
         if vma.name == VmaName::Vsyscall {
             continue;
@@ -62,9 +63,10 @@ pub fn capture(
                 guards: guards_in(vma, guards),
                 policy: None,
             }),
-            Err(obstacle) => collector.refuse(*obstacle),
+            Err(obstacle) => refused.push(*obstacle),
         }
     }
+    one_a_cause(refused, source, collector);
     let executable = executable(source, vmas, collector)?;
     Ok(Captured {
         mappings,
@@ -120,6 +122,26 @@ pub fn guard_pages(scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
     Ok(found)
 }
 
+/// Refuses mappings. Those that are refused for the same reason are told in one line, by the first of them.
+fn one_a_cause(refused: Vec<Obstacle>, source: &Source, collector: &mut Collector) {
+    let mut causes: Vec<(Obstacle, usize)> = Vec::new();
+    for obstacle in refused {
+        let known = causes.iter_mut().find(|(c, _)| c.reason == obstacle.reason);
+        match known {
+            Some((_, others)) => *others += 1,
+            None => causes.push((obstacle, 0)),
+        }
+    }
+    for (mut first, others) in causes {
+        // What is told of the process as a whole is equal each time.
+        if others > 0 && first.object != source.title() {
+            let more = if others == 1 { "mapping" } else { "mappings" };
+            first.object = format!("{}, like {others} more {more} of it,", first.object);
+        }
+        collector.refuse(first);
+    }
+}
+
 fn guards_in(vma: &Vma, guards: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let first = guards.partition_point(|(_, end)| *end <= vma.start);
     let inside = guards[first..]
@@ -136,35 +158,22 @@ fn backing(
     all: Layout<'_>,
     collector: &mut Collector,
 ) -> Result<Backing, Box<Obstacle>> {
-    let refuse = |what: &str, reason: &str, remedy: Option<&str>| {
-        let object = format!(
-            "memory {:#x}-{:#x} of {}",
-            vma.start,
-            vma.end,
-            source.title()
-        );
-        Box::new(Obstacle {
-            object,
-            reason: format!("{what} {reason}"),
-            remedy: remedy.map(str::to_owned),
-            passing: false,
-            by_option: false,
-        })
+    let refuse = |reason: &str, remedy: &str| {
+        let (start, end) = (vma.start, vma.end);
+        let object = format!("memory {start:#x}-{end:#x} of {}", source.title());
+        Box::new(Obstacle::new(object, reason, remedy))
     };
     let uffd = VmFlags::UFFD_MISSING | VmFlags::UFFD_WP | VmFlags::UFFD_MINOR;
     if vma.flags.intersects(uffd) {
         return Err(refuse(
-            "is registered with userfaultfd,",
-            "which is not supported",
-            None,
+            "is registered with userfaultfd, which is not supported",
+            "let the program unregister it before the checkpoint (UFFDIO_UNREGISTER)",
         ));
     }
     if vma.flags.contains(VmFlags::SHADOW_STACK) {
-        let remedy = "start the program with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off";
         return Err(refuse(
-            "is a shadow stack,",
-            "which is not supported",
-            Some(remedy),
+            "is a shadow stack, which is not supported",
+            "start the program with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
         ));
     }
     if let Some(kind) = KernelMapping::of(vma) {
@@ -176,9 +185,8 @@ fn backing(
         }
         VmaName::OtherSpecial(name) => {
             return Err(refuse(
-                &format!("is {name},"),
-                "a kind that is not supported",
-                None,
+                &format!("is a special mapping of the kernel ({name}), which is not supported"),
+                "end what made it, a uprobe of perf or bpftrace for [uprobes], and start the program anew",
             ));
         }
         VmaName::File { path, .. } => Some(path.as_path()),
@@ -195,15 +203,13 @@ fn backing(
                 page_size: vma.kernel_page_size,
             }),
             (true, true) if seen_twice(vma, all.vmas) => Err(refuse(
-                "is shared memory of huge pages that is mapped twice,",
-                "which is not supported",
-                None,
+                "is shared memory of huge pages that is mapped twice, which is not supported",
+                "use a memfd of huge pages for it (MFD_HUGETLB)",
             )),
             (true, true) => Ok(shared_memory(source, vma, all, collector)),
             (false, _) => Err(refuse(
-                "is a hugetlbfs file,",
-                "a kind that is not supported",
-                None,
+                "is a file of a hugetlbfs, which is not supported",
+                "use a memfd of huge pages for it (MFD_HUGETLB)",
             )),
         };
     }
@@ -228,20 +234,18 @@ fn backing(
         });
     }
     if vma.flags.contains(VmFlags::PFN_MAP) || vma.flags.contains(VmFlags::IO) {
-        let what = format!("is memory of the device {},", path.display());
         return Err(refuse(
-            &what,
-            "which only the device's driver can bring back",
-            None,
+            &format!(
+                "is memory of the device {}, which only its driver can bring back",
+                path.display()
+            ),
+            "let the program unmap it before the checkpoint",
         ));
     }
     if path == Path::new(SECRET) {
         return Err(refuse(
-            "is secret memory (memfd_secret(2)),",
-            "which the kernel shows to nobody but the process itself",
-            Some(
-                "let the program unmap it before the checkpoint, or start it without secret memory",
-            ),
+            "is secret memory (memfd_secret(2)), which the kernel shows to nobody but the process itself",
+            "let the program unmap it before the checkpoint, or start it without secret memory",
         ));
     }
     let file = mapped_file(source, vma, path, all, collector);

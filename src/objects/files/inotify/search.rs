@@ -21,7 +21,7 @@ use crate::capture::source::Source;
 const MOST: usize = 200_000;
 
 /// The names of watched inodes, as far as they are found.
-pub(super) struct Search<'a> {
+pub(in crate::objects::files) struct Search<'a> {
     source: &'a Source,
     mounts: Vec<Mount>,
     /// Directories that are watched and whose names are known.
@@ -31,7 +31,7 @@ pub(super) struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    pub(super) fn of(source: &'a Source) -> Self {
+    pub(in crate::objects::files) fn of(source: &'a Source) -> Self {
         let mounts = mounts::read_mounts(Pid::own());
         Self {
             source,
@@ -42,7 +42,10 @@ impl<'a> Search<'a> {
     }
 
     /// A name of each; `None` for those without. What is easily found comes first, since more is found below it.
-    pub(super) fn all(&mut self, watches: &[&InotifyWatch]) -> Vec<Option<PathBuf>> {
+    pub(in crate::objects::files) fn all(
+        &mut self,
+        watches: &[&InotifyWatch],
+    ) -> Vec<Option<PathBuf>> {
         let mut found: Vec<Option<PathBuf>> = vec![None; watches.len()];
         for (watch, name) in watches.iter().zip(&mut found) {
             *name = self.by_handle(watch).or_else(|| self.nearby(watch));
