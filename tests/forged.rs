@@ -182,7 +182,7 @@ fn beyond(pid: i32) -> Option<String> {
     if own == its {
         for key in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             let set = field(key)?;
-            if set.trim_start_matches('0') != "" {
+            if !set.trim_start_matches('0').is_empty() {
                 return Some(format!("process {pid} has {key} {set}"));
             }
         }
