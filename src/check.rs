@@ -15,29 +15,34 @@ use nix::errno::Errno;
 
 use access::{accessible, denial};
 
+use crate::capture::seen::{Found, Planned};
 use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 use crate::job::Family;
 use crate::objects::files::left::Choices;
 use crate::objects::ipc;
 use crate::objects::namespaces;
-use crate::objects::process::{self, Depth};
+use crate::objects::process::{self, Depth, FromOutside};
 use crate::objects::zombie::{self, Zombie};
 use crate::restore::births::{self, kin};
 
-/// All obstacles to a checkpoint of `pid` and its descendants; empty when there is none. Touches
-/// nothing.
-pub fn obstacles(pid: Pid, choices: &Choices) -> Result<Vec<Obstacle>> {
-    Ok(look_while_it_runs(&[pid], Depth::Full, choices)?.obstacles)
+/// All obstacles to a checkpoint of these processes and their descendants, and, if there is none, to a restore of
+/// it here, as it is planned; touches nothing.
+///
+/// # Errors
+/// When they cannot be looked at.
+pub fn findings(roots: &[Pid], choices: &Choices, planned: &Planned<'_>) -> Result<Found> {
+    let sight = look_while_it_runs(roots, Depth::Full, choices, Some(planned))?;
+    Ok(sight.found)
 }
 
 /// The same before a checkpoint, at a glance: what takes time with the size of the memory is
 /// looked at once only, when the job is frozen. Of a job that does not stand still for long enough
 /// the freeze will tell.
 pub fn obstacles_at_a_glance(roots: &[Pid], choices: &Choices) -> Result<Vec<Obstacle>> {
-    let sight = look_while_it_runs(roots, Depth::Glance, choices)?;
+    let sight = look_while_it_runs(roots, Depth::Glance, choices, None)?;
     Ok(if sight.steady {
-        sight.obstacles
+        sight.found.obstacles
     } else {
         Vec::new()
     })
@@ -45,7 +50,7 @@ pub fn obstacles_at_a_glance(roots: &[Pid], choices: &Choices) -> Result<Vec<Obs
 
 /// What a look at a running job has shown.
 struct Sight {
-    obstacles: Vec<Obstacle>,
+    found: Found,
     /// Its processes were the same before and after.
     steady: bool,
 }
@@ -54,7 +59,12 @@ struct Sight {
 /// somebody outside the job to those that were there before, and one that ends loses what it
 /// has piece by piece; so what was found is believed if it is found twice in the same processes,
 /// and so are errors.
-fn look_while_it_runs(roots: &[Pid], depth: Depth, choices: &Choices) -> Result<Sight> {
+fn look_while_it_runs(
+    roots: &[Pid],
+    depth: Depth,
+    choices: &Choices,
+    planned: Option<&Planned<'_>>,
+) -> Result<Sight> {
     const LOOKS: u32 = 20;
     let mut last: Option<(Family, Vec<Obstacle>)> = None;
     for number in 0.. {
@@ -64,33 +74,32 @@ fn look_while_it_runs(roots: &[Pid], depth: Depth, choices: &Choices) -> Result<
                 && (root == roots[0] || !is_ending(root))
             {
                 return Ok(Sight {
-                    obstacles: vec![obstacle],
+                    found: refused(vec![obstacle]),
                     steady: true,
                 });
             }
         }
         let family = Family::of_all(roots)?;
-        let seen = look(&family, depth, choices);
+        let seen = look(&family, depth, choices, planned);
         let alone = family.living.len() == 1 && family.ended.is_empty();
         let steady = !family.living.iter().any(|pid| is_ending(*pid))
             && Family::of_all(roots).is_ok_and(|now| now.living == family.living);
         match seen {
-            Ok(obstacles) if obstacles.is_empty() => {
-                return Ok(Sight { obstacles, steady });
+            Ok(found) if found.obstacles.is_empty() => {
+                return Ok(Sight { found, steady });
             }
-            Ok(obstacles) => {
-                let again = last
-                    .take()
-                    .is_some_and(|l| l == (family.clone(), obstacles.clone()));
+            Ok(found) => {
+                let now = (family, found.obstacles.clone());
+                let again = last.take().is_some_and(|l| l == now);
                 if steady && (alone || again) || number == LOOKS {
-                    return Ok(Sight { obstacles, steady });
+                    return Ok(Sight { found, steady });
                 }
-                last = Some((family, obstacles));
+                last = Some(now);
             }
             Err(e) if steady => return Err(e),
             Err(_) if number == LOOKS => {
-                let obstacles = Vec::new();
-                return Ok(Sight { obstacles, steady });
+                let found = Found::default();
+                return Ok(Sight { found, steady });
             }
             Err(_) => last = None,
         }
@@ -98,23 +107,40 @@ fn look_while_it_runs(roots: &[Pid], depth: Depth, choices: &Choices) -> Result<
     unreachable!("the looks end")
 }
 
-fn look(family: &Family, depth: Depth, choices: &Choices) -> Result<Vec<Obstacle>> {
+fn refused(obstacles: Vec<Obstacle>) -> Found {
+    let notes = Vec::new();
+    Found { obstacles, notes }
+}
+
+fn look(
+    family: &Family,
+    depth: Depth,
+    choices: &Choices,
+    planned: Option<&Planned<'_>>,
+) -> Result<Found> {
     let mut sources = Vec::with_capacity(family.living.len());
     for &pid in &family.living {
         if let Err(obstacle) = accessible(pid) {
-            return Ok(vec![obstacle]);
+            return Ok(refused(vec![obstacle]));
         }
         match Source::open(pid) {
             Ok(source) => sources.push(source),
-            Err(e) => return denial(e.into(), &[pid]),
+            Err(e) => return denial(e.into(), &[pid]).map(refused),
         }
     }
     let all: Vec<&Source> = sources.iter().collect();
     let mut collector = Collector::for_a_look();
     collector.choices = choices.clone();
-    match look_at_all(&all, &family.ended, depth, &mut collector) {
-        Ok(()) => Ok(collector.obstacles),
-        Err(e) => denial(e, &family.living),
+    let outside = match look_at_all(&all, &family.ended, depth, &mut collector) {
+        Ok(outside) => outside,
+        Err(e) => return denial(e, &family.living).map(refused),
+    };
+    let obstacles = std::mem::take(&mut collector.obstacles);
+    // Without copies of the descriptors nothing is known of what they are to become.
+    let planned = planned.filter(|_| matches!(collector.copies, Copies::Taken));
+    match planned.filter(|_| obstacles.is_empty()) {
+        Some(planned) => planned.look(&all, outside, &family.ended, &mut collector),
+        None => Ok(refused(obstacles)),
     }
 }
 
@@ -123,7 +149,7 @@ fn look_at_all(
     ended: &[Pid],
     depth: Depth,
     collector: &mut Collector,
-) -> Result<()> {
+) -> Result<Vec<FromOutside>> {
     for source in sources {
         inside_the_job(source, collector)?;
     }
@@ -142,7 +168,8 @@ fn look_at_all(
         }
     }
     let spaces = process::address_spaces(sources, &outside, collector);
-    ipc::capture(&spaces, collector)
+    ipc::capture(&spaces, collector)?;
+    Ok(outside)
 }
 
 /// What processes may share beyond what a fork leaves them sharing.

@@ -1,5 +1,6 @@
 //! What the machine is, for the image's header and for the comparison at restore.
 
+use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -9,6 +10,7 @@ use ckpt_tracer::proc::tasks;
 
 use crate::capture::source::Source;
 use crate::error::Result;
+use crate::objects::memory::Backing;
 use crate::objects::process::Process;
 use crate::objects::processor::{Baseline, Processor};
 use crate::objects::{Host, Snapshot, vdso};
@@ -72,7 +74,7 @@ fn cpu_model() -> String {
 }
 
 /// What a restore has to agree with, and how the checkpoint was taken.
-pub fn describe(process: &Process, sources: &[Source]) -> Result<Host> {
+pub fn describe(process: &Process, sources: &[&Source]) -> Result<Host> {
     let seen = |id| as_seen_by(Pid(process.pid), id, clock(id));
     let xstate = &process.threads[0].xstate;
     // Software-reserved bytes of the fxsave area (arch/x86/include/asm/user.h): XCR0.
@@ -111,7 +113,7 @@ pub const BASELINE: &str = "CKPT_CPU_BASELINE";
 
 /// What all processes were started to use of the processor: the highest level of any, and no level
 /// if one of them was started without.
-fn baseline(sources: &[Source]) -> Option<Baseline> {
+fn baseline(sources: &[&Source]) -> Option<Baseline> {
     let levels = sources.iter().map(|source| {
         let level = variable(source, BASELINE)?;
         std::str::from_utf8(&level).ok()?.parse().ok()
@@ -154,10 +156,20 @@ pub fn unix_time_of_ticks(ticks: u64) -> i64 {
     (started / 1_000_000_000 + ticks / a_second) as i64
 }
 
-/// Adds build ids to the files that are mapped; done when the job runs again.
+/// Adds build ids to programs and what is mapped as they are; done when the job runs again. What is mapped shared is
+/// data, and somebody may watch how it is opened (inotify(7)).
 pub fn read_build_ids(snapshot: &mut Snapshot) {
-    for file in &mut snapshot.mapped_files {
-        if file.contents.is_none() {
+    let mut private = HashSet::new();
+    for process in &snapshot.processes {
+        private.insert(process.memory.executable);
+        let mappings = process.memory.mappings.iter();
+        private.extend(mappings.filter_map(|m| match m.backing {
+            Backing::PrivateFile { file, .. } => Some(file),
+            _ => None,
+        }));
+    }
+    for (index, file) in snapshot.mapped_files.iter_mut().enumerate() {
+        if file.contents.is_none() && private.contains(&index) {
             file.identity.read_build_id(&file.path);
         }
     }

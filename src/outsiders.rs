@@ -39,7 +39,7 @@ pub fn shared(job: &[Pid]) -> Vec<Shared> {
         |pid: &Pid| std::iter::successors(Some(*pid), parent).any(|pid| job.contains(&pid));
     let others: Vec<Pid> = everybody
         .into_iter()
-        .filter(|pid| *pid != me && !of_the_job(pid))
+        .filter(|pid| *pid != me && parent(pid) != Some(me) && !of_the_job(pid))
         .collect();
     let mut found = open_files(job, &others);
     found.extend(memory(job, &others));

@@ -8,7 +8,7 @@ use std::path::Path;
 use ckpt::objects::memory_policy::MemoryPolicy;
 
 use crate::common::edit::edited;
-use crate::common::look::assert_nobody_left;
+use crate::common::look::{assert_nobody_left, status_field};
 use crate::common::refused::FAILED;
 use crate::common::{
     Case, Job, ckpt, fixture, isolated, isolated_as_user, odd, restore_cmd, restored, run,
@@ -226,6 +226,9 @@ fn a_missing_node_is_told() {
 fn landlock_is_told(case: &Case) {
     let mut target = odd(case, "landlocked", None);
     let pid = target.pid().to_string();
+    let noted = ckpt(case, ["check", &pid]);
+    let hint = status_field(target.pid(), "NoNewPrivs").as_deref() == Some("1");
+    assert_eq!(noted.ok().contains("Landlock"), hint, "{noted:?}");
     let told = ckpt(case, ["attach", &pid, "-o", "first.ckpt"]);
     told.ok();
     assert!(told.stderr.contains("restricted by Landlock"), "{told:?}");

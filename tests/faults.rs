@@ -135,7 +135,7 @@ restore
     restore_spawned restore_mapped restore_filled restore_threads restore_release;
 elsewhere
     check // in tests/kill.rs
-    rehearse_mask rehearse_page // in tests/rehearse.rs
+    rehearse_mask rehearse_page rehearsed // in tests/rehearse.rs
     lending // in tests/containers.rs
 }
 

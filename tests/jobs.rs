@@ -148,7 +148,8 @@ fn second_life_in(case: &Case, place: Place, mut job: Job) -> Job {
         let pid = run(case, &mut command).ok().trim().parse().expect("a pid");
         return behind_its_init(pid);
     }
-    let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill"]);
+    // What a copy beside it comes back as, it comes back as itself.
+    let (image, _) = attach(case, job.pid, "job.ckpt", &["--kill", "--rehearse"]);
     match place {
         Place::Here => {
             assert_eq!(gone(&mut job), Ended::Killed(9));

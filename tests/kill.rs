@@ -254,6 +254,10 @@ fn what_an_option_settles_is_told() {
             fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == b"sleep\x001001\0")
         };
         let pid = until("it", || children(shell.pid).into_iter().find(is));
+        let check = ckpt(case, ["check", &pid.to_string()]);
+        let note =
+            |line: &str| line.starts_with("at the restore: ") && line.contains("--fd 9=PATH");
+        assert!(check.ok().lines().any(note), "{check:?}");
         let out = run(
             case,
             &mut attach_command(case, pid, &["--kill", "-o", "job.ckpt"]),
@@ -321,5 +325,130 @@ fn a_closed_standard_output_takes_no_image() {
         run(case, command.current_dir(case.dir())).ok();
         ckpt(case, ["verify", "-q", "job.ckpt"]).ok();
         job.kill();
+    });
+}
+
+/// What `--kill` refuses by the plan of the restore, `check` tells beforehand in the same words, and the job takes no
+/// notice of it.
+fn told_beforehand(case: &Case, job: &Job, reason: &str) {
+    let before = Looks::at(job.pid);
+    let pid = job.pid.to_string();
+    let attach = ckpt(case, ["attach", &pid, "--kill", "-o", "job.ckpt"]);
+    attach.refused(1, &[reason]);
+    attach.refused(1, &["the job goes on", "--no-check"]);
+    assert!(leftovers(case.dir()).is_empty());
+    let check = ckpt(case, ["check", &pid]);
+    assert_eq!(check.code(), 1, "{check:?}");
+    let told: Vec<&str> = check.stdout.lines().collect();
+    let by_attach = attach
+        .stderr
+        .lines()
+        .filter_map(|l| l.strip_prefix("ckpt: "));
+    let by_attach: Vec<&str> = by_attach.filter(|l| l.contains(reason)).collect();
+    assert_eq!(told, by_attach, "{attach:?}");
+    let json = ckpt(case, ["check", "--json", &pid]);
+    assert_eq!(json.code(), 1);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).expect("it is JSON");
+    assert_eq!(json["obstacles"].as_array().map(Vec::len), Some(told.len()));
+    assert_let_go(job.pid);
+    before.assert_same(job.pid, &[]);
+}
+
+/// A program that lost its permission after it was begun.
+fn no_program_any_more(case: &Case) {
+    use std::os::unix::fs::PermissionsExt;
+    let program = case.path("program");
+    fs::copy("/bin/sleep", &program).expect("it is there");
+    let mut command = Command::new(&program);
+    let job = start(
+        command.arg("1000").current_dir(case.dir()),
+        &case.path("job.log"),
+    );
+    let is = format!("{}\0", program.display()).into_bytes();
+    let line = format!("/proc/{}/cmdline", job.pid);
+    until("the program to begin", || {
+        fs::read(&line)
+            .is_ok_and(|l| l.starts_with(&is))
+            .then_some(())
+    });
+    let is_possible = ckpt(case, ["check", &job.pid.to_string()]);
+    assert!(
+        is_possible
+            .ok()
+            .contains("can be checkpointed and restored")
+    );
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o644)).expect("it is ours");
+    told_beforehand(case, &job, "cannot be executed");
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).expect("it is ours");
+    let mut job = job;
+    attach(case, job.pid, "job.ckpt", &["--kill"]);
+    until("its end", || job.ended());
+}
+
+#[test]
+fn no_program_is_told_beforehand() {
+    isolated("no_program_is_told_beforehand", no_program_any_more);
+}
+
+#[test]
+fn no_program_is_told_beforehand_of_an_ordinary_user() {
+    isolated_as_user(
+        "no_program_is_told_beforehand_of_an_ordinary_user",
+        no_program_any_more,
+    );
+}
+
+/// A socket whose directory has another name by now.
+#[test]
+fn no_directory_is_told_beforehand() {
+    isolated("no_directory_is_told_beforehand", |case| {
+        case.needs_root();
+        let python = case.system_python();
+        let script = "import os, socket, time\n\
+                      s = socket.socket(socket.AF_UNIX); os.mkdir('d'); s.bind(os.getcwd() + '/d/s'); s.listen(1)\n\
+                      os.rename('d', 'e'); open('ready', 'w')\n\
+                      while True: time.sleep(1000)";
+        let mut command = Command::new(python);
+        command.args(["-c", script]).current_dir(case.dir());
+        let job = start(&mut command, &case.path("job.log"));
+        until("it to be ready", || {
+            case.path("ready").exists().then_some(())
+        });
+        told_beforehand(case, &job, "there is no directory for");
+        job.kill();
+    });
+}
+
+/// In a job with namespaces of its own, whose orphans the first process has adopted.
+#[test]
+fn in_a_pid_namespace_it_is_told_beforehand() {
+    isolated("in_a_pid_namespace_it_is_told_beforehand", |case| {
+        use std::os::unix::fs::PermissionsExt;
+        let program = case.path("program");
+        fs::copy("/bin/sleep", &program).expect("it is there");
+        let line = "(./program 1000 & echo > ready) & wait; exec sleep 1001";
+        let mut command = Command::new(CKPT);
+        command
+            .args(["run", "--isolated", "--", "bash", "-c", line])
+            .current_dir(case.dir());
+        let mut outer = start(&mut command, &case.path("run.log"));
+        let is = |pid: &i32, line: &[u8]| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|is| is == line)
+        };
+        let pid = until("the job", || {
+            let init = children(outer.pid).into_iter().next()?;
+            let all = children(init);
+            let adopted = all.iter().any(|pid| is(pid, b"./program\01000\0"));
+            all.into_iter()
+                .find(|pid| adopted && is(pid, b"sleep\01001\0"))
+        });
+        fs::set_permissions(&program, PermissionsExt::from_mode(0o644)).expect("it is ours");
+        let check = ckpt(case, ["check", &pid.to_string()]);
+        assert_eq!(check.code(), 1, "{check:?}");
+        assert!(check.stdout.contains("cannot be executed"), "{check:?}");
+        let init = children(outer.pid)[0];
+        kill(Pid::from_raw(init), Signal::SIGKILL).expect("it lives");
+        until("its end", || outer.ended());
+        common_end(case);
     });
 }

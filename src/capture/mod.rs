@@ -45,6 +45,7 @@ mod cow;
 mod end;
 pub mod pages;
 pub mod save_files;
+pub mod seen;
 pub mod source;
 mod stored;
 
@@ -52,6 +53,7 @@ use bundle::Bundle;
 use end::kill;
 use pages::PageSink;
 use save_files::SaveFiles;
+use seen::{assemble, without_pages};
 use source::{Collector, Patience, Source};
 use stored::write_pages;
 
@@ -94,6 +96,8 @@ pub struct Request<'a> {
     pub prover: Option<&'a Prover>,
     /// The job is restored from the image in namespaces of its own, and compared, before anything else.
     pub rehearse: bool,
+    /// It is such a copy: what goes with its IPC namespace is not missed.
+    pub is_copy: bool,
     /// Descriptors that do not go into the image.
     pub choices: Choices,
     /// The job's frozen control groups, to be thawed for the checkpoint.
@@ -116,24 +120,26 @@ impl Request<'_> {
         let Some(prover) = self.prover else {
             return Ok(Vec::new());
         };
-        if self.rehearse {
-            let found = prover.differences(image, name)?;
-            if !found.is_empty() {
-                return Err(Error::Differs(found));
+        let mut told = Vec::new();
+        if self.check {
+            let found = prover.obstacles(image, name)?;
+            // What a job that goes on has done to its files since, it will go on doing.
+            let runs = self.after == After::Continue;
+            let (notes, obstacles): (Vec<_>, Vec<_>) =
+                found.into_iter().partition(|o| o.by_option || runs);
+            if !obstacles.is_empty() {
+                return Err(Error::NotRestorable(obstacles));
             }
+            told.extend(notes.iter().map(seen::note));
         }
-        if !self.check {
-            return Ok(Vec::new());
+        if self.rehearse {
+            let found = prover.rehearsal(image, name)?;
+            if !found.differences.is_empty() {
+                return Err(Error::Differs(found.differences));
+            }
+            told.extend(found.warnings);
         }
-        let found = prover.obstacles(image, name)?;
-        let (told, obstacles): (Vec<_>, Vec<_>) = found.into_iter().partition(|o| o.by_option);
-        match obstacles.is_empty() {
-            true => Ok(told
-                .iter()
-                .map(|o| format!("at the restore: {o}"))
-                .collect()),
-            false => Err(Error::NotRestorable(obstacles)),
-        }
+        Ok(told)
     }
 }
 
@@ -216,24 +222,6 @@ pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Re
     })
 }
 
-/// An image of a snapshot as it is planned from: nothing of that looks at pages.
-fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File> {
-    let failed = |source| Error::File {
-        what: "write",
-        path: "the image in memory".into(),
-        source,
-    };
-    let file = nix::sys::memfd::memfd_create("ckpt-check", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
-    let file = File::from(file.map_err(|e| failed(e.into()))?);
-    let mut writer = Writer::new(file, header, WriterOptions::default())?;
-    writer.section(
-        snapshot::SECTION,
-        snapshot::VERSION,
-        &snapshot::encode(snapshot),
-    )?;
-    Ok(writer.finish()?.0)
-}
-
 fn refuse_obstacles(request: &Request<'_>) -> Result<()> {
     let obstacles = crate::check::obstacles_at_a_glance(&request.roots(), &request.choices)?;
     if obstacles.is_empty() {
@@ -298,7 +286,7 @@ fn checkpoint<W: Write + Send + 'static>(
 
     let threads = frozen.tasks() as u32;
     let mut held = None;
-    if request.after == After::Continue && !request.rehearse {
+    if request.after == After::Continue {
         frozen.thaw()?;
         request.guard.iter().for_each(|guard| guard.come());
     } else {
@@ -330,10 +318,7 @@ fn checkpoint<W: Write + Send + 'static>(
         match request.after {
             After::Kill if request.pid.raw() == 1 => frozen.end_with_us()?,
             After::Kill => kill(&sources, frozen)?,
-            After::Continue => {
-                frozen.thaw()?;
-                request.guard.iter().for_each(|guard| guard.come());
-            }
+            After::Continue => unreachable!("it was let go"),
             After::Stop => frozen.leave_stopped()?,
         }
         paused = frozen_at.elapsed();
@@ -457,6 +442,7 @@ fn look(
     collector.save_files = request.save_files.clone();
     collector.choices = request.choices.clone();
     collector.alone_in_ipc = request.namespaces.ipc;
+    collector.is_copy = request.is_copy;
     let all: Vec<&Source> = sources.iter().collect();
     match kcmp::withheld() {
         None => crate::check::shared_by_processes(&all, &mut collector)?,
@@ -533,43 +519,24 @@ fn capture_frozen(
     }
     let zombies = job.ended.iter().map(|pid| zombie::capture(*pid));
     let zombies = zombies.collect::<Result<_>>()?;
-    let host = host::describe(&processes[0], sources)?;
+    let all: Vec<&Source> = sources.iter().collect();
+    let host = host::describe(&processes[0], &all)?;
     let next_space = collector.new_space();
+    let snapshot = assemble(host, processes, zombies, &mut collector);
     let Collector {
-        descriptions,
-        terminals,
-        mapped_files,
-        removed,
-        shared_memory,
         contents,
-        ipc,
         save_files,
         mut warnings,
         ..
     } = collector;
-    warnings.extend(processes.iter().filter_map(landlock::warning));
+    warnings.extend(snapshot.processes.iter().filter_map(landlock::warning));
     warnings.extend(save_files.unmatched().iter().map(unmatched));
-    if processes[0].pid == 1 {
+    if snapshot.processes[0].pid == 1 {
         let of_the_job =
             |pid: &Pid| sources.iter().any(|s| s.pid == *pid) || job.ended.contains(pid);
         let others = brought_in().into_iter().filter(|pid| !of_the_job(pid));
         warnings.extend(others.map(not_of_the_job));
     }
-    let cgroups = settings::hierarchies(&processes);
-    let snapshot = Snapshot {
-        host,
-        cgroups,
-        processes,
-        zombies,
-        descriptions,
-        terminals,
-        mapped_files,
-        removed,
-        shared_memory,
-        ipc,
-        namespaces: Namespaces::default(),
-        bundle: Vec::new(),
-    };
     // What could not be brought about again is refused now, not at the restore.
     births::decide(&snapshot).map_err(Error::Refused)?;
     Ok(CapturedJob {

@@ -146,6 +146,8 @@ pub struct Collector {
     pub obstacles: Vec<Obstacle>,
     /// The job has its IPC namespace to itself.
     pub alone_in_ipc: bool,
+    /// It is the copy of a rehearsal.
+    pub is_copy: bool,
     /// See [`Patience`].
     pub patience: Patience,
     /// What the user should know of a checkpoint that succeeds, one sentence each.

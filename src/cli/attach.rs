@@ -24,7 +24,7 @@ use crate::guard::{self, door::Door};
 use crate::isolate::{self, Visited};
 use crate::job::Family;
 use crate::objects::cgroup::freezer::{self, Thawable};
-use crate::rehearse::Prover;
+use crate::rehearse::{self, Prover};
 use crate::{Error, Obstacle, outsiders};
 
 /// Arguments of `ckpt attach`.
@@ -43,10 +43,10 @@ pub struct Attach {
     /// Leave the process stopped, as by SIGSTOP, once the image is complete; `kill -CONT PID` lets it go on.
     #[arg(long)]
     stop: bool,
-    /// With --kill or --stop: do not look first whether the job can be restored here from its image.
+    /// With --kill, --stop or --rehearse: do not look first whether the job can be restored here from its image.
     #[arg(long)]
     no_check: bool,
-    /// First restore the job from its image beside itself, stopped and in namespaces of its own, and compare it with the job, which stays frozen for so long.
+    /// First restore the job from its image beside itself, stopped and in namespaces of its own, and compare the copy with what the job was; with --kill and --stop the job stays frozen for so long.
     #[arg(long, conflicts_with_all = ["drop", "fds"])]
     rehearse: bool,
     /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
@@ -85,12 +85,12 @@ Examples:
 impl Attach {
     /// Whether it is looked first for what stands in the way of a restore.
     fn checks(&self) -> bool {
-        (self.kill || self.stop) && !self.no_check
+        (self.kill || self.stop || self.rehearse) && !self.no_check
     }
 }
 
 /// The children of `by` that are neither the job's root nor this process nor the job's guard.
-fn adopted(root: i32, by: i32) -> Result<Vec<Pid>, Failure> {
+pub(super) fn adopted(root: i32, by: i32) -> Result<Vec<Pid>, Failure> {
     let me = std::process::id() as i32;
     let children = tasks::children(&ProcRoot::default(), Pid(by)).map_err(crate::Error::from)?;
     let living = |pid: &Pid| read_status(*pid).is_ok_and(|s| !s.state.has_ended());
@@ -164,6 +164,9 @@ pub(crate) fn run(args: &Attach) -> Outcome {
     // They are where we are now, which cannot be seen from inside a namespace.
     let door = Door::of(Pid(args.pid))?;
     let groups = frozen_groups(args, door.is_some())?;
+    if let Some(obstacle) = args.rehearse.then(rehearse::in_the_way).flatten() {
+        return Err(Error::refuse(obstacle).into());
+    }
     let prover = match args.checks() || args.rehearse {
         true => Some(Prover::start(Pid(args.pid), args.adopted_by.map(Pid))?),
         false => None,
@@ -249,6 +252,7 @@ fn attach(
         check: args.checks(),
         prover,
         rehearse: args.rehearse,
+        is_copy: false,
         choices: args.descriptors.choices_to_store()?,
         frozen_groups,
         progress: &*progress,

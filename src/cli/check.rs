@@ -12,11 +12,14 @@ use serde::Serialize;
 
 use super::exit::{self, Failure, Outcome, Role};
 use super::places::Places;
-use super::{output, progress};
+use super::{attach, output, progress};
+use crate::capture::seen::Planned;
 use crate::error::Obstacle;
+use crate::isolate::Visited;
 use crate::job::Family;
 use crate::objects::cgroup::freezer;
 use crate::objects::files::left::Choices;
+use crate::rehearse::Prover;
 use crate::{check, isolate, outsiders, restore};
 
 /// Arguments of `ckpt check`.
@@ -128,6 +131,8 @@ struct Process<'a> {
     obstacles: &'a [Obstacle],
     /// What it has in common with processes that are no part of the job, one sentence each.
     shared: Vec<String>,
+    /// What else is to be known: what an option of restore will have to settle, what cannot be told; one sentence each.
+    notes: Vec<String>,
 }
 
 /// What `ckpt check --json IMAGE` prints; the keys stay as they are.
@@ -218,16 +223,17 @@ fn privileges_table(privileges: &[Privilege]) -> String {
     output::table_text(table)
 }
 
-/// Looks at it from where its pids are.
+/// Looks at it from where its pids are, and plans its restore from here.
 fn process(pid: i32, args: &Check) -> Outcome {
     let choices = args.places.descriptors.choices_to_store()?;
+    let prover = Prover::start(Pid(pid), None)?;
     // Inside the job's namespaces control groups have other names.
     let job = Family::of(Pid(pid)).unwrap_or_default().living;
     let groups = freezer::frozen(&job);
     let groups: Vec<Obstacle> = groups.iter().map(|group| group.obstacle(pid)).collect();
     Ok(isolate::visit(Pid(pid), |visited| {
         let outcome = match visited {
-            Ok(visited) => look((pid, visited.pid), groups, &choices, args.json),
+            Ok(visited) => look((pid, visited), groups, (&choices, &prover), args.json),
             Err(error) => Err(error.into()),
         };
         exit::report(Role::Tool, outcome)
@@ -235,13 +241,23 @@ fn process(pid: i32, args: &Check) -> Outcome {
 }
 
 fn look(
-    (pid, inner): (i32, Pid),
+    (pid, visited): (i32, &Visited),
     mut obstacles: Vec<Obstacle>,
-    choices: &Choices,
+    (choices, prover): (&Choices, &Prover),
     json: bool,
 ) -> Outcome {
-    obstacles.extend(check::obstacles(inner, choices)?);
-    let job = Family::of(inner).unwrap_or_default().living;
+    let mut roots = vec![visited.pid];
+    if let Some(by) = visited.init {
+        roots.extend(attach::adopted(visited.pid.raw(), by)?);
+    }
+    let planned = Planned {
+        prover,
+        namespaces: &visited.namespaces,
+        groups: &visited.groups,
+    };
+    let found = check::findings(&roots, choices, &planned)?;
+    obstacles.extend(found.obstacles);
+    let job = Family::of_all(&roots).unwrap_or_default().living;
     let shared = outsiders::shared(&job).into_iter();
     let shared: Vec<String> = shared.map(|s| s.sentence).collect();
     let text = if json {
@@ -250,10 +266,11 @@ fn look(
             possible: obstacles.is_empty(),
             obstacles: &obstacles,
             shared,
+            notes: found.notes,
         })?
     } else if obstacles.is_empty() {
         let mut text = format!("process {pid} can be checkpointed and restored\n");
-        for sentence in shared {
+        for sentence in shared.iter().chain(&found.notes) {
             text.push_str(&format!("{}\n", output::visible(sentence.as_bytes())));
         }
         text

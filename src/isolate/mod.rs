@@ -42,4 +42,4 @@ pub use make::{Spec, start};
 pub use outside::{Init, Running};
 pub use owner::Owner;
 pub(crate) use rights::{receive as receive_descriptors, send as send_descriptors};
-pub(crate) use work::{die_with_parent, leave};
+pub(crate) use work::{die_with_parent, leave, mount};

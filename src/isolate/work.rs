@@ -48,7 +48,8 @@ pub trait Body: FnOnce(&mut Link, Option<First>) -> Result<i32, String> {}
 
 impl<F: FnOnce(&mut Link, Option<First>) -> Result<i32, String>> Body for F {}
 
-pub(super) fn mount(
+/// mount(2) without data.
+pub(crate) fn mount(
     what: &CStr,
     at: &CStr,
     kind: Option<&CStr>,

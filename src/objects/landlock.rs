@@ -3,10 +3,11 @@
 //! own ids ([`Bystander`]).
 #![allow(unsafe_code)]
 
+use ckpt_tracer::Tid;
 use ckpt_tracer::bystander::Bystander;
 use ckpt_tracer::proc::status::Status;
 
-use super::process::Process;
+use super::process::{Process, Statuses};
 
 /// Bystanders of the job's tasks, by user and group.
 #[derive(Debug, Default)]
@@ -47,6 +48,27 @@ fn exists() -> bool {
     const VERSION: u32 = 1;
     // SAFETY: with this flag the call answers a version and takes no structure.
     unsafe { libc::syscall(LANDLOCK_CREATE_RULESET, 0usize, 0usize, VERSION) > 0 }
+}
+
+/// Processes that may be in a domain: while they run nothing tells, but only who has `no_new_privs`, or is root, can
+/// enter one, and root hardly does without.
+pub fn hints<'a>(
+    processes: &'a [Process],
+    statuses: &'a Statuses,
+) -> impl Iterator<Item = String> + 'a {
+    let hinted = |process: &&Process| {
+        let tids = process.threads.iter().map(|t| Tid(t.tid));
+        let mut statuses = tids.filter_map(|tid| statuses.get(&tid));
+        statuses.any(|status| status.no_new_privs)
+    };
+    let all: &[Process] = if exists() { processes } else { &[] };
+    all.iter().filter(hinted).map(|process| {
+        format!(
+            "process {} has no_new_privs and so may be restricted by Landlock, which is told by nothing while it \
+             runs: attach finds it out, and a restored process would not be restricted",
+            process.pid
+        )
+    })
 }
 
 /// What is to be told of a process with threads in a domain, if it has any.

@@ -9,32 +9,32 @@ use ckpt_tracer::Tid;
 use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, read_maps, read_smaps};
 use ckpt_tracer::proc::pagemap::PagemapScanner;
-use ckpt_tracer::proc::stat::read_stat;
-use ckpt_tracer::proc::status::{Status, read_status};
-use ckpt_tracer::proc::tasks;
+use ckpt_tracer::proc::status::Status;
 use ckpt_tracer::proc::timers::read_timers;
 use ckpt_tracer::remote::{Cave, RemoteCalls, Scratch};
 use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
 use super::address_space::{self, AddressSpace};
-use super::cgroup::{self, Cgroup};
+use super::cgroup::Cgroup;
 use super::dynamic_state::{self, DynamicState};
 use super::files::{self, FdEntry, lock::Lock, removed};
 use super::ipc::Ipc;
 use super::ipc::undo::{self, Adjustment};
 use super::landlock::Bystanders;
-use super::limits::{self, Limit};
+use super::limits::Limit;
 use super::memory_policy;
 use super::segments::{self, Segment};
-use super::session;
 use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
 use super::timers::{self, IntervalTimers, PosixTimer};
 use super::{SpaceId, aio, memory};
 use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
-use crate::restore::births::kin;
+
+mod seen;
+
+pub use seen::seen;
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -385,24 +385,15 @@ pub fn capture(
     outside: FromOutside,
     job: &InJob<'_>,
 ) -> Result<(Process, Vec<Vma>, PagemapScanner)> {
-    let FromOutside {
-        vmas,
-        memory,
-        fds,
-        removed,
-        terminal,
-        record_locks,
-        scanner,
-    } = outside;
-    let dir = source.dir.clone();
     let pid = source.pid;
-    let stopped = frozen.stopped_by();
+    let (mut process, vmas, scanner) = seen(source, outside, job, &[])?;
+    process.stopped = frozen.stopped_by();
     let pending = frozen
         .tasks()
         .first()
         .map(|t| signals::capture_pending(t, true));
-    let pending = pending.transpose()?.unwrap_or_default();
-    let listed = read_timers(dir.clone())?;
+    process.pending = pending.transpose()?.unwrap_or_default();
+    let listed = read_timers(source.dir.clone())?;
 
     let tids: Vec<_> = frozen.tasks().iter().map(|t| t.tid()).collect();
     let memory_for_calls = scratch(source, &vmas, SCRATCH)?;
@@ -414,117 +405,49 @@ pub fn capture(
         .split_first_mut()
         .ok_or(ckpt_tracer::Error::Died { tid: pid.leader() })?;
     let mut calls = RemoteCalls::begin(leader, &cave, memory_for_calls)?;
-    let parent = |shared: bool| job.parent.filter(|_| shared);
     let mut has_segments = false;
-    let mut memory = match parent(job.shares.memory) {
-        Some(parent) => parent.memory.clone(),
-        None => {
-            let asked = address_space::capture(&mut calls)?;
-            has_segments = segments::has_local(&mut calls)?;
-            let mut mappings = memory.mappings;
-            memory_policy::capture(&mut calls, &mut mappings)?;
-            AddressSpace {
-                space: job.space,
-                layout: address_space::layout(&read_stat(dir.clone())?, asked.brk),
-                auxv: tasks::auxv(dir.clone())?,
-                executable: memory.executable,
-                mappings,
-                inherited: Vec::new(),
-                lock_future: lock_future(&mut calls, &vmas)?,
-                thp_disabled: false,
-                switches: asked.switches,
-                segments: Vec::new(),
-                dumpable: asked.dumpable,
-                membarrier: asked.membarrier,
-            }
-        }
-    };
-    let actions = match parent(job.shares.actions) {
-        Some(parent) => parent.actions.clone(),
-        None => signals::capture_actions(&mut calls)?,
-    };
-    let dynamic_state = dynamic_state::capture(&mut calls)?;
-    let interval_timers = timers::capture_interval(&mut calls)?;
-    let posix_timers = timers::capture_posix(&mut calls, &listed)?;
+    if !job.shares.memory {
+        let asked = address_space::capture(&mut calls)?;
+        has_segments = segments::has_local(&mut calls)?;
+        let memory = &mut process.memory;
+        memory_policy::capture(&mut calls, &mut memory.mappings)?;
+        memory.layout.brk = asked.brk;
+        memory.lock_future = lock_future(&mut calls, &vmas)?;
+        memory.switches = asked.switches;
+        memory.dumpable = asked.dumpable;
+        memory.membarrier = asked.membarrier;
+    }
+    if !job.shares.actions {
+        process.actions = signals::capture_actions(&mut calls)?;
+    }
+    process.dynamic_state = dynamic_state::capture(&mut calls)?;
+    process.interval_timers = timers::capture_interval(&mut calls)?;
+    process.posix_timers = timers::capture_posix(&mut calls, &listed)?;
     let get = [PR_GET_CHILD_SUBREAPER, scratch.raw(), 0, 0, 0, 0];
     calls.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, get)?;
-    let child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
-    let untold_stops = untold(&mut calls, libc::WSTOPPED, job.stopped_children)?;
-    let untold_continues = untold(&mut calls, libc::WCONTINUED, job.running_children)?;
-    let mut semaphore_adjustments = Vec::new();
+    process.child_subreaper = calls.read_scratch::<4>(0)? != [0; 4];
+    process.untold_stops = untold(&mut calls, libc::WSTOPPED, job.stopped_children)?;
+    process.untold_continues = untold(&mut calls, libc::WCONTINUED, job.running_children)?;
     if !job.shares.adjustments {
-        semaphore_adjustments = undo::capture(&mut calls, &job.ipc.semaphores, &tids)?;
+        process.semaphore_adjustments = undo::capture(&mut calls, &job.ipc.semaphores, &tids)?;
     }
     let status = job.status(pid.leader())?;
     let bystander = job.bystanders.beside(status);
-    let mut threads = vec![thread::capture(&mut calls, source, status, bystander)?];
+    process.threads = vec![thread::capture(&mut calls, source, status, bystander)?];
     for task in others {
         let status = job.status(task.tid())?;
         calls = calls.hand_over(task)?;
         let bystander = job.bystanders.beside(status);
-        threads.push(thread::capture(&mut calls, source, status, bystander)?);
+        let thread = thread::capture(&mut calls, source, status, bystander)?;
+        process.threads.push(thread);
     }
     calls.finish()?;
     if has_segments {
         // The whole table takes more scratch memory than all else.
         let leader = &mut frozen.tasks_mut()[0];
-        memory.segments = local_segments(leader, source, &vmas, &cave)?;
+        process.memory.segments = local_segments(leader, source, &vmas, &cave)?;
     }
     cave.fill_in()?;
-
-    let link = |name: &str| -> Result<PathBuf> {
-        let link = std::fs::read_link(dir.join(name)).map_err(|source| crate::Error::File {
-            what: "look at",
-            path: dir.join(name),
-            source,
-        })?;
-        let is_removed = match name {
-            "cwd" => removed.cwd.is_some(),
-            _ => removed.root.is_some(),
-        };
-        let named = is_removed.then(|| without_deleted(&link)).flatten();
-        Ok(named.unwrap_or(link))
-    };
-    let status = read_status(dir.clone())?;
-    let mut process = Process {
-        pid: pid.raw(),
-        parent: status.ppid.raw(),
-        forked: false,
-        shares: job.shares,
-        exit_signal: source.stat.exit_signal,
-        group: source.stat.pgrp,
-        session: source.stat.session,
-        terminal,
-        stopped,
-        untold_stops,
-        untold_continues,
-        command_line: dir.read("cmdline")?,
-        memory,
-        threads,
-        actions,
-        pending,
-        interval_timers,
-        posix_timers,
-        fds,
-        record_locks,
-        removed,
-        cwd: link("cwd")?,
-        root: link("root")?,
-        umask: status.umask.unwrap_or(0o022),
-        limits: limits::capture(pid)?,
-        personality: tasks::personality(dir.clone())?,
-        child_subreaper,
-        cgroups: cgroup::capture(dir.clone())?,
-        dynamic_state,
-        oom_score_adj: tasks::oom_score_adj(dir.clone())?,
-        autogroup_nice: session::autogroup_nice(&dir),
-        login_uid: session::login_uid(&dir),
-        coredump_filter: tasks::coredump_filter(dir)?,
-        semaphore_adjustments,
-    };
-    process.forked = job
-        .parent
-        .is_some_and(|parent| kin::is_fork_of(&process, parent));
     Ok((process, vmas, scanner))
 }
 

@@ -63,6 +63,11 @@ impl Processor {
         Self::from(&Cpu::probe())
     }
 
+    /// The state components that are enabled on the one that we run on, `XCR0`.
+    pub fn enabled_here() -> u64 {
+        Cpu::probe().xcr0
+    }
+
     /// Features that programs can use, as `/proc/cpuinfo` names them.
     pub fn features(&self) -> Vec<&'static str> {
         let has = |word: &Word, bit: u32| word.bits >> bit & 1 == 1;

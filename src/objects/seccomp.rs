@@ -47,15 +47,7 @@ pub struct Seccomp {
 pub fn capture(task: &Stopped, status: &Status) -> Result<Seccomp> {
     let mode = status.seccomp.unwrap_or(0);
     if mode != 2 || !surroundings::may_suspend() {
-        let around = match mode {
-            2 => status.seccomp_filters.unwrap_or(0),
-            _ => 0,
-        };
-        return Ok(Seccomp {
-            mode: if mode == 2 { 0 } else { mode },
-            filters: Vec::new(),
-            around,
-        });
+        return Ok(Seccomp::seen(status));
     }
     let filters = task.seccomp_filters()?;
     let filters = filters
@@ -67,6 +59,19 @@ pub fn capture(task: &Stopped, status: &Status) -> Result<Seccomp> {
         filters,
         around: 0,
     })
+}
+
+impl Seccomp {
+    /// As the task's status tells it, where filters cannot be read: then they are those of the surroundings.
+    pub fn seen(status: &Status) -> Self {
+        let mode = status.seccomp.unwrap_or(0);
+        let filters = status.seccomp_filters.unwrap_or(0);
+        Self {
+            mode: if mode == 2 { 0 } else { mode },
+            filters: Vec::new(),
+            around: if mode == 2 { filters } else { 0 },
+        }
+    }
 }
 
 /// `SECCOMP_SET_MODE_FILTER`.

@@ -4,7 +4,7 @@ use ckpt_tracer::bystander::Bystander;
 use ckpt_tracer::proc::status::Status;
 use ckpt_tracer::remote::{Call, RemoteCalls};
 use ckpt_tracer::task::Stopped;
-use ckpt_tracer::{RemoteAddr, Result, Tid};
+use ckpt_tracer::{Pid, RemoteAddr, Result, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::credentials::Credentials;
@@ -208,10 +208,8 @@ pub fn capture(
     let tid = task.tid();
     let mut regs = calls.original_regs().into();
     unveil_restarted(&mut regs, source)?;
-    let security = security::capture(source.pid, tid);
+    let seen = seen(source.pid, tid, status);
     Ok(Thread {
-        tid: tid.raw(),
-        name: status.name.0.clone(),
         regs,
         xstate: task.xstate()?,
         signal_mask: calls.original_mask(),
@@ -225,7 +223,10 @@ pub fn capture(
         }),
         robust_list: robust_list(tid)?,
         clear_child_tid: asked.clear_child_tid,
-        scheduling: scheduling::capture(tid, asked.timer_slack),
+        scheduling: Scheduling {
+            timer_slack: asked.timer_slack,
+            ..seen.scheduling
+        },
         credentials: Credentials::of(status, asked.securebits),
         parent_death_signal: asked.parent_death_signal,
         seccomp: seccomp_of(task, status, source)?,
@@ -234,10 +235,40 @@ pub fn capture(
         thread_areas: segments::capture_thread_areas(task)?,
         io_ports: segments::capture_ports(task)?,
         // Else it may be the policy of another module that keeps it out.
-        landlocked: asked.kept_out && security.iter().all(Label::is_unconfined),
-        security,
+        landlocked: asked.kept_out && seen.security.iter().all(Label::is_unconfined),
         dispatch: calls.original_dispatch()?.map(Dispatch::from),
+        ..seen
     })
+}
+
+/// The record of a thread as it can be seen from outside while it runs: what only the thread itself can be asked is
+/// as it is in most.
+pub fn seen(pid: Pid, tid: Tid, status: &Status) -> Thread {
+    /// What the first process has, and who changes nothing (prctl(2)).
+    const TIMER_SLACK: u64 = 50_000;
+    Thread {
+        tid: tid.raw(),
+        name: status.name.0.clone(),
+        regs: GeneralRegisters::default(),
+        xstate: Vec::new(),
+        signal_mask: 0,
+        pending: Vec::new(),
+        alternate_stack: (0, 0, 0),
+        rseq: None,
+        robust_list: (0, 0),
+        clear_child_tid: 0,
+        scheduling: scheduling::capture(tid, TIMER_SLACK),
+        credentials: Credentials::of(status, 0),
+        parent_death_signal: 0,
+        seccomp: Seccomp::seen(status),
+        switches: Vec::new(),
+        memory_policy: None,
+        thread_areas: Vec::new(),
+        io_ports: Vec::new(),
+        landlocked: false,
+        security: security::capture(pid, tid),
+        dispatch: None,
+    }
 }
 
 /// Its seccomp state; a filter with a listener is refused.

@@ -70,8 +70,8 @@ pub fn capture_posix(
     calls: &mut RemoteCalls<'_>,
     listed: &[proc::timers::PosixTimer],
 ) -> Result<Vec<PosixTimer>> {
-    let mut timers = Vec::with_capacity(listed.len());
-    for timer in listed {
+    let mut timers = seen(listed);
+    for timer in &mut timers {
         let id = timer.id as u64;
         let out = calls.scratch().raw();
         calls.call(
@@ -85,24 +85,34 @@ pub fn capture_posix(
             libc::SYS_timer_getoverrun,
             [id, 0, 0, 0, 0, 0],
         )?;
+        timer.interval = (is, ins);
+        timer.remaining = (vs, vns);
+        timer.overrun = overrun as i32;
+    }
+    Ok(timers)
+}
+
+/// The same as far as it is listed: none is armed.
+pub fn seen(listed: &[proc::timers::PosixTimer]) -> Vec<PosixTimer> {
+    let timer = |timer: &proc::timers::PosixTimer| {
         let (notify, thread) = match timer.notify {
             Notify::Signal | Notify::LibraryThread => (libc::SIGEV_SIGNAL, None),
             Notify::Thread(tid) => (libc::SIGEV_THREAD_ID, Some(tid.raw())),
             Notify::None => (libc::SIGEV_NONE, None),
         };
-        timers.push(PosixTimer {
+        PosixTimer {
             id: timer.id,
             clock: timer.clock,
             notify,
             signal: timer.signal,
             value: timer.sigval,
             thread,
-            interval: (is, ins),
-            remaining: (vs, vns),
-            overrun: overrun as i32,
-        });
-    }
-    Ok(timers)
+            interval: (0, 0),
+            remaining: (0, 0),
+            overrun: 0,
+        }
+    };
+    listed.iter().map(timer).collect()
 }
 
 impl PosixTimer {

@@ -2,6 +2,7 @@
 //! function is one reason (docs/limits.md).
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use crate::objects::files::Kind;
 use crate::objects::files::attributes::Attributes;
@@ -17,6 +18,10 @@ pub(super) struct Known {
     timers: HashSet<i32>,
     /// System V objects that are the job's without doubt: semaphore sets, message queues.
     objects: [HashSet<i32>; 2],
+    /// Descriptions whose other end is outside of the job.
+    outside: HashSet<usize>,
+    /// Ids by which a file's owner may be one of the job's (fcntl(2), F_SETOWN_EX).
+    owners: HashSet<i32>,
 }
 
 impl Known {
@@ -30,7 +35,15 @@ impl Known {
         let sets = sets.filter(|s| s.claim == Claim::Used);
         let queues = job.ipc.queues.iter();
         let queues = queues.filter(|q| q.claim == Claim::Used);
+        let outside = job.descriptions.iter().enumerate();
+        let outside = outside.filter(|(_, d)| matches!(d.kind, Kind::Outside(_)));
+        let owners = job.processes.iter().flat_map(|p| {
+            let tids = p.threads.iter().map(|t| t.tid);
+            tids.chain([p.pid, p.group])
+        });
         Self {
+            outside: outside.map(|(index, _)| index).collect(),
+            owners: owners.collect(),
             timers: job
                 .processes
                 .iter()
@@ -47,10 +60,12 @@ impl Known {
 
 /// Takes it all out.
 pub(super) fn canonical(snapshot: &mut Snapshot, known: &Known) {
+    components_in_use(snapshot);
     when_and_where_it_was_taken(snapshot);
     the_stop(snapshot);
-    locks(snapshot);
     surroundings(snapshot);
+    other_ends(snapshot, known);
+    places(snapshot);
     inodes(snapshot);
     terminals(snapshot);
     nameless_files(snapshot);
@@ -60,6 +75,33 @@ pub(super) fn canonical(snapshot: &mut Snapshot, known: &Known) {
     time_goes_on(snapshot, known);
     calls_are_made_again(snapshot);
     memory(snapshot);
+}
+
+/// Whether a component of the processor's state that has its initial value is in use, the processor says as it likes
+/// (`XINUSE`, Intel SDM volume 1, 13.6).
+fn components_in_use(snapshot: &mut Snapshot) {
+    /// Where the state of SSE and the header are in an XSAVE area.
+    const SSE: Range<usize> = 160..416;
+    const HEADER: Range<usize> = 512..520;
+    let components = snapshot.host.processor.components.iter();
+    let mut parts: Vec<(u32, Range<usize>)> = components
+        .map(|c| (c.number, c.offset as usize..(c.offset + c.size) as usize))
+        .collect();
+    parts.push((1, SSE));
+    for thread in snapshot.processes.iter_mut().flat_map(|p| &mut p.threads) {
+        let header = thread.xstate.get(HEADER).and_then(|h| h.first_chunk());
+        let Some(mut in_use) = header.map(|bytes| u64::from_le_bytes(*bytes)) else {
+            continue;
+        };
+        for (number, part) in &parts {
+            let area = thread.xstate.get(part.clone());
+            if area.is_some_and(|area| area.iter().all(|byte| *byte == 0)) {
+                in_use &= !(1u64 << number);
+            }
+        }
+        // The state of x87 is always there.
+        thread.xstate[HEADER].copy_from_slice(&(in_use | 1).to_le_bytes());
+    }
 }
 
 fn when_and_where_it_was_taken(snapshot: &mut Snapshot) {
@@ -76,15 +118,45 @@ fn the_stop(snapshot: &mut Snapshot) {
     }
 }
 
-/// Locks that the job holds cannot be had beside it.
-pub(crate) fn locks(snapshot: &mut Snapshot) {
-    for process in &mut snapshot.processes {
-        process.record_locks.clear();
+/// Who made the pipe that has the place of an end outside is us, and who is told of a file and is not of the job is
+/// told no longer, of which a restore warns.
+fn other_ends(snapshot: &mut Snapshot, known: &Known) {
+    for (index, description) in snapshot.descriptions.iter_mut().enumerate() {
+        if known.outside.contains(&index) {
+            description.made_by = None;
+        }
+        if let Some(owner) = &mut description.owner
+            && !known.owners.contains(&owner.id)
+        {
+            (owner.kind, owner.id) = (0, 0);
+            if owner.signal == 0 {
+                description.owner = None;
+            }
+        }
     }
+}
+
+/// A directory of the copy's has other things in it than the job's, some for a moment only.
+fn places(snapshot: &mut Snapshot) {
     for description in &mut snapshot.descriptions {
-        description.locks.clear();
-        if let Kind::Regular(file) = &mut description.kind {
-            file.locks.clear();
+        match &mut description.kind {
+            Kind::Regular(file) if file.is(libc::S_IFDIR) => {
+                (file.identity.size, file.identity.modified_ns) = (0, 0);
+            }
+            _ => {}
+        }
+    }
+    // What lost its name is made under one that is free, and loses it again.
+    for removed in &mut snapshot.removed {
+        removed.path.clear();
+        removed.attributes.accessed_ns = 0;
+    }
+    for process in &mut snapshot.processes {
+        if process.removed.cwd.is_some() {
+            process.cwd.clear();
+        }
+        if process.removed.root.is_some() {
+            process.root.clear();
         }
     }
 }
@@ -104,6 +176,12 @@ fn surroundings(snapshot: &mut Snapshot) {
             .for_each(|id| *id = 0);
         process.cgroups.clear();
     }
+    for zombie in &mut snapshot.zombies {
+        let ids = [&mut zombie.session, &mut zombie.group];
+        ids.into_iter()
+            .filter(|id| !known.contains(id))
+            .for_each(|id| *id = 0);
+    }
     snapshot.cgroups.clear();
 }
 
@@ -117,6 +195,10 @@ fn inodes(snapshot: &mut Snapshot) {
     for description in &mut snapshot.descriptions {
         match &mut description.kind {
             Kind::Pipe(pipe) => renamed(&mut pipe.inode),
+            Kind::Fifo(end) => {
+                end.device = (0, 0);
+                renamed(&mut end.inode);
+            }
             Kind::MemFd(memfd) => renamed(&mut memfd.inode),
             Kind::MessageQueue(queue) => renamed(&mut queue.inode),
             Kind::PidFd(pidfd) => pidfd.inode.iter_mut().for_each(&mut renamed),
@@ -137,6 +219,10 @@ fn inodes(snapshot: &mut Snapshot) {
     for object in &mut snapshot.shared_memory {
         renamed(&mut object.inode);
     }
+    for removed in &mut snapshot.removed {
+        removed.device = (0, 0);
+        renamed(&mut removed.inode);
+    }
 }
 
 /// A pty has another number, and a terminal that is not the job's own is another one.
@@ -156,7 +242,6 @@ fn terminals(snapshot: &mut Snapshot) {
                 // The minor number of a pty's slave is its number.
                 end.node = end.node.map(|(major, _)| (major, 0));
             }
-            Kind::Outside(outside) => outside.name.clear(),
             _ => {}
         }
     }
@@ -178,11 +263,16 @@ fn nameless_files(snapshot: &mut Snapshot) {
                     // A part of O_TMPFILE.
                     description.flags &= !(libc::O_DIRECTORY as u32);
                 }
-                if file.contents.is_some() {
+                if file.contents.is_some() || file.removed.is_some() {
+                    let mode = file.identity.mode;
                     (file.identity, file.path) = Default::default();
+                    file.identity.mode = mode;
                 }
             }
             Kind::MemFd(memfd) => looked_at(&mut memfd.attributes),
+            Kind::MessageQueue(queue) if queue.unlinked => queue.name.clear(),
+            // Opened by another name where its own is gone.
+            Kind::Device(device) => device.path.clear(),
             _ => {}
         }
     }

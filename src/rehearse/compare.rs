@@ -10,8 +10,10 @@ use std::fmt;
 use ciborium::Value;
 use serde::{Deserialize, Serialize};
 
+use super::private::told;
 use crate::error::{Error, Result};
 use crate::objects::Snapshot;
+use crate::objects::process::Process;
 
 /// Something that is not as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +36,7 @@ impl fmt::Display for Difference {
             before,
             after,
         } = self;
-        write!(f, "{object}: {part} was {before} and came back as {after}")
+        write!(f, "{object}: {part} was {before} and comes back as {after}")
     }
 }
 
@@ -71,6 +73,8 @@ struct Walk<'a> {
 /// Fields that hold the number of a space.
 const SPACES: [&str; 2] = ["space", "contents"];
 
+type Fields = [(Value, Value)];
+
 impl Walk<'_> {
     fn values(&mut self, job: &Value, copy: &Value) {
         let is_space = self
@@ -82,19 +86,20 @@ impl Walk<'_> {
                 let number = |n: &ciborium::value::Integer| u32::try_from(*n).unwrap_or(0);
                 self.spaces.insert(number(a), number(b));
             }
-            (Value::Map(a), Value::Map(b)) => self.maps(a, b),
+            (Value::Map(a), Value::Map(b)) if kind(a) == kind(b) => self.maps(a, b),
             (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
                 for (index, (a, b)) in a.iter().zip(b).enumerate() {
                     self.at(index.to_string(), a, b);
                 }
             }
+            (Value::Array(a), Value::Array(b)) => self.lists(a, b),
             (a, b) if a == b => {}
-            (a, b) => self.differs(shown(a), shown(b)),
+            (a, b) => self.differs(words(a), words(b)),
         }
     }
 
-    fn maps(&mut self, job: &[(Value, Value)], copy: &[(Value, Value)]) {
-        let name = |key: &Value| key.as_text().map_or_else(|| shown(key), str::to_owned);
+    fn maps(&mut self, job: &Fields, copy: &Fields) {
+        let name = |key: &Value| key.as_text().map_or_else(|| words(key), str::to_owned);
         let in_copy = |key: &Value| copy.iter().find(|(k, _)| k == key).map(|(_, v)| v);
         for (key, value) in job {
             let missing = Value::Null;
@@ -107,6 +112,22 @@ impl Walk<'_> {
         }
     }
 
+    /// Of lists that are not as long as each other, what only one has.
+    fn lists(&mut self, job: &[Value], copy: &[Value]) {
+        let only = |of: &[Value], not: &[Value]| {
+            let only = of.iter().filter(|value| !not.contains(value));
+            only.cloned().collect::<Vec<Value>>()
+        };
+        let (lost, new) = (only(job, copy), only(copy, job));
+        match lost.is_empty() && new.is_empty() {
+            true => self.differs(
+                format!("{} of them", job.len()),
+                format!("{} of them", copy.len()),
+            ),
+            false => self.differs(listed(&lost), listed(&new)),
+        }
+    }
+
     fn at(&mut self, step: String, job: &Value, copy: &Value) {
         self.path.push(step);
         self.values(job, copy);
@@ -115,10 +136,13 @@ impl Walk<'_> {
 
     fn differs(&mut self, before: String, after: String) {
         let (object, used) = self.object();
-        let part = self.path[used..].join(".");
+        let part = self.path[used..].join(" ").replace('_', " ");
         self.found.push(Difference {
             object,
-            part,
+            part: match part.is_empty() {
+                true => "it".into(),
+                false => part.to_lowercase(),
+            },
             before,
             after,
         });
@@ -137,41 +161,84 @@ impl Walk<'_> {
                 let Some(process) = self.job.processes.get(process) else {
                     return ("the job".into(), 0);
                 };
-                let thread = index(3).and_then(|at| process.threads.get(at));
-                match (step(2), thread) {
-                    ("threads", Some(thread)) => (
-                        format!("thread {} of process {}", thread.tid, process.pid),
-                        4,
-                    ),
-                    _ => (format!("process {}", process.pid), 2),
+                let of = named(process);
+                match (step(2), index(3), step(3), index(4)) {
+                    ("threads", Some(at), ..) if at < process.threads.len() => {
+                        (format!("thread {} of {of}", process.threads[at].tid), 4)
+                    }
+                    ("fds", Some(at), ..) if at < process.fds.len() => {
+                        (format!("fd {} of {of}", process.fds[at].fd), 4)
+                    }
+                    ("memory", _, "mappings", Some(at)) if at < process.memory.mappings.len() => {
+                        let mapping = &process.memory.mappings[at];
+                        let (start, end) = (mapping.start, mapping.end);
+                        (format!("the mapping {start:#x}-{end:#x} of {of}"), 5)
+                    }
+                    _ => (of, 2),
                 }
             }
             ("descriptions", Some(index)) => {
                 let of = self.job.processes.iter().find_map(|process| {
                     let entry = process.fds.iter().find(|e| e.description == index)?;
-                    Some(format!("fd {} of process {}", entry.fd, process.pid))
+                    Some(format!("fd {} of {}", entry.fd, named(process)))
                 });
-                (of.unwrap_or_else(|| "a file in flight".into()), 2)
+                let label = self.job.descriptions.get(index).map(|d| d.kind.label());
+                let of = of.unwrap_or_else(|| "a file in flight".into());
+                (format!("{of} ({})", told(&label.unwrap_or_default())), 2)
+            }
+            ("mapped_files", Some(index)) if index < self.job.mapped_files.len() => {
+                let path = self.job.mapped_files[index].path.to_string_lossy();
+                (format!("the mapped file {}", told(&path)), 2)
             }
             _ => ("the job".into(), 0),
         }
     }
 }
 
+/// `process 12 (name)`.
+fn named(process: &Process) -> String {
+    let name = process.threads.first().map(|t| t.name.as_slice());
+    let name = String::from_utf8_lossy(name.unwrap_or_default());
+    format!("process {} ({name})", process.pid)
+}
+
+/// The name of the variant, of what is one of several kinds.
+fn kind(fields: &Fields) -> Option<&str> {
+    match fields {
+        [(Value::Text(name), _)] if name.starts_with(char::is_uppercase) => Some(name),
+        _ => None,
+    }
+}
+
 /// A value for people, cut where it is long.
-fn shown(value: &Value) -> String {
-    const MOST: usize = 100;
+fn words(value: &Value) -> String {
+    const MOST: usize = 160;
+    /// Numbers from here on are addresses or sets of bits.
+    const LARGE: i128 = 1 << 20;
     let text = match value {
-        Value::Integer(number) => i128::from(*number).to_string(),
-        Value::Text(text) => format!("{text:?}"),
-        Value::Bool(yes) => yes.to_string(),
+        Value::Integer(number) => match i128::from(*number) {
+            number @ LARGE.. => format!("{number:#x}"),
+            number => number.to_string(),
+        },
+        Value::Text(text) => told(text),
+        Value::Bool(true) => "yes".into(),
+        Value::Bool(false) => "no".into(),
         Value::Null => "nothing".into(),
         Value::Bytes(bytes) => {
-            let digits = bytes.iter().take(MOST / 2).map(|b| format!("{b:02x}"));
+            let digits = bytes.iter().take(MOST / 4).map(|b| format!("{b:02x}"));
             format!("{} bytes {}", bytes.len(), digits.collect::<String>())
         }
-        Value::Array(list) => format!("{} of them", list.len()),
-        other => format!("{other:?}"),
+        Value::Float(number) => number.to_string(),
+        Value::Tag(_, value) => words(value),
+        Value::Array(list) => listed(list),
+        Value::Map(fields) => match (kind(fields), fields.as_slice()) {
+            (Some(kind), [(_, Value::Map(fields))]) => {
+                format!("{} ({})", spaced(kind), pairs(fields))
+            }
+            (Some(kind), [(_, value)]) => format!("{} {}", spaced(kind), words(value)),
+            _ => pairs(fields),
+        },
+        _ => "something else".into(),
     };
     match text.char_indices().nth(MOST) {
         Some((at, _)) => format!("{}…", &text[..at]),
@@ -179,10 +246,44 @@ fn shown(value: &Value) -> String {
     }
 }
 
+fn pairs(fields: &Fields) -> String {
+    let pair = |(key, value): &(Value, Value)| format!("{} {}", words(key), words(value));
+    let pairs: Vec<String> = fields.iter().map(pair).collect();
+    pairs.join(", ").replace('_', " ")
+}
+
+fn listed(list: &[Value]) -> String {
+    const SHOWN: usize = 4;
+    let mut parts: Vec<String> = list.iter().take(SHOWN).map(words).collect();
+    match list.len() {
+        0 => "none".into(),
+        more if more > SHOWN => {
+            parts.push(format!("and {} more", more - SHOWN));
+            parts.join("; ")
+        }
+        _ => parts.join("; "),
+    }
+}
+
+/// `UnixSocket` as `unix socket`.
+fn spaced(name: &str) -> String {
+    let mut text = String::new();
+    for (at, letter) in name.char_indices() {
+        if at > 0 && letter.is_uppercase() {
+            text.push(' ');
+        }
+        text.extend(letter.to_lowercase());
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::inspect::fixture::snapshot;
+    use crate::objects::files::Kind;
+    use crate::objects::files::eventfd::EventFd;
+    use crate::objects::memory::Backing;
     use crate::rehearse::canonical::{Known, canonical};
 
     #[test]
@@ -204,9 +305,45 @@ mod tests {
         let pid = job.processes[0].pid;
         assert!(
             told.iter()
-                .any(|t| t.starts_with(&format!("process {pid}: umask was"))),
+                .any(|t| t.starts_with(&format!("process {pid} (")) && t.contains("): umask was")),
             "{told:?}"
         );
-        assert!(told.iter().any(|t| t.contains("regs.rip was")), "{told:?}");
+        assert!(told.iter().any(|t| t.contains("regs rip was")), "{told:?}");
+    }
+
+    #[test]
+    fn what_differs_is_told_in_words() {
+        let mut job = snapshot();
+        let known = Known::of(&job);
+        canonical(&mut job, &known);
+        let mut copy = job.clone();
+        copy.processes[0].fds.pop();
+        copy.descriptions[0].kind = Kind::EventFd(EventFd {
+            count: 1,
+            semaphore: false,
+        });
+        copy.processes[0].memory.mappings[0].backing = Backing::Anonymous;
+        let (found, _) = compare(&job, &copy).unwrap();
+        let told: Vec<String> = found.iter().map(Difference::to_string).collect();
+        assert_eq!(told.len(), 3, "{told:?}");
+        for text in &told {
+            let debug = ["Map(", "Text(", "Integer(", "Array(", "{", "["];
+            assert!(!debug.iter().any(|sign| text.contains(sign)), "{text}");
+        }
+        let says = |words: &[&str]| {
+            told.iter()
+                .any(|t| words.iter().all(|word| t.contains(word)))
+        };
+        assert!(says(&["fds was fd 1, ", "comes back as none"]), "{told:?}");
+        assert!(
+            says(&["kind was ", "comes back as event fd (count 1"]),
+            "{told:?}"
+        );
+        let mapping = [
+            "the mapping 0x1000-0x2000",
+            "was private file (file 0",
+            "as Anonymous",
+        ];
+        assert!(says(&mapping), "{told:?}");
     }
 }

@@ -6,9 +6,10 @@
 mod canonical;
 mod compare;
 mod pages;
+mod private;
 mod prover;
 mod stage;
 
-pub(crate) use canonical::locks as without_locks;
 pub use compare::Difference;
 pub use prover::Prover;
+pub use stage::{Rehearsal, in_the_way};

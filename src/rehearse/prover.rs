@@ -18,8 +18,8 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, getppid};
 use serde::{Deserialize, Serialize};
 
-use super::compare::Difference;
-use super::stage;
+use super::private::told;
+use super::stage::{self, Rehearsal};
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate;
 use crate::job::Family;
@@ -46,7 +46,8 @@ enum Question {
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Checked(Vec<Told>),
-    Rehearsed(Vec<Difference>),
+    Rehearsed(Rehearsal),
+    Refused(Vec<Told>),
     Failed(String),
 }
 
@@ -93,7 +94,7 @@ impl Prover {
     pub fn obstacles(&self, image: &File, name: &Path) -> Result<Vec<Obstacle>> {
         match self.ask(&Question::Check(name.to_owned()), image)? {
             Answer::Checked(told) => Ok(told.into_iter().map(Told::obstacle).collect()),
-            Answer::Rehearsed(_) => Err(confused()),
+            Answer::Rehearsed(_) | Answer::Refused(_) => Err(confused()),
             Answer::Failed(text) => Err(Error::Restore(text)),
         }
     }
@@ -103,11 +104,17 @@ impl Prover {
     ///
     /// # Errors
     /// When it cannot be restored there.
-    pub fn differences(&self, image: &File, name: &Path) -> Result<Vec<Difference>> {
+    pub fn rehearsal(&self, image: &File, name: &Path) -> Result<Rehearsal> {
         match self.ask(&Question::Rehearse(name.to_owned()), image)? {
             Answer::Rehearsed(found) => Ok(found),
             Answer::Checked(_) => Err(confused()),
-            Answer::Failed(text) => Err(Error::Restore(format!("the rehearsal failed: {text}"))),
+            Answer::Refused(told) => Err(Error::Refused(
+                told.into_iter().map(Told::obstacle).collect(),
+            )),
+            Answer::Failed(text) => {
+                let text = told(&text);
+                Err(Error::Restore(format!("the rehearsal failed: {text}")))
+            }
         }
     }
 
@@ -148,7 +155,12 @@ fn serve(link: UnixStream, root: Pid, by: Option<Pid>) {
                 stage::rehearse(&image, &name, leaving(root, by)).map(Answer::Rehearsed)
             }
         };
-        let answer = answer.unwrap_or_else(|error| Answer::Failed(error.to_string()));
+        let answer = answer.unwrap_or_else(|error| match error {
+            Error::Refused(obstacles) => {
+                Answer::Refused(obstacles.into_iter().map(Told::of).collect())
+            }
+            error => Answer::Failed(error.to_string()),
+        });
         if isolate::tell(&mut stream, &answer).is_err() {
             return;
         }

@@ -1,12 +1,10 @@
 //! A rehearsal: the job comes back from its image in namespaces of its own, stopped, and is looked at by a
 //! checkpoint of its own, as the job was.
 //!
-//! Nothing of the copy's code runs, and the plan of a restore writes to no file that has a name. What a
-//! restore has to touch that the job uses at that moment, no namespace keeps apart, so such jobs are
-//! refused ([`in_the_way`]). Locks are not taken.
+//! Nothing of the copy's code runs, and what it has open is its own ([`private`]).
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -15,24 +13,34 @@ use ckpt_image::{Codec, Reader};
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::{Pid, RemoteAddr};
+use serde::{Deserialize, Serialize};
 
 use super::canonical::{Known, canonical};
 use super::compare::{self, Difference};
-use super::pages;
+use super::{pages, private};
 use crate::capture::save_files::SaveFiles;
 use crate::capture::{self, After};
 use crate::error::{Error, Obstacle, Result};
-use crate::isolate::{self, First, Link};
+use crate::isolate::{self, First, Link, Spec};
 use crate::objects::Snapshot;
 use crate::objects::cgroup::Policy;
 use crate::objects::files::Kind;
 use crate::objects::files::left::Choices;
-use crate::objects::files::lock::LockKind;
 use crate::objects::namespaces::Namespaces;
+use crate::objects::sockets::unix::{Role, UnixSocket};
 use crate::progress::Silent;
 use crate::restore::clock::ClockPolicy;
-use crate::restore::{self, Opened, Request, pids};
+use crate::restore::{self, FilesPolicy, Opened, Request, pids};
 use crate::snapshot;
+
+/// What a rehearsal has shown.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Rehearsal {
+    /// In what the copy differs.
+    pub differences: Vec<Difference>,
+    /// What a restore by this user has to do without, one sentence each.
+    pub warnings: Vec<String>,
+}
 
 /// Restores from `image` beside the job, whose processes are `leaving`, and answers in what the copy differs.
 /// Nothing is left of it.
@@ -41,55 +49,86 @@ use crate::snapshot;
 ///
 /// # Errors
 /// When there can be no rehearsal, or the restore fails.
-pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<Vec<Difference>> {
+pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<Rehearsal> {
     let again = |file: &File| file.try_clone().map_err(failed);
     let reader = Reader::from_file(again(image)?, name)?;
-    let mut job = snapshot::read(&reader, name)?;
-    let obstacles = in_the_way(&job);
-    if !obstacles.is_empty() {
-        return Err(Error::Refused(obstacles));
-    }
+    let job = snapshot::read(&reader, name)?;
     let request = Request {
         leaving,
         stopped: true,
         foreground: false,
         clock: ClockPolicy::Host,
         cgroups: Policy::Ignore,
-        fds: outside(&job).map(|fd| (fd, "/dev/null".into())).collect(),
+        // What is there in the place of the job's own is for the copy alone.
+        files: FilesPolicy::Adopt,
         ..Request::plain(name, &Silent)
     };
-    let mut opened = restore::open_to_rehearse(Reader::from_file(again(image)?, name)?, &request)?;
-    if fault::hit(Step::RehearseMask).is_err() {
-        opened.another_mask();
-    }
-    let copy = unnamed()?;
-    perform(opened, &job, again(&copy)?)?;
+    let opened = restore::open_trusted(Reader::from_file(again(image)?, name)?, &request)?;
+    let (copy, mut wanted) = (unnamed()?, unnamed()?);
+    let told = perform(opened, &job, again(&copy)?, again(&wanted)?)?;
     let copy = Reader::from_file(copy, name)?;
-    let mut came_back = snapshot::read(&copy, name)?;
-    let (stored, stored_again) = (job.clone(), came_back.clone());
+    let came_back = snapshot::read(&copy, name)?;
+    wanted.rewind().map_err(failed)?;
+    let mut bytes = Vec::new();
+    wanted.read_to_end(&mut bytes).map_err(failed)?;
+    let wanted: Snapshot = ciborium::from_reader(bytes.as_slice())
+        .map_err(|e| Error::Restore(format!("cannot compare the copy: {e}")))?;
     let known = Known::of(&job);
-    canonical(&mut job, &known);
-    canonical(&mut came_back, &known);
-    let (mut found, spaces) = compare::compare(&job, &came_back)?;
+    let (mut before, mut after) = (wanted, came_back.clone());
+    canonical(&mut before, &known);
+    canonical(&mut after, &known);
+    let (mut found, spaces) = compare::compare(&before, &after)?;
     found.extend(pages::compare(
-        (&stored, &reader),
-        (&stored_again, &copy),
+        (&job, &reader),
+        (&came_back, &copy),
         &spaces,
     )?);
-    Ok(found)
+    let (forgone, differences): (Vec<_>, Vec<_>) =
+        found.into_iter().partition(|d| told.any && is_forgone(d));
+    Ok(Rehearsal {
+        differences,
+        warnings: forgone
+            .into_iter()
+            .map(|d| format!("at the restore: {d}"))
+            .collect(),
+    })
 }
 
-/// Descriptors for things outside of the job that `restore` would have to be told of.
-fn outside(job: &Snapshot) -> impl Iterator<Item = i32> + '_ {
-    let numbers = |index: usize| {
-        let fds = job.processes.iter().flat_map(|p| &p.fds);
-        fds.filter(move |e| e.description == index).map(|e| e.fd)
-    };
-    let outside = job.descriptions.iter().enumerate();
-    outside
-        .filter(|(_, d)| matches!(d.kind, Kind::Outside(_)))
-        .filter(move |(index, _)| !numbers(*index).any(|fd| fd <= 2))
-        .filter_map(move |(index, _)| numbers(index).next())
+/// Whether it is something that a restore does without where it is not permitted, with a warning.
+fn is_forgone(difference: &Difference) -> bool {
+    const PARTS: [&str; 12] = [
+        "autogroup nice",
+        "io ports",
+        "kind unixsocket options",
+        "kind unixsocket peer credentials",
+        "limits",
+        "login uid",
+        "memory dumpable",
+        "memory lock future",
+        "memory policy",
+        "oom score adj",
+        "scheduling",
+        "security",
+    ];
+    let part = difference.part.as_str();
+    PARTS.iter().any(|of| {
+        let rest = part.strip_prefix(of);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+    })
+}
+
+/// What is in the way of any rehearsal here, of which the job takes no notice.
+#[must_use]
+pub fn in_the_way() -> Option<Obstacle> {
+    let possible = ckpt_tracer::features::namespaces_permitted();
+    (!possible).then(|| {
+        Obstacle::new(
+            "a rehearsal",
+            "needs a pid and a mount namespace of its own, for which this system permits you no user namespace",
+            "run attach as root, raise user.max_user_namespaces (or what else forbids user namespaces here, such as \
+             kernel.apparmor_restrict_unprivileged_userns), or leave --rehearse out",
+        )
+    })
 }
 
 fn failed(error: std::io::Error) -> Error {
@@ -107,8 +146,15 @@ fn unnamed() -> Result<File> {
     file.map_err(failed)
 }
 
-/// Restores the copy in its namespaces, takes its image, and ends it with them.
-fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File) -> Result<()> {
+/// What is heard of the copy when it is complete.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    /// The restore has warned of something.
+    any: bool,
+}
+
+/// Restores the copy in its namespaces, takes its image, and ends it with them. `wanted` gets what the copy shall be.
+fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File, mut wanted: File) -> Result<Told> {
     const DONE: &str = "the rehearsal is over";
     let mut spec = pids::namespaces(&opened)?;
     if let Some(owner) = &spec.owner {
@@ -120,11 +166,20 @@ fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File) -> Result<()> {
     let (mut done, mut told) = UnixStream::pair().map_err(failed)?;
     let root = job.processes[0].pid;
     let stack = job.processes[0].threads[0].regs.rsp;
-    let init = isolate::start(&spec, move |_: &mut Link, first: Option<First>| {
-        opened.restored_inside(first);
+    let body = move |_: &mut Link, first: Option<First>| {
         let text = |error: Error| error.to_string();
+        opened.restored_inside(first);
         pids::keep_clear(&opened).map_err(text)?;
-        restore::restore(&mut opened, &mut |_| {}).map_err(text)?;
+        let sockets = private::substitute(opened.snapshot_mut()).map_err(text)?;
+        let bytes = snapshot::encode(opened.snapshot_mut());
+        wanted
+            .write_all(&bytes)
+            .map_err(|error| error.to_string())?;
+        if fault::hit(Step::RehearseMask).is_err() {
+            let thread = &mut opened.snapshot_mut().processes[0].threads[0];
+            thread.signal_mask ^= 1 << (libc::SIGUSR2 - 1);
+        }
+        let restored = restore::restore(&mut opened, &mut |_| {}).map_err(text)?;
         if fault::hit(Step::RehearsePage).is_err() {
             let mem = ProcessMemory::open(Pid(root)).map_err(|error| error.to_string())?;
             let written = mem.write(RemoteAddr(stack), &[0x5a; 8]);
@@ -148,59 +203,42 @@ fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File) -> Result<()> {
             check: false,
             prover: None,
             rehearse: false,
+            is_copy: true,
             progress: &Silent,
         };
         capture::to_stream(&request, copy).map_err(text)?;
-        told.write_all(b"!").map_err(|error| error.to_string())?;
+        fault::hit(Step::Rehearsed).map_err(|error| error.to_string())?;
+        drop(sockets);
+        let any = !restored.warnings.is_empty();
+        isolate::tell(&mut told, &Told { any }).map_err(|error| error.to_string())?;
         // Its end is that of all in its namespace.
         Err(DONE.to_owned())
-    });
+    };
+    let init = match spec.builder {
+        None => isolate::start(&spec, body),
+        // The end of the copy's first process, which is not ours, is up to nobody outside. So there is a namespace
+        // around it, whose first process ends with us, and with that one all.
+        Some(_) => isolate::start(&Spec::own(), move |_: &mut Link, _| {
+            let inner = isolate::start(&spec, body);
+            let ended = inner.and_then(|mut init| init.until_it_runs());
+            Err(ended.map_or_else(|error| error.to_string(), |_| DONE.to_owned()))
+        }),
+    };
     let ended = init.and_then(|mut init| init.until_it_runs().map(drop));
-    match (done.read_exact(&mut [0]), ended) {
-        (Ok(()), _) => Ok(()),
+    match (isolate::hear(&mut done), ended) {
+        (Ok(told), _) => Ok(told),
         (Err(_), Err(error)) => Err(error),
         (Err(error), Ok(())) => Err(failed(error)),
     }
 }
 
+/// Whether it has or uses names that are not paths: they are those of a network namespace.
 fn abstract_names(job: &Snapshot) -> bool {
-    job.descriptions.iter().any(|d| match &d.kind {
-        Kind::UnixSocket(socket) => socket.name.as_ref().is_some_and(|n| n.file.is_none()),
-        _ => false,
-    })
-}
-
-/// What a copy beside the job would take from it or give to it.
-fn in_the_way(job: &Snapshot) -> Vec<Obstacle> {
-    /// What opening and closing a file tells those who watch it.
-    const OPENING: u32 = libc::IN_ACCESS | libc::IN_OPEN | libc::IN_CLOSE;
-    let reason = |kind: &Kind| match kind {
-        Kind::Fifo(_) => Some("is a FIFO, whose bytes the job and its copy would have together"),
-        Kind::UnixSocket(socket) if socket.name.as_ref().is_some_and(|n| n.file.is_some()) => {
-            Some("is a socket with a path, which its copy would take from it")
-        }
-        Kind::MessageQueue(queue) if !queue.unlinked && queue.held > 0 => {
-            Some("is a message queue, whose messages cannot be read without taking them")
-        }
-        Kind::Inotify(inotify) if inotify.watches.iter().any(|w| w.mask & OPENING != 0) => {
-            Some("watches how files are opened, as its copy would do")
-        }
-        Kind::Fanotify(_) => Some("is told of what its copy would do"),
-        _ => None,
+    let has = |socket: &UnixSocket| {
+        let own = socket.name.as_ref().is_some_and(|n| n.file.is_none());
+        own || matches!(&socket.role, Role::Beyond { address } if address.first() == Some(&0))
     };
-    let descriptions = job.descriptions.iter().enumerate();
-    let found = descriptions.filter_map(|(index, d)| {
-        let lease = d.locks().iter().any(|l| l.kind == LockKind::Lease);
-        let lease = lease.then_some("holds a lease, which its copy would break");
-        let reason = lease.or_else(|| reason(&d.kind))?;
-        let of = job.processes.iter().find_map(|process| {
-            let entry = process.fds.iter().find(|e| e.description == index)?;
-            Some(format!("fd {} of process {}", entry.fd, process.pid))
-        });
-        let object = of.unwrap_or_else(|| "a file in flight".into());
-        let reason = format!("cannot be rehearsed: it {reason}");
-        let remedy = "leave --rehearse out; --kill still checks that nothing stands in the way";
-        Some(Obstacle::new(object, reason, remedy))
-    });
-    found.collect()
+    job.descriptions
+        .iter()
+        .any(|d| matches!(&d.kind, Kind::UnixSocket(socket) if has(socket)))
 }

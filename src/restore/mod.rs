@@ -57,7 +57,7 @@ pub mod terminals;
 mod way;
 
 pub use image_file::ImageFile;
-pub use way::{Opened, open, open_file};
+pub use way::{Opened, open, open_file, open_trusted};
 
 /// What to do with files that are not as they were at the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -182,16 +182,6 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
 /// As [`obstacles`].
 pub fn obstacles_in(image: Reader, request: &Request<'_>) -> Result<Vec<Obstacle>> {
     obstacles_of(way::open_trusted(image, request)?)
-}
-
-/// Opens an image of our own for a restore beside the job: without the locks, which the job holds.
-///
-/// # Errors
-/// As [`open`].
-pub fn open_to_rehearse<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
-    let mut opened = way::open_trusted(image, request)?;
-    crate::rehearse::without_locks(&mut opened.snapshot);
-    Ok(opened)
 }
 
 fn obstacles_of(mut opened: Opened<'_>) -> Result<Vec<Obstacle>> {

@@ -61,9 +61,9 @@ impl Opened<'_> {
         self.snapshot.host.baseline
     }
 
-    /// A fault for tests: the job's first thread gets another signal mask.
-    pub(crate) fn another_mask(&mut self) {
-        self.snapshot.processes[0].threads[0].signal_mask ^= 1 << (libc::SIGUSR2 - 1);
+    /// What is restored: a rehearsal has it otherwise than it was.
+    pub(crate) fn snapshot_mut(&mut self) -> &mut Snapshot {
+        &mut self.snapshot
     }
 
     /// Supplementary groups of whoever does the work.
@@ -163,7 +163,10 @@ pub fn open_file<'a>(image: ImageFile, request: &'a Request<'a>) -> Result<Opene
 }
 
 /// The same of an image that we have just written, or made in memory.
-pub(super) fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
+///
+/// # Errors
+/// As [`open`].
+pub fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
     opened(image, request)
 }
 

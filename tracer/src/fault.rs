@@ -66,6 +66,8 @@ steps! {
     RehearseMask = "rehearse-mask",
     /// Rehearsal: a page of the copy is not as it is in the job.
     RehearsePage = "rehearse-page",
+    /// Rehearsal: the copy's image is taken, and the copy is still there.
+    Rehearsed = "rehearsed",
     /// Where descriptors cannot be copied: the process has the marks on it with which it lends them.
     Lending = "lending",
 }

@@ -296,6 +296,23 @@ impl KernelFeatures {
     }
 }
 
+/// Whether we may make a pid and a mount namespace, in a user namespace where it takes one.
+#[must_use]
+pub fn namespaces_permitted() -> bool {
+    let code = Child::start(try_pid_and_mounts).and_then(|child| child.exit_code());
+    code == Some(1)
+}
+
+fn try_pid_and_mounts() -> ! {
+    let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    // SAFETY: plain system calls; they change the child alone.
+    unsafe {
+        let with_user = || libc::syscall(libc::SYS_unshare, kinds | libc::CLONE_NEWUSER) == 0;
+        let made = libc::syscall(libc::SYS_unshare, kinds) == 0 || with_user();
+        libc::_exit(i32::from(made))
+    }
+}
+
 /// Whether we may choose pids, by choosing our own: permission is looked at before it is found that
 /// somebody has it (`alloc_pid`, kernel/pid.c).
 fn may_set_tid() -> bool {

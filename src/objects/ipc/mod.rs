@@ -324,7 +324,7 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     }
     collector.ipc.place = Place::here();
     mqueue::refuse_notifications(&job, &collector.descriptions, &mut collector.obstacles);
-    if job.alone {
+    if job.alone && !collector.is_copy {
         mqueue::refuse_contents(&collector.descriptions, &mut collector.obstacles);
     }
     sysv_shm::survey(processes, &job, &shm, collector);

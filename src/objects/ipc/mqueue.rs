@@ -313,6 +313,33 @@ impl MessageQueue {
         Ok(ready)
     }
 
+    /// Makes a queue of that name with as many messages and bytes, all zero: for a rehearsal, in an IPC namespace of
+    /// its own.
+    ///
+    /// # Errors
+    /// When the namespace permits no such queue.
+    pub fn make_like(&self) -> Result<()> {
+        let failed = |errno: Errno| {
+            let reason = errno.desc();
+            Error::Restore(format!(
+                "no queue like {} can be made: {reason}",
+                self.title()
+            ))
+        };
+        let queue = match sys::create_queue(&self.name, self.most, self.size) {
+            // By another description of it.
+            Err(Errno::EEXIST) => return Ok(()),
+            queue => queue.map_err(failed)?,
+        };
+        let mut left = self.bytes;
+        for _ in 0..self.held {
+            let len = left.min(self.size as u64);
+            left -= len;
+            sys::send(&queue, &vec![0; len as usize]).map_err(failed)?;
+        }
+        self.give(&queue).map_err(failed)
+    }
+
     fn give(&self, queue: &OwnedFd) -> Result<(), Errno> {
         use std::os::unix::fs::{PermissionsExt, fchown};
         let now = files::sys::fstat(queue)?;

@@ -358,6 +358,19 @@ pub fn create_queue(name: &[u8], most: i64, size: i64) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// mq_send(3), without waiting for room.
+pub fn send(queue: &OwnedFd, message: &[u8]) -> Result<()> {
+    let now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let (at, len) = (message.as_ptr(), message.len());
+    // SAFETY: live bytes of that length and one live structure.
+    let sent =
+        unsafe { libc::syscall(libc::SYS_mq_timedsend, queue.as_raw_fd(), at, len, 0, &now) };
+    Errno::result(sent).map(drop)
+}
+
 /// `mq_unlink(3)`.
 pub fn unlink_queue(name: &[u8]) {
     if let Ok(name) = CString::new(name) {

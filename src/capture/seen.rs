@@ -1,0 +1,167 @@
+//! The snapshot of a job that runs, as far as it can be seen from outside: a plan of its restore finds before
+//! the checkpoint what will stand in its way.
+
+use std::fs::File;
+use std::path::Path;
+
+use ckpt_image::{Header, Writer, WriterOptions};
+use ckpt_tracer::Pid;
+use ckpt_tracer::proc::status::read_task;
+use ckpt_tracer::proc::tasks;
+
+use super::source::{Collector, Source};
+use crate::error::{Error, Obstacle, Result};
+use crate::host;
+use crate::objects::cgroup::settings;
+use crate::objects::landlock::{self, Bystanders};
+use crate::objects::namespaces::Namespaces;
+use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
+use crate::objects::processor::Processor;
+use crate::objects::zombie::{self, Zombie};
+use crate::objects::{Host, Snapshot};
+use crate::rehearse::Prover;
+use crate::snapshot;
+
+/// Who plans, and what of the job shows only from outside of its namespaces.
+pub struct Planned<'a> {
+    /// Looks at the snapshot.
+    pub prover: &'a Prover,
+    /// What the job has to itself.
+    pub namespaces: &'a Namespaces,
+    /// Its supplementary groups as they are outside.
+    pub groups: &'a [u32],
+}
+
+/// What is found by a plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// What would stand in the way of a restore.
+    pub obstacles: Vec<Obstacle>,
+    /// What the user should know, one sentence each.
+    pub notes: Vec<String>,
+}
+
+impl Planned<'_> {
+    /// Plans the restore of a job as it is seen now; `ended` are its zombies.
+    ///
+    /// # Errors
+    /// When it has changed under the look.
+    pub fn look(
+        &self,
+        sources: &[&Source],
+        outside: Vec<FromOutside>,
+        ended: &[Pid],
+        collector: &mut Collector,
+    ) -> Result<Found> {
+        let (mut snapshot, statuses) = of_running(sources, outside, ended, collector)?;
+        snapshot.namespaces = self.namespaces.clone();
+        snapshot.show_groups(self.groups);
+        let header = host::image_header(sources[0])?;
+        let image = without_pages(&snapshot, &header)?;
+        let found = self.prover.obstacles(&image, Path::new("(the job)"));
+        let found = found.map_err(|error| match error {
+            Error::Restore(text) => {
+                Error::Restore(format!("its restore cannot be planned: {text}"))
+            }
+            other => other,
+        })?;
+        let (told, obstacles): (Vec<_>, Vec<_>) = found.into_iter().partition(|o| o.by_option);
+        let mut notes: Vec<String> = told.iter().map(note).collect();
+        notes.extend(landlock::hints(&snapshot.processes, &statuses));
+        Ok(Found { obstacles, notes })
+    }
+}
+
+/// What only an option of `restore` settles.
+pub(super) fn note(obstacle: &Obstacle) -> String {
+    format!("at the restore: {obstacle}")
+}
+
+fn of_running(
+    sources: &[&Source],
+    outside: Vec<FromOutside>,
+    ended: &[Pid],
+    collector: &mut Collector,
+) -> Result<(Snapshot, Statuses)> {
+    let mut statuses = Statuses::new();
+    let bystanders = Bystanders::default();
+    let mut processes: Vec<Process> = Vec::with_capacity(sources.len());
+    for (source, outside) in sources.iter().zip(outside) {
+        let tids = tasks::list_tasks(source.pid)?;
+        for tid in &tids {
+            if let Ok(status) = read_task(source.pid, *tid) {
+                statuses.insert(*tid, status);
+            }
+        }
+        let shares = collector.shares(source.pid);
+        let parent = processes.iter().find(|p| p.pid == source.status.ppid.raw());
+        let space = match parent.filter(|_| shares.memory) {
+            Some(parent) => parent.memory.space,
+            None => collector.new_space(),
+        };
+        let in_job = InJob {
+            space,
+            parent,
+            shares,
+            stopped_children: &[],
+            running_children: &[],
+            ipc: &collector.ipc,
+            statuses: &statuses,
+            bystanders: &bystanders,
+        };
+        let (process, ..) = process::seen(source, outside, &in_job, &tids)?;
+        if process.threads.is_empty() {
+            let tid = source.pid.leader();
+            return Err(ckpt_tracer::Error::Died { tid }.into());
+        }
+        processes.push(process);
+    }
+    let zombies = ended.iter().filter_map(|pid| zombie::capture(*pid).ok());
+    let zombies = zombies.collect();
+    let mut host = host::describe(&processes[0], sources)?;
+    // Without the state of a thread nothing else tells it.
+    host.xcr0 = Processor::enabled_here();
+    Ok((assemble(host, processes, zombies, collector), statuses))
+}
+
+/// The snapshot of what was collected.
+pub(super) fn assemble(
+    host: Host,
+    processes: Vec<Process>,
+    zombies: Vec<Zombie>,
+    collector: &mut Collector,
+) -> Snapshot {
+    let cgroups = settings::hierarchies(&processes);
+    Snapshot {
+        host,
+        cgroups,
+        processes,
+        zombies,
+        descriptions: std::mem::take(&mut collector.descriptions),
+        terminals: std::mem::take(&mut collector.terminals),
+        mapped_files: std::mem::take(&mut collector.mapped_files),
+        removed: std::mem::take(&mut collector.removed),
+        shared_memory: std::mem::take(&mut collector.shared_memory),
+        ipc: std::mem::take(&mut collector.ipc),
+        namespaces: Namespaces::default(),
+        bundle: Vec::new(),
+    }
+}
+
+/// An image of a snapshot as it is planned from: nothing of that looks at pages.
+pub(super) fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File> {
+    let failed = |source| Error::File {
+        what: "write",
+        path: "the image in memory".into(),
+        source,
+    };
+    let file = nix::sys::memfd::memfd_create("ckpt-check", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let file = File::from(file.map_err(|e| failed(e.into()))?);
+    let mut writer = Writer::new(file, header, WriterOptions::default())?;
+    writer.section(
+        snapshot::SECTION,
+        snapshot::VERSION,
+        &snapshot::encode(snapshot),
+    )?;
+    Ok(writer.finish()?.0)
+}
