@@ -1,11 +1,19 @@
-//! What random jobs (docs/chaos.md) have found, as texts.
+//! Random jobs for a while, with fresh seeds (docs/chaos.md), and those that have found something, as texts.
+//!
+//! `CKPT_CHAOS_SECONDS` is for how long (75), `CKPT_CHAOS_SEED` where to begin.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ckpt_fixtures::chaos::job::{Job, Text, kill_all, state};
 use ckpt_fixtures::chaos::lives::Verdict;
-use ckpt_fixtures::chaos::{self, Tools};
+use ckpt_fixtures::chaos::{self, Limits, Tools};
 
 use crate::common::tool::{CKPT, RESTORE};
 use crate::common::{Case, ckpt, isolated, isolated_as_user};
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
 
 fn tools(case: &Case) -> Tools {
     let dir = case.path("jobs");
@@ -16,6 +24,52 @@ fn tools(case: &Case) -> Tools {
         chaos: case.fixtures().join("chaos"),
         dir,
     }
+}
+
+fn run(case: &Case, who: &str) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let fresh = now.map_or(1, |now| now.as_nanos() as u64 % 1_000_000_000);
+    let seed = number("CKPT_CHAOS_SEED").unwrap_or(fresh);
+    let tools = tools(case);
+    let limits = Limits {
+        jobs: u64::MAX,
+        time: Duration::from_secs(number("CKPT_CHAOS_SECONDS").unwrap_or(75)),
+        shrink: Duration::from_secs(40),
+        failures: 2,
+        known: false,
+    };
+    let again = |seed| format!("again with: make chaos SEED={seed} SEEDS=1{who}");
+    let tell = &mut |report: &str| println!("{report}");
+    let tally = chaos::run(&tools, seed, 1, None, limits, tell);
+    println!(
+        "{} jobs from seed {seed}, {} refused",
+        tally.jobs, tally.refused
+    );
+    assert!(tally.jobs > 0, "no job was run");
+    let failed: Vec<String> = tally
+        .failed
+        .values()
+        .flatten()
+        .map(|seed| again(*seed))
+        .collect();
+    assert!(
+        failed.is_empty(),
+        "random jobs failed:\n{}",
+        failed.join("\n")
+    );
+}
+
+#[test]
+fn as_root() {
+    isolated("as_root", |case| {
+        let who = if case.is_root() { "" } else { " AS=user" };
+        run(case, who);
+    });
+}
+
+#[test]
+fn as_user() {
+    isolated_as_user("as_user", |case| run(case, " AS=user"));
 }
 
 /// What stands in the way of an attach is told by a check, too.

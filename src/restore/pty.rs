@@ -19,6 +19,8 @@ const PATIENCE: u32 = 1024;
 #[derive(Default)]
 pub struct Ptys {
     ptys: Vec<Option<Pty>>,
+    /// Of each of the snapshot's terminals.
+    access: Vec<Option<Access>>,
     /// What is not as it was; one sentence each.
     pub warnings: Vec<String>,
 }
@@ -39,6 +41,7 @@ impl Ptys {
     pub fn make(snapshot: &Snapshot, terminals: &Terminals) -> Result<Self> {
         let mut made = Self::default();
         made.ptys.resize_with(snapshot.terminals.len(), || None);
+        made.access = snapshot.terminals.iter().map(|t| t.access).collect();
         // Numbers are given out from the lowest that is free, and the job's own come first.
         let mut pairs: Vec<usize> = (0..snapshot.terminals.len())
             .filter(|t| terminals.place(*t) == Place::Pair)
@@ -106,7 +109,8 @@ impl Ptys {
     pub fn open(&self, end: &End, flags: u32) -> Result<OwnedFd> {
         let how = open_flags(flags);
         if end.side == Side::HungUp {
-            return hung_up(how).map_err(failed("make", &end.name));
+            let access = self.access.get(end.terminal).copied().flatten();
+            return hung_up(how, access).map_err(failed("make", &end.name));
         }
         let pty = self.get(end.terminal)?;
         match (end.side, &pty.slave) {
@@ -217,10 +221,12 @@ fn refill(
     unread::put(master, slave, *modes, &waiting)
 }
 
-/// A terminal whose other side has gone.
-fn hung_up(flags: i32) -> std::io::Result<OwnedFd> {
+/// A terminal whose other side has gone. It is whose it was where we may give it away (limits.md).
+fn hung_up(flags: i32, access: Option<Access>) -> std::io::Result<OwnedFd> {
     let master = tty::new_pty(0)?;
-    Ok(tty::peer(&master, flags)?)
+    let slave = tty::peer(&master, flags)?;
+    let _ = access.map(|access| give(&master, access));
+    Ok(slave)
 }
 
 fn open_flags(flags: u32) -> i32 {

@@ -43,6 +43,15 @@ pub struct Access {
     pub mode: u32,
 }
 
+impl Access {
+    fn of(stat: &libc::stat) -> Self {
+        Self {
+            owner: (stat.st_uid, stat.st_gid),
+            mode: stat.st_mode & 0o777,
+        }
+    }
+}
+
 /// How a terminal is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
@@ -312,10 +321,7 @@ impl Ends {
             state: state(look),
             foreground: None,
             pair: Some(pair),
-            access: stat.map(|stat| Access {
-                owner: (stat.st_uid, stat.st_gid),
-                mode: stat.st_mode & 0o777,
-            }),
+            access: stat.as_ref().map(Access::of),
         };
         if let Some(stat) = stat {
             known.insert((stat.st_dev, stat.st_rdev), collector.terminals.len());
@@ -341,6 +347,8 @@ impl Ends {
             Some(_) => Side::Slave,
             None => Side::HungUp,
         };
+        // Of one that has a master it is asked by that one.
+        let access = (side == Side::HungUp).then(|| Access::of(&look.stat));
         let key = (look.stat.st_dev, look.stat.st_rdev);
         let device = tty::device(&look.copy).unwrap_or(device);
         let terminal = *known.entry(key).or_insert_with(|| {
@@ -350,7 +358,7 @@ impl Ends {
                 state: None,
                 foreground: None,
                 pair: None,
-                access: None,
+                access,
             });
             collector.terminals.len() - 1
         });
