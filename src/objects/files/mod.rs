@@ -409,7 +409,7 @@ fn kind(
             _ => Err(unsupported("a file of an unknown type")),
         },
         (FdLink::PidFd, _) => {
-            let is_ours = |task| collector.tasks.contains(&task);
+            let is_ours = |task| procfs::is_of_the_job(task, collector);
             pidfd::capture(source, look, is_ours).map(Kind::PidFd)
         }
         (FdLink::Other(_), _) => Err(unsupported("a file of an unknown kind")),

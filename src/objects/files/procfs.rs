@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use ckpt_tracer::Pid;
-use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::proc::stat::{Stat, read_stat};
 use ckpt_tracer::proc::status::TaskState;
 use nix::sys::statfs::PROC_SUPER_MAGIC;
 use serde::{Deserialize, Serialize};
@@ -125,19 +125,21 @@ pub fn capture(
 }
 
 fn owner(process: i32, collector: &Collector) -> Option<Of> {
-    if collector.tasks.contains(&process) {
+    if is_of_the_job(process, collector) {
         return Some(Of::Job);
     }
     let stat = read_stat(Pid(process)).ok()?;
-    let is_zombie = matches!(stat.state, TaskState::Zombie);
-    Some(
-        match is_zombie && collector.tasks.contains(&stat.ppid.raw()) {
-            true => Of::Job,
-            false => Of::Outside {
-                started: stat.starttime,
-            },
-        },
-    )
+    Some(Of::Outside {
+        started: stat.starttime,
+    })
+}
+
+/// Whether that is a task of the job, or a process of it that has ended and was not waited for.
+pub(super) fn is_of_the_job(task: i32, collector: &Collector) -> bool {
+    let has_ended_in_it = |stat: Stat| {
+        matches!(stat.state, TaskState::Zombie) && collector.tasks.contains(&stat.ppid.raw())
+    };
+    collector.tasks.contains(&task) || read_stat(Pid(task)).is_ok_and(has_ended_in_it)
 }
 
 /// Captures a handle of a namespace (`/proc/PID/ns/KIND`, namespaces(7)) that the job is in: the
