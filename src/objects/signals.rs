@@ -41,10 +41,24 @@ impl Pending {
             .filter(|_| self.code() == libc::SI_TIMER)
     }
 
-    /// Whether it cannot wait while the restorer is at work: SIGTRAP is what it hands over by, and
-    /// SIGSTOP cannot be blocked.
+    /// Whether it cannot wait while the restorer is at work, which hands over by SIGTRAP: that signal, and
+    /// those of faults. When a trap is delivered, the kernel takes the first signal of a fault in the
+    /// task's queue, even if it is blocked (kernel/signal.c, `dequeue_synchronous_signal`).
+    pub fn meets_traps(&self) -> bool {
+        const OF_FAULTS: [i32; 5] = [
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGILL,
+            libc::SIGFPE,
+            libc::SIGSYS,
+        ];
+        self.signal() == libc::SIGTRAP || OF_FAULTS.contains(&self.signal()) && self.code() > 0
+    }
+
+    /// Whether the tracer sends it, when the restorer is gone: one that meets traps, and SIGSTOP, which cannot
+    /// be blocked.
     pub fn is_for_the_tracer(&self) -> bool {
-        [libc::SIGTRAP, libc::SIGSTOP].contains(&self.signal())
+        self.meets_traps() || self.signal() == libc::SIGSTOP
     }
 
     /// Where it came from, `si_code`.

@@ -219,8 +219,7 @@ impl Build<'_> {
         if !process.shares.memory {
             process.memory.rebuild_locks(plan);
         }
-        let traps = handover::waits(process, libc::SIGTRAP);
-        limits::rebuild(&process.limits, traps, plan);
+        limits::rebuild(&process.limits, handover::meets_traps(process), plan);
         process.threads[0].rebuild(process, filters, plan);
         process.memory.rebuild_dumpable(plan);
         timers::rebuild_interval(process, plan);

@@ -75,6 +75,8 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
                 .map(|w| format!("process {}: {w}", process.pid)),
         );
     }
+    let at = RemoteAddr(plan.stack);
+    settle_traps((&mut leader, &mut others), process, mem, at, &cave)?;
     remove_restorer(&mut leader, process, plan, mem, (job, disturbed), &cave)?;
     let mut tasks = set_states(leader, others, process, job, &cave)?;
     cave.fill_in()?;
@@ -99,10 +101,18 @@ fn goes_on_untold(process: &Process, job: &Job<'_>) -> bool {
 }
 
 /// Whether a signal waits for the process or a thread of it.
-pub(super) fn waits(process: &Process, signal: i32) -> bool {
+fn waits(process: &Process, signal: i32) -> bool {
+    pending(process).any(|pending| pending.signal() == signal)
+}
+
+/// Whether signals wait that are queued only when the restorer's traps are over.
+pub(super) fn meets_traps(process: &Process) -> bool {
+    pending(process).any(Pending::meets_traps)
+}
+
+fn pending(process: &Process) -> impl Iterator<Item = &Pending> {
     let of_threads = process.threads.iter().flat_map(|t| &t.pending);
-    let mut all = process.pending.iter().chain(of_threads);
-    all.any(|pending| pending.signal() == signal)
+    process.pending.iter().chain(of_threads)
 }
 
 /// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
@@ -210,9 +220,53 @@ fn take_signal(calls: &mut RemoteCalls<'_>, at: RemoteAddr) -> Result<()> {
     }
 }
 
-/// Traps are over, so SIGTRAP's own action is set here, and those that wait are queued; and the restorer is
-/// unmapped. What a process has from its parent, the last one sees to. Then there is room for the last
-/// mappings.
+/// Traps are over, so SIGTRAP's own action is set, and signals that would have met them are queued, by each
+/// thread for itself: of others the kernel takes none of a fault. `at` is room for one.
+fn settle_traps(
+    (leader, others): (&mut Stopped, &mut [Stopped]),
+    process: &Process,
+    mem: &ProcessMemory,
+    at: RemoteAddr,
+    cave: &Cave<'_>,
+) -> Result<()> {
+    let is_trap = |a: &&Action| a.signal == libc::SIGTRAP as u32 && !process.shares.actions;
+    let mut action = process.actions.iter().find(is_trap);
+    let mut of_all: Vec<&Pending> = process.pending.iter().filter(|p| p.meets_traps()).collect();
+    let tasks = std::iter::once(leader).chain(others);
+    for (task, thread) in tasks.zip(&process.threads) {
+        let (action, of_all) = (action.take(), std::mem::take(&mut of_all));
+        let own: Vec<&Pending> = thread.pending.iter().filter(|p| p.meets_traps()).collect();
+        if action.is_none() && of_all.is_empty() && own.is_empty() {
+            continue;
+        }
+        if thread.seccomp.is_on() {
+            suspend_seccomp(task)?;
+        }
+        let mut calls = RemoteCalls::begin_without_scratch(task, cave)?;
+        if let Some(action) = action {
+            let words = [action.handler, action.flags, action.restorer, action.mask];
+            mem.write(at, &words.map(u64::to_le_bytes).concat())?;
+            let args = [libc::SIGTRAP as u64, at.raw(), 0, 8, 0, 0];
+            calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
+        }
+        let (pid, tid) = (process.pid as u64, thread.tid as u64);
+        for info in of_all {
+            mem.write(at, &info.0)?;
+            let args = [pid, info.signal() as u64, at.raw(), 0, 0, 0];
+            calls.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, args)?;
+        }
+        for info in own {
+            mem.write(at, &info.0)?;
+            let args = [pid, tid, info.signal() as u64, at.raw(), 0, 0];
+            calls.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
+        }
+        calls.finish()?;
+    }
+    Ok(())
+}
+
+/// Signals are queued, so their limit is set, and the restorer is unmapped. What a process has from its parent,
+/// the last one sees to. Then there is room for the last mappings.
 fn remove_restorer(
     leader: &mut Stopped,
     process: &Process,
@@ -221,33 +275,24 @@ fn remove_restorer(
     (job, disturbed): (&Job<'_>, Disturbed),
     cave: &Cave<'_>,
 ) -> Result<()> {
-    let is_trap = |a: &&Action| a.signal == libc::SIGTRAP as u32 && !process.shares.actions;
-    let trap = process.actions.iter().find(is_trap);
     let continued = disturbed.continued && !waits(process, libc::SIGCONT);
-    let queues = waits(process, libc::SIGTRAP);
-    if process.shares.memory && trap.is_none() && !continued && !queues {
+    let limit = match meets_traps(process) {
+        true => limits::last(&process.limits, Pid(process.pid))?,
+        false => None,
+    };
+    if process.shares.memory && !continued && limit.is_none() {
         return Ok(());
     }
     if process.threads[0].seccomp.is_on() {
         suspend_seccomp(leader)?;
     }
     let mut calls = RemoteCalls::begin_without_scratch(leader, cave)?;
-    if let Some(action) = trap {
-        let words = [action.handler, action.flags, action.restorer, action.mask];
-        let at = RemoteAddr(plan.stack);
-        mem.write(at, &words.map(u64::to_le_bytes).concat())?;
-        let args = [libc::SIGTRAP as u64, at.raw(), 0, 8, 0, 0];
-        calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
-    }
     let at = RemoteAddr(plan.stack);
-    if queues {
-        queue_traps(&mut calls, process, at)?;
-        if let Some(limit) = limits::last(&process.limits, Pid(process.pid))? {
-            mem.write(at, &limit.map(u64::to_le_bytes).concat())?;
-            let resource = libc::RLIMIT_SIGPENDING.into();
-            let args = [0, resource, at.raw(), 0, 0, 0];
-            calls.call("prlimit64", libc::SYS_prlimit64, args)?;
-        }
+    if let Some(limit) = limit {
+        mem.write(at, &limit.map(u64::to_le_bytes).concat())?;
+        let resource = libc::RLIMIT_SIGPENDING.into();
+        let args = [0, resource, at.raw(), 0, 0, 0];
+        calls.call("prlimit64", libc::SYS_prlimit64, args)?;
     }
     if continued {
         let sigcont = 1u64 << (libc::SIGCONT - 1);
@@ -266,26 +311,6 @@ fn remove_restorer(
 /// Suspends the seccomp filters of a task that creates threads, and theirs from their beginning.
 pub(super) fn suspend_from_the_beginning(task: &Stopped) -> Result<()> {
     Ok(task.set_options(TAKEN_OVER | SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?)
-}
-
-/// Queues the SIGTRAPs that wait, by `at` where there is room for one.
-fn queue_traps(calls: &mut RemoteCalls<'_>, process: &Process, at: RemoteAddr) -> Result<()> {
-    let pid = process.pid as u64;
-    let trap = libc::SIGTRAP as u64;
-    let is_trap = |p: &&Pending| p.signal() == libc::SIGTRAP;
-    for info in process.pending.iter().filter(is_trap) {
-        calls.memory().write(at, &info.0)?;
-        let args = [pid, trap, at.raw(), 0, 0, 0];
-        calls.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, args)?;
-    }
-    for thread in &process.threads {
-        for info in thread.pending.iter().filter(is_trap) {
-            calls.memory().write(at, &info.0)?;
-            let args = [pid, thread.tid as u64, trap, at.raw(), 0, 0];
-            calls.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
-        }
-    }
-    Ok(())
 }
 
 fn suspend_seccomp(task: &Stopped) -> Result<()> {
