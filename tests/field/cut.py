@@ -52,7 +52,7 @@ class World:
         path = own + "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin:/usr/games".split(":")
         src = str(pathlib.Path(__file__).resolve().parent / "src")
         env = {"PATH": ":".join(path), "HOME": home, "LANG": "C.UTF-8", "TERM": "xterm", "TZ": "UTC"}
-        env |= {"SHELL": "/bin/bash", "SRC": src}
+        env |= {"SHELL": "/bin/bash", "SRC": src, "FIELD": str(installed)}
         with output.open("ab") as out:
             child = subprocess.Popen(  # noqa: S603
                 command,
