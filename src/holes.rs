@@ -5,7 +5,9 @@ use ckpt_tracer::features::max_map_count;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use ckpt_tracer::remote::Scratch;
 
+use crate::capture::source::Source;
 use crate::error::Obstacle;
+use crate::objects::limits;
 
 /// Highest address that user memory may have with four-level page tables.
 pub const TOP: u64 = 0x7fff_ffff_f000;
@@ -34,9 +36,28 @@ pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64
     best
 }
 
-/// Scratch memory for remote calls in a process with these mappings (of smaps); `title` is the process in
-/// messages. A process that may not have another mapping lets one grow.
-pub fn scratch(title: String, vmas: &[Vma], len: u64) -> Result<Scratch, Obstacle> {
+/// Whether its limits let a process with these mappings have so much more memory. Limits that cannot be read
+/// are found at the call.
+pub fn permitted(source: &Source, vmas: &[Vma], len: u64) -> Result<(), Obstacle> {
+    let limits = limits::capture(source.pid).unwrap_or_default();
+    let Some((option, wanted)) = limits::without_room(&limits, vmas, len) else {
+        return Ok(());
+    };
+    Err(Obstacle::new(
+        source.title(),
+        format!("may not have {len} more bytes of memory, which remote calls need in it"),
+        format!(
+            "raise its limit: prlimit {option}={wanted}: --pid {}",
+            source.pid
+        ),
+    ))
+}
+
+/// Scratch memory for remote calls in a process with these mappings (of smaps). A process that may not have
+/// another mapping lets one grow.
+pub fn scratch(source: &Source, vmas: &[Vma], len: u64) -> Result<Scratch, Obstacle> {
+    permitted(source, vmas, len)?;
+    let title = source.title();
     let limit = max_map_count();
     let count = vmas.iter().filter(|v| v.name != VmaName::Vsyscall).count() as u64;
     // `do_mmap`, mm/mmap.c.

@@ -248,6 +248,17 @@ fn aio_context_under_a_limit_of_the_file_size() {
     });
 }
 
+/// Remote calls need some memory of their own.
+#[test]
+fn limits_of_memory() {
+    isolated("limits_of_memory", |case| {
+        for (program, option) in [("memory-limit", "prlimit --as="), ("data-limit", "--data=")] {
+            let target = odd(case, program, None);
+            attach_is_refused(case, target, &["more bytes of memory", option]);
+        }
+    });
+}
+
 /// The kernel stops no task that waits in vfork(2); nobody waits for it for ever.
 #[test]
 fn waiting_in_vfork() {

@@ -78,8 +78,7 @@ fn borrow(
     look: &mut dyn FnMut(Marked),
 ) -> Result<Vec<(i32, OwnedFd)>> {
     let vmas = read_smaps(source.dir.clone())?;
-    let scratch =
-        crate::holes::scratch(source.title(), &vmas, lend::SCRATCH).map_err(Error::refuse)?;
+    let scratch = crate::holes::scratch(source, &vmas, lend::SCRATCH).map_err(Error::refuse)?;
     let memory = scratch.at();
     let cave = Cave::dig(&source.mem, &vmas, &*tasks)?.with_doorbell(tasks);
     let leader = tasks.first_mut().ok_or(ckpt_tracer::Error::Died {

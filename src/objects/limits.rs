@@ -2,6 +2,7 @@
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
 use crate::restore::plan::Builder;
@@ -28,6 +29,34 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
             hard: l.hard,
         })
         .collect())
+}
+
+/// The limit of memory that leaves a process with these mappings no room for `len` more bytes of private
+/// memory, if one does: its name, and what it should be (`may_expand_vm`, mm/vma.c).
+pub fn without_room(limits: &[Limit], vmas: &[Vma], len: u64) -> Option<(&'static str, u64)> {
+    let used = |counts: &dyn Fn(&Vma) -> bool| {
+        let vmas = vmas.iter().filter(|v| v.name != VmaName::Vsyscall);
+        let sizes = vmas.filter(|v| counts(v)).map(|v| v.end - v.start);
+        sizes.sum::<u64>()
+    };
+    let is_data = |v: &Vma| {
+        let grows = v.name == VmaName::Stack || v.flags.contains(VmFlags::GROWS_DOWN);
+        v.write && !v.shared && !grows
+    };
+    let all = (libc::RLIMIT_AS, "--as", used(&|_| true));
+    let data = (libc::RLIMIT_DATA, "--data", used(&is_data));
+    [all, data]
+        .into_iter()
+        .find_map(|(resource, option, used)| {
+            let limit = limits.iter().find(|l| l.resource == resource)?;
+            // A soft limit of no data at all is not meant so.
+            let most = match limit.soft == 0 && resource == libc::RLIMIT_DATA {
+                true => limit.hard,
+                false => limit.soft,
+            };
+            let wanted = used + len.next_multiple_of(4096);
+            (wanted > most).then_some((option, wanted))
+        })
 }
 
 const SIGPENDING: u32 = libc::RLIMIT_SIGPENDING;

@@ -281,6 +281,8 @@ fn memory_from_outside(
         Depth::Full => (read_smaps(dir)?, memory::guard_pages(scanner)?),
     };
     let memory = memory::capture(source, &vmas, &guards, collector)?;
+    let room = crate::holes::permitted(source, &vmas, SCRATCH);
+    collector.obstacles.extend(room.err());
     Ok((vmas, memory))
 }
 
@@ -466,7 +468,7 @@ fn local_segments(
 
 /// Scratch memory for remote calls.
 fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<Scratch> {
-    crate::holes::scratch(source.title(), vmas, bytes).map_err(crate::Error::refuse)
+    crate::holes::scratch(source, vmas, bytes).map_err(crate::Error::refuse)
 }
 
 /// `PR_GET_CHILD_SUBREAPER`.

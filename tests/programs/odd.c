@@ -347,6 +347,14 @@ int main(int argc, char **argv)
 			for (;;)
 				pause();
 		fx_cleanup = end_child;
+	} else if (is("memory-limit")) {
+		struct rlimit none = { .rlim_cur = FX_PAGE, .rlim_max = RLIM_INFINITY };
+
+		FX_SYS(setrlimit(RLIMIT_AS, &none));
+	} else if (is("data-limit")) {
+		struct rlimit none = { .rlim_cur = FX_PAGE, .rlim_max = RLIM_INFINITY };
+
+		FX_SYS(setrlimit(RLIMIT_DATA, &none));
 	} else if (is("aio-file-size")) {
 		struct rlimit small = { .rlim_cur = 1000, .rlim_max = RLIM_INFINITY };
 
