@@ -1,6 +1,6 @@
 # make demo   a computation is checkpointed, killed with -9 and restored
 # make test   everything; installs what the tests need
-# make field   some 130 real programs, cut at random moments; installs them; not a part of make test
+# make field   some 190 real programs, cut at random moments; installs them; not a part of make test
 # make test-kernels  on other kernels, in virtual machines; not a part of make test
 # make chaos  random jobs for a long time (docs/chaos.md): SEEDS=N jobs from SEED=N on, SECONDS=N at most, AS=user, ONLY=KIND,…
 # make torture  the tool killed, stopped, made to fail (docs/reliability.md): SECONDS=N in all, SEED=N
