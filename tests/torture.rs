@@ -22,7 +22,7 @@ use crate::common::look::{assert_nobody_left, numbers, states, status_field};
 use crate::common::rounds::gone;
 use crate::common::tool::{CKPT, source};
 use crate::common::{
-    Case, Ended, Fixture, Job, attach, isolated, restore_cmd, restored, run, until,
+    Case, Ended, Fixture, Job, attach, holds_for, isolated, restore_cmd, restored, run, until,
 };
 use crate::sigkill::{Random, pass};
 
@@ -205,6 +205,7 @@ impl Torture<'_> {
     /// It is killed, and restores are disturbed until one has succeeded.
     fn restore(&mut self, job: &mut Job) {
         let pid = job.pid;
+        let program = fs::read_link(format!("/proc/{pid}/exe")).expect("it lives");
         let (image, _) = attach(self.case, pid, "kept.ckpt", &["-q", "--kill"]);
         let ended = gone(job);
         assert!(
@@ -217,7 +218,7 @@ impl Torture<'_> {
             command.arg("--detach");
             let ended = self.inflict(harm, command, self.longest[1]);
             self.count(&format!("restore, {}", harm.name()));
-            let alive = settled(pid);
+            let alive = settled(pid, &program);
             let whole = ended == Ended::Exited(0);
             assert!(
                 alive || !whole,
@@ -258,8 +259,9 @@ fn nobody_is_held() {
     });
 }
 
-/// Waits until either nobody is there, or the job, which is not about to be killed.
-fn settled(pid: i32) -> bool {
+/// Waits until either nobody is there, or the job, which is not about to be killed. Before it executes its program it is
+/// a child of `restore`, which ends by itself.
+fn settled(pid: i32, program: &Path) -> bool {
     const KILL: u64 = 1 << 8;
     let dies = |pid: i32| {
         let pending = ["SigPnd", "ShdPnd"].map(|key| status_field(pid, key));
@@ -267,7 +269,12 @@ fn settled(pid: i32) -> bool {
         let mut sets = words.filter_map(|word| u64::from_str_radix(word.trim(), 16).ok());
         sets.any(|set| set & KILL != 0)
     };
-    until("nobody, or the whole job", || {
+    let lives = |pid: i32| {
+        let now = states(pid);
+        let born = fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program);
+        born && !now.is_empty() && now.iter().all(|(_, state)| !"tZX".contains(*state))
+    };
+    let found = until("nobody, or the whole job", || {
         let _ = waitpid(None, Some(WaitPidFlag::WNOHANG));
         let others: Vec<i32> = numbers("/proc")
             .into_iter()
@@ -276,14 +283,12 @@ fn settled(pid: i32) -> bool {
         if others.is_empty() {
             return Some(false);
         }
-        let lives = |pid: i32| {
-            let now = states(pid);
-            !now.is_empty() && now.iter().all(|(_, state)| !"tZX".contains(*state))
-        };
         let traced = |pid: i32| status_field(pid, "TracerPid").is_some_and(|t| t != "0");
         let free = others.iter().all(|pid| !traced(*pid) && !dies(*pid));
         (free && others.contains(&pid) && lives(pid)).then_some(true)
-    })
+    });
+    // One that has just taken a SIGKILL shows nothing of it until it is a zombie.
+    found && holds_for(Duration::from_millis(300), || lives(pid))
 }
 
 fn of_fixture(case: &Case, name: &'static str, place: &str) -> Target {
