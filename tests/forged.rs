@@ -9,7 +9,6 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use ciborium::Value;
 use ckpt_image::Reader;
@@ -22,6 +21,7 @@ use crate::common::isolate::Case;
 use crate::common::job::spawn;
 use crate::common::look::status_field;
 use crate::common::tool::{RESTORE, restore_cmd};
+use crate::common::values::{Place, Random, at, forgeries, leaves};
 use crate::common::{attach, isolated_as_root, start, until};
 
 const NOBODY: u32 = 65534;
@@ -54,93 +54,6 @@ if os.fork() == 0: os._exit(3)
 open('ready', 'w').close()
 while True: time.sleep(1000)
 "#;
-
-/// A value of the snapshot, by keys and indices.
-type Place = Vec<usize>;
-
-/// All values that hold no others; of a list's elements, the first that has a field of that name.
-fn leaves(value: &Value, name: &str, at: &mut Place, found: &mut BTreeMap<String, Place>) {
-    match value {
-        Value::Map(entries) => {
-            for (number, (key, value)) in entries.iter().enumerate() {
-                let key = key.as_text().map_or_else(|| "?".to_owned(), str::to_owned);
-                at.push(number);
-                leaves(value, &format!("{name}.{key}"), at, found);
-                at.pop();
-            }
-        }
-        Value::Array(elements) => {
-            for (number, value) in elements.iter().enumerate() {
-                at.push(number);
-                leaves(value, &format!("{name}[]"), at, found);
-                at.pop();
-            }
-        }
-        _ => {
-            let kind = match value {
-                Value::Null => "null",
-                _ => "",
-            };
-            found
-                .entry(format!("{name}{kind}"))
-                .or_insert_with(|| at.clone());
-        }
-    }
-}
-
-fn at<'a>(value: &'a mut Value, place: &[usize]) -> &'a mut Value {
-    place.iter().fold(value, |value, &number| match value {
-        Value::Map(entries) => &mut entries[number].1,
-        Value::Array(elements) => &mut elements[number],
-        _ => panic!("the place is in the value"),
-    })
-}
-
-/// What somebody would write there.
-fn forgeries(value: &Value) -> Vec<Value> {
-    let number = |n: i128| Some(Value::Integer(n.try_into().ok()?));
-    let paths = [
-        "/etc/shadow",
-        "/proc/1/maps",
-        "/proc/kallsyms",
-        "/dev/kmsg",
-        "/",
-    ];
-    match value {
-        Value::Integer(was) => {
-            let was = i128::from(*was);
-            let all = [
-                0,
-                1,
-                was + 1,
-                was | 1 << 21,
-                -1,
-                u32::MAX.into(),
-                u64::MAX.into(),
-            ];
-            all.into_iter()
-                .filter(|n| *n != was)
-                .filter_map(number)
-                .collect()
-        }
-        Value::Bool(was) => vec![Value::Bool(!was)],
-        Value::Text(_) => paths
-            .iter()
-            .map(|path| Value::Text((*path).into()))
-            .collect(),
-        Value::Bytes(was) => {
-            let flipped = was.iter().map(|byte| byte ^ 0x41).collect();
-            let of_path = |path: &&str| Value::Bytes(path.as_bytes().to_vec());
-            let all = [Value::Bytes(flipped), Value::Bytes(Vec::new())];
-            all.into_iter().chain(paths.iter().map(of_path)).collect()
-        }
-        _ => vec![
-            Value::Integer(0.into()),
-            Value::Text(paths[0].into()),
-            Value::Bool(true),
-        ],
-    }
-}
 
 /// What root has for itself, and must still have.
 struct Roots {
@@ -325,24 +238,11 @@ fn each_field() {
                     .map(|new| (name.clone(), place.clone(), new)),
             );
         }
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .expect("it is after 1970");
-        let given = std::env::var("CKPT_SEED")
-            .ok()
-            .and_then(|text| text.parse().ok());
-        let mut seed: u64 = given.unwrap_or(now.as_nanos() as u64);
-        println!(
-            "seed {seed}, {} forgeries of {} bytes",
-            all.len(),
-            bytes.len()
-        );
+        let mut random = Random::seeded();
+        println!("{} forgeries of {} bytes", all.len(), bytes.len());
         if std::env::var("CKPT_FORGE").as_deref() != Ok("all") {
             for number in 0..SOME.min(all.len()) {
-                seed = seed
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1_442_695_040_888_963_407);
-                let other = number + (seed >> 33) as usize % (all.len() - number);
+                let other = number + random.below(all.len() - number);
                 all.swap(number, other);
             }
             all.truncate(SOME);

@@ -2,6 +2,7 @@
 //! A file is a subject; what they share is in `common`.
 
 mod common;
+mod measure;
 
 mod attributes;
 mod baseline;
@@ -23,6 +24,7 @@ mod files;
 mod fixtures;
 mod forged;
 mod frozen_groups;
+mod fuzzed;
 mod ids;
 mod init;
 mod ipc;

@@ -6,6 +6,7 @@
 
 pub mod address_space;
 pub mod aio;
+pub mod bounds;
 pub mod bundle;
 pub mod cgroup;
 pub mod credentials;

@@ -7,7 +7,7 @@
 use ckpt_tracer::features::Cpu;
 use serde::{Deserialize, Serialize};
 
-use super::{Host, Snapshot};
+use super::{Host, Snapshot, bounds};
 use crate::error::Obstacle;
 
 mod features;
@@ -50,10 +50,13 @@ pub struct Word {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Component {
     /// Its bit in `XCR0`.
+    #[serde(deserialize_with = "bounds::at_most::<_, _, 63>")]
     pub number: u32,
     /// Bytes from the beginning of the area.
+    #[serde(deserialize_with = "bounds::at_most::<_, _, 65536>")]
     pub offset: u32,
     /// Bytes.
+    #[serde(deserialize_with = "bounds::at_most::<_, _, 65536>")]
     pub size: u32,
 }
 

@@ -7,6 +7,7 @@ use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{Pid, RemoteAddr, Result, Tid};
 use serde::{Deserialize, Serialize};
 
+use super::bounds;
 use super::credentials::Credentials;
 use super::dispatch::Dispatch;
 use super::dynamic_state;
@@ -31,8 +32,11 @@ pub struct Thread {
     pub name: Vec<u8>,
     /// General registers. `rax` and `orig_rax` tell of an interrupted system call.
     pub regs: GeneralRegisters,
-    /// Extended state in the standard xsave format.
-    #[serde(with = "serde_bytes")]
+    /// Extended state in the standard xsave format; no processor has 64 KiB of it.
+    #[serde(
+        serialize_with = "serde_bytes::serialize",
+        deserialize_with = "bounds::bytes::<_, 65536>"
+    )]
     pub xstate: Vec<u8>,
     /// Blocked signals, bit n-1 for signal n.
     pub signal_mask: u64,

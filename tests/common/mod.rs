@@ -18,6 +18,7 @@ pub mod refused;
 pub mod rounds;
 pub mod screen;
 pub mod tool;
+pub mod values;
 pub mod wait;
 
 pub use {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SpaceId;
 use super::aio::Ring;
+use super::bounds;
 use super::files::attributes::Attributes;
 use super::files::saved::Saved;
 use super::memory_policy::MemoryPolicy;
@@ -41,6 +42,7 @@ pub struct Mapping {
     /// Name given by `PR_SET_VMA_ANON_NAME`.
     pub name: Option<Vec<u8>>,
     /// Protection key, pkeys(7).
+    #[serde(deserialize_with = "bounds::at_most::<_, _, 15>")]
     pub protection_key: u32,
     /// Guard pages (`MADV_GUARD_INSTALL`) as address ranges.
     pub guards: Vec<(u64, u64)>,
