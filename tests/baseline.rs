@@ -282,7 +282,7 @@ fn checkpointed(case: &Case) {
     );
     assert_eq!(job.guard(), guard, "a look disturbs nobody");
     for number in 0..3 {
-        let (_, figures) = attach(case, job.root, &format!("{number}.ckpt"), &[]);
+        let (_, figures) = attach(case, job.root, format!("{number}.ckpt"), &[]);
         assert!(figures["processes"].as_u64() >= Some(2), "{figures}");
         job.is_guarded();
         assert_eq!(job.guard(), guard);

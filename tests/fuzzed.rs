@@ -143,7 +143,7 @@ fn look_into(bytes: Vec<u8>, path: &Path) {
     drop((image, snapshot));
     let request = Request::plain(path, &Silent);
     let _ = restore::obstacles_in(reader(&bytes), &request);
-    if let Ok(mut opened) = restore::open_to_rehearse(reader(&bytes), &request) {
+    if let Ok(mut opened) = restore::open(&request) {
         let _ = restore::dry_run(&mut opened);
     }
 }

@@ -438,9 +438,9 @@ fn in_a_pid_namespace_it_is_told_beforehand() {
         let pid = until("the job", || {
             let init = children(outer.pid).into_iter().next()?;
             let all = children(init);
-            let adopted = all.iter().any(|pid| is(pid, b"./program\01000\0"));
+            let adopted = all.iter().any(|pid| is(pid, b"./program\x001000\0"));
             all.into_iter()
-                .find(|pid| adopted && is(pid, b"sleep\01001\0"))
+                .find(|pid| adopted && is(pid, b"sleep\x001001\0"))
         });
         fs::set_permissions(&program, PermissionsExt::from_mode(0o644)).expect("it is ours");
         let check = ckpt(case, ["check", &pid.to_string()]);

@@ -308,7 +308,7 @@ fn a_baseline_is_kept_by_glibc_and_known_at_the_checkpoint() {
                     text.contains("compiler avx2").then_some(text)
                 });
                 let pid = job.descendants()[0];
-                let (image, _) = attach(case, pid, &format!("{name}.ckpt"), &["--kill"]);
+                let (image, _) = attach(case, pid, format!("{name}.ckpt"), &["--kill"]);
                 assert_eq!(job.wait(), common::Ended::Exited(137));
                 let summary = &json(case, &["inspect", "--json"], &image)["summary"];
                 assert_eq!(summary["cpu_baseline"], Value::from(level));

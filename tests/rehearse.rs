@@ -68,8 +68,11 @@ fn start_here(case: &Case, name: &str) -> Fixture {
     crate::common::fixture::start_in(case, name, &format!("run-{name}"), command)
 }
 
-/// Everything below a directory: type, mode, inode, size, times but that of access, contents.
-fn everything_in(directory: &Path) -> BTreeMap<PathBuf, (u32, u64, u64, [i64; 4], Vec<u8>)> {
+/// Type and mode, inode, size, times but that of access, and contents of a file.
+type Seen = (u32, u64, u64, [i64; 4], Vec<u8>);
+
+/// All that is below a directory.
+fn everything_in(directory: &Path) -> BTreeMap<PathBuf, Seen> {
     let mut found = BTreeMap::new();
     let mut next = vec![directory.to_owned()];
     while let Some(path) = next.pop() {

@@ -14,7 +14,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::objects::bundle::Bundled;
 use crate::objects::files::Kind;
 use crate::objects::files::changed::{Written, is_of_the_kernel};
-use crate::objects::memory::FileIdentity;
+use crate::objects::memory::{FileIdentity, open_regular};
 use crate::objects::{Snapshot, SpaceId};
 
 /// Files on their way into the image.
@@ -148,7 +148,7 @@ fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Path, &FileIdentity)> {
 }
 
 fn open(path: &Path, identity: &FileIdentity) -> Result<File, String> {
-    let file = File::open(path).map_err(|e| e.to_string())?;
+    let file = open_regular(path).map_err(|e| e.to_string())?;
     let now = file.metadata().map_err(|e| e.to_string())?;
     let now = FileIdentity::of(&now);
     let same = (now.device, now.inode) == (identity.device, identity.inode);

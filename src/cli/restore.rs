@@ -16,6 +16,7 @@ use super::{Loudness, as_owner, output, progress};
 use crate::guard::Guard;
 use crate::isolate::die_with_parent;
 use crate::objects::cgroup::Policy;
+use crate::progress::Silent;
 use crate::restore::clock::ClockPolicy;
 use crate::restore::pids::Pids;
 use crate::restore::{self, ImageFile, env};
@@ -109,6 +110,8 @@ Examples:
                                    the same, told something in $CKPT_RESTORE_ENV";
 
 pub(crate) fn run(args: &Restore) -> Outcome {
+    // A wrong command line is one whatever the image is.
+    args.places.request(&args.image, &Silent)?;
     let handed = as_owner::handed(&args.image)?;
     let as_owner = handed.is_some();
     let image = handed.map_or_else(|| ImageFile::open(&args.image), Ok)?;

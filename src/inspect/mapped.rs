@@ -2,12 +2,12 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::rc::Rc;
 
 use crate::objects::Snapshot;
-use crate::objects::memory::MappedFile;
+use crate::objects::memory::{MappedFile, open_regular};
 
 /// Opens mapped files, each once, and only those that are what they were at the checkpoint.
 pub struct MappedFiles<'a> {
@@ -40,23 +40,12 @@ impl<'a> MappedFiles<'a> {
 }
 
 fn open_same(record: &MappedFile) -> Option<File> {
-    // The path comes from the image: a FIFO or device there must neither block us nor be touched.
-    let looked = std::fs::metadata(&record.path).ok()?;
-    if !looked.is_file() {
-        return None;
-    }
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(&record.path)
-        .ok()?;
+    let file = open_regular(&record.path).ok()?;
     let now = file.metadata().ok()?;
     let modified = now
         .mtime()
         .checked_mul(1_000_000_000)?
         .checked_add(now.mtime_nsec())?;
-    let same = now.is_file()
-        && now.size() == record.identity.size
-        && modified == record.identity.modified_ns;
+    let same = now.size() == record.identity.size && modified == record.identity.modified_ns;
     same.then_some(file)
 }

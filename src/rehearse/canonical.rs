@@ -236,13 +236,10 @@ fn terminals(snapshot: &mut Snapshot) {
         }
     }
     for description in &mut snapshot.descriptions {
-        match &mut description.kind {
-            Kind::Terminal(end) => {
-                end.name.clear();
-                // The minor number of a pty's slave is its number.
-                end.node = end.node.map(|(major, _)| (major, 0));
-            }
-            _ => {}
+        if let Kind::Terminal(end) = &mut description.kind {
+            end.name.clear();
+            // The minor number of a pty's slave is its number.
+            end.node = end.node.map(|(major, _)| (major, 0));
         }
     }
 }

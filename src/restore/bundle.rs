@@ -1,7 +1,7 @@
 //! Bundled files: where the job's own file is not there, or is another one, that of the image takes
 //! its place. From here on it is like one that was deleted before the checkpoint.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{FilesPolicy, Request, put};
@@ -9,7 +9,7 @@ use crate::capture::bundle::digest;
 use crate::objects::Snapshot;
 use crate::objects::bundle::Bundled;
 use crate::objects::files::{self, Kind};
-use crate::objects::memory::FileIdentity;
+use crate::objects::memory::{FileIdentity, open_regular};
 
 /// Decides for every bundled file; the paths of those that the image gives.
 pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
@@ -70,7 +70,7 @@ fn here(path: &Path, was: &FileIdentity, bundled: &Bundled, policy: FilesPolicy)
     let Ok(meta) = fs::metadata(path) else {
         return Here::Other;
     };
-    let (Ok(file), true) = (File::open(path), meta.is_file()) else {
+    let (Ok(file), true) = (open_regular(path), meta.is_file()) else {
         return Here::Other;
     };
     let now = FileIdentity::of(&meta);

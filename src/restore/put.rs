@@ -3,7 +3,7 @@
 //! takes everything back.
 
 use std::collections::HashSet;
-use std::fs::{self, File, FileTimes, Metadata, OpenOptions, Permissions};
+use std::fs::{self, FileTimes, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
 use crate::objects::files::saved::{Saved, is_shared_memory};
-use crate::objects::memory::FileIdentity;
+use crate::objects::memory::{FileIdentity, open_regular};
 
 /// What becomes of the files that the image holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -164,7 +164,7 @@ fn decide_one<'a>(
         }
     };
     if meta.len() == identity.size {
-        match File::open(&path) {
+        match open_regular(&path) {
             Ok(there) => {
                 let size = identity.size;
                 if contents::same(&there, &path, saved.space, size, image)? {

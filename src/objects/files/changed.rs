@@ -83,8 +83,8 @@ pub fn check(
         Ok(now) => now,
         Err(e) => return refuse(format!("cannot be opened: {e}"), MISSING),
     };
-    if now.mode() & libc::S_IFMT != file.identity.mode & libc::S_IFMT {
-        return refuse("is something else by now".into(), MISSING);
+    if let Some(reason) = is_another_kind(&file.path, &now, &file.identity) {
+        return refuse(reason, MISSING);
     }
     let access = access(flags);
     if let Some(Err(e)) = access.map(|access| may(&file.path, access)) {
@@ -111,6 +111,16 @@ pub fn check(
             }))
         }
     }
+}
+
+/// Why what is there is no file of the kind that it was, whatever is in it: a FIFO, a device, or a link to a file of the
+/// kernel's.
+pub fn is_another_kind(path: &Path, now: &Metadata, was: &FileIdentity) -> Option<String> {
+    if now.mode() & libc::S_IFMT != was.mode & libc::S_IFMT {
+        return Some("is something else by now".into());
+    }
+    let leads_to = is_of_the_kernel(path).then(|| path.canonicalize().ok())??;
+    (leads_to != path).then(|| format!("leads to {} by now", leads_to.display()))
 }
 
 /// What opening with these flags asks for; nothing where only a handle is wanted.

@@ -1,13 +1,15 @@
 //! What tells whether a mapped file is still the one that it was.
 
-use std::fs::{File, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::unistd::AccessFlags;
 
 use super::{FileIdentity, MappedFile};
 use crate::error::Obstacle;
+use crate::objects::files::changed;
 use crate::restore::surroundings::{MISSING, may};
 use crate::restore::{FilesPolicy, Request};
 
@@ -47,12 +49,28 @@ impl FileIdentity {
     }
 }
 
+/// Opens what is a regular file, for reading. The path is somebody else's: a FIFO or device there neither blocks us nor is
+/// read.
+///
+/// # Errors
+/// Those of open(2); `InvalidInput` for anything else than a regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is no regular file",
+        )),
+    }
+}
+
 /// The build id of an ELF file.
 pub fn build_id(path: &Path) -> Option<Vec<u8>> {
-    let file = File::open(path).ok()?;
-    if !file.metadata().ok()?.is_file() {
-        return None;
-    }
+    let file = open_regular(path).ok()?;
     let mut magic = [0; 4];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut magic, 0).ok()?;
     if magic != *b"\x7fELF" {
@@ -92,6 +110,9 @@ pub fn check_file(
     }
     let now = FileIdentity::of(&meta);
     let was = &file.identity;
+    if let Some(reason) = changed::is_another_kind(&file.path, &meta, was) {
+        return Err(Box::new(Obstacle::new(object, reason, MISSING)));
+    }
     let same_file = shared_only && now.is_same_file(was) && now.size >= was.size;
     if same_file
         || (now.size, now.modified_ns) == (was.size, was.modified_ns)

@@ -384,7 +384,7 @@ fn file_fd(
         let args = [
             libc::AT_FDCWD as u64,
             path,
-            (access | libc::O_CLOEXEC) as u64,
+            (access | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY) as u64,
             0,
         ];
         let object = || format!("the mapped file {}", record.path.display());
