@@ -58,7 +58,7 @@ fn lives_on(case: &Case, name: &str) {
     fs::remove_file(image).expect("it was written");
     let image = target.killed_into(case, "job.ckpt");
     target.continued_by(restored(case, &image, &[]));
-    before.assert_same(target.pid(), exceptions(name));
+    before.assert_same(target.pid(), &exceptions(name));
     target.passes();
     fs::remove_dir_all(case.path("run")).expect("it was made by the fixture");
     assert_nobody_left();

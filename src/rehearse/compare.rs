@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 use crate::objects::Snapshot;
 use crate::objects::process::Process;
 
+/// How a value that is not there is told.
+pub(super) const NOTHING: &str = "nothing";
+
 /// Something that is not as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
@@ -223,7 +226,7 @@ fn words(value: &Value) -> String {
         Value::Text(text) => told(text),
         Value::Bool(true) => "yes".into(),
         Value::Bool(false) => "no".into(),
-        Value::Null => "nothing".into(),
+        Value::Null => NOTHING.into(),
         Value::Bytes(bytes) => {
             let digits = bytes.iter().take(MOST / 4).map(|b| format!("{b:02x}"));
             format!("{} bytes {}", bytes.len(), digits.collect::<String>())

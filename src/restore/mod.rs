@@ -48,6 +48,7 @@ pub mod planner;
 pub mod pty;
 pub mod put;
 pub mod rights;
+pub mod space;
 pub mod spawn;
 pub mod stop;
 pub mod surroundings;

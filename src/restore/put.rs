@@ -13,8 +13,8 @@ use ckpt_image::Reader;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
-use super::contents;
 use super::rights::{self, Rights};
+use super::space;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
@@ -167,7 +167,7 @@ fn decide_one<'a>(
         match open_regular(&path) {
             Ok(there) => {
                 let size = identity.size;
-                if contents::same(&there, &path, saved.space, size, image)? {
+                if space::same(&there, &path, saved.space, size, image)? {
                     return Ok(Ok(None));
                 }
             }
@@ -215,7 +215,7 @@ impl Put<'_> {
         let file = opened.map_err(|source| self.error(source))?;
         let prepared = Prepared { at };
         let identity = self.identity;
-        contents::fill(&file, &self.path, self.saved.space, identity.size, image)?;
+        space::fill(&file, &self.path, self.saved.space, identity.size, image)?;
         let meta = file.metadata().map_err(|source| self.error(source))?;
         let (uid, gid) = self.saved.owner;
         let mut mode = identity.mode & 0o7777;

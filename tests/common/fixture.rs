@@ -29,14 +29,31 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
     // Opened with O_NOFOLLOW by a name that is gone, which says how the name was looked up.
     ("shm_posix", &["fd 3", "fd 4"]),
     // The table only grows, and a restore has the descriptors at other numbers meanwhile.
+    ("fd_many", &["status FDSize"]),
     ("sock_options", &["status FDSize"]),
     // Which thread or process they were for; those have ended.
     ("timers_ended", &["timers"]),
 ];
 
-/// See [`EXCEPTIONS`].
-pub fn exceptions(name: &str) -> &'static [&'static str] {
-    let found = EXCEPTIONS.iter().find(|(fixture, _)| *fixture == name);
+/// What a fixture changes itself, all the time.
+const CHANGING: &[(&str, &[&str])] = &[
+    // The position of what it appends to.
+    ("fd_appended", &["fd 3"]),
+    ("maps_changing", &["maps"]),
+];
+
+/// See [`EXCEPTIONS`]; with what changes anyway.
+pub fn exceptions(name: &str) -> Vec<&'static str> {
+    [of(EXCEPTIONS, name), of(CHANGING, name)].concat()
+}
+
+/// See [`CHANGING`].
+pub fn changing(name: &str) -> &'static [&'static str] {
+    of(CHANGING, name)
+}
+
+fn of(list: &[(&str, &'static [&'static str])], name: &str) -> &'static [&'static str] {
+    let found = list.iter().find(|(fixture, _)| *fixture == name);
     found.map_or(&[], |(_, names)| names)
 }
 

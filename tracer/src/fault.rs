@@ -2,8 +2,9 @@
 //!
 //! Compiled in with the feature `faults`; without it [`hit`] is nothing. The environment
 //! variable `CKPT_FAULT` holds `STEP` (fail there with [`Error::Injected`](crate::Error::Injected)),
-//! `STEP:kill` (die there by SIGKILL) or `STEP:wait=FILE` (create FILE, then stop oneself there
-//! with SIGSTOP).
+//! `STEP:kill` (die there by SIGKILL), `STEP:wait=FILE` (create FILE, then stop oneself there
+//! with SIGSTOP) or `STEP:hold=FILE` (create FILE, and go on when it is gone; the first process of a pid
+//! namespace cannot stop itself).
 
 use std::fmt;
 
@@ -97,6 +98,13 @@ pub fn hit(step: Step) -> crate::Result<()> {
         Some(("wait", file)) => {
             let _ = std::fs::write(file, b"");
             let _ = nix::sys::signal::kill(me, nix::sys::signal::Signal::SIGSTOP);
+            Ok(())
+        }
+        Some(("hold", file)) => {
+            let _ = std::fs::write(file, b"");
+            while std::path::Path::new(file).exists() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
             Ok(())
         }
         _ => Err(crate::Error::Injected(step)),

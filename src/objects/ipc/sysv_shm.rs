@@ -14,8 +14,8 @@ use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, SpaceId};
 use crate::outsiders::process_name;
-use crate::restore::contents::each_run;
 use crate::restore::plan::Builder;
+use crate::restore::space::each_run;
 
 /// `SHM_DEST`: it goes when the last process lets go of it.
 const DESTROYED: i64 = 0o1000;
