@@ -10,7 +10,7 @@ use std::process::Command;
 
 use crate::common::fixture::killed;
 use crate::common::isolate::open_to_all;
-use crate::common::look::assert_let_go;
+use crate::common::look::{assert_let_go, assert_nobody_left};
 use crate::common::refused::{FAILED, restore_is_refused};
 use crate::common::tool::{CKPT, nobody};
 use crate::common::{
@@ -331,5 +331,53 @@ fn pid_may_not_be_chosen() {
             .permissions()
             .mode();
         assert_eq!(mode & 0o777, 0o600);
+    });
+}
+
+/// What others may write to, or put into its place, is not restored as one's own.
+#[test]
+fn written_by_others() {
+    isolated("written_by_others", |case| {
+        let (_, image) = killed(case, "counter");
+        let refused = |image: &Path, words: &[&str]| {
+            for args in [&[][..], &["--dry-run"]] {
+                run(case, &mut restore_cmd(image, args)).refused(FAILED, words);
+            }
+            let image = image.to_str().expect("it is text");
+            let out = ckpt(case, ["check", image]);
+            assert_eq!(out.code(), 1, "{out:#?}");
+            assert_nobody_left();
+        };
+        let mode = |path: &Path, mode: u32| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it is ours");
+        };
+        mode(&image, 0o602);
+        refused(
+            &image,
+            &["job.ckpt", "can be written by everybody", "chmod go-w"],
+        );
+        mode(&image, 0o600);
+        if case.is_root() {
+            let group = Some(nix::unistd::Gid::from_raw(4242));
+            nix::unistd::chown(&image, None, group).expect("we are root");
+            mode(&image, 0o620);
+            refused(
+                &image,
+                &["job.ckpt", "members of the group 4242", "chmod go-w"],
+            );
+            mode(&image, 0o600);
+            let open = case.path("open");
+            fs::create_dir(&open).expect("the test's directory is writable");
+            mode(&open, 0o777);
+            let moved = open.join("moved.ckpt");
+            fs::rename(&image, &moved).expect("it is there");
+            refused(
+                &moved,
+                &["moved.ckpt", "everybody may put another file", "root's"],
+            );
+            // Where only owners may remove their files, nobody may.
+            mode(&open, 0o1777);
+            run(case, &mut restore_cmd(&moved, &["--dry-run"])).ok();
+        }
     });
 }
