@@ -128,6 +128,49 @@ pub fn set_modes(fd: &impl AsRawFd, modes: &Modes) -> Result<()> {
     unless_stopped(|| ioctl(fd, libc::TCSETS2, &mut t))
 }
 
+/// `TIOCGETD`: the line discipline, `N_TTY` (0) unless the program has chosen another one.
+pub fn discipline(fd: &impl AsRawFd) -> i32 {
+    number(fd, libc::TIOCGETD).unwrap_or(0)
+}
+
+/// `struct termios` of the kernel (asm-generic/termbits.h), which has no speeds.
+#[repr(C)]
+#[derive(Default)]
+struct Termios {
+    flags: [u32; 4],
+    line: u8,
+    chars: [u8; 19],
+}
+
+/// `TIOCGLCKTRMIOS`: which bits of the modes nobody can change; `None` for none. Speeds are not among them.
+pub fn locked_modes(fd: &impl AsRawFd) -> Option<Modes> {
+    let mut locked = Termios::default();
+    ioctl(fd, libc::TIOCGLCKTRMIOS, &mut locked).ok()?;
+    let [input, output, control, local] = locked.flags;
+    let modes = Modes {
+        input,
+        output,
+        control,
+        local,
+        line: locked.line,
+        chars: locked.chars,
+        input_speed: 0,
+        output_speed: 0,
+    };
+    let some = locked.flags.iter().any(|bits| *bits != 0) || locked.chars != [0; 19];
+    (some || locked.line != 0).then_some(modes)
+}
+
+/// `TIOCSLCKTRMIOS`.
+pub fn lock_modes(fd: &impl AsRawFd, locked: &Modes) -> Result<()> {
+    let mut bits = Termios {
+        flags: [locked.input, locked.output, locked.control, locked.local],
+        line: locked.line,
+        chars: locked.chars,
+    };
+    ioctl(fd, libc::TIOCSLCKTRMIOS, &mut bits)
+}
+
 /// `TIOCGWINSZ`.
 pub fn size(fd: &impl AsRawFd) -> Result<Size> {
     let mut words = [0u16; 4];

@@ -100,6 +100,43 @@ fn every_advice_has_its_row() {
     );
 }
 
+/// What fcntl(2), arch_prctl(2) and ioctl(2) of terminals, files, pipes and epoll sets can set, by the headers.
+#[test]
+fn every_call_that_sets_has_its_row() {
+    let asks = |name: &str| name.contains("GET") || name.ends_with("INQ") || name.ends_with("OUTQ");
+    let headers = [
+        ("/usr/include/asm-generic/fcntl.h", "F_"),
+        ("/usr/include/linux/fcntl.h", "F_"),
+        ("/usr/include/x86_64-linux-gnu/asm/prctl.h", "ARCH_"),
+        ("/usr/include/asm-generic/ioctls.h", "T"),
+        ("/usr/include/asm-generic/ioctls.h", "FIO"),
+        ("/usr/include/linux/eventpoll.h", "EPIOC"),
+        ("/usr/include/linux/inotify.h", "INOTIFY_IOC"),
+        ("/usr/include/linux/timerfd.h", "TFD_IOC"),
+    ];
+    // Kinds of locks, owners and messages, no calls.
+    let values = [
+        "F_OWNER_",
+        "F_LINUX_SPECIFIC_BASE",
+        "TIOCPKT_",
+        "TIOCSER_",
+        "F_SEAL_",
+    ];
+    let locks = ["F_RDLCK", "F_WRLCK", "F_UNLCK", "F_EXLCK", "F_SHLCK"];
+    let names = headers
+        .iter()
+        .flat_map(|(header, prefix)| defined(header, prefix));
+    let sets = names.filter(|name| {
+        let value = values.iter().any(|v| name.starts_with(v)) || locks.contains(&name.as_str());
+        !value && !asks(name)
+    });
+    assert_eq!(
+        missing(sets),
+        [""; 0],
+        "an installed header has a call that sets something and has no row in docs/attributes.md: what becomes of it?"
+    );
+}
+
 /// A field that a newer kernel shows has to be looked at, before it is lost in silence.
 #[test]
 fn every_field_of_proc_has_its_row() {

@@ -119,13 +119,13 @@ fn as_user(case: &Case, name: &str) {
 
 matrix! {
     aio aio_busy aio_inflight aio_ring amx anon_private anon_shared anonname bigsparse brk cleartid clocks condvar
-    counter creds cwd dev_console dev_tty dispatch droppable dumpable epoll epoll_dup eventfd exelink fanotify fcntl_owner
+    core_sched counter creds cwd dev_console dev_tty dispatch droppable dumpable epoll epoll_busy epoll_dup eventfd exelink fanotify fcntl_owner
     fd_appended fd_chardev fd_deleted fd_dir fd_dup fd_grown fd_hardlink fd_high fd_many fd_opath fd_proc fd_regular fd_removed fd_tmpfile
     fifo file_deleted file_private file_shared flock_self fragmented fsgs growsdown guard handler_slow hugetlb inhandler inotify
     inotify_deep inotify_nameless inotify_open inotify_unread ldt lease limits limits_used lock_kinds login madvflags map_beyond maps maps_changing maps_limit
     mdwe membarrier memfd memfd_exec
     mempolicy mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held nnp noreserve oomscore pdeathsig
-    personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked pty_packet pty_pair pty_session
+    personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked pty_modes pty_packet pty_pair pty_session
     pty_several pty_stopped restart_epoll restart_futex restart_locks restart_misc restart_nanosleep restart_poll
     restart_sysv robust rodata root rseq sched seccomp seccomp_strict seccomp_tsync segv_regs sem_posix shm_posix
     sigaction sigaltstack sigmask signal_sequence signalfd signalfd_ignored sigpending sigpending_fault sigpending_stop sigpending_sync

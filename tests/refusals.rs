@@ -399,3 +399,13 @@ fn dispatch_with_a_narrow_range() {
         attach_is_refused(case, target, &words);
     });
 }
+
+/// Another driver than the terminal's own has what was read and written.
+#[test]
+fn line_discipline() {
+    isolated("line_discipline", |case| {
+        let target = odd(case, "discipline", None);
+        let words = ["line discipline 27", "TIOCSETD", "N_TTY"];
+        attach_is_refused(case, target, &words);
+    });
+}

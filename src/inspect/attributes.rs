@@ -312,6 +312,7 @@ fn thread(thread: &Thread, rows: &mut Rows) {
         memory_policy,
         thread_areas,
         io_ports,
+        core_cookie,
         landlocked,
         dispatch,
         xstate,
@@ -359,6 +360,9 @@ fn thread(thread: &Thread, rows: &mut Rows) {
     rows.each("set_thread_area", thread_areas);
     for (first, count) in io_ports {
         rows.add("ioperm", format!("{count} ports from {first:#x}"));
+    }
+    if *core_cookie != 0 {
+        rows.add("PR_SCHED_CORE", format!("cookie {core_cookie:#x}"));
     }
     if *landlocked {
         rows.add("Landlock", "restricted, by rules that nothing tells");

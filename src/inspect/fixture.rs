@@ -52,6 +52,7 @@ fn thread(tid: i32) -> Thread {
         memory_policy: None,
         thread_areas: Vec::new(),
         io_ports: Vec::new(),
+        core_cookie: 0,
         landlocked: false,
         security: Vec::new(),
         dispatch: None,

@@ -9,6 +9,7 @@ pub mod aio;
 pub mod bounds;
 pub mod bundle;
 pub mod cgroup;
+pub mod core_scheduling;
 pub mod credentials;
 pub mod dispatch;
 pub mod dynamic_state;

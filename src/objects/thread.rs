@@ -8,6 +8,7 @@ use ckpt_tracer::{Pid, RemoteAddr, Result, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::bounds;
+use super::core_scheduling;
 use super::credentials::Credentials;
 use super::dispatch::Dispatch;
 use super::dynamic_state;
@@ -79,6 +80,9 @@ pub struct Thread {
     /// Its syscall user dispatch.
     #[serde(default)]
     pub dispatch: Option<Dispatch>,
+    /// Its core scheduling cookie, which only tells who has the same one; 0 for none.
+    #[serde(default, skip_serializing_if = "core_scheduling::is_none")]
+    pub core_cookie: u64,
 }
 
 /// A registered restartable sequence area.
@@ -272,6 +276,7 @@ pub fn seen(pid: Pid, tid: Tid, status: &Status) -> Thread {
         landlocked: false,
         security: security::capture(pid, tid),
         dispatch: None,
+        core_cookie: core_scheduling::cookie(tid),
     }
 }
 

@@ -328,6 +328,15 @@ fn orders_of_the_kernel(snapshot: &mut Snapshot) {
             epoll.entries.sort_by_key(|e| (e.fd, e.description, e.data));
         }
     }
+    let mut cookies = vec![0];
+    for thread in snapshot.processes.iter_mut().flat_map(|p| &mut p.threads) {
+        let known = cookies.iter().position(|c| *c == thread.core_cookie);
+        let number = known.unwrap_or(cookies.len());
+        if number == cookies.len() {
+            cookies.push(thread.core_cookie);
+        }
+        thread.core_cookie = number as u64;
+    }
     let mappings = snapshot
         .processes
         .iter_mut()

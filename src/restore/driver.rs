@@ -20,6 +20,7 @@ use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
 use crate::objects::cgroup;
+use crate::objects::core_scheduling;
 use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
 
@@ -94,6 +95,7 @@ pub fn rebuild(
         warnings.extend(done.warnings.iter().cloned());
         complete.push(done);
     }
+    warnings.extend(core_scheduling::rebuild(job.snapshot));
     warnings.sort();
     warnings.dedup();
     before_release()?;

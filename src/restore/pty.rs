@@ -5,6 +5,8 @@ use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 
+use ckpt_tracer::capabilities::Use;
+
 use super::terminals::{Place, Terminals};
 use crate::error::{Error, Result};
 use crate::objects::Snapshot;
@@ -60,7 +62,9 @@ impl Ptys {
                     terminal.name
                 ));
             }
-            made.ptys[index] = Some(Pty::of(master, index, terminal, snapshot, terminals)?);
+            let pty = Pty::of(master, index, terminal, snapshot, terminals)?;
+            made.lock_modes(terminal, &pty.master);
+            made.ptys[index] = Some(pty);
         }
         drop(spare);
         if let Some(index) = terminals.fresh() {
@@ -69,6 +73,21 @@ impl Ptys {
             made.ptys[index] = Some(Pty::of(master, index, terminal, snapshot, terminals)?);
         }
         Ok(made)
+    }
+
+    /// With its modes as they were: what of them nobody can change.
+    fn lock_modes(&mut self, terminal: &Terminal, master: &OwnedFd) {
+        let locked = terminal.state.and_then(|state| state.locked);
+        let Some(Err(e)) = locked.map(|locked| tty::lock_modes(master, &locked)) else {
+            return;
+        };
+        self.warnings.push(format!(
+            "the modes of the job's terminal {} can be changed, which they could not be (TIOCSLCKTRMIOS): {}; \
+             it may need {}",
+            terminal.name,
+            e.desc(),
+            Use::LockedModes
+        ));
     }
 
     /// A pty with the number that it had, if nobody has it now.

@@ -231,6 +231,13 @@ int main(int argc, char **argv)
 		/* PR_SET_SYSCALL_USER_DISPATCH */
 		if (prctl(59, 1, (unsigned long)main, 16, &selector))
 			fx_skip("syscall user dispatch (Linux 5.11)");
+	} else if (is("discipline")) {
+		/* N_NULL, for which there is no name in the headers of libc. */
+		int null = 27;
+
+		fd = FX_SYS(posix_openpt(O_RDWR | O_NOCTTY));
+		if (ioctl(fd, TIOCSETD, &null))
+			fx_skip("CAP_SYS_ADMIN, for another line discipline");
 	} else if (is("unix-stream")) {
 		fd = unix_socket(SOCK_STREAM, file, connect);
 	} else if (is("unix-datagram")) {

@@ -165,6 +165,7 @@ fn descriptors() {
         };
         let kind = Kind::Epoll(Epoll {
             entries: vec![entry],
+            busy_poll: None,
         });
         Description {
             kind,

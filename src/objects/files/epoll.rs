@@ -4,12 +4,14 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::kcmp::{KcmpType, kcmp};
 use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
 use ckpt_tracer::{Error, Pid};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::rebuild::place;
 use super::{Kind, Look, Staging, WITHHELD_REMEDY, sys};
 use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
@@ -22,6 +24,49 @@ use crate::restore::plan::Builder;
 pub struct Epoll {
     /// Its entries.
     pub entries: Vec<Entry>,
+    /// How it polls network devices, unless as the system does by default (Linux 6.9, EPIOCGPARAMS).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub busy_poll: Option<BusyPoll>,
+}
+
+/// `struct epoll_params`, ioctl_eventpoll(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BusyPoll {
+    /// For how many microseconds.
+    pub microseconds: u32,
+    /// How many packets a time.
+    pub budget: u16,
+    /// Instead of interrupts.
+    pub preferred: u8,
+}
+
+impl Epoll {
+    /// A set whose entries are not known yet.
+    pub fn capture(look: &Look) -> Self {
+        let busy_poll = sys::busy_poll(&look.copy);
+        Self {
+            entries: Vec::new(),
+            busy_poll: busy_poll.filter(|params| *params != BusyPoll::default()),
+        }
+    }
+
+    /// Creates it, still empty.
+    pub fn rebuild(&self, at: i32, plan: &mut Builder) {
+        plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
+        place(0, at, plan, || "an epoll set".into());
+        let Some(params) = self.busy_poll else { return };
+        let mut bytes = [0; 8];
+        bytes[..4].copy_from_slice(&params.microseconds.to_ne_bytes());
+        bytes[4..6].copy_from_slice(&params.budget.to_ne_bytes());
+        bytes[6] = params.preferred;
+        let data = plan.data(&bytes);
+        let args = [at as u64, sys::EPIOCSPARAMS, data];
+        let without = format!(
+            "an epoll set does not poll network devices as it did (EPIOCSPARAMS); it may need Linux 6.9, and {}",
+            Use::BusyPoll
+        );
+        plan.try_syscall(libc::SYS_ioctl, &args, &without);
+    }
 }
 
 /// One entry: an open file description under the number with which it was added.

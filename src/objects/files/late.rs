@@ -210,7 +210,14 @@ mod tests {
             })
         };
         let entries = vec![watches(1), watches(2), watches(5)];
-        let kinds = [Kind::Epoll(Epoll { entries }), pidfd(child), pidfd(parent)];
+        let kinds = [
+            Kind::Epoll(Epoll {
+                entries,
+                busy_poll: None,
+            }),
+            pidfd(child),
+            pidfd(parent),
+        ];
         snapshot.descriptions = kinds
             .map(|kind| Description {
                 kind,

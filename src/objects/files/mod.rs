@@ -340,13 +340,11 @@ fn kind(
             Ok(Kind::TimerFd(timerfd::TimerFd::of(timer, &look.copy)))
         }
         (FdLink::AnonInode(name), FdDetail::Epoll { .. }) if name == "eventpoll" => {
-            Ok(Kind::Epoll(epoll::Epoll {
-                entries: Vec::new(),
-            }))
+            Ok(Kind::Epoll(epoll::Epoll::capture(look)))
         }
-        (FdLink::AnonInode(name), _) if name == "eventpoll" => Ok(Kind::Epoll(epoll::Epoll {
-            entries: Vec::new(),
-        })),
+        (FdLink::AnonInode(name), _) if name == "eventpoll" => {
+            Ok(Kind::Epoll(epoll::Epoll::capture(look)))
+        }
         (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
             inotify::capture(source, look, watches, job, collector).map(Kind::Inotify)
         }

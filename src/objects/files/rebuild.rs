@@ -187,10 +187,7 @@ pub fn open_descriptions(
             Kind::EventFd(e) => e.rebuild(flags, at, plan),
             Kind::SignalFd(s) => s.rebuild(flags, at, plan),
             Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
-            Kind::Epoll(_) => {
-                plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
-                place(0, at, plan, || "an epoll set".into());
-            }
+            Kind::Epoll(set) => set.rebuild(at, plan),
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => {
                 obstacles.extend(i.missing());

@@ -9,6 +9,8 @@ use std::path::Path;
 use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
 
+use super::epoll::BusyPoll;
+
 /// fstat(2).
 pub fn fstat(fd: &impl AsRawFd) -> Result<libc::stat, Errno> {
     // SAFETY: plain integers, for which zero is valid.
@@ -33,6 +35,23 @@ pub fn handle(path: &Path) -> Result<OwnedFd, Errno> {
     let fd = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
     // SAFETY: the kernel just gave us this descriptor.
     Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `EPIOCSPARAMS` and `EPIOCGPARAMS`, include/uapi/linux/eventpoll.h.
+pub const EPIOCSPARAMS: u64 = 0x4008_8a01;
+const EPIOCGPARAMS: libc::c_ulong = 0x8008_8a02;
+
+/// `EPIOCGPARAMS`; `None` before Linux 6.9 and where there is no busy polling.
+pub fn busy_poll(set: &OwnedFd) -> Option<BusyPoll> {
+    let mut params = [0u8; 8];
+    // SAFETY: the kernel writes a `struct epoll_params`, eight bytes.
+    let r = unsafe { libc::ioctl(set.as_raw_fd(), EPIOCGPARAMS, params.as_mut_ptr()) };
+    let [a, b, c, d, e, f, preferred, _] = params;
+    (r == 0).then_some(BusyPoll {
+        microseconds: u32::from_ne_bytes([a, b, c, d]),
+        budget: u16::from_ne_bytes([e, f]),
+        preferred,
+    })
 }
 
 /// `F_GETOWN_EX`: kind and id of who gets SIGIO.

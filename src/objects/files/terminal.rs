@@ -61,6 +61,9 @@ pub struct State {
     pub size: Size,
     /// `TIOCEXCL`.
     pub exclusive: bool,
+    /// Bits of the modes that nobody can change (`TIOCSLCKTRMIOS`), if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub locked: Option<Modes>,
 }
 
 /// A pty of which the job has the master.
@@ -199,6 +202,12 @@ impl Ends {
             .iter()
             .filter(|l| l.file_type() == libc::S_IFCHR && !l.is_path());
         let devices: Vec<&Look> = devices.collect();
+        let object = |look: &Look| look.object(sources[look.process]);
+        collector.obstacles.extend(
+            devices
+                .iter()
+                .filter_map(|look| other_discipline(object(look), look)),
+        );
         for look in &devices {
             if let Ok(index) = tty::index(&look.copy) {
                 ends.enter_master(sources, look, index, &mut known, collector);
@@ -421,11 +430,25 @@ impl Ends {
     }
 }
 
+/// The obstacle that a line discipline other than `N_TTY` is: it is the work of another driver. Each side of a
+/// pty has its own.
+fn other_discipline(object: String, look: &Look) -> Option<Obstacle> {
+    let discipline = tty::discipline(&look.copy);
+    (discipline != 0).then(|| {
+        Obstacle::new(
+            object,
+            format!("is a terminal with the line discipline {discipline} (TIOCSETD), which is not supported"),
+            "let the program set it back to N_TTY (0)",
+        )
+    })
+}
+
 fn state(look: &Look) -> Option<State> {
     Some(State {
         modes: tty::modes(&look.copy).ok()?,
         size: tty::size(&look.copy).unwrap_or_default(),
         exclusive: tty::is_exclusive(&look.copy),
+        locked: tty::locked_modes(&look.copy),
     })
 }
 

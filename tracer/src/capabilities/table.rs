@@ -185,6 +185,20 @@ uses! {
         without "yours, with a warning",
         kernel "`audit_set_loginuid_perm` (kernel/auditsc.c)"
     }
+    /// `EPIOCSPARAMS`.
+    BusyPoll {
+        Any(&[NetAdmin]), First,
+        "to let an epoll set poll network devices for more than 64 packets a time (`EPIOCSPARAMS`)",
+        without "it does not poll them, with a warning",
+        kernel "`ep_eventpoll_bp_ioctl` (fs/eventpoll.c)"
+    }
+    /// `TIOCSLCKTRMIOS`.
+    LockedModes {
+        Any(&[CheckpointRestore, SysAdmin]), First,
+        "to lock modes of a pty of the job's again (`TIOCSLCKTRMIOS`)",
+        without "they can be changed, with a warning",
+        kernel "`tty_mode_ioctl` (drivers/tty/tty_ioctl.c)"
+    }
     /// ioperm(2).
     IoPorts {
         Any(&[SysRawio]), First,

@@ -1,0 +1,80 @@
+//! Core scheduling (Documentation/admin-guide/hw-vuln/core-scheduling.rst): a task with a cookie shares a core with
+//! those of the same cookie only. The kernel shows a hash of it, so that only equality means something.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::io;
+
+use ckpt_tracer::Tid;
+use nix::errno::Errno;
+
+use super::Snapshot;
+
+// include/uapi/linux/prctl.h
+const PR_SCHED_CORE: libc::c_int = 62;
+const PR_SCHED_CORE_GET: libc::c_ulong = 0;
+const PR_SCHED_CORE_CREATE: libc::c_ulong = 1;
+const PR_SCHED_CORE_SHARE_TO: libc::c_ulong = 2;
+const PR_SCHED_CORE_SHARE_FROM: libc::c_ulong = 3;
+/// `PR_SCHED_CORE_SCOPE_THREAD`: one task.
+const ONE_TASK: libc::c_ulong = 0;
+
+fn sched_core(operation: libc::c_ulong, tid: Tid, answer: *mut u64) -> io::Result<()> {
+    // SAFETY: `answer` is null, or leads to a number for PR_SCHED_CORE_GET, which alone writes there.
+    let r = unsafe { libc::prctl(PR_SCHED_CORE, operation, tid.raw(), ONE_TASK, answer) };
+    if r == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The cookie of a task as the kernel shows it; 0 for none, also where there is no core scheduling.
+pub fn cookie(tid: Tid) -> u64 {
+    let mut cookie = 0;
+    match sched_core(PR_SCHED_CORE_GET, tid, &raw mut cookie) {
+        Ok(()) => cookie,
+        Err(_) => 0,
+    }
+}
+
+/// For serde.
+pub fn is_none(cookie: &u64) -> bool {
+    *cookie == 0
+}
+
+/// Makes a new cookie for each that the job had and gives it to the same tasks, which all exist and run nothing
+/// yet. Cookies go from task to task by way of the calling one, so a thread is created that ends with the last.
+pub fn rebuild(snapshot: &Snapshot) -> Option<String> {
+    let threads = snapshot.processes.iter().flat_map(|p| &p.threads);
+    let mut groups: BTreeMap<u64, Vec<Tid>> = BTreeMap::new();
+    for thread in threads.filter(|t| t.core_cookie != 0) {
+        groups
+            .entry(thread.core_cookie)
+            .or_default()
+            .push(Tid(thread.tid));
+    }
+    if groups.is_empty() {
+        return None;
+    }
+    let share = |tasks: &[Tid]| -> io::Result<()> {
+        let null = std::ptr::null_mut();
+        sched_core(PR_SCHED_CORE_CREATE, tasks[0], null)?;
+        sched_core(PR_SCHED_CORE_SHARE_FROM, tasks[0], null)?;
+        tasks[1..]
+            .iter()
+            .try_for_each(|task| sched_core(PR_SCHED_CORE_SHARE_TO, *task, null))
+    };
+    let all = || groups.values().try_for_each(|tasks| share(tasks));
+    let done = std::thread::scope(|scope| scope.spawn(all).join());
+    let error = done.expect("it does not panic").err()?;
+    Some(format!(
+        "the job may share processor cores with other programs, from which core scheduling (PR_SCHED_CORE) kept it apart: {}",
+        match error.raw_os_error() {
+            // CONFIG_SCHED_CORE; simultaneous multithreading.
+            Some(libc::EINVAL) => "this kernel has no core scheduling".to_owned(),
+            Some(libc::ENODEV) => "this machine's cores run one thread each".to_owned(),
+            number => Errno::from_raw(number.unwrap_or(0)).desc().to_owned(),
+        }
+    ))
+}
