@@ -5,7 +5,7 @@ use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// One limit (getrlimit(2)); `u64::MAX` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

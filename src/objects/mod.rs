@@ -4,6 +4,7 @@
 //! A record is what the image keeps (CBOR, see docs/image-format.md). `capture` fills it from
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
+pub mod access;
 pub mod address_space;
 pub mod aio;
 pub mod bounds;
@@ -21,9 +22,11 @@ pub mod limits;
 pub mod memory;
 pub mod memory_policy;
 pub mod namespaces;
+pub mod plan;
 pub mod process;
 pub mod processor;
 pub mod raw_path;
+pub mod rights;
 pub mod scheduling;
 pub mod seccomp;
 pub mod security;

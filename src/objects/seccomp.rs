@@ -15,7 +15,7 @@ use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
 use super::process::Process;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 pub mod surroundings;
 

@@ -28,8 +28,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::objects::thread::Thread;
-use crate::restore::plan::Builder;
 
 /// One attribute that is set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -302,7 +302,7 @@ fn not_permitted(label: &Label, is: &str, why: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::restore::plan::HostState;
+    use crate::objects::plan::HostState;
 
     /// An `attr` directory with these files.
     struct Attr(PathBuf);

@@ -21,7 +21,7 @@ use super::segments::{self, Segment};
 use super::signals::{self, Pending};
 use super::switches::{self, Scope, Switch};
 use crate::capture::source::Source;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// A thread.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

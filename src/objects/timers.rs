@@ -12,8 +12,8 @@ use super::process::Process;
 use super::signals::{self, Action, Pending};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
-use crate::restore::next_pid::Means;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
+use crate::objects::plan::Means;
 
 type Result<T, E = ckpt_tracer::Error> = std::result::Result<T, E>;
 

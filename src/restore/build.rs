@@ -9,19 +9,18 @@ use nix::unistd::AccessFlags;
 
 use super::births::Origin;
 use super::handover;
-use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
-use super::rights;
-use super::surroundings;
 use crate::error::Obstacle;
 use crate::objects::files::{self, Staging, procfs, removed};
 use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
+use crate::objects::plan::{Builder, Inherited, Plan, Stage};
 use crate::objects::process::{Process, RemovedPlaces};
 use crate::objects::thread::Thread;
 use crate::objects::{
     Snapshot, aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
 };
+use crate::objects::{access, rights};
 
 /// One plan in the making.
 #[derive(Clone, Copy)]
@@ -324,7 +323,7 @@ fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
     let call = |plan: &mut Builder| plan.syscall(nr, &[at], || object);
     match plan.host().rights.clone() {
         Some(rights) => {
-            let may = rights.during(|| surroundings::may(path, AccessFlags::X_OK).is_ok());
+            let may = rights.during(|| access::may(path, AccessFlags::X_OK).is_ok());
             match may && nr == libc::SYS_chdir {
                 true => rights::led(plan, call),
                 false => rights.as_ourselves(may, plan, call),

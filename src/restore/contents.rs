@@ -13,15 +13,15 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::plan::{Inherit, Inherited};
 use super::pty::{self, Ptys};
-use super::rights::{self, Rights};
 use super::space::fill;
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
 use crate::objects::files::lock::LockKind;
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
+use crate::objects::plan::{Inherit, Inherited};
+use crate::objects::rights::{self, Rights};
 use crate::objects::{Snapshot, SpaceId};
 
 /// Descriptors and the numbers that they get, and what could not be done, one sentence each.

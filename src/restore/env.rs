@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 
 use super::Opened;
-use super::rights::{self, Rights};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::mapped::MappedFiles;
 use crate::inspect::memory::{ImageMemory, TargetMemory};
+use crate::objects::rights::{self, Rights};
 
 /// The variable that names the file.
 const VARIABLE: &[u8] = b"CKPT_RESTORE_ENV=";

@@ -9,11 +9,11 @@ use ckpt_tracer::{Pid, RemoteAddr, Tid, abi};
 use nix::errno::Errno;
 
 use super::executor::{Disturbed, Worker};
-use super::plan::Plan;
 use super::planner::Job;
 use super::stop;
 use crate::error::Result;
 use crate::objects::files::changed::Cut;
+use crate::objects::plan::Plan;
 use crate::objects::process::Process;
 use crate::objects::signals::{Action, Pending};
 use crate::objects::thread::Thread;

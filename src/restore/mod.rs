@@ -19,11 +19,11 @@ use crate::objects::cgroup;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::files::left::Chosen;
+use crate::objects::plan::{HostState, Means};
+use crate::objects::rights::Rights;
 use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, sockets, switches};
 use crate::progress::Progress;
-use next_pid::Means;
 use put::PutFiles;
-use rights::Rights;
 use terminal::Wish;
 
 pub mod births;
@@ -43,11 +43,9 @@ pub mod next_pid;
 pub(crate) mod orders;
 pub mod paths;
 pub mod pids;
-pub mod plan;
 pub mod planner;
 pub mod pty;
 pub mod put;
-pub mod rights;
 pub mod space;
 pub mod spawn;
 pub mod stop;
@@ -264,7 +262,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<plan::HostState> {
+fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<HostState> {
     let me = Pid::own();
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
@@ -286,7 +284,7 @@ fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<plan:
     }
     let root = &snapshot.processes[0].threads[0].credentials;
     let another = root.uid[0] != credentials.uid[0];
-    Ok(plan::HostState {
+    Ok(HostState {
         means,
         keyring: (another && keyrings_exist()).then_some((root.uid[0], root.gid[0])),
         rights,

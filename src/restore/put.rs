@@ -13,13 +13,13 @@ use ckpt_image::Reader;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
-use super::rights::{self, Rights};
 use super::space;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
 use crate::objects::files::saved::{Saved, is_shared_memory};
 use crate::objects::memory::{FileIdentity, open_regular};
+use crate::objects::rights::{self, Rights};
 
 /// What becomes of the files that the image holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -16,11 +16,12 @@ use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
 use super::clock::Clocks;
-use super::next_pid::Means;
+use super::next_pid;
 use super::orders::{Kept, Orders};
 use super::pids;
 use crate::error::{Error, Result};
 use crate::isolate::First;
+use crate::objects::plan::Means;
 use crate::objects::process::Process;
 
 /// The new processes: killed and reaped unless they were let go.
@@ -170,7 +171,7 @@ pub fn may_become(context: &[u8], means: Means) -> bool {
 /// A child of ours under that pid, with these clocks; it may turn out to have another pid, unless
 /// the kernel was told.
 fn fork_under(pid: i32, means: Means, clocks: Clocks, orders: &Orders) -> Result<i32> {
-    means.aim(pid)?;
+    next_pid::aim(means, pid)?;
     let r = clocks.during(|| {
         // SAFETY: the child runs `execute`, which makes nothing but system calls on memory that was
         // prepared before, and never returns.

@@ -4,11 +4,11 @@
 use std::path::PathBuf;
 
 use super::Request;
-use super::plan::Inherited;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::terminal::{End, Side, Terminal};
 use crate::objects::files::{Kind, named};
+use crate::objects::plan::Inherited;
 
 /// What a terminal becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,8 +13,8 @@ use super::regular::Regular;
 use super::{Description, Kind};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::access::{MISSING, may};
 use crate::objects::memory::{Backing, FileIdentity};
-use crate::restore::surroundings::{MISSING, may};
 use crate::restore::{FilesPolicy, Request};
 
 /// How a file differs from what it was at the checkpoint.

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Kind, Look};
 use crate::error::Obstacle;
-use crate::restore::plan::Builder;
-use crate::restore::rights;
-use crate::restore::surroundings::MISSING;
+use crate::objects::access::MISSING;
+use crate::objects::plan::Builder;
+use crate::objects::rights;
 
 /// An open character device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,8 +16,8 @@ use super::{Kind, Look, Staging, WITHHELD_REMEDY, sys};
 use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::objects::process::Process;
-use crate::restore::plan::Builder;
 
 /// An interest list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

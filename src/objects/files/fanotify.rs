@@ -13,8 +13,8 @@ use super::inotify::search::Search;
 use super::{Look, left, place, sys};
 use crate::capture::source::{Collector, Patience, Source};
 use crate::error::Obstacle;
-use crate::restore::plan::Builder;
-use crate::restore::surroundings::MISSING;
+use crate::objects::access::MISSING;
+use crate::objects::plan::Builder;
 
 /// A group with its marks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

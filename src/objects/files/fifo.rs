@@ -15,9 +15,9 @@ use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
+use crate::objects::rights::{self, Rights};
 use crate::restore::Request;
-use crate::restore::plan::Builder;
-use crate::restore::rights::{self, Rights};
 
 /// One open file description of a FIFO: a read end, a write end, or both in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use super::{Description, Kind, Look};
 use crate::capture::source::{Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// A file lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

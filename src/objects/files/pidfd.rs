@@ -15,8 +15,8 @@ use super::{Look, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::plan::{Builder, Inherited};
 use crate::outsiders::process_name;
-use crate::restore::plan::{Builder, Inherited};
 
 /// A handle of a process or thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

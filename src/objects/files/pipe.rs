@@ -11,8 +11,8 @@ use super::{Kind, Look, Staging, outside, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::restore::Request;
-use crate::restore::plan::Builder;
 
 /// One end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

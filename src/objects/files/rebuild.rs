@@ -6,9 +6,9 @@ use ckpt_tracer::capabilities::Use;
 use super::left::names_nothing;
 use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe};
 use crate::error::Obstacle;
+use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, sockets};
-use crate::restore::plan::{Builder, Inherited};
 use crate::restore::terminals::Terminals;
 
 /// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`

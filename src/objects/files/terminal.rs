@@ -13,7 +13,7 @@ use serde_bytes::ByteBuf;
 use super::{Kind, Look, unread};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
-use crate::restore::surroundings::may;
+use crate::objects::access::may;
 use crate::tty::{self, Modes, Size};
 
 /// A terminal that the job has open, or that controls a session of the job.

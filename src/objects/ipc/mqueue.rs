@@ -20,9 +20,9 @@ use crate::capture::source::Source;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Look};
+use crate::objects::plan::Builder;
 use crate::objects::sockets;
 use crate::outsiders::process_name;
-use crate::restore::plan::Builder;
 use crate::restore::{FilesPolicy, Request};
 
 /// A queue, as a description of it shows it. Descriptions of one queue share `inode`.

@@ -10,8 +10,8 @@ use super::{Claim, Found, Job, Object};
 use crate::capture::source::Collector;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::objects::process::Process;
-use crate::restore::plan::Builder;
 
 /// One queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

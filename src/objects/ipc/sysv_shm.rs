@@ -11,10 +11,10 @@ use super::{Found, Job, Object};
 use crate::capture::source::{Collector, Contents, Source};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::memory::{Backing, Mapping};
+use crate::objects::plan::Builder;
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, SpaceId};
 use crate::outsiders::process_name;
-use crate::restore::plan::Builder;
 use crate::restore::space::each_run;
 
 /// `SHM_DEST`: it goes when the last process lets go of it.

@@ -9,8 +9,8 @@ use nix::unistd::AccessFlags;
 
 use super::{FileIdentity, MappedFile};
 use crate::error::Obstacle;
+use crate::objects::access::{MISSING, may};
 use crate::objects::files::changed;
-use crate::restore::surroundings::{MISSING, may};
 use crate::restore::{FilesPolicy, Request};
 
 /// Whether two looks were at one file.

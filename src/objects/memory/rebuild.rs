@@ -7,9 +7,9 @@ use ckpt_tracer::remote::RemoteCalls;
 
 use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
 use crate::error::Obstacle;
+use crate::objects::plan::Builder;
+use crate::objects::rights;
 use crate::objects::{Snapshot, files};
-use crate::restore::plan::Builder;
-use crate::restore::rights;
 
 /// Where shared memory objects are mapped as a whole while they are filled and handed out; none
 /// for those that the process and its forks have no part in.

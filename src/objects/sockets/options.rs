@@ -8,7 +8,7 @@ use serde_bytes::ByteBuf;
 
 use super::sys;
 use super::unix::Style;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// An option of `SOL_SOCKET` that is not as a new socket has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -18,7 +18,7 @@ use super::unix::{Name, NameFile, Role, UnixSocket, show, sockaddr};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Staging};
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// Makes all sockets, when the first of them comes.
 pub fn open(

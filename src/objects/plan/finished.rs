@@ -4,8 +4,7 @@ use std::collections::HashMap;
 
 use ckpt_restorer::{LOAD, Op, OpKind};
 
-use super::super::next_pid::Means;
-use super::{Inherit, Stage};
+use super::{Inherit, Means, Stage};
 
 /// Operations of one thread, with the object each belongs to.
 #[derive(Clone, Debug, Default)]

@@ -13,7 +13,6 @@ use ckpt_tracer::capabilities::Held;
 
 mod finished;
 
-use super::next_pid::Means;
 use super::rights::Rights;
 use crate::objects::credentials::Credentials;
 use crate::objects::memory_policy::MemoryPolicy;
@@ -30,6 +29,18 @@ const THREAD: i32 = libc::CLONE_VM
     | libc::CLONE_SIGHAND
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM;
+
+/// How a new task comes by a chosen id.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Means {
+    /// clone3(2) is told (`set_tid`).
+    #[default]
+    SetTid,
+    /// The kernel is told which id was the last (`/proc/sys/kernel/ns_last_pid`).
+    LastPid,
+    /// All ids before it are taken.
+    Turns,
+}
 
 /// What a new process has before the plan sets anything, and what it may do.
 #[derive(Clone, Debug, Default)]

@@ -18,13 +18,13 @@ use ckpt_tracer::capabilities::{Held, Use};
 use nix::errno::Errno;
 use nix::unistd::AccessFlags;
 
-use super::plan::Builder;
-use super::surroundings::may;
+use super::access::may;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::credentials::{self, Credentials};
 use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, FileIdentity};
+use crate::objects::plan::Builder;
 
 /// The job's user, where that is not we.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
