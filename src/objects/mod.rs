@@ -22,6 +22,7 @@ pub mod limits;
 pub mod memory;
 pub mod memory_policy;
 pub mod namespaces;
+pub mod options;
 pub mod plan;
 pub mod process;
 pub mod processor;

@@ -109,7 +109,7 @@ impl Build<'_> {
                     continue;
                 }
                 let shared_only = !is_mapped_privately(snapshot, index);
-                if let Err(o) = memory::check_file(file, shared_only, self.job.request) {
+                if let Err(o) = memory::check_file(file, shared_only, &self.job.request.objects) {
                     obstacles.push(*o);
                 }
             }
@@ -162,9 +162,13 @@ impl Build<'_> {
     fn descriptions(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (snapshot, request) = (self.job.snapshot, self.job.request);
         let staging = Staging::beside(snapshot);
-        if let Err(more) =
-            files::open_descriptions(snapshot, request, &self.job.terminals, staging, plan)
-        {
+        if let Err(more) = files::open_descriptions(
+            snapshot,
+            &request.objects,
+            &self.job.terminals,
+            staging,
+            plan,
+        ) {
             obstacles.extend(more);
         }
         files::complete_descriptions(snapshot, staging, plan);

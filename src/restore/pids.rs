@@ -50,12 +50,14 @@ pub fn decide(opened: &Opened<'_>, wanted: Pids) -> Result<Place> {
     let why = match wanted {
         Pids::Keep => return Ok(Place::Here),
         Pids::Namespace => None,
-        Pids::Auto => match why_not_here(&opened.snapshot, &births, &opened.request.leaving) {
-            None => return Ok(Place::Here),
-            // Whatever is in the way here is told by the restore here.
-            _ if !may_have_namespace(opened) => return Ok(Place::Here),
-            why => why,
-        },
+        Pids::Auto => {
+            match why_not_here(&opened.snapshot, &births, &opened.request.objects.leaving) {
+                None => return Ok(Place::Here),
+                // Whatever is in the way here is told by the restore here.
+                _ if !may_have_namespace(opened) => return Ok(Place::Here),
+                why => why,
+            }
+        }
     };
     let obstacles = why_not_in_namespace(&opened.snapshot, &births, why.as_deref());
     match obstacles.is_empty() {

@@ -46,7 +46,7 @@ impl Terminals {
                 Kind::Terminal(end) => {
                     let counts = end.terminal == index
                         && end.side != Side::HungUp
-                        && named(at, snapshot, request).is_none();
+                        && named(at, snapshot, &request.objects).is_none();
                     counts.then_some((end, description.flags))
                 }
                 _ => None,

@@ -15,7 +15,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::access::{MISSING, may};
 use crate::objects::memory::{Backing, FileIdentity};
-use crate::restore::{FilesPolicy, Request};
+use crate::objects::options::{FilesPolicy, Options};
 
 /// How a file differs from what it was at the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,10 +215,10 @@ pub struct Cut {
 impl Cut {
     /// All files that `--files truncate` cuts back: those that the job has open for writing and
     /// that have grown. They are opened here, so that what may not be cut is refused in time.
-    pub fn all(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Self>, Vec<Obstacle>> {
+    pub fn all(snapshot: &Snapshot, options: &Options) -> Result<Vec<Self>, Vec<Obstacle>> {
         let mut cuts: Vec<Self> = Vec::new();
         let mut obstacles = Vec::new();
-        if request.files != FilesPolicy::Truncate {
+        if options.files != FilesPolicy::Truncate {
             return Ok(cuts);
         }
         for (index, description) in snapshot.descriptions.iter().enumerate() {
@@ -226,7 +226,7 @@ impl Cut {
                 continue;
             };
             let stays = file.contents.is_some() || file.saved.is_some();
-            if stays || !writes(description) || super::named(index, snapshot, request).is_some() {
+            if stays || !writes(description) || super::named(index, snapshot, options).is_some() {
                 continue;
             }
             let known = cuts.iter().any(|cut| cut.path == file.path);

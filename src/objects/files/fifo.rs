@@ -15,9 +15,9 @@ use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
 use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::options::Options;
 use crate::objects::plan::Builder;
 use crate::objects::rights::{self, Rights};
-use crate::restore::Request;
 
 /// One open file description of a FIFO: a read end, a write end, or both in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,7 +102,7 @@ pub fn rebuild(
     end: &FifoEnd,
     index: usize,
     snapshot: &Snapshot,
-    request: &Request<'_>,
+    options: &Options,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Box<Obstacle>> {
@@ -112,7 +112,7 @@ pub fn rebuild(
             Kind::Fifo(f) if (f.device, f.inode) == (end.device, end.inode) => Some((i, d, f)),
             _ => None,
         })
-        .filter(|(i, ..)| super::named(*i, snapshot, request).is_none())
+        .filter(|(i, ..)| super::named(*i, snapshot, options).is_none())
         .collect();
     if ends.first().map(|(i, ..)| *i) != Some(index) {
         return Ok(());

@@ -19,10 +19,10 @@ use super::{Look, sys};
 use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
 use crate::outsiders::process_name;
-use crate::restore::FilesPolicy;
 
 /// An open file of `/proc/PID`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,6 +6,7 @@ use ckpt_tracer::capabilities::Use;
 use super::left::names_nothing;
 use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe};
 use crate::error::Obstacle;
+use crate::objects::options::Options;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, sockets};
@@ -142,19 +143,19 @@ pub fn reopen_flags(flags: u32) -> u32 {
 /// Opens every description at its staging number. Called with no other descriptor open.
 pub fn open_descriptions(
     snapshot: &Snapshot,
-    request: &crate::restore::Request<'_>,
+    options: &Options,
     terminals: &Terminals,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
-    let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, request).collect();
+    let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, options).collect();
     obstacles.extend(staging.obstacle());
     let written = changed::Written::by(snapshot);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
         if let Kind::UnixSocket(socket) = &description.kind {
-            if let Some(path) = named(index, snapshot, request) {
+            if let Some(path) = named(index, snapshot, options) {
                 obstacles.push(socket.not_replaceable(path));
             }
             if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
@@ -162,13 +163,13 @@ pub fn open_descriptions(
             }
             continue;
         }
-        if let Some(path) = named(index, snapshot, request) {
+        if let Some(path) = named(index, snapshot, options) {
             plan.inherit(at, Inherited::Named(path.clone(), flags));
             continue;
         }
         match &description.kind {
             Kind::Regular(r) => {
-                if let Err(o) = r.rebuild(index, flags, at, (&written, request.files), plan) {
+                if let Err(o) = r.rebuild(index, flags, at, (&written, options.files), plan) {
                     obstacles.push(*o);
                 }
             }
@@ -178,9 +179,9 @@ pub fn open_descriptions(
                 }
             }
             // Made with the first of its ends.
-            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, request, staging, plan),
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, options, staging, plan),
             Kind::Fifo(f) => {
-                if let Err(o) = fifo::rebuild(f, index, snapshot, request, staging, plan) {
+                if let Err(o) = fifo::rebuild(f, index, snapshot, options, staging, plan) {
                     obstacles.push(*o);
                 }
             }
@@ -212,7 +213,7 @@ pub fn open_descriptions(
                 Err(o) => obstacles.push(*o),
             },
             Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
-            Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, request.files, plan),
+            Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, options.files, plan),
             Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
             Kind::UnixSocket(_) => {}
             Kind::Left(left) => {
@@ -238,10 +239,10 @@ pub fn open_descriptions(
 pub fn named<'a>(
     description: usize,
     snapshot: &Snapshot,
-    request: &'a crate::restore::Request<'_>,
+    options: &'a Options,
 ) -> Option<&'a std::path::PathBuf> {
     let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
-    request
+    options
         .fds
         .iter()
         .find(|(fd, _)| fds().any(|e| e.fd == **fd && e.description == description))
@@ -249,10 +250,7 @@ pub fn named<'a>(
 }
 
 /// `--fd` for numbers that the job does not have.
-fn unknown_numbers(
-    snapshot: &Snapshot,
-    request: &crate::restore::Request<'_>,
-) -> impl Iterator<Item = Obstacle> {
+fn unknown_numbers(snapshot: &Snapshot, options: &Options) -> impl Iterator<Item = Obstacle> {
     let has = |fd: &i32| {
         snapshot
             .processes
@@ -260,7 +258,7 @@ fn unknown_numbers(
             .flat_map(|p| &p.fds)
             .any(|e| e.fd == *fd)
     };
-    let unknown: Vec<i32> = request.fds.keys().copied().filter(|fd| !has(fd)).collect();
+    let unknown: Vec<i32> = options.fds.keys().copied().filter(|fd| !has(fd)).collect();
     unknown.into_iter().map(|fd| names_nothing("--fd", fd))
 }
 

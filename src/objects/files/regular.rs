@@ -17,9 +17,9 @@ use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
+use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::rights;
-use crate::restore::FilesPolicy;
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

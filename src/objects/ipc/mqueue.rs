@@ -20,10 +20,10 @@ use crate::capture::source::Source;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Look};
+use crate::objects::options::{FilesPolicy, Options};
 use crate::objects::plan::Builder;
 use crate::objects::sockets;
 use crate::outsiders::process_name;
-use crate::restore::{FilesPolicy, Request};
 
 /// A queue, as a description of it shows it. Descriptions of one queue share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -256,7 +256,7 @@ impl MessageQueue {
     }
 
     /// Whether it may be opened or created here.
-    fn in_the_way(&self, here: bool, request: &Request<'_>) -> Result<(), Obstacle> {
+    fn in_the_way(&self, here: bool, options: &Options) -> Result<(), Obstacle> {
         if self.unlinked {
             return Ok(());
         }
@@ -276,7 +276,7 @@ impl MessageQueue {
         };
         let same = here && present.inode == self.inode;
         let reason = match () {
-            () if request.files == FilesPolicy::Adopt => return Ok(()),
+            () if options.files == FilesPolicy::Adopt => return Ok(()),
             () if !same => "is another one than at the checkpoint".to_owned(),
             () if (present.held, present.bytes) != (self.held, self.bytes) => format!(
                 "held {} messages of {} bytes at the checkpoint and holds {} of {} now",
@@ -373,15 +373,15 @@ impl MessageQueue {
 }
 
 /// What stands in the way of a restore here.
-pub(super) fn in_the_way(snapshot: &Snapshot, here: bool, request: &Request<'_>) -> Vec<Obstacle> {
-    wanted(snapshot, request)
-        .filter_map(|queue| queue.in_the_way(here, request).err())
+pub(super) fn in_the_way(snapshot: &Snapshot, here: bool, options: &Options) -> Vec<Obstacle> {
+    wanted(snapshot, options)
+        .filter_map(|queue| queue.in_the_way(here, options).err())
         .collect()
 }
 
 /// Creates what is missing.
-pub(super) fn prepare(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Ready>> {
-    wanted(snapshot, request)
+pub(super) fn prepare(snapshot: &Snapshot, options: &Options) -> Result<Vec<Ready>> {
+    wanted(snapshot, options)
         .filter(|queue| queue.unlinked || matches!(queue.present(), Ok(None)))
         .map(|queue| queue.create(snapshot))
         .collect()
@@ -390,10 +390,10 @@ pub(super) fn prepare(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<
 /// Queues that are not replaced by `--fd`.
 fn wanted<'a>(
     snapshot: &'a Snapshot,
-    request: &'a Request<'_>,
+    options: &'a Options,
 ) -> impl Iterator<Item = &'a MessageQueue> {
     queues(&snapshot.descriptions)
-        .filter(|(_, index)| files::named(*index, snapshot, request).is_none())
+        .filter(|(_, index)| files::named(*index, snapshot, options).is_none())
         .map(|(queue, _)| queue)
 }
 

@@ -11,7 +11,7 @@ use super::{FileIdentity, MappedFile};
 use crate::error::Obstacle;
 use crate::objects::access::{MISSING, may};
 use crate::objects::files::changed;
-use crate::restore::{FilesPolicy, Request};
+use crate::objects::options::{FilesPolicy, Options};
 
 /// Whether two looks were at one file.
 pub fn same_file(a: &Metadata, b: &Metadata) -> bool {
@@ -90,7 +90,7 @@ pub fn build_id(path: &Path) -> Option<Vec<u8>> {
 pub fn check_file(
     file: &MappedFile,
     shared_only: bool,
-    request: &Request<'_>,
+    options: &Options,
 ) -> Result<(), Box<Obstacle>> {
     if file.contents.is_some() {
         return Ok(());
@@ -116,7 +116,7 @@ pub fn check_file(
     let same_file = shared_only && now.is_same_file(was) && now.size >= was.size;
     if same_file
         || (now.size, now.modified_ns) == (was.size, was.modified_ns)
-        || request.files == FilesPolicy::Adopt
+        || options.files == FilesPolicy::Adopt
         || (was.build_id.is_some() && build_id(&file.path) == was.build_id)
         || was.mode & libc::S_IFMT != libc::S_IFREG
     {
