@@ -9,12 +9,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::pages::PageSink;
-use super::source::Contents;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::bundle::Bundled;
 use crate::objects::files::Kind;
 use crate::objects::files::changed::{Written, is_of_the_kernel};
 use crate::objects::memory::{FileIdentity, open_regular};
+use crate::objects::source::Contents;
 use crate::objects::{Snapshot, SpaceId};
 
 /// Files on their way into the image.

@@ -426,8 +426,8 @@ fn credentials(credentials: &Credentials, rows: &mut Rows) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture::snapshot;
     use crate::objects::dispatch::Dispatch;
+    use crate::objects::fixture::snapshot;
     use crate::objects::memory_policy::MemoryPolicy;
 
     #[test]

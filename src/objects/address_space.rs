@@ -221,7 +221,7 @@ impl AddressSpace {
 #[cfg(test)]
 mod tests {
 
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
     use crate::objects::plan::{Builder, HostState};
 
     #[test]

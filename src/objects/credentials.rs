@@ -10,10 +10,10 @@ use ckpt_tracer::proc::status::{self, Status};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
+use super::namespaces::Extent;
 use super::namespaces::parse_map;
 use super::process::Process;
 use crate::error::Obstacle;
-use crate::isolate::Extent;
 use crate::objects::plan::Builder;
 
 /// A task's credentials (credentials(7), capabilities(7)).

@@ -29,9 +29,10 @@ use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
 use super::timers::{self, IntervalTimers, PosixTimer};
 use super::{SpaceId, aio, memory};
-use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
+use crate::objects::source::{Collector, Copies, Source};
 
+pub mod kin;
 mod seen;
 
 pub use seen::seen;
@@ -281,7 +282,7 @@ fn memory_from_outside(
         Depth::Full => (read_smaps(dir)?, memory::guard_pages(scanner)?),
     };
     let memory = memory::capture(source, &vmas, &guards, collector)?;
-    let room = crate::holes::permitted(source, &vmas, SCRATCH);
+    let room = crate::objects::holes::permitted(source, &vmas, SCRATCH);
     collector.obstacles.extend(room.err());
     Ok((vmas, memory))
 }
@@ -468,7 +469,7 @@ fn local_segments(
 
 /// Scratch memory for remote calls.
 fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<Scratch> {
-    crate::holes::scratch(source, vmas, bytes).map_err(crate::Error::refuse)
+    crate::objects::holes::scratch(source, vmas, bytes).map_err(crate::Error::refuse)
 }
 
 /// `PR_GET_CHILD_SUBREAPER`.

@@ -160,7 +160,7 @@ pub fn separated(process: &Process) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     fn filter(action: u32) -> Filter {
         let mut program = vec![0x06, 0, 0, 0];

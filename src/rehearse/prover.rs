@@ -22,7 +22,7 @@ use super::private::told;
 use super::stage::{self, Rehearsal};
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate;
-use crate::job::Family;
+use crate::objects::job::Family;
 use crate::objects::options::Options;
 use crate::progress::Silent;
 use crate::restore::{self, Request};

@@ -14,12 +14,12 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::pty::{self, Ptys};
-use super::space::fill;
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
 use crate::objects::files::lock::LockKind;
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
+use crate::objects::memory::space::fill;
 use crate::objects::plan::{Inherit, Inherited};
 use crate::objects::rights::{self, Rights};
 use crate::objects::{Snapshot, SpaceId};

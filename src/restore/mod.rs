@@ -46,7 +46,6 @@ pub mod pids;
 pub mod planner;
 pub mod pty;
 pub mod put;
-pub mod space;
 pub mod spawn;
 pub mod stop;
 pub mod surroundings;

@@ -12,7 +12,7 @@ use super::build::Build;
 use super::late::Late;
 use super::terminals::Terminals;
 use crate::error::Obstacle;
-use crate::holes;
+use crate::objects::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
 use crate::objects::plan::{HostState, Plan};

@@ -13,11 +13,11 @@ use ckpt_image::Reader;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
-use super::space;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
 use crate::objects::files::saved::{Saved, is_shared_memory};
+use crate::objects::memory::space;
 use crate::objects::memory::{FileIdentity, open_regular};
 use crate::objects::rights::{self, Rights};
 

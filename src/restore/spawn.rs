@@ -99,7 +99,7 @@ pub fn spawn(
     clocks: Clocks,
     (first, means): (Option<First>, Means),
 ) -> Result<(Brood, Stopped)> {
-    crate::host::raise_descriptor_limit();
+    crate::objects::limits::raise_descriptor_limit();
     let name = CString::new(process.threads[0].name.clone()).unwrap_or_default();
     let (report_read, report_write) = pipe()?;
     let mut brood = Brood::default();

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::Request;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::objects::files::terminal::{End, Side, Terminal};
+use crate::objects::files::terminal::{End, Places, Side, Terminal};
 use crate::objects::files::{Kind, named};
 use crate::objects::plan::Inherited;
 
@@ -111,15 +111,15 @@ impl Terminals {
         let process = &snapshot.processes[index];
         process.session == process.pid || (index == 0 && self.root_leads)
     }
+}
 
-    /// Whether a terminal of the machine's becomes another one.
-    pub fn loses(&self, end: &End) -> bool {
+impl Places for Terminals {
+    fn loses(&self, end: &End) -> bool {
         let other = matches!(self.place(end.terminal), Place::Ours | Place::Fresh);
         end.is_of_machine() && other
     }
 
-    /// What a description of a terminal is made from.
-    pub fn rebuild(
+    fn rebuild(
         &self,
         end: &End,
         index: usize,

@@ -22,10 +22,10 @@ use ckpt_tracer::{Pid, RemoteAddr};
 
 use super::turn::{AFFINITY_ROOM, Room, Turner};
 use super::{EVENT, HEAD, Seen, TAIL, distance, is_ring, refused};
-use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
-use crate::job::FrozenJob;
+use crate::objects::job::FrozenJob;
 use crate::objects::process::{self, FromOutside};
+use crate::objects::source::{Collector, Source};
 
 /// How long requests are waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -138,8 +138,8 @@ fn settle_process(
     }
     let leader = tasks.remove(0);
     let taken = vmas.iter().map(|v| (v.start, v.end));
-    let scratch =
-        crate::holes::find(taken, room.len + Hold::room(tasks.len())).ok_or_else(|| {
+    let scratch = crate::objects::holes::find(taken, room.len + Hold::room(tasks.len()))
+        .ok_or_else(|| {
             refuse(
                 "leaves no free room in the address space".into(),
                 "use a smaller ring",

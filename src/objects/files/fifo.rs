@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
 use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
-use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::options::Options;
 use crate::objects::plan::Builder;
 use crate::objects::rights::{self, Rights};
+use crate::objects::source::Source;
 
 /// One open file description of a FIFO: a read end, a write end, or both in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

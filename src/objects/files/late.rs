@@ -179,7 +179,7 @@ fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
 mod tests {
     use super::super::{Description, FdEntry};
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
     use crate::objects::plan::HostState;
 
     fn entry(fd: i32, description: usize) -> FdEntry {

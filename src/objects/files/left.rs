@@ -11,11 +11,11 @@ use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Look, Survey};
-use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::outside::Surroundings;
 use crate::objects::sockets;
+use crate::objects::source::Source;
 
 /// An open file description that is not in the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

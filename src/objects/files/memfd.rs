@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::attributes::Attributes;
 use super::{Kind, Look, sys};
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::objects::plan::Builder;
+use crate::objects::source::{Collector, Source};
 use crate::objects::{Snapshot, SpaceId};
 
 /// A file that lives in memory. Descriptions of one file share `inode`.

@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::ipc::mqueue;
 use super::sockets::{self, unix};
 use super::uring;
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
+use crate::objects::source::{Collector, Source};
 
 pub mod attributes;
 pub mod changed;

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
 use super::{Kind, Look, Staging, outside, sys};
-use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::options::Options;
 use crate::objects::plan::Builder;
+use crate::objects::source::Source;
 
 /// One end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,13 +16,13 @@ use nix::sys::statfs::PROC_SUPER_MAGIC;
 use serde::{Deserialize, Serialize};
 
 use super::{Look, sys};
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::options::FilesPolicy;
+use crate::objects::outsiders::process_name;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
-use crate::outsiders::process_name;
+use crate::objects::source::{Collector, Source};
 
 /// An open file of `/proc/PID`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

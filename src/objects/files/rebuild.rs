@@ -4,13 +4,12 @@
 use ckpt_tracer::capabilities::Use;
 
 use super::left::names_nothing;
-use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe};
+use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe, terminal};
 use crate::error::Obstacle;
 use crate::objects::options::Options;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, sockets};
-use crate::restore::terminals::Terminals;
 
 /// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
 /// until every descriptor of every process has been made from it. The root opens them all; the
@@ -126,7 +125,7 @@ fn gap(mut used: Vec<i32>, len: i32, limit: i32) -> i32 {
 
 /// Our own limit of numbers, which new processes have until they get theirs.
 fn limit() -> i32 {
-    crate::host::raise_descriptor_limit();
+    crate::objects::limits::raise_descriptor_limit();
     let (_, hard) = limits::current(libc::RLIMIT_NOFILE);
     hard.try_into().unwrap_or(i32::MAX)
 }
@@ -144,7 +143,7 @@ pub fn reopen_flags(flags: u32) -> u32 {
 pub fn open_descriptions(
     snapshot: &Snapshot,
     options: &Options,
-    terminals: &Terminals,
+    terminals: &dyn terminal::Places,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {

@@ -13,13 +13,13 @@ use super::changed::{self, Written};
 use super::lock::Lock;
 use super::saved::{Saved, is_shared_memory};
 use super::{Kind, Look, removed};
-use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::rights;
+use crate::objects::source::{Collector, Contents, Source};
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -10,10 +10,10 @@ use ckpt_tracer::proc::maps::{VmFlags, Vma};
 use serde::{Deserialize, Serialize};
 
 use super::Kind;
-use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
+use crate::objects::source::{Collector, Contents, Source};
 
 /// A named file that can be put back as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

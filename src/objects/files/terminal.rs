@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::{Kind, Look, unread};
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
+use crate::objects::Snapshot;
 use crate::objects::access::may;
+use crate::objects::plan::Inherited;
+use crate::objects::source::{Collector, Source};
 use crate::tty::{self, Modes, Size};
 
 /// A terminal that the job has open, or that controls a session of the job.
@@ -187,6 +189,24 @@ pub struct Ends {
 
 /// `/dev/tty`.
 const CONTROLLING: (u32, u32) = (5, 0);
+/// What the terminals of a job become at a restore.
+pub trait Places {
+    /// What a description of a terminal is made from.
+    ///
+    /// # Errors
+    /// What is in the way.
+    fn rebuild(
+        &self,
+        end: &End,
+        index: usize,
+        flags: u32,
+        snapshot: &Snapshot,
+    ) -> Result<Inherited, Box<Obstacle>>;
+
+    /// Whether a terminal of the machine's becomes another one.
+    fn loses(&self, end: &End) -> bool;
+}
+
 /// Slaves of ptys have these major numbers.
 const PTS: std::ops::RangeInclusive<u32> = 136..=143;
 

@@ -28,10 +28,10 @@ use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
 
 use super::Snapshot;
-use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
+use crate::objects::clock;
 use crate::objects::options::Options;
+use crate::objects::source::{Collector, Source};
 
 pub mod mqueue;
 pub mod sys;
@@ -270,7 +270,7 @@ impl Job {
         Self {
             pids: sources().map(|s| s.pid.raw()).collect(),
             uids: sources().map(|s| s.status.uid.effective).collect(),
-            began: host::unix_time_of_ticks(ticks),
+            began: clock::unix_time_of_ticks(ticks),
             waits: Vec::new(),
             alone: false,
         }

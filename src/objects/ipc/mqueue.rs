@@ -16,14 +16,14 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{Job, sys};
-use crate::capture::source::Source;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Look};
 use crate::objects::options::{FilesPolicy, Options};
+use crate::objects::outsiders::process_name;
 use crate::objects::plan::Builder;
 use crate::objects::sockets;
-use crate::outsiders::process_name;
+use crate::objects::source::Source;
 
 /// A queue, as a description of it shows it. Descriptions of one queue share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

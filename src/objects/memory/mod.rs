@@ -16,6 +16,7 @@ mod contents;
 mod file;
 mod inherit;
 mod rebuild;
+pub mod space;
 
 pub use capture::{Captured, capture, guard_pages};
 pub use contents::hidden_by_guards;

@@ -115,7 +115,7 @@ impl Plan {
 }
 
 fn syscall_name(nr: u64) -> String {
-    crate::inspect::calls::names::name(nr).map_or_else(|| format!("syscall_{nr}"), str::to_owned)
+    ckpt_tracer::syscall_names::name(nr).map_or_else(|| format!("syscall_{nr}"), str::to_owned)
 }
 
 fn describe(op: &Op) -> String {

@@ -17,7 +17,7 @@ use super::sys;
 use super::unix::{NameFile, Style, show, sockaddr};
 use crate::objects::access::may;
 use crate::objects::files::sys as files_sys;
-use crate::outsiders::process_name;
+use crate::objects::outsiders::process_name;
 
 /// The file of a name that is a path. `inode` is what sock_diag tells, `cwd` the directory of a
 /// process that has the socket.

@@ -15,7 +15,7 @@ use ckpt_tracer::proc::fdinfo::InotifyWatch;
 use ckpt_tracer::proc::mounts::{self, Mount};
 
 use super::super::sys;
-use crate::capture::source::Source;
+use crate::objects::source::Source;
 
 /// Entries of directories that are looked at for one descriptor, in all: the job stands still meanwhile.
 const MOST: usize = 200_000;
