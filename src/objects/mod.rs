@@ -27,6 +27,7 @@ pub mod limits;
 pub mod memory;
 pub mod memory_policy;
 pub mod namespaces;
+pub mod open;
 pub mod options;
 pub mod outsiders;
 pub mod plan;

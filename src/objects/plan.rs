@@ -98,10 +98,13 @@ pub enum Inherited {
     MemFd(usize),
     /// A nameless file with contents from the image, opened as the description says.
     DeletedFile(usize),
-    /// A file that the job's user may not open, by description, opened with these flags.
-    OpenedForIt(usize, u32),
-    /// A nameless file with the contents of a mapped file, or one that the job's user may not open;
-    /// writable or not.
+    /// A file with a name, by description.
+    File(usize),
+    /// A device, by description.
+    Device(usize),
+    /// A read end of a FIFO, by the description of one of its ends.
+    Fifo(usize),
+    /// A mapped file, or a nameless one with its contents; writable or not.
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),
@@ -123,7 +126,9 @@ pub enum Inherited {
     Leading(usize),
     /// Our own terminal, by way of `/dev/tty` or not, with these flags.
     OwnTerminal(bool, u32),
-    /// A file named by `--fd N=PATH`.
+    /// A terminal of the machine's, by description.
+    MachineTerminal(usize),
+    /// A file that the user names, by `--fd` or `--replace-fd`.
     Named(PathBuf, u32),
 }
 

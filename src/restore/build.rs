@@ -105,11 +105,12 @@ impl Build<'_> {
         if self.index == 0 {
             self.inherit_files(staging, plan);
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
-                if super::put::covers(snapshot, &file.path) {
+                if file.contents.is_some() || super::put::covers(snapshot, &file.path) {
                     continue;
                 }
                 let shared_only = !is_mapped_privately(snapshot, index);
-                if let Err(o) = memory::check_file(file, shared_only, &self.job.request.objects) {
+                let policy = self.job.request.objects.files;
+                if let Err(o) = memory::check_file(file, shared_only, policy) {
                     obstacles.push(*o);
                 }
             }
@@ -229,8 +230,7 @@ impl Build<'_> {
         timers::start_posix(process, plan);
     }
 
-    /// Files whose contents come from the image are made by the restoring process, and the
-    /// programs that are executed are opened by it.
+    /// What is mapped and executed is opened by the restoring process, or made by it with contents of the image.
     fn inherit_files(&self, staging: Staging, plan: &mut Builder) {
         let snapshot = self.job.snapshot;
         let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
@@ -239,11 +239,6 @@ impl Build<'_> {
                 memory::Backing::PrivateFile { file, .. } => Some((file, false)),
                 memory::Backing::SharedFile { file, writable, .. } => Some((file, writable)),
                 _ => None,
-            })
-            .filter(|(file, _)| {
-                let ours = plan.host().rights.as_ref();
-                snapshot.mapped_files[*file].contents.is_some()
-                    || ours.is_some_and(|rights| rights.maps_for_it(*file))
             })
             .collect();
         wanted.sort_unstable();
@@ -277,7 +272,7 @@ impl Build<'_> {
 }
 
 /// Whether pages of the file are needed as they were, and not only as they are.
-fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
+pub(super) fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
     let is = |m: &memory::Mapping| matches!(m.backing, memory::Backing::PrivateFile { file: f, .. } if f == file);
     snapshot
         .processes
@@ -322,6 +317,7 @@ fn rebuild_places(process: &Process, late: bool, plan: &mut Builder) {
     }
 }
 
+/// Where a name leads at that moment: to be in a directory opens nothing, and waits for nothing.
 fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
     let at = plan.path(path);
     let call = |plan: &mut Builder| plan.syscall(nr, &[at], || object);

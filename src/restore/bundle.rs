@@ -1,7 +1,6 @@
 //! Bundled files: where the job's own file is not there, or is another one, that of the image takes
 //! its place. From here on it is like one that was deleted before the checkpoint.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{Request, put};
@@ -9,7 +8,8 @@ use crate::capture::bundle::digest;
 use crate::objects::Snapshot;
 use crate::objects::bundle::Bundled;
 use crate::objects::files::{self, Kind};
-use crate::objects::memory::{FileIdentity, open_regular};
+use crate::objects::memory::FileIdentity;
+use crate::objects::open::Handle;
 use crate::objects::options::FilesPolicy;
 
 /// Decides for every bundled file; the paths of those that the image gives.
@@ -68,13 +68,13 @@ enum Here {
 }
 
 fn here(path: &Path, was: &FileIdentity, bundled: &Bundled, policy: FilesPolicy) -> Here {
-    let Ok(meta) = fs::metadata(path) else {
+    let Ok(found) = Handle::of_regular(path) else {
         return Here::Other;
     };
-    let (Ok(file), true) = (open_regular(path), meta.is_file()) else {
+    let Ok(file) = found.read() else {
         return Here::Other;
     };
-    let now = FileIdentity::of(&meta);
+    let now = FileIdentity::of(found.meta());
     if (now.size, now.modified_ns) == (was.size, was.modified_ns) || policy == FilesPolicy::Adopt {
         return Here::Same;
     }

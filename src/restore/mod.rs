@@ -39,6 +39,7 @@ mod handover;
 mod ids;
 mod image_file;
 mod late;
+mod named;
 pub mod next_pid;
 pub(crate) mod orders;
 pub mod paths;
@@ -208,11 +209,22 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
     let rights = job.host.rights.as_ref();
-    let (descriptors, incomplete) = contents::open_all(&inherit, snapshot, image, &ptys, rights)?;
+    let (descriptors, incomplete) = contents::open_all(
+        &inherit,
+        snapshot,
+        image,
+        &ptys,
+        (rights, request.objects.files),
+    )?;
     let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
     let master = ptys.finish(snapshot)?;
-    let executable = contents::executable(root.memory.executable, snapshot, image, rights)?;
+    let executable = contents::executable(
+        root.memory.executable,
+        snapshot,
+        image,
+        (rights, request.objects.files),
+    )?;
     let bound = sockets::Made::before(snapshot, rights);
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();

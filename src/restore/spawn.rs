@@ -112,7 +112,7 @@ pub fn spawn(
         }
         None => {
             let (go_read, go_write) = pipe()?;
-            let kept = Kept::beside(executable, &descriptors, &go_read, &report_write)?;
+            let kept = Kept::beside(executable, descriptors, &go_read, &report_write)?;
             let orders = kept.orders(name, Some(go_write.as_raw_fd()));
             let pid = fork_under(process.pid, means, clocks, &orders)?;
             brood.add(pid);

@@ -1,8 +1,6 @@
 //! What becomes of each terminal of a job: the pty that it was between processes of the job, our
 //! own terminal, or a new pty.
 
-use std::path::PathBuf;
-
 use super::Request;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
@@ -127,7 +125,7 @@ impl Places for Terminals {
         snapshot: &Snapshot,
     ) -> Result<Inherited, Box<Obstacle>> {
         if self.place(end.terminal) == Place::Device && end.is_of_machine() {
-            return Ok(Inherited::Named(PathBuf::from(&end.name), flags));
+            return Ok(Inherited::MachineTerminal(index));
         }
         if end.side == Side::HungUp || self.place(end.terminal) != Place::Ours {
             return Ok(Inherited::Terminal(index));

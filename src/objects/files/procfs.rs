@@ -260,6 +260,7 @@ impl ProcFile {
         self.seek(at, flags, plan);
     }
 
+    /// Only the kernel gives names in a /proc, so that it may be opened by one.
     fn open_args(&self, path: &Path, flags: u32, plan: &mut Builder) -> [u64; 4] {
         let path = plan.path(path);
         let flags = super::reopen_flags(flags);

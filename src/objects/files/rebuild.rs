@@ -172,11 +172,10 @@ pub fn open_descriptions(
                     obstacles.push(*o);
                 }
             }
-            Kind::Device(d) => {
-                if let Err(o) = d.rebuild(reopen_flags(flags), at, plan) {
-                    obstacles.push(*o);
-                }
-            }
+            Kind::Device(d) => match d.find(flags, plan.host().rights.as_ref()) {
+                Ok(_) => plan.inherit(at, Inherited::Device(index)),
+                Err(o) => obstacles.push(*o),
+            },
             // Made with the first of its ends.
             Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, options, staging, plan),
             Kind::Fifo(f) => {
