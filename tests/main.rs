@@ -17,7 +17,6 @@ mod clocks;
 mod containers;
 mod descriptors;
 mod docs;
-mod exchanged;
 #[cfg(feature = "faults")]
 mod faults;
 mod field;
@@ -34,6 +33,8 @@ mod kill;
 mod leaks;
 mod machine;
 mod messages;
+#[cfg(feature = "faults")]
+mod notices;
 mod paths;
 mod pids;
 mod privileges;

@@ -9,13 +9,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::pages::PageSink;
+use super::source::Contents;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::bundle::Bundled;
 use crate::objects::files::Kind;
 use crate::objects::files::changed::{Written, is_of_the_kernel};
-use crate::objects::memory::FileIdentity;
-use crate::objects::open::Handle;
-use crate::objects::source::Contents;
+use crate::objects::memory::{FileIdentity, open_regular};
 use crate::objects::{Snapshot, SpaceId};
 
 /// Files on their way into the image.
@@ -149,11 +148,12 @@ fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Path, &FileIdentity)> {
 }
 
 fn open(path: &Path, identity: &FileIdentity) -> Result<File, String> {
-    let found = Handle::of_regular(path).map_err(|e| e.to_string())?;
-    let now = FileIdentity::of(found.meta());
+    let file = open_regular(path).map_err(|e| e.to_string())?;
+    let now = file.metadata().map_err(|e| e.to_string())?;
+    let now = FileIdentity::of(&now);
     let same = (now.device, now.inode) == (identity.device, identity.inode);
     match same {
-        true => found.read().map_err(|e| e.to_string()),
+        true => Ok(file),
         false => Err("another file has its name by now".into()),
     }
 }

@@ -7,8 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::rc::Rc;
 
 use crate::objects::Snapshot;
-use crate::objects::memory::MappedFile;
-use crate::objects::open::Handle;
+use crate::objects::memory::{MappedFile, open_regular};
 
 /// Opens mapped files, each once, and only those that are what they were at the checkpoint.
 pub struct MappedFiles<'a> {
@@ -41,12 +40,12 @@ impl<'a> MappedFiles<'a> {
 }
 
 fn open_same(record: &MappedFile) -> Option<File> {
-    let found = Handle::of_regular(&record.path).ok()?;
-    let now = found.meta();
+    let file = open_regular(&record.path).ok()?;
+    let now = file.metadata().ok()?;
     let modified = now
         .mtime()
         .checked_mul(1_000_000_000)?
         .checked_add(now.mtime_nsec())?;
     let same = now.size() == record.identity.size && modified == record.identity.modified_ns;
-    same.then(|| found.read().ok())?
+    same.then_some(file)
 }

@@ -7,7 +7,7 @@ use ckpt_tracer::remote::{Call, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
 use super::memory::{Backing, Mapping};
-use crate::objects::plan::Builder;
+use crate::restore::plan::Builder;
 
 /// A policy that is not the default.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

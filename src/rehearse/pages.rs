@@ -5,8 +5,7 @@ use std::hash::{BuildHasher, Hasher};
 
 use ckpt_image::Reader;
 
-use super::compare::Spaces;
-use crate::error::Difference;
+use super::compare::{Difference, Spaces};
 use crate::error::Result;
 use crate::objects::files::Kind;
 use crate::objects::{Snapshot, SpaceId};

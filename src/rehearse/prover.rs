@@ -22,8 +22,7 @@ use super::private::told;
 use super::stage::{self, Rehearsal};
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate;
-use crate::objects::job::Family;
-use crate::objects::options::Options;
+use crate::job::Family;
 use crate::progress::Silent;
 use crate::restore::{self, Request};
 
@@ -172,10 +171,7 @@ fn check(image: File, name: &Path, leaving: Vec<Pid>) -> Result<Answer> {
     fault::hit(Step::Check)?;
     let image = Reader::from_file(image, name)?;
     let request = Request {
-        objects: Options {
-            leaving,
-            ..Options::default()
-        },
+        leaving,
         // What terminal there will be is for `restore --detach` to say.
         foreground: false,
         ..Request::plain(name, &Silent)

@@ -104,6 +104,7 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
         | Kind::PidFd(_)
         | Kind::ProcFile(_)
         | Kind::MessageQueue(_)
+        | Kind::Netlink(_)
         | Kind::EventFd(_)
         | Kind::SignalFd(_)
         | Kind::TimerFd(_)
@@ -118,7 +119,7 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::objects::fixture;
+    use crate::inspect::fixture;
 
     fn mapping(old: &str, new: &str) -> Mapping {
         Mapping {

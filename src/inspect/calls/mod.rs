@@ -2,6 +2,7 @@
 
 mod arguments;
 mod flags;
+pub mod names;
 mod table;
 
 pub use arguments::{Context, describe, open_flags};

@@ -28,12 +28,13 @@ use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
 
 use super::Snapshot;
+use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
-use crate::objects::clock;
-use crate::objects::options::Options;
-use crate::objects::source::{Collector, Source};
+use crate::host;
+use crate::restore::Request;
 
 pub mod mqueue;
+pub mod notice;
 pub mod sys;
 pub mod sysv_msg;
 pub mod sysv_sem;
@@ -270,7 +271,7 @@ impl Job {
         Self {
             pids: sources().map(|s| s.pid.raw()).collect(),
             uids: sources().map(|s| s.status.uid.effective).collect(),
-            began: clock::unix_time_of_ticks(ticks),
+            began: host::unix_time_of_ticks(ticks),
             waits: Vec::new(),
             alone: false,
         }
@@ -323,7 +324,6 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
             .collect();
     }
     collector.ipc.place = Place::here();
-    mqueue::refuse_notifications(&job, &collector.descriptions, &mut collector.obstacles);
     if job.alone && !collector.is_copy {
         mqueue::refuse_contents(&collector.descriptions, &mut collector.obstacles);
     }
@@ -365,17 +365,17 @@ pub fn no_semaphores() -> bool {
 }
 
 /// Refuses a restore here if anything stands in its way.
-pub fn refuse(snapshot: &Snapshot, options: &Options) -> Result<()> {
-    match in_the_way(snapshot, options)? {
+pub fn refuse(snapshot: &Snapshot, request: &Request<'_>) -> Result<()> {
+    match in_the_way(snapshot, request)? {
         obstacles if obstacles.is_empty() => Ok(()),
         obstacles => Err(Error::Refused(obstacles)),
     }
 }
 
-fn in_the_way(snapshot: &Snapshot, options: &Options) -> Result<Vec<Obstacle>> {
+fn in_the_way(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Obstacle>> {
     let here = snapshot.ipc.place == Place::here();
-    let leaving = !options.leaving.is_empty();
-    let mut obstacles = mqueue::in_the_way(snapshot, here, options);
+    let leaving = !request.leaving.is_empty();
+    let mut obstacles = mqueue::in_the_way(snapshot, here, request);
     let rows = table::read(Type::Shm)?;
     for segment in &snapshot.ipc.segments {
         obstacles.extend(segment.in_the_way(&rows, here, leaving).err());
@@ -404,10 +404,10 @@ pub struct Prepared {
 
 impl Prepared {
     /// Creates what is missing and puts back what is there. Nothing of the job runs.
-    pub fn new(snapshot: &Snapshot, image: &Reader, options: &Options) -> Result<Self> {
+    pub fn new(snapshot: &Snapshot, image: &Reader, request: &Request<'_>) -> Result<Self> {
         let here = snapshot.ipc.place == Place::here();
         let mut prepared = Self {
-            posix: mqueue::prepare(snapshot, options)?,
+            posix: mqueue::prepare(snapshot, request)?,
             ..Self::default()
         };
         let rows = table::read(Type::Shm)?;
