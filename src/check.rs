@@ -16,15 +16,16 @@ use nix::errno::Errno;
 use access::{accessible, denial};
 
 use crate::capture::seen::{Found, Planned};
-use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
-use crate::job::Family;
 use crate::objects::files::left::Choices;
 use crate::objects::ipc;
+use crate::objects::job::Family;
 use crate::objects::namespaces;
+use crate::objects::process::kin;
 use crate::objects::process::{self, Depth, FromOutside};
+use crate::objects::source::{Collector, Copies, Source};
 use crate::objects::zombie::{self, Zombie};
-use crate::restore::births::{self, kin};
+use crate::restore::births;
 
 /// All obstacles to a checkpoint of these processes and their descendants, and, if there is none, to a restore of
 /// it here, as it is planned; touches nothing.

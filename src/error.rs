@@ -5,9 +5,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use serde::Serialize;
-
-use crate::rehearse::Difference;
+use serde::{Deserialize, Serialize};
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -81,6 +79,31 @@ impl fmt::Display for Obstacle {
             Some(remedy) => write!(f, "; {remedy}"),
             None => Ok(()),
         }
+    }
+}
+
+/// Something that is not as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Difference {
+    /// What is concerned: `process 12`, `fd 3 of process 12` …
+    pub object: String,
+    /// Which part of it.
+    pub part: String,
+    /// What it was in the job.
+    pub before: String,
+    /// What it is in the copy.
+    pub after: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            object,
+            part,
+            before,
+            after,
+        } = self;
+        write!(f, "{object}: {part} was {before} and comes back as {after}")
     }
 }
 

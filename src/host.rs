@@ -8,11 +8,12 @@ use ckpt_image::{Arch, Codec, FormatVersion, Header};
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::tasks;
 
-use crate::capture::source::Source;
 use crate::error::Result;
+use crate::objects::clock::clock;
 use crate::objects::memory::Backing;
 use crate::objects::process::Process;
 use crate::objects::processor::{Baseline, Processor};
+use crate::objects::source::Source;
 use crate::objects::{Host, Snapshot, vdso};
 use crate::restore::clock::as_seen_by;
 
@@ -134,28 +135,6 @@ fn variable(source: &Source, name: &str) -> Option<Vec<u8>> {
     Some(value.to_owned())
 }
 
-/// What a clock shows, in nanoseconds.
-#[allow(unsafe_code)]
-pub fn clock(id: i32) -> u64 {
-    let mut t = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel writes one timespec.
-    unsafe { libc::clock_gettime(id, &mut t) };
-    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
-}
-
-/// The second since 1970 of a moment in clock ticks since the start of the machine, as
-/// `/proc/PID/stat` has it.
-#[allow(unsafe_code)]
-pub fn unix_time_of_ticks(ticks: u64) -> i64 {
-    // SAFETY: a call without pointers.
-    let a_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as u64;
-    let started = clock(libc::CLOCK_REALTIME).saturating_sub(clock(libc::CLOCK_BOOTTIME));
-    (started / 1_000_000_000 + ticks / a_second) as i64
-}
-
 /// Adds build ids to programs and what is mapped as they are; done when the job runs again. What is mapped shared is
 /// data, and somebody may watch how it is opened (inotify(7)).
 pub fn read_build_ids(snapshot: &mut Snapshot) {
@@ -171,29 +150,6 @@ pub fn read_build_ids(snapshot: &mut Snapshot) {
     for (index, file) in snapshot.mapped_files.iter_mut().enumerate() {
         if file.contents.is_none() && private.contains(&index) {
             file.identity.read_build_id(&file.path);
-        }
-    }
-}
-
-/// Our limit of descriptors up to the hard one, and where we may up to what the kernel gives at most (`fs.nr_open`): a job
-/// may have many, and we hold a copy of each.
-#[allow(unsafe_code)]
-pub fn raise_descriptor_limit() {
-    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap_or_default();
-    let most: u64 = most.trim().parse().unwrap_or(0);
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: one live structure.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
-        return;
-    }
-    for hard in [most.max(limit.rlim_max), limit.rlim_max] {
-        (limit.rlim_cur, limit.rlim_max) = (hard, hard);
-        // SAFETY: the same.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } == 0 {
-            return;
         }
     }
 }

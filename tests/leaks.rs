@@ -261,6 +261,10 @@ fn files_of_root() {
         std::os::unix::fs::symlink(&target, case.path("data")).expect("its place is free");
         let args = ["--pids", "keep", "--detach"];
         let refused = run(case, &mut restore_cmd(&own, &args));
+        refused.refused(FAILED, &["data", "is a symbolic link by now"]);
+        untouched();
+        let args = ["--pids", "keep", "--detach", "--files", "adopt"];
+        let refused = run(case, &mut restore_cmd(&own, &args));
         refused.refused(FAILED, &["data", "may not be opened by the job's user"]);
         untouched();
         fs::remove_file(case.path("data")).expect("it is there");

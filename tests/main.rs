@@ -17,6 +17,7 @@ mod clocks;
 mod containers;
 mod descriptors;
 mod docs;
+mod exchanged;
 #[cfg(feature = "faults")]
 mod faults;
 mod field;
@@ -33,8 +34,6 @@ mod kill;
 mod leaks;
 mod machine;
 mod messages;
-#[cfg(feature = "faults")]
-mod notices;
 mod paths;
 mod pids;
 mod privileges;

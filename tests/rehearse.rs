@@ -33,7 +33,6 @@ const KINDS: &[&str] = &[
     "inotify_open",
     "lease",
     "mqueue",
-    "mq_notify",
     "sock_named",
     "sock_listen",
     "sock_dgram",

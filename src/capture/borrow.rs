@@ -17,11 +17,11 @@ use ckpt_tracer::remote::{Cave, RemoteCalls};
 use ckpt_tracer::task::Stopped;
 use ckpt_tracer::{Pid, RemoteAddr, Tid};
 
-use super::source::{Copies, Source};
 use crate::error::{Error, Obstacle, Result};
-use crate::job::FrozenJob;
 use crate::objects::files::WITHHELD_REMEDY;
 use crate::objects::ipc;
+use crate::objects::job::FrozenJob;
+use crate::objects::source::{Copies, Source};
 
 /// Borrows all descriptors of the job; `withheld` is the call that would do.
 ///
@@ -78,7 +78,8 @@ fn borrow(
     look: &mut dyn FnMut(Marked),
 ) -> Result<Vec<(i32, OwnedFd)>> {
     let vmas = read_smaps(source.dir.clone())?;
-    let scratch = crate::holes::scratch(source, &vmas, lend::SCRATCH).map_err(Error::refuse)?;
+    let scratch =
+        crate::objects::holes::scratch(source, &vmas, lend::SCRATCH).map_err(Error::refuse)?;
     let memory = scratch.at();
     let cave = Cave::dig(&source.mem, &vmas, &*tasks)?.with_doorbell(tasks);
     let leader = tasks.first_mut().ok_or(ckpt_tracer::Error::Died {

@@ -9,12 +9,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::pages::PageSink;
-use super::source::Contents;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::bundle::Bundled;
 use crate::objects::files::Kind;
 use crate::objects::files::changed::{Written, is_of_the_kernel};
-use crate::objects::memory::{FileIdentity, open_regular};
+use crate::objects::memory::FileIdentity;
+use crate::objects::open::Handle;
+use crate::objects::source::Contents;
 use crate::objects::{Snapshot, SpaceId};
 
 /// Files on their way into the image.
@@ -148,12 +149,11 @@ fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Path, &FileIdentity)> {
 }
 
 fn open(path: &Path, identity: &FileIdentity) -> Result<File, String> {
-    let file = open_regular(path).map_err(|e| e.to_string())?;
-    let now = file.metadata().map_err(|e| e.to_string())?;
-    let now = FileIdentity::of(&now);
+    let found = Handle::of_regular(path).map_err(|e| e.to_string())?;
+    let now = FileIdentity::of(found.meta());
     let same = (now.device, now.inode) == (identity.device, identity.inode);
     match same {
-        true => Ok(file),
+        true => found.read().map_err(|e| e.to_string()),
         false => Err("another file has its name by now".into()),
     }
 }

@@ -8,9 +8,9 @@ use ckpt_tracer::task::Stopped;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
-use super::source::Source;
 use crate::error::Result;
-use crate::job::FrozenJob;
+use crate::objects::job::FrozenJob;
+use crate::objects::source::Source;
 
 /// All at once, so that none sees the end of another one.
 pub(super) fn kill(sources: &[Source], mut frozen: FrozenJob) -> Result<()> {

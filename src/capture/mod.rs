@@ -24,17 +24,16 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::{Error, Obstacle, Result};
 use crate::guard::door::Door;
 use crate::host;
-use crate::job::FrozenJob;
 use crate::objects::cgroup::freezer::{Thawable, Thawed};
 use crate::objects::cgroup::settings;
 use crate::objects::files::left::Choices;
-use crate::objects::ipc::{self, notice};
+use crate::objects::job::FrozenJob;
 use crate::objects::landlock::{self, Bystanders};
 use crate::objects::namespaces::Namespaces;
+use crate::objects::outsiders::process_name;
 use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
 use crate::objects::seccomp::surroundings::Surroundings;
-use crate::objects::{Snapshot, SpaceId, aio, zombie};
-use crate::outsiders::process_name;
+use crate::objects::{Snapshot, SpaceId, aio, ipc, zombie};
 use crate::progress::Progress;
 use crate::rehearse::Prover;
 use crate::restore::births;
@@ -45,17 +44,15 @@ pub mod bundle;
 mod cow;
 mod end;
 pub mod pages;
-pub mod save_files;
 pub mod seen;
-pub mod source;
 mod stored;
 
+use crate::objects::save_files::SaveFiles;
+use crate::objects::source::{Collector, Patience, Source};
 use bundle::Bundle;
 use end::kill;
 use pages::PageSink;
-use save_files::SaveFiles;
 use seen::{assemble, without_pages};
-use source::{Collector, Patience, Source};
 use stored::write_pages;
 
 /// What becomes of the job after its checkpoint.
@@ -247,7 +244,7 @@ fn checkpoint<W: Write + Send + 'static>(
     complete: impl FnOnce(&Snapshot, &Header) -> Result<Vec<String>>,
     commit: impl FnOnce(W) -> Result<Vec<String>>,
 ) -> Result<Report> {
-    host::raise_descriptor_limit();
+    crate::objects::limits::raise_descriptor_limit();
     let header = host::image_header(&Source::open(request.pid)?)?;
     let options = WriterOptions {
         codec: request.codec,
@@ -399,7 +396,7 @@ struct CapturedJob {
     snapshot: Snapshot,
     /// Of each process.
     memory: Vec<(Vec<Vma>, PagemapScanner)>,
-    contents: Vec<(SpaceId, source::Contents)>,
+    contents: Vec<(SpaceId, crate::objects::source::Contents)>,
     /// The first that nothing has.
     next_space: SpaceId,
     /// See [`Report::warnings`].
@@ -483,7 +480,6 @@ fn capture_frozen(
     if aio::settle(job, sources, &outside, &collector)? {
         (collector, outside) = look(job, sources, request, patience)?;
     }
-    notice::learn(job, sources, &mut outside, &collector)?;
     let stops: Vec<bool> = job
         .processes
         .iter()

@@ -9,10 +9,10 @@ use ckpt_image::{Chunk, Writer};
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::mem::{self, MAX_PIECES, ProcessMemory};
 
-use super::source::Contents;
 use crate::error::{Error, Result};
 use crate::objects::SpaceId;
 use crate::objects::ipc::sys::Attached;
+use crate::objects::source::Contents;
 use crate::progress::Progress;
 
 /// Bytes of a page.

@@ -9,7 +9,6 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::status::read_task;
 use ckpt_tracer::proc::tasks;
 
-use super::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::cgroup::settings;
@@ -17,6 +16,7 @@ use crate::objects::landlock::{self, Bystanders};
 use crate::objects::namespaces::Namespaces;
 use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
 use crate::objects::processor::Processor;
+use crate::objects::source::{Collector, Source};
 use crate::objects::zombie::{self, Zombie};
 use crate::objects::{Host, Snapshot};
 use crate::rehearse::Prover;

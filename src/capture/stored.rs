@@ -10,10 +10,10 @@ use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
 use super::CapturedJob;
 use super::cow::Comparison;
 use super::pages::{PageSink, Reading};
-use super::source::Source;
 use crate::error::Result;
 use crate::objects::memory;
 use crate::objects::process::Process;
+use crate::objects::source::Source;
 use crate::progress::Progress;
 
 /// Streams the pages of all processes and what else has contents; answers the bytes stored.

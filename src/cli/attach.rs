@@ -18,14 +18,15 @@ use serde::Serialize;
 use super::exit::{self, Failure, Outcome, Role, complain};
 use super::places::Descriptors;
 use super::{Loudness, output, progress};
-use crate::capture::save_files::{Pattern, SaveFiles};
 use crate::capture::{self, After, Report};
 use crate::guard::{self, door::Door};
 use crate::isolate::{self, Visited};
-use crate::job::Family;
 use crate::objects::cgroup::freezer::{self, Thawable};
+use crate::objects::job::Family;
+use crate::objects::outsiders;
+use crate::objects::save_files::{Pattern, SaveFiles};
 use crate::rehearse::{self, Prover};
-use crate::{Error, Obstacle, outsiders};
+use crate::{Error, Obstacle};
 
 /// Arguments of `ckpt attach`.
 #[derive(Args, Debug)]

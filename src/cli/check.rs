@@ -16,11 +16,12 @@ use super::{attach, output, progress};
 use crate::capture::seen::Planned;
 use crate::error::Obstacle;
 use crate::isolate::Visited;
-use crate::job::Family;
 use crate::objects::cgroup::freezer;
 use crate::objects::files::left::Choices;
+use crate::objects::job::Family;
+use crate::objects::outsiders;
 use crate::rehearse::Prover;
-use crate::{check, isolate, outsiders, restore};
+use crate::{check, isolate, restore};
 
 /// Arguments of `ckpt check`.
 #[derive(Args, Debug)]

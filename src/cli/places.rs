@@ -8,10 +8,11 @@ use clap::{Args, ValueEnum};
 
 use super::exit::Failure;
 use crate::objects::files::left::{Choices, Chosen};
+use crate::objects::options::{FilesPolicy, Options};
 use crate::progress::Progress;
+use crate::restore::Request;
 use crate::restore::paths::Mapping;
 use crate::restore::put::PutFiles;
-use crate::restore::{FilesPolicy, Request};
 
 /// What becomes of single descriptors: at a checkpoint, at a restore, and when either is looked at.
 #[derive(Args, Clone, Debug, Default)]
@@ -111,10 +112,14 @@ impl Places {
     ) -> Result<Request<'a>, Failure> {
         let choices = self.descriptors.choices()?;
         Ok(Request {
-            files: match self.files {
-                Files::Strict => FilesPolicy::Strict,
-                Files::Adopt => FilesPolicy::Adopt,
-                Files::Truncate => FilesPolicy::Truncate,
+            objects: Options {
+                files: match self.files {
+                    Files::Strict => FilesPolicy::Strict,
+                    Files::Adopt => FilesPolicy::Adopt,
+                    Files::Truncate => FilesPolicy::Truncate,
+                },
+                fds: choices.replace,
+                ..Options::default()
             },
             map_paths: self.mappings()?,
             put_files: match (self.put_files, self.overwrite) {
@@ -123,7 +128,6 @@ impl Places {
                 (true, true) => PutFiles::Overwrite,
             },
             drop: choices.drop,
-            fds: choices.replace,
             ..Request::plain(image, progress)
         })
     }

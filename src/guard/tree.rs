@@ -23,7 +23,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use super::door::Threshold;
 use super::first;
 use super::flag::{self, Flag};
-use crate::job::Family;
+use crate::objects::job::Family;
 use crate::objects::processor::{Answer, Baseline, shown};
 
 /// Who a task creates is ours from the beginning; if we are killed, all go on.

@@ -158,7 +158,6 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
         interval_timers,
         posix_timers,
         record_locks,
-        notices,
         cwd,
         root,
         umask,
@@ -218,7 +217,6 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
     for (fd, lock) in record_locks {
         rows.add(format!("lock of fd {fd}"), format!("{lock:?}"));
     }
-    rows.each("mq_notify", notices);
     rows.add("working directory", cwd.display().to_string());
     rows.add("root directory", root.display().to_string());
     rows.add("umask", format!("{umask:04o}"));
@@ -428,8 +426,8 @@ fn credentials(credentials: &Credentials, rows: &mut Rows) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture::snapshot;
     use crate::objects::dispatch::Dispatch;
+    use crate::objects::fixture::snapshot;
     use crate::objects::memory_policy::MemoryPolicy;
 
     #[test]

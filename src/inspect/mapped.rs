@@ -7,7 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::rc::Rc;
 
 use crate::objects::Snapshot;
-use crate::objects::memory::{MappedFile, open_regular};
+use crate::objects::memory::MappedFile;
+use crate::objects::open::Handle;
 
 /// Opens mapped files, each once, and only those that are what they were at the checkpoint.
 pub struct MappedFiles<'a> {
@@ -40,12 +41,12 @@ impl<'a> MappedFiles<'a> {
 }
 
 fn open_same(record: &MappedFile) -> Option<File> {
-    let file = open_regular(&record.path).ok()?;
-    let now = file.metadata().ok()?;
+    let found = Handle::of_regular(&record.path).ok()?;
+    let now = found.meta();
     let modified = now
         .mtime()
         .checked_mul(1_000_000_000)?
         .checked_add(now.mtime_nsec())?;
     let same = now.size() == record.identity.size && modified == record.identity.modified_ns;
-    same.then_some(file)
+    same.then(|| found.read().ok())?
 }

@@ -149,7 +149,7 @@ pub fn find(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture::{MEMORY, good_image, snapshot};
+    use crate::objects::fixture::{MEMORY, good_image, snapshot};
 
     #[test]
     fn memory_comes_from_pages_zeros_and_files() {

@@ -8,8 +8,6 @@ pub mod attributes;
 pub mod calls;
 pub mod disassembly;
 pub mod fds;
-#[cfg(test)]
-pub(crate) mod fixture;
 pub mod mapped;
 pub mod maps;
 pub mod memory;

@@ -359,7 +359,7 @@ fn amounts(snapshot: &Snapshot) -> Vec<NeedView> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     #[test]
     fn a_job_needs_its_program_its_devices_and_its_ids() {

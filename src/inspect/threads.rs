@@ -108,7 +108,7 @@ fn view(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture::{good_image, snapshot};
+    use crate::objects::fixture::{good_image, snapshot};
 
     #[test]
     fn threads_show_their_call_and_instruction() {

@@ -19,7 +19,7 @@ use nix::unistd::{ForkResult, fork};
 use super::init;
 use super::work::{die_with_parent, keep_exit_codes, leave};
 use crate::error::{Error, Obstacle, Result};
-use crate::job::Family;
+use crate::objects::job::Family;
 use crate::objects::namespaces::{self, Names, Namespaces, OWN};
 
 /// A job as it is seen from where its pids are.

@@ -110,11 +110,11 @@ fn obey(socket: &mut UnixStream) -> Result<()> {
         fds.extend(rights::receive(socket).map_err(gone)?);
         socket.write_all(&[0]).map_err(gone)?;
     }
-    crate::host::raise_descriptor_limit();
+    crate::objects::limits::raise_descriptor_limit();
     order.clocks.join()?;
     let descriptors: Vec<(OwnedFd, i32)> = fds.drain(2..).zip(order.numbers).collect();
-    let kept = Kept::beside(&fds[0], &descriptors, socket, &fds[1])?;
-    drop((descriptors, fds));
+    let kept = Kept::beside(&fds[0], descriptors, socket, &fds[1])?;
+    drop(fds);
     tell(socket, &None::<String>).map_err(gone)?;
     #[allow(unsafe_code)]
     // SAFETY: we are the child of a fork that has one thread.

@@ -7,9 +7,7 @@ use std::process::Command;
 use nix::errno::Errno;
 
 use super::work::keep_exit_codes;
-
-/// A line of `/proc/PID/uid_map`: inside, outside, how many.
-pub type Extent = (u32, u32, u32);
+use crate::objects::namespaces::Extent;
 
 /// How ids inside a user namespace lead to those outside.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

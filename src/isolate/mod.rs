@@ -35,7 +35,7 @@ mod work;
 pub(crate) use enter::is_init;
 pub use enter::{Visited, visit};
 pub use first::First;
-pub use idmap::{Extent, IdMaps};
+pub use idmap::IdMaps;
 pub use link::Link;
 pub(crate) use link::{hear, tell};
 pub use make::{Spec, start};

@@ -11,7 +11,7 @@ use nix::sys::wait::waitpid;
 
 use super::link::{Event, Link};
 use crate::error::{Error, Result};
-use crate::job::Family;
+use crate::objects::job::Family;
 use crate::restore::terminal::{Foreground, Wish};
 use crate::supervise::signals::Received;
 use crate::supervise::{Change, Supervised};

@@ -10,7 +10,7 @@ use super::SpaceId;
 use super::memory::Mapping;
 use super::segments::{self, Segment};
 use super::switches::{self, Scope, Switch};
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// An address space.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -221,8 +221,8 @@ impl AddressSpace {
 #[cfg(test)]
 mod tests {
 
-    use crate::inspect::fixture;
-    use crate::restore::plan::{Builder, HostState};
+    use crate::objects::fixture;
+    use crate::objects::plan::{Builder, HostState};
 
     #[test]
     fn a_dumpability_that_nobody_may_set_is_told() {

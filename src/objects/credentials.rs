@@ -10,11 +10,11 @@ use ckpt_tracer::proc::status::{self, Status};
 use serde::{Deserialize, Serialize};
 
 use super::Snapshot;
+use super::namespaces::Extent;
 use super::namespaces::parse_map;
 use super::process::Process;
 use crate::error::Obstacle;
-use crate::isolate::Extent;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// A task's credentials (credentials(7), capabilities(7)).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::processor::{COMPONENTS, HEADER, in_use};
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// Components that a process may use, bit n for component n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,7 +82,7 @@ pub fn load_tiles(xstate: &[u8], plan: &mut Builder) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::restore::plan::HostState;
+    use crate::objects::plan::HostState;
 
     fn plan_of(fill: impl FnOnce(&mut Builder)) -> String {
         let mut plan = Builder::new(0x10_0000, HostState::default());

@@ -7,7 +7,7 @@ use ckpt_tracer::remote::{Call, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
 use super::memory::{Backing, Mapping};
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// A policy that is not the default.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,26 +4,38 @@
 //! A record is what the image keeps (CBOR, see docs/image-format.md). `capture` fills it from
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
+pub mod access;
 pub mod address_space;
 pub mod aio;
 pub mod bounds;
 pub mod bundle;
 pub mod cgroup;
+pub mod clock;
 pub mod core_scheduling;
 pub mod credentials;
 pub mod dispatch;
 pub mod dynamic_state;
 pub mod files;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod frames;
+pub mod holes;
 pub mod ipc;
+pub mod job;
 pub mod landlock;
 pub mod limits;
 pub mod memory;
 pub mod memory_policy;
 pub mod namespaces;
+pub mod open;
+pub mod options;
+pub mod outsiders;
+pub mod plan;
 pub mod process;
 pub mod processor;
 pub mod raw_path;
+pub mod rights;
+pub mod save_files;
 pub mod scheduling;
 pub mod seccomp;
 pub mod security;
@@ -31,6 +43,7 @@ pub mod segments;
 pub mod session;
 pub mod signals;
 pub mod sockets;
+pub mod source;
 pub mod switches;
 pub mod thread;
 pub mod timers;

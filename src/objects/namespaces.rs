@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
+/// A line of `/proc/PID/uid_map`: inside, outside, how many.
+pub type Extent = (u32, u32, u32);
+
 /// What a job had to itself, as seen by whoever took the checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Namespaces {
@@ -52,9 +55,9 @@ impl Names {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserNamespace {
     /// `/proc/PID/uid_map`: inside, outside, how many.
-    pub uids: Vec<(u32, u32, u32)>,
+    pub uids: Vec<Extent>,
     /// `/proc/PID/gid_map`.
-    pub gids: Vec<(u32, u32, u32)>,
+    pub gids: Vec<Extent>,
     /// Who made it, outside.
     #[serde(default)]
     pub owner: Option<u32>,
@@ -111,7 +114,7 @@ impl UserNamespace {
     }
 }
 
-fn leads_to((_, first, count): &(u32, u32, u32), id: u32) -> bool {
+fn leads_to((_, first, count): &Extent, id: u32) -> bool {
     id.checked_sub(*first).is_some_and(|above| above < *count)
 }
 
@@ -127,7 +130,7 @@ fn owner(process: &ProcDir) -> Option<u32> {
 }
 
 /// What `/proc/PID/uid_map` says.
-pub fn parse_map(text: &[u8]) -> Vec<(u32, u32, u32)> {
+pub fn parse_map(text: &[u8]) -> Vec<Extent> {
     let text = String::from_utf8_lossy(text);
     let line = |line: &str| {
         let mut numbers = line.split_whitespace().map(str::parse);

@@ -20,7 +20,6 @@ use super::cgroup::Cgroup;
 use super::dynamic_state::{self, DynamicState};
 use super::files::{self, FdEntry, lock::Lock, removed};
 use super::ipc::Ipc;
-use super::ipc::notice::{self, Notice};
 use super::ipc::undo::{self, Adjustment};
 use super::landlock::Bystanders;
 use super::limits::Limit;
@@ -30,14 +29,13 @@ use super::signals::{self, Action, Pending};
 use super::thread::{self, Thread};
 use super::timers::{self, IntervalTimers, PosixTimer};
 use super::{SpaceId, aio, memory};
-use crate::capture::source::{Collector, Copies, Source};
 use crate::error::{Obstacle, Result};
+use crate::objects::source::{Collector, Copies, Source};
 
+pub mod kin;
 mod seen;
-mod sharing;
 
 pub use seen::seen;
-pub use sharing::tasks_with_memory_of;
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,9 +84,6 @@ pub struct Process {
     pub fds: Vec<FdEntry>,
     /// POSIX locks, each with a descriptor of the file.
     pub record_locks: Vec<(i32, Lock)>,
-    /// Of whose next messages it is told, mq_notify(3).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub notices: Vec<Notice>,
     /// Which of them were removed.
     #[serde(default)]
     pub removed: RemovedPlaces,
@@ -195,8 +190,6 @@ pub struct FromOutside {
     pub terminal: Option<usize>,
     /// POSIX locks, by descriptor.
     pub record_locks: Vec<(i32, Lock)>,
-    /// Of which messages it is told, with cookies that [`notice::learn`] finds out.
-    pub notices: Vec<Notice>,
     /// Which pages are to be stored.
     pub scanner: PagemapScanner,
 }
@@ -251,7 +244,6 @@ pub fn capture_from_outside(
             fds,
             removed,
             record_locks: locks.collect(),
-            notices: Vec::new(),
             terminal: terminals.controlling(index, source, collector),
             scanner,
         });
@@ -259,7 +251,6 @@ pub fn capture_from_outside(
     for (source, outside) in sources.iter().zip(&all) {
         memory::hidden_by_guards(source, &outside.memory.mappings, collector);
     }
-    notice::survey(sources, &mut all, collector);
     Ok(all)
 }
 
@@ -291,7 +282,7 @@ fn memory_from_outside(
         Depth::Full => (read_smaps(dir)?, memory::guard_pages(scanner)?),
     };
     let memory = memory::capture(source, &vmas, &guards, collector)?;
-    let room = crate::holes::permitted(source, &vmas, SCRATCH);
+    let room = crate::objects::holes::permitted(source, &vmas, SCRATCH);
     collector.obstacles.extend(room.err());
     Ok((vmas, memory))
 }
@@ -478,7 +469,7 @@ fn local_segments(
 
 /// Scratch memory for remote calls.
 fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<Scratch> {
-    crate::holes::scratch(source, vmas, bytes).map_err(crate::Error::refuse)
+    crate::objects::holes::scratch(source, vmas, bytes).map_err(crate::Error::refuse)
 }
 
 /// `PR_GET_CHILD_SUBREAPER`.

@@ -296,7 +296,7 @@ pub fn component_names(bits: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     /// A machine, and a snapshot that was taken on it.
     fn here() -> (Cpu, Snapshot) {

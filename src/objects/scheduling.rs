@@ -5,7 +5,7 @@ use ckpt_tracer::Tid;
 use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// Scheduling of one task (sched(7), ioprio_set(2), `PR_SET_TIMERSLACK`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

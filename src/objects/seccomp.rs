@@ -15,7 +15,7 @@ use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
 use super::process::Process;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 pub mod surroundings;
 
@@ -160,7 +160,7 @@ pub fn separated(process: &Process) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     fn filter(action: u32) -> Filter {
         let mut program = vec![0x06, 0, 0, 0];

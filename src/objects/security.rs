@@ -28,8 +28,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::objects::thread::Thread;
-use crate::restore::plan::Builder;
 
 /// One attribute that is set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -302,7 +302,7 @@ fn not_permitted(label: &Label, is: &str, why: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::restore::plan::HostState;
+    use crate::objects::plan::HostState;
 
     /// An `attr` directory with these files.
     struct Attr(PathBuf);
@@ -428,7 +428,7 @@ mod tests {
     }
 
     fn labeled(contexts: &[&str]) -> Vec<Thread> {
-        let thread = crate::inspect::fixture::snapshot().processes[0].threads[0].clone();
+        let thread = crate::objects::fixture::snapshot().processes[0].threads[0].clone();
         let with = contexts.iter().map(|context| Thread {
             security: vec![Label {
                 attribute: "current".into(),
@@ -492,7 +492,7 @@ mod tests {
 
     #[test]
     fn only_contexts_of_several_threads_are_tried_beforehand() {
-        let mut snapshot = crate::inspect::fixture::snapshot();
+        let mut snapshot = crate::objects::fixture::snapshot();
         snapshot.processes[0].threads = labeled(&["u:r:t:s0", "u:r:t:s0"]);
         let here = Surroundings::trying(Vec::new(), &snapshot, |c| c == b"u:r:t:s0\0");
         assert_eq!(here.early, [b"u:r:t:s0"]);

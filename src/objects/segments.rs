@@ -8,7 +8,7 @@ use ckpt_tracer::remote::RemoteCalls;
 use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// An entry of a descriptor table, as `struct user_desc` (asm/ldt.h) has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

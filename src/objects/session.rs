@@ -7,7 +7,7 @@ use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::ProcDir;
 
 use super::process::Process;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// `/proc/PID/autogroup`: `/autogroup-25 nice 0`.
 pub fn autogroup_nice(dir: &ProcDir) -> Option<i32> {

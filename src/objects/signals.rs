@@ -6,7 +6,7 @@ use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
 use super::timers::PosixTimer;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// What a process does on a signal (`struct kernel_sigaction`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

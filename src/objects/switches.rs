@@ -10,7 +10,7 @@ use ckpt_tracer::{Pid, RemoteAddr, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Obstacle;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// A switch that is not as a program finds it when the system has started.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -322,7 +322,7 @@ pub fn rebuild(switches: &[Switch], scope: Scope, plan: &mut Builder) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::restore::plan::HostState;
+    use crate::objects::plan::HostState;
 
     /// The operations, as text, that one switch of a job and those of ours make.
     fn planned(name: &str, value: u64, scope: Scope, ours: &[(&str, Option<u64>)]) -> String {

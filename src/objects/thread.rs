@@ -20,8 +20,8 @@ use super::security::{self, Label};
 use super::segments::{self, Segment};
 use super::signals::{self, Pending};
 use super::switches::{self, Scope, Switch};
-use crate::capture::source::Source;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
+use crate::objects::source::Source;
 
 /// A thread.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::Snapshot;
 use super::process::Process;
 use super::signals::{self, Action, Pending};
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
-use crate::restore::next_pid::Means;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
+use crate::objects::plan::Means;
+use crate::objects::source::{Collector, Source};
 
 type Result<T, E = ckpt_tracer::Error> = std::result::Result<T, E>;
 
@@ -177,7 +177,7 @@ pub fn judge(
                 format!(
                     "has a POSIX timer (id {}) of the CPU time of {}, which is not part of the job",
                     timer.id,
-                    crate::outsiders::process_name(pid)
+                    crate::objects::outsiders::process_name(pid)
                 ),
                 "let the program delete it",
             ));

@@ -1,8 +1,8 @@
 //! io_uring(7), which is not supported: what is in flight in a ring cannot be seen. Told once a process, with
 //! what turns it off.
 
-use crate::capture::source::Source;
 use crate::error::Obstacle;
+use crate::objects::source::Source;
 
 /// The name of its files, as links and mappings show it.
 pub const NAME: &str = "io_uring";

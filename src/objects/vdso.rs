@@ -21,7 +21,7 @@ use super::Snapshot;
 use super::memory::{Backing, KernelMapping, Mapping, MappingFlags};
 use super::process::Process;
 use crate::error::{Error, Obstacle, Result};
-use crate::holes;
+use crate::objects::holes;
 use redirect::Present;
 
 /// Room left below a stack for its growth when a place for good is looked for, in bytes.

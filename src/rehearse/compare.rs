@@ -5,43 +5,17 @@
 //! ([`canonical`](super::canonical)); everything else has to be equal, whatever fields there are.
 
 use std::collections::HashMap;
-use std::fmt;
 
 use ciborium::Value;
-use serde::{Deserialize, Serialize};
 
 use super::private::told;
+use crate::error::Difference;
 use crate::error::{Error, Result};
 use crate::objects::Snapshot;
 use crate::objects::process::Process;
 
 /// How a value that is not there is told.
 pub(super) const NOTHING: &str = "nothing";
-
-/// Something that is not as it was.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Difference {
-    /// What is concerned: `process 12`, `fd 3 of process 12` …
-    pub object: String,
-    /// Which part of it.
-    pub part: String,
-    /// What it was in the job.
-    pub before: String,
-    /// What it is in the copy.
-    pub after: String,
-}
-
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            object,
-            part,
-            before,
-            after,
-        } = self;
-        write!(f, "{object}: {part} was {before} and comes back as {after}")
-    }
-}
 
 /// Spaces of the first snapshot, with those of the second that stand for the same.
 pub(super) type Spaces = HashMap<u32, u32>;
@@ -283,9 +257,9 @@ fn spaced(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture::snapshot;
     use crate::objects::files::Kind;
     use crate::objects::files::eventfd::EventFd;
+    use crate::objects::fixture::snapshot;
     use crate::objects::memory::Backing;
     use crate::rehearse::canonical::{Known, canonical};
 

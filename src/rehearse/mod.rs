@@ -10,6 +10,6 @@ mod private;
 mod prover;
 mod stage;
 
-pub use compare::Difference;
+pub use crate::error::Difference;
 pub use prover::Prover;
 pub use stage::{Rehearsal, in_the_way};

@@ -5,7 +5,8 @@ use std::hash::{BuildHasher, Hasher};
 
 use ckpt_image::Reader;
 
-use super::compare::{Difference, Spaces};
+use super::compare::Spaces;
+use crate::error::Difference;
 use crate::error::Result;
 use crate::objects::files::Kind;
 use crate::objects::{Snapshot, SpaceId};

@@ -22,7 +22,8 @@ use super::private::told;
 use super::stage::{self, Rehearsal};
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate;
-use crate::job::Family;
+use crate::objects::job::Family;
+use crate::objects::options::Options;
 use crate::progress::Silent;
 use crate::restore::{self, Request};
 
@@ -171,7 +172,10 @@ fn check(image: File, name: &Path, leaving: Vec<Pid>) -> Result<Answer> {
     fault::hit(Step::Check)?;
     let image = Reader::from_file(image, name)?;
     let request = Request {
-        leaving,
+        objects: Options {
+            leaving,
+            ..Options::default()
+        },
         // What terminal there will be is for `restore --detach` to say.
         foreground: false,
         ..Request::plain(name, &Silent)

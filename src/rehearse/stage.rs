@@ -16,10 +16,10 @@ use ckpt_tracer::{Pid, RemoteAddr};
 use serde::{Deserialize, Serialize};
 
 use super::canonical::{Known, canonical};
-use super::compare::{self, Difference};
+use super::compare;
 use super::{pages, private};
-use crate::capture::save_files::SaveFiles;
 use crate::capture::{self, After};
+use crate::error::Difference;
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate::{self, First, Link, Spec};
 use crate::objects::Snapshot;
@@ -27,10 +27,12 @@ use crate::objects::cgroup::Policy;
 use crate::objects::files::Kind;
 use crate::objects::files::left::Choices;
 use crate::objects::namespaces::Namespaces;
+use crate::objects::options::{FilesPolicy, Options};
+use crate::objects::save_files::SaveFiles;
 use crate::objects::sockets::unix::{Role, UnixSocket};
 use crate::progress::Silent;
 use crate::restore::clock::ClockPolicy;
-use crate::restore::{self, FilesPolicy, Opened, Request, pids};
+use crate::restore::{self, Opened, Request, pids};
 use crate::snapshot;
 
 /// What a rehearsal has shown.
@@ -54,13 +56,16 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<R
     let reader = Reader::from_file(again(image)?, name)?;
     let job = snapshot::read(&reader, name)?;
     let request = Request {
-        leaving,
+        objects: Options {
+            leaving,
+            // What is there in the place of the job's own is for the copy alone.
+            files: FilesPolicy::Adopt,
+            ..Options::default()
+        },
         stopped: true,
         foreground: false,
         clock: ClockPolicy::Host,
         cgroups: Policy::Ignore,
-        // What is there in the place of the job's own is for the copy alone.
-        files: FilesPolicy::Adopt,
         ..Request::plain(name, &Silent)
     };
     let opened = restore::open_trusted(Reader::from_file(again(image)?, name)?, &request)?;

@@ -8,7 +8,6 @@
 //! the session's leader creates it for that parent (`CLONE_PARENT`), or by a phantom whose end leaves it to that one,
 //! a child subreaper.
 
-pub mod kin;
 mod site;
 
 use std::collections::HashMap;
@@ -16,8 +15,8 @@ use std::collections::HashMap;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::process::Shares;
+use crate::objects::process::kin::Kin;
 use crate::objects::zombie::Zombie;
-use kin::Kin;
 use site::Site;
 
 /// A process that somebody creates.

@@ -9,19 +9,18 @@ use nix::unistd::AccessFlags;
 
 use super::births::Origin;
 use super::handover;
-use super::plan::{Builder, Inherited, Plan, Stage};
 use super::planner::Job;
-use super::rights;
-use super::surroundings;
 use crate::error::Obstacle;
 use crate::objects::files::{self, Staging, procfs, removed};
-use crate::objects::ipc::{notice, sysv_msg, sysv_sem, sysv_shm};
+use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
+use crate::objects::plan::{Builder, Inherited, Plan, Stage};
 use crate::objects::process::{Process, RemovedPlaces};
 use crate::objects::thread::Thread;
 use crate::objects::{
     Snapshot, aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
 };
+use crate::objects::{access, rights};
 
 /// One plan in the making.
 #[derive(Clone, Copy)]
@@ -106,11 +105,12 @@ impl Build<'_> {
         if self.index == 0 {
             self.inherit_files(staging, plan);
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
-                if super::put::covers(snapshot, &file.path) {
+                if file.contents.is_some() || super::put::covers(snapshot, &file.path) {
                     continue;
                 }
                 let shared_only = !is_mapped_privately(snapshot, index);
-                if let Err(o) = memory::check_file(file, shared_only, self.job.request) {
+                let policy = self.job.request.objects.files;
+                if let Err(o) = memory::check_file(file, shared_only, policy) {
                     obstacles.push(*o);
                 }
             }
@@ -163,9 +163,13 @@ impl Build<'_> {
     fn descriptions(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (snapshot, request) = (self.job.snapshot, self.job.request);
         let staging = Staging::beside(snapshot);
-        if let Err(more) =
-            files::open_descriptions(snapshot, request, &self.job.terminals, staging, plan)
-        {
+        if let Err(more) = files::open_descriptions(
+            snapshot,
+            &request.objects,
+            &self.job.terminals,
+            staging,
+            plan,
+        ) {
             obstacles.extend(more);
         }
         files::complete_descriptions(snapshot, staging, plan);
@@ -220,15 +224,13 @@ impl Build<'_> {
             process.memory.rebuild_locks(plan);
         }
         limits::rebuild(&process.limits, handover::meets_traps(process), plan);
-        notice::rebuild(process, snapshot, plan);
         process.threads[0].rebuild(process, filters, plan);
         process.memory.rebuild_dumpable(plan);
         timers::rebuild_interval(process, plan);
         timers::start_posix(process, plan);
     }
 
-    /// Files whose contents come from the image are made by the restoring process, and the
-    /// programs that are executed are opened by it.
+    /// What is mapped and executed is opened by the restoring process, or made by it with contents of the image.
     fn inherit_files(&self, staging: Staging, plan: &mut Builder) {
         let snapshot = self.job.snapshot;
         let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
@@ -237,11 +239,6 @@ impl Build<'_> {
                 memory::Backing::PrivateFile { file, .. } => Some((file, false)),
                 memory::Backing::SharedFile { file, writable, .. } => Some((file, writable)),
                 _ => None,
-            })
-            .filter(|(file, _)| {
-                let ours = plan.host().rights.as_ref();
-                snapshot.mapped_files[*file].contents.is_some()
-                    || ours.is_some_and(|rights| rights.maps_for_it(*file))
             })
             .collect();
         wanted.sort_unstable();
@@ -275,7 +272,7 @@ impl Build<'_> {
 }
 
 /// Whether pages of the file are needed as they were, and not only as they are.
-fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
+pub(super) fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
     let is = |m: &memory::Mapping| matches!(m.backing, memory::Backing::PrivateFile { file: f, .. } if f == file);
     snapshot
         .processes
@@ -320,12 +317,13 @@ fn rebuild_places(process: &Process, late: bool, plan: &mut Builder) {
     }
 }
 
+/// Where a name leads at that moment: to be in a directory opens nothing, and waits for nothing.
 fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
     let at = plan.path(path);
     let call = |plan: &mut Builder| plan.syscall(nr, &[at], || object);
     match plan.host().rights.clone() {
         Some(rights) => {
-            let may = rights.during(|| surroundings::may(path, AccessFlags::X_OK).is_ok());
+            let may = rights.during(|| access::may(path, AccessFlags::X_OK).is_ok());
             match may && nr == libc::SYS_chdir {
                 true => rights::led(plan, call),
                 false => rights.as_ourselves(may, plan, call),

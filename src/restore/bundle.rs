@@ -1,15 +1,16 @@
 //! Bundled files: where the job's own file is not there, or is another one, that of the image takes
 //! its place. From here on it is like one that was deleted before the checkpoint.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{FilesPolicy, Request, put};
+use super::{Request, put};
 use crate::capture::bundle::digest;
 use crate::objects::Snapshot;
 use crate::objects::bundle::Bundled;
 use crate::objects::files::{self, Kind};
-use crate::objects::memory::{FileIdentity, open_regular};
+use crate::objects::memory::FileIdentity;
+use crate::objects::open::Handle;
+use crate::objects::options::FilesPolicy;
 
 /// Decides for every bundled file; the paths of those that the image gives.
 pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
@@ -21,7 +22,7 @@ pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
     let mut decide = |path: &Path, identity: &mut FileIdentity| {
         let of_it = |b: &&Bundled| (b.device, b.inode) == (identity.device, identity.inode);
         let bundled = bundle.iter().find(of_it)?;
-        match here(path, identity, bundled, request.files) {
+        match here(path, identity, bundled, request.objects.files) {
             Here::Same => None,
             Here::Copied(now) => {
                 // The checks to come take it for the same.
@@ -40,7 +41,7 @@ pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
         }
     }
     for index in 0..snapshot.descriptions.len() {
-        if files::named(index, snapshot, request).is_some() {
+        if files::named(index, snapshot, &request.objects).is_some() {
             continue;
         }
         if let Kind::Regular(file) = &mut snapshot.descriptions[index].kind
@@ -67,13 +68,13 @@ enum Here {
 }
 
 fn here(path: &Path, was: &FileIdentity, bundled: &Bundled, policy: FilesPolicy) -> Here {
-    let Ok(meta) = fs::metadata(path) else {
+    let Ok(found) = Handle::of_regular(path) else {
         return Here::Other;
     };
-    let (Ok(file), true) = (open_regular(path), meta.is_file()) else {
+    let Ok(file) = found.read() else {
         return Here::Other;
     };
-    let now = FileIdentity::of(&meta);
+    let now = FileIdentity::of(found.meta());
     if (now.size, now.modified_ns) == (was.size, was.modified_ns) || policy == FilesPolicy::Adopt {
         return Here::Same;
     }

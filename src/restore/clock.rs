@@ -12,8 +12,8 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::objects::Host;
+use crate::objects::clock;
 
 /// Which clocks the job gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -132,7 +132,7 @@ impl Clocks {
         Errno::result(unsafe { libc::unshare(libc::CLONE_NEWTIME) })?;
         let mut text = String::new();
         for (clock, name) in CLOCKS {
-            let ahead = |clock| i128::from(self.shown(clock)) - i128::from(host::clock(clock));
+            let ahead = |clock| i128::from(self.shown(clock)) - i128::from(clock::clock(clock));
             let mut shift = ahead(clock);
             if clock == libc::CLOCK_MONOTONIC {
                 // Both are shifted by the same, and NTP has driven them apart, elsewhere by another
@@ -152,7 +152,7 @@ impl Clocks {
 
     fn shown(self, clock: i32) -> u64 {
         match self {
-            Clocks::Ours => host::clock(clock),
+            Clocks::Ours => clock::clock(clock),
             Clocks::GoOn { monotonic_ns, .. } if clock == libc::CLOCK_MONOTONIC => monotonic_ns,
             Clocks::GoOn {
                 monotonic_raw_ns, ..
@@ -200,7 +200,7 @@ fn denied(errno: Errno) -> Error {
 
 fn take_the_machines(policy: ClockPolicy, was: &mut Host) -> Result<()> {
     for (clock, name) in CLOCKS {
-        let (now, then) = (host::clock(clock), shown(was, clock));
+        let (now, then) = (clock::clock(clock), shown(was, clock));
         if now < then {
             let remedy = match policy {
                 ClockPolicy::Host => "let the job's clocks go on, without --clock host",
@@ -218,15 +218,15 @@ fn take_the_machines(policy: ClockPolicy, was: &mut Host) -> Result<()> {
             )));
         }
     }
-    was.monotonic_ns = host::clock(libc::CLOCK_MONOTONIC);
-    was.boottime_ns = host::clock(libc::CLOCK_BOOTTIME);
+    was.monotonic_ns = clock::clock(libc::CLOCK_MONOTONIC);
+    was.boottime_ns = clock::clock(libc::CLOCK_BOOTTIME);
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     #[test]
     fn the_machines_clocks_may_not_go_back() {

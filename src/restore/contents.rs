@@ -13,15 +13,19 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::plan::{Inherit, Inherited};
+use super::build;
+use super::named::{Named, cannot_open};
 use super::pty::{self, Ptys};
-use super::rights::{self, Rights};
-use super::space::fill;
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
+use crate::objects::files::changed::{self, Written};
 use crate::objects::files::lock::LockKind;
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
+use crate::objects::memory::{self, space::fill};
+use crate::objects::options::FilesPolicy;
+use crate::objects::plan::{Inherit, Inherited};
+use crate::objects::rights::{self, Rights};
 use crate::objects::{Snapshot, SpaceId};
 
 /// Descriptors and the numbers that they get, and what could not be done, one sentence each.
@@ -33,13 +37,15 @@ pub fn open_all(
     snapshot: &Snapshot,
     image: &Reader,
     ptys: &Ptys,
-    rights: Option<&Rights>,
+    (rights, policy): (Option<&Rights>, FilesPolicy),
 ) -> Result<Opened> {
     let mut made = Made {
         files: Vec::new(),
         ready: Vec::new(),
         ptys,
         rights,
+        policy,
+        written: Written::by(snapshot),
         warnings: Vec::new(),
     };
     let mut descriptors = Vec::with_capacity(inherit.len());
@@ -64,6 +70,9 @@ struct Made<'a> {
     ready: Vec<(Inherited, OwnedFd)>,
     ptys: &'a Ptys,
     rights: Option<&'a Rights>,
+    policy: FilesPolicy,
+    /// What the job may have written after the checkpoint.
+    written: Written,
     warnings: Vec<String>,
 }
 
@@ -326,22 +335,56 @@ fn open<'a>(
             })?;
             Ok(reopen(&made.file, description.flags)?.into())
         }
-        Inherited::Executable(file) => Ok(executable(*file, snapshot, image, made.rights)?.into()),
-        Inherited::OpenedForIt(index, flags) => match &snapshot.descriptions[*index].kind {
-            Kind::Regular(file) => {
-                Ok(rights::open_the_same(&file.path, *flags as i32, &file.identity)?.into())
-            }
-            _ => Err(Error::Restore(format!("description {index} is no file"))),
+        Inherited::Executable(file) => {
+            Ok(executable(*file, snapshot, image, (made.rights, made.policy))?.into())
+        }
+        Inherited::File(index) => {
+            let description = &snapshot.descriptions[*index];
+            let Kind::Regular(file) = &description.kind else {
+                return Err(Error::Restore(format!("description {index} is no file")));
+            };
+            let flags = description.flags;
+            let named = Named::open_file(*index, file, made.rights);
+            let find = || changed::check(file, flags, &made.written, made.policy);
+            Ok(named.open(find, reopen_flags(flags) as i32)?.into())
+        }
+        Inherited::Device(index) => {
+            let description = &snapshot.descriptions[*index];
+            let Kind::Device(device) = &description.kind else {
+                return Err(Error::Restore(format!("description {index} is no device")));
+            };
+            let flags = description.flags;
+            let found = device.find(flags, made.rights);
+            let found = found.map_err(|o| Error::refuse(*o))?;
+            let opened = rights::with(made.rights, || found.open(reopen_flags(flags) as i32));
+            Ok(opened.map_err(cannot_open(&device.path))?.into())
+        }
+        Inherited::Fifo(index) => match &snapshot.descriptions[*index].kind {
+            Kind::Fifo(fifo) => Ok(fifo.open(made.rights)?.into()),
+            _ => Err(Error::Restore(format!("description {index} is no FIFO"))),
         },
+        Inherited::MachineTerminal(index) => {
+            let description = &snapshot.descriptions[*index];
+            match &description.kind {
+                Kind::Terminal(end) => Ok(end.open(description.flags)?.into()),
+                _ => Err(Error::Restore(format!(
+                    "description {index} is no terminal"
+                ))),
+            }
+        }
         Inherited::MappedFile(index, writable) => {
             let record = &snapshot.mapped_files[*index];
             if record.contents.is_none() {
-                let flags = if *writable {
-                    libc::O_RDWR
-                } else {
-                    libc::O_RDONLY
+                let flags = match writable {
+                    true => libc::O_RDWR,
+                    false => libc::O_RDONLY,
                 };
-                return Ok(rights::open_the_same(&record.path, flags, &record.identity)?.into());
+                let shared_only = !build::is_mapped_privately(snapshot, *index);
+                let find = || memory::check_file(record, shared_only, made.policy);
+                let named = Named::mapped(*index, record, made.rights);
+                return Ok(named
+                    .open(find, flags | libc::O_NONBLOCK | libc::O_NOCTTY)?
+                    .into());
             }
             let space = record.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (record.identity.size, record.identity.mode);
@@ -372,20 +415,15 @@ pub fn executable(
     file: usize,
     snapshot: &Snapshot,
     image: &Reader,
-    rights: Option<&Rights>,
+    (rights, policy): (Option<&Rights>, FilesPolicy),
 ) -> Result<File> {
     let record = &snapshot.mapped_files[file];
     match record.contents {
         // A program may be executable without being readable.
-        None => OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH)
-            .open(&record.path)
-            .map_err(|source| Error::File {
-                what: "open the executable",
-                path: record.path.clone(),
-                source,
-            }),
+        None => {
+            let find = || memory::check_file(record, false, policy);
+            Named::mapped(file, record, rights).open(find, libc::O_PATH)
+        }
         Some(space) => {
             let mode = record.identity.mode | 0o500;
             let file = nameless(&record.path, space, record.identity.size, (image, rights))?;

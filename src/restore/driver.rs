@@ -14,8 +14,6 @@ use super::births::Origin;
 use super::executor::{Disturbed, Worker, failed_operation, place, unexpected, warnings_of};
 use super::fill::Pages;
 use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
-use super::next_pid::Means;
-use super::plan::{Part, Stage};
 use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
@@ -23,6 +21,8 @@ use crate::objects::cgroup;
 use crate::objects::core_scheduling;
 use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
+use crate::objects::plan::Means;
+use crate::objects::plan::{Part, Stage};
 
 /// A new process on its way.
 struct Live {

@@ -6,21 +6,24 @@
 //! its own; else it replaces the file of that name when the job is let go.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CStr, OsStr};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::AtFlags;
+use nix::unistd::{AccessFlags, faccessat};
 
 use super::Opened;
-use super::rights::{self, Rights};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::mapped::MappedFiles;
 use crate::inspect::memory::{ImageMemory, TargetMemory};
+use crate::objects::open::Handle;
+use crate::objects::rights::{self, Rights};
 
 /// The variable that names the file.
 const VARIABLE: &[u8] = b"CKPT_RESTORE_ENV=";
@@ -137,11 +140,7 @@ impl HandOver {
     }
 
     fn mounted(&self) -> io::Result<()> {
-        rights::with(self.rights.as_ref(), || {
-            let mut options = OpenOptions::new();
-            options.append(true).create(true).mode(0o600);
-            options.open(&self.path)
-        })?;
+        let place = rights::with(self.rights.as_ref(), || self.place())?;
         // Any directory will do for the moment: nobody else is in this namespace yet.
         let over = c"/proc";
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
@@ -153,8 +152,26 @@ impl HandOver {
             .and_then(|()| open_tree(c"/proc/env"));
         // SAFETY: a C string.
         Errno::result(unsafe { libc::umount2(over.as_ptr(), libc::MNT_DETACH) })?;
-        let at = CString::new(self.path.as_os_str().as_bytes())?;
-        move_mount(&tree?, &at)
+        move_mount(&tree?, &place)
+    }
+
+    /// The file that is there, if its user may write to it; else an empty one.
+    fn place(&self) -> io::Result<Handle> {
+        let mut options = OpenOptions::new();
+        match options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&self.path)
+        {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            made => drop(made?),
+        }
+        let place = Handle::of_regular(&self.path)?;
+        // There is no /proc for us yet.
+        let itself = AtFlags::AT_EACCESS | AtFlags::AT_EMPTY_PATH;
+        faccessat(&place, "", AccessFlags::W_OK, itself)?;
+        Ok(place)
     }
 }
 
@@ -169,20 +186,16 @@ fn open_tree(path: &CStr) -> io::Result<OwnedFd> {
 }
 
 /// Puts it in its place (move_mount(2)).
-fn move_mount(tree: &OwnedFd, to: &CStr) -> io::Result<()> {
+fn move_mount(tree: &OwnedFd, to: &Handle) -> io::Result<()> {
     const MOVE_MOUNT_F_EMPTY_PATH: u32 = 4;
-    let (fd, nothing) = (tree.as_raw_fd(), c"".as_ptr());
+    const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x40;
+    let (from, to) = (tree.as_raw_fd(), to.as_fd().as_raw_fd());
+    let (itself, flags) = (
+        c"".as_ptr(),
+        MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+    );
     // SAFETY: C strings and flags.
-    let moved = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            fd,
-            nothing,
-            libc::AT_FDCWD,
-            to.as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    };
+    let moved = unsafe { libc::syscall(libc::SYS_move_mount, from, itself, to, itself, flags) };
     Ok(Errno::result(moved).map(drop)?)
 }
 

@@ -10,10 +10,11 @@ use ckpt_tracer::task::{Regs, Resume, Running, Stop, Stopped};
 use ckpt_tracer::{RemoteAddr, Tid};
 use nix::errno::Errno;
 
-use super::plan::{Part, Plan, Stage};
+use super::next_pid;
 use super::planner::Planned;
 use super::stop;
 use crate::error::{Error, Result};
+use crate::objects::plan::{Part, Plan, Stage};
 
 /// Puts restorer and plan into a hole of the process and sends its first thread there.
 pub(super) fn place(
@@ -153,7 +154,7 @@ impl Worker {
             match self.task.regs()?.rax {
                 ckpt_restorer::FAILED => return Err(self.failed_operation()),
                 word => match self.planned.plan.aim_at(self.part, word) {
-                    Some(id) => self.planned.plan.means.aim(id)?,
+                    Some(id) => next_pid::aim(self.planned.plan.means, id)?,
                     None => return Ok(word),
                 },
             }

@@ -9,11 +9,11 @@ use ckpt_tracer::{Pid, RemoteAddr, Tid, abi};
 use nix::errno::Errno;
 
 use super::executor::{Disturbed, Worker};
-use super::plan::Plan;
 use super::planner::Job;
 use super::stop;
 use crate::error::Result;
 use crate::objects::files::changed::Cut;
+use crate::objects::plan::Plan;
 use crate::objects::process::Process;
 use crate::objects::signals::{Action, Pending};
 use crate::objects::thread::Thread;
@@ -426,7 +426,7 @@ fn rearm(task: &mut Stopped, regs: &Regs, process: &Process, cave: &Cave<'_>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     /// A process that ends with the test.
     struct Sleeper(std::process::Child);

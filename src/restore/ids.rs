@@ -8,7 +8,8 @@ use nix::unistd::{User, getegid, geteuid};
 
 use super::Opened;
 use crate::error::{Error, Obstacle, Result};
-use crate::isolate::{Extent, IdMaps, Owner, Spec};
+use crate::isolate::{IdMaps, Owner, Spec};
+use crate::objects::namespaces::Extent;
 use crate::objects::namespaces::{UserNamespace, parse_map};
 
 /// The file that gives users ids, the program that maps them, and what they are.

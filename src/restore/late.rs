@@ -9,8 +9,8 @@ use ckpt_tracer::remote::RemoteCalls;
 
 use super::births::{Births, Origin};
 use crate::error::{Obstacle, Result};
-use crate::holes;
 use crate::objects::Snapshot;
+use crate::objects::holes;
 use crate::objects::memory::{Backing, Mapping, MappingFlags, join};
 use crate::objects::process::Process;
 
@@ -142,7 +142,7 @@ fn may_come_late(m: &Mapping, process: &Process, held: &[(u64, u64)]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     #[test]
     fn empty_mappings_make_room_for_the_restorer() {

@@ -5,9 +5,8 @@
 //! executable and is stopped before its first instruction ([`spawn`]), and the plan
 //! ([`planner`]) is executed in it ([`driver`]).
 
-use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ckpt_image::Reader;
 use ckpt_tracer::capabilities::Held;
@@ -19,11 +18,12 @@ use crate::objects::cgroup;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::files::left::Chosen;
+use crate::objects::options::Options;
+use crate::objects::plan::{HostState, Means};
+use crate::objects::rights::Rights;
 use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, sockets, switches};
 use crate::progress::Progress;
-use next_pid::Means;
 use put::PutFiles;
-use rights::Rights;
 use terminal::Wish;
 
 pub mod births;
@@ -39,16 +39,14 @@ mod handover;
 mod ids;
 mod image_file;
 mod late;
+mod named;
 pub mod next_pid;
 pub(crate) mod orders;
 pub mod paths;
 pub mod pids;
-pub mod plan;
 pub mod planner;
 pub mod pty;
 pub mod put;
-pub mod rights;
-pub mod space;
 pub mod spawn;
 pub mod stop;
 pub mod surroundings;
@@ -60,35 +58,18 @@ mod way;
 pub use image_file::ImageFile;
 pub use way::{Opened, open, open_file, open_trusted};
 
-/// What to do with files that are not as they were at the checkpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum FilesPolicy {
-    /// Refuse, naming the file and what changed.
-    #[default]
-    Strict,
-    /// Take what is there.
-    Adopt,
-    /// As strict, and files that the job writes lose what was appended after the checkpoint.
-    Truncate,
-}
-
 /// A wish for a restore.
 pub struct Request<'a> {
     /// The image.
     pub image: &'a Path,
-    /// About changed files.
-    pub files: FilesPolicy,
+    /// What single objects heed.
+    pub objects: Options,
     /// Where the job's paths lead now (`--map-path OLD=NEW`).
     pub map_paths: Vec<paths::Mapping>,
     /// About files whose contents the image holds.
     pub put_files: PutFiles,
     /// About the clocks that differ from boot to boot.
     pub clock: clock::ClockPolicy,
-    /// Descriptors that get another file than they had (`--fd N=PATH`).
-    pub fds: BTreeMap<i32, PathBuf>,
-    /// Processes that have the job's state now and will have ended when it is restored: pids, names and
-    /// objects that they hold count as free. For questions before a job is ended, never for a restore.
-    pub leaving: Vec<Pid>,
     /// Descriptors that the job does without (`--drop-fd`).
     pub drop: Vec<Chosen>,
     /// In which control groups the job is.
@@ -106,12 +87,10 @@ impl<'a> Request<'a> {
     pub fn plain(image: &'a Path, progress: &'a dyn Progress) -> Self {
         Self {
             image,
-            files: FilesPolicy::default(),
+            objects: Options::default(),
             map_paths: Vec::new(),
             put_files: PutFiles::No,
             clock: clock::ClockPolicy::default(),
-            fds: BTreeMap::new(),
-            leaving: Vec::new(),
             drop: Vec::new(),
             cgroups: cgroup::Policy::default(),
             stopped: false,
@@ -226,15 +205,26 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     } = way::look(opened, pids)?;
     let put_back = put::put(&puts, image, job.host.rights.as_ref())?;
     let groups = cgroup::settings::make(snapshot, &request.cgroups)?;
-    let objects = ipc::Prepared::new(snapshot, image, request)?;
+    let objects = ipc::Prepared::new(snapshot, image, &request.objects)?;
     let root = &snapshot.processes[0];
     let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
     let rights = job.host.rights.as_ref();
-    let (descriptors, incomplete) = contents::open_all(&inherit, snapshot, image, &ptys, rights)?;
+    let (descriptors, incomplete) = contents::open_all(
+        &inherit,
+        snapshot,
+        image,
+        &ptys,
+        (rights, request.objects.files),
+    )?;
     let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
     let lost = ptys.warnings.clone();
     let master = ptys.finish(snapshot)?;
-    let executable = contents::executable(root.memory.executable, snapshot, image, rights)?;
+    let executable = contents::executable(
+        root.memory.executable,
+        snapshot,
+        image,
+        (rights, request.objects.files),
+    )?;
     let bound = sockets::Made::before(snapshot, rights);
     // Processes of the job that lose their parents become ours.
     crate::supervise::adopt_orphans();
@@ -264,7 +254,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
 }
 
 /// What the new process will have from us before the plan sets anything.
-fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<plan::HostState> {
+fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<HostState> {
     let me = Pid::own();
     let status = read_status(me)?;
     let mut credentials = Credentials::of(&status, own_securebits());
@@ -286,7 +276,7 @@ fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<plan:
     }
     let root = &snapshot.processes[0].threads[0].credentials;
     let another = root.uid[0] != credentials.uid[0];
-    Ok(plan::HostState {
+    Ok(HostState {
         means,
         keyring: (another && keyrings_exist()).then_some((root.uid[0], root.gid[0])),
         rights,

@@ -26,6 +26,7 @@ use nix::errno::Errno;
 
 use super::spawn::may_choose_pids;
 use crate::error::{Error, Result};
+use crate::objects::plan::Means;
 
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 /// Below, the kernel gives ids only once (`RESERVED_PIDS`, kernel/pid.c).
@@ -34,45 +35,31 @@ const RESERVED: i32 = 300;
 /// machine.
 const PATIENCE: u64 = 500_000;
 
-/// The way that is taken.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Means {
-    /// clone3 is told.
-    #[default]
-    SetTid,
-    /// The kernel is told what was last.
-    LastPid,
-    /// All ids before it are taken.
-    Turns,
+/// The best way for us; `by_others`: also for children that were executed by our children.
+pub fn means(by_others: bool) -> Means {
+    if may_choose_pids(by_others) {
+        Means::SetTid
+    } else if may_set_last() {
+        Means::LastPid
+    } else {
+        Means::Turns
+    }
 }
 
-impl Means {
-    /// The best one for us; `by_others`: also for children that were executed by our children.
-    pub fn here(by_others: bool) -> Self {
-        if may_choose_pids(by_others) {
-            Means::SetTid
-        } else if may_set_last() {
-            Means::LastPid
-        } else {
-            Means::Turns
-        }
-    }
-
-    /// Sees to it that the next task that is created in our pid namespace gets this id.
-    ///
-    /// # Errors
-    /// [`Error::PidMissed`] when it cannot be brought about.
-    pub fn aim(self, wanted: i32) -> Result<()> {
-        let done = match self {
-            Means::SetTid => true,
-            Means::LastPid => match BROKER.get() {
-                Some(broker) => ask(broker, wanted).is_ok(),
-                None => set_last(wanted).is_ok(),
-            },
-            Means::Turns => take_turns(wanted),
-        };
-        done.then_some(()).ok_or(Error::PidMissed { pid: wanted })
-    }
+/// Sees to it that the next task that is created in our pid namespace gets this id.
+///
+/// # Errors
+/// [`Error::PidMissed`] when it cannot be brought about.
+pub fn aim(means: Means, wanted: i32) -> Result<()> {
+    let done = match means {
+        Means::SetTid => true,
+        Means::LastPid => match BROKER.get() {
+            Some(broker) => ask(broker, wanted).is_ok(),
+            None => set_last(wanted).is_ok(),
+        },
+        Means::Turns => take_turns(wanted),
+    };
+    done.then_some(()).ok_or(Error::PidMissed { pid: wanted })
 }
 
 /// Where root tells the kernel for us which id comes next ([`serve`]).
@@ -137,7 +124,7 @@ pub fn is_bearable(turns: u64) -> bool {
 /// id again, in this pid namespace and in a new one.
 pub fn leave_the_first_ids() {
     let early = last_pid().is_some_and(|last| last <= RESERVED);
-    if early && Means::here(false) == Means::Turns && !KernelFeatures::probe().pid_namespace {
+    if early && means(false) == Means::Turns && !KernelFeatures::probe().pid_namespace {
         take_turns(RESERVED + ROOM);
     }
 }

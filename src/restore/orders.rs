@@ -24,7 +24,7 @@ pub(crate) struct Orders {
     first: bool,
 }
 
-/// Copies of the descriptors that orders are about, out of the way of their numbers.
+/// The descriptors that orders are about, out of the way of their numbers.
 pub(crate) struct Kept {
     executable: OwnedFd,
     descriptors: Vec<(OwnedFd, i32)>,
@@ -33,27 +33,33 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
-    /// Copies them.
+    /// Puts those aside that have the number of another one.
     ///
     /// # Errors
     /// When there is no room for them.
     pub(crate) fn beside(
         executable: &impl AsRawFd,
-        descriptors: &[(OwnedFd, i32)],
+        descriptors: Vec<(OwnedFd, i32)>,
         go: &impl AsRawFd,
         report: &impl AsRawFd,
     ) -> Result<Self> {
         let numbers: HashSet<i32> = descriptors.iter().map(|(_, to)| *to).collect();
         let mut lowest = 3;
         let mut beside = |fd: RawFd| duplicate_beside(fd, &numbers, &mut lowest);
-        let mut copies = Vec::with_capacity(descriptors.len());
+        let mut kept = Vec::with_capacity(descriptors.len());
         for (fd, to) in descriptors {
-            copies.push((beside(fd.as_raw_fd())?, *to));
+            let is_aside = fd.as_raw_fd() > 2 && !numbers.contains(&fd.as_raw_fd());
+            let fd = if is_aside {
+                fd
+            } else {
+                beside(fd.as_raw_fd())?
+            };
+            kept.push((fd, to));
         }
-        copies.sort_by_key(|(_, to)| *to);
+        kept.sort_by_key(|(_, to)| *to);
         Ok(Self {
             executable: beside(executable.as_raw_fd())?,
-            descriptors: copies,
+            descriptors: kept,
             go: beside(go.as_raw_fd())?,
             report: beside(report.as_raw_fd())?,
         })

@@ -104,7 +104,6 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
         | Kind::PidFd(_)
         | Kind::ProcFile(_)
         | Kind::MessageQueue(_)
-        | Kind::Netlink(_)
         | Kind::EventFd(_)
         | Kind::SignalFd(_)
         | Kind::TimerFd(_)
@@ -119,7 +118,7 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     fn mapping(old: &str, new: &str) -> Mapping {
         Mapping {

@@ -9,15 +9,16 @@ use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 
 use super::births::{self, Birth, Births, Body, Origin};
-use super::next_pid::{self, Means};
+use super::next_pid;
 use super::taken::taken;
 use super::{Opened, ids};
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
 use crate::isolate::{First, Spec};
 use crate::objects::Snapshot;
+use crate::objects::clock;
 use crate::objects::memory::FileIdentity;
 use crate::objects::namespaces::Namespaces;
+use crate::objects::plan::Means;
 
 /// Where a job shall have its pids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,12 +50,14 @@ pub fn decide(opened: &Opened<'_>, wanted: Pids) -> Result<Place> {
     let why = match wanted {
         Pids::Keep => return Ok(Place::Here),
         Pids::Namespace => None,
-        Pids::Auto => match why_not_here(&opened.snapshot, &births, &opened.request.leaving) {
-            None => return Ok(Place::Here),
-            // Whatever is in the way here is told by the restore here.
-            _ if !may_have_namespace(opened) => return Ok(Place::Here),
-            why => why,
-        },
+        Pids::Auto => {
+            match why_not_here(&opened.snapshot, &births, &opened.request.objects.leaving) {
+                None => return Ok(Place::Here),
+                // Whatever is in the way here is told by the restore here.
+                _ if !may_have_namespace(opened) => return Ok(Place::Here),
+                why => why,
+            }
+        }
     };
     let obstacles = why_not_in_namespace(&opened.snapshot, &births, why.as_deref());
     match obstacles.is_empty() {
@@ -76,7 +79,7 @@ fn why_not_here(snapshot: &Snapshot, births: &[Births], leaving: &[Pid]) -> Opti
         return Some("the job had a pid namespace to itself".into());
     }
     let ids = ids(snapshot, births);
-    if Means::here(ids.len() > 1) == Means::Turns {
+    if next_pid::means(ids.len() > 1) == Means::Turns {
         return Some(format!("choosing pids takes {}", Use::ChoosePids));
     }
     let taken = taken(&ids, leaving);
@@ -92,7 +95,7 @@ fn may_have_namespace(opened: &Opened<'_>) -> bool {
 /// How the job's tasks come by their ids among ours.
 pub(super) fn means(snapshot: &Snapshot) -> Means {
     let births = births::decide(snapshot).unwrap_or_default();
-    Means::here(ids(snapshot, &births).len() > 1)
+    next_pid::means(ids(snapshot, &births).len() > 1)
 }
 
 /// How many ids are given before the job's, where that takes a while.
@@ -156,7 +159,7 @@ pub fn still_runs(opened: &Opened<'_>) -> Option<i32> {
     let root = snapshot.processes.first()?;
     let program = snapshot.mapped_files.get(root.memory.executable)?;
     let stat = read_stat(Pid(root.pid)).ok()?;
-    let begun = host::unix_time_of_ticks(stat.starttime);
+    let begun = clock::unix_time_of_ticks(stat.starttime);
     let meta = std::fs::metadata(format!("/proc/{}/exe", root.pid)).ok()?;
     let same = FileIdentity::of(&meta).is_same_file(&program.identity);
     let taken_at = (snapshot.host.realtime_ns / 1_000_000_000) as i64;
@@ -246,7 +249,7 @@ pub(super) fn in_the_way(
     let ids = ids(snapshot, &births);
     let others: Vec<i32> = ids.iter().copied().filter(|id| *id != 1).collect();
     let mut obstacles = taken(if first.is_some() { &others } else { &ids }, leaving);
-    if obstacles.is_empty() && Means::here(ids.len() > 1) == Means::Turns {
+    if obstacles.is_empty() && next_pid::means(ids.len() > 1) == Means::Turns {
         // Who can have a namespace has no need to keep others waiting for ids.
         obstacles.extend(match kernel.pid_namespace {
             true => Some(not_permitted(snapshot.processes[0].pid, "")),

@@ -10,12 +10,12 @@ use super::Request;
 use super::births::{Births, Origin};
 use super::build::Build;
 use super::late::Late;
-use super::plan::{HostState, Plan};
 use super::terminals::Terminals;
 use crate::error::Obstacle;
-use crate::holes;
+use crate::objects::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
+use crate::objects::plan::{HostState, Plan};
 use crate::objects::process::Process;
 use crate::objects::processor::Refit;
 use crate::objects::vdso::Replaced;
@@ -52,7 +52,7 @@ pub struct Job<'a> {
 pub struct Planned {
     /// The plan.
     pub plan: Plan,
-    /// Where shared memory objects are mapped as a whole during [`Fill`](super::plan::Stage::Fill).
+    /// Where shared memory objects are mapped as a whole during [`Fill`](crate::objects::plan::Stage::Fill).
     pub shared_at: SharedAt,
 }
 

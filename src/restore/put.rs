@@ -13,13 +13,13 @@ use ckpt_image::Reader;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
-use super::rights::{self, Rights};
-use super::space;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
 use crate::objects::files::saved::{Saved, is_shared_memory};
-use crate::objects::memory::{FileIdentity, open_regular};
+use crate::objects::memory::{FileIdentity, space};
+use crate::objects::open::{Handle, Last};
+use crate::objects::rights::{self, Rights};
 
 /// What becomes of the files that the image holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,8 +89,8 @@ pub struct Put<'a> {
     saved: Saved,
     /// Where: symbolic links in its place are followed.
     path: PathBuf,
-    /// Something is there that is lost.
-    replaces: bool,
+    /// Device and inode of what is there, and is lost.
+    replaces: Option<(u64, u64)>,
 }
 
 /// What has to be put back: nothing where the very contents are there already. Touches nothing.
@@ -134,15 +134,19 @@ fn decide_one<'a>(
     let refuse = |reason: String, remedy: &str| {
         Ok(Err(Box::new(Obstacle::new(object.clone(), reason, remedy))))
     };
-    let path = fs::canonicalize(name).unwrap_or_else(|_| name.to_owned());
+    let found = Handle::of(name, Last::LeadsOn);
+    // A link that leads to nothing is something else.
+    let found = found.or_else(|e| Handle::of(name, Last::IsIt).map_err(|_| e));
+    let path = found.as_ref().ok().and_then(Handle::place);
+    let path = path.unwrap_or_else(|| name.to_owned());
     let put = |replaces| Put {
         identity,
         saved,
         path: path.clone(),
         replaces,
     };
-    let meta = match fs::symlink_metadata(&path) {
-        Ok(meta) if meta.is_file() => meta,
+    let found = match found {
+        Ok(found) if found.meta().is_file() => found,
         Ok(_) => {
             let reason = "cannot be put back: something else than a file is in its place".into();
             return refuse(reason, "move that away");
@@ -150,7 +154,7 @@ fn decide_one<'a>(
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let directory = path.parent().unwrap_or(Path::new("/"));
             if directory.is_dir() {
-                return Ok(Ok(Some(put(false))));
+                return Ok(Ok(Some(put(None))));
             }
             let directory = directory.display();
             let reason = format!("cannot be put back: there is no directory {directory}");
@@ -163,8 +167,9 @@ fn decide_one<'a>(
             );
         }
     };
+    let meta = found.meta();
     if meta.len() == identity.size {
-        match open_regular(&path) {
+        match found.read() {
             Ok(there) => {
                 let size = identity.size;
                 if space::same(&there, &path, saved.space, size, image)? {
@@ -177,11 +182,11 @@ fn decide_one<'a>(
             }
         }
     }
-    if policy != PutFiles::Overwrite && modified_ns(&meta) > i128::from(taken_at) {
+    if policy != PutFiles::Overwrite && modified_ns(meta) > i128::from(taken_at) {
         let reason = "would be put over a file that was changed after the checkpoint".into();
         return refuse(reason, "move that away, or let it be lost with --overwrite");
     }
-    Ok(Ok(Some(put(true))))
+    Ok(Ok(Some(put(Some((meta.dev(), meta.ino()))))))
 }
 
 /// Time of the last change of contents, nanoseconds since 1970.
@@ -194,8 +199,8 @@ impl Put<'_> {
     pub fn describe(&self) -> String {
         let (path, size) = (self.path.display(), self.identity.size);
         match self.replaces {
-            true => format!("overwrite {path} with the {size} bytes of the image"),
-            false => format!("create {path} with the {size} bytes of the image"),
+            Some(_) => format!("overwrite {path} with the {size} bytes of the image"),
+            None => format!("create {path} with the {size} bytes of the image"),
         }
     }
 
@@ -343,15 +348,21 @@ fn put_all(puts: &[Put<'_>], image: &Reader, undo: &mut Undo) -> Result<()> {
         let prepared = put.prepare(image, &mut undo.warnings)?;
         let meta = fs::symlink_metadata(&prepared.at).map_err(|source| put.error(source))?;
         let placed = match put.replaces {
-            true => exchange(prepared, &put.path).map(Some),
-            false => create(prepared, &put.path).map(|()| None),
+            Some(_) => exchange(prepared, &put.path).map(Some),
+            None => create(prepared, &put.path).map(|()| None),
         };
         let old = placed.map_err(|source| put.error(source))?;
+        let replaced = old.as_deref().map(fs::symlink_metadata).transpose();
         undo.done.push(Done {
             path: put.path.clone(),
             new: (meta.dev(), meta.ino()),
             old,
         });
+        let replaced = replaced.map_err(|source| put.error(source))?;
+        if replaced.map(|m| (m.dev(), m.ino())) != put.replaces {
+            let other = io::Error::other("another file has come into its place");
+            return Err(put.error(other));
+        }
     }
     Ok(())
 }

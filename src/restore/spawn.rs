@@ -16,11 +16,12 @@ use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
 use super::clock::Clocks;
-use super::next_pid::Means;
+use super::next_pid;
 use super::orders::{Kept, Orders};
 use super::pids;
 use crate::error::{Error, Result};
 use crate::isolate::First;
+use crate::objects::plan::Means;
 use crate::objects::process::Process;
 
 /// The new processes: killed and reaped unless they were let go.
@@ -98,7 +99,7 @@ pub fn spawn(
     clocks: Clocks,
     (first, means): (Option<First>, Means),
 ) -> Result<(Brood, Stopped)> {
-    crate::host::raise_descriptor_limit();
+    crate::objects::limits::raise_descriptor_limit();
     let name = CString::new(process.threads[0].name.clone()).unwrap_or_default();
     let (report_read, report_write) = pipe()?;
     let mut brood = Brood::default();
@@ -111,7 +112,7 @@ pub fn spawn(
         }
         None => {
             let (go_read, go_write) = pipe()?;
-            let kept = Kept::beside(executable, &descriptors, &go_read, &report_write)?;
+            let kept = Kept::beside(executable, descriptors, &go_read, &report_write)?;
             let orders = kept.orders(name, Some(go_write.as_raw_fd()));
             let pid = fork_under(process.pid, means, clocks, &orders)?;
             brood.add(pid);
@@ -170,7 +171,7 @@ pub fn may_become(context: &[u8], means: Means) -> bool {
 /// A child of ours under that pid, with these clocks; it may turn out to have another pid, unless
 /// the kernel was told.
 fn fork_under(pid: i32, means: Means, clocks: Clocks, orders: &Orders) -> Result<i32> {
-    means.aim(pid)?;
+    next_pid::aim(means, pid)?;
     let r = clocks.during(|| {
         // SAFETY: the child runs `execute`, which makes nothing but system calls on memory that was
         // prepared before, and never returns.

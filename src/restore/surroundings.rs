@@ -5,19 +5,15 @@ use std::path::Path;
 
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::features::KernelFeatures;
-use nix::fcntl::{AT_FDCWD, AtFlags};
-use nix::unistd::{AccessFlags, faccessat};
+use nix::unistd::AccessFlags;
 
 use super::next_pid;
 use crate::error::Obstacle;
+use crate::objects::access::{MISSING, may};
 use crate::objects::files::procfs;
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, aio};
-
-/// What to do about something that is not where it was.
-pub const MISSING: &str =
-    "put it back in its place, or say where it is now with --map-path OLD=NEW";
 
 /// Everything of the surroundings that stands in the way of a restore, open and mapped files aside.
 /// What a job that is `leaving` has of limited things, it leaves to its restore.
@@ -39,11 +35,6 @@ pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures, leaving: bool) -
             .filter_map(|(size, bytes)| pool_too_small(*size, *bytes)),
     );
     obstacles
-}
-
-/// Whether we may use a file in that way, as the error of access(2) with our effective ids.
-pub fn may(path: &Path, how: AccessFlags) -> nix::Result<()> {
-    faccessat(AT_FDCWD, path, how, AtFlags::AT_EACCESS)
 }
 
 fn programs(snapshot: &Snapshot) -> impl Iterator<Item = Obstacle> {

@@ -10,7 +10,7 @@ use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Pid, Tid};
 
 use crate::error::Obstacle;
-use crate::outsiders::process_name;
+use crate::objects::outsiders::process_name;
 
 /// Ids that others have. `leaving` are processes whose ids will be free.
 ///

@@ -1,14 +1,12 @@
 //! What becomes of each terminal of a job: the pty that it was between processes of the job, our
 //! own terminal, or a new pty.
 
-use std::path::PathBuf;
-
 use super::Request;
-use super::plan::Inherited;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::objects::files::terminal::{End, Side, Terminal};
+use crate::objects::files::terminal::{End, Places, Side, Terminal};
 use crate::objects::files::{Kind, named};
+use crate::objects::plan::Inherited;
 
 /// What a terminal becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +44,7 @@ impl Terminals {
                 Kind::Terminal(end) => {
                     let counts = end.terminal == index
                         && end.side != Side::HungUp
-                        && named(at, snapshot, request).is_none();
+                        && named(at, snapshot, &request.objects).is_none();
                     counts.then_some((end, description.flags))
                 }
                 _ => None,
@@ -111,15 +109,15 @@ impl Terminals {
         let process = &snapshot.processes[index];
         process.session == process.pid || (index == 0 && self.root_leads)
     }
+}
 
-    /// Whether a terminal of the machine's becomes another one.
-    pub fn loses(&self, end: &End) -> bool {
+impl Places for Terminals {
+    fn loses(&self, end: &End) -> bool {
         let other = matches!(self.place(end.terminal), Place::Ours | Place::Fresh);
         end.is_of_machine() && other
     }
 
-    /// What a description of a terminal is made from.
-    pub fn rebuild(
+    fn rebuild(
         &self,
         end: &End,
         index: usize,
@@ -127,7 +125,7 @@ impl Terminals {
         snapshot: &Snapshot,
     ) -> Result<Inherited, Box<Obstacle>> {
         if self.place(end.terminal) == Place::Device && end.is_of_machine() {
-            return Ok(Inherited::Named(PathBuf::from(&end.name), flags));
+            return Ok(Inherited::MachineTerminal(index));
         }
         if end.side == Side::HungUp || self.place(end.terminal) != Place::Ours {
             return Ok(Inherited::Terminal(index));

@@ -11,16 +11,17 @@ use ckpt_tracer::proc::status::read_status;
 use super::clock::{self, Clocks};
 use super::image_file::ImageFile;
 use super::pids::{self, Pids, Place};
-use super::plan::Inherit;
 use super::planner::Job;
 use super::put::{self, Put};
-use super::{Request, bundle, paths, rights, spawn, surroundings};
+use super::{Request, bundle, paths, spawn, surroundings};
 use crate::error::{Error, Obstacle, Result};
 use crate::inspect::references;
 use crate::isolate::First;
 use crate::objects::files::changed::Cut;
 use crate::objects::files::left;
+use crate::objects::plan::Inherit;
 use crate::objects::processor::Baseline;
+use crate::objects::rights;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, credentials, ipc, processor, seccomp, security, signals};
 use crate::snapshot;
@@ -103,7 +104,7 @@ impl Opened<'_> {
     /// its pids there.
     pub(super) fn look_for_a_place(&mut self) -> Result<Vec<Obstacle>> {
         if let Place::Here = pids::decide(self, Pids::Auto)? {
-            let leaving = &self.request.leaving;
+            let leaving = &self.request.objects.leaving;
             return Ok(pids::in_the_way(
                 &self.snapshot,
                 &self.kernel,
@@ -218,7 +219,7 @@ fn opened<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
 pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Way<'a>> {
     let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
     let mut obstacles = opened.obstacles.clone();
-    let leaving = !request.leaving.is_empty();
+    let leaving = !request.objects.leaving.is_empty();
     obstacles.extend(surroundings::in_the_way(snapshot, &opened.kernel, leaving));
     let mut inherit = Vec::new();
     let means = pids::means(snapshot);
@@ -246,12 +247,12 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     let puts = put::decide(snapshot, image, request.put_files);
     let puts = refused_or(puts, &mut obstacles)?;
     let rights = job.as_ref().and_then(|job| job.host.rights.as_ref());
-    let cuts = rights::with(rights, || Cut::all(snapshot, request));
+    let cuts = rights::with(rights, || Cut::all(snapshot, &request.objects));
     let cuts = cuts.map_err(Error::Refused);
     let cuts = refused_or(cuts, &mut obstacles)?;
     // In a namespace of its own everything is missing, and may be created.
     if opened.inside || !snapshot.namespaces.ipc {
-        refused_or(ipc::refuse(snapshot, request), &mut obstacles)?;
+        refused_or(ipc::refuse(snapshot, &request.objects), &mut obstacles)?;
     }
     if let Some(job) = &job {
         let (now, held) = (&job.host.credentials, job.host.held);

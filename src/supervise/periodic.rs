@@ -19,7 +19,7 @@ use nix::unistd::Pid;
 use super::interval::next_due;
 use super::retention::Images;
 use super::sys::{Change, changed};
-use crate::capture::save_files::Pattern;
+use crate::objects::save_files::Pattern;
 
 /// How checkpoints of a program are taken.
 #[derive(Clone, Debug)]

@@ -35,6 +35,7 @@ pub mod pidfd;
 pub mod proc;
 pub mod refusal;
 pub mod remote;
+pub mod syscall_names;
 pub mod task;
 pub mod trial;
 pub mod unix_diag;

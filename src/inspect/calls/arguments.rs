@@ -1,9 +1,9 @@
 //! The arguments of a system call as text.
 
 use super::flags;
-use super::names::name;
 use super::table::CALLS;
 use crate::inspect::memory::TargetMemory;
+use ckpt_tracer::syscall_names::name;
 
 /// Longer text in memory is cut.
 const MAX_TEXT: usize = 256;

@@ -2,7 +2,6 @@
 
 mod arguments;
 mod flags;
-pub mod names;
 mod table;
 
 pub use arguments::{Context, describe, open_flags};

@@ -1,8 +1,8 @@
 use super::*;
-use crate::inspect::fixture::{MEMORY, good_image, image, mapping, snapshot};
 use crate::objects::SpaceId;
 use crate::objects::files::epoll::{Entry, Epoll};
 use crate::objects::files::{Description, Kind};
+use crate::objects::fixture::{MEMORY, good_image, image, mapping, snapshot};
 use crate::objects::memory::{Backing, SharedMemory};
 use crate::objects::signals::Action;
 use crate::objects::zombie::Zombie;

@@ -9,8 +9,8 @@ use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::proc::maps::{Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
+use crate::objects::source::{Collector, Source};
 
 mod needs;
 mod rebuild;

@@ -1,7 +1,7 @@
 //! Contexts as operations of a plan.
 
 use crate::objects::memory::{Backing, Mapping};
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 use super::{EVENT, HEAD, NR, Ring, needs, places};
 

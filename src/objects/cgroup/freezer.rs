@@ -16,7 +16,7 @@ use nix::errno::Errno;
 
 use super::{Cgroup, capture, directory, is_of};
 use crate::error::{Error, Obstacle, Result};
-use crate::outsiders::process_name;
+use crate::objects::outsiders::process_name;
 
 /// A frozen group: one that was frozen itself, not by a group above it that can be seen.
 #[derive(Clone, Debug, PartialEq, Eq)]

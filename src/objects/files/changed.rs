@@ -1,9 +1,9 @@
 //! Whether a file is still what the job left, and what `restore --files` does about it.
 
 use std::collections::HashSet;
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{self, FsType};
@@ -13,9 +13,10 @@ use super::regular::Regular;
 use super::{Description, Kind};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::access::{MISSING, may};
 use crate::objects::memory::{Backing, FileIdentity};
-use crate::restore::surroundings::{MISSING, may};
-use crate::restore::{FilesPolicy, Request};
+use crate::objects::open::{Handle, Last};
+use crate::objects::options::{FilesPolicy, Options};
 
 /// How a file differs from what it was at the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,38 +70,39 @@ impl Change {
     }
 }
 
-/// Refuses a file that is not what it was, as far as the policy minds. `flags` are those of the
-/// description.
+/// What is there, if it is what it was, as far as the policy minds. `flags` are those of the description.
 pub fn check(
     file: &Regular,
     flags: u32,
     written: &Written,
     policy: FilesPolicy,
-) -> Result<(), Box<Obstacle>> {
+) -> Result<Handle, Box<Obstacle>> {
     let refuse =
         |reason: String, remedy: &str| Err(Box::new(Obstacle::new(file.object(), reason, remedy)));
-    let now = match look(file) {
+    // What was put back is what it was.
+    let policy = file.saved.map_or(policy, |_| FilesPolicy::Adopt);
+    let now = match look(&file.path, &file.identity, policy) {
         Ok(now) => now,
         Err(e) => return refuse(format!("cannot be opened: {e}"), MISSING),
     };
-    if let Some(reason) = is_another_kind(&file.path, &now, &file.identity) {
+    if let Some(reason) = is_another_kind(&now, &file.path, &file.identity) {
         return refuse(reason, MISSING);
     }
     let access = access(flags);
-    if let Some(Err(e)) = access.map(|access| may(&file.path, access)) {
+    if let Some(Err(e)) = access.map(|access| may(&now.link(), access)) {
         let remedy = "change its mode, or restore as somebody who may open it";
         return refuse(format!("cannot be opened: {}", e.desc()), remedy);
     }
-    if policy == FilesPolicy::Adopt || !file.is(libc::S_IFREG) || is_of_the_kernel(&file.path) {
-        return Ok(());
+    if policy == FilesPolicy::Adopt || !file.is(libc::S_IFREG) || is_of_the_kernel(&now.link()) {
+        return Ok(now);
     }
-    match Change::between(&file.identity, &now) {
-        None => Ok(()),
-        Some(change) if change.by_writing() && written.has(&file.identity) => Ok(()),
+    match Change::between(&file.identity, now.meta()) {
+        None => Ok(now),
+        Some(change) if change.by_writing() && written.has(&file.identity) => Ok(now),
         // Through such a handle nothing is read.
-        Some(change) if change != Change::Replaced && flags as i32 & libc::O_PATH != 0 => Ok(()),
+        Some(change) if change != Change::Replaced && flags as i32 & libc::O_PATH != 0 => Ok(now),
         Some(change) => {
-            let reason = change.reason(file.identity.size, now.len());
+            let reason = change.reason(file.identity.size, now.meta().len());
             let adopt = "put the old one back, or take what is there with --files adopt";
             let obstacle = Obstacle::new(file.object(), reason, adopt);
             // The very file, which others write.
@@ -115,11 +117,16 @@ pub fn check(
 
 /// Why what is there is no file of the kind that it was, whatever is in it: a FIFO, a device, or a link to a file of the
 /// kernel's.
-pub fn is_another_kind(path: &Path, now: &Metadata, was: &FileIdentity) -> Option<String> {
-    if now.mode() & libc::S_IFMT != was.mode & libc::S_IFMT {
-        return Some("is something else by now".into());
+pub fn is_another_kind(now: &Handle, path: &Path, was: &FileIdentity) -> Option<String> {
+    let kind = now.meta().mode() & libc::S_IFMT;
+    if kind != was.mode & libc::S_IFMT {
+        let what = match kind {
+            libc::S_IFLNK => "a symbolic link",
+            _ => "something else",
+        };
+        return Some(format!("is {what} by now"));
     }
-    let leads_to = is_of_the_kernel(path).then(|| path.canonicalize().ok())??;
+    let leads_to = is_of_the_kernel(&now.link()).then(|| now.place())??;
     (leads_to != path).then(|| format!("leads to {} by now", leads_to.display()))
 }
 
@@ -134,12 +141,15 @@ fn access(flags: u32) -> Option<AccessFlags> {
     }
 }
 
-/// The file that the record's path leads to.
-fn look(file: &Regular) -> io::Result<Metadata> {
-    match std::fs::symlink_metadata(&file.path) {
-        Ok(meta) if meta.is_symlink() && !file.is(libc::S_IFLNK) => std::fs::metadata(&file.path),
-        other => other,
-    }
+/// What the path of a record leads to. A directory may have been moved, with a link in its place, and with `--files
+/// adopt` a file.
+pub fn look(path: &Path, was: &FileIdentity, policy: FilesPolicy) -> io::Result<Handle> {
+    let last = match was.mode & libc::S_IFMT {
+        libc::S_IFDIR => Last::LeadsOn,
+        libc::S_IFREG if policy == FilesPolicy::Adopt => Last::LeadsOn,
+        _ => Last::IsIt,
+    };
+    Handle::of(path, last)
 }
 
 /// Files whose contents the kernel makes up when they are read; their inodes and times say nothing.
@@ -215,10 +225,10 @@ pub struct Cut {
 impl Cut {
     /// All files that `--files truncate` cuts back: those that the job has open for writing and
     /// that have grown. They are opened here, so that what may not be cut is refused in time.
-    pub fn all(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Self>, Vec<Obstacle>> {
+    pub fn all(snapshot: &Snapshot, options: &Options) -> Result<Vec<Self>, Vec<Obstacle>> {
         let mut cuts: Vec<Self> = Vec::new();
         let mut obstacles = Vec::new();
-        if request.files != FilesPolicy::Truncate {
+        if options.files != FilesPolicy::Truncate {
             return Ok(cuts);
         }
         for (index, description) in snapshot.descriptions.iter().enumerate() {
@@ -226,7 +236,7 @@ impl Cut {
                 continue;
             };
             let stays = file.contents.is_some() || file.saved.is_some();
-            if stays || !writes(description) || super::named(index, snapshot, request).is_some() {
+            if stays || !writes(description) || super::named(index, snapshot, options).is_some() {
                 continue;
             }
             let known = cuts.iter().any(|cut| cut.path == file.path);
@@ -243,24 +253,21 @@ impl Cut {
     }
 
     fn of(file: &Regular) -> Result<Option<Self>, Box<Obstacle>> {
-        let grown = |meta: &Metadata| Change::between(&file.identity, meta) == Some(Change::Grown);
         // What else may be wrong with it is told by `check`.
-        if !file.is(libc::S_IFREG) || !look(file).is_ok_and(|now| grown(&now)) {
+        let Ok(now) = look(&file.path, &file.identity, FilesPolicy::Truncate) else {
+            return Ok(None);
+        };
+        let change = Change::between(&file.identity, now.meta());
+        if !now.meta().is_file() || change != Some(Change::Grown) {
             return Ok(None);
         }
-        let opened = OpenOptions::new()
-            .write(true)
-            .custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK)
-            .open(&file.path);
-        let opened = opened.and_then(|f| Ok((f.metadata()?, f)));
-        match opened {
-            Ok((meta, opened)) if grown(&meta) => Ok(Some(Self {
+        match now.open(libc::O_WRONLY) {
+            Ok(opened) => Ok(Some(Self {
                 path: file.path.clone(),
                 file: opened,
-                now: meta.len(),
+                now: now.meta().len(),
                 then: file.identity.size,
             })),
-            Ok(_) => Ok(None),
             Err(e) => Err(Box::new(Obstacle::new(
                 file.object(),
                 format!("has grown and cannot be cut back: {e}"),

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Kind, Look};
 use crate::error::Obstacle;
-use crate::restore::plan::Builder;
-use crate::restore::rights;
-use crate::restore::surroundings::MISSING;
+use crate::objects::access::MISSING;
+use crate::objects::open::{Handle, Last};
+use crate::objects::rights::{self, Rights};
 
 /// An open character device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,35 +48,43 @@ pub fn capture(look: &Look, path: &Path) -> Kind {
 }
 
 impl Device {
-    /// Opens it at its staging number: by the name that it had, or by another that leads to the same
+    /// For messages.
+    pub fn object(&self) -> String {
+        format!("the device {}", self.path.display())
+    }
+
+    /// Finds it, to be opened with these rights: by the name that it had, or by another that leads to the same
     /// device where that is gone.
-    pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
-        let object = || format!("the device {}", self.path.display());
-        let number = libc::makedev(self.number.0, self.number.1);
-        let leads_to = |path: &Path| match std::fs::metadata(path) {
-            Ok(meta) if meta.file_type().is_char_device() && meta.rdev() == number => Ok(()),
-            Ok(_) => Err("is something else by now".to_owned()),
-            Err(e) => Err(format!("cannot be opened: {e}")),
-        };
-        let usual = STATELESS.iter().find(|(known, _)| *known == self.number);
-        let usual = usual.map(|(_, path)| Path::new(path));
-        let path = match leads_to(&self.path) {
-            Ok(()) => self.path.as_path(),
-            Err(reason) => match usual.filter(|path| leads_to(path).is_ok()) {
-                Some(path) => path,
-                None => return Err(Box::new(Obstacle::new(object(), reason, MISSING))),
-            },
-        };
-        let rights = plan.host().rights.as_ref();
-        if let Err(errno) = rights::may_open(rights, path, flags as i32) {
-            let reason = format!("cannot be opened by the job's user: {}", errno.desc());
-            let remedy = "give that user the right to it (chmod)";
-            return Err(Box::new(Obstacle::new(object(), reason, remedy)));
-        }
-        let path = plan.path(path);
-        let args = [libc::AT_FDCWD as u64, path, u64::from(flags), 0];
-        rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
-        super::place(0, at, plan, object);
-        Ok(())
+    pub fn find(&self, flags: u32, rights: Option<&Rights>) -> Result<Handle, Box<Obstacle>> {
+        rights::with(rights, || {
+            let usual = STATELESS.iter().find(|(known, _)| *known == self.number);
+            let usual = usual.map(|(_, path)| Path::new(path));
+            let found = device(&self.path, self.number);
+            let found = found.or_else(|reason| {
+                let other = usual.map(|path| device(path, self.number));
+                other.and_then(Result::ok).ok_or(reason)
+            });
+            let found =
+                found.map_err(|reason| Box::new(Obstacle::new(self.object(), reason, MISSING)))?;
+            if let Err(errno) = rights::may_open(None, &found.link(), flags as i32) {
+                let reason = format!("cannot be opened by the job's user: {}", errno.desc());
+                let remedy = "give that user the right to it (chmod)";
+                return Err(Box::new(Obstacle::new(self.object(), reason, remedy)));
+            }
+            Ok(found)
+        })
+    }
+}
+
+/// The character device of that number that a path leads to.
+///
+/// # Errors
+/// Why there is none.
+pub fn device(path: &Path, (major, minor): (u32, u32)) -> Result<Handle, String> {
+    let found = Handle::of(path, Last::LeadsOn).map_err(|e| format!("cannot be opened: {e}"))?;
+    let meta = found.meta();
+    match meta.file_type().is_char_device() && meta.rdev() == libc::makedev(major, minor) {
+        true => Ok(found),
+        false => Err("is something else by now".to_owned()),
     }
 }

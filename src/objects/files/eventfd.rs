@@ -7,7 +7,7 @@ use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// An event counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use super::inotify::search::Search;
 use super::{Look, left, place, sys};
-use crate::capture::source::{Collector, Patience, Source};
 use crate::error::Obstacle;
-use crate::restore::plan::Builder;
-use crate::restore::surroundings::MISSING;
+use crate::objects::access::MISSING;
+use crate::objects::plan::Builder;
+use crate::objects::source::{Collector, Patience, Source};
 
 /// A group with its marks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

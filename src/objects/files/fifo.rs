@@ -5,19 +5,25 @@
 //! the other end, it is [`outside`].
 
 use std::fs::File;
-use std::os::unix::fs::FileTypeExt;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, mkfifo};
 
 use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
 use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
-use crate::capture::source::Source;
-use crate::error::Obstacle;
+use crate::error::{Error, Obstacle};
 use crate::objects::Snapshot;
-use crate::restore::Request;
-use crate::restore::plan::Builder;
-use crate::restore::rights::{self, Rights};
+use crate::objects::access::may;
+use crate::objects::open::{Handle, Last};
+use crate::objects::options::Options;
+use crate::objects::plan::{Builder, Inherited};
+use crate::objects::rights::{self, Rights};
+use crate::objects::source::Source;
 
 /// One open file description of a FIFO: a read end, a write end, or both in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,7 +108,7 @@ pub fn rebuild(
     end: &FifoEnd,
     index: usize,
     snapshot: &Snapshot,
-    request: &Request<'_>,
+    options: &Options,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Box<Obstacle>> {
@@ -112,13 +118,19 @@ pub fn rebuild(
             Kind::Fifo(f) if (f.device, f.inode) == (end.device, end.inode) => Some((i, d, f)),
             _ => None,
         })
-        .filter(|(i, ..)| super::named(*i, snapshot, request).is_none())
+        .filter(|(i, ..)| super::named(*i, snapshot, options).is_none())
         .collect();
     if ends.first().map(|(i, ..)| *i) != Some(index) {
         return Ok(());
     }
-    let object = || format!("the FIFO {}", end.path.display());
-    end.open_first(snapshot, plan)?;
+    let object = || end.object();
+    if !end.deleted {
+        end.find(plan.host().rights.as_ref())?;
+    }
+    // A read end keeps the FIFO, and what is in it.
+    let first = staging.of(index);
+    plan.inherit(first, Inherited::Fifo(index));
+    plan.expect(libc::SYS_dup3, &[first as u64, 0, 0], 0, object);
     let access = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
     let again = plan.path(Path::new("/proc/self/fd/0"));
     let cwd = libc::AT_FDCWD as u64;
@@ -145,59 +157,85 @@ pub fn rebuild(
 }
 
 impl FifoEnd {
-    /// Opens a read end as descriptor 0, which keeps the FIFO and what is in it.
-    fn open_first(&self, snapshot: &Snapshot, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
-        let object = || format!("the FIFO {}", self.path.display());
-        let cwd = libc::AT_FDCWD as u64;
-        let access = (libc::O_RDONLY | libc::O_NONBLOCK | libc::O_CLOEXEC) as u64;
-        if !self.deleted {
-            self.check(plan.host().rights.as_ref())?;
-            let path = plan.path(&self.path);
-            let args = [cwd, path, access];
-            rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
-            return Ok(());
-        }
-        let path = plan.path(&self.free_name(snapshot));
-        let mode = u64::from(libc::S_IFIFO | 0o600);
-        plan.syscall(libc::SYS_mknodat, &[cwd, path, mode, 0], object);
-        plan.expect(libc::SYS_openat, &[cwd, path, access], 0, object);
-        plan.syscall(libc::SYS_unlinkat, &[cwd, path, 0], object);
-        plan.syscall(libc::SYS_fchmod, &[0, self.mode.into()], object);
-        Ok(())
+    /// For messages.
+    pub fn object(&self) -> String {
+        format!("the FIFO {}", self.path.display())
     }
 
-    fn check(&self, rights: Option<&Rights>) -> Result<(), Box<Obstacle>> {
-        let reason = match std::fs::metadata(&self.path) {
-            // Both ends are open meanwhile.
-            Ok(meta) if meta.file_type().is_fifo() => {
-                return rights::may_open(rights, &self.path, libc::O_RDWR).map_err(|errno| {
-                    Box::new(Obstacle::new(
-                        format!("the FIFO {}", self.path.display()),
-                        format!(
-                            "cannot be opened for reading and writing by the job's user: {}",
-                            errno.desc()
-                        ),
-                        "give that user the right to both (chmod)",
-                    ))
-                });
+    /// Opens a read end of it, by its name or by one for the moment.
+    ///
+    /// # Errors
+    /// When it is not there, or cannot be made again.
+    pub fn open(&self, rights: Option<&Rights>) -> Result<File, Error> {
+        let (path, opened) = match self.deleted {
+            false => {
+                let found = self.find(rights).map_err(|o| Error::refuse(*o))?;
+                (self.path.clone(), rights::with(rights, || found.read()))
             }
-            Ok(_) => "is something else by now".to_owned(),
-            Err(e) => format!("cannot be opened: {e}"),
+            true => rights::with(rights, || {
+                let path = self.free_name();
+                let made = self.make(&path);
+                (path, made)
+            }),
         };
-        let remedy = format!("make it again with: mkfifo {}", self.path.display());
-        let object = format!("the FIFO {}", self.path.display());
-        Err(Box::new(Obstacle::new(object, reason, remedy)))
+        opened.map_err(|source| Error::File {
+            what: "open the FIFO",
+            path,
+            source,
+        })
+    }
+
+    fn make(&self, path: &Path) -> io::Result<File> {
+        mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        let made = Handle::of(path, Last::IsIt);
+        let removed = std::fs::remove_file(path);
+        let made = made?;
+        removed?;
+        if !made.meta().file_type().is_fifo() {
+            return Err(io::Error::other("another file has its name by now"));
+        }
+        let file = made.read()?;
+        file.set_permissions(PermissionsExt::from_mode(self.mode))?;
+        Ok(file)
+    }
+
+    fn find(&self, rights: Option<&Rights>) -> Result<Handle, Box<Obstacle>> {
+        rights::with(rights, || {
+            let reason = match Handle::of(&self.path, Last::IsIt) {
+                Ok(found) if found.meta().file_type().is_fifo() => {
+                    // Both ends are open meanwhile.
+                    return match rights::may_open(None, &found.link(), libc::O_RDWR) {
+                        Ok(()) => Ok(found),
+                        Err(errno) => Err(Box::new(Obstacle::new(
+                            self.object(),
+                            format!(
+                                "cannot be opened for reading and writing by the job's user: {}",
+                                errno.desc()
+                            ),
+                            "give that user the right to both (chmod)",
+                        ))),
+                    };
+                }
+                Ok(_) => "is something else by now".to_owned(),
+                Err(e) => format!("cannot be opened: {e}"),
+            };
+            let remedy = format!("make it again with: mkfifo {}", self.path.display());
+            Err(Box::new(Obstacle::new(self.object(), reason, remedy)))
+        })
     }
 
     /// A name for the moment in which the FIFO has one: its own if that is free.
-    fn free_name(&self, snapshot: &Snapshot) -> PathBuf {
+    fn free_name(&self) -> PathBuf {
         let name = self.path.file_name().unwrap_or_default();
-        let pid = snapshot.processes.first().map_or(0, |p| p.pid);
+        let pid = std::process::id();
         let mut other = std::ffi::OsString::from(format!(".ckpt.{pid}.{}.", self.inode));
         other.push(name);
         let temp = std::env::temp_dir();
         let places = [self.path.parent().unwrap_or(Path::new("/")), &temp];
-        let usable = places.into_iter().find(|place| sys::may_write(place));
+        let writable = AccessFlags::W_OK | AccessFlags::X_OK;
+        let usable = places
+            .into_iter()
+            .find(|place| may(place, writable).is_ok());
         let place = usable.unwrap_or(Path::new("/var/tmp"));
         let own = place.join(name);
         if own.symlink_metadata().is_err() {

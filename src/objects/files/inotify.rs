@@ -12,11 +12,11 @@ use ckpt_tracer::proc::fdinfo::InotifyWatch;
 use serde::{Deserialize, Serialize};
 
 use super::{Look, Staging, sys};
-use crate::capture::source::{Collector, Patience, Source};
 use crate::error::{Error, Obstacle};
 use crate::objects::Snapshot;
-use crate::restore::plan::{Builder, Inherit, Inherited};
-use crate::restore::surroundings::MISSING;
+use crate::objects::access::MISSING;
+use crate::objects::plan::{Builder, Inherit, Inherited};
+use crate::objects::source::{Collector, Patience, Source};
 
 pub(super) mod search;
 

@@ -9,8 +9,8 @@ use super::epoll::{Entry, Epoll};
 use super::pidfd::PidFd;
 use super::procfs::ProcFile;
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::objects::process::Process;
-use crate::restore::plan::Builder;
 
 /// One of them.
 enum Late<'a> {
@@ -179,8 +179,8 @@ fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
 mod tests {
     use super::super::{Description, FdEntry};
     use super::*;
-    use crate::inspect::fixture;
-    use crate::restore::plan::HostState;
+    use crate::objects::fixture;
+    use crate::objects::plan::HostState;
 
     fn entry(fd: i32, description: usize) -> FdEntry {
         FdEntry {

@@ -11,12 +11,11 @@ use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Look, Survey};
-use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::outside::Surroundings;
-use crate::objects::ipc::notice::{By, Notice};
 use crate::objects::sockets;
+use crate::objects::source::Source;
 
 /// An open file description that is not in the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -264,11 +263,6 @@ pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
         });
         let has: HashSet<i32> = process.fds.iter().map(|entry| entry.fd).collect();
         process.record_locks.retain(|(fd, _)| has.contains(fd));
-        let is_there = |notice: &Notice| match &notice.by {
-            By::Nothing => true,
-            By::Cookie { socket, .. } => has.contains(socket),
-        };
-        process.notices.retain(is_there);
     }
     let mut wanted: HashSet<usize> = HashSet::new();
     for entry in snapshot.processes.iter().flat_map(|p| &p.fds) {

@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::regular::open_quietly;
 use super::{Description, Kind, Look};
-use crate::capture::source::{Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
+use crate::objects::source::{Contents, Source};
 
 /// A file lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

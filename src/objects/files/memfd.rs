@@ -4,10 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use super::attributes::Attributes;
 use super::{Kind, Look, sys};
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
+use crate::objects::plan::Builder;
+use crate::objects::source::{Collector, Source};
 use crate::objects::{Snapshot, SpaceId};
-use crate::restore::plan::Builder;
 
 /// A file that lives in memory. Descriptions of one file share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::restore::plan::Inherited;
+use crate::objects::plan::Inherited;
 
 /// Something of the surroundings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,11 +12,11 @@ use ckpt_tracer::proc::fdinfo::FdDetail;
 use serde::{Deserialize, Serialize};
 
 use super::{Look, sys};
-use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::outsiders::process_name;
-use crate::restore::plan::{Builder, Inherited};
+use crate::objects::outsiders::process_name;
+use crate::objects::plan::{Builder, Inherited};
+use crate::objects::source::Source;
 
 /// A handle of a process or thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

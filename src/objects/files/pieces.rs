@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::{Look, sys};
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// Bytes that a buffer has room for.
 const BUFFER: usize = 4096;

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
 use super::{Kind, Look, Staging, outside, sys};
-use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::restore::Request;
-use crate::restore::plan::Builder;
+use crate::objects::options::Options;
+use crate::objects::plan::Builder;
+use crate::objects::source::Source;
 
 /// One end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,7 +124,7 @@ pub fn rebuild(
     end: &PipeEnd,
     index: usize,
     snapshot: &Snapshot,
-    request: &Request<'_>,
+    options: &Options,
     staging: Staging,
     plan: &mut Builder,
 ) {
@@ -137,7 +137,7 @@ pub fn rebuild(
             Kind::Pipe(p) if p.inode == end.inode => Some((i, d.flags, p)),
             _ => None,
         })
-        .filter(|(i, ..)| super::named(*i, snapshot, request).is_none())
+        .filter(|(i, ..)| super::named(*i, snapshot, options).is_none())
         .collect();
     if ends.first().map(|(i, ..)| *i) != Some(index) {
         return;

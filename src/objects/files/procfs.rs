@@ -16,13 +16,13 @@ use nix::sys::statfs::PROC_SUPER_MAGIC;
 use serde::{Deserialize, Serialize};
 
 use super::{Look, sys};
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::options::FilesPolicy;
+use crate::objects::outsiders::process_name;
+use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
-use crate::outsiders::process_name;
-use crate::restore::FilesPolicy;
-use crate::restore::plan::{Builder, Inherited};
+use crate::objects::source::{Collector, Source};
 
 /// An open file of `/proc/PID`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -260,6 +260,7 @@ impl ProcFile {
         self.seek(at, flags, plan);
     }
 
+    /// Only the kernel gives names in a /proc, so that it may be opened by one.
     fn open_args(&self, path: &Path, flags: u32, plan: &mut Builder) -> [u64; 4] {
         let path = plan.path(path);
         let flags = super::reopen_flags(flags);

@@ -4,12 +4,12 @@
 use ckpt_tracer::capabilities::Use;
 
 use super::left::names_nothing;
-use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe};
+use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe, terminal};
 use crate::error::Obstacle;
+use crate::objects::options::Options;
+use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, limits, sockets};
-use crate::restore::plan::{Builder, Inherited};
-use crate::restore::terminals::Terminals;
 
 /// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
 /// until every descriptor of every process has been made from it. The root opens them all; the
@@ -125,7 +125,7 @@ fn gap(mut used: Vec<i32>, len: i32, limit: i32) -> i32 {
 
 /// Our own limit of numbers, which new processes have until they get theirs.
 fn limit() -> i32 {
-    crate::host::raise_descriptor_limit();
+    crate::objects::limits::raise_descriptor_limit();
     let (_, hard) = limits::current(libc::RLIMIT_NOFILE);
     hard.try_into().unwrap_or(i32::MAX)
 }
@@ -142,19 +142,19 @@ pub fn reopen_flags(flags: u32) -> u32 {
 /// Opens every description at its staging number. Called with no other descriptor open.
 pub fn open_descriptions(
     snapshot: &Snapshot,
-    request: &crate::restore::Request<'_>,
-    terminals: &Terminals,
+    options: &Options,
+    terminals: &dyn terminal::Places,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
-    let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, request).collect();
+    let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, options).collect();
     obstacles.extend(staging.obstacle());
     let written = changed::Written::by(snapshot);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
         let flags = description.flags;
         if let Kind::UnixSocket(socket) = &description.kind {
-            if let Some(path) = named(index, snapshot, request) {
+            if let Some(path) = named(index, snapshot, options) {
                 obstacles.push(socket.not_replaceable(path));
             }
             if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
@@ -162,25 +162,24 @@ pub fn open_descriptions(
             }
             continue;
         }
-        if let Some(path) = named(index, snapshot, request) {
+        if let Some(path) = named(index, snapshot, options) {
             plan.inherit(at, Inherited::Named(path.clone(), flags));
             continue;
         }
         match &description.kind {
             Kind::Regular(r) => {
-                if let Err(o) = r.rebuild(index, flags, at, (&written, request.files), plan) {
+                if let Err(o) = r.rebuild(index, flags, at, (&written, options.files), plan) {
                     obstacles.push(*o);
                 }
             }
-            Kind::Device(d) => {
-                if let Err(o) = d.rebuild(reopen_flags(flags), at, plan) {
-                    obstacles.push(*o);
-                }
-            }
+            Kind::Device(d) => match d.find(flags, plan.host().rights.as_ref()) {
+                Ok(_) => plan.inherit(at, Inherited::Device(index)),
+                Err(o) => obstacles.push(*o),
+            },
             // Made with the first of its ends.
-            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, request, staging, plan),
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, options, staging, plan),
             Kind::Fifo(f) => {
-                if let Err(o) = fifo::rebuild(f, index, snapshot, request, staging, plan) {
+                if let Err(o) = fifo::rebuild(f, index, snapshot, options, staging, plan) {
                     obstacles.push(*o);
                 }
             }
@@ -212,10 +211,9 @@ pub fn open_descriptions(
                 Err(o) => obstacles.push(*o),
             },
             Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
-            Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, request.files, plan),
+            Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, options.files, plan),
             Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
             Kind::UnixSocket(_) => {}
-            Kind::Netlink(socket) => socket.rebuild(at, plan),
             Kind::Left(left) => {
                 if let Some(path) = &left.instead {
                     plan.inherit(at, Inherited::Named(path.clone(), flags));
@@ -239,10 +237,10 @@ pub fn open_descriptions(
 pub fn named<'a>(
     description: usize,
     snapshot: &Snapshot,
-    request: &'a crate::restore::Request<'_>,
+    options: &'a Options,
 ) -> Option<&'a std::path::PathBuf> {
     let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
-    request
+    options
         .fds
         .iter()
         .find(|(fd, _)| fds().any(|e| e.fd == **fd && e.description == description))
@@ -250,10 +248,7 @@ pub fn named<'a>(
 }
 
 /// `--fd` for numbers that the job does not have.
-fn unknown_numbers(
-    snapshot: &Snapshot,
-    request: &crate::restore::Request<'_>,
-) -> impl Iterator<Item = Obstacle> {
+fn unknown_numbers(snapshot: &Snapshot, options: &Options) -> impl Iterator<Item = Obstacle> {
     let has = |fd: &i32| {
         snapshot
             .processes
@@ -261,7 +256,7 @@ fn unknown_numbers(
             .flat_map(|p| &p.fds)
             .any(|e| e.fd == *fd)
     };
-    let unknown: Vec<i32> = request.fds.keys().copied().filter(|fd| !has(fd)).collect();
+    let unknown: Vec<i32> = options.fds.keys().copied().filter(|fd| !has(fd)).collect();
     unknown.into_iter().map(|fd| names_nothing("--fd", fd))
 }
 
@@ -364,10 +359,7 @@ fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
 
 /// Gives a pipe or socket to who had made it. Without CAP_CHOWN it stays ours (limits.md).
 fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
-    let nameless = matches!(
-        description.kind,
-        Kind::Pipe(_) | Kind::UnixSocket(_) | Kind::Netlink(_)
-    );
+    let nameless = matches!(description.kind, Kind::Pipe(_) | Kind::UnixSocket(_));
     let ours = &plan.host().credentials;
     let ours = (ours.uid[3], ours.gid[3]);
     if let Some((user, group)) = description.made_by.filter(|ids| nameless && *ids != ours) {

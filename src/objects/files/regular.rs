@@ -13,13 +13,12 @@ use super::changed::{self, Written};
 use super::lock::Lock;
 use super::saved::{Saved, is_shared_memory};
 use super::{Kind, Look, removed};
-use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
-use crate::restore::FilesPolicy;
-use crate::restore::plan::{Builder, Inherited};
-use crate::restore::rights;
+use crate::objects::options::FilesPolicy;
+use crate::objects::plan::{Builder, Inherited};
+use crate::objects::source::{Collector, Contents, Source};
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -235,7 +234,7 @@ impl Regular {
         format!("the open file {}", self.path.display())
     }
 
-    /// Opens the file at its staging number, once it is the one that it was.
+    /// The file at its staging number, if it is the one that it was.
     pub fn rebuild(
         &self,
         index: usize,
@@ -245,31 +244,16 @@ impl Regular {
         plan: &mut Builder,
     ) -> Result<(), Box<Obstacle>> {
         let object = || self.object();
-        let ours = plan.host().rights.as_ref();
         if self.removed.is_some() {
             plan.inherit(at, Inherited::Removed(index));
         } else if self.contents.is_some() {
             plan.inherit(at, Inherited::DeletedFile(index));
-        } else if ours.is_some_and(|rights| rights.opens_for_it(index)) {
-            changed::check(self, flags, checks.0, checks.1)?;
-            plan.inherit(
-                at,
-                Inherited::OpenedForIt(index, super::reopen_flags(flags)),
-            );
         } else {
-            // What is put back is what it was.
+            // What is put back is not there yet.
             if self.saved.is_none() {
                 changed::check(self, flags, checks.0, checks.1)?;
             }
-            let path = plan.path(&self.path);
-            let args = [
-                libc::AT_FDCWD as u64,
-                path,
-                u64::from(super::reopen_flags(flags)),
-                0,
-            ];
-            rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
-            super::place(0, at, plan, object);
+            plan.inherit(at, Inherited::File(index));
         }
         // There is nothing in a directory that was removed.
         if self.offset != 0 && flags as i32 & libc::O_PATH == 0 && self.removed.is_none() {

@@ -10,10 +10,11 @@ use ckpt_tracer::proc::maps::{VmFlags, Vma};
 use serde::{Deserialize, Serialize};
 
 use super::Kind;
-use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
+use crate::objects::open::Handle;
+use crate::objects::source::{Collector, Contents, Source};
 
 /// A named file that can be put back as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,10 +87,13 @@ fn known(identity: &FileIdentity, collector: &Collector) -> Option<Saved> {
 fn open(source: &Source, vma: &Vma, path: &Path) -> std::io::Result<(File, Metadata)> {
     // Following this link wants CAP_CHECKPOINT_RESTORE.
     let link = format!("map_files/{:x}-{:x}", vma.start, vma.end);
-    let file = File::open(source.dir.join(link)).or_else(|_| File::open(path))?;
-    let meta = file.metadata()?;
-    match meta.ino() == vma.inode {
-        true => Ok((file, meta)),
+    if let Ok(file) = File::open(source.dir.join(link)) {
+        let meta = file.metadata()?;
+        return Ok((file, meta));
+    }
+    let found = Handle::of_regular(path)?;
+    match found.meta().ino() == vma.inode {
+        true => Ok((found.read()?, found.meta().clone())),
         false => Err(std::io::Error::other("another file has its name")),
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// A descriptor for signals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,9 +12,9 @@ use nix::errno::Errno;
 
 use super::lock::{Lock, LockKind};
 use super::{Owner, sys};
-use crate::capture::source::{Copies, Source};
 use crate::error::Obstacle;
 use crate::objects::sockets;
+use crate::objects::source::{Copies, Source};
 
 /// All descriptors of a job.
 pub struct Survey {

@@ -123,15 +123,6 @@ pub fn memfd(name: &str) -> Result<OwnedFd, Errno> {
     Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// access(2) for creating names in a directory.
-pub fn may_write(directory: &Path) -> bool {
-    let Ok(path) = CString::new(directory.as_os_str().as_bytes()) else {
-        return false;
-    };
-    // SAFETY: `path` is a C string.
-    unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) == 0 }
-}
-
 /// poll(2) without waiting: the events that hold now.
 pub fn poll_now(fd: &OwnedFd, events: i16) -> i16 {
     poll_for(fd, events, 0)

@@ -1,7 +1,7 @@
 //! Terminals: those outside the job, and pseudo-terminals of which the job has the master.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
 use std::path::Path;
 
 use ckpt_tracer::proc::{ProcRoot, stat::read_stat, tasks};
@@ -10,10 +10,14 @@ use nix::unistd::AccessFlags;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
+use super::device::device;
 use super::{Kind, Look, unread};
-use crate::capture::source::{Collector, Source};
 use crate::error::Obstacle;
-use crate::restore::surroundings::may;
+use crate::objects::Snapshot;
+use crate::objects::access::may;
+use crate::objects::open::Handle;
+use crate::objects::plan::Inherited;
+use crate::objects::source::{Collector, Source};
 use crate::tty::{self, Modes, Size};
 
 /// A terminal that the job has open, or that controls a session of the job.
@@ -151,16 +155,37 @@ impl End {
         self.side == Side::Slave && self.node.is_some_and(|(major, _)| !PTS.contains(&major))
     }
 
+    /// What its name leads to, if it is the device that was opened.
+    fn find(&self) -> Result<Handle, String> {
+        let node = self.node.unwrap_or_default();
+        device(Path::new(&self.name), node)
+    }
+
+    /// Opens it, as a terminal of the machine's.
+    ///
+    /// # Errors
+    /// When it is not there any more, or may not be opened.
+    pub fn open(&self, flags: u32) -> crate::Result<File> {
+        // It is not waited for; what is set of flags comes later.
+        let flags = flags as i32 & libc::O_ACCMODE | libc::O_NOCTTY | libc::O_NONBLOCK;
+        let found = self.find().map_err(std::io::Error::other);
+        let opened = found.and_then(|found| found.open(flags));
+        opened.map_err(|source| crate::Error::File {
+            what: "open",
+            path: (&self.name).into(),
+            source,
+        })
+    }
+
     /// Whether its name leads to the device that was opened, and may be opened in that way.
     pub fn can_be_opened(&self, flags: u32) -> bool {
-        let node =
-            std::fs::metadata(&self.name).map(|m| (libc::major(m.rdev()), libc::minor(m.rdev())));
         let access = match flags as i32 & libc::O_ACCMODE {
             libc::O_RDONLY => AccessFlags::R_OK,
             libc::O_WRONLY => AccessFlags::W_OK,
             _ => AccessFlags::R_OK | AccessFlags::W_OK,
         };
-        node.ok() == self.node && may(Path::new(&self.name), access).is_ok()
+        self.find()
+            .is_ok_and(|found| may(&found.link(), access).is_ok())
     }
 }
 
@@ -187,6 +212,24 @@ pub struct Ends {
 
 /// `/dev/tty`.
 const CONTROLLING: (u32, u32) = (5, 0);
+/// What the terminals of a job become at a restore.
+pub trait Places {
+    /// What a description of a terminal is made from.
+    ///
+    /// # Errors
+    /// What is in the way.
+    fn rebuild(
+        &self,
+        end: &End,
+        index: usize,
+        flags: u32,
+        snapshot: &Snapshot,
+    ) -> Result<Inherited, Box<Obstacle>>;
+
+    /// Whether a terminal of the machine's becomes another one.
+    fn loses(&self, end: &End) -> bool;
+}
+
 /// Slaves of ptys have these major numbers.
 const PTS: std::ops::RangeInclusive<u32> = 136..=143;
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::sys;
 use crate::objects::Host;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// A timer read through a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -28,13 +28,12 @@ use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
 
 use super::Snapshot;
-use crate::capture::source::{Collector, Source};
 use crate::error::{Error, Obstacle, Result};
-use crate::host;
-use crate::restore::Request;
+use crate::objects::clock;
+use crate::objects::options::Options;
+use crate::objects::source::{Collector, Source};
 
 pub mod mqueue;
-pub mod notice;
 pub mod sys;
 pub mod sysv_msg;
 pub mod sysv_sem;
@@ -271,7 +270,7 @@ impl Job {
         Self {
             pids: sources().map(|s| s.pid.raw()).collect(),
             uids: sources().map(|s| s.status.uid.effective).collect(),
-            began: host::unix_time_of_ticks(ticks),
+            began: clock::unix_time_of_ticks(ticks),
             waits: Vec::new(),
             alone: false,
         }
@@ -324,6 +323,7 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
             .collect();
     }
     collector.ipc.place = Place::here();
+    mqueue::refuse_notifications(&job, &collector.descriptions, &mut collector.obstacles);
     if job.alone && !collector.is_copy {
         mqueue::refuse_contents(&collector.descriptions, &mut collector.obstacles);
     }
@@ -365,17 +365,17 @@ pub fn no_semaphores() -> bool {
 }
 
 /// Refuses a restore here if anything stands in its way.
-pub fn refuse(snapshot: &Snapshot, request: &Request<'_>) -> Result<()> {
-    match in_the_way(snapshot, request)? {
+pub fn refuse(snapshot: &Snapshot, options: &Options) -> Result<()> {
+    match in_the_way(snapshot, options)? {
         obstacles if obstacles.is_empty() => Ok(()),
         obstacles => Err(Error::Refused(obstacles)),
     }
 }
 
-fn in_the_way(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Obstacle>> {
+fn in_the_way(snapshot: &Snapshot, options: &Options) -> Result<Vec<Obstacle>> {
     let here = snapshot.ipc.place == Place::here();
-    let leaving = !request.leaving.is_empty();
-    let mut obstacles = mqueue::in_the_way(snapshot, here, request);
+    let leaving = !options.leaving.is_empty();
+    let mut obstacles = mqueue::in_the_way(snapshot, here, options);
     let rows = table::read(Type::Shm)?;
     for segment in &snapshot.ipc.segments {
         obstacles.extend(segment.in_the_way(&rows, here, leaving).err());
@@ -404,10 +404,10 @@ pub struct Prepared {
 
 impl Prepared {
     /// Creates what is missing and puts back what is there. Nothing of the job runs.
-    pub fn new(snapshot: &Snapshot, image: &Reader, request: &Request<'_>) -> Result<Self> {
+    pub fn new(snapshot: &Snapshot, image: &Reader, options: &Options) -> Result<Self> {
         let here = snapshot.ipc.place == Place::here();
         let mut prepared = Self {
-            posix: mqueue::prepare(snapshot, request)?,
+            posix: mqueue::prepare(snapshot, options)?,
             ..Self::default()
         };
         let rows = table::read(Type::Shm)?;

@@ -10,18 +10,20 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::proc::syscall::{InSyscall, read_syscall};
+use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::sys;
-use crate::capture::source::Source;
+use super::{Job, sys};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Look};
-use crate::objects::process::Process;
-use crate::outsiders::process_name;
-use crate::restore::plan::Builder;
-use crate::restore::{FilesPolicy, Request};
+use crate::objects::options::{FilesPolicy, Options};
+use crate::objects::outsiders::process_name;
+use crate::objects::plan::Builder;
+use crate::objects::sockets;
+use crate::objects::source::Source;
 
 /// A queue, as a description of it shows it. Descriptions of one queue share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,9 +51,6 @@ pub struct MessageQueue {
     pub bytes: u64,
     /// Which process is to be told of the next message (`mq_notify`), 0 for none.
     pub notified: i32,
-    /// How (`SIGEV_SIGNAL`, which is 0, `SIGEV_NONE`, `SIGEV_THREAD`).
-    #[serde(default)]
-    pub notify: i32,
 }
 
 /// Captures a queue through one of its descriptors.
@@ -92,8 +91,7 @@ pub fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue
         size: attributes.size,
         held: attributes.held,
         bytes: field(&text, "QSIZE"),
-        notified: notified(&text),
-        notify: field(&text, "NOTIFY") as i32,
+        notified: field(&text, "NOTIFY_PID") as i32,
     })
 }
 
@@ -104,9 +102,54 @@ fn field(text: &str, key: &str) -> u64 {
     words.next().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
-/// Which process is to be told of the next message, by what reading a queue's file shows.
-pub(super) fn notified(text: &str) -> i32 {
-    field(text, "NOTIFY_PID") as i32
+/// Whether a socket is the one by which glibc is told of messages for mq_notify(3) with `SIGEV_THREAD`: a thread
+/// of glibc's reads cookies of `NOTIFY_COOKIE_LEN` bytes from it, as long as the process lives.
+pub fn waits_for_notices(source: &Source, look: &Look) -> bool {
+    const NOTIFY_COOKIE_LEN: u64 = 32;
+    if sockets::domain(&look.copy) != Some(libc::AF_NETLINK) {
+        return false;
+    }
+    let tasks = tasks::list_tasks(source.dir.clone()).unwrap_or_default();
+    tasks
+        .into_iter()
+        .any(|task| match read_syscall((source.pid, task)) {
+            Ok(InSyscall::Inside { nr, args, .. }) => {
+                nr == libc::SYS_recvfrom
+                    && args[0] == look.fd as u64
+                    && args[2] == NOTIFY_COOKIE_LEN
+            }
+            _ => false,
+        })
+}
+
+/// The obstacle that this socket is, which its program knows nothing of.
+pub fn notices_by_thread(source: &Source, look: &Look) -> Obstacle {
+    Obstacle::new(
+        look.object(source),
+        "is the netlink socket by which glibc runs a thread for each notice of a POSIX message queue (mq_notify \
+         with SIGEV_THREAD), which is not supported",
+        "let the program poll the queue instead",
+    )
+}
+
+/// Refuses what a process of the job wants to be told: the kernel does not show all of it.
+pub(super) fn refuse_notifications(
+    job: &Job,
+    descriptions: &[files::Description],
+    obstacles: &mut Vec<Obstacle>,
+) {
+    for (queue, _) in queues(descriptions) {
+        if job.pids.contains(&queue.notified) {
+            obstacles.push(Obstacle::new(
+                queue.title(),
+                format!(
+                    "is to tell {} of its next message (mq_notify), with a value that the kernel shows to nobody",
+                    process_name(Pid(queue.notified))
+                ),
+                "let the program take that back, or poll the queue",
+            ));
+        }
+    }
 }
 
 /// Refuses what goes with an IPC namespace: messages, and queues that nobody of the job has open.
@@ -150,9 +193,7 @@ pub(super) fn refuse_contents(descriptions: &[files::Description], obstacles: &m
 }
 
 /// Every queue once, by the first of its descriptions.
-pub(super) fn queues(
-    descriptions: &[files::Description],
-) -> impl Iterator<Item = (&MessageQueue, usize)> {
+fn queues(descriptions: &[files::Description]) -> impl Iterator<Item = (&MessageQueue, usize)> {
     let all = descriptions.iter().enumerate();
     let all = all.filter_map(|(index, d)| match &d.kind {
         Kind::MessageQueue(queue) => Some((queue, index)),
@@ -171,7 +212,6 @@ struct Present {
     inode: u64,
     held: i64,
     bytes: u64,
-    notified: i32,
 }
 
 impl MessageQueue {
@@ -206,12 +246,7 @@ impl MessageQueue {
                 true => field(&text, "QSIZE"),
                 false => self.bytes,
             };
-            Ok(Present {
-                inode,
-                held,
-                bytes,
-                notified: notified(&text),
-            })
+            Ok(Present { inode, held, bytes })
         };
         match open() {
             Ok(present) => Ok(Some(present)),
@@ -221,12 +256,7 @@ impl MessageQueue {
     }
 
     /// Whether it may be opened or created here.
-    fn in_the_way(
-        &self,
-        here: bool,
-        snapshot: &Snapshot,
-        request: &Request<'_>,
-    ) -> Result<(), Obstacle> {
+    fn in_the_way(&self, here: bool, options: &Options) -> Result<(), Obstacle> {
         if self.unlinked {
             return Ok(());
         }
@@ -244,24 +274,9 @@ impl MessageQueue {
                 )),
             };
         };
-        let is_told = |p: &Process| p.pid == self.notified && !p.notices.is_empty();
-        if present.notified != 0
-            && present.notified != self.notified
-            && snapshot.processes.iter().any(is_told)
-        {
-            return Err(Obstacle::new(
-                self.title(),
-                format!(
-                    "is to tell {} of its next message (mq_notify), and was to tell process {} of the job",
-                    process_name(Pid(present.notified)),
-                    self.notified
-                ),
-                "let that one take it back, or end it",
-            ));
-        }
         let same = here && present.inode == self.inode;
         let reason = match () {
-            () if request.files == FilesPolicy::Adopt => return Ok(()),
+            () if options.files == FilesPolicy::Adopt => return Ok(()),
             () if !same => "is another one than at the checkpoint".to_owned(),
             () if (present.held, present.bytes) != (self.held, self.bytes) => format!(
                 "held {} messages of {} bytes at the checkpoint and holds {} of {} now",
@@ -358,15 +373,15 @@ impl MessageQueue {
 }
 
 /// What stands in the way of a restore here.
-pub(super) fn in_the_way(snapshot: &Snapshot, here: bool, request: &Request<'_>) -> Vec<Obstacle> {
-    wanted(snapshot, request)
-        .filter_map(|queue| queue.in_the_way(here, snapshot, request).err())
+pub(super) fn in_the_way(snapshot: &Snapshot, here: bool, options: &Options) -> Vec<Obstacle> {
+    wanted(snapshot, options)
+        .filter_map(|queue| queue.in_the_way(here, options).err())
         .collect()
 }
 
 /// Creates what is missing.
-pub(super) fn prepare(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<Ready>> {
-    wanted(snapshot, request)
+pub(super) fn prepare(snapshot: &Snapshot, options: &Options) -> Result<Vec<Ready>> {
+    wanted(snapshot, options)
         .filter(|queue| queue.unlinked || matches!(queue.present(), Ok(None)))
         .map(|queue| queue.create(snapshot))
         .collect()
@@ -375,10 +390,10 @@ pub(super) fn prepare(snapshot: &Snapshot, request: &Request<'_>) -> Result<Vec<
 /// Queues that are not replaced by `--fd`.
 fn wanted<'a>(
     snapshot: &'a Snapshot,
-    request: &'a Request<'_>,
+    options: &'a Options,
 ) -> impl Iterator<Item = &'a MessageQueue> {
     queues(&snapshot.descriptions)
-        .filter(|(_, index)| files::named(*index, snapshot, request).is_none())
+        .filter(|(_, index)| files::named(*index, snapshot, options).is_none())
         .map(|(queue, _)| queue)
 }
 

@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use super::sys;
 use super::table::{self, Row, Type};
 use super::{Claim, Found, Job, Object};
-use crate::capture::source::Collector;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::objects::process::Process;
-use crate::restore::plan::Builder;
+use crate::objects::source::Collector;
 
 /// One queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,11 +9,11 @@ use super::sys;
 use super::table::{Row, Type};
 use super::undo::{self, Adjustment};
 use super::{Claim, Found, Job, Object};
-use crate::capture::source::Collector;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::plan::Builder;
 use crate::objects::process::Process;
-use crate::restore::plan::Builder;
+use crate::objects::source::Collector;
 
 /// `SEMVMX`: the highest value.
 pub const HIGHEST: u16 = 32767;

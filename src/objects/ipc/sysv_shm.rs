@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 use super::sys::{self, Attached};
 use super::table::{Row, Type};
 use super::{Found, Job, Object};
-use crate::capture::source::{Collector, Contents, Source};
 use crate::error::{Error, Obstacle, Result};
+use crate::objects::memory::space::each_run;
 use crate::objects::memory::{Backing, Mapping};
+use crate::objects::outsiders::process_name;
+use crate::objects::plan::Builder;
 use crate::objects::process::Process;
+use crate::objects::source::{Collector, Contents, Source};
 use crate::objects::{Snapshot, SpaceId};
-use crate::outsiders::process_name;
-use crate::restore::plan::Builder;
-use crate::restore::space::each_run;
 
 /// `SHM_DEST`: it goes when the last process lets go of it.
 const DESTROYED: i64 = 0o1000;

@@ -14,9 +14,9 @@ use super::{
     Backing, FileIdentity, KernelMapping, MappedFile, Mapping, MappingFlags, SharedMemory,
     same_file,
 };
-use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::ipc::sysv_shm;
+use crate::objects::source::{Collector, Contents, Source};
 use crate::objects::{aio, files, uring};
 
 /// The name of what memfd_secret(2) makes (mm/secretmem.c).
@@ -115,7 +115,7 @@ pub fn guard_pages(scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
             report: PageCategories::GUARD,
             ..PageQuery::default()
         };
-        scanner.scan(0..crate::holes::TOP, query, |run| {
+        scanner.scan(0..crate::objects::holes::TOP, query, |run| {
             found.push((run.start, run.end));
         })?;
     }

@@ -7,12 +7,12 @@ use ckpt_tracer::proc::maps::Vma;
 
 use super::inherit::offset;
 use super::{Backing, Mapping, join, subtract};
-use crate::capture::source::{Collector, Contents, Source};
 use crate::error::Obstacle;
 use crate::objects::SpaceId;
 use crate::objects::files::Kind;
 use crate::objects::files::attributes::Attributes;
 use crate::objects::files::regular::open_quietly;
+use crate::objects::source::{Collector, Contents, Source};
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;

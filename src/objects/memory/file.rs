@@ -1,17 +1,17 @@
 //! What tells whether a mapped file is still the one that it was.
 
-use std::fs::{File, Metadata, OpenOptions};
-use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::unistd::AccessFlags;
 
 use super::{FileIdentity, MappedFile};
 use crate::error::Obstacle;
+use crate::objects::access::{MISSING, may};
 use crate::objects::files::changed;
-use crate::restore::surroundings::{MISSING, may};
-use crate::restore::{FilesPolicy, Request};
+use crate::objects::open::Handle;
+use crate::objects::options::FilesPolicy;
 
 /// Whether two looks were at one file.
 pub fn same_file(a: &Metadata, b: &Metadata) -> bool {
@@ -43,34 +43,17 @@ impl FileIdentity {
         self.inode == other.inode && created_together
     }
 
-    /// Reads the build id of an ELF file; leaves the identity alone for other files.
+    /// Reads the build id of an ELF file; leaves the identity alone for other files, and if it is not there any more.
     pub fn read_build_id(&mut self, path: &Path) {
-        self.build_id = build_id(path);
-    }
-}
-
-/// Opens what is a regular file, for reading. The path is somebody else's: a FIFO or device there neither blocks us nor is
-/// read.
-///
-/// # Errors
-/// Those of open(2); `InvalidInput` for anything else than a regular file.
-pub fn open_regular(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)?;
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "it is no regular file",
-        )),
+        let file = Handle::of_regular(path).ok();
+        let same = file.filter(|file| Self::of(file.meta()).is_same_file(self));
+        self.build_id = same.and_then(|file| build_id(&file));
     }
 }
 
 /// The build id of an ELF file.
-pub fn build_id(path: &Path) -> Option<Vec<u8>> {
-    let file = open_regular(path).ok()?;
+fn build_id(file: &Handle) -> Option<Vec<u8>> {
+    let file = file.read().ok()?;
     let mut magic = [0; 4];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut magic, 0).ok()?;
     if magic != *b"\x7fELF" {
@@ -84,43 +67,42 @@ pub fn build_id(path: &Path) -> Option<Vec<u8>> {
         .map(<[u8]>::to_vec)
 }
 
-/// Whether the file that was mapped is still there, as far as that can be told: the same size
+/// What is there of a file that was mapped, if it is what it was as far as that can be told: the same size
 /// and time, or the same build id. A file of which the job only has shared mappings may have
 /// been written since, by the job itself; then it is enough that it is the same file.
 pub fn check_file(
     file: &MappedFile,
     shared_only: bool,
-    request: &Request<'_>,
-) -> Result<(), Box<Obstacle>> {
-    if file.contents.is_some() {
-        return Ok(());
-    }
+    policy: FilesPolicy,
+) -> Result<Handle, Box<Obstacle>> {
     let object = format!("the mapped file {}", file.path.display());
-    let meta = match std::fs::metadata(&file.path) {
-        Ok(meta) => meta,
+    // What was put back is what it was.
+    let policy = file.saved.map_or(policy, |_| FilesPolicy::Adopt);
+    let there = match changed::look(&file.path, &file.identity, policy) {
+        Ok(there) => there,
         Err(e) => {
             let reason = format!("cannot be opened: {e}");
             return Err(Box::new(Obstacle::new(object, reason, MISSING)));
         }
     };
-    if let Err(e) = may(&file.path, AccessFlags::R_OK) {
+    if let Err(e) = may(&there.link(), AccessFlags::R_OK) {
         let reason = format!("cannot be opened: {}", e.desc());
         let remedy = "make it readable for you, or restore as root";
         return Err(Box::new(Obstacle::new(object, reason, remedy)));
     }
-    let now = FileIdentity::of(&meta);
+    let now = FileIdentity::of(there.meta());
     let was = &file.identity;
-    if let Some(reason) = changed::is_another_kind(&file.path, &meta, was) {
+    if let Some(reason) = changed::is_another_kind(&there, &file.path, was) {
         return Err(Box::new(Obstacle::new(object, reason, MISSING)));
     }
     let same_file = shared_only && now.is_same_file(was) && now.size >= was.size;
     if same_file
         || (now.size, now.modified_ns) == (was.size, was.modified_ns)
-        || request.files == FilesPolicy::Adopt
-        || (was.build_id.is_some() && build_id(&file.path) == was.build_id)
+        || policy == FilesPolicy::Adopt
+        || (was.build_id.is_some() && build_id(&there) == was.build_id)
         || was.mode & libc::S_IFMT != libc::S_IFREG
     {
-        return Ok(());
+        return Ok(there);
     }
     Err(Box::new(Obstacle::new(
         object,

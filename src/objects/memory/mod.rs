@@ -16,10 +16,11 @@ mod contents;
 mod file;
 mod inherit;
 mod rebuild;
+pub mod space;
 
 pub use capture::{Captured, capture, guard_pages};
 pub use contents::hidden_by_guards;
-pub use file::{build_id, check_file, open_regular, same_file};
+pub use file::{check_file, same_file};
 pub use inherit::{Inherited, inherited, intersect, join, subtract};
 pub use rebuild::{
     Forked, SharedAt, allocate_keys, clear_and_move, drop_pages, finish, free_keys, map_all,

@@ -7,9 +7,8 @@ use ckpt_tracer::remote::RemoteCalls;
 
 use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
 use crate::error::Obstacle;
+use crate::objects::plan::Builder;
 use crate::objects::{Snapshot, files};
-use crate::restore::plan::Builder;
-use crate::restore::rights;
 
 /// Where shared memory objects are mapped as a whole while they are filled and handed out; none
 /// for those that the process and its forks have no part in.
@@ -249,7 +248,6 @@ pub fn map_all(
     forked: Forked<'_>,
     plan: &mut Builder,
 ) {
-    let mut open: Option<(usize, bool)> = None;
     let there = forked.ranges();
     let missing = mappings.iter().flat_map(|m| {
         let pieces = subtract(&[(m.start, m.end)], &there);
@@ -272,7 +270,7 @@ pub fn map_all(
                 m.map(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | huge, -1, 0, plan);
             }
             Backing::PrivateFile { file, offset } => {
-                let fd = file_fd(*file, false, snapshot, staging, &mut open, plan);
+                let fd = staging.mapped_file(*file, false).into();
                 m.map(libc::MAP_PRIVATE, fd, *offset, plan);
             }
             Backing::SharedFile {
@@ -280,7 +278,7 @@ pub fn map_all(
                 offset,
                 writable,
             } => {
-                let fd = file_fd(*file, *writable, snapshot, staging, &mut open, plan);
+                let fd = staging.mapped_file(*file, *writable).into();
                 let kind = match m.flags.contains(MappingFlags::SYNC) {
                     true => libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC,
                     false => libc::MAP_SHARED,
@@ -306,7 +304,6 @@ pub fn map_all(
             | Backing::Kernel(_) => {}
         }
     }
-    close_open(&mut open, plan);
     // A forked process has them from its parent.
     if forked.parent.is_empty() {
         map_shared(snapshot, shared_at, plan);
@@ -354,49 +351,6 @@ impl SharedMemory {
     /// Bytes to map so that every mapping of it is a part of that.
     pub fn staged_len(&self) -> u64 {
         self.mapped_len().max(self.reach)
-    }
-}
-
-/// The descriptor to map a file from: an inherited one for contents from the image, else the
-/// file opened at descriptor 0. Mappings of one file mostly follow each other, so it stays
-/// open until another is needed.
-fn file_fd(
-    file: usize,
-    writable: bool,
-    snapshot: &Snapshot,
-    staging: files::Staging,
-    open: &mut Option<(usize, bool)>,
-    plan: &mut Builder,
-) -> i64 {
-    let record = &snapshot.mapped_files[file];
-    let ours = plan.host().rights.as_ref();
-    if record.contents.is_some() || ours.is_some_and(|rights| rights.maps_for_it(file)) {
-        return staging.mapped_file(file, writable).into();
-    }
-    if *open != Some((file, writable)) {
-        close_open(open, plan);
-        let path = plan.path(&record.path);
-        let access = if writable {
-            libc::O_RDWR
-        } else {
-            libc::O_RDONLY
-        };
-        let args = [
-            libc::AT_FDCWD as u64,
-            path,
-            (access | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY) as u64,
-            0,
-        ];
-        let object = || format!("the mapped file {}", record.path.display());
-        rights::led(plan, |plan| plan.expect(libc::SYS_openat, &args, 0, object));
-        *open = Some((file, writable));
-    }
-    0
-}
-
-fn close_open(open: &mut Option<(usize, bool)>, plan: &mut Builder) {
-    if open.take().is_some() {
-        plan.syscall(libc::SYS_close, &[0], || "a mapped file".into());
     }
 }
 

@@ -10,14 +10,14 @@ use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::proc::timers::read_timers;
 
+use super::kin;
 use super::{FromOutside, InJob, Process, without_deleted};
-use crate::capture::source::Source;
 use crate::error::Result;
 use crate::objects::address_space::{self, AddressSpace};
 use crate::objects::dynamic_state::DynamicState;
+use crate::objects::source::Source;
 use crate::objects::timers::{self, IntervalTimers};
 use crate::objects::{cgroup, limits, session, thread};
-use crate::restore::births::kin;
 
 /// The record of a process, of these threads, as it can be seen without executing anything in it: what only the
 /// process itself can be asked is as it is in most. Threads that have ended are left out.
@@ -34,7 +34,6 @@ pub fn seen(
         removed,
         terminal,
         record_locks,
-        notices,
         scanner,
     } = outside;
     let dir = source.dir.clone();
@@ -98,7 +97,6 @@ pub fn seen(
         posix_timers: timers::seen(&read_timers(dir.clone())?),
         fds,
         record_locks,
-        notices,
         removed,
         cwd: link("cwd")?,
         root: link("root")?,

@@ -7,7 +7,7 @@ use super::names;
 use super::plan::Job;
 use crate::objects::Snapshot;
 use crate::objects::files::Staging;
-use crate::restore::rights::{self, Rights};
+use crate::objects::rights::{self, Rights};
 
 /// Files that a restore will make. When dropped, those are removed that are there and were not before, unless
 /// somebody else's live socket has the name.

@@ -11,7 +11,6 @@ use nix::errno::Errno;
 pub mod inet;
 mod made;
 pub mod names;
-pub mod netlink;
 mod offset;
 pub mod options;
 pub mod peers;

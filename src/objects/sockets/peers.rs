@@ -11,7 +11,7 @@ use super::sys::{self, Ucred};
 use crate::objects::Snapshot;
 use crate::objects::credentials::Credentials;
 use crate::objects::files::FdEntry;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 impl Ucred {
     /// What a socket tells; `None` where the kernel noted nobody, or somebody of whom it may not

@@ -18,7 +18,7 @@ use super::unix::{Name, NameFile, Role, UnixSocket, show, sockaddr};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Staging};
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// Makes all sockets, when the first of them comes.
 pub fn open(
@@ -313,6 +313,7 @@ impl Binding<'_> {
         let data = self.plan.data(address);
         let args = [at as u64, data, address.len() as u64];
         self.plan.syscall(libc::SYS_bind, &args, object);
+        // The kernel tells the file of a socket only to those with CAP_NET_ADMIN (`SIOCUNIXFILE`).
         let path = self.plan.path(&file.named);
         let flags = (libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) as u64;
         let args = [libc::AT_FDCWD as u64, path, flags, 0];

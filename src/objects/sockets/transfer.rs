@@ -8,7 +8,7 @@ use super::sys::Ucred;
 use super::unix::{Message, Role, Style, sockaddr};
 use crate::objects::Snapshot;
 use crate::objects::files::Staging;
-use crate::restore::plan::Builder;
+use crate::objects::plan::Builder;
 
 /// Messages, connections of datagram sockets, shutdowns, options, files' modes and owners.
 pub fn finish(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {

@@ -62,7 +62,7 @@ fn all_functions_answer(copy: &Copy) {
     let mut t = [0i64; 2];
     let at = t.as_mut_ptr() as usize;
     let seconds = |t: &[i64; 2]| t[0];
-    let now = || crate::host::clock(libc::CLOCK_REALTIME) as i64 / 1_000_000_000;
+    let now = || crate::objects::clock::clock(libc::CLOCK_REALTIME) as i64 / 1_000_000_000;
     let near = |s: i64| assert!((now() - s).abs() <= 1, "{s} is not the time");
     let call = |name: &str, args: [usize; 5]| copy.call(name, args);
     assert_eq!(call("__vdso_clock_gettime", [0, at, 0, 0, 0]), Some(0));

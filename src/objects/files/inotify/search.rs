@@ -5,7 +5,7 @@
 //! whole mount.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,8 @@ use ckpt_tracer::proc::fdinfo::InotifyWatch;
 use ckpt_tracer::proc::mounts::{self, Mount};
 
 use super::super::sys;
-use crate::capture::source::Source;
+use crate::objects::open::{Handle, Last};
+use crate::objects::source::Source;
 
 /// Entries of directories that are looked at for one descriptor, in all: the job stands still meanwhile.
 const MOST: usize = 200_000;
@@ -75,7 +76,10 @@ impl<'a> Search<'a> {
         }
         let on_it = self.mounts.iter().filter(|m| m.dev == watch.sdev);
         on_it
-            .filter_map(|mount| File::open(&mount.mount_point).ok())
+            .filter_map(|mount| Handle::of(&mount.mount_point, Last::IsIt).ok())
+            // A FIFO or device may be the place of a mount, too.
+            .filter(|mount| mount.meta().is_dir() || mount.meta().is_file())
+            .filter_map(|mount| mount.read().ok())
             .find_map(|mount| {
                 let fd = sys::open_by_handle(&mount, watch.handle_type, &watch.handle).ok()?;
                 let path = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use ckpt_tracer::proc::tasks;
 
-use crate::capture::source::{Collector, Source};
 use crate::error::Result;
 use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::{FromOutside, Process, Shares};
+use crate::objects::source::{Collector, Source};
 
 /// A process among its kin.
 #[derive(Clone, Debug)]

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 
 use ckpt_restorer::{LOAD, Op, OpKind};
 
-use super::super::next_pid::Means;
-use super::{Inherit, Stage};
+use super::{Inherit, Means, Stage};
 
 /// Operations of one thread, with the object each belongs to.
 #[derive(Clone, Debug, Default)]
@@ -116,7 +115,7 @@ impl Plan {
 }
 
 fn syscall_name(nr: u64) -> String {
-    crate::inspect::calls::names::name(nr).map_or_else(|| format!("syscall_{nr}"), str::to_owned)
+    ckpt_tracer::syscall_names::name(nr).map_or_else(|| format!("syscall_{nr}"), str::to_owned)
 }
 
 fn describe(op: &Op) -> String {

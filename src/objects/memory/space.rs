@@ -96,7 +96,7 @@ mod tests {
     use std::os::unix::fs::OpenOptionsExt;
 
     use super::*;
-    use crate::inspect::fixture;
+    use crate::objects::fixture;
 
     #[test]
     fn contents_are_compared_with_their_holes() {

@@ -10,21 +10,20 @@
 //! and not read. What its user may not open, root opens for it, if the file is the very one (inode and time of creation) that the job had.
 #![allow(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use ckpt_tracer::capabilities::{Held, Use};
 use nix::errno::Errno;
 use nix::unistd::AccessFlags;
 
-use super::plan::Builder;
-use super::surroundings::may;
-use crate::error::{Error, Obstacle, Result};
+use super::access::may;
+use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::credentials::{self, Credentials};
 use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, FileIdentity};
+use crate::objects::open::Handle;
+use crate::objects::plan::Builder;
 
 /// The job's user, where that is not we.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -123,7 +122,7 @@ fn access(flags: i32) -> AccessFlags {
     }
 }
 
-/// Has the new process open or enter what a path leads to, without any capability: those that setfsuid(2) leaves in
+/// Has the new process enter what a path leads to, without any capability: those that setfsuid(2) leaves in
 /// force open files of `/proc`, `/dev/kmsg` and more.
 pub fn led(plan: &mut Builder, what: impl FnOnce(&mut Builder)) {
     /// `CAP_FS_SET` (include/linux/capability.h): what setfsuid(2) has taken away, and would not come back.
@@ -152,7 +151,8 @@ pub fn with<T>(rights: Option<&Rights>, work: impl FnOnce() -> T) -> T {
     }
 }
 
-/// For each mapped file and each description, whether we may not open it as the job has it.
+/// For each mapped file and each description, whether we may not open it as the job has it. It is opened, and judged,
+/// later: all that is decided here is who does it.
 fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
     let writable = |file: usize| {
         let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
@@ -180,33 +180,20 @@ fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
     (mapped.collect(), descriptions.collect())
 }
 
-/// Opens a file for a user who may not, if it is the very one.
+/// What root opens for a user who may not is the very file that the job had.
 ///
 /// # Errors
-/// When it cannot be opened, or is another one by now.
-pub fn open_the_same(path: &Path, flags: i32, was: &FileIdentity) -> Result<File> {
-    let failed = |source| Error::File {
-        what: "open",
-        path: path.to_owned(),
-        source,
-    };
-    let access = flags & libc::O_ACCMODE;
-    let mut options = OpenOptions::new();
-    options
-        .read(access != libc::O_WRONLY)
-        .write(access != libc::O_RDONLY)
-        .custom_flags(flags & !libc::O_ACCMODE);
-    let file = options.open(path).map_err(failed)?;
-    let now = FileIdentity::of(&file.metadata().map_err(failed)?);
-    if !now.is_same_file(was) {
-        return Err(Error::refuse(Obstacle::new(
+/// When it is another one by now.
+pub fn is_the_same(found: &Handle, path: &Path, was: &FileIdentity) -> Result<(), Box<Obstacle>> {
+    match FileIdentity::of(found.meta()).is_same_file(was) {
+        true => Ok(()),
+        false => Err(Box::new(Obstacle::new(
             format!("the file {}", path.display()),
             "may not be opened by the job's user, and is not the one that the job had, so that root \
              does not open it either",
             "put the old one back, or give its user the right to it",
-        )));
+        ))),
     }
-    Ok(file)
 }
 
 /// The effective ids and the groups of this thread, until it is dropped. With root's effective id go all effective

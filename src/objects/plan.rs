@@ -13,7 +13,6 @@ use ckpt_tracer::capabilities::Held;
 
 mod finished;
 
-use super::next_pid::Means;
 use super::rights::Rights;
 use crate::objects::credentials::Credentials;
 use crate::objects::memory_policy::MemoryPolicy;
@@ -30,6 +29,18 @@ const THREAD: i32 = libc::CLONE_VM
     | libc::CLONE_SIGHAND
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM;
+
+/// How a new task comes by a chosen id.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Means {
+    /// clone3(2) is told (`set_tid`).
+    #[default]
+    SetTid,
+    /// The kernel is told which id was the last (`/proc/sys/kernel/ns_last_pid`).
+    LastPid,
+    /// All ids before it are taken.
+    Turns,
+}
 
 /// What a new process has before the plan sets anything, and what it may do.
 #[derive(Clone, Debug, Default)]
@@ -87,10 +98,13 @@ pub enum Inherited {
     MemFd(usize),
     /// A nameless file with contents from the image, opened as the description says.
     DeletedFile(usize),
-    /// A file that the job's user may not open, by description, opened with these flags.
-    OpenedForIt(usize, u32),
-    /// A nameless file with the contents of a mapped file, or one that the job's user may not open;
-    /// writable or not.
+    /// A file with a name, by description.
+    File(usize),
+    /// A device, by description.
+    Device(usize),
+    /// A read end of a FIFO, by the description of one of its ends.
+    Fifo(usize),
+    /// A mapped file, or a nameless one with its contents; writable or not.
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),
@@ -112,7 +126,9 @@ pub enum Inherited {
     Leading(usize),
     /// Our own terminal, by way of `/dev/tty` or not, with these flags.
     OwnTerminal(bool, u32),
-    /// A file named by `--fd N=PATH`.
+    /// A terminal of the machine's, by description.
+    MachineTerminal(usize),
+    /// A file that the user names, by `--fd` or `--replace-fd`.
     Named(PathBuf, u32),
 }
 

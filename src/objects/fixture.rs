@@ -83,7 +83,6 @@ pub(crate) fn snapshot() -> Snapshot {
         shares: Default::default(),
         exit_signal: libc::SIGCHLD,
         record_locks: Vec::new(),
-        notices: Vec::new(),
         group: 50,
         session: 50,
         terminal: None,

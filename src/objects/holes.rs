@@ -5,9 +5,9 @@ use ckpt_tracer::features::max_map_count;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use ckpt_tracer::remote::Scratch;
 
-use crate::capture::source::Source;
 use crate::error::Obstacle;
 use crate::objects::limits;
+use crate::objects::source::Source;
 
 /// Highest address that user memory may have with four-level page tables.
 pub const TOP: u64 = 0x7fff_ffff_f000;

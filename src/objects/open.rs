@@ -1,0 +1,253 @@
+//! Opening by names that are somebody else's: those of a record, and those that a running job gives.
+//!
+//! Whoever may write to a directory may exchange what its names lead to, at any moment. So a name is looked up once, for
+//! a handle (`O_PATH`), which opens nothing: it waits for no other end of a FIFO, and no device takes notice. What is there
+//! is asked of the handle, and then that inode is opened, through `/proc/self/fd`, as the caller wants it.
+//!
+//! The links of `/proc` that lead to what somebody has open (magic links, openat2(2)) are not followed on the way. They are
+//! where a process is asked for its own files (`/proc/PID/exe`, `fd`, `map_files`), which is no name that others give, and
+//! where the user gives the name (the image, `--fd`, `--replace-fd`): that is opened as a shell would open it.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+/// What becomes of a symbolic link at the end of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Last {
+    /// It is what is there: the kernel tells no path that ends in one, so that it has come since.
+    IsIt,
+    /// It leads on.
+    LeadsOn,
+}
+
+/// What a name has led to.
+#[derive(Debug)]
+pub struct Handle {
+    fd: OwnedFd,
+    path: PathBuf,
+    meta: Metadata,
+}
+
+impl Handle {
+    /// Looks a path up.
+    ///
+    /// # Errors
+    /// Those of openat2(2).
+    pub fn of(path: &Path, last: Last) -> io::Result<Self> {
+        let name = CString::new(path.as_os_str().as_bytes())?;
+        let follow = match last {
+            Last::IsIt => libc::O_NOFOLLOW,
+            Last::LeadsOn => 0,
+        };
+        let file = without_magic_links(&name, libc::O_PATH | follow)?;
+        Ok(Self {
+            meta: file.metadata()?,
+            fd: file.into(),
+            path: path.to_owned(),
+        })
+    }
+
+    /// Looks up what has to be a regular file, whatever links lead to it.
+    ///
+    /// # Errors
+    /// Those of openat2(2); `InvalidInput` for anything else than a regular file.
+    pub fn of_regular(path: &Path) -> io::Result<Self> {
+        let handle = Self::of(path, Last::LeadsOn)?;
+        match handle.meta.is_file() {
+            true => Ok(handle),
+            false => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is no regular file",
+            )),
+        }
+    }
+
+    /// What fstat(2) says of it.
+    pub fn meta(&self) -> &Metadata {
+        &self.meta
+    }
+
+    /// A path that leads to this inode and no other, for calls that have no other way.
+    pub fn link(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.fd.as_raw_fd()).into()
+    }
+
+    /// Where it is, as the kernel tells it.
+    pub fn place(&self) -> Option<PathBuf> {
+        std::fs::read_link(self.link()).ok()
+    }
+
+    /// Opens this inode. A FIFO and a device may make that wait, unless the flags say otherwise.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn open(&self, flags: i32) -> io::Result<File> {
+        match flags & libc::O_NOFOLLOW {
+            0 => open(&self.link(), flags),
+            _ => self.open_by_name(flags),
+        }
+    }
+
+    /// Opens it to read.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn read(&self) -> io::Result<File> {
+        self.open(libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY)
+    }
+
+    /// `O_NOFOLLOW` stays with a description, and cannot be had through a link. So the name is opened once more, which
+    /// neither waits nor follows; what is another inode by now is closed unused.
+    fn open_by_name(&self, flags: i32) -> io::Result<File> {
+        let name = CString::new(self.path.as_os_str().as_bytes())?;
+        let waits = flags & (libc::O_PATH | libc::O_NONBLOCK) == 0;
+        let without = if waits { libc::O_NONBLOCK } else { 0 };
+        let file = without_magic_links(&name, flags | without)?;
+        let now = file.metadata()?;
+        if (now.dev(), now.ino()) != (self.meta.dev(), self.meta.ino()) {
+            return Err(io::Error::other("another file has its name by now"));
+        }
+        if waits {
+            // SAFETY: a call without pointers.
+            Errno::result(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) })?;
+        }
+        Ok(file)
+    }
+}
+
+impl AsFd for Handle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Opens what a link of our own `/proc` leads to. `O_CLOEXEC` would show in the flags of the description forever.
+fn open(link: &Path, flags: i32) -> io::Result<File> {
+    let name = CString::new(link.as_os_str().as_bytes())?;
+    // SAFETY: a C string.
+    close_on_exec(unsafe { libc::open(name.as_ptr(), flags) }.into())
+}
+
+/// Opens by a path that leads through no magic link.
+fn without_magic_links(name: &CString, flags: i32) -> io::Result<File> {
+    /// `struct open_how`.
+    #[repr(C)]
+    struct How {
+        flags: u64,
+        mode: u64,
+        resolve: u64,
+    }
+    // Others are nothing to a handle, and an error here.
+    let flags = match flags & libc::O_PATH {
+        0 => flags,
+        _ => flags & (libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW),
+    };
+    let how = How {
+        flags: flags as u64,
+        mode: 0,
+        resolve: libc::RESOLVE_NO_MAGICLINKS,
+    };
+    // SAFETY: a C string, and a structure of that size.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_openat2,
+            libc::AT_FDCWD,
+            name.as_ptr(),
+            &raw const how,
+            size_of::<How>(),
+        )
+    };
+    match Errno::result(fd) {
+        // Older than Linux 5.6, or a filter of a container's.
+        Err(Errno::ENOSYS | Errno::EPERM) => {
+            // SAFETY: a C string.
+            close_on_exec(unsafe { libc::open(name.as_ptr(), flags) }.into())
+        }
+        Err(Errno::ELOOP) if flags & libc::O_NOFOLLOW == 0 => Err(io::Error::other(
+            "it leads through a link of /proc, or through links without end",
+        )),
+        _ => close_on_exec(fd),
+    }
+}
+
+/// A descriptor that the kernel has just given.
+fn close_on_exec(fd: libc::c_long) -> io::Result<File> {
+    let fd = Errno::result(fd)? as i32;
+    // SAFETY: a call without pointers, and a descriptor that nobody else has.
+    unsafe {
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        Ok(File::from(OwnedFd::from_raw_fd(fd)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("ckpt-open-{name}.{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir(&dir).unwrap();
+        dir
+    }
+
+    fn flags(file: &File) -> i32 {
+        // SAFETY: a call without pointers.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) }
+    }
+
+    #[test]
+    fn magic_links_are_not_followed() {
+        for link in [
+            "/proc/self/exe",
+            "/proc/self/fd/0",
+            "/proc/self/cwd/x",
+            "/dev/stdin",
+        ] {
+            let error = Handle::of(Path::new(link), Last::LeadsOn).unwrap_err();
+            assert!(
+                error.to_string().contains("link of /proc"),
+                "{link}: {error}"
+            );
+        }
+        // No magic in that one.
+        Handle::of_regular(Path::new("/proc/self/status")).unwrap();
+        Handle::of_regular(Path::new("/dev/null")).unwrap_err();
+    }
+
+    #[test]
+    fn the_inode_that_was_looked_up_is_opened() {
+        let dir = place("inode");
+        let (path, other) = (dir.join("file"), dir.join("other"));
+        std::fs::write(&path, "old").unwrap();
+        std::fs::write(&other, "new").unwrap();
+        let handle = Handle::of(&path, Last::IsIt).unwrap();
+        let nofollow = libc::O_RDONLY | libc::O_NOFOLLOW;
+        let opened = handle.open(nofollow).unwrap();
+        let kept = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        assert_eq!(flags(&opened) & kept, libc::O_NOFOLLOW);
+        std::fs::rename(&other, &path).unwrap();
+        let opened = handle.open(libc::O_RDONLY).unwrap();
+        assert_eq!(flags(&opened) & kept, 0);
+        assert_eq!(std::io::read_to_string(opened).unwrap(), "old");
+        handle.open(nofollow).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+        assert!(Handle::of(&path, Last::IsIt).unwrap().meta().is_symlink());
+        assert!(
+            !Handle::of(&path, Last::LeadsOn)
+                .unwrap()
+                .meta()
+                .is_symlink()
+        );
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

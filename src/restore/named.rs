@@ -1,0 +1,69 @@
+//! Files with names, opened as what was judged.
+
+use std::fs::File;
+use std::path::Path;
+
+use crate::error::{Error, Obstacle, Result};
+use crate::objects::files::regular::Regular;
+use crate::objects::memory::{FileIdentity, MappedFile};
+use crate::objects::open::Handle;
+use crate::objects::rights::{self, Rights};
+
+/// A file with a name, and in whose name it is opened.
+pub(super) struct Named<'a> {
+    path: &'a Path,
+    was: &'a FileIdentity,
+    rights: Option<&'a Rights>,
+    /// Its user may not open it; we do, if it is the very one.
+    for_it: bool,
+}
+
+impl<'a> Named<'a> {
+    /// That of a description.
+    pub(super) fn open_file(index: usize, file: &'a Regular, rights: Option<&'a Rights>) -> Self {
+        let for_it = rights.is_some_and(|rights| rights.opens_for_it(index));
+        Self {
+            path: &file.path,
+            was: &file.identity,
+            rights: rights.filter(|_| !for_it),
+            for_it,
+        }
+    }
+
+    /// One that is mapped or executed.
+    pub(super) fn mapped(index: usize, record: &'a MappedFile, rights: Option<&'a Rights>) -> Self {
+        let for_it = rights.is_some_and(|rights| rights.maps_for_it(index));
+        Self {
+            path: &record.path,
+            was: &record.identity,
+            rights: rights.filter(|_| !for_it),
+            for_it,
+        }
+    }
+
+    /// What is found is judged once more, and is what is opened.
+    pub(super) fn open(
+        &self,
+        find: impl FnOnce() -> Result<Handle, Box<Obstacle>>,
+        flags: i32,
+    ) -> Result<File> {
+        rights::with(self.rights, || {
+            let found = find().map_err(|o| Error::refuse(*o))?;
+            if self.for_it {
+                let same = rights::is_the_same(&found, self.path, self.was);
+                same.map_err(|o| Error::refuse(*o))?;
+            }
+            found.open(flags).map_err(cannot_open(self.path))
+        })
+    }
+}
+
+/// That a file cannot be opened.
+pub(super) fn cannot_open(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    |source| Error::File {
+        what: "open",
+        path,
+        source,
+    }
+}
