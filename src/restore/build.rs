@@ -212,9 +212,9 @@ impl Build<'_> {
         sysv_sem::rebuild_operators(process, snapshot, plan);
         if !process.shares.files {
             files::late::rebuild_late(self.index, snapshot, plan);
-            files::lock::rebuild_leases(self.index, snapshot, plan);
-            files::rebuild_owners(self.index, snapshot, plan);
         }
+        files::lock::rebuild_leases(process, snapshot, plan);
+        files::rebuild_owners(process, snapshot, plan);
         if let Err(o) = timers::create_posix(process, snapshot, plan) {
             obstacles.push(o);
         }

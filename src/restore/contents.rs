@@ -19,7 +19,6 @@ use super::pty::{self, Ptys};
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
 use crate::objects::files::changed::{self, Written};
-use crate::objects::files::lock::LockKind;
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
 use crate::objects::memory::{self, space::fill};
@@ -260,15 +259,12 @@ fn open<'a>(
             })?;
             // Only a description that open(2) makes for writing keeps the file from being executed
             // (ETXTBSY, `deny_write_access`); that of memfd_create(2) does not, and was the first.
-            // Nor has that one O_SYNC, which only an open gives.
-            let given = libc::O_ACCMODE | libc::O_PATH | libc::O_SYNC;
+            // Nor has that one O_SYNC, which only an open gives, or O_DIRECT, which F_SETFL gives to no other
+            // (`FMODE_CAN_ODIRECT`).
+            let given = libc::O_ACCMODE | libc::O_PATH | libc::O_SYNC | libc::O_DIRECT;
             let writes = description.flags as i32 & given;
             // Nor is it counted among those that write, of whom a lease for writing wants to be the only one.
-            let leased = description
-                .locks()
-                .iter()
-                .any(|l| l.kind == LockKind::Lease);
-            let first = writes == libc::O_RDWR && !leased;
+            let first = writes == libc::O_RDWR && !description.is_leased();
             let file = match first && !std::mem::replace(&mut made.given, true) {
                 true => made.file.try_clone().map_err(|source| Error::File {
                     what: "copy",

@@ -151,7 +151,12 @@ impl<'a> Job<'a> {
         let of_forks = |i: &usize| &self.process(*i).memory.mappings;
         let job = forks.iter().flat_map(of_forks).map(|m| (m.start, m.end));
         let now = present.iter().map(|v| (v.start, v.end));
-        let mut taken: Vec<(u64, u64)> = job.chain(now).collect();
+        // Of its parent's; huge pages have been moved away from there, and the place is unmapped later.
+        let objects = self.snapshot.shared_memory.iter();
+        let staged = objects.zip(shared_at.into_iter().flatten());
+        let staged = staged.filter_map(|(object, at)| Some((at.as_ref()?, object.staged_len())));
+        let staged = staged.map(|(at, len)| (*at, at.saturating_add(len)));
+        let mut taken: Vec<(u64, u64)> = job.chain(now).chain(staged).collect();
         let no_room = || {
             vec![Obstacle::without_remedy(
                 format!("process {}", process.pid),

@@ -12,6 +12,7 @@ use super::{Description, Kind, Look};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::plan::Builder;
+use crate::objects::process::Process;
 use crate::objects::source::{Contents, Source};
 
 /// A file lock.
@@ -25,6 +26,9 @@ pub struct Lock {
     pub start: u64,
     /// Bytes; 0 up to the end of the file.
     pub len: u64,
+    /// The process that took a lease.
+    #[serde(default)]
+    pub taker: Option<i32>,
 }
 
 /// Kinds of file locks.
@@ -111,6 +115,12 @@ impl Description {
         }
     }
 
+    /// Whether there is a lease on its file.
+    pub fn is_leased(&self) -> bool {
+        let mut locks = self.locks().iter();
+        locks.any(|lock| lock.kind == LockKind::Lease)
+    }
+
     /// Takes the locks that belong to the description.
     pub(super) fn rebuild_locks(&self, at: i32, plan: &mut Builder) {
         for lock in self.locks() {
@@ -136,25 +146,29 @@ impl Description {
     }
 }
 
-/// Takes the leases, each in the first process that has the description, under its lowest number
-/// there: a break tells that number. Any open of the file would break the lease, so this comes when
-/// every process has opened and mapped what it has.
-pub fn rebuild_leases(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
-    let Some((process, before)) = snapshot.processes[..=index].split_last() else {
-        return;
-    };
-    let before = before.iter().flat_map(|p| &p.fds);
-    let mut done: HashSet<usize> = before.map(|e| e.description).collect();
+/// The process that sets a description's lease and owner: the one that took the lease, or else the first that has the
+/// description.
+pub(super) fn keeper(description: usize, snapshot: &Snapshot) -> Option<i32> {
+    let has = |p: &&Process| p.fds.iter().any(|e| e.description == description);
+    let mut have = snapshot.processes.iter().filter(has).map(|p| p.pid);
+    let locks = snapshot.descriptions[description].locks().iter();
+    let takers: Vec<i32> = locks.filter_map(|lock| lock.taker).collect();
+    let first = have.clone().next();
+    have.find(|pid| takers.contains(pid)).or(first)
+}
+
+/// Takes the leases, each under the lowest number that its keeper has: a break tells that number. Any open of the file
+/// would break the lease, so this comes when every process has opened and mapped what it has.
+pub fn rebuild_leases(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    let mut done = HashSet::new();
     for entry in &process.fds {
-        let description = &snapshot.descriptions[entry.description];
-        if !done.insert(entry.description) {
+        let kept = keeper(entry.description, snapshot) == Some(process.pid);
+        if !kept || !done.insert(entry.description) {
             continue;
         }
-        for lease in description
-            .locks()
-            .iter()
-            .filter(|l| l.kind == LockKind::Lease)
-        {
+        let description = &snapshot.descriptions[entry.description];
+        let leases = description.locks().iter();
+        for lease in leases.filter(|lock| lock.kind == LockKind::Lease) {
             let how = if lease.exclusive {
                 libc::F_WRLCK
             } else {
@@ -177,6 +191,7 @@ impl Lock {
             kind,
             exclusive: lock.access == "WRITE",
             start: lock.start,
+            taker: (kind == LockKind::Lease).then_some(lock.pid),
             len: lock.end.map_or(0, |end| end - lock.start + 1),
         }
     }

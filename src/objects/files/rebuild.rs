@@ -4,7 +4,7 @@
 use ckpt_tracer::capabilities::Use;
 
 use super::left::names_nothing;
-use super::{Description, Kind, Owner, changed, epoll, fifo, late, pipe, terminal};
+use super::{Description, Kind, Owner, changed, epoll, fifo, late, lock, pipe, terminal};
 use crate::error::Obstacle;
 use crate::objects::options::Options;
 use crate::objects::plan::{Builder, Inherited};
@@ -385,21 +385,23 @@ fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Build
     plan.syscall(libc::SYS_fcntl, &args, object);
 }
 
-/// Who gets SIGIO; done when every process and thread exists that may be the one, by the first
-/// process that has the description.
-pub fn rebuild_owners(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
-    let before = snapshot.processes[..index].iter().flat_map(|p| &p.fds);
+/// Who gets SIGIO; done by its keeper when every process and thread exists that may be the one, and leases are taken,
+/// which give an owner to what has none.
+pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let mut done = vec![false; snapshot.descriptions.len()];
-    before.for_each(|entry| done[entry.description] = true);
-    for entry in &snapshot.processes[index].fds {
-        let description = &snapshot.descriptions[entry.description];
-        if std::mem::replace(&mut done[entry.description], true) {
+    for entry in &process.fds {
+        let kept = lock::keeper(entry.description, snapshot) == Some(process.pid);
+        if !kept || std::mem::replace(&mut done[entry.description], true) {
             continue;
         }
+        let description = &snapshot.descriptions[entry.description];
         let fd = entry.fd as u64;
-        let label = description.kind.label();
-        if let Some(owner) = description.owner {
-            owner.rebuild(fd, snapshot, &label, plan);
+        let nobody = Owner::default();
+        let owner = description
+            .owner
+            .or(description.is_leased().then_some(nobody));
+        if let Some(owner) = owner {
+            owner.rebuild(fd, description, snapshot, plan);
         }
         let asynchronous = description.flags as i32 & libc::O_ASYNC != 0;
         if asynchronous && description.flags as i32 & libc::O_PATH == 0 {
@@ -409,21 +411,29 @@ pub fn rebuild_owners(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
 }
 
 impl Owner {
-    fn rebuild(&self, fd: u64, snapshot: &Snapshot, label: &str, plan: &mut Builder) {
+    fn rebuild(&self, fd: u64, of: &Description, snapshot: &Snapshot, plan: &mut Builder) {
         const F_SETOWN_EX: u64 = 15;
         const F_SETSIG: u64 = 10;
         const F_OWNER_TID: i32 = 0;
-        const F_OWNER_PID: i32 = 1;
+        const F_OWNER_PGRP: i32 = 2;
+        let label = of.kind.label();
         let object = || format!("the owner of an open file ({label})");
-        let inside = snapshot.processes.iter().any(|process| match self.kind {
+        let of_process = snapshot.processes.iter().any(|process| match self.kind {
             F_OWNER_TID => process.threads.iter().any(|t| t.tid == self.id),
-            F_OWNER_PID => process.pid == self.id,
-            _ => process.group == self.id,
+            F_OWNER_PGRP => process.group == self.id,
+            _ => process.pid == self.id,
         });
-        if self.id != 0 && inside {
-            let data = plan.data(&[self.kind, self.id].map(i32::to_le_bytes).concat());
+        let of_zombie = snapshot.zombies.iter().any(|zombie| match self.kind {
+            F_OWNER_PGRP => zombie.group == self.id,
+            _ => zombie.pid == self.id,
+        });
+        let inside = self.id != 0 && (of_process || of_zombie);
+        if inside || of.is_leased() {
+            let id = if inside { self.id } else { 0 };
+            let data = plan.data(&[self.kind, id].map(i32::to_le_bytes).concat());
             plan.syscall(libc::SYS_fcntl, &[fd, F_SETOWN_EX, data], object);
-        } else if self.id != 0 {
+        }
+        if self.id != 0 && !inside {
             plan.warn(format!(
                 "{label} sent its signals to {}, which is not part of the job, and now sends them \
                  to nobody",

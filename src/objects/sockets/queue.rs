@@ -33,8 +33,6 @@ pub enum Fault {
     Urgent,
     /// We may not have as many descriptors as are in a message.
     TooManyDescriptors,
-    /// The queue holds fewer descriptors than the kernel counts.
-    HiddenDescriptors,
 }
 
 impl From<Errno> for Fault {
@@ -57,9 +55,6 @@ impl Fault {
             Fault::TooManyDescriptors => {
                 "carries more descriptors than ckpt may have open; raise its limit with ulimit -n"
                     .into()
-            }
-            Fault::HiddenDescriptors => {
-                "carries descriptors that ckpt is not shown (SO_PASSRIGHTS)".into()
             }
         }
     }

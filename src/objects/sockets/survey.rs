@@ -60,7 +60,7 @@ struct Live {
     inode: u64,
     style: Style,
     seen: Vec<(Seen, Vec<usize>)>,
-    /// It holds descriptors that were not looked at, since the job runs.
+    /// It holds descriptors that were not looked at, since the job runs or an empty message hides them.
     unseen: bool,
     fault: Option<String>,
 }
@@ -193,12 +193,7 @@ impl Live {
             }
             self.seen.push((message, rights));
         }
-        if descriptors < in_queue(&self.copy) {
-            match held {
-                true => self.fault = Some(queue::Fault::HiddenDescriptors.reason()),
-                false => self.unseen = true,
-            }
-        }
+        self.unseen = descriptors < in_queue(&self.copy);
         Ok(found)
     }
 

@@ -73,7 +73,7 @@ pub(super) fn may_hide(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
     if !table.held || socket.style == Style::Stream {
         return false;
     }
-    in_pair(socket, role, table) || by_others(socket, table)
+    socket.unseen || in_pair(socket, role, table) || by_others(socket, table)
 }
 
 /// Of a socket whose peer sends to nobody else.
