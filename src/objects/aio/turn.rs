@@ -215,9 +215,9 @@ impl Turner<'_, '_> {
             &ring.stretches(ring.word(HEAD).into(), unread),
             self.affinity.len() as u64,
         );
-        let answers = self
-            .calls
-            .batch_holding(room.list, &list.calls, self.hold)?;
+        let answers =
+            self.calls
+                .batch_holding(room.list, &[&list.calls], self.hold, &mut || Ok(()))?;
         self.check(&list, &answers)?;
         let mut bursts = Vec::new();
         for (n, calls) in list.bursts.iter().enumerate() {

@@ -69,7 +69,7 @@ impl<'a> RemoteCalls<'a> {
 
     /// Writes the list, with a ring behind each part, and sets the task in front of it. Without a doorbell
     /// the tracer waits for each call of the list, and the rings are calls that do nothing.
-    fn listed(
+    pub(super) fn listed(
         &mut self,
         list: u64,
         doorbell: Option<i32>,
@@ -137,7 +137,7 @@ impl<'a> RemoteCalls<'a> {
 }
 
 /// A list of calls in the scratch memory, with the task in front of it.
-struct Listed<'r, 'a> {
+pub(super) struct Listed<'r, 'a> {
     calls: &'r mut RemoteCalls<'a>,
     doorbell: Option<i32>,
     list: u64,
@@ -148,7 +148,7 @@ struct Listed<'r, 'a> {
 impl Listed<'_, '_> {
     /// Lets the task work through the list, with a look at each ring but the last; the raw answers,
     /// without those of the rings.
-    fn run(self, look: &mut dyn FnMut() -> Result<()>) -> Result<Vec<i64>> {
+    pub(super) fn run(self, look: &mut dyn FnMut() -> Result<()>) -> Result<Vec<i64>> {
         match self.doorbell {
             Some(doorbell) => self.run_to_rings(doorbell, look),
             None => self.run_call_by_call(look),

@@ -155,15 +155,17 @@ impl Drop for Hold<'_> {
 }
 
 impl RemoteCalls<'_> {
-    /// As [`batch`](Self::batch), with the other tasks held back until it is done. `list` as there, with 192 bytes more.
+    /// As [`batch_in_two`](Self::batch_in_two) with any number of parts, and with the other tasks held back until it
+    /// is done. `list` as there, with 192 bytes more.
     pub fn batch_holding(
         &mut self,
         list: u64,
-        calls: &[Call],
+        parts: &[&[Call]],
         hold: &mut Hold<'_>,
+        look: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Vec<i64>> {
         if hold.tasks.is_empty() {
-            return self.batch(list, calls);
+            return self.listed(list, self.doorbell, parts)?.run(look);
         }
         let waking = hold.waking();
         self.write_scratch(list, &waking.in_list())?;
@@ -172,8 +174,14 @@ impl RemoteCalls<'_> {
         mem.write(hold.at, &0u32.to_le_bytes())?;
         let sent = hold.send_in(self);
         let answers = sent.and_then(|()| {
-            let all: Vec<Call> = calls.iter().copied().chain([waking]).collect();
-            self.batch(list + CALL_BYTES, &all)
+            let mut parts: Vec<Vec<Call>> = parts.iter().map(|part| part.to_vec()).collect();
+            parts
+                .last_mut()
+                .into_iter()
+                .for_each(|last| last.push(waking));
+            let parts: Vec<&[Call]> = parts.iter().map(Vec::as_slice).collect();
+            let listed = self.listed(list + CALL_BYTES, self.doorbell, &parts);
+            listed?.run(look)
         });
         // If it did not come to the waking: nobody waits for it any more.
         let back = hold.bring_back();
