@@ -136,6 +136,7 @@ restore
 elsewhere
     check // in tests/kill.rs
     rehearse_mask rehearse_page rehearsed // in tests/rehearse.rs
+    unregistered // in tests/notices.rs
     lending // in tests/containers.rs
 }
 

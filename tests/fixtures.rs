@@ -124,7 +124,7 @@ matrix! {
     fifo file_deleted file_private file_shared flock_self fragmented fsgs growsdown guard handler_slow hugetlb inhandler inotify
     inotify_deep inotify_nameless inotify_open inotify_unread ldt lease limits limits_used lock_kinds login madvflags map_beyond maps maps_changing maps_limit
     mdwe membarrier memfd memfd_exec
-    mempolicy mlock mlockall mmfields mqueue mseal mutex_pi_held mutex_robust_held nnp noreserve oomscore pdeathsig
+    mempolicy mlock mlockall mmfields mq_notify mqueue mseal mutex_pi_held mutex_robust_held nnp noreserve oomscore pdeathsig
     personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked pty_modes pty_packet pty_pair pty_session
     pty_several pty_stopped restart_epoll restart_futex restart_locks restart_misc restart_nanosleep restart_poll
     restart_sysv robust rodata root rseq sched seccomp seccomp_strict seccomp_tsync segv_regs sem_posix shm_posix

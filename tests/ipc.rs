@@ -222,7 +222,10 @@ fn posix_queues_that_cannot_come_back() {
     isolated("posix_queues_that_cannot_come_back", |case| {
         for (situation, words) in [
             ("mq-nameless", ["without a name", "1 unread messages"]),
-            ("mq-notify", ["mq_notify", "poll the queue"]),
+            (
+                "mq-notify",
+                ["mq_notify with SIGEV_SIGNAL", "poll the queue"],
+            ),
         ] {
             let fixture = odd(case, situation, None);
             let pid = fixture.pid().to_string();
@@ -230,24 +233,6 @@ fn posix_queues_that_cannot_come_back() {
             assert!(leftovers(case.dir()).is_empty());
             fixture.passes();
         }
-    });
-}
-
-/// The socket is glibc's, of which the program knows nothing.
-#[test]
-fn notices_by_a_thread_are_told_as_such() {
-    isolated("notices_by_a_thread_are_told_as_such", |case| {
-        let fixture = odd(case, "mq-thread", None);
-        let pid = fixture.pid().to_string();
-        let words = ["netlink", "mq_notify with SIGEV_THREAD", "poll the queue"];
-        until("glibc's thread to wait", || {
-            let said = ckpt(case, ["check", &pid]).stdout;
-            said.lines()
-                .any(|line| words.iter().all(|word| line.contains(word)))
-                .then_some(())
-        });
-        ckpt(case, ["attach", &pid, "-o", "job.ckpt"]).refused(1, &words);
-        fixture.passes();
     });
 }
 

@@ -286,6 +286,7 @@ fn what_the_job_has_is_free() {
             "sysv_sem",
             "sysv_msg",
             "mqueue",
+            "mq_notify",
             "flock_self",
             "lease",
             "fifo",

@@ -34,6 +34,8 @@ mod kill;
 mod leaks;
 mod machine;
 mod messages;
+#[cfg(feature = "faults")]
+mod notices;
 mod paths;
 mod pids;
 mod privileges;

@@ -33,6 +33,7 @@ const KINDS: &[&str] = &[
     "inotify_open",
     "lease",
     "mqueue",
+    "mq_notify",
     "sock_named",
     "sock_listen",
     "sock_dgram",

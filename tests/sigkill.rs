@@ -129,6 +129,16 @@ fn killed_at_any_moment_of_aio_with_threads() {
     });
 }
 
+/// A cookie that is taken back belongs to a thread that waits for it, and must not get there.
+#[test]
+fn killed_at_any_moment_of_notices() {
+    isolated("killed_at_any_moment_of_notices", |case| {
+        let command = Command::new(case.fixtures().join("mq_notify"));
+        let target = start_in(case, "mq_notify", "run", command);
+        killed_except(case, target, 100, &["maps", "status VmSize"]);
+    });
+}
+
 /// No task walks home while the job is stopped: it is the next attach that meets them in the cave of one that was
 /// killed, and it is killed as well.
 #[test]
@@ -161,7 +171,7 @@ fn killed_at_any_moment_of_a_stopped_job() {
     });
 }
 
-fn is_stopped(pid: i32) -> bool {
+pub(crate) fn is_stopped(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(") ")
         .next()

@@ -27,13 +27,14 @@ use crate::host;
 use crate::objects::cgroup::freezer::{Thawable, Thawed};
 use crate::objects::cgroup::settings;
 use crate::objects::files::left::Choices;
+use crate::objects::ipc::{self, notice};
 use crate::objects::job::FrozenJob;
 use crate::objects::landlock::{self, Bystanders};
 use crate::objects::namespaces::Namespaces;
 use crate::objects::outsiders::process_name;
 use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
 use crate::objects::seccomp::surroundings::Surroundings;
-use crate::objects::{Snapshot, SpaceId, aio, ipc, zombie};
+use crate::objects::{Snapshot, SpaceId, aio, zombie};
 use crate::progress::Progress;
 use crate::rehearse::Prover;
 use crate::restore::births;
@@ -480,6 +481,7 @@ fn capture_frozen(
     if aio::settle(job, sources, &outside, &collector)? {
         (collector, outside) = look(job, sources, request, patience)?;
     }
+    notice::learn(job, sources, &mut outside, &collector)?;
     let stops: Vec<bool> = job
         .processes
         .iter()

@@ -158,6 +158,7 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
         interval_timers,
         posix_timers,
         record_locks,
+        notices,
         cwd,
         root,
         umask,
@@ -217,6 +218,7 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
     for (fd, lock) in record_locks {
         rows.add(format!("lock of fd {fd}"), format!("{lock:?}"));
     }
+    rows.each("mq_notify", notices);
     rows.add("working directory", cwd.display().to_string());
     rows.add("root directory", root.display().to_string());
     rows.add("umask", format!("{umask:04o}"));

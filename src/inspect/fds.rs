@@ -95,6 +95,7 @@ fn kind_name(kind: &Kind) -> &'static str {
         Kind::ProcFile(_) => "proc",
         Kind::MessageQueue(_) => "mqueue",
         Kind::UnixSocket(_) => "unix",
+        Kind::Netlink(_) => "netlink",
         Kind::Outside(_) => "outside",
         Kind::Left(_) => "replaced",
         #[allow(unreachable_patterns)]
@@ -113,6 +114,7 @@ pub(super) fn name(kind: &Kind) -> String {
         Kind::MemFd(memfd) => format!("memfd:{}", crate::text::of(&memfd.name)),
         Kind::Terminal(end) => end.name.clone(),
         Kind::UnixSocket(socket) => socket.label(),
+        Kind::Netlink(socket) => socket.label(),
         Kind::Outside(outside) => outside.name.clone(),
         Kind::Left(left) => left
             .instead

@@ -83,6 +83,7 @@ pub(crate) fn snapshot() -> Snapshot {
         shares: Default::default(),
         exit_signal: libc::SIGCHLD,
         record_locks: Vec::new(),
+        notices: Vec::new(),
         group: 50,
         session: 50,
         terminal: None,

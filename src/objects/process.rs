@@ -20,6 +20,7 @@ use super::cgroup::Cgroup;
 use super::dynamic_state::{self, DynamicState};
 use super::files::{self, FdEntry, lock::Lock, removed};
 use super::ipc::Ipc;
+use super::ipc::notice::{self, Notice};
 use super::ipc::undo::{self, Adjustment};
 use super::landlock::Bystanders;
 use super::limits::Limit;
@@ -34,8 +35,10 @@ use crate::objects::source::{Collector, Copies, Source};
 
 pub mod kin;
 mod seen;
+mod sharing;
 
 pub use seen::seen;
+pub use sharing::tasks_with_memory_of;
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,6 +87,9 @@ pub struct Process {
     pub fds: Vec<FdEntry>,
     /// POSIX locks, each with a descriptor of the file.
     pub record_locks: Vec<(i32, Lock)>,
+    /// Of whose next messages it is told, mq_notify(3).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notices: Vec<Notice>,
     /// Which of them were removed.
     #[serde(default)]
     pub removed: RemovedPlaces,
@@ -190,6 +196,8 @@ pub struct FromOutside {
     pub terminal: Option<usize>,
     /// POSIX locks, by descriptor.
     pub record_locks: Vec<(i32, Lock)>,
+    /// Of which messages it is told, with cookies that [`notice::learn`] finds out.
+    pub notices: Vec<Notice>,
     /// Which pages are to be stored.
     pub scanner: PagemapScanner,
 }
@@ -244,6 +252,7 @@ pub fn capture_from_outside(
             fds,
             removed,
             record_locks: locks.collect(),
+            notices: Vec::new(),
             terminal: terminals.controlling(index, source, collector),
             scanner,
         });
@@ -251,6 +260,7 @@ pub fn capture_from_outside(
     for (source, outside) in sources.iter().zip(&all) {
         memory::hidden_by_guards(source, &outside.memory.mappings, collector);
     }
+    notice::survey(sources, &mut all, collector);
     Ok(all)
 }
 

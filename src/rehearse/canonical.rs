@@ -201,6 +201,7 @@ fn inodes(snapshot: &mut Snapshot) {
             }
             Kind::MemFd(memfd) => renamed(&mut memfd.inode),
             Kind::MessageQueue(queue) => renamed(&mut queue.inode),
+            Kind::Netlink(socket) => renamed(&mut socket.inode),
             Kind::PidFd(pidfd) => pidfd.inode.iter_mut().for_each(&mut renamed),
             Kind::UnixSocket(socket) => {
                 renamed(&mut socket.inode);

@@ -12,7 +12,7 @@ use super::handover;
 use super::planner::Job;
 use crate::error::Obstacle;
 use crate::objects::files::{self, Staging, procfs, removed};
-use crate::objects::ipc::{sysv_msg, sysv_sem, sysv_shm};
+use crate::objects::ipc::{notice, sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
 use crate::objects::plan::{Builder, Inherited, Plan, Stage};
 use crate::objects::process::{Process, RemovedPlaces};
@@ -224,6 +224,7 @@ impl Build<'_> {
             process.memory.rebuild_locks(plan);
         }
         limits::rebuild(&process.limits, handover::meets_traps(process), plan);
+        notice::rebuild(process, snapshot, plan);
         process.threads[0].rebuild(process, filters, plan);
         process.memory.rebuild_dumpable(plan);
         timers::rebuild_interval(process, plan);

@@ -104,6 +104,7 @@ fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
         | Kind::PidFd(_)
         | Kind::ProcFile(_)
         | Kind::MessageQueue(_)
+        | Kind::Netlink(_)
         | Kind::EventFd(_)
         | Kind::SignalFd(_)
         | Kind::TimerFd(_)

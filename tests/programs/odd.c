@@ -12,6 +12,7 @@
 #include <semaphore.h>
 #include <linux/bpf.h>
 #include <linux/filter.h>
+#include <linux/netlink.h>
 #include <linux/seccomp.h>
 #include <linux/perf_event.h>
 #include <sys/fanotify.h>
@@ -71,7 +72,20 @@ static void *code32(void *unused)
 	__builtin_unreachable();
 }
 
+static atomic_int notices;
+
 static void noticed(union sigval unused)
+{
+	(void)unused;
+	atomic_fetch_add(&notices, 1);
+}
+
+static void remove_queue(void)
+{
+	mq_unlink("/odd");
+}
+
+static void nothing(int unused)
 {
 	(void)unused;
 }
@@ -274,8 +288,8 @@ int main(int argc, char **argv)
 	} else if (is("netlink-twice")) {
 		int other;
 
-		fd = FX_SYS(socket(AF_NETLINK, SOCK_RAW, 0));
-		other = FX_SYS(socket(AF_NETLINK, SOCK_RAW, 0));
+		fd = FX_SYS(socket(AF_NETLINK, SOCK_RAW, NETLINK_KOBJECT_UEVENT));
+		other = FX_SYS(socket(AF_NETLINK, SOCK_RAW, NETLINK_KOBJECT_UEVENT));
 		fx_cleanup = end_child;
 		child = FX_SYS(fork());
 		if (!child)
@@ -329,17 +343,24 @@ int main(int argc, char **argv)
 	} else if (is("code32")) {
 		fx_thread(code32, NULL);
 		fx_await(&begun, 1);
-	} else if (is("mq-nameless") || is("mq-notify") || is("mq-thread")) {
+	} else if (is("mq-told") || is("mq-told-loud")) {
+		/* Told of one message, which another process sends. The loud one leaves no signal alone that attach could use. */
+		struct sigevent event = { .sigev_notify = SIGEV_THREAD, .sigev_notify_function = noticed };
+
+		for (int i = 0; is("mq-told-loud") && i < 3; i++)
+			signal((int[]){ SIGURG, SIGWINCH, SIGCHLD }[i], nothing);
+		fd = mq_open("/odd", O_RDWR | O_CREAT, 0600, NULL);
+		if (fd < 0)
+			fx_skip("POSIX message queues (%s)", strerror(errno));
+		fx_cleanup = remove_queue;
+		FX_SYS(mq_notify(fd, &event));
+	} else if (is("mq-nameless") || is("mq-notify")) {
 		struct sigevent event = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1 };
 
 		fd = mq_open("/odd", O_RDWR | O_CREAT, 0600, NULL);
 		if (fd < 0)
 			fx_skip("POSIX message queues (%s)", strerror(errno));
 		mq_unlink("/odd");
-		if (is("mq-thread")) {
-			event.sigev_notify = SIGEV_THREAD;
-			event.sigev_notify_function = noticed;
-		}
 		if (!is("mq-nameless"))
 			FX_SYS(mq_notify(fd, &event));
 		else
@@ -386,6 +407,11 @@ int main(int argc, char **argv)
 	if (is("file")) {
 		FX_EQ("position", FX_SYS(lseek(fd, 0, SEEK_CUR)), 5);
 		FX_EQ("write", FX_SYS(write(fd, "written", 7)), 7);
+	}
+	if (is("mq-told") || is("mq-told-loud")) {
+		fx_await(&notices, 1);
+		fx_nap(20 * FX_MS);
+		FX_EQ("notices", notices, 1);
 	}
 	if (is("unix-datagram"))
 		FX_EQ("send", send(fd, "after", 5, 0), 5);

@@ -69,6 +69,8 @@ steps! {
     RehearsePage = "rehearse-page",
     /// Rehearsal: the copy's image is taken, and the copy is still there.
     Rehearsed = "rehearsed",
+    /// A notice of a message queue is taken back, and not registered again yet.
+    Unregistered = "unregistered",
     /// Where descriptors cannot be copied: the process has the marks on it with which it lends them.
     Lending = "lending",
 }

@@ -12,13 +12,13 @@
 
 use std::time::{Duration, Instant};
 
+use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::proc::limits::read_limits;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::status::read_task;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls, Scratch, may_ring};
 use ckpt_tracer::task::Stopped;
-use ckpt_tracer::{Pid, RemoteAddr};
 
 use super::turn::{AFFINITY_ROOM, Room, Turner};
 use super::{EVENT, HEAD, Seen, TAIL, distance, is_ring, refused};
@@ -52,24 +52,12 @@ pub fn settle(
     for (index, (source, vmas)) in with_rings {
         let cave = Cave::dig(&source.mem, vmas, job.processes[index].tasks())?;
         let cave = cave.with_doorbell(job.processes[index].tasks());
-        // The process comes before those who share its memory.
-        let all = job.processes.iter_mut().zip(sources);
-        let sharing = all.filter(|(_, s)| memory_of(s.pid, sources, collector) == source.pid);
-        let tasks = sharing.flat_map(|(frozen, _)| frozen.tasks_mut()).collect();
+        let tasks = process::tasks_with_memory_of(index, job, sources, collector);
         settle_process(tasks, &cave, source, vmas)?;
         cave.fill_in()?;
         any = true;
     }
     Ok(any)
-}
-
-/// Whose memory a process has.
-fn memory_of(pid: Pid, sources: &[Source], collector: &Collector) -> Pid {
-    let parent = sources.iter().find(|s| s.pid == pid);
-    match parent.filter(|_| collector.shares(pid).memory) {
-        Some(source) => memory_of(source.status.ppid, sources, collector),
-        None => pid,
-    }
 }
 
 /// Somebody who could open a file while a batch goes on by itself, in a table that it counts on.

@@ -14,6 +14,7 @@ use super::{Kind, Look, Survey};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::outside::Surroundings;
+use crate::objects::ipc::notice::{By, Notice};
 use crate::objects::sockets;
 use crate::objects::source::Source;
 
@@ -263,6 +264,11 @@ pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
         });
         let has: HashSet<i32> = process.fds.iter().map(|entry| entry.fd).collect();
         process.record_locks.retain(|(fd, _)| has.contains(fd));
+        let is_there = |notice: &Notice| match &notice.by {
+            By::Nothing => true,
+            By::Cookie { socket, .. } => has.contains(socket),
+        };
+        process.notices.retain(is_there);
     }
     let mut wanted: HashSet<usize> = HashSet::new();
     for entry in snapshot.processes.iter().flat_map(|p| &p.fds) {

@@ -11,7 +11,7 @@ use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::ipc::mqueue;
-use super::sockets::{self, unix};
+use super::sockets::{self, netlink, unix};
 use super::uring;
 use crate::error::Obstacle;
 use crate::objects::source::{Collector, Source};
@@ -130,6 +130,8 @@ pub enum Kind {
     MessageQueue(mqueue::MessageQueue),
     /// A unix domain socket.
     UnixSocket(unix::UnixSocket),
+    /// A socket to the kernel, netlink(7).
+    Netlink(netlink::NetlinkSocket),
     /// Something of the surroundings that the restored job gets anew: a pipe with its other end
     /// outside, or a socket.
     Outside(outside::Outside),
@@ -363,9 +365,9 @@ fn kind(
         (FdLink::Socket(_), _) if look.fd <= 2 => {
             Ok(outside::capture(look, outside::Surroundings::Socket))
         }
-        (FdLink::Socket(_), _) => match mqueue::waits_for_notices(source, look) {
-            true => Err(Box::new(mqueue::notices_by_thread(source, look))),
-            false => Err(unsupported(&sockets::family(&look.copy))),
+        (FdLink::Socket(_), _) => match netlink::capture(source, look) {
+            Some(socket) => socket.map(Kind::Netlink),
+            None => Err(unsupported(&sockets::family(&look.copy))),
         },
         (FdLink::File { path, .. }, _)
             if look.file_type() == libc::S_IFREG
@@ -448,6 +450,7 @@ impl Kind {
             Kind::ProcFile(p) => p.path.display().to_string(),
             Kind::MessageQueue(q) => q.title(),
             Kind::UnixSocket(s) => s.label(),
+            Kind::Netlink(s) => s.label(),
             Kind::Outside(o) => o.name.clone(),
             Kind::Left(l) => l.name.clone(),
         }

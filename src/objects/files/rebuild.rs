@@ -214,6 +214,7 @@ pub fn open_descriptions(
             Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, options.files, plan),
             Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
             Kind::UnixSocket(_) => {}
+            Kind::Netlink(socket) => socket.rebuild(at, plan),
             Kind::Left(left) => {
                 if let Some(path) = &left.instead {
                     plan.inherit(at, Inherited::Named(path.clone(), flags));
@@ -359,7 +360,10 @@ fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
 
 /// Gives a pipe or socket to who had made it. Without CAP_CHOWN it stays ours (limits.md).
 fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
-    let nameless = matches!(description.kind, Kind::Pipe(_) | Kind::UnixSocket(_));
+    let nameless = matches!(
+        description.kind,
+        Kind::Pipe(_) | Kind::UnixSocket(_) | Kind::Netlink(_)
+    );
     let ours = &plan.host().credentials;
     let ours = (ours.uid[3], ours.gid[3]);
     if let Some((user, group)) = description.made_by.filter(|ids| nameless && *ids != ours) {

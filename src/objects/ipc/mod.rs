@@ -34,6 +34,7 @@ use crate::objects::options::Options;
 use crate::objects::source::{Collector, Source};
 
 pub mod mqueue;
+pub mod notice;
 pub mod sys;
 pub mod sysv_msg;
 pub mod sysv_sem;
@@ -323,7 +324,6 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
             .collect();
     }
     collector.ipc.place = Place::here();
-    mqueue::refuse_notifications(&job, &collector.descriptions, &mut collector.obstacles);
     if job.alone && !collector.is_copy {
         mqueue::refuse_contents(&collector.descriptions, &mut collector.obstacles);
     }

@@ -10,19 +10,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ckpt_tracer::Pid;
-use ckpt_tracer::proc::syscall::{InSyscall, read_syscall};
-use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Job, sys};
+use super::sys;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Look};
 use crate::objects::options::{FilesPolicy, Options};
 use crate::objects::outsiders::process_name;
 use crate::objects::plan::Builder;
-use crate::objects::sockets;
+use crate::objects::process::Process;
 use crate::objects::source::Source;
 
 /// A queue, as a description of it shows it. Descriptions of one queue share `inode`.
@@ -51,6 +49,9 @@ pub struct MessageQueue {
     pub bytes: u64,
     /// Which process is to be told of the next message (`mq_notify`), 0 for none.
     pub notified: i32,
+    /// How (`SIGEV_SIGNAL`, which is 0, `SIGEV_NONE`, `SIGEV_THREAD`).
+    #[serde(default)]
+    pub notify: i32,
 }
 
 /// Captures a queue through one of its descriptors.
@@ -91,7 +92,8 @@ pub fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue
         size: attributes.size,
         held: attributes.held,
         bytes: field(&text, "QSIZE"),
-        notified: field(&text, "NOTIFY_PID") as i32,
+        notified: notified(&text),
+        notify: field(&text, "NOTIFY") as i32,
     })
 }
 
@@ -102,54 +104,9 @@ fn field(text: &str, key: &str) -> u64 {
     words.next().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
-/// Whether a socket is the one by which glibc is told of messages for mq_notify(3) with `SIGEV_THREAD`: a thread
-/// of glibc's reads cookies of `NOTIFY_COOKIE_LEN` bytes from it, as long as the process lives.
-pub fn waits_for_notices(source: &Source, look: &Look) -> bool {
-    const NOTIFY_COOKIE_LEN: u64 = 32;
-    if sockets::domain(&look.copy) != Some(libc::AF_NETLINK) {
-        return false;
-    }
-    let tasks = tasks::list_tasks(source.dir.clone()).unwrap_or_default();
-    tasks
-        .into_iter()
-        .any(|task| match read_syscall((source.pid, task)) {
-            Ok(InSyscall::Inside { nr, args, .. }) => {
-                nr == libc::SYS_recvfrom
-                    && args[0] == look.fd as u64
-                    && args[2] == NOTIFY_COOKIE_LEN
-            }
-            _ => false,
-        })
-}
-
-/// The obstacle that this socket is, which its program knows nothing of.
-pub fn notices_by_thread(source: &Source, look: &Look) -> Obstacle {
-    Obstacle::new(
-        look.object(source),
-        "is the netlink socket by which glibc runs a thread for each notice of a POSIX message queue (mq_notify \
-         with SIGEV_THREAD), which is not supported",
-        "let the program poll the queue instead",
-    )
-}
-
-/// Refuses what a process of the job wants to be told: the kernel does not show all of it.
-pub(super) fn refuse_notifications(
-    job: &Job,
-    descriptions: &[files::Description],
-    obstacles: &mut Vec<Obstacle>,
-) {
-    for (queue, _) in queues(descriptions) {
-        if job.pids.contains(&queue.notified) {
-            obstacles.push(Obstacle::new(
-                queue.title(),
-                format!(
-                    "is to tell {} of its next message (mq_notify), with a value that the kernel shows to nobody",
-                    process_name(Pid(queue.notified))
-                ),
-                "let the program take that back, or poll the queue",
-            ));
-        }
-    }
+/// Which process is to be told of the next message, by what reading a queue's file shows.
+pub(super) fn notified(text: &str) -> i32 {
+    field(text, "NOTIFY_PID") as i32
 }
 
 /// Refuses what goes with an IPC namespace: messages, and queues that nobody of the job has open.
@@ -193,7 +150,9 @@ pub(super) fn refuse_contents(descriptions: &[files::Description], obstacles: &m
 }
 
 /// Every queue once, by the first of its descriptions.
-fn queues(descriptions: &[files::Description]) -> impl Iterator<Item = (&MessageQueue, usize)> {
+pub(super) fn queues(
+    descriptions: &[files::Description],
+) -> impl Iterator<Item = (&MessageQueue, usize)> {
     let all = descriptions.iter().enumerate();
     let all = all.filter_map(|(index, d)| match &d.kind {
         Kind::MessageQueue(queue) => Some((queue, index)),
@@ -212,6 +171,7 @@ struct Present {
     inode: u64,
     held: i64,
     bytes: u64,
+    notified: i32,
 }
 
 impl MessageQueue {
@@ -246,7 +206,12 @@ impl MessageQueue {
                 true => field(&text, "QSIZE"),
                 false => self.bytes,
             };
-            Ok(Present { inode, held, bytes })
+            Ok(Present {
+                inode,
+                held,
+                bytes,
+                notified: notified(&text),
+            })
         };
         match open() {
             Ok(present) => Ok(Some(present)),
@@ -256,7 +221,12 @@ impl MessageQueue {
     }
 
     /// Whether it may be opened or created here.
-    fn in_the_way(&self, here: bool, options: &Options) -> Result<(), Obstacle> {
+    fn in_the_way(
+        &self,
+        here: bool,
+        snapshot: &Snapshot,
+        options: &Options,
+    ) -> Result<(), Obstacle> {
         if self.unlinked {
             return Ok(());
         }
@@ -274,6 +244,21 @@ impl MessageQueue {
                 )),
             };
         };
+        let is_told = |p: &Process| p.pid == self.notified && !p.notices.is_empty();
+        if present.notified != 0
+            && present.notified != self.notified
+            && snapshot.processes.iter().any(is_told)
+        {
+            return Err(Obstacle::new(
+                self.title(),
+                format!(
+                    "is to tell {} of its next message (mq_notify), and was to tell process {} of the job",
+                    process_name(Pid(present.notified)),
+                    self.notified
+                ),
+                "let that one take it back, or end it",
+            ));
+        }
         let same = here && present.inode == self.inode;
         let reason = match () {
             () if options.files == FilesPolicy::Adopt => return Ok(()),
@@ -375,7 +360,7 @@ impl MessageQueue {
 /// What stands in the way of a restore here.
 pub(super) fn in_the_way(snapshot: &Snapshot, here: bool, options: &Options) -> Vec<Obstacle> {
     wanted(snapshot, options)
-        .filter_map(|queue| queue.in_the_way(here, options).err())
+        .filter_map(|queue| queue.in_the_way(here, snapshot, options).err())
         .collect()
 }
 

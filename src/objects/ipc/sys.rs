@@ -371,6 +371,13 @@ pub fn send(queue: &OwnedFd, message: &[u8]) -> Result<()> {
     Errno::result(sent).map(drop)
 }
 
+/// mq_notify(3), with a `struct sigevent` in which an address is one of ours.
+pub fn notify(queue: &OwnedFd, event: &[u8; 64]) -> Result<()> {
+    // SAFETY: the kernel reads one structure, and 32 bytes of what it points to, if those are mapped.
+    let r = unsafe { libc::syscall(libc::SYS_mq_notify, queue.as_raw_fd(), event.as_ptr()) };
+    Errno::result(r).map(drop)
+}
+
 /// `mq_unlink(3)`.
 pub fn unlink_queue(name: &[u8]) {
     if let Ok(name) = CString::new(name) {

@@ -34,6 +34,7 @@ pub fn seen(
         removed,
         terminal,
         record_locks,
+        notices,
         scanner,
     } = outside;
     let dir = source.dir.clone();
@@ -97,6 +98,7 @@ pub fn seen(
         posix_timers: timers::seen(&read_timers(dir.clone())?),
         fds,
         record_locks,
+        notices,
         removed,
         cwd: link("cwd")?,
         root: link("root")?,

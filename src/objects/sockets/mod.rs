@@ -11,6 +11,7 @@ use nix::errno::Errno;
 pub mod inet;
 mod made;
 pub mod names;
+pub mod netlink;
 mod offset;
 pub mod options;
 pub mod peers;

@@ -80,7 +80,7 @@ pub fn file(socket: &OwnedFd, bytes: &[u8], inode: Option<u32>, cwd: &Path) -> O
 /// Whether a live socket is bound to a name; `None` when we may not ask. The question is a
 /// datagram socket's attempt to connect, of which nobody takes notice.
 pub fn in_use(bytes: &[u8]) -> Option<bool> {
-    let socket = sys::socket(Style::Datagram.number()).ok()?;
+    let socket = sys::socket(libc::AF_UNIX, Style::Datagram.number()).ok()?;
     match sys::connect(&socket, &sockaddr(bytes)) {
         // One of another kind, one of this kind, one that talks to somebody else only.
         Err(Errno::EPROTOTYPE | Errno::EPERM) | Ok(()) => Some(true),

@@ -89,9 +89,9 @@ pub const KEPT: &[(i32, &str, usize)] = &[
     (SO_BUF_LOCK, "SO_BUF_LOCK", 4),
 ];
 
-/// What differs from a new socket of the same kind.
-pub fn capture(socket: &OwnedFd, style: Style) -> Vec<SocketOption> {
-    let Ok(fresh) = sys::socket(style.number()) else {
+/// What differs from a new socket of the same family and kind.
+pub fn capture(socket: &OwnedFd, family: i32, kind: i32) -> Vec<SocketOption> {
+    let Ok(fresh) = sys::socket(family, kind) else {
         return Vec::new();
     };
     let mut kept: Vec<SocketOption> = Vec::new();
@@ -115,7 +115,7 @@ pub fn capture(socket: &OwnedFd, style: Style) -> Vec<SocketOption> {
 impl SocketOption {
     /// What tells of the room to send that a new socket has, after [`make_room`].
     pub fn send_room_of_new() -> Vec<Self> {
-        let Ok(fresh) = sys::socket(Style::Stream.number()) else {
+        let Ok(fresh) = sys::socket(libc::AF_UNIX, Style::Stream.number()) else {
             return Vec::new();
         };
         let numbers = [libc::SO_SNDBUF, SO_BUF_LOCK].into_iter();

@@ -12,12 +12,17 @@ const CONTROL: usize = 2048;
 
 /// getsockopt(2) of `SOL_SOCKET`.
 pub fn option(fd: &impl AsRawFd, number: i32) -> Result<Vec<u8>, Errno> {
+    option_of(libc::SOL_SOCKET, fd, number)
+}
+
+/// getsockopt(2).
+pub fn option_of(level: i32, fd: &impl AsRawFd, number: i32) -> Result<Vec<u8>, Errno> {
     let mut value = [0u8; 64];
     let mut len = value.len() as libc::socklen_t;
     // SAFETY: `value` is live and `len` says how long.
     let r = unsafe {
         let value = value.as_mut_ptr().cast();
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, number, value, &mut len)
+        libc::getsockopt(fd.as_raw_fd(), level, number, value, &mut len)
     };
     Errno::result(r)?;
     Ok(value[..(len as usize).min(value.len())].to_vec())
@@ -93,6 +98,20 @@ pub fn own_name(fd: &impl AsRawFd) -> Result<Vec<u8>, Errno> {
 /// getpeername(2).
 pub fn peer_name(fd: &impl AsRawFd) -> Result<Vec<u8>, Errno> {
     address(libc::getpeername, fd)
+}
+
+/// Port and groups of getsockname(2) and getpeername(2) of a netlink socket (`struct sockaddr_nl`).
+pub fn netlink_addresses(fd: &impl AsRawFd) -> Result<[[u32; 2]; 2], Errno> {
+    let of = |call| {
+        // The family and what follows it are two bytes each.
+        let name = address(call, fd)?;
+        let word = |at: usize| {
+            let bytes = name.get(at..at + 4).and_then(|b| b.try_into().ok());
+            bytes.map(u32::from_ne_bytes).ok_or(Errno::EINVAL)
+        };
+        Ok([word(2)?, word(6)?])
+    };
+    Ok([of(libc::getsockname)?, of(libc::getpeername)?])
 }
 
 /// `SIOCOUTQ`: memory that messages take which this socket has sent and nobody has read.
@@ -231,10 +250,10 @@ unsafe fn collect(level: i32, kind: i32, data: *const u8, len: usize, peeked: &m
 }
 
 /// A socket of our own.
-pub fn socket(kind: i32) -> Result<OwnedFd, Errno> {
+pub fn socket(family: i32, kind: i32) -> Result<OwnedFd, Errno> {
     let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: a call without pointers.
-    let fd = Errno::result(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
+    let fd = Errno::result(unsafe { libc::socket(family, kind, 0) })?;
     // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -65,7 +65,7 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
         shutdown: diag.shutdown & 3,
         reset,
         queue,
-        options: options::capture(&socket.copy, socket.style),
+        options: options::capture(&socket.copy, libc::AF_UNIX, socket.style.number()),
         peer_credentials: Ucred::of_peer(&socket.copy),
     }))
 }
