@@ -4,7 +4,7 @@
 # make test-kernels  on other kernels, in virtual machines; not a part of make test
 # make chaos  random jobs for a long time (docs/chaos.md): SEEDS=N jobs from SEED=N on, SECONDS=N at most, AS=user, ONLY=KIND,…
 # make torture  the tool killed, stopped, made to fail (docs/reliability.md): SECONDS=N in all, SEED=N
-# make lint   formatting, clippy, documentation, the freestanding restorer
+# make lint   imports, formatting, clippy, documentation, the freestanding restorer
 # make bench  figures as ratios in one run (docs/performance.md)
 
 CARGO ?= cargo
@@ -55,6 +55,7 @@ torture: deps
 
 lint:
 	@scripts/install-build-deps
+	scripts/check-imports
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets $(FEATURES) -- -D warnings
 	CKPT_BLOB=1 $(CARGO) clippy -p ckpt-restorer --bin restorer --profile blob \

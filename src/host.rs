@@ -9,13 +9,13 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::tasks;
 
 use crate::error::Result;
+use crate::objects::clock::as_seen_by;
 use crate::objects::clock::clock;
 use crate::objects::memory::Backing;
 use crate::objects::process::Process;
 use crate::objects::processor::{Baseline, Processor};
 use crate::objects::source::Source;
 use crate::objects::{Host, Snapshot, vdso};
-use crate::restore::clock::as_seen_by;
 
 fn text(path: &str) -> String {
     std::fs::read_to_string(path)

@@ -6,7 +6,7 @@
 //! freestanding restorer executes in the new process.
 
 pub mod capture;
-pub mod check;
+pub mod children;
 pub mod cli;
 pub mod error;
 pub mod guard;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::pages::PageSink;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::bundle::Bundled;
+use crate::objects::bundle::digest;
 use crate::objects::files::Kind;
 use crate::objects::files::changed::{Written, is_of_the_kernel};
 use crate::objects::memory::FileIdentity;
@@ -155,28 +156,6 @@ fn open(path: &Path, identity: &FileIdentity) -> Result<File, String> {
     match same {
         true => found.read().map_err(|e| e.to_string()),
         false => Err("another file has its name by now".into()),
-    }
-}
-
-/// BLAKE3 of a file, from its beginning.
-///
-/// # Errors
-/// Those of read(2).
-pub fn digest(file: &File) -> std::io::Result<blake3::Hash> {
-    use std::os::unix::fs::FileExt;
-    let mut hasher = blake3::Hasher::new();
-    let mut piece = vec![0; 1 << 18];
-    let mut at = 0;
-    loop {
-        match file.read_at(&mut piece, at) {
-            Ok(0) => return Ok(hasher.finalize()),
-            Ok(n) => {
-                hasher.update(&piece[..n]);
-                at += n as u64;
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
     }
 }
 

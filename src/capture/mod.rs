@@ -24,6 +24,7 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::{Error, Obstacle, Result};
 use crate::guard::door::Door;
 use crate::host;
+use crate::objects::births;
 use crate::objects::cgroup::freezer::{Thawable, Thawed};
 use crate::objects::cgroup::settings;
 use crate::objects::files::left::Choices;
@@ -36,15 +37,16 @@ use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
 use crate::objects::seccomp::surroundings::Surroundings;
 use crate::objects::{Snapshot, SpaceId, aio, zombie};
 use crate::progress::Progress;
-use crate::rehearse::Prover;
-use crate::restore::births;
 use crate::snapshot;
+use prove::Prove;
 
 mod borrow;
 pub mod bundle;
+pub mod check;
 mod cow;
 mod end;
 pub mod pages;
+pub mod prove;
 pub mod seen;
 mod stored;
 
@@ -92,7 +94,7 @@ pub struct Request<'a> {
     /// Whether anything stands in the way of a restore is looked at before the image has its name.
     pub check: bool,
     /// Looks at the image.
-    pub prover: Option<&'a Prover>,
+    pub prover: Option<&'a dyn Prove>,
     /// The job is restored from the image in namespaces of its own, and compared, before anything else.
     pub rehearse: bool,
     /// It is such a copy: what goes with its IPC namespace is not missed.
@@ -222,7 +224,8 @@ pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Re
 }
 
 fn refuse_obstacles(request: &Request<'_>) -> Result<()> {
-    let obstacles = crate::check::obstacles_at_a_glance(&request.roots(), &request.choices)?;
+    let obstacles =
+        crate::capture::check::obstacles_at_a_glance(&request.roots(), &request.choices)?;
     if obstacles.is_empty() {
         Ok(())
     } else {
@@ -444,7 +447,7 @@ fn look(
     collector.is_copy = request.is_copy;
     let all: Vec<&Source> = sources.iter().collect();
     match kcmp::withheld() {
-        None => crate::check::shared_by_processes(&all, &mut collector)?,
+        None => crate::capture::check::shared_by_processes(&all, &mut collector)?,
         Some(call) => collector.copies = borrow::all(job, sources, call)?,
     }
     let outside = process::capture_from_outside(&all, process::Depth::Full, &mut collector)?;
@@ -467,7 +470,7 @@ fn capture_frozen(
     // Of a job that does not stand still this is seen only now.
     for (frozen, source) in job.processes.iter().zip(sources) {
         let tids: Vec<Tid> = frozen.tasks().iter().map(|task| task.tid()).collect();
-        crate::check::lives_elsewhere(source, &tids, &mut collector)?;
+        crate::capture::check::lives_elsewhere(source, &tids, &mut collector)?;
     }
     if !collector.obstacles.is_empty() {
         return Err(Error::Refused(collector.obstacles));

@@ -9,6 +9,7 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::status::read_task;
 use ckpt_tracer::proc::tasks;
 
+use super::prove::Prove;
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::cgroup::settings;
@@ -19,13 +20,12 @@ use crate::objects::processor::Processor;
 use crate::objects::source::{Collector, Source};
 use crate::objects::zombie::{self, Zombie};
 use crate::objects::{Host, Snapshot};
-use crate::rehearse::Prover;
 use crate::snapshot;
 
 /// Who plans, and what of the job shows only from outside of its namespaces.
 pub struct Planned<'a> {
     /// Looks at the snapshot.
-    pub prover: &'a Prover,
+    pub prover: &'a dyn Prove,
     /// What the job has to itself.
     pub namespaces: &'a Namespaces,
     /// Its supplementary groups as they are outside.

@@ -18,6 +18,7 @@ use serde::Serialize;
 use super::exit::{self, Failure, Outcome, Role, complain};
 use super::places::Descriptors;
 use super::{Loudness, output, progress};
+use crate::capture::prove::Prove;
 use crate::capture::{self, After, Report};
 use crate::guard::{self, door::Door};
 use crate::isolate::{self, Visited};
@@ -251,7 +252,7 @@ fn attach(
         save_files: SaveFiles::new(args.save_files.clone()),
         bundle: args.bundle,
         check: args.checks(),
-        prover,
+        prover: prover.map(|prover| prover as &dyn Prove),
         rehearse: args.rehearse,
         is_copy: false,
         choices: args.descriptors.choices_to_store()?,

@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::exit::{self, Failure, Outcome, Role};
 use super::places::Places;
 use super::{attach, output, progress};
+use crate::capture::check;
 use crate::capture::seen::Planned;
 use crate::error::Obstacle;
 use crate::isolate::Visited;
@@ -21,7 +22,7 @@ use crate::objects::files::left::Choices;
 use crate::objects::job::Family;
 use crate::objects::outsiders;
 use crate::rehearse::Prover;
-use crate::{check, isolate, restore};
+use crate::{isolate, restore};
 
 /// Arguments of `ckpt check`.
 #[derive(Args, Debug)]

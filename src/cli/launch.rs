@@ -7,8 +7,8 @@ use crate::error::Error;
 use crate::isolate::{self, First, Link};
 use crate::restore::env::{HandOver, Prepared};
 use crate::restore::pids::{self, Pids, Place};
-use crate::restore::terminal::Foreground;
 use crate::restore::{self, Opened};
+use crate::supervise::foreground::Foreground;
 use crate::supervise::{Child, Supervised};
 
 /// A restored job that runs.

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::exit::{Failure, Outcome};
 use super::{output, progress};
-use crate::inspect::references;
+use crate::objects::references;
 use crate::progress::Progress;
 use crate::{Result, snapshot};
 

@@ -28,8 +28,8 @@ use ckpt_tracer::{Pid, cpuid};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::{ForkResult, fork, setsid};
 
+use crate::children::{Change, changed, let_go};
 use crate::objects::processor::Baseline;
-use crate::supervise::{Change, changed, let_go};
 
 pub mod door;
 mod first;

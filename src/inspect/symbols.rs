@@ -8,8 +8,8 @@ use std::rc::Rc;
 use object::read::elf::{ElfFile64, FileHeader};
 use object::{Endianness, Object, ObjectSegment, ObjectSymbol, ReadCache, SymbolKind, elf};
 
-use super::mapped::MappedFiles;
-use super::memory::find;
+use crate::objects::memory::image::find;
+use crate::objects::memory::mapped::MappedFiles;
 use crate::objects::memory::{Backing, KernelMapping, Mapping};
 
 /// Finds names; reads each file once.

@@ -8,10 +8,10 @@ use serde::Serialize;
 use super::calls::{self, Context, State};
 use super::disassembly::{Disassembler, LONGEST};
 use super::fds;
-use super::mapped::MappedFiles;
-use super::memory::{ImageMemory, TargetMemory};
 use super::symbols::Symbols;
 use crate::objects::Snapshot;
+use crate::objects::memory::image::{ImageMemory, TargetMemory};
+use crate::objects::memory::mapped::MappedFiles;
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
 

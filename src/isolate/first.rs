@@ -12,11 +12,11 @@ use std::os::unix::net::UnixStream;
 use serde::{Deserialize, Serialize};
 
 use super::link::{hear, tell};
+use super::orders::Kept;
 use super::rights;
 use super::work::leave;
 use crate::error::{Error, Result};
-use crate::restore::clock::Clocks;
-use crate::restore::orders::Kept;
+use crate::objects::clock::Clocks;
 
 /// The end of whoever rebuilds the job. It is open until that one ends: the first process would end
 /// before, and with it everybody in the namespace, who then could not say why.

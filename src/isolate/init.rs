@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use super::link::{Event, Link};
 use super::work::leave;
-use crate::supervise::let_go;
+use crate::children::let_go;
 
 /// What it is called in `ps`.
 pub(super) const NAME: &CStr = c"ckpt-init";

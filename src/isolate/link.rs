@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::restore::terminal::Wish;
+use crate::supervise::foreground::JobTerminal;
 
 /// Told to the process outside. Pids are those inside.
 #[derive(Debug, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ pub(super) enum Event {
         builder: Option<i32>,
     },
     /// The job is complete and about to be let go, with this wish for the terminal.
-    Ready(Option<Wish>),
+    Ready(Option<JobTerminal>),
     /// The job runs.
     Running {
         /// Its root.
@@ -94,7 +94,7 @@ impl Link {
     ///
     /// # Errors
     /// When that one is gone.
-    pub fn ready(&mut self, wish: Option<Wish>) -> io::Result<()> {
+    pub fn ready(&mut self, wish: Option<JobTerminal>) -> io::Result<()> {
         self.tell(&Event::Ready(wish))?;
         self.wait()?;
         super::work::die_with_parent(false);

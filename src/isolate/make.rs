@@ -15,9 +15,9 @@ use super::link::{Event, Link};
 use super::outside::Init;
 use super::owner::Owner;
 use super::work::{Body, keep_capabilities, leave, mount, work};
+use crate::children::clone_under;
 use crate::error::{Error, Result};
 use crate::objects::namespaces::{Names, Namespaces};
-use crate::restore::spawn::clone_under;
 
 /// What is made: a pid namespace, with a mount namespace whose `/proc` fits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl Spec {
 /// When the namespaces cannot be made. Nothing is left of them.
 pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
     // The first process becomes ours when the one in the middle ends.
-    crate::supervise::adopt_orphans();
+    crate::children::adopt_orphans();
     let (mut link, inner) = Link::pair().map_err(cannot("prepare"))?;
     // SAFETY: we have one thread, so that the child has all of us.
     let middle = match unsafe { fork() }.map_err(|e| cannot("prepare")(e.into()))? {

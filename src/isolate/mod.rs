@@ -27,6 +27,7 @@ mod idmap;
 mod init;
 mod link;
 mod make;
+pub(crate) mod orders;
 mod outside;
 mod owner;
 mod rights;

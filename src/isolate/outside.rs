@@ -10,11 +10,12 @@ use nix::errno::Errno;
 use nix::sys::wait::waitpid;
 
 use super::link::{Event, Link};
+use crate::children::Change;
 use crate::error::{Error, Result};
 use crate::objects::job::Family;
-use crate::restore::terminal::{Foreground, Wish};
+use crate::supervise::Supervised;
+use crate::supervise::foreground::{Foreground, JobTerminal};
 use crate::supervise::signals::Received;
-use crate::supervise::{Change, Supervised};
 
 /// The first process of a namespace, a child of ours.
 #[derive(Debug)]
@@ -116,7 +117,7 @@ impl Init {
     }
 
     /// A wish for the terminal, with ids as we see them.
-    fn translated(&self, wish: Wish) -> Option<Wish> {
+    fn translated(&self, wish: JobTerminal) -> Option<JobTerminal> {
         let group = match wish.group {
             Some(group) => {
                 let member = self.find(|s| s.ns_pgid.get(1) == Some(&group))?;
@@ -124,7 +125,7 @@ impl Init {
             }
             None => None,
         };
-        Some(Wish {
+        Some(JobTerminal {
             root: self.outer(wish.root)?,
             group,
             ..wish
@@ -163,7 +164,7 @@ impl Supervised for Init {
 
     fn changed(&mut self) -> nix::Result<Option<Change>> {
         if self.builder.is_some() {
-            return crate::supervise::changed(self.pid);
+            return crate::children::changed(self.pid);
         }
         if !self.link.is_ready() {
             return Ok(None);

@@ -1,6 +1,8 @@
 //! Files that are in the image so that a restore does not need them where it takes place: programs,
 //! libraries, and what the job only reads.
 
+use std::fs::File;
+
 use serde::{Deserialize, Serialize};
 
 use super::memory::FileIdentity;
@@ -27,5 +29,27 @@ impl Snapshot {
     pub fn bundled(&self, file: &FileIdentity) -> Option<&Bundled> {
         let of_it = |b: &&Bundled| (b.device, b.inode) == (file.device, file.inode);
         self.bundle.iter().find(of_it)
+    }
+}
+
+/// BLAKE3 of a file, from its beginning.
+///
+/// # Errors
+/// Those of read(2).
+pub fn digest(file: &File) -> std::io::Result<blake3::Hash> {
+    use std::os::unix::fs::FileExt;
+    let mut hasher = blake3::Hasher::new();
+    let mut piece = vec![0; 1 << 18];
+    let mut at = 0;
+    loop {
+        match file.read_at(&mut piece, at) {
+            Ok(0) => return Ok(hasher.finalize()),
+            Ok(n) => {
+                hasher.update(&piece[..n]);
+                at += n as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
     }
 }

@@ -1,5 +1,40 @@
-//! Clocks of this machine.
+//! The machine's clocks, and those of a job: a time namespace lets `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME` go on from
+//! where they stood (time_namespaces(7)).
 #![allow(unsafe_code)]
+
+use std::fmt::Write;
+use std::os::fd::AsRawFd;
+
+use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::namespaces::timens_offsets;
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Obstacle, Result};
+
+/// The clocks of a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Clocks {
+    /// The machine's.
+    #[default]
+    Ours,
+    /// The job's own, which show this many nanoseconds when it is created.
+    GoOn {
+        /// `CLOCK_MONOTONIC`.
+        monotonic_ns: u64,
+        /// `CLOCK_BOOTTIME`.
+        boottime_ns: u64,
+        /// `CLOCK_MONOTONIC_RAW`, at least.
+        monotonic_raw_ns: u64,
+    },
+}
+
+/// Clocks that a time namespace shifts: what `/proc/PID/timens_offsets` calls them.
+pub const CLOCKS: [(i32, &str); 2] = [
+    (libc::CLOCK_MONOTONIC, "monotonic"),
+    (libc::CLOCK_BOOTTIME, "boottime"),
+];
 
 /// What a clock shows, in nanoseconds.
 pub fn clock(id: i32) -> u64 {
@@ -19,4 +54,127 @@ pub fn unix_time_of_ticks(ticks: u64) -> i64 {
     let a_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as u64;
     let started = clock(libc::CLOCK_REALTIME).saturating_sub(clock(libc::CLOCK_BOOTTIME));
     (started / 1_000_000_000 + ticks / a_second) as i64
+}
+
+impl Clocks {
+    /// Runs `create`; the processes that it creates have these clocks.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where no time namespace can be made.
+    pub fn during<T>(self, create: impl FnOnce() -> T) -> Result<T> {
+        if self == Clocks::Ours {
+            return Ok(create());
+        }
+        self.enter().map_err(denied)?;
+        let created = create();
+        // Before Linux 6.2 nobody whose children have other clocks may have threads. Who made a user
+        // namespace for it has no right to go back, and does without.
+        if let Ok(ours) = std::fs::File::open("/proc/self/ns/time") {
+            // SAFETY: a call without pointers.
+            unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWTIME) };
+        }
+        Ok(created)
+    }
+
+    /// From now on they are those of this process, which has one thread.
+    ///
+    /// # Errors
+    /// As for [`during`](Self::during).
+    pub fn join(self) -> Result<()> {
+        if self == Clocks::Ours {
+            return Ok(());
+        }
+        self.enter().map_err(denied)?;
+        let join = |ours: std::fs::File| {
+            // SAFETY: a call without pointers.
+            Errno::result(unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWTIME) })
+        };
+        let ours = std::fs::File::open("/proc/self/ns/time_for_children");
+        let ours = ours.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)));
+        ours.and_then(join).map(drop).map_err(denied)
+    }
+
+    /// Whether there can be a namespace: a child of ours makes one, and ends.
+    pub fn try_out(self) -> Result<(), Errno> {
+        // SAFETY: the child makes system calls and ends.
+        let child = Errno::result(unsafe { libc::fork() })?;
+        if child == 0 {
+            let errno = self.enter().err().map_or(0, |errno| errno as i32);
+            // SAFETY: as above.
+            unsafe { libc::_exit(errno) }
+        }
+        let mut status = 0;
+        // SAFETY: a child of ours; the kernel writes one int.
+        Errno::result(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
+        match libc::WEXITSTATUS(status) {
+            0 if libc::WIFEXITED(status) => Ok(()),
+            errno => Err(Errno::from_raw(errno)),
+        }
+    }
+
+    /// Leaves a new time namespace to our children.
+    fn enter(self) -> Result<(), Errno> {
+        let me = Pid::own();
+        // SAFETY: a call without pointers.
+        Errno::result(unsafe { libc::unshare(libc::CLONE_NEWTIME) })?;
+        let mut text = String::new();
+        for (clock, name) in CLOCKS {
+            let ahead = |clock| i128::from(self.shown(clock)) - i128::from(self::clock(clock));
+            let mut shift = ahead(clock);
+            if clock == libc::CLOCK_MONOTONIC {
+                // Both are shifted by the same, and NTP has driven them apart, elsewhere by another
+                // amount: neither may go back.
+                shift = shift.max(ahead(libc::CLOCK_MONOTONIC_RAW));
+            }
+            let shift = offset(me, clock) + shift;
+            let (seconds, rest) = (
+                shift.div_euclid(1_000_000_000),
+                shift.rem_euclid(1_000_000_000),
+            );
+            let _ = writeln!(text, "{name} {seconds} {rest}");
+        }
+        let written = std::fs::write("/proc/self/timens_offsets", text);
+        written.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+    }
+
+    fn shown(self, clock: i32) -> u64 {
+        match self {
+            Clocks::Ours => self::clock(clock),
+            Clocks::GoOn { monotonic_ns, .. } if clock == libc::CLOCK_MONOTONIC => monotonic_ns,
+            Clocks::GoOn {
+                monotonic_raw_ns, ..
+            } if clock == libc::CLOCK_MONOTONIC_RAW => monotonic_raw_ns,
+            Clocks::GoOn { boottime_ns, .. } => boottime_ns,
+        }
+    }
+}
+
+/// What a clock of a process shows, in nanoseconds, while ours shows `ours`.
+pub fn as_seen_by(pid: Pid, clock: i32, ours: u64) -> u64 {
+    let me = Pid::own();
+    let shift = offset(pid, clock) - offset(me, clock);
+    (i128::from(ours) + shift).max(0) as u64
+}
+
+/// By how much the namespace of a process shifts a clock, in nanoseconds.
+fn offset(pid: Pid, clock: i32) -> i128 {
+    let name = CLOCKS.iter().find(|(id, _)| *id == clock).map(|(_, n)| *n);
+    let offsets = timens_offsets(pid).unwrap_or_default();
+    let found = offsets.iter().find(|o| Some(o.clock.as_str()) == name);
+    found.map_or(0, |o| {
+        i128::from(o.seconds) * 1_000_000_000 + i128::from(o.nanoseconds)
+    })
+}
+
+/// The refusal that no time namespace can be made.
+pub fn denied(errno: Errno) -> Error {
+    Error::refuse(Obstacle::new(
+        "the time namespace in which the job's clocks go on",
+        format!(
+            "cannot be made: {}; it needs {}",
+            errno.desc(),
+            Use::OwnClocks
+        ),
+        "run restore as root, or take the machine's clocks: --clock host",
+    ))
 }

@@ -7,6 +7,7 @@
 pub mod access;
 pub mod address_space;
 pub mod aio;
+pub mod births;
 pub mod bounds;
 pub mod bundle;
 pub mod cgroup;
@@ -34,6 +35,7 @@ pub mod plan;
 pub mod process;
 pub mod processor;
 pub mod raw_path;
+pub mod references;
 pub mod rights;
 pub mod save_files;
 pub mod scheduling;

@@ -12,4 +12,4 @@ mod stage;
 
 pub use crate::error::Difference;
 pub use prover::Prover;
-pub use stage::{Rehearsal, in_the_way};
+pub use stage::in_the_way;

@@ -19,7 +19,8 @@ use nix::unistd::{ForkResult, fork, getppid};
 use serde::{Deserialize, Serialize};
 
 use super::private::told;
-use super::stage::{self, Rehearsal};
+use super::stage;
+use crate::capture::prove::{Prove, Rehearsal};
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate;
 use crate::objects::job::Family;
@@ -87,12 +88,17 @@ impl Prover {
         }
     }
 
-    /// What stands in the way of a restore from `image`, whose job is frozen and will be gone: what its
-    /// processes hold counts as free. `name` is for messages.
-    ///
-    /// # Errors
-    /// When the image cannot be read or believed, or the prover was killed.
-    pub fn obstacles(&self, image: &File, name: &Path) -> Result<Vec<Obstacle>> {
+    fn ask(&self, question: &Question, image: &File) -> Result<Answer> {
+        let mut link = &self.link;
+        let told = isolate::tell(&mut link, question)
+            .and_then(|()| isolate::send_descriptors(&self.link, &[image.as_raw_fd()]))
+            .and_then(|()| isolate::hear(&mut link));
+        told.map_err(|_| Error::Restore("the process that checks the image was killed".into()))
+    }
+}
+
+impl Prove for Prover {
+    fn obstacles(&self, image: &File, name: &Path) -> Result<Vec<Obstacle>> {
         match self.ask(&Question::Check(name.to_owned()), image)? {
             Answer::Checked(told) => Ok(told.into_iter().map(Told::obstacle).collect()),
             Answer::Rehearsed(_) | Answer::Refused(_) => Err(confused()),
@@ -100,12 +106,7 @@ impl Prover {
         }
     }
 
-    /// In what a job that is restored from `image`, stopped and in namespaces of its own, differs from the
-    /// one that is in it.
-    ///
-    /// # Errors
-    /// When it cannot be restored there.
-    pub fn rehearsal(&self, image: &File, name: &Path) -> Result<Rehearsal> {
+    fn rehearsal(&self, image: &File, name: &Path) -> Result<Rehearsal> {
         match self.ask(&Question::Rehearse(name.to_owned()), image)? {
             Answer::Rehearsed(found) => Ok(found),
             Answer::Checked(_) => Err(confused()),
@@ -117,14 +118,6 @@ impl Prover {
                 Err(Error::Restore(format!("the rehearsal failed: {text}")))
             }
         }
-    }
-
-    fn ask(&self, question: &Question, image: &File) -> Result<Answer> {
-        let mut link = &self.link;
-        let told = isolate::tell(&mut link, question)
-            .and_then(|()| isolate::send_descriptors(&self.link, &[image.as_raw_fd()]))
-            .and_then(|()| isolate::hear(&mut link));
-        told.map_err(|_| Error::Restore("the process that checks the image was killed".into()))
     }
 }
 

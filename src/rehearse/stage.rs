@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::canonical::{Known, canonical};
 use super::compare;
 use super::{pages, private};
+use crate::capture::prove::Rehearsal;
 use crate::capture::{self, After};
 use crate::error::Difference;
 use crate::error::{Error, Obstacle, Result};
@@ -34,15 +35,6 @@ use crate::progress::Silent;
 use crate::restore::clock::ClockPolicy;
 use crate::restore::{self, Opened, Request, pids};
 use crate::snapshot;
-
-/// What a rehearsal has shown.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Rehearsal {
-    /// In what the copy differs.
-    pub differences: Vec<Difference>,
-    /// What a restore by this user has to do without, one sentence each.
-    pub warnings: Vec<String>,
-}
 
 /// Restores from `image` beside the job, whose processes are `leaving`, and answers in what the copy differs.
 /// Nothing is left of it.

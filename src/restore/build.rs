@@ -7,10 +7,10 @@ use std::path::Path;
 use ckpt_tracer::proc::maps::Vma;
 use nix::unistd::AccessFlags;
 
-use super::births::Origin;
 use super::handover;
 use super::planner::Job;
 use crate::error::Obstacle;
+use crate::objects::births::Origin;
 use crate::objects::files::{self, Staging, procfs, removed};
 use crate::objects::ipc::{notice, sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};

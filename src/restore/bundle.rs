@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use super::{Request, put};
-use crate::capture::bundle::digest;
 use crate::objects::Snapshot;
 use crate::objects::bundle::Bundled;
+use crate::objects::bundle::digest;
 use crate::objects::files::{self, Kind};
 use crate::objects::memory::FileIdentity;
 use crate::objects::open::Handle;

@@ -10,13 +10,13 @@ use ckpt_tracer::proc::maps::read_maps;
 use ckpt_tracer::task::{Resume, Running, Stop, Stopped, Waited};
 use ckpt_tracer::{Pid, Tid};
 
-use super::births::Origin;
 use super::executor::{Disturbed, Worker, failed_operation, place, unexpected, warnings_of};
 use super::fill::Pages;
 use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
 use super::planner::{Job, Planned};
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
+use crate::objects::births::Origin;
 use crate::objects::cgroup;
 use crate::objects::core_scheduling;
 use crate::objects::files::changed::Cut;

@@ -20,8 +20,8 @@ use nix::unistd::{AccessFlags, faccessat};
 
 use super::Opened;
 use crate::error::{Error, Obstacle, Result};
-use crate::inspect::mapped::MappedFiles;
-use crate::inspect::memory::{ImageMemory, TargetMemory};
+use crate::objects::memory::image::{ImageMemory, TargetMemory};
+use crate::objects::memory::mapped::MappedFiles;
 use crate::objects::open::Handle;
 use crate::objects::rights::{self, Rights};
 

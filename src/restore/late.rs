@@ -7,9 +7,9 @@ use std::collections::HashMap;
 use ckpt_image::Reader;
 use ckpt_tracer::remote::RemoteCalls;
 
-use super::births::{Births, Origin};
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::births::{Births, Origin};
 use crate::objects::holes;
 use crate::objects::memory::{Backing, Mapping, MappingFlags, join};
 use crate::objects::process::Process;
@@ -151,7 +151,7 @@ mod tests {
         for mapping in &mut snapshot.processes[0].memory.mappings {
             mapping.name = Some(b"name".to_vec());
         }
-        let births = super::super::births::decide(&snapshot).expect("it is one process");
+        let births = crate::objects::births::decide(&snapshot).expect("it is one process");
         let decide = |snapshot: &Snapshot, limit| Late::decide(snapshot, &image, &births, limit);
         let others = |late: Late, snapshot: &Snapshot| {
             let others = late.others(&snapshot.processes[0]).into_owned();

@@ -23,10 +23,9 @@ use crate::objects::plan::{HostState, Means};
 use crate::objects::rights::Rights;
 use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, sockets, switches};
 use crate::progress::Progress;
+use crate::supervise::foreground::JobTerminal;
 use put::PutFiles;
-use terminal::Wish;
 
-pub mod births;
 mod build;
 pub mod bundle;
 pub mod clock;
@@ -41,7 +40,6 @@ mod image_file;
 mod late;
 mod named;
 pub mod next_pid;
-pub(crate) mod orders;
 pub mod paths;
 pub mod pids;
 pub mod planner;
@@ -51,7 +49,6 @@ pub mod spawn;
 pub mod stop;
 pub mod surroundings;
 mod taken;
-pub mod terminal;
 pub mod terminals;
 mod way;
 
@@ -179,7 +176,10 @@ fn obstacles_of(mut opened: Opened<'_>) -> Result<Vec<Obstacle>> {
 
 /// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
 /// complete and about to be let go. On error no process is left behind.
-pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
+pub fn restore(
+    opened: &mut Opened<'_>,
+    lend: &mut dyn FnMut(Option<JobTerminal>),
+) -> Result<Restored> {
     /// Somebody who creates processes all the time may take an id of the job's as often.
     const ATTEMPTS: u32 = 8;
     for _ in 1..ATTEMPTS {
@@ -191,7 +191,7 @@ pub fn restore(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> R
     attempt(opened, lend)
 }
 
-fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Result<Restored> {
+fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<JobTerminal>)) -> Result<Restored> {
     let clocks = opened.decide_clocks()?;
     let first = opened.first.take();
     let opened = &*opened;
@@ -227,13 +227,13 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<Wish>)) -> Resul
     )?;
     let bound = sockets::Made::before(snapshot, rights);
     // Processes of the job that lose their parents become ours.
-    crate::supervise::adopt_orphans();
+    crate::children::adopt_orphans();
     let means = job.host.means;
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, (first, means))?;
     let last = &mut || {
         overflows.take().map_or(Ok(()), Overflows::make)?;
         let ours = request.foreground && master.is_none() && root.session != root.pid;
-        lend(ours.then(|| Wish::of(snapshot, &job.terminals)));
+        lend(ours.then(|| job.terminals.wanted(snapshot)));
         Ok(())
     };
     let mut warnings = driver::rebuild(&job, image, &cuts, &mut brood, leader, last)?;

@@ -8,13 +8,13 @@ use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 
-use super::births::{self, Birth, Births, Body, Origin};
 use super::next_pid;
 use super::taken::taken;
 use super::{Opened, ids};
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate::{First, Spec};
 use crate::objects::Snapshot;
+use crate::objects::births::{self, Birth, Births, Body, Origin};
 use crate::objects::clock;
 use crate::objects::memory::FileIdentity;
 use crate::objects::namespaces::Namespaces;

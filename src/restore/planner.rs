@@ -7,11 +7,11 @@ use ckpt_tracer::features::max_map_count;
 use ckpt_tracer::proc::maps::Vma;
 
 use super::Request;
-use super::births::{Births, Origin};
 use super::build::Build;
 use super::late::Late;
 use super::terminals::Terminals;
 use crate::error::Obstacle;
+use crate::objects::births::{Births, Origin};
 use crate::objects::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
@@ -65,7 +65,7 @@ impl<'a> Job<'a> {
         host: HostState,
         vdso: &'a Replaced,
     ) -> Result<Self, Vec<Obstacle>> {
-        let births = super::births::decide(snapshot)?;
+        let births = crate::objects::births::decide(snapshot)?;
         let terminals = Terminals::decide(snapshot, request)?;
         let late = Late::decide(snapshot, image, &births, max_map_count())?;
         let mut held = HashMap::new();

@@ -15,12 +15,13 @@ use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::task::{Running, Stop, Stopped};
 use nix::errno::Errno;
 
-use super::clock::Clocks;
 use super::next_pid;
-use super::orders::{Kept, Orders};
 use super::pids;
+use crate::children::clone_under;
 use crate::error::{Error, Result};
 use crate::isolate::First;
+use crate::isolate::orders::{Kept, Orders};
+use crate::objects::clock::Clocks;
 use crate::objects::plan::Means;
 use crate::objects::process::Process;
 
@@ -75,22 +76,6 @@ impl Drop for Brood {
     }
 }
 
-#[repr(C, align(8))]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
-
 /// Creates the process and brings it to its exec stop; with `first`, that one becomes it.
 pub fn spawn(
     process: &Process,
@@ -126,22 +111,6 @@ pub fn spawn(
     let mut task = begin(go, task, report_read, is_first)?;
     leave_exec(&mut task)?;
     Ok((brood, task))
-}
-
-/// A fork under that pid; 0 in the child.
-///
-/// SAFETY: as for fork(2), which is without conditions only where there is one thread.
-pub(crate) unsafe fn clone_under(pid: i32) -> nix::Result<i32> {
-    let mut args = CloneArgs {
-        exit_signal: libc::SIGCHLD as u64,
-        set_tid: (&raw const pid) as u64,
-        set_tid_size: 1,
-        ..CloneArgs::default()
-    };
-    let size = std::mem::size_of::<CloneArgs>();
-    // SAFETY: live arguments of that size; without CLONE_VM this is a fork.
-    let r = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size) };
-    Errno::result(r as i32)
 }
 
 /// Whether a new process may change its context to this one, and then create threads with chosen ids: a

@@ -7,6 +7,7 @@ use crate::objects::Snapshot;
 use crate::objects::files::terminal::{End, Places, Side, Terminal};
 use crate::objects::files::{Kind, named};
 use crate::objects::plan::Inherited;
+use crate::supervise::foreground::JobTerminal;
 
 /// What a terminal becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +109,27 @@ impl Terminals {
     pub fn leads(&self, index: usize, snapshot: &Snapshot) -> bool {
         let process = &snapshot.processes[index];
         process.session == process.pid || (index == 0 && self.root_leads)
+    }
+
+    /// What the job wants of our terminal.
+    pub fn wanted(&self, snapshot: &Snapshot) -> JobTerminal {
+        let root = &snapshot.processes[0];
+        let terminal = self.ours().or(root.terminal);
+        let record = terminal.map(|t| &snapshot.terminals[t]);
+        let member = |group: &i32| {
+            let mut processes = snapshot.processes.iter();
+            processes.any(|p| p.group == *group && p.session == root.session)
+        };
+        let foreground = record.and_then(|t| t.foreground).filter(member);
+        let group = foreground.unwrap_or(root.group);
+        // Without its leader among the job's processes, a group is ours now.
+        let own = group != root.group || group == root.pid;
+        JobTerminal {
+            root: root.pid,
+            group: own.then_some(group),
+            shown: self.ours().is_some(),
+            modes: self.ours().and(record).and_then(|t| Some(t.state?.modes)),
+        }
     }
 }
 

@@ -12,8 +12,9 @@ use nix::unistd::{Pid, getpgid, getpgrp};
 
 use super::periodic::Periodic;
 use super::signals::{Received, is_forwarded, stops_the_shell_job};
-use super::sys::{Change, Signals, changed, reap_adopted, send};
+use super::sys::{Signals, send};
 use super::{Supervised, Terminal};
+use crate::children::{Change, changed, reap_adopted};
 use crate::guard::{Entrance, Watch, children_but};
 
 /// Starts a program in our process group, with the signals that we were started with; its pid.

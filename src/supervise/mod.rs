@@ -7,8 +7,11 @@
 //! each other's tracees, so that a tracer inside the supervisor would swallow the program's exit
 //! status (see `wait_consider_task` in kernel/exit.c).
 
+use crate::children::Change;
+
 mod child;
 pub mod console;
+pub mod foreground;
 pub mod interval;
 pub mod periodic;
 pub mod relay;
@@ -17,8 +20,7 @@ pub mod signals;
 mod sys;
 
 pub use child::{Child, start, wait_for};
-pub use sys::{Change, Signals, adopt_orphans};
-pub(crate) use sys::{changed, let_go};
+pub use sys::Signals;
 
 /// A job that is waited for.
 pub trait Supervised {

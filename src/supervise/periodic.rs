@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 
 use super::interval::next_due;
 use super::retention::Images;
-use super::sys::{Change, changed};
+use crate::children::{Change, changed};
 use crate::objects::save_files::Pattern;
 
 /// How checkpoints of a program are taken.

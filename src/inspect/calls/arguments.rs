@@ -2,7 +2,7 @@
 
 use super::flags;
 use super::table::CALLS;
-use crate::inspect::memory::TargetMemory;
+use crate::objects::memory::image::TargetMemory;
 use ckpt_tracer::syscall_names::name;
 
 /// Longer text in memory is cut.

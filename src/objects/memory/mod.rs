@@ -14,7 +14,9 @@ use super::memory_policy::MemoryPolicy;
 mod capture;
 mod contents;
 mod file;
+pub mod image;
 mod inherit;
+pub mod mapped;
 mod rebuild;
 pub mod space;
 

@@ -1,8 +1,8 @@
 //! The family of a new process, as operations: its session and group, and whom it creates.
 
-use super::super::births::{Birth, Body, Group, Origin, Phantom};
 use super::Build;
 use crate::error::Obstacle;
+use crate::objects::births::{Birth, Body, Group, Origin, Phantom};
 use crate::objects::files::Staging;
 use crate::objects::files::terminal::Terminal;
 use crate::objects::plan::{Builder, Stage};

@@ -17,6 +17,7 @@ use access::{accessible, denial};
 
 use crate::capture::seen::{Found, Planned};
 use crate::error::{Obstacle, Result};
+use crate::objects::births;
 use crate::objects::files::left::Choices;
 use crate::objects::ipc;
 use crate::objects::job::Family;
@@ -25,7 +26,6 @@ use crate::objects::process::kin;
 use crate::objects::process::{self, Depth, FromOutside};
 use crate::objects::source::{Collector, Copies, Source};
 use crate::objects::zombie::{self, Zombie};
-use crate::restore::births;
 
 /// All obstacles to a checkpoint of these processes and their descendants, and, if there is none, to a restore of
 /// it here, as it is planned; touches nothing.

@@ -6,14 +6,12 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpgrp};
 use serde::{Deserialize, Serialize};
 
-use super::terminals::Terminals;
-use crate::objects::Snapshot;
-use crate::supervise::Terminal;
+use super::Terminal;
 use crate::tty::{self, Modes};
 
 /// What a job wants of the terminal when it is let go.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Wish {
+pub struct JobTerminal {
     /// Its root.
     pub root: i32,
     /// The group of it that is in the foreground; none when that is our own.
@@ -24,46 +22,20 @@ pub struct Wish {
     pub modes: Option<Modes>,
 }
 
-impl Wish {
-    /// That of a job which shall have our terminal.
-    pub fn of(snapshot: &Snapshot, terminals: &Terminals) -> Self {
-        let root = &snapshot.processes[0];
-        let terminal = terminals.ours().or(root.terminal);
-        let record = terminal.map(|t| &snapshot.terminals[t]);
-        let member = |group: &i32| {
-            let mut processes = snapshot.processes.iter();
-            processes.any(|p| p.group == *group && p.session == root.session)
-        };
-        let foreground = record.and_then(|t| t.foreground).filter(member);
-        let group = foreground.unwrap_or(root.group);
-        // Without its leader among the job's processes, a group is ours now.
-        let own = group != root.group || group == root.pid;
-        Self {
-            root: root.pid,
-            group: own.then_some(group),
-            shown: terminals.ours().is_some(),
-            modes: terminals
-                .ours()
-                .and(record)
-                .and_then(|t| Some(t.state?.modes)),
-        }
-    }
-}
-
 /// Our terminal, with the modes and the foreground group of the job while it is lent; ours again
 /// when this is dropped.
 #[derive(Debug)]
 pub struct Foreground {
     terminal: File,
     ours: i32,
-    job: Wish,
+    job: JobTerminal,
     /// Our own modes, while it is lent.
     before: Option<Modes>,
 }
 
 impl Foreground {
     /// Lends the terminal to a job that is about to run, if we have one.
-    pub fn lend(job: Wish) -> Option<Self> {
+    pub fn lend(job: JobTerminal) -> Option<Self> {
         let mut lent = Self {
             terminal: tty::ours()?,
             ours: getpgrp().as_raw(),
