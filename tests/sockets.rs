@@ -45,6 +45,12 @@ fn what_cannot_be_peeked() {
             target,
             &["fd 4", "urgent byte (MSG_OOB)", "let the program read it"],
         );
+        let target = odd(case, "unix-ebpf", None);
+        refused(
+            case,
+            target,
+            &["fd 4", "eBPF filter (SO_ATTACH_BPF)", "SO_DETACH_FILTER"],
+        );
         let target = odd(case, "unix-error", Some(&short(case, "other")));
         refused(
             case,

@@ -271,6 +271,18 @@ int main(int argc, char **argv)
 	} else if (is("unix-urgent")) {
 		FX_SYS(socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
 		FX_EQ("send", send(ends[0], "now", 3, MSG_OOB), 3);
+	} else if (is("unix-ebpf")) {
+		/* r0 = 0; exit */
+		struct bpf_insn program[] = { { .code = 0xb7 }, { .code = 0x95 } };
+		union bpf_attr load = { .prog_type = BPF_PROG_TYPE_SOCKET_FILTER, .insns = (uintptr_t)program, .insn_cnt = 2,
+					.license = (uintptr_t)"GPL" };
+		int filter = syscall(SYS_bpf, BPF_PROG_LOAD, &load, sizeof(load));
+
+		if (filter < 0)
+			fx_skip("CAP_BPF, for an eBPF filter");
+		FX_SYS(socketpair(AF_UNIX, SOCK_DGRAM, 0, ends));
+		FX_SYS(setsockopt(ends[0], SOL_SOCKET, SO_ATTACH_BPF, &filter, sizeof(filter)));
+		close(filter);
 	} else if (is("unix-error")) {
 		/* A message is unread at the one that the other leaves; it is told so. */
 		FX_SYS(socketpair(AF_UNIX, SOCK_DGRAM, 0, ends));

@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
+pub mod filter;
 pub mod inet;
 mod made;
 pub mod names;

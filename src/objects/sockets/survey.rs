@@ -310,6 +310,7 @@ impl Ghosts {
             reset: false,
             queue: Vec::new(),
             options: Vec::new(),
+            filter: Vec::new(),
             peer_credentials: None,
         });
         inode

@@ -52,15 +52,26 @@ pub fn set_int_option(fd: &impl AsRawFd, number: i32, value: i32) -> Result<(), 
 
 /// How many instructions the socket's filter has; 0 without one.
 pub fn filter_len(fd: &impl AsRawFd) -> Result<usize, Errno> {
+    read_filter(fd, &mut [], 0)
+}
+
+/// The first so many instructions of the socket's filter; how many it has.
+pub fn read_filter(fd: &impl AsRawFd, program: &mut [u8], count: usize) -> Result<usize, Errno> {
     const SO_GET_FILTER: i32 = libc::SO_ATTACH_FILTER;
-    let mut len: libc::socklen_t = 0;
-    // SAFETY: with a length of 0 nothing is written but the length.
+    assert!(
+        program.len() >= count * 8,
+        "no room for {count} instructions"
+    );
+    let mut len = count as libc::socklen_t;
+    // SAFETY: `len` is a number of instructions of 8 bytes, for which there is room. With 0 nothing is written but
+    // that number.
     let r = unsafe {
+        let program = program.as_mut_ptr().cast();
         libc::getsockopt(
             fd.as_raw_fd(),
             libc::SOL_SOCKET,
             SO_GET_FILTER,
-            std::ptr::null_mut(),
+            program,
             &mut len,
         )
     };

@@ -1,6 +1,7 @@
 //! What comes when every description is open: unread messages, which may carry any of them,
 //! then whatever would have kept them from being sent.
 
+use super::filter;
 use super::options::{self, SocketOption};
 use super::plan::{Birth, Job};
 use super::rebuild::dial;
@@ -38,6 +39,7 @@ pub fn finish(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
                 format!("the {}", socket.label())
             });
         }
+        filter::rebuild(&socket.filter, number, &socket.label(), plan);
         for option in &socket.options {
             option.rebuild(number, &socket.label(), plan);
         }

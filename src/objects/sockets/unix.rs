@@ -29,6 +29,9 @@ pub struct UnixSocket {
     pub queue: Vec<Message>,
     /// Options that a new socket does not have.
     pub options: Vec<SocketOption>,
+    /// Its filter, instructions of classic BPF.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "serde_bytes")]
+    pub filter: Vec<u8>,
     /// Who the other side is told to be; of a listening one, who it tells that it is.
     #[serde(default)]
     pub peer_credentials: Option<Ucred>,

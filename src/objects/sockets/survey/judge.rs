@@ -7,7 +7,7 @@ use serde_bytes::ByteBuf;
 use super::super::queue::Seen;
 use super::super::sys::Ucred;
 use super::super::unix::{GHOST, Message, Name, NameFile, Role, Style, UnixSocket, show};
-use super::super::{names, options, sys};
+use super::super::{filter, names, options, sys};
 use super::{Ghosts, Live, Table, Verdict, hidden};
 use crate::error::Obstacle;
 use crate::objects::files::sys as files_sys;
@@ -22,9 +22,28 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
     let Some(diag) = listed.or((!table.held).then_some(&closed)) else {
         return socket.refuse("is a unix socket that the kernel does not list", CLOSE);
     };
-    if let Some(refusal) = unreadable(socket) {
-        return refusal;
+    if let Some(reason) = &socket.fault {
+        return socket.refuse(
+            format!("is a unix socket that {reason}"),
+            "let the program read it before the checkpoint",
+        );
     }
+    let filter = match filter::capture(&socket.copy) {
+        Ok(filter) => filter,
+        Err(Errno::EACCES) => {
+            return socket.refuse(
+                "is a unix socket with an eBPF filter (SO_ATTACH_BPF), which the kernel does not show",
+                "let the program take it off (SO_DETACH_FILTER), or close the socket, before the checkpoint",
+            );
+        }
+        Err(errno) => {
+            let reason = format!(
+                "is a unix socket whose filter cannot be read: {}",
+                errno.desc()
+            );
+            return socket.refuse(reason, CLOSE);
+        }
+    };
     let bytes = sys::own_name(&socket.copy).unwrap_or_default();
     let role = match role(socket, diag, table, ghosts) {
         Ok(role) => role,
@@ -66,28 +85,9 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
         reset,
         queue,
         options: options::capture(&socket.copy, libc::AF_UNIX, socket.style.number()),
+        filter,
         peer_credentials: Ucred::of_peer(&socket.copy),
     }))
-}
-
-/// The refusal of a socket that cannot be looked at whole.
-fn unreadable(socket: &Live) -> Option<Verdict> {
-    if let Some(reason) = &socket.fault {
-        return Some(socket.refuse(
-            format!("is a unix socket that {reason}"),
-            "let the program read it before the checkpoint",
-        ));
-    }
-    match sys::filter_len(&socket.copy) {
-        Ok(0) | Err(Errno::ENOPROTOOPT | Errno::EINVAL) => {}
-        _ => {
-            return Some(socket.refuse(
-                "is a unix socket with a filter, which is not supported",
-                CLOSE,
-            ));
-        }
-    }
-    None
 }
 
 /// The record of what was seen in the queue.
