@@ -3,7 +3,8 @@
 # make field   some 190 real programs, cut at random moments; installs them; not a part of make test
 # make test-kernels  on other kernels, in virtual machines; not a part of make test
 # make chaos  random jobs for a long time (docs/chaos.md): SEEDS=N jobs from SEED=N on, SECONDS=N at most, AS=user, ONLY=KIND,…
-# make torture  the tool killed, stopped, made to fail (docs/reliability.md): SECONDS=N in all, SEED=N
+# make torture  the tool killed, stopped, made to fail (docs/reliability.md): SECONDS=N in all, or KILLS=N of attach and of
+#             restore for each target; ONLY=TARGET, SEED=N
 # make lint   imports, formatting, clippy, documentation, the freestanding restorer
 # make bench  figures as ratios in one run (docs/performance.md)
 
@@ -49,8 +50,9 @@ chaos:
 
 torture: deps
 	@rm -f target/torture
-	CKPT_TORTURE_SECONDS=$(SECONDS) CKPT_TORTURE_FIGURES=$(CURDIR)/target/torture $(if $(SEED),CKPT_SEED=$(SEED)) \
-		$(CARGO) test $(FEATURES) --test e2e -- --test-threads=2 torture::
+	CKPT_TORTURE_SECONDS=$(SECONDS) $(if $(KILLS),CKPT_TORTURE_KILLS=$(KILLS)) CKPT_TEST_LIMIT=86400 \
+		CKPT_TORTURE_FIGURES=$(CURDIR)/target/torture $(if $(SEED),CKPT_SEED=$(SEED)) \
+		$(CARGO) test $(FEATURES) --test e2e -- --test-threads=2 torture::$(ONLY)
 	@cat target/torture
 
 lint:

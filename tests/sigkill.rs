@@ -76,7 +76,10 @@ fn duration(case: &Case, pid: i32) -> Duration {
 
 /// Lets time pass: a wait for a random moment is what these tests are about.
 pub(crate) fn pass(time: Duration) {
+    /// By which a sleep may be too long.
+    const LATE: Duration = Duration::from_micros(500);
     let begun = Instant::now();
+    std::thread::sleep(time.saturating_sub(LATE));
     while begun.elapsed() < time {
         std::hint::spin_loop();
     }

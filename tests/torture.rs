@@ -1,8 +1,9 @@
 //! The tool is killed, stopped, told to end, and made to fail or die at every step, while it takes checkpoints of targets that
 //! judge themselves, and while it restores them: no target is harmed, and of a restore that did not succeed nothing is left.
 //!
-//! `CKPT_TORTURE_SECONDS` is for how long in all (60), `CKPT_SEED` repeats a run as far as the machine allows, and figures
-//! are appended to the file `CKPT_TORTURE_FIGURES` (docs/reliability.md).
+//! `CKPT_TORTURE_SECONDS` is for how long in all (60); `CKPT_TORTURE_KILLS` is instead how often the tool is killed in an attach of
+//! each target, and how often in a restore. `CKPT_SEED` repeats a run as far as the machine allows, and figures are appended to
+//! the file `CKPT_TORTURE_FIGURES` (docs/reliability.md).
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -28,8 +29,10 @@ use crate::sigkill::{Random, pass};
 
 /// What has the twelve targets.
 const TARGETS: u32 = 12;
-/// Disturbances that one life of a target sees at most.
-const A_LIFE: u32 = 12;
+/// Attaches that are harmed in one life of a target, at most.
+const A_LIFE: u32 = 24;
+/// Restores of one image that are harmed in a row, at most.
+const IN_A_ROW: u32 = 12;
 
 /// What is done to the tool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,34 +81,59 @@ struct Target {
     judge: Box<dyn FnOnce(Job)>,
 }
 
+/// When a target has seen enough.
+enum Enough {
+    At(Instant),
+    /// After so many kills of attach, and of restore.
+    Kills(u32),
+}
+
+impl Enough {
+    fn asked() -> Self {
+        let number = |name: &str| std::env::var(name).ok()?.parse().ok();
+        match number("CKPT_TORTURE_KILLS") {
+            Some(kills) => Enough::Kills(kills),
+            None => {
+                let seconds = number("CKPT_TORTURE_SECONDS").unwrap_or(60);
+                Enough::At(Instant::now() + Duration::from_secs(seconds.into()) / TARGETS)
+            }
+        }
+    }
+}
+
 struct Torture<'a> {
     case: &'a Case,
     random: Random,
+    enough: Enough,
     /// How long an attach takes, and a restore.
     longest: [Duration; 2],
+    /// How many of them were killed.
+    kills: [u32; 2],
     figures: BTreeMap<String, u32>,
 }
 
 fn torture(case: &Case, name: &str, begin: &dyn Fn(&str) -> Target) {
-    let seconds = std::env::var("CKPT_TORTURE_SECONDS").ok();
-    let seconds = seconds.and_then(|s| s.parse().ok()).unwrap_or(60);
-    let over = Instant::now() + Duration::from_secs(seconds) / TARGETS;
     let mut torture = Torture {
         case,
         random: Random::new(),
+        enough: Enough::asked(),
         longest: [Duration::from_millis(50); 2],
+        kills: [0; 2],
         figures: BTreeMap::new(),
     };
     let mut life = 0;
-    while life == 0 || Instant::now() < over {
+    while life == 0 || !torture.is_enough() {
         let mut target = begin(&format!("life{life}"));
         life += 1;
         for number in 1..=A_LIFE {
             torture.attach(&mut target.job);
-            if number % 3 == 0 {
-                torture.restore(&mut target.job);
+            // The first one tells how long it takes.
+            if number == 1 {
+                torture.restore(&mut target.job, 0);
+            } else if torture.kills[1] < torture.kills[0] {
+                torture.restore(&mut target.job, IN_A_ROW);
             }
-            if Instant::now() >= over && number >= 3 {
+            if torture.is_enough() {
                 break;
             }
         }
@@ -116,6 +144,13 @@ fn torture(case: &Case, name: &str, begin: &dyn Fn(&str) -> Target) {
 }
 
 impl Torture<'_> {
+    fn is_enough(&self) -> bool {
+        match self.enough {
+            Enough::At(moment) => Instant::now() >= moment,
+            Enough::Kills(kills) => self.kills.iter().all(|killed| *killed >= kills),
+        }
+    }
+
     fn count(&mut self, what: &str) {
         *self.figures.entry(what.into()).or_default() += 1;
     }
@@ -135,17 +170,29 @@ impl Torture<'_> {
     fn harm(&mut self, of_restore: bool) -> Harm {
         let steps = steps(of_restore);
         let step = steps[self.random.below(steps.len())];
-        match self.random.below(6) {
-            0 | 1 => Harm::Killed,
-            2 => Harm::Stopped,
-            3 => Harm::Ended,
-            4 => Harm::Fails(step),
+        match self.random.below(12) {
+            0..=5 => Harm::Killed,
+            6 => Harm::Stopped,
+            7 => Harm::Ended,
+            8 => Harm::Fails(step),
             _ => Harm::Dies(step),
         }
     }
 
     /// Runs the tool and does it harm; how it ended.
-    fn inflict(&mut self, harm: Harm, mut command: Command, longest: Duration) -> Ended {
+    fn inflict(&mut self, harm: Harm, command: Command, of_restore: bool) -> Ended {
+        let (ended, late) = self.run(harm, command, self.longest[usize::from(of_restore)]);
+        let what = ["attach", "restore"][usize::from(of_restore)];
+        self.count(&format!("{what}, {}", harm.name()));
+        if late {
+            self.count(&format!("{what}, {}, too late", harm.name()));
+        }
+        self.kills[usize::from(of_restore)] += u32::from(ended == Ended::Killed(9));
+        ended
+    }
+
+    /// How it ended, and whether it had ended before it was harmed.
+    fn run(&mut self, harm: Harm, mut command: Command, longest: Duration) -> (Ended, bool) {
         let log = self.case.path("tool.log");
         command.current_dir(self.case.dir());
         command.stdout(appended(&log)).stderr(appended(&log));
@@ -154,13 +201,21 @@ impl Torture<'_> {
             Harm::Dies(step) => drop(command.env("CKPT_FAULT", format!("{step}:kill"))),
             _ => {}
         }
-        let tool = spawn(&mut command);
-        match harm {
-            Harm::Fails(_) | Harm::Dies(_) => return tool.wait(),
-            _ => pass(self.random.moment(longest.mul_f64(1.1))),
+        let mut tool = spawn(&mut command);
+        if let Harm::Fails(_) | Harm::Dies(_) = harm {
+            let ended = tool.wait();
+            // The step did not come.
+            return (ended, ended == Ended::Exited(0));
+        }
+        pass(self.random.moment(longest.mul_f64(1.1)));
+        if let Some(ended) = tool.ended() {
+            return (ended, true);
         }
         match harm {
-            Harm::Killed => return tool.kill(),
+            Harm::Killed => {
+                let ended = tool.kill();
+                return (ended, ended != Ended::Killed(9));
+            }
             Harm::Stopped => {
                 tool.signal(Signal::SIGSTOP);
                 pass(Duration::from_millis(2));
@@ -168,7 +223,7 @@ impl Torture<'_> {
             }
             _ => tool.signal(Signal::SIGTERM),
         }
-        tool.wait()
+        (tool.wait(), false)
     }
 
     /// One attach is disturbed, the next one is not.
@@ -176,7 +231,7 @@ impl Torture<'_> {
         let harm = self.harm(false);
         let mut command = Command::new(CKPT);
         command.args(["attach", &job.pid.to_string(), "-q", "-o", "job.ckpt"]);
-        let ended = self.inflict(harm, command, self.longest[0]);
+        let ended = self.inflict(harm, command, false);
         let expected = match harm {
             Harm::Killed | Harm::Dies(_) => [Ended::Killed(9), Ended::Exited(0)],
             Harm::Stopped => [Ended::Exited(0); 2],
@@ -190,7 +245,6 @@ impl Torture<'_> {
         );
         assert_eq!(job.ended(), None, "{harm:?} harmed the target");
         nobody_is_held();
-        self.count(&format!("attach, {}", harm.name()));
         let begun = Instant::now();
         attach(self.case, job.pid, "job.ckpt", &["-q"]);
         self.longest[0] = begun.elapsed();
@@ -202,8 +256,8 @@ impl Torture<'_> {
         self.count("attach, undisturbed");
     }
 
-    /// It is killed, and restores are disturbed until one has succeeded.
-    fn restore(&mut self, job: &mut Job) {
+    /// It is killed, and so many restores at most are disturbed until one has succeeded.
+    fn restore(&mut self, job: &mut Job, most: u32) {
         let pid = job.pid;
         let program = fs::read_link(format!("/proc/{pid}/exe")).expect("it lives");
         let (image, _) = attach(self.case, pid, "kept.ckpt", &["-q", "--kill"]);
@@ -212,14 +266,13 @@ impl Torture<'_> {
             matches!(ended, Ended::Killed(9) | Ended::Exited(137)),
             "{ended:?}"
         );
-        for _ in 0..2 {
+        for _ in 0..most {
             let harm = self.harm(true);
             let mut command = restore_cmd(&image, &["-q"]);
             command.arg("--detach");
-            let ended = self.inflict(harm, command, self.longest[1]);
-            self.count(&format!("restore, {}", harm.name()));
-            let alive = settled(pid, &program);
+            let ended = self.inflict(harm, command, true);
             let whole = ended == Ended::Exited(0);
+            let alive = settled(pid, &program, whole);
             assert!(
                 alive || !whole,
                 "{harm:?}: nobody is there after success: {}",
@@ -260,8 +313,8 @@ fn nobody_is_held() {
 }
 
 /// Waits until either nobody is there, or the job, which is not about to be killed. Before it executes its program it is
-/// a child of `restore`, which ends by itself.
-fn settled(pid: i32, program: &Path) -> bool {
+/// a child of `restore`, which ends by itself. `whole` is whether `restore` has said that the job runs.
+fn settled(pid: i32, program: &Path, whole: bool) -> bool {
     const KILL: u64 = 1 << 8;
     let dies = |pid: i32| {
         let pending = ["SigPnd", "ShdPnd"].map(|key| status_field(pid, key));
@@ -274,6 +327,8 @@ fn settled(pid: i32, program: &Path) -> bool {
         let born = fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program);
         born && !now.is_empty() && now.iter().all(|(_, state)| !"tZX".contains(*state))
     };
+    // What is killed is woken.
+    let sleeps = |pid: &i32| states(*pid).iter().all(|(_, state)| *state == 'S');
     let found = until("nobody, or the whole job", || {
         let _ = waitpid(None, Some(WaitPidFlag::WNOHANG));
         let others: Vec<i32> = numbers("/proc")
@@ -281,14 +336,15 @@ fn settled(pid: i32, program: &Path) -> bool {
             .filter(|pid| *pid != 1)
             .collect();
         if others.is_empty() {
-            return Some(false);
+            return Some(None);
         }
         let traced = |pid: i32| status_field(pid, "TracerPid").is_some_and(|t| t != "0");
         let free = others.iter().all(|pid| !traced(*pid) && !dies(*pid));
-        (free && others.contains(&pid) && lives(pid)).then_some(true)
+        let alive = free && others.contains(&pid) && lives(pid);
+        alive.then(|| Some(whole || others.iter().all(sleeps)))
     });
     // One that has just taken a SIGKILL shows nothing of it until it is a zombie.
-    found && holds_for(Duration::from_millis(300), || lives(pid))
+    found.is_some_and(|certain| certain || holds_for(Duration::from_millis(300), || lives(pid)))
 }
 
 fn of_fixture(case: &Case, name: &'static str, place: &str) -> Target {

@@ -16,8 +16,6 @@ use std::time::{Duration, Instant};
 
 const INSIDE: &str = "CKPT_TEST_INSIDE";
 const FIXTURES: &str = "CKPT_TEST_FIXTURES";
-/// One test in all; single states have the deadline of [`super::wait`].
-const DEADLINE: Duration = Duration::from_secs(280);
 const NOBODY: u32 = 65534;
 
 /// Whether the test runs as ordinary user, in a user namespace.
@@ -201,7 +199,7 @@ fn outside(title: &str, who: Who) {
         return skipped(title, &lacking);
     }
     let trouble = match ended {
-        None => format!("not finished after {DEADLINE:?}"),
+        None => format!("not finished after {:?}", limit()),
         Some(status) if !status.success() => format!("{status}"),
         Some(_) if !dir.0.join(".done").exists() => "ran nothing: is its name right?".into(),
         Some(_) => return,
@@ -279,13 +277,19 @@ impl Drop for Scratch {
     }
 }
 
+/// One test in all, 280 seconds or `CKPT_TEST_LIMIT`; single states have the deadline of [`super::wait`].
+fn limit() -> Duration {
+    let given = std::env::var("CKPT_TEST_LIMIT").ok();
+    Duration::from_secs(given.and_then(|s| s.parse().ok()).unwrap_or(280))
+}
+
 fn wait(inner: &mut Child) -> Option<ExitStatus> {
-    let begun = Instant::now();
+    let (begun, limit) = (Instant::now(), limit());
     loop {
         if let Some(status) = inner.try_wait().expect("it is our child") {
             return Some(status);
         }
-        if begun.elapsed() > DEADLINE {
+        if begun.elapsed() > limit {
             // With the pipe to it goes the namespace.
             drop(inner.stdin.take());
             let _ = inner.wait();
