@@ -150,6 +150,16 @@ pub enum Error {
         /// What does not fit.
         what: String,
     },
+    /// Looking at an image would take more memory than its size allows.
+    #[error(
+        "the metadata of {} would take more memory than 64 MiB and four times its size, which is more than looking at \
+         an image may take; restore reads it without this bound",
+        path.display()
+    )]
+    TooLarge {
+        /// The image.
+        path: PathBuf,
+    },
     /// An operation of the plan failed in the process being restored.
     #[error("cannot restore {object}: {op} failed: {reason}")]
     Operation {

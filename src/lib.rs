@@ -13,6 +13,7 @@ pub mod guard;
 pub mod host;
 pub mod inspect;
 pub mod isolate;
+mod metered;
 pub mod objects;
 pub mod progress;
 pub mod rehearse;

@@ -1,18 +1,28 @@
 //! The snapshot as a section of the image.
 
+use std::io::Write;
 use std::path::Path;
 
-use ckpt_image::Reader;
+use ckpt_image::{Reader, Writer};
 
 use crate::error::{Error, Result};
+use crate::metered::{self, Fault};
 use crate::objects::Snapshot;
 
 /// Name of the image's section that holds the snapshot.
 pub const SECTION: &str = "snapshot";
 /// Version of the section's contents.
 pub const VERSION: u16 = 2;
-/// More metadata than this is not believed; 10,000 threads make about 40 MB.
+/// More metadata than this is not believed; 10,000 threads make about 34 MB.
 const LIMIT: u64 = 1 << 30;
+/// As much of it is packed; the rest is stored as it is, so that an image is large where its metadata are.
+const PACKED: usize = 2 << 20;
+
+/// Bytes of memory that looking at an image may take for its snapshot and a plan: with the program itself, and its tables
+/// of the image's pages, at most 64 MiB and four times the image.
+pub fn allowance(image: &Reader) -> u64 {
+    (40 << 20) + 3 * image.bytes()
+}
 
 /// The snapshot as CBOR (RFC 8949).
 pub fn encode(snapshot: &Snapshot) -> Vec<u8> {
@@ -21,11 +31,37 @@ pub fn encode(snapshot: &Snapshot) -> Vec<u8> {
     bytes
 }
 
-/// Reads and decodes the snapshot of an image.
+/// Stores a snapshot in an image.
+pub fn write<W: Write + Send + 'static>(
+    writer: &mut Writer<W>,
+    snapshot: &Snapshot,
+) -> ckpt_image::Result<()> {
+    writer.section_packed(SECTION, VERSION, &encode(snapshot), PACKED)
+}
+
+/// Reads and decodes the snapshot of an image within its [`allowance`].
 pub fn read(image: &Reader, path: &Path) -> Result<Snapshot> {
-    let bytes = image.section(SECTION, LIMIT)?;
-    ciborium::from_reader(bytes.as_slice()).map_err(|e| Error::Metadata {
-        path: path.to_owned(),
-        what: e.to_string(),
+    read_within(&mut allowance(image), image, path)
+}
+
+/// The same of an image that is not only looked at: of ours, or to be restored.
+pub fn read_unbounded(image: &Reader, path: &Path) -> Result<Snapshot> {
+    read_within(&mut u64::MAX.clone(), image, path)
+}
+
+/// The same within `left` bytes of memory, of which what was taken is subtracted.
+pub fn read_within(left: &mut u64, image: &Reader, path: &Path) -> Result<Snapshot> {
+    let section = image.section_reader(SECTION, LIMIT)?;
+    let path = path.to_owned();
+    metered::decode(section, left).map_err(|fault| match fault {
+        Fault::TooLarge => Error::TooLarge { path },
+        Fault::Io(error) => match error.downcast::<ckpt_image::Error>() {
+            Ok(error) => error.into(),
+            Err(error) => Error::Metadata {
+                path,
+                what: error.to_string(),
+            },
+        },
+        Fault::Meaning(what) => Error::Metadata { path, what },
     })
 }

@@ -3,6 +3,9 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
+use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -13,19 +16,40 @@ static NOW: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
 
+/// Notes how much is taken, and says whether it is within the limit.
+fn has_room(now: usize) -> bool {
+    PEAK.fetch_max(now, Ordering::Relaxed);
+    if now <= LIMIT.load(Ordering::Relaxed) {
+        return true;
+    }
+    // Who asked is of more use than the message that follows.
+    LIMIT.store(usize::MAX, Ordering::Relaxed);
+    eprintln!("{} bytes in all\n{}", now, Backtrace::force_capture());
+    false
+}
+
 // SAFETY: all is done by the system's allocator; a null pointer says that there is no memory.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(now, Ordering::Relaxed);
-        if now > LIMIT.load(Ordering::Relaxed) {
-            // Who asked is of more use than the message that follows.
-            LIMIT.store(usize::MAX, Ordering::Relaxed);
-            eprintln!("{} bytes in all\n{}", now, Backtrace::force_capture());
+        if !has_room(now) {
             return std::ptr::null_mut();
         }
         // SAFETY: as the caller says.
         unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // Memory of any size is moved by the kernel, not copied.
+        let now = match size.checked_sub(layout.size()) {
+            Some(more) => NOW.fetch_add(more, Ordering::Relaxed) + more,
+            None => NOW.fetch_sub(layout.size() - size, Ordering::Relaxed),
+        };
+        if !has_room(now) {
+            return std::ptr::null_mut();
+        }
+        // SAFETY: as the caller says.
+        unsafe { System.realloc(pointer, layout, size) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
@@ -59,4 +83,27 @@ pub(crate) fn processor_time() -> Duration {
     let r = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
     assert_eq!(r, 0);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Runs a program without output; its exit code, and the most memory that it had at one time.
+pub(crate) fn peak_of(command: &mut Command) -> (Option<i32>, usize) {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // What counts is what there is of us at a fork, and what a vfork(2) would share has been at any time.
+    // SAFETY: malloc_trim(3) takes a number; nothing is done between fork and exec.
+    unsafe {
+        libc::malloc_trim(0);
+        command.pre_exec(|| Ok(()));
+    }
+    let child = command.spawn().expect("it can be started");
+    let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::uninit());
+    // SAFETY: the kernel writes one number and one rusage.
+    let pid = unsafe { libc::wait4(child.id() as i32, &mut status, 0, usage.as_mut_ptr()) };
+    assert_eq!(pid, child.id() as i32);
+    // SAFETY: the call above has succeeded.
+    let usage = unsafe { usage.assume_init() };
+    let code = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
+    (code, usage.ru_maxrss as usize * 1024)
 }

@@ -24,6 +24,8 @@ pub(crate) struct Job {
     pub(crate) raw: Vec<u8>,
     /// The compressor's output; its first `record.stored_len` bytes count unless the record is stored raw.
     pub(crate) out: Vec<u8>,
+    /// To be compressed.
+    pub(crate) packed: bool,
 }
 
 impl Job {
@@ -234,7 +236,11 @@ fn compress(encoder: &mut Encoder, codec: Codec, job: &mut Job) {
     if job.out.len() < bound {
         job.out.resize(bound, 0);
     }
-    match encoder.encode(&job.raw, &mut job.out[..bound]) {
+    let encoded = match job.packed {
+        true => encoder.encode(&job.raw, &mut job.out[..bound]),
+        false => None,
+    };
+    match encoded {
         Some(stored) => {
             job.record.codec = codec.kind() as u8;
             job.record.stored_len.set(stored as u32);

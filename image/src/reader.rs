@@ -145,6 +145,20 @@ impl Reader {
     /// # Errors
     /// `NoSection`, `SectionTooBig`, `Corrupt`, `Codec`, `Io`.
     pub fn section(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
+        // Grows with what was really decoded: a length alone costs nothing.
+        let mut bytes = Vec::new();
+        let mut reader = self.section_reader(name, limit)?;
+        while reader.next_block()? {
+            bytes.extend_from_slice(reader.block());
+        }
+        Ok(bytes)
+    }
+
+    /// Reads a section that has at most `limit` bytes bit by bit, with the memory of one block.
+    ///
+    /// # Errors
+    /// `NoSection`, `SectionTooBig`; reading gives [`std::io::Error`]s that hold an [`Error`].
+    pub fn section_reader(&self, name: &str, limit: u64) -> Result<SectionReader<'_>> {
         let info = self.find_section(name)?;
         let size = info.raw_len();
         if size > limit {
@@ -155,25 +169,7 @@ impl Reader {
                 limit,
             });
         }
-        // Grows with what was really decoded: a length alone costs nothing.
-        let mut bytes = Vec::new();
-        let mut reader = SectionReader::new(&self.source, &self.layout.index, info);
-        while reader.next_block()? {
-            bytes.extend_from_slice(reader.block());
-        }
-        Ok(bytes)
-    }
-
-    /// Reads a section bit by bit, with the memory of one block.
-    ///
-    /// # Errors
-    /// `NoSection`; reading gives [`std::io::Error`]s that hold an [`Error`].
-    pub fn section_reader(&self, name: &str) -> Result<SectionReader<'_>> {
-        Ok(SectionReader::new(
-            &self.source,
-            &self.layout.index,
-            self.find_section(name)?,
-        ))
+        Ok(SectionReader::new(&self.source, &self.layout.index, info))
     }
 
     /// All chunks in file order.

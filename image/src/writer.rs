@@ -144,6 +144,7 @@ impl<W: Write + Send + 'static> Writer<W> {
             table,
             raw: data,
             out: Vec::new(),
+            packed: true,
         })
     }
 
@@ -153,6 +154,20 @@ impl<W: Write + Send + 'static> Writer<W> {
     /// # Errors
     /// `BadInput` for a bad or repeated name or more than 2⁵⁰ bytes, `Sink` when an earlier write failed.
     pub fn section(&mut self, name: &str, version: u16, bytes: &[u8]) -> Result<()> {
+        self.section_packed(name, version, bytes, usize::MAX)
+    }
+
+    /// The same; what lies beyond `packed` bytes (as far as blocks allow) is stored as it is.
+    ///
+    /// # Errors
+    /// As [`Writer::section`].
+    pub fn section_packed(
+        &mut self,
+        name: &str,
+        version: u16,
+        bytes: &[u8],
+        packed: usize,
+    ) -> Result<()> {
         let place = index::section_place(name)
             .ok_or_else(|| Error::bad_input(format!("{name:?} is not a name for a section")))?;
         let blocks = u32::try_from(bytes.len().div_ceil(SECTION_BLOCK).max(1))
@@ -176,6 +191,7 @@ impl<W: Write + Send + 'static> Writer<W> {
                 table: Vec::new(),
                 raw,
                 out: Vec::new(),
+                packed: from < packed,
             })?;
         }
         Ok(())

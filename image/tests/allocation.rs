@@ -59,7 +59,7 @@ fn read_all(path: &std::path::Path) {
     };
     let _ = reader.verify(&mut |_, _| {});
     for section in reader.sections() {
-        let Ok(mut section) = reader.section_reader(section.name()) else {
+        let Ok(mut section) = reader.section_reader(section.name(), u64::MAX) else {
             continue;
         };
         let mut buffer = [0; 4096];

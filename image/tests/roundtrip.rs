@@ -48,7 +48,7 @@ fn small_image() {
         ));
         let mut long = Vec::new();
         reader
-            .section_reader("long")
+            .section_reader("long", u64::MAX)
             .unwrap()
             .read_to_end(&mut long)
             .unwrap();

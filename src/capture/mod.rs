@@ -309,11 +309,7 @@ fn checkpoint<W: Write + Send + 'static>(
     }
     let mut warnings = captured.warnings;
     warnings.extend(complete(&snapshot, &header)?);
-    writer.section(
-        snapshot::SECTION,
-        snapshot::VERSION,
-        &snapshot::encode(&snapshot),
-    )?;
+    snapshot::write(&mut writer, &snapshot)?;
     let (sink, summary) = writer.finish()?;
     warnings.extend(commit(sink)?);
     if let Some(frozen) = held {

@@ -158,10 +158,6 @@ pub(super) fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File
     let file = nix::sys::memfd::memfd_create("ckpt-check", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
     let file = File::from(file.map_err(|e| failed(e.into()))?);
     let mut writer = Writer::new(file, header, WriterOptions::default())?;
-    writer.section(
-        snapshot::SECTION,
-        snapshot::VERSION,
-        &snapshot::encode(snapshot),
-    )?;
+    snapshot::write(&mut writer, snapshot)?;
     Ok(writer.finish()?.0)
 }

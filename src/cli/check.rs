@@ -11,6 +11,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use serde::Serialize;
 
 use super::exit::{self, Failure, Outcome, Role};
+use super::output::Table;
 use super::places::Places;
 use super::{attach, output, progress};
 use crate::capture::check;
@@ -207,22 +208,22 @@ fn here(json: bool) -> Outcome {
 }
 
 fn features_table(rows: &[FeatureRow]) -> String {
-    let mut table = output::table(&["feature", "here", "needed for", "detail"]);
+    let mut table = Table::new(&["feature", "here", "needed for", "detail"]);
     for row in rows {
         let here = if row.available { "yes" } else { "no" };
         let detail = output::visible(row.detail.as_bytes());
         table.add_row([row.name, here, row.needed_for, &detail]);
     }
-    output::table_text(table)
+    table.to_string()
 }
 
 fn privileges_table(privileges: &[Privilege]) -> String {
-    let mut table = output::table(&["capability", "held", "for", "without it"]);
+    let mut table = Table::new(&["capability", "held", "for", "without it"]);
     for row in privileges {
         let held = if row.held { "yes" } else { "no" };
         table.add_row([&row.takes, held, row.needed_for, row.without]);
     }
-    output::table_text(table)
+    table.to_string()
 }
 
 /// Looks at it from where its pids are, and plans its restore from here.

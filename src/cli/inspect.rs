@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use ckpt_image::Reader;
 use clap::Args;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::exit::Outcome;
-use super::output::{self, visible};
+use super::output::{self, Table, visible};
 use crate::inspect::attributes::AttributeView;
 use crate::inspect::fds::FdView;
 use crate::inspect::maps::MapView;
@@ -16,6 +16,7 @@ use crate::inspect::needs::NeedView;
 use crate::inspect::summary::Summary;
 use crate::inspect::threads::ThreadView;
 use crate::inspect::{attributes, fds, maps, needs, summary, threads};
+use crate::objects::Snapshot;
 use crate::snapshot;
 
 /// Arguments of `ckpt inspect`.
@@ -55,57 +56,77 @@ Examples:
 /// What `ckpt inspect --json` prints; the keys stay as they are. Lists that were not asked for are
 /// left out.
 #[derive(Serialize)]
-struct Everything {
+struct Everything<T, M, F, N, A> {
     summary: Summary,
     #[serde(skip_serializing_if = "Option::is_none")]
-    threads: Option<Vec<ThreadView>>,
+    threads: Option<T>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    maps: Option<Vec<MapView>>,
+    maps: Option<M>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    fds: Option<Vec<FdView>>,
+    fds: Option<F>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    needs: Option<Vec<NeedView>>,
+    needs: Option<N>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    attributes: Option<Vec<AttributeView>>,
+    attributes: Option<A>,
 }
 
 pub(crate) fn run(args: &Inspect) -> Outcome {
     let reader = Reader::open(&args.image)?;
     let snapshot = snapshot::read(&reader, &args.image)?;
-    let everything = Everything {
-        summary: summary::summary(&reader, &snapshot),
-        threads: args.threads.then(|| threads::threads(&reader, &snapshot)),
-        maps: args.maps.then(|| maps::maps(&reader, &snapshot)),
-        fds: args.fds.then(|| fds::fds(&snapshot)),
-        needs: args.needs.then(|| needs::needs(&snapshot)),
-        attributes: args.attributes.then(|| attributes::attributes(&snapshot)),
-    };
-    output::print(if args.json {
-        output::json(&everything)?
+    let (reader, snapshot) = (&reader, &snapshot);
+    let mut lines = output::Lines::new();
+    if args.json {
+        lines.json(&Everything {
+            summary: summary::summary(reader, snapshot),
+            threads: args
+                .threads
+                .then_some(List(|| threads::threads(reader, snapshot))),
+            maps: args.maps.then_some(List(|| maps::maps(reader, snapshot))),
+            fds: args.fds.then_some(List(|| fds::fds(snapshot))),
+            needs: args.needs.then_some(List(|| needs::needs(snapshot))),
+            attributes: args
+                .attributes
+                .then_some(List(|| attributes::attributes(snapshot))),
+        });
     } else {
-        text(&everything)
-    })?;
+        text(args, reader, snapshot, &mut lines);
+    }
+    lines.end()?;
     Ok(0)
 }
 
-fn text(everything: &Everything) -> String {
-    let mut parts = Vec::new();
-    let lists = [
-        everything.threads.is_some(),
-        everything.maps.is_some(),
-        everything.fds.is_some(),
-        everything.needs.is_some(),
-        everything.attributes.is_some(),
-    ];
-    if lists == [false; 5] {
-        parts.push(summary_text(&everything.summary));
+/// A list that is made when it is written, and gone before the next one: of a large job each is large.
+struct List<F>(F);
+
+impl<T: Serialize, F: Fn() -> Vec<T>> Serialize for List<F> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq((self.0)())
     }
-    parts.extend(everything.threads.as_deref().map(threads_text));
-    parts.extend(everything.maps.as_deref().map(maps_text));
-    parts.extend(everything.fds.as_deref().map(fds_text));
-    parts.extend(everything.needs.as_deref().map(needs_text));
-    parts.extend(everything.attributes.as_deref().map(attributes_text));
-    parts.join("\n")
+}
+
+fn text(args: &Inspect, reader: &Reader, snapshot: &Snapshot, lines: &mut output::Lines) {
+    let tables: [(bool, &dyn Fn() -> Table); 5] = [
+        (args.threads, &|| {
+            threads_table(&threads::threads(reader, snapshot))
+        }),
+        (args.maps, &|| maps_table(&maps::maps(reader, snapshot))),
+        (args.fds, &|| fds_table(&fds::fds(snapshot))),
+        (args.needs, &|| needs_table(&needs::needs(snapshot))),
+        (args.attributes, &|| {
+            attributes_table(&attributes::attributes(snapshot))
+        }),
+    ];
+    let mut wanted = tables.into_iter().filter(|(wanted, _)| *wanted).peekable();
+    if wanted.peek().is_none() {
+        let text = summary_text(&summary::summary(reader, snapshot));
+        return lines.add(format_args!("{}", text.trim_end_matches('\n')));
+    }
+    for (number, (_, table)) in wanted.enumerate() {
+        if number > 0 {
+            lines.add(format_args!(""));
+        }
+        table().print(&mut |line| lines.add(line));
+    }
 }
 
 fn summary_text(summary: &Summary) -> String {
@@ -172,7 +193,7 @@ fn summary_text(summary: &Summary) -> String {
         let _ = writeln!(text, "{of:<14} {}", visible(value.as_bytes()));
     }
     if summary.process_list.len() + summary.zombies.len() > 1 {
-        let mut table = output::table(&[
+        let mut table = Table::new(&[
             "pid",
             "parent",
             "threads",
@@ -200,12 +221,12 @@ fn summary_text(summary: &Summary) -> String {
                 format!("({}, ended)", visible(zombie.name.as_bytes())),
             ]);
         }
-        let _ = write!(text, "\n{}", output::table_text(table));
+        let _ = write!(text, "\n{table}");
     }
     text
 }
 
-fn threads_text(threads: &[ThreadView]) -> String {
+fn threads_table(threads: &[ThreadView]) -> Table {
     let head = [
         "pid",
         "tid",
@@ -215,7 +236,7 @@ fn threads_text(threads: &[ThreadView]) -> String {
         "instruction",
         "system call",
     ];
-    let mut table = output::table(&head);
+    let mut table = Table::new(&head);
     for thread in threads {
         let place = thread
             .symbol
@@ -236,11 +257,11 @@ fn threads_text(threads: &[ThreadView]) -> String {
             visible(call.as_bytes()),
         ]);
     }
-    output::table_text(table)
+    table
 }
 
-fn maps_text(maps: &[MapView]) -> String {
-    let mut table = output::table(&["pid", "range", "perm", "offset", "size", "stored", "path"]);
+fn maps_table(maps: &[MapView]) -> Table {
+    let mut table = Table::new(&["pid", "range", "perm", "offset", "size", "stored", "path"]);
     for map in maps {
         table.add_row([
             map.pid.to_string(),
@@ -252,12 +273,11 @@ fn maps_text(maps: &[MapView]) -> String {
             visible(map.path.as_bytes()),
         ]);
     }
-    output::right_align(&mut table, &[4, 5]);
-    output::table_text(table)
+    table.right(&[4, 5])
 }
 
-fn fds_text(fds: &[FdView]) -> String {
-    let mut table = output::table(&[
+fn fds_table(fds: &[FdView]) -> Table {
+    let mut table = Table::new(&[
         "pid",
         "fd",
         "kind",
@@ -292,12 +312,11 @@ fn fds_text(fds: &[FdView]) -> String {
             },
         ]);
     }
-    output::right_align(&mut table, &[1, 4, 5]);
-    output::table_text(table)
+    table.right(&[1, 4, 5])
 }
 
-fn needs_text(needs: &[NeedView]) -> String {
-    let mut table = output::table(&["kind", "name", "size", "changed", "inode", "detail"]);
+fn needs_table(needs: &[NeedView]) -> Table {
+    let mut table = Table::new(&["kind", "name", "size", "changed", "inode", "detail"]);
     let cell = |number: Option<u64>| number.map_or_else(|| "-".into(), |n| n.to_string());
     for need in needs {
         let changed = need.modified_ns.and_then(|ns| u64::try_from(ns).ok());
@@ -310,12 +329,11 @@ fn needs_text(needs: &[NeedView]) -> String {
             visible(need.detail.as_bytes()),
         ]);
     }
-    output::right_align(&mut table, &[2, 4]);
-    output::table_text(table)
+    table.right(&[2, 4])
 }
 
-fn attributes_text(attributes: &[AttributeView]) -> String {
-    let mut table = output::table(&["pid", "tid", "attribute", "value"]);
+fn attributes_table(attributes: &[AttributeView]) -> Table {
+    let mut table = Table::new(&["pid", "tid", "attribute", "value"]);
     let cell = |id: Option<i32>| id.map_or_else(|| "-".into(), |id| id.to_string());
     for attribute in attributes {
         table.add_row([
@@ -325,5 +343,5 @@ fn attributes_text(attributes: &[AttributeView]) -> String {
             visible(attribute.value.as_bytes()),
         ]);
     }
-    output::table_text(table)
+    table
 }

@@ -1,21 +1,63 @@
 //! Writing to standard output, and figures as people read them.
 
 use std::fmt;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, BufWriter, ErrorKind, StdoutLock, Write};
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 use super::exit::Failure;
 
 /// Prints on standard output. That the reader has gone is no error: it has seen enough.
 pub(crate) fn print(text: impl AsRef<[u8]>) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    match out.write_all(text.as_ref()).and_then(|()| out.flush()) {
+    written(out.write_all(text.as_ref()).and_then(|()| out.flush()))
+}
+
+fn written(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::Message(format!(
             "cannot write to standard output: {error}"
         ))),
         _ => Ok(()),
+    }
+}
+
+/// Many lines for standard output, printed as they come.
+pub(crate) struct Lines {
+    out: BufWriter<StdoutLock<'static>>,
+    so_far: io::Result<()>,
+}
+
+impl Lines {
+    /// None yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            out: BufWriter::new(io::stdout().lock()),
+            so_far: Ok(()),
+        }
+    }
+
+    /// One more.
+    pub(crate) fn add(&mut self, line: fmt::Arguments<'_>) {
+        if self.so_far.is_ok() {
+            self.so_far = writeln!(self.out, "{line}");
+        }
+    }
+
+    /// A value as indented JSON.
+    pub(crate) fn json(&mut self, value: &impl Serialize) {
+        if self.so_far.is_ok() {
+            let written = serde_json::to_writer_pretty(&mut self.out, value);
+            self.so_far = written
+                .map_err(Into::into)
+                .and_then(|()| writeln!(self.out));
+        }
+    }
+
+    /// No more; whether all were printed, as for [`print`].
+    pub(crate) fn end(mut self) -> Result<(), Failure> {
+        written(self.so_far.and_then(|()| self.out.flush()))
     }
 }
 
@@ -36,34 +78,86 @@ pub(crate) fn json(value: &impl Serialize) -> Result<String, Failure> {
     Ok(text + "\n")
 }
 
-/// A table without frames, as wide as the terminal allows.
-pub(crate) fn table(head: &[&str]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_preset(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(head.iter().copied());
-    table
+/// A table without frames, as wide as its text. All cells are one text: there may be a million.
+pub(crate) struct Table {
+    columns: usize,
+    text: String,
+    /// Where each cell ends in it.
+    ends: Vec<usize>,
+    right: &'static [usize],
 }
 
-/// Aligns the columns of these numbers to the right.
-pub(crate) fn right_align(table: &mut Table, columns: &[usize]) {
-    for column in columns {
-        if let Some(column) = table.column_mut(*column) {
-            column.set_cell_alignment(CellAlignment::Right);
+impl Table {
+    /// Spaces between two columns.
+    const GAP: usize = 2;
+
+    pub(crate) fn new(head: &[&str]) -> Self {
+        let mut table = Self {
+            columns: head.len(),
+            text: String::new(),
+            ends: Vec::new(),
+            right: &[],
+        };
+        table.add_row(head);
+        table
+    }
+
+    /// Aligns the columns of these numbers to the right.
+    pub(crate) fn right(self, columns: &'static [usize]) -> Self {
+        Self {
+            right: columns,
+            ..self
+        }
+    }
+
+    /// Adds a row, which has a cell for each column.
+    pub(crate) fn add_row(&mut self, cells: impl IntoIterator<Item = impl AsRef<str>>) {
+        for cell in cells {
+            self.text.push_str(cell.as_ref());
+            self.ends.push(self.text.len());
+        }
+    }
+
+    fn cells(&self) -> impl Iterator<Item = &str> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts
+            .zip(&self.ends)
+            .map(|(from, to)| &self.text[from..*to])
+    }
+
+    /// Gives its lines, one after another, without the spaces at their ends.
+    pub(crate) fn print(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) {
+        let mut widths = vec![0; self.columns];
+        for (number, cell) in self.cells().enumerate() {
+            let width = &mut widths[number % self.columns];
+            *width = cell.width().max(*width);
+        }
+        let mut row = String::new();
+        for (number, cell) in self.cells().enumerate() {
+            let column = number % self.columns;
+            let room = widths[column] - cell.width();
+            let before = if self.right.contains(&column) {
+                room
+            } else {
+                0
+            };
+            row.extend(std::iter::repeat_n(' ', before));
+            row.push_str(cell);
+            row.extend(std::iter::repeat_n(' ', room - before + Self::GAP));
+            if column + 1 == self.columns {
+                line(format_args!("{}", row.trim_end()));
+                row.clear();
+            }
         }
     }
 }
 
-/// A table's text without the spaces at the ends of its lines.
-pub(crate) fn table_text(mut table: Table) -> String {
-    table.column_iter_mut().for_each(|column| {
-        column.set_padding((0, 2));
-    });
-    table
-        .lines()
-        .map(|line| format!("{}\n", line.trim_end()))
-        .collect()
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut written = Ok(());
+        self.print(&mut |line| written = written.and_then(|()| writeln!(f, "{line}")));
+        written
+    }
 }
 
 /// Text of the process or the file system, with nothing in it that a terminal would obey.

@@ -128,16 +128,14 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         cgroups: args.cgroups.clone(),
         stopped: args.stopped,
         foreground: !args.stopped && !args.detach,
+        bounded: args.dry_run,
         ..args.places.request(&args.image, &*progress)?
     };
     if args.dry_run {
-        let plan = restore::dry_run(&mut restore::open_file(image, &request)?)?;
-        let end = if plan.ends_with('\n') || plan.is_empty() {
-            ""
-        } else {
-            "\n"
-        };
-        output::print(plan + end)?;
+        let mut lines = output::Lines::new();
+        let mut opened = restore::open_file(image, &request)?;
+        restore::dry_run(&mut opened, &mut |line| lines.add(line))?;
+        lines.end()?;
         return Ok(0);
     }
     let mut opened = restore::open_file(image, &request)?;

@@ -1,7 +1,6 @@
 //! The plan under construction: operations, the data they point to, and to which object each
 //! one belongs.
 
-use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -164,7 +163,7 @@ pub struct Builder {
     tasks: Vec<Task>,
     /// Whose list is being appended to: 0 is the first thread's, else the task before.
     current: usize,
-    objects: Vec<String>,
+    objects: Vec<Box<str>>,
     stages: Vec<(usize, usize, Stage)>,
     aims: Vec<(usize, usize, i32)>,
     warnings: Vec<String>,
@@ -173,6 +172,8 @@ pub struct Builder {
     answers: Vec<(usize, usize, usize)>,
     inherit: Vec<Inherit>,
     host: HostState,
+    /// Bytes of memory that it may still take; none when it has wanted more, and holds only a part.
+    room: Option<u64>,
 }
 
 impl Builder {
@@ -196,7 +197,32 @@ impl Builder {
             answers: Vec::new(),
             inherit: Vec::new(),
             host,
+            room: Some(u64::MAX),
         }
+    }
+
+    /// The same, which takes at most so many bytes of memory.
+    pub fn within(self, room: u64) -> Self {
+        Self {
+            room: Some(room),
+            ..self
+        }
+    }
+
+    /// Whether it would take more memory than it may.
+    pub fn is_too_large(&self) -> bool {
+        self.room.is_none()
+    }
+
+    /// What it asks for.
+    pub fn inherited(self) -> Vec<Inherit> {
+        self.inherit
+    }
+
+    /// Whether there is room for so many bytes more.
+    fn takes(&mut self, bytes: usize) -> bool {
+        self.room = self.room.and_then(|room| room.checked_sub(bytes as u64));
+        self.room.is_some()
     }
 
     /// What the new process has already.
@@ -206,6 +232,9 @@ impl Builder {
 
     /// Adds bytes; returns their address.
     pub fn data(&mut self, bytes: &[u8]) -> u64 {
+        if !self.takes(2 * bytes.len()) {
+            return self.data_base;
+        }
         let at = self.data.len().next_multiple_of(16);
         self.data.resize(at, 0);
         self.data.extend_from_slice(bytes);
@@ -222,7 +251,12 @@ impl Builder {
 
     /// Room for the kernel to write into.
     pub fn reserve(&mut self, len: usize) -> u64 {
-        self.data(&vec![0; len])
+        if !self.takes(2 * len) {
+            return self.data_base;
+        }
+        let at = self.data.len().next_multiple_of(16);
+        self.data.resize(at + len, 0);
+        self.data_base + at as u64
     }
 
     /// A path as a C string.
@@ -271,7 +305,8 @@ impl Builder {
         object: impl FnOnce() -> String,
     ) {
         let index = self.list().ops.len();
-        self.answers.push((self.current, index, index - 1 - back));
+        self.answers
+            .push((self.current, index, index.saturating_sub(1 + back)));
         self.push(Op::syscall(nr, six(args)).may_fail().loading(), object());
     }
 
@@ -462,6 +497,14 @@ impl Builder {
         self.push(Op::other(OpKind::Join, [0; 6]), "threads".into());
     }
 
+    fn put(&mut self, at: u64, bytes: &[u8]) {
+        let at = (at - self.data_base) as usize;
+        match self.data.get_mut(at..at + bytes.len()) {
+            Some(place) => place.copy_from_slice(bytes),
+            None => assert!(self.is_too_large(), "it was set aside"),
+        }
+    }
+
     fn list(&mut self) -> &mut List {
         match self.current.checked_sub(1) {
             Some(task) => &mut self.tasks[task].list,
@@ -470,121 +513,19 @@ impl Builder {
     }
 
     fn push(&mut self, op: Op, object: String) {
-        if self.objects.last() != Some(&object) {
-            self.objects.push(object);
+        let is_new = self.objects.last().is_none_or(|last| **last != *object);
+        // In the list, and as the restorer reads it.
+        let bytes = 2 * size_of::<Op>() + if is_new { 40 + object.len() } else { 0 };
+        if !self.takes(bytes) && !self.list().ops.is_empty() {
+            return;
+        }
+        if is_new {
+            self.objects.push(object.into());
         }
         let index = (self.objects.len() - 1) as u32;
         let list = self.list();
         list.ops.push(op);
         list.objects.push(index);
-    }
-
-    /// Lays everything out.
-    pub fn finish(mut self) -> Plan {
-        let header = self.reserve(size_of::<PlanHeader>());
-        let ops_base = (self.data_base + self.data.len() as u64).next_multiple_of(64);
-        let mut next = ops_base;
-        let mut lists = Vec::with_capacity(self.tasks.len() + 1);
-        let mains = std::mem::take(&mut self.main);
-        let mut tasks = std::mem::take(&mut self.tasks);
-        let of_tasks = tasks.iter_mut().map(|t| std::mem::take(&mut t.list));
-        for list in std::iter::once(mains).chain(of_tasks) {
-            let len = (list.ops.len() * size_of::<Op>()) as u64;
-            lists.push((next, list));
-            next += len;
-        }
-        let stacks = next.next_multiple_of(64);
-        let mut stack = stacks;
-        let mut parts = HashMap::new();
-        for (number, task) in tasks.iter().enumerate() {
-            let (ops, list) = &lists[number + 1];
-            let (ops, count) = (*ops, list.ops.len() as u64);
-            let of_creator = match task.creator.checked_sub(1) {
-                Some(creator) => tasks[creator].header.unwrap_or(header),
-                None => header,
-            };
-            let words = [ops, count, task.header.unwrap_or(of_creator), task.end];
-            self.put(task.plan, &words.map(u64::to_le_bytes).concat());
-            if let Some(header) = task.header {
-                self.put_header(header, number + 1, (ops, count), &tasks);
-                let list = number + 1;
-                if task.end == TRAPS {
-                    parts.insert(task.tid, Part { header, list });
-                }
-            }
-            match task.args {
-                Some(args) => self.put(args + 5 * 8, &stack.to_le_bytes()),
-                None => {
-                    let op = &mut lists[task.creator].1.ops[task.created_at];
-                    op.args[2] = stack + THREAD_STACK - 8;
-                }
-            }
-            stack += THREAD_STACK;
-        }
-        let results: Vec<u64> = lists.iter().map(|(ops, _)| *ops).collect();
-        let result_of = |list: usize, index: usize| {
-            results[list]
-                + (index * size_of::<Op>()) as u64
-                + std::mem::offset_of!(Op, result) as u64
-        };
-        for (list, index, earlier) in std::mem::take(&mut self.answers) {
-            lists[list].1.ops[index].args[0] = result_of(list, earlier);
-        }
-        let end = stack.next_multiple_of(4096);
-        let ops = (lists[0].0, lists[0].1.ops.len() as u64);
-        self.put_header(header, 0, ops, &tasks);
-
-        let mut image = self.blob.placed_at(self.base);
-        image.resize((self.data_base - self.base) as usize, 0);
-        image.append(&mut self.data);
-        image.resize((ops_base - self.base) as usize, 0);
-        for (_, list) in &lists {
-            for op in &list.ops {
-                image.extend_from_slice(&op.to_bytes());
-            }
-        }
-        if !tasks.is_empty() {
-            image.resize((stacks - self.base) as usize, 0);
-            for task in &tasks {
-                image.resize(image.len() + THREAD_STACK as usize - 8, 0);
-                image.extend_from_slice(&task.plan.to_le_bytes());
-            }
-        }
-        let conditional = self
-            .conditional
-            .into_iter()
-            .map(|(list, index, text)| (result_of(list, index), text))
-            .collect();
-        Plan {
-            base: self.base,
-            len: end - self.base,
-            entry: self.base + self.blob.entry,
-            stack: self.data_base,
-            main: Part { header, list: 0 },
-            image,
-            parts,
-            means: self.host.means,
-            stages: self.stages,
-            aims: self.aims,
-            warnings: self.warnings,
-            conditional,
-            inherit: self.inherit,
-            lists,
-            objects: self.objects,
-        }
-    }
-
-    /// The header of the process that executes that list.
-    fn put_header(&mut self, at: u64, list: usize, (ops, count): (u64, u64), tasks: &[Task]) {
-        let threads = |t: &&Task| t.header.is_none() && t.creator == list;
-        let threads = tasks.iter().filter(threads).count() as u32;
-        self.put(at, &[ops, count].map(u64::to_le_bytes).concat());
-        self.put(at + 16, &threads.to_le_bytes());
-    }
-
-    fn put(&mut self, at: u64, bytes: &[u8]) {
-        let at = (at - self.data_base) as usize;
-        self.data[at..at + bytes.len()].copy_from_slice(bytes);
     }
 }
 

@@ -171,9 +171,10 @@ fn check(image: File, name: &Path, leaving: Vec<Pid>) -> Result<Answer> {
         },
         // What terminal there will be is for `restore --detach` to say.
         foreground: false,
+        bounded: false,
         ..Request::plain(name, &Silent)
     };
-    let obstacles = restore::obstacles_in(image, &request)?;
+    let obstacles = restore::obstacles_of(restore::open_trusted(image, &request)?)?;
     Ok(Answer::Checked(
         obstacles.into_iter().map(Told::of).collect(),
     ))

@@ -46,7 +46,7 @@ use crate::snapshot;
 pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<Rehearsal> {
     let again = |file: &File| file.try_clone().map_err(failed);
     let reader = Reader::from_file(again(image)?, name)?;
-    let job = snapshot::read(&reader, name)?;
+    let job = snapshot::read_unbounded(&reader, name)?;
     let request = Request {
         objects: Options {
             leaving,
@@ -56,6 +56,7 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<R
         },
         stopped: true,
         foreground: false,
+        bounded: false,
         clock: ClockPolicy::Host,
         cgroups: Policy::Ignore,
         ..Request::plain(name, &Silent)
@@ -64,7 +65,7 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<R
     let (copy, mut wanted) = (unnamed()?, unnamed()?);
     let told = perform(opened, &job, again(&copy)?, again(&wanted)?)?;
     let copy = Reader::from_file(copy, name)?;
-    let came_back = snapshot::read(&copy, name)?;
+    let came_back = snapshot::read_unbounded(&copy, name)?;
     wanted.rewind().map_err(failed)?;
     let mut bytes = Vec::new();
     wanted.read_to_end(&mut bytes).map_err(failed)?;

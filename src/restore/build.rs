@@ -14,7 +14,7 @@ use crate::objects::births::Origin;
 use crate::objects::files::{self, Staging, procfs, removed};
 use crate::objects::ipc::{notice, sysv_msg, sysv_sem, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt};
-use crate::objects::plan::{Builder, Inherited, Plan, Stage};
+use crate::objects::plan::{Builder, Inherited, Stage};
 use crate::objects::process::{Process, RemovedPlaces};
 use crate::objects::thread::Thread;
 use crate::objects::{
@@ -43,8 +43,8 @@ pub(super) struct Build<'a> {
 
 impl Build<'_> {
     /// The plan, to be placed at `base`; or everything that stands in its way.
-    pub(super) fn build(&self, base: u64) -> Result<Plan, Vec<Obstacle>> {
-        let mut plan = Builder::new(base, self.job.host.clone());
+    pub(super) fn build(&self, base: u64) -> Result<Builder, Vec<Obstacle>> {
+        let mut plan = Builder::new(base, self.job.host.clone()).within(self.job.room);
         let mut obstacles = Vec::new();
         let parent = self.job.forked_from(self.index);
         let parent: &[memory::Mapping] = parent.map_or(&[], |p| &p.memory.mappings);
@@ -74,8 +74,15 @@ impl Build<'_> {
         );
         self.process.memory.rebuild_fields(&mut plan);
         self.process_state(&mut plan, &mut obstacles);
+        if plan.is_too_large() {
+            obstacles.push(Obstacle::new(
+                format!("the plan of process {}", self.process.pid),
+                "takes more memory than looking at an image of this size may",
+                "restore works without this bound",
+            ));
+        }
         if obstacles.is_empty() {
-            Ok(plan.finish())
+            Ok(plan)
         } else {
             Err(obstacles)
         }

@@ -5,10 +5,10 @@
 //! executable and is stopped before its first instruction ([`spawn`]), and the plan
 //! ([`planner`]) is executed in it ([`driver`]).
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use ckpt_image::Reader;
 use ckpt_tracer::capabilities::Held;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
@@ -75,6 +75,8 @@ pub struct Request<'a> {
     pub stopped: bool,
     /// The caller waits for the job: a job that led its process group gets the terminal.
     pub foreground: bool,
+    /// The image is looked at and not restored: what takes more memory than its size allows is refused.
+    pub bounded: bool,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -92,6 +94,7 @@ impl<'a> Request<'a> {
             cgroups: cgroup::Policy::default(),
             stopped: false,
             foreground: true,
+            bounded: true,
             progress,
         }
     }
@@ -110,39 +113,38 @@ pub struct Restored {
 }
 
 /// The plans as text, one operation a line. Touches nothing.
-pub fn dry_run(opened: &mut Opened<'_>) -> Result<String> {
+pub fn dry_run(opened: &mut Opened<'_>, line: &mut dyn FnMut(fmt::Arguments<'_>)) -> Result<()> {
     opened.decide_clocks()?;
     // What is against it is told by the restore.
     let _ = opened.look_for_a_place();
     let opened = &*opened;
     let (request, snapshot) = (opened.request, &opened.snapshot);
     let way = way::look(opened, Vec::new())?;
-    let mut text = String::new();
     let nothing_put = put::warning(request.put_files, snapshot);
     for warning in opened.warnings.iter().chain(&nothing_put) {
-        text.push_str(&format!("# warning: {warning}\n"));
+        line(format_args!("# warning: {warning}"));
     }
     for path in &opened.given {
-        text.push_str(&format!("# take {} from the image\n", path.display()));
+        line(format_args!("# take {} from the image", path.display()));
     }
     for put in &way.puts {
-        text.push_str(&format!("# {}\n", put.describe()));
+        line(format_args!("# {}", put.describe()));
     }
     for cut in &way.cuts {
-        text.push_str(&format!("# {}\n", cut.describe()));
+        line(format_args!("# {}", cut.describe()));
     }
     for index in way.job.owners() {
         let planned = way.job.plan(index, &[], None).map_err(Error::Refused)?;
         if snapshot.processes.len() > 1 {
             let pid = snapshot.processes[index].pid;
-            text.push_str(&format!("# process {pid}\n"));
+            line(format_args!("# process {pid}"));
         }
         for warning in &planned.plan.warnings {
-            text.push_str(&format!("# warning: {warning}\n"));
+            line(format_args!("# warning: {warning}"));
         }
-        text.push_str(&planned.plan.to_text());
+        planned.plan.tell(line);
     }
-    Ok(text)
+    Ok(())
 }
 
 /// Everything that stands in the way of a restore; empty when there is nothing. Touches nothing.
@@ -153,15 +155,11 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     obstacles_of(open(request)?)
 }
 
-/// The same of an image of our own that is open already.
+/// The same of an image that is open already.
 ///
 /// # Errors
 /// As [`obstacles`].
-pub fn obstacles_in(image: Reader, request: &Request<'_>) -> Result<Vec<Obstacle>> {
-    obstacles_of(way::open_trusted(image, request)?)
-}
-
-fn obstacles_of(mut opened: Opened<'_>) -> Result<Vec<Obstacle>> {
+pub fn obstacles_of(mut opened: Opened<'_>) -> Result<Vec<Obstacle>> {
     opened.decide_clocks()?;
     let pids = match opened.look_for_a_place() {
         Ok(obstacles) | Err(Error::Refused(obstacles)) => obstacles,

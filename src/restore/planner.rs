@@ -15,7 +15,7 @@ use crate::objects::births::{Births, Origin};
 use crate::objects::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
-use crate::objects::plan::{HostState, Plan};
+use crate::objects::plan::{Builder, HostState, Inherit, Plan};
 use crate::objects::process::Process;
 use crate::objects::processor::Refit;
 use crate::objects::vdso::Replaced;
@@ -38,6 +38,8 @@ pub struct Job<'a> {
     pub group: i32,
     /// What becomes of its terminals.
     pub terminals: Terminals,
+    /// Bytes of memory that a plan may take.
+    pub(super) room: u64,
     /// What becomes of its vDSO.
     pub vdso: &'a Replaced,
     /// Pages that each address space of a job with forks has at its checkpoint; ascending.
@@ -63,7 +65,7 @@ impl<'a> Job<'a> {
         image: &Reader,
         request: &'a Request<'a>,
         host: HostState,
-        vdso: &'a Replaced,
+        (vdso, room): (&'a Replaced, u64),
     ) -> Result<Self, Vec<Obstacle>> {
         let births = crate::objects::births::decide(snapshot)?;
         let terminals = Terminals::decide(snapshot, request)?;
@@ -83,6 +85,7 @@ impl<'a> Job<'a> {
             },
             terminals,
             vdso,
+            room,
             held,
             late,
             refit: Refit::to_here(&snapshot.host),
@@ -122,9 +125,8 @@ impl<'a> Job<'a> {
         forks
     }
 
-    /// What stands in the way of a process's plan; else a plan that is good for nothing but what it
-    /// asks for.
-    pub fn draft(&self, index: usize) -> Result<Plan, Vec<Obstacle>> {
+    /// What stands in the way of a process's plan; else what it asks for.
+    pub fn draft(&self, index: usize) -> Result<Vec<Inherit>, Vec<Obstacle>> {
         let shared_at = vec![Some(0); self.snapshot.shared_memory.len()];
         let draft = Build {
             job: self,
@@ -135,7 +137,7 @@ impl<'a> Job<'a> {
             aside: 0,
             segment_at: 0,
         };
-        draft.build(0)
+        Ok(draft.build(0)?.inherited())
     }
 
     /// Makes the plan of a process. `present` is what it has mapped (nothing for a dry run);
@@ -206,7 +208,7 @@ impl<'a> Job<'a> {
                 aside,
                 segment_at,
             };
-            plan.build(base)
+            plan.build(base).map(Builder::finish)
         };
         let base = place(build(0)?.len).ok_or_else(no_room)?;
         let plan = build(base)?;

@@ -30,6 +30,8 @@ use crate::snapshot;
 /// An image that was read and can be believed.
 pub struct Opened<'a> {
     pub(super) request: &'a Request<'a>,
+    /// Bytes of memory that a plan may take.
+    room: u64,
     pub(super) image: Reader,
     /// With the paths that its files have now.
     pub(super) snapshot: Snapshot,
@@ -174,7 +176,11 @@ pub fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opene
 
 fn opened<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
     image.require_arch(Arch::native())?;
-    let mut snapshot = snapshot::read(&image, request.image)?;
+    let mut room = match request.bounded {
+        true => snapshot::allowance(&image),
+        false => u64::MAX,
+    };
+    let mut snapshot = snapshot::read_within(&mut room, &image, request.image)?;
     if let Some(what) = references::check(&snapshot, &image).into_iter().next() {
         let path = request.image.to_owned();
         return Err(Error::Metadata { path, what });
@@ -199,6 +205,7 @@ fn opened<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
     let groups = read_status(Pid::own())?.groups;
     Ok(Opened {
         request,
+        room,
         image,
         snapshot,
         kernel,
@@ -228,7 +235,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     host.leaving = leaving;
     obstacles.extend(host.switches.obstacle());
     host.security = security::Surroundings::of(snapshot, |c| spawn::may_become(c, means));
-    let job = match Job::new(snapshot, image, request, host, &opened.vdso) {
+    let job = match Job::new(snapshot, image, request, host, (&opened.vdso, opened.room)) {
         Ok(job) => Some(job),
         Err(more) => {
             obstacles.extend(more);
@@ -239,7 +246,7 @@ pub(super) fn look<'a>(opened: &'a Opened<'a>, pids: Vec<Obstacle>) -> Result<Wa
     if let Some(job) = &job {
         for index in job.owners() {
             match job.draft(index) {
-                Ok(plan) if index == 0 => inherit = plan.inherit,
+                Ok(needed) if index == 0 => inherit = needed,
                 Ok(_) => {}
                 Err(more) => obstacles.extend(more),
             }

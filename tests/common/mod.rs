@@ -7,6 +7,7 @@ pub mod container;
 pub mod counter;
 pub mod edit;
 pub mod fixture;
+pub mod forging;
 pub mod group;
 pub mod isolate;
 pub mod job;

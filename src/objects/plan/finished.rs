@@ -1,10 +1,11 @@
-//! A finished plan: what the driver asks of it.
+//! A finished plan: its layout, and what the driver asks of it.
 
 use std::collections::HashMap;
+use std::fmt;
 
-use ckpt_restorer::{LOAD, Op, OpKind};
+use ckpt_restorer::{LOAD, Op, OpKind, Plan as PlanHeader, THREAD_STACK, TRAPS};
 
-use super::{Inherit, Means, Stage};
+use super::{Builder, Inherit, Means, Stage, Task};
 
 /// Operations of one thread, with the object each belongs to.
 #[derive(Clone, Debug, Default)]
@@ -52,7 +53,112 @@ pub struct Plan {
     /// Likewise of operations before which the tracer sees to an id, and that id.
     pub(super) aims: Vec<(usize, usize, i32)>,
     pub(super) lists: Vec<(u64, List)>,
-    pub(super) objects: Vec<String>,
+    pub(super) objects: Vec<Box<str>>,
+}
+
+impl Builder {
+    /// Lays everything out.
+    pub fn finish(mut self) -> Plan {
+        let header = self.reserve(size_of::<PlanHeader>());
+        let ops_base = (self.data_base + self.data.len() as u64).next_multiple_of(64);
+        let mut next = ops_base;
+        let mut lists = Vec::with_capacity(self.tasks.len() + 1);
+        let mains = std::mem::take(&mut self.main);
+        let mut tasks = std::mem::take(&mut self.tasks);
+        let of_tasks = tasks.iter_mut().map(|t| std::mem::take(&mut t.list));
+        for list in std::iter::once(mains).chain(of_tasks) {
+            let len = (list.ops.len() * size_of::<Op>()) as u64;
+            lists.push((next, list));
+            next += len;
+        }
+        let stacks = next.next_multiple_of(64);
+        let mut stack = stacks;
+        let mut parts = HashMap::new();
+        for (number, task) in tasks.iter().enumerate() {
+            let (ops, list) = &lists[number + 1];
+            let (ops, count) = (*ops, list.ops.len() as u64);
+            let of_creator = match task.creator.checked_sub(1) {
+                Some(creator) => tasks[creator].header.unwrap_or(header),
+                None => header,
+            };
+            let words = [ops, count, task.header.unwrap_or(of_creator), task.end];
+            self.put(task.plan, &words.map(u64::to_le_bytes).concat());
+            if let Some(header) = task.header {
+                self.put_header(header, number + 1, (ops, count), &tasks);
+                let list = number + 1;
+                if task.end == TRAPS {
+                    parts.insert(task.tid, Part { header, list });
+                }
+            }
+            match task.args {
+                Some(args) => self.put(args + 5 * 8, &stack.to_le_bytes()),
+                None => {
+                    let op = &mut lists[task.creator].1.ops[task.created_at];
+                    op.args[2] = stack + THREAD_STACK - 8;
+                }
+            }
+            stack += THREAD_STACK;
+        }
+        let results: Vec<u64> = lists.iter().map(|(ops, _)| *ops).collect();
+        let result_of = |list: usize, index: usize| {
+            results[list]
+                + (index * size_of::<Op>()) as u64
+                + std::mem::offset_of!(Op, result) as u64
+        };
+        for (list, index, earlier) in std::mem::take(&mut self.answers) {
+            lists[list].1.ops[index].args[0] = result_of(list, earlier);
+        }
+        let end = stack.next_multiple_of(4096);
+        let ops = (lists[0].0, lists[0].1.ops.len() as u64);
+        self.put_header(header, 0, ops, &tasks);
+
+        let mut image = self.blob.placed_at(self.base);
+        image.resize((self.data_base - self.base) as usize, 0);
+        image.append(&mut self.data);
+        image.resize((ops_base - self.base) as usize, 0);
+        for (_, list) in &lists {
+            for op in &list.ops {
+                image.extend_from_slice(&op.to_bytes());
+            }
+        }
+        if !tasks.is_empty() {
+            image.resize((stacks - self.base) as usize, 0);
+            for task in &tasks {
+                image.resize(image.len() + THREAD_STACK as usize - 8, 0);
+                image.extend_from_slice(&task.plan.to_le_bytes());
+            }
+        }
+        let conditional = self
+            .conditional
+            .into_iter()
+            .map(|(list, index, text)| (result_of(list, index), text))
+            .collect();
+        Plan {
+            base: self.base,
+            len: end - self.base,
+            entry: self.base + self.blob.entry,
+            stack: self.data_base,
+            main: Part { header, list: 0 },
+            image,
+            parts,
+            means: self.host.means,
+            stages: self.stages,
+            aims: self.aims,
+            warnings: self.warnings,
+            conditional,
+            inherit: self.inherit,
+            lists,
+            objects: self.objects,
+        }
+    }
+
+    /// The header of the process that executes that list.
+    fn put_header(&mut self, at: u64, list: usize, (ops, count): (u64, u64), tasks: &[Task]) {
+        let threads = |t: &&Task| t.header.is_none() && t.creator == list;
+        let threads = tasks.iter().filter(threads).count() as u32;
+        self.put(at, &[ops, count].map(u64::to_le_bytes).concat());
+        self.put(at + 16, &threads.to_le_bytes());
+    }
 }
 
 impl Plan {
@@ -98,19 +204,24 @@ impl Plan {
         })
     }
 
-    /// The whole plan as text, one operation a line, threads after the first one's list.
-    pub fn to_text(&self) -> String {
+    #[cfg(test)]
+    pub(crate) fn to_text(&self) -> String {
         let mut text = String::new();
+        self.tell(&mut |line| text += &format!("{line}\n"));
+        text
+    }
+
+    /// The whole plan as text, one operation a line, threads after the first one's list.
+    pub fn tell(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) {
         for (number, (_, list)) in self.lists.iter().enumerate() {
             if number > 0 {
-                text.push_str(&format!("thread list {number}:\n"));
+                line(format_args!("thread list {number}:"));
             }
             for (op, object) in list.ops.iter().zip(&list.objects) {
                 let object = &self.objects[*object as usize];
-                text.push_str(&format!("{:<70} # {object}\n", describe(op)));
+                line(format_args!("{:<70} # {object}", describe(op)));
             }
         }
-        text
     }
 }
 
