@@ -86,6 +86,7 @@ pub(crate) fn processor_time() -> Duration {
 }
 
 /// Runs a program without output; its exit code, and the most memory that it had at one time.
+#[expect(clippy::zombie_processes, reason = "it is waited for by its pid")]
 pub(crate) fn peak_of(command: &mut Command) -> (Option<i32>, usize) {
     command
         .stdin(Stdio::null())
