@@ -88,15 +88,16 @@ fn fixtures_as_a_user() {
     });
 }
 
-/// Programs with their results, which they write into `result`.
+/// Programs with their results, which they write into `result` once there is a file `go`; until then they take steps.
 const PYTHON: &str = "
-import threading, time, hashlib
+import threading, time, hashlib, os
 steps = [0, 0, 0]
 def work(me):
     digest = b''
-    for i in range(400):
-        digest = hashlib.sha256(digest + bytes([me])).digest()
-        steps[me] = i + 1
+    while steps[me] < 400 or not os.path.exists('go'):
+        if steps[me] < 400:
+            digest = hashlib.sha256(digest + bytes([me])).digest()
+        steps[me] += 1
         time.sleep(0.005)
     results[me] = digest.hex()
 results = [None, None, None]
@@ -109,15 +110,20 @@ open('result', 'w').write(' '.join(results))
 ";
 const PERL: &str = r#"
 my ($sum, $pid) = (0, $$);
-for my $i (1 .. 400) {
-    $sum = ($sum * 31 + $i) % 1000003;
+for (my $i = 1; $i <= 400 || !-e 'go'; $i++) {
+    $sum = ($sum * 31 + $i) % 1000003 if $i <= 400;
     open my $f, '>', 'steps'; print $f $i; close $f;
     select undef, undef, undef, 0.005;
 }
 open my $f, '>', 'result'; print $f "$sum ", $pid == $$ ? 'same' : 'other'; close $f;
 "#;
 const PIPELINE: &str = r#"
-for i in {1..300}; do echo $i; echo $i > steps; read -t 0.005 < <(:) ; done |
+i=0
+while [ $((i += 1)) -le 300 ] || [ ! -e go ]; do
+    if [ $i -le 300 ]; then echo $i; fi
+    echo $i > steps
+    read -t 0.005 < <(:)
+done |
 tee copy | { s=0; while read n; do s=$((s + n)); done; echo $s > sum; }
 echo "$(cat sum) $(wc -l < copy)" > result
 "#;
@@ -135,7 +141,7 @@ fn steps(case: &Case) -> u32 {
 
 fn result(case: &Case) -> String {
     let text = fs::read_to_string(case.path("result")).expect("it has ended");
-    for file in ["result", "steps", "copy", "sum"] {
+    for file in ["result", "steps", "copy", "sum", "go"] {
         let _ = fs::remove_file(case.path(file));
     }
     text.trim().into()
@@ -152,6 +158,7 @@ fn programs_go_on(case: &Case) {
             start(&mut command, &case.path("job.log"))
         };
         let ends = |mut job: Job| {
+            fs::write(case.path("go"), "").expect("the directory is ours");
             let ended = until("its end", || job.ended());
             assert_eq!(ended, Ended::Exited(0), "{words:?}");
             result(case)
@@ -202,6 +209,7 @@ fn run_leaves_the_ids_that_come_only_once() {
             let mut command = Command::new(CKPT);
             command.args(["run", "--interval", "200ms", "--name", "job", "--"]);
             command.args(["perl", "-e", PERL]).current_dir(case.dir());
+            fs::write(case.path("go"), "").expect("the directory is ours");
             let run = start(&mut command, &case.path("run.log"));
             let image = case.path("job.1.ckpt");
             until("a checkpoint", || image.exists().then_some(()));

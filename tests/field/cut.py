@@ -53,6 +53,8 @@ class World:
         src = str(pathlib.Path(__file__).resolve().parent / "src")
         env = {"PATH": ":".join(path), "HOME": home, "LANG": "C.UTF-8", "TERM": "xterm", "TZ": "UTC"}
         env |= {"SHELL": "/bin/bash", "SRC": src, "FIELD": str(installed)}
+        # Node.js of Debian 13 makes an io_uring, which is refused, unless it is told not to.
+        env["UV_USE_IO_URING"] = "0"
         with output.open("ab") as out:
             child = subprocess.Popen(  # noqa: S603
                 command,
