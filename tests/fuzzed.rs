@@ -5,6 +5,7 @@
 //! A run takes a time; `CKPT_FORGERIES` names a number instead. `CKPT_FUZZ_BASES` is a directory for the images that `make fuzz`
 //! begins with. What was found once is kept in `fuzz/kept`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use crate::common::forging::{
     changes, encoded, image, lists, look_into, memory_for, name, snapshot,
 };
 use crate::common::tool::{CKPT, RESTORE};
-use crate::common::values::{Random, at};
+use crate::common::values::{Place, Random, at, leaves};
 use crate::common::{Case, ckpt, isolated, run};
 use crate::measure::{peak_of, processor_time, within};
 
@@ -103,6 +104,50 @@ fn are_judged_soon() {
             tried += 1;
         }
         println!("{tried} forgeries, at most {} MiB", largest >> 20);
+    });
+}
+
+/// Each number of each record, as large and as small as it can be written; as many as there is time for, or all with
+/// `CKPT_FORGERIES`.
+#[test]
+fn extreme_numbers() {
+    isolated("extreme_numbers", |case| {
+        let extremes: [i128; 5] = [
+            -1,
+            i32::MAX.into(),
+            u32::MAX.into(),
+            i64::MAX.into(),
+            u64::MAX.into(),
+        ];
+        let bases = bases(case, &FIXTURES);
+        let mut all: BTreeMap<String, (usize, Place)> = BTreeMap::new();
+        for (which, (_, base)) in bases.iter().enumerate() {
+            let mut found = BTreeMap::new();
+            leaves(base, "", &mut Vec::new(), &mut found);
+            for (field, place) in found {
+                if at(&mut base.clone(), &place).is_integer() {
+                    all.entry(field).or_insert((which, place));
+                }
+            }
+        }
+        assert!(all.len() > 150, "{}", all.len());
+        let mut left: Vec<_> = all
+            .iter()
+            .flat_map(|one| extremes.map(|n| (one, n)))
+            .collect();
+        let (total, now) = (left.len(), case.path("now.log"));
+        let (mut random, begun) = (Random::seeded(), Instant::now());
+        while !left.is_empty() && (asked().is_some() || begun.elapsed() < TIME) {
+            let ((field, (which, place)), extreme) = left.swap_remove(random.below(left.len()));
+            let (header, base) = &bases[*which];
+            let mut value = base.clone();
+            *at(&mut value, place) = Value::Integer(extreme.try_into().expect("it fits"));
+            let what = format!("{}, {field} = {extreme}", FIXTURES[*which]);
+            fs::write(&now, &what).expect("the test's directory is writable");
+            let bytes = encoded(&value);
+            judged_soon(image(header, &bytes, Codec::None), bytes.len(), &what);
+        }
+        println!("{} of {total} numbers", total - left.len());
     });
 }
 

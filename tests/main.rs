@@ -36,6 +36,7 @@ mod machine;
 mod messages;
 #[cfg(feature = "faults")]
 mod notices;
+mod numbers;
 mod paths;
 mod pids;
 mod privileges;

@@ -10,6 +10,7 @@ use super::SpaceId;
 use super::memory::Mapping;
 use super::segments::{self, Segment};
 use super::switches::{self, Scope, Switch};
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// An address space.
@@ -29,6 +30,7 @@ pub struct AddressSpace {
     /// Pages that are as in the parent's address space, and are stored there; ascending.
     pub inherited: Vec<(u64, u64)>,
     /// `MCL_FUTURE`, possibly with `MCL_ONFAULT`, when mappings to come are locked; else 0.
+    #[serde(deserialize_with = "bounds::choice")]
     pub lock_future: u32,
     /// `PR_GET_THP_DISABLE` in images without [`switches`](Self::switches).
     #[serde(default, skip_serializing)]
@@ -40,6 +42,7 @@ pub struct AddressSpace {
     #[serde(default)]
     pub segments: Vec<Segment>,
     /// `PR_GET_DUMPABLE`: 0, 1 or 2.
+    #[serde(deserialize_with = "bounds::choice")]
     pub dumpable: u32,
     /// Bits of `MEMBARRIER_CMD_REGISTER_*` that the process has registered.
     pub membarrier: u32,

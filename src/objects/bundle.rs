@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::memory::FileIdentity;
 use super::{Snapshot, SpaceId};
+use crate::objects::bounds;
 
 /// A bundled file. Files of the same contents have one space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +17,7 @@ pub struct Bundled {
     /// Inode number.
     pub inode: u64,
     /// Size in bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
     pub size: u64,
     /// BLAKE3 of its contents.
     #[serde(with = "serde_bytes")]

@@ -5,12 +5,14 @@ use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// One limit (getrlimit(2)); `u64::MAX` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
     /// `RLIMIT_*`.
+    #[serde(deserialize_with = "bounds::resource")]
     pub resource: u32,
     /// The limit in force.
     pub soft: u64,

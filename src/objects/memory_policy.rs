@@ -7,6 +7,7 @@ use ckpt_tracer::remote::{Call, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
 use super::memory::{Backing, Mapping};
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// A policy that is not the default.
@@ -15,6 +16,7 @@ pub struct MemoryPolicy {
     /// `MPOL_*` with `MPOL_F_STATIC_NODES`, `MPOL_F_RELATIVE_NODES`, `MPOL_F_NUMA_BALANCING`.
     pub mode: u32,
     /// Its nodes, as they were given with one of these flags, else as they are.
+    #[serde(deserialize_with = "bounds::node")]
     pub nodes: Vec<u32>,
 }
 

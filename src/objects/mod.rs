@@ -128,17 +128,21 @@ pub struct Host {
     #[serde(with = "serde_bytes", default)]
     pub vdso: Vec<u8>,
     /// Size of the xsave area that threads were captured with, in bytes.
+    #[serde(deserialize_with = "bounds::state")]
     pub xstate_size: u32,
     /// `XCR0`: the state components that the processor had enabled.
     pub xcr0: u64,
     /// `CLOCK_MONOTONIC` at the checkpoint as the job saw it, nanoseconds.
+    #[serde(deserialize_with = "bounds::clock")]
     pub monotonic_ns: u64,
     /// `CLOCK_BOOTTIME` at the checkpoint as the job saw it, nanoseconds.
+    #[serde(deserialize_with = "bounds::clock")]
     pub boottime_ns: u64,
     /// `CLOCK_MONOTONIC_RAW` at the checkpoint as the job saw it, nanoseconds; 0 is not known.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounds::clock")]
     pub monotonic_raw_ns: u64,
     /// `CLOCK_REALTIME` at the checkpoint, nanoseconds since 1970.
+    #[serde(deserialize_with = "bounds::clock")]
     pub realtime_ns: u64,
     /// What the processor told programs of itself.
     #[serde(default)]

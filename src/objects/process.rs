@@ -31,6 +31,7 @@ use super::thread::{self, Thread};
 use super::timers::{self, IntervalTimers, PosixTimer};
 use super::{SpaceId, aio, memory};
 use crate::error::{Obstacle, Result};
+use crate::objects::bounds;
 use crate::objects::source::{Collector, Copies, Source};
 
 pub mod kin;
@@ -44,8 +45,10 @@ pub use sharing::tasks_with_memory_of;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Process {
     /// Its id.
+    #[serde(deserialize_with = "bounds::pid")]
     pub pid: i32,
     /// Its parent's id; 0 when the parent is not part of what it can see.
+    #[serde(deserialize_with = "bounds::pid")]
     pub parent: i32,
     /// It was forked by its parent and has executed nothing else since: it shares unchanged pages
     /// with it.
@@ -54,19 +57,24 @@ pub struct Process {
     pub shares: Shares,
     /// The signal that tells its parent of its end, 0 for none.
     #[serde(default = "sigchld")]
+    #[serde(deserialize_with = "bounds::signal")]
     pub exit_signal: i32,
     /// Process group.
+    #[serde(deserialize_with = "bounds::pid")]
     pub group: i32,
     /// Session.
+    #[serde(deserialize_with = "bounds::pid")]
     pub session: i32,
     /// Its controlling terminal, by index in the snapshot's terminals.
     pub terminal: Option<usize>,
     /// The signal that had stopped it when the checkpoint began, if one had.
+    #[serde(default, deserialize_with = "bounds::signal")]
     pub stopped: Option<i32>,
     /// Children that are stopped and whose stop it has not been told by wait(2) yet.
+    #[serde(deserialize_with = "bounds::pid")]
     pub untold_stops: Vec<i32>,
     /// Children that go on after a stop, of which it has not been told by wait(2) yet.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounds::pid")]
     pub untold_continues: Vec<i32>,
     /// Command line, `\0` after each argument.
     #[serde(with = "serde_bytes")]
@@ -100,6 +108,7 @@ pub struct Process {
     #[serde(with = "crate::objects::raw_path")]
     pub root: PathBuf,
     /// umask(2).
+    #[serde(deserialize_with = "bounds::umask")]
     pub umask: u32,
     /// Limits.
     pub limits: Vec<Limit>,
@@ -113,11 +122,12 @@ pub struct Process {
     #[serde(default)]
     pub dynamic_state: DynamicState,
     /// `/proc/PID/oom_score_adj`.
+    #[serde(deserialize_with = "bounds::oom_score")]
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
     /// The nice value of its autogroup (sched(7)), where there are any.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounds::nice")]
     pub autogroup_nice: Option<i32>,
     /// `/proc/PID/loginuid`, where there is audit; `u32::MAX` is unset.
     #[serde(default)]

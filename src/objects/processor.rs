@@ -41,6 +41,7 @@ pub struct Word {
     /// Subleaf.
     pub subleaf: u32,
     /// 0 to 3 for `eax`, `ebx`, `ecx`, `edx`.
+    #[serde(deserialize_with = "bounds::choice")]
     pub register: u8,
     /// Its value.
     pub bits: u32,
@@ -50,13 +51,13 @@ pub struct Word {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Component {
     /// Its bit in `XCR0`.
-    #[serde(deserialize_with = "bounds::at_most::<_, _, 63>")]
+    #[serde(deserialize_with = "bounds::component")]
     pub number: u32,
     /// Bytes from the beginning of the area.
-    #[serde(deserialize_with = "bounds::at_most::<_, _, 65536>")]
+    #[serde(deserialize_with = "bounds::state")]
     pub offset: u32,
     /// Bytes.
-    #[serde(deserialize_with = "bounds::at_most::<_, _, 65536>")]
+    #[serde(deserialize_with = "bounds::state")]
     pub size: u32,
 }
 

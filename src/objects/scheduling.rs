@@ -5,6 +5,7 @@ use ckpt_tracer::Tid;
 use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// Scheduling of one task (sched(7), ioprio_set(2), `PR_SET_TIMERSLACK`).
@@ -15,11 +16,13 @@ pub struct Scheduling {
     #[serde(with = "serde_bytes")]
     pub attr: Vec<u8>,
     /// Nice value; `attr` has it for SCHED_OTHER and SCHED_BATCH only.
+    #[serde(deserialize_with = "bounds::nice")]
     pub nice: i32,
     /// CPUs the task may run on, a bit each.
     #[serde(with = "serde_bytes")]
     pub affinity: Vec<u8>,
     /// I/O priority, class and data; 0 is "follow the nice value".
+    #[serde(deserialize_with = "bounds::io_priority")]
     pub io_priority: i32,
     /// Timer slack in nanoseconds.
     pub timer_slack: u64,

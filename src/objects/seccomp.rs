@@ -15,6 +15,7 @@ use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
 use super::process::Process;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 pub mod surroundings;
@@ -33,6 +34,7 @@ pub struct Filter {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seccomp {
     /// 0 off, 1 strict, 2 filters.
+    #[serde(deserialize_with = "bounds::choice")]
     pub mode: u32,
     /// With mode 2.
     pub filters: Vec<Filter>,

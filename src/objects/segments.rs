@@ -8,12 +8,14 @@ use ckpt_tracer::remote::RemoteCalls;
 use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// An entry of a descriptor table, as `struct user_desc` (asm/ldt.h) has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// Its index in the table.
+    #[serde(deserialize_with = "bounds::segment")]
     pub entry: u32,
     /// `base_addr`.
     pub base: u32,

@@ -6,12 +6,14 @@ use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
 use super::timers::PosixTimer;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// What a process does on a signal (`struct kernel_sigaction`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Action {
     /// The signal.
+    #[serde(deserialize_with = "bounds::signal")]
     pub signal: u32,
     /// `SIG_DFL` (0), `SIG_IGN` (1) or the handler's address.
     pub handler: u64,

@@ -27,6 +27,7 @@ use crate::objects::source::Source;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Thread {
     /// Its id.
+    #[serde(deserialize_with = "bounds::pid")]
     pub tid: i32,
     /// `PR_GET_NAME`, at most 15 bytes.
     #[serde(with = "serde_bytes")]
@@ -36,7 +37,7 @@ pub struct Thread {
     /// Extended state in the standard xsave format; no processor has 64 KiB of it.
     #[serde(
         serialize_with = "serde_bytes::serialize",
-        deserialize_with = "bounds::bytes::<_, 65536>"
+        deserialize_with = "bounds::at_most::<_, 65536>"
     )]
     pub xstate: Vec<u8>,
     /// Blocked signals, bit n-1 for signal n.
@@ -56,6 +57,7 @@ pub struct Thread {
     /// Who it is.
     pub credentials: Credentials,
     /// `PR_GET_PDEATHSIG`.
+    #[serde(deserialize_with = "bounds::signal")]
     pub parent_death_signal: u32,
     /// Its seccomp state.
     pub seccomp: Seccomp,

@@ -11,6 +11,7 @@ use super::Snapshot;
 use super::process::Process;
 use super::signals::{self, Action, Pending};
 use crate::error::Obstacle;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 use crate::objects::plan::Means;
 use crate::objects::source::{Collector, Source};
@@ -21,26 +22,32 @@ type Result<T, E = ckpt_tracer::Error> = std::result::Result<T, E>;
 /// `[interval_s, interval_us, value_s, value_us]`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct IntervalTimers(pub [[i64; 4]; 3]);
+pub struct IntervalTimers(#[serde(deserialize_with = "bounds::timer")] pub [[i64; 4]; 3]);
 
 /// A POSIX timer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PosixTimer {
     /// The id that the program knows it by.
+    #[serde(deserialize_with = "bounds::id")]
     pub id: i32,
     /// `CLOCK_*`, or a process's or thread's CPU clock.
     pub clock: i32,
     /// `SIGEV_SIGNAL`, `SIGEV_NONE` or `SIGEV_THREAD_ID`.
+    #[serde(deserialize_with = "bounds::choice")]
     pub notify: i32,
     /// The signal.
+    #[serde(deserialize_with = "bounds::signal")]
     pub signal: i32,
     /// The signal's value.
     pub value: u64,
     /// The thread notified, with `SIGEV_THREAD_ID`.
+    #[serde(default, deserialize_with = "bounds::pid")]
     pub thread: Option<i32>,
     /// Repetition, seconds and nanoseconds.
+    #[serde(deserialize_with = "bounds::timer")]
     pub interval: (i64, i64),
     /// What remains until it fires; zero when it is not armed.
+    #[serde(deserialize_with = "bounds::timer")]
     pub remaining: (i64, i64),
     /// Overrun count of the last notification.
     pub overrun: i32,

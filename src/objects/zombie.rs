@@ -7,23 +7,30 @@ use ckpt_tracer::proc::status::read_status;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::objects::bounds;
 
 /// What is left of a process that has ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Zombie {
     /// Its id.
+    #[serde(deserialize_with = "bounds::pid")]
     pub pid: i32,
     /// Its parent, which is to wait for it.
+    #[serde(deserialize_with = "bounds::pid")]
     pub parent: i32,
     /// Process group.
+    #[serde(deserialize_with = "bounds::pid")]
     pub group: i32,
     /// Session.
+    #[serde(deserialize_with = "bounds::pid")]
     pub session: i32,
     /// The signal that told its parent of its end, 0 for none: only `__WALL` waits for it if that is
     /// not SIGCHLD.
     #[serde(default = "super::process::sigchld")]
+    #[serde(deserialize_with = "bounds::signal")]
     pub exit_signal: i32,
     /// What wait(2) will tell, as the kernel encodes it.
+    #[serde(deserialize_with = "bounds::status")]
     pub status: i32,
     /// The user and group ids that it ended with, where the kernel tells.
     #[serde(default)]

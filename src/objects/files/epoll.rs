@@ -15,6 +15,7 @@ use super::rebuild::place;
 use super::{Kind, Look, Staging, WITHHELD_REMEDY, sys};
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 use crate::objects::process::Process;
 use crate::objects::source::{Collector, Copies, Source};
@@ -73,6 +74,7 @@ impl Epoll {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// The number; it may be closed or used for another file by now.
+    #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
     /// Index in the snapshot's descriptions.
     pub description: usize,

@@ -7,12 +7,14 @@ use ckpt_tracer::child::Helper;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// An event counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventFd {
     /// The counter.
+    #[serde(deserialize_with = "bounds::count")]
     pub count: u64,
     /// `EFD_SEMAPHORE`.
     pub semaphore: bool,

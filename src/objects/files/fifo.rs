@@ -19,6 +19,7 @@ use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
 use crate::error::{Error, Obstacle};
 use crate::objects::Snapshot;
 use crate::objects::access::may;
+use crate::objects::bounds;
 use crate::objects::open::{Handle, Last};
 use crate::objects::options::Options;
 use crate::objects::plan::{Builder, Inherited};
@@ -38,6 +39,7 @@ pub struct FifoEnd {
     /// Inode number; the ends of one FIFO share it and the device.
     pub inode: u64,
     /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
     /// `F_GETPIPE_SZ`, bytes.
     pub capacity: u32,

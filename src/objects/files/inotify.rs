@@ -15,6 +15,7 @@ use super::{Look, Staging, sys};
 use crate::error::{Error, Obstacle};
 use crate::objects::Snapshot;
 use crate::objects::access::MISSING;
+use crate::objects::bounds;
 use crate::objects::plan::{Builder, Inherit, Inherited};
 use crate::objects::source::{Collector, Patience, Source};
 
@@ -36,6 +37,7 @@ pub struct Inotify {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watch {
     /// The number that the program knows it by.
+    #[serde(deserialize_with = "bounds::watch")]
     pub wd: i32,
     /// `IN_*`.
     pub mask: u32,
@@ -81,10 +83,17 @@ pub fn capture(
         });
     }
     found.sort_by_key(|w| w.wd);
-    Ok(Inotify {
+    let inotify = Inotify {
         watches: found,
         unread,
-    })
+    };
+    match inotify.out_of_reach() {
+        Some(reason) => Err(Box::new(Obstacle::without_remedy(
+            look.object(source),
+            reason,
+        ))),
+        None => Ok(inotify),
+    }
 }
 
 fn no_name(source: &Source, look: &Look, watch: &InotifyWatch) -> Obstacle {
@@ -133,10 +142,29 @@ fn not_read_yet(object: String, collector: &mut Collector) -> Result<(), Box<Obs
     Ok(())
 }
 
+/// Watches that are made and removed again, so that a later one has its number.
+const MOST_PASSING: i32 = 1 << 17;
+/// Events that a read of [`ROOM`] takes.
+const EVENTS: usize = ROOM / 16;
+/// Bytes.
+const ROOM: usize = 64 * 1024;
+
 /// More events than this, of 64 bytes or so each, are not queued to bring about an overflow.
 const MOST_QUEUED: u64 = 1 << 20;
 
 impl Inotify {
+    /// Why its watches cannot have their numbers.
+    pub fn out_of_reach(&self) -> Option<String> {
+        let last = self.watches.iter().map(|watch| watch.wd).max()?;
+        let passing = last.saturating_sub(self.watches.len() as i32);
+        (passing > MOST_PASSING).then(|| {
+            format!(
+                "is an inotify descriptor with a watch {last}, a number that is not reached: the program has \
+                 added and removed very many watches"
+            )
+        })
+    }
+
     /// Watches on what is not there any more.
     pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
         let named = self.watches.iter().filter(|watch| watch.open.is_none());
@@ -172,7 +200,17 @@ impl Inotify {
     /// is the wanted one is checked.
     pub fn rebuild_watches(&self, at: i32, staging: Staging, plan: &mut Builder) {
         let fd = at as u64;
-        let mut next = 1;
+        let (mut next, mut queued) = (1, 0);
+        let last = self.watches.last().map_or(0, |watch| watch.wd);
+        let room = match last as usize > self.watches.len() {
+            true => plan.reserve(ROOM),
+            false => 0,
+        };
+        // Removing a watch queues IN_IGNORED; those events were never the program's.
+        let forget = |plan: &mut Builder| {
+            let object = || "an inotify descriptor".to_owned();
+            plan.syscall(libc::SYS_read, &[fd, room, ROOM as u64], object);
+        };
         for watch in &self.watches {
             let watched = match watch.open {
                 Some(description) => format!("/proc/self/fd/{}", staging.of(description)).into(),
@@ -188,6 +226,11 @@ impl Inotify {
                 plan.expect(libc::SYS_inotify_add_watch, &args, next as u64, object);
                 plan.syscall(libc::SYS_inotify_rm_watch, &[fd, next as u64], object);
                 next += 1;
+                queued += 1;
+                if queued == EVENTS {
+                    forget(plan);
+                    queued = 0;
+                }
             }
             // IN_ONESHOT, IN_EXCL_UNLINK and the events; what the kernel adds it adds again.
             let mask = u64::from(watch.mask & !libc::IN_IGNORED & !libc::IN_UNMOUNT);
@@ -195,16 +238,8 @@ impl Inotify {
             plan.expect(libc::SYS_inotify_add_watch, &args, watch.wd as u64, object);
             next += 1;
         }
-        // Removing a watch queues IN_IGNORED; those events were never the program's.
-        let numbered = self.watches.iter().zip(1..);
-        if numbered
-            .into_iter()
-            .any(|(watch, number)| watch.wd != number)
-        {
-            let room = plan.reserve(64 * 1024);
-            plan.syscall(libc::SYS_read, &[fd, room, 64 * 1024], || {
-                "an inotify descriptor".to_owned()
-            });
+        if queued > 0 {
+            forget(plan);
         }
     }
 }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look, Survey};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::files::outside::Surroundings;
 use crate::objects::ipc::notice::{By, Notice};
 use crate::objects::sockets;
@@ -22,6 +23,7 @@ use crate::objects::source::Source;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
     /// The descriptor through which it was seen first.
+    #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
     /// What it was, for people.
     pub name: String,

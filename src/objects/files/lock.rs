@@ -11,6 +11,7 @@ use super::regular::open_quietly;
 use super::{Description, Kind, Look};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 use crate::objects::process::Process;
 use crate::objects::source::{Contents, Source};
@@ -23,11 +24,13 @@ pub struct Lock {
     /// For writing.
     pub exclusive: bool,
     /// First byte.
+    #[serde(deserialize_with = "bounds::bytes")]
     pub start: u64,
     /// Bytes; 0 up to the end of the file.
+    #[serde(deserialize_with = "bounds::bytes")]
     pub len: u64,
     /// The process that took a lease.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounds::pid")]
     pub taker: Option<i32>,
 }
 

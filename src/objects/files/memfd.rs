@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::attributes::Attributes;
 use super::{Kind, Look, sys};
 use crate::error::Obstacle;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 use crate::objects::source::{Collector, Source};
 use crate::objects::{Snapshot, SpaceId};
@@ -18,14 +19,18 @@ pub struct MemFd {
     /// Inode number; the same file may be open several times.
     pub inode: u64,
     /// Size in bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
     pub size: u64,
     /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
     /// `F_GET_SEALS`.
     pub seals: u32,
     /// Offset in bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
     pub offset: u64,
     /// Page size of hugetlb memory, 0 for ordinary pages.
+    #[serde(deserialize_with = "bounds::page")]
     pub huge_page_size: u64,
     /// Its contents in the image.
     pub contents: SpaceId,

@@ -14,6 +14,7 @@ use super::ipc::mqueue;
 use super::sockets::{self, netlink, unix};
 use super::uring;
 use crate::error::Obstacle;
+use crate::objects::bounds;
 use crate::objects::source::{Collector, Source};
 
 pub mod attributes;
@@ -59,6 +60,7 @@ type Result<T, E = crate::Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdEntry {
     /// The number.
+    #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
     /// Index in the snapshot's descriptions.
     pub description: usize,
@@ -88,10 +90,13 @@ pub struct Description {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
     /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
+    #[serde(deserialize_with = "bounds::choice")]
     pub kind: i32,
     /// Whose.
+    #[serde(deserialize_with = "bounds::pid")]
     pub id: i32,
     /// `F_GETSIG`; 0 is SIGIO.
+    #[serde(deserialize_with = "bounds::signal")]
     pub signal: i32,
 }
 

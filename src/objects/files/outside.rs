@@ -6,12 +6,14 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Look};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::plan::Inherited;
 
 /// Something of the surroundings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outside {
     /// The descriptor through which it was seen first; `restore` gives its own of that number.
+    #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
     /// What it was: a pipe, a socket.
     pub what: Surroundings,

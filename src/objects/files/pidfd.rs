@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{Look, sys};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::outsiders::process_name;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::source::Source;
@@ -22,10 +23,12 @@ use crate::objects::source::Source;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PidFd {
     /// Whose, in the job; `None` for one that has ended and been waited for.
+    #[serde(default, deserialize_with = "bounds::pid")]
     pub task: Option<i32>,
     /// `PIDFD_THREAD`: of this one thread.
     pub thread: bool,
     /// How it ended, as wait(2) tells, where the kernel still knows.
+    #[serde(default, deserialize_with = "bounds::status")]
     pub status: Option<i32>,
     /// Its inode, where each process has one (pidfs, Linux 6.9): programs tell by it whether two are of
     /// one process.

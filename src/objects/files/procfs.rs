@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::{Look, sys};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::options::FilesPolicy;
 use crate::objects::outsiders::process_name;
 use crate::objects::plan::{Builder, Inherited};
@@ -31,8 +32,10 @@ pub struct ProcFile {
     #[serde(with = "crate::objects::raw_path")]
     pub path: PathBuf,
     /// The process that the path names.
+    #[serde(deserialize_with = "bounds::pid")]
     pub process: i32,
     /// The thread that it names.
+    #[serde(default, deserialize_with = "bounds::pid")]
     pub thread: Option<i32>,
     /// Whose it is.
     pub of: Of,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::attributes::Attributes;
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 
 /// A thing without a name. Descriptions, working and root directories refer to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +30,7 @@ pub struct Removed {
     /// Inode number.
     pub inode: u64,
     /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
     /// What else it had.
     pub attributes: Attributes,

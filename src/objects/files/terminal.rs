@@ -15,6 +15,7 @@ use super::{Kind, Look, unread};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::access::may;
+use crate::objects::bounds;
 use crate::objects::open::Handle;
 use crate::objects::plan::Inherited;
 use crate::objects::source::{Collector, Source};
@@ -30,6 +31,7 @@ pub struct Terminal {
     /// How it was set; nothing when the job has no descriptor that tells.
     pub state: Option<State>,
     /// The foreground process group, if it controls a session of the job.
+    #[serde(default, deserialize_with = "bounds::pid")]
     pub foreground: Option<i32>,
     /// What belongs to the job's own end, when it has the master.
     pub pair: Option<Pair>,
@@ -44,6 +46,7 @@ pub struct Access {
     /// Its owner, and its owner's group.
     pub owner: (u32, u32),
     /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
 }
 

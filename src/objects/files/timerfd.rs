@@ -7,20 +7,25 @@ use serde::{Deserialize, Serialize};
 
 use super::sys;
 use crate::objects::Host;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 
 /// A timer read through a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TimerFd {
     /// `CLOCK_*`.
+    #[serde(deserialize_with = "bounds::clock_id")]
     pub clock: i32,
     /// Expirations not yet read.
     pub ticks: u64,
     /// `TFD_TIMER_*` with which it was set.
+    #[serde(deserialize_with = "bounds::choice")]
     pub settime_flags: u32,
     /// What remains until it fires, seconds and nanoseconds; zero when not armed.
+    #[serde(deserialize_with = "bounds::timer")]
     pub remaining: (i64, i64),
     /// Repetition.
+    #[serde(deserialize_with = "bounds::timer")]
     pub interval: (i64, i64),
 }
 

@@ -29,6 +29,7 @@ use nix::errno::Errno;
 
 use super::Snapshot;
 use crate::error::{Error, Obstacle, Result};
+use crate::objects::bounds;
 use crate::objects::clock;
 use crate::objects::options::Options;
 use crate::objects::source::{Collector, Source};
@@ -93,10 +94,12 @@ impl Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Object {
     /// Its id.
+    #[serde(deserialize_with = "bounds::id")]
     pub id: i32,
     /// Its key, 0 for a private one.
     pub key: i32,
     /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
     /// Owner.
     pub uid: u32,

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::sys;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::files::{self, Kind, Look};
 use crate::objects::options::{FilesPolicy, Options};
 use crate::objects::outsiders::process_name;
@@ -34,20 +35,26 @@ pub struct MessageQueue {
     /// Its name was taken away (`mq_unlink`).
     pub unlinked: bool,
     /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
     /// Owner.
     pub uid: u32,
     /// Group.
     pub gid: u32,
     /// Messages that it takes.
+    #[serde(deserialize_with = "bounds::messages")]
     pub most: i64,
     /// Bytes of the longest one that it takes.
+    #[serde(deserialize_with = "bounds::message")]
     pub size: i64,
     /// Messages in it.
+    #[serde(deserialize_with = "bounds::messages")]
     pub held: i64,
     /// Their bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
     pub bytes: u64,
     /// Which process is to be told of the next message (`mq_notify`), 0 for none.
+    #[serde(deserialize_with = "bounds::pid")]
     pub notified: i32,
     /// How (`SIGEV_SIGNAL`, which is 0, `SIGEV_NONE`, `SIGEV_THREAD`).
     #[serde(default)]

@@ -10,6 +10,7 @@ use serde_bytes::ByteBuf;
 use super::mqueue::MessageQueue;
 use crate::error::{Error, Obstacle};
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::files::{self, FdEntry, Kind};
 use crate::objects::plan::Builder;
 use crate::objects::process::{FromOutside, Process};
@@ -27,6 +28,7 @@ pub const COOKIE: usize = 32;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
     /// A descriptor of the queue.
+    #[serde(deserialize_with = "bounds::fd")]
     pub queue: i32,
     /// How.
     pub by: By,
@@ -40,6 +42,7 @@ pub enum By {
     /// `SIGEV_THREAD`.
     Cookie {
         /// A descriptor of the netlink socket.
+        #[serde(deserialize_with = "bounds::fd")]
         socket: i32,
         /// What is sent there. The kernel sets the last byte.
         cookie: ByteBuf,

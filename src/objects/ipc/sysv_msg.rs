@@ -9,6 +9,7 @@ use super::table::{self, Row, Type};
 use super::{Claim, Found, Job, Object};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 use crate::objects::process::Process;
 use crate::objects::source::Collector;
@@ -21,12 +22,15 @@ pub struct Queue {
     /// How it is known to be the job's.
     pub claim: Claim,
     /// The most bytes that it takes (`msg_qbytes`).
+    #[serde(deserialize_with = "bounds::bytes")]
     pub capacity: u64,
     /// Its messages, the first one first.
     pub messages: Vec<Message>,
     /// Who sent last.
+    #[serde(deserialize_with = "bounds::pid")]
     pub sender: i32,
     /// Who received last.
+    #[serde(deserialize_with = "bounds::pid")]
     pub receiver: i32,
 }
 

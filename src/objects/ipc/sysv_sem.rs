@@ -11,6 +11,7 @@ use super::undo::{self, Adjustment};
 use super::{Claim, Found, Job, Object};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
+use crate::objects::bounds;
 use crate::objects::plan::Builder;
 use crate::objects::process::Process;
 use crate::objects::source::Collector;
@@ -28,6 +29,7 @@ pub struct Set {
     /// Values, in order.
     pub values: Vec<u16>,
     /// Who operated on each one last (`GETPID`).
+    #[serde(deserialize_with = "bounds::pid")]
     pub operators: Vec<i32>,
 }
 

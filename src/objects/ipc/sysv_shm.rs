@@ -9,6 +9,7 @@ use super::sys::{self, Attached};
 use super::table::{Row, Type};
 use super::{Found, Job, Object};
 use crate::error::{Error, Obstacle, Result};
+use crate::objects::bounds;
 use crate::objects::memory::space::each_run;
 use crate::objects::memory::{Backing, Mapping};
 use crate::objects::outsiders::process_name;
@@ -28,12 +29,14 @@ pub struct Segment {
     /// Id, key, owner.
     pub object: Object,
     /// Size in bytes.
+    #[serde(deserialize_with = "bounds::memory")]
     pub size: u64,
     /// It was removed (`IPC_RMID`) and lives as long as somebody has it attached.
     pub destroyed: bool,
     /// `SHM_LOCK`.
     pub locked: bool,
     /// Page size of hugetlb memory, 0 for ordinary pages.
+    #[serde(deserialize_with = "bounds::page")]
     pub huge_page_size: u64,
     /// Its pages in the image.
     pub contents: SpaceId,

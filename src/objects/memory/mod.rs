@@ -45,7 +45,7 @@ pub struct Mapping {
     /// Name given by `PR_SET_VMA_ANON_NAME`.
     pub name: Option<Vec<u8>>,
     /// Protection key, pkeys(7).
-    #[serde(deserialize_with = "bounds::at_most::<_, _, 15>")]
+    #[serde(deserialize_with = "bounds::protection_key")]
     pub protection_key: u32,
     /// Guard pages (`MADV_GUARD_INSTALL`) as address ranges.
     pub guards: Vec<(u64, u64)>,
@@ -62,6 +62,7 @@ pub enum Backing {
     /// Private hugetlb memory with pages of this size.
     AnonymousHuge {
         /// Page size in bytes.
+        #[serde(deserialize_with = "bounds::page")]
         page_size: u64,
     },
     /// A file, private: pages that differ from the file are in the image.
@@ -69,6 +70,7 @@ pub enum Backing {
         /// Index in the snapshot's mapped files.
         file: usize,
         /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
     },
     /// A file, shared: the pages are the file's.
@@ -76,6 +78,7 @@ pub enum Backing {
         /// Index in the snapshot's mapped files.
         file: usize,
         /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
         /// The mapping may be made writable (opened for writing).
         writable: bool,
@@ -85,6 +88,7 @@ pub enum Backing {
         /// Index in the snapshot's shared memory objects.
         object: usize,
         /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
     },
     /// Attached System V shared memory.
@@ -92,6 +96,7 @@ pub enum Backing {
         /// Index in the snapshot's segments.
         segment: usize,
         /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
         /// Attached for writing too.
         writable: bool,
@@ -101,6 +106,7 @@ pub enum Backing {
         /// Index in the snapshot's descriptions.
         description: usize,
         /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
         /// MAP_PRIVATE.
         private: bool,
@@ -195,8 +201,10 @@ pub struct FileIdentity {
     /// Inode number.
     pub inode: u64,
     /// Type and permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
     /// Size in bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
     pub size: u64,
     /// Time of the last change of contents, nanoseconds since 1970.
     pub modified_ns: i64,
@@ -213,13 +221,15 @@ pub struct SharedMemory {
     /// Its pages in the image.
     pub space: SpaceId,
     /// Size in bytes, as far as it is mapped anywhere in the job.
+    #[serde(deserialize_with = "bounds::memory")]
     pub size: u64,
     /// `/dev/zero (deleted)` inode, which told it from others.
     pub inode: u64,
     /// Page size of hugetlb memory, 0 for ordinary pages.
+    #[serde(deserialize_with = "bounds::page")]
     pub huge_page_size: u64,
     /// Bytes from its beginning to the end of its last mapping: mremap(2) makes mappings that reach
     /// beyond the end of the object, where any access is a SIGBUS.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounds::memory")]
     pub reach: u64,
 }

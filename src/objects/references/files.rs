@@ -36,6 +36,14 @@ pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
                 "description {number} refers to a removed directory that does not exist"
             ),
             Kind::Inotify(inotify) => {
+                if let Some(reason) = inotify.out_of_reach() {
+                    faults.add(format_args!("description {number} {reason}"));
+                }
+                require!(
+                    faults,
+                    inotify.watches.is_sorted_by(|a, b| a.wd < b.wd),
+                    "watches of the inotify in description {number} are out of order"
+                );
                 for open in inotify.watches.iter().filter_map(|watch| watch.open) {
                     require!(
                         faults,

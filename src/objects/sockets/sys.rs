@@ -4,6 +4,7 @@
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use crate::objects::bounds;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -148,6 +149,7 @@ pub fn bound_file(fd: &impl AsRawFd) -> Result<OwnedFd, Errno> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ucred {
     /// Process id.
+    #[serde(deserialize_with = "bounds::pid")]
     pub pid: i32,
     /// User id.
     pub uid: u32,

@@ -8,6 +8,7 @@ use serde_bytes::ByteBuf;
 use super::options::SocketOption;
 use super::sys::Ucred;
 use crate::error::Obstacle;
+use crate::objects::bounds;
 
 /// A unix domain socket. Everything that refers to another socket does so by inode number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,7 @@ pub struct UnixSocket {
     /// What it is connected to or waits for.
     pub role: Role,
     /// shutdown(2): 1 for receiving, 2 for sending.
+    #[serde(deserialize_with = "bounds::choice")]
     pub shutdown: u8,
     /// The next call on it is told `ECONNRESET`.
     pub reset: bool,
@@ -124,6 +126,7 @@ pub struct NameFile {
     #[serde(default, with = "crate::objects::raw_path")]
     pub now: Option<PathBuf>,
     /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
     /// Owner.
     pub uid: u32,
