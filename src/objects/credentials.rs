@@ -287,12 +287,20 @@ impl Credentials {
     }
 
     /// What differs from what a process started by us has now is set, in an order in which
-    /// each step is still permitted: groups, bounding set, ids with capabilities kept, then the
-    /// capability sets themselves, securebits last.
+    /// each step is still permitted: groups, what is inheritable although the bounding set lacks it, bounding set, ids
+    /// with capabilities kept, ambient capabilities, which securebits may forbid to raise, then these, and last the
+    /// capability sets themselves.
     pub fn rebuild(&self, now: &Credentials, plan: &mut Builder) {
         let object = || "credentials".to_owned();
         if self.groups != now.groups {
             set_groups(&self.groups, plan, object);
+        }
+        if self.inheritable & !now.inheritable != 0 {
+            let more = Credentials {
+                inheritable: now.inheritable | self.inheritable,
+                ..now.clone()
+            };
+            more.set_capabilities(plan, object);
         }
         for cap in 0..64 {
             let bit = 1 << cap;
@@ -317,6 +325,14 @@ impl Credentials {
         if ids_differ {
             self.set_ids(plan, object);
         }
+        let mut ambient = |how: i32, caps: u64| {
+            for cap in (0..64).filter(|cap| caps & 1 << cap != 0) {
+                let args = [libc::PR_CAP_AMBIENT as u64, how as u64, cap];
+                plan.syscall(libc::SYS_prctl, &args, object);
+            }
+        };
+        ambient(libc::PR_CAP_AMBIENT_LOWER, now.ambient & !self.ambient);
+        ambient(libc::PR_CAP_AMBIENT_RAISE, self.ambient);
         if leaves_root || self.securebits_differ(now) {
             let bits = u64::from(self.securebits);
             plan.syscall(
@@ -335,16 +351,6 @@ impl Credentials {
         let sets = |c: &Credentials| (c.effective, c.permitted, c.inheritable);
         if ids_differ || sets(self) != sets(now) {
             self.set_capabilities(plan, object);
-        }
-        if self.ambient != 0 {
-            for cap in (0..64).filter(|cap| self.ambient & 1 << cap != 0) {
-                let args = [
-                    libc::PR_CAP_AMBIENT as u64,
-                    libc::PR_CAP_AMBIENT_RAISE as u64,
-                    cap,
-                ];
-                plan.syscall(libc::SYS_prctl, &args, object);
-            }
         }
     }
 

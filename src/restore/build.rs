@@ -47,11 +47,13 @@ impl Build<'_> {
         let mut plan = Builder::new(base, self.job.host.clone()).within(self.job.room);
         let mut obstacles = Vec::new();
         let parent = self.job.forked_from(self.index);
+        let again = parent.is_some_and(|p| self.job.is_forked(p));
         let parent: &[memory::Mapping] = parent.map_or(&[], |p| &p.memory.mappings);
         let inherited = memory::inherited(parent, &self.process.memory.mappings);
         let forked = Forked {
             parent,
             inherited: &inherited,
+            again,
         };
         if self.job.births[self.index].origin == Origin::Executed {
             self.begin(&mut plan);

@@ -105,6 +105,12 @@ impl<'a> Job<'a> {
         found.filter(|_| self.births[index].origin == Origin::Forked)
     }
 
+    /// Whether a process is created as a fork of its parent.
+    pub(super) fn is_forked(&self, process: &Process) -> bool {
+        let mut all = self.snapshot.processes.iter().zip(&self.births);
+        all.any(|(p, births)| p.pid == process.pid && births.origin == Origin::Forked)
+    }
+
     /// The processes that have an address space of their own, each with a plan of its own.
     pub fn owners(&self) -> impl Iterator<Item = usize> {
         let births = self.births.iter().enumerate();

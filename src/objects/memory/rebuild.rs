@@ -21,6 +21,8 @@ pub struct Forked<'a> {
     pub parent: &'a [Mapping],
     /// What of them came over.
     pub inherited: &'a [Inherited],
+    /// The parent has been forked, too: protections are those with which an ancestor has mapped.
+    pub again: bool,
 }
 
 impl Forked<'_> {
@@ -413,9 +415,9 @@ pub fn finish(
     }
     for m in mappings {
         let shared = matches!(m.backing, Backing::SharedMemory { .. })
-            || forked
-                .within(m)
-                .any(|i| forked.parent[i.parent].mapped_prot() != u64::from(m.prot));
+            || forked.within(m).any(|i| {
+                forked.again || forked.parent[i.parent].mapped_prot() != u64::from(m.prot)
+            });
         if m.given_key() != 0 {
             let args = [m.start, m.len(), m.prot.into(), m.given_key().into()];
             plan.syscall(libc::SYS_pkey_mprotect, &args, || m.object());
