@@ -109,6 +109,27 @@ fn behind_guard_pages() {
     });
 }
 
+/// mmap(2) gives a process nothing that would be locked beyond the limit.
+#[test]
+fn locked_up_to_the_limit() {
+    isolated_as_user("locked_up_to_the_limit", |case| {
+        let job = "p0 mlockall flags=3
+            p0 mmap at=0x214000000 pages=1400 of=anon share=private prot=rw name=f0 size=1 fill=1 some=5
+            p0 limit which=8 soft=4194304 hard=67108864";
+        refused(case, job, &["remote calls need", "prlimit --memlock"]);
+    });
+}
+
+/// A registration for the next message may outlive a job whose processes share descriptors.
+#[test]
+fn notices_with_shared_descriptors() {
+    isolated("notices_with_shared_descriptors", |case| {
+        let job = "p0 clone child=1 share=files
+            p0 notice fd=20 name=0 how=none";
+        refused(case, job, &["mq_notify", "shares its descriptors"]);
+    });
+}
+
 #[test]
 fn requests_that_cannot_be_seen() {
     isolated("requests_that_cannot_be_seen", |case| {

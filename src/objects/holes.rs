@@ -40,7 +40,8 @@ pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64
 /// are found at the call.
 pub fn permitted(source: &Source, vmas: &[Vma], len: u64) -> Result<(), Obstacle> {
     let limits = limits::capture(source.pid).unwrap_or_default();
-    let Some((option, wanted)) = limits::without_room(&limits, vmas, len) else {
+    let locked = || limits::locked_without_room(&limits, source, vmas, len);
+    let Some((option, wanted)) = limits::without_room(&limits, vmas, len).or_else(locked) else {
         return Ok(());
     };
     Err(Obstacle::new(

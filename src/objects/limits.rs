@@ -1,12 +1,13 @@
 //! Resource limits.
 
 use ckpt_tracer::Pid;
-use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::capabilities::{Capability, Use, is_in_first_user_namespace};
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
 use crate::objects::bounds;
 use crate::objects::plan::Builder;
+use crate::objects::source::Source;
 
 /// One limit (getrlimit(2)); `u64::MAX` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +60,31 @@ pub fn without_room(limits: &[Limit], vmas: &[Vma], len: u64) -> Option<(&'stati
             let wanted = used + len.next_multiple_of(4096);
             (wanted > most).then_some((option, wanted))
         })
+}
+
+/// The same of memory that is locked (`mlock_future_ok`, mm/mmap.c). Nothing shows that what is mapped will be locked
+/// (`MCL_FUTURE`); it is assumed where all that can be is locked.
+pub fn locked_without_room(
+    limits: &[Limit],
+    source: &Source,
+    vmas: &[Vma],
+    len: u64,
+) -> Option<(&'static str, u64)> {
+    let never = VmFlags::DONT_EXPAND | VmFlags::PFN_MAP | VmFlags::HUGETLB;
+    let can_be = |v: &&Vma| v.name != VmaName::Vsyscall && !v.flags.intersects(never);
+    let lockable: Vec<&Vma> = vmas.iter().filter(can_be).collect();
+    if !lockable.iter().all(|v| v.flags.contains(VmFlags::LOCKED)) {
+        return None;
+    }
+    let limit = limits.iter().find(|l| l.resource == libc::RLIMIT_MEMLOCK)?;
+    let locked: u64 = lockable.iter().map(|v| v.end - v.start).sum();
+    let wanted = locked + len.next_multiple_of(4096);
+    let may = || {
+        let effective = source.status.capabilities.effective;
+        effective & Capability::IpcLock.bit() != 0
+            && is_in_first_user_namespace(&source.dir.join(""))
+    };
+    (wanted > limit.soft && !may()).then_some(("--memlock", wanted))
 }
 
 const SIGPENDING: u32 = libc::RLIMIT_SIGPENDING;

@@ -9,7 +9,7 @@ mod table;
 
 use std::fmt;
 
-pub use held::Held;
+pub use held::{Held, is_in_first_user_namespace};
 pub use table::Use;
 
 macro_rules! capabilities {

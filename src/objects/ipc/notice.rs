@@ -142,8 +142,14 @@ impl Survey<'_> {
         let Some(entry) = fds.iter().find(|entry| self.is(entry, queue)) else {
             return refuse(how, "and does not have it open any more".into());
         };
-        if collector.shares(source.pid).files {
-            let why = "and shares its descriptors with its parent, which is not supported";
+        // Only the registered process takes it back by closing, and of a shared table the last one closes: the
+        // registration may outlive the job (`mqueue_flush_file`, ipc/mqueue.c).
+        let shares = |s: &&&Source| {
+            let with_parent = collector.shares(s.pid).files;
+            with_parent && (s.pid == source.pid || s.status.ppid == source.pid)
+        };
+        if self.sources.iter().any(|s| shares(&s)) {
+            let why = "and shares its descriptors with another process, which is not supported";
             return refuse(how, why.into());
         }
         if queue.notify != libc::SIGEV_THREAD {

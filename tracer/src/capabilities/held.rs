@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use super::{Realm, Use};
 use crate::Pid;
@@ -28,7 +29,7 @@ impl Held {
         let own = read_status(Pid::own());
         Self {
             effective: own.map_or(0, |status| status.capabilities.effective),
-            in_first: in_first_user_namespace(),
+            in_first: is_in_first_user_namespace(Path::new("/proc/self")),
         }
     }
 
@@ -58,12 +59,12 @@ impl Held {
     }
 }
 
-/// Whether capabilities that we have count for the whole machine: in another user namespace than the
+/// Whether capabilities that a process (`/proc/PID`) has count for the whole machine: in another user namespace than the
 /// first one they do not (user_namespaces(7)).
-fn in_first_user_namespace() -> bool {
+pub fn is_in_first_user_namespace(process: &Path) -> bool {
     /// `PROC_USER_INIT_INO`, include/linux/proc_ns.h.
     const FIRST: u64 = 0xEFFF_FFFD;
-    fs::metadata("/proc/self/ns/user").is_ok_and(|meta| meta.ino() == FIRST)
+    fs::metadata(process.join("ns/user")).is_ok_and(|meta| meta.ino() == FIRST)
 }
 
 /// Whether our namespace of a kind belongs to our user namespace or one below, in which what we hold
