@@ -8,6 +8,7 @@ use super::Kind;
 use super::epoll::{Entry, Epoll};
 use super::pidfd::PidFd;
 use super::procfs::ProcFile;
+use super::rebuild::rebuild_status;
 use crate::objects::Snapshot;
 use crate::objects::plan::Builder;
 use crate::objects::process::Process;
@@ -107,12 +108,9 @@ pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
             continue;
         }
         let object = || what.object();
-        what.open(
-            snapshot.descriptions[description].flags,
-            free,
-            process,
-            plan,
-        );
+        let record = &snapshot.descriptions[description];
+        what.open(record.flags, free, process, plan);
+        rebuild_status(record, free, plan);
         for entry in own {
             let cloexec = if entry.close_on_exec {
                 libc::O_CLOEXEC

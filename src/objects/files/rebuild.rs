@@ -335,7 +335,7 @@ pub fn number(process: &Process, staging: Staging, plan: &mut Builder) {
 const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32;
 
 /// Status flags that the way of opening has not set already.
-fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
+pub(super) fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
     let absent = matches!(&description.kind, Kind::Left(left) if left.instead.is_none());
     if absent || description.flags as i32 & libc::O_PATH != 0 {
         return;
