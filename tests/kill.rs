@@ -453,3 +453,36 @@ fn in_a_pid_namespace_it_is_told_beforehand() {
         common_end(case);
     });
 }
+
+/// git writes its objects so: the mode lets nobody open them again to write, and is the same afterwards.
+#[test]
+fn a_file_whose_mode_forbids_to_write() {
+    isolated_as_user("a_file_whose_mode_forbids_to_write", |case| {
+        use std::os::unix::fs::MetadataExt;
+        let code = "import mmap, os, time\n\
+                    fd = os.open('object', os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444)\n\
+                    os.write(fd, b'x' * 4096)\n\
+                    m = mmap.mmap(fd, 4096)\n\
+                    os.chmod(os.open('unread', os.O_RDONLY | os.O_CREAT), 0)\n\
+                    while True: os.write(fd, b'x'); m[0] ^= 1; time.sleep(0.005)";
+        let mut command = Command::new(case.system_python());
+        command.args(["-c", code]).current_dir(case.dir());
+        let mut job = start(&mut command, &case.path("job.log"));
+        let look = || fs::metadata(case.path("object")).ok();
+        let grows = || {
+            let before = look().map_or(0, |meta| meta.len());
+            until("the file to grow", || {
+                look().filter(|meta| meta.len() > before.max(4096))
+            })
+        };
+        let mode = grows().mode();
+        for life in 0..2 {
+            let image = format!("job.{life}.ckpt");
+            let (image, _) = attach(case, job.pid, &image, &["--kill"]);
+            until("its end", || job.ended());
+            job = restored(case, &image, &[]);
+            assert_eq!(grows().mode(), mode);
+        }
+        job.kill();
+    });
+}

@@ -14,8 +14,8 @@ use crate::common::look::{assert_let_go, assert_nobody_left};
 use crate::common::refused::{FAILED, restore_is_refused};
 use crate::common::tool::{CKPT, nobody};
 use crate::common::{
-    Case, Ended, Fixture, Looks, ckpt, fixture, isolated, odd, restore_cmd, restored, run, start,
-    until,
+    Case, Ended, Fixture, Job, Looks, ckpt, fixture, isolated, odd, restore_cmd, restored, run,
+    start, until,
 };
 
 #[test]
@@ -274,6 +274,31 @@ fn fifo_to_the_outside() {
     isolated("fifo_to_the_outside", |case| {
         let script = "mkfifo fifo; cat fifo >before & ODD=fd3 $0 $1 3>fifo >>odd.log; wait";
         to_the_outside(case, script, "/fifo");
+    });
+}
+
+/// As standard output a FIFO becomes that of `restore`, which says how to get it back.
+#[test]
+fn fifo_to_the_outside_as_standard_output() {
+    isolated("fifo_to_the_outside_as_standard_output", |case| {
+        let fifo = case.path("fifo");
+        run(case, Command::new("mkfifo").arg(&fifo)).ok();
+        let mut cat = start(Command::new("cat").arg(&fifo), &case.path("cat.log"));
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "exec sleep 1000 >fifo"]);
+        let mut job = start(shell.current_dir(case.dir()), &case.path("shell.log"));
+        until("the FIFO to be open", || {
+            let open = fs::read_link(format!("/proc/{}/fd/1", job.pid)).ok()?;
+            (open == fifo).then_some(())
+        });
+        let (image, _) = common::attach(case, job.pid, "job.ckpt", &["--kill"]);
+        until("its end", || job.ended());
+        until("its end", || cat.ended());
+        let out = run(case, &mut restore_cmd(&image, &["--detach"]));
+        let pid = out.ok().trim().parse().expect("it is a pid");
+        let option = format!("--fd 1={}", fifo.display());
+        assert!(out.stderr.contains(&option), "{out:?}");
+        Job::of(pid).kill();
     });
 }
 

@@ -9,7 +9,7 @@
 //! where the user gives the name (the image, `--fd`, `--replace-fd`): that is opened as a shell would open it.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -18,6 +18,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::unistd::{AccessFlags, getegid, geteuid};
+
+use super::access::may;
+
+mod owner;
 
 /// What becomes of a symbolic link at the end of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,14 +90,40 @@ impl Handle {
         std::fs::read_link(self.link()).ok()
     }
 
+    /// Whether we may use it in that way, as [`open`](Self::open) would.
+    ///
+    /// # Errors
+    /// Those of access(2).
+    pub fn may(&self, how: AccessFlags) -> nix::Result<()> {
+        match may(&self.link(), how) {
+            Err(Errno::EACCES) if self.is_ours() => {
+                let link = CString::new(self.link().as_os_str().as_bytes());
+                owner::may(&link.unwrap_or_default(), how).map_err(|_| Errno::EACCES)
+            }
+            other => other,
+        }
+    }
+
+    /// A file whose mode we may change.
+    fn is_ours(&self) -> bool {
+        let ids = (geteuid().as_raw(), getegid().as_raw());
+        self.meta.is_file() && (self.meta.uid(), self.meta.gid()) == ids
+    }
+
     /// Opens this inode. A FIFO and a device may make that wait, unless the flags say otherwise.
     ///
     /// # Errors
     /// Those of open(2).
     pub fn open(&self, flags: i32) -> io::Result<File> {
-        match flags & libc::O_NOFOLLOW {
-            0 => open(&self.link(), flags),
-            _ => self.open_by_name(flags),
+        if flags & libc::O_NOFOLLOW != 0 {
+            return self.open_by_name(flags);
+        }
+        let link = CString::new(self.link().as_os_str().as_bytes())?;
+        match open(&link, flags) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied && self.is_ours() => {
+                owner::open(&link, flags, self.fd.try_clone()?).map_err(|_| e)
+            }
+            other => other,
         }
     }
 
@@ -130,10 +161,9 @@ impl AsFd for Handle {
 }
 
 /// Opens what a link of our own `/proc` leads to. `O_CLOEXEC` would show in the flags of the description forever.
-fn open(link: &Path, flags: i32) -> io::Result<File> {
-    let name = CString::new(link.as_os_str().as_bytes())?;
+fn open(link: &CStr, flags: i32) -> io::Result<File> {
     // SAFETY: a C string.
-    close_on_exec(unsafe { libc::open(name.as_ptr(), flags) }.into())
+    close_on_exec(unsafe { libc::open(link.as_ptr(), flags) }.into())
 }
 
 /// Opens by a path that leads through no magic link.

@@ -13,7 +13,7 @@ use super::regular::Regular;
 use super::{Description, Kind};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
-use crate::objects::access::{MISSING, may};
+use crate::objects::access::MISSING;
 use crate::objects::memory::{Backing, FileIdentity};
 use crate::objects::open::{Handle, Last};
 use crate::objects::options::{FilesPolicy, Options};
@@ -89,7 +89,7 @@ pub fn check(
         return refuse(reason, MISSING);
     }
     let access = access(flags);
-    if let Some(Err(e)) = access.map(|access| may(&now.link(), access)) {
+    if let Some(Err(e)) = access.map(|access| now.may(access)) {
         let remedy = "change its mode, or restore as somebody who may open it";
         return refuse(format!("cannot be opened: {}", e.desc()), remedy);
     }

@@ -40,6 +40,21 @@ pub fn capture(look: &Look, what: Surroundings) -> Kind {
 }
 
 impl Outside {
+    /// That a FIFO has become ours; nothing says so of what has no name that leads there again.
+    pub fn warning(&self, given: &Inherited) -> Option<String> {
+        let Inherited::Own(fd) = given else {
+            return None;
+        };
+        let fifo = self.what == Surroundings::Pipe && self.name.starts_with('/');
+        fifo.then(|| {
+            format!(
+                "fd {fd} of the job led to the FIFO {name}, whose other end is outside the job, and is that of restore \
+                 now; with --fd {fd}={name} it leads there again",
+                name = self.name
+            )
+        })
+    }
+
     /// What the restored job gets in its place: our own descriptor of that number.
     pub fn rebuild(&self, index: usize, snapshot: &Snapshot) -> Result<Inherited, Box<Obstacle>> {
         let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);

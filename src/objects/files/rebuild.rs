@@ -221,7 +221,10 @@ pub fn open_descriptions(
                 }
             }
             Kind::Outside(o) => match o.rebuild(index, snapshot) {
-                Ok(what) => plan.inherit(at, what),
+                Ok(what) => {
+                    o.warning(&what).into_iter().for_each(|w| plan.warn(w));
+                    plan.inherit(at, what);
+                }
                 Err(o) => obstacles.push(*o),
             },
         }

@@ -8,7 +8,7 @@ use nix::unistd::AccessFlags;
 
 use super::{FileIdentity, MappedFile};
 use crate::error::Obstacle;
-use crate::objects::access::{MISSING, may};
+use crate::objects::access::MISSING;
 use crate::objects::files::changed;
 use crate::objects::open::Handle;
 use crate::objects::options::FilesPolicy;
@@ -85,7 +85,7 @@ pub fn check_file(
             return Err(Box::new(Obstacle::new(object, reason, MISSING)));
         }
     };
-    if let Err(e) = may(&there.link(), AccessFlags::R_OK) {
+    if let Err(e) = there.may(AccessFlags::R_OK) {
         let reason = format!("cannot be opened: {}", e.desc());
         let remedy = "make it readable for you, or restore as root";
         return Err(Box::new(Obstacle::new(object, reason, remedy)));

@@ -272,11 +272,7 @@ impl Binding<'_> {
             return false;
         }
         // Another file has the name now: it steps aside for the moment.
-        let aside = taken.then(|| {
-            let mut aside = file.named.clone().into_os_string();
-            aside.push(format!(".ckpt-aside-{at}"));
-            PathBuf::from(aside)
-        });
+        let aside = taken.then(|| aside(&file.named, at));
         if let Some(aside) = &aside {
             rename(&file.named, aside, label, self.plan);
         }
@@ -320,6 +316,13 @@ impl Binding<'_> {
         self.plan.expect(libc::SYS_openat, &args, 0, object);
         files::place(0, file_at, self.plan, object);
     }
+}
+
+/// Where what has the name of a socket is while that is bound, by the staging number of the socket.
+pub(super) fn aside(named: &Path, at: i32) -> PathBuf {
+    let mut aside = named.as_os_str().to_owned();
+    aside.push(format!(".ckpt-aside-{at}"));
+    aside.into()
 }
 
 /// Nothing is overwritten.

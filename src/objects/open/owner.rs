@@ -1,0 +1,102 @@
+//! Files of ours whose mode forbids what their owner had when they were made: git writes its objects with mode 0444.
+//!
+//! Their owner may change the mode and back, but a restore that is killed in between would leave it changed. In a user
+//! namespace of its own a process has CAP_DAC_OVERRIDE for files whose owner and group are mapped there
+//! (`capable_wrt_inode_uidgid`, kernel/capability.c): a child of ours opens the file there, and nothing changes.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, getegid, geteuid};
+
+/// faccessat(2) there.
+///
+/// # Errors
+/// Its own, and those of making the namespace.
+pub(super) fn may(link: &CStr, how: AccessFlags) -> nix::Result<()> {
+    in_namespace(|| {
+        // SAFETY: a C string.
+        unsafe { libc::faccessat(libc::AT_FDCWD, link.as_ptr(), how.bits(), libc::AT_EACCESS) }
+    })
+}
+
+/// open(2) there; what is opened takes the place of a descriptor.
+///
+/// # Errors
+/// Its own, and those of making the namespace.
+pub(super) fn open(link: &CStr, flags: i32, place: OwnedFd) -> io::Result<File> {
+    let to = place.as_raw_fd();
+    in_namespace(|| {
+        // SAFETY: a C string, and descriptors of a table that is ours, too.
+        unsafe {
+            let fd = libc::open(link.as_ptr(), flags);
+            let placed = if fd < 0 {
+                fd
+            } else {
+                libc::dup3(fd, to, libc::O_CLOEXEC)
+            };
+            let errno = *libc::__errno_location();
+            if fd >= 0 {
+                libc::close(fd);
+            }
+            *libc::__errno_location() = errno;
+            placed
+        }
+    })?;
+    Ok(place.into())
+}
+
+/// What a child that shares our descriptors answers there, which makes system calls and nothing else.
+fn in_namespace(call: impl FnOnce() -> i32) -> nix::Result<()> {
+    let line = |id: u32| CString::new(format!("{id} {id} 1")).unwrap_or_default();
+    let maps = [
+        (c"/proc/self/setgroups", c"deny".to_owned()),
+        (c"/proc/self/uid_map", line(geteuid().as_raw())),
+        (c"/proc/self/gid_map", line(getegid().as_raw())),
+    ];
+    // SAFETY: without CLONE_VM this is a fork; no signal tells of its end.
+    let child = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
+    let child = Errno::result(child)? as i32;
+    if child == 0 {
+        // SAFETY: we are the child; all strings were made before.
+        unsafe {
+            let made = libc::unshare(libc::CLONE_NEWUSER) == 0
+                && maps.iter().all(|(path, text)| write(path, text));
+            let done = made && call() >= 0;
+            libc::_exit(if done {
+                0
+            } else {
+                (*libc::__errno_location()).max(1)
+            })
+        }
+    }
+    let mut status = 0;
+    // SAFETY: `status` is live.
+    while unsafe { libc::waitpid(child, &mut status, libc::__WALL) } < 0 {
+        if Errno::last() != Errno::EINTR {
+            return Err(Errno::last());
+        }
+    }
+    match status {
+        0 => Ok(()),
+        _ => Err(Errno::from_raw(libc::WEXITSTATUS(status))),
+    }
+}
+
+/// SAFETY: makes only system calls.
+unsafe fn write(path: &CStr, text: &CStr) -> bool {
+    // SAFETY: C strings.
+    unsafe {
+        let fd = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        let written = fd >= 0 && libc::write(fd, text.as_ptr().cast(), text.count_bytes()) >= 0;
+        let errno = *libc::__errno_location();
+        if fd >= 0 {
+            libc::close(fd);
+        }
+        *libc::__errno_location() = errno;
+        written
+    }
+}
