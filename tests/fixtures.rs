@@ -131,7 +131,7 @@ matrix! {
     sigaction sigaltstack sigmask signal_sequence signalfd signalfd_ignored sigpending sigpending_fault sigpending_stop sigpending_sync
     sleepers sock_abstract
     sock_deleted sock_dgram sock_filter sock_halfclosed sock_listen sock_named sock_options sock_pair sock_peercred sock_rights
-    sock_rights_kinds sock_seqpacket stack stopped storm subreaper switches sysv_msg sysv_sem sysv_sem_undo sysv_shm thp thpdisable threadname
+    sock_rights_kinds sock_seqpacket sock_urgent stack stopped storm subreaper switches sysv_msg sysv_sem sysv_sem_undo sysv_shm thp thpdisable threadname
     threads threads500 timerfd timers_ended timers_itimer timers_pending timers_posix tree_adopted tree_cow tree_creds
     tree_deep tree_exec
     tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_growing tree_locks

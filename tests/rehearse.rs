@@ -34,6 +34,8 @@ const KINDS: &[&str] = &[
     "lease",
     "mqueue",
     "mq_notify",
+    "sock_urgent",
+    "sock_filter",
     "sock_named",
     "sock_listen",
     "sock_dgram",

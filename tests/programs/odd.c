@@ -268,9 +268,19 @@ int main(int argc, char **argv)
 		a = unix_socket(SOCK_DGRAM, file, connect);
 		b = unix_socket(SOCK_DGRAM, file, connect);
 		FX_EQ("send", send(a, "x", 1, 0) + send(b, "", 0, 0) + send(a, "yy", 2, 0), 3);
-	} else if (is("unix-urgent")) {
+	} else if (is("unix-urgent") || is("unix-urgent-first")) {
+		/* It comes with a descriptor. */
+		union { struct cmsghdr h; char space[CMSG_SPACE(sizeof(int))]; } control = { 0 };
+		struct iovec part = { "w", 1 };
+		struct msghdr m = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control) };
+
 		FX_SYS(socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
-		FX_EQ("send", send(ends[0], "now", 3, MSG_OOB), 3);
+		control.h = (struct cmsghdr){ .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int)) };
+		*(int *)CMSG_DATA(&control.h) = ends[0];
+		if (is("unix-urgent"))
+			FX_EQ("send", send(ends[0], "no", 2, 0), 2);
+		if (sendmsg(ends[0], &m, MSG_OOB) != 1)
+			fx_skip("urgent bytes of unix sockets");
 	} else if (is("unix-ebpf")) {
 		/* r0 = 0; exit */
 		struct bpf_insn program[] = { { .code = 0xb7 }, { .code = 0x95 } };
@@ -434,7 +444,7 @@ int main(int argc, char **argv)
 		for (size_t i = 0; i < FX_COUNT(sizes); i++)
 			FX_EQ("recv", recv(fd, buf, sizeof(buf), MSG_DONTWAIT), sizes[i]);
 	}
-	if (is("unix-urgent")) {
+	if (is("unix-urgent") || is("unix-urgent-first")) {
 		char byte;
 
 		FX_EQ("recv", recv(ends[1], &byte, 1, MSG_OOB | MSG_DONTWAIT), 1);

@@ -23,6 +23,7 @@ pub mod survey;
 pub mod sys;
 mod transfer;
 pub mod unix;
+pub mod urgent;
 
 pub use made::Made;
 

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use super::offset::PeekOffset;
 use super::sys::{self, Peeked, Ucred};
 use super::unix::Style;
+use super::urgent::{Mark, Urgent};
 use crate::objects::files::sys as files_sys;
 
 /// A message of a live socket.
@@ -20,6 +21,21 @@ pub struct Seen {
     pub rights: Vec<OwnedFd>,
     /// Who sent it, where the reader would be told.
     pub sender: Option<Ucred>,
+    /// It is an urgent byte, or the place of one.
+    pub urgent: Option<Urgent>,
+}
+
+impl Seen {
+    /// Bytes without anything else.
+    pub(super) fn bytes(data: Vec<u8>, sender: Option<Ucred>) -> Self {
+        Self {
+            data,
+            name: Vec::new(),
+            rights: Vec::new(),
+            sender,
+            urgent: None,
+        }
+    }
 }
 
 /// Why a queue cannot be copied.
@@ -29,8 +45,10 @@ pub enum Fault {
     Kernel(Errno),
     /// Something that the reader would be told before the first message.
     PendingError,
-    /// A byte sent with `MSG_OOB`.
+    /// A byte sent with `MSG_OOB`, of which this kernel tells too little.
     Urgent,
+    /// A byte sent with `MSG_OOB` whose place is not told.
+    UrgentPlace,
     /// We may not have as many descriptors as are in a message.
     TooManyDescriptors,
 }
@@ -51,7 +69,15 @@ impl Fault {
                  looked at without taking it"
                     .into()
             }
-            Fault::Urgent => "holds an urgent byte (MSG_OOB), which is not supported".into(),
+            Fault::Urgent => {
+                "holds an urgent byte (MSG_OOB), of which kernels before Linux 6.11 tell too little"
+                    .into()
+            }
+            Fault::UrgentPlace => {
+                "holds an urgent byte (MSG_OOB) that came with descriptors, or right behind those or another \
+                 writer's bytes, so that its place cannot be told"
+                    .into()
+            }
             Fault::TooManyDescriptors => {
                 "carries more descriptors than ckpt may have open; raise its limit with ulimit -n"
                     .into()
@@ -65,9 +91,6 @@ impl Fault {
 /// socket.
 pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>, Fault> {
     let state = files_sys::poll_now(socket, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP);
-    if state & libc::POLLPRI != 0 {
-        return Err(Fault::Urgent);
-    }
     let total = files_sys::unread(socket);
     if state & libc::POLLERR != 0 && style != Style::Stream {
         // The next call tells the error, and it is gone.
@@ -84,7 +107,8 @@ pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>,
         return Ok(Vec::new());
     }
     if style == Style::Stream {
-        stream(socket, total, held, &mut offset)
+        let mark = Mark::of(socket, state & libc::POLLPRI != 0)?;
+        stream(socket, total, held, mark, &mut offset)
     } else if state & libc::POLLIN != 0 {
         messages(socket, style, held, &mut offset)
     } else {
@@ -101,15 +125,19 @@ fn look(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Peeked, Fault> {
 }
 
 /// A stream in pieces: a new one begins where descriptors come with a byte, where they end, and
-/// where somebody else has written.
+/// where somebody else has written. Where a look ends for none of these reasons there is the mark of an urgent byte.
 fn stream(
     socket: &OwnedFd,
     total: usize,
     held: bool,
+    mark: Mark,
     offset: &mut PeekOffset<'_>,
 ) -> Result<Vec<Seen>, Fault> {
-    let mut pieces = Vec::new();
+    let mut pieces: Vec<Seen> = mark.passed_over(socket)?.into_iter().collect();
+    let total = total.saturating_sub(pieces.len());
     let mut at = 0;
+    // Pieces with which such a look begins, and whether descriptors ended the one before, and whose bytes it saw.
+    let (mut stops, mut before) = (Vec::new(), None);
     // Without unread bytes a look would take a pending error.
     while at < total {
         if at > 0 || offset.before() >= 0 {
@@ -124,27 +152,28 @@ fn stream(
             return Err(Fault::Kernel(Errno::EIO));
         }
         data.truncate(piece.len);
+        if before == Some((false, piece.sender)) {
+            stops.push(pieces.len());
+        }
+        before = Some((!piece.rights.is_empty(), piece.sender));
         if !piece.rights.is_empty() && held {
             // Bytes in front of the one with which the descriptors come.
             offset.set(at)?;
             let plain = sys::before_last_message(socket, piece.len)?;
             if plain > 0 {
                 let rest = data.split_off(plain);
-                pieces.push(Seen {
-                    data: std::mem::replace(&mut data, rest),
-                    name: Vec::new(),
-                    rights: Vec::new(),
-                    sender: piece.sender,
-                });
+                let plain = std::mem::replace(&mut data, rest);
+                pieces.push(Seen::bytes(plain, piece.sender));
             }
         }
         at += piece.len;
         pieces.push(Seen {
-            data,
-            name: Vec::new(),
             rights: piece.rights,
-            sender: piece.sender,
+            ..Seen::bytes(data, piece.sender)
         });
+    }
+    if held {
+        mark.place(&mut pieces, &stops)?;
     }
     Ok(pieces)
 }
@@ -182,10 +211,9 @@ fn messages(
         if whole {
             at += peeked.len;
             seen.push(Seen {
-                data: buffer[..peeked.len].to_vec(),
                 name: peeked.name,
                 rights: peeked.rights,
-                sender: peeked.sender,
+                ..Seen::bytes(buffer[..peeked.len].to_vec(), peeked.sender)
             });
         } else {
             buffer.resize(peeked.len, 0);

@@ -14,6 +14,7 @@ use serde_bytes::ByteBuf;
 
 use super::queue::{self, Seen};
 use super::unix::{GHOST, Name, Role, Style, UnixSocket};
+use super::urgent::Urgent;
 use super::{names, sys};
 use crate::error::{Obstacle, Result};
 use crate::objects::files::sys as files_sys;
@@ -194,6 +195,11 @@ impl Live {
             self.seen.push((message, rights));
         }
         self.unseen = descriptors < in_queue(&self.copy);
+        let waits = |(seen, _): &(Seen, _)| seen.urgent == Some(Urgent::Waits);
+        if held && self.unseen && self.seen.iter().any(waits) {
+            // A look at an urgent byte does not show those that came with it.
+            self.fault = Some(queue::Fault::UrgentPlace.reason());
+        }
         Ok(found)
     }
 

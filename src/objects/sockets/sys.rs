@@ -271,21 +271,66 @@ pub fn socket(family: i32, kind: i32) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `SIOCOUTQ` of a socket of ours that has sent messages of these lengths, which nobody has read.
-pub fn unsent_of(kind: i32, lengths: &[usize]) -> Result<usize, Errno> {
+/// `SIOCATMARK`: whether what is read next stands behind the mark of an urgent byte, or is one.
+pub fn at_mark(fd: &impl AsRawFd) -> Result<bool, Errno> {
+    const SIOCATMARK: libc::Ioctl = 0x8905;
+    let mut answer = 0i32;
+    // SAFETY: the kernel writes one int.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCATMARK, &mut answer) };
+    Errno::result(r).map(|_| answer != 0)
+}
+
+/// Looks at the urgent byte, which stays where it is.
+pub fn peek_urgent(fd: &impl AsRawFd) -> Result<u8, Errno> {
+    receive_byte(fd, libc::MSG_OOB | libc::MSG_PEEK)
+}
+
+/// Takes the urgent byte of a socket of ours.
+pub fn receive_urgent(fd: &impl AsRawFd) -> Result<u8, Errno> {
+    receive_byte(fd, libc::MSG_OOB)
+}
+
+fn receive_byte(fd: &impl AsRawFd, flags: i32) -> Result<u8, Errno> {
+    let mut byte = 0u8;
+    let flags = flags | libc::MSG_DONTWAIT;
+    // SAFETY: the kernel writes one byte.
+    let n = unsafe { libc::recv(fd.as_raw_fd(), (&raw mut byte).cast(), 1, flags) };
+    match Errno::result(n)? {
+        1 => Ok(byte),
+        _ => Err(Errno::EIO),
+    }
+}
+
+/// send(2) through a socket of ours.
+pub fn send(fd: &impl AsRawFd, bytes: &[u8], flags: i32) -> Result<(), Errno> {
+    let flags = flags | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `bytes` is live and as long as said.
+    let n = unsafe { libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    Errno::result(n).map(drop)
+}
+
+/// Streams of ours, connected with each other.
+pub fn pair() -> Result<[OwnedFd; 2], Errno> {
+    socketpair(libc::SOCK_STREAM)
+}
+
+fn socketpair(kind: i32) -> Result<[OwnedFd; 2], Errno> {
     let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     let mut fds = [0; 2];
     // SAFETY: the kernel writes two ints.
     Errno::result(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) })?;
     // SAFETY: the kernel just gave us these descriptors; nobody else owns them.
-    let [from, _to] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    Ok(fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// `SIOCOUTQ` of a socket of ours that has sent messages of these lengths, which nobody has read.
+pub fn unsent_of(kind: i32, lengths: &[usize]) -> Result<usize, Errno> {
+    let [from, _to] = socketpair(kind)?;
     let buffer = vec![0u8; lengths.iter().copied().max().unwrap_or(0)];
     let room = i32::try_from(lengths.iter().sum::<usize>()).map_err(|_| Errno::EOVERFLOW)?;
     set_int_option(&from, libc::SO_SNDBUF, room.saturating_add(1 << 20))?;
     for len in lengths {
-        // SAFETY: `buffer` is live and at least that long.
-        let n = unsafe { libc::send(from.as_raw_fd(), buffer.as_ptr().cast(), *len, 0) };
-        Errno::result(n)?;
+        send(&from, &buffer[..*len], 0)?;
     }
     Ok(unsent(&from))
 }

@@ -7,6 +7,7 @@ use super::plan::{Birth, Job};
 use super::rebuild::dial;
 use super::sys::Ucred;
 use super::unix::{Message, Role, Style, sockaddr};
+use super::urgent::Urgent;
 use crate::objects::Snapshot;
 use crate::objects::files::Staging;
 use crate::objects::plan::Builder;
@@ -109,12 +110,13 @@ fn send(
         let words: Vec<u8> = numbers.flatten().collect();
         control_message(libc::SCM_RIGHTS, &words, &mut control);
     }
-    let data = plan.data(&message.data);
-    let part = plan.data(
-        &[data, message.data.len() as u64]
-            .map(u64::to_le_bytes)
-            .concat(),
-    );
+    // Of one that was read, only the place is known.
+    let bytes: &[u8] = match message.urgent {
+        Some(Urgent::Read) => b"!",
+        _ => &message.data,
+    };
+    let data = plan.data(bytes);
+    let part = plan.data(&[data, bytes.len() as u64].map(u64::to_le_bytes).concat());
     let pointer = |bytes: &[u8], plan: &mut Builder| match bytes {
         [] => 0,
         _ => plan.data(bytes),
@@ -130,11 +132,18 @@ fn send(
         0,
     ];
     let header = plan.data(&words.map(u64::to_le_bytes).concat());
-    let args = [job.at(from) as u64, header, flags()];
-    let len = message.data.len() as u64;
-    plan.expect(libc::SYS_sendmsg, &args, len, || {
-        format!("an unread message of the {label}")
-    });
+    let object = || format!("an unread message of the {label}");
+    let urgent = match message.urgent {
+        Some(_) => libc::MSG_OOB as u64,
+        None => 0,
+    };
+    let args = [job.at(from) as u64, header, flags() | urgent];
+    plan.expect(libc::SYS_sendmsg, &args, bytes.len() as u64, object);
+    if message.urgent == Some(Urgent::Read) {
+        let to_nowhere = plan.reserve(1);
+        let args = [job.at(to) as u64, to_nowhere, 1, flags() | urgent, 0, 0];
+        plan.expect(libc::SYS_recvfrom, &args, 1, object);
+    }
 }
 
 /// `struct cmsghdr` with its data.

@@ -7,6 +7,7 @@ use serde_bytes::ByteBuf;
 
 use super::options::SocketOption;
 use super::sys::Ucred;
+use super::urgent::Urgent;
 use crate::error::Obstacle;
 use crate::objects::bounds;
 
@@ -178,6 +179,9 @@ pub struct Message {
     pub rights: Vec<usize>,
     /// Whom the reader is told of.
     pub credentials: Option<Ucred>,
+    /// It is an urgent byte, or the place of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub urgent: Option<Urgent>,
 }
 
 impl UnixSocket {

@@ -100,6 +100,7 @@ fn messages(socket: &Live, role: &Role, table: &Table<'_>, ghosts: &mut Ghosts) 
             from: sender(socket, role, seen, table, ghosts),
             rights: rights.clone(),
             credentials: seen.sender,
+            urgent: seen.urgent,
         })
         .collect()
 }

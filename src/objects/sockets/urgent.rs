@@ -1,0 +1,135 @@
+//! Urgent bytes of unix streams, `MSG_OOB`.
+//!
+//! An urgent byte is a message of its own in the queue, and the socket knows the last one as long as it was not read
+//! (`oob_skb`, net/unix/af_unix.c). Reads, and looks, end in front of it. When `MSG_OOB` has read it, an empty message
+//! stays in its place, where they end as well, until the next urgent byte waits. So a look that ends for no other
+//! reason tells the place. At the front of the queue `SIOCATMARK` tells it, and a look passes the byte over, unless
+//! `SO_OOBINLINE` is set.
+//!
+//! What is not told: the place of a byte that was read when nothing is unread behind it, but something in front; and
+//! that of such a byte right behind descriptors or another writer's bytes.
+
+use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::queue::{Fault, Seen};
+use super::sys;
+
+/// What of an urgent byte is in a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Urgent {
+    /// The byte.
+    Waits,
+    /// Its place: it was read.
+    Read,
+}
+
+/// What a socket tells of its last urgent byte.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    /// It was not read.
+    waits: bool,
+    /// It is in front of all that is unread.
+    front: bool,
+    /// `SO_OOBINLINE`.
+    inline: bool,
+}
+
+impl Mark {
+    /// Asks the socket; `waits` is what poll(2) tells by `POLLPRI`.
+    ///
+    /// # Errors
+    /// [`Fault::Urgent`] where there is one and this kernel does not tell enough.
+    pub(super) fn of(socket: &OwnedFd, waits: bool) -> Result<Self, Fault> {
+        // Of a socket that listens, connections are in the queue, as empty messages.
+        let listens = sys::int_option(socket, libc::SO_ACCEPTCONN)? != 0;
+        let front = !listens && sys::at_mark(socket).unwrap_or(false);
+        if (waits || front) && !is_told() {
+            return Err(Fault::Urgent);
+        }
+        let inline = sys::int_option(socket, libc::SO_OOBINLINE)? != 0;
+        Ok(Self {
+            waits,
+            front,
+            inline,
+        })
+    }
+
+    /// The byte that looks pass over.
+    pub(super) fn passed_over(self, socket: &OwnedFd) -> Result<Option<Seen>, Fault> {
+        match self.waits && self.front && !self.inline {
+            true => Ok(Some(Seen {
+                urgent: Some(Urgent::Waits),
+                ..Seen::bytes(vec![sys::peek_urgent(socket)?], None)
+            })),
+            false => Ok(None),
+        }
+    }
+
+    /// Says which pieces of a stream are urgent, once all have been looked at. `stops` are those where a look began
+    /// although the one before did not end for another reason.
+    pub(super) fn place(self, pieces: &mut Vec<Seen>, stops: &[usize]) -> Result<(), Fault> {
+        match (self.waits, self.front, stops) {
+            (true, true, _) if self.inline => split(pieces, 0),
+            // The first piece is it.
+            (true, true, _) => Ok(()),
+            (true, false, [at]) => split(pieces, *at),
+            (true, false, _) => Err(Fault::UrgentPlace),
+            (false, ..) => {
+                let stops = if is_told() { stops } else { &[] };
+                let front = self.front.then_some(0);
+                for at in stops.iter().copied().rev().chain(front) {
+                    let urgent = Some(Urgent::Read);
+                    let place = Seen::bytes(Vec::new(), None);
+                    pieces.insert(at, Seen { urgent, ..place });
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The first byte of a piece is the urgent one.
+fn split(pieces: &mut Vec<Seen>, at: usize) -> Result<(), Fault> {
+    let piece = pieces.get_mut(at).ok_or(Fault::UrgentPlace)?;
+    if piece.data.len() > 1 {
+        let rest = piece.data.split_off(1);
+        let byte = std::mem::replace(&mut piece.data, rest);
+        let byte = Seen::bytes(byte, piece.sender);
+        pieces.insert(at, byte);
+    } else if !piece.rights.is_empty() {
+        return Err(Fault::UrgentPlace);
+    }
+    pieces[at].urgent = Some(Urgent::Waits);
+    Ok(())
+}
+
+/// Whether this kernel tells the places as is said above (Linux 6.11): tried once, with sockets of ours. On older
+/// ones a look at an urgent byte may never end.
+fn is_told() -> bool {
+    static TOLD: OnceLock<bool> = OnceLock::new();
+    *TOLD.get_or_init(|| tried().unwrap_or(false))
+}
+
+fn tried() -> Result<bool, Errno> {
+    let [from, to] = sys::pair()?;
+    sys::send(&from, b"!", libc::MSG_OOB)?;
+    sys::receive_urgent(&to)?;
+    // The empty message counts as the mark: looks were mended before that.
+    if !sys::at_mark(&to)? {
+        return Ok(false);
+    }
+    let looks = |offset: i32, text: &[u8]| -> Result<bool, Errno> {
+        sys::set_int_option(&to, libc::SO_PEEK_OFF, offset)?;
+        let mut seen = [0; 16];
+        let seen_len = sys::peek(&to, &mut seen)?.len;
+        Ok(&seen[..seen_len] == text)
+    };
+    sys::send(&from, b"ab", 0)?;
+    sys::send(&from, b"c", libc::MSG_OOB)?;
+    sys::send(&from, b"de", 0)?;
+    Ok(looks(0, b"ab")? && looks(2, b"cde")? && sys::peek_urgent(&to)? == b'c')
+}
