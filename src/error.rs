@@ -1,6 +1,8 @@
 //! What can go wrong, as a person reads it: each message is one sentence that names the
 //! object, the reason and, where there is one, the remedy.
 
+use crate::text::Shown;
+
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -133,7 +135,7 @@ pub enum Error {
     #[error(transparent)]
     Image(#[from] ckpt_image::Error),
     /// A file could not be used.
-    #[error("cannot {what} {}: {source}", path.display())]
+    #[error("cannot {what} {}: {source}", path.shown())]
     File {
         /// "open", "create" …
         what: &'static str,
@@ -143,7 +145,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The image's metadata does not fit together.
-    #[error("the image {} is damaged or was made by another program: {what}", path.display())]
+    #[error("the image {} is damaged or was made by another program: {what}", path.shown())]
     Metadata {
         /// The image.
         path: PathBuf,
@@ -154,7 +156,7 @@ pub enum Error {
     #[error(
         "the metadata of {} would take more memory than 64 MiB and four times its size, which is more than looking at \
          an image may take; restore reads it without this bound",
-        path.display()
+        path.shown()
     )]
     TooLarge {
         /// The image.

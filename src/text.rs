@@ -25,6 +25,18 @@ pub fn of_path(path: impl AsRef<Path>) -> String {
     of(path.as_ref().as_os_str().as_bytes())
 }
 
+/// Paths in messages.
+pub trait Shown {
+    /// As [`of`]: unlike that of [`Path::display`], the text tells which bytes they are.
+    fn shown(&self) -> String;
+}
+
+impl Shown for Path {
+    fn shown(&self) -> String {
+        of_path(self)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::signal::Signal;
@@ -94,6 +95,17 @@ fn lives_again(case: &Case) {
     ckpt(case, [OsStr::new("verify"), image.as_os_str()]).ok();
     attach(case, job.pid, &image, &["--kill"]);
     assert_eq!(until("its end", || job.ended()), Ended::Killed(9));
+    // Messages, too.
+    let file = |more: &str| {
+        dir.join(OsStr::from_bytes(
+            &[name.as_bytes(), more.as_bytes()].concat(),
+        ))
+    };
+    fs::rename(file(".open"), file(".away")).expect("it is there");
+    let out = ckpt(case, [OsStr::new("check"), image.as_os_str()]);
+    assert_eq!(out.code(), 1, "{out:?}");
+    assert!(out.stdout.contains(r"n\xff\xfe\\\xc3x.open"), "{out:?}");
+    fs::rename(file(".away"), file(".open")).expect("it is there");
     let mut job = restored(case, &image, &[]);
     before.assert_same(job.pid, &[]);
     job.signal(Signal::SIGTERM);
@@ -108,4 +120,28 @@ fn names_that_are_not_utf8() {
 #[test]
 fn names_that_are_not_utf8_of_a_user() {
     isolated_as_user("names_that_are_not_utf8_of_a_user", lives_again);
+}
+
+/// What `Path::display` shows of a name that is not UTF-8 could be any other one.
+#[test]
+fn paths_are_shown_in_one_way() {
+    fn look(place: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(place).expect("the sources are there") {
+            let path = entry.expect("it is readable").path();
+            if path.is_dir() {
+                look(&path, found);
+            } else if fs::read_to_string(&path).is_ok_and(|text| {
+                let code = text.split("#[cfg(test)]\nmod tests").next();
+                code.is_some_and(|code| code.contains(".display()"))
+            }) {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    look(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+        &mut found,
+    );
+    assert!(found.is_empty(), "{found:?}: use Shown of text.rs");
 }

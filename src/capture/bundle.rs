@@ -18,6 +18,7 @@ use crate::objects::memory::FileIdentity;
 use crate::objects::open::Handle;
 use crate::objects::source::Contents;
 use crate::objects::{Snapshot, SpaceId};
+use crate::text::Shown;
 
 /// Files on their way into the image.
 pub struct Bundle {
@@ -59,7 +60,7 @@ impl Bundle {
                     file,
                 }),
                 Err(reason) => obstacles.push(Obstacle::new(
-                    format!("the file {}", path.display()),
+                    format!("the file {}", path.shown()),
                     format!("cannot be bundled: {reason}"),
                     "make it readable for you, or leave --bundle out",
                 )),
@@ -105,7 +106,7 @@ impl Bundle {
             let now = file.metadata().map_err(|e| error(&path, e))?;
             if FileIdentity::of(&now) != identity {
                 return Err(Error::refuse(Obstacle::new(
-                    format!("the file {}", path.display()),
+                    format!("the file {}", path.shown()),
                     "was changed while it was being bundled",
                     "try again, or leave --bundle out",
                 )));

@@ -29,6 +29,7 @@ use super::run::{take_over_signals, wait, watch};
 use crate::isolate::{Owner, die_with_parent};
 use crate::restore::{ImageFile, next_pid};
 use crate::supervise::{self, Child, NoTerminal};
+use crate::text::Shown;
 
 /// Tells the process that has become the owner which descriptors it was given: the image, and who chooses pids.
 const HANDED: &str = "CKPT_RESTORE_AS_OWNER";
@@ -80,7 +81,7 @@ pub(super) fn run(image: ImageFile) -> Outcome {
         return Err(Failure::Message(format!(
             "the image {} belongs to uid {uid}, whom this system does not know, so that nobody can tell the groups \
              of that user; restore it as that user, for instance by setpriv --reuid {uid} --regid GID --clear-groups",
-            image.path().display()
+            image.path().shown()
         )));
     };
     let signals = take_over_signals()?;

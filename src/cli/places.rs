@@ -13,6 +13,7 @@ use crate::progress::Progress;
 use crate::restore::Request;
 use crate::restore::paths::Mapping;
 use crate::restore::put::PutFiles;
+use crate::text::Shown;
 
 /// What becomes of single descriptors: at a checkpoint, at a restore, and when either is looked at.
 #[derive(Args, Clone, Debug, Default)]
@@ -137,7 +138,7 @@ impl Places {
             if self.map_paths[..index].iter().any(|m| m.old == mapping.old) {
                 return Err(Failure::Usage(format!(
                     "--map-path {} is given twice; give each path once",
-                    mapping.old.display()
+                    mapping.old.shown()
                 )));
             }
         }
@@ -162,10 +163,7 @@ fn parse_mapping(text: &str) -> Result<Mapping, String> {
         .ok_or("OLD=NEW is wanted, such as /old/place=/new/place")?;
     let old = PathBuf::from(old);
     if !old.is_absolute() {
-        return Err(format!(
-            "{} is not the whole path, from / on",
-            old.display()
-        ));
+        return Err(format!("{} is not the whole path, from / on", old.shown()));
     }
     let new = std::path::absolute(new).map_err(|_| "the new path is empty")?;
     Ok(Mapping { old, new })

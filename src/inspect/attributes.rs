@@ -16,6 +16,7 @@ use crate::objects::scheduling::Scheduling;
 use crate::objects::signals::Pending;
 use crate::objects::switches::Switch;
 use crate::objects::thread::Thread;
+use crate::text::Shown;
 
 /// An attribute as `ckpt inspect --attributes` shows it; the JSON keys stay as they are, names and values are for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -117,20 +118,20 @@ fn job(snapshot: &Snapshot, rows: &mut Rows) {
             let group = format!(
                 "settings of {}{}",
                 controllers(&hierarchy.controllers),
-                group.path.display()
+                group.path.shown()
             );
             rows.add(group, settings.collect::<Vec<_>>().join(", "));
         }
         for (tid, group) in &hierarchy.threads {
             rows.add(
                 format!("control group of thread {tid}"),
-                format!("{}{}", controllers(&hierarchy.controllers), group.display()),
+                format!("{}{}", controllers(&hierarchy.controllers), group.shown()),
             );
         }
     }
     rows.unless(&Default::default(), "namespaces", namespaces);
     for directory in removed {
-        rows.add("removed", directory.path.display().to_string());
+        rows.add("removed", directory.path.shown());
     }
 }
 
@@ -219,8 +220,8 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
         rows.add(format!("lock of fd {fd}"), format!("{lock:?}"));
     }
     rows.each("mq_notify", notices);
-    rows.add("working directory", cwd.display().to_string());
-    rows.add("root directory", root.display().to_string());
+    rows.add("working directory", cwd.shown());
+    rows.add("root directory", root.shown());
     rows.add("umask", format!("{umask:04o}"));
     for limit in limits {
         let shown = |limit: u64| match limit {
@@ -238,7 +239,7 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
         path,
     } in cgroups
     {
-        let value = format!("{}{}", controllers(names), path.display());
+        let value = format!("{}{}", controllers(names), path.shown());
         rows.add("control group", value);
     }
     rows.unless(&Default::default(), "ARCH_REQ_XCOMP_PERM", dynamic_state);

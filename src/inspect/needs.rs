@@ -156,7 +156,11 @@ fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {
                     }),
             ),
             Kind::Fanotify(group) => needs.extend(group.marks.iter().map(|mark| {
-                NeedView::new("watched file", mark.path.to_string_lossy(), "for fanotify")
+                NeedView::new(
+                    "watched file",
+                    crate::text::of_path(&mark.path),
+                    "for fanotify",
+                )
             })),
             Kind::UnixSocket(socket) => {
                 socket.clone().each_path(&mut |path| {

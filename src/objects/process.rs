@@ -33,6 +33,7 @@ use super::{SpaceId, aio, memory};
 use crate::error::{Obstacle, Result};
 use crate::objects::bounds;
 use crate::objects::source::{Collector, Copies, Source};
+use crate::text::Shown;
 
 pub mod kin;
 mod seen;
@@ -352,7 +353,7 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlac
                 source.title(),
                 format!(
                     "has the directory {} as its {name}, which was deleted",
-                    link.display()
+                    link.shown()
                 ),
                 "let the program change to another directory",
             ));

@@ -24,6 +24,7 @@ use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, FileIdentity};
 use crate::objects::open::Handle;
 use crate::objects::plan::Builder;
+use crate::text::Shown;
 
 /// The job's user, where that is not we.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -188,7 +189,7 @@ pub fn is_the_same(found: &Handle, path: &Path, was: &FileIdentity) -> Result<()
     match FileIdentity::of(found.meta()).is_same_file(was) {
         true => Ok(()),
         false => Err(Box::new(Obstacle::new(
-            format!("the file {}", path.display()),
+            format!("the file {}", path.shown()),
             "may not be opened by the job's user, and is not the one that the job had, so that root \
              does not open it either",
             "put the old one back, or give its user the right to it",

@@ -164,7 +164,7 @@ impl Walk<'_> {
                 (format!("{of} ({})", told(&label.unwrap_or_default())), 2)
             }
             ("mapped_files", Some(index)) if index < self.job.mapped_files.len() => {
-                let path = self.job.mapped_files[index].path.to_string_lossy();
+                let path = crate::text::of_path(&self.job.mapped_files[index].path);
                 (format!("the mapped file {}", told(&path)), 2)
             }
             _ => ("the job".into(), 0),

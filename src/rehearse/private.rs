@@ -162,7 +162,7 @@ fn failed(what: &str) -> impl Fn(io::Error) -> Error + use<> {
 
 /// The same of the file of the job that a path stands for.
 fn no_place(path: &Path) -> impl Fn(io::Error) -> Error + use<> {
-    failed(&told(&path.to_string_lossy()))
+    failed(&told(&crate::text::of_path(path)))
 }
 
 /// Other ends outside of the job are pipes whose other end has been closed; other processes have ended.
@@ -332,7 +332,7 @@ impl Made {
         }
         if is_of_huge_pages(&file.path) {
             return Err(Error::refuse(Obstacle::new(
-                format!("the open file {}", told(&file.path.to_string_lossy())),
+                format!("the open file {}", told(&crate::text::of_path(&file.path))),
                 "is made of huge pages and cannot be rehearsed: there would have to be as many once more",
                 WITHOUT,
             )));

@@ -21,6 +21,7 @@ use crate::objects::{
     Snapshot, aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
 };
 use crate::objects::{access, rights};
+use crate::text::Shown;
 
 /// One plan in the making.
 #[derive(Clone, Copy)]
@@ -346,7 +347,7 @@ fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
 /// Enters directories without a name, while their descriptors are there.
 fn enter_removed(process: &Process, staging: Staging, plan: &mut Builder) {
     if let Some(index) = process.removed.root {
-        let object = || format!("the root directory {} (deleted)", process.root.display());
+        let object = || format!("the root directory {} (deleted)", process.root.shown());
         let path = format!("/proc/self/fd/{}", staging.removed(index));
         let path = plan.path(Path::new(&path));
         if process.removed.cwd.is_none() {
@@ -356,13 +357,13 @@ fn enter_removed(process: &Process, staging: Staging, plan: &mut Builder) {
         plan.syscall(libc::SYS_chroot, &[path], object);
     }
     if let Some(index) = process.removed.cwd {
-        let object = || format!("the working directory {} (deleted)", process.cwd.display());
+        let object = || format!("the working directory {} (deleted)", process.cwd.shown());
         plan.syscall(libc::SYS_fchdir, &[staging.removed(index) as u64], object);
     }
 }
 
 fn enter_working_directory(path: &Path, plan: &mut Builder) {
-    let object = format!("the working directory {}", path.display());
+    let object = format!("the working directory {}", path.shown());
     enter(path, libc::SYS_chdir, object, plan);
 }
 
@@ -371,7 +372,7 @@ fn rebuild_directories(process: &Process, late: bool, plan: &mut Builder) {
         enter_working_directory(&process.cwd, plan);
     }
     if process.root != Path::new("/") && process.removed.root.is_none() {
-        let object = format!("the root directory {}", process.root.display());
+        let object = format!("the root directory {}", process.root.shown());
         enter(&process.root, libc::SYS_chroot, object, plan);
     }
     plan.syscall(libc::SYS_umask, &[process.umask.into()], || "umask".into());

@@ -26,6 +26,7 @@ use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Inherit, Inherited};
 use crate::objects::rights::{self, Rights};
 use crate::objects::{Snapshot, SpaceId};
+use crate::text::Shown;
 
 /// Descriptors and the numbers that they get, and what could not be done, one sentence each.
 pub type Opened = (Vec<(OwnedFd, i32)>, Vec<String>);
@@ -116,7 +117,7 @@ impl<'a> MadeFile<'a> {
         Self {
             space,
             file,
-            name: format!("the nameless file {}", path.display()),
+            name: format!("the nameless file {}", path.shown()),
             mode,
             attributes,
             seals: None,
@@ -250,7 +251,7 @@ fn open<'a>(
                 Ok(MadeFile {
                     space: memfd.contents,
                     file,
-                    name: format!("the memfd {}", name.display()),
+                    name: format!("the memfd {}", name.shown()),
                     mode: memfd.mode,
                     attributes: memfd.attributes.as_ref(),
                     seals: (!memfd.is_writable(snapshot)).then_some(memfd),
@@ -500,7 +501,7 @@ fn create_memfd(memfd: &MemFd) -> Result<File> {
     // SAFETY: `name` is a C string.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), memfd.create_flags() | libc::MFD_CLOEXEC) };
     let fd = Errno::result(fd).map_err(|e| {
-        let name = name.to_string_lossy();
+        let name = crate::text::of(&memfd.name);
         Error::Restore(format!("the memfd {name} cannot be created: {}", e.desc()))
     })?;
     // SAFETY: the kernel just gave us this descriptor.
@@ -516,7 +517,7 @@ fn seal(file: &File, memfd: &MemFd) -> Result<()> {
     // SAFETY: a call without pointers.
     let r = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, memfd.seals) };
     Errno::result(r).map(drop).map_err(|e| {
-        let name = String::from_utf8_lossy(&memfd.name);
+        let name = crate::text::of(&memfd.name);
         Error::Restore(format!("the memfd {name} cannot be sealed: {}", e.desc()))
     })
 }

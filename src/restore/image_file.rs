@@ -13,6 +13,7 @@ use ckpt_image::Reader;
 use nix::unistd::{getegid, geteuid};
 
 use crate::error::{Error, Obstacle, Result};
+use crate::text::Shown;
 
 /// An image that is open for reading.
 #[derive(Debug)]
@@ -81,7 +82,7 @@ impl ImageFile {
             return Ok(());
         };
         Err(Error::refuse(Obstacle::new(
-            format!("the image {}", self.path.display()),
+            format!("the image {}", self.path.shown()),
             reason,
             "if you trust what is in it, take that right away with chmod go-w",
         )))
@@ -102,10 +103,10 @@ impl ImageFile {
             return Ok(());
         }
         Err(Error::refuse(Obstacle::new(
-            format!("the image {}", self.path.display()),
+            format!("the image {}", self.path.shown()),
             format!(
                 "is in the directory {}, where everybody may put another file in its place",
-                directory.display()
+                directory.shown()
             ),
             "move it to a directory of root's",
         )))
@@ -134,7 +135,7 @@ impl ImageFile {
                 false => "if you trust whoever wrote it as yourself, make a copy that is yours",
             };
             return Err(Error::refuse(Obstacle::new(
-                format!("the image {}", self.path.display()),
+                format!("the image {}", self.path.shown()),
                 format!("belongs to uid {} and you are uid {me}", self.owner()),
                 remedy,
             )));

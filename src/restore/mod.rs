@@ -24,6 +24,7 @@ use crate::objects::rights::Rights;
 use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, sockets, switches};
 use crate::progress::Progress;
 use crate::supervise::foreground::JobTerminal;
+use crate::text::Shown;
 use put::PutFiles;
 
 mod build;
@@ -125,7 +126,7 @@ pub fn dry_run(opened: &mut Opened<'_>, line: &mut dyn FnMut(fmt::Arguments<'_>)
         line(format_args!("# warning: {warning}"));
     }
     for path in &opened.given {
-        line(format_args!("# take {} from the image", path.display()));
+        line(format_args!("# take {} from the image", path.shown()));
     }
     for put in &way.puts {
         line(format_args!("# {}", put.describe()));

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
+use crate::text::Shown;
 
 /// One mapping: what lay at or below one path lies at or below another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,11 +61,7 @@ pub fn apply(mappings: &[Mapping], snapshot: &mut Snapshot) -> Result<(), Vec<Ob
 
 fn fits_nothing(mapping: &Mapping) -> Obstacle {
     Obstacle::new(
-        format!(
-            "--map-path {}={}",
-            mapping.old.display(),
-            mapping.new.display()
-        ),
+        format!("--map-path {}={}", mapping.old.shown(), mapping.new.shown()),
         "fits no path of the job",
         "see its paths with: ckpt inspect IMAGE --fds --maps",
     )

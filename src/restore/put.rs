@@ -20,6 +20,7 @@ use crate::objects::files::saved::{Saved, is_shared_memory};
 use crate::objects::memory::{FileIdentity, space};
 use crate::objects::open::{Handle, Last};
 use crate::objects::rights::{self, Rights};
+use crate::text::Shown;
 
 /// What becomes of the files that the image holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,7 +131,7 @@ fn decide_one<'a>(
     policy: PutFiles,
     taken_at: u64,
 ) -> Result<Decision<'a>> {
-    let object = format!("the saved file {}", name.display());
+    let object = format!("the saved file {}", name.shown());
     let refuse = |reason: String, remedy: &str| {
         Ok(Err(Box::new(Obstacle::new(object.clone(), reason, remedy))))
     };
@@ -156,7 +157,7 @@ fn decide_one<'a>(
             if directory.is_dir() {
                 return Ok(Ok(Some(put(None))));
             }
-            let directory = directory.display();
+            let directory = directory.shown();
             let reason = format!("cannot be put back: there is no directory {directory}");
             return refuse(reason, "make it, or say where it is now with --map-path");
         }
@@ -197,7 +198,7 @@ fn modified_ns(meta: &Metadata) -> i128 {
 impl Put<'_> {
     /// What is going to be done, in one line.
     pub fn describe(&self) -> String {
-        let (path, size) = (self.path.display(), self.identity.size);
+        let (path, size) = (self.path.shown(), self.identity.size);
         match self.replaces {
             Some(_) => format!("overwrite {path} with the {size} bytes of the image"),
             None => format!("create {path} with the {size} bytes of the image"),
@@ -229,7 +230,7 @@ impl Put<'_> {
         {
             warnings.push(format!(
                 "{} was put back and belongs to uid {} now, not to {uid}:{gid}: {e}",
-                self.path.display(),
+                self.path.shown(),
                 meta.uid()
             ));
             // Nobody shall run as somebody else by that.
@@ -300,7 +301,7 @@ impl Undo {
             if let Some(old) = done.old
                 && let Err(e) = rights::with(self.rights.as_ref(), || fs::remove_file(&old))
             {
-                let old = old.display();
+                let old = old.shown();
                 self.warnings
                     .push(format!("what was overwritten is left as {old}: {e}"));
             }

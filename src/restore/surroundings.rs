@@ -14,6 +14,7 @@ use crate::objects::files::procfs;
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, aio};
+use crate::text::Shown;
 
 /// Everything of the surroundings that stands in the way of a restore, open and mapped files aside.
 /// What a job that is `leaving` has of limited things, it leaves to its restore.
@@ -49,7 +50,7 @@ fn programs(snapshot: &Snapshot) -> impl Iterator<Item = Obstacle> {
     let named = files.filter(|file| file.contents.is_none() && file.path.exists());
     named.filter_map(|file| {
         let error = may(&file.path, AccessFlags::X_OK).err()?;
-        let object = format!("the program {}", file.path.display());
+        let object = format!("the program {}", file.path.shown());
         let reason = format!("cannot be executed: {}", error.desc());
         Some(Obstacle::new(
             object,
@@ -82,7 +83,7 @@ fn directories(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
         && !kernel.capabilities.allows(Use::RootDirectory)
     {
         obstacles.push(Obstacle::new(
-            format!("the root directory {}", process.root.display()),
+            format!("the root directory {}", process.root.shown()),
             format!("cannot be changed to: that needs {}", Use::RootDirectory),
             "run restore as root, or in a user namespace",
         ));
@@ -91,7 +92,7 @@ fn directories(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
 }
 
 fn directory(what: &str, path: &Path) -> Option<Obstacle> {
-    let object = format!("{what} {}", path.display());
+    let object = format!("{what} {}", path.shown());
     let reason = match std::fs::metadata(path) {
         Ok(meta) if meta.is_dir() => match may(path, AccessFlags::X_OK) {
             Ok(()) => return None,

@@ -1,5 +1,7 @@
 //! The images of one name in a directory: their numbers, and which of them are kept.
 
+use crate::text::Shown;
+
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -52,7 +54,7 @@ impl Images {
         last.checked_add(1).ok_or_else(|| {
             io::Error::other(format!(
                 "{} is the last number there is",
-                self.path(last).display()
+                self.path(last).shown()
             ))
         })
     }

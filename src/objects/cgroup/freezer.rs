@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use super::{Cgroup, capture, directory, is_of};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::outsiders::process_name;
+use crate::text::Shown;
 
 /// A frozen group: one that was frozen itself, not by a group above it that can be seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,7 +131,7 @@ impl Frozen {
             process_name(self.member),
             format!(
                 "is in the control group {}, which is frozen (docker pause, systemctl freeze, {})",
-                self.directory.display(),
+                self.directory.shown(),
                 self.version.control()
             ),
             format!(
@@ -144,7 +145,7 @@ impl Frozen {
             process_name(self.member),
             format!(
                 "is in the frozen control group {}, which you may not thaw: {error}",
-                self.directory.display()
+                self.directory.shown()
             ),
             "run ckpt as root, or thaw it first (docker unpause, systemctl thaw)",
         ))
@@ -186,7 +187,7 @@ impl Thawable {
                     format!(
                         "is in the frozen control group {} together with {}, which is not of the job and \
                          would run if it were thawed",
-                        group.directory.display(),
+                        group.directory.shown(),
                         process_name(stranger)
                     ),
                     "name a process that all in the group descend from, or thaw it first",

@@ -11,6 +11,8 @@ use ckpt_tracer::proc::mounts::{Mount, MountTable, read_mounts};
 use ckpt_tracer::proc::tasks;
 use serde::{Deserialize, Serialize};
 
+use crate::text::Shown;
+
 use super::Snapshot;
 use super::process::Process;
 
@@ -173,7 +175,7 @@ fn go(
     let elsewhere = |why: &str| {
         Some(format!(
             "{object} is in the control group of restore, not in {}: {why}",
-            group.path.display()
+            group.path.shown()
         ))
     };
     if freezer::is_frozen(&place) {

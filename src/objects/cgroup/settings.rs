@@ -15,6 +15,7 @@ use super::{Cgroup, Policy, capture, directory, exists, is_of};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::process::Process;
+use crate::text::Shown;
 
 /// The job's groups in one hierarchy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -212,7 +213,7 @@ pub fn make(snapshot: &Snapshot, policy: &Policy) -> Result<Made> {
             .any(|top| exists(root, &top.controllers, &mounts))
     {
         return Err(Error::refuse(Obstacle::new(
-            format!("the control group {}", root.display()),
+            format!("the control group {}", root.shown()),
             "is in none of the hierarchies that the job was in",
             "make it first, with mkdir below /sys/fs/cgroup",
         )));
@@ -239,7 +240,7 @@ pub fn make(snapshot: &Snapshot, policy: &Policy) -> Result<Made> {
                 Some(place) => places.push((group, there.path, place)),
                 None => made.warnings.push(format!(
                     "the control group {} is not made again: its hierarchy is not mounted here",
-                    there.path.display()
+                    there.path.shown()
                 )),
             }
         }
@@ -263,7 +264,7 @@ impl Made {
                 Err(error) => {
                     self.warnings.push(format!(
                         "the control group {} cannot be made again: {error}",
-                        path.display()
+                        path.shown()
                     ));
                     continue;
                 }
@@ -302,7 +303,7 @@ impl Made {
             };
             self.warnings.push(format!(
                 "{name} of the control group {} was {} and {failed}",
-                path.display(),
+                path.shown(),
                 shown(value)
             ));
         }

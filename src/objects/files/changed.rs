@@ -17,6 +17,7 @@ use crate::objects::access::MISSING;
 use crate::objects::memory::{Backing, FileIdentity};
 use crate::objects::open::{Handle, Last};
 use crate::objects::options::{FilesPolicy, Options};
+use crate::text::Shown;
 
 /// How a file differs from what it was at the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,7 +128,7 @@ pub fn is_another_kind(now: &Handle, path: &Path, was: &FileIdentity) -> Option<
         return Some(format!("is {what} by now"));
     }
     let leads_to = is_of_the_kernel(&now.link()).then(|| now.place())??;
-    (leads_to != path).then(|| format!("leads to {} by now", leads_to.display()))
+    (leads_to != path).then(|| format!("leads to {} by now", leads_to.shown()))
 }
 
 /// What opening with these flags asks for; nothing where only a handle is wanted.
@@ -278,7 +279,7 @@ impl Cut {
 
     /// What is going to be done, in one line.
     pub fn describe(&self) -> String {
-        let path = self.path.display();
+        let path = self.path.shown();
         format!("cut {path} from {} to {} bytes", self.now, self.then)
     }
 

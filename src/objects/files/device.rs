@@ -10,6 +10,7 @@ use crate::error::Obstacle;
 use crate::objects::access::MISSING;
 use crate::objects::open::{Handle, Last};
 use crate::objects::rights::{self, Rights};
+use crate::text::Shown;
 
 /// An open character device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,7 +51,7 @@ pub fn capture(look: &Look, path: &Path) -> Kind {
 impl Device {
     /// For messages.
     pub fn object(&self) -> String {
-        format!("the device {}", self.path.display())
+        format!("the device {}", self.path.shown())
     }
 
     /// Finds it, to be opened with these rights: by the name that it had, or by another that leads to the same

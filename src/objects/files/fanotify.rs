@@ -15,6 +15,7 @@ use crate::error::Obstacle;
 use crate::objects::access::MISSING;
 use crate::objects::plan::Builder;
 use crate::objects::source::{Collector, Patience, Source};
+use crate::text::Shown;
 
 /// A group with its marks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,7 +142,7 @@ impl Fanotify {
     pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
         self.marks.iter().filter_map(|mark| {
             let error = std::fs::symlink_metadata(&mark.path).err()?;
-            let object = format!("the fanotify mark on {}", mark.path.display());
+            let object = format!("the fanotify mark on {}", mark.path.shown());
             let reason = format!("cannot be set: {error}");
             Some(Obstacle::new(object, reason, MISSING))
         })
@@ -173,7 +174,7 @@ impl Fanotify {
                 let here = libc::AT_FDCWD as u64;
                 let args = [at as u64, flags, mask, here, path];
                 plan.syscall(libc::SYS_fanotify_mark, &args, || {
-                    format!("the fanotify mark on {}", mark.path.display())
+                    format!("the fanotify mark on {}", mark.path.shown())
                 });
             }
         }

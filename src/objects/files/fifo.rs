@@ -25,6 +25,7 @@ use crate::objects::options::Options;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::rights::{self, Rights};
 use crate::objects::source::Source;
+use crate::text::Shown;
 
 /// One open file description of a FIFO: a read end, a write end, or both in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,7 +83,7 @@ pub fn capture(
             ))
         })?;
     } else if !ends.has_reader(look) && sys::unread(&look.copy) > 0 {
-        let name = path.display();
+        let name = path.shown();
         return Err(Box::new(Obstacle::new(
             look.object(source),
             format!("is a FIFO ({name}) with data that nobody has open to read"),
@@ -161,7 +162,7 @@ pub fn rebuild(
 impl FifoEnd {
     /// For messages.
     pub fn object(&self) -> String {
-        format!("the FIFO {}", self.path.display())
+        format!("the FIFO {}", self.path.shown())
     }
 
     /// Opens a read end of it, by its name or by one for the moment.
@@ -221,7 +222,7 @@ impl FifoEnd {
                 Ok(_) => "is something else by now".to_owned(),
                 Err(e) => format!("cannot be opened: {e}"),
             };
-            let remedy = format!("make it again with: mkfifo {}", self.path.display());
+            let remedy = format!("make it again with: mkfifo {}", self.path.shown());
             Err(Box::new(Obstacle::new(self.object(), reason, remedy)))
         })
     }

@@ -18,6 +18,7 @@ use crate::objects::access::MISSING;
 use crate::objects::bounds;
 use crate::objects::plan::{Builder, Inherit, Inherited};
 use crate::objects::source::{Collector, Patience, Source};
+use crate::text::Shown;
 
 pub(super) mod search;
 
@@ -170,7 +171,7 @@ impl Inotify {
         let named = self.watches.iter().filter(|watch| watch.open.is_none());
         named.filter_map(|watch| {
             let error = std::fs::symlink_metadata(&watch.path).err()?;
-            let object = format!("the inotify watch on {}", watch.path.display());
+            let object = format!("the inotify watch on {}", watch.path.shown());
             Some(Obstacle::new(
                 object,
                 format!("cannot be set: {error}"),
@@ -219,7 +220,7 @@ impl Inotify {
             let path = plan.path(&watched);
             let object = || match watch.open {
                 Some(_) => "the inotify watch on a file without a name".to_owned(),
-                None => format!("the inotify watch on {}", watch.path.display()),
+                None => format!("the inotify watch on {}", watch.path.shown()),
             };
             while next < watch.wd {
                 let args = [fd, path, libc::IN_DELETE_SELF.into()];

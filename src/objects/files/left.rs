@@ -18,6 +18,7 @@ use crate::objects::files::outside::Surroundings;
 use crate::objects::ipc::notice::{By, Notice};
 use crate::objects::sockets;
 use crate::objects::source::Source;
+use crate::text::Shown;
 
 /// An open file description that is not in the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,7 +41,7 @@ impl Left {
             Some(path) => Some(format!(
                 "{object} ({}) is not in the image (--replace-fd): the restored job has {} in its place",
                 self.name,
-                path.display()
+                path.shown()
             )),
             None if choices.drops_number(self.fd) => None,
             None => Some(dropped_note(&object, &self.name)),

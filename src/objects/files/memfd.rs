@@ -115,12 +115,7 @@ impl MemFd {
     pub fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
         // A file made without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.
         if self.seals & !(libc::F_SEAL_SEAL as u32) != 0 {
-            let object = || {
-                format!(
-                    "the seals of /memfd:{}",
-                    String::from_utf8_lossy(&self.name)
-                )
-            };
+            let object = || format!("the seals of /memfd:{}", crate::text::of(&self.name));
             let args = [at as u64, libc::F_ADD_SEALS as u64, self.seals.into()];
             plan.syscall(libc::SYS_fcntl, &args, object);
         }

@@ -16,6 +16,7 @@ use super::uring;
 use crate::error::Obstacle;
 use crate::objects::bounds;
 use crate::objects::source::{Collector, Source};
+use crate::text::Shown;
 
 pub mod attributes;
 pub mod changed;
@@ -439,10 +440,10 @@ impl Kind {
     /// What kind of file, for messages.
     pub fn label(&self) -> String {
         match self {
-            Kind::Regular(r) => r.path.display().to_string(),
-            Kind::Device(d) => d.path.display().to_string(),
+            Kind::Regular(r) => r.path.shown(),
+            Kind::Device(d) => d.path.shown(),
             Kind::Pipe(p) => format!("pipe:[{}]", p.inode),
-            Kind::Fifo(f) => f.path.display().to_string(),
+            Kind::Fifo(f) => f.path.shown(),
             Kind::EventFd(_) => "eventfd".into(),
             Kind::SignalFd(_) => "signalfd".into(),
             Kind::TimerFd(_) => "timerfd".into(),
@@ -452,7 +453,7 @@ impl Kind {
             Kind::Fanotify(_) => "fanotify".into(),
             Kind::Terminal(t) => t.name.clone(),
             Kind::PidFd(_) => "pidfd".into(),
-            Kind::ProcFile(p) => p.path.display().to_string(),
+            Kind::ProcFile(p) => p.path.shown(),
             Kind::MessageQueue(q) => q.title(),
             Kind::UnixSocket(s) => s.label(),
             Kind::Netlink(s) => s.label(),

@@ -24,6 +24,7 @@ use crate::objects::outsiders::process_name;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::process::Process;
 use crate::objects::source::{Collector, Source};
+use crate::text::Shown;
 
 /// An open file of `/proc/PID`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,7 +99,7 @@ pub fn capture(
     collector: &Collector,
 ) -> Result<ProcFile, Box<Obstacle>> {
     let refuse = |reason: &str| {
-        let reason = format!("({}) {reason}", path.display());
+        let reason = format!("({}) {reason}", path.shown());
         let remedy = "close it before the checkpoint";
         Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
     };
@@ -183,7 +184,7 @@ pub fn is_of_job(path: &Path, snapshot: &Snapshot) -> bool {
 impl ProcFile {
     /// For messages.
     pub fn object(&self) -> String {
-        format!("the open file {}", self.path.display())
+        format!("the open file {}", self.path.shown())
     }
 
     /// Whether it can only be opened when other tasks than the first process, `first`, exist, or when

@@ -19,6 +19,7 @@ use crate::objects::memory::FileIdentity;
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Builder, Inherited};
 use crate::objects::source::{Collector, Contents, Source};
+use crate::text::Shown;
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -77,7 +78,7 @@ pub fn capture(
                 removed = match removed::enter(&path, &look.copy, &mut collector.removed) {
                     Ok(index) => Some(index),
                     Err(e) => {
-                        let path = path.display();
+                        let path = path.shown();
                         let reason = format!("was deleted ({path}) and cannot be made again: {e}");
                         return refuse(reason, "close it before the checkpoint");
                     }
@@ -87,7 +88,7 @@ pub fn capture(
                 let reason = format!(
                     "has lost the name by which it was opened ({}), and the one that it still has \
                      was not found",
-                    path.display()
+                    path.shown()
                 );
                 return refuse(reason, "move it to that directory, or close it");
             }
@@ -97,7 +98,7 @@ pub fn capture(
                     Err(e) => {
                         let reason = format!(
                             "is a deleted file ({}) that cannot be read: {e}",
-                            path.display()
+                            path.shown()
                         );
                         return refuse(reason, "close it before the checkpoint");
                     }
@@ -115,7 +116,7 @@ pub fn capture(
             "{} ({}) is told of changes in the directory by F_NOTIFY: of which, the kernel does not show, so \
              that a restored process is not told of them",
             look.object(source),
-            path.display()
+            path.shown()
         ));
     }
     let mut saved = None;
@@ -130,7 +131,7 @@ pub fn capture(
             }),
             Err(_) if !asked_for => None,
             Err(e) => {
-                let reason = format!("({}) cannot be read to be saved: {e}", path.display());
+                let reason = format!("({}) cannot be read to be saved: {e}", path.shown());
                 return refuse(reason, "make it readable, or leave it out of --save-files");
             }
         };
@@ -231,7 +232,7 @@ fn has_names_elsewhere(file: &File, path: &Path) -> bool {
 impl Regular {
     /// For messages.
     pub fn object(&self) -> String {
-        format!("the open file {}", self.path.display())
+        format!("the open file {}", self.path.shown())
     }
 
     /// The file at its staging number, if it is the one that it was.

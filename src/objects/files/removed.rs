@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::attributes::Attributes;
 use crate::objects::Snapshot;
 use crate::objects::bounds;
+use crate::text::Shown;
 
 /// A thing without a name. Descriptions, working and root directories refer to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,7 +179,7 @@ impl Removed {
             What::Link(_) => self.attributes.give_to_name(path, None),
             What::Fifo | What::Socket => self.attributes.give_to_name(path, Some(self.mode)),
         };
-        let name = self.path.display();
+        let name = self.path.shown();
         lost.into_iter()
             .map(|what| format!("{name} (deleted): could not be given back: {what}"))
             .collect()

@@ -15,6 +15,7 @@ use crate::objects::SpaceId;
 use crate::objects::memory::FileIdentity;
 use crate::objects::open::Handle;
 use crate::objects::source::{Collector, Contents, Source};
+use crate::text::Shown;
 
 /// A named file that can be put back as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +62,7 @@ pub fn save_mapped(
         Ok(saved) => collector.mapped_files[file].saved = Some(saved),
         Err(e) if asked_for => {
             return Err(Box::new(Obstacle::new(
-                format!("the mapped file {} of {}", path.display(), source.title()),
+                format!("the mapped file {} of {}", path.shown(), source.title()),
                 format!("cannot be read to be saved: {e}"),
                 "make it readable, or leave it out of --save-files",
             )));

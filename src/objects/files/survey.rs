@@ -15,6 +15,7 @@ use super::{Owner, sys};
 use crate::error::Obstacle;
 use crate::objects::sockets;
 use crate::objects::source::{Copies, Source};
+use crate::text::Shown;
 
 /// All descriptors of a job.
 pub struct Survey {
@@ -245,11 +246,11 @@ impl Look {
             FdLink::File {
                 path,
                 deleted: false,
-            } => path.display().to_string(),
+            } => path.shown(),
             FdLink::File {
                 path,
                 deleted: true,
-            } => format!("{} (deleted)", path.display()),
+            } => format!("{} (deleted)", path.shown()),
             FdLink::Pipe(inode) => format!("pipe:[{inode}]"),
             FdLink::Socket(inode) => format!("socket:[{inode}]"),
             FdLink::AnonInode(name) => format!("anon_inode:[{name}]"),

@@ -137,10 +137,7 @@ pub(super) fn refuse_contents(descriptions: &[files::Description], obstacles: &m
         Ok(names) => obstacles.extend(names.into_iter().filter(|n| !known.contains(n)).map(
             |name| {
                 Obstacle::new(
-                    format!(
-                        "the POSIX message queue /{}",
-                        String::from_utf8_lossy(&name)
-                    ),
+                    format!("the POSIX message queue /{}", crate::text::of(&name)),
                     "is in the job's IPC namespace, and no process of the job has it open",
                     "let one of them open it, or remove it (mq_unlink)",
                 )
@@ -184,10 +181,7 @@ struct Present {
 impl MessageQueue {
     /// Its name in messages.
     pub fn title(&self) -> String {
-        format!(
-            "the POSIX message queue /{}",
-            String::from_utf8_lossy(&self.name)
-        )
+        format!("the POSIX message queue /{}", crate::text::of(&self.name))
     }
 
     /// The name under which the new process opens it.

@@ -18,6 +18,7 @@ use crate::error::Obstacle;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::source::{Collector, Contents, Source};
 use crate::objects::{aio, files, uring};
+use crate::text::Shown;
 
 /// The name of what memfd_secret(2) makes (mm/secretmem.c).
 const SECRET: &str = "/secretmem";
@@ -237,7 +238,7 @@ fn backing(
         return Err(refuse(
             &format!(
                 "is memory of the device {}, which only its driver can bring back",
-                path.display()
+                path.shown()
             ),
             "let the program unmap it before the checkpoint",
         ));

@@ -12,6 +12,7 @@ use crate::objects::access::MISSING;
 use crate::objects::files::changed;
 use crate::objects::open::Handle;
 use crate::objects::options::FilesPolicy;
+use crate::text::Shown;
 
 /// Whether two looks were at one file.
 pub fn same_file(a: &Metadata, b: &Metadata) -> bool {
@@ -75,7 +76,7 @@ pub fn check_file(
     shared_only: bool,
     policy: FilesPolicy,
 ) -> Result<Handle, Box<Obstacle>> {
-    let object = format!("the mapped file {}", file.path.display());
+    let object = format!("the mapped file {}", file.path.shown());
     // What was put back is what it was.
     let policy = file.saved.map_or(policy, |_| FilesPolicy::Adopt);
     let there = match changed::look(&file.path, &file.identity, policy) {

@@ -19,6 +19,7 @@ use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::{self, Kind, Staging};
 use crate::objects::plan::Builder;
+use crate::text::Shown;
 
 /// Makes all sockets, when the first of them comes.
 pub fn open(
@@ -83,10 +84,7 @@ fn stale_files(
         if !meta.file_type().is_socket() {
             obstacles.push(Obstacle::new(
                 format!("the {label}"),
-                format!(
-                    "cannot have its name: another file is at {}",
-                    path.display()
-                ),
+                format!("cannot have its name: another file is at {}", path.shown()),
                 "move that file away",
             ));
         } else if names::is_live(path) != Some(false)
@@ -256,7 +254,7 @@ impl Binding<'_> {
                 label,
                 format!(
                     "cannot have its name: there is no directory for {}",
-                    file.named.display()
+                    file.named.shown()
                 ),
                 "make that directory",
             ));

@@ -10,6 +10,7 @@ use super::sys::Ucred;
 use super::urgent::Urgent;
 use crate::error::Obstacle;
 use crate::objects::bounds;
+use crate::text::Shown;
 
 /// A unix domain socket. Everything that refers to another socket does so by inode number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,7 +197,7 @@ impl UnixSocket {
             format!("the {}", self.label()),
             format!(
                 "is rebuilt with everything connected to it and cannot be replaced by {}",
-                path.display()
+                path.shown()
             ),
             "leave that --fd out",
         )

@@ -6,6 +6,8 @@
 //! or `BUSY`, then what the job prints, beginning with the last screenful. A client writes
 //! frames: one byte that says what, two for the length (big endian), the bytes.
 
+use crate::text::Shown;
+
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -42,7 +44,7 @@ fn directory() -> io::Result<PathBuf> {
     if !meta.is_dir() || meta.uid() != uid || meta.mode() & 0o077 != 0 {
         return Err(io::Error::other(format!(
             "{} is not a directory of yours alone; remove it or set XDG_RUNTIME_DIR",
-            dir.display()
+            dir.shown()
         )));
     }
     Ok(dir)
