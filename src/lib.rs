@@ -8,19 +8,16 @@
 pub mod capture;
 pub mod children;
 pub mod cli;
-pub mod error;
 pub mod guard;
 pub mod host;
 pub mod inspect;
 pub mod isolate;
 mod metered;
-pub mod objects;
 pub mod progress;
 pub mod rehearse;
 pub mod restore;
 pub mod snapshot;
 pub mod supervise;
-pub mod text;
-pub mod tty;
 
-pub use error::{Error, Obstacle, Result};
+pub use ckpt_objects as objects;
+pub use ckpt_objects::{Error, Obstacle, Result, error, text, tty};

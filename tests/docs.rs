@@ -71,9 +71,9 @@ fn every_fixture_in_the_table_exists() {
 #[test]
 fn every_kind_of_file_and_memory_has_its_row() {
     let page = read("docs/supported.md");
-    let kinds = variants(&read("src/objects/files/mod.rs"), "pub enum Kind {");
+    let kinds = variants(&read("objects/src/files/mod.rs"), "pub enum Kind {");
     assert_eq!(missing(&page, &kinds), [""; 0], "kinds of open files");
-    let backings = variants(&read("src/objects/memory/mod.rs"), "pub enum Backing {");
+    let backings = variants(&read("objects/src/memory/mod.rs"), "pub enum Backing {");
     assert_eq!(missing(&page, &backings), [""; 0], "kinds of mappings");
 }
 
@@ -117,7 +117,7 @@ fn every_key_of_json_is_described() {
         ("src/cli/check.rs", "struct Privilege"),
         ("src/cli/check.rs", "struct Process"),
         ("src/cli/check.rs", "struct Image"),
-        ("src/error.rs", "pub struct Obstacle"),
+        ("objects/src/error.rs", "pub struct Obstacle"),
         ("src/cli/inspect.rs", "struct Everything"),
         ("src/inspect/summary.rs", "pub struct Summary"),
         ("src/inspect/summary.rs", "pub struct ProcessView"),
@@ -163,7 +163,13 @@ fn every_use_of_a_capability_has_its_row() {
 #[test]
 fn capabilities_are_named_in_one_place() {
     let mut files = Vec::new();
-    for room in ["src", "tracer/src", "restorer/src", "image/src"] {
+    for room in [
+        "src",
+        "objects/src",
+        "tracer/src",
+        "restorer/src",
+        "image/src",
+    ] {
         sources(
             &Path::new(env!("CARGO_MANIFEST_DIR")).join(room),
             &mut files,

@@ -66,7 +66,7 @@ fn literals(text: &str) -> Vec<String> {
 fn messages() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    for room in ["src", "tracer/src"] {
+    for room in ["src", "objects/src", "tracer/src"] {
         sources(&root.join(room), &mut files);
     }
     let mut all = Vec::new();

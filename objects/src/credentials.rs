@@ -1,0 +1,456 @@
+//! Who a task is: ids, groups, capabilities. Threads have their own each.
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use ckpt_tracer::capabilities::{Held, Use, set_names};
+use ckpt_tracer::proc::status::{self, Status};
+use serde::{Deserialize, Serialize};
+
+use super::Snapshot;
+use super::namespaces::Extent;
+use super::namespaces::parse_map;
+use super::process::Process;
+use crate::error::Obstacle;
+use crate::plan::Builder;
+
+/// A task's credentials (credentials(7), capabilities(7)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Real, effective, saved, file system.
+    pub uid: [u32; 4],
+    /// Real, effective, saved, file system.
+    pub gid: [u32; 4],
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Inheritable capabilities.
+    pub inheritable: u64,
+    /// Permitted capabilities.
+    pub permitted: u64,
+    /// Effective capabilities.
+    pub effective: u64,
+    /// Bounding set.
+    pub bounding: u64,
+    /// Ambient set.
+    pub ambient: u64,
+    /// `PR_GET_SECUREBITS`.
+    pub securebits: u32,
+    /// `PR_GET_NO_NEW_PRIVS`.
+    pub no_new_privs: bool,
+}
+
+/// `SECBIT_KEEP_CAPS`, which `PR_SET_KEEPCAPS` sets and clears.
+const KEEP_CAPS: u32 = 1 << 4;
+
+/// Whether setgroups(2) is permitted: it is not in user namespaces that an ordinary user has made alone.
+pub fn groups_can_be_set() -> bool {
+    let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
+    setting.trim() != "deny"
+}
+
+/// What of the job's credentials we may not give; `now` is what its processes have from us, `held` what
+/// they may do with it, `outside` are our groups outside of the job's user namespace.
+pub fn obstacles(
+    snapshot: &Snapshot,
+    now: &Credentials,
+    held: Held,
+    outside: &[u32],
+) -> Vec<Obstacle> {
+    let no_groups = !groups_can_be_set();
+    let ids = Ids::here();
+    let mut obstacles = match no_groups {
+        true => Vec::new(),
+        false => foreign_groups(snapshot, outside),
+    };
+    for process in &snapshot.processes {
+        let mut refuse = |reason: String, remedy: &str| {
+            let object = format!("process {}", process.pid);
+            obstacles.push(Obstacle::new(object, reason, remedy));
+        };
+        let threads = || process.threads.iter().map(|t| &t.credentials);
+        if no_groups && threads().any(|c| c.groups != now.groups) {
+            refuse(
+                "has other supplementary groups than you have, and groups cannot be set in a user \
+                 namespace"
+                    .into(),
+                "restore it as root, or as a member of exactly its groups",
+            );
+        }
+        let reason = threads().find_map(|c| c.not_permitted(now, held, no_groups, &ids));
+        if let Some(reason) = reason {
+            refuse(reason, "restore it as that user, or as root");
+        }
+        if process.threads.iter().any(|t| t.seccomp.is_on()) && !held.allows(Use::InstallSeccomp) {
+            let takes = Use::InstallSeccomp;
+            refuse(
+                format!("is under seccomp, and restoring that needs {takes}"),
+                "restore it as root",
+            );
+        }
+    }
+    obstacles
+}
+
+/// Whether the kernel gives whoever executes this file other ids, or capabilities (execve(2)).
+#[allow(unsafe_code)]
+pub fn gives_privileges(program: &Path) -> bool {
+    let Ok(path) = CString::new(program.as_os_str().as_bytes()) else {
+        return false;
+    };
+    let set_id = std::fs::metadata(program).is_ok_and(|meta| meta.mode() & 0o6000 != 0);
+    let name = c"security.capability".as_ptr();
+    // SAFETY: C strings; with no room the kernel only tells the size.
+    set_id || unsafe { libc::getxattr(path.as_ptr(), name, std::ptr::null_mut(), 0) } > 0
+}
+
+/// Takes back what an exec of such a file has given or taken: `now` is what we have. Root keeps its
+/// permitted set through it, an ordinary user's tracer that has no CAP_SYS_PTRACE makes the
+/// kernel give nothing (`cap_bprm_creds_from_file`, security/commoncap.c).
+pub fn as_before_exec(now: &Credentials, plan: &mut Builder) {
+    let object = || "the credentials before its set-uid program".to_owned();
+    let prctl = |args: [u64; 2], plan: &mut Builder| {
+        plan.syscall(libc::SYS_prctl, &args, object);
+    };
+    prctl([libc::PR_SET_KEEPCAPS as u64, 1], plan);
+    // Its effective set is what the file gave; that which is permitted suffices for what follows.
+    now.set_capabilities(plan, object);
+    now.set_ids(plan, object);
+    now.set_capabilities(plan, object);
+    prctl([libc::PR_SET_KEEPCAPS as u64, 0], plan);
+}
+
+/// setgroups(2).
+pub fn set_groups(groups: &[u32], plan: &mut Builder, object: impl Fn() -> String) {
+    let bytes: Vec<u8> = groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+    let at = plan.data(&bytes);
+    plan.syscall(libc::SYS_setgroups, &[groups.len() as u64, at], object);
+}
+
+/// A new session keyring, empty and that user's: who has ours could use the keys in it
+/// (session-keyring(7)).
+pub fn join_keyring((uid, gid): (u32, u32), plan: &mut Builder) {
+    const KEYCTL_JOIN_SESSION_KEYRING: u64 = 1;
+    const KEYCTL_CHOWN: u64 = 4;
+    const KEY_SPEC_SESSION_KEYRING: i64 = -3;
+    let object = || "the session keyring".to_owned();
+    let session = KEY_SPEC_SESSION_KEYRING as u64;
+    plan.syscall(libc::SYS_keyctl, &[KEYCTL_JOIN_SESSION_KEYRING, 0], object);
+    // Without the right to give it away it is the user's to use all the same, by possession.
+    let args = [KEYCTL_CHOWN, session, uid.into(), gid.into()];
+    plan.attempt(libc::SYS_keyctl, &args, object);
+}
+
+/// The ids that somebody has in a user namespace (user_namespaces(7)); `None`: not known.
+#[derive(Default)]
+struct Ids {
+    users: Option<Vec<Extent>>,
+    groups: Option<Vec<Extent>>,
+}
+
+impl Ids {
+    /// Those of our own.
+    fn here() -> Self {
+        let map = |file: &str| std::fs::read(format!("/proc/self/{file}")).ok();
+        Self {
+            users: map("uid_map").map(|text| parse_map(&text)),
+            groups: map("gid_map").map(|text| parse_map(&text)),
+        }
+    }
+
+    /// One of a task's that nobody has.
+    fn lacking(&self, task: &Credentials) -> Option<u32> {
+        let unknown = |ids: &[u32], map: &Option<Vec<Extent>>| {
+            let map = map.as_ref()?;
+            let has = |id: u32, (first, _, count): &Extent| id >= *first && id - first < *count;
+            let nobody = |id: &u32| !map.iter().any(|extent| has(*id, extent));
+            ids.iter().copied().find(nobody)
+        };
+        unknown(&task.uid, &self.users).or_else(|| unknown(&task.gid, &self.groups))
+    }
+}
+
+/// Groups that came into the job's user namespace from outside, and that lead nowhere inside: only
+/// whoever has exactly these can make such a namespace again.
+pub fn foreign_groups(snapshot: &Snapshot, outside: &[u32]) -> Vec<Obstacle> {
+    let user = snapshot.namespaces.user.as_ref();
+    let Some(user) = user.filter(|u| !u.inherited_groups.is_empty()) else {
+        return Vec::new();
+    };
+    let inherited = user.groups_inside(&user.inherited_groups);
+    let has = |p: &&Process| p.threads.iter().any(|t| t.credentials.groups == inherited);
+    let processes = snapshot.processes.iter().filter(has);
+    let processes = processes.filter(|_| outside != user.inherited_groups);
+    let obstacle = |p: &Process| {
+        Obstacle::new(
+            format!("process {}", p.pid),
+            format!(
+                "has supplementary groups from outside its user namespace, {:?}, and yours are {outside:?}",
+                user.inherited_groups
+            ),
+            "restore it as root, or as a member of exactly its groups",
+        )
+    };
+    processes.map(obstacle).collect()
+}
+
+impl Credentials {
+    /// From a task's status; the securebits are asked from inside.
+    pub fn of(status: &Status, securebits: u32) -> Self {
+        let ids = |i: &status::Ids| [i.real, i.effective, i.saved, i.fs];
+        Self {
+            uid: ids(&status.uid),
+            gid: ids(&status.gid),
+            groups: status.groups.clone(),
+            inheritable: status.capabilities.inheritable,
+            permitted: status.capabilities.permitted,
+            effective: status.capabilities.effective,
+            bounding: status.capabilities.bounding,
+            ambient: status.capabilities.ambient,
+            securebits,
+            no_new_privs: status.no_new_privs,
+        }
+    }
+
+    /// Why these cannot be had by a process that begins with `now`.
+    fn not_permitted(
+        &self,
+        now: &Credentials,
+        held: Held,
+        no_groups: bool,
+        ids: &Ids,
+    ) -> Option<String> {
+        let foreign = |ids: &[u32; 4], own: &[u32; 4]| {
+            let other = ids.iter().find(|id| !own[..3].contains(id));
+            other.copied()
+        };
+        if let Some(uid) = foreign(&self.uid, &now.uid).filter(|_| !held.allows(Use::SetUser)) {
+            let (us, takes) = (now.uid[1], Use::SetUser);
+            return Some(format!(
+                "has the uid {uid}, and you are uid {us}: becoming it needs {takes}"
+            ));
+        }
+        if let Some(gid) = foreign(&self.gid, &now.gid).filter(|_| !held.allows(Use::SetGroups)) {
+            let (us, takes) = (now.gid[1], Use::SetGroups);
+            return Some(format!(
+                "has the gid {gid}, and you have gid {us}: becoming it needs {takes}"
+            ));
+        }
+        if self.groups != now.groups && !no_groups && !held.allows(Use::SetGroups) {
+            let takes = Use::SetGroups;
+            return Some(format!(
+                "has other supplementary groups than you have, and setting them needs {takes}"
+            ));
+        }
+        if self.ids_differ(now) && !held.allows(Use::RebuildOthers) {
+            let takes = Use::RebuildOthers;
+            return Some(format!(
+                "has other ids than you have, and looking into it while it is rebuilt needs {takes}"
+            ));
+        }
+        if let Some(id) = ids.lacking(self) {
+            return Some(format!(
+                "has the id {id}, which does not exist in this user namespace"
+            ));
+        }
+        let bits = now.bounding & !self.bounding != 0 || self.securebits_differ(now);
+        if (bits || self.leaves_root(now)) && !held.allows(Use::Setpcap) {
+            let takes = Use::Setpcap;
+            return Some(format!(
+                "has a smaller bounding set of capabilities than you have, other securebits, or is \
+                 not root as you are, and setting that needs {takes}"
+            ));
+        }
+        let lacking = self.permitted & !now.permitted | self.inheritable & !now.bounding;
+        (lacking != 0).then(|| {
+            format!(
+                "has capabilities that you cannot give it: {}",
+                set_names(lacking)
+            )
+        })
+    }
+
+    /// Whether ids change in a way that makes the kernel change capabilities with them
+    /// (`cap_emulate_setxuid`, security/commoncap.c).
+    fn leaves_root(&self, now: &Credentials) -> bool {
+        self.ids_differ(now) && (now.uid.contains(&0) || self.uid.contains(&0))
+    }
+
+    /// Whether securebits differ but for the one that takes no capability.
+    fn securebits_differ(&self, now: &Credentials) -> bool {
+        (self.securebits ^ now.securebits) & !KEEP_CAPS != 0
+    }
+
+    fn ids_differ(&self, now: &Credentials) -> bool {
+        self.uid != now.uid || self.gid != now.gid
+    }
+
+    /// What differs from what a process started by us has now is set, in an order in which
+    /// each step is still permitted: groups, what is inheritable although the bounding set lacks it, bounding set, ids
+    /// with capabilities kept, ambient capabilities, which securebits may forbid to raise, then these, and last the
+    /// capability sets themselves.
+    pub fn rebuild(&self, now: &Credentials, plan: &mut Builder) {
+        let object = || "credentials".to_owned();
+        if self.groups != now.groups {
+            set_groups(&self.groups, plan, object);
+        }
+        if self.inheritable & !now.inheritable != 0 {
+            let more = Credentials {
+                inheritable: now.inheritable | self.inheritable,
+                ..now.clone()
+            };
+            more.set_capabilities(plan, object);
+        }
+        for cap in 0..64 {
+            let bit = 1 << cap;
+            if now.bounding & bit != 0 && self.bounding & bit == 0 {
+                plan.syscall(
+                    libc::SYS_prctl,
+                    &[libc::PR_CAPBSET_DROP as u64, cap],
+                    object,
+                );
+            }
+        }
+        let (ids_differ, leaves_root) = (self.ids_differ(now), self.leaves_root(now));
+        if leaves_root {
+            // SECBIT_KEEP_CAPS and SECBIT_NO_SETUID_FIXUP: capabilities stay through setresuid.
+            let keep = u64::from(KEEP_CAPS) | 1 << 2;
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_SECUREBITS as u64, keep],
+                object,
+            );
+        }
+        if ids_differ {
+            self.set_ids(plan, object);
+        }
+        let mut ambient = |how: i32, caps: u64| {
+            for cap in (0..64).filter(|cap| caps & 1 << cap != 0) {
+                let args = [libc::PR_CAP_AMBIENT as u64, how as u64, cap];
+                plan.syscall(libc::SYS_prctl, &args, object);
+            }
+        };
+        ambient(libc::PR_CAP_AMBIENT_LOWER, now.ambient & !self.ambient);
+        ambient(libc::PR_CAP_AMBIENT_RAISE, self.ambient);
+        if leaves_root || self.securebits_differ(now) {
+            let bits = u64::from(self.securebits);
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_SECUREBITS as u64, bits],
+                object,
+            );
+        } else if self.securebits != now.securebits {
+            let keep = u64::from(self.securebits & KEEP_CAPS != 0);
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_KEEPCAPS as u64, keep],
+                object,
+            );
+        }
+        let sets = |c: &Credentials| (c.effective, c.permitted, c.inheritable);
+        if ids_differ || sets(self) != sets(now) {
+            self.set_capabilities(plan, object);
+        }
+    }
+
+    /// Whether [`rebuild_no_new_privs`](Self::rebuild_no_new_privs) sets what we do not have ourselves.
+    pub fn takes_no_new_privs(&self, now: &Credentials) -> bool {
+        self.no_new_privs && !now.no_new_privs
+    }
+
+    /// `no_new_privs`, when all that needs privileges is done, and before seccomp filters, which need it.
+    pub fn rebuild_no_new_privs(&self, now: &Credentials, plan: &mut Builder) {
+        if self.takes_no_new_privs(now) {
+            plan.syscall(
+                libc::SYS_prctl,
+                &[libc::PR_SET_NO_NEW_PRIVS as u64, 1],
+                || "credentials".to_owned(),
+            );
+        }
+    }
+
+    /// Groups first: the right to choose them goes with the user.
+    fn set_ids(&self, plan: &mut Builder, object: impl Fn() -> String + Copy) {
+        let [r, e, s, f] = self.gid.map(u64::from);
+        plan.syscall(libc::SYS_setresgid, &[r, e, s], object);
+        plan.syscall(libc::SYS_setfsgid, &[f], object);
+        let [r, e, s, f] = self.uid.map(u64::from);
+        plan.syscall(libc::SYS_setresuid, &[r, e, s], object);
+        plan.syscall(libc::SYS_setfsuid, &[f], object);
+    }
+
+    /// capset(2).
+    pub fn set_capabilities(&self, plan: &mut Builder, object: impl Fn() -> String) {
+        // _LINUX_CAPABILITY_VERSION_3, our own thread.
+        let header = plan.data(&[0x2008_0522u32, 0].map(u32::to_le_bytes).concat());
+        let words = [
+            self.effective as u32,
+            self.permitted as u32,
+            self.inheritable as u32,
+            (self.effective >> 32) as u32,
+            (self.permitted >> 32) as u32,
+            (self.inheritable >> 32) as u32,
+        ];
+        let data = plan.data(&words.map(u32::to_le_bytes).concat());
+        plan.syscall(libc::SYS_capset, &[header, data], object);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ckpt_tracer::capabilities::Capability;
+
+    fn of(id: u32) -> Credentials {
+        Credentials {
+            uid: [id; 4],
+            gid: [id; 4],
+            ..Credentials::default()
+        }
+    }
+
+    #[test]
+    fn what_is_lacking_is_named() {
+        let why = |job: &Credentials, now: &Credentials, set| {
+            job.not_permitted(now, Held::NONE.with(set), false, &Ids::default())
+        };
+        let (me, root) = (of(1000), of(0));
+        assert_eq!(why(&me, &me, 0), None);
+        let said = why(&root, &me, 0).expect("it is another user");
+        assert!(
+            said.contains("uid 0, and you are uid 1000") && said.contains("CAP_SETUID"),
+            "{said}"
+        );
+        let both = Capability::Setuid.bit() | Capability::Setgid.bit();
+        let said = why(&of(7), &me, both).expect("it would be somebody else's");
+        assert!(
+            said.contains("CAP_SYS_PTRACE and CAP_DAC_OVERRIDE"),
+            "{said}"
+        );
+        let both = both | Capability::SysPtrace.bit() | Capability::DacOverride.bit();
+        let said = why(&of(7), &me, Capability::Setuid.bit()).expect("it has another group");
+        assert!(
+            said.contains("gid 7") && said.contains("CAP_SETGID"),
+            "{said}"
+        );
+        assert_eq!(why(&of(7), &me, both), None);
+        let said = why(&me, &root, both).expect("the change is root's");
+        assert!(said.contains("CAP_SETPCAP"), "{said}");
+        assert_eq!(why(&me, &root, both | Capability::Setpcap.bit()), None);
+        let capable = Credentials {
+            permitted: Capability::NetAdmin.bit(),
+            ..me.clone()
+        };
+        let said = why(&capable, &me, both).expect("nobody can give it");
+        assert!(said.ends_with("cannot give it: net_admin"), "{said}");
+        let ids = Ids {
+            users: Some(vec![(0, 0, 1), (1000, 5000, 2)]),
+            groups: None,
+        };
+        assert_eq!(
+            [0, 1001, 1002].map(|id| ids.lacking(&of(id))),
+            [None, None, Some(1002)]
+        );
+    }
+}

@@ -1,0 +1,91 @@
+//! Character devices that keep no state between calls.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Kind, Look};
+use crate::access::MISSING;
+use crate::error::Obstacle;
+use crate::open::{Handle, Last};
+use crate::rights::{self, Rights};
+use crate::text::Shown;
+
+/// An open character device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Where it was opened.
+    #[serde(with = "crate::raw_path")]
+    pub path: PathBuf,
+    /// Device number, major and minor.
+    pub number: (u32, u32),
+}
+
+/// The devices that are known to keep no state, and where they are.
+const STATELESS: &[((u32, u32), &str)] = &[
+    ((1, 3), "/dev/null"),
+    ((1, 5), "/dev/zero"),
+    ((1, 7), "/dev/full"),
+    ((1, 8), "/dev/random"),
+    ((1, 9), "/dev/urandom"),
+];
+
+/// Whether the device is one that keeps no state.
+pub fn is_stateless(look: &Look) -> bool {
+    let number = look.stat.st_rdev;
+    let number = (libc::major(number), libc::minor(number));
+    STATELESS.iter().any(|(known, _)| *known == number)
+}
+
+/// Captures a stateless device.
+pub fn capture(look: &Look, path: &Path) -> Kind {
+    let number = look.stat.st_rdev;
+    let number = (libc::major(number), libc::minor(number));
+    Kind::Device(Device {
+        path: path.to_owned(),
+        number,
+    })
+}
+
+impl Device {
+    /// For messages.
+    pub fn object(&self) -> String {
+        format!("the device {}", self.path.shown())
+    }
+
+    /// Finds it, to be opened with these rights: by the name that it had, or by another that leads to the same
+    /// device where that is gone.
+    pub fn find(&self, flags: u32, rights: Option<&Rights>) -> Result<Handle, Box<Obstacle>> {
+        rights::with(rights, || {
+            let usual = STATELESS.iter().find(|(known, _)| *known == self.number);
+            let usual = usual.map(|(_, path)| Path::new(path));
+            let found = device(&self.path, self.number);
+            let found = found.or_else(|reason| {
+                let other = usual.map(|path| device(path, self.number));
+                other.and_then(Result::ok).ok_or(reason)
+            });
+            let found =
+                found.map_err(|reason| Box::new(Obstacle::new(self.object(), reason, MISSING)))?;
+            if let Err(errno) = rights::may_open(None, &found.link(), flags as i32) {
+                let reason = format!("cannot be opened by the job's user: {}", errno.desc());
+                let remedy = "give that user the right to it (chmod)";
+                return Err(Box::new(Obstacle::new(self.object(), reason, remedy)));
+            }
+            Ok(found)
+        })
+    }
+}
+
+/// The character device of that number that a path leads to.
+///
+/// # Errors
+/// Why there is none.
+pub fn device(path: &Path, (major, minor): (u32, u32)) -> Result<Handle, String> {
+    let found = Handle::of(path, Last::LeadsOn).map_err(|e| format!("cannot be opened: {e}"))?;
+    let meta = found.meta();
+    match meta.file_type().is_char_device() && meta.rdev() == libc::makedev(major, minor) {
+        true => Ok(found),
+        false => Err("is something else by now".to_owned()),
+    }
+}

@@ -1,0 +1,274 @@
+//! epoll(7).
+
+use std::cmp::Ordering;
+use std::collections::HashMap;
+use std::os::fd::AsRawFd;
+
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::kcmp::{KcmpType, kcmp};
+use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
+use ckpt_tracer::{Error, Pid};
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::rebuild::place;
+use super::{Kind, Look, Staging, WITHHELD_REMEDY, sys};
+use crate::Snapshot;
+use crate::bounds;
+use crate::error::{Obstacle, Result};
+use crate::plan::Builder;
+use crate::process::Process;
+use crate::source::{Collector, Copies, Source};
+
+/// An interest list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Epoll {
+    /// Its entries.
+    pub entries: Vec<Entry>,
+    /// How it polls network devices, unless as the system does by default (Linux 6.9, EPIOCGPARAMS).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub busy_poll: Option<BusyPoll>,
+}
+
+/// `struct epoll_params`, ioctl_eventpoll(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BusyPoll {
+    /// For how many microseconds.
+    pub microseconds: u32,
+    /// How many packets a time.
+    pub budget: u16,
+    /// Instead of interrupts.
+    pub preferred: u8,
+}
+
+impl Epoll {
+    /// A set whose entries are not known yet.
+    pub fn capture(look: &Look) -> Self {
+        let busy_poll = sys::busy_poll(&look.copy);
+        Self {
+            entries: Vec::new(),
+            busy_poll: busy_poll.filter(|params| *params != BusyPoll::default()),
+        }
+    }
+
+    /// Creates it, still empty.
+    pub fn rebuild(&self, at: i32, plan: &mut Builder) {
+        plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
+        place(0, at, plan, || "an epoll set".into());
+        let Some(params) = self.busy_poll else { return };
+        let mut bytes = [0; 8];
+        bytes[..4].copy_from_slice(&params.microseconds.to_ne_bytes());
+        bytes[4..6].copy_from_slice(&params.budget.to_ne_bytes());
+        bytes[6] = params.preferred;
+        let data = plan.data(&bytes);
+        let args = [at as u64, sys::EPIOCSPARAMS, data];
+        let without = format!(
+            "an epoll set does not poll network devices as it did (EPIOCSPARAMS); it may need Linux 6.9, and {}",
+            Use::BusyPoll
+        );
+        plan.try_syscall(libc::SYS_ioctl, &args, &without);
+    }
+}
+
+/// One entry: an open file description under the number with which it was added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The number; it may be closed or used for another file by now.
+    #[serde(deserialize_with = "bounds::fd")]
+    pub fd: i32,
+    /// Index in the snapshot's descriptions.
+    pub description: usize,
+    /// `EPOLL*`.
+    pub events: u32,
+    /// The program's word.
+    pub data: u64,
+}
+
+/// Fills in the entries of the epoll sets among `looks`, whose descriptions begin at `first`.
+///
+/// fdinfo names an entry by the number it was added under. Which description that was is told
+/// by `KCMP_EPOLL_TFD`; the obvious candidate is asked first.
+pub fn capture_entries(
+    sources: &[&Source],
+    looks: &[Look],
+    first: usize,
+    collector: &mut Collector,
+) -> Result<()> {
+    for (index, set) in looks.iter().enumerate() {
+        let FdDetail::Epoll { targets } = &set.info.detail else {
+            continue;
+        };
+        let kinds = &collector.descriptions[first..];
+        let is_left = |at: usize| {
+            kinds
+                .get(at)
+                .is_some_and(|d| matches!(d.kind, Kind::Left(_)))
+        };
+        let left: Vec<bool> = (0..looks.len()).map(is_left).collect();
+        let mut entries = Vec::with_capacity(targets.len());
+        let mut seen: HashMap<i32, u32> = HashMap::new();
+        for target in targets {
+            // One number may have been added for several descriptions, one after the other.
+            let turn = seen.entry(target.tfd).or_default();
+            let found = match collector.copies {
+                Copies::Lent(_) if targets.iter().filter(|t| t.tfd == target.tfd).count() > 1 => {
+                    collector.obstacles.push(untold(set, sources, target));
+                    continue;
+                }
+                Copies::Lent(_) => find_by_adding(looks, set, target)?,
+                _ => find(looks, set, target, *turn)?,
+            };
+            *turn += 1;
+            match found {
+                // Closing a file takes it out of the sets that watch it.
+                Some(at) if left[at] => {}
+                Some(at) => entries.push(Entry {
+                    fd: target.tfd,
+                    description: first + at,
+                    events: target.events,
+                    data: target.data,
+                }),
+                None => collector.obstacles.push(Obstacle::new(
+                    set.object(sources[set.process]),
+                    format!(
+                        "is an epoll set that watches a file added as fd {}, which only a process \
+                         outside the job still has open",
+                        target.tfd
+                    ),
+                    "remove it from the set before the checkpoint",
+                )),
+            }
+        }
+        if let Kind::Epoll(epoll) = &mut collector.descriptions[first + index].kind {
+            epoll.entries = entries;
+        }
+    }
+    Ok(())
+}
+
+/// Without kcmp(2): a set refuses to take a description under a number under which it has it
+/// (EEXIST).
+fn find_by_adding(looks: &[Look], set: &Look, target: &EpollTarget) -> Result<Option<usize>> {
+    for at in candidates(looks, set, target) {
+        let asked = sys::epoll_has(&set.copy, &looks[at].copy, target.tfd);
+        if asked.map_err(|errno| Error::Kernel {
+            call: "epoll_ctl",
+            object: format!("an epoll set, about fd {}", target.tfd),
+            errno,
+        })? {
+            return Ok(Some(at));
+        }
+    }
+    Ok(None)
+}
+
+fn untold(set: &Look, sources: &[&Source], target: &EpollTarget) -> Obstacle {
+    Obstacle::new(
+        set.object(sources[set.process]),
+        format!(
+            "is an epoll set that watches several files as fd {}, and which is which cannot be told \
+             where kcmp(2) is not permitted",
+            target.tfd
+        ),
+        WITHHELD_REMEDY,
+    )
+}
+
+/// Descriptions of the watched inode, the obvious one first.
+fn candidates(looks: &[Look], set: &Look, target: &EpollTarget) -> Vec<usize> {
+    let mut candidates: Vec<usize> = (0..looks.len())
+        .filter(|&i| looks[i].stat.st_ino == target.ino)
+        .collect();
+    candidates.sort_by_key(|&i| (looks[i].process != set.process, looks[i].fd != target.tfd));
+    candidates
+}
+
+fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
+    let me = Pid::own().leader();
+    for at in candidates(looks, set, target) {
+        // The copies: a process that runs (`ckpt check`) may have closed its descriptors since.
+        let what = KcmpType::EpollTfd {
+            fd: looks[at].copy.as_raw_fd(),
+            efd: set.copy.as_raw_fd(),
+            tfd: target.tfd as u32,
+            toff: turn,
+        };
+        match kcmp(me, me, what) {
+            Ok(Ordering::Equal) => return Ok(Some(at)),
+            Ok(_) => {}
+            Err(Error::Kernel {
+                errno: Errno::ENOENT,
+                ..
+            }) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(None)
+}
+
+impl Epoll {
+    /// Adds the entries: each description gets the number that it was added under for a
+    /// moment. Those for which `later` holds are added when their descriptions are right.
+    pub fn rebuild_entries(
+        &self,
+        at: i32,
+        staging: Staging,
+        later: impl Fn(usize) -> bool,
+        plan: &mut Builder,
+    ) {
+        for entry in self.entries.iter().filter(|e| !later(e.description)) {
+            let object = || entry.object();
+            let fd = entry.fd as u64;
+            let from = staging.of(entry.description) as u64;
+            plan.expect(
+                libc::SYS_dup3,
+                &[from, fd, libc::O_CLOEXEC as u64],
+                fd,
+                object,
+            );
+            entry.add(at, entry.fd, plan);
+            plan.syscall(libc::SYS_close, &[fd], object);
+        }
+    }
+}
+
+/// Whether a description is a signalfd. A set that watches one waits for the signals of the process
+/// that added it (`signalfd_poll`, fs/signalfd.c), so that process has to add it again.
+pub fn is_bound(description: usize, snapshot: &Snapshot) -> bool {
+    let watched = snapshot.descriptions.get(description);
+    watched.is_some_and(|d| matches!(d.kind, Kind::SignalFd(_)))
+}
+
+/// Adds the entries that the process has to add itself: of sets that it has, and no process before
+/// it. Called before the process has its own numbers.
+pub fn rebuild_bound(index: usize, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    for (set, description) in snapshot.descriptions.iter().enumerate() {
+        let Kind::Epoll(epoll) = &description.kind else {
+            continue;
+        };
+        let holds = |p: &Process| p.fds.iter().any(|e| e.description == set);
+        let first = snapshot.processes.iter().position(holds).unwrap_or(0);
+        if first == index {
+            let others = |d: usize| !is_bound(d, snapshot);
+            epoll.rebuild_entries(staging.of(set), staging, others, plan);
+        }
+    }
+}
+
+impl Entry {
+    /// What it is called in messages.
+    pub fn object(&self) -> String {
+        format!("the epoll entry for fd {}", self.fd)
+    }
+
+    /// Adds it to the set `epoll`, as what is open under `fd`.
+    pub fn add(&self, epoll: i32, fd: i32, plan: &mut Builder) {
+        // struct epoll_event is packed on x86-64.
+        let mut event = [0; 12];
+        event[..4].copy_from_slice(&self.events.to_le_bytes());
+        event[4..].copy_from_slice(&self.data.to_le_bytes());
+        let event = plan.data(&event);
+        let args = [epoll as u64, libc::EPOLL_CTL_ADD as u64, fd as u64, event];
+        plan.syscall(libc::SYS_epoll_ctl, &args, || self.object());
+    }
+}

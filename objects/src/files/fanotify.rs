@@ -1,0 +1,182 @@
+//! fanotify(7): groups that are only told of events. One that is asked for permissions would have others wait for an answer that
+//! nobody gives meanwhile, and is refused.
+//!
+//! Events that nobody has read cannot be looked at without taking them, and are not restored.
+
+use std::path::PathBuf;
+
+use ckpt_tracer::proc::fdinfo::{FanotifyGroup, InotifyWatch, MarkOn};
+use ckpt_tracer::proc::mounts::read_mounts;
+use serde::{Deserialize, Serialize};
+
+use super::inotify::search::Search;
+use super::{Look, left, place, sys};
+use crate::access::MISSING;
+use crate::error::Obstacle;
+use crate::plan::Builder;
+use crate::source::{Collector, Patience, Source};
+use crate::text::Shown;
+
+/// A group with its marks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fanotify {
+    /// `FAN_*` of fanotify_init(2).
+    pub flags: u32,
+    /// `O_*` of the descriptors that come with events.
+    pub event_flags: u32,
+    /// What it is told of.
+    pub marks: Vec<Mark>,
+}
+
+/// A mark.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// What is marked: the file, or the mount or file system that it is on.
+    pub path: PathBuf,
+    /// `FAN_MARK_INODE`, `FAN_MARK_MOUNT` or `FAN_MARK_FILESYSTEM`.
+    pub kind: u32,
+    /// `FAN_MARK_*` that stay with it.
+    pub flags: u32,
+    /// Events that are told.
+    pub mask: u64,
+    /// Events that are not told.
+    pub ignored: u64,
+}
+
+/// `FAN_CLASS_CONTENT | FAN_CLASS_PRE_CONTENT`, linux/fanotify.h.
+const ASKED: u32 = 0x4 | 0x8;
+const MARK_ADD: u32 = 0x1;
+const MARK_MOUNT: u32 = 0x10;
+const MARK_FILESYSTEM: u32 = 0x100;
+const MARK_IGNORED_MASK: u32 = 0x20;
+const MARK_IGNORED_SURV_MODIFY: u32 = 0x40;
+const MARK_EVICTABLE: u32 = 0x200;
+const MARK_IGNORE: u32 = 0x400;
+
+/// Captures a group.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    group: &FanotifyGroup,
+    collector: &mut Collector,
+) -> Result<Fanotify, Box<Obstacle>> {
+    if group.flags & ASKED != 0 {
+        let what = "a fanotify group that is asked for permissions";
+        return Err(Box::new(left::droppable(look, source, what)));
+    }
+    if sys::unread(&look.copy) > 0 {
+        not_read_yet(look.object(source), collector)?;
+    }
+    let mut marks = Vec::with_capacity(group.marks.len());
+    for mark in &group.marks {
+        let (kind, path) = match &mark.on {
+            MarkOn::File(file) => (0, named(source, file)),
+            MarkOn::Mount(id) => {
+                let mounts = read_mounts(source.dir.clone()).ok();
+                let mount = mounts.and_then(|table| table.mount_of(*id).cloned());
+                (MARK_MOUNT, mount.map(|mount| mount.mount_point))
+            }
+            MarkOn::FileSystem(device) => {
+                let mounts = read_mounts(source.dir.clone()).ok();
+                let mount =
+                    mounts.and_then(|table| table.all().iter().find(|m| m.dev == *device).cloned());
+                (MARK_FILESYSTEM, mount.map(|mount| mount.mount_point))
+            }
+            MarkOn::Other => (0, None),
+        };
+        let path = path.ok_or_else(|| Box::new(no_name(source, look, &mark.on)))?;
+        marks.push(Mark {
+            path,
+            kind,
+            flags: mark.flags,
+            mask: mark.mask,
+            ignored: mark.ignored,
+        });
+    }
+    Ok(Fanotify {
+        flags: group.flags,
+        event_flags: group.event_flags,
+        marks,
+    })
+}
+
+fn named(source: &Source, file: &InotifyWatch) -> Option<PathBuf> {
+    Search::of(source).all(&[file]).pop().flatten()
+}
+
+fn no_name(source: &Source, look: &Look, on: &MarkOn) -> Obstacle {
+    let what = match on {
+        MarkOn::File(file) => format!("inode {} of device {:?}", file.ino, file.sdev),
+        MarkOn::Mount(id) => format!("the mount {id}"),
+        MarkOn::FileSystem(device) => format!("the file system of device {device:?}"),
+        MarkOn::Other => "what this version does not know".to_owned(),
+    };
+    Obstacle::new(
+        look.object(source),
+        format!("is a fanotify group with a mark on {what}, for which no name was found"),
+        format!(
+            "let the program remove that mark, or leave the group out of the restored job with --drop-fd {}",
+            look.fd
+        ),
+    )
+}
+
+/// As a rule the program reads its events soon; of those that stay there is a warning.
+fn not_read_yet(object: String, collector: &mut Collector) -> Result<(), Box<Obstacle>> {
+    let what = "is a fanotify group with events that the program has not read";
+    match collector.patience {
+        Patience::Running => {}
+        Patience::Some => {
+            let obstacle = Obstacle::new(object, what, "try again in a moment");
+            return Err(Box::new(obstacle.passing()));
+        }
+        Patience::None => collector.warnings.push(format!(
+            "{object} {what}; they are not in the image, and a restored program is not told of them"
+        )),
+    }
+    Ok(())
+}
+
+impl Fanotify {
+    /// Marks on what is not there any more.
+    pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
+        self.marks.iter().filter_map(|mark| {
+            let error = std::fs::symlink_metadata(&mark.path).err()?;
+            let object = format!("the fanotify mark on {}", mark.path.shown());
+            let reason = format!("cannot be set: {error}");
+            Some(Obstacle::new(object, reason, MISSING))
+        })
+    }
+
+    /// Makes the group.
+    pub fn rebuild(&self, at: i32, plan: &mut Builder) {
+        let object = || "a fanotify group".to_owned();
+        let args = [self.flags.into(), self.event_flags.into()];
+        plan.expect(libc::SYS_fanotify_init, &args, 0, object);
+        place(0, at, plan, object);
+    }
+
+    /// Sets the marks, when every description is open.
+    pub fn rebuild_marks(&self, at: i32, plan: &mut Builder) {
+        for mark in &self.marks {
+            let path = plan.path(&mark.path);
+            let stays = mark.kind | mark.flags & MARK_EVICTABLE;
+            let ignore = match mark.flags & MARK_IGNORE {
+                0 => MARK_IGNORED_MASK,
+                _ => MARK_IGNORE,
+            };
+            let ignore = ignore | mark.flags & MARK_IGNORED_SURV_MODIFY;
+            for (mask, flags) in [(mark.mask, stays), (mark.ignored, stays | ignore)] {
+                if mask == 0 {
+                    continue;
+                }
+                let flags = u64::from(MARK_ADD | flags);
+                let here = libc::AT_FDCWD as u64;
+                let args = [at as u64, flags, mask, here, path];
+                plan.syscall(libc::SYS_fanotify_mark, &args, || {
+                    format!("the fanotify mark on {}", mark.path.shown())
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! FIFOs, fifo(7): pipes with a name, or with one that is gone.
+//!
+//! A FIFO is opened anew by its name, so that those who open it later meet the job there. One
+//! whose name is gone is made again and its name removed. Where somebody outside the job holds
+//! the other end, it is [`outside`].
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, mkfifo};
+
+use serde::{Deserialize, Serialize};
+
+use super::pieces::{self, Piece};
+use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
+use crate::Snapshot;
+use crate::access::may;
+use crate::bounds;
+use crate::error::{Error, Obstacle};
+use crate::open::{Handle, Last};
+use crate::options::Options;
+use crate::plan::{Builder, Inherited};
+use crate::rights::{self, Rights};
+use crate::source::Source;
+use crate::text::Shown;
+
+/// One open file description of a FIFO: a read end, a write end, or both in one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FifoEnd {
+    /// Its name, or what it was.
+    #[serde(with = "crate::raw_path")]
+    pub path: PathBuf,
+    /// No name leads to it any more.
+    pub deleted: bool,
+    /// Device of the file system, major and minor.
+    pub device: (u32, u32),
+    /// Inode number; the ends of one FIFO share it and the device.
+    pub inode: u64,
+    /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
+    pub mode: u32,
+    /// `F_GETPIPE_SZ`, bytes.
+    pub capacity: u32,
+    /// What was written and not yet read; of write ends nothing.
+    pub unread: Vec<Piece>,
+    /// A read end opened with `O_NONBLOCK` to which no writer has come yet: poll(2) does not
+    /// say that they have all gone (`fifo_open`, fs/pipe.c).
+    pub awaits_writer: bool,
+}
+
+/// Captures one end; what is in the FIFO is copied without being consumed.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    path: &Path,
+    deleted: bool,
+    ends: &pipe::Ends,
+) -> Result<Kind, Box<Obstacle>> {
+    if !ends.inside(look) {
+        return Ok(outside::capture(look, outside::Surroundings::Pipe));
+    }
+    let refuse = |reason: String| Box::new(Obstacle::without_remedy(look.object(source), reason));
+    let (mut path, mut nameless) = (path.to_owned(), deleted);
+    if deleted {
+        let copy = look.copy.try_clone();
+        let copy = File::from(copy.map_err(|e| refuse(format!("cannot be copied: {e}")))?);
+        if let Some(name) = regular::other_name(&copy, &path) {
+            (path, nameless) = (name, false);
+        }
+    }
+    let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
+    let reads = look.access() != libc::O_WRONLY;
+    let mut unread = Vec::new();
+    if reads {
+        unread = pieces::capture(look, capacity).map_err(|trouble| {
+            Box::new(Obstacle::new(
+                look.object(source),
+                format!("is a FIFO {}", trouble.reason()),
+                "let the program read from it first",
+            ))
+        })?;
+    } else if !ends.has_reader(look) && sys::unread(&look.copy) > 0 {
+        let name = path.shown();
+        return Err(Box::new(Obstacle::new(
+            look.object(source),
+            format!("is a FIFO ({name}) with data that nobody has open to read"),
+            "read it, or close the FIFO",
+        )));
+    }
+    let hung_up = || sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
+    Ok(Kind::Fifo(FifoEnd {
+        path,
+        deleted: nameless,
+        device: (libc::major(look.stat.st_dev), libc::minor(look.stat.st_dev)),
+        inode: look.stat.st_ino,
+        mode: look.stat.st_mode & 0o7777,
+        capacity: capacity as u32,
+        unread,
+        awaits_writer: reads && !ends.has_writer(look) && !hung_up(),
+    }))
+}
+
+/// Opens all ends of a FIFO when the first of them comes.
+///
+/// One end for both directions is open meanwhile: with it no other open waits, and what was
+/// unread goes in through it.
+pub fn rebuild(
+    end: &FifoEnd,
+    index: usize,
+    snapshot: &Snapshot,
+    options: &Options,
+    staging: Staging,
+    plan: &mut Builder,
+) -> Result<(), Box<Obstacle>> {
+    let all = snapshot.descriptions.iter().enumerate();
+    let ends: Vec<(usize, &Description, &FifoEnd)> = all
+        .filter_map(|(i, d)| match &d.kind {
+            Kind::Fifo(f) if (f.device, f.inode) == (end.device, end.inode) => Some((i, d, f)),
+            _ => None,
+        })
+        .filter(|(i, ..)| super::named(*i, snapshot, options).is_none())
+        .collect();
+    if ends.first().map(|(i, ..)| *i) != Some(index) {
+        return Ok(());
+    }
+    let object = || end.object();
+    if !end.deleted {
+        end.find(plan.host().rights.as_ref())?;
+    }
+    // A read end keeps the FIFO, and what is in it.
+    let first = staging.of(index);
+    plan.inherit(first, Inherited::Fifo(index));
+    plan.expect(libc::SYS_dup3, &[first as u64, 0, 0], 0, object);
+    let access = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
+    let again = plan.path(Path::new("/proc/self/fd/0"));
+    let cwd = libc::AT_FDCWD as u64;
+    plan.expect(libc::SYS_openat, &[cwd, again, access], 1, object);
+    let unread = ends.iter().map(|(.., f)| &f.unread).find(|u| !u.is_empty());
+    pipe::fill(end.capacity, unread, plan, object);
+    let open = |at: u64, (i, d, _): &(usize, &Description, &FifoEnd), plan: &mut Builder| {
+        let access = d.flags as i32 & libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        plan.expect(libc::SYS_openat, &[cwd, again, access as u64], at, object);
+        let kept = libc::O_NONBLOCK | libc::O_DIRECT | libc::O_APPEND | libc::O_NOATIME;
+        let args = [at, libc::F_SETFL as u64, (d.flags & kept as u32).into()];
+        plan.syscall(libc::SYS_fcntl, &args, object);
+        super::place(at as i32, staging.of(*i), plan, object);
+    };
+    for end in ends.iter().filter(|(.., f)| !f.awaits_writer) {
+        open(2, end, plan);
+    }
+    plan.syscall(libc::SYS_close, &[1], object);
+    for end in ends.iter().filter(|(.., f)| f.awaits_writer) {
+        open(1, end, plan);
+    }
+    plan.syscall(libc::SYS_close, &[0], object);
+    Ok(())
+}
+
+impl FifoEnd {
+    /// For messages.
+    pub fn object(&self) -> String {
+        format!("the FIFO {}", self.path.shown())
+    }
+
+    /// Opens a read end of it, by its name or by one for the moment.
+    ///
+    /// # Errors
+    /// When it is not there, or cannot be made again.
+    pub fn open(&self, rights: Option<&Rights>) -> Result<File, Error> {
+        let (path, opened) = match self.deleted {
+            false => {
+                let found = self.find(rights).map_err(|o| Error::refuse(*o))?;
+                (self.path.clone(), rights::with(rights, || found.read()))
+            }
+            true => rights::with(rights, || {
+                let path = self.free_name();
+                let made = self.make(&path);
+                (path, made)
+            }),
+        };
+        opened.map_err(|source| Error::File {
+            what: "open the FIFO",
+            path,
+            source,
+        })
+    }
+
+    fn make(&self, path: &Path) -> io::Result<File> {
+        mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        let made = Handle::of(path, Last::IsIt);
+        let removed = std::fs::remove_file(path);
+        let made = made?;
+        removed?;
+        if !made.meta().file_type().is_fifo() {
+            return Err(io::Error::other("another file has its name by now"));
+        }
+        let file = made.read()?;
+        file.set_permissions(PermissionsExt::from_mode(self.mode))?;
+        Ok(file)
+    }
+
+    fn find(&self, rights: Option<&Rights>) -> Result<Handle, Box<Obstacle>> {
+        rights::with(rights, || {
+            let reason = match Handle::of(&self.path, Last::IsIt) {
+                Ok(found) if found.meta().file_type().is_fifo() => {
+                    // Both ends are open meanwhile.
+                    return match rights::may_open(None, &found.link(), libc::O_RDWR) {
+                        Ok(()) => Ok(found),
+                        Err(errno) => Err(Box::new(Obstacle::new(
+                            self.object(),
+                            format!(
+                                "cannot be opened for reading and writing by the job's user: {}",
+                                errno.desc()
+                            ),
+                            "give that user the right to both (chmod)",
+                        ))),
+                    };
+                }
+                Ok(_) => "is something else by now".to_owned(),
+                Err(e) => format!("cannot be opened: {e}"),
+            };
+            let remedy = format!("make it again with: mkfifo {}", self.path.shown());
+            Err(Box::new(Obstacle::new(self.object(), reason, remedy)))
+        })
+    }
+
+    /// A name for the moment in which the FIFO has one: its own if that is free.
+    fn free_name(&self) -> PathBuf {
+        let name = self.path.file_name().unwrap_or_default();
+        let pid = std::process::id();
+        let mut other = std::ffi::OsString::from(format!(".ckpt.{pid}.{}.", self.inode));
+        other.push(name);
+        let temp = std::env::temp_dir();
+        let places = [self.path.parent().unwrap_or(Path::new("/")), &temp];
+        let writable = AccessFlags::W_OK | AccessFlags::X_OK;
+        let usable = places
+            .into_iter()
+            .find(|place| may(place, writable).is_ok());
+        let place = usable.unwrap_or(Path::new("/var/tmp"));
+        let own = place.join(name);
+        if own.symlink_metadata().is_err() {
+            own
+        } else {
+            place.join(other)
+        }
+    }
+}

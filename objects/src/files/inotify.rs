@@ -1,0 +1,354 @@
+//! inotify(7).
+//!
+//! Events that nobody has read cannot be looked at without taking them, nor brought about again.
+//! A restored queue begins with `IN_Q_OVERFLOW` in their place: look at everything anew.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::fdinfo::InotifyWatch;
+use serde::{Deserialize, Serialize};
+
+use super::{Look, Staging, sys};
+use crate::Snapshot;
+use crate::access::MISSING;
+use crate::bounds;
+use crate::error::{Error, Obstacle};
+use crate::plan::{Builder, Inherit, Inherited};
+use crate::source::{Collector, Patience, Source};
+use crate::text::Shown;
+
+pub(super) mod search;
+
+use search::Search;
+
+/// Watches on files and directories.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inotify {
+    /// The watches, by ascending descriptor.
+    pub watches: Vec<Watch>,
+    /// Events were waiting that the program had not read.
+    #[serde(default)]
+    pub unread: bool,
+}
+
+/// One watch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    /// The number that the program knows it by.
+    #[serde(deserialize_with = "bounds::watch")]
+    pub wd: i32,
+    /// `IN_*`.
+    pub mask: u32,
+    /// What is watched; empty for what has no name.
+    #[serde(with = "crate::raw_path")]
+    pub path: PathBuf,
+    /// The description that is open for it, an index in the snapshot's.
+    #[serde(default)]
+    pub open: Option<usize>,
+}
+
+/// Captures the watches. What has no name is watched through a description of the job that is open for it: `job` has
+/// all of them, and the index of the first.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    watches: &[InotifyWatch],
+    job: (&[Look], usize),
+    collector: &mut Collector,
+) -> Result<Inotify, Box<Obstacle>> {
+    let unread = sys::unread(&look.copy) > 0;
+    if unread {
+        not_read_yet(look.object(source), collector)?;
+    }
+    let nameless: Vec<Option<usize>> = watches.iter().map(|w| open_nameless(w, job)).collect();
+    let named = watches.iter().zip(&nameless).filter(|(_, n)| n.is_none());
+    let named: Vec<&InotifyWatch> = named.map(|(watch, _)| watch).collect();
+    let mut names = Search::of(source).all(&named).into_iter();
+    let mut found = Vec::with_capacity(watches.len());
+    for (watch, open) in watches.iter().zip(nameless) {
+        let path = match open {
+            Some(_) => Some(PathBuf::new()),
+            None => names.next().flatten(),
+        };
+        let Some(path) = path else {
+            return Err(Box::new(no_name(source, look, watch)));
+        };
+        found.push(Watch {
+            wd: watch.wd,
+            mask: watch.mask,
+            path,
+            open,
+        });
+    }
+    found.sort_by_key(|w| w.wd);
+    let inotify = Inotify {
+        watches: found,
+        unread,
+    };
+    match inotify.out_of_reach() {
+        Some(reason) => Err(Box::new(Obstacle::without_remedy(
+            look.object(source),
+            reason,
+        ))),
+        None => Ok(inotify),
+    }
+}
+
+fn no_name(source: &Source, look: &Look, watch: &InotifyWatch) -> Obstacle {
+    let remedy = match nix::unistd::geteuid().is_root() {
+        true => "let the program remove that watch before the checkpoint".to_owned(),
+        false => format!(
+            "run ckpt as root, or with {}, to ask the kernel for it",
+            Use::FileHandles
+        ),
+    };
+    Obstacle::new(
+        look.object(source),
+        format!(
+            "is an inotify descriptor whose watch {} is on inode {} of device {}:{}, for which no name \
+             was found",
+            watch.wd, watch.ino, watch.sdev.0, watch.sdev.1
+        ),
+        remedy,
+    )
+}
+
+/// The description of the job that is open for a watched file without a name.
+fn open_nameless(watch: &InotifyWatch, (looks, first): (&[Look], usize)) -> Option<usize> {
+    let is_it = |look: &Look| {
+        let stat = &look.stat;
+        let device = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
+        stat.st_nlink == 0 && stat.st_ino == watch.ino && device == watch.sdev
+    };
+    Some(first + looks.iter().position(is_it)?)
+}
+
+/// As a rule the program reads its events soon; of those that stay there is a warning.
+fn not_read_yet(object: String, collector: &mut Collector) -> Result<(), Box<Obstacle>> {
+    let what = "is an inotify descriptor with events that the program has not read";
+    match collector.patience {
+        Patience::Running => {}
+        Patience::Some => {
+            let obstacle = Obstacle::new(object, what, "try again in a moment");
+            return Err(Box::new(obstacle.passing()));
+        }
+        Patience::None => collector.warnings.push(format!(
+            "{object} {what}; they are not in the image, and a restored program is told that \
+             events were lost (IN_Q_OVERFLOW)"
+        )),
+    }
+    Ok(())
+}
+
+/// Watches that are made and removed again, so that a later one has its number.
+const MOST_PASSING: i32 = 1 << 17;
+/// Events that a read of [`ROOM`] takes.
+const EVENTS: usize = ROOM / 16;
+/// Bytes.
+const ROOM: usize = 64 * 1024;
+
+/// More events than this, of 64 bytes or so each, are not queued to bring about an overflow.
+const MOST_QUEUED: u64 = 1 << 20;
+
+impl Inotify {
+    /// Why its watches cannot have their numbers.
+    pub fn out_of_reach(&self) -> Option<String> {
+        let last = self.watches.iter().map(|watch| watch.wd).max()?;
+        let passing = last.saturating_sub(self.watches.len() as i32);
+        (passing > MOST_PASSING).then(|| {
+            format!(
+                "is an inotify descriptor with a watch {last}, a number that is not reached: the program has \
+                 added and removed very many watches"
+            )
+        })
+    }
+
+    /// Watches on what is not there any more.
+    pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
+        let named = self.watches.iter().filter(|watch| watch.open.is_none());
+        named.filter_map(|watch| {
+            let error = std::fs::symlink_metadata(&watch.path).err()?;
+            let object = format!("the inotify watch on {}", watch.path.shown());
+            Some(Obstacle::new(
+                object,
+                format!("cannot be set: {error}"),
+                MISSING,
+            ))
+        })
+    }
+
+    /// Takes a descriptor that was made by [`create`].
+    pub fn rebuild(&self, index: usize, at: i32, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
+        if self.unread {
+            let most = max_queued_events().unwrap_or(0);
+            if most > MOST_QUEUED {
+                return Err(Box::new(Obstacle::new(
+                    "an inotify descriptor with events that were not read",
+                    format!("cannot be made to overflow, since its queue would hold {most} events"),
+                    format!("lower /proc/sys/fs/inotify/max_queued_events to {MOST_QUEUED}"),
+                )));
+            }
+        }
+        plan.inherit(at, Inherited::Inotify(index));
+        Ok(())
+    }
+
+    /// Watches what was watched, when every description is open. Watch descriptors are given out in ascending
+    /// order (`idr_alloc_cyclic` in fs/notify/inotify), so gaps are made and removed again; whether each number
+    /// is the wanted one is checked.
+    pub fn rebuild_watches(&self, at: i32, staging: Staging, plan: &mut Builder) {
+        let fd = at as u64;
+        let (mut next, mut queued) = (1, 0);
+        let last = self.watches.last().map_or(0, |watch| watch.wd);
+        let room = match last as usize > self.watches.len() {
+            true => plan.reserve(ROOM),
+            false => 0,
+        };
+        // Removing a watch queues IN_IGNORED; those events were never the program's.
+        let forget = |plan: &mut Builder| {
+            let object = || "an inotify descriptor".to_owned();
+            plan.syscall(libc::SYS_read, &[fd, room, ROOM as u64], object);
+        };
+        for watch in &self.watches {
+            let watched = match watch.open {
+                Some(description) => format!("/proc/self/fd/{}", staging.of(description)).into(),
+                None => watch.path.clone(),
+            };
+            let path = plan.path(&watched);
+            let object = || match watch.open {
+                Some(_) => "the inotify watch on a file without a name".to_owned(),
+                None => format!("the inotify watch on {}", watch.path.shown()),
+            };
+            while next < watch.wd {
+                let args = [fd, path, libc::IN_DELETE_SELF.into()];
+                plan.expect(libc::SYS_inotify_add_watch, &args, next as u64, object);
+                plan.syscall(libc::SYS_inotify_rm_watch, &[fd, next as u64], object);
+                next += 1;
+                queued += 1;
+                if queued == EVENTS {
+                    forget(plan);
+                    queued = 0;
+                }
+            }
+            // IN_ONESHOT, IN_EXCL_UNLINK and the events; what the kernel adds it adds again.
+            let mask = u64::from(watch.mask & !libc::IN_IGNORED & !libc::IN_UNMOUNT);
+            let args = [fd, path, mask];
+            plan.expect(libc::SYS_inotify_add_watch, &args, watch.wd as u64, object);
+            next += 1;
+        }
+        if queued > 0 {
+            forget(plan);
+        }
+    }
+}
+
+/// The size of a queue that is made now.
+fn max_queued_events() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").ok()?;
+    text.trim().parse().ok()
+}
+
+/// A new one, without watches.
+pub fn create(flags: u32) -> Result<OwnedFd, Error> {
+    sys::inotify(flags as i32 & libc::O_NONBLOCK).map_err(|e| {
+        let reason = e.desc();
+        Error::Restore(format!(
+            "an inotify descriptor cannot be created: {reason}; \
+             see /proc/sys/fs/inotify/max_user_instances"
+        ))
+    })
+}
+
+/// Queues that are to overflow before the job runs: descriptors of ours beside the job's.
+pub struct Overflows(Vec<OwnedFd>);
+
+impl Overflows {
+    /// Those of the descriptors that are handed over, each with its number.
+    pub fn of(
+        inherit: &[Inherit],
+        descriptors: &[(OwnedFd, i32)],
+        snapshot: &Snapshot,
+    ) -> Result<Self, Error> {
+        let unread = |what: &Inherited| match what {
+            Inherited::Inotify(index) => matches!(
+                &snapshot.descriptions[*index].kind,
+                super::Kind::Inotify(inotify) if inotify.unread
+            ),
+            _ => false,
+        };
+        let wanted = inherit
+            .iter()
+            .zip(descriptors)
+            .filter(|(i, _)| unread(&i.what));
+        let copies = wanted.map(|(_, (fd, _))| fd.try_clone().map_err(cannot_overflow));
+        Ok(Self(copies.collect::<Result<_, _>>()?))
+    }
+
+    /// Brings the overflows about, with all watches in place.
+    pub fn make(self) -> Result<(), Error> {
+        self.0
+            .into_iter()
+            .try_for_each(|queue| overflow(queue).map_err(cannot_overflow))
+    }
+}
+
+fn cannot_overflow(error: std::io::Error) -> Error {
+    Error::Restore(format!(
+        "the queue of an inotify descriptor cannot be made to overflow: {error}"
+    ))
+}
+
+/// Fills a queue by events of a file of ours until the kernel adds `IN_Q_OVERFLOW`, then reads
+/// away all before it. What else comes meanwhile is among what the overflow stands for.
+fn overflow(queue: OwnedFd) -> std::io::Result<()> {
+    /// `struct inotify_event` without a name.
+    const EVENT: usize = 16;
+    let scratch = sys::memfd("ckpt-inotify")?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", scratch.as_raw_fd()));
+    let mut queue = File::from(queue);
+    let watch = sys::inotify_watch(&queue, &path, libc::IN_OPEN | libc::IN_CLOSE)?;
+    let mut before = None;
+    let mut full = sys::unread(&queue);
+    while before != Some(full) {
+        before = Some(full);
+        // Two events that differ, so that none is merged with the one before.
+        drop(File::open(&path)?);
+        full = sys::unread(&queue);
+    }
+    // IN_IGNORED finds no room.
+    sys::inotify_remove(&queue, watch)?;
+    let mut left = full
+        .checked_sub(EVENT)
+        .ok_or(std::io::ErrorKind::Unsupported)?;
+    let mut events = [0; 64 * 1024];
+    while left > 0 {
+        let most = left.min(events.len());
+        left -= std::io::Read::read(&mut queue, &mut events[..most])?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_that_overflowed_tells_only_of_that() {
+        let made = sys::inotify(libc::O_NONBLOCK).expect("it can be made");
+        let mut queue = File::from(made.try_clone().expect("it can be copied"));
+        let dir = std::env::temp_dir();
+        let watch = sys::inotify_watch(&queue, &dir, libc::IN_DELETE_SELF).expect("it exists");
+        overflow(made).expect("it overflows");
+        let mut event = [0; 64];
+        let mut read = || std::io::Read::read(&mut queue, &mut event).map(|n| event[..n].to_vec());
+        let words = [(-1i32).to_ne_bytes(), libc::IN_Q_OVERFLOW.to_ne_bytes()];
+        let seen = read().expect("it is not empty");
+        assert_eq!(seen[..8], words.concat());
+        assert_eq!(seen.len(), 16);
+        assert!(read().is_err(), "it is empty");
+        sys::inotify_remove(&queue, watch).expect("it is still there");
+    }
+}

@@ -1,0 +1,280 @@
+//! Descriptions that can only be opened when all tasks of the job exist: pidfds, and files of `/proc`
+//! that belong to one of them. Until then something else stands in for them, so that every process has
+//! its numbers; then each process that has one opens it for itself.
+
+use std::collections::BTreeSet;
+
+use super::Kind;
+use super::epoll::{Entry, Epoll};
+use super::pidfd::PidFd;
+use super::procfs::ProcFile;
+use super::rebuild::rebuild_status;
+use crate::Snapshot;
+use crate::plan::Builder;
+use crate::process::Process;
+
+/// One of them.
+enum Late<'a> {
+    PidFd(&'a PidFd),
+    ProcFile(&'a ProcFile),
+}
+
+impl<'a> Late<'a> {
+    fn of(description: usize, snapshot: &'a Snapshot) -> Option<Self> {
+        let kind = &snapshot.descriptions.get(description)?.kind;
+        let first = snapshot.processes.first().map(|p| p.pid);
+        match kind {
+            _ if !must_wait(kind, first) => None,
+            Kind::PidFd(pidfd) => Some(Late::PidFd(pidfd)),
+            Kind::ProcFile(file) => Some(Late::ProcFile(file)),
+            _ => None,
+        }
+    }
+
+    fn object(&self) -> String {
+        match self {
+            Late::PidFd(pidfd) => pidfd.object(),
+            Late::ProcFile(file) => file.object(),
+        }
+    }
+
+    /// Opens it as `at`, the lowest free number.
+    fn open(&self, flags: u32, at: i32, process: &Process, plan: &mut Builder) {
+        match self {
+            Late::PidFd(pidfd) => pidfd.open(flags, at, plan),
+            Late::ProcFile(file) => file.open(flags, at, process, plan),
+        }
+    }
+}
+
+/// Whether a file of this kind cannot be opened before there are other tasks than the first process,
+/// `first`.
+pub fn must_wait(kind: &Kind, first: Option<i32>) -> bool {
+    match kind {
+        Kind::PidFd(pidfd) => pidfd.is_late(first),
+        Kind::ProcFile(file) => file.is_late(first),
+        _ => false,
+    }
+}
+
+/// Whether a description is one of these.
+pub fn is_late(description: usize, snapshot: &Snapshot) -> bool {
+    Late::of(description, snapshot).is_some()
+}
+
+/// Warns of what several processes have in common and get each for themselves.
+pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
+    for description in 0..snapshot.descriptions.len() {
+        let Some(Late::ProcFile(file)) = Late::of(description, snapshot) else {
+            continue;
+        };
+        let has =
+            |p: &&Process| !p.shares.files && p.fds.iter().any(|e| e.description == description);
+        let holders = snapshot.processes.iter().filter(has).count();
+        if holders > 1 {
+            plan.warn(format!(
+                "{}, which {holders} processes had in common, is opened by each for itself: where one \
+                 reads on no longer moves the others",
+                file.object()
+            ));
+        }
+    }
+}
+
+/// With every task of the job there: opens what of the process's descriptions had to wait, and adds
+/// it to the epoll sets that watch it. The process has its descriptors under their numbers, and no
+/// others. `index` is that of the process.
+pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
+    let Some(process) = snapshot.processes.get(index) else {
+        return;
+    };
+    let taken: BTreeSet<i32> = process.fds.iter().map(|e| e.fd).collect();
+    let free = (0..).find(|fd| !taken.contains(fd)).unwrap_or(i32::MAX);
+    let held = process.fds.iter().map(|e| e.description);
+    let watched = sets(process, snapshot).flat_map(|(_, set)| &set.entries);
+    let late: BTreeSet<usize> = held
+        .chain(watched.map(|e| e.description))
+        .filter(|d| is_late(*d, snapshot))
+        .collect();
+    for description in late {
+        let Some(what) = Late::of(description, snapshot) else {
+            continue;
+        };
+        let own = process.fds.iter().filter(|e| e.description == description);
+        let adds: Vec<_> = sets(process, snapshot)
+            .filter(|(at, _)| adder(*at, description, snapshot) == Some(index))
+            .collect();
+        if own.clone().next().is_none() && adds.is_empty() {
+            continue;
+        }
+        let object = || what.object();
+        let record = &snapshot.descriptions[description];
+        what.open(record.flags, free, process, plan);
+        rebuild_status(record, free, plan);
+        for entry in own {
+            let cloexec = if entry.close_on_exec {
+                libc::O_CLOEXEC
+            } else {
+                0
+            };
+            let args = [free as u64, entry.fd as u64, cloexec as u64];
+            plan.expect(libc::SYS_dup3, &args, entry.fd as u64, object);
+        }
+        for (at, set) in adds {
+            let entries = set.entries.iter();
+            for entry in entries.filter(|e| e.description == description) {
+                watch(process, at, entry, free, plan);
+            }
+        }
+        plan.syscall(libc::SYS_close, &[free as u64], object);
+    }
+}
+
+/// Adds what is open as `fd` to the epoll set of description `set`, under its number.
+fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Builder) {
+    let Some(set) = process.fds.iter().find(|e| e.description == set) else {
+        return;
+    };
+    let holder = process.fds.iter().find(|e| e.fd == entry.fd);
+    match holder.map(|e| e.description) {
+        Some(d) if d == entry.description => entry.add(set.fd, entry.fd, plan),
+        None if entry.fd == fd => entry.add(set.fd, fd, plan),
+        None => {
+            let object = || entry.object();
+            let number = entry.fd as u64;
+            plan.expect(libc::SYS_dup3, &[fd as u64, number, 0], number, object);
+            entry.add(set.fd, entry.fd, plan);
+            plan.syscall(libc::SYS_close, &[number], object);
+        }
+        // Whoever closes another file's number may lose its locks.
+        Some(_) => plan.warn(format!(
+            "the epoll set of fd {} watches a file that was added as fd {}, which is another file \
+             by now, and does not watch it any more",
+            set.fd, entry.fd
+        )),
+    }
+}
+
+/// The epoll sets that a process has open, each once.
+fn sets<'a>(process: &Process, snapshot: &'a Snapshot) -> impl Iterator<Item = (usize, &'a Epoll)> {
+    let held: BTreeSet<usize> = process.fds.iter().map(|e| e.description).collect();
+    held.into_iter()
+        .filter_map(|at| match &snapshot.descriptions.get(at)?.kind {
+            Kind::Epoll(set) => Some((at, set)),
+            _ => None,
+        })
+}
+
+/// Which process adds a description to a set: the first that has both, else the first that has the set.
+fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
+    let has = |p: &Process, what: usize| p.fds.iter().any(|e| e.description == what);
+    let all = &snapshot.processes;
+    let both = all.iter().position(|p| has(p, set) && has(p, description));
+    both.or_else(|| all.iter().position(|p| has(p, set)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Description, FdEntry};
+    use super::*;
+    use crate::fixture;
+    use crate::plan::HostState;
+
+    fn entry(fd: i32, description: usize) -> FdEntry {
+        FdEntry {
+            fd,
+            description,
+            close_on_exec: false,
+        }
+    }
+
+    /// Two processes: the first has, under 0, an epoll set that watches the second's pidfd, which
+    /// both have under 1; under 2 the first has its own.
+    fn snapshot() -> Snapshot {
+        let mut snapshot = fixture::snapshot();
+        let (parent, child) = (snapshot.processes[0].pid, 77);
+        let watches = |fd| Entry {
+            fd,
+            description: 1,
+            events: 1,
+            data: 9,
+        };
+        let pidfd = |task| {
+            Kind::PidFd(PidFd {
+                task: Some(task),
+                thread: false,
+                status: None,
+                inode: None,
+            })
+        };
+        let entries = vec![watches(1), watches(2), watches(5)];
+        let kinds = [
+            Kind::Epoll(Epoll {
+                entries,
+                busy_poll: None,
+            }),
+            pidfd(child),
+            pidfd(parent),
+        ];
+        snapshot.descriptions = kinds
+            .map(|kind| Description {
+                kind,
+                flags: libc::O_RDWR as u32,
+                owner: None,
+                made_by: None,
+                locks: Vec::new(),
+            })
+            .into();
+        let mut second = snapshot.processes[0].clone();
+        second.pid = child;
+        second.fds = vec![entry(0, 0), entry(1, 1)];
+        snapshot.processes[0].fds = vec![entry(0, 0), entry(1, 1), entry(2, 2)];
+        snapshot.processes.push(second);
+        snapshot
+    }
+
+    fn late(index: usize) -> (Vec<String>, Vec<String>) {
+        let mut plan = Builder::new(0, HostState::default());
+        rebuild_late(index, &snapshot(), &mut plan);
+        let plan = plan.finish();
+        let text = plan.to_text();
+        let calls = text.lines().map(|line| {
+            // What follows is an address.
+            let end = line.find(", 0x").or(line.find(" #")).unwrap_or(line.len());
+            line[..end].trim_end().to_owned()
+        });
+        (calls.collect(), plan.warnings)
+    }
+
+    #[test]
+    fn the_first_holder_of_set_and_pidfd_adds_it() {
+        let (calls, warnings) = late(0);
+        let expected = [
+            "pidfd_open(77)",
+            "dup3(3, 1)",
+            "epoll_ctl(0, 1, 1",
+            "dup3(3, 5)",
+            "epoll_ctl(0, 1, 5",
+            "close(5)",
+            "close(3)",
+        ];
+        assert_eq!(calls, expected);
+        // Under 2 is another file by now.
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("as fd 2"), "{warnings:?}");
+    }
+
+    #[test]
+    fn others_open_it_for_themselves() {
+        let (calls, warnings) = late(1);
+        assert_eq!(calls, ["pidfd_open(77)", "dup3(2, 1)", "close(2)"]);
+        assert_eq!(warnings, [""; 0]);
+    }
+
+    #[test]
+    fn only_those_of_the_first_process_are_there_at_once() {
+        let snapshot = snapshot();
+        let late: Vec<bool> = (0..4).map(|d| is_late(d, &snapshot)).collect();
+        assert_eq!(late, [false, true, false, false]);
+    }
+}

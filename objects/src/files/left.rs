@@ -1,0 +1,319 @@
+//! Descriptors that a job does without, or that lead elsewhere, because the user says so: `--drop-fd` and
+//! `--replace-fd`. They are for what a program has inherited and does not use, and what could not be
+//! kept. The job itself is not touched.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use ckpt_tracer::proc::fdlink::FdLink;
+use serde::{Deserialize, Serialize};
+
+use super::{Kind, Look, Survey};
+use crate::Snapshot;
+use crate::bounds;
+use crate::error::Obstacle;
+use crate::files::outside::Surroundings;
+use crate::ipc::notice::{By, Notice};
+use crate::sockets;
+use crate::source::Source;
+use crate::text::Shown;
+
+/// An open file description that is not in the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// The descriptor through which it was seen first.
+    #[serde(deserialize_with = "bounds::fd")]
+    pub fd: i32,
+    /// What it was, for people.
+    pub name: String,
+    /// What is opened in its place; without it no descriptor leads to it.
+    #[serde(default, with = "crate::raw_path")]
+    pub instead: Option<PathBuf>,
+}
+
+impl Left {
+    /// What is said of it when it is left out; a dropped number has its own note.
+    pub(super) fn note(&self, look: &Look, source: &Source, choices: &Choices) -> Option<String> {
+        let object = look.object(source);
+        match &self.instead {
+            Some(path) => Some(format!(
+                "{object} ({}) is not in the image (--replace-fd): the restored job has {} in its place",
+                self.name,
+                path.shown()
+            )),
+            None if choices.drops_number(self.fd) => None,
+            None => Some(dropped_note(&object, &self.name)),
+        }
+    }
+}
+
+/// What `--drop-fd` names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chosen {
+    /// The descriptor of that number, in every process of the job.
+    Number(i32),
+    /// Descriptors of that kind that could not be kept, but for 0 to 2.
+    Class(Class),
+}
+
+/// Kinds that `--drop-fd` knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Sockets of every family.
+    Socket,
+    /// IPv4 and IPv6.
+    Inet,
+    /// Unix domain sockets.
+    Unix,
+    /// Sockets to the kernel.
+    Netlink,
+    /// Pipes and FIFOs.
+    Pipe,
+    /// Devices.
+    Device,
+    /// Files without a name that a system call of their own makes (io_uring, BPF, perf, userfaultfd …).
+    AnonInode,
+}
+
+const CLASSES: [(&str, Class); 7] = [
+    ("socket", Class::Socket),
+    ("inet", Class::Inet),
+    ("unix", Class::Unix),
+    ("netlink", Class::Netlink),
+    ("pipe", Class::Pipe),
+    ("device", Class::Device),
+    ("anon_inode", Class::AnonInode),
+];
+
+impl FromStr for Chosen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some((_, class)) = CLASSES.iter().find(|(name, _)| *name == text) {
+            return Ok(Chosen::Class(*class));
+        }
+        match text.parse() {
+            Ok(number) if number >= 0 => Ok(Chosen::Number(number)),
+            _ => Err(format!(
+                "neither the number of a descriptor nor one of the kinds {}",
+                CLASSES.map(|(name, _)| name).join(", ")
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Chosen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Chosen::Number(number) => write!(f, "{number}"),
+            Chosen::Class(class) => {
+                let name = CLASSES.iter().find(|(_, of)| of == class);
+                f.write_str(name.map_or("", |(name, _)| name))
+            }
+        }
+    }
+}
+
+impl Class {
+    fn has(self, look: &Look) -> bool {
+        let domain = || match look.link {
+            FdLink::Socket(_) => sockets::domain(&look.copy),
+            _ => None,
+        };
+        match self {
+            Class::Socket => matches!(look.link, FdLink::Socket(_)),
+            Class::Inet => matches!(domain(), Some(libc::AF_INET | libc::AF_INET6)),
+            Class::Unix => domain() == Some(libc::AF_UNIX),
+            Class::Netlink => domain() == Some(libc::AF_NETLINK),
+            Class::Pipe => look.file_type() == libc::S_IFIFO,
+            Class::Device => [libc::S_IFCHR, libc::S_IFBLK].contains(&look.file_type()),
+            Class::AnonInode => matches!(look.link, FdLink::AnonInode(_)),
+        }
+    }
+}
+
+/// What `--drop-fd` and `--replace-fd` say.
+#[derive(Clone, Debug, Default)]
+pub struct Choices {
+    /// `--drop-fd`.
+    pub drop: Vec<Chosen>,
+    /// `--replace-fd N=PATH`.
+    pub replace: BTreeMap<i32, PathBuf>,
+}
+
+/// What becomes of one open file description.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    Keep,
+    /// If it cannot be kept.
+    Drop,
+    Replace(PathBuf),
+}
+
+impl Choices {
+    /// Whether every process of the job does without the descriptor of that number.
+    pub fn drops_number(&self, fd: i32) -> bool {
+        self.drop.contains(&Chosen::Number(fd))
+    }
+
+    /// What becomes of the description that is open under these numbers.
+    pub(super) fn of(&self, look: &Look, numbers: &[i32]) -> Choice {
+        if let Some(path) = numbers.iter().find_map(|fd| self.replace.get(fd)) {
+            return Choice::Replace(path.clone());
+        }
+        if numbers.is_empty() {
+            return Choice::Keep;
+        }
+        let standard = numbers.iter().any(|fd| *fd <= 2);
+        let class = |chosen: &Chosen| matches!(chosen, Chosen::Class(class) if class.has(look));
+        let numbered = numbers.iter().all(|fd| self.drops_number(*fd));
+        match numbered || !standard && self.drop.iter().any(class) {
+            true => Choice::Drop,
+            false => Choice::Keep,
+        }
+    }
+
+    /// Takes the dropped numbers out of a survey; says what has been left out, and what was named in vain.
+    pub(super) fn take_from(&self, survey: &mut Survey, sources: &[&Source]) -> Vec<String> {
+        let has = |fd: i32| survey.seen.iter().flatten().any(|seen| seen.fd == fd);
+        let numbers = self.drop.iter().filter_map(|chosen| match chosen {
+            Chosen::Number(fd) => Some(("--drop-fd", *fd)),
+            Chosen::Class(_) => None,
+        });
+        let numbers = numbers.chain(self.replace.keys().map(|fd| ("--replace-fd", *fd)));
+        let unknown = numbers.filter(|(_, fd)| !has(*fd));
+        let mut notes: Vec<String> = unknown
+            .map(|(option, fd)| {
+                format!("{option} {fd} names a descriptor that the job does not have")
+            })
+            .collect();
+        for (source, seen) in sources.iter().zip(&mut survey.seen) {
+            let dropped = seen.iter().filter(|seen| self.drops_number(seen.fd));
+            notes.extend(dropped.map(|seen| {
+                let look = &survey.looks[seen.look];
+                dropped_note(
+                    &format!("fd {} of {}", seen.fd, source.title()),
+                    &look.told(),
+                )
+            }));
+            seen.retain(|seen| !self.drops_number(seen.fd));
+        }
+        notes
+    }
+}
+
+/// The note about a descriptor that is not in the image.
+pub(super) fn dropped_note(object: &str, what: &str) -> String {
+    format!("{object} ({what}) is not in the image (--drop-fd): the restored job does not have it")
+}
+
+/// The refusal of what can be done without.
+pub(super) fn droppable(look: &Look, source: &Source, what: &str) -> Obstacle {
+    Obstacle::new(
+        look.object(source),
+        format!("is {what} ({}), which is not supported", look.told()),
+        format!(
+            "close it before the checkpoint, or leave it out of the restored job with --drop-fd {}",
+            look.fd
+        ),
+    )
+}
+
+/// `--drop-fd` of `restore` for numbers that no process of the image has.
+pub fn unknown_numbers(snapshot: &Snapshot, drop: &[Chosen]) -> Vec<Obstacle> {
+    let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
+    let numbers = drop.iter().filter_map(|chosen| match chosen {
+        Chosen::Number(fd) => Some(*fd),
+        Chosen::Class(_) => None,
+    });
+    let unknown = numbers.filter(|fd| !fds().any(|entry| entry.fd == *fd));
+    unknown.map(|fd| names_nothing("--drop-fd", fd)).collect()
+}
+
+/// The obstacle that an option of `restore` names a descriptor that the image has not.
+pub fn names_nothing(option: &str, fd: i32) -> Obstacle {
+    Obstacle::new(
+        format!("{option} {fd}"),
+        "names a descriptor that the job does not have",
+        "see its descriptors with: ckpt inspect IMAGE --fds",
+    )
+}
+
+/// Takes descriptors out of a snapshot that a job is restored without (`restore --drop-fd`); what leads to the
+/// surroundings need not be there then.
+pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
+    let descriptions = &snapshot.descriptions;
+    let class = |kind: &Kind, chosen: &Chosen| match (kind, chosen) {
+        (Kind::Outside(outside), Chosen::Class(class)) => match outside.what {
+            Surroundings::Socket => *class == Class::Socket,
+            Surroundings::Pipe => *class == Class::Pipe,
+        },
+        _ => false,
+    };
+    let mut dropped = HashSet::new();
+    for process in &mut snapshot.processes {
+        process.fds.retain(|entry| {
+            let kind = descriptions.get(entry.description).map(|d| &d.kind);
+            let goes = drop.iter().any(|chosen| match chosen {
+                Chosen::Number(fd) => *fd == entry.fd,
+                of => entry.fd > 2 && kind.is_some_and(|kind| class(kind, of)),
+            });
+            if goes {
+                dropped.insert((entry.description, entry.fd));
+            }
+            !goes
+        });
+        let has: HashSet<i32> = process.fds.iter().map(|entry| entry.fd).collect();
+        process.record_locks.retain(|(fd, _)| has.contains(fd));
+        let is_there = |notice: &Notice| match &notice.by {
+            By::Nothing => true,
+            By::Cookie { socket, .. } => has.contains(socket),
+        };
+        process.notices.retain(is_there);
+    }
+    let mut wanted: HashSet<usize> = HashSet::new();
+    for entry in snapshot.processes.iter().flat_map(|p| &p.fds) {
+        wanted.insert(entry.description);
+    }
+    for description in &snapshot.descriptions {
+        match &description.kind {
+            Kind::UnixSocket(socket) => {
+                wanted.extend(socket.queue.iter().flat_map(|message| &message.rights));
+            }
+            Kind::Epoll(epoll) => wanted.extend(epoll.entries.iter().map(|e| e.description)),
+            Kind::Inotify(inotify) => wanted.extend(inotify.watches.iter().filter_map(|w| w.open)),
+            _ => {}
+        }
+    }
+    for (index, fd) in dropped {
+        let kind = &mut snapshot.descriptions[index].kind;
+        let surroundings = matches!(
+            kind,
+            Kind::Regular(_) | Kind::Device(_) | Kind::Inotify(_) | Kind::Outside(_)
+        );
+        if surroundings && !wanted.contains(&index) {
+            let (name, instead) = (kind.label(), None);
+            *kind = Kind::Left(Left { fd, name, instead });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_dropped_is_a_number_or_a_kind() {
+        assert_eq!("7".parse(), Ok(Chosen::Number(7)));
+        assert_eq!("inet".parse(), Ok(Chosen::Class(Class::Inet)));
+        for bad in ["-1", "tcp", "", "99999999999"] {
+            let error = bad.parse::<Chosen>().unwrap_err();
+            assert!(error.contains("socket, inet, unix"), "{error}");
+        }
+        for (name, class) in CLASSES {
+            assert_eq!(Chosen::Class(class).to_string(), name);
+        }
+    }
+}

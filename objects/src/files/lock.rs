@@ -1,0 +1,222 @@
+//! Locks and leases of open files.
+
+use std::collections::HashSet;
+
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::fdinfo::LockLine;
+use ckpt_tracer::proc::fdlink::FdLink;
+use serde::{Deserialize, Serialize};
+
+use super::regular::open_quietly;
+use super::{Description, Kind, Look};
+use crate::Snapshot;
+use crate::bounds;
+use crate::error::Obstacle;
+use crate::plan::Builder;
+use crate::process::Process;
+use crate::source::{Contents, Source};
+
+/// A file lock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    /// flock(2), POSIX or OFD lock (fcntl(2)), or a lease.
+    pub kind: LockKind,
+    /// For writing.
+    pub exclusive: bool,
+    /// First byte.
+    #[serde(deserialize_with = "bounds::bytes")]
+    pub start: u64,
+    /// Bytes; 0 up to the end of the file.
+    #[serde(deserialize_with = "bounds::bytes")]
+    pub len: u64,
+    /// The process that took a lease.
+    #[serde(default, deserialize_with = "bounds::pid")]
+    pub taker: Option<i32>,
+}
+
+/// Kinds of file locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockKind {
+    /// flock(2).
+    Flock,
+    /// `F_SETLK`.
+    Posix,
+    /// `F_OFD_SETLK`.
+    Ofd,
+    /// `F_SETLEASE`.
+    Lease,
+}
+
+/// The locks that are held through a description.
+pub(super) fn capture(
+    source: &Source,
+    look: &Look,
+    kind: &Kind,
+) -> Result<Vec<Lock>, Box<Obstacle>> {
+    let refuse = |reason: &str, remedy: &str| {
+        let reason = format!("({}) holds {reason}", kind.label());
+        Box::new(Obstacle::new(look.object(source), reason, remedy))
+    };
+    let lock = |lock: &LockLine| {
+        let of = match lock.kind.as_str() {
+            "FLOCK" => LockKind::Flock,
+            "OFDLCK" => LockKind::Ofd,
+            "LEASE" if lock.mode == "ACTIVE" => LockKind::Lease,
+            "LEASE" => {
+                let refusal = refuse(
+                    "a lease that another process breaks",
+                    "try again in a moment",
+                );
+                return Err(Box::new(refusal.passing()));
+            }
+            other => {
+                let what = format!("a {other}, which is not supported");
+                return Err(refuse(&what, "release it before the checkpoint"));
+            }
+        };
+        Ok(Lock::of(of, lock))
+    };
+    let locks = look
+        .info
+        .locks
+        .iter()
+        .map(lock)
+        .collect::<Result<Vec<_>, _>>()?;
+    // All that has no inode of its own has the same one, which other programs lock as well.
+    let anonymous = matches!(look.link, FdLink::AnonInode(_) | FdLink::PidFd);
+    let foreign = matches!(kind, Kind::Outside(_));
+    if !locks.is_empty() && (anonymous || foreign) {
+        let what = "a lock on what others have as well, which is not supported";
+        return Err(refuse(what, "release it before the checkpoint"));
+    }
+    Ok(locks)
+}
+
+impl Look {
+    /// The contents of a regular file or memfd, opened anew: the job's descriptor may be write-only, and looking
+    /// for holes moves the offset. An open for reading would break a lease for writing (fcntl(2)).
+    pub(super) fn contents(&self, source: &Source, size: u64) -> std::io::Result<Contents> {
+        let mut locks = self.info.locks.iter();
+        if !locks.any(|lock| lock.kind == "LEASE" && lock.access == "WRITE") {
+            let file = open_quietly(&source.dir.join(format!("fd/{}", self.fd)))?;
+            return Ok(Contents::File(file, size));
+        }
+        if self.info.flags as i32 & libc::O_ACCMODE == libc::O_WRONLY {
+            let reason = "it is open for writing only, and has a lease that opening it would break";
+            return Err(std::io::Error::other(reason));
+        }
+        Ok(Contents::Held(self.copy.try_clone()?.into(), size))
+    }
+}
+
+impl Description {
+    /// Locks that are held through it.
+    pub fn locks(&self) -> &[Lock] {
+        match &self.kind {
+            Kind::Regular(file) if self.locks.is_empty() => &file.locks,
+            _ => &self.locks,
+        }
+    }
+
+    /// Whether there is a lease on its file.
+    pub fn is_leased(&self) -> bool {
+        let mut locks = self.locks().iter();
+        locks.any(|lock| lock.kind == LockKind::Lease)
+    }
+
+    /// Takes the locks that belong to the description.
+    pub(super) fn rebuild_locks(&self, at: i32, plan: &mut Builder) {
+        for lock in self.locks() {
+            let object = || format!("a lock on {}", self.kind.label());
+            match lock.kind {
+                LockKind::Flock => {
+                    let how = if lock.exclusive {
+                        libc::LOCK_EX
+                    } else {
+                        libc::LOCK_SH
+                    };
+                    let args = [at as u64, (how | libc::LOCK_NB) as u64];
+                    plan.syscall(libc::SYS_flock, &args, object);
+                }
+                LockKind::Ofd => {
+                    let data = plan.data(&lock.flock());
+                    let args = [at as u64, libc::F_OFD_SETLK as u64, data];
+                    plan.syscall(libc::SYS_fcntl, &args, object);
+                }
+                LockKind::Posix | LockKind::Lease => {}
+            }
+        }
+    }
+}
+
+/// The process that sets a description's lease and owner: the one that took the lease, or else the first that has the
+/// description.
+pub(super) fn keeper(description: usize, snapshot: &Snapshot) -> Option<i32> {
+    let has = |p: &&Process| p.fds.iter().any(|e| e.description == description);
+    let mut have = snapshot.processes.iter().filter(has).map(|p| p.pid);
+    let locks = snapshot.descriptions[description].locks().iter();
+    let takers: Vec<i32> = locks.filter_map(|lock| lock.taker).collect();
+    let first = have.clone().next();
+    have.find(|pid| takers.contains(pid)).or(first)
+}
+
+/// Takes the leases, each under the lowest number that its keeper has: a break tells that number. Any open of the file
+/// would break the lease, so this comes when every process has opened and mapped what it has.
+pub fn rebuild_leases(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    let mut done = HashSet::new();
+    for entry in &process.fds {
+        let kept = keeper(entry.description, snapshot) == Some(process.pid);
+        if !kept || !done.insert(entry.description) {
+            continue;
+        }
+        let description = &snapshot.descriptions[entry.description];
+        let leases = description.locks().iter();
+        for lease in leases.filter(|lock| lock.kind == LockKind::Lease) {
+            let how = if lease.exclusive {
+                libc::F_WRLCK
+            } else {
+                libc::F_RDLCK
+            };
+            let args = [entry.fd as u64, libc::F_SETLEASE as u64, how as u64];
+            let object = || {
+                let (of, takes) = (description.kind.label(), Use::Lease);
+                format!("the lease on {of}, which needs {takes} if that is not yours")
+            };
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
+    }
+}
+
+impl Lock {
+    /// From fdinfo.
+    pub fn of(kind: LockKind, lock: &LockLine) -> Self {
+        Self {
+            kind,
+            exclusive: lock.access == "WRITE",
+            start: lock.start,
+            taker: (kind == LockKind::Lease).then_some(lock.pid),
+            len: lock.end.map_or(0, |end| end - lock.start + 1),
+        }
+    }
+
+    /// Takes a POSIX lock for the process that executes this.
+    pub fn rebuild_posix(&self, fd: i32, plan: &mut Builder) {
+        let data = plan.data(&self.flock());
+        let args = [fd as u64, libc::F_SETLK as u64, data];
+        plan.syscall(libc::SYS_fcntl, &args, || format!("a lock on fd {fd}"));
+    }
+
+    /// `struct flock`.
+    fn flock(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        let kind = if self.exclusive {
+            libc::F_WRLCK
+        } else {
+            libc::F_RDLCK
+        } as i16;
+        bytes[0..2].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.start.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.len.to_le_bytes());
+        bytes
+    }
+}

@@ -1,0 +1,133 @@
+//! memfd_create(2).
+
+use serde::{Deserialize, Serialize};
+
+use super::attributes::Attributes;
+use super::{Kind, Look, sys};
+use crate::bounds;
+use crate::error::Obstacle;
+use crate::plan::Builder;
+use crate::source::{Collector, Source};
+use crate::{Snapshot, SpaceId};
+
+/// A file that lives in memory. Descriptions of one file share `inode`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemFd {
+    /// Its name, without the `memfd:` before it.
+    #[serde(with = "serde_bytes")]
+    pub name: Vec<u8>,
+    /// Inode number; the same file may be open several times.
+    pub inode: u64,
+    /// Size in bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
+    pub size: u64,
+    /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
+    pub mode: u32,
+    /// `F_GET_SEALS`.
+    pub seals: u32,
+    /// Offset in bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
+    pub offset: u64,
+    /// Page size of hugetlb memory, 0 for ordinary pages.
+    #[serde(deserialize_with = "bounds::page")]
+    pub huge_page_size: u64,
+    /// Its contents in the image.
+    pub contents: SpaceId,
+    /// What else it had.
+    #[serde(default)]
+    pub attributes: Option<Attributes>,
+}
+
+/// `HUGETLBFS_MAGIC`.
+const HUGETLBFS: i64 = 0x9584_58f6;
+
+/// Captures a memfd. Descriptions of one file share its contents.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    name: &[u8],
+    collector: &mut Collector,
+) -> Result<MemFd, Box<Obstacle>> {
+    let inode = look.stat.st_ino;
+    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
+        Kind::MemFd(m) if m.inode == inode => Some((m.contents, m.attributes.clone())),
+        _ => None,
+    });
+    let size = look.stat.st_size as u64;
+    let (contents, attributes) = match known {
+        Some(known) => known,
+        None => {
+            let contents = look.contents(source, size).map_err(|e| {
+                let reason = format!("is a memfd that cannot be read: {e}");
+                Box::new(Obstacle::without_remedy(look.object(source), reason))
+            })?;
+            let file = contents.as_file();
+            let attributes = file.and_then(|f| Some(Attributes::of(f, &f.metadata().ok()?)));
+            (collector.space_for(contents), attributes)
+        }
+    };
+    let huge_page_size = match sys::fstatfs(&look.copy) {
+        Some((HUGETLBFS, block)) => block,
+        _ => 0,
+    };
+    Ok(MemFd {
+        name: name.to_vec(),
+        inode,
+        size,
+        mode: look.stat.st_mode & 0o7777,
+        seals: sys::fcntl(&look.copy, libc::F_GET_SEALS).unwrap_or(0) as u32,
+        offset: look.info.pos,
+        huge_page_size,
+        contents,
+        attributes,
+    })
+}
+
+impl MemFd {
+    /// Whether this description is the one to seal the file through: the first that may write, as
+    /// F_ADD_SEALS wants it. Where there is none the restoring process has sealed it already,
+    /// since nobody can have it mapped for writing.
+    pub fn seals_through(&self, index: usize, snapshot: &Snapshot) -> bool {
+        self.writable(snapshot).next() == Some(index)
+    }
+
+    /// Whether any description of the file may write.
+    pub fn is_writable(&self, snapshot: &Snapshot) -> bool {
+        self.writable(snapshot).next().is_some()
+    }
+
+    fn writable<'a>(&self, snapshot: &'a Snapshot) -> impl Iterator<Item = usize> + 'a {
+        let inode = self.inode;
+        snapshot
+            .descriptions
+            .iter()
+            .enumerate()
+            .filter_map(move |(i, d)| match &d.kind {
+                Kind::MemFd(m) if m.inode == inode && d.flags as i32 & libc::O_ACCMODE != 0 => {
+                    Some(i)
+                }
+                _ => None,
+            })
+    }
+
+    /// Seals the file, once it is filled and mapped.
+    pub fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
+        // A file made without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.
+        if self.seals & !(libc::F_SEAL_SEAL as u32) != 0 {
+            let object = || format!("the seals of /memfd:{}", crate::text::of(&self.name));
+            let args = [at as u64, libc::F_ADD_SEALS as u64, self.seals.into()];
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
+    }
+
+    /// Flags of memfd_create(2) that make such a file.
+    pub fn create_flags(&self) -> u32 {
+        let sealing = self.seals != libc::F_SEAL_SEAL as u32;
+        let mut flags = if sealing { libc::MFD_ALLOW_SEALING } else { 0 };
+        if self.huge_page_size != 0 {
+            flags |= libc::MFD_HUGETLB | self.huge_page_size.trailing_zeros() << 26;
+        }
+        flags
+    }
+}

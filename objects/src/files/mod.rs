@@ -1,0 +1,464 @@
+//! Open file descriptions and the descriptors that refer to them; one file a kind.
+
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use ckpt_tracer::proc::fdinfo::FdDetail;
+use ckpt_tracer::proc::fdlink::FdLink;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::tasks::list_tasks;
+use ckpt_tracer::{Pid, Tid};
+use serde::{Deserialize, Serialize};
+
+use super::ipc::mqueue;
+use super::sockets::{self, netlink, unix};
+use super::uring;
+use crate::bounds;
+use crate::error::Obstacle;
+use crate::source::{Collector, Source};
+use crate::text::Shown;
+
+pub mod attributes;
+pub mod changed;
+pub mod device;
+pub mod epoll;
+pub mod eventfd;
+pub mod fanotify;
+pub mod fifo;
+mod flight;
+pub mod inotify;
+pub mod late;
+pub mod left;
+pub mod lock;
+pub mod memfd;
+pub mod outside;
+pub mod pidfd;
+pub mod pieces;
+pub mod pipe;
+pub mod procfs;
+mod rebuild;
+pub mod regular;
+pub mod removed;
+pub mod saved;
+pub mod signalfd;
+mod survey;
+pub mod sys;
+pub mod terminal;
+pub mod timerfd;
+pub mod unread;
+
+use flight::Flight;
+use left::Choice;
+pub use rebuild::{
+    Staging, complete_descriptions, named, number, open_descriptions, place, rebuild_owners,
+    reopen_flags, seal,
+};
+pub use survey::{Look, Seen, Survey, WITHHELD_REMEDY};
+
+type Result<T, E = crate::Error> = std::result::Result<T, E>;
+
+/// One descriptor of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdEntry {
+    /// The number.
+    #[serde(deserialize_with = "bounds::fd")]
+    pub fd: i32,
+    /// Index in the snapshot's descriptions.
+    pub description: usize,
+    /// `FD_CLOEXEC`.
+    pub close_on_exec: bool,
+}
+
+/// An open file description (`struct file`): what dup and fork share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Description {
+    /// What kind of file, and its state.
+    pub kind: Kind,
+    /// Access mode and status flags, `F_GETFL` and `O_CLOEXEC` excluded.
+    pub flags: u32,
+    /// Who gets SIGIO.
+    pub owner: Option<Owner>,
+    /// User and group that a pipe or socket was made by, as fstat(2) tells. A process that has become another
+    /// user may open its standard output anew by `/proc/self/fd` only where they are right.
+    #[serde(default)]
+    pub made_by: Option<(u32, u32)>,
+    /// Locks and leases held through it. Read them by [`Description::locks`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub locks: Vec<lock::Lock>,
+}
+
+/// `F_SETOWN_EX` and `F_SETSIG`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
+    #[serde(deserialize_with = "bounds::choice")]
+    pub kind: i32,
+    /// Whose.
+    #[serde(deserialize_with = "bounds::pid")]
+    pub id: i32,
+    /// `F_GETSIG`; 0 is SIGIO.
+    #[serde(deserialize_with = "bounds::signal")]
+    pub signal: i32,
+}
+
+/// Kinds of open files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Kind {
+    /// A regular file, directory or `O_PATH` handle.
+    Regular(regular::Regular),
+    /// A character device without state.
+    Device(device::Device),
+    /// One end of a pipe that is wholly inside the job.
+    Pipe(pipe::PipeEnd),
+    /// One end of a FIFO that nobody outside the job has open.
+    Fifo(fifo::FifoEnd),
+    /// eventfd(2).
+    EventFd(eventfd::EventFd),
+    /// signalfd(2).
+    SignalFd(signalfd::SignalFd),
+    /// timerfd_create(2).
+    TimerFd(timerfd::TimerFd),
+    /// epoll(7).
+    Epoll(epoll::Epoll),
+    /// memfd_create(2).
+    MemFd(memfd::MemFd),
+    /// inotify(7).
+    Inotify(inotify::Inotify),
+    /// A group of fanotify(7).
+    Fanotify(fanotify::Fanotify),
+    /// A terminal, or the master of one.
+    Terminal(terminal::End),
+    /// pidfd_open(2).
+    PidFd(pidfd::PidFd),
+    /// A file of `/proc` that belongs to a process.
+    ProcFile(procfs::ProcFile),
+    /// A POSIX message queue, mq_overview(7).
+    MessageQueue(mqueue::MessageQueue),
+    /// A unix domain socket.
+    UnixSocket(unix::UnixSocket),
+    /// A socket to the kernel, netlink(7).
+    Netlink(netlink::NetlinkSocket),
+    /// Something of the surroundings that the restored job gets anew: a pipe with its other end
+    /// outside, or a socket.
+    Outside(outside::Outside),
+    /// Something that the job does without, or that leads elsewhere, because the user says so.
+    Left(left::Left),
+}
+
+/// `MQUEUE_MAGIC`: the file system of POSIX message queues.
+const MQUEUE: i64 = 0x1980_0202;
+
+/// Captures the open file descriptions of the job, and each process's descriptors; nothing is
+/// executed in the processes. Answers one list a process, in the order of `sources`.
+pub fn capture(
+    sources: &[&Source],
+    survey: &mut Survey,
+    terminals: &terminal::Ends,
+    collector: &mut Collector,
+) -> Result<Vec<Vec<FdEntry>>> {
+    for source in sources {
+        let tasks = list_tasks(source.dir.clone()).unwrap_or_default();
+        collector.tasks.extend(tasks.into_iter().map(Tid::raw));
+    }
+    collector.first = sources.first().map(|source| source.pid.raw());
+    let first = collector.descriptions.len();
+    let open = survey.looks.iter().map(|look| sockets::survey::Open {
+        copy: &look.copy,
+        object: look.object(sources[look.process]),
+        directory: sources[look.process].dir.join("cwd"),
+    });
+    let mut found = sockets::survey::survey(&open.collect::<Vec<_>>(), collector.frozen())?;
+    // What is only in flight between sockets has no number in any process but ours.
+    let ourselves = Source::open(Pid::own())?;
+    let seen_in_job = survey.looks.len();
+    for copy in &found.in_flight {
+        let fd = copy.as_raw_fd();
+        let own = copy.try_clone().map_err(|source| crate::Error::File {
+            what: "copy",
+            path: "a descriptor in flight".into(),
+            source,
+        })?;
+        let look = Look::with(own, &ourselves, sources.len(), fd)?;
+        survey.looks.push(look);
+    }
+    let mut sources = sources.to_vec();
+    sources.push(&ourselves);
+    let pipes = pipe::Ends::of(&survey.looks);
+    let numbers = survey.numbers();
+    for (number, look) in survey.looks.iter().enumerate() {
+        let numbers = &numbers[number];
+        let choice = collector.choices.of(look, numbers);
+        let left = |instead: Option<PathBuf>| {
+            Kind::Left(left::Left {
+                fd: look.fd,
+                name: look.told(),
+                instead,
+            })
+        };
+        let outside = |obstacle: Obstacle| match &choice {
+            Choice::Replace(path) => Ok(left(Some(path.clone()))),
+            Choice::Drop => Ok(left(None)),
+            Choice::Keep if numbers.iter().any(|fd| *fd <= 2) => {
+                Ok(outside::capture(look, outside::Surroundings::Socket))
+            }
+            Choice::Keep => Err(Box::new(obstacle)),
+        };
+        let kind = match (found.kind(number, first, outside), &choice) {
+            (Some(Ok(Kind::UnixSocket(socket))), Choice::Replace(path)) => {
+                Err(Box::new(socket.not_replaceable(path)))
+            }
+            (Some(kind), _) => kind,
+            (None, Choice::Replace(path)) => Ok(left(Some(path.clone()))),
+            (None, _) => {
+                let all = (&survey.looks[..], first);
+                let kind = kind(
+                    sources[look.process],
+                    look,
+                    all,
+                    (&pipes, terminals),
+                    collector,
+                );
+                match (&kind, &choice) {
+                    (Err(_) | Ok(Kind::Outside(_)), Choice::Drop) => Ok(left(None)),
+                    _ => kind,
+                }
+            }
+        };
+        if let Ok(Kind::Left(left)) = &kind {
+            let note = left.note(look, sources[look.process], &collector.choices);
+            collector.warnings.extend(note);
+        }
+        let kind = match number < seen_in_job {
+            true => kind,
+            false => sockets::may_be_in_flight(kind, sources.first().map(|s| s.pid.raw())),
+        };
+        let source = sources[look.process];
+        let locks = |kind| lock::capture(source, look, &kind).map(|locks| (kind, locks));
+        match kind.and_then(locks) {
+            Ok((kind, locks)) => collector.descriptions.push(Description {
+                kind,
+                flags: look.info.flags,
+                owner: look.owner(),
+                made_by: look.made_by(),
+                locks,
+            }),
+            Err(obstacle) => collector.refuse(*obstacle),
+        }
+    }
+    collector.descriptions.extend(found.ghosts());
+    if collector.obstacles.is_empty() {
+        epoll::capture_entries(&sources, &survey.looks, first, collector)?;
+        let flight = Flight {
+            descriptions: &collector.descriptions,
+            carried_only: first + seen_in_job,
+            root: sources[0].pid.raw(),
+        };
+        let in_the_way = flight.obstacles();
+        collector.obstacles.extend(in_the_way);
+    }
+    let notes = collector.choices.take_from(survey, &sources);
+    collector.warnings.extend(notes);
+    let absent = |s: &Seen| match collector.descriptions.get(first + s.look).map(|d| &d.kind) {
+        Some(Kind::Left(left)) => left.instead.is_none(),
+        _ => false,
+    };
+    survey
+        .seen
+        .iter_mut()
+        .for_each(|seen| seen.retain(|s| !absent(s)));
+    let entries = survey.seen.iter().map(|seen| {
+        let entry = |s: &Seen| FdEntry {
+            fd: s.fd,
+            description: first + s.look,
+            close_on_exec: s.close_on_exec,
+        };
+        seen.iter().map(entry).collect()
+    });
+    Ok(entries.collect())
+}
+
+/// Finds what stands in the way as far as it can be seen without copies of the descriptors: what a file
+/// is, but not what is in it. The rest is found when the job is frozen.
+pub fn judge_by_sight(
+    sources: &[&Source],
+    survey: &Survey,
+    collector: &mut Collector,
+) -> Vec<Vec<FdEntry>> {
+    const KNOWN: [&str; 6] = [
+        "eventfd",
+        "signalfd",
+        "timerfd",
+        "eventpoll",
+        "inotify",
+        "fanotify",
+    ];
+    for (look, numbers) in survey.looks.iter().zip(survey.numbers()) {
+        if collector.choices.of(look, &numbers) != Choice::Keep {
+            continue;
+        }
+        let what = match &look.link {
+            FdLink::AnonInode(name) if name == uring::NAME => {
+                collector.refuse(uring::obstacle(sources[look.process]));
+                continue;
+            }
+            FdLink::AnonInode(name) if !KNOWN.contains(&name.as_str()) => anonymous(name),
+            FdLink::Other(_) => "a file of an unknown kind".to_owned(),
+            FdLink::File { .. } if look.file_type() == libc::S_IFBLK && !look.is_path() => {
+                "a block device".to_owned()
+            }
+            _ => continue,
+        };
+        collector.refuse(left::droppable(look, sources[look.process], &what));
+    }
+    vec![Vec::new(); sources.len()]
+}
+
+fn kind(
+    source: &Source,
+    look: &Look,
+    job: (&[Look], usize),
+    (pipes, terminals): (&pipe::Ends, &terminal::Ends),
+    collector: &mut Collector,
+) -> Result<Kind, Box<Obstacle>> {
+    let unsupported = |what: &str| Box::new(left::droppable(look, source, what));
+    if let Some(end) = terminals.get(look) {
+        return terminal::capture(source, look, end, collector);
+    }
+    match (&look.link, &look.info.detail) {
+        (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) => {
+            let held = || read_status(source.pid).is_ok_and(|s| sockets::is_held(&s));
+            let semaphore = match semaphore {
+                Some(semaphore) => Some(*semaphore),
+                None if held() => eventfd::is_semaphore(&look.copy, *count),
+                // The frozen job will tell.
+                None => Some(false),
+            };
+            let semaphore = semaphore.ok_or_else(|| {
+                unsupported("an eventfd of which this kernel does not tell how it counts")
+            })?;
+            Ok(Kind::EventFd(eventfd::EventFd {
+                count: *count,
+                semaphore,
+            }))
+        }
+        (FdLink::AnonInode(_), FdDetail::SignalFd { mask }) => {
+            Ok(Kind::SignalFd(signalfd::SignalFd { mask: *mask }))
+        }
+        (FdLink::AnonInode(_), FdDetail::TimerFd(timer)) => {
+            Ok(Kind::TimerFd(timerfd::TimerFd::of(timer, &look.copy)))
+        }
+        (FdLink::AnonInode(name), FdDetail::Epoll { .. }) if name == "eventpoll" => {
+            Ok(Kind::Epoll(epoll::Epoll::capture(look)))
+        }
+        (FdLink::AnonInode(name), _) if name == "eventpoll" => {
+            Ok(Kind::Epoll(epoll::Epoll::capture(look)))
+        }
+        (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
+            inotify::capture(source, look, watches, job, collector).map(Kind::Inotify)
+        }
+        (FdLink::AnonInode(_), FdDetail::Fanotify(group)) => {
+            fanotify::capture(source, look, group, collector).map(Kind::Fanotify)
+        }
+        (FdLink::AnonInode(name), _) if name == "inotify" => {
+            inotify::capture(source, look, &[], job, collector).map(Kind::Inotify)
+        }
+        (FdLink::AnonInode(name), _) if name == uring::NAME => {
+            Err(Box::new(uring::obstacle(source)))
+        }
+        (FdLink::AnonInode(name), _) => Err(unsupported(&anonymous(name))),
+        (FdLink::Memfd(name), _) => memfd::capture(source, look, name, collector).map(Kind::MemFd),
+        (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes, collector.frozen())?),
+        (FdLink::Socket(_), _) if look.fd <= 2 => {
+            Ok(outside::capture(look, outside::Surroundings::Socket))
+        }
+        (FdLink::Socket(_), _) => match netlink::capture(source, look) {
+            Some(socket) => socket.map(Kind::Netlink),
+            None => Err(unsupported(&sockets::family(&look.copy))),
+        },
+        (FdLink::File { path, .. }, _)
+            if look.file_type() == libc::S_IFREG
+                && look.info.flags as i32 & libc::O_PATH == 0
+                && sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) =>
+        {
+            mqueue::capture(source, look, path).map(Kind::MessageQueue)
+        }
+        (FdLink::File { path, deleted }, _) if procfs::is_of_process(look, path) => {
+            procfs::capture(source, look, path, *deleted, collector).map(Kind::ProcFile)
+        }
+        (FdLink::Namespace(kind, inode), _) => {
+            procfs::namespace(source, look, (kind, *inode), collector).map(Kind::ProcFile)
+        }
+        (
+            FdLink::File {
+                path,
+                deleted: true,
+            },
+            _,
+        ) if path == Path::new("/secretmem") && is_secret(look) => {
+            let reason = "is secret memory (memfd_secret(2)), which the kernel shows to nobody but the \
+                          process itself";
+            let remedy =
+                "let the program close it before the checkpoint, or start it without secret memory";
+            Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
+        }
+        (FdLink::File { path, deleted }, _) => match look.file_type() {
+            libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
+                regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
+            }
+            _ if look.info.flags as i32 & libc::O_PATH != 0 => {
+                regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
+            }
+            libc::S_IFCHR if device::is_stateless(look) => Ok(device::capture(look, path)),
+            libc::S_IFCHR => Err(unsupported("a device")),
+            libc::S_IFIFO => fifo::capture(source, look, path, *deleted, pipes),
+            libc::S_IFBLK => Err(unsupported("a block device")),
+            _ => Err(unsupported("a file of an unknown type")),
+        },
+        (FdLink::PidFd, _) => {
+            let is_ours = |task| procfs::is_of_the_job(task, collector);
+            pidfd::capture(source, look, is_ours).map(Kind::PidFd)
+        }
+        (FdLink::Other(_), _) => Err(unsupported("a file of an unknown kind")),
+    }
+}
+
+/// What the kernel calls `anon_inode:[name]`, with its article.
+fn anonymous(name: &str) -> String {
+    let name = name.trim_matches(['[', ']']);
+    match name.starts_with(['a', 'e', 'i', 'o']) {
+        true => format!("an {name} descriptor"),
+        false => format!("a {name} descriptor"),
+    }
+}
+
+/// Whether it is of the file system of memfd_secret(2), `SECRETMEM_MAGIC`.
+fn is_secret(look: &Look) -> bool {
+    sys::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == 0x5345_434d)
+}
+
+impl Kind {
+    /// What kind of file, for messages.
+    pub fn label(&self) -> String {
+        match self {
+            Kind::Regular(r) => r.path.shown(),
+            Kind::Device(d) => d.path.shown(),
+            Kind::Pipe(p) => format!("pipe:[{}]", p.inode),
+            Kind::Fifo(f) => f.path.shown(),
+            Kind::EventFd(_) => "eventfd".into(),
+            Kind::SignalFd(_) => "signalfd".into(),
+            Kind::TimerFd(_) => "timerfd".into(),
+            Kind::Epoll(_) => "epoll".into(),
+            Kind::MemFd(m) => format!("/memfd:{}", crate::text::of(&m.name)),
+            Kind::Inotify(_) => "inotify".into(),
+            Kind::Fanotify(_) => "fanotify".into(),
+            Kind::Terminal(t) => t.name.clone(),
+            Kind::PidFd(_) => "pidfd".into(),
+            Kind::ProcFile(p) => p.path.shown(),
+            Kind::MessageQueue(q) => q.title(),
+            Kind::UnixSocket(s) => s.label(),
+            Kind::Netlink(s) => s.label(),
+            Kind::Outside(o) => o.name.clone(),
+            Kind::Left(l) => l.name.clone(),
+        }
+    }
+}

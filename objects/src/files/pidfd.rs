@@ -1,0 +1,150 @@
+//! pidfd_open(2).
+//!
+//! A pidfd of the job's first process is opened like any other file. Those of other tasks of the job
+//! can only be opened when these exist: until then the first process's stands in for them
+//! ([`super::late`]). One of a process that has been waited for is a handle of nobody for ever; the
+//! restoring process makes it from a child of its own that ends the same way.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use ckpt_tracer::Pid;
+use ckpt_tracer::proc::fdinfo::FdDetail;
+use serde::{Deserialize, Serialize};
+
+use super::{Look, sys};
+use crate::Snapshot;
+use crate::bounds;
+use crate::error::Obstacle;
+use crate::outsiders::process_name;
+use crate::plan::{Builder, Inherited};
+use crate::source::Source;
+
+/// A handle of a process or thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PidFd {
+    /// Whose, in the job; `None` for one that has ended and been waited for.
+    #[serde(default, deserialize_with = "bounds::pid")]
+    pub task: Option<i32>,
+    /// `PIDFD_THREAD`: of this one thread.
+    pub thread: bool,
+    /// How it ended, as wait(2) tells, where the kernel still knows.
+    #[serde(default, deserialize_with = "bounds::status")]
+    pub status: Option<i32>,
+    /// Its inode, where each process has one (pidfs, Linux 6.9): programs tell by it whether two are of
+    /// one process.
+    #[serde(default)]
+    pub inode: Option<u64>,
+}
+
+/// `PID_FS_MAGIC`
+const PID_FS: i64 = 0x5049_4446;
+
+/// `PIDFD_THREAD` is `O_EXCL`.
+const PIDFD_THREAD: u32 = libc::O_EXCL as u32;
+
+/// Captures a pidfd. `is_ours` tells which ids of tasks belong to the job.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    is_ours: impl Fn(i32) -> bool,
+) -> Result<PidFd, Box<Obstacle>> {
+    let thread = look.info.flags & PIDFD_THREAD != 0;
+    let refuse = |reason: String| {
+        let remedy = "close it before the checkpoint";
+        Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
+    };
+    let is_pidfs = sys::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == PID_FS);
+    let inode = is_pidfs.then_some(look.stat.st_ino);
+    match look.info.detail {
+        FdDetail::PidFd { pid: Pid(-1), .. } => Ok(PidFd {
+            task: None,
+            thread,
+            status: exit_status(&look.copy),
+            inode,
+        }),
+        FdDetail::PidFd { pid, .. } if is_ours(pid.raw()) => Ok(PidFd {
+            task: Some(pid.raw()),
+            thread,
+            status: None,
+            inode,
+        }),
+        FdDetail::PidFd { pid: Pid(0), .. } => {
+            refuse("is a pidfd of a process in another pid namespace".to_owned())
+        }
+        FdDetail::PidFd { pid, .. } => refuse(format!(
+            "is a pidfd of {}, which is not part of the job",
+            process_name(pid)
+        )),
+        _ => refuse("is a pidfd of which the kernel does not tell the process".to_owned()),
+    }
+}
+
+/// How the process of a pidfd ended (`PIDFD_GET_INFO`, Linux 6.15).
+fn exit_status(fd: &OwnedFd) -> Option<i32> {
+    const EXIT: u64 = 1 << 3;
+    let mut info = [0; 64];
+    info[..8].copy_from_slice(&EXIT.to_ne_bytes());
+    sys::pidfd_info(fd.as_raw_fd(), &mut info).ok()?;
+    let mask = u64::from_ne_bytes(info[..8].try_into().ok()?);
+    let status = i32::from_ne_bytes(info[60..].try_into().ok()?);
+    (mask & EXIT != 0).then_some(status)
+}
+
+impl PidFd {
+    pub(super) fn object(&self) -> String {
+        let task = self.task.unwrap_or(0);
+        format!("a pidfd of task {task}")
+    }
+
+    /// Opens it at its staging number, or what stands in for it.
+    pub fn rebuild(
+        &self,
+        index: usize,
+        flags: u32,
+        at: i32,
+        snapshot: &Snapshot,
+        plan: &mut Builder,
+    ) {
+        if self.task.is_none() {
+            plan.inherit(at, Inherited::EndedProcess(index));
+            return;
+        }
+        let first = snapshot.processes.first().map_or(0, |p| p.pid);
+        let thread = if self.task == Some(first) {
+            PIDFD_THREAD
+        } else {
+            0
+        };
+        let flags = flags & (thread | libc::O_NONBLOCK as u32);
+        let args = [first as u64, flags.into()];
+        plan.expect(libc::SYS_pidfd_open, &args, 0, || self.object());
+        super::place(0, at, plan, || self.object());
+    }
+
+    /// Whether its task does not exist when descriptions are opened. `first` is the job's first process.
+    pub(super) fn is_late(&self, first: Option<i32>) -> bool {
+        self.task.is_some() && self.task != first
+    }
+
+    /// Opens it, with its task there, as `at`, the lowest free number.
+    pub(super) fn open(&self, flags: u32, at: i32, plan: &mut Builder) {
+        let flags = flags & (PIDFD_THREAD | libc::O_NONBLOCK as u32);
+        let args = [self.task.unwrap_or(0) as u64, flags.into()];
+        plan.expect(libc::SYS_pidfd_open, &args, at as u64, || self.object());
+    }
+
+    /// Whether both are of the same process that has ended already.
+    pub fn is_same_process(&self, other: &Self) -> bool {
+        self.task.is_none()
+            && other.task.is_none()
+            && self.inode.is_some()
+            && self.inode == other.inode
+    }
+
+    /// Descriptions of a process that has ended already, with these flags.
+    pub fn of_nobody(&self, flags: &[u32]) -> Result<Vec<OwnedFd>, nix::errno::Errno> {
+        let flags = flags.iter();
+        let flags = flags.map(|flags| flags & (PIDFD_THREAD | libc::O_NONBLOCK as u32));
+        sys::pidfds_of_nobody(self.status.unwrap_or(0), &flags.collect::<Vec<_>>())
+    }
+}

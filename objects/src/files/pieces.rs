@@ -1,0 +1,199 @@
+//! What waits in a pipe or FIFO, buffer by buffer.
+//!
+//! A pipe has a buffer for each page of its size, and each holds what it was given: small writes share
+//! one as far as they fit, while splice(2), vmsplice(2) and tee(2) take one for each piece of a page,
+//! however short. So a pipe may be full with a few bytes in it (`pipe_full`, `pipe_write` in fs/pipe.c).
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use super::{Look, sys};
+use crate::plan::Builder;
+
+/// Bytes that a buffer has room for.
+const BUFFER: usize = 4096;
+
+/// What one buffer holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// Its bytes.
+    pub bytes: ByteBuf,
+    /// It is a packet (`O_DIRECT`): a read takes nothing beyond it, and what it does not take is lost.
+    pub packet: bool,
+}
+
+/// Why what waits cannot be copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Buffers hold more than a page, as only a splice from a socket makes them, and more than a new
+    /// pipe of that size can be given.
+    Large,
+    /// A call failed.
+    Failed(Errno),
+}
+
+impl Trouble {
+    /// The rest of a sentence that begins with the pipe.
+    pub fn reason(self) -> String {
+        match self {
+            Trouble::Large => {
+                "with more in it than can be put back (spliced from a socket)".to_owned()
+            }
+            Trouble::Failed(errno) => {
+                format!("whose contents cannot be copied: {}", errno.desc())
+            }
+        }
+    }
+}
+
+impl From<Errno> for Trouble {
+    fn from(errno: Errno) -> Self {
+        Trouble::Failed(errno)
+    }
+}
+
+impl From<std::io::Error> for Trouble {
+    fn from(error: std::io::Error) -> Self {
+        Trouble::Failed(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+    }
+}
+
+/// Buffers that pieces need.
+pub fn buffers(pieces: &[Piece]) -> usize {
+    pieces.iter().map(|p| p.bytes.len().div_ceil(BUFFER)).sum()
+}
+
+/// Whether a pipe of that capacity, in bytes, has room for the pieces.
+pub fn fit(pieces: &[Piece], capacity: u32) -> bool {
+    buffers(pieces) <= capacity as usize / BUFFER
+}
+
+/// What is in a pipe of that capacity, copied without being consumed.
+pub fn capture(look: &Look, capacity: i32) -> Result<Vec<Piece>, Trouble> {
+    let unread = sys::unread(&look.copy);
+    if unread == 0 {
+        return Ok(Vec::new());
+    }
+    let (copy, write) = sys::pipe(capacity)?;
+    let mut left = sys::tee(&look.copy, &write, unread)?;
+    if left < unread {
+        return Err(Errno::EAGAIN.into());
+    }
+    let mut single = Single::new()?;
+    let mut pieces = Vec::new();
+    while left > 0 {
+        let piece = single.take(&copy, left)?;
+        left -= piece.bytes.len();
+        pieces.push(piece);
+    }
+    match fit(&pieces, capacity as u32) {
+        true => Ok(pieces),
+        false => Err(Trouble::Large),
+    }
+}
+
+/// A pipe with room for one buffer beside a first one, which tells where a buffer ends.
+struct Single {
+    read: File,
+    write: OwnedFd,
+}
+
+impl Single {
+    fn new() -> Result<Self, Errno> {
+        let (read, write) = sys::pipe(2 * BUFFER as i32)?;
+        Ok(Self {
+            read: read.into(),
+            write,
+        })
+    }
+
+    /// Takes the first of the buffers in a pipe that holds `most` bytes.
+    fn take(&mut self, from: &OwnedFd, most: usize) -> Result<Piece, Trouble> {
+        let mut writer = File::from(self.write.try_clone()?);
+        let mut byte = [0];
+        writer.write_all(&byte)?;
+        let len = sys::splice(from, &self.write, most)?;
+        self.read.read_exact(&mut byte)?;
+        // A read goes on into what comes behind, but for a packet.
+        writer.write_all(&byte)?;
+        let mut bytes = vec![0; len + 1];
+        let packet = self.read.read(&mut bytes)? == len;
+        if packet {
+            self.read.read_exact(&mut byte)?;
+        }
+        bytes.truncate(len);
+        Ok(Piece {
+            bytes: bytes.into(),
+            packet,
+        })
+    }
+}
+
+/// Puts pieces into an empty pipe by its write end `fd`, which has no status flags and has none
+/// afterwards.
+pub fn rebuild(pieces: &[Piece], fd: u64, plan: &mut Builder, object: &dyn Fn() -> String) {
+    let mut mode = false;
+    let mut set_mode = |wanted: bool, plan: &mut Builder| {
+        if std::mem::replace(&mut mode, wanted) != wanted {
+            let flags = if wanted { libc::O_DIRECT as u64 } else { 0 };
+            plan.syscall(libc::SYS_fcntl, &[fd, libc::F_SETFL as u64, flags], object);
+        }
+    };
+    for (number, piece) in pieces.iter().enumerate() {
+        let next = pieces.get(number + 1);
+        let len = piece.bytes.len() as u64;
+        if !piece.packet && next.is_some_and(|next| would_join(piece, next)) {
+            let data = plan.pages(&piece.bytes);
+            let part = plan.data(&[data, len].map(u64::to_le_bytes).concat());
+            let args = [fd, part, 1, libc::SPLICE_F_NONBLOCK.into()];
+            plan.expect(libc::SYS_vmsplice, &args, len, object);
+        } else {
+            set_mode(piece.packet, plan);
+            let data = plan.data(&piece.bytes);
+            plan.expect(libc::SYS_write, &[fd, data, len], len, object);
+        }
+    }
+    set_mode(false, plan);
+}
+
+/// Whether a write of the second would begin in the last buffer of the first.
+fn would_join(first: &Piece, second: &Piece) -> bool {
+    let (filled, begins) = (first.bytes.len() % BUFFER, second.bytes.len() % BUFFER);
+    filled > 0 && begins > 0 && filled + begins <= BUFFER
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(len: usize) -> Piece {
+        Piece {
+            bytes: vec![0; len].into(),
+            packet: false,
+        }
+    }
+
+    #[test]
+    fn what_joins_is_what_fits_into_a_page() {
+        let joins = |a, b| would_join(&piece(a), &piece(b));
+        assert!(joins(1, 4095));
+        assert!(!joins(2, 4095));
+        assert!(!joins(4096, 1));
+        assert!(!joins(1, 4096));
+        assert!(joins(1, 4097));
+        assert!(joins(8193, 1));
+    }
+
+    #[test]
+    fn a_page_each() {
+        let pieces = [piece(1), piece(4096), piece(4097)];
+        assert_eq!(buffers(&pieces), 4);
+        assert!(fit(&pieces, 4 * 4096));
+        assert!(!fit(&pieces, 3 * 4096));
+    }
+}

@@ -1,0 +1,196 @@
+//! Pipes with both ends inside the job.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use ckpt_tracer::capabilities::Use;
+use serde::{Deserialize, Serialize};
+
+use super::pieces::{self, Piece};
+use super::{Kind, Look, Staging, outside, sys};
+use crate::Snapshot;
+use crate::error::Obstacle;
+use crate::options::Options;
+use crate::plan::Builder;
+use crate::source::Source;
+
+/// One end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PipeEnd {
+    /// Inode number; the ends of one pipe share it.
+    pub inode: u64,
+    /// `F_GETPIPE_SZ`, bytes.
+    pub capacity: u32,
+    /// What was written and not yet read, as every read end has it.
+    pub unread: Vec<Piece>,
+}
+
+/// Which ends of which pipes and FIFOs the job holds.
+pub struct Ends {
+    /// By device and inode: whether there is a read end, and a write end.
+    ends: HashMap<(u64, u64), (bool, bool)>,
+}
+
+impl Ends {
+    /// From all descriptors of the job.
+    pub fn of(looks: &[Look]) -> Self {
+        let mut ends: HashMap<(u64, u64), (bool, bool)> = HashMap::new();
+        let is_pipe = |look: &&Look| {
+            look.stat.st_mode & libc::S_IFMT == libc::S_IFIFO
+                && look.info.flags as i32 & libc::O_PATH == 0
+        };
+        for look in looks.iter().filter(is_pipe) {
+            let key = (look.stat.st_dev, look.stat.st_ino);
+            let (read, write) = ends.entry(key).or_default();
+            *read |= look.access() != libc::O_WRONLY;
+            *write |= look.access() != libc::O_RDONLY;
+        }
+        Self { ends }
+    }
+
+    fn of_pipe(&self, look: &Look) -> (bool, bool) {
+        let key = (look.stat.st_dev, look.stat.st_ino);
+        self.ends.get(&key).copied().unwrap_or_default()
+    }
+
+    /// Whether the job holds a read end of it.
+    pub fn has_reader(&self, look: &Look) -> bool {
+        self.of_pipe(look).0
+    }
+
+    /// Whether the job holds a write end of it.
+    pub fn has_writer(&self, look: &Look) -> bool {
+        self.of_pipe(look).1
+    }
+
+    /// Whether nobody outside the job can be at the other end: the job holds both, or nobody
+    /// holds the other one.
+    pub fn inside(&self, look: &Look) -> bool {
+        match self.of_pipe(look) {
+            (true, true) => true,
+            (true, false) => !has_writer(look),
+            (false, true) => sys::poll_now(&look.copy, libc::POLLOUT) & libc::POLLERR != 0,
+            (false, false) => false,
+        }
+    }
+}
+
+/// Whether anybody can write into what this read end reads. poll(2) tells when they have all
+/// gone, but not, for a FIFO, when none has ever come; tee(2) from an empty one then answers that
+/// there is nothing to wait for (`ipipe_prep`, fs/splice.c).
+fn has_writer(look: &Look) -> bool {
+    if sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0 {
+        return false;
+    }
+    let empty = sys::unread(&look.copy) == 0;
+    let none = || {
+        let (_read, write) = sys::pipe(4096)?;
+        sys::tee(&look.copy, &write, 1)
+    };
+    !(empty && none() == Ok(0))
+}
+
+/// Captures one end; what is in the pipe is copied without being consumed.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    ends: &Ends,
+    frozen: bool,
+) -> Result<Kind, Box<Obstacle>> {
+    if !ends.inside(look) {
+        return Ok(outside::capture(look, outside::Surroundings::Pipe));
+    }
+    let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
+    let mut unread = Vec::new();
+    if frozen && look.access() != libc::O_WRONLY {
+        unread = pieces::capture(look, capacity).map_err(|trouble| {
+            Box::new(Obstacle::new(
+                look.object(source),
+                format!("is a pipe {}", trouble.reason()),
+                "let the program read from it first",
+            ))
+        })?;
+    }
+    Ok(Kind::Pipe(PipeEnd {
+        inode: look.stat.st_ino,
+        capacity: capacity as u32,
+        unread,
+    }))
+}
+
+/// Makes the pipe when the first of its ends comes, and opens the others anew through
+/// `/proc/self/fd`, since each end is an open file description of its own.
+pub fn rebuild(
+    end: &PipeEnd,
+    index: usize,
+    snapshot: &Snapshot,
+    options: &Options,
+    staging: Staging,
+    plan: &mut Builder,
+) {
+    let object = || format!("pipe:[{}]", end.inode);
+    let ends: Vec<(usize, u32, &PipeEnd)> = snapshot
+        .descriptions
+        .iter()
+        .enumerate()
+        .filter_map(|(i, d)| match &d.kind {
+            Kind::Pipe(p) if p.inode == end.inode => Some((i, d.flags, p)),
+            _ => None,
+        })
+        .filter(|(i, ..)| super::named(*i, snapshot, options).is_none())
+        .collect();
+    if ends.first().map(|(i, ..)| *i) != Some(index) {
+        return;
+    }
+    let out = plan.reserve(8);
+    plan.expect(libc::SYS_pipe2, &[out, 0], 0, object);
+    let unread = ends.iter().map(|(.., p)| &p.unread).find(|u| !u.is_empty());
+    fill(end.capacity, unread, plan, object);
+    let mut used = [false; 2];
+    for (i, flags, _) in &ends {
+        let access = *flags as i32 & libc::O_ACCMODE;
+        let slot = access as usize;
+        let at = staging.of(*i);
+        if slot < 2 && !used[slot] {
+            used[slot] = true;
+            let args = [slot as u64, at as u64, 0];
+            plan.expect(libc::SYS_dup3, &args, at as u64, object);
+        } else {
+            let path = plan.path(Path::new("/proc/self/fd/0"));
+            let how = (access | libc::O_CLOEXEC) as u64;
+            let args = [libc::AT_FDCWD as u64, path, how, 0];
+            plan.expect(libc::SYS_openat, &args, 2, object);
+            super::place(2, at, plan, object);
+        }
+        // O_DIRECT, packet mode, is each write end's own.
+        let status = flags & (libc::O_DIRECT | libc::O_NONBLOCK) as u32;
+        if status != 0 {
+            let args = [at as u64, libc::F_SETFL as u64, status.into()];
+            plan.syscall(libc::SYS_fcntl, &args, object);
+        }
+    }
+    plan.syscall(libc::SYS_close, &[0], object);
+    plan.syscall(libc::SYS_close, &[1], object);
+}
+
+/// Capacity and contents of a pipe, the write end of which is descriptor 1.
+pub(super) fn fill(
+    capacity: u32,
+    unread: Option<&Vec<Piece>>,
+    plan: &mut Builder,
+    object: impl Fn() -> String,
+) {
+    /// What a new one has (`PIPE_DEF_BUFFERS`, linux/pipe_fs_i.h).
+    const USUAL: u32 = 16 * 4096;
+    if capacity != USUAL {
+        let args = [1, libc::F_SETPIPE_SZ as u64, capacity.into()];
+        let capacity = || {
+            let (of, takes) = (object(), Use::LargePipe);
+            format!("the capacity of {of}, which needs {takes} above fs.pipe-max-size")
+        };
+        plan.syscall(libc::SYS_fcntl, &args, capacity);
+    }
+    if let Some(unread) = unread {
+        pieces::rebuild(unread, 1, plan, &object);
+    }
+}

@@ -1,0 +1,472 @@
+//! Open file descriptions and descriptors as operations of plans: the root opens every description,
+//! each process makes its own numbers of them.
+
+use ckpt_tracer::capabilities::Use;
+
+use super::left::names_nothing;
+use super::{Description, Kind, Owner, changed, epoll, fifo, late, lock, pipe, terminal};
+use crate::error::Obstacle;
+use crate::options::Options;
+use crate::plan::{Builder, Inherited};
+use crate::process::Process;
+use crate::{Snapshot, limits, sockets};
+
+/// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
+/// until every descriptor of every process has been made from it. The root opens them all; the
+/// other processes have them from their creators.
+#[derive(Clone, Copy, Debug)]
+pub struct Staging {
+    base: i32,
+    descriptions: i32,
+    files: i32,
+    terminals: i32,
+    removed: i32,
+    /// How many numbers there are in all.
+    len: i32,
+}
+
+/// Calls that create descriptors put them at the lowest numbers.
+const LOWEST: i32 = 10;
+
+impl Staging {
+    /// Among numbers that no process of the job uses.
+    pub fn beside(snapshot: &Snapshot) -> Self {
+        let sockets = snapshot.descriptions.iter();
+        let sockets = sockets.filter(|d| matches!(d.kind, Kind::UnixSocket(_)));
+        // One for the file of a name, two for what stands in for a listener.
+        let spare = 3 * sockets.count() as i32;
+        let mut staging = Self {
+            base: 0,
+            descriptions: snapshot.descriptions.len() as i32,
+            files: snapshot.mapped_files.len() as i32,
+            terminals: snapshot.terminals.len() as i32,
+            removed: snapshot.removed.len() as i32,
+            len: 0,
+        };
+        staging.len = staging.spare(spare as usize);
+        staging.base = gap(used(snapshot), staging.len, limit());
+        staging
+    }
+
+    /// What is in the way where there are not enough numbers.
+    fn obstacle(self) -> Option<Obstacle> {
+        (self.base + self.len > limit()).then(|| {
+            Obstacle::new(
+                "restore",
+                format!(
+                    "has no {} numbers of descriptors in a row that the job does not use, below the limit of \
+                     open files, {}",
+                    self.len,
+                    limit()
+                ),
+                "raise that limit (ulimit -n) for restore",
+            )
+        })
+    }
+
+    /// The number of a description.
+    pub fn of(self, description: usize) -> i32 {
+        self.base + description as i32
+    }
+
+    /// The number of a mapped file with contents from the image, opened for reading or for
+    /// both.
+    pub fn mapped_file(self, file: usize, writable: bool) -> i32 {
+        self.base + self.descriptions + 2 * file as i32 + i32::from(writable)
+    }
+
+    /// The number of an executable, a mapped file.
+    pub fn executable(self, file: usize) -> i32 {
+        self.base + self.descriptions + 2 * self.files + file as i32
+    }
+
+    /// The number of a terminal that controls a session of the job.
+    pub fn terminal(self, terminal: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + terminal as i32
+    }
+
+    /// The number of a directory that was removed and that processes are in.
+    pub fn removed(self, index: usize) -> i32 {
+        self.base + self.descriptions + 3 * self.files + self.terminals + index as i32
+    }
+
+    /// Further numbers, for what the plan needs only while it runs.
+    pub fn spare(self, number: usize) -> i32 {
+        self.removed(0) + self.removed + number as i32
+    }
+
+    /// The first number, and the last one.
+    fn all(self) -> (i32, i32) {
+        (self.base, self.base + self.len)
+    }
+}
+
+/// Numbers that the job uses.
+fn used(snapshot: &Snapshot) -> Vec<i32> {
+    let fds = snapshot.processes.iter().flat_map(|p| &p.fds).map(|e| e.fd);
+    let watched = snapshot.descriptions.iter().flat_map(|d| match &d.kind {
+        Kind::Epoll(e) => e.entries.as_slice(),
+        _ => &[],
+    });
+    fds.chain(watched.map(|e| e.fd)).collect()
+}
+
+/// Where so many numbers are free: in a gap, so that the table of descriptors does not grow, else above all.
+fn gap(mut used: Vec<i32>, len: i32, limit: i32) -> i32 {
+    used.push(LOWEST - 1);
+    used.sort_unstable();
+    let above = used[used.len() - 1].saturating_add(1);
+    let mut gaps = used
+        .windows(2)
+        .map(|pair| (pair[0].saturating_add(1).max(LOWEST), pair[1].min(limit)));
+    let gap = gaps.find(|(from, to)| to - from > len);
+    gap.map_or(above, |(from, _)| from)
+}
+
+/// Our own limit of numbers, which new processes have until they get theirs.
+fn limit() -> i32 {
+    crate::limits::raise_descriptor_limit();
+    let (_, hard) = limits::current(libc::RLIMIT_NOFILE);
+    hard.try_into().unwrap_or(i32::MAX)
+}
+
+/// Flags that open(2) takes again; creation flags do not belong to an open description.
+pub fn reopen_flags(flags: u32) -> u32 {
+    let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
+    // O_TMPFILE has the bit of O_DIRECTORY in it.
+    let tmpfile = flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE;
+    let tmpfile = if tmpfile { libc::O_TMPFILE } else { 0 };
+    (flags & !(not | tmpfile) as u32) | libc::O_NOCTTY as u32
+}
+
+/// Opens every description at its staging number. Called with no other descriptor open.
+pub fn open_descriptions(
+    snapshot: &Snapshot,
+    options: &Options,
+    terminals: &dyn terminal::Places,
+    staging: Staging,
+    plan: &mut Builder,
+) -> Result<(), Vec<Obstacle>> {
+    let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, options).collect();
+    obstacles.extend(staging.obstacle());
+    let written = changed::Written::by(snapshot);
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        let at = staging.of(index);
+        let flags = description.flags;
+        if let Kind::UnixSocket(socket) = &description.kind {
+            if let Some(path) = named(index, snapshot, options) {
+                obstacles.push(socket.not_replaceable(path));
+            }
+            if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
+                obstacles.extend(more);
+            }
+            continue;
+        }
+        if let Some(path) = named(index, snapshot, options) {
+            plan.inherit(at, Inherited::Named(path.clone(), flags));
+            continue;
+        }
+        match &description.kind {
+            Kind::Regular(r) => {
+                if let Err(o) = r.rebuild(index, flags, at, (&written, options.files), plan) {
+                    obstacles.push(*o);
+                }
+            }
+            Kind::Device(d) => match d.find(flags, plan.host().rights.as_ref()) {
+                Ok(_) => plan.inherit(at, Inherited::Device(index)),
+                Err(o) => obstacles.push(*o),
+            },
+            // Made with the first of its ends.
+            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, options, staging, plan),
+            Kind::Fifo(f) => {
+                if let Err(o) = fifo::rebuild(f, index, snapshot, options, staging, plan) {
+                    obstacles.push(*o);
+                }
+            }
+            Kind::EventFd(e) => e.rebuild(flags, at, plan),
+            Kind::SignalFd(s) => s.rebuild(flags, at, plan),
+            Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
+            Kind::Epoll(set) => set.rebuild(at, plan),
+            Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
+            Kind::Inotify(i) => {
+                obstacles.extend(i.missing());
+                if let Err(o) = i.rebuild(index, at, plan) {
+                    obstacles.push(*o);
+                }
+            }
+            Kind::Fanotify(group) => {
+                obstacles.extend(group.missing());
+                group.rebuild(at, plan);
+            }
+            Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
+                Ok(what) => {
+                    plan.inherit(at, what);
+                    if terminals.loses(end) {
+                        plan.warn(format!(
+                            "the terminal {} that the job had open is another one now",
+                            end.name
+                        ));
+                    }
+                }
+                Err(o) => obstacles.push(*o),
+            },
+            Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
+            Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, options.files, plan),
+            Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
+            Kind::UnixSocket(_) => {}
+            Kind::Netlink(socket) => socket.rebuild(at, plan),
+            Kind::Left(left) => {
+                if let Some(path) = &left.instead {
+                    plan.inherit(at, Inherited::Named(path.clone(), flags));
+                }
+            }
+            Kind::Outside(o) => match o.rebuild(index, snapshot) {
+                Ok(what) => {
+                    o.warning(&what).into_iter().for_each(|w| plan.warn(w));
+                    plan.inherit(at, what);
+                }
+                Err(o) => obstacles.push(*o),
+            },
+        }
+    }
+    late::warn_of_shared(snapshot, plan);
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(obstacles)
+    }
+}
+
+/// What `--fd N=PATH` says for a description, by any of its numbers.
+pub fn named<'a>(
+    description: usize,
+    snapshot: &Snapshot,
+    options: &'a Options,
+) -> Option<&'a std::path::PathBuf> {
+    let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
+    options
+        .fds
+        .iter()
+        .find(|(fd, _)| fds().any(|e| e.fd == **fd && e.description == description))
+        .map(|(_, path)| path)
+}
+
+/// `--fd` for numbers that the job does not have.
+fn unknown_numbers(snapshot: &Snapshot, options: &Options) -> impl Iterator<Item = Obstacle> {
+    let has = |fd: &i32| {
+        snapshot
+            .processes
+            .iter()
+            .flat_map(|p| &p.fds)
+            .any(|e| e.fd == *fd)
+    };
+    let unknown: Vec<i32> = options.fds.keys().copied().filter(|fd| !has(fd)).collect();
+    unknown.into_iter().map(|fd| names_nothing("--fd", fd))
+}
+
+/// Moves a descriptor from where the kernel put it to its staging number, where it outlives the
+/// exec of other processes.
+pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String) {
+    let args = [from as u64, to as u64, 0];
+    plan.expect(libc::SYS_dup3, &args, to as u64, &object);
+    plan.syscall(libc::SYS_close, &[from as u64], &object);
+}
+
+/// With every description open: what refers to other descriptions, then flags and locks.
+pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    sockets::rebuild::finish(snapshot, staging, plan);
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        let at = staging.of(index);
+        if let Kind::Epoll(set) = &description.kind {
+            let later = |d| late::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
+            set.rebuild_entries(at, staging, later, plan);
+        }
+        match &description.kind {
+            Kind::Inotify(inotify) => inotify.rebuild_watches(at, staging, plan),
+            Kind::Fanotify(group) => group.rebuild_marks(at, plan),
+            _ => {}
+        }
+        rebuild_status(description, at, plan);
+        rebuild_maker(description, at, plan);
+        description.rebuild_locks(at, plan);
+    }
+}
+
+/// Seals files, once every process has mapped them.
+pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        match &description.kind {
+            Kind::MemFd(m) if m.seals_through(index, snapshot) => {
+                m.rebuild_seals(staging.of(index), plan);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The process's own numbers, and its locks.
+pub fn number(process: &Process, staging: Staging, plan: &mut Builder) {
+    for entry in &process.fds {
+        let cloexec = if entry.close_on_exec {
+            libc::O_CLOEXEC
+        } else {
+            0
+        };
+        let args = [
+            staging.of(entry.description) as u64,
+            entry.fd as u64,
+            cloexec as u64,
+        ];
+        plan.expect(libc::SYS_dup3, &args, entry.fd as u64, || {
+            format!("fd {}", entry.fd)
+        });
+    }
+    let (first, last) = staging.all();
+    plan.syscall(
+        libc::SYS_close_range,
+        &[first as u64, last as u64, 0],
+        || "the descriptors used in between".into(),
+    );
+    // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
+    // when nothing more is closed.
+    for (fd, lock) in &process.record_locks {
+        lock.rebuild_posix(*fd, plan);
+    }
+}
+
+/// Flags that F_SETFL sets.
+const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32;
+
+/// Status flags that the way of opening has not set already.
+pub(super) fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
+    let absent = matches!(&description.kind, Kind::Left(left) if left.instead.is_none());
+    if absent || description.flags as i32 & libc::O_PATH != 0 {
+        return;
+    }
+    let wanted = description.flags & SETTABLE & !(libc::O_ASYNC as u32);
+    let opened_with = match description.kind {
+        Kind::Regular(_) | Kind::Device(_) | Kind::ProcFile(_) => wanted,
+        _ => 0,
+    };
+    // Nothing but F_SETFL gives it to what is not opened by a path.
+    let noatime = match description.kind {
+        Kind::Regular(_) | Kind::Device(_) | Kind::Fifo(_) => 0,
+        _ => description.flags & libc::O_NOATIME as u32,
+    };
+    if wanted != opened_with
+        || noatime != 0
+        || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_))
+    {
+        set_flags(description, at, wanted, plan);
+    }
+}
+
+/// Gives a pipe or socket to who had made it. Without CAP_CHOWN it stays ours (limits.md).
+fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
+    let nameless = matches!(
+        description.kind,
+        Kind::Pipe(_) | Kind::UnixSocket(_) | Kind::Netlink(_)
+    );
+    let ours = &plan.host().credentials;
+    let ours = (ours.uid[3], ours.gid[3]);
+    if let Some((user, group)) = description.made_by.filter(|ids| nameless && *ids != ours) {
+        let args = [at as u64, user.into(), group.into()];
+        let object = || format!("who made an open file ({})", description.kind.label());
+        plan.attempt(libc::SYS_fchown, &args, object);
+    }
+}
+
+fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Builder) {
+    let others = description.flags & (libc::O_DIRECT | libc::O_NOATIME) as u32;
+    let args = [fd as u64, libc::F_SETFL as u64, (settable | others).into()];
+    let object = || {
+        let of = format!("the flags of an open file ({})", description.kind.label());
+        match description.flags & libc::O_NOATIME as u32 {
+            0 => of,
+            _ => format!(
+                "{of} with O_NOATIME, which needs {} if that is not yours",
+                Use::NoAccessTime
+            ),
+        }
+    };
+    plan.syscall(libc::SYS_fcntl, &args, object);
+}
+
+/// Who gets SIGIO; done by its keeper when every process and thread exists that may be the one, and leases are taken,
+/// which give an owner to what has none.
+pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    let mut done = vec![false; snapshot.descriptions.len()];
+    for entry in &process.fds {
+        let kept = lock::keeper(entry.description, snapshot) == Some(process.pid);
+        if !kept || std::mem::replace(&mut done[entry.description], true) {
+            continue;
+        }
+        let description = &snapshot.descriptions[entry.description];
+        let fd = entry.fd as u64;
+        let nobody = Owner::default();
+        let owner = description
+            .owner
+            .or(description.is_leased().then_some(nobody));
+        if let Some(owner) = owner {
+            owner.rebuild(fd, description, snapshot, plan);
+        }
+        let asynchronous = description.flags as i32 & libc::O_ASYNC != 0;
+        if asynchronous && description.flags as i32 & libc::O_PATH == 0 {
+            set_flags(description, entry.fd, description.flags & SETTABLE, plan);
+        }
+    }
+}
+
+impl Owner {
+    fn rebuild(&self, fd: u64, of: &Description, snapshot: &Snapshot, plan: &mut Builder) {
+        const F_SETOWN_EX: u64 = 15;
+        const F_SETSIG: u64 = 10;
+        const F_OWNER_TID: i32 = 0;
+        const F_OWNER_PGRP: i32 = 2;
+        let label = of.kind.label();
+        let object = || format!("the owner of an open file ({label})");
+        let of_process = snapshot.processes.iter().any(|process| match self.kind {
+            F_OWNER_TID => process.threads.iter().any(|t| t.tid == self.id),
+            F_OWNER_PGRP => process.group == self.id,
+            _ => process.pid == self.id,
+        });
+        let of_zombie = snapshot.zombies.iter().any(|zombie| match self.kind {
+            F_OWNER_PGRP => zombie.group == self.id,
+            _ => zombie.pid == self.id,
+        });
+        let inside = self.id != 0 && (of_process || of_zombie);
+        if inside || of.is_leased() {
+            let id = if inside { self.id } else { 0 };
+            let data = plan.data(&[self.kind, id].map(i32::to_le_bytes).concat());
+            plan.syscall(libc::SYS_fcntl, &[fd, F_SETOWN_EX, data], object);
+        }
+        if self.id != 0 && !inside {
+            plan.warn(format!(
+                "{label} sent its signals to {}, which is not part of the job, and now sends them \
+                 to nobody",
+                self.id
+            ));
+        }
+        if self.signal != 0 {
+            plan.syscall(libc::SYS_fcntl, &[fd, F_SETSIG, self.signal as u64], object);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gap;
+
+    #[test]
+    fn numbers_are_found_above_or_in_a_gap() {
+        assert_eq!(gap(vec![0, 1, 2], 5, 1024), 10);
+        assert_eq!(gap(vec![0, 1, 14], 5, 1024), 15);
+        assert_eq!(gap(vec![0, 1, 40], 5, 1024), 10);
+        assert_eq!(gap(vec![0, 1, 1023], 5, 1024), 10);
+        assert_eq!(gap(vec![0, 12, 500, 1023], 5, 1024), 13);
+        assert_eq!(gap(vec![12, 14, 20, 1023], 5, 1024), 21);
+        // Not with a number to spare: what is made comes to the lowest one.
+        assert_eq!(gap(vec![0, 16], 6, 17), 17);
+        assert_eq!(gap((0..1020).collect(), 6, 1024), 1020);
+    }
+}

@@ -1,0 +1,271 @@
+//! Regular files, directories and `O_PATH` handles.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::{DirEntryExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use ckpt_tracer::proc::silly::is_silly_name;
+use serde::{Deserialize, Serialize};
+
+use super::attributes::Attributes;
+use super::changed::{self, Written};
+use super::lock::Lock;
+use super::saved::{Saved, is_shared_memory};
+use super::{Kind, Look, removed};
+use crate::SpaceId;
+use crate::error::Obstacle;
+use crate::memory::FileIdentity;
+use crate::options::FilesPolicy;
+use crate::plan::{Builder, Inherited};
+use crate::source::{Collector, Contents, Source};
+use crate::text::Shown;
+
+/// A file with a name, or one that had one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Regular {
+    /// Where it was, or is.
+    #[serde(with = "crate::raw_path")]
+    pub path: PathBuf,
+    /// What it was.
+    pub identity: FileIdentity,
+    /// Offset in bytes (for a directory, the file system's cookie).
+    pub offset: u64,
+    /// Its contents in the image, where no name leads to it any more.
+    pub contents: Option<SpaceId>,
+    /// What it is among the snapshot's removed things, where it is no regular file and no name leads to it.
+    #[serde(default)]
+    pub removed: Option<usize>,
+    /// What else it had, where no name leads to it any more.
+    #[serde(default)]
+    pub attributes: Option<Attributes>,
+    /// Its contents in the image, though it has a name.
+    #[serde(default)]
+    pub saved: Option<Saved>,
+    /// [`Description::locks`](super::Description::locks) in images that have them of such files only.
+    #[serde(default, skip_serializing)]
+    pub locks: Vec<Lock>,
+}
+
+/// Captures a file, a directory or an `O_PATH` handle.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    path: &Path,
+    deleted: bool,
+    collector: &mut Collector,
+) -> Result<Regular, Box<Obstacle>> {
+    let refuse = |reason: String, remedy: &str| {
+        Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
+    };
+    let file = File::from(look.copy.try_clone().map_err(|e| {
+        Box::new(Obstacle::without_remedy(
+            look.object(source),
+            format!("cannot be copied: {e}"),
+        ))
+    })?);
+    let identity = match file.metadata() {
+        Ok(meta) => FileIdentity::of(&meta),
+        Err(e) => return refuse(format!("cannot be looked at: {e}"), "close it"),
+    };
+    let mut path = path.to_owned();
+    let (mut contents, mut attributes, mut removed) = (None, None, None);
+    if deleted {
+        match other_name(&file, &path) {
+            // Another hard link still leads to it.
+            Some(name) => path = name,
+            None if identity.mode & libc::S_IFMT != libc::S_IFREG => {
+                removed = match removed::enter(&path, &look.copy, &mut collector.removed) {
+                    Ok(index) => Some(index),
+                    Err(e) => {
+                        let path = path.shown();
+                        let reason = format!("was deleted ({path}) and cannot be made again: {e}");
+                        return refuse(reason, "close it before the checkpoint");
+                    }
+                };
+            }
+            None if has_names_elsewhere(&file, &path) => {
+                let reason = format!(
+                    "has lost the name by which it was opened ({}), and the one that it still has \
+                     was not found",
+                    path.shown()
+                );
+                return refuse(reason, "move it to that directory, or close it");
+            }
+            None => {
+                contents = match contents_of(source, look, &identity, collector) {
+                    Ok(space) => Some(space),
+                    Err(e) => {
+                        let reason = format!(
+                            "is a deleted file ({}) that cannot be read: {e}",
+                            path.shown()
+                        );
+                        return refuse(reason, "close it before the checkpoint");
+                    }
+                };
+                let read = look.contents(source, identity.size).ok();
+                let file = read.as_ref().and_then(Contents::as_file);
+                attributes = file.and_then(|f| Some(Attributes::of(f, &f.metadata().ok()?)));
+            }
+        }
+    }
+    let owner = look.owner().filter(|owner| owner.id != 0);
+    if identity.mode & libc::S_IFMT == libc::S_IFDIR && owner.is_some() && collector.frozen() {
+        // Only F_NOTIFY gives a directory an owner by itself (`fcntl_dirnotify`, fs/notify/dnotify/dnotify.c).
+        collector.warnings.push(format!(
+            "{} ({}) is told of changes in the directory by F_NOTIFY: of which, the kernel does not show, so \
+             that a restored process is not told of them",
+            look.object(source),
+            path.shown()
+        ));
+    }
+    let mut saved = None;
+    let is_file = identity.mode & libc::S_IFMT == libc::S_IFREG;
+    let asked_for = collector.save_files.wants(&path);
+    let wanted = asked_for || (is_shared_memory(&path) && !look.is_path());
+    if is_file && wanted && contents.is_none() {
+        saved = match contents_of(source, look, &identity, collector) {
+            Ok(space) => Some(Saved {
+                space,
+                owner: (look.stat.st_uid, look.stat.st_gid),
+            }),
+            Err(_) if !asked_for => None,
+            Err(e) => {
+                let reason = format!("({}) cannot be read to be saved: {e}", path.shown());
+                return refuse(reason, "make it readable, or leave it out of --save-files");
+            }
+        };
+    }
+    Ok(Regular {
+        path,
+        identity,
+        offset: look.info.pos,
+        contents,
+        removed,
+        attributes,
+        saved,
+        locks: Vec::new(),
+    })
+}
+
+/// Has the file's contents stored, once for all descriptions of it.
+fn contents_of(
+    source: &Source,
+    look: &Look,
+    identity: &FileIdentity,
+    collector: &mut Collector,
+) -> std::io::Result<SpaceId> {
+    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
+        Kind::Regular(r)
+            if r.identity.inode == identity.inode && r.identity.device == identity.device =>
+        {
+            r.contents.or(r.saved.map(|saved| saved.space))
+        }
+        _ => None,
+    });
+    match known {
+        Some(space) => Ok(space),
+        None => Ok(collector.space_for(look.contents(source, identity.size)?)),
+    }
+}
+
+/// Opens a file to read it, where permitted so that its time of access stays what it is.
+///
+/// # Errors
+/// Those of open(2).
+pub fn open_quietly(path: &Path) -> std::io::Result<File> {
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NOATIME);
+    options.open(path).or_else(|_| File::open(path))
+}
+
+/// How many names are looked at for that of a file that has another one.
+const NAMES: usize = 10_000;
+
+/// Looks for another name of a file that was unlinked under the one it was opened by: among its
+/// former neighbours, then in the directories below them. So is found what was made by `O_TMPFILE`
+/// and got a name later.
+pub(super) fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
+    let meta = file.metadata().ok()?;
+    if meta.nlink() == 0 {
+        return None;
+    }
+    name_of((meta.dev(), meta.ino()), path)
+}
+
+/// Likewise of the file with this device and inode.
+pub fn name_of((device, inode): (u64, u64), path: &Path) -> Option<PathBuf> {
+    let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (device, inode);
+    let mut left = NAMES;
+    let mut directories = VecDeque::from([path.parent()?.to_owned()]);
+    while let Some(directory) = directories.pop_front() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.ino() == inode
+                && entry.metadata().is_ok_and(|m| is_it(&m))
+                && !is_silly_name(&entry.path())
+            {
+                return Some(entry.path());
+            }
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                directories.push_back(entry.path());
+            }
+            left = left.checked_sub(1)?;
+        }
+    }
+    None
+}
+
+/// Whether it has names that were not found, besides one that is no name of its own.
+fn has_names_elsewhere(file: &File, path: &Path) -> bool {
+    let Ok(meta) = file.metadata() else {
+        return false;
+    };
+    let neighbours = path.parent().and_then(|dir| std::fs::read_dir(dir).ok());
+    let silly = neighbours
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.ino() == meta.ino() && is_silly_name(&entry.path()));
+    meta.nlink() > silly.count() as u64
+}
+
+impl Regular {
+    /// For messages.
+    pub fn object(&self) -> String {
+        format!("the open file {}", self.path.shown())
+    }
+
+    /// The file at its staging number, if it is the one that it was.
+    pub fn rebuild(
+        &self,
+        index: usize,
+        flags: u32,
+        at: i32,
+        checks: (&Written, FilesPolicy),
+        plan: &mut Builder,
+    ) -> Result<(), Box<Obstacle>> {
+        let object = || self.object();
+        if self.removed.is_some() {
+            plan.inherit(at, Inherited::Removed(index));
+        } else if self.contents.is_some() {
+            plan.inherit(at, Inherited::DeletedFile(index));
+        } else {
+            // What is put back is not there yet.
+            if self.saved.is_none() {
+                changed::check(self, flags, checks.0, checks.1)?;
+            }
+            plan.inherit(at, Inherited::File(index));
+        }
+        // There is nothing in a directory that was removed.
+        if self.offset != 0 && flags as i32 & libc::O_PATH == 0 && self.removed.is_none() {
+            let args = [at as u64, self.offset, libc::SEEK_SET as u64];
+            plan.expect(libc::SYS_lseek, &args, self.offset, object);
+        }
+        Ok(())
+    }
+
+    /// Whether it is a file of that type (`S_IFREG` …).
+    pub fn is(&self, kind: u32) -> bool {
+        self.identity.mode & libc::S_IFMT == kind
+    }
+}

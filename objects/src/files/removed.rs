@@ -1,0 +1,226 @@
+//! What has lost its name and is no regular file: directories, and by `O_PATH` handles symbolic links,
+//! FIFOs and sockets. The restoring process makes it again under a name, opens it for all that have it,
+//! and removes the name.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, OsString};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::attributes::Attributes;
+use crate::Snapshot;
+use crate::bounds;
+use crate::text::Shown;
+
+/// A thing without a name. Descriptions, working and root directories refer to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    /// The name that it had.
+    #[serde(with = "crate::raw_path")]
+    pub path: PathBuf,
+    /// What it is.
+    pub what: What,
+    /// Device, major and minor.
+    pub device: (u32, u32),
+    /// Inode number.
+    pub inode: u64,
+    /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
+    pub mode: u32,
+    /// What else it had.
+    pub attributes: Attributes,
+}
+
+/// What can be made again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum What {
+    /// A directory, which is empty.
+    Directory,
+    /// A symbolic link with this target.
+    Link(#[serde(with = "crate::raw_path")] PathBuf),
+    /// A FIFO.
+    Fifo,
+    /// The file of a unix socket.
+    Socket,
+}
+
+/// What a path of `/proc/PID` leads to, entered once in `all`; its index. `handle` is any descriptor of it,
+/// `path` the name that it had.
+///
+/// # Errors
+/// Those of looking at it; `Unsupported` for what cannot be made again.
+pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Result<usize> {
+    let again = format!("/proc/self/fd/{}", handle.as_raw_fd());
+    let meta = File::from(handle.try_clone()?).metadata()?;
+    let device = (libc::major(meta.dev()), libc::minor(meta.dev()));
+    let known = |r: &Removed| (r.device, r.inode) == (device, meta.ino());
+    if let Some(index) = all.iter().position(known) {
+        return Ok(index);
+    }
+    if super::changed::is_of_the_kernel(Path::new(&again)) {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    let what = match meta.mode() & libc::S_IFMT {
+        libc::S_IFDIR => What::Directory,
+        libc::S_IFLNK => What::Link(target(handle)?),
+        libc::S_IFIFO => What::Fifo,
+        libc::S_IFSOCK => What::Socket,
+        _ => return Err(io::ErrorKind::Unsupported.into()),
+    };
+    // Only what is open for reading tells its extended attributes.
+    let file = match what {
+        What::Directory => super::regular::open_quietly(Path::new(&again)).ok(),
+        _ => None,
+    };
+    let file = file.map_or_else(|| handle.try_clone().map(File::from), Ok)?;
+    all.push(Removed {
+        path: path.to_owned(),
+        what,
+        device,
+        inode: meta.ino(),
+        mode: meta.mode() & 0o7777,
+        attributes: Attributes::of(&file, &meta).changeable(),
+    });
+    Ok(all.len() - 1)
+}
+
+/// Where a symbolic link leads.
+fn target(link: &OwnedFd) -> io::Result<PathBuf> {
+    let mut target = vec![0u8; libc::PATH_MAX as usize];
+    // SAFETY: an empty C string, and room for as many bytes as are told.
+    let len = unsafe {
+        let room = target.as_mut_ptr().cast();
+        libc::readlinkat(link.as_raw_fd(), c"".as_ptr(), room, target.len())
+    };
+    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    target.truncate(len);
+    Ok(OsString::from_vec(target).into())
+}
+
+/// Whether a process is in it.
+pub fn is_place(index: usize, snapshot: &Snapshot) -> bool {
+    let places = snapshot.processes.iter().map(|p| p.removed);
+    let mut places = places.flat_map(|places| [places.cwd, places.root]);
+    places.any(|place| place == Some(index))
+}
+
+impl Removed {
+    /// Makes it and opens it with each of the flags; then its name is gone. Also what of its attributes
+    /// could not be given.
+    ///
+    /// # Errors
+    /// Those of making and opening it.
+    pub fn make(&self, flags: &[u32]) -> io::Result<(Vec<OwnedFd>, Vec<String>)> {
+        let mut failed = None;
+        for path in self.places() {
+            let mut parents = Parents::default();
+            match parents.make(&path).and_then(|()| self.create(&path)) {
+                Ok(()) => {}
+                Err(e) => {
+                    failed.get_or_insert(e);
+                    continue;
+                }
+            }
+            let opened = flags.iter().map(|flags| open(&path, *flags));
+            let opened: io::Result<Vec<OwnedFd>> = opened.collect();
+            let lost = self.complete(&path);
+            match self.what {
+                What::Directory => fs::remove_dir(&path)?,
+                _ => fs::remove_file(&path)?,
+            }
+            return opened.map(|opened| (opened, lost));
+        }
+        Err(failed.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
+    }
+
+    /// Its own name if that is free; else another one beside it, or where there is room for what is
+    /// temporary.
+    fn places(&self) -> Vec<PathBuf> {
+        let name = self.path.file_name().unwrap_or_default();
+        let short: String = name.to_string_lossy().chars().take(50).collect();
+        let other = format!(".{short}.{}.{}", std::process::id(), self.inode);
+        let temporary = std::env::temp_dir().join(&other);
+        vec![
+            self.path.clone(),
+            self.path.with_file_name(&other),
+            temporary,
+        ]
+    }
+
+    fn create(&self, path: &Path) -> io::Result<()> {
+        let make = |kind: libc::mode_t| {
+            let path = CString::new(path.as_os_str().as_bytes())?;
+            // SAFETY: `path` is a C string.
+            match unsafe { libc::mknod(path.as_ptr(), kind | 0o700, 0) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        match &self.what {
+            What::Directory => fs::create_dir(path),
+            What::Link(target) => std::os::unix::fs::symlink(target, path),
+            What::Fifo => make(libc::S_IFIFO),
+            What::Socket => make(libc::S_IFSOCK),
+        }
+    }
+
+    fn complete(&self, path: &Path) -> Vec<String> {
+        let lost = match self.what {
+            What::Directory => match File::open(path) {
+                Ok(file) => self.attributes.give(&file, self.mode),
+                Err(e) => vec![format!("its attributes: {e}")],
+            },
+            What::Link(_) => self.attributes.give_to_name(path, None),
+            What::Fifo | What::Socket => self.attributes.give_to_name(path, Some(self.mode)),
+        };
+        let name = self.path.shown();
+        lost.into_iter()
+            .map(|what| format!("{name} (deleted): could not be given back: {what}"))
+            .collect()
+    }
+}
+
+/// Opens what has just been made there, and not what a link leads to.
+fn open(path: &Path, flags: u32) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let flags = flags as i32 | libc::O_CLOEXEC;
+    // SAFETY: `path` is a C string.
+    match unsafe { libc::open(path.as_ptr(), flags) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: the kernel just gave us this descriptor.
+        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+    }
+}
+
+/// Directories above something that were missing, too; removed with this.
+#[derive(Default)]
+struct Parents(Vec<PathBuf>);
+
+impl Parents {
+    fn make(&mut self, path: &Path) -> io::Result<()> {
+        let missing = path
+            .ancestors()
+            .skip(1)
+            .take_while(|p| fs::symlink_metadata(p).is_err());
+        let missing: Vec<&Path> = missing.collect();
+        for directory in missing.into_iter().rev() {
+            fs::create_dir(directory)?;
+            self.0.push(directory.to_owned());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Parents {
+    fn drop(&mut self) {
+        for directory in self.0.iter().rev() {
+            let _ = fs::remove_dir(directory);
+        }
+    }
+}

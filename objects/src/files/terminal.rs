@@ -1,0 +1,551 @@
+//! Terminals: those outside the job, and pseudo-terminals of which the job has the master.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+
+use ckpt_tracer::proc::{ProcRoot, stat::read_stat, tasks};
+use nix::errno::Errno;
+use nix::unistd::AccessFlags;
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use super::device::device;
+use super::{Kind, Look, unread};
+use crate::Snapshot;
+use crate::access::may;
+use crate::bounds;
+use crate::error::Obstacle;
+use crate::open::Handle;
+use crate::plan::Inherited;
+use crate::source::{Collector, Source};
+use crate::tty::{self, Modes, Size};
+
+/// A terminal that the job has open, or that controls a session of the job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// Its name.
+    pub name: String,
+    /// Device number, major and minor.
+    pub device: (u32, u32),
+    /// How it was set; nothing when the job has no descriptor that tells.
+    pub state: Option<State>,
+    /// The foreground process group, if it controls a session of the job.
+    #[serde(default, deserialize_with = "bounds::pid")]
+    pub foreground: Option<i32>,
+    /// What belongs to the job's own end, when it has the master.
+    pub pair: Option<Pair>,
+    /// Whose the slave is, when the job has the master.
+    #[serde(default)]
+    pub access: Option<Access>,
+}
+
+/// Owner and mode of a terminal's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Access {
+    /// Its owner, and its owner's group.
+    pub owner: (u32, u32),
+    /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
+    pub mode: u32,
+}
+
+impl Access {
+    fn of(stat: &libc::stat) -> Self {
+        Self {
+            owner: (stat.st_uid, stat.st_gid),
+            mode: stat.st_mode & 0o777,
+        }
+    }
+}
+
+/// How a terminal is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Its modes.
+    pub modes: Modes,
+    /// Its size.
+    pub size: Size,
+    /// `TIOCEXCL`.
+    pub exclusive: bool,
+    /// Bits of the modes that nobody can change (`TIOCSLCKTRMIOS`), if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub locked: Option<Modes>,
+}
+
+/// A pty of which the job has the master.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pair {
+    /// Packet mode (`TIOCPKT`).
+    pub packet: bool,
+    /// The slave cannot be opened (`TIOCSPTLCK`).
+    pub locked: bool,
+    /// Every descriptor of the slave has been closed: the master reads EIO.
+    pub closed: bool,
+    /// What came out of the slave and was not yet read from the master.
+    #[serde(with = "serde_bytes")]
+    pub output: Vec<u8>,
+    /// What went into the master and was not yet read from the slave.
+    pub input: Vec<Input>,
+    /// Whether the slave's output goes on.
+    #[serde(default)]
+    pub flow: Flow,
+    /// Changes that a reader in packet mode has not been told of, `TIOCPKT_*`.
+    #[serde(default)]
+    pub status: u8,
+}
+
+impl Pair {
+    /// Whether anything is to be brought about in a new pty.
+    pub fn waits(&self) -> bool {
+        !self.output.is_empty()
+            || !self.input.is_empty()
+            || self.flow != Flow::Running
+            || self.status != 0
+    }
+}
+
+/// Whether output of a terminal goes on, and who can let it go on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Flow {
+    /// It does.
+    #[default]
+    Running,
+    /// It was stopped by the stop character (Ctrl-S), and goes on at the start character.
+    Typed,
+    /// It was stopped by tcflow(3), and goes on by tcflow(3) alone.
+    Called,
+}
+
+/// A piece of input that waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Input {
+    /// Its bytes.
+    pub bytes: ByteBuf,
+    /// How it ends.
+    pub ending: Ending,
+}
+
+/// How a piece of input ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// It is a line, with the character that ended it.
+    Line,
+    /// By the end-of-file character, which is not part of it.
+    EndOfFile,
+    /// More may come: a line that is not complete, or no canonical mode.
+    Open,
+}
+
+/// One open file description of a terminal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// Index in the snapshot's terminals.
+    pub terminal: usize,
+    /// The name that the kernel shows for it.
+    pub name: String,
+    /// Which side.
+    pub side: Side,
+    /// The device number of the file that was opened, major and minor: `/dev/console` and `/dev/tty0` stand
+    /// for another terminal.
+    #[serde(default)]
+    pub node: Option<(u32, u32)>,
+}
+
+impl End {
+    /// Whether it is a terminal of the machine's, and no pty.
+    pub fn is_of_machine(&self) -> bool {
+        self.side == Side::Slave && self.node.is_some_and(|(major, _)| !PTS.contains(&major))
+    }
+
+    /// What its name leads to, if it is the device that was opened.
+    fn find(&self) -> Result<Handle, String> {
+        let node = self.node.unwrap_or_default();
+        device(Path::new(&self.name), node)
+    }
+
+    /// Opens it, as a terminal of the machine's.
+    ///
+    /// # Errors
+    /// When it is not there any more, or may not be opened.
+    pub fn open(&self, flags: u32) -> crate::Result<File> {
+        // It is not waited for; what is set of flags comes later.
+        let flags = flags as i32 & libc::O_ACCMODE | libc::O_NOCTTY | libc::O_NONBLOCK;
+        let found = self.find().map_err(std::io::Error::other);
+        let opened = found.and_then(|found| found.open(flags));
+        opened.map_err(|source| crate::Error::File {
+            what: "open",
+            path: (&self.name).into(),
+            source,
+        })
+    }
+
+    /// Whether its name leads to the device that was opened, and may be opened in that way.
+    pub fn can_be_opened(&self, flags: u32) -> bool {
+        let access = match flags as i32 & libc::O_ACCMODE {
+            libc::O_RDONLY => AccessFlags::R_OK,
+            libc::O_WRONLY => AccessFlags::W_OK,
+            _ => AccessFlags::R_OK | AccessFlags::W_OK,
+        };
+        self.find()
+            .is_ok_and(|found| may(&found.link(), access).is_ok())
+    }
+}
+
+/// How a terminal is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Side {
+    /// The master of a pty.
+    Master,
+    /// The terminal itself.
+    Slave,
+    /// The terminal itself, opened as `/dev/tty`.
+    Controlling,
+    /// A terminal that is gone: everything answers EIO, reads give end of file.
+    HungUp,
+}
+
+/// The terminals of the job; filled from all descriptors before each gets its kind.
+pub struct Ends {
+    /// Index of the first terminal in the collector.
+    first: usize,
+    /// By process and number of the descriptor.
+    ends: HashMap<(usize, i32), End>,
+}
+
+/// `/dev/tty`.
+const CONTROLLING: (u32, u32) = (5, 0);
+/// What the terminals of a job become at a restore.
+pub trait Places {
+    /// What a description of a terminal is made from.
+    ///
+    /// # Errors
+    /// What is in the way.
+    fn rebuild(
+        &self,
+        end: &End,
+        index: usize,
+        flags: u32,
+        snapshot: &Snapshot,
+    ) -> Result<Inherited, Box<Obstacle>>;
+
+    /// Whether a terminal of the machine's becomes another one.
+    fn loses(&self, end: &End) -> bool;
+}
+
+/// Slaves of ptys have these major numbers.
+const PTS: std::ops::RangeInclusive<u32> = 136..=143;
+
+impl Ends {
+    /// Finds the terminals among all descriptors.
+    pub fn of(sources: &[&Source], looks: &[Look], collector: &mut Collector) -> Self {
+        let mut ends = Self {
+            first: collector.terminals.len(),
+            ends: HashMap::new(),
+        };
+        let mut known: HashMap<(u64, u64), usize> = HashMap::new();
+        let devices = looks
+            .iter()
+            .filter(|l| l.file_type() == libc::S_IFCHR && !l.is_path());
+        let devices: Vec<&Look> = devices.collect();
+        let object = |look: &Look| look.object(sources[look.process]);
+        collector.obstacles.extend(
+            devices
+                .iter()
+                .filter_map(|look| other_discipline(object(look), look)),
+        );
+        for look in &devices {
+            if let Ok(index) = tty::index(&look.copy) {
+                ends.enter_master(sources, look, index, &mut known, collector);
+            }
+        }
+        for look in &devices {
+            let number = (
+                libc::major(look.stat.st_rdev),
+                libc::minor(look.stat.st_rdev),
+            );
+            if number != CONTROLLING {
+                ends.enter_slave(look, number, &mut known, collector);
+            }
+        }
+        for look in &devices {
+            let number = (
+                libc::major(look.stat.st_rdev),
+                libc::minor(look.stat.st_rdev),
+            );
+            if number == CONTROLLING {
+                ends.enter_controlling(look, collector);
+            }
+        }
+        if collector.frozen() {
+            ends.look_inside(sources, looks, collector);
+        }
+        ends
+    }
+
+    /// What waits in the ptys of a job that stands still.
+    fn look_inside(&self, sources: &[&Source], looks: &[Look], collector: &mut Collector) {
+        let with = |terminal: usize, wanted: &[Side]| {
+            let mut found = looks.iter().filter(|look| {
+                self.get(look)
+                    .is_some_and(|end| end.terminal == terminal && wanted.contains(&end.side))
+            });
+            found.next()
+        };
+        for terminal in self.first..collector.terminals.len() {
+            let Some(master) = with(terminal, &[Side::Master]) else {
+                continue;
+            };
+            let slave = with(terminal, &[Side::Slave, Side::Controlling]);
+            let Some(pair) = &mut collector.terminals[terminal].pair else {
+                continue;
+            };
+            match unread::look(&master.copy, slave.map(|look| &look.copy)) {
+                Ok(waiting) => {
+                    pair.output = waiting.output;
+                    pair.input = waiting.input;
+                    pair.flow = waiting.flow;
+                    pair.status = waiting.status;
+                }
+                Err(trouble) => {
+                    let object = master.object(sources[master.process]);
+                    collector.obstacles.push(trouble.obstacle(object));
+                }
+            }
+        }
+    }
+
+    fn insert(&mut self, look: &Look, terminal: usize, side: Side) {
+        let name = look.name();
+        let node = look.stat.st_rdev;
+        let end = End {
+            terminal,
+            name,
+            side,
+            node: Some((libc::major(node), libc::minor(node))),
+        };
+        self.ends.insert((look.process, look.fd), end);
+    }
+
+    /// The end that a description is.
+    pub fn get(&self, look: &Look) -> Option<End> {
+        self.ends.get(&(look.process, look.fd)).cloned()
+    }
+
+    fn enter_master(
+        &mut self,
+        sources: &[&Source],
+        look: &Look,
+        index: u32,
+        known: &mut HashMap<(u64, u64), usize>,
+        collector: &mut Collector,
+    ) {
+        let mut refuse = |reason: String, remedy: &str| {
+            let object = look.object(sources[look.process]);
+            collector
+                .obstacles
+                .push(Obstacle::new(object, reason, remedy));
+        };
+        let Ok(device) = tty::device(&look.copy) else {
+            return refuse(
+                format!("is the master of pty {index}, which the kernel tells nothing about"),
+                "try again in a moment",
+            );
+        };
+        // Older file systems of their own (no devpts) have no name for it.
+        let path = tty::peer(&look.copy, libc::O_PATH);
+        let stat = path.as_ref().ok().and_then(|p| super::sys::fstat(p).ok());
+        if let Some(other) = holder_outside(device, sources) {
+            return refuse(
+                format!(
+                    "is the master of pty {index}, which is the terminal of process {other} outside the job"
+                ),
+                "end that process first, or checkpoint a process that both descend from",
+            );
+        }
+        let closed = super::sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
+        let pair = Pair {
+            packet: tty::packet_mode(&look.copy),
+            locked: tty::is_locked(&look.copy),
+            closed,
+            ..Pair::default()
+        };
+        let terminal = Terminal {
+            name: format!("/dev/pts/{index}"),
+            device,
+            state: state(look),
+            foreground: None,
+            pair: Some(pair),
+            access: stat.as_ref().map(Access::of),
+        };
+        if let Some(stat) = stat {
+            known.insert((stat.st_dev, stat.st_rdev), collector.terminals.len());
+        }
+        self.insert(look, collector.terminals.len(), Side::Master);
+        collector.terminals.push(terminal);
+    }
+
+    fn enter_slave(
+        &mut self,
+        look: &Look,
+        device: (u32, u32),
+        known: &mut HashMap<(u64, u64), usize>,
+        collector: &mut Collector,
+    ) {
+        let state = match tty::modes(&look.copy) {
+            Ok(_) if self.get(look).is_some() => return,
+            Ok(_) => state(look),
+            Err(Errno::EIO) if PTS.contains(&device.0) => None,
+            Err(_) => return,
+        };
+        let side = match state {
+            Some(_) => Side::Slave,
+            None => Side::HungUp,
+        };
+        // Of one that has a master it is asked by that one.
+        let access = (side == Side::HungUp).then(|| Access::of(&look.stat));
+        let key = (look.stat.st_dev, look.stat.st_rdev);
+        let device = tty::device(&look.copy).unwrap_or(device);
+        let terminal = *known.entry(key).or_insert_with(|| {
+            collector.terminals.push(Terminal {
+                name: look.name(),
+                device,
+                state: None,
+                foreground: None,
+                pair: None,
+                access,
+            });
+            collector.terminals.len() - 1
+        });
+        let entry = &mut collector.terminals[terminal];
+        // Asked of the slave, whatever was asked of the master.
+        entry.state = state.or(entry.state);
+        self.insert(look, terminal, side);
+    }
+
+    fn enter_controlling(&mut self, look: &Look, collector: &mut Collector) {
+        let Ok(device) = tty::device(&look.copy) else {
+            let device = CONTROLLING;
+            let terminal = self.by_device(device, collector);
+            return self.insert(look, terminal, Side::HungUp);
+        };
+        let terminal = self.by_device(device, collector);
+        let entry = &mut collector.terminals[terminal];
+        entry.state = state(look).or(entry.state);
+        self.insert(look, terminal, Side::Controlling);
+    }
+
+    /// The terminal with that number; entered if no descriptor has led to it.
+    fn by_device(&self, device: (u32, u32), collector: &mut Collector) -> usize {
+        let mut known = collector.terminals.iter().skip(self.first);
+        if let Some(at) = known.position(|t| t.device == device) {
+            return self.first + at;
+        }
+        collector.terminals.push(Terminal {
+            name: name_of(device),
+            device,
+            state: None,
+            foreground: None,
+            pair: None,
+            access: None,
+        });
+        collector.terminals.len() - 1
+    }
+
+    /// The controlling terminal of a process.
+    pub fn controlling(
+        &self,
+        process: usize,
+        source: &Source,
+        collector: &mut Collector,
+    ) -> Option<usize> {
+        let device = source.stat.tty()?;
+        // Numbers are only unique among the terminals of one file system; its own come first.
+        let mut own = self.ends.iter().filter(|((p, _), end)| {
+            *p == process && end.side != Side::HungUp && end.side != Side::Master
+        });
+        let own = own.find(|(_, end)| collector.terminals[end.terminal].device == device);
+        let terminal = match own {
+            Some((_, end)) => end.terminal,
+            None => self.by_device(device, collector),
+        };
+        let foreground = source.stat.tpgid;
+        let entry = &mut collector.terminals[terminal];
+        entry.foreground = (foreground > 0).then_some(foreground).or(entry.foreground);
+        Some(terminal)
+    }
+}
+
+/// The obstacle that a line discipline other than `N_TTY` is: it is the work of another driver. Each side of a
+/// pty has its own.
+fn other_discipline(object: String, look: &Look) -> Option<Obstacle> {
+    let discipline = tty::discipline(&look.copy);
+    (discipline != 0).then(|| {
+        Obstacle::new(
+            object,
+            format!("is a terminal with the line discipline {discipline} (TIOCSETD), which is not supported"),
+            "let the program set it back to N_TTY (0)",
+        )
+    })
+}
+
+fn state(look: &Look) -> Option<State> {
+    Some(State {
+        modes: tty::modes(&look.copy).ok()?,
+        size: tty::size(&look.copy).unwrap_or_default(),
+        exclusive: tty::is_exclusive(&look.copy),
+        locked: tty::locked_modes(&look.copy),
+    })
+}
+
+fn name_of((major, minor): (u32, u32)) -> String {
+    if (major, minor) == CONTROLLING {
+        return "/dev/tty".into();
+    }
+    if PTS.contains(&major) {
+        return format!("/dev/pts/{}", ((major - PTS.start()) << 20) + minor);
+    }
+    std::fs::read_link(format!("/sys/dev/char/{major}:{minor}"))
+        .ok()
+        .and_then(|link| Some(format!("/dev/{}", link.file_name()?.to_str()?)))
+        .unwrap_or_else(|| format!("terminal {major}:{minor}"))
+}
+
+/// A process outside the job whose controlling terminal it is.
+fn holder_outside(device: (u32, u32), sources: &[&Source]) -> Option<i32> {
+    let pids = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
+    let mut others = pids
+        .iter()
+        .filter(|pid| sources.iter().all(|s| s.pid != **pid));
+    let holder = others.find(|pid| {
+        let stat = read_stat(**pid);
+        stat.is_ok_and(|stat| stat.tty() == Some(device) && !stat.state.has_ended())
+    });
+    holder.map(|pid| pid.raw())
+}
+
+/// What kind of file a terminal is.
+pub fn capture(
+    source: &Source,
+    look: &Look,
+    end: End,
+    collector: &Collector,
+) -> Result<Kind, Box<Obstacle>> {
+    let terminal = &collector.terminals[end.terminal];
+    let refuse = |reason: String, remedy: &str| {
+        Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
+    };
+    if let Some(state) = &terminal.state
+        && state.modes.line != 0
+        && end.side != Side::HungUp
+    {
+        return refuse(
+            format!(
+                "is the terminal {} with line discipline {}, which is not supported",
+                terminal.name, state.modes.line
+            ),
+            "close it before the checkpoint",
+        );
+    }
+    Ok(Kind::Terminal(end))
+}

@@ -1,0 +1,119 @@
+//! Free places in an address space.
+
+use ckpt_tracer::RemoteAddr;
+use ckpt_tracer::features::max_map_count;
+use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
+use ckpt_tracer::remote::Scratch;
+
+use crate::error::Obstacle;
+use crate::limits;
+use crate::source::Source;
+
+/// Highest address that user memory may have with four-level page tables.
+pub const TOP: u64 = 0x7fff_ffff_f000;
+/// Lowest address used; far above `vm.mmap_min_addr`.
+const BOTTOM: u64 = 0x1_0000_0000;
+/// Distance kept to what is there: a stack below may grow, and the kernel keeps a gap
+/// (`stack_guard_gap`, 1 MiB) below stacks.
+const MARGIN: u64 = 4 << 20;
+
+/// Finds `len` free bytes, page aligned, with a margin around; the ranges need not be sorted
+/// and may overlap. The highest fitting hole wins.
+pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64> {
+    let mut ranges: Vec<(u64, u64)> = taken.into_iter().collect();
+    ranges.sort_unstable();
+    let len = len.checked_next_multiple_of(4096)?;
+    let mut best = None;
+    let mut free_from = BOTTOM;
+    for (start, end) in ranges.into_iter().chain([(TOP, TOP)]) {
+        let from = free_from + MARGIN;
+        let to = start.min(TOP).saturating_sub(MARGIN);
+        if to > from && to - from >= len {
+            best = Some((to - len) & !4095);
+        }
+        free_from = free_from.max(end);
+    }
+    best
+}
+
+/// Whether its limits let a process with these mappings have so much more memory. Limits that cannot be read
+/// are found at the call.
+pub fn permitted(source: &Source, vmas: &[Vma], len: u64) -> Result<(), Obstacle> {
+    let limits = limits::capture(source.pid).unwrap_or_default();
+    let locked = || limits::locked_without_room(&limits, source, vmas, len);
+    let Some((option, wanted)) = limits::without_room(&limits, vmas, len).or_else(locked) else {
+        return Ok(());
+    };
+    Err(Obstacle::new(
+        source.title(),
+        format!("may not have {len} more bytes of memory, which remote calls need in it"),
+        format!(
+            "raise its limit: prlimit {option}={wanted}: --pid {}",
+            source.pid
+        ),
+    ))
+}
+
+/// Scratch memory for remote calls in a process with these mappings (of smaps). A process that may not have
+/// another mapping lets one grow.
+pub fn scratch(source: &Source, vmas: &[Vma], len: u64) -> Result<Scratch, Obstacle> {
+    permitted(source, vmas, len)?;
+    let title = source.title();
+    let limit = max_map_count();
+    let count = vmas.iter().filter(|v| v.name != VmaName::Vsyscall).count() as u64;
+    // `do_mmap`, mm/mmap.c.
+    if count <= limit {
+        let hole = find(vmas.iter().map(|v| (v.start, v.end)), len);
+        let reason = "has no free room in its address space for remote calls";
+        return hole
+            .map(|at| Scratch::in_hole(RemoteAddr(at), len))
+            .ok_or_else(|| Obstacle::without_remedy(title, reason));
+    }
+    // Whether mlockall locks mappings to come shows only at a new one.
+    let locked = vmas.iter().any(|v| v.flags.contains(VmFlags::LOCKED));
+    let grown = Scratch::behind(vmas, len).filter(|_| !locked);
+    grown.ok_or_else(|| {
+        Obstacle::new(
+            title,
+            format!(
+                "has {count} mappings, more than vm.max_map_count ({limit}) leaves room for, and none \
+                 of them can grow for remote calls"
+            ),
+            raise(count),
+        )
+    })
+}
+
+/// What helps a process with so many mappings.
+pub fn raise(count: u64) -> String {
+    let enough = (count + 1).next_power_of_two();
+    format!("raise the limit: sysctl vm.max_map_count={enough}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hole_keeps_its_distance() {
+        let taken = [
+            (0x7f00_0000_0000, TOP),
+            (0x5555_0000_0000, 0x5555_1000_0000),
+        ];
+        let at = find(taken, 10_000).unwrap();
+        assert_eq!(at % 4096, 0);
+        assert!(at + 12_288 + MARGIN <= 0x7f00_0000_0000);
+        assert!(at >= 0x5555_1000_0000 + MARGIN);
+    }
+
+    #[test]
+    fn no_hole_is_no_hole() {
+        assert_eq!(find([(0, TOP)], 4096), None);
+        assert!(find([], 4096).is_some());
+        // Overlapping and unsorted.
+        assert_eq!(
+            find([(0x10_0000_0000, TOP), (0, 0x20_0000_0000)], 4096),
+            None
+        );
+    }
+}

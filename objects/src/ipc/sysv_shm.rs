@@ -1,0 +1,458 @@
+//! System V shared memory: segments, and where processes have them attached.
+
+use ckpt_image::Reader;
+use ckpt_tracer::Pid;
+use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
+use serde::{Deserialize, Serialize};
+
+use super::sys::{self, Attached};
+use super::table::{Row, Type};
+use super::{Found, Job, Object};
+use crate::bounds;
+use crate::error::{Error, Obstacle, Result};
+use crate::memory::space::each_run;
+use crate::memory::{Backing, Mapping};
+use crate::outsiders::process_name;
+use crate::plan::Builder;
+use crate::process::Process;
+use crate::source::{Collector, Contents, Source};
+use crate::{Snapshot, SpaceId};
+
+/// `SHM_DEST`: it goes when the last process lets go of it.
+const DESTROYED: i64 = 0o1000;
+/// `SHM_LOCKED`.
+const LOCKED: i64 = 0o2000;
+
+/// One segment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Id, key, owner.
+    pub object: Object,
+    /// Size in bytes.
+    #[serde(deserialize_with = "bounds::memory")]
+    pub size: u64,
+    /// It was removed (`IPC_RMID`) and lives as long as somebody has it attached.
+    pub destroyed: bool,
+    /// `SHM_LOCK`.
+    pub locked: bool,
+    /// Page size of hugetlb memory, 0 for ordinary pages.
+    #[serde(deserialize_with = "bounds::page")]
+    pub huge_page_size: u64,
+    /// Its pages in the image.
+    pub contents: SpaceId,
+}
+
+/// Whether a mapping is an attached segment. The kernel gives its file the id as inode number.
+pub fn is_segment(vma: &Vma) -> bool {
+    matches!(&vma.name, VmaName::File { path, deleted: true }
+        if vma.shared && vma.dev.0 == 0 && path.to_string_lossy().starts_with("/SYSV"))
+}
+
+/// Enters the segment behind a mapping. `contents` says where its pages come from: its file or,
+/// where that may not be opened, what can be seen of it.
+pub fn mapping(
+    vma: &Vma,
+    contents: impl FnOnce() -> Contents,
+    collector: &mut Collector,
+) -> Backing {
+    let id = vma.inode as i32;
+    let known = collector.ipc.segments.iter();
+    let segment = known.enumerate().find(|(_, s)| s.object.id == id);
+    let segment = segment.map(|(index, _)| index).unwrap_or_else(|| {
+        let contents = collector.space_for(contents());
+        collector.ipc.segments.push(Segment {
+            // The rest is told by the kernel's table, once for all segments.
+            object: Object {
+                id,
+                key: 0,
+                mode: 0,
+                uid: 0,
+                gid: 0,
+                creator_uid: 0,
+                creator_gid: 0,
+            },
+            size: 0,
+            destroyed: false,
+            locked: false,
+            huge_page_size: match vma.flags.contains(VmFlags::HUGETLB) {
+                true => vma.kernel_page_size,
+                false => 0,
+            },
+            contents,
+        });
+        collector.ipc.segments.len() - 1
+    });
+    Backing::SysV {
+        segment,
+        offset: vma.offset,
+        writable: vma.flags.contains(VmFlags::MAY_WRITE),
+    }
+}
+
+/// Completes the attached segments and enters those that the job made and has not attached now.
+pub(super) fn survey(
+    processes: &[(&Source, &[Vma])],
+    job: &Job,
+    rows: &[Row],
+    collector: &mut Collector,
+) {
+    let mut segments = std::mem::take(&mut collector.ipc.segments);
+    for segment in &mut segments {
+        let id = segment.object.id;
+        let Some(row) = rows.iter().find(|row| row.id() == id) else {
+            collector.obstacles.push(Obstacle::without_remedy(
+                segment.object.title(Type::Shm),
+                "is attached by the job and belongs to another IPC namespace",
+            ));
+            continue;
+        };
+        segment.complete(row);
+        complete_contents(segment, collector);
+        let views = processes.iter().flat_map(|(_, vmas)| *vmas);
+        let inside = views.filter(|v| is_segment(v) && v.inode as i32 == id);
+        if row.get("nattch") > inside.count() as i64 {
+            collector.obstacles.push(segment.used_outside(
+                &job.pids,
+                "end that one, or let it detach, before the checkpoint",
+            ));
+        }
+    }
+    for row in rows {
+        let made = job.pids.contains(&(row.get("cpid") as i32));
+        let user = collector_user(row, &segments, processes);
+        let used = job.alone || made || (user && job.pids.contains(&(row.get("lpid") as i32)));
+        if used && row.get("nattch") == 0 {
+            let size = row.get("size") as u64;
+            let contents = collector.space_for(Contents::Segment(row.id(), size));
+            let mut segment = Segment {
+                object: Object::of(row),
+                size,
+                destroyed: false,
+                locked: false,
+                huge_page_size: 0,
+                contents,
+            };
+            segment.complete(row);
+            segments.push(segment);
+        }
+    }
+    collector.ipc.segments = segments;
+}
+
+/// Whether a segment was made by the job's user, by a process that is gone: it may have been one
+/// of the job's, or the restore that brought it back.
+fn collector_user(row: &Row, known: &[Segment], processes: &[(&Source, &[Vma])]) -> bool {
+    let creator = row.get("cpid") as i32;
+    let gone = !std::path::Path::new(&format!("/proc/{creator}")).exists();
+    let cuid = row.get("cuid") as u32;
+    let ours = processes
+        .iter()
+        .any(|(s, _)| s.status.uid.effective == cuid);
+    gone && ours && !known.iter().any(|s| s.object.id == row.id())
+}
+
+/// What can be seen of a segment through mappings may be less than the whole.
+fn complete_contents(segment: &Segment, collector: &mut Collector) {
+    let found = collector
+        .contents
+        .iter_mut()
+        .find(|(space, _)| *space == segment.contents);
+    if let Some((_, contents)) = found
+        && let Contents::Memory(views) = contents
+    {
+        let seen: u64 = views.iter().map(|(_, _, _, len)| len).sum();
+        if seen < segment.size {
+            *contents = Contents::Segment(segment.object.id, segment.size);
+        }
+    }
+}
+
+impl Segment {
+    fn complete(&mut self, row: &Row) {
+        self.object = Object::of(row);
+        self.size = row.get("size") as u64;
+        self.destroyed = row.get("perms") & DESTROYED != 0;
+        self.locked = row.get("perms") & LOCKED != 0;
+    }
+
+    fn title(&self) -> String {
+        self.object.title(Type::Shm)
+    }
+
+    /// Bytes that it takes in an address space.
+    pub fn mapped_len(&self) -> u64 {
+        self.size.next_multiple_of(self.huge_page_size.max(4096))
+    }
+
+    /// The obstacle that others have it attached.
+    fn used_outside(&self, job: &[i32], remedy: &str) -> Obstacle {
+        let inode = self.object.id.to_string();
+        let users = super::who_maps(job, |line| {
+            let mut words = line.split_whitespace();
+            words.nth(4) == Some(&inode) && line.contains(" /SYSV")
+        });
+        let who = match users.as_slice() {
+            [] => "a process that you may not look into".to_owned(),
+            [one] => process_name(Pid(*one)),
+            [one, rest @ ..] => format!(
+                "{} and {} other processes",
+                process_name(Pid(*one)),
+                rest.len()
+            ),
+        };
+        let reason = format!("is also attached by {who}, outside the job");
+        Obstacle::new(self.title(), reason, remedy)
+    }
+
+    /// Whether it may be put back or created here. That others have attached what a job has that is
+    /// `leaving`, its checkpoint has refused.
+    pub(super) fn in_the_way(
+        &self,
+        rows: &[Row],
+        here: bool,
+        leaving: bool,
+    ) -> Result<(), Obstacle> {
+        match self.object.find(Type::Shm, rows, here)? {
+            Found::Missing => super::may_create(&self.object, Type::Shm),
+            Found::Same(row) if row.get("size") as u64 != self.size => Err(Obstacle::new(
+                self.title(),
+                "does not exist any more, and another object has its id",
+                "restore in an IPC namespace of its own: unshare --ipc restore IMAGE",
+            )),
+            // It goes with the last process that has it attached.
+            Found::Same(_) if leaving && self.destroyed => {
+                super::may_create(&self.object, Type::Shm)
+            }
+            Found::Same(row) if row.get("nattch") > 0 && !leaving => Err(self.used_outside(
+                &[],
+                "end that one, or restore in an IPC namespace of its own: \
+                 unshare --ipc restore IMAGE",
+            )),
+            Found::Same(_) => Ok(()),
+        }
+    }
+
+    /// Creates it or takes what is there, and fills in its contents.
+    pub(super) fn prepare(
+        &self,
+        rows: &[Row],
+        here: bool,
+        image: &Reader,
+        warnings: &mut Vec<String>,
+    ) -> Result<Ready> {
+        self.in_the_way(rows, here, false).map_err(Error::refuse)?;
+        let failed = |what, errno| super::failed(&self.object, Type::Shm, what, errno);
+        let found = self.object.find(Type::Shm, rows, here);
+        let created = matches!(found.map_err(Error::refuse)?, Found::Missing);
+        if created {
+            // A key leads to it: nobody else shall come in before it is filled.
+            let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600 | self.huge_flags();
+            let (key, size) = (self.object.key, self.size);
+            super::create(
+                &self.object,
+                Type::Shm,
+                || sys::shmget(key, size, flags),
+                |id| {
+                    sys::shm_control(id, libc::IPC_RMID).ok();
+                },
+            )?;
+        }
+        let mut ready = Ready {
+            object: self.object,
+            attached: None,
+            created,
+        };
+        let attached = Attached::new(self.object.id, self.size, true);
+        let attached = attached.map_err(|e| failed("attached", e))?;
+        if !created {
+            attached.clear();
+        }
+        each_run(self.contents, self.size, image, |offset, bytes| {
+            attached.write(offset, bytes);
+            Ok(true)
+        })?;
+        if created {
+            let set = sys::shm_set(self.object.id, self.object.access());
+            set.map_err(|e| failed("given to its owner", e))?;
+        }
+        if created && self.locked && sys::shm_control(self.object.id, libc::SHM_LOCK).is_err() {
+            warnings.push(format!("{} is not locked in memory", self.title()));
+        }
+        if created && self.destroyed {
+            sys::shm_control(self.object.id, libc::IPC_RMID).map_err(|e| failed("removed", e))?;
+            // Until the job has it, we do.
+            ready.attached = Some(attached);
+        }
+        Ok(ready)
+    }
+
+    fn huge_flags(&self) -> i32 {
+        match self.huge_page_size {
+            0 => 0,
+            size => libc::SHM_HUGETLB | (size.trailing_zeros() << libc::MAP_HUGE_SHIFT) as i32,
+        }
+    }
+}
+
+/// A segment that is there and filled.
+pub(super) struct Ready {
+    object: Object,
+    attached: Option<Attached>,
+    created: bool,
+}
+
+impl Ready {
+    pub(super) fn keep(mut self) {
+        if self.created {
+            // The time of the last change is then one of the job's life.
+            let _ = sys::shm_set(self.object.id, self.object.access());
+        }
+        self.created = false;
+    }
+}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        if self.created {
+            let _ = sys::shm_control(self.object.id, libc::IPC_RMID);
+        }
+        self.attached = None;
+    }
+}
+
+/// What is left of one shmat(2): its mappings share a file, by which shmdt(2) finds them.
+struct Attachment<'a> {
+    segment: &'a Segment,
+    /// Where the beginning of the segment is, or was.
+    base: u64,
+    writable: bool,
+    /// Its mappings, by ascending address.
+    parts: Vec<(&'a Mapping, u64)>,
+}
+
+fn attachments<'a>(process: &'a Process, snapshot: &'a Snapshot) -> Vec<Attachment<'a>> {
+    let mut found: Vec<Attachment<'a>> = Vec::new();
+    for mapping in &process.memory.mappings {
+        let Backing::SysV {
+            segment,
+            offset,
+            writable,
+        } = mapping.backing
+        else {
+            continue;
+        };
+        let segment = &snapshot.ipc.segments[segment];
+        let base = mapping.start.wrapping_sub(offset);
+        let known = found.iter_mut().find(|a| {
+            (a.segment.object.id, a.base, a.writable) == (segment.object.id, base, writable)
+        });
+        match known {
+            Some(attachment) => attachment.parts.push((mapping, offset)),
+            None => found.push(Attachment {
+                segment,
+                base,
+                writable,
+                parts: vec![(mapping, offset)],
+            }),
+        }
+    }
+    found
+}
+
+impl Attachment<'_> {
+    /// Nothing of it was unmapped or moved away.
+    fn is_whole(&self) -> bool {
+        let all: u64 = self.parts.iter().map(|(m, _)| m.end - m.start).sum();
+        all == self.segment.mapped_len()
+    }
+
+    /// Bytes from the beginning of the segment to the end of the last mapping, which mremap(2) makes
+    /// reach beyond its end.
+    fn reach(&self) -> u64 {
+        let ends = self
+            .parts
+            .iter()
+            .map(|(m, offset)| offset + (m.end - m.start));
+        ends.fold(self.segment.mapped_len(), u64::max)
+    }
+
+    fn object(&self) -> String {
+        format!("{} at {:#x}", self.segment.title(), self.base)
+    }
+
+    fn attach(&self, aside: u64, plan: &mut Builder) {
+        let id = self.segment.object.id as u64;
+        let flags = if self.writable { 0 } else { libc::SHM_RDONLY } as u64;
+        let at = if self.is_whole() { self.base } else { aside };
+        plan.expect(libc::SYS_shmat, &[id, at, flags], at, || self.object());
+        if !self.is_whole() {
+            let (len, reach) = (self.segment.mapped_len(), self.reach());
+            if reach > len {
+                // Grown in place; the segment keeps its size.
+                let args = [aside, len, reach, 0];
+                plan.expect(libc::SYS_mremap, &args, aside, || self.object());
+            }
+            for (mapping, offset) in &self.parts {
+                // An old length of 0 makes another view of shared pages (mremap(2)).
+                let how = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+                let len = mapping.end - mapping.start;
+                let args = [aside + offset, 0, len, how, mapping.start];
+                plan.expect(libc::SYS_mremap, &args, mapping.start, || self.object());
+            }
+            plan.syscall(libc::SYS_munmap, &[aside, reach], || self.object());
+        }
+        let attached = libc::PROT_READ | if self.writable { libc::PROT_WRITE } else { 0 };
+        for (mapping, _) in &self.parts {
+            let (start, len) = (mapping.start, mapping.end - mapping.start);
+            mapping.advise_huge(plan);
+            // Those with a key of the program's get both later, as all mappings do.
+            if mapping.prot != attached as u32 && mapping.protection_key == 0 {
+                let args = [start, len, mapping.prot.into()];
+                plan.syscall(libc::SYS_mprotect, &args, || self.object());
+            }
+        }
+    }
+}
+
+/// Free address space that [`attach`] needs: bytes, and their alignment.
+pub fn room(process: &Process, snapshot: &Snapshot) -> Option<(u64, u64)> {
+    let partial = attachments(process, snapshot);
+    let partial = partial.iter().filter(|a| !a.is_whole());
+    let attached = partial.map(|a| (a.segment, a.reach()));
+    let unattached = unattached(snapshot).map(|s| (s, s.mapped_len()));
+    attached
+        .chain(unattached)
+        .map(|(s, len)| (len, s.huge_page_size.max(4096)))
+        .reduce(|a, b| (a.0.max(b.0), a.1.max(b.1)))
+}
+
+/// Segments that no process of the job has attached.
+fn unattached(snapshot: &Snapshot) -> impl Iterator<Item = &Segment> {
+    let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
+    let attached: Vec<usize> = mappings
+        .filter_map(|m| match m.backing {
+            Backing::SysV { segment, .. } => Some(segment),
+            _ => None,
+        })
+        .collect();
+    let all = snapshot.ipc.segments.iter().enumerate();
+    all.filter(move |(index, _)| !attached.contains(index))
+        .map(|(_, segment)| segment)
+}
+
+/// Attaches all segments in their places. Their contents are there already. A part of one that is
+/// left (munmap, mremap) is made from a view of the whole at `aside`.
+pub fn attach(process: &Process, snapshot: &Snapshot, aside: u64, plan: &mut Builder) {
+    for attachment in attachments(process, snapshot) {
+        attachment.attach(aside, plan);
+    }
+    if process.pid != snapshot.processes[0].pid {
+        return;
+    }
+    for segment in unattached(snapshot) {
+        // The last one to use it is then the job again, by which it is known as the job's.
+        let args = [segment.object.id as u64, aside, libc::SHM_RDONLY as u64];
+        plan.attempt(libc::SYS_shmat, &args, || segment.title());
+        plan.attempt(libc::SYS_shmdt, &[aside], || segment.title());
+    }
+}

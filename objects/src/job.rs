@@ -1,0 +1,315 @@
+//! What is checkpointed together: a process and all that descend from it.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use ckpt_tracer::freeze::Frozen;
+use ckpt_tracer::proc::status::read_status;
+use ckpt_tracer::proc::{ProcRoot, tasks};
+use ckpt_tracer::{Error as TracerError, Pid};
+
+use crate::cgroup::freezer::Thawed;
+use crate::error::{Error, Obstacle, Result};
+
+/// A fork bomb may outrun us for ever, and what we have stopped already stands still meanwhile. So we give up
+/// when so much time is over, and so many processes have been met that were not there in the beginning: a job
+/// that creates none is stopped in the end, however slow the machine is.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// See [`PATIENCE`].
+const NEWCOMERS: usize = 50;
+
+/// The processes of a job, by what can be done with them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Family {
+    /// Those that live; parents before their children, the root first.
+    pub living: Vec<Pid>,
+    /// Those that have ended and that their parents have not waited for.
+    pub ended: Vec<Pid>,
+}
+
+impl Family {
+    /// The process and its descendants, as they are at this moment.
+    ///
+    /// # Errors
+    /// As [`tasks::children`] for the root; a descendant that ends meanwhile is no error.
+    pub fn of(root: Pid) -> Result<Self> {
+        Self::of_all(&[root])
+    }
+
+    /// The same of several roots; the first one is the job's.
+    pub fn of_all(roots: &[Pid]) -> Result<Self> {
+        let proc = ProcRoot::default();
+        let mut family = Self {
+            living: roots.to_vec(),
+            ended: Vec::new(),
+        };
+        let mut next = 0;
+        while let Some(&pid) = family.living.get(next) {
+            next += 1;
+            let children = match tasks::children(&proc, pid) {
+                Ok(children) => children,
+                Err(e) if pid == roots[0] => return Err(e.into()),
+                Err(_) => continue,
+            };
+            for child in children {
+                if family.living.contains(&child) {
+                    continue;
+                }
+                match read_status(child) {
+                    Ok(status) if status.state.has_ended() => family.ended.push(child),
+                    Ok(_) => family.living.push(child),
+                    Err(_) => {}
+                }
+            }
+        }
+        Ok(family)
+    }
+}
+
+/// A job of which every task is stopped. Letting it drop lets it go on.
+pub struct FrozenJob {
+    /// Its control groups, if they were frozen: to be frozen again before any task is let go.
+    pub groups: Option<Thawed>,
+    /// Its living processes, in the order of [`Family::living`].
+    pub processes: Vec<Frozen>,
+    /// Its zombies.
+    pub ended: Vec<Pid>,
+}
+
+impl FrozenJob {
+    /// Stops every task of every process, and looks for more until there are none. On any error
+    /// everything stopped so far is let go.
+    pub fn freeze(roots: &[Pid]) -> Result<Self> {
+        Self::freeze_until(roots, Instant::now() + PATIENCE, NEWCOMERS)
+    }
+
+    fn freeze_until(roots: &[Pid], give_up: Instant, newcomers: usize) -> Result<Self> {
+        let family = Family::of_all(roots)?;
+        let mut hunt = Hunt {
+            roots: roots.to_vec(),
+            give_up,
+            most: family.living.len() + newcomers,
+            met: 0,
+            frozen: HashMap::new(),
+            ended: BTreeSet::new(),
+        };
+        // Who ends during a walk can leave a child to somebody who was looked at before, and need not
+        // leave a zombie; that this goes unseen twice is not to be expected.
+        let mut quiet = 0;
+        loop {
+            let (living, found) = hunt.walk()?;
+            quiet = if found { 0 } else { quiet + 1 };
+            if quiet == 2 {
+                let in_order = living.iter().filter_map(|pid| hunt.frozen.remove(pid));
+                return Ok(Self {
+                    groups: None,
+                    processes: in_order.collect(),
+                    ended: hunt.ended.into_iter().collect(),
+                });
+            }
+        }
+    }
+
+    /// Tasks in all.
+    pub fn tasks(&self) -> usize {
+        self.processes.iter().map(|f| f.tasks().len()).sum()
+    }
+
+    /// Lets every process go on.
+    pub fn thaw(mut self) -> Result<()> {
+        drop(self.groups.take());
+        each(self.processes, Frozen::thaw)
+    }
+
+    /// Every task is killed when this process ends, which is to be soon. So ends a job with the first
+    /// process of our pid namespace, which ignores our SIGKILL and whose end is ours.
+    pub fn end_with_us(self) -> Result<()> {
+        const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
+        for task in self.processes.iter().flat_map(Frozen::tasks) {
+            match task.set_options(OPTIONS) {
+                Ok(()) | Err(TracerError::Died { .. }) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        std::mem::forget(self);
+        Ok(())
+    }
+
+    /// Lets go of every process but leaves it stopped, as `kill -STOP` would.
+    pub fn leave_stopped(mut self) -> Result<()> {
+        drop(self.groups.take());
+        each(self.processes, Frozen::leave_stopped)
+    }
+}
+
+/// Processes that are being stopped, one after the other.
+struct Hunt {
+    /// The job's first process, and adopted ones as long as they live.
+    roots: Vec<Pid>,
+    /// After this, more processes than `most` are too many.
+    give_up: Instant,
+    most: usize,
+    /// Processes that were to be stopped, those too that had ended by then.
+    met: usize,
+    frozen: HashMap<Pid, Frozen>,
+    ended: BTreeSet<Pid>,
+}
+
+impl Hunt {
+    /// From each process to its children, which are looked for only when it is stopped and can have
+    /// no more: those that live, parents first, and whether anybody was met for the first time.
+    fn walk(&mut self) -> Result<(Vec<Pid>, bool)> {
+        let proc = ProcRoot::default();
+        let mut found = false;
+        let mut living = Vec::with_capacity(self.frozen.len());
+        let mut next: VecDeque<Pid> = self.roots.iter().copied().collect();
+        while let Some(pid) = next.pop_front() {
+            if !self.frozen.contains_key(&pid) {
+                found = true;
+                if !self.stop(pid)? {
+                    self.roots.retain(|root| *root != pid);
+                    continue;
+                }
+            }
+            living.push(pid);
+            let children = match tasks::children(&proc, pid) {
+                Ok(children) => children,
+                Err(e) if pid == self.roots[0] => return Err(e.into()),
+                // Somebody has killed it.
+                Err(_) => continue,
+            };
+            let new = |child: &Pid| !self.ended.contains(child) && !self.roots.contains(child);
+            next.extend(children.into_iter().filter(new));
+        }
+        Ok((living, found))
+    }
+
+    /// Stops a process, unless it has ended.
+    fn stop(&mut self, pid: Pid) -> Result<bool> {
+        self.met += 1;
+        if self.met > self.most && Instant::now() > self.give_up {
+            return Err(self.outrun());
+        }
+        match Frozen::freeze(pid) {
+            Ok(frozen) => {
+                self.frozen.insert(pid, frozen);
+                Ok(true)
+            }
+            Err(TracerError::Died { .. }) if pid != self.roots[0] => {
+                if read_status(pid).is_ok_and(|status| status.state.has_ended()) {
+                    self.ended.insert(pid);
+                }
+                Ok(false)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn outrun(&self) -> Error {
+        let root = self.roots[0];
+        Error::refuse(Obstacle::new(
+            format!("process {root}"),
+            format!(
+                "has descendants that create processes faster than they can be stopped (gave up after {} \
+                 processes)",
+                self.met
+            ),
+            format!("try again, or stop it first with kill -STOP {root}"),
+        ))
+    }
+}
+
+/// All are let go, whatever happens to one of them.
+fn each(processes: Vec<Frozen>, let_go: impl Fn(Frozen) -> ckpt_tracer::Result<()>) -> Result<()> {
+    let results: Vec<_> = processes.into_iter().map(let_go).collect();
+    Ok(results.into_iter().collect::<ckpt_tracer::Result<()>>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command, Stdio};
+
+    /// A shell with two children, killed with them in the end.
+    struct Shell(Child);
+
+    impl Shell {
+        fn start() -> Self {
+            let mut command = Command::new("sh");
+            command.args(["-c", "sleep 1000 & sleep 1000 & wait"]);
+            let shell = Shell(command.stdout(Stdio::null()).spawn().expect("sh"));
+            while shell.family().len() != 3 {
+                std::thread::yield_now();
+            }
+            shell
+        }
+
+        fn pid(&self) -> Pid {
+            Pid(self.0.id() as i32)
+        }
+
+        fn family(&self) -> Vec<Pid> {
+            Family::of(self.pid()).expect("it lives").living
+        }
+    }
+
+    impl Drop for Shell {
+        fn drop(&mut self) {
+            for pid in self.family().into_iter().rev() {
+                let pid = nix::unistd::Pid::from_raw(pid.raw());
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            let _ = self.0.wait();
+        }
+    }
+
+    fn tracers(pids: &[Pid]) -> Vec<i32> {
+        let tracer = |pid: &Pid| read_status(*pid).expect("it lives").tracer_pid;
+        pids.iter().map(tracer).collect()
+    }
+
+    #[test]
+    fn a_whole_tree_is_stopped_and_goes_on() {
+        let shell = Shell::start();
+        let family = shell.family();
+        let job = FrozenJob::freeze(&[shell.pid()]).expect("nothing is in the way");
+        let frozen: Vec<Pid> = job.processes.iter().map(Frozen::pid).collect();
+        assert_eq!(frozen, family);
+        assert!(tracers(&family).iter().all(|tracer| *tracer != 0));
+        job.thaw().expect("all live");
+        assert_eq!(tracers(&family), [0, 0, 0]);
+    }
+
+    #[test]
+    fn an_adopted_one_that_has_ended_is_no_obstacle() {
+        let shell = Shell::start();
+        let mut gone = Command::new("true").spawn().expect("true");
+        gone.wait().expect("it ends");
+        let roots = [shell.pid(), Pid(gone.id() as i32)];
+        let job = FrozenJob::freeze(&roots);
+        let job = job.expect("nothing is in the way");
+        assert_eq!(job.processes.len(), 3);
+        job.thaw().expect("all live");
+    }
+
+    #[test]
+    fn who_cannot_be_caught_up_with_is_refused_and_let_go() {
+        let shell = Shell::start();
+        // The time is over at once; two of three count as having been there.
+        let all = FrozenJob::freeze_until(&[shell.pid()], Instant::now(), 0);
+        all.expect("nobody has come").thaw().expect("all live");
+        let mut hunt = Hunt {
+            roots: vec![shell.pid()],
+            give_up: Instant::now(),
+            most: 2,
+            met: 0,
+            frozen: HashMap::new(),
+            ended: BTreeSet::new(),
+        };
+        let error = hunt.walk();
+        drop(hunt);
+        let error = error.expect_err("the time is over").to_string();
+        assert!(error.contains("faster than they can be stopped"), "{error}");
+        assert_eq!(tracers(&shell.family()), [0, 0, 0]);
+    }
+}

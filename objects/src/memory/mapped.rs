@@ -1,0 +1,52 @@
+//! The files that a job has mapped, as they are on disk now.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::rc::Rc;
+
+use crate::Snapshot;
+use crate::memory::MappedFile;
+use crate::open::Handle;
+
+/// Opens mapped files, each once, and only those that are what they were at the checkpoint.
+pub struct MappedFiles<'a> {
+    files: &'a [MappedFile],
+    open: RefCell<HashMap<usize, Option<Rc<File>>>>,
+}
+
+impl<'a> MappedFiles<'a> {
+    /// The mapped files of a snapshot.
+    pub fn new(snapshot: &'a Snapshot) -> Self {
+        MappedFiles {
+            files: &snapshot.mapped_files,
+            open: RefCell::default(),
+        }
+    }
+
+    /// What the snapshot says of the file of this index.
+    pub fn record(&self, index: usize) -> Option<&'a MappedFile> {
+        self.files.get(index)
+    }
+
+    /// The file of this index; `None` when it is gone, is another one now, or cannot be read.
+    pub fn file(&self, index: usize) -> Option<Rc<File>> {
+        let record = self.record(index)?;
+        let mut open = self.open.borrow_mut();
+        open.entry(index)
+            .or_insert_with(|| open_same(record).map(Rc::new))
+            .clone()
+    }
+}
+
+fn open_same(record: &MappedFile) -> Option<File> {
+    let found = Handle::of_regular(&record.path).ok()?;
+    let now = found.meta();
+    let modified = now
+        .mtime()
+        .checked_mul(1_000_000_000)?
+        .checked_add(now.mtime_nsec())?;
+    let same = now.size() == record.identity.size && modified == record.identity.modified_ns;
+    same.then(|| found.read().ok())?
+}

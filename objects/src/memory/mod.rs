@@ -1,0 +1,235 @@
+//! Mappings: what is mapped where, and which of its pages the image holds.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::SpaceId;
+use super::aio::Ring;
+use super::bounds;
+use super::files::attributes::Attributes;
+use super::files::saved::Saved;
+use super::memory_policy::MemoryPolicy;
+
+mod capture;
+mod contents;
+mod file;
+pub mod image;
+mod inherit;
+pub mod mapped;
+mod rebuild;
+pub mod space;
+
+pub use capture::{Captured, capture, guard_pages};
+pub use contents::hidden_by_guards;
+pub use file::{check_file, same_file};
+pub use inherit::{Inherited, inherited, intersect, join, subtract};
+pub use rebuild::{
+    Forked, SharedAt, allocate_keys, clear_and_move, drop_pages, finish, free_keys, map_all,
+    place_shared,
+};
+
+/// One mapping.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// First address after it.
+    pub end: u64,
+    /// `PROT_READ | PROT_WRITE | PROT_EXEC`.
+    pub prot: u32,
+    /// What is behind it.
+    pub backing: Backing,
+    /// Properties beyond the protection.
+    pub flags: MappingFlags,
+    /// Name given by `PR_SET_VMA_ANON_NAME`.
+    pub name: Option<Vec<u8>>,
+    /// Protection key, pkeys(7).
+    #[serde(deserialize_with = "bounds::protection_key")]
+    pub protection_key: u32,
+    /// Guard pages (`MADV_GUARD_INSTALL`) as address ranges.
+    pub guards: Vec<(u64, u64)>,
+    /// Its own memory policy (mbind(2)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<MemoryPolicy>,
+}
+
+/// What is behind a mapping.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Backing {
+    /// Private anonymous memory; pages are in the image unless zero.
+    Anonymous,
+    /// Private hugetlb memory with pages of this size.
+    AnonymousHuge {
+        /// Page size in bytes.
+        #[serde(deserialize_with = "bounds::page")]
+        page_size: u64,
+    },
+    /// A file, private: pages that differ from the file are in the image.
+    PrivateFile {
+        /// Index in the snapshot's mapped files.
+        file: usize,
+        /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
+        offset: u64,
+    },
+    /// A file, shared: the pages are the file's.
+    SharedFile {
+        /// Index in the snapshot's mapped files.
+        file: usize,
+        /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
+        offset: u64,
+        /// The mapping may be made writable (opened for writing).
+        writable: bool,
+    },
+    /// Shared anonymous memory.
+    SharedMemory {
+        /// Index in the snapshot's shared memory objects.
+        object: usize,
+        /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
+        offset: u64,
+    },
+    /// Attached System V shared memory.
+    SysV {
+        /// Index in the snapshot's segments.
+        segment: usize,
+        /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
+        offset: u64,
+        /// Attached for writing too.
+        writable: bool,
+    },
+    /// A memfd or another file that the job holds open, shared: an open file description.
+    Description {
+        /// Index in the snapshot's descriptions.
+        description: usize,
+        /// Bytes.
+        #[serde(deserialize_with = "bounds::bytes")]
+        offset: u64,
+        /// MAP_PRIVATE.
+        private: bool,
+    },
+    /// The ring of an AIO context.
+    AioRing(Ring),
+    /// A piece of the kernel's: moved, never copied.
+    Kernel(KernelMapping),
+}
+
+/// Mappings that the kernel provides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum KernelMapping {
+    /// Code of the fast system calls.
+    Vdso,
+    /// Their data.
+    Vvar,
+    /// Their paravirtual clocks' data (a mapping of its own since Linux 6.13).
+    VvarVclock,
+}
+
+bitflags::bitflags! {
+    /// Properties of a mapping, as `VmFlags` in `/proc/PID/smaps` shows them.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+    #[serde(transparent)]
+    pub struct MappingFlags: u32 {
+        /// `MAP_GROWSDOWN`.
+        const GROWS_DOWN = 1 << 0;
+        /// mlock(2).
+        const LOCKED = 1 << 1;
+        /// `MLOCK_ONFAULT`.
+        const LOCK_ON_FAULT = 1 << 2;
+        /// `MAP_NORESERVE`.
+        const NO_RESERVE = 1 << 3;
+        /// Counted against the commit limit.
+        const ACCOUNTED = 1 << 4;
+        /// `MADV_DONTFORK`.
+        const DONT_FORK = 1 << 5;
+        /// `MADV_WIPEONFORK`.
+        const WIPE_ON_FORK = 1 << 6;
+        /// `MADV_DONTDUMP`.
+        const DONT_DUMP = 1 << 7;
+        /// `MADV_MERGEABLE`.
+        const MERGEABLE = 1 << 8;
+        /// `MADV_HUGEPAGE`.
+        const HUGE = 1 << 9;
+        /// `MADV_NOHUGEPAGE`.
+        const NO_HUGE = 1 << 10;
+        /// `MADV_SEQUENTIAL`.
+        const SEQUENTIAL = 1 << 11;
+        /// `MADV_RANDOM`.
+        const RANDOM = 1 << 12;
+        /// mseal(2).
+        const SEALED = 1 << 13;
+        /// `MAP_DROPPABLE`.
+        const DROPPABLE = 1 << 14;
+        /// `MAP_SYNC`.
+        const SYNC = 1 << 15;
+    }
+}
+
+/// A file that is mapped or executed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MappedFile {
+    /// Where it was.
+    #[serde(with = "crate::raw_path")]
+    pub path: PathBuf,
+    /// What it was.
+    pub identity: FileIdentity,
+    /// Its whole contents in the image, where no name leads to it any more.
+    pub contents: Option<SpaceId>,
+    /// What else it had, where no name leads to it any more.
+    #[serde(default)]
+    pub attributes: Option<Attributes>,
+    /// Its contents in the image, though it has a name.
+    #[serde(default)]
+    pub saved: Option<Saved>,
+}
+
+impl MappedFile {
+    /// Its contents in the image.
+    pub fn stored(&self) -> Option<SpaceId> {
+        self.contents.or(self.saved.map(|saved| saved.space))
+    }
+}
+
+/// What tells one file's contents from another's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileIdentity {
+    /// Device, major and minor.
+    pub device: (u32, u32),
+    /// Inode number.
+    pub inode: u64,
+    /// Type and permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
+    pub mode: u32,
+    /// Size in bytes.
+    #[serde(deserialize_with = "bounds::bytes")]
+    pub size: u64,
+    /// Time of the last change of contents, nanoseconds since 1970.
+    pub modified_ns: i64,
+    /// The build id of an ELF file.
+    pub build_id: Option<Vec<u8>>,
+    /// When it was made, nanoseconds since 1970, where the file system knows.
+    #[serde(default)]
+    pub created_ns: Option<i64>,
+}
+
+/// Shared anonymous memory (`MAP_SHARED | MAP_ANONYMOUS`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedMemory {
+    /// Its pages in the image.
+    pub space: SpaceId,
+    /// Size in bytes, as far as it is mapped anywhere in the job.
+    #[serde(deserialize_with = "bounds::memory")]
+    pub size: u64,
+    /// `/dev/zero (deleted)` inode, which told it from others.
+    pub inode: u64,
+    /// Page size of hugetlb memory, 0 for ordinary pages.
+    #[serde(deserialize_with = "bounds::page")]
+    pub huge_page_size: u64,
+    /// Bytes from its beginning to the end of its last mapping: mremap(2) makes mappings that reach
+    /// beyond the end of the object, where any access is a SIGBUS.
+    #[serde(default, deserialize_with = "bounds::memory")]
+    pub reach: u64,
+}

@@ -1,0 +1,81 @@
+//! What processes have from the login that they descend from: the nice value of their autogroup
+//! (sched(7)) and the audit login uid. Neither is a session's alone: an autogroup is made with a session
+//! and left by nobody, the uid is a task's and inherited.
+
+use ckpt_tracer::Pid;
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::ProcDir;
+
+use super::process::Process;
+use crate::plan::Builder;
+
+/// `/proc/PID/autogroup`: `/autogroup-25 nice 0`.
+pub fn autogroup_nice(dir: &ProcDir) -> Option<i32> {
+    let text = std::fs::read_to_string(dir.join("autogroup")).ok()?;
+    text.trim().rsplit(' ').next()?.parse().ok()
+}
+
+/// `/proc/PID/loginuid`.
+pub fn login_uid(dir: &ProcDir) -> Option<u32> {
+    let text = std::fs::read_to_string(dir.join("loginuid")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Gives the autogroup of a session that is the job's its nice value; that of another one is left alone,
+/// with a warning.
+pub fn rebuild_autogroup(process: &Process, pid: Pid) -> Option<String> {
+    let wanted = process.autogroup_nice?;
+    let now = || autogroup_nice(&pid.into());
+    if now()? == wanted {
+        return None;
+    }
+    if process.session == process.pid {
+        // The kernel lets others than root do so ten times a second only (`proc_sched_autogroup_set_nice`).
+        let path = format!("/proc/{pid}/autogroup");
+        let _ = std::fs::write(path, wanted.to_string());
+    }
+    let now = now()?;
+    (now != wanted).then(|| {
+        format!(
+            "the autogroup of process {pid} had the nice value {wanted} and has {now} now: that of a \
+             session outside the job, or one that you may not give"
+        )
+    })
+}
+
+/// Gives the process its audit login uid, as far as the kernel lets it: whether it did shows afterwards.
+pub fn rebuild_login_uid(process: &Process, plan: &mut Builder) {
+    let (Some(wanted), Some(ours)) = (process.login_uid, plan.host().login_uid) else {
+        return;
+    };
+    if wanted == ours {
+        return;
+    }
+    let object = || "the audit login uid".to_owned();
+    let path = plan.data(b"/proc/thread-self/loginuid\0");
+    let text = wanted.to_string();
+    let at = plan.data(text.as_bytes());
+    let flags = (libc::O_WRONLY | libc::O_CLOEXEC) as u64;
+    let open = [libc::AT_FDCWD as u64, path, flags, 0];
+    plan.attempt(libc::SYS_openat, &open, object);
+    let write = [0, at, text.len() as u64];
+    plan.attempt_with_answer(libc::SYS_write, (0, &write), object);
+    plan.attempt_with_answer(libc::SYS_close, (1, &[0]), object);
+}
+
+/// The warning of a process that has another audit login uid than it had.
+pub fn other_login_uid(process: &Process, pid: Pid) -> Option<String> {
+    let name = |uid: u32| match uid {
+        u32::MAX => "unset".to_owned(),
+        uid => uid.to_string(),
+    };
+    let (was, is) = (process.login_uid?, login_uid(&pid.into())?);
+    (was != is).then(|| {
+        format!(
+            "the audit login uid of process {pid} was {} and is {} now; it may need {}",
+            name(was),
+            name(is),
+            Use::LoginUid
+        )
+    })
+}

@@ -1,0 +1,138 @@
+//! Sockets.
+//!
+//! Unix domain sockets are looked at all together ([`survey`]), since what one is can only be
+//! said with the other side in view, and are rebuilt together ([`rebuild`]). The record of one
+//! is in [`unix`]. Other families are refused by name.
+
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+
+pub mod filter;
+pub mod inet;
+mod made;
+pub mod names;
+pub mod netlink;
+mod offset;
+pub mod options;
+pub mod peers;
+mod plan;
+pub mod queue;
+pub mod rebuild;
+pub mod survey;
+pub mod sys;
+mod transfer;
+pub mod unix;
+pub mod urgent;
+
+pub use made::Made;
+
+use crate::error::Obstacle;
+use crate::files::{Description, Kind, late};
+use survey::{Survey, Verdict};
+
+/// Whether a descriptor of ours is for a unix domain socket.
+pub fn is_unix(fd: &impl AsRawFd) -> bool {
+    domain(fd) == Some(libc::AF_UNIX)
+}
+
+/// The family of a socket, `AF_*`.
+pub fn domain(fd: &impl AsRawFd) -> Option<i32> {
+    sys::int_option(fd, libc::SO_DOMAIN).ok()
+}
+
+/// What family a socket is of, for messages: `an IPv4 TCP socket`.
+pub fn family(fd: &impl AsRawFd) -> String {
+    let domain = match sys::int_option(fd, libc::SO_DOMAIN) {
+        Ok(domain) => domain,
+        Err(Errno::EBADF) => return "a socket opened with O_PATH".into(),
+        Err(_) => return "a socket".into(),
+    };
+    let kind = sys::int_option(fd, libc::SO_TYPE).unwrap_or(0);
+    let internet = match kind {
+        libc::SOCK_STREAM => "TCP",
+        libc::SOCK_DGRAM => "UDP",
+        _ => "raw",
+    };
+    match domain {
+        libc::AF_INET => format!("an IPv4 {internet} socket"),
+        libc::AF_INET6 => format!("an IPv6 {internet} socket"),
+        libc::AF_NETLINK => "a netlink socket".into(),
+        libc::AF_PACKET => "a packet socket".into(),
+        libc::AF_VSOCK => "a vsock socket".into(),
+        libc::AF_ALG => "a socket of the kernel's cryptography (AF_ALG)".into(),
+        libc::AF_UNIX => "a unix socket".into(),
+        other => format!("a socket of family {other}"),
+    }
+}
+
+/// Whether the process that owns a `/proc/PID` directory cannot run because we trace it.
+pub fn is_held(status: &ckpt_tracer::proc::status::Status) -> bool {
+    let ours = format!("/proc/self/task/{}", status.tracer_pid);
+    status.tracer_pid != 0 && std::path::Path::new(&ours).exists()
+}
+
+/// A file that only an unread message holds: none that becomes one of `restore`, which goes by the number of
+/// a descriptor, and none that waits for processes.
+pub fn may_be_in_flight(
+    kind: Result<Kind, Box<Obstacle>>,
+    first: Option<i32>,
+) -> Result<Kind, Box<Obstacle>> {
+    let what = match kind {
+        Ok(Kind::Outside(outside)) => outside.name,
+        Ok(kind) if late::must_wait(&kind, first) => {
+            format!(
+                "{}, which can be opened only when all processes are there",
+                kind.label()
+            )
+        }
+        Ok(other) => return Ok(other),
+        Err(obstacle) => {
+            return Err(Box::new(Obstacle {
+                object: "a file that is in flight between sockets".into(),
+                ..*obstacle
+            }));
+        }
+    };
+    Err(Box::new(Obstacle::new(
+        "a file that is in flight between sockets",
+        format!("is {what}, which is not supported"),
+        "let the program receive it before the checkpoint",
+    )))
+}
+
+impl Survey {
+    /// The kind of the description of that number. `first` is the index in the snapshot of
+    /// number 0; `None` for what is no unix domain socket. A socket whose other side is outside
+    /// the job is answered by `outside`.
+    pub fn kind(
+        &mut self,
+        number: usize,
+        first: usize,
+        outside: impl FnOnce(Obstacle) -> Result<Kind, Box<Obstacle>>,
+    ) -> Option<Result<Kind, Box<Obstacle>>> {
+        Some(match self.verdicts.remove(&number)? {
+            Verdict::Inside(mut socket) => {
+                for message in &mut socket.queue {
+                    message.rights.iter_mut().for_each(|n| *n += first);
+                }
+                Ok(Kind::UnixSocket(*socket))
+            }
+            Verdict::Outside(obstacle) => outside(*obstacle),
+            Verdict::Refused(obstacle) => Err(obstacle),
+        })
+    }
+
+    /// Descriptions of sockets that nobody has open, which come behind all others.
+    pub fn ghosts(&mut self) -> impl Iterator<Item = Description> {
+        std::mem::take(&mut self.ghosts)
+            .into_iter()
+            .map(|ghost| Description {
+                kind: Kind::UnixSocket(ghost),
+                flags: libc::O_RDWR as u32,
+                owner: None,
+                made_by: None,
+                locks: Vec::new(),
+            })
+    }
+}

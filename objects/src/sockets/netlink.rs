@@ -1,0 +1,125 @@
+//! Sockets to the kernel, netlink(7).
+//!
+//! One that is bound to nothing has never sent anything, belongs to no group and has no dump in progress. Nothing
+//! comes to it but notices of POSIX message queues (`SIGEV_THREAD`, mq_notify(3)), for which glibc makes one. Others
+//! are refused.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::options::{self, SocketOption};
+use super::sys;
+use crate::error::Obstacle;
+use crate::files::{self, Look};
+use crate::plan::Builder;
+use crate::source::Source;
+
+/// Socket options beside those of `SOL_SOCKET`, linux/netlink.h.
+const SOL_NETLINK: i32 = 270;
+/// `NETLINK_PKTINFO`, `NETLINK_BROADCAST_ERROR`, `NETLINK_NO_ENOBUFS`, `NETLINK_LISTEN_ALL_NSID`,
+/// `NETLINK_LIST_MEMBERSHIPS`, `NETLINK_CAP_ACK`, `NETLINK_EXT_ACK`, `NETLINK_GET_STRICT_CHK`.
+const OPTIONS: [i32; 8] = [3, 4, 5, 8, 9, 10, 11, 12];
+
+/// A netlink socket of protocol 0, bound to nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetlinkSocket {
+    /// Inode number.
+    pub inode: u64,
+    /// `SOCK_RAW` or `SOCK_DGRAM`.
+    pub style: i32,
+    /// Its protocol.
+    pub protocol: i32,
+    /// Options that a new socket does not have.
+    pub options: Vec<SocketOption>,
+    /// Bytes that cookies of notices to come count in its receive buffer.
+    #[serde(skip)]
+    pub charged: u32,
+}
+
+/// A socket as glibc makes it for notices.
+pub fn new() -> Result<OwnedFd, Errno> {
+    sys::socket(libc::AF_NETLINK, libc::SOCK_RAW)
+}
+
+/// Bytes that count in the receive buffer, also those of cookies of notices to come.
+pub fn charged(fd: &impl AsRawFd) -> Result<u32, Errno> {
+    Ok(memory(fd)?.0)
+}
+
+/// `SK_MEMINFO_RMEM_ALLOC` and `SK_MEMINFO_RCVBUF`, linux/sock_diag.h.
+fn memory(fd: &impl AsRawFd) -> Result<(u32, u32), Errno> {
+    let words = sys::option(fd, libc::SO_MEMINFO)?;
+    match words.as_chunks::<4>().0 {
+        [used, room, ..] => Ok((u32::from_ne_bytes(*used), u32::from_ne_bytes(*room))),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+/// Captures a socket; `None` for what is no netlink socket or may have more state than is kept.
+pub fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obstacle>>> {
+    let socket = &look.copy;
+    let is_plain = sys::int_option(socket, libc::SO_DOMAIN) == Ok(libc::AF_NETLINK)
+        && sys::int_option(socket, libc::SO_PROTOCOL) == Ok(0)
+        && sys::netlink_addresses(socket) == Ok([[0; 2]; 2])
+        && OPTIONS.iter().all(|number| {
+            // Empty where there are no groups, and an error where the kernel has none of that name.
+            match sys::option_of(SOL_NETLINK, socket, *number) {
+                Ok(value) => value.iter().all(|b| *b == 0),
+                Err(errno) => errno == Errno::ENOPROTOOPT,
+            }
+        })
+        && sys::filter_len(socket) == Ok(0);
+    let style = sys::int_option(socket, libc::SO_TYPE).ok()?;
+    let (charged, room) = memory(socket).ok()?;
+    if !is_plain {
+        return None;
+    }
+    let refuse =
+        |reason: &str, remedy: &str| Box::new(Obstacle::new(look.object(source), reason, remedy));
+    let state = files::sys::poll_now(socket, libc::POLLIN);
+    if state & (libc::POLLIN | libc::POLLERR) != 0 {
+        let reason = "is a netlink socket with a notice of a POSIX message queue that is unread, which is not supported";
+        let unread = refuse(reason, "try again when the program has read it");
+        return Some(Err(Box::new(unread.passing())));
+    }
+    // Another registration would wait for room.
+    if charged > room {
+        let reason = "is a netlink socket that notices of POSIX message queues go to, with a receive buffer that they \
+                      do not fit into";
+        return Some(Err(refuse(
+            reason,
+            "let the program set a larger one (SO_RCVBUF)",
+        )));
+    }
+    Some(Ok(NetlinkSocket {
+        inode: look.stat.st_ino,
+        style,
+        protocol: 0,
+        options: options::capture(socket, libc::AF_NETLINK, style),
+        charged,
+    }))
+}
+
+impl NetlinkSocket {
+    /// What stands for it in messages.
+    pub fn label(&self) -> String {
+        format!("netlink socket:[{}]", self.inode)
+    }
+
+    /// Makes it at its staging number.
+    pub fn rebuild(&self, at: i32, plan: &mut Builder) {
+        let object = || format!("the {}", self.label());
+        let args = [
+            libc::AF_NETLINK as u64,
+            self.style as u64,
+            self.protocol as u64,
+        ];
+        plan.expect(libc::SYS_socket, &args, 0, object);
+        files::place(0, at, plan, object);
+        for option in &self.options {
+            option.rebuild(at, &self.label(), plan);
+        }
+    }
+}

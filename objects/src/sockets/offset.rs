@@ -1,0 +1,130 @@
+//! Looking at messages behind the first one, which needs the socket's own `SO_PEEK_OFF`.
+//!
+//! The option belongs to the socket and so to the job. It is only touched while the job is held
+//! by us, and put back at the end. Should ckpt be killed in between, a process that was forked
+//! for nothing else puts it back: it waits for the end of a pipe, which our death brings.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use ckpt_tracer::child::Helper;
+use nix::errno::Errno;
+
+use super::sys;
+
+/// `SO_PEEK_OFF` of a socket of the job, set for a while.
+pub(super) struct PeekOffset<'a> {
+    socket: &'a OwnedFd,
+    before: i32,
+    guard: Option<(Helper, OwnedFd)>,
+}
+
+impl<'a> PeekOffset<'a> {
+    /// Prepares; the option is as it was until [`set`](Self::set).
+    pub(super) fn of(socket: &'a OwnedFd) -> Result<Self, Errno> {
+        Ok(Self {
+            socket,
+            before: sys::int_option(socket, libc::SO_PEEK_OFF)?,
+            guard: None,
+        })
+    }
+
+    /// What the job has set; -1 for nothing.
+    pub(super) fn before(&self) -> i32 {
+        self.before
+    }
+
+    /// The next look begins there.
+    pub(super) fn set(&mut self, offset: usize) -> Result<(), Errno> {
+        if self.guard.is_none() {
+            self.guard = Some(guard(self.socket, self.before)?);
+        }
+        let offset = i32::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+        sys::set_int_option(self.socket, libc::SO_PEEK_OFF, offset)
+    }
+}
+
+impl Drop for PeekOffset<'_> {
+    fn drop(&mut self) {
+        if let Some((guard, pipe)) = self.guard.take() {
+            // It cannot fail where setting it did not.
+            let _ = sys::set_int_option(self.socket, libc::SO_PEEK_OFF, self.before);
+            // The guard does the same once more and ends.
+            drop(pipe);
+            let _ = guard.wait();
+        }
+    }
+}
+
+/// A process that puts the option back when the pipe ends, that is, when we let go or die.
+fn guard(socket: &OwnedFd, before: i32) -> Result<(Helper, OwnedFd), Errno> {
+    let (read, write) = crate::files::sys::pipe(4096)?;
+    let (socket, read_end) = (socket.as_raw_fd(), read.as_raw_fd());
+    let (low, high) = (socket.min(read_end) as u32, socket.max(read_end) as u32);
+    // SAFETY: it makes only system calls on values that were computed before.
+    let guard = unsafe {
+        Helper::start(|| {
+            // Everything else, or what is ours would not end with us.
+            for (first, last) in [(0, low), (low + 1, high), (high + 1, u32::MAX)] {
+                if first < last {
+                    libc::syscall(libc::SYS_close_range, first, last - 1, 0);
+                }
+            }
+            let mut wait = libc::pollfd {
+                fd: read_end,
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            libc::poll(&mut wait, 1, -1);
+            libc::setsockopt(
+                socket,
+                libc::SOL_SOCKET,
+                libc::SO_PEEK_OFF,
+                (&raw const before).cast(),
+                4,
+            );
+            0
+        })
+    }?;
+    Ok((guard, write))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        let (a, b) = UnixStream::pair().expect("a pair");
+        (a.into(), b.into())
+    }
+
+    fn option(socket: &OwnedFd) -> i32 {
+        sys::int_option(socket, libc::SO_PEEK_OFF).expect("it has it")
+    }
+
+    #[test]
+    fn the_offset_is_put_back() {
+        for before in [-1, 3] {
+            let (socket, _other) = pair();
+            sys::set_int_option(&socket, libc::SO_PEEK_OFF, before).expect("it has it");
+            let mut offset = PeekOffset::of(&socket).expect("it has it");
+            offset.set(7).expect("it has it");
+            assert_eq!(option(&socket), 7);
+            drop(offset);
+            assert_eq!(option(&socket), before);
+        }
+    }
+
+    #[test]
+    fn the_guard_puts_it_back_when_we_die() {
+        let (socket, _other) = pair();
+        let mut offset = PeekOffset::of(&socket).expect("it has it");
+        offset.set(7).expect("it has it");
+        // What the kernel does at our death: the pipe is closed, and nothing more.
+        let (guard, pipe) = offset.guard.take().expect("it is guarded");
+        drop(pipe);
+        assert_eq!(guard.wait(), Ok(0));
+        assert_eq!(option(&socket), -1);
+    }
+}

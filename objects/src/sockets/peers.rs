@@ -1,0 +1,122 @@
+//! Who the other side of a socket is told to be (`SO_PEERCRED`), and who wrote a message.
+//!
+//! The kernel notes the process that makes a pair, listens, or connects, and lets nobody say
+//! anything else (`init_peercred` in net/unix/af_unix.c). So who is to be told makes the call:
+//! the root itself, or an envoy that has the pid for the moment ([`Builder::envoy`]); its
+//! process is not there yet, or no more.
+
+use ckpt_tracer::capabilities::Use;
+
+use super::sys::{self, Ucred};
+use crate::Snapshot;
+use crate::credentials::Credentials;
+use crate::files::FdEntry;
+use crate::plan::Builder;
+
+impl Ucred {
+    /// What a socket tells; `None` where the kernel noted nobody, or somebody of whom it may not
+    /// tell here.
+    pub fn of_peer(socket: &impl std::os::fd::AsRawFd) -> Option<Self> {
+        let peer = sys::peer_credentials(socket).ok()?;
+        (peer.pid > 0).then_some(peer)
+    }
+
+    /// A process that has a description, which is as near as one can come to who made it.
+    pub fn holder(description: usize, snapshot: &Snapshot) -> Option<Self> {
+        let has = |entry: &FdEntry| entry.description == description;
+        let process = snapshot.processes.iter().find(|p| p.fds.iter().any(has))?;
+        let credentials = &process.threads.first()?.credentials;
+        Some(Self {
+            pid: process.pid,
+            uid: credentials.uid[1],
+            gid: credentials.gid[1],
+        })
+    }
+}
+
+/// In whose name the root makes calls.
+pub(super) struct Names {
+    /// Pid of the root.
+    pub(super) root: i32,
+}
+
+impl Names {
+    /// Lets `who` do something, as whom `act` is told; `what` tells what that is about. Without a
+    /// `who` it does not matter.
+    pub(super) fn act(
+        &self,
+        who: Option<Ucred>,
+        what: &str,
+        plan: &mut Builder,
+        act: impl Fn(Option<Ucred>, &mut Builder),
+    ) {
+        let Some(mut who) = who else {
+            return act(None, plan);
+        };
+        let now = plan.host().credentials.clone();
+        let permitted = may_be(who, plan);
+        let others = who.uid != now.uid[1] || who.gid != now.gid[1];
+        if others && !permitted {
+            plan.warn(format!(
+                "{what} tells of uid {} now and not of uid {}, which only root can say",
+                now.uid[1], who.uid
+            ));
+            (who.uid, who.gid) = (now.uid[1], now.gid[1]);
+        }
+        let change = others && permitted;
+        if who.pid == self.root {
+            if change {
+                become_other(who, &now, plan);
+            }
+            act(Some(who), plan);
+            if change {
+                become_self(&now, plan);
+            }
+            return;
+        }
+        let warning = format!(
+            "{what} tells of pid {} now and not of pid {}, which another process has",
+            self.root, who.pid
+        );
+        let as_other = |plan: &mut Builder| {
+            if change {
+                become_other(who, &now, plan);
+            }
+            act(Some(who), plan);
+        };
+        let root = Ucred {
+            pid: self.root,
+            uid: now.uid[1],
+            gid: now.gid[1],
+        };
+        plan.envoy(who.pid, &warning, as_other, |plan| act(Some(root), plan));
+    }
+}
+
+/// Whether the new process may take those ids.
+fn may_be(who: Ucred, plan: &Builder) -> bool {
+    let (now, held) = (&plan.host().credentials, plan.host().held);
+    let may = |of, ids: &[u32; 4], id: u32| held.allows(of) || ids[..3].contains(&id);
+    may(Use::SetUser, &now.uid, who.uid) && may(Use::SetGroups, &now.gid, who.gid)
+}
+
+const KEEP: u64 = u32::MAX as u64;
+
+/// Takes the effective ids, but keeps those by which files are reached.
+fn become_other(who: Ucred, now: &Credentials, plan: &mut Builder) {
+    let object = || "the ids of a unix socket's peer".to_owned();
+    let (uid, gid) = (u64::from(who.uid), u64::from(who.gid));
+    plan.syscall(libc::SYS_setresgid, &[KEEP, gid, KEEP], object);
+    plan.syscall(libc::SYS_setfsgid, &[now.gid[3].into()], object);
+    plan.syscall(libc::SYS_setresuid, &[KEEP, uid, KEEP], object);
+    plan.syscall(libc::SYS_setfsuid, &[now.uid[3].into()], object);
+}
+
+fn become_self(now: &Credentials, plan: &mut Builder) {
+    let object = || "the ids of a unix socket's peer".to_owned();
+    let (uid, gid) = (u64::from(now.uid[1]), u64::from(now.gid[1]));
+    plan.syscall(libc::SYS_setresuid, &[KEEP, uid, KEEP], object);
+    plan.syscall(libc::SYS_setresgid, &[KEEP, gid, KEEP], object);
+    plan.syscall(libc::SYS_setfsgid, &[now.gid[3].into()], object);
+    plan.syscall(libc::SYS_setfsuid, &[now.uid[3].into()], object);
+}

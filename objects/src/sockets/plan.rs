@@ -1,0 +1,240 @@
+//! All sockets of a snapshot together, and the numbers and addresses that their rebuilding uses.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+
+use super::peers::Names;
+use super::sys::Ucred;
+use super::unix::{Name, Role, Style, UnixSocket, sockaddr};
+use crate::Snapshot;
+use crate::files::{Kind, Staging};
+
+/// The sockets of a snapshot.
+pub(super) struct Job<'a> {
+    /// By order of their descriptions, with the index of it.
+    pub(super) all: Vec<(usize, &'a UnixSocket)>,
+    /// Position in `all` by inode.
+    by_inode: HashMap<u64, usize>,
+    /// How each comes to be.
+    pub(super) births: Vec<Birth>,
+    /// Listening sockets that exist for a moment, since the one that a live socket was accepted
+    /// from is gone.
+    pub(super) stand_ins: Vec<StandIn<'a>>,
+    /// `O_PATH` descriptors for the files of names, by inode of the socket.
+    files: HashMap<u64, usize>,
+    staging: Staging,
+    spare: usize,
+    snapshot: &'a Snapshot,
+    /// In whose name they come to be.
+    pub(super) names: Names,
+}
+
+/// How a socket comes to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Birth {
+    /// socket(2).
+    Alone,
+    /// The first of a socketpair(2), with the position of the second.
+    PairWith(usize),
+    /// Together with another one that says so.
+    Along,
+    /// accept(2), with the position of the client and that of the listening socket.
+    Accepted(usize, Door),
+}
+
+/// Where a connection is accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Door {
+    /// At a socket of the job, by position.
+    Listener(usize),
+    /// At a stand-in.
+    StandIn(usize),
+}
+
+/// See [`Job::stand_ins`].
+pub(super) struct StandIn<'a> {
+    pub(super) style: Style,
+    pub(super) name: &'a Name,
+    number: usize,
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn of(snapshot: &'a Snapshot, staging: Staging) -> Self {
+        let descriptions = snapshot.descriptions.iter().enumerate();
+        let all: Vec<(usize, &UnixSocket)> = descriptions
+            .filter_map(|(i, d)| match &d.kind {
+                Kind::UnixSocket(s) => Some((i, s)),
+                _ => None,
+            })
+            .collect();
+        let by_inode = all.iter().enumerate().map(|(at, (_, s))| (s.inode, at));
+        let mut job = Self {
+            by_inode: by_inode.collect(),
+            births: vec![Birth::Alone; all.len()],
+            all,
+            stand_ins: Vec::new(),
+            files: HashMap::new(),
+            staging,
+            spare: 0,
+            snapshot,
+            names: Names {
+                root: snapshot.processes.first().map_or(0, |p| p.pid),
+            },
+        };
+        job.decide_births();
+        for (_, socket) in job.all.clone() {
+            let file = socket.name.as_ref().and_then(|n| n.file.as_ref());
+            if file.is_some() && !job.files.contains_key(&socket.inode) {
+                job.files.insert(socket.inode, job.spare);
+                job.spare += 1;
+            }
+        }
+        job
+    }
+
+    /// The snapshot's own references were checked before (`inspect::references`).
+    pub(super) fn position(&self, inode: u64) -> Option<usize> {
+        self.by_inode.get(&inode).copied()
+    }
+
+    pub(super) fn socket(&self, position: usize) -> &'a UnixSocket {
+        self.all[position].1
+    }
+
+    /// A process that has a socket, which is as near as one can come to who made it.
+    pub(super) fn holder(&self, position: usize) -> Option<Ucred> {
+        Ucred::holder(self.all[position].0, self.snapshot)
+    }
+
+    /// Staging number of a socket.
+    pub(super) fn at(&self, position: usize) -> i32 {
+        self.staging.of(self.all[position].0)
+    }
+
+    fn decide_births(&mut self) {
+        let mut decided = HashSet::new();
+        for at in 0..self.all.len() {
+            let socket = self.socket(at);
+            let Some(other) = socket.peer().and_then(|peer| self.position(peer)) else {
+                continue;
+            };
+            let mutual = self.socket(other).peer() == Some(socket.inode);
+            if !mutual || other == at || decided.contains(&at) || decided.contains(&other) {
+                continue;
+            }
+            decided.extend([at, other]);
+            let named = |at: usize| self.socket(at).name.is_some();
+            if socket.style == Style::Datagram {
+                if !named(at) || !named(other) {
+                    self.births[at] = Birth::PairWith(other);
+                    self.births[other] = Birth::Along;
+                }
+                continue;
+            }
+            match self.server(at, other) {
+                None => {
+                    self.births[at] = Birth::PairWith(other);
+                    self.births[other] = Birth::Along;
+                }
+                Some(server) => {
+                    let client = if server == at { other } else { at };
+                    self.births[server] = Birth::Accepted(client, self.door(server));
+                }
+            }
+        }
+    }
+
+    /// Which of two connected sockets was accepted from a listening one, if any.
+    fn server(&self, a: usize, b: usize) -> Option<usize> {
+        let accepted = |at: &usize| self.socket(*at).name.as_ref().is_some_and(|n| !n.bound);
+        let mut candidates = [a, b].into_iter().filter(accepted);
+        let known = |at: &usize| self.listener(*at).is_some();
+        candidates.clone().find(known).or_else(|| candidates.next())
+    }
+
+    /// The listening socket of the job that has the name of an accepted one.
+    fn listener(&self, accepted: usize) -> Option<usize> {
+        let socket = self.socket(accepted);
+        let name = socket.name.as_ref()?;
+        self.all.iter().position(|(_, other)| {
+            matches!(other.role, Role::Listening { .. })
+                && other.style == socket.style
+                && other.name.as_ref().is_some_and(|n| n.bytes == name.bytes)
+        })
+    }
+
+    fn door(&mut self, accepted: usize) -> Door {
+        if let Some(listener) = self.listener(accepted) {
+            return Door::Listener(listener);
+        }
+        let socket = self.socket(accepted);
+        let same = |s: &StandIn<'_>| {
+            s.style == socket.style && Some(&s.name.bytes) == socket.name.as_ref().map(|n| &n.bytes)
+        };
+        if let Some(at) = self.stand_ins.iter().position(same) {
+            return Door::StandIn(at);
+        }
+        if let Some(name) = &socket.name {
+            self.stand_ins.push(StandIn {
+                style: socket.style,
+                name,
+                number: self.spare,
+            });
+            self.spare += 2;
+        }
+        Door::StandIn(self.stand_ins.len() - 1)
+    }
+
+    /// Whether the plan binds the socket to its name; an accepted one gets it otherwise.
+    pub(super) fn binds(&self, position: usize) -> bool {
+        self.socket(position).name.is_some()
+            && !matches!(self.births[position], Birth::Accepted(..))
+    }
+
+    /// Number of the descriptor by which a bound socket's file can be reached.
+    pub(super) fn file_at(&self, position: usize) -> i32 {
+        let spare = self.files.get(&self.socket(position).inode);
+        self.staging.spare(spare.copied().unwrap_or(0))
+    }
+
+    /// Numbers of a stand-in and of its file.
+    pub(super) fn stand_in_at(&self, stand_in: usize) -> (i32, i32) {
+        let number = self.stand_ins[stand_in].number;
+        (self.staging.spare(number), self.staging.spare(number + 1))
+    }
+
+    /// Number of a listening socket, and its address.
+    pub(super) fn door_at(&self, door: Door) -> (i32, Vec<u8>) {
+        match door {
+            Door::Listener(at) => (self.at(at), self.address(at)),
+            Door::StandIn(at) => {
+                let (number, file) = self.stand_in_at(at);
+                (number, reach(self.stand_ins[at].name, file))
+            }
+        }
+    }
+
+    /// The address by which a bound socket can be reached while the plan runs.
+    pub(super) fn address(&self, position: usize) -> Vec<u8> {
+        match &self.socket(position).name {
+            Some(name) => reach(name, self.file_at(position)),
+            None => sockaddr(&[]),
+        }
+    }
+
+    /// Where the files of bound sockets are, which a restore makes anew.
+    pub(super) fn present(&self) -> impl Iterator<Item = (usize, &'a PathBuf)> {
+        (0..self.all.len()).filter_map(|at| {
+            let name = self.socket(at).name.as_ref().filter(|_| self.binds(at))?;
+            Some((at, name.file.as_ref()?.now.as_ref()?))
+        })
+    }
+}
+
+/// A file may be unlinked by now, or its path too long: it is reached by its descriptor.
+fn reach(name: &Name, file_at: i32) -> Vec<u8> {
+    match name.file {
+        Some(_) => sockaddr(format!("/proc/self/fd/{file_at}").as_bytes()),
+        None => sockaddr(&name.bytes),
+    }
+}

@@ -1,0 +1,229 @@
+//! Unread messages, copied without being consumed.
+
+use std::os::fd::OwnedFd;
+
+use nix::errno::Errno;
+
+use super::offset::PeekOffset;
+use super::sys::{self, Peeked, Ucred};
+use super::unix::Style;
+use super::urgent::{Mark, Urgent};
+use crate::files::sys as files_sys;
+
+/// A message of a live socket.
+#[derive(Debug)]
+pub struct Seen {
+    /// Its bytes.
+    pub data: Vec<u8>,
+    /// The name of the socket that sent it (datagrams only).
+    pub name: Vec<u8>,
+    /// Copies of the descriptors in it.
+    pub rights: Vec<OwnedFd>,
+    /// Who sent it, where the reader would be told.
+    pub sender: Option<Ucred>,
+    /// It is an urgent byte, or the place of one.
+    pub urgent: Option<Urgent>,
+}
+
+impl Seen {
+    /// Bytes without anything else.
+    pub(super) fn bytes(data: Vec<u8>, sender: Option<Ucred>) -> Self {
+        Self {
+            data,
+            name: Vec::new(),
+            rights: Vec::new(),
+            sender,
+            urgent: None,
+        }
+    }
+}
+
+/// Why a queue cannot be copied.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The kernel's answer.
+    Kernel(Errno),
+    /// Something that the reader would be told before the first message.
+    PendingError,
+    /// A byte sent with `MSG_OOB`, of which this kernel tells too little.
+    Urgent,
+    /// A byte sent with `MSG_OOB` whose place is not told.
+    UrgentPlace,
+    /// We may not have as many descriptors as are in a message.
+    TooManyDescriptors,
+}
+
+impl From<Errno> for Fault {
+    fn from(errno: Errno) -> Self {
+        Fault::Kernel(errno)
+    }
+}
+
+impl Fault {
+    /// Why, as the rest of a sentence that begins with the socket.
+    pub fn reason(&self) -> String {
+        match self {
+            Fault::Kernel(e) => format!("has unread data that cannot be looked at: {}", e.desc()),
+            Fault::PendingError => {
+                "has an error (ECONNRESET) to be told before its unread messages, which cannot be \
+                 looked at without taking it"
+                    .into()
+            }
+            Fault::Urgent => {
+                "holds an urgent byte (MSG_OOB), of which kernels before Linux 6.11 tell too little"
+                    .into()
+            }
+            Fault::UrgentPlace => {
+                "holds an urgent byte (MSG_OOB) that came with descriptors, or right behind those or another \
+                 writer's bytes, so that its place cannot be told"
+                    .into()
+            }
+            Fault::TooManyDescriptors => {
+                "carries more descriptors than ckpt may have open; raise its limit with ulimit -n"
+                    .into()
+            }
+        }
+    }
+}
+
+/// Everything that waits to be read from a socket. `held` says that the job cannot run; if not,
+/// messages behind the first one are left out, since looking at them needs an option of the
+/// socket.
+pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>, Fault> {
+    let state = files_sys::poll_now(socket, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP);
+    let total = files_sys::unread(socket);
+    if state & libc::POLLERR != 0 && style != Style::Stream {
+        // The next call tells the error, and it is gone.
+        let empty = total == 0 && (state & libc::POLLIN == 0 || state & libc::POLLRDHUP != 0);
+        return if empty {
+            Ok(Vec::new())
+        } else {
+            Err(Fault::PendingError)
+        };
+    }
+    let mut offset = PeekOffset::of(socket)?;
+    if !held && offset.before() >= 0 {
+        // A look would move it.
+        return Ok(Vec::new());
+    }
+    if style == Style::Stream {
+        let mark = Mark::of(socket, state & libc::POLLPRI != 0)?;
+        stream(socket, total, held, mark, &mut offset)
+    } else if state & libc::POLLIN != 0 {
+        messages(socket, style, held, &mut offset)
+    } else {
+        Ok(Vec::new())
+    }
+}
+
+fn look(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Peeked, Fault> {
+    let peeked = sys::peek(socket, buffer)?;
+    if peeked.flags & libc::MSG_CTRUNC != 0 {
+        return Err(Fault::TooManyDescriptors);
+    }
+    Ok(peeked)
+}
+
+/// A stream in pieces: a new one begins where descriptors come with a byte, where they end, and
+/// where somebody else has written. Where a look ends for none of these reasons there is the mark of an urgent byte.
+fn stream(
+    socket: &OwnedFd,
+    total: usize,
+    held: bool,
+    mark: Mark,
+    offset: &mut PeekOffset<'_>,
+) -> Result<Vec<Seen>, Fault> {
+    let mut pieces: Vec<Seen> = mark.passed_over(socket)?.into_iter().collect();
+    let total = total.saturating_sub(pieces.len());
+    let mut at = 0;
+    // Pieces with which such a look begins, and whether descriptors ended the one before, and whose bytes it saw.
+    let (mut stops, mut before) = (Vec::new(), None);
+    // Without unread bytes a look would take a pending error.
+    while at < total {
+        if at > 0 || offset.before() >= 0 {
+            if !held {
+                break;
+            }
+            offset.set(at)?;
+        }
+        let mut data = vec![0; total - at];
+        let piece = look(socket, &mut data)?;
+        if piece.len == 0 {
+            return Err(Fault::Kernel(Errno::EIO));
+        }
+        data.truncate(piece.len);
+        if before == Some((false, piece.sender)) {
+            stops.push(pieces.len());
+        }
+        before = Some((!piece.rights.is_empty(), piece.sender));
+        if !piece.rights.is_empty() && held {
+            // Bytes in front of the one with which the descriptors come.
+            offset.set(at)?;
+            let plain = sys::before_last_message(socket, piece.len)?;
+            if plain > 0 {
+                let rest = data.split_off(plain);
+                let plain = std::mem::replace(&mut data, rest);
+                pieces.push(Seen::bytes(plain, piece.sender));
+            }
+        }
+        at += piece.len;
+        pieces.push(Seen {
+            rights: piece.rights,
+            ..Seen::bytes(data, piece.sender)
+        });
+    }
+    if held {
+        mark.place(&mut pieces, &stops)?;
+    }
+    Ok(pieces)
+}
+
+/// Datagrams and packets, one after the other.
+///
+/// The kernel marks an empty message that was looked at and skips it at further looks with an
+/// offset; the first message is therefore looked at without one.
+fn messages(
+    socket: &OwnedFd,
+    style: Style,
+    held: bool,
+    offset: &mut PeekOffset<'_>,
+) -> Result<Vec<Seen>, Fault> {
+    let mut seen = Vec::new();
+    let mut buffer = vec![0; 1 << 16];
+    let mut at = 0;
+    if offset.before() >= 0 {
+        offset.set(0)?;
+    }
+    let ended = style == Style::SeqPacket
+        && files_sys::poll_now(socket, libc::POLLRDHUP) & libc::POLLRDHUP != 0;
+    loop {
+        let peeked = match look(socket, &mut buffer) {
+            // Of packets one that has no peer is not asked what is in its queue: of one that listens these are
+            // clients (`unix_seqpacket_recvmsg`, net/unix/af_unix.c).
+            Err(Fault::Kernel(Errno::EAGAIN | Errno::ENOTCONN)) => break,
+            other => other?,
+        };
+        // The end of what a peer has sent looks like an empty packet.
+        if peeked.len == 0 && ended {
+            break;
+        }
+        let whole = peeked.len <= buffer.len();
+        if whole {
+            at += peeked.len;
+            seen.push(Seen {
+                name: peeked.name,
+                rights: peeked.rights,
+                ..Seen::bytes(buffer[..peeked.len].to_vec(), peeked.sender)
+            });
+        } else {
+            buffer.resize(peeked.len, 0);
+        }
+        if whole && !held {
+            break;
+        }
+        if !seen.is_empty() || offset.before() >= 0 {
+            offset.set(at)?;
+        }
+    }
+    Ok(seen)
+}

@@ -1,0 +1,241 @@
+//! Unix domain sockets: the record, and what of it one socket tells.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use super::options::SocketOption;
+use super::sys::Ucred;
+use super::urgent::Urgent;
+use crate::bounds;
+use crate::error::Obstacle;
+use crate::text::Shown;
+
+/// A unix domain socket. Everything that refers to another socket does so by inode number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixSocket {
+    /// Inode number. A number above all that the kernel gives ([`GHOST`]) belongs to a socket
+    /// that nobody has open any more, and that is made for a moment at a restore.
+    pub inode: u64,
+    /// Stream, datagram or packets.
+    pub style: Style,
+    /// getsockname(2).
+    pub name: Option<Name>,
+    /// What it is connected to or waits for.
+    pub role: Role,
+    /// shutdown(2): 1 for receiving, 2 for sending.
+    #[serde(deserialize_with = "bounds::choice")]
+    pub shutdown: u8,
+    /// The next call on it is told `ECONNRESET`.
+    pub reset: bool,
+    /// What can be read from it.
+    pub queue: Vec<Message>,
+    /// Options that a new socket does not have.
+    pub options: Vec<SocketOption>,
+    /// Its filter, instructions of classic BPF.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "serde_bytes")]
+    pub filter: Vec<u8>,
+    /// Who the other side is told to be; of a listening one, who it tells that it is.
+    #[serde(default)]
+    pub peer_credentials: Option<Ucred>,
+}
+
+/// Inode numbers from here on are ours.
+pub const GHOST: u64 = 1 << 63;
+
+/// Kinds of unix domain sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Style {
+    /// `SOCK_STREAM`.
+    Stream,
+    /// `SOCK_DGRAM`.
+    Datagram,
+    /// `SOCK_SEQPACKET`.
+    SeqPacket,
+}
+
+impl Style {
+    /// From the number of socket(2).
+    pub fn of(number: i32) -> Option<Self> {
+        match number {
+            libc::SOCK_STREAM => Some(Style::Stream),
+            libc::SOCK_DGRAM => Some(Style::Datagram),
+            libc::SOCK_SEQPACKET => Some(Style::SeqPacket),
+            _ => None,
+        }
+    }
+
+    /// The number for socket(2).
+    pub fn number(self) -> i32 {
+        match self {
+            Style::Stream => libc::SOCK_STREAM,
+            Style::Datagram => libc::SOCK_DGRAM,
+            Style::SeqPacket => libc::SOCK_SEQPACKET,
+        }
+    }
+}
+
+/// What a socket is there for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// Not connected, not listening.
+    Unconnected,
+    /// It listens.
+    Listening {
+        /// listen(2).
+        backlog: u32,
+        /// Connections that wait to be accepted, by the inode of the client, oldest first.
+        pending: Vec<u64>,
+    },
+    /// It has connected to a listening socket that has not accepted it yet.
+    Pending,
+    /// Connected to the socket of that inode. Of datagram sockets the other one need not be
+    /// connected back.
+    Connected {
+        /// Inode.
+        peer: u64,
+    },
+    /// A datagram socket, connected to one of that name outside the job.
+    Beyond {
+        /// The name, as [`Name::bytes`].
+        address: ByteBuf,
+    },
+}
+
+/// A name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Name {
+    /// The bytes of `sun_path`: a path as it was given to bind(2), or a zero byte and an
+    /// abstract name.
+    pub bytes: ByteBuf,
+    /// The socket was bound to it; otherwise it was accepted from one that was.
+    pub bound: bool,
+    /// The file of a name that is a path.
+    pub file: Option<NameFile>,
+}
+
+/// The file that a socket was bound to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NameFile {
+    /// Where the name leads.
+    #[serde(with = "crate::raw_path")]
+    pub named: PathBuf,
+    /// The directory from which a relative name leads there.
+    #[serde(default, with = "crate::raw_path")]
+    pub directory: Option<PathBuf>,
+    /// Where the file is: as named, or renamed, or deleted.
+    #[serde(default, with = "crate::raw_path")]
+    pub now: Option<PathBuf>,
+    /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl UnixSocket {
+    /// Calls `f` with every path of it.
+    pub fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+        if let Some(name) = &mut self.name {
+            each_path_of_address(&mut name.bytes, f);
+            if let Some(file) = &mut name.file {
+                f(&mut file.named);
+                file.directory.iter_mut().for_each(&mut *f);
+                file.now.iter_mut().for_each(&mut *f);
+            }
+        }
+        if let Role::Beyond { address } = &mut self.role {
+            each_path_of_address(address, f);
+        }
+    }
+}
+
+/// An address that is an absolute path; relative ones move with their directory.
+fn each_path_of_address(address: &mut ByteBuf, f: &mut dyn FnMut(&mut PathBuf)) {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    if address.first() != Some(&b'/') {
+        return;
+    }
+    let end = address.iter().position(|b| *b == 0);
+    let (path, rest) = address.split_at(end.unwrap_or(address.len()));
+    let mut path = PathBuf::from(std::ffi::OsStr::from_bytes(path));
+    let rest = rest.to_vec();
+    f(&mut path);
+    let mut bytes = path.into_os_string().into_vec();
+    bytes.extend(rest);
+    *address = ByteBuf::from(bytes);
+}
+
+/// An unread message, or a piece of a stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Its bytes.
+    pub data: ByteBuf,
+    /// Inode of the socket that it comes from.
+    pub from: u64,
+    /// Descriptors in it: indices in the snapshot's descriptions.
+    pub rights: Vec<usize>,
+    /// Whom the reader is told of.
+    pub credentials: Option<Ucred>,
+    /// It is an urgent byte, or the place of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub urgent: Option<Urgent>,
+}
+
+impl UnixSocket {
+    /// Nobody has it open; it is there for what it leaves to others.
+    pub fn is_ghost(&self) -> bool {
+        self.inode >= GHOST
+    }
+
+    /// `--fd` for a socket of the job.
+    pub fn not_replaceable(&self, path: &Path) -> Obstacle {
+        Obstacle::new(
+            format!("the {}", self.label()),
+            format!(
+                "is rebuilt with everything connected to it and cannot be replaced by {}",
+                path.shown()
+            ),
+            "leave that --fd out",
+        )
+    }
+
+    /// Inode of the socket that it is connected to.
+    pub fn peer(&self) -> Option<u64> {
+        match self.role {
+            Role::Connected { peer } => Some(peer),
+            _ => None,
+        }
+    }
+
+    /// What stands for it in messages: its name, else its inode.
+    pub fn label(&self) -> String {
+        match &self.name {
+            Some(name) => format!("unix socket {}", show(&name.bytes)),
+            None if self.is_ghost() => "unix socket that was closed".into(),
+            None => format!("unix socket:[{}]", self.inode),
+        }
+    }
+}
+
+/// A name as people write it: `@` begins an abstract one.
+pub fn show(bytes: &[u8]) -> String {
+    match bytes.split_first() {
+        Some((0, rest)) => format!("@{}", crate::text::of(rest)),
+        _ => crate::text::of(bytes),
+    }
+}
+
+/// `struct sockaddr_un` of a name.
+pub fn sockaddr(bytes: &[u8]) -> Vec<u8> {
+    let mut address = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
+    address.extend_from_slice(bytes);
+    // A path of full length goes without its zero byte.
+    if bytes.first().is_some_and(|b| *b != 0) && bytes.len() < 108 {
+        address.push(0);
+    }
+    address
+}

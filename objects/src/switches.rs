@@ -1,0 +1,389 @@
+//! Switches: attributes of a task, or of its memory, with a call that asks for them and one that sets
+//! them (prctl(2), arch_prctl(2)), and nothing else to them. The table says how; another one is
+//! another row. docs/attributes.md has what is no switch.
+#![allow(unsafe_code)]
+
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::stat::read_stat;
+use ckpt_tracer::remote::{Call, RemoteCalls};
+use ckpt_tracer::{Pid, RemoteAddr, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Obstacle;
+use crate::plan::Builder;
+
+/// A switch that is not as a program finds it when the system has started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switch {
+    /// The constant that sets it, such as `PR_SET_TSC`.
+    pub name: String,
+    /// What its get call answers.
+    pub value: u64,
+}
+
+/// Marks what may be marked with `MADV_MERGEABLE`, and will be.
+pub const MEMORY_MERGE: &str = "PR_SET_MEMORY_MERGE";
+
+/// What a switch belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// A task.
+    Task,
+    /// An address space.
+    Memory,
+    /// An address space whose mappings have their protections; nothing is mapped after it.
+    FinishedMemory,
+}
+
+/// How the present value is known.
+#[derive(Clone, Copy, Debug)]
+enum Ask {
+    /// The answer of the call.
+    Answer(i64, [u64; 2]),
+    /// An `int` that the call writes to where its second operand points.
+    Written(i64, u64),
+    /// Bits of `flags` in `/proc/PID/stat`, all or none; 1 is all.
+    Flags(u32),
+}
+
+/// A row of the table.
+struct Row {
+    name: &'static str,
+    what: &'static str,
+    scope: Scope,
+    /// The value of the first process of a system.
+    default: u64,
+    ask: Ask,
+    set: fn(u64) -> (i64, [u64; 3]),
+    /// What setting it takes.
+    takes: Option<Use>,
+}
+
+const PRCTL: i64 = libc::SYS_prctl;
+/// `PR_SPEC_PRCTL`: the mitigation is the task's to choose; `PR_SPEC_*`, linux/prctl.h.
+const SPEC_PRCTL: u64 = 1;
+/// `PR_SPEC_PRCTL | PR_SPEC_ENABLE`.
+const SPEC_ENABLED: u64 = 3;
+/// `PR_SPEC_PRCTL | PR_SPEC_DISABLE`.
+const SPEC_DISABLED: u64 = 5;
+const PR_GET_SPECULATION_CTRL: u64 = 52;
+const PR_SET_SPECULATION_CTRL: u64 = 53;
+const SPECULATION: &str = "PR_SET_SPECULATION_CTRL";
+/// `PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE`, include/linux/sched.h: asking by prctl(2) takes a capability.
+const IO_FLUSHER: u32 = 0x0008_0000 | 0x0010_0000;
+
+const TABLE: &[Row] = &[
+    Row {
+        name: "PR_SET_TSC",
+        what: "the use of the time stamp counter",
+        scope: Scope::Task,
+        default: 1,
+        ask: Ask::Written(PRCTL, 25),
+        set: |value| (PRCTL, [26, value, 0]),
+        takes: None,
+    },
+    Row {
+        name: "ARCH_SET_CPUID",
+        what: "the use of the CPUID instruction",
+        scope: Scope::Task,
+        default: 1,
+        ask: Ask::Answer(libc::SYS_arch_prctl, [0x1011, 0]),
+        set: |value| (libc::SYS_arch_prctl, [0x1012, value, 0]),
+        takes: None,
+    },
+    Row {
+        name: "PR_MCE_KILL",
+        what: "the machine check policy",
+        scope: Scope::Task,
+        default: 2,
+        ask: Ask::Answer(PRCTL, [34, 0]),
+        set: |value| (PRCTL, [33, 1, value]),
+        takes: None,
+    },
+    Row {
+        name: "PR_SET_SPECULATION_CTRL/PR_SPEC_STORE_BYPASS",
+        what: "speculative store bypass",
+        scope: Scope::Task,
+        default: SPEC_ENABLED,
+        ask: Ask::Answer(PRCTL, [PR_GET_SPECULATION_CTRL, 0]),
+        set: |value| (PRCTL, [PR_SET_SPECULATION_CTRL, 0, value & !SPEC_PRCTL]),
+        takes: None,
+    },
+    Row {
+        name: "PR_SET_SPECULATION_CTRL/PR_SPEC_INDIRECT_BRANCH",
+        what: "indirect branch speculation",
+        scope: Scope::Task,
+        default: SPEC_ENABLED,
+        ask: Ask::Answer(PRCTL, [PR_GET_SPECULATION_CTRL, 1]),
+        set: |value| (PRCTL, [PR_SET_SPECULATION_CTRL, 1, value & !SPEC_PRCTL]),
+        takes: None,
+    },
+    Row {
+        name: "PR_SET_SPECULATION_CTRL/PR_SPEC_L1D_FLUSH",
+        what: "the flush of the L1 data cache",
+        scope: Scope::Task,
+        default: SPEC_DISABLED,
+        ask: Ask::Answer(PRCTL, [PR_GET_SPECULATION_CTRL, 2]),
+        set: |value| (PRCTL, [PR_SET_SPECULATION_CTRL, 2, value & !SPEC_PRCTL]),
+        takes: None,
+    },
+    Row {
+        name: "PR_SET_IO_FLUSHER",
+        what: "its being an I/O flusher",
+        scope: Scope::Task,
+        default: 0,
+        ask: Ask::Flags(IO_FLUSHER),
+        set: |value| (PRCTL, [57, value, 0]),
+        takes: Some(Use::IoFlusher),
+    },
+    Row {
+        name: "PR_SET_THP_DISABLE",
+        what: "the switch for transparent huge pages",
+        scope: Scope::Memory,
+        default: 0,
+        ask: Ask::Answer(PRCTL, [42, 0]),
+        // The other bits are flags (Linux 6.18).
+        set: |value| (PRCTL, [41, value & 1, value & !1]),
+        takes: None,
+    },
+    Row {
+        name: MEMORY_MERGE,
+        what: "the merging of equal pages",
+        scope: Scope::Memory,
+        default: 0,
+        ask: Ask::Answer(PRCTL, [68, 0]),
+        set: |value| (PRCTL, [67, value, 0]),
+        takes: None,
+    },
+    Row {
+        name: "PR_SET_MDWE",
+        what: "the refusal of memory that is writable and executable",
+        scope: Scope::FinishedMemory,
+        default: 0,
+        ask: Ask::Answer(PRCTL, [66, 0]),
+        set: |value| (PRCTL, [65, value, 0]),
+        takes: None,
+    },
+];
+
+impl Row {
+    /// What `answer` means; none where the kernel has no such switch, or has it set for all.
+    fn value(&self, answer: i64) -> Option<u64> {
+        let value = u64::try_from(answer).ok()?;
+        let fixed = self.name.starts_with(SPECULATION) && value & SPEC_PRCTL == 0;
+        (!fixed).then_some(value)
+    }
+}
+
+/// The names of all of them; a `/` stands before the one of several that a constant sets.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    TABLE.iter().map(|row| row.name)
+}
+
+/// Questions for a task, to go into one batch with others.
+pub struct Questions {
+    rows: Vec<&'static Row>,
+    /// Where in the scratch memory answers are written, four bytes a row.
+    offset: u64,
+}
+
+impl Questions {
+    /// Bytes of scratch memory that answers take.
+    pub const ROOM: u64 = 4 * TABLE.len() as u64;
+
+    /// About the task, or with `memory` about its memory.
+    pub fn new(memory: bool, offset: u64) -> Self {
+        let of_it = |row: &&Row| (row.scope != Scope::Task) == memory;
+        Self {
+            rows: TABLE.iter().filter(of_it).collect(),
+            offset,
+        }
+    }
+
+    /// The calls.
+    pub fn calls(&self, scratch: RemoteAddr) -> Vec<Call> {
+        let rows = self.rows.iter().enumerate();
+        let call = |(index, row): (usize, &&Row)| match row.ask {
+            Ask::Answer(nr, args) => Some(Call::new(row.name, nr, &args)),
+            Ask::Written(nr, option) => {
+                let place = scratch + (self.offset + 4 * index as u64);
+                Some(Call::new(row.name, nr, &[option, place.raw()]))
+            }
+            Ask::Flags(_) => None,
+        };
+        rows.filter_map(call).collect()
+    }
+
+    /// What they have answered: the switches that are not as by default.
+    pub fn read(&self, calls: &RemoteCalls<'_>, answers: &[i64]) -> Result<Vec<Switch>> {
+        let mut answers = answers.iter();
+        let mut switches = Vec::new();
+        for (index, row) in self.rows.iter().enumerate() {
+            let answer = match row.ask {
+                Ask::Answer(..) => answers.next().copied().unwrap_or(-1),
+                Ask::Written(..) => match answers.next() {
+                    Some(0) => {
+                        let at = self.offset + 4 * index as u64;
+                        i32::from_le_bytes(calls.read_scratch(at)?).into()
+                    }
+                    _ => -1,
+                },
+                Ask::Flags(bits) => {
+                    let stat = read_stat((calls.pid(), calls.tid()))?;
+                    i64::from(stat.flags & bits == bits)
+                }
+            };
+            let value = row.value(answer).filter(|value| *value != row.default);
+            switches.extend(value.map(|value| Switch {
+                name: row.name.into(),
+                value,
+            }));
+        }
+        Ok(switches)
+    }
+}
+
+/// What a new process has from us: the value of each row, where the kernel has such a switch.
+#[derive(Clone, Debug)]
+pub struct Ours(Vec<Option<u64>>);
+
+impl Default for Ours {
+    /// All as by default.
+    fn default() -> Self {
+        Self(TABLE.iter().map(|row| Some(row.default)).collect())
+    }
+}
+
+impl Ours {
+    /// Asks for our own.
+    pub fn ask() -> Self {
+        let ask = |row: &Row| {
+            let mut written = 0i32;
+            let answer = match row.ask {
+                // SAFETY: get calls without pointers.
+                Ask::Answer(nr, [option, which]) => unsafe {
+                    libc::syscall(nr, option, which, 0, 0, 0)
+                },
+                // SAFETY: the kernel writes an int.
+                Ask::Written(nr, option) => unsafe {
+                    match libc::syscall(nr, option, &raw mut written, 0, 0, 0) {
+                        0 => written.into(),
+                        error => error,
+                    }
+                },
+                Ask::Flags(bits) => {
+                    let stat = read_stat(Pid::own());
+                    stat.map_or(-1, |stat| i64::from(stat.flags & bits == bits))
+                }
+            };
+            row.value(answer)
+        };
+        Self(TABLE.iter().map(ask).collect())
+    }
+
+    /// What of ours would keep a job from being restored: `PR_SET_MDWE` cannot be taken back, and the
+    /// restorer has to be made executable.
+    pub fn obstacle(&self) -> Option<Obstacle> {
+        let rows = TABLE.iter().zip(&self.0);
+        let mut set = rows.filter(|(row, value)| {
+            row.scope == Scope::FinishedMemory && value.is_some_and(|value| value != row.default)
+        });
+        set.next().map(|(row, _)| {
+            Obstacle::new(
+                "restore",
+                format!(
+                    "runs under {}, {}, which its processes inherit and which nothing takes back",
+                    row.name, row.what
+                ),
+                "start it without that (MemoryDenyWriteExecute=no in a unit of systemd)",
+            )
+        })
+    }
+}
+
+/// Sets what differs from what the process has from us.
+pub fn rebuild(switches: &[Switch], scope: Scope, plan: &mut Builder) {
+    let ours = plan.host().switches.clone();
+    for (row, ours) in TABLE.iter().zip(ours.0) {
+        let given = switches.iter().find(|switch| switch.name == row.name);
+        let wanted = given.map_or(row.default, |switch| switch.value);
+        if row.scope != scope || ours.unwrap_or(row.default) == wanted {
+            continue;
+        }
+        let (nr, args) = (row.set)(wanted);
+        let warning = match row.takes {
+            Some(takes) => format!("{} is not kept; it may need {takes}", row.what),
+            None => format!("{} is not kept", row.what),
+        };
+        plan.try_syscall(nr, &args, &warning);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::HostState;
+
+    /// The operations, as text, that one switch of a job and those of ours make.
+    fn planned(name: &str, value: u64, scope: Scope, ours: &[(&str, Option<u64>)]) -> String {
+        let mut host = HostState::default();
+        for (name, value) in ours {
+            let at = TABLE.iter().position(|row| row.name == *name);
+            host.switches.0[at.expect("a row")] = *value;
+        }
+        let mut plan = Builder::new(0, host);
+        let switch = Switch {
+            name: name.into(),
+            value,
+        };
+        rebuild(&[switch], scope, &mut plan);
+        plan.finish().to_text()
+    }
+
+    #[test]
+    fn what_differs_from_ours_is_set() {
+        let tsc = planned("PR_SET_TSC", 2, Scope::Task, &[]);
+        assert!(tsc.contains("0x1a") || tsc.contains("26"), "{tsc}");
+        assert_eq!(planned("PR_SET_TSC", 2, Scope::Memory, &[]).trim(), "");
+        let ours = [("PR_SET_TSC", Some(2))];
+        assert_eq!(planned("PR_SET_TSC", 2, Scope::Task, &ours).trim(), "");
+        // A job that has the default is not to have ours.
+        assert_ne!(planned("other", 0, Scope::Task, &ours).trim(), "");
+    }
+
+    /// A filter that kills on one of them is to kill a child of ours and not the job.
+    #[test]
+    fn each_question_is_tried_first() {
+        let tried = ckpt_tracer::trial::remote_calls();
+        for row in TABLE {
+            let (nr, [option, which]) = match row.ask {
+                Ask::Answer(nr, args) => (nr, args),
+                Ask::Written(nr, option) => (nr, [option, 1]),
+                Ask::Flags(_) => continue,
+            };
+            let it = |c: &&ckpt_tracer::remote::Call| {
+                (c.nr, c.args[0], c.args[1]) == (nr, option, which)
+            };
+            assert!(tried.iter().any(|c| it(&c)), "{}", row.name);
+        }
+    }
+
+    #[test]
+    fn speculation_that_is_set_for_all_is_no_switch() {
+        let row = |name: &str| TABLE.iter().find(|r| r.name.ends_with(name));
+        let row = row("STORE_BYPASS").expect("a row");
+        assert_eq!(row.value(2), None);
+        assert_eq!(row.value(-19), None);
+        assert_eq!(row.value(5), Some(5));
+    }
+
+    #[test]
+    fn mdwe_of_ours_is_in_the_way() {
+        assert!(Ours::default().obstacle().is_none());
+        let mut ours = Ours::default();
+        let at = TABLE.iter().position(|row| row.name == "PR_SET_MDWE");
+        ours.0[at.expect("a row")] = Some(1);
+        let obstacle = ours.obstacle().expect("refused");
+        assert!(obstacle.reason.contains("PR_SET_MDWE"));
+    }
+}

@@ -1,0 +1,43 @@
+//! io_uring(7), which is not supported: what is in flight in a ring cannot be seen. Told once a process, with
+//! what turns it off.
+
+use crate::error::Obstacle;
+use crate::source::Source;
+
+/// The name of its files, as links and mappings show it.
+pub const NAME: &str = "io_uring";
+
+/// Programs with a switch of their own, by the beginning of their name.
+const SWITCHES: [(&str, &str); 6] = [
+    ("node", "UV_USE_IO_URING=0 in its environment"),
+    ("postgres", "io_method=worker in postgresql.conf"),
+    ("mariadbd", "--innodb-use-native-aio=0"),
+    ("mysqld", "--innodb-use-native-aio=0"),
+    ("qemu-system", "aio=threads for its drives"),
+    ("fio", "another --ioengine"),
+];
+
+/// The obstacle that it is.
+pub fn obstacle(source: &Source) -> Obstacle {
+    let remedy = match switch(source) {
+        Some(switch) => format!("start it with {switch}"),
+        None => "start it without io_uring, or turn that off for all programs: sysctl \
+                 kernel.io_uring_disabled=2"
+            .into(),
+    };
+    Obstacle::new(
+        source.title(),
+        "uses io_uring, which is not supported",
+        remedy,
+    )
+}
+
+/// What turns it off in this program, where that is known.
+fn switch(source: &Source) -> Option<&'static str> {
+    let exe = std::fs::read_link(source.dir.join("exe")).unwrap_or_default();
+    let name = exe.file_name()?.to_str()?.to_owned();
+    let found = SWITCHES
+        .iter()
+        .find(|(program, _)| name.starts_with(program));
+    found.map(|(_, switch)| *switch)
+}
