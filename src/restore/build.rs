@@ -197,7 +197,7 @@ impl Build<'_> {
         }
         if !process.shares.files {
             files::epoll::rebuild_bound(self.index, snapshot, staging, plan);
-            files::number(process, staging, plan);
+            files::number(process, snapshot, staging, plan);
         }
         let late = procfs::is_of_job(&process.cwd, snapshot);
         rebuild_places(process, late, plan);
@@ -223,6 +223,7 @@ impl Build<'_> {
         if !process.shares.files {
             files::late::rebuild_late(self.index, snapshot, plan);
         }
+        files::lock::rebuild_shared(process, plan);
         files::lock::rebuild_leases(process, snapshot, plan);
         files::rebuild_owners(process, snapshot, plan);
         if let Err(o) = timers::create_posix(process, snapshot, plan) {

@@ -29,7 +29,7 @@ pub struct Lock {
     /// Bytes; 0 up to the end of the file.
     #[serde(deserialize_with = "bounds::bytes")]
     pub len: u64,
-    /// The process that took a lease.
+    /// The process that took a lease, or a lock of fcntl(2).
     #[serde(default, deserialize_with = "bounds::pid")]
     pub taker: Option<i32>,
 }
@@ -187,6 +187,32 @@ pub fn rebuild_leases(process: &Process, snapshot: &Snapshot, plan: &mut Builder
     }
 }
 
+/// Takes the POSIX locks of a process that has its own descriptors, but for those that another one took which shares
+/// them.
+pub(super) fn rebuild_record_locks(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    for (fd, lock) in &process.record_locks {
+        let mut others = snapshot.processes.iter().filter(|p| p.shares.files);
+        if !others.any(|p| p.took(lock)) {
+            lock.rebuild_posix(*fd, plan);
+        }
+    }
+}
+
+/// Takes those that a process took which shares the descriptors of another.
+pub fn rebuild_shared(process: &Process, plan: &mut Builder) {
+    let locks = process.record_locks.iter();
+    for (fd, lock) in locks.filter(|(_, lock)| process.shares.files && process.took(lock)) {
+        lock.rebuild_posix(*fd, plan);
+    }
+}
+
+impl Process {
+    fn took(&self, lock: &Lock) -> bool {
+        let mut own = self.record_locks.iter();
+        lock.taker == Some(self.pid) && own.any(|(_, one)| one == lock)
+    }
+}
+
 impl Lock {
     /// From fdinfo.
     pub fn of(kind: LockKind, lock: &LockLine) -> Self {
@@ -194,7 +220,7 @@ impl Lock {
             kind,
             exclusive: lock.access == "WRITE",
             start: lock.start,
-            taker: (kind == LockKind::Lease).then_some(lock.pid),
+            taker: matches!(kind, LockKind::Lease | LockKind::Posix).then_some(lock.pid),
             len: lock.end.map_or(0, |end| end - lock.start + 1),
         }
     }

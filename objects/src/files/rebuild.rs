@@ -305,7 +305,7 @@ pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
 }
 
 /// The process's own numbers, and its locks.
-pub fn number(process: &Process, staging: Staging, plan: &mut Builder) {
+pub fn number(process: &Process, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     for entry in &process.fds {
         let cloexec = if entry.close_on_exec {
             libc::O_CLOEXEC
@@ -329,9 +329,7 @@ pub fn number(process: &Process, staging: Staging, plan: &mut Builder) {
     );
     // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
     // when nothing more is closed.
-    for (fd, lock) in &process.record_locks {
-        lock.rebuild_posix(*fd, plan);
-    }
+    lock::rebuild_record_locks(process, snapshot, plan);
 }
 
 /// Flags that F_SETFL sets.
