@@ -111,7 +111,7 @@ impl Build<'_> {
     fn memory(&self, forked: Forked<'_>, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let snapshot = self.job.snapshot;
         let mappings = &self.job.late.others(self.process);
-        let staging = Staging::beside(snapshot);
+        let staging = self.job.staging;
         if self.index == 0 {
             self.inherit_files(staging, plan);
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
@@ -172,7 +172,7 @@ impl Build<'_> {
     /// Every open file description of the job, for all processes to come.
     fn descriptions(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (snapshot, request) = (self.job.snapshot, self.job.request);
-        let staging = Staging::beside(snapshot);
+        let staging = self.job.staging;
         if let Err(more) = files::open_descriptions(
             snapshot,
             &request.objects,
@@ -188,7 +188,7 @@ impl Build<'_> {
     /// All that is the process's own and not memory.
     fn process_state(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (process, snapshot) = (self.process, self.job.snapshot);
-        let staging = Staging::beside(snapshot);
+        let staging = self.job.staging;
         if self.index == 0 {
             files::seal(snapshot, staging, plan);
         }

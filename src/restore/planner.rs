@@ -12,6 +12,7 @@ use super::late::Late;
 use super::terminals::Terminals;
 use crate::error::Obstacle;
 use crate::objects::births::{Births, Origin};
+use crate::objects::files::Staging;
 use crate::objects::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
@@ -38,6 +39,8 @@ pub struct Job<'a> {
     pub group: i32,
     /// What becomes of its terminals.
     pub terminals: Terminals,
+    /// Where descriptors are until the processes have theirs.
+    pub(super) staging: Staging,
     /// Bytes of memory that a plan may take.
     pub(super) room: u64,
     /// What becomes of its vDSO.
@@ -85,6 +88,7 @@ impl<'a> Job<'a> {
             },
             terminals,
             vdso,
+            staging: Staging::beside(snapshot),
             room,
             held,
             late,

@@ -165,11 +165,14 @@ pub(super) fn keeper(description: usize, snapshot: &Snapshot) -> Option<i32> {
 pub fn rebuild_leases(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let mut done = HashSet::new();
     for entry in &process.fds {
+        let description = &snapshot.descriptions[entry.description];
+        if !description.is_leased() {
+            continue;
+        }
         let kept = keeper(entry.description, snapshot) == Some(process.pid);
         if !kept || !done.insert(entry.description) {
             continue;
         }
-        let description = &snapshot.descriptions[entry.description];
         let leases = description.locks().iter();
         for lease in leases.filter(|lock| lock.kind == LockKind::Lease) {
             let how = if lease.exclusive {

@@ -395,20 +395,22 @@ fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Build
 pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let mut done = vec![false; snapshot.descriptions.len()];
     for entry in &process.fds {
-        let kept = lock::keeper(entry.description, snapshot) == Some(process.pid);
-        if !kept || std::mem::replace(&mut done[entry.description], true) {
-            continue;
-        }
         let description = &snapshot.descriptions[entry.description];
-        let fd = entry.fd as u64;
         let nobody = Owner::default();
         let owner = description
             .owner
             .or(description.is_leased().then_some(nobody));
-        if let Some(owner) = owner {
-            owner.rebuild(fd, description, snapshot, plan);
-        }
         let asynchronous = description.flags as i32 & libc::O_ASYNC != 0;
+        if owner.is_none() && !asynchronous {
+            continue;
+        }
+        let kept = lock::keeper(entry.description, snapshot) == Some(process.pid);
+        if !kept || std::mem::replace(&mut done[entry.description], true) {
+            continue;
+        }
+        if let Some(owner) = owner {
+            owner.rebuild(entry.fd as u64, description, snapshot, plan);
+        }
         if asynchronous && description.flags as i32 & libc::O_PATH == 0 {
             set_flags(description, entry.fd, description.flags & SETTABLE, plan);
         }

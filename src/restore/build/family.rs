@@ -3,7 +3,6 @@
 use super::Build;
 use crate::error::Obstacle;
 use crate::objects::births::{Birth, Body, Group, Origin, Phantom};
-use crate::objects::files::Staging;
 use crate::objects::files::terminal::Terminal;
 use crate::objects::plan::{Builder, Stage};
 
@@ -89,7 +88,7 @@ impl Build<'_> {
         let Some((terminal, record)) = self.new_terminal() else {
             return;
         };
-        let fd = Staging::beside(self.job.snapshot).terminal(terminal) as u64;
+        let fd = self.job.staging.terminal(terminal) as u64;
         plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSCTTY], || {
             format!("the controlling terminal {}", record.name)
         });
@@ -116,7 +115,7 @@ impl Build<'_> {
             .any(|p| p.group == group || p.pid == group);
         // That of a group that is gone is nobody's.
         if there {
-            let fd = Staging::beside(snapshot).terminal(terminal) as u64;
+            let fd = self.job.staging.terminal(terminal) as u64;
             let data = plan.data(&group.to_le_bytes());
             plan.syscall(libc::SYS_ioctl, &[fd, libc::TIOCSPGRP, data], || {
                 format!("the foreground process group {group} of {}", record.name)
@@ -160,7 +159,7 @@ impl Build<'_> {
     /// What a process does that comes to be by executing its program.
     fn execute(&self, index: usize, plan: &mut Builder) {
         let process = self.job.process(index);
-        let staging = Staging::beside(self.job.snapshot);
+        let staging = self.job.staging;
         let mut name = process.threads[0].name.clone();
         name.push(0);
         let name = plan.data(&name);
