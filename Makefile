@@ -6,6 +6,7 @@
 # make torture  the tool killed, stopped, made to fail (docs/reliability.md): SECONDS=N in all, or KILLS=N of attach and of
 #             restore for each target; ONLY=TARGET, SEED=N
 # make lint   imports, formatting, clippy, documentation, the freestanding restorer
+# make fuzz   images and snapshots that nobody wrote (fuzz/README.md): SECONDS=N for each of the two
 # make bench  figures as ratios in one run (docs/performance.md)
 
 CARGO ?= cargo
@@ -69,8 +70,12 @@ bench:
 	$(CARGO) build --release
 	$(CARGO) run --release -p ckpt-benches --bin ckpt-bench -- all
 
+fuzz: SECONDS = 60
 fuzz:
-	cd fuzz && $(CARGO) fuzz run image
+	CKPT_FORGERIES=1 CKPT_FUZZ_BASES=$(CURDIR)/fuzz/bases $(CARGO) test $(FEATURES) --test e2e -- --exact fuzzed::are_judged_soon
+	cd fuzz && $(CARGO) run --bin seeds
+	cd fuzz && $(CARGO) fuzz run image -- -rss_limit_mb=512 -timeout=10 -max_len=20000 -max_total_time=$(SECONDS)
+	cd fuzz && $(CARGO) fuzz run snapshot -- -rss_limit_mb=512 -timeout=10 -max_len=64 -max_total_time=$(SECONDS)
 
 install:
 	$(CARGO) install --path .

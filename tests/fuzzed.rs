@@ -41,7 +41,7 @@ const FIXTURES: [&str; 12] = [
     "xstate",
 ];
 /// How long a run takes unless a number is given.
-const TIME: Duration = Duration::from_secs(25);
+const TIME: Duration = Duration::from_secs(15);
 /// For one image, on a processor of its own; and for each MiB of it as it is packed and unpacked.
 const SOON: [Duration; 2] = [Duration::from_secs(2), Duration::from_millis(300)];
 

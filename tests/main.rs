@@ -45,6 +45,7 @@ mod refusals;
 mod refused_images;
 mod rehearse;
 mod restore;
+mod restored_forgeries;
 mod run;
 mod security;
 mod service;

@@ -11,11 +11,22 @@ use libfuzzer_sys::fuzz_target;
 
 #[path = "../../image/tests/common/forge.rs"]
 mod forge;
+#[path = "../../tests/measure.rs"]
+mod measure;
+
+/// What reading an image may take: 64 MiB and four times its size, of which the program itself has some.
+fn memory_for(image: usize) -> usize {
+    (48 << 20) + 4 * image
+}
 
 /// What is decoded of one input, so that a section which is large by right does not look like a hang.
 const LIMIT: u64 = 8 << 20;
 
 fuzz_target!(|input: &[u8]| {
+    measure::within(memory_for(input.len()), || read(input));
+});
+
+fn read(input: &[u8]) {
     let Some((how, image)) = input.split_first() else { return };
     let mut image = image.to_vec();
     if how % 3 == 2 {
@@ -34,7 +45,7 @@ fuzz_target!(|input: &[u8]| {
     for section in reader.sections() {
         let whole = reader.section(section.name(), LIMIT);
         let mut parts = Vec::new();
-        let piecewise = reader.section_reader(section.name()).map(|read| read.take(LIMIT).read_to_end(&mut parts));
+        let piecewise = reader.section_reader(section.name(), u64::MAX).map(|read| read.take(LIMIT).read_to_end(&mut parts));
         if let (Ok(whole), Ok(Ok(_))) = (whole, piecewise) {
             assert!(whole == parts && whole.len() as u64 == section.raw_len());
         }
@@ -50,4 +61,4 @@ fuzz_target!(|input: &[u8]| {
             }
         }
     }
-});
+}

@@ -139,8 +139,8 @@ impl Worker {
                 Stop::Signal(signal) => {
                     let regs = self.task.regs()?;
                     return Err(Error::Restore(format!(
-                        "the restorer met signal {signal} at {:#x} in the new process; this is a bug \
-                         of ckpt",
+                        "the restorer met signal {signal} at {:#x} in the new process; if ckpt \
+                         has made the image, this is a bug of it",
                         regs.rip
                     )));
                 }
