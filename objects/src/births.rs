@@ -407,8 +407,12 @@ impl Tree<'_> {
                 }
             }
         }
-        for (births, there) in self.births.iter_mut().zip(created_there) {
+        let processes = self.processes.iter();
+        for ((births, process), there) in self.births.iter_mut().zip(processes).zip(created_there) {
             births.joins_ours &= !there;
+            let stays = process.group != process.pid && process.session != process.pid;
+            spare_phantoms(&mut births.early, there);
+            spare_phantoms(&mut births.late, there && stays);
         }
     }
 
@@ -515,5 +519,18 @@ impl Tree<'_> {
         };
         self.list_at(site).insert(0, birth);
         Ok(Group::Of(group))
+    }
+}
+
+/// The same of what has ended, whose creator is `there`, in the group of `restore`, at that moment.
+fn spare_phantoms(births: &mut [Birth], there: bool) {
+    for birth in births {
+        if let Body::Phantom(phantom) = &mut birth.body {
+            if there && phantom.joins == Some(Group::Ours) {
+                phantom.joins = None;
+            }
+            let there = there && !phantom.leads_session && !phantom.leads_group;
+            spare_phantoms(&mut phantom.births, there);
+        }
     }
 }

@@ -202,7 +202,11 @@ impl Build<'_> {
         if let Some(group) = joins {
             let warning =
                 format!("process {pid}, which has ended, is not in its process group, {group}");
-            plan.try_syscall(libc::SYS_setpgid, &[0, group as u64], &warning);
+            match group {
+                // Outside of our pid namespace; setpgid(2) takes 0 for the process itself.
+                0 => plan.warn(warning),
+                _ => plan.try_syscall(libc::SYS_setpgid, &[0, group as u64], &warning),
+            }
         }
         plan.pause();
         let now = &plan.host().credentials;
