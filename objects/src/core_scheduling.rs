@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::io;
 
 use ckpt_tracer::Tid;
 use nix::errno::Errno;
@@ -19,14 +18,10 @@ const PR_SCHED_CORE_SHARE_FROM: libc::c_ulong = 3;
 /// `PR_SCHED_CORE_SCOPE_THREAD`: one task.
 const ONE_TASK: libc::c_ulong = 0;
 
-fn sched_core(operation: libc::c_ulong, tid: Tid, answer: *mut u64) -> io::Result<()> {
+fn sched_core(operation: libc::c_ulong, tid: Tid, answer: *mut u64) -> Result<(), Errno> {
     // SAFETY: `answer` is null, or leads to a number for PR_SCHED_CORE_GET, which alone writes there.
     let r = unsafe { libc::prctl(PR_SCHED_CORE, operation, tid.raw(), ONE_TASK, answer) };
-    if r == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    Errno::result(r).map(drop)
 }
 
 /// The cookie of a task as the kernel shows it; 0 for none, also where there is no core scheduling.
@@ -44,37 +39,55 @@ pub fn is_none(cookie: &u64) -> bool {
 }
 
 /// Makes a new cookie for each that the job had and gives it to the same tasks, which all exist and run nothing
-/// yet. Cookies go from task to task by way of the calling one, so a thread is created that ends with the last.
+/// yet. Cookies go from task to task by way of the calling one, so that a child does it, which ends with the last.
 pub fn rebuild(snapshot: &Snapshot) -> Option<String> {
     let threads = snapshot.processes.iter().flat_map(|p| &p.threads);
     let mut groups: BTreeMap<u64, Vec<Tid>> = BTreeMap::new();
     for thread in threads.filter(|t| t.core_cookie != 0) {
-        groups
-            .entry(thread.core_cookie)
-            .or_default()
-            .push(Tid(thread.tid));
+        let tasks = groups.entry(thread.core_cookie).or_default();
+        tasks.push(Tid(thread.tid));
     }
     if groups.is_empty() {
         return None;
     }
-    let share = |tasks: &[Tid]| -> io::Result<()> {
-        let null = std::ptr::null_mut();
-        sched_core(PR_SCHED_CORE_CREATE, tasks[0], null)?;
-        sched_core(PR_SCHED_CORE_SHARE_FROM, tasks[0], null)?;
-        tasks[1..]
-            .iter()
-            .try_for_each(|task| sched_core(PR_SCHED_CORE_SHARE_TO, *task, null))
-    };
-    let all = || groups.values().try_for_each(|tasks| share(tasks));
-    let done = std::thread::scope(|scope| scope.spawn(all).join());
-    let error = done.expect("it does not panic").err()?;
+    let error = in_a_child(|| groups.values().try_for_each(|tasks| share(tasks))).err()?;
     Some(format!(
         "the job may share processor cores with other programs, from which core scheduling (PR_SCHED_CORE) kept it apart: {}",
-        match error.raw_os_error() {
+        match error {
             // CONFIG_SCHED_CORE; simultaneous multithreading.
-            Some(libc::EINVAL) => "this kernel has no core scheduling".to_owned(),
-            Some(libc::ENODEV) => "this machine's cores run one thread each".to_owned(),
-            number => Errno::from_raw(number.unwrap_or(0)).desc().to_owned(),
+            Errno::EINVAL => "this kernel has no core scheduling",
+            Errno::ENODEV => "this machine's cores run one thread each",
+            _ => error.desc(),
         }
     ))
+}
+
+/// One new cookie for all of them.
+fn share(tasks: &[Tid]) -> Result<(), Errno> {
+    let null = std::ptr::null_mut();
+    sched_core(PR_SCHED_CORE_CREATE, tasks[0], null)?;
+    sched_core(PR_SCHED_CORE_SHARE_FROM, tasks[0], null)?;
+    let others = tasks[1..].iter();
+    others
+        .copied()
+        .try_for_each(|task| sched_core(PR_SCHED_CORE_SHARE_TO, task, null))
+}
+
+/// Not in a thread: before Linux 6.2 there may be none where children have clocks of their own (`copy_process`, kernel/fork.c).
+/// `work` makes system calls and nothing else.
+fn in_a_child(work: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    // SAFETY: the child makes system calls and ends.
+    let child = Errno::result(unsafe { libc::fork() })?;
+    if child == 0 {
+        let errno = work().err().map_or(0, |errno| errno as i32);
+        // SAFETY: as above.
+        unsafe { libc::_exit(errno) }
+    }
+    let mut status = 0;
+    // SAFETY: a child of ours; the kernel writes one int.
+    Errno::result(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
+    match libc::WEXITSTATUS(status) {
+        0 if libc::WIFEXITED(status) => Ok(()),
+        errno => Err(Errno::from_raw(errno)),
+    }
 }
