@@ -360,10 +360,11 @@ fn attachments<'a>(process: &'a Process, snapshot: &'a Snapshot) -> Vec<Attachme
 }
 
 impl Attachment<'_> {
-    /// Nothing of it was unmapped or moved away.
+    /// Nothing of it was unmapped or moved away, and nothing reaches beyond its end.
     fn is_whole(&self) -> bool {
-        let all: u64 = self.parts.iter().map(|(m, _)| m.end - m.start).sum();
-        all == self.segment.mapped_len()
+        let (all, len) = (self.parts.iter(), self.segment.mapped_len());
+        let all: u64 = all.map(|(m, _)| m.end - m.start).sum();
+        all == len && self.reach() == len
     }
 
     /// Bytes from the beginning of the segment to the end of the last mapping, which mremap(2) makes
