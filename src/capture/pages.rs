@@ -275,7 +275,11 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
 
 fn read_up_to(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::Result<()> {
     while !into.is_empty() {
-        match file.read_at(into, offset) {
+        let read = match file.read_at(into, offset) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => read_page(file, into, offset),
+            read => read,
+        };
+        match read {
             // Shrunk meanwhile: what is gone reads as zeros.
             Ok(0) => return Ok(()),
             Ok(n) => {
@@ -287,6 +291,20 @@ fn read_up_to(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::Res
         }
     }
     Ok(())
+}
+
+/// The same of one page, or less at the end: through a descriptor of the job's with O_DIRECT the kernel may read whole pages only,
+/// into memory at the address of one (open(2)).
+fn read_page(file: &File, into: &mut [u8], offset: u64) -> std::io::Result<usize> {
+    let mut room = vec![0; 2 * PAGE];
+    let at = room.as_ptr().align_offset(PAGE);
+    let within = (offset % PAGE as u64) as usize;
+    let read = file.read_at(&mut room[at..at + PAGE], offset - within as u64)?;
+    let there = &room[at..at + read];
+    let there = there.get(within..).unwrap_or_default();
+    let there = &there[..there.len().min(into.len())];
+    into[..there.len()].copy_from_slice(there);
+    Ok(there.len())
 }
 
 /// The next stretch of data at or after `from`; all of it where the file system cannot tell.
@@ -322,6 +340,21 @@ fn is_zero(page: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_with_o_direct_is_read_to_its_end() {
+        use std::os::unix::fs::OpenOptionsExt;
+        // Not on a tmpfs, which asks for no alignment.
+        let path = std::env::current_exe().unwrap().with_extension("direct");
+        let bytes: Vec<u8> = (0..2 * PAGE + 700).map(|at| (at % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.read(true).custom_flags(libc::O_DIRECT).open(&path);
+        std::fs::remove_file(&path).unwrap();
+        let mut read = vec![0; bytes.len() + 1];
+        read_up_to(&file.unwrap(), &mut read[1..], 0).unwrap();
+        assert_eq!(read[1..], bytes);
+    }
 
     #[test]
     fn zero_is_zero_to_the_last_byte() {
