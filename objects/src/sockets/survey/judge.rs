@@ -150,8 +150,15 @@ fn role(
             ))
         }
         Some(0) if socket.style == Style::Datagram || diag.shutdown == 3 => {
-            let role = Role::Connected { peer: socket.inode };
-            let peer = ghosts.add(socket.style, &peer_name(), &socket.directory, role);
+            let name = peer_name();
+            // A pair knows the credentials of its other side, a datagram socket that called connect(2) does not
+            // (`init_peercred` in net/unix/af_unix.c).
+            let called = socket.style == Style::Datagram && Ucred::of_peer(&socket.copy).is_none();
+            let role = match called && !name.is_empty() {
+                true => Role::Unconnected,
+                false => Role::Connected { peer: socket.inode },
+            };
+            let peer = ghosts.add(socket.style, &name, &socket.directory, role);
             Ok(Role::Connected { peer })
         }
         // Of a listening socket in flight, perhaps; the frozen job will tell.
