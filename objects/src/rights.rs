@@ -10,11 +10,13 @@
 //! and not read. What its user may not open, root opens for it, if the file is the very one (inode and time of creation) that the job had.
 #![allow(unsafe_code)]
 
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use ckpt_tracer::capabilities::{Held, Use};
 use nix::errno::Errno;
-use nix::unistd::AccessFlags;
+use nix::unistd::{AccessFlags, geteuid};
 
 use super::access::may;
 use crate::Snapshot;
@@ -113,6 +115,12 @@ pub fn may_open(rights: Option<&Rights>, path: &Path, flags: i32) -> nix::Result
     with(rights, || may(path, access(flags)))
 }
 
+/// Whether these flags are permitted as far as O_NOATIME goes: it is its owner's, or CAP_FOWNER's (open(2)).
+pub fn may_spare_access_time(flags: i32, meta: &Metadata) -> bool {
+    let asked = flags & libc::O_NOATIME != 0 && flags & libc::O_PATH == 0;
+    !asked || meta.uid() == geteuid().as_raw() || Held::now().allows(Use::NoAccessTime)
+}
+
 /// What has to be allowed for an open(2) with these flags.
 fn access(flags: i32) -> AccessFlags {
     match flags & libc::O_ACCMODE {
@@ -174,9 +182,11 @@ fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
         let Kind::Regular(file) = &description.kind else {
             return false;
         };
-        let how = access(description.flags as i32);
+        let flags = description.flags as i32;
         let named = file.contents.is_none() && file.saved.is_none() && file.removed.is_none();
-        named && may(&file.path, how) == Err(Errno::EACCES)
+        let spares =
+            || std::fs::metadata(&file.path).is_ok_and(|meta| !may_spare_access_time(flags, &meta));
+        named && (may(&file.path, access(flags)) == Err(Errno::EACCES) || spares())
     });
     (mapped.collect(), descriptions.collect())
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::capabilities::Use;
 use nix::sys::statfs::{self, FsType};
 use nix::unistd::AccessFlags;
 
@@ -17,6 +18,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::memory::{Backing, FileIdentity};
 use crate::open::{Handle, Last};
 use crate::options::{FilesPolicy, Options};
+use crate::rights::may_spare_access_time;
 use crate::text::Shown;
 
 /// How a file differs from what it was at the checkpoint.
@@ -93,6 +95,13 @@ pub fn check(
     if let Some(Err(e)) = access.map(|access| now.may(access)) {
         let remedy = "change its mode, or restore as somebody who may open it";
         return refuse(format!("cannot be opened: {}", e.desc()), remedy);
+    }
+    if !may_spare_access_time(flags as i32, now.meta()) {
+        let reason = format!(
+            "was opened with O_NOATIME and is another user's, for which opening it so again needs {}",
+            Use::NoAccessTime
+        );
+        return refuse(reason, "restore as the owner of the file, or as root");
     }
     if policy == FilesPolicy::Adopt || !file.is(libc::S_IFREG) || is_of_the_kernel(&now.link()) {
         return Ok(now);

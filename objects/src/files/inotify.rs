@@ -17,6 +17,7 @@ use crate::access::MISSING;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
 use crate::plan::{Builder, Inherit, Inherited};
+use crate::rights::{self, Rights};
 use crate::source::{Collector, Patience, Source};
 use crate::text::Shown;
 
@@ -166,17 +167,19 @@ impl Inotify {
         })
     }
 
-    /// Watches on what is not there any more.
-    pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
+    /// Watches on what is not there any more, or may not be read by who sets them.
+    pub fn missing(&self, rights: Option<&Rights>) -> impl Iterator<Item = Obstacle> {
         let named = self.watches.iter().filter(|watch| watch.open.is_none());
-        named.filter_map(|watch| {
-            let error = std::fs::symlink_metadata(&watch.path).err()?;
-            let object = format!("the inotify watch on {}", watch.path.shown());
-            Some(Obstacle::new(
-                object,
-                format!("cannot be set: {error}"),
-                MISSING,
-            ))
+        named.filter_map(move |watch| {
+            let object = || format!("the inotify watch on {}", watch.path.shown());
+            if let Err(error) = std::fs::symlink_metadata(&watch.path) {
+                let reason = format!("cannot be set: {error}");
+                return Some(Obstacle::new(object(), reason, MISSING));
+            }
+            // inotify_add_watch(2) asks for it.
+            let error = rights::may_open(rights, &watch.path, libc::O_RDONLY).err()?;
+            let reason = format!("cannot be set by the job's user: {}", error.desc());
+            Some(Obstacle::new(object(), reason, "let that user read it"))
         })
     }
 

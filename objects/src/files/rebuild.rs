@@ -189,7 +189,7 @@ pub fn open_descriptions(
             Kind::Epoll(set) => set.rebuild(at, plan),
             Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
             Kind::Inotify(i) => {
-                obstacles.extend(i.missing());
+                obstacles.extend(i.missing(plan.host().rights.as_ref()));
                 if let Err(o) = i.rebuild(index, at, plan) {
                     obstacles.push(*o);
                 }
