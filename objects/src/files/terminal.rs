@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use ckpt_tracer::proc::{ProcRoot, stat::read_stat, tasks};
@@ -300,7 +301,12 @@ impl Ends {
             let Some(pair) = &mut collector.terminals[terminal].pair else {
                 continue;
             };
-            match unread::look(&master.copy, slave.map(|look| &look.copy)) {
+            let ends = looks
+                .iter()
+                .filter(|look| self.get(look).is_some_and(|end| end.terminal == terminal));
+            let asked = ends.filter(|look| look.info.flags as i32 & libc::O_ASYNC != 0);
+            let asked: Vec<&OwnedFd> = asked.map(|look| &look.copy).collect();
+            match unread::look(&master.copy, slave.map(|look| &look.copy), &asked) {
                 Ok(waiting) => {
                     pair.output = waiting.output;
                     pair.input = waiting.input;

@@ -91,8 +91,13 @@ pub struct Waiting {
 }
 
 /// Copies what waits in a pty whose tasks are all stopped, given its master. `slave` is a
-/// descriptor of the other side, if the job has one.
-pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Trouble> {
+/// descriptor of the other side, if the job has one. `asked` are those of either side that have O_ASYNC: they are without it
+/// meanwhile, or what is taken and put back would come to their owners as SIGIO.
+pub fn look(
+    master: &OwnedFd,
+    slave: Option<&OwnedFd>,
+    asked: &[&OwnedFd],
+) -> Result<Waiting, Trouble> {
     let ready = super::sys::poll_now(master, libc::POLLIN | libc::POLLPRI);
     let status = tty::packet_mode(master) && ready & libc::POLLPRI != 0;
     if status && slave.is_none() {
@@ -132,7 +137,7 @@ pub fn look(master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<Waiting, Troubl
         packets: tty::packet_mode(master),
         modes,
     };
-    work.in_helper(output || full || status, input)
+    work.in_helper(asked, output || full || status, input)
         .map_err(Trouble::Failed)
 }
 
@@ -163,6 +168,19 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
     work.stop(waiting.flow, waiting.status)
 }
 
+/// Whether changes come as SIGIO, of a description that has had an owner for them.
+fn set_async(fd: &OwnedFd, on: bool) {
+    // SAFETY: calls without pointers.
+    unsafe {
+        let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+        let flags = match on {
+            true => flags | libc::O_ASYNC,
+            false => flags & !libc::O_ASYNC,
+        };
+        libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags);
+    }
+}
+
 struct Work<'a> {
     master: &'a OwnedFd,
     slave: &'a OwnedFd,
@@ -171,12 +189,14 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn in_helper(&self, output: bool, input: bool) -> Result<Waiting> {
+    fn in_helper(&self, asked: &[&OwnedFd], output: bool, input: bool) -> Result<Waiting> {
         let mut area = Shared::new()?;
         // SAFETY: the helper makes system calls only, on that memory and its stack.
         let done = unsafe {
             Helper::run(|| {
+                asked.iter().for_each(|fd| set_async(fd, false));
                 let done = self.work(&mut area, output, input);
+                asked.iter().for_each(|fd| set_async(fd, true));
                 done.map_or_else(|e| e as i32, |()| 0)
             })
         };

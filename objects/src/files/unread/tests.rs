@@ -24,9 +24,12 @@ fn write_now(fd: &OwnedFd, other: &OwnedFd, bytes: &[u8]) {
 fn output_stays_and_is_put_into_another_one() {
     let (master, slave) = pty();
     write_now(&slave, &master, b"one\ntwo");
-    let waiting = look(&master, Some(&slave)).unwrap();
+    let waiting = look(&master, Some(&slave), &[]).unwrap();
     assert_eq!(waiting.output, b"one\r\ntwo");
-    assert_eq!(look(&master, Some(&slave)).unwrap().output, b"one\r\ntwo");
+    assert_eq!(
+        look(&master, Some(&slave), &[]).unwrap().output,
+        b"one\r\ntwo"
+    );
     assert_eq!(read_now(&master).unwrap(), b"one\r\ntwo");
     let (master, slave) = pty();
     let modes = tty::modes(&slave).unwrap();
@@ -60,7 +63,7 @@ fn a_full_pty_stays_full() {
         fill(first);
         while fill(then) {}
         for _ in 0..3 {
-            let waiting = look(&master, Some(&slave)).unwrap();
+            let waiting = look(&master, Some(&slave), &[]).unwrap();
             assert!(
                 waiting.output == all[..written],
                 "{first}, {then}: {written} bytes"
@@ -80,7 +83,7 @@ fn lines_stay_lines_and_a_begun_one_begun() {
     write_now(&master, &slave, b"first\nsec\x04\x04begu");
     let echoed = read_now(&master);
     for _ in 0..2 {
-        let waiting = look(&master, Some(&slave)).unwrap();
+        let waiting = look(&master, Some(&slave), &[]).unwrap();
         let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
         let expected: [(&[u8], Ending); 4] = [
             (b"first\n", Ending::Line),
@@ -94,7 +97,7 @@ fn lines_stay_lines_and_a_begun_one_begun() {
             "nothing is echoed again; before: {echoed:?}"
         );
     }
-    let waiting = look(&master, Some(&slave)).unwrap();
+    let waiting = look(&master, Some(&slave), &[]).unwrap();
     let (other, new) = pty();
     let modes = tty::modes(&slave).unwrap();
     put(&other, &new, modes, &waiting).unwrap();
@@ -123,7 +126,7 @@ fn bytes_in_raw_mode_are_not_looked_at() {
         },
     )
     .unwrap();
-    let waiting = look(&master, Some(&slave)).unwrap();
+    let waiting = look(&master, Some(&slave), &[]).unwrap();
     assert_eq!(waiting.input[0].bytes, bytes);
     assert_eq!(read_now(&slave).unwrap(), bytes);
     assert_eq!(read_now(&master), None);
@@ -140,10 +143,10 @@ fn much_raw_input_stays_and_is_put_into_another_one() {
     }
     assert!(soon(ATTEMPTS, || tty::unread(&slave) == DISCIPLINE));
     for _ in 0..2 {
-        let waiting = look(&master, Some(&slave)).unwrap();
+        let waiting = look(&master, Some(&slave), &[]).unwrap();
         assert!(waiting.input.iter().flat_map(|i| i.bytes.iter()).eq(&all));
     }
-    let waiting = look(&master, Some(&slave)).unwrap();
+    let waiting = look(&master, Some(&slave), &[]).unwrap();
     let (other, new) = pty();
     put(&other, &new, raw, &waiting).unwrap();
     for slave in [&slave, &new] {
@@ -162,5 +165,5 @@ fn much_input_in_lines_is_left_alone() {
         write_now(&master, &slave, &[[b'x'; 63].as_slice(), b"\n"].concat());
     }
     assert!(soon(ATTEMPTS, || tty::unread(&slave) == 40 * 64));
-    assert_eq!(look(&master, Some(&slave)).unwrap_err(), Trouble::Much);
+    assert_eq!(look(&master, Some(&slave), &[]).unwrap_err(), Trouble::Much);
 }
