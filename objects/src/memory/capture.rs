@@ -293,7 +293,7 @@ fn shared_memory(
     if let Some(object) = known {
         let space = collector.shared_memory[object].space;
         if collector.viewed.insert((source.pid, space)) {
-            let end = add_views(space, source, vma, all, collector);
+            let end = add_views(space, source, vma, (all, false), collector);
             let size = &mut collector.shared_memory[object].size;
             *size = end.max(*size);
         }
@@ -331,7 +331,7 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
         files::Kind::MemFd(m) if m.inode == vma.inode => Some(m.clone()),
         _ => None,
     });
-    open.unwrap_or_else(|| {
+    let index = open.unwrap_or_else(|| {
         // One file, though no descriptor of it leads to such a mapping.
         let memfd = known.unwrap_or_else(|| closed_memfd(source, vma, all, collector));
         let writes = !vma.shared || vma.flags.contains(VmFlags::MAY_WRITE);
@@ -344,7 +344,20 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
             locks: Vec::new(),
         });
         collector.descriptions.len() - 1
-    })
+    });
+    // A process before may have mapped less of it.
+    if let files::Kind::MemFd(memfd) = &collector.descriptions[index].kind {
+        let end = add_views(memfd.contents, source, vma, (all, !vma.shared), collector);
+        for description in &mut collector.descriptions {
+            match &mut description.kind {
+                files::Kind::MemFd(memfd) if memfd.inode == vma.inode => {
+                    memfd.size = end.max(memfd.size)
+                }
+                _ => {}
+            }
+        }
+    }
+    index
 }
 
 /// A memfd that is only mapped.
@@ -401,7 +414,10 @@ fn mapped_file(
     collector: &mut Collector,
 ) -> usize {
     let deleted = matches!(vma.name, VmaName::File { deleted: true, .. });
-    collector.mapped_file(path, vma.inode, |collector| {
+    // A shared view shows the file itself, a private one possibly the process's own pages.
+    let mut views = all.vmas.iter();
+    let shared = views.any(|v| v.shared && (v.dev, v.inode) == (vma.dev, vma.inode));
+    let index = collector.mapped_file(path, vma.inode, |collector| {
         if !deleted && let Ok(meta) = std::fs::metadata(path) {
             let identity = FileIdentity::of(&meta);
             return MappedFile {
@@ -434,11 +450,6 @@ fn mapped_file(
             };
         }
         // No name leads to it any more: it goes into the image as a whole.
-        // A shared view shows the file itself, a private one possibly the process's own pages.
-        let shared = all
-            .vmas
-            .iter()
-            .any(|v| v.shared && (v.dev, v.inode) == (vma.dev, vma.inode));
         let (contents, size) = contents_of(source, vma, all, !shared);
         let (meta, attributes) = looked_at(&contents).unzip();
         let identity = meta.map(|meta| FileIdentity::of(&meta));
@@ -459,7 +470,14 @@ fn mapped_file(
             attributes,
             saved: None,
         }
-    })
+    });
+    // A process before may have mapped less of it.
+    if let Some(space) = collector.mapped_files[index].contents {
+        let end = add_views(space, source, vma, (all, !shared), collector);
+        let size = &mut collector.mapped_files[index].identity.size;
+        *size = end.max(*size);
+    }
+    index
 }
 
 /// The name that a file still has whose mapping tells a deleted one.

@@ -105,14 +105,14 @@ pub(super) fn add_views(
     space: SpaceId,
     source: &Source,
     vma: &Vma,
-    all: Layout<'_>,
+    (all, private): (Layout<'_>, bool),
     collector: &mut Collector,
 ) -> u64 {
     let contents = collector.contents.iter_mut().find(|(s, _)| *s == space);
     let Some((_, Contents::Memory(known))) = contents else {
         return 0;
     };
-    let views = readable(source, views(vma, all, false));
+    let views = readable(source, views(vma, all, private));
     let shown = join(known.iter().map(|v| (v.1, v.1 + v.3)).collect());
     let ranges: Vec<(u64, u64)> = views.iter().map(|v| (v.0, v.0 + v.2)).collect();
     let mut views = views.iter().peekable();
