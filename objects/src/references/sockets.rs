@@ -139,7 +139,10 @@ fn name(inode: u64, name: &Name, faults: &mut Faults) {
     let file = name.file.as_ref();
     let files = file.is_none_or(|f| {
         let others = f.directory.iter().chain(&f.now);
-        absolute(&f.named) && others.into_iter().all(|p| absolute(p))
+        let bound = Path::new(std::ffi::OsStr::from_bytes(&name.bytes));
+        // What bind(2) makes is what is taken away when a restore fails.
+        let same = bound.file_name() == f.named.file_name();
+        same && absolute(&f.named) && others.into_iter().all(|p| absolute(p))
     });
     require!(
         faults,
