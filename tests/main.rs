@@ -26,6 +26,7 @@ mod fixtures;
 mod forged;
 mod frozen_groups;
 mod fuzzed;
+mod groups;
 mod ids;
 mod init;
 mod ipc;

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Obstacle, Result};
+use crate::forked::in_a_child;
 
 /// The clocks of a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,20 +97,7 @@ impl Clocks {
 
     /// Whether there can be a namespace: a child of ours makes one, and ends.
     pub fn try_out(self) -> Result<(), Errno> {
-        // SAFETY: the child makes system calls and ends.
-        let child = Errno::result(unsafe { libc::fork() })?;
-        if child == 0 {
-            let errno = self.enter().err().map_or(0, |errno| errno as i32);
-            // SAFETY: as above.
-            unsafe { libc::_exit(errno) }
-        }
-        let mut status = 0;
-        // SAFETY: a child of ours; the kernel writes one int.
-        Errno::result(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
-        match libc::WEXITSTATUS(status) {
-            0 if libc::WIFEXITED(status) => Ok(()),
-            errno => Err(Errno::from_raw(errno)),
-        }
+        in_a_child(|| self.enter())
     }
 
     /// Leaves a new time namespace to our children.

@@ -8,6 +8,7 @@ use ckpt_tracer::Tid;
 use nix::errno::Errno;
 
 use super::Snapshot;
+use super::forked::in_a_child;
 
 // include/uapi/linux/prctl.h
 const PR_SCHED_CORE: libc::c_int = 62;
@@ -50,6 +51,7 @@ pub fn rebuild(snapshot: &Snapshot) -> Option<String> {
     if groups.is_empty() {
         return None;
     }
+    // Not in a thread: before Linux 6.2 there may be none where children have clocks of their own (`copy_process`, kernel/fork.c).
     let error = in_a_child(|| groups.values().try_for_each(|tasks| share(tasks))).err()?;
     Some(format!(
         "the job may share processor cores with other programs, from which core scheduling (PR_SCHED_CORE) kept it apart: {}",
@@ -71,23 +73,4 @@ fn share(tasks: &[Tid]) -> Result<(), Errno> {
     others
         .copied()
         .try_for_each(|task| sched_core(PR_SCHED_CORE_SHARE_TO, task, null))
-}
-
-/// Not in a thread: before Linux 6.2 there may be none where children have clocks of their own (`copy_process`, kernel/fork.c).
-/// `work` makes system calls and nothing else.
-fn in_a_child(work: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
-    // SAFETY: the child makes system calls and ends.
-    let child = Errno::result(unsafe { libc::fork() })?;
-    if child == 0 {
-        let errno = work().err().map_or(0, |errno| errno as i32);
-        // SAFETY: as above.
-        unsafe { libc::_exit(errno) }
-    }
-    let mut status = 0;
-    // SAFETY: a child of ours; the kernel writes one int.
-    Errno::result(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
-    match libc::WEXITSTATUS(status) {
-        0 if libc::WIFEXITED(status) => Ok(()),
-        errno => Err(Errno::from_raw(errno)),
-    }
 }

@@ -212,6 +212,28 @@ impl Collector {
         self.files_by_key.get(&(path.to_owned(), inode)).copied()
     }
 
+    /// Events that the program has not read: as a rule it does so soon; of those that stay there is a warning, which says what
+    /// becomes of them.
+    ///
+    /// # Errors
+    /// What passes, as long as it is waited for.
+    pub fn not_read_yet(
+        &mut self,
+        object: String,
+        what: &str,
+        then: &str,
+    ) -> Result<(), Box<Obstacle>> {
+        match self.patience {
+            Patience::Running => {}
+            Patience::Some => {
+                let obstacle = Obstacle::new(object, what, "try again in a moment");
+                return Err(Box::new(obstacle.passing()));
+            }
+            Patience::None => self.warnings.push(format!("{object} {what}; {then}")),
+        }
+        Ok(())
+    }
+
     /// The index of a mapped file, entered on first sight.
     pub fn mapped_file(
         &mut self,

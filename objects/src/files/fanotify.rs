@@ -14,7 +14,7 @@ use super::{Look, left, place, sys};
 use crate::access::MISSING;
 use crate::error::Obstacle;
 use crate::plan::Builder;
-use crate::source::{Collector, Patience, Source};
+use crate::source::{Collector, Source};
 use crate::text::Shown;
 
 /// A group with its marks.
@@ -65,7 +65,12 @@ pub fn capture(
         return Err(Box::new(left::droppable(look, source, what)));
     }
     if sys::unread(&look.copy) > 0 {
-        not_read_yet(look.object(source), collector)?;
+        let what = "is a fanotify group with events that the program has not read";
+        collector.not_read_yet(
+            look.object(source),
+            what,
+            "they are not in the image, and a restored program is not told of them",
+        )?;
     }
     let mut marks = Vec::with_capacity(group.marks.len());
     for mark in &group.marks {
@@ -119,22 +124,6 @@ fn no_name(source: &Source, look: &Look, on: &MarkOn) -> Obstacle {
             look.fd
         ),
     )
-}
-
-/// As a rule the program reads its events soon; of those that stay there is a warning.
-fn not_read_yet(object: String, collector: &mut Collector) -> Result<(), Box<Obstacle>> {
-    let what = "is a fanotify group with events that the program has not read";
-    match collector.patience {
-        Patience::Running => {}
-        Patience::Some => {
-            let obstacle = Obstacle::new(object, what, "try again in a moment");
-            return Err(Box::new(obstacle.passing()));
-        }
-        Patience::None => collector.warnings.push(format!(
-            "{object} {what}; they are not in the image, and a restored program is not told of them"
-        )),
-    }
-    Ok(())
 }
 
 impl Fanotify {

@@ -18,7 +18,7 @@ use crate::bounds;
 use crate::error::{Error, Obstacle};
 use crate::plan::{Builder, Inherit, Inherited};
 use crate::rights::{self, Rights};
-use crate::source::{Collector, Patience, Source};
+use crate::source::{Collector, Source};
 use crate::text::Shown;
 
 pub(super) mod search;
@@ -62,7 +62,8 @@ pub fn capture(
 ) -> Result<Inotify, Box<Obstacle>> {
     let unread = sys::unread(&look.copy) > 0;
     if unread {
-        not_read_yet(look.object(source), collector)?;
+        let what = "is an inotify descriptor with events that the program has not read";
+        collector.not_read_yet(look.object(source), what, "they are not in the image, and a restored program is told that events were lost (IN_Q_OVERFLOW)")?;
     }
     let nameless: Vec<Option<usize>> = watches.iter().map(|w| open_nameless(w, job)).collect();
     let named = watches.iter().zip(&nameless).filter(|(_, n)| n.is_none());
@@ -125,23 +126,6 @@ fn open_nameless(watch: &InotifyWatch, (looks, first): (&[Look], usize)) -> Opti
         stat.st_nlink == 0 && stat.st_ino == watch.ino && device == watch.sdev
     };
     Some(first + looks.iter().position(is_it)?)
-}
-
-/// As a rule the program reads its events soon; of those that stay there is a warning.
-fn not_read_yet(object: String, collector: &mut Collector) -> Result<(), Box<Obstacle>> {
-    let what = "is an inotify descriptor with events that the program has not read";
-    match collector.patience {
-        Patience::Running => {}
-        Patience::Some => {
-            let obstacle = Obstacle::new(object, what, "try again in a moment");
-            return Err(Box::new(obstacle.passing()));
-        }
-        Patience::None => collector.warnings.push(format!(
-            "{object} {what}; they are not in the image, and a restored program is told that \
-             events were lost (IN_Q_OVERFLOW)"
-        )),
-    }
-    Ok(())
 }
 
 /// Watches that are made and removed again, so that a later one has its number.
