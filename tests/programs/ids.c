@@ -17,7 +17,11 @@ static void tell(const char *dir, const char *name) {
     char path[4096];
     uid_t r, e, s;
     gid_t gr, ge, gs;
-    snprintf(path, sizeof path, "%s/%s", dir, name);
+    char whole[sizeof path];
+
+    /* It has its name when it is closed. */
+    snprintf(whole, sizeof whole, "%s/%s", dir, name);
+    snprintf(path, sizeof path, "%s/%s.new", dir, name);
     FILE *out = fopen(path, "w");
     if (!out) return;
     getresuid(&r, &e, &s);
@@ -25,6 +29,7 @@ static void tell(const char *dir, const char *name) {
     fprintf(out, "uid %d %d %d gid %d %d %d dumpable %d secure %lu\n", r, e, s, gr, ge, gs, prctl(PR_GET_DUMPABLE),
             getauxval(AT_SECURE));
     fclose(out);
+    rename(path, whole);
 }
 
 int main(int argc, char **argv) {
