@@ -242,7 +242,17 @@ pub fn capture(
                 made_by: look.made_by(),
                 locks,
             }),
-            Err(obstacle) => collector.refuse(*obstacle),
+            Err(obstacle) => {
+                collector.refuse(*obstacle);
+                // All others are referred to by their place.
+                collector.descriptions.push(Description {
+                    kind: left(None),
+                    flags: look.info.flags,
+                    owner: None,
+                    made_by: None,
+                    locks: Vec::new(),
+                });
+            }
         }
     }
     collector.descriptions.extend(found.ghosts());

@@ -390,8 +390,8 @@ fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Build
     plan.syscall(libc::SYS_fcntl, &args, object);
 }
 
-/// Who gets SIGIO; done by its keeper when every process and thread exists that may be the one, and leases are taken,
-/// which give an owner to what has none.
+/// Who gets SIGIO; done by its keeper, or by each process that has opened it for itself, when every process and thread exists
+/// that may be the one, and leases are taken, which give an owner to what has none.
 pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let mut done = vec![false; snapshot.descriptions.len()];
     for entry in &process.fds {
@@ -404,8 +404,11 @@ pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder
         if owner.is_none() && !asynchronous {
             continue;
         }
-        let kept = lock::keeper(entry.description, snapshot) == Some(process.pid);
-        if !kept || std::mem::replace(&mut done[entry.description], true) {
+        let sets = match late::is_late(entry.description, snapshot) {
+            true => !process.shares.files,
+            false => lock::keeper(entry.description, snapshot) == Some(process.pid),
+        };
+        if !sets || std::mem::replace(&mut done[entry.description], true) {
             continue;
         }
         if let Some(owner) = owner {

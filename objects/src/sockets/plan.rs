@@ -38,6 +38,11 @@ pub(super) enum Birth {
     PairWith(usize),
     /// Together with another one that says so.
     Along,
+    /// The same; then it leaves that one, a datagram socket, which stays connected to it.
+    AlongAndOff,
+    /// By a socketpair(2) whose other end is closed at once: a datagram socket that is connected to that one no more, and
+    /// still tells who made the pair.
+    Severed,
     /// accept(2), with the position of the client and that of the listening socket.
     Accepted(usize, Door),
 }
@@ -115,17 +120,31 @@ impl<'a> Job<'a> {
         let mut decided = HashSet::new();
         for at in 0..self.all.len() {
             let socket = self.socket(at);
+            // What connect(2) and send(2) leave of a pair of datagram sockets (`init_peercred` in net/unix/af_unix.c).
+            let paired = socket.style == Style::Datagram && socket.peer_credentials.is_some();
+            if paired && self.births[at] == Birth::Alone {
+                self.births[at] = Birth::Severed;
+            }
             let Some(other) = socket.peer().and_then(|peer| self.position(peer)) else {
                 continue;
             };
             let mutual = self.socket(other).peer() == Some(socket.inode);
-            if !mutual || other == at || decided.contains(&at) || decided.contains(&other) {
+            // To one without a name only socketpair(2) connects.
+            let left = socket.style == Style::Datagram && self.socket(other).name.is_none();
+            if !(mutual || left) || other == at || decided.contains(&at) || decided.contains(&other)
+            {
                 continue;
             }
             decided.extend([at, other]);
+            if !mutual {
+                self.births[at] = Birth::PairWith(other);
+                self.births[other] = Birth::AlongAndOff;
+                continue;
+            }
             let named = |at: usize| self.socket(at).name.is_some();
             if socket.style == Style::Datagram {
-                if !named(at) || !named(other) {
+                let told = |at: usize| self.socket(at).peer_credentials;
+                if !named(at) || !named(other) || (paired && told(at) == told(other)) {
                     self.births[at] = Birth::PairWith(other);
                     self.births[other] = Birth::Along;
                 }

@@ -133,7 +133,17 @@ fn create(job: &Job<'_>, at: usize, plan: &mut Builder) {
                 files::place(1, job.at(other), plan, object);
             });
         }
-        Birth::Along | Birth::Accepted(..) => {}
+        Birth::Severed => {
+            let who = socket.peer_credentials;
+            job.names.act(who, &told(socket), plan, |_, plan| {
+                let out = plan.reserve(8);
+                plan.expect(libc::SYS_socketpair, &[family, kind, 0, out], 0, object);
+                disconnect(0, plan, object);
+                files::place(0, job.at(at), plan, object);
+                plan.syscall(libc::SYS_close, &[1], object);
+            });
+        }
+        Birth::Along | Birth::AlongAndOff | Birth::Accepted(..) => {}
     }
 }
 
@@ -380,6 +390,12 @@ fn dial_as(
     job.names.act(who, &told(server), plan, |_, plan| {
         dial(job.at(client), address, &server.label(), plan);
     });
+}
+
+/// Takes a datagram socket from its peer. What is unread in it is lost (`unix_dgram_disconnected` in net/unix/af_unix.c).
+pub(super) fn disconnect(at: i32, plan: &mut Builder, object: impl Fn() -> String) {
+    let nobody = plan.data(&(libc::AF_UNSPEC as u16).to_ne_bytes());
+    plan.syscall(libc::SYS_connect, &[at as u64, nobody, 2], object);
 }
 
 /// connect(2).

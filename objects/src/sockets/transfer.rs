@@ -4,7 +4,7 @@
 use super::filter;
 use super::options::{self, SocketOption};
 use super::plan::{Birth, Job};
-use super::rebuild::dial;
+use super::rebuild::{dial, disconnect};
 use super::sys::Ucred;
 use super::unix::{Message, Role, Style, sockaddr};
 use super::urgent::Urgent;
@@ -67,7 +67,24 @@ fn send_all(job: &Job<'_>, staging: Staging, plan: &mut Builder) {
     for (at, sent) in bytes.iter().enumerate().filter(|(_, b)| much(b)) {
         options::make_room(job.at(at), sent.0, plan);
     }
-    for (to, (_, socket)) in job.all.iter().enumerate() {
+    let off = |at: &usize| job.births[*at] == Birth::AlongAndOff;
+    let (leave, stay): (Vec<usize>, Vec<usize>) = (0..job.all.len()).partition(off);
+    send_to(job, &stay, staging, plan);
+    // What one that has left its peer holds came afterwards.
+    for at in &leave {
+        disconnect(job.at(*at), plan, || job.socket(*at).label());
+    }
+    send_to(job, &leave, staging, plan);
+    for (at, _) in bytes.iter().enumerate().filter(|(_, b)| much(b)) {
+        for option in SocketOption::send_room_of_new() {
+            option.rebuild(job.at(at), &job.socket(at).label(), plan);
+        }
+    }
+}
+
+fn send_to(job: &Job<'_>, sockets: &[usize], staging: Staging, plan: &mut Builder) {
+    for &to in sockets {
+        let socket = job.socket(to);
         for message in &socket.queue {
             if let Some(from) = job.position(message.from) {
                 let what = format!("an unread message of the {}", socket.label());
@@ -77,11 +94,6 @@ fn send_all(job: &Job<'_>, staging: Staging, plan: &mut Builder) {
                     send(job, (from, to), message, who, staging, plan);
                 });
             }
-        }
-    }
-    for (at, _) in bytes.iter().enumerate().filter(|(_, b)| much(b)) {
-        for option in SocketOption::send_room_of_new() {
-            option.rebuild(job.at(at), &job.socket(at).label(), plan);
         }
     }
 }
@@ -160,7 +172,9 @@ fn control_message(kind: i32, data: &[u8], control: &mut Vec<u8>) {
 /// nobody else's connection, so those that others connect to come later.
 fn connect_datagrams(job: &Job<'_>, plan: &mut Builder) {
     let target = |at: usize| match job.births[at] {
-        Birth::Alone if job.socket(at).style == Style::Datagram => {
+        Birth::Alone | Birth::Severed | Birth::AlongAndOff
+            if job.socket(at).style == Style::Datagram =>
+        {
             job.socket(at).peer().and_then(|peer| job.position(peer))
         }
         _ => None,

@@ -35,9 +35,13 @@ fn is_more(unsent: usize, style: Style, seen: impl Iterator<Item = usize>) -> bo
     unsent > 0 && !taken_by(style, seen).is_ok_and(|seen| seen >= unsent)
 }
 
+fn peer(inode: u64, diag: &HashMap<u64, unix_diag::UnixSocket>) -> Option<u64> {
+    diag.get(&inode)?.peer.map(u64::from)
+}
+
 /// Datagram sockets of the job that have sent more than was seen of them in the job. Those of one
 /// name, and those without, are taken together; the two of a nameless pair are judged by
-/// themselves.
+/// themselves, as long as both are connected to each other.
 pub(super) fn owing(live: &[Live], diag: &HashMap<u64, unix_diag::UnixSocket>) -> HashSet<u64> {
     let datagram = || live.iter().filter(|l| l.style == Style::Datagram);
     if datagram().all(|l| l.seen.is_empty()) {
@@ -48,9 +52,9 @@ pub(super) fn owing(live: &[Live], diag: &HashMap<u64, unix_diag::UnixSocket>) -
         .filter(|l| name(l).is_empty())
         .map(|l| l.inode)
         .collect();
-    let peer = |l: &Live| diag.get(&l.inode)?.peer.map(u64::from);
     let of_a_pair = |l: &Live| {
-        nameless.contains(&l.inode) && peer(l).is_some_and(|peer| nameless.contains(&peer))
+        let peer = peer(l.inode, diag).filter(|peer| nameless.contains(peer));
+        nameless.contains(&l.inode) && peer.is_some_and(|to| self::peer(to, diag) == Some(l.inode))
     };
     let mut senders: HashMap<Vec<u8>, (usize, Vec<u64>)> = HashMap::new();
     for socket in datagram().filter(|l| !of_a_pair(l)) {
@@ -85,7 +89,8 @@ fn in_pair(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
         return false;
     };
     let nameless = |l: &Live| sys::own_name(&l.copy).is_ok_and(|n| n.is_empty());
-    let alone = socket.style == Style::SeqPacket || nameless(socket) && nameless(peer);
+    let mutual = self::peer(peer.inode, &table.diag) == Some(socket.inode);
+    let alone = socket.style == Style::SeqPacket || mutual && nameless(socket) && nameless(peer);
     let seen = socket.seen.iter().map(|(m, _)| m.data.len());
     alone && is_more(sys::unsent(&peer.copy), socket.style, seen)
 }
@@ -97,9 +102,10 @@ fn by_others(socket: &Live, table: &Table<'_>) -> bool {
         return false;
     }
     let named = sys::own_name(&socket.copy).is_ok_and(|n| !n.is_empty());
+    // One that was a pair with it may have been.
     let connected = |from: &u64| {
-        let peer = table.diag.get(from).and_then(|d| d.peer);
-        peer.map(u64::from) == Some(socket.inode)
+        peer(*from, &table.diag) == Some(socket.inode)
+            || peer(socket.inode, &table.diag) == Some(*from)
     };
     table.owing.iter().any(|from| named || connected(from))
 }

@@ -179,21 +179,10 @@ fn connected(
     peer_name: &[u8],
     table: &Table<'_>,
 ) -> std::result::Result<Role, Verdict> {
-    let datagram = socket.style == Style::Datagram;
     if table.is_of_the_job(peer) {
-        let back = table.diag.get(&peer).and_then(|d| d.peer);
-        let mutual = back == Some(socket.inode as u32);
-        if datagram && peer_name.is_empty() && !mutual && table.held {
-            return Err(socket.refuse(
-                format!(
-                    "is a datagram socket connected to socket:[{peer}], which has no name and is \
-                     connected to another one"
-                ),
-                "close it before the checkpoint",
-            ));
-        }
         return Ok(Role::Connected { peer });
     }
+    let datagram = socket.style == Style::Datagram;
     if datagram && peer_name.first().is_some_and(|b| *b == b'/') {
         return Ok(Role::Beyond {
             address: ByteBuf::from(peer_name),
