@@ -1,6 +1,5 @@
 //! What the machine is, for the image's header and for the comparison at restore.
 
-use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +10,7 @@ use ckpt_tracer::proc::tasks;
 use crate::error::Result;
 use crate::objects::clock::as_seen_by;
 use crate::objects::clock::clock;
-use crate::objects::memory::Backing;
+use crate::objects::memory::Uses;
 use crate::objects::process::Process;
 use crate::objects::processor::{Baseline, Processor};
 use crate::objects::source::Source;
@@ -138,17 +137,9 @@ fn variable(source: &Source, name: &str) -> Option<Vec<u8>> {
 /// Adds build ids to programs and what is mapped as they are; done when the job runs again. What is mapped shared is
 /// data, and somebody may watch how it is opened (inotify(7)).
 pub fn read_build_ids(snapshot: &mut Snapshot) {
-    let mut private = HashSet::new();
-    for process in &snapshot.processes {
-        private.insert(process.memory.executable);
-        let mappings = process.memory.mappings.iter();
-        private.extend(mappings.filter_map(|m| match m.backing {
-            Backing::PrivateFile { file, .. } => Some(file),
-            _ => None,
-        }));
-    }
+    let uses = Uses::of(snapshot);
     for (index, file) in snapshot.mapped_files.iter_mut().enumerate() {
-        if file.contents.is_none() && private.contains(&index) {
+        if file.contents.is_none() && uses.as_it_was(index) {
             file.identity.read_build_id(&file.path);
         }
     }

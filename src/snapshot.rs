@@ -3,11 +3,11 @@
 use std::io::Write;
 use std::path::Path;
 
-use ckpt_image::{Reader, Writer};
+use ckpt_image::{Reader, SECTION_BLOCK, Writer};
 
 use crate::error::{Error, Result};
 use crate::metered::{self, Fault};
-use crate::objects::Snapshot;
+use crate::objects::{Snapshot, references};
 
 /// Name of the image's section that holds the snapshot.
 pub const SECTION: &str = "snapshot";
@@ -39,20 +39,54 @@ pub fn write<W: Write + Send + 'static>(
     writer.section_packed(SECTION, VERSION, &encode(snapshot), PACKED)
 }
 
-/// Reads and decodes the snapshot of an image within its [`allowance`].
+/// The snapshot of an image that is looked at, read within its [`allowance`]; what it says fits together.
+///
+/// # Errors
+/// As [`decode`]; `Metadata` for the first thing that does not fit.
 pub fn read(image: &Reader, path: &Path) -> Result<Snapshot> {
     read_within(&mut allowance(image), image, path)
 }
 
-/// The same of an image that is not only looked at: of ours, or to be restored.
+/// The same of an image of ours, without a limit.
+///
+/// # Errors
+/// As [`read`].
 pub fn read_unbounded(image: &Reader, path: &Path) -> Result<Snapshot> {
     read_within(&mut u64::MAX.clone(), image, path)
 }
 
-/// The same within `left` bytes of memory, of which what was taken is subtracted.
+/// The same within `left` bytes of memory, of which what was taken is subtracted; `u64::MAX` is no limit.
+///
+/// # Errors
+/// As [`read`].
 pub fn read_within(left: &mut u64, image: &Reader, path: &Path) -> Result<Snapshot> {
-    let section = image.section_reader(SECTION, LIMIT)?;
+    let snapshot = decode(left, image, path)?;
+    match references::check(&snapshot, image).into_iter().next() {
+        None => Ok(snapshot),
+        Some(what) => Err(Error::Metadata {
+            path: path.to_owned(),
+            what,
+        }),
+    }
+}
+
+/// Decodes the snapshot of an image, whether it fits together or not.
+///
+/// # Errors
+/// `TooLarge` when it takes more than is left, or more of it is packed than [`write`] packs; `Metadata` when it is none;
+/// those of [`Reader::section_reader`].
+pub fn decode(left: &mut u64, image: &Reader, path: &Path) -> Result<Snapshot> {
     let path = path.to_owned();
+    let limit = match *left {
+        u64::MAX => LIMIT,
+        _ => LIMIT.min(image.bytes() + (PACKED + SECTION_BLOCK) as u64),
+    };
+    let section = match image.section_reader(SECTION, limit) {
+        Err(ckpt_image::Error::SectionTooBig { .. }) if limit < LIMIT => {
+            return Err(Error::TooLarge { path });
+        }
+        section => section?,
+    };
     metered::decode(section, left).map_err(|fault| match fault {
         Fault::TooLarge => Error::TooLarge { path },
         Fault::Io(error) => match error.downcast::<ckpt_image::Error>() {

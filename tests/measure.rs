@@ -3,9 +3,6 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
-use std::mem::MaybeUninit;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -83,28 +80,4 @@ pub(crate) fn processor_time() -> Duration {
     let r = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
     assert_eq!(r, 0);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
-/// Runs a program without output; its exit code, and the most memory that it had at one time.
-#[expect(clippy::zombie_processes, reason = "it is waited for by its pid")]
-pub(crate) fn peak_of(command: &mut Command) -> (Option<i32>, usize) {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    // What counts is what there is of us at a fork, and what a vfork(2) would share has been at any time.
-    // SAFETY: malloc_trim(3) takes a number; nothing is done between fork and exec.
-    unsafe {
-        libc::malloc_trim(0);
-        command.pre_exec(|| Ok(()));
-    }
-    let child = command.spawn().expect("it can be started");
-    let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::uninit());
-    // SAFETY: the kernel writes one number and one rusage.
-    let pid = unsafe { libc::wait4(child.id() as i32, &mut status, 0, usage.as_mut_ptr()) };
-    assert_eq!(pid, child.id() as i32);
-    // SAFETY: the call above has succeeded.
-    let usage = unsafe { usage.assume_init() };
-    let code = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
-    (code, usage.ru_maxrss as usize * 1024)
 }

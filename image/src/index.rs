@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use crate::chunk::PageRun;
 
 /// The most raw bytes in one block of a section.
-pub(crate) const SECTION_BLOCK: usize = 256 << 10;
+pub const SECTION_BLOCK: usize = 256 << 10;
 
 pub(crate) const FOOTER_BYTES: usize = 160;
 pub(crate) const FOOTER_MAGIC: [u8; 8] = *b"CKPTEND\n";

@@ -46,6 +46,7 @@ pub use codec::{Codec, Kind};
 pub use error::{Error, Part, Result, STREAM};
 pub use file::{ImageFile, sweep_stale};
 pub use header::{Arch, FormatVersion, HEADER_BYTES, Header, MAGIC, random_id};
+pub use index::SECTION_BLOCK;
 pub use reader::{ChunkEntry, Reader};
 pub use section::{SectionInfo, SectionReader};
 pub use verify::VerifySummary;

@@ -37,9 +37,11 @@ pub struct AddressSpace {
     pub thp_disabled: bool,
     /// What it has switched on or off.
     #[serde(default)]
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub switches: Vec<Switch>,
     /// The local descriptor table.
     #[serde(default)]
+    #[serde(deserialize_with = "bounds::few::<_, _, 8192>")]
     pub segments: Vec<Segment>,
     /// `PR_GET_DUMPABLE`: 0, 1 or 2.
     #[serde(deserialize_with = "bounds::choice")]

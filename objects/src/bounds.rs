@@ -134,6 +134,25 @@ kinds! {
     count: "count of an eventfd", 0..=0xffff_ffff_ffff_fffe;
 }
 
+/// A list of `MOST` elements at most.
+///
+/// # Errors
+/// The format's own, for more.
+pub fn few<'de, D, T, const MOST: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let list = Vec::deserialize(deserializer)?;
+    match list.len() <= MOST {
+        true => Ok(list),
+        false => Err(D::Error::custom(format!(
+            "{} elements, of {MOST} at most",
+            list.len()
+        ))),
+    }
+}
+
 /// Bytes, `MOST` of them at most.
 ///
 /// # Errors

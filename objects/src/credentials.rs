@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use crate::bounds;
 use ckpt_tracer::capabilities::{Held, Use, set_names};
 use ckpt_tracer::proc::status::{self, Status};
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,7 @@ pub struct Credentials {
     /// Real, effective, saved, file system.
     pub gid: [u32; 4],
     /// Supplementary groups.
+    #[serde(deserialize_with = "bounds::few::<_, _, 65536>")]
     pub groups: Vec<u32>,
     /// Inheritable capabilities.
     pub inheritable: u64,

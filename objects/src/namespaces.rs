@@ -2,6 +2,7 @@
 
 use std::os::fd::AsRawFd;
 
+use crate::bounds;
 use ckpt_tracer::proc::{ProcDir, namespaces};
 use serde::{Deserialize, Serialize};
 
@@ -55,8 +56,10 @@ impl Names {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserNamespace {
     /// `/proc/PID/uid_map`: inside, outside, how many.
+    #[serde(deserialize_with = "bounds::few::<_, _, 340>")]
     pub uids: Vec<Extent>,
     /// `/proc/PID/gid_map`.
+    #[serde(deserialize_with = "bounds::few::<_, _, 340>")]
     pub gids: Vec<Extent>,
     /// Who made it, outside.
     #[serde(default)]
@@ -64,6 +67,7 @@ pub struct UserNamespace {
     /// Where setgroups(2) is permitted: supplementary groups of whoever made it, outside. A process
     /// that has not set its own has them, though they may lead nowhere inside.
     #[serde(default)]
+    #[serde(deserialize_with = "bounds::few::<_, _, 65536>")]
     pub inherited_groups: Vec<u32>,
     /// setgroups(2) is forbidden: the supplementary groups are those of whoever made it.
     pub groups_are_fixed: bool,

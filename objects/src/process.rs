@@ -85,6 +85,7 @@ pub struct Process {
     /// Threads; the first one is the leader.
     pub threads: Vec<Thread>,
     /// Actions that are not the default.
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub actions: Vec<Action>,
     /// Signals waiting for the process.
     pub pending: Vec<Pending>,
@@ -112,12 +113,14 @@ pub struct Process {
     #[serde(deserialize_with = "bounds::umask")]
     pub umask: u32,
     /// Limits.
+    #[serde(deserialize_with = "bounds::few::<_, _, 16>")]
     pub limits: Vec<Limit>,
     /// personality(2).
     pub personality: u32,
     /// `PR_GET_CHILD_SUBREAPER`.
     pub child_subreaper: bool,
     /// Control groups.
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub cgroups: Vec<Cgroup>,
     /// Processor state that it may use.
     #[serde(default)]

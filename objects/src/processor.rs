@@ -28,8 +28,10 @@ pub struct Processor {
     /// Family, model and stepping (leaf 1 of cpuid, `eax`).
     pub signature: u32,
     /// What cpuid tells of features.
+    #[serde(deserialize_with = "bounds::few::<_, _, 256>")]
     pub words: Vec<Word>,
     /// State components behind x87 and SSE that are enabled; ascending.
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub components: Vec<Component>,
 }
 

@@ -63,21 +63,25 @@ pub struct Thread {
     pub seccomp: Seccomp,
     /// What it has switched on or off.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub switches: Vec<Switch>,
     /// Its memory policy (set_mempolicy(2)), unless it is the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_policy: Option<MemoryPolicy>,
     /// Its thread-local segments (set_thread_area(2)).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "bounds::few::<_, _, 3>")]
     pub thread_areas: Vec<Segment>,
     /// I/O ports that it may use: first, how many.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "bounds::few::<_, _, 65536>")]
     pub io_ports: Vec<(u16, u32)>,
     /// It is in a Landlock domain.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub landlocked: bool,
     /// What security modules say of it.
     #[serde(default)]
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub security: Vec<Label>,
     /// Its syscall user dispatch.
     #[serde(default)]

@@ -288,7 +288,8 @@ fn fds_table(fds: &[FdView]) -> Table {
         "shared with",
     ]);
     for fd in fds {
-        let mut shared = fd.shared_with.join(" ");
+        let names: Vec<_> = fd.shared_with.iter().map(ToString::to_string).collect();
+        let mut shared = names.join(" ");
         if fd.shared_with_count > fd.shared_with.len() {
             let _ = write!(
                 shared,

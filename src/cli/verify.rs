@@ -62,6 +62,6 @@ fn verify(image: &Path, bar: &dyn Progress) -> Result<(VerifySummary, Vec<String
         known = done;
     })?;
     bar.end();
-    let snapshot = snapshot::read(&reader, image)?;
+    let snapshot = snapshot::decode(&mut snapshot::allowance(&reader), &reader, image)?;
     Ok((summary, references::check(&snapshot, &reader)))
 }

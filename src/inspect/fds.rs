@@ -1,8 +1,9 @@
 //! What each process has open.
 
 use std::collections::HashMap;
+use std::fmt;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::objects::Snapshot;
 use crate::objects::files::terminal::Side;
@@ -29,9 +30,30 @@ pub struct FdView {
     /// Access mode and status flags, such as `O_RDWR|O_APPEND`, and `O_CLOEXEC` of the descriptor.
     pub flags: String,
     /// Other descriptors of the same open file description, as `PID:FD`; at most 16 of them.
-    pub shared_with: Vec<String>,
+    pub shared_with: Vec<Sharer>,
     /// How many there are.
     pub shared_with_count: usize,
+}
+
+/// A descriptor of the same open file description; text and JSON say `PID:FD`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sharer {
+    /// Its process.
+    pub pid: i32,
+    /// Its number.
+    pub fd: i32,
+}
+
+impl fmt::Display for Sharer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.pid, self.fd)
+    }
+}
+
+impl Serialize for Sharer {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// More sharers are counted and not named, so that the table grows with the number of descriptors only.
@@ -67,7 +89,7 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
                 flags: flags(description, entry.close_on_exec),
                 shared_with: others
                     .take(SHARERS_SHOWN)
-                    .map(|(pid, fd)| format!("{pid}:{fd}"))
+                    .map(|&(pid, fd)| Sharer { pid, fd })
                     .collect(),
                 shared_with_count: sharers.len().saturating_sub(1),
             });

@@ -10,7 +10,7 @@ use crate::objects::files::Kind;
 use crate::objects::files::regular::Regular;
 use crate::objects::ipc::Object;
 use crate::objects::ipc::table::Type;
-use crate::objects::memory::{Backing, FileIdentity, KernelMapping};
+use crate::objects::memory::{Backing, FileIdentity, KernelMapping, Uses};
 use crate::objects::processor;
 use crate::objects::{Snapshot, aio};
 use crate::restore::surroundings;
@@ -88,34 +88,21 @@ pub fn needs(snapshot: &Snapshot) -> Vec<NeedView> {
 }
 
 fn mapped_files(snapshot: &Snapshot) -> Vec<NeedView> {
-    let executed = |file| {
-        snapshot
-            .processes
-            .iter()
-            .any(|p| p.memory.executable == file)
-    };
+    let uses = Uses::of(snapshot);
     let files = snapshot.mapped_files.iter().enumerate();
     let files = files.filter(|(_, file)| file.contents.is_none());
     let view = |(index, file): (usize, &crate::objects::memory::MappedFile)| {
-        let kind = if executed(index) {
-            "program"
-        } else {
-            "mapped file"
+        let kind = match uses.executed(index) {
+            true => "program",
+            false => "mapped file",
         };
-        let how = how_mapped(snapshot, index);
+        let how = match uses.shared(index) {
+            true => "its pages are shared with the file",
+            false => "its pages are the job's",
+        };
         NeedView::file(kind, &file.path, &file.identity, how, snapshot)
     };
     files.map(view).collect()
-}
-
-fn how_mapped(snapshot: &Snapshot, index: usize) -> &'static str {
-    let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
-    let is =
-        |backing: &Backing| matches!(backing, Backing::SharedFile { file, .. } if *file == index);
-    match mappings.any(|m| is(&m.backing)) {
-        true => "its pages are shared with the file",
-        false => "its pages are the job's",
-    }
 }
 
 fn open_files(snapshot: &Snapshot) -> Vec<NeedView> {

@@ -13,14 +13,14 @@ use crate::error::Obstacle;
 use crate::objects::births::Origin;
 use crate::objects::files::{self, Staging, procfs, removed};
 use crate::objects::ipc::{notice, sysv_msg, sysv_sem, sysv_shm};
-use crate::objects::memory::{self, Forked, SharedAt};
+use crate::objects::memory::{self, Forked, SharedAt, Uses};
 use crate::objects::plan::{Builder, Inherited, Stage};
 use crate::objects::process::{Process, RemovedPlaces};
 use crate::objects::thread::Thread;
-use crate::objects::{
-    Snapshot, aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
-};
 use crate::objects::{access, rights};
+use crate::objects::{
+    aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
+};
 use crate::text::Shown;
 
 /// One plan in the making.
@@ -114,11 +114,12 @@ impl Build<'_> {
         let staging = self.job.staging;
         if self.index == 0 {
             self.inherit_files(staging, plan);
+            let (put, uses) = (super::put::covered(snapshot), Uses::of(snapshot));
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
-                if file.contents.is_some() || super::put::covers(snapshot, &file.path) {
+                if file.contents.is_some() || put.contains(file.path.as_path()) {
                     continue;
                 }
-                let shared_only = !is_mapped_privately(snapshot, index);
+                let shared_only = !uses.as_it_was(index);
                 let policy = self.job.request.objects.files;
                 if let Err(o) = memory::check_file(file, shared_only, policy) {
                     obstacles.push(*o);
@@ -281,15 +282,6 @@ impl Build<'_> {
             plan.inherit(staging.executable(file), Inherited::Executable(file));
         }
     }
-}
-
-/// Whether pages of the file are needed as they were, and not only as they are.
-pub(super) fn is_mapped_privately(snapshot: &Snapshot, file: usize) -> bool {
-    let is = |m: &memory::Mapping| matches!(m.backing, memory::Backing::PrivateFile { file: f, .. } if f == file);
-    snapshot
-        .processes
-        .iter()
-        .any(|p| p.memory.executable == file || p.memory.mappings.iter().any(is))
 }
 
 /// Creates the threads, each when the first one has the seccomp filters that both have; how many that

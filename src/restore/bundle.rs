@@ -15,8 +15,9 @@ use crate::objects::options::FilesPolicy;
 /// Decides for every bundled file; the paths of those that the image gives.
 pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
     // What is put back is what it was.
+    let covered = put::covered(snapshot);
     let files = snapshot.mapped_files.iter();
-    let put: Vec<bool> = files.map(|f| put::covers(snapshot, &f.path)).collect();
+    let put: Vec<bool> = files.map(|f| covered.contains(f.path.as_path())).collect();
     let bundle = std::mem::take(&mut snapshot.bundle);
     let mut given = Vec::new();
     let mut decide = |path: &Path, identity: &mut FileIdentity| {

@@ -13,7 +13,6 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::build;
 use super::named::{Named, cannot_open};
 use super::pty::{self, Ptys};
 use crate::error::{Error, Result};
@@ -21,7 +20,7 @@ use crate::objects::files::attributes::Attributes;
 use crate::objects::files::changed::{self, Written};
 use crate::objects::files::memfd::MemFd;
 use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
-use crate::objects::memory::{self, space::fill};
+use crate::objects::memory::{self, Uses, space::fill};
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Inherit, Inherited};
 use crate::objects::rights::{self, Rights};
@@ -45,6 +44,7 @@ pub fn open_all(
         ptys,
         rights,
         policy,
+        uses: Uses::of(snapshot),
         written: Written::by(snapshot),
         warnings: Vec::new(),
     };
@@ -71,6 +71,7 @@ struct Made<'a> {
     ptys: &'a Ptys,
     rights: Option<&'a Rights>,
     policy: FilesPolicy,
+    uses: Uses,
     /// What the job may have written after the checkpoint.
     written: Written,
     warnings: Vec<String>,
@@ -376,7 +377,7 @@ fn open<'a>(
                     true => libc::O_RDWR,
                     false => libc::O_RDONLY,
                 };
-                let shared_only = !build::is_mapped_privately(snapshot, *index);
+                let shared_only = !made.uses.as_it_was(*index);
                 let find = || memory::check_file(record, shared_only, made.policy);
                 let named = Named::mapped(*index, record, made.rights);
                 return Ok(named

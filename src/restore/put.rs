@@ -66,9 +66,9 @@ pub fn warning(policy: PutFiles, snapshot: &Snapshot) -> Option<String> {
     })
 }
 
-/// Whether the file of that path is put back, and so is as it was.
-pub fn covers(snapshot: &Snapshot, path: &Path) -> bool {
-    saved(snapshot).any(|(file, _, _)| file == path)
+/// Paths of the files that are put back, and so are as they were.
+pub fn covered(snapshot: &Snapshot) -> HashSet<&Path> {
+    saved(snapshot).map(|(file, _, _)| file).collect()
 }
 
 /// A saved file: its path, what it was, what is saved of it.

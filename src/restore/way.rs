@@ -21,7 +21,6 @@ use crate::objects::files::changed::Cut;
 use crate::objects::files::left;
 use crate::objects::plan::Inherit;
 use crate::objects::processor::Baseline;
-use crate::objects::references;
 use crate::objects::rights;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, credentials, ipc, processor, seccomp, security, signals};
@@ -181,10 +180,6 @@ fn opened<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
         false => u64::MAX,
     };
     let mut snapshot = snapshot::read_within(&mut room, &image, request.image)?;
-    if let Some(what) = references::check(&snapshot, &image).into_iter().next() {
-        let path = request.image.to_owned();
-        return Err(Error::Metadata { path, what });
-    }
     let kernel = KernelFeatures::probe();
     let verdict = processor::judge(&snapshot, &kernel.cpu);
     let fewer_filters = seccomp::surroundings::fewer_here(snapshot.filters_around());

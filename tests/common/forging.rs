@@ -167,7 +167,6 @@ pub fn look_into(bytes: Vec<u8>, path: &Path) {
     let Ok(snapshot) = ckpt::snapshot::read(&image, path) else {
         return;
     };
-    let _ = ckpt::objects::references::check(&snapshot, &image);
     let _ = inspect::summary::summary(&image, &snapshot);
     let _ = inspect::threads::threads(&image, &snapshot);
     let _ = inspect::maps::maps(&image, &snapshot);

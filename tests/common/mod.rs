@@ -15,6 +15,7 @@ pub mod logger;
 pub mod look;
 pub mod moments;
 pub mod odd;
+pub mod peak;
 pub mod refused;
 pub mod rounds;
 pub mod screen;

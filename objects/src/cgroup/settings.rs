@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::bounds;
 use ckpt_tracer::proc::mounts::{Mount, read_mounts};
 use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,7 @@ pub struct Group {
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
     /// Names of files and what was in them.
+    #[serde(deserialize_with = "bounds::few::<_, _, 1024>")]
     pub settings: Vec<(String, String)>,
 }
 

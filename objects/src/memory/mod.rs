@@ -19,6 +19,7 @@ mod inherit;
 pub mod mapped;
 mod rebuild;
 pub mod space;
+mod uses;
 
 pub use capture::{Captured, capture, guard_pages};
 pub use contents::hidden_by_guards;
@@ -28,6 +29,7 @@ pub use rebuild::{
     Forked, SharedAt, allocate_keys, clear_and_move, drop_pages, finish, free_keys, map_all,
     place_shared,
 };
+pub use uses::Uses;
 
 /// One mapping.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

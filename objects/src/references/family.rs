@@ -101,13 +101,14 @@ fn stops(process: &Process, place: &HashMap<i32, usize>, faults: &mut Faults) {
         "process {} was stopped by a signal that stops nobody",
         process.pid
     );
+    let there = |pids: &[i32]| {
+        let mut once = HashSet::new();
+        pids.iter()
+            .all(|pid| place.contains_key(pid) && once.insert(*pid))
+    };
     require!(
         faults,
-        process
-            .untold_stops
-            .iter()
-            .chain(&process.untold_continues)
-            .all(|pid| place.contains_key(pid)),
+        there(&process.untold_stops) && there(&process.untold_continues),
         "process {} has not been told of the stop or going on of a process that is not there",
         process.pid
     );

@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use crate::bounds;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,7 @@ pub struct NetlinkSocket {
     /// Its protocol.
     pub protocol: i32,
     /// Options that a new socket does not have.
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub options: Vec<SocketOption>,
     /// Bytes that cookies of notices to come count in its receive buffer.
     #[serde(skip)]

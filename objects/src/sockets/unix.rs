@@ -32,6 +32,7 @@ pub struct UnixSocket {
     /// What can be read from it.
     pub queue: Vec<Message>,
     /// Options that a new socket does not have.
+    #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub options: Vec<SocketOption>,
     /// Its filter, instructions of classic BPF.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "serde_bytes")]
@@ -177,6 +178,7 @@ pub struct Message {
     /// Inode of the socket that it comes from.
     pub from: u64,
     /// Descriptors in it: indices in the snapshot's descriptions.
+    #[serde(deserialize_with = "bounds::few::<_, _, 253>")]
     pub rights: Vec<usize>,
     /// Whom the reader is told of.
     pub credentials: Option<Ucred>,

@@ -1,0 +1,52 @@
+//! How processes use mapped files.
+
+use std::collections::HashSet;
+
+use super::Backing;
+use crate::Snapshot;
+
+/// Which mapped files are used how, by their index in the snapshot.
+#[derive(Debug)]
+pub struct Uses {
+    executed: HashSet<usize>,
+    private: HashSet<usize>,
+    shared: HashSet<usize>,
+}
+
+impl Uses {
+    /// Looks through the mappings of all processes.
+    pub fn of(snapshot: &Snapshot) -> Self {
+        let memory = || snapshot.processes.iter().map(|process| &process.memory);
+        let backings = || memory().flat_map(|memory| memory.mappings.iter().map(|m| &m.backing));
+        Self {
+            executed: memory().map(|memory| memory.executable).collect(),
+            private: backings()
+                .filter_map(|backing| match backing {
+                    Backing::PrivateFile { file, .. } => Some(*file),
+                    _ => None,
+                })
+                .collect(),
+            shared: backings()
+                .filter_map(|backing| match backing {
+                    Backing::SharedFile { file, .. } => Some(*file),
+                    _ => None,
+                })
+                .collect(),
+        }
+    }
+
+    /// Whether a process executes the file.
+    pub fn executed(&self, file: usize) -> bool {
+        self.executed.contains(&file)
+    }
+
+    /// Whether pages of the file are needed as they were, and not only as they are.
+    pub fn as_it_was(&self, file: usize) -> bool {
+        self.executed(file) || self.private.contains(&file)
+    }
+
+    /// Whether what is written to its pages reaches the file.
+    pub fn shared(&self, file: usize) -> bool {
+        self.shared.contains(&file)
+    }
+}
