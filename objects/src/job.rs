@@ -97,14 +97,14 @@ impl FrozenJob {
         // leave a zombie; that this goes unseen twice is not to be expected.
         let mut quiet = 0;
         loop {
-            let (living, found) = hunt.walk()?;
+            let (living, ended, found) = hunt.walk()?;
             quiet = if found { 0 } else { quiet + 1 };
             if quiet == 2 {
                 let in_order = living.iter().filter_map(|pid| hunt.frozen.remove(pid));
                 return Ok(Self {
                     groups: None,
                     processes: in_order.collect(),
-                    ended: hunt.ended.into_iter().collect(),
+                    ended,
                 });
             }
         }
@@ -157,17 +157,25 @@ struct Hunt {
 
 impl Hunt {
     /// From each process to its children, which are looked for only when it is stopped and can have
-    /// no more: those that live, parents first, and whether anybody was met for the first time.
-    fn walk(&mut self) -> Result<(Vec<Pid>, bool)> {
+    /// no more: those that live, parents first, those that have ended, both in the order in which the kernel has the children
+    /// of one, and whether anybody was met for the first time.
+    fn walk(&mut self) -> Result<(Vec<Pid>, Vec<Pid>, bool)> {
         let proc = ProcRoot::default();
         let mut found = false;
+        let mut ended = Vec::new();
         let mut living = Vec::with_capacity(self.frozen.len());
         let mut next: VecDeque<Pid> = self.roots.iter().copied().collect();
         while let Some(pid) = next.pop_front() {
+            let is_new = !ended.contains(&pid);
+            if self.ended.contains(&pid) {
+                ended.extend(Some(pid).filter(|_| is_new));
+                continue;
+            }
             if !self.frozen.contains_key(&pid) {
                 found = true;
                 if !self.stop(pid)? {
                     self.roots.retain(|root| *root != pid);
+                    ended.extend(Some(pid).filter(|pid| self.ended.contains(pid)));
                     continue;
                 }
             }
@@ -178,10 +186,10 @@ impl Hunt {
                 // Somebody has killed it.
                 Err(_) => continue,
             };
-            let new = |child: &Pid| !self.ended.contains(child) && !self.roots.contains(child);
+            let new = |child: &Pid| !self.roots.contains(child);
             next.extend(children.into_iter().filter(new));
         }
-        Ok((living, found))
+        Ok((living, ended, found))
     }
 
     /// Stops a process, unless it has ended.

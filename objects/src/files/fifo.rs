@@ -15,6 +15,7 @@ use nix::unistd::{AccessFlags, mkfifo};
 use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
+use super::rebuild::set_status;
 use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
 use crate::Snapshot;
 use crate::access::may;
@@ -143,9 +144,8 @@ pub fn rebuild(
     let open = |at: u64, (i, d, _): &(usize, &Description, &FifoEnd), plan: &mut Builder| {
         let access = d.flags as i32 & libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_CLOEXEC;
         plan.expect(libc::SYS_openat, &[cwd, again, access as u64], at, object);
-        let kept = libc::O_NONBLOCK | libc::O_DIRECT | libc::O_APPEND | libc::O_NOATIME;
-        let args = [at, libc::F_SETFL as u64, (d.flags & kept as u32).into()];
-        plan.syscall(libc::SYS_fcntl, &args, object);
+        let settable = d.flags & (libc::O_NONBLOCK | libc::O_APPEND) as u32;
+        set_status(at as i32, d.flags, settable, plan, object);
         super::place(at as i32, staging.of(*i), plan, object);
     };
     for end in ends.iter().filter(|(.., f)| !f.awaits_writer) {

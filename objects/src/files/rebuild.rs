@@ -375,19 +375,35 @@ fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
 }
 
 fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Builder) {
-    let others = description.flags & (libc::O_DIRECT | libc::O_NOATIME) as u32;
+    let object = || format!("the flags of an open file ({})", description.kind.label());
+    set_status(fd, description.flags, settable, plan, object);
+}
+
+/// F_SETFL. The job may have set O_NOATIME as another user than the one in whose name files are opened.
+pub(super) fn set_status(
+    fd: i32,
+    flags: u32,
+    settable: u32,
+    plan: &mut Builder,
+    object: impl Fn() -> String,
+) {
+    let noatime = flags & libc::O_NOATIME as u32;
+    let others = flags & libc::O_DIRECT as u32 | noatime;
     let args = [fd as u64, libc::F_SETFL as u64, (settable | others).into()];
-    let object = || {
-        let of = format!("the flags of an open file ({})", description.kind.label());
-        match description.flags & libc::O_NOATIME as u32 {
-            0 => of,
-            _ => format!(
-                "{of} with O_NOATIME, which needs {} if that is not yours",
-                Use::NoAccessTime
-            ),
-        }
+    let object = || match noatime {
+        0 => object(),
+        _ => format!(
+            "{} with O_NOATIME, which needs {} if that is not yours",
+            object(),
+            Use::NoAccessTime
+        ),
     };
-    plan.syscall(libc::SYS_fcntl, &args, object);
+    let set = |plan: &mut Builder| plan.syscall(libc::SYS_fcntl, &args, object);
+    let rights = plan.host().rights.clone();
+    match rights.filter(|_| noatime != 0) {
+        Some(rights) => rights.as_ourselves(false, plan, set),
+        None => set(plan),
+    }
 }
 
 /// Who gets SIGIO; done by its keeper, or by each process that has opened it for itself, when every process and thread exists

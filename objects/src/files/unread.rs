@@ -28,6 +28,8 @@ type Result<T, E = Errno> = std::result::Result<T, E>;
 const ATTEMPTS: u32 = 2_000;
 /// Microseconds.
 const NAP: u32 = 100;
+/// So many naps for what cannot be waited for.
+const LONG: u32 = 300;
 /// What the line discipline holds; more waits in the port's buffers.
 const DISCIPLINE: usize = 4095;
 /// Written in pieces of this size, a pty takes more than in any other way that was found (22,448
@@ -153,8 +155,6 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
         tty::set_packet_mode(master, true)?;
         work.set_status(waiting.status)?;
     }
-    tty::set_modes(slave, &work.unprocessed())?;
-    work.write(master, slave, &waiting.output)?;
     if !waiting.input.is_empty() {
         let all: Vec<u8> = waiting
             .input
@@ -162,8 +162,12 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
             .flat_map(|i| i.bytes.to_vec())
             .collect();
         let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
-        work.put_pieces(&all, pieces, |bytes| work.write(slave, master, bytes))?;
+        work.put_pieces(&all, pieces, waiting.status, |bytes| {
+            work.write(slave, master, bytes)
+        })?;
     }
+    tty::set_modes(slave, &work.unprocessed())?;
+    work.write(master, slave, &waiting.output)?;
     tty::set_modes(slave, &work.modes)?;
     work.stop(waiting.flow, waiting.status)
 }
@@ -225,12 +229,12 @@ impl Work<'_> {
             done = done.and(self.take_output(area));
         }
         done = done.and(self.set_status(area.status));
-        // Whatever failed, what was taken is put back.
-        if output {
-            done = done.and(self.put_output(area));
-        }
+        // Whatever failed, what was taken is put back: input first, while output has room.
         if input {
             done = done.and(self.put_input(area));
+        }
+        if output {
+            done = done.and(self.put_output(area));
         }
         done.and(self.stop(area.flow, area.status))
     }
@@ -318,27 +322,29 @@ impl Work<'_> {
             piece
         });
         let back = |bytes: &[u8]| self.put_back(self.slave, self.master, bytes);
-        let put = self.put_pieces(bytes, pieces, back);
+        let put = self.put_pieces(bytes, pieces, area.status, back);
         put.and(tty::set_modes(self.slave, &self.modes))
     }
 
-    /// Writes input; the modes are left as they had to be for that.
+    /// Writes input, with the slave's output running and empty; the modes are left as they had to be for that. `status` is
+    /// what a reader in packet mode is to be told.
     fn put_pieces<'a>(
         &self,
         all: &[u8],
         pieces: impl Iterator<Item = (&'a [u8], Ending)>,
+        status: u8,
         write: impl Fn(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let modes = self.verbatim(all);
         tty::set_modes(self.slave, &modes)?;
         let canonical = modes.local & libc::ICANON != 0;
-        let (mut ready, mut begun) = (0, false);
+        let mut ready = 0;
         for (bytes, ending) in pieces {
             write(bytes)?;
             if ending == Ending::EndOfFile {
                 write(&[modes.chars[libc::VEOF]])?;
             }
-            begun = canonical && ending == Ending::Open;
+            let begun = canonical && ending == Ending::Open;
             ready += if begun { 0 } else { bytes.len() };
         }
         // Another thread of the kernel works on what was written, and must find these modes.
@@ -346,11 +352,16 @@ impl Work<'_> {
             super::sys::poll_now(self.slave, libc::POLLIN);
             tty::unread(self.slave) == ready.min(DISCIPLINE)
         });
-        if begun && ready > 0 {
-            // Nothing tells of a line that has only begun behind others.
-            nap(30);
+        // Of lines poll(2) does not wait for it, and nothing tells of one that has only begun behind others.
+        match (canonical && !all.is_empty(), status) {
+            (false, _) => Ok(()),
+            (true, 0) => self.await_all(modes, all),
+            // To stop output would change that.
+            (true, _) => {
+                nap(LONG);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     /// Writes what is to be read from one side to the other, so that as much has room as there was.

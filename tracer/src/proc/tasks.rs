@@ -1,5 +1,6 @@
 //! Tasks, relations and the small files of a process: proc(5).
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -34,11 +35,12 @@ pub fn list_processes(root: &ProcRoot) -> Result<Vec<Pid>> {
         })
 }
 
-/// Children of a process, of all its tasks, zombies included, in the order of their ids.
+/// Children of a process, of all its tasks, zombies included, in the kernel's order: wait(2) takes the first
+/// that has ended, and what a process adopts comes last.
 ///
 /// `/proc/PID/task/TID/children` is complete only while the tasks are stopped: the kernel walks the
 /// list in steps, and children that come and go meanwhile make it skip others. Without that file
-/// (`CONFIG_PROC_CHILDREN`) every process's parent is looked at.
+/// (`CONFIG_PROC_CHILDREN`) every process's parent is looked at, in the order of ids.
 ///
 /// # Errors
 /// See [`ProcDir::read`].
@@ -63,8 +65,9 @@ pub fn children(root: &ProcRoot, pid: Pid) -> Result<Vec<Pid>> {
             found.push(Pid(dec(field).ok_or_else(|| dir.syntax("children", field))?));
         }
     }
-    found.sort_unstable();
-    found.dedup();
+    // One may have passed from thread to thread meanwhile.
+    let mut known = HashSet::new();
+    found.retain(|pid| known.insert(*pid));
     Ok(found)
 }
 

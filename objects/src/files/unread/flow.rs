@@ -7,8 +7,8 @@ use nix::errno::Errno;
 
 use super::super::sys::poll_now;
 use super::super::terminal::Flow;
-use super::{ATTEMPTS, Result, Work, read, soon, write_all};
-use crate::tty;
+use super::{ATTEMPTS, LONG, Result, Work, nap, read, soon, write_all};
+use crate::tty::{self, Modes};
 
 /// What a reader in packet mode is told (`TIOCPKT_*`, ioctl_tty(2)).
 mod packet {
@@ -108,6 +108,31 @@ impl Work<'_> {
         }
         if status == 0 {
             self.take_status()?;
+        }
+        Ok(())
+    }
+
+    /// Waits until all of the input is taken in: types a stop character behind it, whose effect is seen, and a start character.
+    /// `modes` are those that it was written in.
+    pub(super) fn await_all(&self, mut modes: Modes, input: &[u8]) -> Result<()> {
+        let ends = [libc::VEOF, libc::VEOL, libc::VEOL2].map(|at| modes.chars[at]);
+        let is_free = |c: &u8| *c != b'\n' && !ends.contains(c) && !input.contains(c);
+        let mut free = (1..=254).filter(is_free);
+        let (Some(stop), Some(start)) = (free.next(), free.next()) else {
+            nap(LONG);
+            return Ok(());
+        };
+        modes.input |= libc::IXON;
+        (modes.chars[libc::VSTOP], modes.chars[libc::VSTART]) = (stop, start);
+        tty::set_modes(self.slave, &modes)?;
+        let master = self.master.as_raw_fd();
+        write_all(master, self.slave, &[stop])?;
+        let all = soon(10 * ATTEMPTS, || !takes_output(self.slave));
+        write_all(master, self.slave, &[start])?;
+        if !soon(10 * ATTEMPTS, || takes_output(self.slave)) || !all {
+            flow(self.slave, libc::TCOOFF);
+            flow(self.slave, libc::TCOON);
+            return Err(Errno::EAGAIN);
         }
         Ok(())
     }

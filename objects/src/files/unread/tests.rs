@@ -167,3 +167,19 @@ fn much_input_in_lines_is_left_alone() {
     assert!(soon(ATTEMPTS, || tty::unread(&slave) == 40 * 64));
     assert_eq!(look(&master, Some(&slave), &[]).unwrap_err(), Trouble::Much);
 }
+
+/// Another thread of the kernel takes in what was put back. It may come late, and must find the modes for that.
+#[test]
+fn a_begun_line_is_not_echoed_again() {
+    for _ in 0..50 {
+        let (master, slave) = pty();
+        write_now(&master, &slave, b"one\ntwo");
+        while tty::unread(&master) < 8 {
+            super::super::sys::poll_now(&master, libc::POLLIN);
+        }
+        look(&master, Some(&slave), &[]).unwrap();
+        nap(30);
+        assert_eq!(read_now(&master).unwrap(), b"one\r\ntwo");
+        assert!(takes_output(&slave));
+    }
+}
