@@ -100,6 +100,11 @@ fn goes_on_untold(process: &Process, job: &Job<'_>) -> bool {
     all.any(|p| p.pid == process.parent && p.untold_continues.contains(&process.pid))
 }
 
+/// Whether a signal waits for the process, for any thread to take.
+fn waits_for_all(process: &Process, signal: i32) -> bool {
+    process.pending.iter().any(|p| p.signal() == signal)
+}
+
 /// Whether a signal waits for the process or a thread of it.
 fn waits(process: &Process, signal: i32) -> bool {
     pending(process).any(|pending| pending.signal() == signal)
@@ -186,8 +191,6 @@ fn take_note_of_stops(
         return Ok(());
     }
     let at = RemoteAddr(place);
-    let sigchld = 1u64 << (libc::SIGCHLD - 1);
-    mem.write(at, &[sigchld, 0, 0].map(u64::to_le_bytes).concat())?;
     if process.threads[0].seccomp.is_on() {
         suspend_seccomp(leader)?;
     }
@@ -199,25 +202,44 @@ fn take_note_of_stops(
             calls.call("wait4", libc::SYS_wait4, args)?;
         }
     }
-    if !waits(process, libc::SIGCHLD) {
-        take_signal(&mut calls, at)?;
+    if !waits_for_all(process, libc::SIGCHLD) {
+        take_signal(libc::SIGCHLD, process, mem, &mut calls, at)?;
     }
     calls.finish()?;
     Ok(())
 }
 
-/// Takes a pending signal, if there is one, of the set that stands at `at`, with a `struct timespec` of zero
-/// behind it.
-fn take_signal(calls: &mut RemoteCalls<'_>, at: RemoteAddr) -> Result<()> {
-    let args = [at.raw(), 0, at.raw() + 8, 8, 0, 0];
-    match calls.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
-        Ok(_) => Ok(()),
-        Err(ckpt_tracer::Error::Remote {
-            errno: Errno::EAGAIN,
-            ..
-        }) => Ok(()),
-        Err(e) => Err(e.into()),
+/// Takes a pending signal of the process, if there is one, and leaves the leader its own, which the kernel has it take first.
+/// `at` is room for a set and a `struct timespec`, or a signal.
+fn take_signal(
+    signal: i32,
+    process: &Process,
+    mem: &ProcessMemory,
+    calls: &mut RemoteCalls<'_>,
+    at: RemoteAddr,
+) -> Result<()> {
+    let leader = &process.threads[0];
+    let own = leader.pending.iter().find(|p| p.signal() == signal);
+    let set = 1u64 << (signal - 1);
+    mem.write(at, &[set, 0, 0].map(u64::to_le_bytes).concat())?;
+    for _ in 0..1 + usize::from(own.is_some()) {
+        let args = [at.raw(), 0, at.raw() + 8, 8, 0, 0];
+        match calls.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
+            Ok(_) => {}
+            Err(ckpt_tracer::Error::Remote {
+                errno: Errno::EAGAIN,
+                ..
+            }) => {}
+            Err(e) => return Err(e.into()),
+        }
     }
+    if let Some(own) = own {
+        mem.write(at, &own.0)?;
+        let (pid, tid) = (process.pid as u64, leader.tid as u64);
+        let args = [pid, tid, signal as u64, at.raw(), 0, 0];
+        calls.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
+    }
+    Ok(())
 }
 
 /// Traps are over, so SIGTRAP's own action is set, and signals that would have met them are queued, by each
@@ -275,7 +297,7 @@ fn remove_restorer(
     (job, disturbed): (&Job<'_>, Disturbed),
     cave: &Cave<'_>,
 ) -> Result<()> {
-    let continued = disturbed.continued && !waits(process, libc::SIGCONT);
+    let continued = disturbed.continued && !waits_for_all(process, libc::SIGCONT);
     let limit = match meets_traps(process) {
         true => limits::last(&process.limits, Pid(process.pid))?,
         false => None,
@@ -295,9 +317,7 @@ fn remove_restorer(
         calls.call("prlimit64", libc::SYS_prlimit64, args)?;
     }
     if continued {
-        let sigcont = 1u64 << (libc::SIGCONT - 1);
-        mem.write(at, &[sigcont, 0, 0].map(u64::to_le_bytes).concat())?;
-        take_signal(&mut calls, at)?;
+        take_signal(libc::SIGCONT, process, mem, &mut calls, at)?;
     }
     if !process.shares.memory {
         let args = [plan.base, plan.len, 0, 0, 0, 0];

@@ -4,6 +4,7 @@ use std::fs::Metadata;
 
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::proc::maps::Vma;
+use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
 
 use super::inherit::offset;
 use super::{Backing, Mapping, join, subtract};
@@ -25,14 +26,49 @@ pub(super) struct Layout<'a> {
     pub(super) guards: &'a [(u64, u64)],
 }
 
-/// Ranges of memory in which the object with that inode is seen: (offset, address, bytes). Guard pages
-/// show nothing of it.
-fn views(vma: &Vma, all: Layout<'_>, private: bool) -> Vec<(u64, u64, u64)> {
+/// The mappings of an object, shared or private ones.
+fn mapped<'a>(vma: &Vma, all: Layout<'a>, private: bool) -> impl Iterator<Item = &'a Vma> {
+    let of = (vma.dev, vma.inode);
     let mapped = all.vmas.iter();
-    let mapped = mapped.filter(|v| (v.dev, v.inode) == (vma.dev, vma.inode) && v.shared != private);
-    let mut views: Vec<_> = mapped
+    mapped.filter(move |v| (v.dev, v.inode) == of && v.shared != private)
+}
+
+/// What a process sees of an object, and the end of that, in bytes from the object's beginning. Of private mappings only
+/// the object's own pages show it.
+fn seen(source: &Source, vma: &Vma, all: Layout<'_>, private: bool) -> (Vec<View>, u64) {
+    let whole = readable(source, views(vma, all, &[], private));
+    let end = whole.last().map_or(0, |(offset, _, len)| offset + len);
+    if !private {
+        return (whole, end);
+    }
+    let mut own = Vec::new();
+    if let Ok(scanner) = PagemapScanner::open(source.dir.clone()) {
+        for vma in mapped(vma, all, true) {
+            let query = PageQuery::stored_pages(vma).unwrap_or_default();
+            // Of one that ends meanwhile nothing is read.
+            let _ = scanner.scan(vma.start..vma.end, query, |run| {
+                own.push((run.start, run.end))
+            });
+        }
+    }
+    let mut some = views(vma, all, &own, true);
+    for (offset, _, len) in &mut some {
+        *len = (*len).min(end.saturating_sub(*offset));
+    }
+    some.retain(|(_, _, len)| *len > 0);
+    (some, end)
+}
+
+/// A range of memory in which an object is seen: offset in the object, address, bytes.
+type View = (u64, u64, u64);
+
+/// Ranges of memory in which the object with that inode is seen. Guard pages show nothing of it, nor do `own` pages, which
+/// ascend.
+fn views(vma: &Vma, all: Layout<'_>, own: &[(u64, u64)], private: bool) -> Vec<View> {
+    let mut views: Vec<_> = mapped(vma, all, private)
         .flat_map(|v| {
-            let pieces = subtract(&[(v.start, v.end)], all.guards).into_iter();
+            let pieces = subtract(&[(v.start, v.end)], all.guards);
+            let pieces = subtract(&pieces, own).into_iter();
             pieces.map(|(start, end)| (v.offset + (start - v.start), start, end - start))
         })
         .collect();
@@ -53,7 +89,7 @@ fn views(vma: &Vma, all: Layout<'_>, private: bool) -> Vec<(u64, u64, u64)> {
 
 /// What of some views can be read: mappings may reach beyond the end of an object, where the kernel
 /// answers EIO.
-fn readable(source: &Source, mut views: Vec<(u64, u64, u64)>) -> Vec<(u64, u64, u64)> {
+fn readable(source: &Source, mut views: Vec<View>) -> Vec<View> {
     let has = |address: u64| source.mem.read(RemoteAddr(address), &mut [0]).is_ok();
     let mut ended = false;
     for (_, address, len) in &mut views {
@@ -90,8 +126,7 @@ pub(super) fn contents_of(
         let size = meta.len();
         return (Contents::File(file, size), size);
     }
-    let views = readable(source, views(vma, all, private));
-    let size = views.last().map_or(0, |(offset, _, len)| offset + len);
+    let (views, size) = seen(source, vma, all, private);
     let of_it = |(offset, address, len)| (source.pid, offset, address, len);
     (
         Contents::Memory(views.into_iter().map(of_it).collect()),
@@ -112,7 +147,7 @@ pub(super) fn add_views(
     let Some((_, Contents::Memory(known))) = contents else {
         return 0;
     };
-    let views = readable(source, views(vma, all, private));
+    let (views, end) = seen(source, vma, all, private);
     let shown = join(known.iter().map(|v| (v.1, v.1 + v.3)).collect());
     let ranges: Vec<(u64, u64)> = views.iter().map(|v| (v.0, v.0 + v.2)).collect();
     let mut views = views.iter().peekable();
@@ -123,7 +158,7 @@ pub(super) fn add_views(
             known.push((source.pid, from, address + (from - offset), to - from));
         }
     }
-    ranges.last().map_or(0, |range| range.1)
+    end
 }
 
 /// Mappings of one process in which guard pages hide what no mapping of the job shows: where an object can
