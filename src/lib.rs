@@ -20,4 +20,4 @@ pub mod snapshot;
 pub mod supervise;
 
 pub use ckpt_objects as objects;
-pub use ckpt_objects::{Error, Obstacle, Result, error, text, tty};
+pub use ckpt_objects::{Error, Obstacle, Result, error, text};

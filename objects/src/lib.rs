@@ -52,7 +52,6 @@ pub mod switches;
 pub mod text;
 pub mod thread;
 pub mod timers;
-pub mod tty;
 pub mod uring;
 pub mod vdso;
 pub mod zombie;

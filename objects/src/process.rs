@@ -335,7 +335,7 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlac
         let reachable = matches!((&there, &named), (Ok(a), Ok(b)) if memory::same_file(a, b));
         let removed = |collector: &mut Collector| {
             let path = without_deleted(&link)?;
-            let handle = files::sys::handle(&source.dir.join(name)).ok()?;
+            let handle = ckpt_sys::files::handle(&source.dir.join(name)).ok()?;
             removed::enter(&path, &handle, &mut collector.removed).ok()
         };
         if reachable {

@@ -20,7 +20,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
-use ckpt_tracer::child::Undisturbed;
+use ckpt_sys::helper::Undisturbed;
 use ckpt_tracer::features::KernelFeatures;
 use nix::errno::Errno;
 

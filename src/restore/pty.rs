@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::terminal::{Access, End, Pair, Side, Terminal};
 use crate::objects::files::unread::{self, Waiting};
-use crate::tty::{self, Modes};
+use ckpt_sys::tty::{self, Modes};
 
 /// More ptys than this are not made to reach a number.
 const PATIENCE: u32 = 1024;

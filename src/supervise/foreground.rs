@@ -7,7 +7,7 @@ use nix::unistd::{Pid, getpgrp};
 use serde::{Deserialize, Serialize};
 
 use super::Terminal;
-use crate::tty::{self, Modes};
+use ckpt_sys::tty::{self, Modes};
 
 /// What a job wants of the terminal when it is let go.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{pipe, read, write};
 
 use super::Terminal;
-use crate::tty::{self, Modes};
+use ckpt_sys::tty::{self, Modes};
 
 /// How long a terminal that nobody has open is left alone, milliseconds.
 const NOBODY: u16 = 50;

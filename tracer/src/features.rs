@@ -17,11 +17,11 @@ use std::mem::size_of;
 use nix::errno::Errno;
 
 use crate::capabilities::Held;
-use crate::child::{Child, pause_forever};
 use crate::kcmp::{KcmpType, kcmp};
 use crate::proc::mounts;
 use crate::proc::pagemap::{PagemapScanner, ScanMethod};
 use crate::{Pid, Result, Tid};
+use ckpt_sys::helper::{Child, pause_forever};
 
 pub use cpu::{Cpu, FeatureWord, Register, StateComponent};
 pub use table::FeatureRow;
@@ -151,7 +151,7 @@ impl KernelFeatures {
             ..Self::default()
         };
         found.probe_calls();
-        found.set_tid = found.clone3 && may_set_tid();
+        found.set_tid = found.clone3 && ckpt_sys::process::may_choose_pids();
         found.probe_target();
         found.probe_namespaces();
         found
@@ -311,18 +311,6 @@ fn try_pid_and_mounts() -> ! {
         let made = libc::syscall(libc::SYS_unshare, kinds) == 0 || with_user();
         libc::_exit(i32::from(made))
     }
-}
-
-/// Whether we may choose pids, by choosing our own: permission is looked at before it is found that
-/// somebody has it (`alloc_pid`, kernel/pid.c).
-fn may_set_tid() -> bool {
-    let taken = std::process::id();
-    // SAFETY: a structure of numbers, for which zeros are no wish.
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    (args.set_tid, args.set_tid_size) = ((&raw const taken) as u64, 1);
-    // SAFETY: `args` and `taken` live on. There is no child, since the pid is that of the caller.
-    let r = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
-    r < 0 && Errno::last() == Errno::EEXIST
 }
 
 /// One after the other: a security module may allow a user namespace and then no capability in it.

@@ -8,8 +8,8 @@ use std::os::fd::RawFd;
 
 use nix::errno::Errno;
 
-use crate::child::{Child, pause_forever};
 use crate::{Error, Result, Tid};
+use ckpt_sys::helper::{Child, pause_forever};
 
 /// What is compared. The numbers are `KCMP_*` of `linux/kcmp.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,6 @@
 //!   loss of its tracer at any moment;
 //! * [`cpuid`]: programs that are answered when they ask what the processor is;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
-//! * [`child`]: children of our own, for what must be done to the end if we are killed;
 //! * [`dispatch`]: tasks whose own system calls are dispatched to the program;
 //! * [`refusal`]: why the kernel lets nobody attach;
 //! * [`proc`]: typed readers of `/proc`;
@@ -21,7 +20,6 @@ mod addr;
 pub mod blob;
 pub mod bystander;
 pub mod capabilities;
-pub mod child;
 pub mod cpuid;
 pub mod dispatch;
 mod error;

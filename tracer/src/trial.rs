@@ -9,8 +9,8 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::child::Child;
 use crate::remote::Call;
+use ckpt_sys::helper::Child;
 
 /// What the child makes: all, or the one of that number.
 static WHICH: AtomicUsize = AtomicUsize::new(ALL);

@@ -1,15 +1,14 @@
 //! Frozen control groups: `cgroup.freeze` of version 2, the freezer of version 1. So stands a job after
 //! `docker pause` and `systemctl freeze`. Its tasks execute nothing until they are thawed, not even a
 //! remote call.
-#![allow(unsafe_code)]
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use ckpt_sys::helper::Helper;
 use ckpt_tracer::Pid;
-use ckpt_tracer::child::Helper;
 use ckpt_tracer::proc::mounts::read_mounts;
 use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
@@ -274,24 +273,16 @@ fn failed(source: std::io::Error) -> Error {
 /// Starts the process that freezes the groups again if the pipe ends without a word.
 fn keep(groups: &[(Version, File)]) -> Result<(Helper, OwnedFd), Errno> {
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-    let ours = writer.as_raw_fd();
-    let controls: Vec<(RawFd, &[u8])> = groups
-        .iter()
-        .map(|(version, file)| (file.as_raw_fd(), version.frozen()))
-        .collect();
-    // SAFETY: the helper closes and reads its descriptors and writes to them, and that is all.
-    let helper = unsafe {
-        Helper::start(|| {
-            libc::close(ours);
-            let mut word = 0u8;
-            if libc::read(reader.as_raw_fd(), (&raw mut word).cast(), 1) == 1 {
-                return 0;
-            }
-            for (control, frozen) in &controls {
-                libc::pwrite(*control, frozen.as_ptr().cast(), frozen.len(), 0);
-            }
-            0
-        })
-    }?;
+    let files = groups.iter().map(|(_, file)| file.as_fd());
+    let kept: Vec<BorrowedFd<'_>> = files.chain([reader.as_fd()]).collect();
+    let helper = Helper::start_with(&kept, || {
+        if nix::unistd::read(&reader, &mut [0]) == Ok(1) {
+            return 0;
+        }
+        for (version, file) in groups {
+            let _ = file.write_at(version.frozen(), 0);
+        }
+        0
+    })?;
     Ok((helper, writer))
 }

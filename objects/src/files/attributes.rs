@@ -1,14 +1,13 @@
 //! What a file without a name has besides its contents: owner, mode, times, extended attributes and inode
 //! flags. A file with a name keeps its own.
-#![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::fs::{File, FileTimes, Metadata, Permissions};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ckpt_sys::attributes as sys;
 use nix::fcntl::AT_FDCWD;
 use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
@@ -46,12 +45,6 @@ pub struct Extended {
 const MODIFIABLE: u32 = 0x0003_80ff;
 /// `FS_IMMUTABLE_FL` and `FS_APPEND_FL`: with them nothing else can be changed.
 const FINAL: u32 = 0x10 | 0x20;
-/// `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`.
-const GET_FLAGS: u64 = 0x8008_6601;
-const SET_FLAGS: u64 = 0x4008_6602;
-/// `F_GET_RW_HINT` and `F_SET_RW_HINT`.
-const GET_LIFETIME: i32 = 1035;
-const SET_LIFETIME: i32 = 1036;
 
 impl Attributes {
     /// Those of an open file.
@@ -61,8 +54,8 @@ impl Attributes {
             accessed_ns: meta.atime() * 1_000_000_000 + meta.atime_nsec(),
             modified_ns: meta.mtime() * 1_000_000_000 + meta.mtime_nsec(),
             extended: extended(file),
-            flags: flags(file) & MODIFIABLE,
-            lifetime: lifetime(file),
+            flags: sys::inode_flags(file) & MODIFIABLE,
+            lifetime: sys::lifetime(file),
         }
     }
 
@@ -119,13 +112,10 @@ impl Attributes {
         if let Err(e) = file.set_permissions(Permissions::from_mode(mode)) {
             note(&format!("the mode {mode:o}"), e);
         }
-        if self.lifetime != lifetime(file) {
-            // SAFETY: the kernel reads one word.
-            let set =
-                unsafe { libc::fcntl(file.as_raw_fd(), SET_LIFETIME, &raw const self.lifetime) };
-            if set != 0 {
-                note("the hint of its lifetime", std::io::Error::last_os_error());
-            }
+        if self.lifetime != sys::lifetime(file)
+            && let Err(e) = sys::set_lifetime(file, self.lifetime)
+        {
+            note("the hint of its lifetime", e.into());
         }
         if let Err(e) = self.give_flags(file, !FINAL) {
             note("the inode flags", e);
@@ -145,16 +135,12 @@ impl Attributes {
     }
 
     fn give_flags(&self, file: &File, mask: u32) -> std::io::Result<()> {
-        let now = flags(file);
+        let now = sys::inode_flags(file);
         let wanted = now & !MODIFIABLE | self.flags & mask & MODIFIABLE;
         if wanted == now {
             return Ok(());
         }
-        // SAFETY: the kernel reads one int.
-        match unsafe { libc::ioctl(file.as_raw_fd(), SET_FLAGS, &raw const wanted) } {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
+        Ok(sys::set_inode_flags(file, wanted)?)
     }
 }
 
@@ -166,54 +152,21 @@ fn time(ns: i64) -> SystemTime {
     }
 }
 
-/// Inode flags; none where the file system has none.
-fn flags(file: &File) -> u32 {
-    let mut flags = 0u32;
-    // SAFETY: the kernel writes one int.
-    unsafe { libc::ioctl(file.as_raw_fd(), GET_FLAGS, &raw mut flags) };
-    flags
-}
-
-/// The hint; 0 where there is none.
-fn lifetime(file: &File) -> u64 {
-    let mut hint = 0u64;
-    // SAFETY: the kernel writes one word.
-    unsafe { libc::fcntl(file.as_raw_fd(), GET_LIFETIME, &raw mut hint) };
-    hint
-}
-
 /// Those that can be read.
 fn extended(file: &File) -> Vec<Extended> {
-    let fd = file.as_raw_fd();
-    // `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`
-    let (mut names, mut value) = (vec![0u8; 65536], vec![0u8; 65536]);
-    // SAFETY: room for as many bytes as are told.
-    let len = unsafe { libc::flistxattr(fd, names.as_mut_ptr().cast(), names.len()) };
-    names.truncate(len.max(0) as usize);
-    let names = names.split_inclusive(|byte| *byte == 0);
-    let names = names.filter_map(|name| CStr::from_bytes_with_nul(name).ok());
-    let mut read = |name: &CStr| {
-        // SAFETY: a C string, and room for as many bytes as are told.
-        let len =
-            unsafe { libc::fgetxattr(fd, name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-        Some(Extended {
-            name: name.to_str().ok()?.to_owned(),
-            value: value[..usize::try_from(len).ok()?].to_vec(),
-        })
+    let extended = |(name, value): (CString, Vec<u8>)| {
+        let name = name.into_string().ok()?;
+        Some(Extended { name, value })
     };
     // What a security module says of a file is its own to say of another one.
     let given = |e: &Extended| !e.name.starts_with("security.") || e.name == "security.capability";
-    names.filter_map(&mut read).filter(given).collect()
+    let all = sys::extended(file).into_iter();
+    all.filter_map(extended).filter(given).collect()
 }
 
 impl Extended {
     fn give(&self, file: &File) -> std::io::Result<()> {
         let name = CString::new(self.name.as_str())?;
-        let (value, len) = (self.value.as_ptr().cast(), self.value.len());
-        // SAFETY: a C string, and as many bytes as are told.
-        match unsafe { libc::fsetxattr(file.as_raw_fd(), name.as_ptr(), value, len, 0) } {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
+        Ok(sys::set_extended(file, &name, &self.value)?)
     }
 }

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::rebuild::place;
-use super::{Kind, Look, Staging, WITHHELD_REMEDY, sys};
+use super::{Kind, Look, Staging, WITHHELD_REMEDY};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Obstacle, Result};
@@ -44,7 +44,12 @@ pub struct BusyPoll {
 impl Epoll {
     /// A set whose entries are not known yet.
     pub fn capture(look: &Look) -> Self {
-        let busy_poll = sys::busy_poll(&look.copy);
+        let busy_poll = ckpt_sys::events::busy_poll(&look.copy);
+        let busy_poll = busy_poll.map(|[a, b, c, d, e, f, preferred, _]| BusyPoll {
+            microseconds: u32::from_ne_bytes([a, b, c, d]),
+            budget: u16::from_ne_bytes([e, f]),
+            preferred,
+        });
         Self {
             entries: Vec::new(),
             busy_poll: busy_poll.filter(|params| *params != BusyPoll::default()),
@@ -61,7 +66,7 @@ impl Epoll {
         bytes[4..6].copy_from_slice(&params.budget.to_ne_bytes());
         bytes[6] = params.preferred;
         let data = plan.data(&bytes);
-        let args = [at as u64, sys::EPIOCSPARAMS, data];
+        let args = [at as u64, ckpt_sys::events::EPIOCSPARAMS, data];
         let without = format!(
             "an epoll set does not poll network devices as it did (EPIOCSPARAMS); it may need Linux 6.9, and {}",
             Use::BusyPoll
@@ -150,7 +155,7 @@ pub fn capture_entries(
 /// (EEXIST).
 fn find_by_adding(looks: &[Look], set: &Look, target: &EpollTarget) -> Result<Option<usize>> {
     for at in candidates(looks, set, target) {
-        let asked = sys::epoll_has(&set.copy, &looks[at].copy, target.tfd);
+        let asked = ckpt_sys::events::epoll_has(&set.copy, &looks[at].copy, target.tfd);
         if asked.map_err(|errno| Error::Kernel {
             call: "epoll_ctl",
             object: format!("an epoll set, about fd {}", target.tfd),

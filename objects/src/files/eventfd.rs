@@ -1,10 +1,9 @@
 //! eventfd(2).
-#![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use ckpt_tracer::child::Helper;
-use nix::errno::Errno;
+use ckpt_sys::events::{eventfd_add, eventfd_take};
+use ckpt_sys::helper::Helper;
 use serde::{Deserialize, Serialize};
 
 use crate::bounds;
@@ -44,71 +43,47 @@ impl EventFd {
 ///
 /// A helper does it and puts all back, also if we are killed. Who waits for the count may be woken once more than it was written.
 pub fn is_semaphore(fd: &OwnedFd, count: u64) -> Option<bool> {
-    let fd = fd.as_raw_fd();
     let work = || match try_out(fd, count) {
         Some(semaphore) => semaphore.into(),
         None => 2,
     };
-    // SAFETY: it makes only system calls on values of its own stack.
-    match unsafe { Helper::run(work) } {
+    match Helper::run(work) {
         Ok(answer @ (0 | 1)) => Some(answer == 1),
         _ => None,
     }
 }
 
-fn try_out(fd: i32, count: u64) -> Option<bool> {
+fn try_out(fd: &OwnedFd, count: u64) -> Option<bool> {
     if count > 1 {
-        let taken = take(fd)?;
-        add(fd, taken);
+        let taken = eventfd_take(fd)?;
+        let _ = eventfd_add(fd, taken);
         return Some(taken == 1);
     }
     // With less than two both kinds read the same.
-    if take(fd)? != count {
+    if eventfd_take(fd)? != count {
         return None;
     }
-    add(fd, 2);
-    let taken = take(fd)?;
-    take(fd);
+    let _ = eventfd_add(fd, 2);
+    let taken = eventfd_take(fd)?;
+    eventfd_take(fd);
     if count == 1 {
-        add(fd, 1);
+        let _ = eventfd_add(fd, 1);
     }
     Some(taken == 1)
-}
-
-/// Reads what is there, without waiting; `None` where the kernel has no such read.
-fn take(fd: i32) -> Option<u64> {
-    let mut value = 0u64;
-    let part = libc::iovec {
-        iov_base: (&raw mut value).cast(),
-        iov_len: 8,
-    };
-    // SAFETY: room for what an eventfd answers.
-    let n = unsafe { libc::preadv2(fd, &raw const part, 1, -1, libc::RWF_NOWAIT) };
-    match n {
-        8 => Some(value),
-        _ if Errno::last() == Errno::EAGAIN => Some(0),
-        _ => None,
-    }
-}
-
-fn add(fd: i32, value: u64) {
-    // SAFETY: the kernel reads eight bytes.
-    unsafe { libc::write(fd, (&raw const value).cast(), 8) };
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::FromRawFd;
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn both_kinds_are_told_apart_and_left_as_they_were() {
         for (flags, semaphore) in [(0, false), (libc::EFD_SEMAPHORE, true)] {
             for count in [0, 1, 2, 3, 7, u64::MAX - 1] {
-                // SAFETY: a new descriptor that nobody else owns.
-                let fd = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, flags)) };
+                let fd = ckpt_sys::events::eventfd(0, flags).unwrap();
                 if count > 0 {
-                    add(fd.as_raw_fd(), count);
+                    eventfd_add(&fd, count).unwrap();
                 }
                 assert_eq!(is_semaphore(&fd, count), Some(semaphore), "{count}");
                 let info = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());

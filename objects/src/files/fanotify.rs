@@ -10,7 +10,7 @@ use ckpt_tracer::proc::mounts::read_mounts;
 use serde::{Deserialize, Serialize};
 
 use super::inotify::search::Search;
-use super::{Look, left, place, sys};
+use super::{Look, left, place};
 use crate::access::MISSING;
 use crate::error::Obstacle;
 use crate::plan::Builder;
@@ -64,7 +64,7 @@ pub fn capture(
         let what = "a fanotify group that is asked for permissions";
         return Err(Box::new(left::droppable(look, source, what)));
     }
-    if sys::unread(&look.copy) > 0 {
+    if ckpt_sys::files::unread(&look.copy) > 0 {
         let what = "is a fanotify group with events that the program has not read";
         collector.not_read_yet(
             look.object(source),

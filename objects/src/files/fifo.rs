@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
 use super::rebuild::set_status;
-use super::{Description, Kind, Look, Staging, outside, pipe, regular, sys};
+use super::{Description, Kind, Look, Staging, outside, pipe, regular};
 use crate::Snapshot;
 use crate::access::may;
 use crate::bounds;
@@ -72,7 +72,7 @@ pub fn capture(
             (path, nameless) = (name, false);
         }
     }
-    let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
+    let capacity = ckpt_sys::pipes::capacity(&look.copy).unwrap_or(65536) as i32;
     let reads = look.access() != libc::O_WRONLY;
     let mut unread = Vec::new();
     if reads {
@@ -83,7 +83,7 @@ pub fn capture(
                 "let the program read from it first",
             ))
         })?;
-    } else if !ends.has_reader(look) && sys::unread(&look.copy) > 0 {
+    } else if !ends.has_reader(look) && ckpt_sys::files::unread(&look.copy) > 0 {
         let name = path.shown();
         return Err(Box::new(Obstacle::new(
             look.object(source),
@@ -91,7 +91,7 @@ pub fn capture(
             "read it, or close the FIFO",
         )));
     }
-    let hung_up = || sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
+    let hung_up = || ckpt_sys::events::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
     Ok(Kind::Fifo(FifoEnd {
         path,
         deleted: nameless,

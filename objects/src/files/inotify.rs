@@ -11,7 +11,7 @@ use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::fdinfo::InotifyWatch;
 use serde::{Deserialize, Serialize};
 
-use super::{Look, Staging, sys};
+use super::{Look, Staging};
 use crate::Snapshot;
 use crate::access::MISSING;
 use crate::bounds;
@@ -60,7 +60,7 @@ pub fn capture(
     job: (&[Look], usize),
     collector: &mut Collector,
 ) -> Result<Inotify, Box<Obstacle>> {
-    let unread = sys::unread(&look.copy) > 0;
+    let unread = ckpt_sys::files::unread(&look.copy) > 0;
     if unread {
         let what = "is an inotify descriptor with events that the program has not read";
         collector.not_read_yet(look.object(source), what, "they are not in the image, and a restored program is told that events were lost (IN_Q_OVERFLOW)")?;
@@ -240,7 +240,7 @@ fn max_queued_events() -> Option<u64> {
 
 /// A new one, without watches.
 pub fn create(flags: u32) -> Result<OwnedFd, Error> {
-    sys::inotify(flags as i32 & libc::O_NONBLOCK).map_err(|e| {
+    ckpt_sys::events::inotify(flags as i32 & libc::O_NONBLOCK).map_err(|e| {
         let reason = e.desc();
         Error::Restore(format!(
             "an inotify descriptor cannot be created: {reason}; \
@@ -293,20 +293,20 @@ fn cannot_overflow(error: std::io::Error) -> Error {
 fn overflow(queue: OwnedFd) -> std::io::Result<()> {
     /// `struct inotify_event` without a name.
     const EVENT: usize = 16;
-    let scratch = sys::memfd("ckpt-inotify")?;
+    let scratch = ckpt_sys::files::memfd(c"ckpt-inotify", 0)?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", scratch.as_raw_fd()));
     let mut queue = File::from(queue);
-    let watch = sys::inotify_watch(&queue, &path, libc::IN_OPEN | libc::IN_CLOSE)?;
+    let watch = ckpt_sys::events::inotify_watch(&queue, &path, libc::IN_OPEN | libc::IN_CLOSE)?;
     let mut before = None;
-    let mut full = sys::unread(&queue);
+    let mut full = ckpt_sys::files::unread(&queue);
     while before != Some(full) {
         before = Some(full);
         // Two events that differ, so that none is merged with the one before.
         drop(File::open(&path)?);
-        full = sys::unread(&queue);
+        full = ckpt_sys::files::unread(&queue);
     }
     // IN_IGNORED finds no room.
-    sys::inotify_remove(&queue, watch)?;
+    ckpt_sys::events::inotify_remove(&queue, watch)?;
     let mut left = full
         .checked_sub(EVENT)
         .ok_or(std::io::ErrorKind::Unsupported)?;
@@ -324,10 +324,11 @@ mod tests {
 
     #[test]
     fn a_queue_that_overflowed_tells_only_of_that() {
-        let made = sys::inotify(libc::O_NONBLOCK).expect("it can be made");
+        let made = ckpt_sys::events::inotify(libc::O_NONBLOCK).expect("it can be made");
         let mut queue = File::from(made.try_clone().expect("it can be copied"));
         let dir = std::env::temp_dir();
-        let watch = sys::inotify_watch(&queue, &dir, libc::IN_DELETE_SELF).expect("it exists");
+        let watch =
+            ckpt_sys::events::inotify_watch(&queue, &dir, libc::IN_DELETE_SELF).expect("it exists");
         overflow(made).expect("it overflows");
         let mut event = [0; 64];
         let mut read = || std::io::Read::read(&mut queue, &mut event).map(|n| event[..n].to_vec());
@@ -336,6 +337,6 @@ mod tests {
         assert_eq!(seen[..8], words.concat());
         assert_eq!(seen.len(), 16);
         assert!(read().is_err(), "it is empty");
-        sys::inotify_remove(&queue, watch).expect("it is still there");
+        ckpt_sys::events::inotify_remove(&queue, watch).expect("it is still there");
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::attributes::Attributes;
-use super::{Kind, Look, sys};
+use super::{Kind, Look};
 use crate::bounds;
 use crate::error::Obstacle;
 use crate::plan::Builder;
@@ -67,7 +67,7 @@ pub fn capture(
             (collector.space_for(contents), attributes)
         }
     };
-    let huge_page_size = match sys::fstatfs(&look.copy) {
+    let huge_page_size = match ckpt_sys::files::fstatfs(&look.copy) {
         Some((HUGETLBFS, block)) => block,
         _ => 0,
     };
@@ -76,7 +76,7 @@ pub fn capture(
         inode,
         size,
         mode: look.stat.st_mode & 0o7777,
-        seals: sys::fcntl(&look.copy, libc::F_GET_SEALS).unwrap_or(0) as u32,
+        seals: ckpt_sys::files::seals(&look.copy).unwrap_or(0),
         offset: look.info.pos,
         huge_page_size,
         contents,

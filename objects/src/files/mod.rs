@@ -42,7 +42,6 @@ pub mod removed;
 pub mod saved;
 pub mod signalfd;
 mod survey;
-pub mod sys;
 pub mod terminal;
 pub mod timerfd;
 pub mod unread;
@@ -388,7 +387,7 @@ fn kind(
         (FdLink::File { path, .. }, _)
             if look.file_type() == libc::S_IFREG
                 && look.info.flags as i32 & libc::O_PATH == 0
-                && sys::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) =>
+                && ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) =>
         {
             mqueue::capture(source, look, path).map(Kind::MessageQueue)
         }
@@ -443,7 +442,7 @@ fn anonymous(name: &str) -> String {
 
 /// Whether it is of the file system of memfd_secret(2), `SECRETMEM_MAGIC`.
 fn is_secret(look: &Look) -> bool {
-    sys::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == 0x5345_434d)
+    ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == 0x5345_434d)
 }
 
 impl Kind {

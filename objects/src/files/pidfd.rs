@@ -5,13 +5,14 @@
 //! ([`super::late`]). One of a process that has been waited for is a handle of nobody for ever; the
 //! restoring process makes it from a child of its own that ends the same way.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
+use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::fdinfo::FdDetail;
 use serde::{Deserialize, Serialize};
 
-use super::{Look, sys};
+use super::Look;
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
@@ -53,7 +54,7 @@ pub fn capture(
         let remedy = "close it before the checkpoint";
         Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
     };
-    let is_pidfs = sys::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == PID_FS);
+    let is_pidfs = ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == PID_FS);
     let inode = is_pidfs.then_some(look.stat.st_ino);
     match look.info.detail {
         FdDetail::PidFd { pid: Pid(-1), .. } => Ok(PidFd {
@@ -84,7 +85,7 @@ fn exit_status(fd: &OwnedFd) -> Option<i32> {
     const EXIT: u64 = 1 << 3;
     let mut info = [0; 64];
     info[..8].copy_from_slice(&EXIT.to_ne_bytes());
-    sys::pidfd_info(fd.as_raw_fd(), &mut info).ok()?;
+    ckpt_sys::events::pidfd_info(fd, &mut info).ok()?;
     let mask = u64::from_ne_bytes(info[..8].try_into().ok()?);
     let status = i32::from_ne_bytes(info[60..].try_into().ok()?);
     (mask & EXIT != 0).then_some(status)
@@ -143,8 +144,22 @@ impl PidFd {
 
     /// Descriptions of a process that has ended already, with these flags.
     pub fn of_nobody(&self, flags: &[u32]) -> Result<Vec<OwnedFd>, nix::errno::Errno> {
+        // The child waits for its end: where SIGCHLD is ignored its pid is free as soon as it ends.
+        let (wait, go) = ckpt_sys::pipes::pipe()?;
+        let child = match process::fork()? {
+            Fork::Parent(child) => child,
+            Fork::Child => {
+                drop(go);
+                ckpt_sys::events::wait_for_hangup(wait);
+                process::end_as(self.status.unwrap_or(0))
+            }
+        };
         let flags = flags.iter();
         let flags = flags.map(|flags| flags & (PIDFD_THREAD | libc::O_NONBLOCK as u32));
-        sys::pidfds_of_nobody(self.status.unwrap_or(0), &flags.collect::<Vec<_>>())
+        let fds = flags.map(|flags| ckpt_sys::events::pidfd(child, flags));
+        let fds = fds.collect();
+        drop(go);
+        let _ = process::end_of(child);
+        fds
     }
 }

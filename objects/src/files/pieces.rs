@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use super::{Look, sys};
+use super::Look;
 use crate::plan::Builder;
 
 /// Bytes that a buffer has room for.
@@ -75,12 +75,12 @@ pub fn fit(pieces: &[Piece], capacity: u32) -> bool {
 
 /// What is in a pipe of that capacity, copied without being consumed.
 pub fn capture(look: &Look, capacity: i32) -> Result<Vec<Piece>, Trouble> {
-    let unread = sys::unread(&look.copy);
+    let unread = ckpt_sys::files::unread(&look.copy);
     if unread == 0 {
         return Ok(Vec::new());
     }
-    let (copy, write) = sys::pipe(capacity)?;
-    let mut left = sys::tee(&look.copy, &write, unread)?;
+    let (copy, write) = ckpt_sys::pipes::pipe_of(capacity as usize)?;
+    let mut left = ckpt_sys::pipes::tee(&look.copy, &write, unread)?;
     if left < unread {
         return Err(Errno::EAGAIN.into());
     }
@@ -105,7 +105,7 @@ struct Single {
 
 impl Single {
     fn new() -> Result<Self, Errno> {
-        let (read, write) = sys::pipe(2 * BUFFER as i32)?;
+        let (read, write) = ckpt_sys::pipes::pipe_of(2 * BUFFER)?;
         Ok(Self {
             read: read.into(),
             write,
@@ -117,7 +117,7 @@ impl Single {
         let mut writer = File::from(self.write.try_clone()?);
         let mut byte = [0];
         writer.write_all(&byte)?;
-        let len = sys::splice(from, &self.write, most)?;
+        let len = ckpt_sys::pipes::splice(from, &self.write, most)?;
         self.read.read_exact(&mut byte)?;
         // A read goes on into what comes behind, but for a packet.
         writer.write_all(&byte)?;

@@ -7,7 +7,7 @@ use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
 use super::pieces::{self, Piece};
-use super::{Kind, Look, Staging, outside, sys};
+use super::{Kind, Look, Staging, outside};
 use crate::Snapshot;
 use crate::error::Obstacle;
 use crate::options::Options;
@@ -69,7 +69,9 @@ impl Ends {
         match self.of_pipe(look) {
             (true, true) => true,
             (true, false) => !has_writer(look),
-            (false, true) => sys::poll_now(&look.copy, libc::POLLOUT) & libc::POLLERR != 0,
+            (false, true) => {
+                ckpt_sys::events::poll_now(&look.copy, libc::POLLOUT) & libc::POLLERR != 0
+            }
             (false, false) => false,
         }
     }
@@ -79,13 +81,13 @@ impl Ends {
 /// gone, but not, for a FIFO, when none has ever come; tee(2) from an empty one then answers that
 /// there is nothing to wait for (`ipipe_prep`, fs/splice.c).
 fn has_writer(look: &Look) -> bool {
-    if sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0 {
+    if ckpt_sys::events::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0 {
         return false;
     }
-    let empty = sys::unread(&look.copy) == 0;
+    let empty = ckpt_sys::files::unread(&look.copy) == 0;
     let none = || {
-        let (_read, write) = sys::pipe(4096)?;
-        sys::tee(&look.copy, &write, 1)
+        let (_read, write) = ckpt_sys::pipes::pipe_of(4096)?;
+        ckpt_sys::pipes::tee(&look.copy, &write, 1)
     };
     !(empty && none() == Ok(0))
 }
@@ -100,7 +102,7 @@ pub fn capture(
     if !ends.inside(look) {
         return Ok(outside::capture(look, outside::Surroundings::Pipe));
     }
-    let capacity = sys::fcntl(&look.copy, libc::F_GETPIPE_SZ).unwrap_or(65536);
+    let capacity = ckpt_sys::pipes::capacity(&look.copy).unwrap_or(65536) as i32;
     let mut unread = Vec::new();
     if frozen && look.access() != libc::O_WRONLY {
         unread = pieces::capture(look, capacity).map_err(|trouble| {

@@ -9,13 +9,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
+use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::stat::{Stat, read_stat};
 use ckpt_tracer::proc::status::TaskState;
 use nix::sys::statfs::PROC_SUPER_MAGIC;
 use serde::{Deserialize, Serialize};
 
-use super::{Look, sys};
+use super::Look;
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
@@ -86,7 +87,7 @@ fn is_root(mount: &Path) -> bool {
 
 /// Whether a description is a file of `/proc/PID`, in a `/proc` of our pid namespace.
 pub fn is_of_process(look: &Look, path: &Path) -> bool {
-    sys::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == PROC_SUPER_MAGIC.0)
+    ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == PROC_SUPER_MAGIC.0)
         && named(path).is_some()
 }
 
@@ -310,6 +311,24 @@ impl ProcFile {
                 .open(path)
                 .map(File::into)
         };
-        sys::with_child(last, open)
+        with_child(last, open)
     }
+}
+
+/// What `open` answers of a child of ours, which has ended and has been waited for then. The child has the
+/// pid `wanted` if that is free and we may choose; `open` is told which.
+fn with_child<T>(wanted: i32, open: impl FnOnce(i32) -> std::io::Result<T>) -> std::io::Result<T> {
+    let (wait, go) = ckpt_sys::pipes::pipe()?;
+    let child = match process::fork_under(wanted).or_else(|_| process::fork())? {
+        Fork::Parent(child) => child,
+        Fork::Child => {
+            drop(go);
+            ckpt_sys::events::wait_for_hangup(wait);
+            process::leave(0)
+        }
+    };
+    let opened = open(child);
+    drop(go);
+    let _ = process::end_of(child);
+    opened
 }

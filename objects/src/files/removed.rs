@@ -1,13 +1,10 @@
 //! What has lost its name and is no regular file: directories, and by `O_PATH` handles symbolic links,
 //! FIFOs and sockets. The restoring process makes it again under a name, opens it for all that have it,
 //! and removes the name.
-#![allow(unsafe_code)]
 
-use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -68,7 +65,7 @@ pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Resul
     }
     let what = match meta.mode() & libc::S_IFMT {
         libc::S_IFDIR => What::Directory,
-        libc::S_IFLNK => What::Link(target(handle)?),
+        libc::S_IFLNK => What::Link(ckpt_sys::files::link_target(handle)?),
         libc::S_IFIFO => What::Fifo,
         libc::S_IFSOCK => What::Socket,
         _ => return Err(io::ErrorKind::Unsupported.into()),
@@ -88,19 +85,6 @@ pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Resul
         attributes: Attributes::of(&file, &meta).changeable(),
     });
     Ok(all.len() - 1)
-}
-
-/// Where a symbolic link leads.
-fn target(link: &OwnedFd) -> io::Result<PathBuf> {
-    let mut target = vec![0u8; libc::PATH_MAX as usize];
-    // SAFETY: an empty C string, and room for as many bytes as are told.
-    let len = unsafe {
-        let room = target.as_mut_ptr().cast();
-        libc::readlinkat(link.as_raw_fd(), c"".as_ptr(), room, target.len())
-    };
-    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
-    target.truncate(len);
-    Ok(OsString::from_vec(target).into())
 }
 
 /// Whether a process is in it.
@@ -127,7 +111,9 @@ impl Removed {
                     continue;
                 }
             }
-            let opened = flags.iter().map(|flags| open(&path, *flags));
+            let opened = flags
+                .iter()
+                .map(|flags| Ok(ckpt_sys::files::open(&path, *flags as i32)?));
             let opened: io::Result<Vec<OwnedFd>> = opened.collect();
             let lost = self.complete(&path);
             match self.what {
@@ -154,14 +140,7 @@ impl Removed {
     }
 
     fn create(&self, path: &Path) -> io::Result<()> {
-        let make = |kind: libc::mode_t| {
-            let path = CString::new(path.as_os_str().as_bytes())?;
-            // SAFETY: `path` is a C string.
-            match unsafe { libc::mknod(path.as_ptr(), kind | 0o700, 0) } {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
-            }
-        };
+        let make = |kind| Ok(ckpt_sys::files::make_node(path, kind, 0o700)?);
         match &self.what {
             What::Directory => fs::create_dir(path),
             What::Link(target) => std::os::unix::fs::symlink(target, path),
@@ -183,18 +162,6 @@ impl Removed {
         lost.into_iter()
             .map(|what| format!("{name} (deleted): could not be given back: {what}"))
             .collect()
-    }
-}
-
-/// Opens what has just been made there, and not what a link leads to.
-fn open(path: &Path, flags: u32) -> io::Result<OwnedFd> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let flags = flags as i32 | libc::O_CLOEXEC;
-    // SAFETY: `path` is a C string.
-    match unsafe { libc::open(path.as_ptr(), flags) } {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: the kernel just gave us this descriptor.
-        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }
 }
 

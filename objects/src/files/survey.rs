@@ -10,8 +10,8 @@ use ckpt_tracer::proc::fdlink::{self, FdLink};
 use ckpt_tracer::{Error, Pid, Result};
 use nix::errno::Errno;
 
+use super::Owner;
 use super::lock::{Lock, LockKind};
-use super::{Owner, sys};
 use crate::error::Obstacle;
 use crate::sockets;
 use crate::source::{Copies, Source};
@@ -192,7 +192,7 @@ impl Look {
             Copies::Taken => Self::at(source, process, fd),
             Copies::None => {
                 let copy = source.dir.join("fd").join(fd.to_string());
-                let copy = sys::handle(&copy).map_err(|e| Error::Proc {
+                let copy = ckpt_sys::files::handle(&copy).map_err(|e| Error::Proc {
                     path: copy,
                     source: e.into(),
                 })?;
@@ -217,9 +217,9 @@ impl Look {
     }
 
     pub(super) fn with(copy: OwnedFd, source: &Source, process: usize, fd: i32) -> Result<Self> {
-        let stat = match sys::fstat(&copy) {
+        let stat = match ckpt_sys::files::fstat(&copy) {
             // Only of `/proc/PID/fd`, which counts the descriptors of a process that has ended.
-            Err(Errno::ENOENT) => sys::unknown_directory(),
+            Err(Errno::ENOENT) => ckpt_sys::files::unknown_directory(),
             other => other.map_err(|errno| Error::Kernel {
                 call: "fstat",
                 object: format!("fd {fd} of process {}", source.pid),
@@ -228,7 +228,7 @@ impl Look {
         };
         let link = fdlink::read_fd_link(source.dir.clone(), fd)?;
         if matches!(&link, FdLink::AnonInode(name) if name == "timerfd") {
-            sys::count_expirations(&copy);
+            ckpt_sys::events::count_expirations(&copy);
         }
         Ok(Self {
             process,
@@ -300,8 +300,8 @@ impl Look {
         if self.info.flags as i32 & libc::O_PATH != 0 {
             return None;
         }
-        let (kind, id) = sys::owner(&self.copy)?;
-        let signal = sys::owner_signal(&self.copy);
+        let (kind, id) = ckpt_sys::files::owner(&self.copy)?;
+        let signal = ckpt_sys::files::owner_signal(&self.copy);
         (id != 0 || signal != 0).then_some(Owner { kind, id, signal })
     }
 }

@@ -20,7 +20,7 @@ use crate::error::Obstacle;
 use crate::open::Handle;
 use crate::plan::Inherited;
 use crate::source::{Collector, Source};
-use crate::tty::{self, Modes, Size};
+use ckpt_sys::tty::{self, Modes, Size};
 
 /// A terminal that the job has open, or that controls a session of the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -360,7 +360,10 @@ impl Ends {
         };
         // Older file systems of their own (no devpts) have no name for it.
         let path = tty::peer(&look.copy, libc::O_PATH);
-        let stat = path.as_ref().ok().and_then(|p| super::sys::fstat(p).ok());
+        let stat = path
+            .as_ref()
+            .ok()
+            .and_then(|p| ckpt_sys::files::fstat(p).ok());
         if let Some(other) = holder_outside(device, sources) {
             return refuse(
                 format!(
@@ -369,7 +372,7 @@ impl Ends {
                 "end that process first, or checkpoint a process that both descend from",
             );
         }
-        let closed = super::sys::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
+        let closed = ckpt_sys::events::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
         let pair = Pair {
             packet: tty::packet_mode(&look.copy),
             locked: tty::is_locked(&look.copy),

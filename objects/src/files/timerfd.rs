@@ -5,7 +5,6 @@ use std::os::fd::OwnedFd;
 use ckpt_tracer::proc::fdinfo;
 use serde::{Deserialize, Serialize};
 
-use super::sys;
 use crate::Host;
 use crate::bounds;
 use crate::plan::Builder;
@@ -42,7 +41,8 @@ impl TimerFd {
         // A periodic timer of which nothing remains and nothing is unread is disarmed, or it is due at
         // this very moment and has fired in the next.
         let unclear = timer.value == (0, 0) && timer.interval != (0, 0) && timer.ticks == 0;
-        let fires = unclear && sys::poll_for(copy, libc::POLLIN, DUE_MS) & libc::POLLIN != 0;
+        let fires =
+            unclear && ckpt_sys::events::poll_for(copy, libc::POLLIN, DUE_MS) & libc::POLLIN != 0;
         Self {
             clock: timer.clockid,
             ticks: if fires { 1 } else { timer.ticks },

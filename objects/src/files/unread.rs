@@ -5,29 +5,30 @@
 //! would keep the data from being put back is found before anything is read. Changing the modes
 //! for a moment is part of it: output must not be processed a second time, and a line that is not
 //! yet complete can only be read in non-canonical mode.
-#![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
 
-use ckpt_tracer::child::Helper;
+use ckpt_sys::helper::Helper;
+use ckpt_sys::{events, files};
 use nix::errno::Errno;
+use nix::unistd::{read, write};
 
 use super::terminal::{Ending, Flow, Input};
 use crate::error::Obstacle;
-use crate::tty::{self, Modes};
+use ckpt_sys::tty::{self, Modes};
 
 mod area;
 mod flow;
 
-use area::{Area, Shared, read_some};
+use area::{Area, read_some};
 use flow::takes_output;
 
 type Result<T, E = Errno> = std::result::Result<T, E>;
 
 /// Attempts, with a nap of [`NAP`] each, before data is taken to be stuck.
 const ATTEMPTS: u32 = 2_000;
-/// Microseconds.
-const NAP: u32 = 100;
+const NAP: Duration = Duration::from_micros(100);
 /// So many naps for what cannot be waited for.
 const LONG: u32 = 300;
 /// What the line discipline holds; more waits in the port's buffers.
@@ -100,7 +101,7 @@ pub fn look(
     slave: Option<&OwnedFd>,
     asked: &[&OwnedFd],
 ) -> Result<Waiting, Trouble> {
-    let ready = super::sys::poll_now(master, libc::POLLIN | libc::POLLPRI);
+    let ready = events::poll_now(master, libc::POLLIN | libc::POLLPRI);
     let status = tty::packet_mode(master) && ready & libc::POLLPRI != 0;
     if status && slave.is_none() {
         return Err(Trouble::Status);
@@ -174,15 +175,12 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
 
 /// Whether changes come as SIGIO, of a description that has had an owner for them.
 fn set_async(fd: &OwnedFd, on: bool) {
-    // SAFETY: calls without pointers.
-    unsafe {
-        let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
-        let flags = match on {
-            true => flags | libc::O_ASYNC,
-            false => flags & !libc::O_ASYNC,
-        };
-        libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags);
-    }
+    let flags = files::flags(fd).unwrap_or(0);
+    let flags = match on {
+        true => flags | libc::O_ASYNC,
+        false => flags & !libc::O_ASYNC,
+    };
+    let _ = files::set_flags(fd, flags);
 }
 
 struct Work<'a> {
@@ -194,16 +192,13 @@ struct Work<'a> {
 
 impl Work<'_> {
     fn in_helper(&self, asked: &[&OwnedFd], output: bool, input: bool) -> Result<Waiting> {
-        let mut area = Shared::new()?;
-        // SAFETY: the helper makes system calls only, on that memory and its stack.
-        let done = unsafe {
-            Helper::run(|| {
-                asked.iter().for_each(|fd| set_async(fd, false));
-                let done = self.work(&mut area, output, input);
-                asked.iter().for_each(|fd| set_async(fd, true));
-                done.map_or_else(|e| e as i32, |()| 0)
-            })
-        };
+        let mut area = Area::new();
+        let done = Helper::run_with(&mut *area, |area| {
+            asked.iter().for_each(|fd| set_async(fd, false));
+            let done = self.work(area, output, input);
+            asked.iter().for_each(|fd| set_async(fd, true));
+            done.map_or_else(|e| e as i32, |()| 0)
+        });
         match done? {
             0 => Ok(area.waiting()),
             errno => Err(Errno::from_raw(errno)),
@@ -242,11 +237,11 @@ impl Work<'_> {
     fn take_output(&self, area: &mut Area) -> Result<()> {
         let mut block = [0u8; 4097];
         // Poll makes the kernel pass on what waits in the port's buffers.
-        while super::sys::poll_now(self.master, libc::POLLIN) & libc::POLLIN != 0 {
+        while events::poll_now(self.master, libc::POLLIN) & libc::POLLIN != 0 {
             if tty::unread(self.master) == 0 {
                 break;
             }
-            let n = read(self.master.as_raw_fd(), &mut block)?;
+            let n = read(self.master, &mut block)?;
             let data = &block[usize::from(self.packets).min(n)..n];
             let to = area.output_len + data.len();
             let room = area.output.get_mut(area.output_len..to);
@@ -259,8 +254,7 @@ impl Work<'_> {
     /// What was typed meanwhile is echoed before anything is written (`n_tty_write`), which must not
     /// get in front of what was there.
     fn take_echoes(&self, area: &mut Area) -> Result<()> {
-        // SAFETY: nothing is read from the buffer.
-        unsafe { libc::write(self.slave.as_raw_fd(), [0u8; 1].as_ptr().cast(), 0) };
+        let _ = write(self.slave, &[]);
         self.take_output(area)
     }
 
@@ -349,7 +343,7 @@ impl Work<'_> {
         }
         // Another thread of the kernel works on what was written, and must find these modes.
         soon(ATTEMPTS, || {
-            super::sys::poll_now(self.slave, libc::POLLIN);
+            events::poll_now(self.slave, libc::POLLIN);
             tty::unread(self.slave) == ready.min(DISCIPLINE)
         });
         // Of lines poll(2) does not wait for it, and nothing tells of one that has only begun behind others.
@@ -369,8 +363,8 @@ impl Work<'_> {
         let mut pieces = bytes.chunks(PIECE);
         pieces.try_for_each(|piece| {
             // What has come is passed on first, so that the buffers have room for most.
-            super::sys::poll_now(reader, libc::POLLIN);
-            write_all(writer.as_raw_fd(), reader, piece)
+            events::poll_now(reader, libc::POLLIN);
+            write_all(writer, reader, piece)
         })
     }
 
@@ -381,19 +375,16 @@ impl Work<'_> {
         while !rest.is_empty() {
             let mut piece = &rest[..rest.len().min(PIECE)];
             let len = piece.len();
-            super::sys::poll_now(reader, libc::POLLIN);
-            let written = write_some(writer.as_raw_fd(), reader, &mut piece);
+            events::poll_now(reader, libc::POLLIN);
+            let written = write_some(writer, reader, &mut piece);
             rest = &rest[len - piece.len()..];
             if written == Err(Errno::EAGAIN) {
-                // SAFETY: it makes system calls only.
-                let _ends_by_itself = unsafe {
-                    Helper::start(|| {
-                        while !rest.is_empty() {
-                            let _ = write_some(writer.as_raw_fd(), reader, &mut rest);
-                        }
-                        0
-                    })
-                };
+                let _ends_by_itself = Helper::start(|| {
+                    while !rest.is_empty() {
+                        let _ = write_some(writer, reader, &mut rest);
+                    }
+                    0
+                });
                 return Ok(());
             }
             written?;
@@ -430,29 +421,21 @@ impl Work<'_> {
     }
 }
 
-fn read(fd: RawFd, buffer: &mut [u8]) -> Result<usize> {
-    // SAFETY: the buffer is live and of that length.
-    let n = unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
-    Errno::result(n).map(|n| n as usize)
-}
-
 /// Writes all; when there is no room, the other side is made to take in what has come.
-fn write_all(to: RawFd, other: &OwnedFd, bytes: &[u8]) -> Result<()> {
+fn write_all(to: &OwnedFd, other: &OwnedFd, bytes: &[u8]) -> Result<()> {
     let mut rest = bytes;
     write_some(to, other, &mut rest)
 }
 
 /// The same; what is left when there is no room for long stays in `rest`.
-fn write_some(to: RawFd, other: &OwnedFd, rest: &mut &[u8]) -> Result<()> {
+fn write_some(to: &OwnedFd, other: &OwnedFd, rest: &mut &[u8]) -> Result<()> {
     let mut attempts = 0;
     while !rest.is_empty() {
-        // SAFETY: the buffer is live and of that length.
-        let n = unsafe { libc::write(to, rest.as_ptr().cast(), rest.len()) };
-        match Errno::result(n) {
-            Ok(n) => *rest = &rest[n as usize..],
+        match write(to, rest) {
+            Ok(n) => *rest = &rest[n..],
             Err(Errno::EAGAIN) if attempts < ATTEMPTS => {
                 attempts += 1;
-                super::sys::poll_now(other, libc::POLLIN);
+                events::poll_now(other, libc::POLLIN);
                 nap(1);
             }
             Err(e) => return Err(e),
@@ -470,8 +453,7 @@ fn soon(attempts: u32, is: impl Fn() -> bool) -> bool {
 }
 
 fn nap(times: u32) {
-    // SAFETY: a call without pointers.
-    unsafe { libc::usleep(NAP * times) };
+    std::thread::sleep(NAP * times);
 }
 
 #[cfg(test)]

@@ -200,7 +200,7 @@ impl MessageQueue {
                 Err(Errno::EACCES) => (sys::open_queue(&self.name, libc::O_WRONLY)?, false),
                 queue => (queue?, true),
             };
-            let inode = files::sys::fstat(&queue)?.st_ino;
+            let inode = ckpt_sys::files::fstat(&queue)?.st_ino;
             let held = sys::queue_attributes(&queue)?.held;
             let mut text = String::new();
             let bytes = match shows && File::from(queue).read_to_string(&mut text).is_ok() {
@@ -328,7 +328,7 @@ impl MessageQueue {
 
     fn give(&self, queue: &OwnedFd) -> Result<(), Errno> {
         use std::os::unix::fs::{PermissionsExt, fchown};
-        let now = files::sys::fstat(queue)?;
+        let now = ckpt_sys::files::fstat(queue)?;
         let raw = |e: std::io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(0));
         if (now.st_uid, now.st_gid) != (self.uid, self.gid) {
             fchown(queue, Some(self.uid), Some(self.gid)).map_err(raw)?;

@@ -375,13 +375,13 @@ fn closed_memfd(
     let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
     let (meta, attributes) = looked_at(&contents).unzip();
     let seals = contents.as_file();
-    let seals = seals.and_then(|file| files::sys::fcntl(file, libc::F_GET_SEALS));
+    let seals = seals.and_then(ckpt_sys::files::seals);
     files::memfd::MemFd {
         name: name.unwrap_or_default().to_vec(),
         inode: vma.inode,
         size,
         mode: meta.map_or(0o777, |meta| meta.mode() & 0o7777),
-        seals: seals.unwrap_or(0) as u32,
+        seals: seals.unwrap_or(0),
         offset: 0,
         huge_page_size: if hugetlb { vma.kernel_page_size } else { 0 },
         contents: collector.space_for(contents),

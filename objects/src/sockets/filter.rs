@@ -4,12 +4,12 @@
 //! does not have (`sk_get_filter`, net/core/filter.c). A filter judges what is sent to the socket, and nothing that is
 //! in its queue already.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 
-use super::sys;
 use crate::plan::Builder;
+use ckpt_sys::sockets;
 
 /// Bytes of an instruction, `struct sock_filter`.
 const INSTRUCTION: usize = 8;
@@ -18,13 +18,13 @@ const INSTRUCTION: usize = 8;
 ///
 /// # Errors
 /// `EACCES` for an eBPF program.
-pub fn capture(socket: &impl AsRawFd) -> Result<Vec<u8>, Errno> {
-    match sys::filter_len(socket) {
+pub fn capture(socket: &impl AsFd) -> Result<Vec<u8>, Errno> {
+    match sockets::filter_len(socket) {
         // Sockets that have none.
         Ok(0) | Err(Errno::ENOPROTOOPT | Errno::EINVAL) => Ok(Vec::new()),
         Ok(count) => {
             let mut program = vec![0; count * INSTRUCTION];
-            sys::read_filter(socket, &mut program, count)?;
+            sockets::read_filter(socket, &mut program, count)?;
             Ok(program)
         }
         Err(errno) => Err(errno),

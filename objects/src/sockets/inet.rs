@@ -1,30 +1,21 @@
 //! Internet sockets by their addresses, for messages.
-#![allow(unsafe_code)]
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 
-type Call = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> i32;
+use ckpt_sys::sockets;
 
 /// `127.0.0.1:4000, connected to 127.0.0.1:5000, ESTABLISHED`; `None` for other families.
-pub fn describe(fd: &impl AsRawFd) -> Option<String> {
-    let mut text = address(libc::getsockname, fd)?.to_string();
-    if let Some(peer) = address(libc::getpeername, fd) {
+pub fn describe(fd: &impl AsFd) -> Option<String> {
+    let mut text = parse(&sockets::own_address(fd).ok()?)?.to_string();
+    let peer = sockets::peer_address(fd).ok();
+    if let Some(peer) = peer.and_then(|peer| parse(&peer)) {
         text.push_str(&format!(", connected to {peer}"));
     }
     if let Some(state) = tcp_state(fd) {
         text.push_str(&format!(", {state}"));
     }
     Some(text)
-}
-
-fn address(call: Call, fd: &impl AsRawFd) -> Option<SocketAddr> {
-    let mut buffer = [0u8; 128];
-    let mut len = buffer.len() as libc::socklen_t;
-    // SAFETY: `buffer` is live and `len` says how long.
-    let r = unsafe { call(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), &raw mut len) };
-    let bytes = buffer.get(..len as usize).filter(|_| r == 0)?;
-    parse(bytes)
 }
 
 /// `struct sockaddr_in` and `struct sockaddr_in6`.
@@ -45,7 +36,7 @@ fn parse(bytes: &[u8]) -> Option<SocketAddr> {
 }
 
 /// By the names of ss(8) and netstat(8).
-fn tcp_state(fd: &impl AsRawFd) -> Option<&'static str> {
+fn tcp_state(fd: &impl AsFd) -> Option<&'static str> {
     const STATES: [&str; 12] = [
         "ESTABLISHED",
         "SYN_SENT",
@@ -60,23 +51,8 @@ fn tcp_state(fd: &impl AsRawFd) -> Option<&'static str> {
         "CLOSING",
         "NEW_SYN_RECV",
     ];
-    // `tcpi_state`, the first byte of `struct tcp_info`.
-    let mut state = 0u8;
-    let mut len: libc::socklen_t = 1;
-    // SAFETY: the kernel writes at most `len` bytes.
-    let r = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut state).cast(),
-            &raw mut len,
-        )
-    };
-    STATES
-        .get(usize::from(state).checked_sub(1)?)
-        .copied()
-        .filter(|_| r == 0)
+    let state = usize::from(sockets::tcp_state(fd).ok()?);
+    STATES.get(state.checked_sub(1)?).copied()
 }
 
 #[cfg(test)]

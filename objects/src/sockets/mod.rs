@@ -4,8 +4,9 @@
 //! said with the other side in view, and are rebuilt together ([`rebuild`]). The record of one
 //! is in [`unix`]. Other families are refused by name.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 
+use ckpt_sys::sockets;
 use nix::errno::Errno;
 
 pub mod filter;
@@ -20,7 +21,6 @@ mod plan;
 pub mod queue;
 pub mod rebuild;
 pub mod survey;
-pub mod sys;
 mod transfer;
 pub mod unix;
 pub mod urgent;
@@ -32,23 +32,23 @@ use crate::files::{Description, Kind, late};
 use survey::{Survey, Verdict};
 
 /// Whether a descriptor of ours is for a unix domain socket.
-pub fn is_unix(fd: &impl AsRawFd) -> bool {
+pub fn is_unix(fd: &impl AsFd) -> bool {
     domain(fd) == Some(libc::AF_UNIX)
 }
 
 /// The family of a socket, `AF_*`.
-pub fn domain(fd: &impl AsRawFd) -> Option<i32> {
-    sys::int_option(fd, libc::SO_DOMAIN).ok()
+pub fn domain(fd: &impl AsFd) -> Option<i32> {
+    sockets::int_option(fd, libc::SO_DOMAIN).ok()
 }
 
 /// What family a socket is of, for messages: `an IPv4 TCP socket`.
-pub fn family(fd: &impl AsRawFd) -> String {
-    let domain = match sys::int_option(fd, libc::SO_DOMAIN) {
+pub fn family(fd: &impl AsFd) -> String {
+    let domain = match sockets::int_option(fd, libc::SO_DOMAIN) {
         Ok(domain) => domain,
         Err(Errno::EBADF) => return "a socket opened with O_PATH".into(),
         Err(_) => return "a socket".into(),
     };
-    let kind = sys::int_option(fd, libc::SO_TYPE).unwrap_or(0);
+    let kind = sockets::int_option(fd, libc::SO_TYPE).unwrap_or(0);
     let internet = match kind {
         libc::SOCK_STREAM => "TCP",
         libc::SOCK_DGRAM => "UDP",

@@ -13,11 +13,10 @@ use ckpt_tracer::proc::{ProcRoot, tasks};
 use nix::errno::Errno;
 use nix::unistd::AccessFlags;
 
-use super::sys;
 use super::unix::{NameFile, Style, show, sockaddr};
 use crate::access::may;
-use crate::files::sys as files_sys;
 use crate::outsiders::process_name;
+use ckpt_sys::sockets;
 
 /// The file of a name that is a path. `inode` is what sock_diag tells, `cwd` the directory of a
 /// process that has the socket.
@@ -26,14 +25,14 @@ pub fn file(socket: &OwnedFd, bytes: &[u8], inode: Option<u32>, cwd: &Path) -> O
         return None;
     }
     let name = Path::new(OsStr::from_bytes(bytes));
-    let found = sys::bound_file(socket).ok();
+    let found = sockets::bound_file(socket).ok();
     let link = found.as_ref().and_then(|f| {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", f.as_raw_fd())).ok()?;
         let bytes = link.as_os_str().as_bytes();
         let without = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
         Some((link.clone(), PathBuf::from(OsStr::from_bytes(without))))
     });
-    let stat = found.as_ref().and_then(|f| files_sys::fstat(f).ok());
+    let stat = found.as_ref().and_then(|f| ckpt_sys::files::fstat(f).ok());
     let is_it = |path: &Path| match (std::fs::symlink_metadata(path), &stat) {
         (Ok(m), Some(s)) => (m.dev(), m.ino()) == (s.st_dev, s.st_ino),
         (Ok(m), None) => Some(m.ino() as u32) == inode && m.mode() & libc::S_IFMT == libc::S_IFSOCK,
@@ -80,8 +79,8 @@ pub fn file(socket: &OwnedFd, bytes: &[u8], inode: Option<u32>, cwd: &Path) -> O
 /// Whether a live socket is bound to a name; `None` when we may not ask. The question is a
 /// datagram socket's attempt to connect, of which nobody takes notice.
 pub fn in_use(bytes: &[u8]) -> Option<bool> {
-    let socket = sys::socket(libc::AF_UNIX, Style::Datagram.number()).ok()?;
-    match sys::connect(&socket, &sockaddr(bytes)) {
+    let socket = sockets::socket(libc::AF_UNIX, Style::Datagram.number()).ok()?;
+    match sockets::connect(&socket, &sockaddr(bytes)) {
         // One of another kind, one of this kind, one that talks to somebody else only.
         Err(Errno::EPROTOTYPE | Errno::EPERM) | Ok(()) => Some(true),
         Err(Errno::ECONNREFUSED | Errno::ENOENT) => Some(false),

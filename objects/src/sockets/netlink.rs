@@ -4,18 +4,18 @@
 //! comes to it but notices of POSIX message queues (`SIGEV_THREAD`, mq_notify(3)), for which glibc makes one. Others
 //! are refused.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use crate::bounds;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::options::{self, SocketOption};
-use super::sys;
 use crate::error::Obstacle;
 use crate::files::{self, Look};
 use crate::plan::Builder;
 use crate::source::Source;
+use ckpt_sys::sockets;
 
 /// Socket options beside those of `SOL_SOCKET`, linux/netlink.h.
 const SOL_NETLINK: i32 = 270;
@@ -42,17 +42,32 @@ pub struct NetlinkSocket {
 
 /// A socket as glibc makes it for notices.
 pub fn new() -> Result<OwnedFd, Errno> {
-    sys::socket(libc::AF_NETLINK, libc::SOCK_RAW)
+    sockets::socket(libc::AF_NETLINK, libc::SOCK_RAW)
 }
 
 /// Bytes that count in the receive buffer, also those of cookies of notices to come.
-pub fn charged(fd: &impl AsRawFd) -> Result<u32, Errno> {
+pub fn charged(fd: &impl AsFd) -> Result<u32, Errno> {
     Ok(memory(fd)?.0)
 }
 
+/// Port and groups of getsockname(2) and getpeername(2) (`struct sockaddr_nl`).
+fn addresses(fd: &impl AsFd) -> Result<[[u32; 2]; 2], Errno> {
+    let of = |address: Vec<u8>| {
+        let word = |at: usize| {
+            let bytes = address.get(at..at + 4).and_then(|b| b.try_into().ok());
+            bytes.map(u32::from_ne_bytes).ok_or(Errno::EINVAL)
+        };
+        Ok([word(4)?, word(8)?])
+    };
+    Ok([
+        of(sockets::own_address(fd)?)?,
+        of(sockets::peer_address(fd)?)?,
+    ])
+}
+
 /// `SK_MEMINFO_RMEM_ALLOC` and `SK_MEMINFO_RCVBUF`, linux/sock_diag.h.
-fn memory(fd: &impl AsRawFd) -> Result<(u32, u32), Errno> {
-    let words = sys::option(fd, libc::SO_MEMINFO)?;
+fn memory(fd: &impl AsFd) -> Result<(u32, u32), Errno> {
+    let words = sockets::option(fd, libc::SO_MEMINFO)?;
     match words.as_chunks::<4>().0 {
         [used, room, ..] => Ok((u32::from_ne_bytes(*used), u32::from_ne_bytes(*room))),
         _ => Err(Errno::EINVAL),
@@ -62,25 +77,25 @@ fn memory(fd: &impl AsRawFd) -> Result<(u32, u32), Errno> {
 /// Captures a socket; `None` for what is no netlink socket or may have more state than is kept.
 pub fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obstacle>>> {
     let socket = &look.copy;
-    let is_plain = sys::int_option(socket, libc::SO_DOMAIN) == Ok(libc::AF_NETLINK)
-        && sys::int_option(socket, libc::SO_PROTOCOL) == Ok(0)
-        && sys::netlink_addresses(socket) == Ok([[0; 2]; 2])
+    let is_plain = sockets::int_option(socket, libc::SO_DOMAIN) == Ok(libc::AF_NETLINK)
+        && sockets::int_option(socket, libc::SO_PROTOCOL) == Ok(0)
+        && addresses(socket) == Ok([[0; 2]; 2])
         && OPTIONS.iter().all(|number| {
             // Empty where there are no groups, and an error where the kernel has none of that name.
-            match sys::option_of(SOL_NETLINK, socket, *number) {
+            match sockets::option_of(SOL_NETLINK, socket, *number) {
                 Ok(value) => value.iter().all(|b| *b == 0),
                 Err(errno) => errno == Errno::ENOPROTOOPT,
             }
         })
-        && sys::filter_len(socket) == Ok(0);
-    let style = sys::int_option(socket, libc::SO_TYPE).ok()?;
+        && sockets::filter_len(socket) == Ok(0);
+    let style = sockets::int_option(socket, libc::SO_TYPE).ok()?;
     let (charged, room) = memory(socket).ok()?;
     if !is_plain {
         return None;
     }
     let refuse =
         |reason: &str, remedy: &str| Box::new(Obstacle::new(look.object(source), reason, remedy));
-    let state = files::sys::poll_now(socket, libc::POLLIN);
+    let state = ckpt_sys::events::poll_now(socket, libc::POLLIN);
     if state & (libc::POLLIN | libc::POLLERR) != 0 {
         let reason = "is a netlink socket with a notice of a POSIX message queue that is unread, which is not supported";
         let unread = refuse(reason, "try again when the program has read it");

@@ -3,14 +3,12 @@
 //! The option belongs to the socket and so to the job. It is only touched while the job is held
 //! by us, and put back at the end. Should ckpt be killed in between, a process that was forked
 //! for nothing else puts it back: it waits for the end of a pipe, which our death brings.
-#![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
-use ckpt_tracer::child::Helper;
+use ckpt_sys::helper::Helper;
+use ckpt_sys::sockets;
 use nix::errno::Errno;
-
-use super::sys;
 
 /// `SO_PEEK_OFF` of a socket of the job, set for a while.
 pub(super) struct PeekOffset<'a> {
@@ -24,7 +22,7 @@ impl<'a> PeekOffset<'a> {
     pub(super) fn of(socket: &'a OwnedFd) -> Result<Self, Errno> {
         Ok(Self {
             socket,
-            before: sys::int_option(socket, libc::SO_PEEK_OFF)?,
+            before: sockets::int_option(socket, libc::SO_PEEK_OFF)?,
             guard: None,
         })
     }
@@ -40,7 +38,7 @@ impl<'a> PeekOffset<'a> {
             self.guard = Some(guard(self.socket, self.before)?);
         }
         let offset = i32::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
-        sys::set_int_option(self.socket, libc::SO_PEEK_OFF, offset)
+        sockets::set_int_option(self.socket, libc::SO_PEEK_OFF, offset)
     }
 }
 
@@ -48,7 +46,7 @@ impl Drop for PeekOffset<'_> {
     fn drop(&mut self) {
         if let Some((guard, pipe)) = self.guard.take() {
             // It cannot fail where setting it did not.
-            let _ = sys::set_int_option(self.socket, libc::SO_PEEK_OFF, self.before);
+            let _ = sockets::set_int_option(self.socket, libc::SO_PEEK_OFF, self.before);
             // The guard does the same once more and ends.
             drop(pipe);
             let _ = guard.wait();
@@ -58,34 +56,12 @@ impl Drop for PeekOffset<'_> {
 
 /// A process that puts the option back when the pipe ends, that is, when we let go or die.
 fn guard(socket: &OwnedFd, before: i32) -> Result<(Helper, OwnedFd), Errno> {
-    let (read, write) = crate::files::sys::pipe(4096)?;
-    let (socket, read_end) = (socket.as_raw_fd(), read.as_raw_fd());
-    let (low, high) = (socket.min(read_end) as u32, socket.max(read_end) as u32);
-    // SAFETY: it makes only system calls on values that were computed before.
-    let guard = unsafe {
-        Helper::start(|| {
-            // Everything else, or what is ours would not end with us.
-            for (first, last) in [(0, low), (low + 1, high), (high + 1, u32::MAX)] {
-                if first < last {
-                    libc::syscall(libc::SYS_close_range, first, last - 1, 0);
-                }
-            }
-            let mut wait = libc::pollfd {
-                fd: read_end,
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            libc::poll(&mut wait, 1, -1);
-            libc::setsockopt(
-                socket,
-                libc::SOL_SOCKET,
-                libc::SO_PEEK_OFF,
-                (&raw const before).cast(),
-                4,
-            );
-            0
-        })
-    }?;
+    let (read, write) = ckpt_sys::pipes::pipe()?;
+    let guard = Helper::start_with(&[socket.as_fd(), read.as_fd()], || {
+        ckpt_sys::events::poll_for(&read, libc::POLLIN, -1);
+        let _ = sockets::set_int_option(socket, libc::SO_PEEK_OFF, before);
+        0
+    })?;
     Ok((guard, write))
 }
 
@@ -100,14 +76,14 @@ mod tests {
     }
 
     fn option(socket: &OwnedFd) -> i32 {
-        sys::int_option(socket, libc::SO_PEEK_OFF).expect("it has it")
+        sockets::int_option(socket, libc::SO_PEEK_OFF).expect("it has it")
     }
 
     #[test]
     fn the_offset_is_put_back() {
         for before in [-1, 3] {
             let (socket, _other) = pair();
-            sys::set_int_option(&socket, libc::SO_PEEK_OFF, before).expect("it has it");
+            sockets::set_int_option(&socket, libc::SO_PEEK_OFF, before).expect("it has it");
             let mut offset = PeekOffset::of(&socket).expect("it has it");
             offset.set(7).expect("it has it");
             assert_eq!(option(&socket), 7);

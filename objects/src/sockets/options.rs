@@ -6,9 +6,9 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use super::sys;
 use super::unix::Style;
 use crate::plan::Builder;
+use ckpt_sys::sockets;
 
 /// An option of `SOL_SOCKET` that is not as a new socket has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,17 +91,17 @@ pub const KEPT: &[(i32, &str, usize)] = &[
 
 /// What differs from a new socket of the same family and kind.
 pub fn capture(socket: &OwnedFd, family: i32, kind: i32) -> Vec<SocketOption> {
-    let Ok(fresh) = sys::socket(family, kind) else {
+    let Ok(fresh) = sockets::socket(family, kind) else {
         return Vec::new();
     };
     let mut kept: Vec<SocketOption> = Vec::new();
     for (number, _, len) in KEPT {
-        let Ok(value) = sys::option(socket, *number) else {
+        let Ok(value) = sockets::option(socket, *number) else {
             continue;
         };
         // Setting a buffer locks it.
         let follows = *number == SO_BUF_LOCK && kept.iter().any(|o| BUFFERS.contains(&o.number));
-        let differs = || sys::option(&fresh, *number).is_ok_and(|new| new != value);
+        let differs = || sockets::option(&fresh, *number).is_ok_and(|new| new != value);
         if value.len() == *len && (follows || differs()) {
             kept.push(SocketOption {
                 number: *number,
@@ -115,12 +115,12 @@ pub fn capture(socket: &OwnedFd, family: i32, kind: i32) -> Vec<SocketOption> {
 impl SocketOption {
     /// What tells of the room to send that a new socket has, after [`make_room`].
     pub fn send_room_of_new() -> Vec<Self> {
-        let Ok(fresh) = sys::socket(libc::AF_UNIX, Style::Stream.number()) else {
+        let Ok(fresh) = sockets::socket(libc::AF_UNIX, Style::Stream.number()) else {
             return Vec::new();
         };
         let numbers = [libc::SO_SNDBUF, SO_BUF_LOCK].into_iter();
         let options = numbers.filter_map(|number| {
-            let value = ByteBuf::from(sys::option(&fresh, number).ok()?);
+            let value = ByteBuf::from(sockets::option(&fresh, number).ok()?);
             Some(Self { number, value })
         });
         options.collect()

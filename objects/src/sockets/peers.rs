@@ -6,19 +6,40 @@
 //! process is not there yet, or no more.
 
 use ckpt_tracer::capabilities::Use;
+use serde::{Deserialize, Serialize};
 
-use super::sys::{self, Ucred};
 use crate::Snapshot;
+use crate::bounds;
 use crate::credentials::Credentials;
 use crate::files::FdEntry;
 use crate::plan::Builder;
+use ckpt_sys::sockets;
+
+/// `struct ucred`: who a process is to those that it speaks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ucred {
+    /// Process id.
+    #[serde(deserialize_with = "bounds::pid")]
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+impl From<ckpt_sys::control::Credentials> for Ucred {
+    fn from(of: ckpt_sys::control::Credentials) -> Self {
+        let ckpt_sys::control::Credentials { pid, uid, gid } = of;
+        Self { pid, uid, gid }
+    }
+}
 
 impl Ucred {
     /// What a socket tells; `None` where the kernel noted nobody, or somebody of whom it may not
     /// tell here.
-    pub fn of_peer(socket: &impl std::os::fd::AsRawFd) -> Option<Self> {
-        let peer = sys::peer_credentials(socket).ok()?;
-        (peer.pid > 0).then_some(peer)
+    pub fn of_peer(socket: &impl std::os::fd::AsFd) -> Option<Self> {
+        let peer = sockets::peer_credentials(socket).ok()?;
+        (peer.pid > 0).then_some(peer.into())
     }
 
     /// A process that has a description, which is as near as one can come to who made it.

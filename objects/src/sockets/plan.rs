@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use super::peers::Names;
-use super::sys::Ucred;
+use super::peers::Ucred;
 use super::unix::{Name, Role, Style, UnixSocket, sockaddr};
 use crate::Snapshot;
 use crate::files::{Kind, Staging};

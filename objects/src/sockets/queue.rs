@@ -1,14 +1,15 @@
 //! Unread messages, copied without being consumed.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 
 use super::offset::PeekOffset;
-use super::sys::{self, Peeked, Ucred};
+use super::peers::Ucred;
 use super::unix::Style;
 use super::urgent::{Mark, Urgent};
-use crate::files::sys as files_sys;
+use ckpt_sys::control::{self, Received};
+use ckpt_sys::sockets;
 
 /// A message of a live socket.
 #[derive(Debug)]
@@ -90,8 +91,8 @@ impl Fault {
 /// messages behind the first one are left out, since looking at them needs an option of the
 /// socket.
 pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>, Fault> {
-    let state = files_sys::poll_now(socket, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP);
-    let total = files_sys::unread(socket);
+    let state = ckpt_sys::events::poll_now(socket, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP);
+    let total = ckpt_sys::files::unread(socket);
     if state & libc::POLLERR != 0 && style != Style::Stream {
         // The next call tells the error, and it is gone.
         let empty = total == 0 && (state & libc::POLLIN == 0 || state & libc::POLLRDHUP != 0);
@@ -116,8 +117,17 @@ pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>,
     }
 }
 
-fn look(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Peeked, Fault> {
-    let peeked = sys::peek(socket, buffer)?;
+/// Looks at the next message, which stays where it is; its length is that of the whole message.
+///
+/// # Errors
+/// Those of recvmsg(2).
+pub(super) fn peek(socket: &impl AsFd, buffer: &mut [u8]) -> Result<Received, Errno> {
+    let how = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+    control::receive(socket, buffer, how)
+}
+
+fn look(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Received, Fault> {
+    let peeked = peek(socket, buffer)?;
     if peeked.flags & libc::MSG_CTRUNC != 0 {
         return Err(Fault::TooManyDescriptors);
     }
@@ -152,24 +162,25 @@ fn stream(
             return Err(Fault::Kernel(Errno::EIO));
         }
         data.truncate(piece.len);
-        if before == Some((false, piece.sender)) {
+        let sender = piece.sender.map(Ucred::from);
+        if before == Some((false, sender)) {
             stops.push(pieces.len());
         }
-        before = Some((!piece.rights.is_empty(), piece.sender));
+        before = Some((!piece.rights.is_empty(), sender));
         if !piece.rights.is_empty() && held {
             // Bytes in front of the one with which the descriptors come.
             offset.set(at)?;
-            let plain = sys::before_last_message(socket, piece.len)?;
+            let plain = control::before_last_message(socket, piece.len)?;
             if plain > 0 {
                 let rest = data.split_off(plain);
                 let plain = std::mem::replace(&mut data, rest);
-                pieces.push(Seen::bytes(plain, piece.sender));
+                pieces.push(Seen::bytes(plain, sender));
             }
         }
         at += piece.len;
         pieces.push(Seen {
             rights: piece.rights,
-            ..Seen::bytes(data, piece.sender)
+            ..Seen::bytes(data, sender)
         });
     }
     if held {
@@ -195,7 +206,7 @@ fn messages(
         offset.set(0)?;
     }
     let ended = style == Style::SeqPacket
-        && files_sys::poll_now(socket, libc::POLLRDHUP) & libc::POLLRDHUP != 0;
+        && ckpt_sys::events::poll_now(socket, libc::POLLRDHUP) & libc::POLLRDHUP != 0;
     loop {
         let peeked = match look(socket, &mut buffer) {
             // Of packets one that has no peer is not asked what is in its queue: of one that listens these are
@@ -211,9 +222,12 @@ fn messages(
         if whole {
             at += peeked.len;
             seen.push(Seen {
-                name: peeked.name,
+                name: sockets::sun_path(&peeked.address),
                 rights: peeked.rights,
-                ..Seen::bytes(buffer[..peeked.len].to_vec(), peeked.sender)
+                ..Seen::bytes(
+                    buffer[..peeked.len].to_vec(),
+                    peeked.sender.map(Ucred::from),
+                )
             });
         } else {
             buffer.resize(peeked.len, 0);

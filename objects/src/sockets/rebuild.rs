@@ -11,8 +11,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use super::names;
+use super::peers::Ucred;
 use super::plan::{Birth, Door, Job};
-use super::sys::Ucred;
 pub use super::transfer::finish;
 use super::unix::{Name, NameFile, Role, UnixSocket, show, sockaddr};
 use crate::Snapshot;

@@ -12,12 +12,12 @@ use ckpt_tracer::kcmp::{KcmpType, kcmp, same_description};
 use ckpt_tracer::{Pid, unix_diag};
 use serde_bytes::ByteBuf;
 
+use super::names;
 use super::queue::{self, Seen};
 use super::unix::{GHOST, Name, Role, Style, UnixSocket};
 use super::urgent::Urgent;
-use super::{names, sys};
 use crate::error::{Obstacle, Result};
-use crate::files::sys as files_sys;
+use ckpt_sys::sockets;
 
 /// An open file description of the job, as the survey needs to know it.
 pub struct Open<'a> {
@@ -123,7 +123,7 @@ impl Known {
     }
 
     fn entry(fd: &OwnedFd) -> (u64, u64, i32) {
-        let stat = files_sys::fstat(fd);
+        let stat = ckpt_sys::files::fstat(fd);
         let (device, inode) = stat.map_or((0, 0), |s| (s.st_dev, s.st_ino));
         (device, inode, fd.as_raw_fd())
     }
@@ -155,10 +155,10 @@ impl Live {
         if !super::is_unix(copy) {
             return None;
         }
-        let style = Style::of(sys::int_option(copy, libc::SO_TYPE).ok()?)?;
+        let style = Style::of(sockets::int_option(copy, libc::SO_TYPE).ok()?)?;
         Some(Self {
             number,
-            inode: files_sys::fstat(copy).ok()?.st_ino,
+            inode: ckpt_sys::files::fstat(copy).ok()?.st_ino,
             copy: copy.try_clone().ok()?,
             object,
             directory,
@@ -258,7 +258,7 @@ impl<'a> Table<'a> {
             table.owing = hidden::owing(live, &table.diag);
         }
         for socket in live {
-            let name = sys::own_name(&socket.copy).unwrap_or_default();
+            let name = sockets::own_name(&socket.copy).unwrap_or_default();
             if socket.style == Style::Datagram && !name.is_empty() {
                 table.datagram.entry(name).or_insert(socket.inode);
                 continue;

@@ -3,9 +3,9 @@
 
 use super::filter;
 use super::options::{self, SocketOption};
+use super::peers::Ucred;
 use super::plan::{Birth, Job};
 use super::rebuild::{dial, disconnect};
-use super::sys::Ucred;
 use super::unix::{Message, Role, Style, sockaddr};
 use super::urgent::Urgent;
 use crate::Snapshot;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::options::SocketOption;
-use super::sys::Ucred;
+use super::peers::Ucred;
 use super::urgent::Urgent;
 use crate::bounds;
 use crate::error::Obstacle;

@@ -15,8 +15,9 @@ use std::sync::OnceLock;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::queue::peek;
 use super::queue::{Fault, Seen};
-use super::sys;
+use ckpt_sys::sockets;
 
 /// What of an urgent byte is in a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,12 +46,12 @@ impl Mark {
     /// [`Fault::Urgent`] where there is one and this kernel does not tell enough.
     pub(super) fn of(socket: &OwnedFd, waits: bool) -> Result<Self, Fault> {
         // Of a socket that listens, connections are in the queue, as empty messages.
-        let listens = sys::int_option(socket, libc::SO_ACCEPTCONN)? != 0;
-        let front = !listens && sys::at_mark(socket).unwrap_or(false);
+        let listens = sockets::int_option(socket, libc::SO_ACCEPTCONN)? != 0;
+        let front = !listens && sockets::at_mark(socket).unwrap_or(false);
         if (waits || front) && !is_told() {
             return Err(Fault::Urgent);
         }
-        let inline = sys::int_option(socket, libc::SO_OOBINLINE)? != 0;
+        let inline = sockets::int_option(socket, libc::SO_OOBINLINE)? != 0;
         Ok(Self {
             waits,
             front,
@@ -63,7 +64,13 @@ impl Mark {
         match self.waits && self.front && !self.inline {
             true => Ok(Some(Seen {
                 urgent: Some(Urgent::Waits),
-                ..Seen::bytes(vec![sys::peek_urgent(socket)?], None)
+                ..Seen::bytes(
+                    vec![sockets::receive_byte(
+                        socket,
+                        libc::MSG_OOB | libc::MSG_PEEK,
+                    )?],
+                    None,
+                )
             })),
             false => Ok(None),
         }
@@ -115,21 +122,23 @@ fn is_told() -> bool {
 }
 
 fn tried() -> Result<bool, Errno> {
-    let [from, to] = sys::pair()?;
-    sys::send(&from, b"!", libc::MSG_OOB)?;
-    sys::receive_urgent(&to)?;
+    let [from, to] = sockets::pair(libc::SOCK_STREAM)?;
+    sockets::send(&from, b"!", libc::MSG_OOB)?;
+    sockets::receive_byte(&to, libc::MSG_OOB)?;
     // The empty message counts as the mark: looks were mended before that.
-    if !sys::at_mark(&to)? {
+    if !sockets::at_mark(&to)? {
         return Ok(false);
     }
     let looks = |offset: i32, text: &[u8]| -> Result<bool, Errno> {
-        sys::set_int_option(&to, libc::SO_PEEK_OFF, offset)?;
+        sockets::set_int_option(&to, libc::SO_PEEK_OFF, offset)?;
         let mut seen = [0; 16];
-        let seen_len = sys::peek(&to, &mut seen)?.len;
+        let seen_len = peek(&to, &mut seen)?.len;
         Ok(&seen[..seen_len] == text)
     };
-    sys::send(&from, b"ab", 0)?;
-    sys::send(&from, b"c", libc::MSG_OOB)?;
-    sys::send(&from, b"de", 0)?;
-    Ok(looks(0, b"ab")? && looks(2, b"cde")? && sys::peek_urgent(&to)? == b'c')
+    sockets::send(&from, b"ab", 0)?;
+    sockets::send(&from, b"c", libc::MSG_OOB)?;
+    sockets::send(&from, b"de", 0)?;
+    Ok(looks(0, b"ab")?
+        && looks(2, b"cde")?
+        && sockets::receive_byte(&to, libc::MSG_OOB | libc::MSG_PEEK)? == b'c')
 }

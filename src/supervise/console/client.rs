@@ -10,7 +10,7 @@ use nix::unistd::read;
 
 use super::{FREE, SIZED, TYPED};
 use crate::supervise::Signals;
-use crate::tty::{self, Modes};
+use ckpt_sys::tty::{self, Modes};
 
 /// Twice in a row, it leaves the job alone again: Ctrl-\.
 const DETACH: u8 = 0x1c;

@@ -14,7 +14,7 @@ use nix::unistd::{ForkResult, fork, read, setsid, write};
 
 use super::{BUSY, FREE, SIZED, TYPED};
 use crate::supervise::relay::{redraw, set_nonblocking};
-use crate::tty::{self, Size};
+use ckpt_sys::tty::{self, Size};
 
 /// Bytes of output that a client is shown at first.
 const SCREENFUL: usize = 64 * 1024;

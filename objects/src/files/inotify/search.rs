@@ -14,7 +14,6 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::fdinfo::InotifyWatch;
 use ckpt_tracer::proc::mounts::{self, Mount};
 
-use super::super::sys;
 use crate::open::{Handle, Last};
 use crate::source::Source;
 
@@ -78,7 +77,8 @@ impl<'a> Search<'a> {
             .filter(|mount| mount.meta().is_dir() || mount.meta().is_file())
             .filter_map(|mount| mount.read().ok())
             .find_map(|mount| {
-                let fd = sys::open_by_handle(&mount, watch.handle_type, &watch.handle).ok()?;
+                let fd = ckpt_sys::files::open_by_handle(&mount, watch.handle_type, &watch.handle)
+                    .ok()?;
                 let path = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
                 is_it(watch, &path).then_some(path)
             })
@@ -178,6 +178,6 @@ pub(super) fn is_it(watch: &InotifyWatch, path: &Path) -> bool {
         return meta.ino() == watch.ino;
     }
     !watch.handle.is_empty()
-        && sys::handle_of(path)
+        && ckpt_sys::files::handle_of(path)
             .is_ok_and(|(kind, handle)| kind == watch.handle_type && handle == watch.handle)
 }

@@ -1,24 +1,23 @@
 //! The memory in which a helper process leaves what it took out of a pty.
-#![allow(unsafe_code)]
 
-use std::ops::{Deref, DerefMut};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::ptr::NonNull;
+use std::os::fd::OwnedFd;
 
+use ckpt_sys::events::poll_now;
 use nix::errno::Errno;
+use nix::unistd::read;
 use serde_bytes::ByteBuf;
 
-use super::super::sys::poll_now;
 use super::super::terminal::{Ending, Flow, Input};
-use super::{Result, Waiting, read};
+use super::{Result, Waiting};
 
 /// More than the kernel lets wait in one direction: twice 8 KiB in the port's buffers (`pty.c`,
 /// `tty_buffer.c`), 4 KiB in the line discipline, and what the last write was over it.
 const ROOM: usize = 64 * 1024;
 /// Each line has a byte at least, or is an end of file that was typed.
 const LINES: usize = 8 * 1024;
-/// What the helper fills, in memory that both have.
-#[repr(C)]
+
+/// What the helper fills.
+#[derive(Clone, Copy)]
 pub(super) struct Area {
     pub(super) output_len: usize,
     pub(super) input_len: usize,
@@ -31,49 +30,22 @@ pub(super) struct Area {
     pub(super) input: [u8; ROOM],
 }
 
-/// One that is still ours when the process that filled it has ended.
-pub(super) struct Shared(NonNull<Area>);
-
-impl Shared {
-    pub(super) fn new() -> Result<Self> {
-        // SAFETY: a new mapping.
-        let area = unsafe {
-            let (prot, flags) = (
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-            );
-            libc::mmap(std::ptr::null_mut(), size_of::<Area>(), prot, flags, -1, 0)
-        };
-        let area = NonNull::new(area.cast()).filter(|_| area != libc::MAP_FAILED);
-        area.map(Self).ok_or_else(Errno::last)
-    }
-}
-
-impl Deref for Shared {
-    type Target = Area;
-
-    fn deref(&self) -> &Area {
-        // SAFETY: the mapping is of that size, and zero is valid for it; the helper has ended when we
-        // look at it.
-        unsafe { self.0.as_ref() }
-    }
-}
-
-impl DerefMut for Shared {
-    fn deref_mut(&mut self) -> &mut Area {
-        // SAFETY: as above.
-        unsafe { self.0.as_mut() }
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        // SAFETY: our mapping, of that size, to which no reference is left.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<Area>()) };
-    }
-}
-
 impl Area {
+    /// An empty one.
+    pub(super) fn new() -> Box<Self> {
+        Box::new(Self {
+            output_len: 0,
+            input_len: 0,
+            lines: 0,
+            flow: Flow::Running,
+            status: 0,
+            lengths: [0; LINES],
+            endings: [Ending::Line; LINES],
+            output: [0; ROOM],
+            input: [0; ROOM],
+        })
+    }
+
     pub(super) fn line(&mut self, len: usize, ending: Ending) -> Result<()> {
         let at = self.lines;
         *self.lengths.get_mut(at).ok_or(Errno::E2BIG)? = len as u32;
@@ -108,7 +80,7 @@ pub(super) fn read_some(slave: &OwnedFd, area: &mut Area) -> Result<Option<usize
         return Ok(None);
     }
     let room = area.input.get_mut(area.input_len..area.input_len + 4096);
-    match read(slave.as_raw_fd(), room.ok_or(Errno::E2BIG)?) {
+    match read(slave, room.ok_or(Errno::E2BIG)?) {
         Ok(n) => {
             area.input_len += n;
             Ok(Some(n))

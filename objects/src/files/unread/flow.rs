@@ -1,14 +1,14 @@
 //! Whether the output of a slave goes on, and what a reader in packet mode is told of its changes.
-#![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
+use ckpt_sys::events::poll_now;
 use nix::errno::Errno;
+use nix::unistd::read;
 
-use super::super::sys::poll_now;
 use super::super::terminal::Flow;
-use super::{ATTEMPTS, LONG, Result, Work, nap, read, soon, write_all};
-use crate::tty::{self, Modes};
+use super::{ATTEMPTS, LONG, Result, Work, nap, soon, write_all};
+use ckpt_sys::tty::{self, Modes};
 
 /// What a reader in packet mode is told (`TIOCPKT_*`, ioctl_tty(2)).
 mod packet {
@@ -38,7 +38,7 @@ impl Work<'_> {
         let ready = || poll_now(self.master, libc::POLLPRI) & libc::POLLPRI != 0;
         let mut all = 0;
         while self.packets && ready() {
-            read(self.master.as_raw_fd(), &mut status)?;
+            read(self.master, &mut status)?;
             all |= status[0];
         }
         Ok(all)
@@ -125,7 +125,7 @@ impl Work<'_> {
         modes.input |= libc::IXON;
         (modes.chars[libc::VSTOP], modes.chars[libc::VSTART]) = (stop, start);
         tty::set_modes(self.slave, &modes)?;
-        let master = self.master.as_raw_fd();
+        let master = self.master;
         write_all(master, self.slave, &[stop])?;
         let all = soon(10 * ATTEMPTS, || !takes_output(self.slave));
         write_all(master, self.slave, &[start])?;
@@ -150,7 +150,7 @@ impl Work<'_> {
         if changed {
             tty::set_modes(self.slave, &modes)?;
         }
-        write_all(self.master.as_raw_fd(), self.slave, &[stop])?;
+        write_all(self.master, self.slave, &[stop])?;
         let stopped = soon(ATTEMPTS, || !takes_output(self.slave));
         if changed {
             tty::set_modes(self.slave, &self.modes)?;
@@ -165,6 +165,5 @@ impl Work<'_> {
 
 /// tcflow(3).
 fn flow(fd: &OwnedFd, action: i32) {
-    // SAFETY: a call without pointers.
-    unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCXONC, libc::c_long::from(action)) };
+    let _ = tty::flow(fd, action);
 }

@@ -8,16 +8,14 @@ fn pty() -> (OwnedFd, OwnedFd) {
 }
 
 fn read_now(fd: &OwnedFd) -> Option<Vec<u8>> {
-    super::super::sys::poll_now(fd, libc::POLLIN);
+    ckpt_sys::events::poll_now(fd, libc::POLLIN);
     let mut block = [0; 8192];
-    read(fd.as_raw_fd(), &mut block)
-        .ok()
-        .map(|n| block[..n].to_vec())
+    read(fd, &mut block).ok().map(|n| block[..n].to_vec())
 }
 
 fn write_now(fd: &OwnedFd, other: &OwnedFd, bytes: &[u8]) {
-    write_all(fd.as_raw_fd(), other, bytes).unwrap();
-    super::super::sys::poll_now(other, libc::POLLIN);
+    write_all(fd, other, bytes).unwrap();
+    ckpt_sys::events::poll_now(other, libc::POLLIN);
 }
 
 #[test]
@@ -54,10 +52,9 @@ fn a_full_pty_stays_full() {
         let mut written = 0;
         let mut fill = |len: usize| {
             let chunk = &all[written..written + len];
-            // SAFETY: the buffer is live and of that length.
-            let n = unsafe { libc::write(slave.as_raw_fd(), chunk.as_ptr().cast(), len) };
-            super::super::sys::poll_now(&master, libc::POLLIN);
-            written += n.max(0) as usize;
+            let n = nix::unistd::write(&slave, chunk).unwrap_or(0);
+            ckpt_sys::events::poll_now(&master, libc::POLLIN);
+            written += n;
             n > 0
         };
         fill(first);
@@ -175,7 +172,7 @@ fn a_begun_line_is_not_echoed_again() {
         let (master, slave) = pty();
         write_now(&master, &slave, b"one\ntwo");
         while tty::unread(&master) < 8 {
-            super::super::sys::poll_now(&master, libc::POLLIN);
+            ckpt_sys::events::poll_now(&master, libc::POLLIN);
         }
         look(&master, Some(&slave), &[]).unwrap();
         nap(30);

@@ -9,9 +9,9 @@ use std::collections::{HashMap, HashSet};
 use ckpt_tracer::unix_diag;
 use nix::errno::Errno;
 
-use super::super::sys;
 use super::super::unix::{Role, Style};
 use super::{Live, Table};
+use ckpt_sys::sockets;
 
 /// Memory that messages of these lengths take of their sender, as far as they were seen.
 fn taken_by(style: Style, lengths: impl Iterator<Item = usize>) -> Result<usize, Errno> {
@@ -21,13 +21,25 @@ fn taken_by(style: Style, lengths: impl Iterator<Item = usize>) -> Result<usize,
         sum += match known.get(&length) {
             Some(taken) => *taken,
             None => {
-                let taken = sys::unsent_of(style.number(), &[length])?;
+                let taken = unsent_of(style.number(), &[length])?;
                 known.insert(length, taken);
                 taken
             }
         };
     }
     Ok(sum)
+}
+
+/// `SIOCOUTQ` of a socket of ours that has sent messages of these lengths, which nobody has read.
+pub(in crate::sockets) fn unsent_of(kind: i32, lengths: &[usize]) -> Result<usize, Errno> {
+    let [from, _to] = sockets::pair(kind)?;
+    let buffer = vec![0u8; lengths.iter().copied().max().unwrap_or(0)];
+    let room = i32::try_from(lengths.iter().sum::<usize>()).map_err(|_| Errno::EOVERFLOW)?;
+    sockets::set_int_option(&from, libc::SO_SNDBUF, room.saturating_add(1 << 20))?;
+    for len in lengths {
+        sockets::send(&from, &buffer[..*len], 0)?;
+    }
+    Ok(sockets::unsent(&from))
 }
 
 /// Whether more was sent than was seen; in doubt, it was.
@@ -47,7 +59,7 @@ pub(super) fn owing(live: &[Live], diag: &HashMap<u64, unix_diag::UnixSocket>) -
     if datagram().all(|l| l.seen.is_empty()) {
         return HashSet::new();
     }
-    let name = |l: &Live| sys::own_name(&l.copy).unwrap_or_default();
+    let name = |l: &Live| sockets::own_name(&l.copy).unwrap_or_default();
     let nameless: HashSet<u64> = datagram()
         .filter(|l| name(l).is_empty())
         .map(|l| l.inode)
@@ -59,7 +71,7 @@ pub(super) fn owing(live: &[Live], diag: &HashMap<u64, unix_diag::UnixSocket>) -
     let mut senders: HashMap<Vec<u8>, (usize, Vec<u64>)> = HashMap::new();
     for socket in datagram().filter(|l| !of_a_pair(l)) {
         let (unsent, inodes) = senders.entry(name(socket)).or_default();
-        *unsent += sys::unsent(&socket.copy);
+        *unsent += sockets::unsent(&socket.copy);
         inodes.push(socket.inode);
     }
     let owing = senders.into_iter().filter(|(name, (unsent, _))| {
@@ -88,11 +100,11 @@ fn in_pair(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
     let Some(peer) = table.live.get(peer) else {
         return false;
     };
-    let nameless = |l: &Live| sys::own_name(&l.copy).is_ok_and(|n| n.is_empty());
+    let nameless = |l: &Live| sockets::own_name(&l.copy).is_ok_and(|n| n.is_empty());
     let mutual = self::peer(peer.inode, &table.diag) == Some(socket.inode);
     let alone = socket.style == Style::SeqPacket || mutual && nameless(socket) && nameless(peer);
     let seen = socket.seen.iter().map(|(m, _)| m.data.len());
-    alone && is_more(sys::unsent(&peer.copy), socket.style, seen)
+    alone && is_more(sockets::unsent(&peer.copy), socket.style, seen)
 }
 
 /// Of a datagram socket to which somebody may have sent what was not seen. The first message is
@@ -101,7 +113,7 @@ fn by_others(socket: &Live, table: &Table<'_>) -> bool {
     if socket.style != Style::Datagram || socket.seen.is_empty() {
         return false;
     }
-    let named = sys::own_name(&socket.copy).is_ok_and(|n| !n.is_empty());
+    let named = sockets::own_name(&socket.copy).is_ok_and(|n| !n.is_empty());
     // One that was a pair with it may have been.
     let connected = |from: &u64| {
         peer(*from, &table.diag) == Some(socket.inode)

@@ -4,13 +4,13 @@ use ckpt_tracer::unix_diag;
 use nix::errno::Errno;
 use serde_bytes::ByteBuf;
 
+use super::super::peers::Ucred;
 use super::super::queue::Seen;
-use super::super::sys::Ucred;
 use super::super::unix::{GHOST, Message, Name, NameFile, Role, Style, UnixSocket, show};
-use super::super::{filter, names, options, sys};
+use super::super::{filter, names, options};
 use super::{Ghosts, Live, Table, Verdict, hidden};
 use crate::error::Obstacle;
-use crate::files::sys as files_sys;
+use ckpt_sys::sockets;
 
 const CLOSE: &str = "close it before the checkpoint";
 
@@ -44,12 +44,12 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
             return socket.refuse(reason, CLOSE);
         }
     };
-    let bytes = sys::own_name(&socket.copy).unwrap_or_default();
+    let bytes = sockets::own_name(&socket.copy).unwrap_or_default();
     let role = match role(socket, diag, table, ghosts) {
         Ok(role) => role,
         Err(verdict) => return verdict,
     };
-    let reset = files_sys::poll_now(&socket.copy, 0) & libc::POLLERR != 0;
+    let reset = ckpt_sys::events::poll_now(&socket.copy, 0) & libc::POLLERR != 0;
     let gone = matches!(role, Role::Connected { peer } if peer >= GHOST);
     if reset && (socket.style == Style::Datagram || !gone) {
         return socket.refuse(
@@ -136,11 +136,11 @@ fn role(
     if diag.listening {
         return backlog(socket, diag, table);
     }
-    let peer_name = || sys::peer_name(&socket.copy).unwrap_or_default();
+    let peer_name = || sockets::peer_name(&socket.copy).unwrap_or_default();
     match diag.peer {
         None => Ok(Role::Unconnected),
         Some(0) if table.waiting.contains(&socket.inode) => {
-            if sys::unsent(&socket.copy) == 0 {
+            if sockets::unsent(&socket.copy) == 0 {
                 return Ok(Role::Pending);
             }
             Err(socket.refuse_for_now(
@@ -249,7 +249,7 @@ fn sender(socket: &Live, role: &Role, seen: &Seen, table: &Table<'_>, ghosts: &m
         return peer.unwrap_or_else(|| ghosts.sender(&[], cwd));
     }
     if !seen.name.is_empty() {
-        let peer_is_it = sys::peer_name(&socket.copy).ok().as_ref() == Some(&seen.name);
+        let peer_is_it = sockets::peer_name(&socket.copy).ok().as_ref() == Some(&seen.name);
         return match table.datagram.get(&seen.name) {
             Some(inode) => *inode,
             None if peer_is_it && peer.is_some() => peer.unwrap_or_default(),
@@ -258,7 +258,7 @@ fn sender(socket: &Live, role: &Role, seen: &Seen, table: &Table<'_>, ghosts: &m
     }
     let unnamed = |inode: &u64| {
         table.live.get(inode).map_or(*inode >= GHOST, |l| {
-            sys::own_name(&l.copy).is_ok_and(|n| n.is_empty())
+            sockets::own_name(&l.copy).is_ok_and(|n| n.is_empty())
         })
     };
     let to_us = |live: &&&Live| {

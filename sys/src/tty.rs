@@ -2,13 +2,13 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-type Result<T> = std::result::Result<T, Errno>;
+use crate::process::{self, Status};
+use crate::{Errno, Result};
 
 /// `struct termios2`: how a terminal treats input and output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,27 +76,27 @@ pub struct Size {
 }
 
 /// An ioctl with a pointer to a value that the kernel reads or writes.
-fn ioctl<T>(fd: &impl AsRawFd, request: libc::c_ulong, value: &mut T) -> Result<()> {
+fn ioctl<T>(fd: &impl AsFd, request: libc::c_ulong, value: &mut T) -> Result<()> {
     // SAFETY: `value` is live; the callers below pair each request with the type that it takes.
-    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(value)) };
+    let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, std::ptr::from_mut(value)) };
     Errno::result(r).map(drop)
 }
 
 /// An ioctl with a number, or with nothing.
-fn ioctl_number(fd: &impl AsRawFd, request: libc::c_ulong, value: i32) -> Result<i32> {
+fn ioctl_number(fd: &impl AsFd, request: libc::c_ulong, value: i32) -> Result<i32> {
     // SAFETY: called with requests that take no pointer.
-    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request, libc::c_long::from(value)) };
+    let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, libc::c_long::from(value)) };
     Errno::result(r)
 }
 
-fn number(fd: &impl AsRawFd, request: libc::c_ulong) -> Result<i32> {
+fn number(fd: &impl AsFd, request: libc::c_ulong) -> Result<i32> {
     let mut value = 0i32;
     ioctl(fd, request, &mut value)?;
     Ok(value)
 }
 
 /// `TCGETS2`.
-pub fn modes(fd: &impl AsRawFd) -> Result<Modes> {
+pub fn modes(fd: &impl AsFd) -> Result<Modes> {
     // SAFETY: plain integers, for which zero is valid.
     let mut t: libc::termios2 = unsafe { std::mem::zeroed() };
     ioctl(fd, libc::TCGETS2, &mut t)?;
@@ -114,7 +114,7 @@ pub fn modes(fd: &impl AsRawFd) -> Result<Modes> {
 
 /// `TCSETS2`: at once, without waiting for output and without dropping input. From the background
 /// of one's own terminal this stops nobody.
-pub fn set_modes(fd: &impl AsRawFd, modes: &Modes) -> Result<()> {
+pub fn set_modes(fd: &impl AsFd, modes: &Modes) -> Result<()> {
     let mut t = libc::termios2 {
         c_iflag: modes.input,
         c_oflag: modes.output,
@@ -129,7 +129,7 @@ pub fn set_modes(fd: &impl AsRawFd, modes: &Modes) -> Result<()> {
 }
 
 /// `TIOCGETD`: the line discipline, `N_TTY` (0) unless the program has chosen another one.
-pub fn discipline(fd: &impl AsRawFd) -> i32 {
+pub fn discipline(fd: &impl AsFd) -> i32 {
     number(fd, libc::TIOCGETD).unwrap_or(0)
 }
 
@@ -143,7 +143,7 @@ struct Termios {
 }
 
 /// `TIOCGLCKTRMIOS`: which bits of the modes nobody can change; `None` for none. Speeds are not among them.
-pub fn locked_modes(fd: &impl AsRawFd) -> Option<Modes> {
+pub fn locked_modes(fd: &impl AsFd) -> Option<Modes> {
     let mut locked = Termios::default();
     ioctl(fd, libc::TIOCGLCKTRMIOS, &mut locked).ok()?;
     let [input, output, control, local] = locked.flags;
@@ -162,7 +162,7 @@ pub fn locked_modes(fd: &impl AsRawFd) -> Option<Modes> {
 }
 
 /// `TIOCSLCKTRMIOS`.
-pub fn lock_modes(fd: &impl AsRawFd, locked: &Modes) -> Result<()> {
+pub fn lock_modes(fd: &impl AsFd, locked: &Modes) -> Result<()> {
     let mut bits = Termios {
         flags: [locked.input, locked.output, locked.control, locked.local],
         line: locked.line,
@@ -172,7 +172,7 @@ pub fn lock_modes(fd: &impl AsRawFd, locked: &Modes) -> Result<()> {
 }
 
 /// `TIOCGWINSZ`.
-pub fn size(fd: &impl AsRawFd) -> Result<Size> {
+pub fn size(fd: &impl AsFd) -> Result<Size> {
     let mut words = [0u16; 4];
     ioctl(fd, libc::TIOCGWINSZ, &mut words)?;
     let [rows, columns, width, height] = words;
@@ -185,19 +185,19 @@ pub fn size(fd: &impl AsRawFd) -> Result<Size> {
 }
 
 /// `TIOCSWINSZ`; tells the foreground group by SIGWINCH when the size is another one.
-pub fn set_size(fd: &impl AsRawFd, size: Size) -> Result<()> {
+pub fn set_size(fd: &impl AsFd, size: Size) -> Result<()> {
     let mut words = [size.rows, size.columns, size.width, size.height];
     ioctl(fd, libc::TIOCSWINSZ, &mut words)
 }
 
 /// `TIOCGPGRP`: the foreground process group; of a pty's master that of the other side.
-pub fn foreground(fd: &impl AsRawFd) -> Option<i32> {
+pub fn foreground(fd: &impl AsFd) -> Option<i32> {
     let group = number(fd, libc::TIOCGPGRP).ok()?;
     (group > 0).then_some(group)
 }
 
 /// `TIOCSPGRP`, which from the background stops nobody.
-pub fn set_foreground(fd: &impl AsRawFd, group: i32) -> Result<()> {
+pub fn set_foreground(fd: &impl AsFd, group: i32) -> Result<()> {
     let mut group = group;
     unless_stopped(|| ioctl(fd, libc::TIOCSPGRP, &mut group))
 }
@@ -219,7 +219,7 @@ fn unless_stopped(call: impl FnOnce() -> Result<()>) -> Result<()> {
 
 /// `TIOCGDEV`: major and minor number of the terminal itself, behind `/dev/tty`, `/dev/console`
 /// or a pty's master.
-pub fn device(fd: &impl AsRawFd) -> Result<(u32, u32)> {
+pub fn device(fd: &impl AsFd) -> Result<(u32, u32)> {
     const TIOCGDEV: libc::c_ulong = 0x8004_5432;
     let number = number(fd, TIOCGDEV)? as u32;
     Ok((
@@ -229,57 +229,65 @@ pub fn device(fd: &impl AsRawFd) -> Result<(u32, u32)> {
 }
 
 /// `TIOCGPTN`: the number of a pty, asked of its master; nothing else has one.
-pub fn index(master: &impl AsRawFd) -> Result<u32> {
+pub fn index(master: &impl AsFd) -> Result<u32> {
     number(master, libc::TIOCGPTN).map(|n| n as u32)
 }
 
 /// `TIOCGPKT`: packet mode of a pty's master.
-pub fn packet_mode(master: &impl AsRawFd) -> bool {
+pub fn packet_mode(master: &impl AsFd) -> bool {
     const TIOCGPKT: libc::c_ulong = 0x8004_5438;
     number(master, TIOCGPKT).is_ok_and(|on| on != 0)
 }
 
 /// tcflush(3).
-pub fn flush(fd: &impl AsRawFd, queue: i32) -> Result<()> {
+pub fn flush(fd: &impl AsFd, queue: i32) -> Result<()> {
     // SAFETY: a call without pointers.
-    let r = unsafe { libc::tcflush(fd.as_raw_fd(), queue) };
+    let r = unsafe { libc::tcflush(fd.as_fd().as_raw_fd(), queue) };
     Errno::result(r).map(drop)
 }
 
+/// tcflow(3): `TCOOFF` and `TCOON` stop output and let it go on.
+///
+/// # Errors
+/// `EIO` for one that has hung up.
+pub fn flow(fd: &impl AsFd, action: i32) -> Result<()> {
+    ioctl_number(fd, libc::TCXONC, action).map(drop)
+}
+
 /// `TIOCPKT`.
-pub fn set_packet_mode(master: &impl AsRawFd, on: bool) -> Result<()> {
+pub fn set_packet_mode(master: &impl AsFd, on: bool) -> Result<()> {
     ioctl(master, libc::TIOCPKT, &mut i32::from(on))
 }
 
 /// `TIOCGPTLCK`: whether the slave cannot be opened.
-pub fn is_locked(master: &impl AsRawFd) -> bool {
+pub fn is_locked(master: &impl AsFd) -> bool {
     const TIOCGPTLCK: libc::c_ulong = 0x8004_5439;
     number(master, TIOCGPTLCK).is_ok_and(|on| on != 0)
 }
 
 /// `TIOCSPTLCK`.
-pub fn set_locked(master: &impl AsRawFd, on: bool) -> Result<()> {
+pub fn set_locked(master: &impl AsFd, on: bool) -> Result<()> {
     ioctl(master, libc::TIOCSPTLCK, &mut i32::from(on))
 }
 
 /// `TIOCGEXCL`: whether nobody else can open it.
-pub fn is_exclusive(fd: &impl AsRawFd) -> bool {
+pub fn is_exclusive(fd: &impl AsFd) -> bool {
     const TIOCGEXCL: libc::c_ulong = 0x8004_5440;
     number(fd, TIOCGEXCL).is_ok_and(|on| on != 0)
 }
 
 /// `TIOCEXCL`.
-pub fn set_exclusive(fd: &impl AsRawFd) -> Result<()> {
+pub fn set_exclusive(fd: &impl AsFd) -> Result<()> {
     ioctl_number(fd, libc::TIOCEXCL, 0).map(drop)
 }
 
 /// `FIONREAD`: bytes that a read would give; a line that is not yet complete does not count.
-pub fn unread(fd: &impl AsRawFd) -> usize {
+pub fn unread(fd: &impl AsFd) -> usize {
     number(fd, libc::FIONREAD).map_or(0, |n| n.max(0) as usize)
 }
 
 /// `TIOCGPTPEER`: the other side of a pty, given its master. With `O_PATH` nothing is opened.
-pub fn peer(master: &impl AsRawFd, flags: i32) -> Result<OwnedFd> {
+pub fn peer(master: &impl AsFd, flags: i32) -> Result<OwnedFd> {
     const TIOCGPTPEER: libc::c_ulong = 0x5441;
     let fd = ioctl_number(master, TIOCGPTPEER, flags)?;
     // SAFETY: the kernel just gave us this descriptor. Asked for with O_CLOEXEC, its description
@@ -317,26 +325,17 @@ pub fn controlling(slave: &OwnedFd, flags: i32) -> std::io::Result<OwnedFd> {
     // The helper puts what it opens in the place of this one.
     let place = slave.try_clone()?;
     let (slave, to) = (slave.as_raw_fd(), place.as_raw_fd());
-    // SAFETY: without CLONE_VM this is a fork; the child makes only system calls, and ends.
-    let child = unsafe {
-        let flags = libc::c_long::from(libc::CLONE_FILES | libc::SIGCHLD);
-        libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0)
-    };
+    // SAFETY: without CLONE_VM this is a fork; the child makes only system calls, drops nothing, and ends.
+    let child = unsafe { process::clone(libc::CLONE_FILES | libc::SIGCHLD) };
     let child = Errno::result(child)? as i32;
     if child == 0 {
         // SAFETY: we are the child.
         unsafe { open_controlling(slave, to, flags) }
     }
-    let mut status = 0;
-    // SAFETY: `status` is live.
-    while unsafe { libc::waitpid(child, &mut status, 0) } < 0 {
-        if Errno::last() != Errno::EINTR {
-            return Err(Errno::last().into());
-        }
-    }
-    match status {
-        0 => Ok(place),
-        _ => Err(Errno::from_raw(libc::WEXITSTATUS(status)).into()),
+    match process::end_of(child)? {
+        Status::Exited(0) => Ok(place),
+        Status::Exited(errno) => Err(Errno::from_raw(errno).into()),
+        _ => Err(Errno::EINTR.into()),
     }
 }
 

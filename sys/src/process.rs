@@ -1,0 +1,377 @@
+//! Processes of our own: how they are created, end and are waited for.
+//!
+//! All are created here, in one of three ways. [`fork`] is the C library's, after which the child may do whatever we
+//! may. [`fork_bare`] and [`fork_under`] are the bare system call, without the C library's preparations: where we have
+//! more than one thread, the child should make system calls and nothing else, since it would wait forever for what
+//! another thread has locked. A [helper](crate::helper) is a bare one that works to the end.
+//!
+//! # Why this is no `unsafe`
+//!
+//! The child is a copy of us in which the calling thread alone goes on. To it this is as if all other threads had
+//! stopped for good where they were: a lock that one holds stays locked, and what it guards is never seen half
+//! changed. So a child may wait forever, but it breaks no memory, as long as nothing borrows memory that both
+//! processes have (`MAP_SHARED`), which nothing here hands out. The descriptors are a table of its own. What shares
+//! the table or the memory with us (`CLONE_FILES`, `CLONE_VM`) is made in this crate only, whole.
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+
+use crate::{Errno, Result};
+
+/// Who goes on after a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fork {
+    /// The new process.
+    Child,
+    /// The process that was there, with the pid of the child.
+    Parent(i32),
+}
+
+impl Fork {
+    fn of(answer: libc::c_long) -> Result<Self> {
+        Ok(match Errno::result(answer)? {
+            0 => Fork::Child,
+            pid => Fork::Parent(pid as i32),
+        })
+    }
+}
+
+/// fork(2) of the C library. Both return.
+///
+/// # Errors
+/// `EAGAIN` and `ENOMEM`, when there can be no process.
+pub fn fork() -> Result<Fork> {
+    // SAFETY: see the head of this file.
+    Fork::of(unsafe { libc::fork() }.into())
+}
+
+/// The bare system call, with SIGCHLD at the child's end.
+///
+/// # Errors
+/// As for [`fork`].
+pub fn fork_bare() -> Result<Fork> {
+    // SAFETY: without CLONE_VM and CLONE_FILES.
+    Fork::of(unsafe { clone(libc::SIGCHLD) })
+}
+
+/// clone(2) on the stack that there is: without `CLONE_VM` it is a fork. The lowest byte of the flags is the signal
+/// that tells of the end.
+///
+/// # Safety
+/// With `CLONE_VM` the child would run on our stack; with `CLONE_FILES` it must not drop what owns a descriptor.
+pub(crate) unsafe fn clone(flags: i32) -> libc::c_long {
+    // SAFETY: our caller promises it.
+    unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) }
+}
+
+/// `struct clone_args` of clone3(2).
+#[repr(C, align(8))]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// A fork under that pid (`set_tid` of clone3(2), Linux 5.5), otherwise bare.
+///
+/// # Errors
+/// `EEXIST` when another task has the pid, `EPERM` without CAP_CHECKPOINT_RESTORE, `EINVAL` for a pid that cannot
+/// be; `ENOSYS` where the call is withheld.
+pub fn fork_under(pid: i32) -> Result<Fork> {
+    let mut args = CloneArgs {
+        exit_signal: libc::SIGCHLD as u64,
+        set_tid: (&raw const pid) as u64,
+        set_tid_size: 1,
+        ..CloneArgs::default()
+    };
+    // SAFETY: live arguments of that size; without CLONE_VM this is a fork.
+    Fork::of(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) })
+}
+
+/// Whether a pid may be chosen, asked by a fork that fails in any case: it is to have our own, which is found to be
+/// taken only when it may be chosen.
+pub fn may_choose_pids() -> bool {
+    match fork_under(std::process::id() as i32) {
+        Ok(Fork::Child) => leave(0),
+        answer => answer == Err(Errno::EEXIST),
+    }
+}
+
+/// _exit(2): ends this process without what is due at its end, which is for its parent to do.
+pub fn leave(code: i32) -> ! {
+    // SAFETY: a call without pointers, from which nothing returns.
+    unsafe { libc::_exit(code) }
+}
+
+/// Ends this process as a wait status says: with that exit code, or by that signal, without a core file.
+pub fn end_as(status: i32) -> ! {
+    let signal = status & 0x7f;
+    if signal != 0 {
+        let none = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        let (default, mask) = ([0u64; 4], 0u64);
+        // SAFETY: system calls on live structures of the sizes that they read; the default action runs no code.
+        unsafe {
+            libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8);
+            let set = libc::SIG_SETMASK;
+            libc::syscall(libc::SYS_rt_sigprocmask, set, &raw const mask, 0, 8);
+            libc::syscall(libc::SYS_kill, libc::syscall(libc::SYS_getpid), signal);
+        }
+    }
+    leave(status >> 8 & 0xff)
+}
+
+/// What wait(2) tells of a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It has exited with this code.
+    Exited(i32),
+    /// This signal has ended it.
+    Killed(i32),
+    /// This signal has stopped it.
+    Stopped(i32),
+    /// SIGCONT has let it go on.
+    Continued,
+}
+
+impl Status {
+    fn of(status: i32) -> Self {
+        if libc::WIFEXITED(status) {
+            Status::Exited(libc::WEXITSTATUS(status))
+        } else if libc::WIFSIGNALED(status) {
+            Status::Killed(libc::WTERMSIG(status))
+        } else if libc::WIFSTOPPED(status) {
+            Status::Stopped(libc::WSTOPSIG(status))
+        } else {
+            Status::Continued
+        }
+    }
+
+    /// The exit code, or 128 plus the signal, as a shell says it; `None` while it lives.
+    pub fn code(self) -> Option<i32> {
+        match self {
+            Status::Exited(code) => Some(code),
+            Status::Killed(signal) => Some(128 + signal),
+            Status::Stopped(_) | Status::Continued => None,
+        }
+    }
+}
+
+/// waitpid(2), begun again after a signal: who it is (-1 asks for any child) and what has become of it; `None` with
+/// `WNOHANG` when there is nothing to tell. nix's own fails on children that a real-time signal ended, after having
+/// reaped them.
+///
+/// # Errors
+/// `ECHILD` when there is no such child.
+pub fn wait(pid: i32, options: i32) -> Result<Option<(i32, Status)>> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is live.
+        match Errno::result(unsafe { libc::waitpid(pid, &raw mut status, options) }) {
+            Ok(0) => return Ok(None),
+            Ok(pid) => return Ok(Some((pid, Status::of(status)))),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// Waits for the end of a child, also of one that sends no signal then (`__WALL`).
+///
+/// # Errors
+/// As for [`wait`].
+pub fn end_of(pid: i32) -> Result<Status> {
+    match wait(pid, libc::__WALL)? {
+        Some((_, status)) => Ok(status),
+        None => Err(Errno::ECHILD),
+    }
+}
+
+/// Some child that has ended and was not yet waited for (`WNOWAIT` of waitid(2)): it stays so. The first one hides others.
+pub fn some_ended() -> Option<i32> {
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: plain integers and pointers, for which zero is valid.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one siginfo; it stays zero when there is nothing to tell.
+    let pid = unsafe {
+        match libc::waitid(libc::P_ALL, 0, &raw mut info, options) {
+            0 => info.si_pid(),
+            _ => 0,
+        }
+    };
+    (pid > 0).then_some(pid)
+}
+
+/// Does work in a child that is a [`fork`], and answers what that answers.
+///
+/// # Errors
+/// Those of the work, or that there is no child; `EINTR` when something killed it.
+pub fn in_a_child(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    match fork()? {
+        Fork::Child => {
+            let _ends = LeaveOnUnwind;
+            leave(work().err().map_or(0, |errno| errno as i32))
+        }
+        Fork::Parent(child) => match end_of(child)? {
+            Status::Exited(0) => Ok(()),
+            Status::Exited(errno) => Err(Errno::from_raw(errno)),
+            _ => Err(Errno::EINTR),
+        },
+    }
+}
+
+/// A panic in a child must not unwind into what is its parent's to do.
+pub(crate) struct LeaveOnUnwind;
+
+impl Drop for LeaveOnUnwind {
+    fn drop(&mut self) {
+        leave(101)
+    }
+}
+
+/// kill(2). Signal 0 only asks whether it could be sent.
+///
+/// # Errors
+/// `ESRCH` when there is no such process or group, `EPERM` when it is none of ours.
+pub fn kill(pid: i32, signal: i32) -> Result<()> {
+    // SAFETY: a call without pointers.
+    Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// tgkill(2): a signal for one thread.
+///
+/// # Errors
+/// As for [`kill`].
+pub fn kill_thread(process: i32, thread: i32, signal: i32) -> Result<()> {
+    // SAFETY: a call without pointers.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+    Errno::result(sent).map(drop)
+}
+
+/// sigqueue(3): a signal with a value, which is a number or whatever else the sender means by it.
+///
+/// # Errors
+/// As for [`kill`].
+pub fn queue_signal(pid: i32, signal: i32, value: u64) -> Result<()> {
+    let sival_ptr = value as *mut libc::c_void;
+    // SAFETY: the value is handed on and not used as an address.
+    Errno::result(unsafe { libc::sigqueue(pid, signal, libc::sigval { sival_ptr }) }).map(drop)
+}
+
+/// A prctl(2) that takes a number and no address.
+fn set(option: i32, value: u64) {
+    // SAFETY: called with options that take no pointer. It cannot fail with the values that are given here, or it
+    // does no harm.
+    unsafe { libc::prctl(option, value, 0u64, 0u64, 0u64) };
+}
+
+/// `PR_SET_NAME`: what this thread is called in `ps`, of which 15 bytes count.
+pub fn set_name(name: &CStr) {
+    // SAFETY: a C string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// `PR_SET_PDEATHSIG`: whether the kernel kills us when our parent ends.
+pub fn die_with_parent(yes: bool) {
+    set(
+        libc::PR_SET_PDEATHSIG,
+        if yes { libc::SIGKILL as u64 } else { 0 },
+    );
+}
+
+/// `PR_SET_CHILD_SUBREAPER`: orphans among our descendants become our children.
+pub fn adopt_orphans() {
+    set(libc::PR_SET_CHILD_SUBREAPER, 1);
+}
+
+/// `PR_SET_DUMPABLE`: our files in `/proc` are ours, also after a change of ids.
+pub fn make_dumpable() {
+    set(libc::PR_SET_DUMPABLE, 1);
+}
+
+/// `PR_SET_PTRACER`: lets a process and its descendants trace us where Yama allows that to ancestors only. Kernels
+/// without Yama refuse, and need it not.
+pub fn let_trace(pid: u32) {
+    set(libc::PR_SET_PTRACER, pid.into());
+}
+
+/// Get calls whose operands are numbers: the call (prctl(2) or arch_prctl(2)) and its option.
+const NUMBERS_ONLY: [(libc::c_long, i32); 6] = [
+    (libc::SYS_prctl, libc::PR_MCE_KILL_GET),
+    (libc::SYS_prctl, libc::PR_GET_THP_DISABLE),
+    (libc::SYS_prctl, PR_GET_SPECULATION_CTRL),
+    (libc::SYS_prctl, PR_GET_MDWE),
+    (libc::SYS_prctl, PR_GET_MEMORY_MERGE),
+    (libc::SYS_arch_prctl, ARCH_GET_CPUID),
+];
+// include/uapi/linux/prctl.h, arch/x86/include/uapi/asm/prctl.h
+const PR_GET_SPECULATION_CTRL: i32 = 52;
+const PR_GET_MDWE: i32 = 66;
+const PR_GET_MEMORY_MERGE: i32 = 68;
+const ARCH_GET_CPUID: i32 = 0x1011;
+
+/// What a get call answers that takes numbers.
+///
+/// # Errors
+/// `EINVAL` where the kernel does not know it, and for a call that is none of those.
+pub fn get_number(call: libc::c_long, option: u64, which: u64) -> Result<i64> {
+    if !NUMBERS_ONLY
+        .iter()
+        .any(|&(nr, known)| (nr, known as u64) == (call, option))
+    {
+        return Err(Errno::EINVAL);
+    }
+    // SAFETY: a get call without pointers.
+    Errno::result(unsafe { libc::syscall(call, option, which, 0, 0, 0) })
+}
+
+/// `PR_GET_TSC`: whether this thread may read the time stamp counter, `PR_TSC_ENABLE` or `PR_TSC_SIGSEGV`.
+///
+/// # Errors
+/// `EINVAL` where the kernel does not know it.
+pub fn tsc() -> Result<i32> {
+    let mut written = 0i32;
+    // SAFETY: the kernel writes an int.
+    let answer = unsafe { libc::prctl(libc::PR_GET_TSC, &raw mut written, 0, 0, 0) };
+    Errno::result(answer).map(|_| written)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_answers() {
+        assert_eq!(in_a_child(|| Ok(())), Ok(()));
+        assert_eq!(in_a_child(|| Err(Errno::EXDEV)), Err(Errno::EXDEV));
+        assert_eq!(
+            in_a_child(|| panic!("in a child")),
+            Err(Errno::from_raw(101))
+        );
+        let killed = in_a_child(|| kill(std::process::id() as i32, libc::SIGKILL));
+        assert_eq!(killed, Err(Errno::EINTR));
+    }
+
+    #[test]
+    fn a_status_is_told_as_a_shell_does() {
+        let Fork::Parent(child) = fork().unwrap() else {
+            leave(7)
+        };
+        assert_eq!(end_of(child), Ok(Status::Exited(7)));
+        assert_eq!(Status::Killed(9).code(), Some(137));
+        assert_eq!(Status::Stopped(19).code(), None);
+        assert_eq!(wait(child, 0), Err(Errno::ECHILD));
+    }
+}

@@ -1,0 +1,264 @@
+//! Sockets: socket(7), unix(7), netlink(7).
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use crate::control::Credentials;
+use crate::files::given;
+use crate::{Errno, Result, errno};
+
+/// getsockopt(2) of `SOL_SOCKET`, up to 64 bytes of it.
+///
+/// # Errors
+/// `ENOPROTOOPT` where there is no such option.
+pub fn option(fd: impl AsFd, number: i32) -> Result<Vec<u8>> {
+    option_of(libc::SOL_SOCKET, fd, number)
+}
+
+/// getsockopt(2), up to 64 bytes of it.
+///
+/// # Errors
+/// `ENOPROTOOPT` where there is no such option, `EOPNOTSUPP` where there is no such level.
+pub fn option_of(level: i32, fd: impl AsFd, number: i32) -> Result<Vec<u8>> {
+    let mut value = [0u8; 64];
+    let len = get(level, fd, number, &mut value, 64)?;
+    Ok(value[..len.min(value.len())].to_vec())
+}
+
+/// getsockopt(2): the length that the kernel says. `len` is what it is told, in its own unit.
+fn get(level: i32, fd: impl AsFd, number: i32, room: &mut [u8], len: usize) -> Result<usize> {
+    let mut len = len as libc::socklen_t;
+    // SAFETY: `room` is live, and `len` says how long; those who give it in another unit see to it.
+    let r = unsafe {
+        let room = room.as_mut_ptr().cast();
+        libc::getsockopt(fd.as_fd().as_raw_fd(), level, number, room, &raw mut len)
+    };
+    Errno::result(r).map(|_| len as usize)
+}
+
+/// An option that is an `int`.
+///
+/// # Errors
+/// As for [`option`].
+pub fn int_option(fd: impl AsFd, number: i32) -> Result<i32> {
+    let value = option(fd, number)?;
+    let bytes = value.get(..4).ok_or(Errno::EINVAL)?;
+    Ok(i32::from_ne_bytes(bytes.try_into().unwrap_or_default()))
+}
+
+/// Sets an option that is an `int`.
+///
+/// # Errors
+/// `EINVAL` for a value that it does not take, `EPERM` where that needs a capability.
+pub fn set_int_option(fd: impl AsFd, number: i32, value: i32) -> Result<()> {
+    // SAFETY: the kernel reads one int.
+    let r = unsafe {
+        libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            number,
+            (&raw const value).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    Errno::result(r).map(drop)
+}
+
+/// How many instructions the socket's filter has; 0 without one.
+///
+/// # Errors
+/// `EACCES` for one of eBPF, which has no instructions to be read.
+pub fn filter_len(fd: impl AsFd) -> Result<usize> {
+    read_filter(fd, &mut [], 0)
+}
+
+/// The first so many instructions of the socket's filter, 8 bytes each; how many it has.
+///
+/// # Errors
+/// As for [`filter_len`]; `EINVAL` when it has more.
+///
+/// # Panics
+/// When `program` has no room for so many.
+pub fn read_filter(fd: impl AsFd, program: &mut [u8], count: usize) -> Result<usize> {
+    const SO_GET_FILTER: i32 = libc::SO_ATTACH_FILTER;
+    let room = program.len() / 8;
+    assert!(room >= count, "no room for {count} instructions");
+    // The length is a number of instructions; with 0 nothing is written but that number.
+    get(libc::SOL_SOCKET, fd, SO_GET_FILTER, program, count)
+}
+
+/// `tcpi_state`, the first byte of `struct tcp_info`: the state of a TCP socket by the kernel's numbers, from 1 on.
+///
+/// # Errors
+/// `EOPNOTSUPP` for other sockets.
+pub fn tcp_state(fd: impl AsFd) -> Result<u8> {
+    let mut state = [0];
+    get(libc::IPPROTO_TCP, fd, libc::TCP_INFO, &mut state, 1).map(|_| state[0])
+}
+
+/// getsockname(2), getpeername(2).
+type NameCall = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> i32;
+
+fn address(call: NameCall, fd: impl AsFd) -> Result<Vec<u8>> {
+    let mut buffer = [0u8; 128];
+    let mut len = buffer.len() as libc::socklen_t;
+    // SAFETY: `buffer` is live and `len` says how long.
+    let r = unsafe {
+        let fd = fd.as_fd().as_raw_fd();
+        call(fd, buffer.as_mut_ptr().cast(), &raw mut len)
+    };
+    Errno::result(r)?;
+    Ok(buffer[..(len as usize).min(buffer.len())].to_vec())
+}
+
+/// getsockname(2): the `struct sockaddr` of the socket.
+///
+/// # Errors
+/// None for a socket.
+pub fn own_address(fd: impl AsFd) -> Result<Vec<u8>> {
+    address(libc::getsockname, fd)
+}
+
+/// getpeername(2): the `struct sockaddr` of the other end.
+///
+/// # Errors
+/// `ENOTCONN` where there is none.
+pub fn peer_address(fd: impl AsFd) -> Result<Vec<u8>> {
+    address(libc::getpeername, fd)
+}
+
+/// The name in an address of a unix socket (`sun_path`); empty for an unnamed one, with a zero byte first for an
+/// abstract one. The kernel ends one with a path in a zero byte, which is no part of the name, and may count it.
+pub fn sun_path(address: &[u8]) -> Vec<u8> {
+    let name = address.get(2..).unwrap_or(&[]);
+    match name.first() {
+        None | Some(0) => name.to_vec(),
+        Some(_) => name.split(|b| *b == 0).next().unwrap_or(&[]).to_vec(),
+    }
+}
+
+/// The name of a unix socket, as [`sun_path`] has it.
+///
+/// # Errors
+/// As for [`own_address`].
+pub fn own_name(fd: impl AsFd) -> Result<Vec<u8>> {
+    own_address(fd).map(|address| sun_path(&address))
+}
+
+/// The name of the other end, as [`sun_path`] has it.
+///
+/// # Errors
+/// As for [`peer_address`].
+pub fn peer_name(fd: impl AsFd) -> Result<Vec<u8>> {
+    peer_address(fd).map(|address| sun_path(&address))
+}
+
+/// `SIOCOUTQ`: memory that messages take which this socket has sent and nobody has read, bytes.
+pub fn unsent(fd: impl AsFd) -> usize {
+    int_ioctl(fd, libc::TIOCOUTQ).map_or(0, |n| n.max(0) as usize)
+}
+
+/// `SIOCATMARK`: whether what is read next stands behind the mark of an urgent byte, or is one.
+///
+/// # Errors
+/// `ENOTTY` for sockets without urgent bytes.
+pub fn at_mark(fd: impl AsFd) -> Result<bool> {
+    const SIOCATMARK: libc::Ioctl = 0x8905;
+    int_ioctl(fd, SIOCATMARK).map(|answer| answer != 0)
+}
+
+fn int_ioctl(fd: impl AsFd, request: libc::Ioctl) -> Result<i32> {
+    let mut n = 0i32;
+    // SAFETY: called with requests for which the kernel writes one int.
+    let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, &raw mut n) };
+    Errno::result(r).map(|_| n)
+}
+
+/// `SIOCUNIXFILE`: an `O_PATH` descriptor for the file that a socket is bound to.
+///
+/// # Errors
+/// `EPERM` without CAP_NET_ADMIN, `ENOENT` for a socket without a file.
+pub fn bound_file(fd: impl AsFd) -> Result<OwnedFd> {
+    const SIOCUNIXFILE: libc::c_ulong = 0x89e0;
+    // SAFETY: a call without pointers, which makes a descriptor.
+    unsafe { given(libc::ioctl(fd.as_fd().as_raw_fd(), SIOCUNIXFILE, 0).into()) }
+}
+
+/// `SO_PEERCRED`: who made the other end of a connection, or listens there.
+///
+/// # Errors
+/// As for [`option`].
+pub fn peer_credentials(fd: impl AsFd) -> Result<Credentials> {
+    let value = option(fd, libc::SO_PEERCRED)?;
+    let word = |at: usize| {
+        let bytes = value.get(at..at + 4).ok_or(Errno::EINVAL)?;
+        Ok(u32::from_ne_bytes(bytes.try_into().unwrap_or_default()))
+    };
+    Ok(Credentials {
+        pid: word(0)? as i32,
+        uid: word(4)?,
+        gid: word(8)?,
+    })
+}
+
+/// A socket of our own, which does not wait (`AF_*`, `SOCK_*`).
+///
+/// # Errors
+/// Those of socket(2).
+pub fn socket(family: i32, kind: i32) -> Result<OwnedFd> {
+    let family = AddressFamily::from_raw(family as u16);
+    let kind = SocketType::from_raw(kind as u32);
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(family, kind, flags, None).map_err(errno)
+}
+
+/// Unix sockets of our own, connected with each other, which do not wait (`SOCK_*`).
+///
+/// # Errors
+/// `EMFILE` and `ENFILE` when there are no descriptors.
+pub fn pair(kind: i32) -> Result<[OwnedFd; 2]> {
+    let kind = SocketType::from_raw(kind as u32);
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (a, b) = rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None).map_err(errno)?;
+    Ok([a, b])
+}
+
+/// connect(2) to a `struct sockaddr`.
+///
+/// # Errors
+/// `ECONNREFUSED` when nobody listens there, and others of connect(2).
+pub fn connect(fd: impl AsFd, address: &[u8]) -> Result<()> {
+    let len = address.len() as libc::socklen_t;
+    // SAFETY: `address` is live and as long as said.
+    let r = unsafe { libc::connect(fd.as_fd().as_raw_fd(), address.as_ptr().cast(), len) };
+    Errno::result(r).map(drop)
+}
+
+/// send(2), which neither waits nor raises SIGPIPE.
+///
+/// # Errors
+/// `EAGAIN` when there is no room, and others of send(2).
+pub fn send(fd: impl AsFd, bytes: &[u8], flags: i32) -> Result<()> {
+    let flags = flags | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: `bytes` is live and as long as said.
+    let n = unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags) };
+    Errno::result(n).map(drop)
+}
+
+/// recv(2) of one byte, without waiting; `MSG_OOB` is for the urgent one, which stays with `MSG_PEEK`.
+///
+/// # Errors
+/// `EINVAL` when there is no urgent byte, `EAGAIN` when it has not come; `EIO` at the end.
+pub fn receive_byte(fd: impl AsFd, flags: i32) -> Result<u8> {
+    let mut byte = 0u8;
+    let flags = flags | libc::MSG_DONTWAIT;
+    // SAFETY: the kernel writes one byte.
+    let n = unsafe { libc::recv(fd.as_fd().as_raw_fd(), (&raw mut byte).cast(), 1, flags) };
+    match Errno::result(n)? {
+        1 => Ok(byte),
+        _ => Err(Errno::EIO),
+    }
+}
