@@ -1,10 +1,11 @@
 //! The machine's clocks, and those of a job: a time namespace lets `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME` go on from
 //! where they stood (time_namespaces(7)).
-#![allow(unsafe_code)]
 
 use std::fmt::Write;
-use std::os::fd::AsRawFd;
 
+use ckpt_sys::errno_of;
+use ckpt_sys::namespaces;
+use ckpt_sys::process::in_a_child;
 use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::namespaces::timens_offsets;
@@ -12,7 +13,6 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::forked::in_a_child;
 
 /// The clocks of a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,20 +39,13 @@ pub const CLOCKS: [(i32, &str); 2] = [
 
 /// What a clock shows, in nanoseconds.
 pub fn clock(id: i32) -> u64 {
-    let mut t = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel writes one timespec.
-    unsafe { libc::clock_gettime(id, &mut t) };
-    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+    ckpt_sys::clocks::clock(id)
 }
 
 /// The second since 1970 of a moment in clock ticks since the start of the machine, as
 /// `/proc/PID/stat` has it.
 pub fn unix_time_of_ticks(ticks: u64) -> i64 {
-    // SAFETY: a call without pointers.
-    let a_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as u64;
+    let a_second = ckpt_sys::clocks::ticks_per_second();
     let started = clock(libc::CLOCK_REALTIME).saturating_sub(clock(libc::CLOCK_BOOTTIME));
     (started / 1_000_000_000 + ticks / a_second) as i64
 }
@@ -71,8 +64,7 @@ impl Clocks {
         // Before Linux 6.2 nobody whose children have other clocks may have threads. Who made a user
         // namespace for it has no right to go back, and does without.
         if let Ok(ours) = std::fs::File::open("/proc/self/ns/time") {
-            // SAFETY: a call without pointers.
-            unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWTIME) };
+            let _ = namespaces::enter(ours, libc::CLONE_NEWTIME);
         }
         Ok(created)
     }
@@ -86,13 +78,10 @@ impl Clocks {
             return Ok(());
         }
         self.enter().map_err(denied)?;
-        let join = |ours: std::fs::File| {
-            // SAFETY: a call without pointers.
-            Errno::result(unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWTIME) })
-        };
         let ours = std::fs::File::open("/proc/self/ns/time_for_children");
-        let ours = ours.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)));
-        ours.and_then(join).map(drop).map_err(denied)
+        let ours = ours.map_err(|e| errno_of(&e));
+        let joined = ours.and_then(|ours| namespaces::enter(ours, libc::CLONE_NEWTIME));
+        joined.map_err(denied)
     }
 
     /// Whether there can be a namespace: a child of ours makes one, and ends.
@@ -103,8 +92,7 @@ impl Clocks {
     /// Leaves a new time namespace to our children.
     fn enter(self) -> Result<(), Errno> {
         let me = Pid::own();
-        // SAFETY: a call without pointers.
-        Errno::result(unsafe { libc::unshare(libc::CLONE_NEWTIME) })?;
+        namespaces::unshare(libc::CLONE_NEWTIME)?;
         let mut text = String::new();
         for (clock, name) in CLOCKS {
             let ahead = |clock| i128::from(self.shown(clock)) - i128::from(self::clock(clock));
@@ -122,7 +110,7 @@ impl Clocks {
             let _ = writeln!(text, "{name} {seconds} {rest}");
         }
         let written = std::fs::write("/proc/self/timens_offsets", text);
-        written.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+        written.map_err(|e| errno_of(&e))
     }
 
     fn shown(self, clock: i32) -> u64 {

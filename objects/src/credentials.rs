@@ -1,7 +1,5 @@
 //! Who a task is: ids, groups, capabilities. Threads have their own each.
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -96,15 +94,9 @@ pub fn obstacles(
 }
 
 /// Whether the kernel gives whoever executes this file other ids, or capabilities (execve(2)).
-#[allow(unsafe_code)]
 pub fn gives_privileges(program: &Path) -> bool {
-    let Ok(path) = CString::new(program.as_os_str().as_bytes()) else {
-        return false;
-    };
     let set_id = std::fs::metadata(program).is_ok_and(|meta| meta.mode() & 0o6000 != 0);
-    let name = c"security.capability".as_ptr();
-    // SAFETY: C strings; with no room the kernel only tells the size.
-    set_id || unsafe { libc::getxattr(path.as_ptr(), name, std::ptr::null_mut(), 0) } > 0
+    set_id || ckpt_sys::attributes::has_extended(program, c"security.capability")
 }
 
 /// Takes back what an exec of such a file has given or taken: `now` is what we have. Root keeps its

@@ -1,7 +1,6 @@
 //! Landlock domains (landlock(7)). What a thread has restricted itself to is told by nothing and cannot
 //! be given to another; that it is in a domain shows when it may not look into a process of its
 //! own ids ([`Bystander`]).
-#![allow(unsafe_code)]
 
 use ckpt_tracer::Tid;
 use ckpt_tracer::bystander::Bystander;
@@ -44,10 +43,7 @@ fn ids(status: &Status) -> (u32, u32) {
 
 /// Whether the kernel has Landlock, switched on.
 fn exists() -> bool {
-    const LANDLOCK_CREATE_RULESET: i64 = 444;
-    const VERSION: u32 = 1;
-    // SAFETY: with this flag the call answers a version and takes no structure.
-    unsafe { libc::syscall(LANDLOCK_CREATE_RULESET, 0usize, 0usize, VERSION) > 0 }
+    ckpt_sys::credentials::has_landlock()
 }
 
 /// Processes that may be in a domain: while they run nothing tells, but only who has `no_new_privs`, or is root, can

@@ -20,7 +20,6 @@ pub mod error;
 pub mod files;
 #[cfg(any(test, feature = "fixture"))]
 pub mod fixture;
-mod forked;
 pub mod frames;
 pub mod holes;
 pub mod ipc;

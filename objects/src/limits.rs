@@ -178,22 +178,14 @@ pub fn name(resource: u32) -> &'static str {
 
 /// Our limit of descriptors up to the hard one, and where we may up to what the kernel gives at most (`fs.nr_open`): a job
 /// may have many, and we hold a copy of each.
-#[allow(unsafe_code)]
 pub fn raise_descriptor_limit() {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap_or_default();
     let most: u64 = most.trim().parse().unwrap_or(0);
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: one live structure.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+    let Some((_, own)) = ckpt_sys::files::descriptor_limit() else {
         return;
-    }
-    for hard in [most.max(limit.rlim_max), limit.rlim_max] {
-        (limit.rlim_cur, limit.rlim_max) = (hard, hard);
-        // SAFETY: the same.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } == 0 {
+    };
+    for hard in [most.max(own), own] {
+        if ckpt_sys::files::set_descriptor_limit(hard, hard).is_ok() {
             return;
         }
     }

@@ -1,6 +1,5 @@
 //! NUMA memory policies (set_mempolicy(2), mbind(2)): on which nodes pages come to be. A policy belongs
 //! to a task, or to a mapping. The home node of one (set_mempolicy_home_node(2)) is told by nothing.
-#![allow(unsafe_code)]
 
 use ckpt_tracer::Result;
 use ckpt_tracer::remote::{Call, RemoteCalls};
@@ -84,14 +83,11 @@ pub fn capture(calls: &mut RemoteCalls<'_>, mappings: &mut [Mapping]) -> Result<
 
 /// Our own, which a new process has.
 pub fn own() -> Option<MemoryPolicy> {
+    let (mode, nodes) = ckpt_sys::memory::policy(NODES).ok()?;
     let mut bytes = [0u8; ROOM as usize];
-    let at = bytes.as_mut_ptr();
-    // SAFETY: the kernel writes an int at the beginning and NODES bits from SET on.
-    let answer = unsafe {
-        let set = at.add(SET as usize);
-        libc::syscall(libc::SYS_get_mempolicy, at, set, MAX_NODE, 0, 0)
-    };
-    MemoryPolicy::of(&bytes).filter(|_| answer == 0)
+    bytes[..4].copy_from_slice(&mode.to_ne_bytes());
+    bytes[SET as usize..].copy_from_slice(&nodes);
+    MemoryPolicy::of(&bytes)
 }
 
 impl MemoryPolicy {

@@ -1,7 +1,5 @@
 //! The namespaces that a job had to itself (namespaces(7)): it comes back in such ones.
 
-use std::os::fd::AsRawFd;
-
 use crate::bounds;
 use ckpt_tracer::proc::{ProcDir, namespaces};
 use serde::{Deserialize, Serialize};
@@ -123,14 +121,9 @@ fn leads_to((_, first, count): &Extent, id: u32) -> bool {
 }
 
 /// The user who made the user namespace of a process (ioctl_nsfs(2)), as we see them.
-#[allow(unsafe_code)]
 fn owner(process: &ProcDir) -> Option<u32> {
-    const NS_GET_OWNER_UID: u64 = 0xb704;
     let namespace = std::fs::File::open(process.join("ns/user")).ok()?;
-    let mut uid = 0u32;
-    // SAFETY: the kernel writes one uid_t.
-    let r = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_OWNER_UID, &raw mut uid) };
-    (r == 0).then_some(uid)
+    ckpt_sys::namespaces::owner(namespace)
 }
 
 /// What `/proc/PID/uid_map` says.

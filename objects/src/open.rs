@@ -7,22 +7,20 @@
 //! The links of `/proc` that lead to what somebody has open (magic links, openat2(2)) are not followed on the way. They are
 //! where a process is asked for its own files (`/proc/PID/exe`, `fd`, `map_files`), which is no name that others give, and
 //! where the user gives the name (the image, `--fd`, `--replace-fd`): that is opened as a shell would open it.
-#![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString};
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use ckpt_sys::{as_owner, files};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, getegid, geteuid};
 
 use super::access::may;
-
-mod owner;
 
 /// What becomes of a symbolic link at the end of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +96,7 @@ impl Handle {
         match may(&self.link(), how) {
             Err(Errno::EACCES) if self.is_ours() => {
                 let link = CString::new(self.link().as_os_str().as_bytes());
-                owner::may(&link.unwrap_or_default(), how).map_err(|_| Errno::EACCES)
+                as_owner::may(&link.unwrap_or_default(), how.bits()).map_err(|_| Errno::EACCES)
             }
             other => other,
         }
@@ -121,7 +119,9 @@ impl Handle {
         let link = CString::new(self.link().as_os_str().as_bytes())?;
         match open(&link, flags) {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied && self.is_ours() => {
-                owner::open(&link, flags, self.fd.try_clone()?).map_err(|_| e)
+                as_owner::open(&link, flags, self.fd.try_clone()?)
+                    .map(File::from)
+                    .map_err(|_| e)
             }
             other => other,
         }
@@ -147,8 +147,7 @@ impl Handle {
             return Err(io::Error::other("another file has its name by now"));
         }
         if waits {
-            // SAFETY: a call without pointers.
-            Errno::result(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) })?;
+            files::set_flags(&file, flags)?;
         }
         Ok(file)
     }
@@ -162,59 +161,23 @@ impl AsFd for Handle {
 
 /// Opens what a link of our own `/proc` leads to. `O_CLOEXEC` would show in the flags of the description forever.
 fn open(link: &CStr, flags: i32) -> io::Result<File> {
-    // SAFETY: a C string.
-    close_on_exec(unsafe { libc::open(link.as_ptr(), flags) }.into())
+    Ok(files::open_plainly(link, flags)?.into())
 }
 
 /// Opens by a path that leads through no magic link.
-fn without_magic_links(name: &CString, flags: i32) -> io::Result<File> {
-    /// `struct open_how`.
-    #[repr(C)]
-    struct How {
-        flags: u64,
-        mode: u64,
-        resolve: u64,
-    }
+fn without_magic_links(name: &CStr, flags: i32) -> io::Result<File> {
     // Others are nothing to a handle, and an error here.
     let flags = match flags & libc::O_PATH {
         0 => flags,
         _ => flags & (libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW),
     };
-    let how = How {
-        flags: flags as u64,
-        mode: 0,
-        resolve: libc::RESOLVE_NO_MAGICLINKS,
-    };
-    // SAFETY: a C string, and a structure of that size.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_openat2,
-            libc::AT_FDCWD,
-            name.as_ptr(),
-            &raw const how,
-            size_of::<How>(),
-        )
-    };
-    match Errno::result(fd) {
+    match files::open_without_magic_links(name, flags) {
         // Older than Linux 5.6, or a filter of a container's.
-        Err(Errno::ENOSYS | Errno::EPERM) => {
-            // SAFETY: a C string.
-            close_on_exec(unsafe { libc::open(name.as_ptr(), flags) }.into())
-        }
+        Err(Errno::ENOSYS | Errno::EPERM) => open(name, flags),
         Err(Errno::ELOOP) if flags & libc::O_NOFOLLOW == 0 => Err(io::Error::other(
             "it leads through a link of /proc, or through links without end",
         )),
-        _ => close_on_exec(fd),
-    }
-}
-
-/// A descriptor that the kernel has just given.
-fn close_on_exec(fd: libc::c_long) -> io::Result<File> {
-    let fd = Errno::result(fd)? as i32;
-    // SAFETY: a call without pointers, and a descriptor that nobody else has.
-    unsafe {
-        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
-        Ok(File::from(OwnedFd::from_raw_fd(fd)))
+        opened => Ok(opened?.into()),
     }
 }
 
@@ -230,8 +193,7 @@ mod tests {
     }
 
     fn flags(file: &File) -> i32 {
-        // SAFETY: a call without pointers.
-        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) }
+        files::flags(file).unwrap()
     }
 
     #[test]

@@ -8,12 +8,12 @@
 //!
 //! A job may have opened files before it gave up its privileges, or be a program that its user may execute
 //! and not read. What its user may not open, root opens for it, if the file is the very one (inode and time of creation) that the job had.
-#![allow(unsafe_code)]
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use ckpt_sys::credentials as own;
 use ckpt_tracer::capabilities::{Held, Use};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, geteuid};
@@ -216,47 +216,16 @@ struct Guard {
 
 impl Guard {
     fn enter(rights: &Rights) -> Self {
-        let groups = own_groups();
-        set_groups(&rights.groups);
-        effective(rights.uid, rights.gid);
+        let groups = own::groups();
+        let _ = own::set_thread_groups(&rights.groups);
+        own::set_effective(rights.uid, rights.gid);
         Self { groups }
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        effective(0, nix::unistd::getgid().as_raw());
-        set_groups(&self.groups);
+        own::set_effective(0, nix::unistd::getgid().as_raw());
+        let _ = own::set_thread_groups(&self.groups);
     }
-}
-
-/// The group first: root's id is what gives the right to it.
-fn effective(uid: u32, gid: u32) {
-    const SAME: u32 = u32::MAX;
-    // SAFETY: calls without pointers, which change this thread alone.
-    unsafe {
-        if uid == 0 {
-            libc::syscall(libc::SYS_setresuid, SAME, uid, SAME);
-        }
-        libc::syscall(libc::SYS_setresgid, SAME, gid, SAME);
-        if uid != 0 {
-            libc::syscall(libc::SYS_setresuid, SAME, uid, SAME);
-        }
-    }
-}
-
-fn own_groups() -> Vec<u32> {
-    // SAFETY: with no room the kernel only counts.
-    let count = unsafe { libc::getgroups(0, std::ptr::null_mut()) }.max(0);
-    let mut groups = vec![0; count as usize];
-    // SAFETY: room for as many as it has just counted; nobody else changes them.
-    let count = unsafe { libc::getgroups(count, groups.as_mut_ptr()) }.max(0);
-    groups.truncate(count as usize);
-    groups
-}
-
-/// The groups of this thread; the C library would change those of all.
-fn set_groups(groups: &[u32]) {
-    // SAFETY: a live list of that length.
-    unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
 }

@@ -1,6 +1,6 @@
 //! How a task is scheduled.
-#![allow(unsafe_code)]
 
+use ckpt_sys::tasks::{self, IOPRIO_WHO_PROCESS};
 use ckpt_tracer::Tid;
 use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
@@ -28,51 +28,13 @@ pub struct Scheduling {
     pub timer_slack: u64,
 }
 
-/// Room for `struct sched_attr` of kernels to come; the first four bytes tell the size.
-const ATTR_ROOM: usize = 128;
-/// Room for 8,192 CPUs.
-const AFFINITY_ROOM: usize = 1024;
-/// `IOPRIO_WHO_PROCESS`, which means one task.
-const IOPRIO_WHO_PROCESS: u64 = 1;
-
 /// What can be asked from outside; the timer slack comes from inside.
 pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
-    let mut attr = vec![0u8; ATTR_ROOM];
-    // SAFETY: the kernel writes at most ATTR_ROOM bytes.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_sched_getattr,
-            tid.raw(),
-            attr.as_mut_ptr(),
-            ATTR_ROOM,
-            0,
-        )
-    };
-    let size = attr
-        .first_chunk()
-        .map_or(0, |b| u32::from_le_bytes(*b) as usize);
-    attr.truncate(if r == 0 { size.min(ATTR_ROOM) } else { 0 });
-    let mut affinity = vec![0u8; AFFINITY_ROOM];
-    // SAFETY: the kernel writes at most AFFINITY_ROOM bytes and returns how many.
-    let n = unsafe {
-        libc::syscall(
-            libc::SYS_sched_getaffinity,
-            tid.raw(),
-            AFFINITY_ROOM,
-            affinity.as_mut_ptr(),
-        )
-    };
-    affinity.truncate(n.max(0) as usize);
-    // SAFETY: a system call without pointers.
-    let io = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid.raw()) };
-    // SAFETY: a call without pointers. The raw call answers 20 minus the nice value.
-    let nice = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid.raw()) };
-    let nice = if nice > 0 { 20 - nice as i32 } else { 0 };
     Scheduling {
-        attr,
-        nice,
-        affinity,
-        io_priority: io.max(0) as i32,
+        attr: tasks::scheduling(tid.raw()),
+        nice: tasks::nice(tid.raw()),
+        affinity: tasks::affinity(tid.raw()),
+        io_priority: tasks::io_priority(tid.raw()),
         timer_slack,
     }
 }

@@ -1,8 +1,8 @@
 //! Switches: attributes of a task, or of its memory, with a call that asks for them and one that sets
 //! them (prctl(2), arch_prctl(2)), and nothing else to them. The table says how; another one is
 //! another row. docs/attributes.md has what is no switch.
-#![allow(unsafe_code)]
 
+use ckpt_sys::process;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::remote::{Call, RemoteCalls};
@@ -258,24 +258,15 @@ impl Ours {
     /// Asks for our own.
     pub fn ask() -> Self {
         let ask = |row: &Row| {
-            let mut written = 0i32;
-            let answer = match row.ask {
-                // SAFETY: get calls without pointers.
-                Ask::Answer(nr, [option, which]) => unsafe {
-                    libc::syscall(nr, option, which, 0, 0, 0)
-                },
-                // SAFETY: the kernel writes an int.
-                Ask::Written(nr, option) => unsafe {
-                    match libc::syscall(nr, option, &raw mut written, 0, 0, 0) {
-                        0 => written.into(),
-                        error => error,
-                    }
-                },
-                Ask::Flags(bits) => {
-                    let stat = read_stat(Pid::own());
-                    stat.map_or(-1, |stat| i64::from(stat.flags & bits == bits))
-                }
-            };
+            let answer =
+                match row.ask {
+                    Ask::Answer(call, [option, which]) => process::get_number(call, option, which),
+                    // The only one of its kind.
+                    Ask::Written(..) => process::tsc().map(i64::from),
+                    Ask::Flags(bits) => Ok(read_stat(Pid::own())
+                        .map_or(-1, |stat| i64::from(stat.flags & bits == bits))),
+                };
+            let answer = answer.unwrap_or(-1);
             row.value(answer)
         };
         Self(TABLE.iter().map(ask).collect())

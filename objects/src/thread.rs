@@ -397,21 +397,9 @@ fn fitting_call(regs: &GeneralRegisters) -> Option<i64> {
 }
 
 /// get_robust_list(2) of another task.
-#[allow(unsafe_code)]
 fn robust_list(tid: Tid) -> Result<(u64, u64)> {
-    let (mut head, mut len) = (0u64, 0u64);
-    // SAFETY: the kernel writes one word each.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_get_robust_list,
-            tid.raw(),
-            &raw mut head,
-            &raw mut len,
-        )
-    };
-    nix::errno::Errno::result(r)
-        .map_err(|errno| ckpt_tracer::Error::from_errno("get_robust_list", tid, errno))?;
-    Ok((head, len))
+    let found = ckpt_sys::tasks::robust_list(tid.raw());
+    Ok(found.map_err(|errno| ckpt_tracer::Error::from_errno("get_robust_list", tid, errno))?)
 }
 
 impl Thread {

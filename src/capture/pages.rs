@@ -11,9 +11,9 @@ use ckpt_tracer::mem::{self, MAX_PIECES, ProcessMemory};
 
 use crate::error::{Error, Result};
 use crate::objects::SpaceId;
-use crate::objects::ipc::sys::Attached;
 use crate::objects::source::Contents;
 use crate::progress::Progress;
+use ckpt_sys::sysv::Attached;
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;

@@ -7,14 +7,25 @@
 //!
 //! ptrace, remote calls and what else is done to other tasks is in the crate `ckpt-tracer`.
 
+pub mod as_owner;
 pub mod attributes;
+pub mod channel;
+pub mod clocks;
 pub mod control;
+pub mod credentials;
 pub mod events;
+pub mod exec;
 pub mod files;
 pub mod helper;
+pub mod memory;
+pub mod mounts;
+pub mod mqueue;
+pub mod namespaces;
 pub mod pipes;
 pub mod process;
 pub mod sockets;
+pub mod sysv;
+pub mod tasks;
 pub mod tty;
 
 pub use nix::errno::Errno;

@@ -21,9 +21,11 @@
 use serde::{Deserialize, Serialize};
 
 use ckpt_image::Reader;
+use ckpt_sys::sysv;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::ProcRoot;
 use ckpt_tracer::proc::maps::Vma;
+use ckpt_tracer::proc::syscall::{InSyscall, read_syscall};
 use ckpt_tracer::proc::tasks;
 use nix::errno::Errno;
 
@@ -36,7 +38,6 @@ use crate::source::{Collector, Source};
 
 pub mod mqueue;
 pub mod notice;
-pub mod sys;
 pub mod sysv_msg;
 pub mod sysv_sem;
 pub mod sysv_shm;
@@ -132,8 +133,8 @@ impl Object {
         }
     }
 
-    fn access(&self) -> sys::Access {
-        sys::Access {
+    fn access(&self) -> sysv::Access {
+        sysv::Access {
             uid: self.uid,
             gid: self.gid,
             mode: self.mode,
@@ -229,7 +230,7 @@ fn create(
         path: path.into(),
         source,
     })?;
-    let made = sys::as_creator(object.creator_uid, object.creator_gid, create);
+    let made = as_creator(object.creator_uid, object.creator_gid, create);
     match made {
         Ok(id) if id == object.id => Ok(()),
         Ok(other) => {
@@ -298,15 +299,39 @@ impl Job {
     }
 }
 
+/// Runs `create` with these effective ids, which then are the creator's. For a thread alone: the
+/// C library would change those of all.
+fn as_creator<T: Send>(
+    uid: u32,
+    gid: u32,
+    create: impl FnOnce() -> Result<T, Errno> + Send,
+) -> Result<T, Errno> {
+    let me = (
+        nix::unistd::geteuid().as_raw(),
+        nix::unistd::getegid().as_raw(),
+    );
+    if me == (uid, gid) || me.0 != 0 {
+        return create();
+    }
+    let thread = std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                ckpt_sys::credentials::set_effective(uid, gid);
+                create()
+            })
+            .join()
+    });
+    thread.unwrap_or(Err(Errno::EIO))
+}
+
 /// System calls that threads of a process are in, with their first operands.
 fn waits(source: &Source) -> Vec<(i64, i32)> {
     let call = |tid| {
-        let file = source.dir.path().join(format!("task/{tid}/syscall"));
-        let text = std::fs::read_to_string(file).ok()?;
-        let mut words = text.split_whitespace();
-        let call = words.next()?.parse().ok()?;
-        let first = words.next()?.strip_prefix("0x")?;
-        Some((call, u64::from_str_radix(first, 16).ok()? as i32))
+        let dir = (source.pid, tid);
+        match read_syscall(dir).ok()? {
+            InSyscall::Inside { nr, args, .. } => Some((nr, args[0] as i32)),
+            _ => None,
+        }
     };
     let tasks = tasks::list_tasks(source.pid).unwrap_or_default();
     tasks.into_iter().filter_map(call).collect()

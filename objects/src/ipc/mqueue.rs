@@ -13,7 +13,6 @@ use ckpt_tracer::Pid;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::sys;
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
@@ -71,7 +70,8 @@ pub fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue
             "run ckpt as root",
         )
     };
-    let attributes = sys::queue_attributes(&look.copy).map_err(|e| unreadable(e.into()))?;
+    let attributes =
+        ckpt_sys::mqueue::queue_attributes(&look.copy).map_err(|e| unreadable(e.into()))?;
     // Opened anew: a descriptor for sending shows nothing.
     let mut text = String::new();
     File::open(source.dir.path().join(format!("fd/{}", look.fd)))
@@ -133,7 +133,7 @@ pub(super) fn refuse_contents(descriptions: &[files::Description], obstacles: &m
             ));
         }
     }
-    match sys::queue_names() {
+    match ckpt_sys::mqueue::queue_names() {
         Ok(names) => obstacles.extend(names.into_iter().filter(|n| !known.contains(n)).map(
             |name| {
                 Obstacle::new(
@@ -196,12 +196,15 @@ impl MessageQueue {
     fn present(&self) -> Result<Option<Present>, Errno> {
         let open = || {
             // One that only takes messages from us shows no more than how many there are.
-            let (queue, shows) = match sys::open_queue(&self.name, libc::O_RDONLY) {
-                Err(Errno::EACCES) => (sys::open_queue(&self.name, libc::O_WRONLY)?, false),
+            let (queue, shows) = match ckpt_sys::mqueue::open_queue(&self.name, libc::O_RDONLY) {
+                Err(Errno::EACCES) => (
+                    ckpt_sys::mqueue::open_queue(&self.name, libc::O_WRONLY)?,
+                    false,
+                ),
                 queue => (queue?, true),
             };
             let inode = ckpt_sys::files::fstat(&queue)?.st_ino;
-            let held = sys::queue_attributes(&queue)?.held;
+            let held = ckpt_sys::mqueue::queue_attributes(&queue)?.held;
             let mut text = String::new();
             let bytes = match shows && File::from(queue).read_to_string(&mut text).is_ok() {
                 true => field(&text, "QSIZE"),
@@ -285,9 +288,9 @@ impl MessageQueue {
         };
         if self.unlinked {
             // Left by a restore that was killed.
-            sys::unlink_queue(&name);
+            ckpt_sys::mqueue::unlink_queue(&name);
         }
-        let queue = sys::create_queue(&name, self.most, self.size);
+        let queue = ckpt_sys::mqueue::create_queue(&name, self.most, self.size);
         let queue = queue.map_err(|e| failed("created", e))?;
         let ready = Ready {
             name,
@@ -312,7 +315,7 @@ impl MessageQueue {
                 self.title()
             ))
         };
-        let queue = match sys::create_queue(&self.name, self.most, self.size) {
+        let queue = match ckpt_sys::mqueue::create_queue(&self.name, self.most, self.size) {
             // By another description of it.
             Err(Errno::EEXIST) => return Ok(()),
             queue => queue.map_err(failed)?,
@@ -321,7 +324,7 @@ impl MessageQueue {
         for _ in 0..self.held {
             let len = left.min(self.size as u64);
             left -= len;
-            sys::send(&queue, &vec![0; len as usize]).map_err(failed)?;
+            ckpt_sys::mqueue::send(&queue, &vec![0; len as usize]).map_err(failed)?;
         }
         self.give(&queue).map_err(failed)
     }
@@ -399,7 +402,7 @@ impl Ready {
 impl Drop for Ready {
     fn drop(&mut self) {
         if self.unlinked || !self.kept {
-            sys::unlink_queue(&self.name);
+            ckpt_sys::mqueue::unlink_queue(&self.name);
         }
     }
 }

@@ -4,7 +4,6 @@ use ckpt_tracer::capabilities::Use;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::sys;
 use super::table::{self, Row, Type};
 use super::{Claim, Found, Job, Object};
 use crate::Snapshot;
@@ -13,6 +12,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::Collector;
+use ckpt_sys::sysv;
 
 /// One queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,7 +81,7 @@ pub(super) fn survey(job: &Job, rows: &[Row], collector: &mut Collector) {
 /// Capacity and messages, which stay where they are.
 fn look(row: &Row) -> Result<(u64, Vec<Message>), Errno> {
     let id = row.id();
-    let capacity = sys::msg_capacity(id)?;
+    let capacity = sysv::msg_capacity(id)?;
     let held = row.get("qnum") as usize;
     if held == 0 {
         return Ok((capacity, Vec::new()));
@@ -89,7 +89,7 @@ fn look(row: &Row) -> Result<(u64, Vec<Message>), Errno> {
     // The kernel copies a message as a whole or not at all; none is longer than the queue.
     let most = (row.get("cbytes") as usize).max(1);
     let mut messages = Vec::with_capacity(held.min(4096));
-    while let Some((kind, text)) = sys::msg_copy(id, messages.len(), most)? {
+    while let Some((kind, text)) = sysv::msg_copy(id, messages.len(), most)? {
         messages.push(Message { kind, text });
     }
     Ok((capacity, messages))
@@ -167,7 +167,7 @@ impl Queue {
         if self.differs(row, snapshot).map_err(Error::refuse)? {
             let most = (row.get("cbytes") as usize).max(1);
             let empty = || -> Result<(), Errno> {
-                while sys::msg_receive(self.object.id, most)?.is_some() {}
+                while sysv::msg_receive(self.object.id, most)?.is_some() {}
                 Ok(())
             };
             empty().map_err(|e| super::failed(&self.object, Type::Msg, "emptied", e))?;
@@ -178,7 +178,7 @@ impl Queue {
 
     fn fill(&self) -> Result<()> {
         for message in &self.messages {
-            let sent = sys::msg_send(self.object.id, message.kind, &message.text);
+            let sent = sysv::msg_send(self.object.id, message.kind, &message.text);
             sent.map_err(|e| super::failed(&self.object, Type::Msg, "filled", e))?;
         }
         Ok(())
@@ -188,15 +188,15 @@ impl Queue {
         let failed = |what, errno| super::failed(&self.object, Type::Msg, what, errno);
         let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600;
         let object = self.object;
-        let create = || sys::msgget(object.key, flags);
-        super::create(&object, Type::Msg, create, sys::msg_remove)?;
+        let create = || sysv::msgget(object.key, flags);
+        super::create(&object, Type::Msg, create, sysv::msg_remove)?;
         let mut ready = Ready {
             object,
             created: true,
             capacity: self.capacity,
         };
-        let usual = sys::msg_capacity(object.id).map_err(|e| failed("looked at", e))?;
-        match sys::msg_set(object.id, object.access(), self.capacity) {
+        let usual = sysv::msg_capacity(object.id).map_err(|e| failed("looked at", e))?;
+        match sysv::msg_set(object.id, object.access(), self.capacity) {
             Err(Errno::EPERM) if self.capacity > usual => {
                 warnings.push(format!(
                     "{} takes {usual} bytes and not {} as before; more than kernel.msgmnb needs {}",
@@ -205,7 +205,7 @@ impl Queue {
                     Use::LargeQueue
                 ));
                 ready.capacity = usual;
-                let set = sys::msg_set(object.id, object.access(), usual);
+                let set = sysv::msg_set(object.id, object.access(), usual);
                 set.map_err(|e| failed("given to its owner", e))?;
             }
             set => set.map_err(|e| failed("given to its owner", e))?,
@@ -225,7 +225,7 @@ pub(super) struct Ready {
 impl Ready {
     pub(super) fn keep(mut self) {
         // The time of the last change is then one of the job's life.
-        let _ = sys::msg_set(self.object.id, self.object.access(), self.capacity);
+        let _ = sysv::msg_set(self.object.id, self.object.access(), self.capacity);
         self.created = false;
     }
 }
@@ -233,7 +233,7 @@ impl Ready {
 impl Drop for Ready {
     fn drop(&mut self) {
         if self.created {
-            sys::msg_remove(self.object.id);
+            sysv::msg_remove(self.object.id);
         }
     }
 }

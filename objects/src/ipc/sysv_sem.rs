@@ -5,7 +5,6 @@
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::sys;
 use super::table::{Row, Type};
 use super::undo::{self, Adjustment};
 use super::{Claim, Found, Job, Object};
@@ -15,6 +14,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::Collector;
+use ckpt_sys::sysv;
 
 /// `SEMVMX`: the highest value.
 pub const HIGHEST: u16 = 32767;
@@ -65,8 +65,8 @@ pub(super) fn survey(job: &Job, rows: &[Row], collector: &mut Collector) {
 
 fn look(row: &Row) -> Result<(Vec<u16>, Vec<i32>), Errno> {
     let (id, count) = (row.id(), row.get("nsems") as usize);
-    let values = sys::sem_values(id, count)?;
-    let operators = (0..count).map(|number| sys::sem_get(id, number, libc::GETPID));
+    let values = sysv::sem_values(id, count)?;
+    let operators = (0..count).map(|number| sysv::sem_get(id, number, libc::GETPID));
     Ok((values, operators.collect::<Result<_, _>>()?))
 }
 
@@ -108,7 +108,7 @@ impl Set {
             let undone = i64::from(*is) == adjusted.clamp(0, HIGHEST.into());
             let before = self.operators[number];
             let alone = ours(operators[number]) && (undone || before == 0 || ours(before));
-            let waiting = |command| sys::sem_get(self.object.id, number, command) != Ok(0);
+            let waiting = |command| sysv::sem_get(self.object.id, number, command) != Ok(0);
             if !alone || waiting(libc::GETNCNT) || waiting(libc::GETZCNT) {
                 return Err(refuse(format!(
                     "had {was} as semaphore {number} at the checkpoint and has {is} now, and not \
@@ -162,7 +162,7 @@ impl Set {
             kept: false,
         };
         for some in changes.chunks(undo::most_operations()) {
-            let done = sys::sem_operate(self.object.id, some);
+            let done = sysv::sem_operate(self.object.id, some);
             done.map_err(|e| super::failed(&self.object, Type::Sem, "put back", e))?;
         }
         Ok(Some(ready))
@@ -172,8 +172,8 @@ impl Set {
         let failed = |what, errno| super::failed(&self.object, Type::Sem, what, errno);
         let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600;
         let (object, count) = (self.object, self.values.len());
-        let create = || sys::semget(object.key, count as i32, flags);
-        super::create(&object, Type::Sem, create, sys::sem_remove)?;
+        let create = || sysv::semget(object.key, count as i32, flags);
+        super::create(&object, Type::Sem, create, sysv::sem_remove)?;
         let ready = Ready {
             object,
             created: true,
@@ -185,9 +185,9 @@ impl Set {
         let values = self.values.iter().enumerate().filter(|(_, v)| **v != 0);
         let values: Vec<_> = values.map(|(n, v)| (n as u16, *v as i16)).collect();
         for some in values.chunks(undo::most_operations()) {
-            sys::sem_operate(object.id, some).map_err(|e| failed("filled", e))?;
+            sysv::sem_operate(object.id, some).map_err(|e| failed("filled", e))?;
         }
-        let owner = sys::sem_set(object.id, object.access());
+        let owner = sysv::sem_set(object.id, object.access());
         owner.map_err(|e| failed("given to its owner", e))?;
         Ok(Some(ready))
     }
@@ -207,7 +207,7 @@ impl Ready {
     pub(super) fn keep(mut self) {
         if self.created {
             // The time of the last change is then one of the job's life.
-            let _ = sys::sem_set(self.object.id, self.object.access());
+            let _ = sysv::sem_set(self.object.id, self.object.access());
         }
         self.kept = true;
     }
@@ -219,16 +219,16 @@ impl Drop for Ready {
             return;
         }
         if self.created {
-            return sys::sem_remove(self.object.id);
+            return sysv::sem_remove(self.object.id);
         }
         // The end of the new process may have undone some of it already.
-        let Ok(now) = sys::sem_values(self.object.id, self.count) else {
+        let Ok(now) = sysv::sem_values(self.object.id, self.count) else {
             return;
         };
         for &(number, before) in &self.changed {
             let by = i32::from(before) - i32::from(now[number as usize]);
             if by != 0 {
-                let _ = sys::sem_operate(self.object.id, &[(number, by as i16)]);
+                let _ = sysv::sem_operate(self.object.id, &[(number, by as i16)]);
             }
         }
     }

@@ -5,7 +5,6 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
-use super::sys::{self, Attached};
 use super::table::{Row, Type};
 use super::{Found, Job, Object};
 use crate::bounds;
@@ -17,6 +16,7 @@ use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::{Collector, Contents, Source};
 use crate::{Snapshot, SpaceId};
+use ckpt_sys::sysv::{self, Attached};
 
 /// `SHM_DEST`: it goes when the last process lets go of it.
 const DESTROYED: i64 = 0o1000;
@@ -251,9 +251,9 @@ impl Segment {
             super::create(
                 &self.object,
                 Type::Shm,
-                || sys::shmget(key, size, flags),
+                || sysv::shmget(key, size, flags),
                 |id| {
-                    sys::shm_control(id, libc::IPC_RMID).ok();
+                    sysv::shm_control(id, libc::IPC_RMID).ok();
                 },
             )?;
         }
@@ -272,14 +272,14 @@ impl Segment {
             Ok(true)
         })?;
         if created {
-            let set = sys::shm_set(self.object.id, self.object.access());
+            let set = sysv::shm_set(self.object.id, self.object.access());
             set.map_err(|e| failed("given to its owner", e))?;
         }
-        if created && self.locked && sys::shm_control(self.object.id, libc::SHM_LOCK).is_err() {
+        if created && self.locked && sysv::shm_control(self.object.id, libc::SHM_LOCK).is_err() {
             warnings.push(format!("{} is not locked in memory", self.title()));
         }
         if created && self.destroyed {
-            sys::shm_control(self.object.id, libc::IPC_RMID).map_err(|e| failed("removed", e))?;
+            sysv::shm_control(self.object.id, libc::IPC_RMID).map_err(|e| failed("removed", e))?;
             // Until the job has it, we do.
             ready.attached = Some(attached);
         }
@@ -305,7 +305,7 @@ impl Ready {
     pub(super) fn keep(mut self) {
         if self.created {
             // The time of the last change is then one of the job's life.
-            let _ = sys::shm_set(self.object.id, self.object.access());
+            let _ = sysv::shm_set(self.object.id, self.object.access());
         }
         self.created = false;
     }
@@ -314,7 +314,7 @@ impl Ready {
 impl Drop for Ready {
     fn drop(&mut self) {
         if self.created {
-            let _ = sys::shm_control(self.object.id, libc::IPC_RMID);
+            let _ = sysv::shm_control(self.object.id, libc::IPC_RMID);
         }
         self.attached = None;
     }

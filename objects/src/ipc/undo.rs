@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use super::sysv_sem::{HIGHEST, Set};
 use super::table::Type;
-use super::{Claim, sys};
+use ckpt_sys::sysv;
+
+use super::Claim;
 use crate::Snapshot;
 use crate::error::{Error, Obstacle, Result};
 
@@ -232,7 +234,7 @@ fn ask_about(
     // Somebody outside the job may have operated on the set in between.
     let sure = ask(calls, set, &open, |s| s.high)?.unwrap_or_default();
     let unsure = ask(calls, set, &open, |s| s.low)?.unwrap_or_default();
-    let now = sys::sem_values(set.object.id, set.values.len());
+    let now = sysv::sem_values(set.object.id, set.values.len());
     if now.as_ref() != Ok(&set.values) || sure.contains(&false) || unsure.contains(&true) {
         let obstacle = Obstacle::new(
             set.object.title(Type::Sem),

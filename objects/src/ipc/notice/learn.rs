@@ -22,7 +22,7 @@ use serde_bytes::ByteBuf;
 
 use super::{By, COOKIE, Notice, event, failed};
 use crate::error::{Error, Obstacle, Result};
-use crate::ipc::{mqueue, sys};
+use crate::ipc::mqueue;
 use crate::job::FrozenJob;
 use crate::process::{self, FromOutside};
 use crate::sockets::netlink;
@@ -50,9 +50,9 @@ const HELD: u64 = 24;
 pub(super) fn charge() -> Result<u32, Errno> {
     let name = format!("ckpt.notice.{}", std::process::id()).into_bytes();
     // Left by one that was killed.
-    sys::unlink_queue(&name);
-    let queue = sys::create_queue(&name, 1, 1)?;
-    sys::unlink_queue(&name);
+    ckpt_sys::mqueue::unlink_queue(&name);
+    let queue = ckpt_sys::mqueue::create_queue(&name, 1, 1)?;
+    ckpt_sys::mqueue::unlink_queue(&name);
     let socket = netlink::new()?;
     let cookie = [0u8; COOKIE];
     let event = event(
@@ -60,7 +60,7 @@ pub(super) fn charge() -> Result<u32, Errno> {
         socket.as_raw_fd(),
         cookie.as_ptr() as u64,
     );
-    sys::notify(&queue, &event)?;
+    ckpt_sys::mqueue::notify(&queue, &event)?;
     netlink::charged(&socket)
 }
 

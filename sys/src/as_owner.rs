@@ -3,23 +3,24 @@
 //! Their owner may change the mode and back, but a restore that is killed in between would leave it changed. In a user
 //! namespace of its own a process has CAP_DAC_OVERRIDE for files whose owner and group are mapped there
 //! (`capable_wrt_inode_uidgid`, kernel/capability.c): a child of ours opens the file there, and nothing changes.
+#![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString};
-use std::fs::File;
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use nix::errno::Errno;
-use nix::unistd::{AccessFlags, getegid, geteuid};
+use nix::unistd::{getegid, geteuid};
 
-/// faccessat(2) there.
+use crate::process::{self, Status};
+use crate::{Errno, Result};
+
+/// faccessat(2) there, with `R_OK`, `W_OK` and `X_OK`.
 ///
 /// # Errors
 /// Its own, and those of making the namespace.
-pub(super) fn may(link: &CStr, how: AccessFlags) -> nix::Result<()> {
+pub fn may(link: &CStr, how: i32) -> Result<()> {
     in_namespace(|| {
         // SAFETY: a C string.
-        unsafe { libc::faccessat(libc::AT_FDCWD, link.as_ptr(), how.bits(), libc::AT_EACCESS) }
+        unsafe { libc::faccessat(libc::AT_FDCWD, link.as_ptr(), how, libc::AT_EACCESS) }
     })
 }
 
@@ -27,7 +28,7 @@ pub(super) fn may(link: &CStr, how: AccessFlags) -> nix::Result<()> {
 ///
 /// # Errors
 /// Its own, and those of making the namespace.
-pub(super) fn open(link: &CStr, flags: i32, place: OwnedFd) -> io::Result<File> {
+pub fn open(link: &CStr, flags: i32, place: OwnedFd) -> Result<OwnedFd> {
     let to = place.as_raw_fd();
     in_namespace(|| {
         // SAFETY: a C string, and descriptors of a table that is ours, too.
@@ -46,19 +47,19 @@ pub(super) fn open(link: &CStr, flags: i32, place: OwnedFd) -> io::Result<File> 
             placed
         }
     })?;
-    Ok(place.into())
+    Ok(place)
 }
 
 /// What a child that shares our descriptors answers there, which makes system calls and nothing else.
-fn in_namespace(call: impl FnOnce() -> i32) -> nix::Result<()> {
+fn in_namespace(call: impl FnOnce() -> i32) -> Result<()> {
     let line = |id: u32| CString::new(format!("{id} {id} 1")).unwrap_or_default();
     let maps = [
         (c"/proc/self/setgroups", c"deny".to_owned()),
         (c"/proc/self/uid_map", line(geteuid().as_raw())),
         (c"/proc/self/gid_map", line(getegid().as_raw())),
     ];
-    // SAFETY: without CLONE_VM this is a fork; no signal tells of its end.
-    let child = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
+    // SAFETY: without CLONE_VM this is a fork; the child drops nothing. No signal tells of its end.
+    let child = unsafe { process::clone(libc::CLONE_FILES) };
     let child = Errno::result(child)? as i32;
     if child == 0 {
         // SAFETY: we are the child; all strings were made before.
@@ -73,16 +74,10 @@ fn in_namespace(call: impl FnOnce() -> i32) -> nix::Result<()> {
             })
         }
     }
-    let mut status = 0;
-    // SAFETY: `status` is live.
-    while unsafe { libc::waitpid(child, &mut status, libc::__WALL) } < 0 {
-        if Errno::last() != Errno::EINTR {
-            return Err(Errno::last());
-        }
-    }
-    match status {
-        0 => Ok(()),
-        _ => Err(Errno::from_raw(libc::WEXITSTATUS(status))),
+    match process::end_of(child)? {
+        Status::Exited(0) => Ok(()),
+        Status::Exited(errno) => Err(Errno::from_raw(errno)),
+        _ => Err(Errno::EINTR),
     }
 }
 

@@ -1,0 +1,60 @@
+//! Namespaces: namespaces(7), unshare(2), setns(2), ioctl_nsfs(2). `CLONE_NEW*` say which.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use crate::{Errno, Result};
+
+/// unshare(2) of namespaces. Of a pid or time namespace only children become members.
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN, `ENOSPC` above the limit of namespaces, `EINVAL` for flags that name no namespace
+/// and where this thread is not the only one.
+pub fn unshare(kinds: i32) -> Result<()> {
+    const NAMESPACES: i32 = libc::CLONE_NEWCGROUP
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWTIME
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWUTS;
+    if kinds & !NAMESPACES != 0 {
+        return Err(Errno::EINVAL);
+    }
+    // SAFETY: a call without pointers. What threads of ours share (`CLONE_FILES`, `CLONE_FS`) stays shared, but for
+    // the directory, which the C library does not count on.
+    Errno::result(unsafe { libc::unshare(kinds) }).map(drop)
+}
+
+/// setns(2): into the namespace of a descriptor, or into those of a pidfd.
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN there, `EINVAL` for another kind of namespace, `EUSERS` and others of setns(2).
+pub fn enter(namespace: impl AsFd, kinds: i32) -> Result<()> {
+    // SAFETY: a call without pointers.
+    let entered = unsafe { libc::setns(namespace.as_fd().as_raw_fd(), kinds) };
+    Errno::result(entered).map(drop)
+}
+
+/// `NS_GET_OWNER_UID`: the user who made a user namespace, as we see them.
+pub fn owner(namespace: impl AsFd) -> Option<u32> {
+    const NS_GET_OWNER_UID: u64 = 0xb704;
+    let mut uid = 0u32;
+    let fd = namespace.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes one uid_t.
+    let r = unsafe { libc::ioctl(fd, NS_GET_OWNER_UID, &raw mut uid) };
+    (r == 0).then_some(uid)
+}
+
+/// sethostname(2) and setdomainname(2).
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN, `EINVAL` for more than 64 bytes.
+pub fn set_names(host: &[u8], domain: &[u8]) -> Result<()> {
+    // SAFETY: live bytes and their length.
+    unsafe {
+        Errno::result(libc::sethostname(host.as_ptr().cast(), host.len()))?;
+        Errno::result(libc::setdomainname(domain.as_ptr().cast(), domain.len())).map(drop)
+    }
+}
