@@ -1,4 +1,7 @@
 //! `restore IMAGE`: the same as `ckpt restore IMAGE`. See [`ckpt::cli`].
+//!
+//! The one unsafe thing here is to have a function called before `main`: the runtime of Rust opens standard streams that
+//! are closed before any code of ours runs otherwise (`ckpt_sys::standard`).
 #![allow(unsafe_code)]
 
 use std::process::ExitCode;
@@ -6,7 +9,7 @@ use std::process::ExitCode;
 // SAFETY: the linker's list of functions to be called before `main`, of that type.
 #[used]
 #[unsafe(link_section = ".init_array")]
-static STANDARD: extern "C" fn() = ckpt::cli::standard::make_sure;
+static STANDARD: extern "C" fn() = ckpt_sys::standard::make_sure;
 
 fn main() -> ExitCode {
     ckpt::cli::restore_main()

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use ckpt_image::{Chunk, Writer};
+use ckpt_sys::files;
+use ckpt_sys::sysv::Attached;
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::mem::{self, MAX_PIECES, ProcessMemory};
 
@@ -13,7 +14,6 @@ use crate::error::{Error, Result};
 use crate::objects::SpaceId;
 use crate::objects::source::Contents;
 use crate::progress::Progress;
-use ckpt_sys::sysv::Attached;
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -313,22 +313,14 @@ fn next_data(file: &File, from: u64, size: u64) -> Option<(u64, u64)> {
     if from >= size {
         return None;
     }
-    match seek(file, from, libc::SEEK_DATA) {
+    match files::seek(file, from, libc::SEEK_DATA) {
         Ok(start) => {
-            let end = seek(file, start, libc::SEEK_HOLE).unwrap_or(size);
+            let end = files::seek(file, start, libc::SEEK_HOLE).unwrap_or(size);
             Some((start, end.min(size)))
         }
         Err(Errno::ENXIO) => None,
         Err(_) => Some((from, size)),
     }
-}
-
-#[allow(unsafe_code)]
-fn seek(file: &File, offset: u64, whence: i32) -> Result<u64, nix::errno::Errno> {
-    // SAFETY: a call without pointers. The offset belongs to a description that was opened by
-    // us, or its position is read from fdinfo before; SEEK_DATA moves only our own.
-    let at = unsafe { libc::lseek(file.as_raw_fd(), offset as i64, whence) };
-    nix::errno::Errno::result(at).map(|at| at as u64)
 }
 
 /// Whether a page holds nothing but zeros; a page of data is told by its first words.

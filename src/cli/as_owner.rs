@@ -9,24 +9,26 @@
 //! Whatever is in the image is done by a process that has the owner's ids and groups and no capability, and an
 //! environment without anything of root's: so the kernel says what may be done, as if that user had typed it. What root
 //! adds is to choose pids, by numbers alone ([`next_pid::serve`]). See `docs/privileges.md`.
-#![allow(unsafe_code)]
 
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use nix::errno::Errno;
-use nix::unistd::{Uid, User};
+use ckpt_sys::files::{self, inherited};
+use ckpt_sys::process::{before_exec, die_with_parent};
+use ckpt_sys::{credentials, tasks};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Uid, User, setsid};
 
 use super::exit::{Failure, Outcome};
 use super::run::{take_over_signals, wait, watch};
-use crate::isolate::{Owner, die_with_parent};
+use crate::isolate::Owner;
 use crate::restore::{ImageFile, next_pid};
 use crate::supervise::{self, Child, NoTerminal};
 use crate::text::Shown;
@@ -49,24 +51,13 @@ pub(super) fn handed(path: &Path) -> Result<Option<ImageFile>, Failure> {
     };
     let numbers = text.split_once(' ');
     let numbers = numbers.and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    let handed = numbers.and_then(|(image, broker)| Some((own(image)?, own(broker)?)));
+    let handed = numbers.and_then(|(image, broker)| Some((inherited(image)?, inherited(broker)?)));
     let Some((image, broker)) = handed else {
         let text = format!("{HANDED} is set to {text}, and these are no descriptors: unset it");
         return Err(Failure::Message(text));
     };
     next_pid::ask_there(UnixStream::from(broker));
     Ok(Some(ImageFile::of(File::from(image), path)?))
-}
-
-/// Takes an inherited descriptor over.
-fn own(fd: RawFd) -> Option<OwnedFd> {
-    // SAFETY: it is open, and its number was handed to us, so that nothing else in this process has it.
-    let fd = unsafe {
-        let open = fd > 2 && libc::fcntl(fd, libc::F_GETFD) >= 0;
-        open.then(|| OwnedFd::from_raw_fd(fd))
-    }?;
-    set_inherited(fd.as_raw_fd(), false).ok()?;
-    Some(fd)
 }
 
 /// Has the owner of the image restore it; its exit code is ours.
@@ -86,6 +77,11 @@ pub(super) fn run(image: ImageFile) -> Outcome {
     };
     let signals = take_over_signals()?;
     let (broker, theirs) = UnixStream::pair().map_err(cannot)?;
+    // Copies, since an exec closes all that is ours.
+    let handed = [image.as_fd(), theirs.as_fd()].map(|fd| fd.try_clone_to_owned());
+    let [image_there, broker_there] = handed;
+    let handed = [image_there.map_err(cannot)?, broker_there.map_err(cannot)?];
+    let [image_there, broker_there] = handed.each_ref().map(AsRawFd::as_raw_fd);
     let mut arguments = env::args_os();
     let mut command = Command::new("/proc/self/exe");
     command
@@ -93,16 +89,12 @@ pub(super) fn run(image: ImageFile) -> Outcome {
         .args(arguments)
         .env_clear()
         .envs(environment(&user))
-        .env(
-            HANDED,
-            format!("{} {}", image.as_fd().as_raw_fd(), theirs.as_raw_fd()),
-        );
-    let handed = [image.as_fd().as_raw_fd(), theirs.as_raw_fd()];
+        .env(HANDED, format!("{image_there} {broker_there}"));
     let become_owner = move || {
         let own = std::os::unix::process::parent_id();
         begin_anew();
         owner.take_over()?;
-        leave_descriptors(handed)?;
+        leave_descriptors(&handed)?;
         die_with_parent(true);
         // It may have ended before.
         match std::os::unix::process::parent_id() == own {
@@ -110,8 +102,8 @@ pub(super) fn run(image: ImageFile) -> Outcome {
             false => Err(io::ErrorKind::BrokenPipe.into()),
         }
     };
-    // SAFETY: we have one thread, so that the closure may do what it likes.
-    unsafe { command.pre_exec(become_owner) };
+    // We have one thread, so that it may do what it likes.
+    before_exec(&mut command, become_owner);
     let pid = supervise::start(command, &signals, false, None).map_err(cannot)?;
     drop((image, theirs));
     std::thread::spawn(|| next_pid::serve(broker));
@@ -152,19 +144,11 @@ fn environment(user: &User) -> Vec<(OsString, OsString)> {
 /// What a process inherits and only root may have: priorities, protection from the OOM killer, securebits; and the
 /// session, from whose terminal root may be read.
 fn begin_anew() {
-    let other = libc::sched_param { sched_priority: 0 };
-    const IOPRIO_WHO_PROCESS: i64 = 1;
-    // SAFETY: calls on values and on a live structure.
-    unsafe {
-        libc::setsid();
-        libc::umask(0o022);
-        libc::prctl(libc::PR_SET_SECUREBITS, 0, 0, 0, 0);
-        libc::sched_setscheduler(0, libc::SCHED_OTHER, &other);
-        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, 0);
-        if libc::getpriority(libc::PRIO_PROCESS, 0) < 0 {
-            libc::setpriority(libc::PRIO_PROCESS, 0, 0);
-        }
-    }
+    let _ = setsid();
+    umask(Mode::from_bits_truncate(0o022));
+    let _ = credentials::set_securebits(0);
+    tasks::become_ordinary();
+    let _ = tasks::set_io_priority(0);
     let file = "/proc/self/oom_score_adj";
     if fs::read_to_string(file).is_ok_and(|score| score.starts_with('-')) {
         let _ = fs::write(file, "0");
@@ -172,18 +156,8 @@ fn begin_anew() {
 }
 
 /// Nothing of root's that is open goes on, but for standard streams and what is handed over.
-fn leave_descriptors(handed: [RawFd; 2]) -> io::Result<()> {
-    // SAFETY: a call without pointers.
-    let all = unsafe { libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) };
-    Errno::result(all)?;
-    handed
-        .into_iter()
-        .try_for_each(|fd| set_inherited(fd, true))
-}
-
-fn set_inherited(fd: RawFd, inherited: bool) -> io::Result<()> {
-    let flags = if inherited { 0 } else { libc::FD_CLOEXEC };
-    // SAFETY: a call without pointers.
-    let set = unsafe { libc::fcntl(fd, libc::F_SETFD, flags) };
-    Ok(Errno::result(set).map(drop)?)
+fn leave_descriptors(handed: &[OwnedFd]) -> io::Result<()> {
+    files::close_on_exec_from(3)?;
+    let mut handed = handed.iter();
+    Ok(handed.try_for_each(|fd| files::set_close_on_exec(fd, false))?)
 }

@@ -17,7 +17,6 @@ pub mod places;
 pub mod progress;
 pub mod restore;
 pub mod run;
-pub mod standard;
 pub mod verify;
 
 use exit::{Outcome, Role};

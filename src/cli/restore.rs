@@ -14,7 +14,6 @@ use super::places::Places;
 use super::run::{Cpuid, leave_standard_streams, take_over_signals, wait, watch};
 use super::{Loudness, as_owner, output, progress};
 use crate::guard::Guard;
-use crate::isolate::die_with_parent;
 use crate::objects::cgroup::Policy;
 use crate::progress::Silent;
 use crate::restore::clock::ClockPolicy;
@@ -22,6 +21,7 @@ use crate::restore::pids::Pids;
 use crate::restore::{self, ImageFile, env};
 use crate::supervise::relay::Relay;
 use crate::supervise::{NoTerminal, Terminal, console};
+use ckpt_sys::process::die_with_parent;
 
 /// Arguments of `restore`.
 #[derive(Args, Debug)]

@@ -15,20 +15,19 @@
 //!
 //! A task has one tracer at most, so for a checkpoint the guard steps aside ([`door`]) and comes back
 //! when the job runs again. Meanwhile programs see the processor as it is.
-#![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Pid, cpuid};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-use nix::unistd::{ForkResult, fork, setsid};
+use nix::unistd::setsid;
 
-use crate::children::{Change, changed, let_go};
+use crate::children::{Change, changed, stay};
 use crate::objects::processor::Baseline;
 
 pub mod door;
@@ -72,8 +71,7 @@ impl Entrance {
             let _ = socket.read_exact(&mut [0]);
             Ok(())
         };
-        // SAFETY: the closure makes two system calls; it neither allocates nor locks.
-        unsafe { command.pre_exec(pass) };
+        process::before_exec(command, pass);
     }
 }
 
@@ -117,15 +115,11 @@ impl Guard {
         programs: &UnixStream,
     ) -> io::Result<Self> {
         let (link, theirs) = UnixStream::pair()?;
-        // SAFETY: the child allocates, which the C library's fork allows; what other threads there may
+        // The child allocates, which the C library's fork allows; what other threads there may
         // be (that of a terminal's relay) hold nothing else that it wants.
-        match unsafe { fork() }? {
-            ForkResult::Parent { child } => Ok(Self {
-                level,
-                pid: child.as_raw(),
-                link,
-            }),
-            ForkResult::Child => {
+        match process::fork()? {
+            Fork::Parent(pid) => Ok(Self { level, pid, link }),
+            Fork::Child => {
                 let kept: Vec<i32> = entrance
                     .iter()
                     .map(AsRawFd::as_raw_fd)
@@ -133,10 +127,12 @@ impl Guard {
                     .collect();
                 // Closed below, as one of those that are not kept.
                 let _ = (link.as_raw_fd(), programs.as_fd());
-                settle(&kept);
-                tree::guard(level, &roots, entrance, theirs);
-                // SAFETY: ends this process without what its parent has to do at its end.
-                unsafe { libc::_exit(0) }
+                let _ = setsid();
+                stay(&kept, || {
+                    settle();
+                    tree::guard(level, &roots, entrance, theirs);
+                    0
+                })
             }
         }
     }
@@ -228,19 +224,12 @@ pub fn children_but(pid: i32, not: &[i32]) -> Vec<Pid> {
 
 /// The end of a guard that has not got the job.
 fn fail() -> ! {
-    // SAFETY: ends this process without what its parent has to do at its end.
-    unsafe { libc::_exit(1) }
+    process::leave(1)
 }
 
-/// Leaves everything of whoever started us: a pipe or a terminal of the job would seem to be in use. Only
-/// SIGKILL ends us before the job has ended.
-fn settle(kept: &[i32]) {
-    let _ = setsid();
-    let_go(kept);
+/// Only SIGKILL ends us before the job has ended.
+fn settle() {
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
-    // SAFETY: a C string, and an action that runs no code of ours.
-    unsafe {
-        libc::prctl(libc::PR_SET_NAME, c"ckpt-guard".as_ptr());
-        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-    }
+    process::set_name(c"ckpt-guard");
+    let _ = ckpt_sys::signals::by_default(libc::SIGCHLD);
 }

@@ -1,23 +1,20 @@
 //! Into the namespaces of a job that has a pid namespace to itself: what looks at it and what
 //! checkpoints it is done by a process inside, for which it is a job like any other.
-#![allow(unsafe_code)]
 
 use std::fs::Metadata;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use ckpt_sys::process::{self, Fork, die_with_parent, leave};
 use ckpt_tracer::pidfd::PidFd;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Error as TracerError, Pid};
-use nix::errno::Errno;
-use nix::unistd::{ForkResult, fork};
 
 use super::init;
-use super::work::{die_with_parent, keep_exit_codes, leave};
+use super::work::keep_exit_codes;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::job::Family;
 use crate::objects::namespaces::{self, Names, Namespaces, OWN};
@@ -57,18 +54,16 @@ pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> 
     let handle = handle?;
     keep_exit_codes();
     let directory = std::env::current_dir();
-    // SAFETY: we have one thread, so that the child has all of us.
-    match unsafe { fork() }.map_err(|e| failed(pid, e.into()))? {
-        ForkResult::Parent { child } => wait(child.as_raw()).map_err(|e| failed(pid, e)),
-        ForkResult::Child => {
+    match process::fork().map_err(|e| failed(pid, e.into()))? {
+        Fork::Parent(child) => wait(child).map_err(|e| failed(pid, e)),
+        Fork::Child => {
             die_with_parent(true);
             let root = std::fs::metadata("/");
             let entered = enter(&handle, &visited.namespaces)
                 .and_then(|()| std::env::set_current_dir(directory?))
-                // SAFETY: as above.
-                .and_then(|()| Ok(unsafe { fork() }?));
+                .and_then(|()| Ok(process::fork()?));
             match entered {
-                Ok(ForkResult::Child) => {
+                Ok(Fork::Child) => {
                     die_with_parent(true);
                     if let Some(names) = &mut visited.namespaces.uts {
                         *names = Names::here();
@@ -76,9 +71,7 @@ pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> 
                     let fits = proc_fits(pid).and_then(|()| root_fits(pid, root));
                     leave(work(fits.map(|()| &visited)).into())
                 }
-                Ok(ForkResult::Parent { child }) => {
-                    leave(wait(child.as_raw()).map_or(1, i32::from))
-                }
+                Ok(Fork::Parent(child)) => leave(wait(child).map_or(1, i32::from)),
                 Err(error) => leave(work(Err(failed(pid, error))).into()),
             }
         }
@@ -234,22 +227,9 @@ fn is_root(parent: Pid, pid: Pid) -> bool {
 /// The user namespace first, which gives the right to enter the others.
 fn enter(handle: &PidFd, namespaces: &Namespaces) -> io::Result<()> {
     let kinds = libc::CLONE_NEWNS | libc::CLONE_NEWPID | super::make::optional(namespaces);
-    // SAFETY: a call without pointers; we have one thread.
-    let entered = unsafe { libc::setns(handle.as_raw_fd(), kinds) };
-    Ok(Errno::result(entered).map(drop)?)
+    Ok(ckpt_sys::namespaces::enter(handle, kinds)?)
 }
 
 fn wait(pid: i32) -> io::Result<u8> {
-    let mut status = 0;
-    // SAFETY: `status` is live.
-    while unsafe { libc::waitpid(pid, &mut status, 0) } < 0 {
-        match Errno::last() {
-            Errno::EINTR => {}
-            errno => return Err(errno.into()),
-        }
-    }
-    Ok(match libc::WIFEXITED(status) {
-        true => libc::WEXITSTATUS(status) as u8,
-        false => 128 + libc::WTERMSIG(status) as u8,
-    })
+    Ok(process::end_of(pid)?.code().unwrap_or(1) as u8)
 }

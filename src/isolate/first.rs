@@ -9,12 +9,13 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
+use ckpt_sys::Errno;
+use ckpt_sys::exec::Program;
+use ckpt_sys::process::leave;
 use serde::{Deserialize, Serialize};
 
 use super::link::{hear, tell};
-use super::orders::Kept;
 use super::rights;
-use super::work::leave;
 use crate::error::{Error, Result};
 use crate::objects::clock::Clocks;
 
@@ -113,12 +114,17 @@ fn obey(socket: &mut UnixStream) -> Result<()> {
     crate::objects::limits::raise_descriptor_limit();
     order.clocks.join()?;
     let descriptors: Vec<(OwnedFd, i32)> = fds.drain(2..).zip(order.numbers).collect();
-    let kept = Kept::beside(&fds[0], descriptors, socket, &fds[1])?;
+    let program = Program::prepare(&fds[0], descriptors, &*socket, &fds[1]);
+    let program = program.map_err(cannot_place)?;
     drop(fds);
     tell(socket, &None::<String>).map_err(gone)?;
-    #[allow(unsafe_code)]
-    // SAFETY: we are the child of a fork that has one thread.
-    unsafe {
-        kept.orders(order.name, None).execute()
-    }
+    program.execute(&order.name, None)
+}
+
+/// The error that a new process cannot have all its descriptors.
+pub(crate) fn cannot_place(errno: Errno) -> Error {
+    Error::Restore(format!(
+        "cannot place descriptors: {}; raise the limit with ulimit -n",
+        errno.desc()
+    ))
 }

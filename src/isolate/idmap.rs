@@ -1,10 +1,9 @@
 //! The ids of a user namespace: user_namespaces(7), newuidmap(1).
-#![allow(unsafe_code)]
 
 use std::io;
 use std::process::Command;
 
-use nix::errno::Errno;
+use nix::unistd::{Gid, Uid, setresgid, setresuid};
 
 use super::work::keep_exit_codes;
 use crate::objects::namespaces::Extent;
@@ -53,20 +52,17 @@ impl IdMaps {
     pub(super) fn settle(&self, uid: u32, gid: u32) -> io::Result<()> {
         let new_gid = somebody(&self.gids, gid);
         let new_uid = somebody(&self.uids, uid);
-        // SAFETY: calls without pointers, or with a null one for an empty list.
-        unsafe {
-            if self.without_groups {
-                Errno::result(libc::setgroups(0, std::ptr::null()))?;
-            }
-            if let Some(gid) = new_gid {
-                Errno::result(libc::setresgid(gid, gid, gid))?;
-            }
-            if let Some(uid) = new_uid {
-                Errno::result(libc::setresuid(uid, uid, uid))?;
-            }
-            // Else our files in /proc would be root's from now on.
-            libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
+        if self.without_groups {
+            ckpt_sys::credentials::set_groups(&[])?;
         }
+        if let Some(gid) = new_gid.map(Gid::from_raw) {
+            setresgid(gid, gid, gid)?;
+        }
+        if let Some(uid) = new_uid.map(Uid::from_raw) {
+            setresuid(uid, uid, uid)?;
+        }
+        // Else our files in /proc would be root's from now on.
+        ckpt_sys::process::make_dumpable();
         Ok(())
     }
 }

@@ -1,62 +1,44 @@
 //! The first process of a pid namespace while its job runs: it reaps whom nobody else waits for,
 //! and tells the process outside about the root. No signal from inside reaches it, and none from
 //! outside but SIGKILL and SIGSTOP (pid_namespaces(7)).
-#![allow(unsafe_code)]
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd};
 
+use ckpt_sys::process::{self, Status};
+
 use super::link::{Event, Link};
-use super::work::leave;
-use crate::children::let_go;
+use crate::children;
 
 /// What it is called in `ps`.
 pub(super) const NAME: &CStr = c"ckpt-init";
 
 /// Reaps until nobody is left; ends with the exit code of the root.
 pub(super) fn reap(root: i32, link: Link) -> ! {
-    let_go(&[link.as_fd().as_raw_fd()]);
-    let mut link = link;
+    let kept = [link.as_fd().as_raw_fd()];
+    children::stay(&kept, move || reap_all(root, link))
+}
+
+fn reap_all(root: i32, mut link: Link) -> i32 {
     let mut ended = 0;
-    while let Some((pid, status)) = wait(0) {
+    while let Ok(Some((pid, status))) = process::wait(-1, libc::WUNTRACED) {
         if pid != root {
             continue;
         }
-        if libc::WIFSTOPPED(status) {
-            let _ = link.tell(&Event::Stopped(libc::WSTOPSIG(status)));
+        let Some(code) = status.code() else {
+            if let Status::Stopped(signal) = status {
+                let _ = link.tell(&Event::Stopped(signal));
+            }
             continue;
-        }
-        let code = match libc::WIFEXITED(status) {
-            true => libc::WEXITSTATUS(status),
-            false => 128 + libc::WTERMSIG(status),
         };
         ended = code;
-        let mut last = false;
-        loop {
-            match wait(libc::WNOHANG) {
-                Some((0, _)) => break,
-                Some(_) => {}
-                None => {
-                    last = true;
-                    break;
-                }
+        let last = loop {
+            match process::wait(-1, libc::WNOHANG | libc::WUNTRACED) {
+                Ok(Some(_)) => {}
+                none => break none.is_err(),
             }
-        }
+        };
         let _ = link.tell(&Event::Ended { code, last });
     }
-    leave(ended)
-}
-
-/// A change of some child; `None` when there is no child.
-fn wait(options: i32) -> Option<(i32, i32)> {
-    loop {
-        let mut status = 0;
-        // SAFETY: `status` is live.
-        let pid = unsafe { libc::waitpid(-1, &mut status, options | libc::WUNTRACED) };
-        match pid {
-            0.. => return Some((pid, status)),
-            _ if nix::errno::Errno::last() == nix::errno::Errno::EINTR => {}
-            _ => return None,
-        }
-    }
+    ended
 }

@@ -97,7 +97,7 @@ impl Link {
     pub fn ready(&mut self, wish: Option<JobTerminal>) -> io::Result<()> {
         self.tell(&Event::Ready(wish))?;
         self.wait()?;
-        super::work::die_with_parent(false);
+        ckpt_sys::process::die_with_parent(false);
         Ok(())
     }
 

@@ -1,21 +1,20 @@
 //! The making of the namespaces, see unshare(2), user_namespaces(7), pid_namespaces(7).
-#![allow(unsafe_code)]
 
 use std::io;
 use std::os::unix::net::UnixStream;
 
+use ckpt_sys::mounts::follow_the_outer;
+use ckpt_sys::namespaces::{set_names, unshare};
+use ckpt_sys::process::{self, Fork, leave};
 use ckpt_tracer::capabilities::{Held, Use};
-use nix::errno::Errno;
-use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, fork, getegid, geteuid};
+use nix::unistd::{getegid, geteuid};
 
 use super::first::{self, First};
 use super::idmap::IdMaps;
 use super::link::{Event, Link};
 use super::outside::Init;
 use super::owner::Owner;
-use super::work::{Body, keep_capabilities, leave, mount, work};
-use crate::children::clone_under;
+use super::work::{Body, keep_capabilities, work};
 use crate::error::{Error, Result};
 use crate::objects::namespaces::{Names, Namespaces};
 
@@ -55,23 +54,22 @@ impl Spec {
 /// When the namespaces cannot be made. Nothing is left of them.
 pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
     // The first process becomes ours when the one in the middle ends.
-    crate::children::adopt_orphans();
+    ckpt_sys::process::adopt_orphans();
     let (mut link, inner) = Link::pair().map_err(cannot("prepare"))?;
-    // SAFETY: we have one thread, so that the child has all of us.
-    let middle = match unsafe { fork() }.map_err(|e| cannot("prepare")(e.into()))? {
-        ForkResult::Child => {
+    let middle = match process::fork().map_err(|e| cannot("prepare")(e.into()))? {
+        Fork::Child => {
             drop(link);
             in_the_middle(spec, inner, body)
         }
-        ForkResult::Parent { child } => {
+        Fork::Parent(child) => {
             drop(inner);
             child
         }
     };
-    let born = arrange(&mut link, spec.ids.as_ref(), middle.as_raw());
+    let born = arrange(&mut link, spec.ids.as_ref(), middle);
     // Without the link, those who wait for us end.
     let link = born.is_ok().then_some(link);
-    let _ = waitpid(middle, None);
+    let _ = process::end_of(middle);
     let ((first, builder), mut link) = (born?, link.ok_or_else(lost)?);
     let gone = link.go().is_err();
     let init = Init::new(first, builder, link);
@@ -154,11 +152,10 @@ enum Born {
 }
 
 fn first_alone() -> io::Result<Born> {
-    // SAFETY: we have one thread.
-    Ok(match unsafe { fork() }? {
-        ForkResult::Child => Born::Worker(None),
-        ForkResult::Parent { child } => Born::Others {
-            first: child.as_raw(),
+    Ok(match process::fork()? {
+        Fork::Child => Born::Worker(None),
+        Fork::Parent(first) => Born::Others {
+            first,
             builder: None,
         },
     })
@@ -167,19 +164,17 @@ fn first_alone() -> io::Result<Born> {
 /// The first process waits for the builder, and ends if that one is not born.
 fn first_and_builder(pid: i32) -> io::Result<Born> {
     let (ours, theirs) = UnixStream::pair()?;
-    // SAFETY: we have one thread.
-    let first = match unsafe { fork() }? {
-        ForkResult::Child => {
+    let first = match process::fork()? {
+        Fork::Child => {
             drop(ours);
             first::serve(theirs)
         }
-        ForkResult::Parent { child } => child.as_raw(),
+        Fork::Parent(child) => child,
     };
     drop(theirs);
-    // SAFETY: we have one thread.
-    Ok(match unsafe { clone_under(pid) }? {
-        0 => Born::Worker(Some(First::new(ours))),
-        builder => Born::Others {
+    Ok(match process::fork_under(pid)? {
+        Fork::Child => Born::Worker(Some(First::new(ours))),
+        Fork::Parent(builder) => Born::Others {
             first,
             builder: Some(builder),
         },
@@ -206,14 +201,10 @@ fn make(spec: &Spec) -> io::Result<()> {
     let user = spec.ids.as_ref().map_or(0, |_| libc::CLONE_NEWUSER);
     let network = if spec.network { libc::CLONE_NEWNET } else { 0 };
     let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS | network | optional(&spec.others);
-    // SAFETY: a call with constants, then calls with live bytes and their length.
-    unsafe {
-        Errno::result(libc::unshare(user | kinds))?;
-        if let Some(Names { host, domain }) = &spec.others.uts {
-            Errno::result(libc::sethostname(host.as_ptr().cast(), host.len()))?;
-            Errno::result(libc::setdomainname(domain.as_ptr().cast(), domain.len()))?;
-        }
+    unshare(user | kinds)?;
+    if let Some(Names { host, domain }) = &spec.others.uts {
+        set_names(host.as_ref(), domain.as_ref())?;
     }
     // What is mounted outside later is seen inside, and not the other way round.
-    mount(c"none", c"/", None, libc::MS_REC | libc::MS_SLAVE)
+    Ok(follow_the_outer()?)
 }

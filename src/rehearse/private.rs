@@ -4,10 +4,9 @@
 //! is an empty file of the same size, directory or FIFO in each place, which the copy opens, maps, locks and removes just
 //! as a restore does with the job's own. Nothing of the copy's code runs and contents of named files are in no image, so
 //! that nobody misses them. Only programs, their interpreters, devices and what `/proc` shows are what they are.
-#![allow(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -20,7 +19,6 @@ use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
 
 use crate::error::{Error, Obstacle, Result};
-use crate::isolate;
 use crate::objects::Snapshot;
 use crate::objects::files::Kind;
 use crate::objects::files::outside::Surroundings;
@@ -50,8 +48,8 @@ pub(super) struct StandIns(Vec<UnixDatagram>);
 /// What cannot be made, by the name of what it stands for.
 pub(super) fn substitute(snapshot: &mut Snapshot) -> Result<StandIns> {
     let flags = libc::MS_NOSUID;
-    let mounted = isolate::mount(c"none", MOUNT, Some(c"tmpfs"), flags);
-    mounted.map_err(failed("a file system of its own"))?;
+    let mounted = ckpt_sys::mounts::mount(c"none", MOUNT, c"tmpfs", flags);
+    mounted.map_err(|errno| failed("a file system of its own")(errno.into()))?;
     outside(snapshot);
     move_paths(snapshot);
     // Processes of several users make names there.
@@ -356,11 +354,8 @@ impl Made {
     fn fifo(&self, path: &Path, mode: u32) -> Result<()> {
         self.parent(path)?;
         let failed = no_place(path);
-        let name = CString::new(path.as_os_str().as_bytes()).map_err(|e| failed(e.into()))?;
-        // SAFETY: a C string.
-        let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
-        match Errno::result(made) {
-            Ok(_) | Err(Errno::EEXIST) => {}
+        match ckpt_sys::files::make_node(path, libc::S_IFIFO, 0o600) {
+            Ok(()) | Err(Errno::EEXIST) => {}
             Err(e) => return Err(failed(e.into())),
         }
         fs::set_permissions(path, PermissionsExt::from_mode(mode)).map_err(failed)

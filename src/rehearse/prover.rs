@@ -1,5 +1,4 @@
 //! The process that is asked, and what it answers.
-#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
@@ -9,13 +8,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use ckpt_image::Reader;
+use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::{ProcRoot, tasks};
-use nix::errno::Errno;
-use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, fork, getppid};
+use nix::unistd::getppid;
 use serde::{Deserialize, Serialize};
 
 use super::private::told;
@@ -32,7 +30,7 @@ use crate::restore::{self, Request};
 #[derive(Debug)]
 pub struct Prover {
     link: UnixStream,
-    child: nix::unistd::Pid,
+    child: i32,
 }
 
 /// Asked of the prover, with a descriptor of the image.
@@ -73,17 +71,16 @@ impl Prover {
         let failed = |e: io::Error| Error::Restore(format!("cannot prepare a check: {e}"));
         let (link, theirs) = UnixStream::pair().map_err(failed)?;
         let parent = nix::unistd::getpid();
-        // SAFETY: we have one thread, so that the child has all of us.
-        match unsafe { fork() }.map_err(|e| failed(e.into()))? {
-            ForkResult::Parent { child } => Ok(Self { link, child }),
-            ForkResult::Child => {
+        match process::fork().map_err(|e| failed(e.into()))? {
+            Fork::Parent(child) => Ok(Self { link, child }),
+            Fork::Child => {
                 drop(link);
-                isolate::die_with_parent(true);
+                process::die_with_parent(true);
                 if getppid() != parent {
-                    isolate::leave(1);
+                    process::leave(1);
                 }
                 let served = catch_unwind(AssertUnwindSafe(|| serve(theirs, root, by)));
-                isolate::leave(i32::from(served.is_err()))
+                process::leave(i32::from(served.is_err()))
             }
         }
     }
@@ -124,7 +121,7 @@ impl Prove for Prover {
 impl Drop for Prover {
     fn drop(&mut self) {
         let _ = self.link.shutdown(std::net::Shutdown::Both);
-        while waitpid(self.child, None) == Err(Errno::EINTR) {}
+        let _ = process::end_of(self.child);
     }
 }
 

@@ -1,16 +1,14 @@
 //! Files that the new process inherits: their contents come from the image, or they are ours.
-#![allow(unsafe_code)]
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use ckpt_image::Reader;
-use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use ckpt_sys::files;
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::named::{Named, cannot_open};
@@ -433,9 +431,7 @@ pub fn executable(
 }
 
 fn own(fd: i32) -> Result<OwnedFd> {
-    // SAFETY: a call without pointers.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-    let copy = Errno::result(copy).map_err(|_| {
+    let copy = files::duplicate_number(fd, 3).map_err(|_| {
         Error::Restore(format!(
             "the job's descriptor {fd} led outside and restore has no descriptor {fd} to give it; \
              redirect it, for instance {}",
@@ -446,8 +442,6 @@ fn own(fd: i32) -> Result<OwnedFd> {
             }
         ))
     })?;
-    // SAFETY: the kernel just gave us this descriptor.
-    let copy = unsafe { OwnedFd::from_raw_fd(copy) };
     Ok(pty::reopened(&copy).unwrap_or(copy))
 }
 
@@ -489,7 +483,7 @@ fn may_hold_programs(place: &Path) -> bool {
 fn in_memory(path: &Path) -> Result<File> {
     let name = path.file_name().unwrap_or_default().as_bytes();
     let name = CString::new(&name[..name.len().min(200)]).unwrap_or_default();
-    let made = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC);
+    let made = files::memfd(&name, 0);
     made.map(File::from).map_err(|errno| Error::File {
         what: "make a nameless file for",
         path: path.to_owned(),
@@ -499,14 +493,11 @@ fn in_memory(path: &Path) -> Result<File> {
 
 fn create_memfd(memfd: &MemFd) -> Result<File> {
     let name = CString::new(memfd.name.clone()).unwrap_or_default();
-    // SAFETY: `name` is a C string.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), memfd.create_flags() | libc::MFD_CLOEXEC) };
-    let fd = Errno::result(fd).map_err(|e| {
+    let fd = files::memfd(&name, memfd.create_flags()).map_err(|e| {
         let name = crate::text::of(&memfd.name);
         Error::Restore(format!("the memfd {name} cannot be created: {}", e.desc()))
     })?;
-    // SAFETY: the kernel just gave us this descriptor.
-    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let file = File::from(fd);
     let _ = file.set_permissions(PermissionsExt::from_mode(memfd.mode));
     Ok(file)
 }
@@ -515,9 +506,7 @@ fn seal(file: &File, memfd: &MemFd) -> Result<()> {
     if memfd.seals & !(libc::F_SEAL_SEAL as u32) == 0 {
         return Ok(());
     }
-    // SAFETY: a call without pointers.
-    let r = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, memfd.seals) };
-    Errno::result(r).map(drop).map_err(|e| {
+    files::add_seals(file, memfd.seals).map_err(|e| {
         let name = crate::text::of(&memfd.name);
         Error::Restore(format!("the memfd {name} cannot be sealed: {}", e.desc()))
     })

@@ -4,17 +4,15 @@
 //!
 //! In a namespace the file is a mount that only this job sees, so that each of several clones has
 //! its own; else it replaces the file of that name when the job is let go.
-#![allow(unsafe_code)]
 
-use std::ffi::{CStr, OsStr};
+use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
+use ckpt_sys::mounts;
 use nix::fcntl::AtFlags;
 use nix::unistd::{AccessFlags, faccessat};
 
@@ -144,15 +142,12 @@ impl HandOver {
         // Any directory will do for the moment: nobody else is in this namespace yet.
         let over = c"/proc";
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-        let (kind, none) = (c"tmpfs".as_ptr(), std::ptr::null());
-        // SAFETY: C strings, no data.
-        Errno::result(unsafe { libc::mount(kind, over.as_ptr(), kind, flags, none) })?;
+        mounts::mount(c"tmpfs", over, c"tmpfs", flags)?;
         let tree = self
             .write(Path::new("/proc/env"))
-            .and_then(|()| open_tree(c"/proc/env"));
-        // SAFETY: a C string.
-        Errno::result(unsafe { libc::umount2(over.as_ptr(), libc::MNT_DETACH) })?;
-        move_mount(&tree?, &place)
+            .and_then(|()| Ok(mounts::copy_of(c"/proc/env")?));
+        mounts::detach(over)?;
+        Ok(mounts::put(tree?, place)?)
     }
 
     /// The file that is there, if its user may write to it; else an empty one.
@@ -173,30 +168,6 @@ impl HandOver {
         faccessat(&place, "", AccessFlags::W_OK, itself)?;
         Ok(place)
     }
-}
-
-/// A mount of one file, not yet in any place (open_tree(2), Linux 5.2).
-fn open_tree(path: &CStr) -> io::Result<OwnedFd> {
-    const OPEN_TREE_CLONE: i32 = 1;
-    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC;
-    // SAFETY: a C string and flags.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-    // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(Errno::result(fd)? as i32) })
-}
-
-/// Puts it in its place (move_mount(2)).
-fn move_mount(tree: &OwnedFd, to: &Handle) -> io::Result<()> {
-    const MOVE_MOUNT_F_EMPTY_PATH: u32 = 4;
-    const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x40;
-    let (from, to) = (tree.as_raw_fd(), to.as_fd().as_raw_fd());
-    let (itself, flags) = (
-        c"".as_ptr(),
-        MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
-    );
-    // SAFETY: C strings and flags.
-    let moved = unsafe { libc::syscall(libc::SYS_move_mount, from, itself, to, itself, flags) };
-    Ok(Errno::result(moved).map(drop)?)
 }
 
 /// The value in the environment that the root began with, as its memory has it now.

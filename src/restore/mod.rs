@@ -226,7 +226,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<JobTerminal>)) -
     )?;
     let bound = sockets::Made::before(snapshot, rights);
     // Processes of the job that lose their parents become ours.
-    crate::children::adopt_orphans();
+    ckpt_sys::process::adopt_orphans();
     let means = job.host.means;
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, (first, means))?;
     let last = &mut || {
@@ -256,7 +256,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<JobTerminal>)) -
 fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<HostState> {
     let me = Pid::own();
     let status = read_status(me)?;
-    let mut credentials = Credentials::of(&status, own_securebits());
+    let mut credentials = Credentials::of(&status, ckpt_sys::credentials::securebits());
     credentials.groups = groups.to_vec();
     // Exec by root gives all permitted capabilities; by others, none but the ambient ones.
     if status.uid.effective == 0 {
@@ -277,7 +277,8 @@ fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<HostS
     let another = root.uid[0] != credentials.uid[0];
     Ok(HostState {
         means,
-        keyring: (another && keyrings_exist()).then_some((root.uid[0], root.gid[0])),
+        keyring: (another && ckpt_sys::credentials::keyrings_exist())
+            .then_some((root.uid[0], root.gid[0])),
         rights,
         leaving: false,
         scheduling: scheduling::capture(Tid(me.raw()), 0),
@@ -288,23 +289,4 @@ fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<HostS
         login_uid: session::login_uid(&me.into()),
         security: Default::default(),
     })
-}
-
-/// Whether this kernel has keyrings (keyrings(7)); asking for ours makes none.
-#[allow(unsafe_code)]
-fn keyrings_exist() -> bool {
-    const KEYCTL_GET_KEYRING_ID: i64 = 0;
-    const KEY_SPEC_SESSION_KEYRING: i64 = -3;
-    // SAFETY: a call without pointers.
-    let r = unsafe {
-        let session = KEY_SPEC_SESSION_KEYRING;
-        libc::syscall(libc::SYS_keyctl, KEYCTL_GET_KEYRING_ID, session, 0)
-    };
-    r >= 0 || nix::errno::Errno::last() != nix::errno::Errno::ENOSYS
-}
-
-#[allow(unsafe_code)]
-fn own_securebits() -> u32 {
-    // SAFETY: a call without pointers.
-    unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) }.max(0) as u32
 }

@@ -12,15 +12,13 @@
 //!
 //! With 2 and 3 somebody else may be given the id in the moment before the task is created. That is
 //! seen, and the restore is begun anew ([`Error::PidMissed`]).
-#![allow(unsafe_code)]
 
-use std::arch::asm;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
-use ckpt_sys::helper::Undisturbed;
+use ckpt_sys::process;
 use ckpt_tracer::features::KernelFeatures;
 use nix::errno::Errno;
 
@@ -179,7 +177,7 @@ fn take_turns(wanted: i32) -> bool {
         if last < wanted && all_taken(last + 1, wanted) {
             return true;
         }
-        match take_one() {
+        match process::take_pid() {
             Ok(id) => last = id,
             Err(_) => return false,
         }
@@ -190,42 +188,9 @@ fn take_turns(wanted: i32) -> bool {
 /// Whether somebody has every id of that range, so that the next one given is its end.
 fn all_taken(from: i32, to: i32) -> bool {
     const NEAR: i32 = 64;
-    // SAFETY: signal 0 is not delivered. A group or session keeps the id of a leader that has gone.
-    let free = |id: i32| unsafe {
-        let nobody = |id| libc::kill(id, 0) != 0 && Errno::last() == Errno::ESRCH;
-        nobody(id) && nobody(-id)
-    };
+    // A group or session keeps the id of a leader that has gone.
+    let free = |id: i32| [id, -id].map(|id| process::kill(id, 0)) == [Err(Errno::ESRCH); 2];
     to - from < NEAR && !(from..to).any(free)
-}
-
-/// A child that ends at once, in our memory; its id.
-fn take_one() -> Result<i32, Errno> {
-    const FLAGS: u64 = (libc::CLONE_VM | libc::CLONE_VFORK) as u64;
-    let _undisturbed = Undisturbed::begin();
-    let answer: i64;
-    // SAFETY: in the child rax is 0; it makes one more system call, exit, with registers of its own,
-    // and uses no memory. We wait meanwhile (CLONE_VFORK). It has no signal to deal with, since
-    // all are blocked, and tells nobody of its end, since it has no exit signal.
-    unsafe {
-        asm!(
-            "syscall",
-            "test rax, rax",
-            "jnz 2f",
-            "xor edi, edi",
-            "mov eax, 60",
-            "syscall",
-            "2:",
-            inlateout("rax") libc::SYS_clone => answer,
-            in("rdi") FLAGS, in("rsi") 0, in("rdx") 0, in("r10") 0, in("r8") 0,
-            lateout("rcx") _, lateout("r11") _,
-        );
-    }
-    if answer < 0 {
-        return Err(Errno::from_raw(-answer as i32));
-    }
-    // SAFETY: a child of ours; the status is not asked for.
-    let waited = unsafe { libc::waitpid(answer as i32, std::ptr::null_mut(), libc::__WALL) };
-    Errno::result(waited)
 }
 
 #[cfg(test)]
@@ -244,10 +209,8 @@ mod tests {
 
     #[test]
     fn a_turn_takes_an_id_and_leaves_no_child() {
-        let id = take_one().expect("a process can be created");
-        // SAFETY: signal 0 is not delivered.
-        let gone = unsafe { libc::kill(id, 0) } != 0;
-        assert!(id > 0 && gone);
+        let id = process::take_pid().expect("a process can be created");
+        assert!(id > 0 && process::kill(id, 0).is_err());
         assert!(last_pid().is_some_and(|last| last > 0));
     }
 }

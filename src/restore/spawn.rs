@@ -3,24 +3,27 @@
 //!
 //! The exec makes `/proc/PID/exe`, a clean address space and the kernel's mappings without
 //! any privilege. The tracer stops the process before it executes anything of the program.
-#![allow(unsafe_code)]
 
+use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
-use ckpt_tracer::Tid;
+use ckpt_sys::exec::{self, Program, Step};
+use ckpt_sys::files;
+use ckpt_sys::pipes::pipe;
+use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::task::{Running, Stop, Stopped};
+use ckpt_tracer::{Pid, Tid};
 use nix::errno::Errno;
 
 use super::next_pid;
 use super::pids;
-use crate::children::clone_under;
 use crate::error::{Error, Result};
-use crate::isolate::First;
-use crate::isolate::orders::{Kept, Orders};
+use crate::isolate::{First, cannot_place};
 use crate::objects::clock::Clocks;
 use crate::objects::plan::Means;
 use crate::objects::process::Process;
@@ -53,26 +56,22 @@ impl Drop for Brood {
             return;
         }
         let pids = std::mem::take(&mut self.pids);
-        // What has become somebody else's may refuse our signal; it ends with us (EXITKILL).
-        let killed = pids.into_iter().filter(|pid| {
-            // SAFETY: a call without pointers; the pids are our children's or tracees', and are not
-            // free for others before they have been waited for.
-            unsafe { libc::kill(*pid, libc::SIGKILL) == 0 || Errno::last() != Errno::EPERM }
-        });
+        // What has become somebody else's may refuse our signal; it ends with us (EXITKILL). The pids are our
+        // children's or tracees', and are not free for others before they have been waited for.
+        let killed = pids
+            .into_iter()
+            .filter(|pid| process::kill(*pid, libc::SIGKILL) != Err(Errno::EPERM));
         self.pids = killed.collect();
         for pid in self.pids.iter().rev() {
             // The leader's end is told only when every thread that we trace has been waited for.
             let tasks = ckpt_tracer::proc::tasks::list_tasks(Tid(*pid)).unwrap_or_default();
             let others = tasks.into_iter().filter(|t| t.raw() != *pid);
             for tid in others.map(Tid::raw).chain([*pid]) {
-                // SAFETY: the status is not asked for.
-                unsafe { libc::waitpid(tid, std::ptr::null_mut(), libc::__WALL) };
+                let _ = process::end_of(tid);
             }
         }
         // Zombies that the end of their parents left to us, a subreaper.
-        // SAFETY: as above.
-        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) } > 0 {
-        }
+        while let Ok(Some(_)) = process::wait(-1, libc::__WALL | libc::WNOHANG) {}
     }
 }
 
@@ -86,7 +85,7 @@ pub fn spawn(
 ) -> Result<(Brood, Stopped)> {
     crate::objects::limits::raise_descriptor_limit();
     let name = CString::new(process.threads[0].name.clone()).unwrap_or_default();
-    let (report_read, report_write) = pipe()?;
+    let (report_read, report_write) = pipe().map_err(no_pipe)?;
     let mut brood = Brood::default();
     let is_first = first.is_some();
     let go: Box<dyn Write> = match first {
@@ -96,10 +95,11 @@ pub fn spawn(
             Box::new(brood.first.insert(first).go())
         }
         None => {
-            let (go_read, go_write) = pipe()?;
-            let kept = Kept::beside(executable, descriptors, &go_read, &report_write)?;
-            let orders = kept.orders(name, Some(go_write.as_raw_fd()));
-            let pid = fork_under(process.pid, means, clocks, &orders)?;
+            let (go_read, go_write) = pipe().map_err(no_pipe)?;
+            let program = Program::prepare(executable, descriptors, &go_read, &report_write);
+            let program = program.map_err(cannot_place)?;
+            let execute = || program.execute(&name, Some(go_write.as_fd()));
+            let pid = fork_under(process.pid, means, clocks, execute)?;
             brood.add(pid);
             if pid != process.pid {
                 return Err(Error::PidMissed { pid: process.pid });
@@ -119,45 +119,38 @@ pub fn may_become(context: &[u8], means: Means) -> bool {
     if means == Means::Turns {
         return false;
     }
-    // SAFETY: the child makes only system calls, and never returns from here.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        // SAFETY: as above; path and context live on. The last one is a fork that fails in any case, since
-        // the id is taken, which is found only when it may be chosen.
-        unsafe {
-            let fd = libc::open(c"/proc/self/attr/current".as_ptr(), libc::O_WRONLY);
-            let asked = libc::write(fd, context.as_ptr().cast(), context.len()) >= 0;
-            let chooses =
-                means != Means::SetTid || clone_under(libc::getpid()) == Err(Errno::EEXIST);
-            libc::_exit(i32::from(!(asked && chooses)))
+    // The last one is a fork that fails in any case, since the id is taken, which is found only when it may be chosen.
+    let try_out = || {
+        let attributes = files::open(Path::new("/proc/self/attr/current"), libc::O_WRONLY)?;
+        nix::unistd::write(&attributes, context)?;
+        match means != Means::SetTid || process::may_choose_pids() {
+            true => Ok(()),
+            false => Err(Errno::EPERM),
         }
-    }
-    let mut status = 1;
-    // SAFETY: `status` is live.
-    child > 0 && unsafe { libc::waitpid(child, &mut status, 0) } == child && status == 0
+    };
+    process::in_a_child(try_out).is_ok()
 }
 
 /// A child of ours under that pid, with these clocks; it may turn out to have another pid, unless
 /// the kernel was told.
-fn fork_under(pid: i32, means: Means, clocks: Clocks, orders: &Orders) -> Result<i32> {
+fn fork_under(
+    pid: i32,
+    means: Means,
+    clocks: Clocks,
+    execute: impl Fn() -> Infallible,
+) -> Result<i32> {
     next_pid::aim(means, pid)?;
-    let r = clocks.during(|| {
-        // SAFETY: the child runs `execute`, which makes nothing but system calls on memory that was
-        // prepared before, and never returns.
-        unsafe {
-            let r = match means {
-                Means::SetTid => clone_under(pid),
-                _ => {
-                    Errno::result(libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as i32)
-                }
-            };
-            if r == Ok(0) {
-                orders.execute()
-            }
-            r
+    let created = clocks.during(|| {
+        let created = match means {
+            Means::SetTid => process::fork_under(pid),
+            _ => process::fork_bare(),
+        };
+        match created? {
+            Fork::Child => match execute() {},
+            Fork::Parent(child) => Ok(child),
         }
     })?;
-    r.map_err(|errno| cannot_have_pid(pid, errno))
+    created.map_err(|errno| cannot_have_pid(pid, errno))
 }
 
 /// Lets the new process go on to its exec.
@@ -215,13 +208,10 @@ pub fn leave_exec(task: &mut Stopped) -> Result<()> {
 /// Whether processes can be created under chosen pids in our pid namespace: by us, and `by_others`
 /// also by our children after an exec.
 pub fn may_choose_pids(by_others: bool) -> bool {
-    // Ours is taken, which is found only when it may be chosen.
-    let taken = std::process::id();
-    // SAFETY: a fork that fails in any case, since the pid is that of the caller.
-    if unsafe { clone_under(taken as i32) } != Err(Errno::EEXIST) {
+    if !process::may_choose_pids() {
         return false;
     }
-    let status = ckpt_tracer::proc::status::read_status(Tid(taken as i32));
+    let status = ckpt_tracer::proc::status::read_status(Pid::own());
     !by_others
         || status.is_ok_and(|s| {
             let takes = Use::ChoosePids.row().takes;
@@ -239,30 +229,19 @@ fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
 }
 
 fn failed_before_exec(report: OwnedFd) -> Error {
-    let mut bytes = [0; 8];
-    let n = std::io::Read::read(&mut File::from(report), &mut bytes).unwrap_or(0);
-    let text = match n {
-        8 => {
-            let step = i32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-            let errno = i32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-            let step = ["placing descriptors", "executing the program's file"]
-                .get(step as usize)
-                .unwrap_or(&"starting");
-            format!(
-                "the new process failed at {step}: {}",
-                Errno::from_raw(errno).desc()
-            )
+    let text = match exec::failure(report) {
+        Some((step, errno)) => {
+            let step = match step {
+                Step::Descriptors => "placing descriptors",
+                Step::Exec => "executing the program's file",
+            };
+            format!("the new process failed at {step}: {}", errno.desc())
         }
-        _ => "the new process was killed before it could start".to_owned(),
+        None => "the new process was killed before it could start".to_owned(),
     };
     Error::Restore(text)
 }
 
-fn pipe() -> Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    // SAFETY: the kernel writes two ints.
-    let r = unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) };
-    Errno::result(r).map_err(|e| Error::Restore(format!("cannot make a pipe: {}", e.desc())))?;
-    // SAFETY: the kernel just gave us these descriptors.
-    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+fn no_pipe(errno: Errno) -> Error {
+    Error::Restore(format!("cannot make a pipe: {}", errno.desc()))
 }

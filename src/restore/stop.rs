@@ -1,9 +1,8 @@
 //! Stopping a new process as a signal would have done, before it executes anything.
-#![allow(unsafe_code)]
 
+use ckpt_sys::process;
 use ckpt_tracer::Pid;
 use ckpt_tracer::task::{Resume, Stop, Stopped};
-use nix::errno::Errno;
 
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
@@ -34,10 +33,7 @@ pub fn by_signal(tasks: &mut [Stopped], process: &Process, signal: i32) -> Resul
 
 /// Sends a signal to a process.
 pub fn send(pid: Pid, signal: i32) -> Result<()> {
-    // SAFETY: a call without pointers; the process is ours.
-    let sent = unsafe { libc::kill(pid.raw(), signal) };
-    Errno::result(sent)
-        .map(drop)
+    process::kill(pid.raw(), signal)
         .map_err(|e| Error::Restore(format!("cannot signal process {pid}: {}", e.desc())))
 }
 
@@ -70,9 +66,7 @@ pub fn is_over(tasks: &mut [Stopped], process: &Process, pending: bool) -> Resul
 fn take(leader: &mut Stopped, process: &Process, signal: i32) -> Result<bool> {
     leader.set_signal_mask(!(1 << (signal - 1)))?;
     let pid = process.pid;
-    // SAFETY: a call without pointers; the task is ours and stopped.
-    let sent = unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, signal) };
-    Errno::result(sent)
+    process::kill_thread(pid, pid, signal)
         .map_err(|e| Error::Restore(format!("cannot stop process {pid}: {}", e.desc())))?;
     while leader.stop() != Stop::Signal(signal) {
         leader.advance_among_others(Resume::Cont, 0)?;

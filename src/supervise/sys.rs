@@ -1,22 +1,15 @@
-//! The calls that no safe wrapper covers: signal sets with real-time signals, waiting that
-//! understands them, and what happens between fork and exec.
-
-#![allow(unsafe_code)]
+//! Signals that are read instead of being delivered, and what a program is started with.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use nix::errno::Errno;
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use ckpt_sys::process;
+use ckpt_sys::signals::{self, Action};
+use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::signals::{Received, forwardable};
-
-/// `PR_SET_PTRACER` of `linux/prctl.h`; the `libc` crate has it, as an `int`.
-const PR_SET_PTRACER: libc::c_int = libc::PR_SET_PTRACER;
 
 /// Signals that are read instead of being delivered, from its making on until the process ends.
 #[derive(Debug)]
@@ -29,7 +22,7 @@ pub struct Signals {
 #[derive(Clone, Copy, Debug)]
 struct Inherited {
     mask: SigSet,
-    on_child: SigAction,
+    on_child: Action,
 }
 
 impl Signals {
@@ -40,11 +33,9 @@ impl Signals {
     /// When the kernel gives no descriptor.
     pub fn take_over() -> nix::Result<Self> {
         // An inherited "ignore" would make the kernel reap our children and keep their status.
-        let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-        // SAFETY: the default action runs no code of ours.
-        let on_child = unsafe { sigaction(Signal::SIGCHLD, &default) }?;
+        let on_child = signals::by_default(libc::SIGCHLD)?;
         let mask = SigSet::thread_get_mask()?;
-        let ours = our_set();
+        let ours = signals::set_of(forwardable().chain([libc::SIGCHLD]));
         ours.thread_block()?;
         let fd = SignalFd::with_flags(&ours, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Signals {
@@ -72,21 +63,15 @@ impl Signals {
         let Inherited { mask, on_child } = self.inherited;
         let own = std::process::id();
         let restore = move || {
-            // SAFETY: this runs between fork and exec in a copy of one thread: sigaction and prctl
-            // are bare system calls there, and the old action is the one that exec found
-            // before us, so its handler, if any, is not code of ours.
-            unsafe {
-                sigaction(Signal::SIGCHLD, &on_child)?;
-                if traced {
-                    // Kernels without Yama refuse; then it is not needed.
-                    libc::prctl(PR_SET_PTRACER, own as libc::c_ulong, 0, 0, 0);
-                }
+            // The old action is the one that exec found before us, so its handler, if any, is not code of ours.
+            signals::restore(libc::SIGCHLD, &on_child)?;
+            if traced {
+                process::let_trace(own);
             }
             // The standard library has emptied the mask before this.
             mask.thread_set_mask().map_err(io::Error::from)
         };
-        // SAFETY: the closure neither allocates nor locks.
-        unsafe { command.pre_exec(restore) };
+        process::before_exec(command, restore);
     }
 }
 
@@ -96,33 +81,13 @@ impl AsFd for Signals {
     }
 }
 
-fn our_set() -> SigSet {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset initializes the set, sigaddset changes it; numbers out of range are
-    // refused. `SigSet` is a transparent wrapper and accepts every set that libc made.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        for signal in forwardable().chain([libc::SIGCHLD]) {
-            libc::sigaddset(set.as_mut_ptr(), signal);
-        }
-        SigSet::from_sigset_t_unchecked(set.assume_init())
-    }
-}
-
 /// Sends on what was received, with its value when it has one.
 ///
 /// The caller must not have waited for the end of `pid`, or another process may have it by now.
 pub(super) fn send(pid: i32, received: &Received) -> nix::Result<()> {
     let signal = received.signal;
-    // SAFETY: both calls take numbers only; the value is not a pointer here but what the sender
-    // passed, for the receiver to understand.
-    let result = unsafe {
-        if received.code == libc::SI_QUEUE {
-            let sival_ptr = received.value as *mut libc::c_void;
-            libc::sigqueue(pid, signal, libc::sigval { sival_ptr })
-        } else {
-            libc::kill(pid, signal)
-        }
-    };
-    Errno::result(result).map(drop)
+    match received.code {
+        libc::SI_QUEUE => process::queue_signal(pid, signal, received.value),
+        _ => process::kill(pid, signal),
+    }
 }

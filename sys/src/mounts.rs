@@ -11,12 +11,12 @@ use rustix::mount::{
 
 use crate::{Result, errno};
 
-/// mount(2) of a new file system of this kind, without data and with `MS_NOSUID`, `MS_NODEV` and `MS_NOEXEC`.
+/// mount(2) of a new file system of this kind, without data (`MS_*`).
 ///
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN in the user namespace of the mount namespace.
-pub fn mount(what: &CStr, at: &CStr, kind: &CStr) -> Result<()> {
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+pub fn mount(what: &CStr, at: &CStr, kind: &CStr, flags: u64) -> Result<()> {
+    let flags = MountFlags::from_bits_retain(flags as u32);
     rustix::mount::mount(what, at, kind, flags, None::<&CStr>).map_err(errno)
 }
 

@@ -1,16 +1,16 @@
 //! The process that keeps a job's terminal.
-#![allow(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
+use ckpt_sys::process::{self, Fork};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::{ForkResult, fork, read, setsid, write};
+use nix::unistd::{read, setsid, write};
 
 use super::{BUSY, FREE, SIZED, TYPED};
 use crate::supervise::relay::{redraw, set_nonblocking};
@@ -31,15 +31,11 @@ pub fn serve(pid: i32, master: OwnedFd) -> io::Result<()> {
     let path = super::socket(&super::directory()?, pid)?;
     let listener = bind(&path)?;
     set_nonblocking(&master)?;
-    // SAFETY: a call without pointers.
-    let job = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let job = Errno::result(job)? as i32;
-    // SAFETY: the kernel just gave us this descriptor.
-    let job = unsafe { OwnedFd::from_raw_fd(job) };
-    // SAFETY: what helps a restore has been joined, so that we are the only thread.
-    match unsafe { fork() }? {
-        ForkResult::Parent { .. } => Ok(()),
-        ForkResult::Child => {
+    let job = ckpt_sys::events::pidfd(pid, 0)?;
+    // What helps a restore has been joined, so that we are the only thread.
+    match process::fork()? {
+        Fork::Parent(_) => Ok(()),
+        Fork::Child => {
             settle();
             let keeper = Keeper {
                 master,
@@ -52,8 +48,7 @@ pub fn serve(pid: i32, master: OwnedFd) -> io::Result<()> {
             };
             keeper.run();
             let _ = std::fs::remove_file(path);
-            // SAFETY: ends this process without running what its parent has to do at its end.
-            unsafe { libc::_exit(0) }
+            process::leave(0)
         }
     }
 }
@@ -82,11 +77,8 @@ fn settle() {
         let _ = nix::unistd::dup2_stdout(&null);
         let _ = nix::unistd::dup2_stderr(&null);
     }
-    // SAFETY: a C string, and a signal's number with an action that runs no code of ours.
-    unsafe {
-        libc::prctl(libc::PR_SET_NAME, c"ckpt-console".as_ptr());
-        libc::signal(libc::SIGHUP, libc::SIG_IGN);
-    }
+    process::set_name(c"ckpt-console");
+    let _ = ckpt_sys::signals::ignore(libc::SIGHUP);
 }
 
 struct Keeper {
