@@ -10,6 +10,7 @@ use ckpt_tracer::{Error as TracerError, Pid};
 
 use crate::cgroup::freezer::Thawed;
 use crate::error::{Error, Obstacle, Result};
+use crate::source::Source;
 
 /// A fork bomb may outrun us for ever, and what we have stopped already stands still meanwhile. So we give up
 /// when so much time is over, and so many processes have been met that were not there in the beginning: a job
@@ -66,12 +67,21 @@ impl Family {
     }
 }
 
+/// A process of which every task is stopped, and what is known of it from outside since then: it may have called
+/// execve(2) after it was looked at first.
+pub struct Member {
+    /// Its tasks.
+    pub frozen: Frozen,
+    /// Where it is looked at.
+    pub source: Source,
+}
+
 /// A job of which every task is stopped. Letting it drop lets it go on.
 pub struct FrozenJob {
     /// Its control groups, if they were frozen: to be frozen again before any task is let go.
     pub groups: Option<Thawed>,
     /// Its living processes, in the order of [`Family::living`].
-    pub processes: Vec<Frozen>,
+    pub processes: Vec<Member>,
     /// Its zombies.
     pub ended: Vec<Pid>,
 }
@@ -101,9 +111,13 @@ impl FrozenJob {
             quiet = if found { 0 } else { quiet + 1 };
             if quiet == 2 {
                 let in_order = living.iter().filter_map(|pid| hunt.frozen.remove(pid));
+                let member = |frozen: Frozen| {
+                    let source = Source::open(frozen.pid())?;
+                    Ok(Member { frozen, source })
+                };
                 return Ok(Self {
                     groups: None,
-                    processes: in_order.collect(),
+                    processes: in_order.map(member).collect::<Result<_>>()?,
                     ended,
                 });
             }
@@ -112,11 +126,23 @@ impl FrozenJob {
 
     /// Tasks in all.
     pub fn tasks(&self) -> usize {
-        self.processes.iter().map(|f| f.tasks().len()).sum()
+        self.processes.iter().map(|p| p.frozen.tasks().len()).sum()
     }
 
-    /// Lets every process go on.
-    pub fn thaw(mut self) -> Result<()> {
+    /// Where its processes are looked at.
+    pub fn sources(&self) -> Vec<&Source> {
+        self.processes.iter().map(|p| &p.source).collect()
+    }
+
+    /// Its processes' tasks, for calls in them, beside where they are looked at.
+    pub fn split(&mut self) -> (Vec<&mut Frozen>, Vec<&Source>) {
+        let both = self.processes.iter_mut();
+        both.map(|Member { frozen, source }| (frozen, &*source))
+            .unzip()
+    }
+
+    /// Lets every process go on; where they are looked at.
+    pub fn thaw(mut self) -> Result<Vec<Source>> {
         drop(self.groups.take());
         each(self.processes, Frozen::thaw)
     }
@@ -125,7 +151,7 @@ impl FrozenJob {
     /// process of our pid namespace, which ignores our SIGKILL and whose end is ours.
     pub fn end_with_us(self) -> Result<()> {
         const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
-        for task in self.processes.iter().flat_map(Frozen::tasks) {
+        for task in self.processes.iter().flat_map(|p| p.frozen.tasks()) {
             match task.set_options(OPTIONS) {
                 Ok(()) | Err(TracerError::Died { .. }) => {}
                 Err(e) => return Err(e.into()),
@@ -136,7 +162,7 @@ impl FrozenJob {
     }
 
     /// Lets go of every process but leaves it stopped, as `kill -STOP` would.
-    pub fn leave_stopped(mut self) -> Result<()> {
+    pub fn leave_stopped(mut self) -> Result<Vec<Source>> {
         drop(self.groups.take());
         each(self.processes, Frozen::leave_stopped)
     }
@@ -228,9 +254,13 @@ impl Hunt {
 }
 
 /// All are let go, whatever happens to one of them.
-fn each(processes: Vec<Frozen>, let_go: impl Fn(Frozen) -> ckpt_tracer::Result<()>) -> Result<()> {
-    let results: Vec<_> = processes.into_iter().map(let_go).collect();
-    Ok(results.into_iter().collect::<ckpt_tracer::Result<()>>()?)
+fn each(
+    processes: Vec<Member>,
+    let_go: impl Fn(Frozen) -> ckpt_tracer::Result<()>,
+) -> Result<Vec<Source>> {
+    let one = |p: Member| let_go(p.frozen).map(|()| p.source);
+    let results: Vec<_> = processes.into_iter().map(one).collect();
+    Ok(results.into_iter().collect::<ckpt_tracer::Result<_>>()?)
 }
 
 #[cfg(test)]
@@ -281,7 +311,7 @@ mod tests {
         let shell = Shell::start();
         let family = shell.family();
         let job = FrozenJob::freeze(&[shell.pid()]).expect("nothing is in the way");
-        let frozen: Vec<Pid> = job.processes.iter().map(Frozen::pid).collect();
+        let frozen: Vec<Pid> = job.processes.iter().map(|p| p.frozen.pid()).collect();
         assert_eq!(frozen, family);
         assert!(tracers(&family).iter().all(|tracer| *tracer != 0));
         job.thaw().expect("all live");

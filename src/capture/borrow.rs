@@ -27,22 +27,23 @@ use crate::objects::source::{Copies, Source};
 ///
 /// # Errors
 /// [`Error::Refused`] where something is shared that cannot be told apart, or a process cannot be asked.
-pub(super) fn all(job: &mut FrozenJob, sources: &[Source], withheld: &str) -> Result<Copies> {
+pub(super) fn all(job: &mut FrozenJob, withheld: &str) -> Result<Copies> {
+    let (frozen, sources) = job.split();
     if !ipc::no_semaphores() {
         return Err(refused(
-            &sources[0],
+            sources[0],
             "whether its adjustments of System V semaphores are its own cannot be told",
             withheld,
         ));
     }
     let borrower = Borrower::new()?;
     let mut copies = HashMap::new();
-    for (index, frozen) in job.processes.iter_mut().enumerate() {
-        let source = &sources[index];
+    for (index, frozen) in frozen.into_iter().enumerate() {
+        let source = sources[index];
         let fds = list_fds(source.dir.clone())?;
         let mut shared = None;
         let lent = borrow(frozen.tasks_mut(), source, &fds, &borrower, &mut |marks| {
-            shared = shared.take().or_else(|| who_shares(index, sources, marks));
+            shared = shared.take().or_else(|| who_shares(index, &sources, marks));
         });
         let lent = lent?;
         if let Some(what) = shared {
@@ -113,8 +114,8 @@ fn borrow(
 }
 
 /// Whoever shares with that process, or does not, other than is usual; as the second half of a sentence.
-fn who_shares(index: usize, sources: &[Source], marked: Marked) -> Option<String> {
-    let source = &sources[index];
+fn who_shares(index: usize, sources: &[&Source], marked: Marked) -> Option<String> {
+    let source = sources[index];
     let threads = ckpt_tracer::proc::tasks::list_tasks(source.pid).unwrap_or_default();
     for tid in threads {
         let fd = source

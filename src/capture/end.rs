@@ -13,9 +13,9 @@ use crate::objects::job::FrozenJob;
 use crate::objects::source::Source;
 
 /// All at once, so that none sees the end of another one.
-pub(super) fn kill(sources: &[Source], mut frozen: FrozenJob) -> Result<()> {
-    let groups = frozen.groups.take();
-    for source in sources {
+pub(super) fn kill(mut job: FrozenJob) -> Result<()> {
+    let groups = job.groups.take();
+    for source in job.sources() {
         match source.pidfd.signal(libc::SIGKILL) {
             // Ended by the end of another one, in a pid namespace.
             Ok(()) | Err(ckpt_tracer::Error::Died { .. }) => {}
@@ -23,11 +23,11 @@ pub(super) fn kill(sources: &[Source], mut frozen: FrozenJob) -> Result<()> {
         }
     }
     // Of each process all but the first, whose end is its parent's to know.
-    let threads = frozen.processes.iter().flat_map(|f| &f.tasks()[1..]);
+    let threads = job.processes.iter().flat_map(|p| &p.frozen.tasks()[1..]);
     let tids: Vec<Tid> = threads.map(Stopped::tid).collect();
-    frozen.thaw()?;
+    let sources = job.thaw()?;
     // Version 1 would freeze what has not ended yet, for ever.
-    await_end(sources, tids);
+    await_end(&sources, tids);
     drop(groups);
     Ok(())
 }

@@ -4,10 +4,9 @@ use std::io::Write;
 
 use ckpt_image::Writer;
 use ckpt_tracer::fault::{self, Step};
-use ckpt_tracer::proc::maps::Vma;
-use ckpt_tracer::proc::pagemap::{PageQuery, PagemapScanner};
+use ckpt_tracer::proc::pagemap::PageQuery;
 
-use super::CapturedJob;
+use super::captured::{Pages, State};
 use super::cow::Comparison;
 use super::pages::{PageSink, Reading};
 use crate::error::Result;
@@ -19,15 +18,15 @@ use crate::progress::Progress;
 /// Streams the pages of all processes and what else has contents; answers the bytes stored.
 pub(super) fn write_pages<W: Write + Send + 'static>(
     writer: &mut Writer<W>,
-    sources: &[Source],
-    captured: &mut CapturedJob,
+    state: &mut State,
     progress: &dyn Progress,
 ) -> Result<u64> {
     let mut sink = PageSink::new(writer, progress);
-    let processes = &mut captured.snapshot.processes;
+    let sources = state.job.sources();
+    let processes = &mut state.snapshot.processes;
     let mut held: Vec<Vec<(u64, u64)>> = Vec::with_capacity(processes.len());
     let mut stored: Vec<Vec<StoredRange>> = Vec::with_capacity(processes.len());
-    for (index, (vmas, scanner)) in captured.memory.iter().enumerate() {
+    for (index, pages) in state.pages.iter().enumerate() {
         let parent = parent_of(index, processes);
         if let Some(parent) = parent.filter(|_| processes[index].shares.memory) {
             processes[index].memory.inherited = processes[parent].memory.inherited.clone();
@@ -35,10 +34,10 @@ pub(super) fn write_pages<W: Write + Send + 'static>(
             stored.push(Vec::new());
             continue;
         }
-        let mut ranges = stored_ranges(vmas, scanner)?;
+        let mut ranges = stored_ranges(pages)?;
         held.push(ranges.iter().flat_map(|r| r.runs.clone()).collect());
         if processes[index].forked {
-            let shared = leave_to_parent(&mut ranges, index, processes, sources, &held)?;
+            let shared = leave_to_parent(&mut ranges, index, processes, &sources, &held)?;
             processes[index].memory.inherited = shared;
         }
         stored.push(ranges);
@@ -60,7 +59,7 @@ pub(super) fn write_pages<W: Write + Send + 'static>(
             )?;
         }
     }
-    for (space, contents) in &captured.contents {
+    for (space, contents) in &state.contents {
         sink.contents(*space, contents)?;
     }
     sink.finish()
@@ -77,7 +76,7 @@ fn leave_to_parent(
     ranges: &mut [StoredRange],
     child: usize,
     processes: &[Process],
-    sources: &[Source],
+    sources: &[&Source],
     held: &[Vec<(u64, u64)>],
 ) -> Result<Vec<(u64, u64)>> {
     let Some(parent) = parent_of(child, processes) else {
@@ -115,10 +114,10 @@ impl StoredRange {
     }
 }
 
-fn stored_ranges(vmas: &[Vma], scanner: &PagemapScanner) -> Result<Vec<StoredRange>> {
+fn stored_ranges(pages: &Pages) -> Result<Vec<StoredRange>> {
     use ckpt_tracer::proc::maps::VmaName as Name;
     let mut ranges = Vec::new();
-    for vma in vmas {
+    for vma in &pages.vmas {
         let kernels = matches!(
             vma.name,
             Name::Vdso | Name::Vvar | Name::VvarVclock | Name::Vsyscall
@@ -130,7 +129,7 @@ fn stored_ranges(vmas: &[Vma], scanner: &PagemapScanner) -> Result<Vec<StoredRan
             continue;
         };
         let mut runs = Vec::new();
-        scanner.scan(vma.start..vma.end, query, |run| {
+        pages.scanner.scan(vma.start..vma.end, query, |run| {
             runs.push((run.start, run.end))
         })?;
         if !runs.is_empty() {

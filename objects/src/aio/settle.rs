@@ -38,21 +38,16 @@ const PAUSE: Duration = Duration::from_micros(200);
 ///
 /// # Errors
 /// [`Error::Refused`] where one has requests that do not end, or where it cannot be known.
-pub fn settle(
-    job: &mut FrozenJob,
-    sources: &[Source],
-    outside: &[FromOutside],
-    collector: &Collector,
-) -> Result<bool> {
-    let all: Vec<&Source> = sources.iter().collect();
-    let spaces = process::address_spaces(&all, outside, collector);
+pub fn settle(job: &mut FrozenJob, outside: &[FromOutside], collector: &Collector) -> Result<bool> {
+    let (mut frozen, sources) = job.split();
+    let spaces = process::address_spaces(&sources, outside, collector);
     let with_rings = spaces.iter().enumerate();
     let with_rings = with_rings.filter(|(_, (_, vmas))| vmas.iter().any(is_ring));
     let mut any = false;
     for (index, (source, vmas)) in with_rings {
-        let cave = Cave::dig(&source.mem, vmas, job.processes[index].tasks())?;
-        let cave = cave.with_doorbell(job.processes[index].tasks());
-        let tasks = process::tasks_with_memory_of(index, job, sources, collector);
+        let cave = Cave::dig(&source.mem, vmas, frozen[index].tasks())?;
+        let cave = cave.with_doorbell(frozen[index].tasks());
+        let tasks = process::tasks_with_memory_of(index, &mut frozen, &sources, collector);
         settle_process(tasks, &cave, source, vmas)?;
         cave.fill_in()?;
         any = true;

@@ -1,21 +1,21 @@
 //! Tasks that have the same memory.
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::freeze::Frozen;
 use ckpt_tracer::task::Stopped;
 
-use crate::job::FrozenJob;
 use crate::source::{Collector, Source};
 
-/// All tasks that have the memory of a process, those of the process itself first.
+/// All tasks of a job that have the memory of a process, those of the process itself first.
 pub fn tasks_with_memory_of<'j>(
     index: usize,
-    job: &'j mut FrozenJob,
-    sources: &[Source],
+    job: &'j mut [&mut Frozen],
+    sources: &[&Source],
     collector: &Collector,
 ) -> Vec<&'j mut Stopped> {
     let memory = memory_of(sources[index].pid, sources, collector);
     let (mut own, mut others) = (Vec::new(), Vec::new());
-    for (at, frozen) in job.processes.iter_mut().enumerate() {
+    for (at, frozen) in job.iter_mut().enumerate() {
         if at == index {
             own.extend(frozen.tasks_mut());
         } else if memory_of(sources[at].pid, sources, collector) == memory {
@@ -27,7 +27,7 @@ pub fn tasks_with_memory_of<'j>(
 }
 
 /// The process whose memory a process has.
-fn memory_of(pid: Pid, sources: &[Source], collector: &Collector) -> Pid {
+fn memory_of(pid: Pid, sources: &[&Source], collector: &Collector) -> Pid {
     let source = sources.iter().find(|s| s.pid == pid);
     match source.filter(|_| collector.shares(pid).memory) {
         Some(source) => memory_of(source.status.ppid, sources, collector),

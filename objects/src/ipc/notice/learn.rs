@@ -70,21 +70,21 @@ pub(super) fn charge() -> Result<u32, Errno> {
 /// [`Error::Refused`], for now, where a message came just then.
 pub fn learn(
     job: &mut FrozenJob,
-    sources: &[Source],
     outside: &mut [FromOutside],
     collector: &Collector,
 ) -> Result<()> {
     let has_cookies = |outside: &FromOutside| outside.notices.iter().any(|n| n.by != By::Nothing);
+    let (mut frozen, sources) = job.split();
     for index in 0..sources.len() {
         if !has_cookies(&outside[index]) {
             continue;
         }
-        let source = &sources[index];
+        let source = sources[index];
         let mut notices = std::mem::take(&mut outside[index].notices);
         let vmas = &outside[index].vmas;
-        let cave = Cave::dig(&source.mem, vmas, job.processes[index].tasks())?;
-        let cave = cave.with_doorbell(job.processes[index].tasks());
-        let tasks = process::tasks_with_memory_of(index, job, sources, collector);
+        let cave = Cave::dig(&source.mem, vmas, frozen[index].tasks())?;
+        let cave = cave.with_doorbell(frozen[index].tasks());
+        let tasks = process::tasks_with_memory_of(index, &mut frozen, &sources, collector);
         learn_all(&mut notices, tasks, &cave, source, vmas)?;
         cave.fill_in()?;
         outside[index].notices = notices;
