@@ -5,6 +5,8 @@
 //! ([`ckpt_image`]). To restart, [`restore`] turns the snapshot into a plan, which the
 //! freestanding restorer executes in the new process.
 
+#![forbid(unsafe_code)]
+
 pub mod capture;
 pub mod children;
 pub mod cli;

@@ -4,6 +4,9 @@
 //! A record is what the image keeps (CBOR, see docs/image-format.md). `capture` fills it from
 //! outside or by remote calls; `rebuild` appends operations to a plan.
 
+// A test executes code that it has made.
+#![cfg_attr(not(test), forbid(unsafe_code))]
+
 pub mod access;
 pub mod address_space;
 pub mod aio;

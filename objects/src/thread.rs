@@ -399,7 +399,7 @@ fn fitting_call(regs: &GeneralRegisters) -> Option<i64> {
 /// get_robust_list(2) of another task.
 fn robust_list(tid: Tid) -> Result<(u64, u64)> {
     let found = ckpt_sys::tasks::robust_list(tid.raw());
-    Ok(found.map_err(|errno| ckpt_tracer::Error::from_errno("get_robust_list", tid, errno))?)
+    found.map_err(|errno| ckpt_tracer::Error::from_errno("get_robust_list", tid, errno))
 }
 
 impl Thread {

@@ -85,7 +85,7 @@ fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Lau
     if let Some(owner) = &spec.owner {
         opened.restored_by(owner);
     }
-    let mut init = isolate::start(&spec, |link: &mut Link, first: Option<First>| {
+    let mut init = isolate::start(&spec, |link: &Link, first: Option<First>| {
         inside(opened, values, link, first)
     })?;
     let running = init.until_it_runs()?;
@@ -102,7 +102,7 @@ fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Lau
 fn inside(
     opened: &mut Opened<'_>,
     values: Option<HandOver>,
-    link: &mut Link,
+    link: &Link,
     first: Option<First>,
 ) -> Result<i32, String> {
     opened.restored_inside(first);

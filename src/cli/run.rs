@@ -185,7 +185,7 @@ pub(crate) fn watch(guard: Option<Guard>) -> Watch {
 
 /// Starts a program as the child of a new namespace's first process.
 fn isolated(start: impl FnOnce() -> Result<i32, String>) -> Result<Init, Failure> {
-    let mut init = isolate::start(&Spec::own(), |link: &mut Link, _first: Option<First>| {
+    let mut init = isolate::start(&Spec::own(), |link: &Link, _first: Option<First>| {
         let pid = start()?;
         let _ = link.ready(None);
         let _ = link.running(pid, Vec::new(), None);

@@ -20,9 +20,6 @@ pub(super) enum Flag {
     Never,
 }
 
-/// Adds that seccomp filters are suspended; takes CAP_SYS_ADMIN.
-const SUSPEND_SECCOMP: i32 = 1 << 21;
-
 /// By remote calls, in those that have not got it yet.
 pub(super) fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -> Result<()> {
     if held
@@ -63,7 +60,11 @@ fn change_one(process: Pid, task: &mut Stopped, cave: &Cave<'_>, wanted: Flag) -
         return Ok(false);
     }
     let seccomp = read_status((process, task.tid())).map_or(0, |s| s.seccomp.unwrap_or(0));
-    let suspended = seccomp == 2 && task.set_options(OPTIONS | SUSPEND_SECCOMP).is_ok();
+    // It takes CAP_SYS_ADMIN.
+    let suspended = seccomp == 2
+        && task
+            .set_options(OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP)
+            .is_ok();
     if seccomp != 0 && !suspended {
         return match wanted {
             Flag::Yes => Ok(false),

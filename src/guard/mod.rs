@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
+use ckpt_sys::channel::{self, Channel};
 use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Pid, cpuid};
@@ -38,8 +39,8 @@ mod tree;
 /// What it is called in `ps`.
 pub const NAME: &str = "ckpt-guard";
 
-/// What a guard says that has the job.
-const TAKEN: &str = "+";
+/// What a guard says once: that it has the job, or why not.
+type Taken = Result<(), String>;
 
 /// Whether a process is a guard, by its name.
 pub fn is_one(pid: Pid) -> bool {
@@ -52,7 +53,7 @@ pub struct Guard {
     level: Baseline,
     pid: i32,
     /// Where it tells that it has taken the job, or why not.
-    link: UnixStream,
+    link: Channel,
 }
 
 /// The program's end: it is held until the guard has it.
@@ -98,13 +99,12 @@ impl Guard {
     /// When there are no descriptors or processes to be had, or the kernel lets it trace nobody.
     pub fn over(level: Baseline, roots: Vec<Pid>) -> io::Result<Self> {
         let (unused, _) = UnixStream::pair()?;
-        let mut guard = Self::start(level, roots, None, &unused)?;
-        let mut said = String::new();
-        guard.link.read_to_string(&mut said)?;
-        match said.as_str() {
-            TAKEN => Ok(guard),
-            "" => Err(io::Error::other("the guard was killed at once")),
-            _ => Err(io::Error::other(said)),
+        let guard = Self::start(level, roots, None, &unused)?;
+        match guard.link.receive::<Taken>() {
+            Ok(Ok(())) => Ok(guard),
+            Ok(Err(said)) => Err(io::Error::other(said)),
+            Err(channel::Error::Closed) => Err(io::Error::other("the guard was killed at once")),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -114,7 +114,7 @@ impl Guard {
         entrance: Option<UnixStream>,
         programs: &UnixStream,
     ) -> io::Result<Self> {
-        let (link, theirs) = UnixStream::pair()?;
+        let (link, theirs) = Channel::pair()?;
         // The child allocates, which the C library's fork allows; what other threads there may
         // be (that of a terminal's relay) hold nothing else that it wants.
         match process::fork()? {
@@ -123,10 +123,10 @@ impl Guard {
                 let kept: Vec<i32> = entrance
                     .iter()
                     .map(AsRawFd::as_raw_fd)
-                    .chain([theirs.as_raw_fd()])
+                    .chain([theirs.as_fd().as_raw_fd()])
                     .collect();
                 // Closed below, as one of those that are not kept.
-                let _ = (link.as_raw_fd(), programs.as_fd());
+                let _ = (&link, programs);
                 let _ = setsid();
                 stay(&kept, || {
                     settle();
@@ -161,8 +161,8 @@ impl Guard {
                 Ok(State::Guards)
             }
             Ok(Some(Change::Ended(_))) => {
-                let mut said = String::new();
-                self.link.read_to_string(&mut said)?;
+                let said = self.link.receive::<Taken>();
+                let said = said.ok().and_then(Result::err).unwrap_or_default();
                 let harm = "its programs see the processor as it is";
                 Err(io::Error::other(format!("{said}; {harm}")))
             }

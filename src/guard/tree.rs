@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use ckpt_sys::channel::Channel;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
@@ -67,12 +68,7 @@ struct Guard {
 }
 
 /// Guards a job: whoever comes through the entrance, or what descends from `roots`; until nobody is left.
-pub(super) fn guard(
-    level: Baseline,
-    roots: &[Pid],
-    entrance: Option<UnixStream>,
-    link: UnixStream,
-) {
+pub(super) fn guard(level: Baseline, roots: &[Pid], entrance: Option<UnixStream>, link: Channel) {
     let mut child = SigSet::empty();
     child.add(Signal::SIGCHLD);
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
@@ -93,10 +89,10 @@ pub(super) fn guard(
         None => guard.take_patiently(roots),
     };
     if let Err(error) = taken {
-        let _ = (&link).write_all(error.to_string().as_bytes());
+        let _ = link.send(&super::Taken::Err(error.to_string()));
         super::fail();
     }
-    let _ = (&link).write_all(super::TAKEN.as_bytes());
+    let _ = link.send(&super::Taken::Ok(()));
     drop((entrance, link));
     guard.run(&children, &mut threshold);
 }

@@ -4,25 +4,22 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, Read, Write};
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ckpt_sys::Errno;
+use ckpt_sys::channel::{self, Channel};
 use ckpt_sys::exec::Program;
 use ckpt_sys::process::leave;
 use serde::{Deserialize, Serialize};
 
-use super::link::{hear, tell};
-use super::rights;
 use crate::error::{Error, Result};
 use crate::objects::clock::Clocks;
 
 /// The end of whoever rebuilds the job. It is open until that one ends: the first process would end
 /// before, and with it everybody in the namespace, who then could not say why.
 #[derive(Debug)]
-pub struct First(ManuallyDrop<UnixStream>);
+pub struct First(ManuallyDrop<Channel>);
 
 /// What comes before the descriptors: the program, where to report to, and these numbers.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,8 +30,8 @@ struct Order {
 }
 
 impl First {
-    pub(super) fn new(socket: UnixStream) -> Self {
-        Self(ManuallyDrop::new(socket))
+    pub(super) fn new(channel: Channel) -> Self {
+        Self(ManuallyDrop::new(channel))
     }
 
     /// Tells it to become a process with these descriptors that executes this program; it does so
@@ -43,7 +40,7 @@ impl First {
     /// # Errors
     /// Its answer, or that it was killed.
     pub fn order(
-        &mut self,
+        &self,
         executable: &File,
         descriptors: &[(OwnedFd, i32)],
         report: &OwnedFd,
@@ -55,11 +52,11 @@ impl First {
             clocks,
             numbers: descriptors.iter().map(|(_, number)| *number).collect(),
         };
-        let fds = descriptors.iter().map(|(fd, _)| fd.as_raw_fd());
-        let fds = [executable.as_raw_fd(), report.as_raw_fd()]
-            .into_iter()
-            .chain(fds);
-        let answer = self.send(&order, &fds.collect::<Vec<_>>());
+        let fds = descriptors.iter().map(|(fd, _)| fd.as_fd());
+        let fds = [executable.as_fd(), report.as_fd()].into_iter().chain(fds);
+        let fds: Vec<BorrowedFd<'_>> = fds.collect();
+        let told = self.0.send_with(&order, &fds);
+        let answer: channel::Result<Option<String>> = told.and_then(|()| self.0.receive());
         match answer {
             Ok(None) => Ok(()),
             Ok(Some(text)) => Err(Error::Restore(text)),
@@ -69,55 +66,44 @@ impl First {
         }
     }
 
-    fn send(&mut self, order: &Order, fds: &[RawFd]) -> io::Result<Option<String>> {
-        tell(&mut *self.0, order)?;
-        for some in fds.chunks(rights::MOST) {
-            rights::send(&self.0, some)?;
-            // The kernel counts those on their way.
-            self.0.read_exact(&mut [0])?;
-        }
-        hear(&mut *self.0)
-    }
-
-    /// A byte lets it go on.
-    pub fn go(&self) -> impl Write + '_ {
-        &*self.0
+    /// A byte here lets it go on.
+    pub fn go(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
 /// What the first process does.
-pub(super) fn serve(mut socket: UnixStream) -> ! {
-    match obey(&mut socket) {
+pub(super) fn serve(channel: Channel) -> ! {
+    match obey(&channel) {
         Ok(()) => {}
         Err(Error::File { .. }) => leave(1),
         Err(error) => {
-            let _ = tell(&mut socket, &Some(error.to_string()));
+            let _ = channel.send(&Some(error.to_string()));
         }
     }
     // Whoever was told ends first.
-    let _ = socket.read_exact(&mut [0]);
+    channel.wait_for_hangup();
     leave(1)
 }
 
-fn obey(socket: &mut UnixStream) -> Result<()> {
-    let gone = |source| Error::File {
+fn obey(channel: &Channel) -> Result<()> {
+    let gone = |error: channel::Error| Error::File {
         what: "hear from",
         path: "whoever rebuilds the job".into(),
-        source,
+        source: error.into(),
     };
-    let order: Order = hear(socket).map_err(gone)?;
-    let mut fds = Vec::new();
-    while fds.len() < order.numbers.len() + 2 {
-        fds.extend(rights::receive(socket).map_err(gone)?);
-        socket.write_all(&[0]).map_err(gone)?;
-    }
+    // It can have no more than we may.
     crate::objects::limits::raise_descriptor_limit();
+    let (order, mut fds): (Order, _) = channel.receive_with().map_err(gone)?;
+    if fds.len() != order.numbers.len() + 2 {
+        return Err(gone(channel::Error::Malformed("an order".into())));
+    }
     order.clocks.join()?;
     let descriptors: Vec<(OwnedFd, i32)> = fds.drain(2..).zip(order.numbers).collect();
-    let program = Program::prepare(&fds[0], descriptors, &*socket, &fds[1]);
+    let program = Program::prepare(&fds[0], descriptors, channel, &fds[1]);
     let program = program.map_err(cannot_place)?;
     drop(fds);
-    tell(socket, &None::<String>).map_err(gone)?;
+    channel.send(&None::<String>).map_err(gone)?;
     program.execute(&order.name, None)
 }
 

@@ -19,7 +19,7 @@ pub(super) fn reap(root: i32, link: Link) -> ! {
     children::stay(&kept, move || reap_all(root, link))
 }
 
-fn reap_all(root: i32, mut link: Link) -> i32 {
+fn reap_all(root: i32, link: Link) -> i32 {
     let mut ended = 0;
     while let Ok(Some((pid, status))) = process::wait(-1, libc::WUNTRACED) {
         if pid != root {

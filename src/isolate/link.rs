@@ -1,11 +1,8 @@
 //! What the process outside and the first one inside tell each other.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use serde::de::DeserializeOwned;
+use ckpt_sys::channel::{Channel, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::supervise::foreground::JobTerminal;
@@ -24,14 +21,12 @@ pub(super) enum Event {
     },
     /// The job is complete and about to be let go, with this wish for the terminal.
     Ready(Option<JobTerminal>),
-    /// The job runs.
+    /// The job runs; the master of its terminal comes with it, when that is a new one.
     Running {
         /// Its root.
         pid: i32,
         /// What could not be brought back exactly.
         warnings: Vec<String>,
-        /// The number of a descriptor of whoever tells it: the master of the job's terminal.
-        master: Option<i32>,
     },
     /// There will be no job, for this reason.
     Failed(String),
@@ -48,45 +43,20 @@ pub(super) enum Event {
 
 /// One end.
 #[derive(Debug)]
-pub struct Link(UnixStream);
-
-/// More bytes are not sent at once.
-const LARGEST: usize = 1 << 24;
-
-/// Sends one thing.
-pub(crate) fn tell(stream: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
-    let mut body = Vec::new();
-    ciborium::into_writer(what, &mut body).map_err(io::Error::other)?;
-    let mut frame = (body.len() as u32).to_le_bytes().to_vec();
-    frame.extend(body);
-    stream.write_all(&frame)
-}
-
-/// Receives what was sent; waits for it.
-pub(crate) fn hear<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<T> {
-    let mut len = [0; 4];
-    stream.read_exact(&mut len)?;
-    let len = u32::from_le_bytes(len) as usize;
-    if len > LARGEST {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    let mut body = vec![0; len];
-    stream.read_exact(&mut body)?;
-    ciborium::from_reader(&body[..]).map_err(io::Error::other)
-}
+pub struct Link(Channel);
 
 impl Link {
-    pub(super) fn pair() -> io::Result<(Self, Self)> {
-        let (one, other) = UnixStream::pair()?;
+    pub(super) fn pair() -> Result<(Self, Self)> {
+        let (one, other) = Channel::pair()?;
         Ok((Self(one), Self(other)))
     }
 
     /// Tells the process outside.
     ///
     /// # Errors
-    /// When it is gone.
-    pub(super) fn tell(&mut self, event: &Event) -> io::Result<()> {
-        tell(&mut self.0, event)
+    /// [`Error::Closed`](ckpt_sys::channel::Error::Closed) when it is gone, as for all that follows.
+    pub(super) fn tell(&self, event: &Event) -> Result<()> {
+        self.0.send(event)
     }
 
     /// Tells that the job is complete, and waits until the terminal is as it wants it. From then on
@@ -94,84 +64,52 @@ impl Link {
     ///
     /// # Errors
     /// When that one is gone.
-    pub fn ready(&mut self, wish: Option<JobTerminal>) -> io::Result<()> {
+    pub fn ready(&self, wish: Option<JobTerminal>) -> Result<()> {
         self.tell(&Event::Ready(wish))?;
         self.wait()?;
         ckpt_sys::process::die_with_parent(false);
         Ok(())
     }
 
-    /// Tells that the job runs, and waits until what goes with it has been taken.
+    /// Tells that the job runs, and waits until that is known.
     ///
     /// # Errors
     /// When whoever is outside is gone.
-    pub fn running(
-        &mut self,
-        pid: i32,
-        warnings: Vec<String>,
-        master: Option<OwnedFd>,
-    ) -> io::Result<()> {
-        let number = master.as_ref().map(AsRawFd::as_raw_fd);
-        self.tell(&Event::Running {
-            pid,
-            warnings,
-            master: number,
-        })?;
+    pub fn running(&self, pid: i32, warnings: Vec<String>, master: Option<OwnedFd>) -> Result<()> {
+        let master: Vec<BorrowedFd<'_>> = master.iter().map(AsFd::as_fd).collect();
+        self.0
+            .send_with(&Event::Running { pid, warnings }, &master)?;
         self.wait()
     }
 
     /// The next event; waits for it.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` when the other end is gone.
-    pub(super) fn hear(&mut self) -> io::Result<Event> {
-        hear(&mut self.0)
+    pub(super) fn hear(&self) -> Result<Event> {
+        self.0.receive()
+    }
+
+    /// The same with the descriptors that come with it.
+    pub(super) fn hear_with(&self) -> Result<(Event, Vec<OwnedFd>)> {
+        self.0.receive_with()
     }
 
     /// Lets the other end go on.
-    pub(super) fn go(&mut self) -> io::Result<()> {
-        self.0.write_all(b"!")
+    pub(super) fn go(&self) -> Result<()> {
+        self.0.send(&())
     }
 
     /// Waits until the other end lets us go on.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` when it is gone.
-    pub(super) fn wait(&mut self) -> io::Result<()> {
-        self.0.read_exact(&mut [0])
+    pub(super) fn wait(&self) -> Result<()> {
+        self.0.receive()
     }
 
     /// Whether there is something to hear, or the other end is gone.
     pub(super) fn is_ready(&self) -> bool {
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
+        self.0.is_ready()
     }
 }
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn events_arrive_whole_and_in_order() {
-        let (mut outer, mut inner) = Link::pair().unwrap();
-        assert!(!outer.is_ready());
-        inner.tell(&Event::Failed("x".repeat(100_000))).unwrap();
-        inner.tell(&Event::Stopped(20)).unwrap();
-        assert!(outer.is_ready());
-        assert!(matches!(outer.hear().unwrap(), Event::Failed(text) if text.len() == 100_000));
-        assert!(matches!(outer.hear().unwrap(), Event::Stopped(20)));
-        outer.go().unwrap();
-        inner.wait().unwrap();
-        drop(inner);
-        assert!(outer.is_ready());
-        let error = outer.hear().unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -1,8 +1,8 @@
 //! The making of the namespaces, see unshare(2), user_namespaces(7), pid_namespaces(7).
 
 use std::io;
-use std::os::unix::net::UnixStream;
 
+use ckpt_sys::channel::Channel;
 use ckpt_sys::mounts::follow_the_outer;
 use ckpt_sys::namespaces::{set_names, unshare};
 use ckpt_sys::process::{self, Fork, leave};
@@ -55,7 +55,7 @@ impl Spec {
 pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
     // The first process becomes ours when the one in the middle ends.
     ckpt_sys::process::adopt_orphans();
-    let (mut link, inner) = Link::pair().map_err(cannot("prepare"))?;
+    let (link, inner) = Link::pair().map_err(|e| cannot("prepare")(e.into()))?;
     let middle = match process::fork().map_err(|e| cannot("prepare")(e.into()))? {
         Fork::Child => {
             drop(link);
@@ -66,11 +66,11 @@ pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
             child
         }
     };
-    let born = arrange(&mut link, spec.ids.as_ref(), middle);
+    let born = arrange(&link, spec.ids.as_ref(), middle);
     // Without the link, those who wait for us end.
     let link = born.is_ok().then_some(link);
     let _ = process::end_of(middle);
-    let ((first, builder), mut link) = (born?, link.ok_or_else(lost)?);
+    let ((first, builder), link) = (born?, link.ok_or_else(lost)?);
     let gone = link.go().is_err();
     let init = Init::new(first, builder, link);
     match gone {
@@ -95,7 +95,7 @@ fn lost() -> Error {
 }
 
 /// The outer part of the making: the ids are mapped from here, where there is a right to it.
-fn arrange(link: &mut Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, Option<i32>)> {
+fn arrange(link: &Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, Option<i32>)> {
     match link.hear().map_err(|_| lost())? {
         Event::Made => {}
         Event::Failed(text) => return Err(Error::Restore(text)),
@@ -114,7 +114,7 @@ fn arrange(link: &mut Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, O
 
 /// A process of its own makes the namespaces, since only its children are in the new pid namespace
 /// and it would itself stay in the new user namespace.
-fn in_the_middle(spec: &Spec, mut link: Link, body: impl Body) -> ! {
+fn in_the_middle(spec: &Spec, link: Link, body: impl Body) -> ! {
     let made = spec.owner.as_ref().map_or(Ok(()), Owner::take_over);
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     let made = made.and_then(|()| make(spec)).and_then(|()| {
@@ -163,7 +163,7 @@ fn first_alone() -> io::Result<Born> {
 
 /// The first process waits for the builder, and ends if that one is not born.
 fn first_and_builder(pid: i32) -> io::Result<Born> {
-    let (ours, theirs) = UnixStream::pair()?;
+    let (ours, theirs) = Channel::pair()?;
     let first = match process::fork()? {
         Fork::Child => {
             drop(ours);

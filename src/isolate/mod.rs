@@ -29,7 +29,6 @@ mod link;
 mod make;
 mod outside;
 mod owner;
-mod rights;
 mod work;
 
 pub(crate) use enter::is_init;
@@ -38,8 +37,6 @@ pub use first::First;
 pub(crate) use first::cannot_place;
 pub use idmap::IdMaps;
 pub use link::Link;
-pub(crate) use link::{hear, tell};
 pub use make::{Spec, start};
 pub use outside::{Init, Running};
 pub use owner::Owner;
-pub(crate) use rights::{receive as receive_descriptors, send as send_descriptors};

@@ -1,6 +1,5 @@
 //! A job in a namespace as it is seen from outside.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ckpt_tracer::Pid;
@@ -72,21 +71,15 @@ impl Init {
     fn follow(&mut self) -> Result<Running> {
         let mut terminal = None;
         loop {
-            match self.link.hear().map_err(|_| killed())? {
-                Event::Ready(wish) => {
+            match self.link.hear_with().map_err(|_| killed())? {
+                (Event::Ready(wish), _) => {
                     let wish = wish.and_then(|wish| self.translated(wish));
                     terminal = wish.and_then(Foreground::lend);
                     self.link.go().map_err(|_| killed())?;
                 }
-                Event::Running {
-                    pid,
-                    warnings,
-                    master,
-                } => {
+                (Event::Running { pid, warnings }, mut master) => {
                     let pid = self.outer(pid).ok_or_else(killed)?;
                     self.root = Some(PidFd::open(Pid(pid))?);
-                    let teller = PidFd::open(Pid(self.builder.unwrap_or(self.pid)))?;
-                    let master = master.map(|fd| teller.get_fd(fd)).transpose()?;
                     self.link.go().map_err(|_| killed())?;
                     self.builder.iter().for_each(reap);
                     terminal.iter().for_each(Foreground::redraw);
@@ -94,10 +87,10 @@ impl Init {
                         pid,
                         warnings,
                         terminal,
-                        master,
+                        master: master.pop(),
                     });
                 }
-                Event::Failed(text) => return Err(Error::Restore(text)),
+                (Event::Failed(text), _) => return Err(Error::Restore(text)),
                 _ => return Err(killed()),
             }
         }
@@ -178,7 +171,6 @@ impl Supervised for Init {
                 Ok(Some(Change::Ended(code)))
             }
             Ok(_) => Ok(None),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(None),
             // The end of the first process is that of all.
             Err(_) => {
                 reap(&self.pid);

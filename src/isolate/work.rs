@@ -14,7 +14,7 @@ use super::link::{Event, Link};
 
 /// The process that rebuilds or starts the job: the namespace's first one, which reaps when that is
 /// done, or the builder beside the `first`, which ends.
-pub(super) fn work(mut link: Link, first: Option<First>, body: impl Body) -> ! {
+pub(super) fn work(link: Link, first: Option<First>, body: impl Body) -> ! {
     let beside = first.is_some();
     let name = if beside { c"ckpt-restore" } else { init::NAME };
     process::set_name(name);
@@ -29,7 +29,7 @@ pub(super) fn work(mut link: Link, first: Option<First>, body: impl Body) -> ! {
         leave(1);
     }
     let done = mount_proc().and_then(|()| {
-        catch_unwind(AssertUnwindSafe(|| body(&mut link, first)))
+        catch_unwind(AssertUnwindSafe(|| body(&link, first)))
             .unwrap_or_else(|_| Err("the restore failed by a defect of ckpt".into()))
     });
     match done {
@@ -43,9 +43,9 @@ pub(super) fn work(mut link: Link, first: Option<First>, body: impl Body) -> ! {
 }
 
 /// Answers the pid of the job's root, or what went wrong.
-pub trait Body: FnOnce(&mut Link, Option<First>) -> Result<i32, String> {}
+pub trait Body: FnOnce(&Link, Option<First>) -> Result<i32, String> {}
 
-impl<F: FnOnce(&mut Link, Option<First>) -> Result<i32, String>> Body for F {}
+impl<F: FnOnce(&Link, Option<First>) -> Result<i32, String>> Body for F {}
 
 /// An inherited "ignore" would make the kernel reap our children and keep their status.
 pub(super) fn keep_exit_codes() {

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use ckpt_image::Reader;
+use ckpt_sys::channel::Channel;
 use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
@@ -29,7 +29,7 @@ use crate::restore::{self, Request};
 /// A process that looks at images, in the place of the process that has started it.
 #[derive(Debug)]
 pub struct Prover {
-    link: UnixStream,
+    link: Channel,
     child: i32,
 }
 
@@ -69,7 +69,7 @@ impl Prover {
     /// When no process can be created.
     pub fn start(root: Pid, by: Option<Pid>) -> Result<Self> {
         let failed = |e: io::Error| Error::Restore(format!("cannot prepare a check: {e}"));
-        let (link, theirs) = UnixStream::pair().map_err(failed)?;
+        let (link, theirs) = Channel::pair().map_err(|e| failed(e.into()))?;
         let parent = nix::unistd::getpid();
         match process::fork().map_err(|e| failed(e.into()))? {
             Fork::Parent(child) => Ok(Self { link, child }),
@@ -86,10 +86,8 @@ impl Prover {
     }
 
     fn ask(&self, question: &Question, image: &File) -> Result<Answer> {
-        let mut link = &self.link;
-        let told = isolate::tell(&mut link, question)
-            .and_then(|()| isolate::send_descriptors(&self.link, &[image.as_raw_fd()]))
-            .and_then(|()| isolate::hear(&mut link));
+        let told = self.link.send_with(question, &[image.as_fd()]);
+        let told = told.and_then(|()| self.link.receive());
         told.map_err(|_| Error::Restore("the process that checks the image was killed".into()))
     }
 }
@@ -120,7 +118,7 @@ impl Prove for Prover {
 
 impl Drop for Prover {
     fn drop(&mut self) {
-        let _ = self.link.shutdown(std::net::Shutdown::Both);
+        self.link.hang_up();
         let _ = process::end_of(self.child);
     }
 }
@@ -130,15 +128,9 @@ fn confused() -> Error {
 }
 
 /// Answers until nobody asks any more.
-fn serve(link: UnixStream, root: Pid, by: Option<Pid>) {
-    let mut stream = &link;
-    while let Ok(question) = isolate::hear::<Question>(&mut stream) {
-        let Some(image) = isolate::receive_descriptors(&link)
-            .ok()
-            .and_then(|mut fds| fds.pop())
-        else {
-            return;
-        };
+fn serve(link: Channel, root: Pid, by: Option<Pid>) {
+    while let Ok((question, mut fds)) = link.receive_with::<Question>() {
+        let Some(image) = fds.pop() else { return };
         let image = File::from(image);
         let answer = match question {
             Question::Check(name) => check(image, &name, leaving(root, by)),
@@ -152,7 +144,7 @@ fn serve(link: UnixStream, root: Pid, by: Option<Pid>) {
             }
             error => Answer::Failed(error.to_string()),
         });
-        if isolate::tell(&mut stream, &answer).is_err() {
+        if link.send(&answer).is_err() {
             return;
         }
     }

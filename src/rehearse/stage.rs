@@ -6,10 +6,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use ckpt_image::{Codec, Reader};
+use ckpt_sys::channel::Channel;
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::mem::ProcessMemory;
 use ckpt_tracer::{Pid, RemoteAddr};
@@ -168,10 +168,10 @@ fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File, mut wanted: File)
     spec.others.ipc = true;
     spec.network = abstract_names(job);
     let groups = opened.groups_of_the_job().to_vec();
-    let (mut done, mut told) = UnixStream::pair().map_err(failed)?;
+    let (done, told) = Channel::pair().map_err(|e| failed(e.into()))?;
     let root = job.processes[0].pid;
     let stack = job.processes[0].threads[0].regs.rsp;
-    let body = move |_: &mut Link, first: Option<First>| {
+    let body = move |_: &Link, first: Option<First>| {
         let text = |error: Error| error.to_string();
         opened.restored_inside(first);
         pids::keep_clear(&opened).map_err(text)?;
@@ -215,7 +215,8 @@ fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File, mut wanted: File)
         fault::hit(Step::Rehearsed).map_err(|error| error.to_string())?;
         drop(sockets);
         let any = !restored.warnings.is_empty();
-        isolate::tell(&mut told, &Told { any }).map_err(|error| error.to_string())?;
+        told.send(&Told { any })
+            .map_err(|error| error.to_string())?;
         // Its end is that of all in its namespace.
         Err(DONE.to_owned())
     };
@@ -223,17 +224,17 @@ fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File, mut wanted: File)
         None => isolate::start(&spec, body),
         // The end of the copy's first process, which is not ours, is up to nobody outside. So there is a namespace
         // around it, whose first process ends with us, and with that one all.
-        Some(_) => isolate::start(&Spec::own(), move |_: &mut Link, _| {
+        Some(_) => isolate::start(&Spec::own(), move |_: &Link, _| {
             let inner = isolate::start(&spec, body);
             let ended = inner.and_then(|mut init| init.until_it_runs());
             Err(ended.map_or_else(|error| error.to_string(), |_| DONE.to_owned()))
         }),
     };
     let ended = init.and_then(|mut init| init.until_it_runs().map(drop));
-    match (isolate::hear(&mut done), ended) {
+    match (done.receive(), ended) {
         (Ok(told), _) => Ok(told),
         (Err(_), Err(error)) => Err(error),
-        (Err(error), Ok(())) => Err(failed(error)),
+        (Err(error), Ok(())) => Err(failed(error.into())),
     }
 }
 

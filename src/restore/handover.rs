@@ -34,9 +34,6 @@ pub(super) struct Complete {
     pub(super) warnings: Vec<String>,
 }
 
-/// `PTRACE_O_SUSPEND_SECCOMP`, linux/ptrace.h.
-const SUSPEND_SECCOMP: i32 = libc::PTRACE_O_SUSPEND_SECCOMP;
-
 /// When a process creates no more processes.
 pub(super) const TAKEN_OVER: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
 
@@ -330,11 +327,11 @@ fn remove_restorer(
 
 /// Suspends the seccomp filters of a task that creates threads, and theirs from their beginning.
 pub(super) fn suspend_from_the_beginning(task: &Stopped) -> Result<()> {
-    Ok(task.set_options(TAKEN_OVER | SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?)
+    Ok(task.set_options(TAKEN_OVER | libc::PTRACE_O_SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?)
 }
 
 fn suspend_seccomp(task: &Stopped) -> Result<()> {
-    Ok(task.set_options(TAKEN_OVER | SUSPEND_SECCOMP)?)
+    Ok(task.set_options(TAKEN_OVER | libc::PTRACE_O_SUSPEND_SECCOMP)?)
 }
 
 /// Gives every thread its registers; the leader comes last.

@@ -7,8 +7,7 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use ckpt_sys::exec::{self, Program, Step};
@@ -88,14 +87,16 @@ pub fn spawn(
     let (report_read, report_write) = pipe().map_err(no_pipe)?;
     let mut brood = Brood::default();
     let is_first = first.is_some();
-    let go: Box<dyn Write> = match first {
-        Some(mut first) => {
+    let go_write;
+    let go = match first {
+        Some(first) => {
             first.order(executable, &descriptors, &report_write, name, clocks)?;
             drop((report_write, descriptors));
-            Box::new(brood.first.insert(first).go())
+            brood.first.insert(first).go()
         }
         None => {
-            let (go_read, go_write) = pipe().map_err(no_pipe)?;
+            let go_read;
+            (go_read, go_write) = pipe().map_err(no_pipe)?;
             let program = Program::prepare(executable, descriptors, &go_read, &report_write);
             let program = program.map_err(cannot_place)?;
             let execute = || program.execute(&name, Some(go_write.as_fd()));
@@ -104,7 +105,7 @@ pub fn spawn(
             if pid != process.pid {
                 return Err(Error::PidMissed { pid: process.pid });
             }
-            Box::new(File::from(go_write))
+            go_write.as_fd()
         }
     };
     let task = Running::seize_with(Tid(process.pid), BIRTH_OPTIONS)?;
@@ -154,16 +155,11 @@ fn fork_under(
 }
 
 /// Lets the new process go on to its exec.
-fn begin(
-    mut go: Box<dyn Write + '_>,
-    task: Running,
-    report: OwnedFd,
-    first: bool,
-) -> Result<Stopped> {
-    go.write_all(b"!").map_err(|source| Error::File {
+fn begin(go: BorrowedFd<'_>, task: Running, report: OwnedFd, first: bool) -> Result<Stopped> {
+    nix::unistd::write(go, b"!").map_err(|errno| Error::File {
         what: "write to",
         path: "the new process".into(),
-        source,
+        source: errno.into(),
     })?;
     let mut task = match task.wait_stopped() {
         Ok(stopped) => stopped,

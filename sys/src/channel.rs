@@ -56,6 +56,16 @@ impl From<io::Error> for Error {
     }
 }
 
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Closed => io::ErrorKind::UnexpectedEof.into(),
+            Error::Failed(errno) => errno.into(),
+            Error::Malformed(_) => io::Error::new(io::ErrorKind::InvalidData, error),
+        }
+    }
+}
+
 /// The answer of a channel.
 pub type Result<T> = std::result::Result<T, Error>;
 

@@ -225,6 +225,17 @@ pub fn pair(kind: i32) -> Result<[OwnedFd; 2]> {
     Ok([a, b])
 }
 
+/// bind(2) to a `struct sockaddr`. Of a unix socket, a family alone makes the kernel choose an abstract name.
+///
+/// # Errors
+/// `EADDRINUSE` when another one has the name, and others of bind(2).
+pub fn bind(fd: impl AsFd, address: &[u8]) -> Result<()> {
+    let len = address.len() as libc::socklen_t;
+    // SAFETY: `address` is live and as long as said.
+    let r = unsafe { libc::bind(fd.as_fd().as_raw_fd(), address.as_ptr().cast(), len) };
+    Errno::result(r).map(drop)
+}
+
 /// connect(2) to a `struct sockaddr`.
 ///
 /// # Errors

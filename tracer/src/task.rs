@@ -434,8 +434,7 @@ impl Stopped {
     /// Suspends the task's seccomp filters for as long as it is traced
     /// (`PTRACE_O_SUSPEND_SECCOMP`). Needs CAP_SYS_ADMIN.
     pub fn suspend_seccomp(&self) -> Result<()> {
-        const SUSPEND_SECCOMP: i32 = 1 << 21;
-        self.set_options(libc::PTRACE_O_TRACESYSGOOD | SUSPEND_SECCOMP)
+        self.set_options(libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_SUSPEND_SECCOMP)
     }
 
     /// The message of the current event: for [`Stop::Clone`] the new task's tid.

@@ -8,11 +8,10 @@
 //!
 //! In the middle of the list the process has marks on it: the pair in its table of descriptors, and another
 //! umask. Who shows them as well shares those things with it, which is what kcmp(2) would tell.
-#![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use nix::errno::Errno;
+use ckpt_sys::{Errno, control, sockets};
 
 use super::RemoteCalls;
 use super::batch::{CALL_BYTES, Call};
@@ -64,23 +63,13 @@ impl Borrower {
             object: "a socket for descriptors of the job".into(),
             errno,
         };
-        let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: a call without pointers.
-        let fd = Errno::result(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })
-            .map_err(|errno| failed("socket", errno))?;
-        // SAFETY: the kernel just gave us this descriptor.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut name = vec![0u8; size_of::<libc::sockaddr_un>()];
-        name[..2].copy_from_slice(&(libc::AF_UNIX as u16).to_ne_bytes());
-        let mut len = name.len() as libc::socklen_t;
-        // SAFETY: a name of two bytes makes the kernel choose one; it writes `len` bytes at most.
-        unsafe {
-            let r = libc::bind(fd, name.as_ptr().cast(), 2);
-            Errno::result(r).map_err(|errno| failed("bind", errno))?;
-            let r = libc::getsockname(fd, name.as_mut_ptr().cast(), &raw mut len);
-            Errno::result(r).map_err(|errno| failed("getsockname", errno))?;
-        }
-        name.truncate(len as usize);
+        let socket = sockets::socket(libc::AF_UNIX, libc::SOCK_DGRAM);
+        let socket = socket.map_err(|errno| failed("socket", errno))?;
+        // A name of two bytes makes the kernel choose one.
+        let unnamed = (libc::AF_UNIX as u16).to_ne_bytes();
+        sockets::bind(&socket, &unnamed).map_err(|errno| failed("bind", errno))?;
+        let name = sockets::own_address(&socket);
+        let name = name.map_err(|errno| failed("getsockname", errno))?;
         Ok(Self { socket, name })
     }
 
@@ -193,35 +182,14 @@ impl Borrower {
     }
 
     fn receive(&self, count: usize) -> Result<Vec<OwnedFd>> {
-        // struct cmsghdr, then the numbers; in words, for its alignment.
-        let mut control = [0u64; 2 + AT_ONCE.div_ceil(2)];
-        let mut byte = [0u8; 1];
-        let mut iovec = libc::iovec {
-            iov_base: byte.as_mut_ptr().cast(),
-            iov_len: 1,
-        };
-        // SAFETY: a structure of numbers and pointers, for which zero is nothing.
-        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-        header.msg_iov = &raw mut iovec;
-        header.msg_iovlen = 1;
-        header.msg_control = control.as_mut_ptr().cast();
-        header.msg_controllen = 16 + (4 * count).next_multiple_of(8);
-        let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
-        // SAFETY: everything that the header points to lives on, with the lengths that it says.
-        let r = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &raw mut header, flags) };
-        Errno::result(r).map_err(|errno| Error::Kernel {
+        let came = control::receive(&self.socket, &mut [0], libc::MSG_DONTWAIT);
+        let mut came = came.map_err(|errno| Error::Kernel {
             call: "recvmsg",
             object: "descriptors of the job".into(),
             errno,
         })?;
-        let len = (control[0] as usize).min(size_of_val(&control));
-        let is_rights = header.msg_controllen >= 16
-            && control[1] == (libc::SCM_RIGHTS as u64) << 32 | libc::SOL_SOCKET as u64;
-        let found = if is_rights { (len - 16) / 4 } else { 0 };
-        let number = |i: usize| (control[2 + i / 2] >> (32 * (i % 2))) as i32;
-        // SAFETY: the kernel just gave us these descriptors.
-        Ok((0..found)
-            .map(|i| unsafe { OwnedFd::from_raw_fd(number(i)) })
-            .collect())
+        // The job's task sends what it was made to send.
+        came.rights.truncate(count);
+        Ok(came.rights)
     }
 }
