@@ -73,7 +73,7 @@ pub fn read_within(left: &mut u64, image: &Reader, path: &Path) -> Result<Snapsh
 /// Decodes the snapshot of an image, whether it fits together or not.
 ///
 /// # Errors
-/// `TooLarge` when it takes more than is left, or more of it is packed than [`write`] packs; `Metadata` when it is none;
+/// `TooLarge` when it takes more than is left, or more of it is packed than [`write`](fn@write) packs; `Metadata` when it is none;
 /// those of [`Reader::section_reader`].
 pub fn decode(left: &mut u64, image: &Reader, path: &Path) -> Result<Snapshot> {
     let path = path.to_owned();

@@ -181,7 +181,7 @@ pub fn name(resource: u32) -> &'static str {
 pub fn raise_descriptor_limit() {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap_or_default();
     let most: u64 = most.trim().parse().unwrap_or(0);
-    let Some((_, own)) = ckpt_sys::files::descriptor_limit() else {
+    let Ok((_, own)) = ckpt_sys::tasks::limit(0, libc::RLIMIT_NOFILE as i32) else {
         return;
     };
     for hard in [most.max(own), own] {

@@ -2,7 +2,7 @@
 //! them (prctl(2), arch_prctl(2)), and nothing else to them. The table says how; another one is
 //! another row. docs/attributes.md has what is no switch.
 
-use ckpt_sys::process;
+use ckpt_sys::prctl;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::remote::{Call, RemoteCalls};
@@ -260,9 +260,9 @@ impl Ours {
         let ask = |row: &Row| {
             let answer =
                 match row.ask {
-                    Ask::Answer(call, [option, which]) => process::get_number(call, option, which),
+                    Ask::Answer(call, [option, which]) => prctl::get_number(call, option, which),
                     // The only one of its kind.
-                    Ask::Written(..) => process::tsc().map(i64::from),
+                    Ask::Written(..) => prctl::tsc().map(i64::from),
                     Ask::Flags(bits) => Ok(read_stat(Pid::own())
                         .map_or(-1, |stat| i64::from(stat.flags & bits == bits))),
                 };

@@ -3,10 +3,10 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use ckpt_sys::process;
 use ckpt_tracer::Tid;
 use ckpt_tracer::task::Stopped;
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::error::Result;
 use crate::objects::job::FrozenJob;
@@ -37,10 +37,9 @@ pub(super) fn kill(mut job: FrozenJob) -> Result<()> {
 /// when its threads have been waited for, and those that were traced when they were killed are ours.
 fn await_end(sources: &[Source], mut tids: Vec<Tid>) {
     let give_up = Instant::now() + Duration::from_secs(10);
-    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+    let flags = libc::WNOHANG | libc::__WALL;
     while !tids.is_empty() && Instant::now() < give_up {
-        let runs = |tid: &Tid| waitpid(nix::unistd::Pid::from_raw(tid.raw()), Some(flags));
-        tids.retain(|tid| matches!(runs(tid), Ok(WaitStatus::StillAlive)));
+        tids.retain(|tid| process::wait(tid.raw(), flags) == Ok(None));
         if !tids.is_empty() {
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -155,7 +155,7 @@ pub(super) fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File
         path: "the image in memory".into(),
         source,
     };
-    let file = nix::sys::memfd::memfd_create("ckpt-check", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let file = ckpt_sys::files::memfd(c"ckpt-check", 0);
     let file = File::from(file.map_err(|e| failed(e.into()))?);
     let mut writer = Writer::new(file, header, WriterOptions::default())?;
     snapshot::write(&mut writer, snapshot)?;

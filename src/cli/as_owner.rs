@@ -21,7 +21,8 @@ use std::path::Path;
 use std::process::Command;
 
 use ckpt_sys::files::{self, inherited};
-use ckpt_sys::process::{before_exec, die_with_parent};
+use ckpt_sys::prctl::die_with_parent;
+use ckpt_sys::process::before_exec;
 use ckpt_sys::{credentials, tasks};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Uid, User, setsid};

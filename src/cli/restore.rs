@@ -4,6 +4,7 @@ use std::io::{stdin, stdout};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
+use ckpt_sys::prctl::die_with_parent;
 use ckpt_tracer::Pid;
 use clap::{Args, ValueEnum};
 use nix::unistd::geteuid;
@@ -21,7 +22,6 @@ use crate::restore::pids::Pids;
 use crate::restore::{self, ImageFile, env};
 use crate::supervise::relay::Relay;
 use crate::supervise::{NoTerminal, Terminal, console};
-use ckpt_sys::process::die_with_parent;
 
 /// Arguments of `restore`.
 #[derive(Args, Debug)]

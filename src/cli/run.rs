@@ -106,7 +106,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
         })?;
     }
     let signals = take_over_signals()?;
-    ckpt_sys::process::adopt_orphans();
+    ckpt_sys::prctl::adopt_orphans();
     let (guard, entrance) = match args.cpu_baseline.and_then(|level| guarded(level, args)) {
         Some(level) => {
             let made = Guard::before_the_program(level);

@@ -5,6 +5,9 @@
 //! 1. Who wants to trace a job connects, and says `LEAVE`.
 //! 2. The guard takes the flag from all tasks, lets go of them, and says `LEFT`.
 //! 3. The other one says `COME`, or is gone: the guard takes what is left of the job.
+//!
+//! These are single bytes and no messages of a channel (`ckpt_sys::channel`): the two may be of different versions of ours,
+//! and the guard, which serves many and must not wait for one, reads what has come without the end of a frame.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};

@@ -1,5 +1,6 @@
 //! Who the program is, before it is one: it writes a byte, and the kernel adds its pid as the guard sees it,
-//! also out of another pid namespace (unix(7), `SO_PASSCRED`).
+//! also out of another pid namespace (unix(7), `SO_PASSCRED`). It does so between fork and exec, where only system calls
+//! may be made: so this is no channel (`ckpt_sys::channel`).
 
 use std::io;
 use std::os::unix::net::UnixStream;

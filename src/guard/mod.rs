@@ -22,6 +22,7 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use ckpt_sys::channel::{self, Channel};
+use ckpt_sys::prctl;
 use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Pid, cpuid};
@@ -230,6 +231,6 @@ fn fail() -> ! {
 /// Only SIGKILL ends us before the job has ended.
 fn settle() {
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
-    process::set_name(c"ckpt-guard");
+    prctl::set_name(c"ckpt-guard");
     let _ = ckpt_sys::signals::by_default(libc::SIGCHLD);
 }

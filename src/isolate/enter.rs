@@ -6,7 +6,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use ckpt_sys::process::{self, Fork, die_with_parent, leave};
+use ckpt_sys::prctl::die_with_parent;
+use ckpt_sys::process::{self, Fork, leave};
 use ckpt_tracer::pidfd::PidFd;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;

@@ -62,7 +62,7 @@ impl IdMaps {
             setresuid(uid, uid, uid)?;
         }
         // Else our files in /proc would be root's from now on.
-        ckpt_sys::process::make_dumpable();
+        ckpt_sys::prctl::make_dumpable();
         Ok(())
     }
 }

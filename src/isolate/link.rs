@@ -67,7 +67,7 @@ impl Link {
     pub fn ready(&self, wish: Option<JobTerminal>) -> Result<()> {
         self.tell(&Event::Ready(wish))?;
         self.wait()?;
-        ckpt_sys::process::die_with_parent(false);
+        ckpt_sys::prctl::die_with_parent(false);
         Ok(())
     }
 

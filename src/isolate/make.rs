@@ -54,7 +54,7 @@ impl Spec {
 /// When the namespaces cannot be made. Nothing is left of them.
 pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
     // The first process becomes ours when the one in the middle ends.
-    ckpt_sys::process::adopt_orphans();
+    ckpt_sys::prctl::adopt_orphans();
     let (link, inner) = Link::pair().map_err(|e| cannot("prepare")(e.into()))?;
     let middle = match process::fork().map_err(|e| cannot("prepare")(e.into()))? {
         Fork::Child => {

@@ -6,7 +6,6 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::pidfd::PidFd;
 use ckpt_tracer::proc::status::{Status, read_status};
 use nix::errno::Errno;
-use nix::sys::wait::waitpid;
 
 use super::link::{Event, Link};
 use crate::children::Change;
@@ -138,8 +137,7 @@ impl Init {
 }
 
 fn reap(pid: &i32) {
-    let pid = nix::unistd::Pid::from_raw(*pid);
-    while waitpid(pid, None) == Err(Errno::EINTR) {}
+    let _ = ckpt_sys::process::end_of(*pid);
 }
 
 fn killed() -> Error {

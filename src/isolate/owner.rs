@@ -44,7 +44,7 @@ impl Owner {
         // Root's keys are not theirs (session-keyring(7)).
         credentials::join_new_session_keyring()?;
         // Else our files in /proc would be root's from now on.
-        ckpt_sys::process::make_dumpable();
+        ckpt_sys::prctl::make_dumpable();
         Ok(())
     }
 }

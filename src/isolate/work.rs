@@ -4,7 +4,8 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ckpt_sys::credentials::{self, Capabilities};
-use ckpt_sys::process::{self, die_with_parent, leave};
+use ckpt_sys::prctl::{self, die_with_parent};
+use ckpt_sys::process::leave;
 use ckpt_sys::{Errno, mounts};
 use nix::unistd::geteuid;
 
@@ -17,7 +18,7 @@ use super::link::{Event, Link};
 pub(super) fn work(link: Link, first: Option<First>, body: impl Body) -> ! {
     let beside = first.is_some();
     let name = if beside { c"ckpt-restore" } else { init::NAME };
-    process::set_name(name);
+    prctl::set_name(name);
     if link.wait().is_err() {
         leave(1);
     }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use ckpt_image::Reader;
 use ckpt_sys::channel::Channel;
+use ckpt_sys::prctl;
 use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::Pid;
 use ckpt_tracer::fault::{self, Step};
@@ -75,7 +76,7 @@ impl Prover {
             Fork::Parent(child) => Ok(Self { link, child }),
             Fork::Child => {
                 drop(link);
-                process::die_with_parent(true);
+                prctl::die_with_parent(true);
                 if getppid() != parent {
                     process::leave(1);
                 }

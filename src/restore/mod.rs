@@ -226,7 +226,7 @@ fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<JobTerminal>)) -
     )?;
     let bound = sockets::Made::before(snapshot, rights);
     // Processes of the job that lose their parents become ours.
-    ckpt_sys::process::adopt_orphans();
+    ckpt_sys::prctl::adopt_orphans();
     let means = job.host.means;
     let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, (first, means))?;
     let last = &mut || {

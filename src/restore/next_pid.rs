@@ -69,7 +69,8 @@ pub fn ask_there(broker: UnixStream) {
 }
 
 /// Tells the kernel which id it shall give next, whenever the other end asks for it, until that is closed. A number
-/// is all that it takes.
+/// is all that it takes: this is root, and the other end another user, whose messages are not to be decoded
+/// (`ckpt_sys::channel`).
 pub fn serve(mut stream: UnixStream) {
     let mut wanted = [0; 4];
     while stream.read_exact(&mut wanted).is_ok() {

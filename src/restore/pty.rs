@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 
+use ckpt_sys::tty::{self, Modes};
 use ckpt_tracer::capabilities::Use;
 
 use super::terminals::{Place, Terminals};
@@ -12,7 +13,6 @@ use crate::error::{Error, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::terminal::{Access, End, Pair, Side, Terminal};
 use crate::objects::files::unread::{self, Waiting};
-use ckpt_sys::tty::{self, Modes};
 
 /// More ptys than this are not made to reach a number.
 const PATIENCE: u32 = 1024;

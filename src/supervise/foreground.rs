@@ -2,12 +2,12 @@
 
 use std::fs::File;
 
+use ckpt_sys::tty::{self, Modes};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpgrp};
 use serde::{Deserialize, Serialize};
 
 use super::Terminal;
-use ckpt_sys::tty::{self, Modes};
 
 /// What a job wants of the terminal when it is let go.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ckpt_image::Codec;
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use ckpt_sys::files::memfd;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -114,9 +114,9 @@ impl Periodic {
 
     fn begin(&self) -> io::Result<Helper> {
         let counter = self.plan.images.next_counter()?;
-        let memory =
-            |name| Ok::<_, io::Error>(File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?));
-        let (out, err) = (memory("ckpt-report")?, memory("ckpt-errors")?);
+        // What the command prints, which is for everybody who runs it and no channel's message.
+        let memory = |name| Ok::<_, io::Error>(File::from(memfd(name, 0)?));
+        let (out, err) = (memory(c"ckpt-report")?, memory(c"ckpt-errors")?);
         let mut command = Command::new("/proc/self/exe");
         command.arg0("ckpt").arg("attach").arg(self.pid.to_string());
         command.arg(format!("--codec={}", self.plan.codec));
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn errors_become_one_line() {
-        let mut file = File::from(memfd_create("test", MFdFlags::MFD_CLOEXEC).unwrap());
+        let mut file = File::from(memfd(c"test", 0).unwrap());
         file.write_all(b"ckpt: first\nckpt: second\n\n").unwrap();
         assert_eq!(one_line(&mut file), "first; second");
     }

@@ -5,13 +5,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;
 
+use ckpt_sys::files;
+use ckpt_sys::pipes::pipe;
+use ckpt_sys::tty::{self, Modes};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::{pipe, read, write};
+use nix::unistd::{read, write};
 
 use super::Terminal;
-use ckpt_sys::tty::{self, Modes};
 
 /// How long a terminal that nobody has open is left alone, milliseconds.
 const NOBODY: u16 = 50;
@@ -105,8 +106,7 @@ pub(super) fn redraw(master: &OwnedFd) {
 }
 
 pub(super) fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+    files::set_flags(fd, files::flags(fd)? | libc::O_NONBLOCK)
 }
 
 /// What the thread has.

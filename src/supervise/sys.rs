@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::Command;
 
+use ckpt_sys::prctl;
 use ckpt_sys::process;
 use ckpt_sys::signals::{self, Action};
 use nix::sys::signal::SigSet;
@@ -66,7 +67,7 @@ impl Signals {
             // The old action is the one that exec found before us, so its handler, if any, is not code of ours.
             signals::restore(libc::SIGCHLD, &on_child)?;
             if traced {
-                process::let_trace(own);
+                prctl::let_trace(own);
             }
             // The standard library has emptied the mask before this.
             mask.thread_set_mask().map_err(io::Error::from)

@@ -259,17 +259,6 @@ pub fn close_on_exec_from(first: RawFd) -> Result<()> {
 }
 
 /// `RLIMIT_NOFILE`: how many descriptors we may have, and up to which number that can be raised.
-pub fn descriptor_limit() -> Option<(u64, u64)> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: one live structure.
-    let r = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    (r == 0).then_some((limit.rlim_cur, limit.rlim_max))
-}
-
-/// Sets both.
 ///
 /// # Errors
 /// `EPERM` above the kernel's most, and for raising the second one without CAP_SYS_RESOURCE.

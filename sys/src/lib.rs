@@ -22,6 +22,7 @@ pub mod mounts;
 pub mod mqueue;
 pub mod namespaces;
 pub mod pipes;
+pub mod prctl;
 pub mod process;
 pub mod signals;
 pub mod sockets;

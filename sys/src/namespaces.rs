@@ -1,8 +1,9 @@
 //! Namespaces: namespaces(7), unshare(2), setns(2), ioctl_nsfs(2). `CLONE_NEW*` say which.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use crate::files::given;
 use crate::{Errno, Result};
 
 /// unshare(2) of namespaces. Of a pid or time namespace only children become members.
@@ -45,6 +46,16 @@ pub fn owner(namespace: impl AsFd) -> Option<u32> {
     // SAFETY: the kernel writes one uid_t.
     let r = unsafe { libc::ioctl(fd, NS_GET_OWNER_UID, &raw mut uid) };
     (r == 0).then_some(uid)
+}
+
+/// `NS_GET_USERNS`: the user namespace that a namespace belongs to.
+///
+/// # Errors
+/// `EPERM` when it is none of ours and not below ours.
+pub fn user_namespace(namespace: impl AsFd) -> Result<OwnedFd> {
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    // SAFETY: a call without pointers, which makes a descriptor.
+    unsafe { given(libc::ioctl(namespace.as_fd().as_raw_fd(), NS_GET_USERNS).into()) }
 }
 
 /// sethostname(2) and setdomainname(2).

@@ -81,6 +81,21 @@ pub fn robust_list(tid: i32) -> Result<(u64, u64)> {
     Errno::result(r).map(|_| (head, len))
 }
 
+/// prlimit(2): the soft and the hard limit of a process (`RLIMIT_*`), in the resource's unit.
+///
+/// # Errors
+/// `EPERM` for a process of another user, `EINVAL` for a resource that the kernel does not know.
+pub fn limit(pid: i32, resource: i32) -> Result<(u64, u64)> {
+    let mut old = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let none = std::ptr::null();
+    // SAFETY: no new limit is passed; `old` is a live rlimit64 that the kernel fills.
+    let r = unsafe { libc::prlimit64(pid, resource as _, none, &raw mut old) };
+    Errno::result(r).map(|_| (old.rlim_cur, old.rlim_max))
+}
+
 // include/uapi/linux/prctl.h
 const PR_SCHED_CORE: libc::c_int = 62;
 const PR_SCHED_CORE_GET: libc::c_ulong = 0;

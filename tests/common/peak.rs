@@ -13,7 +13,6 @@ use nix::unistd::Pid;
 /// processor it is killed, and has no exit code.
 ///
 /// The figure is `VmHWM` where the program ends: `ru_maxrss` of getrusage(2) knows what this process had at the fork as well.
-#[expect(clippy::zombie_processes, reason = "it is waited for by its pid")]
 pub(crate) fn peak_of(command: &mut Command, seconds: u64) -> (Option<i32>, usize) {
     command
         .stdin(Stdio::null())

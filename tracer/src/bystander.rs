@@ -3,8 +3,9 @@
 //! tells, denies whatever is outside of it (`hook_ptrace_access_check`, security/landlock/task.c).
 #![allow(unsafe_code)]
 
-use crate::remote::Call;
 use ckpt_sys::helper::{Child, die_with};
+
+use crate::remote::Call;
 
 /// Stopped, and killed when dropped.
 #[derive(Debug)]

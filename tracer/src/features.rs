@@ -14,6 +14,7 @@ mod table;
 use std::fs;
 use std::mem::size_of;
 
+use ckpt_sys::helper::{Child, pause_forever};
 use nix::errno::Errno;
 
 use crate::capabilities::Held;
@@ -21,7 +22,6 @@ use crate::kcmp::{KcmpType, kcmp};
 use crate::proc::mounts;
 use crate::proc::pagemap::{PagemapScanner, ScanMethod};
 use crate::{Pid, Result, Tid};
-use ckpt_sys::helper::{Child, pause_forever};
 
 pub use cpu::{Cpu, FeatureWord, Register, StateComponent};
 pub use table::FeatureRow;

@@ -6,10 +6,10 @@ use std::cmp::Ordering;
 use std::mem::{offset_of, size_of};
 use std::os::fd::RawFd;
 
+use ckpt_sys::helper::{Child, pause_forever};
 use nix::errno::Errno;
 
 use crate::{Error, Result, Tid};
-use ckpt_sys::helper::{Child, pause_forever};
 
 /// What is compared. The numbers are `KCMP_*` of `linux/kcmp.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

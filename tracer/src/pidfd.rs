@@ -17,12 +17,8 @@ pub struct PidFd {
 impl PidFd {
     /// `pidfd_open(2)` (Linux 5.3).
     pub fn open(pid: Pid) -> Result<Self> {
-        // SAFETY: a system call without pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.raw(), 0) };
-        let fd = Errno::result(fd)
+        let fd = ckpt_sys::events::pidfd(pid.raw(), 0)
             .map_err(|errno| Error::from_errno("pidfd_open", pid.leader(), errno))?;
-        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         Ok(Self { pid, fd })
     }
 
@@ -58,8 +54,7 @@ impl PidFd {
         info[0] = signal as u32;
         info[2] = libc::SI_QUEUE as u32;
         info[4] = std::process::id();
-        // SAFETY: a call without pointers.
-        info[5] = unsafe { libc::getuid() };
+        info[5] = nix::unistd::getuid().as_raw();
         info[6] = value as u32;
         info[7] = (value >> 32) as u32;
         self.send(signal, info.as_ptr())

@@ -9,8 +9,9 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::remote::Call;
 use ckpt_sys::helper::Child;
+
+use crate::remote::Call;
 
 /// What the child makes: all, or the one of that number.
 static WHICH: AtomicUsize = AtomicUsize::new(ALL);

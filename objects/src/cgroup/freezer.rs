@@ -272,7 +272,7 @@ fn failed(source: std::io::Error) -> Error {
 
 /// Starts the process that freezes the groups again if the pipe ends without a word.
 fn keep(groups: &[(Version, File)]) -> Result<(Helper, OwnedFd), Errno> {
-    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    let (reader, writer) = ckpt_sys::pipes::pipe()?;
     let files = groups.iter().map(|(_, file)| file.as_fd());
     let kept: Vec<BorrowedFd<'_>> = files.chain([reader.as_fd()]).collect();
     let helper = Helper::start_with(&kept, || {

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use ckpt_sys::tty::{self, Modes, Size};
 use ckpt_tracer::proc::{ProcRoot, stat::read_stat, tasks};
 use nix::errno::Errno;
 use nix::unistd::AccessFlags;
@@ -20,7 +21,6 @@ use crate::error::Obstacle;
 use crate::open::Handle;
 use crate::plan::Inherited;
 use crate::source::{Collector, Source};
-use ckpt_sys::tty::{self, Modes, Size};
 
 /// A terminal that the job has open, or that controls a session of the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,13 +10,13 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use ckpt_sys::helper::Helper;
+use ckpt_sys::tty::{self, Modes};
 use ckpt_sys::{events, files};
 use nix::errno::Errno;
 use nix::unistd::{read, write};
 
 use super::terminal::{Ending, Flow, Input};
 use crate::error::Obstacle;
-use ckpt_sys::tty::{self, Modes};
 
 mod area;
 mod flow;

@@ -1,5 +1,6 @@
 //! System V message queues.
 
+use ckpt_sys::sysv;
 use ckpt_tracer::capabilities::Use;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -12,7 +13,6 @@ use crate::error::{Error, Obstacle, Result};
 use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::Collector;
-use ckpt_sys::sysv;
 
 /// One queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

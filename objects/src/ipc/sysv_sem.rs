@@ -2,6 +2,7 @@
 //!
 //! A process's adjustments (`SEM_UNDO`) stand in [`undo`](mod@super::undo).
 
+use ckpt_sys::sysv;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +15,6 @@ use crate::error::{Error, Obstacle, Result};
 use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::Collector;
-use ckpt_sys::sysv;
 
 /// `SEMVMX`: the highest value.
 pub const HIGHEST: u16 = 32767;

@@ -1,6 +1,7 @@
 //! System V shared memory: segments, and where processes have them attached.
 
 use ckpt_image::Reader;
+use ckpt_sys::sysv::{self, Attached};
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
@@ -16,7 +17,6 @@ use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::{Collector, Contents, Source};
 use crate::{Snapshot, SpaceId};
-use ckpt_sys::sysv::{self, Attached};
 
 /// `SHM_DEST`: it goes when the last process lets go of it.
 const DESTROYED: i64 = 0o1000;

@@ -9,6 +9,7 @@
 
 use std::cmp::Ordering;
 
+use ckpt_sys::sysv;
 use ckpt_tracer::Tid;
 use ckpt_tracer::kcmp::{KcmpType, kcmp};
 use ckpt_tracer::remote::{Call, RemoteCalls};
@@ -17,7 +18,6 @@ use serde::{Deserialize, Serialize};
 
 use super::sysv_sem::{HIGHEST, Set};
 use super::table::Type;
-use ckpt_sys::sysv;
 
 use super::Claim;
 use crate::Snapshot;

@@ -6,10 +6,10 @@
 
 use std::os::fd::AsFd;
 
+use ckpt_sys::sockets;
 use nix::errno::Errno;
 
 use crate::plan::Builder;
-use ckpt_sys::sockets;
 
 /// Bytes of an instruction, `struct sock_filter`.
 const INSTRUCTION: usize = 8;

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirEntryExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use ckpt_sys::sockets;
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::fdlink::{FdLink, list_fds, read_fd_link};
 use ckpt_tracer::proc::{ProcRoot, tasks};
@@ -16,7 +17,6 @@ use nix::unistd::AccessFlags;
 use super::unix::{NameFile, Style, show, sockaddr};
 use crate::access::may;
 use crate::outsiders::process_name;
-use ckpt_sys::sockets;
 
 /// The file of a name that is a path. `inode` is what sock_diag tells, `cwd` the directory of a
 /// process that has the socket.

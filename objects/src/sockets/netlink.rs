@@ -10,12 +10,13 @@ use crate::bounds;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use ckpt_sys::sockets;
+
 use super::options::{self, SocketOption};
 use crate::error::Obstacle;
 use crate::files::{self, Look};
 use crate::plan::Builder;
 use crate::source::Source;
-use ckpt_sys::sockets;
 
 /// Socket options beside those of `SOL_SOCKET`, linux/netlink.h.
 const SOL_NETLINK: i32 = 270;

@@ -1,5 +1,6 @@
 //! Socket options.
 
+use ckpt_sys::sockets;
 use ckpt_tracer::capabilities::Use;
 use std::os::fd::OwnedFd;
 
@@ -8,7 +9,6 @@ use serde_bytes::ByteBuf;
 
 use super::unix::Style;
 use crate::plan::Builder;
-use ckpt_sys::sockets;
 
 /// An option of `SOL_SOCKET` that is not as a new socket has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,6 +5,7 @@
 //! the root itself, or an envoy that has the pid for the moment ([`Builder::envoy`]); its
 //! process is not there yet, or no more.
 
+use ckpt_sys::sockets;
 use ckpt_tracer::capabilities::Use;
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +14,6 @@ use crate::bounds;
 use crate::credentials::Credentials;
 use crate::files::FdEntry;
 use crate::plan::Builder;
-use ckpt_sys::sockets;
 
 /// `struct ucred`: who a process is to those that it speaks to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

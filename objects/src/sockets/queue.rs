@@ -2,14 +2,14 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use ckpt_sys::control::{self, Received};
+use ckpt_sys::sockets;
 use nix::errno::Errno;
 
 use super::offset::PeekOffset;
 use super::peers::Ucred;
 use super::unix::Style;
 use super::urgent::{Mark, Urgent};
-use ckpt_sys::control::{self, Received};
-use ckpt_sys::sockets;
 
 /// A message of a live socket.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use ckpt_sys::sockets;
 use ckpt_tracer::kcmp::{KcmpType, kcmp, same_description};
 use ckpt_tracer::{Pid, unix_diag};
 use serde_bytes::ByteBuf;
@@ -17,7 +18,6 @@ use super::queue::{self, Seen};
 use super::unix::{GHOST, Name, Role, Style, UnixSocket};
 use super::urgent::Urgent;
 use crate::error::{Obstacle, Result};
-use ckpt_sys::sockets;
 
 /// An open file description of the job, as the survey needs to know it.
 pub struct Open<'a> {

@@ -12,12 +12,12 @@
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
+use ckpt_sys::sockets;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::queue::peek;
 use super::queue::{Fault, Seen};
-use ckpt_sys::sockets;
 
 /// What of an urgent byte is in a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

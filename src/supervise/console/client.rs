@@ -4,13 +4,13 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use ckpt_sys::tty::{self, Modes};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::read;
 
 use super::{FREE, SIZED, TYPED};
 use crate::supervise::Signals;
-use ckpt_sys::tty::{self, Modes};
 
 /// Twice in a row, it leaves the job alone again: Ctrl-\.
 const DETACH: u8 = 0x1c;

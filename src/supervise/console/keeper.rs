@@ -7,14 +7,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
+use ckpt_sys::prctl;
 use ckpt_sys::process::{self, Fork};
+use ckpt_sys::tty::{self, Size};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{read, setsid, write};
 
 use super::{BUSY, FREE, SIZED, TYPED};
 use crate::supervise::relay::{redraw, set_nonblocking};
-use ckpt_sys::tty::{self, Size};
 
 /// Bytes of output that a client is shown at first.
 const SCREENFUL: usize = 64 * 1024;
@@ -77,7 +78,7 @@ fn settle() {
         let _ = nix::unistd::dup2_stdout(&null);
         let _ = nix::unistd::dup2_stderr(&null);
     }
-    process::set_name(c"ckpt-console");
+    prctl::set_name(c"ckpt-console");
     let _ = ckpt_sys::signals::ignore(libc::SIGHUP);
 }
 

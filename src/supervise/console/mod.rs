@@ -4,7 +4,8 @@
 //! The socket is `console.NAMESPACE.PID` in a directory of the user's own, where NAMESPACE is the
 //! number of the pid namespace that PID belongs to. To a client the keeper writes one byte, `FREE`
 //! or `BUSY`, then what the job prints, beginning with the last screenful. A client writes
-//! frames: one byte that says what, two for the length (big endian), the bytes.
+//! frames: one byte that says what, two for the length (big endian), the bytes. It is no channel
+//! (`ckpt_sys::channel`): both may be of different versions of ours, and what the job prints comes as it is.
 
 use crate::text::Shown;
 

@@ -1,7 +1,6 @@
 //! What we hold.
 
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -69,21 +68,9 @@ pub fn is_in_first_user_namespace(process: &Path) -> bool {
 
 /// Whether our namespace of a kind belongs to our user namespace or one below, in which what we hold
 /// counts: the kernel shows the owner to nobody else (`ns_get_owner`, kernel/user_namespace.c).
-#[allow(unsafe_code)]
 fn owner_is_ours(kind: &str) -> bool {
-    /// `NS_GET_USERNS`, linux/nsfs.h.
-    const NS_GET_USERNS: libc::Ioctl = 0xb701;
-    let Ok(namespace) = fs::File::open(format!("/proc/self/ns/{kind}")) else {
-        return false;
-    };
-    // SAFETY: a call without pointers; the descriptor that it answers is ours and closed once.
-    unsafe {
-        let owner = libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS);
-        if owner >= 0 {
-            drop(OwnedFd::from_raw_fd(owner));
-        }
-        owner >= 0
-    }
+    let namespace = fs::File::open(format!("/proc/self/ns/{kind}"));
+    namespace.is_ok_and(|namespace| ckpt_sys::namespaces::user_namespace(namespace).is_ok())
 }
 
 #[cfg(test)]

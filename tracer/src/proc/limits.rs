@@ -1,7 +1,5 @@
 //! Resource limits of another process: prlimit(2), else `/proc/PID/limits`.
 
-#![allow(unsafe_code)]
-
 use super::ProcDir;
 use super::parse::{dec, fields, lines};
 use crate::{Pid, Result};
@@ -69,23 +67,11 @@ pub fn read_limits_file(process: impl Into<ProcDir>) -> Result<Vec<Limit>> {
 }
 
 fn prlimit(pid: Pid, resource: i32) -> Option<Limit> {
-    let mut old = libc::rlimit64 {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: no new limit is passed; `old` is a live rlimit64 that the kernel fills.
-    let rc = unsafe {
-        libc::prlimit64(
-            pid.raw(),
-            resource as libc::__rlimit_resource_t,
-            std::ptr::null(),
-            &mut old,
-        )
-    };
-    (rc == 0).then_some(Limit {
+    let (soft, hard) = ckpt_sys::tasks::limit(pid.raw(), resource).ok()?;
+    Some(Limit {
         resource,
-        soft: old.rlim_cur,
-        hard: old.rlim_max,
+        soft,
+        hard,
     })
 }
 

@@ -3,12 +3,12 @@
 use std::os::fd::OwnedFd;
 
 use ckpt_sys::events::poll_now;
+use ckpt_sys::tty::{self, Modes};
 use nix::errno::Errno;
 use nix::unistd::read;
 
 use super::super::terminal::Flow;
 use super::{ATTEMPTS, LONG, Result, Work, nap, soon, write_all};
-use ckpt_sys::tty::{self, Modes};
 
 /// What a reader in packet mode is told (`TIOCPKT_*`, ioctl_tty(2)).
 mod packet {

@@ -6,12 +6,12 @@
 
 use std::collections::{HashMap, HashSet};
 
+use ckpt_sys::sockets;
 use ckpt_tracer::unix_diag;
 use nix::errno::Errno;
 
 use super::super::unix::{Role, Style};
 use super::{Live, Table};
-use ckpt_sys::sockets;
 
 /// Memory that messages of these lengths take of their sender, as far as they were seen.
 fn taken_by(style: Style, lengths: impl Iterator<Item = usize>) -> Result<usize, Errno> {

@@ -1,5 +1,6 @@
 //! What each socket is, with all others in view.
 
+use ckpt_sys::sockets;
 use ckpt_tracer::unix_diag;
 use nix::errno::Errno;
 use serde_bytes::ByteBuf;
@@ -10,7 +11,6 @@ use super::super::unix::{GHOST, Message, Name, NameFile, Role, Style, UnixSocket
 use super::super::{filter, names, options};
 use super::{Ghosts, Live, Table, Verdict, hidden};
 use crate::error::Obstacle;
-use ckpt_sys::sockets;
 
 const CLOSE: &str = "close it before the checkpoint";
 
