@@ -9,13 +9,14 @@ use crate::{Errno, Result};
 pub struct Attached {
     at: *mut u8,
     len: usize,
+    writable: bool,
 }
 
 // SAFETY: the address belongs to the process, not to a thread.
 unsafe impl Send for Attached {}
 
 impl Attached {
-    /// Attaches a segment of that size, bytes.
+    /// Attaches a segment. `size` is how many bytes of it count; there are no more than it has.
     ///
     /// # Errors
     /// Those of shmat(2).
@@ -26,10 +27,17 @@ impl Attached {
         if at as isize == -1 {
             return Err(Errno::last());
         }
-        Ok(Self {
+        let mut attached = Self {
             at: at.cast(),
-            len: size as usize,
-        })
+            len: 0,
+            writable,
+        };
+        // SAFETY: plain integers, for which zero is valid.
+        let mut ds: libc::shmid_ds = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel writes one structure. What is attached stays what this id means.
+        Errno::result(unsafe { libc::shmctl(id, libc::IPC_STAT, &raw mut ds) })?;
+        attached.len = ds.shm_segsz.min(size as usize);
+        Ok(attached)
     }
 
     /// Copies bytes out; what lies behind the end reads as zeros.
@@ -43,15 +51,23 @@ impl Attached {
     }
 
     /// Copies bytes in, as far as the segment reaches.
+    ///
+    /// # Panics
+    /// When it was not attached for writing, as [`clear`](Self::clear).
     pub fn write(&self, offset: u64, bytes: &[u8]) {
+        assert!(self.writable, "it is attached for reading");
         let offset = (offset as usize).min(self.len);
         let len = bytes.len().min(self.len - offset);
-        // SAFETY: as above; it was attached for writing by the only caller.
+        // SAFETY: as above; it may be written to.
         unsafe { std::ptr::copy(bytes.as_ptr(), self.at.add(offset), len) };
     }
 
     /// Makes everything zero, and a hole if the kernel can.
+    ///
+    /// # Panics
+    /// When it was not attached for writing.
     pub fn clear(&self) {
+        assert!(self.writable, "it is attached for reading");
         let len = self.len.next_multiple_of(4096);
         // SAFETY: whole pages of the attached segment, which nothing borrows from.
         unsafe {
@@ -283,4 +299,54 @@ pub fn msg_send(id: i32, kind: i64, bytes: &[u8]) -> Result<()> {
     // SAFETY: a type and that many bytes.
     let r = unsafe { libc::msgsnd(id, buffer.as_ptr().cast(), bytes.len(), libc::IPC_NOWAIT) };
     Errno::result(r).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Removed in any case.
+    struct Id(i32);
+
+    impl Drop for Id {
+        fn drop(&mut self) {
+            let _ = shm_control(self.0, libc::IPC_RMID);
+        }
+    }
+
+    #[test]
+    fn a_segment_ends_where_it_ends() {
+        let id = Id(shmget(libc::IPC_PRIVATE, 5000, 0o600).unwrap());
+        let segment = Attached::new(id.0, 1 << 30, true).unwrap();
+        segment.write(4990, &[7; 100]);
+        let mut read = [1; 100];
+        segment.read(4990, &mut read);
+        assert_eq!((&read[..10], &read[10..]), (&[7; 10][..], &[0; 90][..]));
+        segment.read(1 << 29, &mut read);
+        assert_eq!(read, [0; 100]);
+        let reader = Attached::new(id.0, 4995, false).unwrap();
+        reader.read(4990, &mut read);
+        assert_eq!((&read[..5], &read[5..]), (&[7; 5][..], &[0; 95][..]));
+        segment.clear();
+        reader.read(4990, &mut read);
+        assert_eq!(read, [0; 100]);
+        let denied =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| reader.write(0, &[1])));
+        assert!(denied.is_err());
+    }
+
+    #[test]
+    fn values_of_a_set_are_those_asked_for() {
+        let set = semget(libc::IPC_PRIVATE, 5, 0o600).unwrap();
+        let changed = sem_operate(set, &[(0, 3), (4, 2)]);
+        let all = (sem_values(set, 5), sem_values(set, 2), sem_values(set, 9));
+        let pid = sem_get(set, 0, libc::GETPID);
+        let other = sem_get(set, 0, libc::IPC_STAT);
+        sem_remove(set);
+        assert_eq!(changed, Ok(()));
+        let values = |len: usize| Ok([3, 0, 0, 0, 2, 0, 0, 0, 0][..len].to_vec());
+        assert_eq!(all, (values(5), values(2), values(9)));
+        assert_eq!(pid, Ok(std::process::id() as i32));
+        assert_eq!(other, Err(Errno::EINVAL));
+    }
 }

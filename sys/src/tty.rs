@@ -96,6 +96,9 @@ fn number(fd: &impl AsFd, request: libc::c_ulong) -> Result<i32> {
 }
 
 /// `TCGETS2`.
+///
+/// # Errors
+/// `ENOTTY` for what is no terminal, `EIO` for one that has hung up; the same for all that follow.
 pub fn modes(fd: &impl AsFd) -> Result<Modes> {
     // SAFETY: plain integers, for which zero is valid.
     let mut t: libc::termios2 = unsafe { std::mem::zeroed() };
@@ -114,6 +117,9 @@ pub fn modes(fd: &impl AsFd) -> Result<Modes> {
 
 /// `TCSETS2`: at once, without waiting for output and without dropping input. From the background
 /// of one's own terminal this stops nobody.
+///
+/// # Errors
+/// As for [`modes`].
 pub fn set_modes(fd: &impl AsFd, modes: &Modes) -> Result<()> {
     let mut t = libc::termios2 {
         c_iflag: modes.input,
@@ -162,6 +168,9 @@ pub fn locked_modes(fd: &impl AsFd) -> Option<Modes> {
 }
 
 /// `TIOCSLCKTRMIOS`.
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN in the first user namespace.
 pub fn lock_modes(fd: &impl AsFd, locked: &Modes) -> Result<()> {
     let mut bits = Termios {
         flags: [locked.input, locked.output, locked.control, locked.local],
@@ -172,6 +181,9 @@ pub fn lock_modes(fd: &impl AsFd, locked: &Modes) -> Result<()> {
 }
 
 /// `TIOCGWINSZ`.
+///
+/// # Errors
+/// As for [`modes`].
 pub fn size(fd: &impl AsFd) -> Result<Size> {
     let mut words = [0u16; 4];
     ioctl(fd, libc::TIOCGWINSZ, &mut words)?;
@@ -185,6 +197,9 @@ pub fn size(fd: &impl AsFd) -> Result<Size> {
 }
 
 /// `TIOCSWINSZ`; tells the foreground group by SIGWINCH when the size is another one.
+///
+/// # Errors
+/// As for [`modes`].
 pub fn set_size(fd: &impl AsFd, size: Size) -> Result<()> {
     let mut words = [size.rows, size.columns, size.width, size.height];
     ioctl(fd, libc::TIOCSWINSZ, &mut words)
@@ -197,6 +212,9 @@ pub fn foreground(fd: &impl AsFd) -> Option<i32> {
 }
 
 /// `TIOCSPGRP`, which from the background stops nobody.
+///
+/// # Errors
+/// `EPERM` for a group of another session, `ENOTTY` when it is not our controlling terminal.
 pub fn set_foreground(fd: &impl AsFd, group: i32) -> Result<()> {
     let mut group = group;
     unless_stopped(|| ioctl(fd, libc::TIOCSPGRP, &mut group))
@@ -219,6 +237,9 @@ fn unless_stopped(call: impl FnOnce() -> Result<()>) -> Result<()> {
 
 /// `TIOCGDEV`: major and minor number of the terminal itself, behind `/dev/tty`, `/dev/console`
 /// or a pty's master.
+///
+/// # Errors
+/// As for [`modes`].
 pub fn device(fd: &impl AsFd) -> Result<(u32, u32)> {
     const TIOCGDEV: libc::c_ulong = 0x8004_5432;
     let number = number(fd, TIOCGDEV)? as u32;
@@ -229,6 +250,9 @@ pub fn device(fd: &impl AsFd) -> Result<(u32, u32)> {
 }
 
 /// `TIOCGPTN`: the number of a pty, asked of its master; nothing else has one.
+///
+/// # Errors
+/// `ENOTTY` for anything but the master of a pty.
 pub fn index(master: &impl AsFd) -> Result<u32> {
     number(master, libc::TIOCGPTN).map(|n| n as u32)
 }
@@ -240,6 +264,9 @@ pub fn packet_mode(master: &impl AsFd) -> bool {
 }
 
 /// tcflush(3).
+///
+/// # Errors
+/// As for [`modes`].
 pub fn flush(fd: &impl AsFd, queue: i32) -> Result<()> {
     // SAFETY: a call without pointers.
     let r = unsafe { libc::tcflush(fd.as_fd().as_raw_fd(), queue) };
@@ -255,6 +282,9 @@ pub fn flow(fd: &impl AsFd, action: i32) -> Result<()> {
 }
 
 /// `TIOCPKT`.
+///
+/// # Errors
+/// As for [`index`].
 pub fn set_packet_mode(master: &impl AsFd, on: bool) -> Result<()> {
     ioctl(master, libc::TIOCPKT, &mut i32::from(on))
 }
@@ -266,6 +296,9 @@ pub fn is_locked(master: &impl AsFd) -> bool {
 }
 
 /// `TIOCSPTLCK`.
+///
+/// # Errors
+/// As for [`index`].
 pub fn set_locked(master: &impl AsFd, on: bool) -> Result<()> {
     ioctl(master, libc::TIOCSPTLCK, &mut i32::from(on))
 }
@@ -277,6 +310,9 @@ pub fn is_exclusive(fd: &impl AsFd) -> bool {
 }
 
 /// `TIOCEXCL`.
+///
+/// # Errors
+/// As for [`modes`].
 pub fn set_exclusive(fd: &impl AsFd) -> Result<()> {
     ioctl_number(fd, libc::TIOCEXCL, 0).map(drop)
 }
@@ -287,6 +323,9 @@ pub fn unread(fd: &impl AsFd) -> usize {
 }
 
 /// `TIOCGPTPEER`: the other side of a pty, given its master. With `O_PATH` nothing is opened.
+///
+/// # Errors
+/// `EIO` when it is locked, `EBUSY` in exclusive use, `EINVAL` before Linux 4.13.
 pub fn peer(master: &impl AsFd, flags: i32) -> Result<OwnedFd> {
     const TIOCGPTPEER: libc::c_ulong = 0x5441;
     let fd = ioctl_number(master, TIOCGPTPEER, flags)?;
@@ -299,6 +338,9 @@ pub fn peer(master: &impl AsFd, flags: i32) -> Result<OwnedFd> {
 }
 
 /// A new pty's master, unlocked.
+///
+/// # Errors
+/// Those of open(2); `ENOSPC` above the limit of ptys.
 pub fn new_pty(flags: i32) -> std::io::Result<OwnedFd> {
     let open = |path| {
         OpenOptions::new()
@@ -321,6 +363,9 @@ pub fn ours() -> Option<File> {
 
 /// Opens `/dev/tty` of a session whose controlling terminal is that one: done by a helper process
 /// that shares our descriptors, and leads that session for a moment.
+///
+/// # Errors
+/// Those of open(2) and `TIOCSCTTY`, and that there is no process.
 pub fn controlling(slave: &OwnedFd, flags: i32) -> std::io::Result<OwnedFd> {
     // The helper puts what it opens in the place of this one.
     let place = slave.try_clone()?;
