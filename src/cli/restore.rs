@@ -129,6 +129,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         stopped: args.stopped,
         foreground: !args.stopped && !args.detach,
         bounded: args.dry_run,
+        kernel: None,
         ..args.places.request(&args.image, &*progress)?
     };
     if args.dry_run {

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use ckpt_tracer::capabilities::Held;
+use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::{Pid, Tid};
 
@@ -78,6 +79,8 @@ pub struct Request<'a> {
     pub foreground: bool,
     /// The image is looked at and not restored: what takes more memory than its size allows is refused.
     pub bounded: bool,
+    /// What is known of the kernel, and of what we may do with it, already; else it is found out.
+    pub kernel: Option<&'a KernelFeatures>,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -96,6 +99,7 @@ impl<'a> Request<'a> {
             stopped: false,
             foreground: true,
             bounded: true,
+            kernel: None,
             progress,
         }
     }

@@ -180,7 +180,8 @@ fn opened<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
         false => u64::MAX,
     };
     let mut snapshot = snapshot::read_within(&mut room, &image, request.image)?;
-    let kernel = KernelFeatures::probe();
+    let kernel = request.kernel.cloned();
+    let kernel = kernel.unwrap_or_else(KernelFeatures::probe);
     let verdict = processor::judge(&snapshot, &kernel.cpu);
     let fewer_filters = seccomp::surroundings::fewer_here(snapshot.filters_around());
     let warnings = verdict.warning().into_iter().chain(fewer_filters).collect();

@@ -3,12 +3,14 @@
 
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use ciborium::Value;
 use ckpt::inspect;
 use ckpt::progress::Silent;
 use ckpt::restore::{self, Request};
 use ckpt_image::{Codec, Header, Reader, Writer, WriterOptions};
+use ckpt_tracer::features::KernelFeatures;
 
 use super::values::{Place, Random, at, forgeries};
 
@@ -174,7 +176,11 @@ pub fn look_into(bytes: Vec<u8>, path: &Path) {
     let _ = inspect::needs::needs(&snapshot);
     let _ = inspect::attributes::attributes(&snapshot);
     drop(snapshot);
-    let request = Request::plain(path, &Silent);
+    static KERNEL: LazyLock<KernelFeatures> = LazyLock::new(KernelFeatures::probe);
+    let request = Request {
+        kernel: Some(&KERNEL),
+        ..Request::plain(path, &Silent)
+    };
     let Ok(mut opened) = restore::open_trusted(image, &request) else {
         return;
     };
