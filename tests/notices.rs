@@ -71,13 +71,32 @@ fn told_once(case: &Case, mut target: Fixture) {
     target.passes();
 }
 
+/// Where each thread of a process waits, its stack and instruction pointer (proc_pid_syscall(5)): the same again when it
+/// waits again after an interruption.
+fn waits(pid: i32) -> Vec<String> {
+    until("its threads to wait", || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        let all = tasks.map(|task| {
+            let text = std::fs::read_to_string(task.ok()?.path().join("syscall")).ok()?;
+            let words: Vec<&str> = text.split_whitespace().collect();
+            Some(words.get(words.len().checked_sub(2)?..)?.join(" "))
+        });
+        all.collect()
+    })
+}
+
 fn taken_back_for_a_moment(case: &Case) {
     for situation in ["mq-told", "mq-told-loud"] {
         let target = odd(case, situation, None);
         ckpt(case, ["check", &target.pid().to_string()]).ok();
+        let before = waits(target.pid());
         let out = run(case, &mut attach_with(case, &target, "unregistered:kill"));
         assert_eq!(out.ended, Ended::Killed(9), "the step was not reached");
         await_let_go(&target.job);
+        // What was begun goes on by itself.
+        until("its threads to wait where they did", || {
+            (waits(target.pid()) == before).then_some(())
+        });
         assert!(!Outsider::open().registers(), "nobody is told any more");
         let out = run(case, &mut attach_with(case, &target, "unregistered"));
         out.refused(1, &["fault injected", "unregistered"]);
