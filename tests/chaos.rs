@@ -131,6 +131,19 @@ fn notices_with_shared_descriptors() {
     });
 }
 
+/// One process of the job has left the namespaces of the others.
+#[test]
+fn other_namespaces() {
+    isolated("other_namespaces", |case| {
+        for kind in ["mnt", "user", "pid"] {
+            let job = format!("p0 mute child=1 share=none in=pause jail=0 ns={kind}");
+            let words = format!("is in another {kind} namespace");
+            refused(case, &job, &[&words]);
+            std::fs::remove_dir_all(case.path("jobs")).expect("it is ours");
+        }
+    });
+}
+
 #[test]
 fn requests_that_cannot_be_seen() {
     isolated("requests_that_cannot_be_seen", |case| {
