@@ -12,10 +12,11 @@ use crate::error::Result;
 use crate::objects::job::FrozenJob;
 use crate::objects::source::Source;
 
-/// All at once, so that none sees the end of another one.
+/// All at once, so that none sees the end of another one, and children first: a parent's end would orphan a process group with a
+/// stopped child in it, which is told to everything in that group, us too, by SIGHUP (`kill_orphaned_pgrp`, kernel/exit.c).
 pub(super) fn kill(mut job: FrozenJob) -> Result<()> {
     let groups = job.groups.take();
-    for source in job.sources() {
+    for source in job.sources().into_iter().rev() {
         match source.pidfd.signal(libc::SIGKILL) {
             // Ended by the end of another one, in a pid namespace.
             Ok(()) | Err(ckpt_tracer::Error::Died { .. }) => {}

@@ -17,7 +17,8 @@ impl Tree<'_> {
     pub(super) fn site(&mut self, parent: i32, session: i32, pid: i32) -> Result<Site, String> {
         let (creator, adopted) = self.creator(parent);
         if session == pid {
-            return Ok(Site::Process(creator, When::Late, adopted));
+            let when = self.when_of_leader(creator, parent, pid);
+            return Ok(Site::Process(creator, when, adopted));
         }
         if let Some(when) = self.when(creator, session) {
             return Ok(Site::Process(creator, when, adopted));
@@ -25,6 +26,37 @@ impl Tree<'_> {
         match self.index.get(&session) {
             Some(&leader) => self.site_by_leader(leader, parent),
             None => self.site_by_phantom(session, (creator, adopted)),
+        }
+    }
+
+    /// When `creator` creates one that leads a session of its own, which may be before its own setsid(2) or after: in the session in
+    /// which that one has created others, and before the siblings that come behind it.
+    fn when_of_leader(&self, creator: usize, parent: i32, pid: i32) -> When {
+        if !self.leads(creator) {
+            return When::Late;
+        }
+        let (before, after) = (self.born_into[creator], self.processes[creator].pid);
+        let living = self.processes.iter().map(|p| (p.pid, p.parent, p.session));
+        let ended = self.zombies.iter().map(|z| (z.pid, z.parent, z.session));
+        let own = living.clone().chain(ended.clone());
+        let mut own = own
+            .filter(|(_, parent, _)| *parent == pid)
+            .map(|(_, _, session)| session);
+        if let Some(session) = own.find(|session| [before, after].contains(session)) {
+            return if session == before {
+                When::Early
+            } else {
+                When::Late
+            };
+        }
+        let is_followed = |all: Vec<(i32, i32, i32)>| {
+            let mut all = all.iter();
+            all.any(|(id, ..)| *id == pid)
+                && all.any(|(_, of, session)| *of == parent && *session == before)
+        };
+        match is_followed(living.collect()) || is_followed(ended.collect()) {
+            true => When::Early,
+            false => When::Late,
         }
     }
 
