@@ -3,12 +3,12 @@
 //! A checkpoint goes through phases. Each is a type, and the way to the next one is a function that takes it: so no
 //! phase is left out, and whoever drops one lets the job go on, as it was.
 //!
-//! 1. [`Prepared`]: nothing that shows from outside stands in the way; the job runs. The place for the image is opened.
-//! 2. [`Frozen`](frozen::Frozen): every task is stopped.
-//! 3. [`Captured`](captured::Captured): its state is known. Its pages are read; compression and writing go on beside.
-//! 4. [`Stored`](captured::Stored): they are in the image.
-//! 5. [`Released`](released::Released): the job goes on, or is held (see [`After`]). The metadata is written.
-//! 6. [`Whole`](released::Whole): the image is complete, and committed by whoever has its file. The job that was held is ended, or
+//! 1. `Prepared`: nothing that shows from outside stands in the way; the job runs. The place for the image is opened.
+//! 2. `Frozen`: every task is stopped.
+//! 3. `Captured`: its state is known. Its pages are read; compression and writing go on beside.
+//! 4. `Stored`: they are in the image.
+//! 5. `Released`: the job goes on, or is held (see [`After`]). The metadata is written.
+//! 6. `Whole`: the image is complete, and committed by whoever has its file. The job that was held is ended, or
 //!    left stopped.
 
 use std::fs::File;
