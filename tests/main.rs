@@ -17,6 +17,7 @@ mod clocks;
 mod containers;
 mod descriptors;
 mod docs;
+mod env;
 mod exchanged;
 #[cfg(feature = "faults")]
 mod faults;
