@@ -19,6 +19,7 @@ use crate::SpaceId;
 use crate::error::{Obstacle, Result};
 use crate::files::Description;
 use crate::files::left::Choices;
+use crate::files::lock::WriteLeases;
 use crate::files::removed::Removed;
 use crate::ipc::Ipc;
 use crate::memory::{MappedFile, SharedMemory};
@@ -130,6 +131,8 @@ pub struct Collector {
     pub viewed: HashSet<(Pid, SpaceId)>,
     /// Rings of AIO contexts by inode, and whose they are.
     pub aio_rings: Vec<(u64, Pid)>,
+    /// Open files that no other open may disturb.
+    pub write_leases: WriteLeases,
     /// What processes share with their parents.
     pub shares: HashMap<Pid, Shares>,
     /// Ids of all tasks of the job.

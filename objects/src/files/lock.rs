@@ -1,6 +1,7 @@
 //! Locks and leases of open files.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
 
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::fdinfo::LockLine;
@@ -92,20 +93,53 @@ pub(super) fn capture(
     Ok(locks)
 }
 
+/// Files with a lease for writing, which any other open would break (fcntl(2)), by device and inode. Such a file is open
+/// once, but for handles (`O_PATH`), whose fdinfo does not show the lease.
+#[derive(Debug, Default)]
+pub struct WriteLeases(HashMap<(u64, u64), Option<OwnedFd>>);
+
+impl WriteLeases {
+    /// Finds them.
+    ///
+    /// # Errors
+    /// Where a descriptor cannot be copied.
+    pub(super) fn of(looks: &[Look]) -> std::io::Result<Self> {
+        let mut found = HashMap::new();
+        for look in looks {
+            let mut locks = look.info.locks.iter();
+            if locks.any(|lock| lock.kind == "LEASE" && lock.access == "WRITE") {
+                let writes_only = look.info.flags as i32 & libc::O_ACCMODE == libc::O_WRONLY;
+                let readable = (!writes_only).then(|| look.copy.try_clone());
+                found.insert(look.inode(), readable.transpose()?);
+            }
+        }
+        Ok(Self(found))
+    }
+}
+
 impl Look {
+    fn inode(&self) -> (u64, u64) {
+        (self.stat.st_dev, self.stat.st_ino)
+    }
+
     /// The contents of a regular file or memfd, opened anew: the job's descriptor may be write-only, and looking
-    /// for holes moves the offset. An open for reading would break a lease for writing (fcntl(2)).
-    pub(super) fn contents(&self, source: &Source, size: u64) -> std::io::Result<Contents> {
-        let mut locks = self.info.locks.iter();
-        if !locks.any(|lock| lock.kind == "LEASE" && lock.access == "WRITE") {
-            let file = open_quietly(&source.dir.join(format!("fd/{}", self.fd)))?;
-            return Ok(Contents::File(file, size));
+    /// for holes moves the offset. One with a lease for writing is read as the job has it open.
+    pub(super) fn contents(
+        &self,
+        source: &Source,
+        size: u64,
+        leases: &WriteLeases,
+    ) -> std::io::Result<Contents> {
+        match leases.0.get(&self.inode()) {
+            None => {
+                let file = open_quietly(&source.dir.join(format!("fd/{}", self.fd)))?;
+                Ok(Contents::File(file, size))
+            }
+            Some(Some(held)) => Ok(Contents::Held(held.try_clone()?.into(), size)),
+            Some(None) => Err(std::io::Error::other(
+                "it is open for writing only, and has a lease that opening it would break",
+            )),
         }
-        if self.info.flags as i32 & libc::O_ACCMODE == libc::O_WRONLY {
-            let reason = "it is open for writing only, and has a lease that opening it would break";
-            return Err(std::io::Error::other(reason));
-        }
-        Ok(Contents::Held(self.copy.try_clone()?.into(), size))
     }
 }
 

@@ -160,6 +160,12 @@ pub fn capture(
         collector.tasks.extend(tasks.into_iter().map(Tid::raw));
     }
     collector.first = sources.first().map(|source| source.pid.raw());
+    let leases = lock::WriteLeases::of(&survey.looks);
+    collector.write_leases = leases.map_err(|source| crate::Error::File {
+        what: "copy",
+        path: "a descriptor with a lease".into(),
+        source,
+    })?;
     let first = collector.descriptions.len();
     let open = survey.looks.iter().map(|look| sockets::survey::Open {
         copy: &look.copy,

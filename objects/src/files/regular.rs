@@ -103,7 +103,9 @@ pub fn capture(
                         return refuse(reason, "close it before the checkpoint");
                     }
                 };
-                let read = look.contents(source, identity.size).ok();
+                let read = look
+                    .contents(source, identity.size, &collector.write_leases)
+                    .ok();
                 let file = read.as_ref().and_then(Contents::as_file);
                 attributes = file.and_then(|f| Some(Attributes::of(f, &f.metadata().ok()?)));
             }
@@ -165,7 +167,11 @@ fn contents_of(
     });
     match known {
         Some(space) => Ok(space),
-        None => Ok(collector.space_for(look.contents(source, identity.size)?)),
+        None => Ok(collector.space_for(look.contents(
+            source,
+            identity.size,
+            &collector.write_leases,
+        )?)),
     }
 }
 

@@ -14,6 +14,7 @@ use std::os::fd::AsRawFd;
 
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::fault::{self, Step};
+use ckpt_tracer::proc::fdinfo::read_fdinfo;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls, Scratch};
 use ckpt_tracer::task::Stopped;
@@ -142,6 +143,13 @@ struct Learner<'a, 's> {
 
 impl Learner<'_, '_> {
     fn learn(&mut self, queue: i32, socket: i32) -> Result<ByteBuf> {
+        // The cookie that comes back is no input of the program's, of which O_ASYNC would tell the owner by a signal.
+        let flags = read_fdinfo(self.source.dir.clone(), socket)?.flags;
+        let is_async = flags & libc::O_ASYNC as u32 != 0;
+        let set_flags = |flags: u32| {
+            let args = [socket as u64, libc::F_SETFL as u64, flags.into()];
+            Call::new("fcntl", libc::SYS_fcntl, &args)
+        };
         let at = |offset: u64| self.calls.scratch().raw() + offset;
         let thread = event(libc::SIGEV_THREAD, socket, at(RECEIVED));
         self.calls.write_scratch(EVENT, &thread)?;
@@ -153,14 +161,19 @@ impl Learner<'_, '_> {
         let notify = |event: u64| Call::new("mq_notify", libc::SYS_mq_notify, &[number, event]);
         let receive = receive(socket, at(RECEIVED));
         let receive = Call::new("recvfrom", libc::SYS_recvfrom, &receive);
-        let first = [look(BEFORE), notify(0)];
-        let second = [receive, notify(at(EVENT)), look(AFTER)];
+        let mut first = vec![look(BEFORE), notify(0)];
+        let mut second = vec![receive, notify(at(EVENT)), look(AFTER)];
+        if is_async {
+            first.insert(1, set_flags(flags & !(libc::O_ASYNC as u32)));
+            second.push(set_flags(flags));
+        }
+        let asked = first.len();
         let answers =
             self.calls
                 .batch_holding(LIST, &[&first, &second], &mut self.hold, &mut || {
                     fault::hit(Step::Unregistered)
                 })?;
-        let [_, _, received, registered, _] = answers[..] else {
+        let [received, registered, ..] = answers[asked.min(answers.len())..] else {
             return Err(failed(queue, self.source, "was not asked for as a whole"));
         };
         let errno = |answer: i64| Errno::from_raw(-answer as i32).desc();
