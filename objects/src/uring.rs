@@ -9,7 +9,11 @@ pub const NAME: &str = "io_uring";
 
 /// Programs with a switch of their own, by the beginning of their name.
 const SWITCHES: [(&str, &str); 6] = [
-    ("node", "UV_USE_IO_URING=0 in its environment"),
+    (
+        "node",
+        "UV_USE_IO_URING=0 in its environment; where its libuv does not heed that (as on Debian 13), with sysctl \
+         kernel.io_uring_disabled=2",
+    ),
     ("postgres", "io_method=worker in postgresql.conf"),
     ("mariadbd", "--innodb-use-native-aio=0"),
     ("mysqld", "--innodb-use-native-aio=0"),
