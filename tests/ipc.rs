@@ -32,11 +32,9 @@ fn another(case: &Case, name: &str) -> Fixture {
 
 /// Of System V alone: since util-linux 2.41 it removes POSIX objects as well, unless told so.
 fn remove_all(case: &Case) {
-    run(
-        case,
-        Command::new("ipcrm").args(["--all=shm", "--all=msg", "--all=sem"]),
-    )
-    .ok();
+    for kind in ["--all=shm", "--all=msg", "--all=sem"] {
+        run(case, Command::new("ipcrm").arg(kind)).ok();
+    }
     assert_eq!(objects(), 0);
 }
 
