@@ -7,7 +7,7 @@ use ckpt_tracer::remote::withdraw_dispatch;
 use ckpt_tracer::{Pid, Tid};
 
 use super::captured::{Pages, State};
-use super::seen::assemble;
+use super::seen::{assemble, from_parent};
 use super::{Request, borrow, check};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
@@ -84,12 +84,7 @@ impl<'r> Frozen<'r> {
         let mut processes: Vec<Process> = Vec::with_capacity(outside.len());
         let mut pages = Vec::with_capacity(outside.len());
         for (Member { frozen, source }, outside) in job.processes.iter_mut().zip(outside) {
-            let shares = collector.shares(source.pid);
-            let parent = processes.iter().find(|p| p.pid == source.status.ppid.raw());
-            let space = match parent.filter(|_| shares.memory) {
-                Some(parent) => parent.memory.space,
-                None => collector.new_space(),
-            };
+            let (parent, shares, space) = from_parent(source, &processes, &mut collector);
             let in_job = InJob {
                 space,
                 parent,

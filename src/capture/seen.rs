@@ -15,11 +15,11 @@ use crate::host;
 use crate::objects::cgroup::settings;
 use crate::objects::landlock::{self, Bystanders};
 use crate::objects::namespaces::Namespaces;
-use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
+use crate::objects::process::{self, FromOutside, InJob, Process, Shares, Statuses};
 use crate::objects::processor::Processor;
 use crate::objects::source::{Collector, Source};
 use crate::objects::zombie::{self, Zombie};
-use crate::objects::{Host, Snapshot};
+use crate::objects::{Host, Snapshot, SpaceId};
 use crate::snapshot;
 
 /// Who plans, and what of the job shows only from outside of its namespaces.
@@ -93,12 +93,7 @@ fn of_running(
                 statuses.insert(*tid, status);
             }
         }
-        let shares = collector.shares(source.pid);
-        let parent = processes.iter().find(|p| p.pid == source.status.ppid.raw());
-        let space = match parent.filter(|_| shares.memory) {
-            Some(parent) => parent.memory.space,
-            None => collector.new_space(),
-        };
+        let (parent, shares, space) = from_parent(source, &processes, collector);
         let in_job = InJob {
             space,
             parent,
@@ -122,6 +117,22 @@ fn of_running(
     // Without the state of a thread nothing else tells it.
     host.xcr0 = Processor::enabled_here();
     Ok((assemble(host, processes, zombies, collector), statuses))
+}
+
+/// Of a process its parent, if that is one of the job's, what the two share, and the space of its memory. Parents come
+/// first.
+pub(super) fn from_parent<'p>(
+    source: &Source,
+    processes: &'p [Process],
+    collector: &mut Collector,
+) -> (Option<&'p Process>, Shares, SpaceId) {
+    let shares = collector.shares(source.pid);
+    let parent = processes.iter().find(|p| p.pid == source.status.ppid.raw());
+    let space = match parent.filter(|_| shares.memory) {
+        Some(parent) => parent.memory.space,
+        None => collector.new_space(),
+    };
+    (parent, shares, space)
 }
 
 /// The snapshot of what was collected.
