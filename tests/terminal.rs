@@ -8,6 +8,8 @@ use crate::common::job::{Job, reap_orphans};
 use crate::common::screen::Screen;
 use crate::common::tool::{CKPT, RESTORE, restore_cmd};
 use crate::common::{Case, Ended, attach, isolated, run, start, until};
+use crate::sigkill::is_stopped;
+use nix::sys::signal::Signal;
 
 /// Ends the program with a checkpoint, and starts `restore` in the shell that it was started from.
 fn restored_in(case: &Case, shell: &mut Screen, name: &str) {
@@ -74,8 +76,18 @@ fn jobs_in(case: &Case, place: &str) {
     shell.runs("fg", "sleep 1000");
     shell.insist("\x1a", "Stopped");
     shell.runs("bg; jobs", "Running                 sleep 1000");
-    shell.resize(31, 101);
-    shell.runs("true; stty size", "31 101");
+    // The size comes before what is typed after it, in whatever order restore gets to know.
+    for round in 1..=10 {
+        shell.job.signal(Signal::SIGSTOP);
+        until("restore to be stopped", || {
+            is_stopped(shell.job.pid).then_some(())
+        });
+        let (rows, columns) = (30 + round, 100 + round);
+        shell.resize(rows, columns);
+        shell.types("stty size\n");
+        shell.job.signal(Signal::SIGCONT);
+        shell.expect(&format!("{rows} {columns}"));
+    }
     shell.types("kill %1; wait; exit 7\n");
     let ended = until("the end of restore", || shell.job.ended());
     assert_eq!(ended, Ended::Exited(7));

@@ -180,7 +180,10 @@ impl Pump {
         let Some(input) = &self.input else { return };
         let mut block = [0; BLOCK];
         match read(input, &mut block) {
-            Ok(n @ 1..) => self.pending.extend(&block[..n]),
+            Ok(n @ 1..) => {
+                self.follow_size(input);
+                self.pending.extend(&block[..n]);
+            }
             Err(Errno::EINTR | Errno::EAGAIN) => {}
             // At the end of what was redirected to us, the job sees an end as well.
             Ok(_) | Err(_) => {
@@ -188,6 +191,16 @@ impl Pump {
                 let end = tty::modes(&self.master).map_or(4, |m| m.chars[libc::VEOF]);
                 self.pending.push(end);
             }
+        }
+    }
+
+    /// What is typed after a change of size comes to the job after it. SIGWINCH, which another thread takes, may be
+    /// later.
+    fn follow_size(&self, ours: &OwnedFd) {
+        if let Ok(size) = tty::size(ours)
+            && tty::size(&self.master).is_ok_and(|theirs| theirs != size)
+        {
+            let _ = tty::set_size(&self.master, size);
         }
     }
 
@@ -239,5 +252,40 @@ fn write_all(output: &OwnedFd, mut bytes: &[u8]) {
             }
             Err(_) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tty::Size;
+
+    #[test]
+    fn a_change_of_size_is_ahead_of_what_is_typed_after_it() {
+        let pty = || {
+            let master = tty::new_pty(libc::O_RDWR).unwrap();
+            let slave = tty::peer(&master, libc::O_RDWR | libc::O_NOCTTY).unwrap();
+            (master, slave)
+        };
+        let ((screen, ours), (master, jobs)) = (pty(), pty());
+        let size = Size {
+            rows: 31,
+            columns: 101,
+            ..Size::default()
+        };
+        tty::set_size(&screen, size).unwrap();
+        write(&screen, b"typed\n").unwrap();
+        let (stopped, _stop) = nix::unistd::pipe().unwrap();
+        let mut pump = Pump {
+            master,
+            input: Some(ours),
+            output: jobs.try_clone().unwrap(),
+            pending: Vec::new(),
+            stopped,
+        };
+        // No SIGWINCH comes here, so nothing else passes the size on.
+        pump.take_input();
+        assert_eq!(pump.pending, b"typed\n");
+        assert_eq!(tty::size(&jobs).unwrap(), size);
     }
 }

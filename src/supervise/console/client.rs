@@ -93,9 +93,6 @@ impl Client {
             if printed && !self.print()? {
                 return Ok(End::Ended);
             }
-            if typed && !self.pass_on()? {
-                return Ok(End::Detached);
-            }
             while let Some(received) = signals.next().ok().flatten().filter(|_| signalled) {
                 match received.signal {
                     libc::SIGWINCH => self.send_size()?,
@@ -104,6 +101,10 @@ impl Client {
                     }
                     _ => {}
                 }
+            }
+            // After a change of size that came before.
+            if typed && !self.pass_on()? {
+                return Ok(End::Detached);
             }
         }
     }
