@@ -9,7 +9,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 
-use crate::common::look::assert_let_go;
+use crate::common::look::{assert_let_go, await_rest};
 use crate::common::{
     Case, Ended, Looks, attach, ckpt, isolated, isolated_as_user, restored, start, until,
 };
@@ -71,6 +71,7 @@ fn lives_again(case: &Case) {
         );
         dir.join("ready").exists().then_some(())
     });
+    await_rest(job.pid);
     let before = Looks::at(job.pid);
     let image = dir.join(name).with_extension("ckpt");
     let (_, figures) = attach(case, job.pid, &image, &[]);

@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::common::counter::counts;
-use crate::common::look::{all_stopped, assert_let_go, children, states};
+use crate::common::look::{all_stopped, assert_let_go, await_rest, children, states};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, leftovers};
 use crate::common::{
@@ -332,6 +332,7 @@ fn a_closed_standard_output_takes_no_image() {
 /// What `--kill` refuses by the plan of the restore, `check` tells beforehand in the same words, and the job takes no
 /// notice of it.
 fn told_beforehand(case: &Case, job: &Job, reason: &str) {
+    await_rest(job.pid);
     let before = Looks::at(job.pid);
     let pid = job.pid.to_string();
     let attach = ckpt(case, ["attach", &pid, "--kill", "-o", "job.ckpt"]);

@@ -276,6 +276,22 @@ pub fn states(pid: i32) -> Vec<(i32, char)> {
         .collect()
 }
 
+/// Waits until a process of one thread has come to its last call, in which it sleeps or pauses: what it has done before is
+/// done then, such as to close a file by whose name it is known to be ready.
+pub fn await_rest(pid: i32) {
+    let last = [
+        libc::SYS_clock_nanosleep,
+        libc::SYS_nanosleep,
+        libc::SYS_pause,
+    ]
+    .map(|nr| nr.to_string());
+    until("it to rest", || {
+        let call = read_lossy(format!("/proc/{pid}/syscall")).ok()?;
+        let number = call.split_whitespace().next()?;
+        last.iter().any(|nr| nr == number).then_some(())
+    });
+}
+
 /// Waits until the kernel has let go of a job whose tracer died, which it does some time after the
 /// death is told; then demands that no trace of a tracer is left.
 pub fn await_let_go(job: &super::Job) {
