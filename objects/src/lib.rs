@@ -103,6 +103,19 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// Whether a process with this pid is of the job, or has been and is a zombie.
+    pub fn knows(&self, pid: i32) -> bool {
+        let zombie = || self.zombies.iter().any(|z| z.pid == pid);
+        self.processes.iter().any(|p| p.pid == pid) || zombie()
+    }
+
+    /// Whether a process does at a restore what the one with this pid did: itself, and the first one for zombies.
+    pub fn acts_for(&self, process: &process::Process, pid: i32) -> bool {
+        let first = self.processes.first().map(|p| p.pid);
+        let zombie = || self.zombies.iter().any(|z| z.pid == pid);
+        pid == process.pid || first == Some(process.pid) && zombie()
+    }
+
     /// How many seccomp filters of its surroundings the job was under.
     pub fn filters_around(&self) -> u32 {
         let threads = self.processes.iter().flat_map(|p| &p.threads);

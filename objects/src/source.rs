@@ -137,6 +137,8 @@ pub struct Collector {
     pub shares: HashMap<Pid, Shares>,
     /// Ids of all tasks of the job.
     pub tasks: HashSet<i32>,
+    /// The job's zombies.
+    pub ended: Vec<i32>,
     /// The job's first process.
     pub first: Option<i32>,
     /// Files whose contents are wanted.

@@ -169,6 +169,7 @@ fn look_at_all(
         }
     }
     let spaces = process::address_spaces(sources, &outside, collector);
+    collector.ended = ended.iter().map(|pid| pid.raw()).collect();
     ipc::capture(&spaces, collector)?;
     Ok(outside)
 }

@@ -167,6 +167,7 @@ fn look(
     collector.choices = request.choices.clone();
     collector.alone_in_ipc = request.namespaces.ipc;
     collector.is_copy = request.is_copy;
+    collector.ended = job.ended.iter().map(|pid| pid.raw()).collect();
     match kcmp::withheld() {
         None => check::shared_by_processes(&job.sources(), &mut collector)?,
         Some(call) => collector.copies = borrow::all(job, call)?,

@@ -258,6 +258,7 @@ fn failed(object: &Object, kind: Type, what: &str, errno: Errno) -> Error {
 
 /// The job, as far as it shows whose an object is.
 struct Job {
+    /// Of its processes, and of its zombies.
     pids: Vec<i32>,
     uids: Vec<u32>,
     /// When it began, seconds since 1970.
@@ -269,11 +270,14 @@ struct Job {
 }
 
 impl Job {
-    fn of(processes: &[(&Source, &[Vma])]) -> Self {
+    fn of(processes: &[(&Source, &[Vma])], ended: &[i32]) -> Self {
         let sources = || processes.iter().map(|(source, _)| source);
         let ticks = sources().map(|s| s.stat.starttime).min().unwrap_or(0);
         Self {
-            pids: sources().map(|s| s.pid.raw()).collect(),
+            pids: sources()
+                .map(|s| s.pid.raw())
+                .chain(ended.to_vec())
+                .collect(),
             uids: sources().map(|s| s.status.uid.effective).collect(),
             began: clock::unix_time_of_ticks(ticks),
             waits: Vec::new(),
@@ -343,7 +347,7 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     let kinds = [Type::Shm, Type::Sem, Type::Msg];
     let [shm, sem, msg] = kinds.map(table::read);
     let (shm, sem, msg) = (shm?, sem?, msg?);
-    let mut job = Job::of(processes);
+    let mut job = Job::of(processes, &collector.ended);
     job.alone = collector.alone_in_ipc;
     if !(sem.is_empty() && msg.is_empty()) {
         job.waits = processes

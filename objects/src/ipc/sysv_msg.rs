@@ -116,7 +116,7 @@ impl Queue {
         if now == self.messages {
             return Ok(false);
         }
-        let ours = |pid: i32| pid == 0 || snapshot.processes.iter().any(|p| p.pid == pid);
+        let ours = |pid: i32| pid == 0 || snapshot.knows(pid);
         let users = [
             self.sender,
             self.receiver,
@@ -239,7 +239,7 @@ impl Drop for Ready {
 }
 
 /// A process becomes again the one that sent or received last, by which the queue is known as the
-/// job's: it sends itself a message of a type that no other has. Not where the kernel knows it still
+/// job's, and the first one in the place of zombies: it sends itself a message of a type that no other has. Not where the kernel knows it still
 /// as that, since others could be waiting for messages there; and a full queue is left alone.
 pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let rows = table::read(Type::Msg).unwrap_or_default();
@@ -249,8 +249,8 @@ pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
             let now = (row.get("lspid") as i32, row.get("lrpid") as i32);
             row.id() == queue.object.id && now == users
         });
-        let was = users.0 == process.pid || users.1 == process.pid;
-        if queue.claim == Claim::Possible || known || !was {
+        let was = [users.0, users.1].map(|user| snapshot.acts_for(process, user));
+        if queue.claim == Claim::Possible || known || was == [false; 2] {
             continue;
         }
         let id = queue.object.id as u64;

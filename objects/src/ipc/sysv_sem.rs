@@ -97,7 +97,7 @@ impl Set {
         }
         let (now, operators) = look(row)
             .map_err(|errno| refuse(format!("cannot be read any more: {}", errno.desc())))?;
-        let ours = |pid: i32| snapshot.processes.iter().any(|p| p.pid == pid);
+        let ours = |pid: i32| snapshot.knows(pid);
         let mut changes = Vec::new();
         for (number, (was, is)) in self.values.iter().zip(&now).enumerate() {
             if was == is {
@@ -244,11 +244,11 @@ pub fn rebuild_adjustments(process: &Process, snapshot: &Snapshot, plan: &mut Bu
     });
 }
 
-/// A process becomes again the one that operated last on the semaphores that it was. Done when all
-/// processes have their adjustments, which are operations.
+/// A process becomes again the one that operated last on the semaphores that it was, by which the set is known as the
+/// job's; the first one in the place of zombies. Done when all processes have their adjustments, which are operations.
 pub fn rebuild_operators(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     operate(snapshot, plan, |_, _, operator| {
-        (operator == process.pid).then_some(0)
+        snapshot.acts_for(process, operator).then_some(0)
     });
 }
 
