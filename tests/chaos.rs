@@ -183,6 +183,29 @@ fn opened_with_privileges() {
     });
 }
 
+/// At a restore another process takes a lock whose taker has it no more, which is no difference to a rehearsed copy.
+#[test]
+fn rehearsed_with_gone_takers() {
+    isolated("rehearsed_with_gone_takers", |case| {
+        let job = "p0 file fd=50 name=g5 kind=named way=rw flags=none size=164 at=28 mode=777
+            p0 file fd=51 name=g6 kind=named way=rw flags=none size=164 at=28 mode=777
+            p0 file fd=52 name=g7 kind=named way=rw flags=cloexec size=164 at=28 mode=777
+            p0 clone child=1 share=files
+            p0 lock fd=52 kind=posix type=w start=1 len=5
+            p0 exec
+            p0 lease fd=50 type=w
+            p0 fork child=2
+            p2 lock fd=51 kind=flock type=w start=0 len=0
+            p0 close fd=50
+            p2 exit code=3";
+        let job = Job::start(&tools(case), &Text::parse(job), "job").expect("it is possible");
+        let pid = job.root.to_string();
+        let attach = ["attach", &pid, "--rehearse", "-o", "job.ckpt"];
+        ckpt(case, attach).ok();
+        kill_all();
+    });
+}
+
 /// Every job of `fixtures/chaos/found.txt`, three lives long.
 fn found(case: &Case) {
     let jobs = include_str!("../fixtures/chaos/found.txt").split("\n\n");

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use crate::objects::files::Kind;
 use crate::objects::files::attributes::Attributes;
+use crate::objects::files::lock;
 use crate::objects::ipc::{Claim, Ipc};
 use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::Process;
@@ -65,6 +66,7 @@ pub(super) fn canonical(snapshot: &mut Snapshot, known: &Known) {
     the_stop(snapshot);
     surroundings(snapshot);
     other_ends(snapshot, known);
+    lock::name_takers(snapshot);
     places(snapshot);
     inodes(snapshot);
     terminals(snapshot);

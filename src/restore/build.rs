@@ -224,7 +224,7 @@ impl Build<'_> {
         if !process.shares.files {
             files::late::rebuild_late(self.index, snapshot, plan);
         }
-        files::lock::rebuild_shared(process, plan);
+        files::lock::rebuild_shared(process, snapshot, plan);
         files::lock::rebuild_leases(process, snapshot, plan);
         files::rebuild_owners(process, snapshot, plan);
         if let Err(o) = timers::create_posix(process, snapshot, plan) {

@@ -30,7 +30,7 @@ pub struct Lock {
     /// Bytes; 0 up to the end of the file.
     #[serde(deserialize_with = "bounds::bytes")]
     pub len: u64,
-    /// The process that took a lease, or a lock of fcntl(2).
+    /// The process that took it; an OFD lock has none.
     #[serde(default, deserialize_with = "bounds::pid")]
     pub taker: Option<i32>,
 }
@@ -158,38 +158,80 @@ impl Description {
         locks.any(|lock| lock.kind == LockKind::Lease)
     }
 
-    /// Takes the locks that belong to the description.
-    pub(super) fn rebuild_locks(&self, at: i32, plan: &mut Builder) {
-        for lock in self.locks() {
-            let object = || format!("a lock on {}", self.kind.label());
-            match lock.kind {
-                LockKind::Flock => {
-                    let how = if lock.exclusive {
-                        libc::LOCK_EX
-                    } else {
-                        libc::LOCK_SH
-                    };
-                    let args = [at as u64, (how | libc::LOCK_NB) as u64];
-                    plan.syscall(libc::SYS_flock, &args, object);
-                }
-                LockKind::Ofd => {
-                    let data = plan.data(&lock.flock());
-                    let args = [at as u64, libc::F_OFD_SETLK as u64, data];
-                    plan.syscall(libc::SYS_fcntl, &args, object);
-                }
-                LockKind::Posix | LockKind::Lease => {}
-            }
+    /// Takes the OFD locks, which are nobody's.
+    pub(super) fn rebuild_ofd_locks(&self, at: i32, plan: &mut Builder) {
+        let locks = self.locks().iter();
+        for lock in locks.filter(|lock| lock.kind == LockKind::Ofd) {
+            let data = plan.data(&lock.flock());
+            let args = [at as u64, libc::F_OFD_SETLK as u64, data];
+            plan.syscall(libc::SYS_fcntl, &args, || {
+                format!("a lock on {}", self.kind.label())
+            });
         }
+    }
+
+    /// Takes those of flock(2) that the process with this pid takes.
+    fn rebuild_flocks(
+        &self,
+        index: usize,
+        by: i32,
+        at: i32,
+        snapshot: &Snapshot,
+        plan: &mut Builder,
+    ) {
+        let locks = self.locks().iter();
+        for lock in locks.filter(|lock| flocker(lock, index, snapshot) == Some(by)) {
+            let how = if lock.exclusive {
+                libc::LOCK_EX
+            } else {
+                libc::LOCK_SH
+            };
+            let args = [at as u64, (how | libc::LOCK_NB) as u64];
+            plan.syscall(libc::SYS_flock, &args, || {
+                format!("a lock on {}", self.kind.label())
+            });
+        }
+    }
+}
+
+fn has(process: &Process, description: usize) -> bool {
+    process.fds.iter().any(|e| e.description == description)
+}
+
+/// The process that takes a lock of flock(2): the one that took it, even if it has closed the file since, as each has every
+/// file for a time, but for those that share another's descriptors; or else the first that has the file, or the root.
+fn flocker(lock: &Lock, description: usize, snapshot: &Snapshot) -> Option<i32> {
+    if lock.kind != LockKind::Flock {
+        return None;
+    }
+    let took = |p: &&Process| lock.taker == Some(p.pid);
+    let taker = snapshot.processes.iter().find(took);
+    let taker = taker.filter(|p| !p.shares.files || has(p, description));
+    let first = || snapshot.processes.iter().find(|p| has(p, description));
+    let any = taker.or_else(first).or(snapshot.processes.first());
+    any.map(|p| p.pid)
+}
+
+/// Takes the locks of flock(2) of a process that has every description, at the numbers that `at` tells.
+pub(super) fn rebuild_flocks(
+    process: &Process,
+    snapshot: &Snapshot,
+    at: impl Fn(usize) -> i32,
+    plan: &mut Builder,
+) {
+    for (index, description) in snapshot.descriptions.iter().enumerate() {
+        description.rebuild_flocks(index, process.pid, at(index), snapshot, plan);
     }
 }
 
 /// The process that sets a description's lease and owner: the one that took the lease, or else the first that has the
 /// description.
 pub(super) fn keeper(description: usize, snapshot: &Snapshot) -> Option<i32> {
-    let has = |p: &&Process| p.fds.iter().any(|e| e.description == description);
-    let mut have = snapshot.processes.iter().filter(has).map(|p| p.pid);
+    let have = snapshot.processes.iter().filter(|p| has(p, description));
+    let mut have = have.map(|p| p.pid);
     let locks = snapshot.descriptions[description].locks().iter();
-    let takers: Vec<i32> = locks.filter_map(|lock| lock.taker).collect();
+    let leases = locks.filter(|lock| lock.kind == LockKind::Lease);
+    let takers: Vec<i32> = leases.filter_map(|lock| lock.taker).collect();
     let first = have.clone().next();
     have.find(|pid| takers.contains(pid)).or(first)
 }
@@ -235,11 +277,45 @@ pub(super) fn rebuild_record_locks(process: &Process, snapshot: &Snapshot, plan:
     }
 }
 
-/// Takes those that a process took which shares the descriptors of another.
-pub fn rebuild_shared(process: &Process, plan: &mut Builder) {
+/// Takes those that a process took which shares the descriptors of another, by flock(2) as well.
+pub fn rebuild_shared(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    if !process.shares.files {
+        return;
+    }
     let locks = process.record_locks.iter();
-    for (fd, lock) in locks.filter(|(_, lock)| process.shares.files && process.took(lock)) {
+    for (fd, lock) in locks.filter(|(_, lock)| process.took(lock)) {
         lock.rebuild_posix(*fd, plan);
+    }
+    let mut done = HashSet::new();
+    for entry in process.fds.iter().filter(|e| done.insert(e.description)) {
+        let description = &snapshot.descriptions[entry.description];
+        description.rebuild_flocks(entry.description, process.pid, entry.fd, snapshot, plan);
+    }
+}
+
+/// Names as the taker of each lock the process that takes it at a restore.
+pub fn name_takers(snapshot: &mut Snapshot) {
+    let takers = |index: usize| {
+        let locks = snapshot.descriptions[index].locks().iter();
+        let taker = |lock: &Lock| match lock.kind {
+            LockKind::Lease => keeper(index, snapshot),
+            _ => flocker(lock, index, snapshot),
+        };
+        locks.map(taker).collect::<Vec<_>>()
+    };
+    let all: Vec<_> = (0..snapshot.descriptions.len()).map(takers).collect();
+    for (description, takers) in snapshot.descriptions.iter_mut().zip(all) {
+        for (lock, taker) in description.locks.iter_mut().zip(takers) {
+            lock.taker = taker;
+        }
+    }
+    let sharing = snapshot.processes.iter().filter(|p| p.shares.files);
+    let sharing: HashSet<i32> = sharing.map(|p| p.pid).collect();
+    for process in &mut snapshot.processes {
+        for (_, lock) in &mut process.record_locks {
+            let taker = lock.taker.filter(|pid| sharing.contains(pid));
+            lock.taker = taker.or(Some(process.pid));
+        }
     }
 }
 
@@ -257,7 +333,7 @@ impl Lock {
             kind,
             exclusive: lock.access == "WRITE",
             start: lock.start,
-            taker: matches!(kind, LockKind::Lease | LockKind::Posix).then_some(lock.pid),
+            taker: (kind != LockKind::Ofd).then_some(lock.pid),
             len: lock.end.map_or(0, |end| end - lock.start + 1),
         }
     }

@@ -288,7 +288,7 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
         }
         rebuild_status(description, at, plan);
         rebuild_maker(description, at, plan);
-        description.rebuild_locks(at, plan);
+        description.rebuild_ofd_locks(at, plan);
     }
 }
 
@@ -321,6 +321,7 @@ pub fn number(process: &Process, snapshot: &Snapshot, staging: Staging, plan: &m
             format!("fd {}", entry.fd)
         });
     }
+    lock::rebuild_flocks(process, snapshot, |index| staging.of(index), plan);
     let (first, last) = staging.all();
     plan.syscall(
         libc::SYS_close_range,
