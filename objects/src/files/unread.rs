@@ -29,8 +29,8 @@ type Result<T, E = Errno> = std::result::Result<T, E>;
 /// Attempts, with a nap of [`NAP`] each, before data is taken to be stuck.
 const ATTEMPTS: u32 = 2_000;
 const NAP: Duration = Duration::from_micros(100);
-/// So many naps for what cannot be waited for.
-const LONG: u32 = 300;
+/// A begun line is put back in pieces of this size: none has all characters in it.
+const BEGUN: usize = 128;
 /// What the line discipline holds; more waits in the port's buffers.
 const DISCIPLINE: usize = 4095;
 /// Written in pieces of this size, a pty takes more than in any other way that was found (22,448
@@ -140,8 +140,7 @@ pub fn look(
         packets: tty::packet_mode(master),
         modes,
     };
-    work.in_helper(asked, output || full || status, input)
-        .map_err(Trouble::Failed)
+    work.in_helper(asked, input).map_err(Trouble::Failed)
 }
 
 /// Puts into a new pty what waited in the old one; its modes are set afterwards.
@@ -153,6 +152,8 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
         modes,
     };
     if work.packets {
+        // Their flow control is that of the job before changes of it are told.
+        tty::set_modes(slave, &modes)?;
         tty::set_packet_mode(master, true)?;
         work.set_status(waiting.status)?;
     }
@@ -163,9 +164,7 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
             .flat_map(|i| i.bytes.to_vec())
             .collect();
         let pieces = waiting.input.iter().map(|i| (&i.bytes[..], i.ending));
-        work.put_pieces(&all, pieces, waiting.status, |bytes| {
-            work.write(slave, master, bytes)
-        })?;
+        work.put_pieces(&all, pieces, |bytes| work.write(slave, master, bytes))?;
     }
     tty::set_modes(slave, &work.unprocessed())?;
     work.write(master, slave, &waiting.output)?;
@@ -191,11 +190,11 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn in_helper(&self, asked: &[&OwnedFd], output: bool, input: bool) -> Result<Waiting> {
+    fn in_helper(&self, asked: &[&OwnedFd], input: bool) -> Result<Waiting> {
         let mut area = Area::new();
         let done = Helper::run_with(&mut *area, |area| {
             asked.iter().for_each(|fd| set_async(fd, false));
-            let done = self.work(area, output, input);
+            let done = self.work(area, input);
             asked.iter().for_each(|fd| set_async(fd, true));
             done.map_or_else(|e| e as i32, |()| 0)
         });
@@ -205,21 +204,16 @@ impl Work<'_> {
         }
     }
 
-    fn work(&self, area: &mut Area, output: bool, input: bool) -> Result<()> {
+    fn work(&self, area: &mut Area, input: bool) -> Result<()> {
         area.status = self.take_status()?;
-        let mut done = Ok(());
-        if output {
-            done = self.take_output(area);
-            area.flow = self.start();
-            if area.flow != Flow::Running {
-                done = done.and(self.take_echoes(area));
-            }
+        let mut done = self.take_output(area);
+        area.flow = self.start();
+        if area.flow != Flow::Running {
+            done = done.and(self.take_echoes(area));
         }
         if input {
             done = done.and(self.take_input(area));
             done = done.and(tty::set_modes(self.slave, &self.modes));
-        }
-        if output && input {
             // The echo of what was only now processed.
             done = done.and(self.take_output(area));
         }
@@ -228,9 +222,7 @@ impl Work<'_> {
         if input {
             done = done.and(self.put_input(area));
         }
-        if output {
-            done = done.and(self.put_output(area));
-        }
+        done = done.and(self.put_output(area));
         done.and(self.stop(area.flow, area.status))
     }
 
@@ -316,46 +308,47 @@ impl Work<'_> {
             piece
         });
         let back = |bytes: &[u8]| self.put_back(self.slave, self.master, bytes);
-        let put = self.put_pieces(bytes, pieces, area.status, back);
+        let put = self.put_pieces(bytes, pieces, back);
         put.and(tty::set_modes(self.slave, &self.modes))
     }
 
-    /// Writes input, with the slave's output running and empty; the modes are left as they had to be for that. `status` is
-    /// what a reader in packet mode is to be told.
+    /// Writes input, with the slave's output running and empty; the modes are left as they had to be for that. Another thread of
+    /// the kernel works on what was written, and must find these modes: all of it has been taken in.
     fn put_pieces<'a>(
         &self,
         all: &[u8],
         pieces: impl Iterator<Item = (&'a [u8], Ending)>,
-        status: u8,
         write: impl Fn(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let modes = self.verbatim(all);
         tty::set_modes(self.slave, &modes)?;
-        let canonical = modes.local & libc::ICANON != 0;
+        let canonical = modes.local & (libc::ICANON | libc::EXTPROC) == libc::ICANON;
         let mut ready = 0;
+        let taken_in = |ready: usize| {
+            let all = || {
+                events::poll_now(self.slave, libc::POLLIN);
+                tty::unread(self.slave) == ready.min(DISCIPLINE)
+            };
+            soon(10 * ATTEMPTS, all) || !canonical
+        };
         for (bytes, ending) in pieces {
+            // Nothing tells of what has only begun behind lines, which are counted.
+            if canonical && ending == Ending::Open {
+                for piece in bytes.chunks(BEGUN) {
+                    let lines = taken_in(ready);
+                    write(piece)?;
+                    self.await_begun(modes, piece)?;
+                    lines.then_some(()).ok_or(Errno::EAGAIN)?;
+                }
+                continue;
+            }
             write(bytes)?;
             if ending == Ending::EndOfFile {
                 write(&[modes.chars[libc::VEOF]])?;
             }
-            let begun = canonical && ending == Ending::Open;
-            ready += if begun { 0 } else { bytes.len() };
+            ready += bytes.len();
         }
-        // Another thread of the kernel works on what was written, and must find these modes.
-        soon(ATTEMPTS, || {
-            events::poll_now(self.slave, libc::POLLIN);
-            tty::unread(self.slave) == ready.min(DISCIPLINE)
-        });
-        // Of lines poll(2) does not wait for it, and nothing tells of one that has only begun behind others.
-        match (canonical && !all.is_empty(), status) {
-            (false, _) => Ok(()),
-            (true, 0) => self.await_all(modes, all),
-            // To stop output would change that.
-            (true, _) => {
-                nap(LONG);
-                Ok(())
-            }
-        }
+        taken_in(ready).then_some(()).ok_or(Errno::EAGAIN)
     }
 
     /// Writes what is to be read from one side to the other, so that as much has room as there was.

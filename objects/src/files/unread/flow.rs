@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::unistd::read;
 
 use super::super::terminal::Flow;
-use super::{ATTEMPTS, LONG, Result, Work, nap, soon, write_all};
+use super::{ATTEMPTS, Result, Work, soon, write_all};
 
 /// What a reader in packet mode is told (`TIOCPKT_*`, ioctl_tty(2)).
 mod packet {
@@ -112,29 +112,27 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Waits until all of the input is taken in: types a stop character behind it, whose effect is seen, and a start character.
-    /// `modes` are those that it was written in.
-    pub(super) fn await_all(&self, mut modes: Modes, input: &[u8]) -> Result<()> {
-        let ends = [libc::VEOF, libc::VEOL, libc::VEOL2].map(|at| modes.chars[at]);
-        let is_free = |c: &u8| *c != b'\n' && !ends.contains(c) && !input.contains(c);
-        let mut free = (1..=254).filter(is_free);
-        let (Some(stop), Some(start)) = (free.next(), free.next()) else {
-            nap(LONG);
-            return Ok(());
-        };
-        modes.input |= libc::IXON;
-        (modes.chars[libc::VSTOP], modes.chars[libc::VSTART]) = (stop, start);
+    /// Waits until a part of a begun line, which was written in these modes, is taken in, with everything before it. Behind it
+    /// the character is typed that prints the line again (VREPRINT), and leaves nothing but an echo. Nothing else is to be read
+    /// at the master: there the echo is thrown away, unread, since a read would take the status of packet mode instead.
+    pub(super) fn await_begun(&self, modes: Modes, begun: &[u8]) -> Result<()> {
+        let is_free = |c: &u8| *c != b'\n' && !modes.chars.contains(c) && !begun.contains(c);
+        let again = (1..=254).find(is_free).ok_or(Errno::E2BIG)?;
+        let mut echoing = self.unprocessed();
+        (echoing.input, echoing.chars) = (modes.input, modes.chars);
+        echoing.local = (modes.local | libc::ECHO | libc::IEXTEN) & !libc::ECHOCTL;
+        echoing.chars[libc::VREPRINT] = again;
+        tty::set_modes(self.slave, &echoing)?;
+        write_all(self.master, self.slave, &[again])?;
+        // The part is echoed, too, if it is only now taken in; that character, a line feed and the line are more.
+        let printed = soon(10 * ATTEMPTS, || {
+            poll_now(self.master, libc::POLLIN);
+            tty::unread(self.master) > begun.len()
+        });
+        // Waits for the end of what the kernel is about (`termios_rwsem`), so that all of the echo can be thrown away.
         tty::set_modes(self.slave, &modes)?;
-        let master = self.master;
-        write_all(master, self.slave, &[stop])?;
-        let all = soon(10 * ATTEMPTS, || !takes_output(self.slave));
-        write_all(master, self.slave, &[start])?;
-        if !soon(10 * ATTEMPTS, || takes_output(self.slave)) || !all {
-            flow(self.slave, libc::TCOOFF);
-            flow(self.slave, libc::TCOON);
-            return Err(Errno::EAGAIN);
-        }
-        Ok(())
+        tty::flush(self.master, libc::TCIFLUSH)?;
+        printed.then_some(()).ok_or(Errno::EAGAIN)
     }
 
     /// Types the stop character, which is the only way to a stop that the start character ends.

@@ -180,3 +180,34 @@ fn a_begun_line_is_not_echoed_again() {
         assert!(takes_output(&slave));
     }
 }
+
+/// With a status that a reader in packet mode has not been told of, whatever bytes the line has.
+#[test]
+fn a_begun_line_in_packet_mode() {
+    let any: Vec<u8> = (1..=255).filter(|c| *c != b'\n' && *c != 4).collect();
+    for line in [b"two".to_vec(), any.repeat(6)] {
+        let (master, slave) = pty();
+        let mut modes = tty::modes(&slave).unwrap().raw();
+        modes.local |= libc::ICANON;
+        modes.chars = [0; 19];
+        modes.chars[libc::VEOF] = 4;
+        tty::set_modes(&slave, &modes).unwrap();
+        tty::set_packet_mode(&master, true).unwrap();
+        tty::flush(&slave, libc::TCIOFLUSH).unwrap();
+        write_now(&slave, &master, b"output");
+        write_now(&master, &slave, &[b"one\n", &line[..]].concat());
+        let waiting = look(&master, Some(&slave), &[]).unwrap();
+        let (other, new) = pty();
+        put(&other, &new, modes, &waiting).unwrap();
+        for (master, slave) in [(&master, &slave), (&other, &new)] {
+            // What was flushed, and no change of flow.
+            assert_eq!(read_now(master).unwrap(), [3]);
+            assert_eq!(read_now(master).unwrap(), b"\0output");
+            assert_eq!(read_now(master), None);
+            assert_eq!(tty::modes(slave).unwrap(), modes);
+            assert_eq!(read_now(slave).unwrap(), b"one\n");
+            write_now(master, slave, b"\n");
+            assert!(read_now(slave).unwrap() == [&line[..], b"\n"].concat());
+        }
+    }
+}
