@@ -125,7 +125,7 @@ fn every_key_of_json_is_described() {
         ("src/inspect/threads.rs", "pub struct ThreadView"),
         ("src/inspect/maps.rs", "pub struct MapView"),
         ("src/inspect/fds.rs", "pub struct FdView"),
-        ("src/inspect/needs.rs", "pub struct NeedView"),
+        ("objects/src/need.rs", "pub struct Need"),
         ("src/inspect/attributes.rs", "pub struct AttributeView"),
     ];
     for (file, head) in structs {

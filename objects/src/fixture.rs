@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use ckpt_image::{Header, Reader, Writer, WriterOptions};
 
 use crate::address_space::{AddressSpace, Layout};
-use crate::files::{Description, FdEntry, Kind, device, eventfd};
+use crate::files::{Description, FdEntry, device, eventfd};
 use crate::memory::{Backing, FileIdentity, MappedFile, Mapping, MappingFlags};
 use crate::process::Process;
 use crate::thread::{GeneralRegisters, Thread};
@@ -159,10 +159,7 @@ pub fn snapshot() -> Snapshot {
         zombies: Vec::new(),
         host: Host::default(),
         processes: vec![process],
-        descriptions: vec![
-            description(Kind::Device(null)),
-            description(Kind::EventFd(event)),
-        ],
+        descriptions: vec![description(null.into()), description(event.into())],
         terminals: Vec::new(),
         mapped_files: vec![file],
         removed: Vec::new(),

@@ -32,6 +32,7 @@ pub mod limits;
 pub mod memory;
 pub mod memory_policy;
 pub mod namespaces;
+pub mod need;
 pub mod open;
 pub mod options;
 pub mod outsiders;

@@ -47,13 +47,14 @@ pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
 
 /// The faults found so far.
 #[derive(Debug, Default)]
-struct Faults {
+pub struct Faults {
     described: Vec<String>,
     more: usize,
 }
 
 impl Faults {
-    fn add(&mut self, fault: fmt::Arguments<'_>) {
+    /// One more, as a sentence.
+    pub(crate) fn add(&mut self, fault: fmt::Arguments<'_>) {
         if self.described.len() < MAX_FAULTS {
             self.described.push(fault.to_string());
         } else {
@@ -78,7 +79,7 @@ macro_rules! require {
         }
     };
 }
-use require;
+pub(crate) use require;
 
 fn header(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) {
     // The numbers of processes and threads there are from before the freeze.

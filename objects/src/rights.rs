@@ -22,7 +22,7 @@ use super::access::may;
 use crate::Snapshot;
 use crate::credentials::{self, Credentials};
 use crate::error::Obstacle;
-use crate::files::Kind;
+use crate::files::regular::Regular;
 use crate::memory::{Backing, FileIdentity};
 use crate::open::Handle;
 use crate::plan::Builder;
@@ -179,7 +179,7 @@ fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
         named && may(&file.path, AccessFlags::R_OK | write) == Err(Errno::EACCES)
     });
     let descriptions = snapshot.descriptions.iter().map(|description| {
-        let Kind::Regular(file) = &description.kind else {
+        let Some(file) = description.kind.get::<Regular>() else {
             return false;
         };
         let flags = description.flags as i32;

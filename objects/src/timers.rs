@@ -368,6 +368,14 @@ pub fn start_posix(process: &Process, plan: &mut Builder) {
     }
 }
 
+/// Whether a timer of which so many seconds remain, or that repeats, is armed for as long as a rehearsal takes. One that is due before
+/// may fire meanwhile, once or again and again.
+pub fn goes_on(remaining: i64, repeats: bool) -> bool {
+    /// Longer than a rehearsal takes, in seconds.
+    const LONG: i64 = 3600;
+    remaining > LONG || repeats
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,8 +12,8 @@ use super::pages::PageSink;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::bundle::Bundled;
 use crate::objects::bundle::digest;
-use crate::objects::files::Kind;
 use crate::objects::files::changed::{Written, is_of_the_kernel};
+use crate::objects::files::regular::Regular;
 use crate::objects::memory::FileIdentity;
 use crate::objects::open::Handle;
 use crate::objects::source::Contents;
@@ -136,13 +136,11 @@ fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Path, &FileIdentity)> {
     let mapped = snapshot.mapped_files.iter();
     let mapped = mapped.filter(|file| file.contents.is_none() && file.saved.is_none());
     let mapped = mapped.map(|file| (file.path.as_path(), &file.identity));
-    let open = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
-        Kind::Regular(file) if d.flags as i32 & libc::O_PATH == 0 => {
-            let there = file.contents.is_none() && file.saved.is_none();
-            there.then_some((file.path.as_path(), &file.identity))
-        }
-        _ => None,
-    });
+    let open = snapshot.descriptions.iter();
+    let open = open.filter(|d| d.flags as i32 & libc::O_PATH == 0);
+    let open = open.filter_map(|d| d.kind.get::<Regular>());
+    let open = open.filter(|file| file.contents.is_none() && file.saved.is_none());
+    let open = open.map(|file| (file.path.as_path(), &file.identity));
     mapped.chain(open).filter(move |(path, identity)| {
         identity.mode & libc::S_IFMT == libc::S_IFREG
             && !written.has(identity)

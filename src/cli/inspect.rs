@@ -12,11 +12,11 @@ use super::output::{self, Table, visible};
 use crate::inspect::attributes::AttributeView;
 use crate::inspect::fds::FdView;
 use crate::inspect::maps::MapView;
-use crate::inspect::needs::NeedView;
 use crate::inspect::summary::Summary;
 use crate::inspect::threads::ThreadView;
 use crate::inspect::{attributes, fds, maps, needs, summary, threads};
 use crate::objects::Snapshot;
+use crate::objects::need::Need;
 use crate::snapshot;
 
 /// Arguments of `ckpt inspect`.
@@ -316,7 +316,7 @@ fn fds_table(fds: &[FdView]) -> Table {
     table.right(&[1, 4, 5])
 }
 
-fn needs_table(needs: &[NeedView]) -> Table {
+fn needs_table(needs: &[Need]) -> Table {
     let mut table = Table::new(&["kind", "name", "size", "changed", "inode", "detail"]);
     let cell = |number: Option<u64>| number.map_or_else(|| "-".into(), |n| n.to_string());
     for need in needs {

@@ -6,8 +6,8 @@ use std::fmt;
 use serde::{Serialize, Serializer};
 
 use crate::objects::Snapshot;
-use crate::objects::files::terminal::Side;
-use crate::objects::files::{Description, Kind};
+use crate::objects::files::Description;
+use crate::objects::files::kind::OpenFile;
 
 /// A descriptor as `ckpt inspect --fds` shows it; the JSON keys stay as they are.
 #[derive(Clone, Debug, Serialize)]
@@ -74,7 +74,7 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
     for process in &snapshot.processes {
         for entry in &process.fds {
             let description = snapshot.descriptions.get(entry.description);
-            let kind = description.map(|description| &description.kind);
+            let file = description.map(|description| description.kind.file());
             let sharers = users.get(&entry.description).map_or(&[][..], Vec::as_slice);
             let others = sharers
                 .iter()
@@ -82,10 +82,10 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
             views.push(FdView {
                 pid: process.pid,
                 fd: entry.fd,
-                kind: kind.map_or("unknown", kind_name),
-                path: kind.map_or_else(String::new, name),
-                offset: kind.and_then(offset),
-                saved_bytes: kind.and_then(saved_bytes),
+                kind: file.map_or("unknown", OpenFile::class),
+                path: file.map_or_else(String::new, OpenFile::shown),
+                offset: file.and_then(OpenFile::offset),
+                saved_bytes: file.and_then(OpenFile::contents).map(|(_, size)| size),
                 flags: flags(description, entry.close_on_exec),
                 shared_with: others
                     .take(SHARERS_SHOWN)
@@ -96,83 +96,6 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
         }
     }
     views
-}
-
-fn kind_name(kind: &Kind) -> &'static str {
-    match kind {
-        Kind::Regular(_) => "regular",
-        Kind::Device(_) => "device",
-        Kind::Pipe(_) => "pipe",
-        Kind::Fifo(_) => "fifo",
-        Kind::EventFd(_) => "eventfd",
-        Kind::SignalFd(_) => "signalfd",
-        Kind::TimerFd(_) => "timerfd",
-        Kind::Epoll(_) => "epoll",
-        Kind::MemFd(_) => "memfd",
-        Kind::Inotify(_) => "inotify",
-        Kind::Fanotify(_) => "fanotify",
-        Kind::Terminal(end) if end.side == Side::Master => "pty",
-        Kind::Terminal(_) => "terminal",
-        Kind::PidFd(_) => "pidfd",
-        Kind::ProcFile(_) => "proc",
-        Kind::MessageQueue(_) => "mqueue",
-        Kind::UnixSocket(_) => "unix",
-        Kind::Netlink(_) => "netlink",
-        Kind::Outside(_) => "outside",
-        Kind::Left(_) => "replaced",
-        #[allow(unreachable_patterns)]
-        _ => "unknown",
-    }
-}
-
-/// What an open file is called.
-pub(super) fn name(kind: &Kind) -> String {
-    match kind {
-        Kind::Regular(file) => crate::text::of_path(&file.path),
-        Kind::Device(device) => crate::text::of_path(&device.path),
-        Kind::ProcFile(file) => crate::text::of_path(&file.path),
-        Kind::Pipe(pipe) => format!("pipe:[{}]", pipe.inode),
-        Kind::Fifo(fifo) => crate::text::of_path(&fifo.path),
-        Kind::MemFd(memfd) => format!("memfd:{}", crate::text::of(&memfd.name)),
-        Kind::Terminal(end) => end.name.clone(),
-        Kind::UnixSocket(socket) => socket.label(),
-        Kind::Netlink(socket) => socket.label(),
-        Kind::Outside(outside) => outside.name.clone(),
-        Kind::Left(left) => left
-            .instead
-            .as_ref()
-            .map_or_else(String::new, crate::text::of_path),
-        Kind::MessageQueue(queue) => format!("/{}", crate::text::of(&queue.name)),
-        Kind::EventFd(event) => format!("eventfd:{}", event.count),
-        Kind::Epoll(epoll) => format!("epoll:{} entries", epoll.entries.len()),
-        Kind::Fanotify(group) => format!("fanotify:{} marks", group.marks.len()),
-        Kind::Inotify(inotify) => format!("inotify:{} watches", inotify.watches.len()),
-        Kind::PidFd(pidfd) => match pidfd.task {
-            Some(task) => format!("pidfd:{task}"),
-            None => "pidfd of an ended process".into(),
-        },
-        other => kind_name(other).into(),
-    }
-}
-
-fn offset(kind: &Kind) -> Option<u64> {
-    match kind {
-        Kind::Regular(file) => Some(file.offset),
-        Kind::ProcFile(file) => Some(file.offset),
-        Kind::MemFd(memfd) => Some(memfd.offset),
-        _ => None,
-    }
-}
-
-fn saved_bytes(kind: &Kind) -> Option<u64> {
-    match kind {
-        Kind::Regular(file) => {
-            let saved = file.contents.is_some() || file.saved.is_some();
-            saved.then_some(file.identity.size)
-        }
-        Kind::MemFd(memfd) => Some(memfd.size),
-        _ => None,
-    }
 }
 
 fn flags(description: Option<&Description>, close_on_exec: bool) -> String {

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use ckpt_image::Reader;
 use serde::Serialize;
 
-use crate::objects::files::Kind;
 use crate::objects::memory::{Backing, KernelMapping, MappedFile, Mapping};
 use crate::objects::{Snapshot, SpaceId};
 
@@ -89,14 +88,9 @@ fn object(snapshot: &Snapshot, backing: &Backing) -> (u64, Option<SpaceId>) {
             offset,
             ..
         } => {
-            let kind = snapshot
-                .descriptions
-                .get(*description)
-                .map(|found| &found.kind);
-            let Some(Kind::MemFd(memfd)) = kind else {
-                return (*offset, None);
-            };
-            (*offset, Some(memfd.contents))
+            let description = snapshot.descriptions.get(*description);
+            let contents = description.and_then(|d| d.kind.file().contents());
+            (*offset, contents.map(|(space, _)| space))
         }
         _ => (0, None),
     }
@@ -137,7 +131,7 @@ fn path(
         }
         Backing::Description { description, .. } => {
             let description = snapshot.descriptions.get(*description);
-            description.map_or_else(String::new, |found| super::fds::name(&found.kind))
+            description.map_or_else(String::new, |found| found.kind.file().shown())
         }
         Backing::SharedMemory { object, .. } => format!("[shared:{object}]"),
         Backing::SysV { segment, .. } => {

@@ -7,7 +7,6 @@ use serde::Serialize;
 
 use super::calls::{self, Context, State};
 use super::disassembly::{Disassembler, LONGEST};
-use super::fds;
 use super::symbols::Symbols;
 use crate::objects::Snapshot;
 use crate::objects::memory::image::{ImageMemory, TargetMemory};
@@ -53,7 +52,7 @@ pub fn threads(reader: &Reader, snapshot: &Snapshot) -> Vec<ThreadView> {
             .collect();
         let fd = |fd: i32| {
             let description = snapshot.descriptions.get(*names.get(&fd)?)?;
-            Some(fds::name(&description.kind))
+            Some(description.kind.file().shown())
         };
         let context = Context {
             memory: &memory,

@@ -4,14 +4,12 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use crate::objects::files::Kind;
-use crate::objects::files::attributes::Attributes;
 use crate::objects::files::lock;
+use crate::objects::files::outside::Outside;
 use crate::objects::ipc::{Claim, Ipc};
 use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::Process;
-use crate::objects::sockets::unix::Role;
-use crate::objects::{Host, Snapshot};
+use crate::objects::{Host, Snapshot, timers};
 
 /// What of the job itself decides about what its copy may have otherwise.
 pub(super) struct Known {
@@ -37,7 +35,7 @@ impl Known {
         let queues = job.ipc.queues.iter();
         let queues = queues.filter(|q| q.claim == Claim::Used);
         let outside = job.descriptions.iter().enumerate();
-        let outside = outside.filter(|(_, d)| matches!(d.kind, Kind::Outside(_)));
+        let outside = outside.filter(|(_, d)| d.kind.get::<Outside>().is_some());
         let owners = job.processes.iter().flat_map(|p| {
             let tids = p.threads.iter().map(|t| t.tid);
             tids.chain([p.pid, p.group])
@@ -70,6 +68,7 @@ pub(super) fn canonical(snapshot: &mut Snapshot, known: &Known) {
     places(snapshot);
     inodes(snapshot);
     terminals(snapshot);
+    open_files(snapshot);
     nameless_files(snapshot);
     contents_stored_beside(snapshot);
     objects_of_others(&mut snapshot.ipc, &mut snapshot.processes, known);
@@ -138,17 +137,8 @@ fn other_ends(snapshot: &mut Snapshot, known: &Known) {
     }
 }
 
-/// A directory of the copy's has other things in it than the job's, some for a moment only.
+/// What lost its name is made under one that is free, and loses it again.
 fn places(snapshot: &mut Snapshot) {
-    for description in &mut snapshot.descriptions {
-        match &mut description.kind {
-            Kind::Regular(file) if file.is(libc::S_IFDIR) => {
-                (file.identity.size, file.identity.modified_ns) = (0, 0);
-            }
-            _ => {}
-        }
-    }
-    // What lost its name is made under one that is free, and loses it again.
     for removed in &mut snapshot.removed {
         removed.path.clear();
         removed.attributes.accessed_ns = 0;
@@ -195,29 +185,7 @@ fn inodes(snapshot: &mut Snapshot) {
         *inode = *inodes.entry(*inode).or_insert(next);
     };
     for description in &mut snapshot.descriptions {
-        match &mut description.kind {
-            Kind::Pipe(pipe) => renamed(&mut pipe.inode),
-            Kind::Fifo(end) => {
-                end.device = (0, 0);
-                renamed(&mut end.inode);
-            }
-            Kind::MemFd(memfd) => renamed(&mut memfd.inode),
-            Kind::MessageQueue(queue) => renamed(&mut queue.inode),
-            Kind::Netlink(socket) => renamed(&mut socket.inode),
-            Kind::PidFd(pidfd) => pidfd.inode.iter_mut().for_each(&mut renamed),
-            Kind::UnixSocket(socket) => {
-                renamed(&mut socket.inode);
-                match &mut socket.role {
-                    Role::Connected { peer } => renamed(peer),
-                    Role::Listening { pending, .. } => pending.iter_mut().for_each(&mut renamed),
-                    _ => {}
-                }
-                for message in &mut socket.queue {
-                    renamed(&mut message.from);
-                }
-            }
-            _ => {}
-        }
+        description.kind.file_mut().each_inode(&mut renamed);
     }
     for object in &mut snapshot.shared_memory {
         renamed(&mut object.inode);
@@ -238,46 +206,20 @@ fn terminals(snapshot: &mut Snapshot) {
             terminal.foreground = None;
         }
     }
+}
+
+/// What each kind of open file says of itself.
+fn open_files(snapshot: &mut Snapshot) {
     for description in &mut snapshot.descriptions {
-        if let Kind::Terminal(end) = &mut description.kind {
-            end.name.clear();
-            // The minor number of a pty's slave is its number.
-            end.node = end.node.map(|(major, _)| (major, 0));
-        }
+        let file = description.kind.file_mut();
+        file.make_comparable(&mut description.flags);
     }
 }
 
-/// A file without a name is made anew, and one is opened by the name that it has: `O_TMPFILE` and
-/// `O_NOFOLLOW` say how it came to be open. Looking at a file is an access.
+/// A file without a name is made anew. Looking at a file is an access.
 fn nameless_files(snapshot: &mut Snapshot) {
-    const HOW: u32 = (libc::O_TMPFILE & !libc::O_DIRECTORY | libc::O_NOFOLLOW) as u32;
-    let looked_at = |attributes: &mut Option<Attributes>| {
-        attributes.iter_mut().for_each(|a| a.accessed_ns = 0);
-    };
-    for description in &mut snapshot.descriptions {
-        match &mut description.kind {
-            Kind::Regular(file) => {
-                looked_at(&mut file.attributes);
-                description.flags &= !HOW;
-                if !file.is(libc::S_IFDIR) {
-                    // A part of O_TMPFILE.
-                    description.flags &= !(libc::O_DIRECTORY as u32);
-                }
-                if file.contents.is_some() || file.removed.is_some() {
-                    let mode = file.identity.mode;
-                    (file.identity, file.path) = Default::default();
-                    file.identity.mode = mode;
-                }
-            }
-            Kind::MemFd(memfd) => looked_at(&mut memfd.attributes),
-            Kind::MessageQueue(queue) if queue.unlinked => queue.name.clear(),
-            // Opened by another name where its own is gone.
-            Kind::Device(device) => device.path.clear(),
-            _ => {}
-        }
-    }
     for file in &mut snapshot.mapped_files {
-        looked_at(&mut file.attributes);
+        file.attributes.iter_mut().for_each(|a| a.accessed_ns = 0);
         if file.contents.is_some() {
             (file.identity, file.path) = Default::default();
         }
@@ -287,11 +229,6 @@ fn nameless_files(snapshot: &mut Snapshot) {
 /// The copy's image is taken without `--save-files` and `--bundle`.
 fn contents_stored_beside(snapshot: &mut Snapshot) {
     snapshot.bundle.clear();
-    for description in &mut snapshot.descriptions {
-        if let Kind::Regular(file) = &mut description.kind {
-            file.saved = None;
-        }
-    }
     for file in &mut snapshot.mapped_files {
         file.saved = None;
         file.identity.build_id = None;
@@ -321,16 +258,8 @@ fn objects_of_others(ipc: &mut Ipc, processes: &mut [Process], known: &Known) {
     }
 }
 
-/// An epoll set is listed by kernel addresses; the kernel numbers rings of AIO.
+/// The kernel numbers rings of AIO and cookies of core scheduling.
 fn orders_of_the_kernel(snapshot: &mut Snapshot) {
-    for description in &mut snapshot.descriptions {
-        if let Kind::Epoll(epoll) = &mut description.kind {
-            // Watched always, but for an entry that has fired and fires once: it watches nothing more.
-            let always = (libc::EPOLLERR | libc::EPOLLHUP) as u32;
-            epoll.entries.iter_mut().for_each(|e| e.events &= !always);
-            epoll.entries.sort_by_key(|e| (e.fd, e.description, e.data));
-        }
-    }
     let mut cookies = vec![0];
     for thread in snapshot.processes.iter_mut().flat_map(|p| &mut p.threads) {
         let known = cookies.iter().position(|c| *c == thread.core_cookie);
@@ -354,9 +283,7 @@ fn orders_of_the_kernel(snapshot: &mut Snapshot) {
 /// What remains of a timer becomes less. One that is due before a rehearsal ends may have fired, once or
 /// again and again.
 fn time_goes_on(snapshot: &mut Snapshot, known: &Known) {
-    /// Longer than a rehearsal takes, in seconds.
-    const LONG: i64 = 3600;
-    let armed = |remaining: i64, repeats: bool| i64::from(remaining > LONG || repeats);
+    let armed = |remaining: i64, repeats: bool| i64::from(timers::goes_on(remaining, repeats));
     for process in &mut snapshot.processes {
         for timer in &mut process.interval_timers.0 {
             let [interval, interval_us, value, _] = *timer;
@@ -372,12 +299,6 @@ fn time_goes_on(snapshot: &mut Snapshot, known: &Known) {
             for thread in &mut process.threads {
                 thread.pending.retain(|pending| !pending.is_from_a_timer());
             }
-        }
-    }
-    for description in &mut snapshot.descriptions {
-        if let Kind::TimerFd(timer) = &mut description.kind {
-            timer.remaining = (armed(timer.remaining.0, timer.interval != (0, 0)), 0);
-            timer.ticks = 0;
         }
     }
 }

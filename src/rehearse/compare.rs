@@ -257,7 +257,6 @@ fn spaced(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::objects::files::Kind;
     use crate::objects::files::eventfd::EventFd;
     use crate::objects::fixture::snapshot;
     use crate::objects::memory::Backing;
@@ -295,10 +294,11 @@ mod tests {
         canonical(&mut job, &known);
         let mut copy = job.clone();
         copy.processes[0].fds.pop();
-        copy.descriptions[0].kind = Kind::EventFd(EventFd {
+        let event = EventFd {
             count: 1,
             semaphore: false,
-        });
+        };
+        copy.descriptions[0].kind = event.into();
         copy.processes[0].memory.mappings[0].backing = Backing::Anonymous;
         let (found, _) = compare(&job, &copy).unwrap();
         let told: Vec<String> = found.iter().map(Difference::to_string).collect();

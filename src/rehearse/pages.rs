@@ -8,7 +8,7 @@ use ckpt_image::Reader;
 use super::compare::Spaces;
 use crate::error::Difference;
 use crate::error::Result;
-use crate::objects::files::Kind;
+use crate::objects::files::regular::Regular;
 use crate::objects::{Snapshot, SpaceId};
 
 /// A digest of each page, by space and address. A page of zeroes and none are the same.
@@ -123,10 +123,8 @@ fn remainders(snapshot: &Snapshot) -> impl Iterator<Item = Written> + '_ {
 
 /// Spaces of the job's image for which that of the copy has none (`--save-files`, `--bundle`).
 fn stored_beside(snapshot: &Snapshot) -> Vec<u32> {
-    let open = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
-        Kind::Regular(file) => Some(file.saved?.space.0),
-        _ => None,
-    });
+    let open = snapshot.descriptions.iter();
+    let open = open.filter_map(|d| Some(d.kind.get::<Regular>()?.saved?.space.0));
     let mapped = snapshot.mapped_files.iter();
     let mapped = mapped.filter_map(|file| Some(file.saved?.space.0));
     let bundled = snapshot.bundle.iter().map(|file| file.contents.0);

@@ -7,11 +7,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 
@@ -20,20 +20,19 @@ use nix::sys::stat::{Mode, umask};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
-use crate::objects::files::Kind;
-use crate::objects::files::outside::Surroundings;
+use crate::objects::files::Description;
+use crate::objects::files::device::Device;
+use crate::objects::files::kind::Substitutes;
+use crate::objects::files::outside::{Outside, Surroundings};
 use crate::objects::files::pipe::PipeEnd;
-use crate::objects::files::procfs::{self, Of};
+use crate::objects::files::procfs;
 use crate::objects::files::regular::Regular;
 use crate::objects::memory::{Backing, FileIdentity};
-use crate::objects::sockets::unix::Role;
 use crate::restore::paths;
 
 /// Where that file system is: a directory of `/proc` that is always there, and of which a job has nothing open.
 /// Short, since names of sockets become longer by it.
 const ROOT: &str = "/proc/fs";
-/// Bytes of a path as the address of a socket (`sun_path`, unix(7)).
-const LONGEST_NAME: usize = 108;
 const MOUNT: &CStr = c"/proc/fs";
 
 /// Sockets in the place of those outside that the job is connected to.
@@ -64,12 +63,10 @@ fn stand_ins(snapshot: &mut Snapshot) -> Result<StandIns> {
     for place in snapshot.processes.iter().flat_map(|p| [&p.cwd, &p.root]) {
         made.directory(place)?;
     }
-    let temp = std::env::temp_dir();
-    let nameless = |path: &Path| temp.join(path.file_name().unwrap_or_default());
     for file in &mut snapshot.mapped_files {
         file.saved = None;
         match file.contents {
-            Some(_) => file.path = nameless(&file.path),
+            Some(_) => file.path = made.nameless(&file.path),
             None if !is_moved(&file.path) => {}
             None => made.like(&file.path, &file.identity)?,
         }
@@ -78,51 +75,12 @@ fn stand_ins(snapshot: &mut Snapshot) -> Result<StandIns> {
         removed.path = moved(&removed.path);
         made.parent(&removed.path)?;
     }
-    let mut sockets = StandIns::default();
     for description in &mut snapshot.descriptions {
-        match &mut description.kind {
-            Kind::Regular(file) if file.contents.is_some() => file.path = nameless(&file.path),
-            Kind::Regular(file) => made.regular(file, &mut description.flags)?,
-            Kind::Fifo(end) if !end.deleted => made.fifo(&end.path, end.mode)?,
-            Kind::Fifo(end) => made.parent(&end.path)?,
-            Kind::Inotify(inotify) => {
-                for watch in inotify.watches.iter().filter(|w| w.open.is_none()) {
-                    made.watched(&watch.path)?;
-                }
-            }
-            Kind::UnixSocket(socket) => {
-                let name = socket.name.as_ref().map_or(0, |name| name.bytes.len());
-                if name > LONGEST_NAME {
-                    return Err(Error::refuse(Obstacle::new(
-                        format!("the {}", told(&socket.label())),
-                        "has a name that is too long for a rehearsal, whose names are longer by 8 bytes",
-                        WITHOUT,
-                    )));
-                }
-                for file in socket.name.iter().filter_map(|name| name.file.as_ref()) {
-                    if let Some(directory) = &file.directory {
-                        made.directory(directory)?;
-                    }
-                    if let Some(now) = &file.now {
-                        made.parent(&file.named)?;
-                        made.parent(now)?;
-                    }
-                }
-                if let Role::Beyond { address } = &socket.role {
-                    sockets.0.extend(made.socket(address)?);
-                }
-            }
-            Kind::Fanotify(_) => {
-                return Err(Error::refuse(Obstacle::new(
-                    "a fanotify group of the job",
-                    "is told of what its copy would do and cannot be rehearsed",
-                    WITHOUT,
-                )));
-            }
-            // Nothing stands for it, and the job has it.
-            Kind::Device(_) => description.locks.clear(),
-            Kind::MessageQueue(queue) if queue.held > 0 && !queue.unlinked => queue.make_like()?,
-            _ => {}
+        let file = description.kind.file_mut();
+        file.substitute(&mut description.flags, &mut made)?;
+        // The copy has the device itself.
+        if description.kind.get::<Device>().is_some() {
+            description.locks.clear();
         }
     }
     let descriptions = &snapshot.descriptions;
@@ -131,12 +89,12 @@ fn stand_ins(snapshot: &mut Snapshot) -> Result<StandIns> {
         process.record_locks.retain(|(fd, _)| {
             let entry = fds.iter().find(|entry| entry.fd == *fd);
             let kind = entry.map(|entry| &descriptions[entry.description].kind);
-            !matches!(kind, Some(Kind::Device(_) | Kind::Pipe(_)))
+            !kind.is_some_and(|k| k.get::<Device>().is_some() || k.get::<PipeEnd>().is_some())
         });
     }
     snapshot.bundle.clear();
     made.identities(snapshot)?;
-    Ok(sockets)
+    Ok(made.sockets)
 }
 
 /// A path as it is said to people: that of the job.
@@ -163,34 +121,31 @@ fn no_place(path: &Path) -> impl Fn(io::Error) -> Error + use<> {
     failed(&told(&crate::text::of_path(path)))
 }
 
-/// Other ends outside of the job are pipes whose other end has been closed; other processes have ended.
+/// Other ends outside of the job are pipes whose other end has been closed.
 fn outside(snapshot: &mut Snapshot) {
     const STATUS: i32 = libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_ASYNC;
-    let inodes = snapshot.descriptions.iter().map(|d| match &d.kind {
-        Kind::Pipe(end) => end.inode,
-        _ => 0,
-    });
+    let pipes = snapshot.descriptions.iter();
+    let pipes = pipes.filter_map(|d| d.kind.get::<PipeEnd>());
+    let inodes = pipes.map(|end| end.inode);
     let mut inode = inodes.max().unwrap_or(0);
     for description in &mut snapshot.descriptions {
-        match &mut description.kind {
-            Kind::Outside(outside) => {
-                let packets = match outside.what {
-                    Surroundings::Pipe => libc::O_DIRECT,
-                    Surroundings::Socket => 0,
-                };
-                inode += 1;
-                description.flags &= (STATUS | packets) as u32;
-                (description.owner, description.made_by) = (None, None);
-                description.locks.clear();
-                description.kind = Kind::Pipe(PipeEnd {
-                    inode,
-                    capacity: 16 * 4096,
-                    unread: Vec::new(),
-                });
-            }
-            Kind::ProcFile(file) if matches!(file.of, Of::Outside { .. }) => file.of = Of::Ended,
-            _ => {}
-        }
+        let Some(outside) = description.kind.get::<Outside>() else {
+            continue;
+        };
+        let packets = match outside.what {
+            Surroundings::Pipe => libc::O_DIRECT,
+            Surroundings::Socket => 0,
+        };
+        inode += 1;
+        description.flags &= (STATUS | packets) as u32;
+        (description.owner, description.made_by) = (None, None);
+        description.locks.clear();
+        let end = PipeEnd {
+            inode,
+            capacity: 16 * 4096,
+            unread: Vec::new(),
+        };
+        description.kind = end.into();
     }
 }
 
@@ -206,14 +161,8 @@ fn move_paths(snapshot: &mut Snapshot) {
         .map(|(index, file)| (index, file.path.clone()))
         .chain(programs)
         .collect();
-    let kept = |kind: &Kind, flags: u32| match kind {
-        Kind::Device(device) => Some(device.path.clone()),
-        // Opening one tells nobody, and what it leads to may be something that only root can make.
-        Kind::Regular(file) if flags as i32 & libc::O_PATH != 0 => Some(file.path.clone()),
-        _ => None,
-    };
-    let descriptions = snapshot.descriptions.iter();
-    let kept: Vec<Option<PathBuf>> = descriptions.map(|d| kept(&d.kind, d.flags)).collect();
+    let descriptions = snapshot.descriptions.iter_mut();
+    let kept: Vec<Vec<PathBuf>> = descriptions.map(kept_paths).collect();
     let places: Vec<Option<PathBuf>> = snapshot
         .processes
         .iter()
@@ -228,18 +177,26 @@ fn move_paths(snapshot: &mut Snapshot) {
     for (index, path) in programs {
         snapshot.mapped_files[index].path = path;
     }
-    for (description, path) in snapshot.descriptions.iter_mut().zip(kept) {
-        match (&mut description.kind, path) {
-            (Kind::Device(device), Some(path)) => device.path = path,
-            (Kind::Regular(file), Some(path)) => file.path = path,
-            _ => {}
-        }
+    for (description, paths) in snapshot.descriptions.iter_mut().zip(kept) {
+        let mut paths = paths.into_iter();
+        let file = description.kind.file_mut();
+        file.each_path(&mut |path| *path = paths.next().unwrap_or_else(|| path.clone()));
     }
     for (process, cwd) in snapshot.processes.iter_mut().zip(places) {
         if let Some(cwd) = cwd {
             process.cwd = cwd;
         }
     }
+}
+
+/// Paths of an open file that stay what they are.
+fn kept_paths(description: &mut Description) -> Vec<PathBuf> {
+    let mut paths = Vec::new();
+    let file = description.kind.file_mut();
+    if file.keeps_paths(description.flags) {
+        file.each_path(&mut |path| paths.push(path.clone()));
+    }
+    paths
 }
 
 /// Files that an exec opens: programs, and where one is mapped at the base of its interpreter, that one.
@@ -272,19 +229,27 @@ fn auxiliary(auxv: &[u8], kind: u64) -> Option<u64> {
 struct Made {
     /// By device and inode of what it stands for.
     files: HashMap<((u32, u32), u64), PathBuf>,
+    sockets: StandIns,
 }
 
-impl Made {
-    fn directory(&self, path: &Path) -> Result<()> {
+impl Substitutes for Made {
+    fn is_own(&self, path: &Path) -> bool {
+        is_moved(path)
+    }
+
+    fn nameless(&self, path: &Path) -> PathBuf {
+        std::env::temp_dir().join(path.file_name().unwrap_or_default())
+    }
+
+    fn refusal(&self, object: String, reason: &str) -> Error {
+        Error::refuse(Obstacle::new(told(&object), reason, WITHOUT))
+    }
+
+    fn directory(&mut self, path: &Path) -> Result<()> {
         match is_moved(path) {
             true => fs::create_dir_all(path).map_err(no_place(path)),
             false => Ok(()),
         }
-    }
-
-    fn parent(&self, path: &Path) -> Result<()> {
-        path.parent()
-            .map_or(Ok(()), |parent| self.directory(parent))
     }
 
     /// A file of that size, the same one for all names of one.
@@ -304,54 +269,14 @@ impl Made {
         Ok(())
     }
 
-    /// With all of it there: what the copy is to find.
-    fn identities(&self, snapshot: &mut Snapshot) -> Result<()> {
-        let mapped = snapshot.mapped_files.iter_mut();
-        let mapped = mapped.filter(|file| file.contents.is_none());
-        let mapped = mapped.map(|file| (&file.path, &mut file.identity));
-        let open = snapshot.descriptions.iter_mut();
-        let open = open.filter_map(|d| match &mut d.kind {
-            Kind::Regular(f) if f.contents.is_none() && f.removed.is_none() => {
-                Some((&f.path, &mut f.identity))
-            }
-            _ => None,
-        });
-        for (path, identity) in mapped.chain(open).filter(|(path, _)| is_moved(path)) {
-            let meta = fs::metadata(path).map_err(no_place(path))?;
-            *identity = FileIdentity::of(&meta);
-        }
-        Ok(())
+    /// Whether the file that this stands for is of a hugetlbfs.
+    fn is_of_huge_pages(&self, path: &Path) -> bool {
+        let real = Path::new("/").join(path.strip_prefix(ROOT).unwrap_or(path));
+        nix::sys::statfs::statfs(&real)
+            .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC)
     }
 
-    fn regular(&mut self, file: &mut Regular, flags: &mut u32) -> Result<()> {
-        file.saved = None;
-        if file.removed.is_some() || !is_moved(&file.path) {
-            return Ok(());
-        }
-        if is_of_huge_pages(&file.path) {
-            return Err(Error::refuse(Obstacle::new(
-                format!("the open file {}", told(&crate::text::of_path(&file.path))),
-                "is made of huge pages and cannot be rehearsed: there would have to be as many once more",
-                WITHOUT,
-            )));
-        }
-        self.like(&file.path, &file.identity)?;
-        if file.is(libc::S_IFREG) && *flags as i32 & libc::O_DIRECT != 0 {
-            let mut open = OpenOptions::new();
-            // A file system in memory has none before Linux 6.6.
-            if open
-                .read(true)
-                .custom_flags(libc::O_DIRECT)
-                .open(&file.path)
-                .is_err()
-            {
-                *flags &= !(libc::O_DIRECT as u32);
-            }
-        }
-        Ok(())
-    }
-
-    fn fifo(&self, path: &Path, mode: u32) -> Result<()> {
+    fn fifo(&mut self, path: &Path, mode: u32) -> Result<()> {
         self.parent(path)?;
         let failed = no_place(path);
         match ckpt_sys::files::make_node(path, libc::S_IFIFO, 0o600) {
@@ -362,7 +287,7 @@ impl Made {
     }
 
     /// Something to be watched, of the kind that is there.
-    fn watched(&self, path: &Path) -> Result<()> {
+    fn watched(&mut self, path: &Path) -> Result<()> {
         if path.symlink_metadata().is_ok() {
             return Ok(());
         }
@@ -376,7 +301,7 @@ impl Made {
     }
 
     /// A socket of that address, unless it is a relative path: then there may be none.
-    fn socket(&self, address: &[u8]) -> Result<Option<UnixDatagram>> {
+    fn socket(&mut self, address: &[u8]) -> Result<()> {
         let bound = match address.first() {
             Some(0) => SocketAddr::from_abstract_name(&address[1..])
                 .and_then(|address| UnixDatagram::bind_addr(&address)),
@@ -388,14 +313,35 @@ impl Made {
                 self.parent(path)?;
                 UnixDatagram::bind(path)
             }
-            _ => return Ok(None),
+            _ => return Ok(()),
         };
         match bound {
-            Ok(socket) => Ok(Some(socket)),
+            Ok(socket) => {
+                self.sockets.0.push(socket);
+                Ok(())
+            }
             // Another socket of the job has made it.
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => Ok(()),
             Err(e) => Err(failed("a socket that the job is connected to")(e)),
         }
+    }
+}
+
+impl Made {
+    /// With all of it there: what the copy is to find.
+    fn identities(&self, snapshot: &mut Snapshot) -> Result<()> {
+        let mapped = snapshot.mapped_files.iter_mut();
+        let mapped = mapped.filter(|file| file.contents.is_none());
+        let mapped = mapped.map(|file| (&file.path, &mut file.identity));
+        let open = snapshot.descriptions.iter_mut();
+        let open = open.filter_map(|d| d.kind.get_mut::<Regular>());
+        let open = open.filter(|file| file.contents.is_none() && file.removed.is_none());
+        let open = open.map(|file| (&file.path, &mut file.identity));
+        for (path, identity) in mapped.chain(open).filter(|(path, _)| is_moved(path)) {
+            let meta = fs::metadata(path).map_err(no_place(path))?;
+            *identity = FileIdentity::of(&meta);
+        }
+        Ok(())
     }
 }
 
@@ -412,11 +358,4 @@ fn make(path: &Path, was: &FileIdentity) -> io::Result<()> {
     file.set_len(was.size)?;
     // Whoever of the job opens it may: the plan looks at the job's own.
     file.set_permissions(PermissionsExt::from_mode(0o666 | was.mode & 0o111))
-}
-
-/// Whether the file that this stands for is of a hugetlbfs.
-fn is_of_huge_pages(path: &Path) -> bool {
-    let real = Path::new("/").join(path.strip_prefix(ROOT).unwrap_or(path));
-    nix::sys::statfs::statfs(&real)
-        .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC)
 }

@@ -25,7 +25,6 @@ use crate::error::{Error, Obstacle, Result};
 use crate::isolate::{self, First, Link, Spec};
 use crate::objects::Snapshot;
 use crate::objects::cgroup::Policy;
-use crate::objects::files::Kind;
 use crate::objects::files::left::Choices;
 use crate::objects::namespaces::Namespaces;
 use crate::objects::options::{FilesPolicy, Options};
@@ -246,5 +245,5 @@ fn abstract_names(job: &Snapshot) -> bool {
     };
     job.descriptions
         .iter()
-        .any(|d| matches!(&d.kind, Kind::UnixSocket(socket) if has(socket)))
+        .any(|d| d.kind.get::<UnixSocket>().is_some_and(has))
 }

@@ -7,7 +7,8 @@ use super::{Request, put};
 use crate::objects::Snapshot;
 use crate::objects::bundle::Bundled;
 use crate::objects::bundle::digest;
-use crate::objects::files::{self, Kind};
+use crate::objects::files;
+use crate::objects::files::regular::Regular;
 use crate::objects::memory::FileIdentity;
 use crate::objects::open::Handle;
 use crate::objects::options::FilesPolicy;
@@ -45,7 +46,7 @@ pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
         if files::named(index, snapshot, &request.objects).is_some() {
             continue;
         }
-        if let Kind::Regular(file) = &mut snapshot.descriptions[index].kind
+        if let Some(file) = snapshot.descriptions[index].kind.get_mut::<Regular>()
             && file.contents.is_none()
             && file.saved.is_none()
         {

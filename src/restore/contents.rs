@@ -16,8 +16,15 @@ use super::pty::{self, Ptys};
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
 use crate::objects::files::changed::{self, Written};
+use crate::objects::files::device::Device;
+use crate::objects::files::fifo::FifoEnd;
+use crate::objects::files::kind::Record;
 use crate::objects::files::memfd::MemFd;
-use crate::objects::files::{Description, Kind, inotify, removed, reopen_flags};
+use crate::objects::files::pidfd::PidFd;
+use crate::objects::files::procfs::ProcFile;
+use crate::objects::files::regular::Regular;
+use crate::objects::files::terminal::End;
+use crate::objects::files::{Description, inotify, removed, reopen_flags};
 use crate::objects::memory::{self, Uses, space::fill};
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Inherit, Inherited};
@@ -152,7 +159,10 @@ impl<'a> Made<'a> {
         let Some(removed) = snapshot.removed.get(index) else {
             return Err(Error::Restore(format!("there is no removed thing {index}")));
         };
-        let of = |d: &Description| matches!(&d.kind, Kind::Regular(f) if f.removed == Some(index));
+        let of = |d: &Description| {
+            let file = d.kind.get::<Regular>();
+            file.is_some_and(|file| file.removed == Some(index))
+        };
         let all = snapshot.descriptions.iter().enumerate();
         let all = all.filter(|(_, description)| of(description));
         let all = all.map(|(at, d)| (Inherited::Removed(at), reopen_flags(d.flags)));
@@ -179,13 +189,8 @@ impl<'a> Made<'a> {
         if let Some(fd) = self.take(&Inherited::EndedProcess(index)) {
             return Ok(fd);
         }
-        let of = |at: usize| match &snapshot.descriptions.get(at)?.kind {
-            Kind::PidFd(pidfd) => Some((pidfd, snapshot.descriptions[at].flags)),
-            _ => None,
-        };
-        let Some((pidfd, _)) = of(index) else {
-            return Err(Error::Restore(format!("description {index} is no pidfd")));
-        };
+        let of = |at: usize| record::<PidFd>(snapshot, at).ok();
+        let (pidfd, _) = record::<PidFd>(snapshot, index)?;
         let all = (0..snapshot.descriptions.len()).filter(|at| {
             *at == index || of(*at).is_some_and(|(other, _)| pidfd.is_same_process(other))
         });
@@ -202,6 +207,13 @@ impl<'a> Made<'a> {
     }
 }
 
+/// The record of a description that the plan takes for one of that kind, and its flags.
+fn record<T: Record>(snapshot: &Snapshot, index: usize) -> Result<(&T, u32)> {
+    let description = snapshot.descriptions.get(index);
+    let found = description.and_then(|d| Some((d.kind.get()?, d.flags)));
+    found.ok_or_else(|| Error::Restore(format!("description {index} is of another kind")))
+}
+
 fn open<'a>(
     what: &Inherited,
     snapshot: &'a Snapshot,
@@ -210,13 +222,8 @@ fn open<'a>(
 ) -> Result<OwnedFd> {
     match what {
         Inherited::Terminal(index) => {
-            let description = &snapshot.descriptions[*index];
-            match &description.kind {
-                Kind::Terminal(end) => made.ptys.open(end, description.flags),
-                _ => Err(Error::Restore(format!(
-                    "description {index} is no terminal"
-                ))),
-            }
+            let (end, flags) = record(snapshot, *index)?;
+            made.ptys.open(end, flags)
         }
         Inherited::Leading(terminal) => made.ptys.slave(*terminal),
         Inherited::OwnTerminal(controlling, flags) => {
@@ -240,9 +247,7 @@ fn open<'a>(
         }
         Inherited::MemFd(index) => {
             let description = &snapshot.descriptions[*index];
-            let Kind::MemFd(memfd) = &description.kind else {
-                return Err(Error::Restore(format!("description {index} is no memfd")));
-            };
+            let (memfd, _) = record::<MemFd>(snapshot, *index)?;
             let made = made.get(memfd.contents, || {
                 let file = create_memfd(memfd)?;
                 let name = PathBuf::from(std::ffi::OsString::from_vec(memfd.name.clone()));
@@ -284,10 +289,7 @@ fn open<'a>(
             }
             let index = match what {
                 Inherited::RemovedPlace(index) => Some(*index),
-                Inherited::Removed(at) => match &snapshot.descriptions[*at].kind {
-                    Kind::Regular(file) => file.removed,
-                    _ => None,
-                },
+                Inherited::Removed(at) => record::<Regular>(snapshot, *at)?.0.removed,
                 _ => None,
             };
             made.removed(index.unwrap_or(usize::MAX), snapshot)?;
@@ -296,25 +298,16 @@ fn open<'a>(
         }
         Inherited::EndedProcess(index) => made.ended(*index, snapshot),
         Inherited::EndedProcFile(index) => {
-            let description = &snapshot.descriptions[*index];
-            let Kind::ProcFile(file) = &description.kind else {
-                return Err(Error::Restore(format!(
-                    "description {index} is no file of /proc"
-                )));
-            };
-            file.of_ended(description.flags)
-                .map_err(|source| Error::File {
-                    what: "open",
-                    path: file.path.clone(),
-                    source,
-                })
+            let (file, flags) = record::<ProcFile>(snapshot, *index)?;
+            file.of_ended(flags).map_err(|source| Error::File {
+                what: "open",
+                path: file.path.clone(),
+                source,
+            })
         }
         Inherited::Inotify(index) => inotify::create(snapshot.descriptions[*index].flags),
         Inherited::DeletedFile(index) => {
-            let description = &snapshot.descriptions[*index];
-            let Kind::Regular(regular) = &description.kind else {
-                return Err(Error::Restore(format!("description {index} is no file")));
-            };
+            let (regular, flags) = record::<Regular>(snapshot, *index)?;
             let space = regular.contents.unwrap_or(SpaceId(u32::MAX));
             let (size, mode) = (regular.identity.size, regular.identity.mode);
             let rights = made.rights;
@@ -329,44 +322,31 @@ fn open<'a>(
                     regular.attributes.as_ref(),
                 ))
             })?;
-            Ok(reopen(&made.file, description.flags)?.into())
+            Ok(reopen(&made.file, flags)?.into())
         }
         Inherited::Executable(file) => {
             Ok(executable(*file, snapshot, image, (made.rights, made.policy))?.into())
         }
         Inherited::File(index) => {
-            let description = &snapshot.descriptions[*index];
-            let Kind::Regular(file) = &description.kind else {
-                return Err(Error::Restore(format!("description {index} is no file")));
-            };
-            let flags = description.flags;
+            let (file, flags) = record(snapshot, *index)?;
             let named = Named::open_file(*index, file, made.rights);
             let find = || changed::check(file, flags, &made.written, made.policy);
             Ok(named.open(find, reopen_flags(flags) as i32)?.into())
         }
         Inherited::Device(index) => {
-            let description = &snapshot.descriptions[*index];
-            let Kind::Device(device) = &description.kind else {
-                return Err(Error::Restore(format!("description {index} is no device")));
-            };
-            let flags = description.flags;
+            let (device, flags) = record::<Device>(snapshot, *index)?;
             let found = device.find(flags, made.rights);
             let found = found.map_err(|o| Error::refuse(*o))?;
             let opened = rights::with(made.rights, || found.open(reopen_flags(flags) as i32));
             Ok(opened.map_err(cannot_open(&device.path))?.into())
         }
-        Inherited::Fifo(index) => match &snapshot.descriptions[*index].kind {
-            Kind::Fifo(fifo) => Ok(fifo.open(made.rights)?.into()),
-            _ => Err(Error::Restore(format!("description {index} is no FIFO"))),
-        },
+        Inherited::Fifo(index) => {
+            let (fifo, _) = record::<FifoEnd>(snapshot, *index)?;
+            Ok(fifo.read_end(made.rights)?.into())
+        }
         Inherited::MachineTerminal(index) => {
-            let description = &snapshot.descriptions[*index];
-            match &description.kind {
-                Kind::Terminal(end) => Ok(end.open(description.flags)?.into()),
-                _ => Err(Error::Restore(format!(
-                    "description {index} is no terminal"
-                ))),
-            }
+            let (end, flags) = record::<End>(snapshot, *index)?;
+            Ok(end.reopened(flags)?.into())
         }
         Inherited::MappedFile(index, writable) => {
             let record = &snapshot.mapped_files[*index];

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
-use crate::objects::files::Kind;
 use crate::text::Shown;
 
 /// One mapping: what lay at or below one path lies at or below another.
@@ -80,36 +79,7 @@ fn every_path(snapshot: &mut Snapshot, f: &mut dyn FnMut(&mut PathBuf)) {
         f(&mut file.path);
     }
     for description in &mut snapshot.descriptions {
-        of_kind(&mut description.kind, f);
-    }
-}
-
-/// Paths of an open file. Every kind is named here, so that a new one is thought of.
-fn of_kind(kind: &mut Kind, f: &mut dyn FnMut(&mut PathBuf)) {
-    match kind {
-        Kind::Regular(file) => f(&mut file.path),
-        Kind::Device(device) => f(&mut device.path),
-        Kind::Inotify(inotify) => {
-            let named = inotify.watches.iter_mut().filter(|w| w.open.is_none());
-            named.for_each(|w| f(&mut w.path));
-        }
-        Kind::Fanotify(group) => group.marks.iter_mut().for_each(|m| f(&mut m.path)),
-        Kind::Fifo(fifo) => f(&mut fifo.path),
-        Kind::UnixSocket(socket) => socket.each_path(f),
-        // Without a path, or with one that is only shown.
-        Kind::Pipe(_)
-        | Kind::PidFd(_)
-        | Kind::ProcFile(_)
-        | Kind::MessageQueue(_)
-        | Kind::Netlink(_)
-        | Kind::EventFd(_)
-        | Kind::SignalFd(_)
-        | Kind::TimerFd(_)
-        | Kind::Epoll(_)
-        | Kind::MemFd(_)
-        | Kind::Terminal(_)
-        | Kind::Outside(_)
-        | Kind::Left(_) => {}
+        description.kind.file_mut().each_path(f);
     }
 }
 

@@ -180,12 +180,10 @@ impl Pty {
         terminals: &Terminals,
     ) -> Result<Self> {
         let error = |e: nix::errno::Errno| failed("set", &terminal.name)(e.into());
-        let ends = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
-            crate::objects::files::Kind::Terminal(end) if end.terminal == index => Some(end.side),
-            _ => None,
-        });
-        let mut ends = ends;
-        let open = ends.any(|side| side == Side::Slave || side == Side::Controlling)
+        let ends = snapshot.descriptions.iter();
+        let ends = ends.filter_map(|d| d.kind.get::<End>());
+        let mut ends = ends.filter(|end| end.terminal == index);
+        let open = ends.any(|end| matches!(end.side, Side::Slave | Side::Controlling))
             || terminal.pair.as_ref().is_none_or(|p| p.closed || p.waits())
             || terminals.is_led(index, snapshot);
         let slave = match open {

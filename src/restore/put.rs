@@ -15,7 +15,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Snapshot;
-use crate::objects::files::Kind;
+use crate::objects::files::regular::Regular;
 use crate::objects::files::saved::{Saved, is_shared_memory};
 use crate::objects::memory::{FileIdentity, space};
 use crate::objects::open::{Handle, Last};
@@ -49,7 +49,7 @@ pub fn forget(policy: PutFiles, snapshot: &mut Snapshot) {
         }
     };
     for description in &mut snapshot.descriptions {
-        if let Kind::Regular(file) = &mut description.kind {
+        if let Some(file) = description.kind.get_mut::<Regular>() {
             file.saved = file.saved.filter(|_| stays(&file.path));
         }
     }
@@ -75,10 +75,9 @@ pub fn covered(snapshot: &Snapshot) -> HashSet<&Path> {
 type SavedFile<'a> = (&'a Path, &'a FileIdentity, Saved);
 
 fn saved(snapshot: &Snapshot) -> impl Iterator<Item = SavedFile<'_>> {
-    let open = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
-        Kind::Regular(file) => Some((file.path.as_path(), &file.identity, file.saved?)),
-        _ => None,
-    });
+    let open = snapshot.descriptions.iter();
+    let open = open.filter_map(|d| d.kind.get::<Regular>());
+    let open = open.filter_map(|f| Some((f.path.as_path(), &f.identity, f.saved?)));
     let mapped = snapshot.mapped_files.iter();
     open.chain(mapped.filter_map(|f| Some((f.path.as_path(), &f.identity, f.saved?))))
 }

@@ -4,8 +4,8 @@
 use super::Request;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
+use crate::objects::files::named;
 use crate::objects::files::terminal::{End, Places, Side, Terminal};
-use crate::objects::files::{Kind, named};
 use crate::objects::plan::Inherited;
 use crate::supervise::foreground::JobTerminal;
 
@@ -41,14 +41,12 @@ impl Terminals {
         let mut places = Vec::with_capacity(snapshot.terminals.len());
         for (index, terminal) in snapshot.terminals.iter().enumerate() {
             let ends = snapshot.descriptions.iter().enumerate();
-            let ends = ends.filter_map(|(at, description)| match &description.kind {
-                Kind::Terminal(end) => {
-                    let counts = end.terminal == index
-                        && end.side != Side::HungUp
-                        && named(at, snapshot, &request.objects).is_none();
-                    counts.then_some((end, description.flags))
-                }
-                _ => None,
+            let ends = ends.filter_map(|(at, description)| {
+                let end = description.kind.get::<End>()?;
+                let counts = end.terminal == index
+                    && end.side != Side::HungUp
+                    && named(at, snapshot, &request.objects).is_none();
+                counts.then_some((end, description.flags))
             });
             let ends: Vec<(&End, u32)> = ends.collect();
             let used = !ends.is_empty();

@@ -10,8 +10,8 @@ use ckpt_tracer::capabilities::Use;
 use nix::sys::statfs::{self, FsType};
 use nix::unistd::AccessFlags;
 
+use super::Description;
 use super::regular::Regular;
-use super::{Description, Kind};
 use crate::Snapshot;
 use crate::access::MISSING;
 use crate::error::{Error, Obstacle, Result};
@@ -195,10 +195,9 @@ fn inode(identity: &FileIdentity) -> Inode {
 impl Written {
     /// By any process of the job.
     pub fn by(snapshot: &Snapshot) -> Self {
-        let open = snapshot.descriptions.iter().filter_map(|d| match &d.kind {
-            Kind::Regular(file) if writes(d) => Some(inode(&file.identity)),
-            _ => None,
-        });
+        let open = snapshot.descriptions.iter().filter(|d| writes(d));
+        let open = open.filter_map(|d| d.kind.get::<Regular>());
+        let open = open.map(|file| inode(&file.identity));
         let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
         let mapped = mappings.filter_map(|m| match m.backing {
             Backing::SharedFile {
@@ -242,7 +241,7 @@ impl Cut {
             return Ok(cuts);
         }
         for (index, description) in snapshot.descriptions.iter().enumerate() {
-            let Kind::Regular(file) = &description.kind else {
+            let Some(file) = description.kind.get::<Regular>() else {
                 continue;
             };
             let stays = file.contents.is_some() || file.saved.is_some();

@@ -3,13 +3,19 @@
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Look};
+use super::Look;
+use super::kind::{Captured, OpenFile, Opened, Place, Sight};
+use crate::Snapshot;
 use crate::access::MISSING;
 use crate::error::Obstacle;
+use crate::need::Need;
 use crate::open::{Handle, Last};
+use crate::plan::{Builder, Inherited};
 use crate::rights::{self, Rights};
+use crate::source::Collector;
 use crate::text::Shown;
 
 /// An open character device.
@@ -32,20 +38,70 @@ const STATELESS: &[((u32, u32), &str)] = &[
 ];
 
 /// Whether the device is one that keeps no state.
-pub fn is_stateless(look: &Look) -> bool {
+fn is_stateless(look: &Look) -> bool {
     let number = look.stat.st_rdev;
     let number = (libc::major(number), libc::minor(number));
     STATELESS.iter().any(|(known, _)| *known == number)
 }
 
-/// Captures a stateless device.
-pub fn capture(look: &Look, path: &Path) -> Kind {
-    let number = look.stat.st_rdev;
-    let number = (libc::major(number), libc::minor(number));
-    Kind::Device(Device {
-        path: path.to_owned(),
-        number,
-    })
+impl OpenFile for Device {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        let FdLink::File { path, .. } = &sight.look.link else {
+            return None;
+        };
+        if sight.look.file_type() != libc::S_IFCHR || !is_stateless(sight.look) {
+            return None;
+        }
+        let number = sight.look.stat.st_rdev;
+        let number = (libc::major(number), libc::minor(number));
+        Some(Ok(Device {
+            path: path.to_owned(),
+            number,
+        }
+        .into()))
+    }
+
+    fn class(&self) -> &'static str {
+        "device"
+    }
+
+    fn label(&self) -> String {
+        self.path.shown()
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        let (major, minor) = self.number;
+        let detail = format!("number {major}:{minor}");
+        vec![Need::new("device", self.path.shown(), detail)]
+    }
+
+    fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+        f(&mut self.path);
+    }
+
+    /// It is opened by another name where its own is gone.
+    fn make_comparable(&mut self, _: &mut u32) {
+        self.path.clear();
+    }
+
+    fn keeps_paths(&self, _: u32) -> bool {
+        true
+    }
+
+    fn is_of_surroundings(&self) -> bool {
+        true
+    }
+
+    fn opened(&self) -> Opened {
+        Opened::WithFlags
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let rights = plan.host().rights.as_ref();
+        self.find(place.flags, rights).map_err(|o| vec![*o])?;
+        plan.inherit(place.at, Inherited::Device(place.index));
+        Ok(())
+    }
 }
 
 impl Device {

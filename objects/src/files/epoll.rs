@@ -7,17 +7,22 @@ use std::os::fd::AsRawFd;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::kcmp::{KcmpType, kcmp};
 use ckpt_tracer::proc::fdinfo::{EpollTarget, FdDetail};
+use ckpt_tracer::proc::fdlink::FdLink;
 use ckpt_tracer::{Error, Pid};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Place, Sight};
+use super::left::Left;
 use super::rebuild::place;
-use super::{Kind, Look, Staging, WITHHELD_REMEDY};
+use super::signalfd::SignalFd;
+use super::{Look, Staging, WITHHELD_REMEDY, late};
 use crate::Snapshot;
 use crate::bounds;
-use crate::error::{Obstacle, Result};
+use crate::error::Obstacle;
 use crate::plan::Builder;
 use crate::process::Process;
+use crate::references::{Faults, require};
 use crate::source::{Collector, Copies, Source};
 
 /// An interest list.
@@ -41,9 +46,75 @@ pub struct BusyPoll {
     pub preferred: u8,
 }
 
+impl OpenFile for Epoll {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        match &sight.look.link {
+            FdLink::AnonInode(name) if name == "eventpoll" => {
+                Some(Ok(Epoll::empty(sight.look).into()))
+            }
+            _ => None,
+        }
+    }
+
+    fn anon_inode() -> Option<&'static str> {
+        Some("eventpoll")
+    }
+
+    fn class(&self) -> &'static str {
+        "epoll"
+    }
+
+    fn shown(&self) -> String {
+        format!("epoll:{} entries", self.entries.len())
+    }
+
+    fn check(&self, number: usize, snapshot: &Snapshot, faults: &mut Faults) {
+        for entry in &self.entries {
+            require!(
+                faults,
+                entry.description < snapshot.descriptions.len(),
+                "entry {} of the epoll in description {number} refers to description {}, which does not exist",
+                entry.fd,
+                entry.description
+            );
+            require!(
+                faults,
+                entry.description != number && entry.fd >= 0,
+                "entry {} of the epoll in description {number} is none that an epoll can have",
+                entry.fd
+            );
+        }
+    }
+
+    fn each_reference(&self, f: &mut dyn FnMut(usize)) {
+        self.entries.iter().for_each(|entry| f(entry.description));
+    }
+
+    /// The kernel lists a set by its own addresses.
+    fn make_comparable(&mut self, _: &mut u32) {
+        // Watched always, but for an entry that has fired and fires once: it watches nothing more.
+        let always = (libc::EPOLLERR | libc::EPOLLHUP) as u32;
+        self.entries.iter_mut().for_each(|e| e.events &= !always);
+        self.entries.sort_by_key(|e| (e.fd, e.description, e.data));
+    }
+
+    /// Creates it, still empty.
+    fn open(&self, at: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
+        place(0, at.at, plan, || "an epoll set".into());
+        self.rebuild_busy_poll(at.at, plan);
+        Ok(())
+    }
+
+    fn complete(&self, at: i32, staging: Staging, snapshot: &Snapshot, plan: &mut Builder) {
+        let later = |d| late::is_late(d, snapshot) || is_bound(d, snapshot);
+        self.rebuild_entries(at, staging, later, plan);
+    }
+}
+
 impl Epoll {
     /// A set whose entries are not known yet.
-    pub fn capture(look: &Look) -> Self {
+    fn empty(look: &Look) -> Self {
         let busy_poll = ckpt_sys::events::busy_poll(&look.copy);
         let busy_poll = busy_poll.map(|[a, b, c, d, e, f, preferred, _]| BusyPoll {
             microseconds: u32::from_ne_bytes([a, b, c, d]),
@@ -56,10 +127,7 @@ impl Epoll {
         }
     }
 
-    /// Creates it, still empty.
-    pub fn rebuild(&self, at: i32, plan: &mut Builder) {
-        plan.expect(libc::SYS_epoll_create1, &[0], 0, || "an epoll set".into());
-        place(0, at, plan, || "an epoll set".into());
+    fn rebuild_busy_poll(&self, at: i32, plan: &mut Builder) {
         let Some(params) = self.busy_poll else { return };
         let mut bytes = [0; 8];
         bytes[..4].copy_from_slice(&params.microseconds.to_ne_bytes());
@@ -98,7 +166,7 @@ pub fn capture_entries(
     looks: &[Look],
     first: usize,
     collector: &mut Collector,
-) -> Result<()> {
+) -> crate::Result<()> {
     for (index, set) in looks.iter().enumerate() {
         let FdDetail::Epoll { targets } = &set.info.detail else {
             continue;
@@ -107,7 +175,7 @@ pub fn capture_entries(
         let is_left = |at: usize| {
             kinds
                 .get(at)
-                .is_some_and(|d| matches!(d.kind, Kind::Left(_)))
+                .is_some_and(|d| d.kind.get::<Left>().is_some())
         };
         let left: Vec<bool> = (0..looks.len()).map(is_left).collect();
         let mut entries = Vec::with_capacity(targets.len());
@@ -144,7 +212,10 @@ pub fn capture_entries(
                 )),
             }
         }
-        if let Kind::Epoll(epoll) = &mut collector.descriptions[first + index].kind {
+        if let Some(epoll) = collector.descriptions[first + index]
+            .kind
+            .get_mut::<Epoll>()
+        {
             epoll.entries = entries;
         }
     }
@@ -153,7 +224,11 @@ pub fn capture_entries(
 
 /// Without kcmp(2): a set refuses to take a description under a number under which it has it
 /// (EEXIST).
-fn find_by_adding(looks: &[Look], set: &Look, target: &EpollTarget) -> Result<Option<usize>> {
+fn find_by_adding(
+    looks: &[Look],
+    set: &Look,
+    target: &EpollTarget,
+) -> crate::Result<Option<usize>> {
     for at in candidates(looks, set, target) {
         let asked = ckpt_sys::events::epoll_has(&set.copy, &looks[at].copy, target.tfd);
         if asked.map_err(|errno| Error::Kernel {
@@ -188,7 +263,12 @@ fn candidates(looks: &[Look], set: &Look, target: &EpollTarget) -> Vec<usize> {
     candidates
 }
 
-fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<Option<usize>> {
+fn find(
+    looks: &[Look],
+    set: &Look,
+    target: &EpollTarget,
+    turn: u32,
+) -> crate::Result<Option<usize>> {
     let me = Pid::own().leader();
     for at in candidates(looks, set, target) {
         // The copies: a process that runs (`ckpt check`) may have closed its descriptors since.
@@ -214,7 +294,7 @@ fn find(looks: &[Look], set: &Look, target: &EpollTarget, turn: u32) -> Result<O
 impl Epoll {
     /// Adds the entries: each description gets the number that it was added under for a
     /// moment. Those for which `later` holds are added when their descriptions are right.
-    pub fn rebuild_entries(
+    fn rebuild_entries(
         &self,
         at: i32,
         staging: Staging,
@@ -239,16 +319,16 @@ impl Epoll {
 
 /// Whether a description is a signalfd. A set that watches one waits for the signals of the process
 /// that added it (`signalfd_poll`, fs/signalfd.c), so that process has to add it again.
-pub fn is_bound(description: usize, snapshot: &Snapshot) -> bool {
+fn is_bound(description: usize, snapshot: &Snapshot) -> bool {
     let watched = snapshot.descriptions.get(description);
-    watched.is_some_and(|d| matches!(d.kind, Kind::SignalFd(_)))
+    watched.is_some_and(|d| d.kind.get::<SignalFd>().is_some())
 }
 
 /// Adds the entries that the process has to add itself: of sets that it has, and no process before
 /// it. Called before the process has its own numbers.
 pub fn rebuild_bound(index: usize, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     for (set, description) in snapshot.descriptions.iter().enumerate() {
-        let Kind::Epoll(epoll) = &description.kind else {
+        let Some(epoll) = description.kind.get::<Epoll>() else {
             continue;
         };
         let holds = |p: &Process| p.fds.iter().any(|e| e.description == set);

@@ -4,10 +4,18 @@ use std::os::fd::OwnedFd;
 
 use ckpt_sys::events::{eventfd_add, eventfd_take};
 use ckpt_sys::helper::Helper;
+use ckpt_tracer::proc::fdinfo::FdDetail;
+use ckpt_tracer::proc::fdlink::FdLink;
+use ckpt_tracer::proc::status::read_status;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Place, Sight};
+use super::left;
 use crate::bounds;
+use crate::error::Obstacle;
 use crate::plan::Builder;
+use crate::sockets;
+use crate::source::Collector;
 
 /// An event counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,22 +27,60 @@ pub struct EventFd {
     pub semaphore: bool,
 }
 
-impl EventFd {
-    /// Creates it at its staging number.
-    pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) {
+impl OpenFile for EventFd {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        let (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) =
+            (&sight.look.link, &sight.look.info.detail)
+        else {
+            return None;
+        };
+        let held = || read_status(sight.source.pid).is_ok_and(|s| sockets::is_held(&s));
+        let semaphore = match semaphore {
+            Some(semaphore) => Some(*semaphore),
+            None if held() => is_semaphore(&sight.look.copy, *count),
+            // The frozen job will tell.
+            None => Some(false),
+        };
+        Some(match semaphore {
+            Some(semaphore) => Ok(EventFd {
+                count: *count,
+                semaphore,
+            }
+            .into()),
+            None => {
+                let what = "an eventfd of which this kernel does not tell how it counts";
+                Err(Box::new(left::droppable(sight.look, sight.source, what)))
+            }
+        })
+    }
+
+    fn anon_inode() -> Option<&'static str> {
+        Some("eventfd")
+    }
+
+    fn class(&self) -> &'static str {
+        "eventfd"
+    }
+
+    fn shown(&self) -> String {
+        format!("eventfd:{}", self.count)
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
         let object = || "an eventfd".to_owned();
         let semaphore = if self.semaphore {
             libc::EFD_SEMAPHORE
         } else {
             0
         };
-        let flags = semaphore | flags as i32 & libc::O_NONBLOCK;
+        let flags = semaphore | place.flags as i32 & libc::O_NONBLOCK;
         plan.expect(libc::SYS_eventfd2, &[0, flags as u64], 0, object);
         if self.count != 0 {
             let data = plan.data(&self.count.to_le_bytes());
             plan.expect(libc::SYS_write, &[0, data, 8], 8, object);
         }
-        super::place(0, at, plan, object);
+        super::place(0, place.at, plan, object);
+        Ok(())
     }
 }
 

@@ -5,14 +5,18 @@
 
 use std::path::PathBuf;
 
-use ckpt_tracer::proc::fdinfo::{FanotifyGroup, InotifyWatch, MarkOn};
+use ckpt_tracer::proc::fdinfo::{FanotifyGroup, FdDetail, InotifyWatch, MarkOn};
+use ckpt_tracer::proc::fdlink::FdLink;
 use ckpt_tracer::proc::mounts::read_mounts;
 use serde::{Deserialize, Serialize};
 
 use super::inotify::search::Search;
-use super::{Look, left, place};
+use super::kind::{Captured, OpenFile, Place, Sight, Substitutes};
+use super::{Look, Staging, left, place};
+use crate::Snapshot;
 use crate::access::MISSING;
-use crate::error::Obstacle;
+use crate::error::{Error, Obstacle};
+use crate::need::Need;
 use crate::plan::Builder;
 use crate::source::{Collector, Source};
 use crate::text::Shown;
@@ -54,7 +58,7 @@ const MARK_EVICTABLE: u32 = 0x200;
 const MARK_IGNORE: u32 = 0x400;
 
 /// Captures a group.
-pub fn capture(
+fn capture(
     source: &Source,
     look: &Look,
     group: &FanotifyGroup,
@@ -126,27 +130,60 @@ fn no_name(source: &Source, look: &Look, on: &MarkOn) -> Obstacle {
     )
 }
 
-impl Fanotify {
-    /// Marks on what is not there any more.
-    pub fn missing(&self) -> impl Iterator<Item = Obstacle> {
-        self.marks.iter().filter_map(|mark| {
-            let error = std::fs::symlink_metadata(&mark.path).err()?;
-            let object = format!("the fanotify mark on {}", mark.path.shown());
-            let reason = format!("cannot be set: {error}");
-            Some(Obstacle::new(object, reason, MISSING))
-        })
+impl OpenFile for Fanotify {
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        match (&sight.look.link, &sight.look.info.detail) {
+            (FdLink::AnonInode(_), FdDetail::Fanotify(group)) => {
+                let captured = capture(sight.source, sight.look, group, collector);
+                Some(captured.map(Into::into))
+            }
+            _ => None,
+        }
+    }
+
+    fn anon_inode() -> Option<&'static str> {
+        Some("fanotify")
+    }
+
+    fn class(&self) -> &'static str {
+        "fanotify"
+    }
+
+    fn shown(&self) -> String {
+        format!("fanotify:{} marks", self.marks.len())
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        let needed = |mark: &Mark| Need::new("watched file", mark.path.shown(), "for fanotify");
+        self.marks.iter().map(needed).collect()
+    }
+
+    fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+        self.marks.iter_mut().for_each(|mark| f(&mut mark.path));
+    }
+
+    fn substitute(&mut self, _: &mut u32, by: &mut dyn Substitutes) -> Result<(), Error> {
+        Err(by.refusal(
+            "a fanotify group of the job".to_owned(),
+            "is told of what its copy would do and cannot be rehearsed",
+        ))
     }
 
     /// Makes the group.
-    pub fn rebuild(&self, at: i32, plan: &mut Builder) {
+    fn open(&self, at: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let missing: Vec<Obstacle> = self.missing().collect();
         let object = || "a fanotify group".to_owned();
         let args = [self.flags.into(), self.event_flags.into()];
         plan.expect(libc::SYS_fanotify_init, &args, 0, object);
-        place(0, at, plan, object);
+        place(0, at.at, plan, object);
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(missing),
+        }
     }
 
-    /// Sets the marks, when every description is open.
-    pub fn rebuild_marks(&self, at: i32, plan: &mut Builder) {
+    /// Sets the marks.
+    fn complete(&self, at: i32, _: Staging, _: &Snapshot, plan: &mut Builder) {
         for mark in &self.marks {
             let path = plan.path(&mark.path);
             let stays = mark.kind | mark.flags & MARK_EVICTABLE;
@@ -167,5 +204,17 @@ impl Fanotify {
                 });
             }
         }
+    }
+}
+
+impl Fanotify {
+    /// Marks on what is not there any more.
+    fn missing(&self) -> impl Iterator<Item = Obstacle> {
+        self.marks.iter().filter_map(|mark| {
+            let error = std::fs::symlink_metadata(&mark.path).err()?;
+            let object = format!("the fanotify mark on {}", mark.path.shown());
+            let reason = format!("cannot be set: {error}");
+            Some(Obstacle::new(object, reason, MISSING))
+        })
     }
 }

@@ -9,23 +9,26 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::proc::fdlink::FdLink;
 use nix::sys::stat::Mode;
 use nix::unistd::{AccessFlags, mkfifo};
 
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Opened, Place, Sight, Substitutes};
 use super::pieces::{self, Piece};
 use super::rebuild::set_status;
-use super::{Description, Kind, Look, Staging, outside, pipe, regular};
+use super::{Description, Kind, Look, outside, pipe, regular};
 use crate::Snapshot;
 use crate::access::may;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
+use crate::need::Need;
 use crate::open::{Handle, Last};
-use crate::options::Options;
 use crate::plan::{Builder, Inherited};
+use crate::references::Faults;
 use crate::rights::{self, Rights};
-use crate::source::Source;
+use crate::source::{Collector, Source};
 use crate::text::Shown;
 
 /// One open file description of a FIFO: a read end, a write end, or both in one.
@@ -53,7 +56,7 @@ pub struct FifoEnd {
 }
 
 /// Captures one end; what is in the FIFO is copied without being consumed.
-pub fn capture(
+fn capture(
     source: &Source,
     look: &Look,
     path: &Path,
@@ -92,7 +95,7 @@ pub fn capture(
         )));
     }
     let hung_up = || ckpt_sys::events::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0;
-    Ok(Kind::Fifo(FifoEnd {
+    Ok(Kind::from(FifoEnd {
         path,
         deleted: nameless,
         device: (libc::major(look.stat.st_dev), libc::minor(look.stat.st_dev)),
@@ -104,25 +107,79 @@ pub fn capture(
     }))
 }
 
+impl OpenFile for FifoEnd {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        match &sight.look.link {
+            FdLink::File { path, deleted } if sight.look.file_type() == libc::S_IFIFO => Some(
+                capture(sight.source, sight.look, path, *deleted, sight.pipes),
+            ),
+            _ => None,
+        }
+    }
+
+    fn class(&self) -> &'static str {
+        "fifo"
+    }
+
+    fn label(&self) -> String {
+        self.path.shown()
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        let by_name = (!self.deleted).then(|| Need::new("FIFO", self.path.shown(), "by its name"));
+        by_name.into_iter().collect()
+    }
+
+    fn check(&self, number: usize, _: &Snapshot, faults: &mut Faults) {
+        pieces::check(number, &self.unread, self.capacity, faults);
+    }
+
+    fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+        f(&mut self.path);
+    }
+
+    fn each_inode(&mut self, f: &mut dyn FnMut(&mut u64)) {
+        f(&mut self.inode);
+    }
+
+    fn make_comparable(&mut self, _: &mut u32) {
+        self.device = (0, 0);
+    }
+
+    fn substitute(&mut self, _: &mut u32, by: &mut dyn Substitutes) -> Result<(), Error> {
+        match self.deleted {
+            true => by.parent(&self.path),
+            false => by.fifo(&self.path, self.mode),
+        }
+    }
+
+    fn opened(&self) -> Opened {
+        Opened::WithNoAtime
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        rebuild(self, place, plan).map_err(|obstacle| vec![*obstacle])
+    }
+}
+
 /// Opens all ends of a FIFO when the first of them comes.
 ///
 /// One end for both directions is open meanwhile: with it no other open waits, and what was
 /// unread goes in through it.
-pub fn rebuild(
-    end: &FifoEnd,
-    index: usize,
-    snapshot: &Snapshot,
-    options: &Options,
-    staging: Staging,
-    plan: &mut Builder,
-) -> Result<(), Box<Obstacle>> {
+fn rebuild(end: &FifoEnd, place: &Place, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
+    let Place {
+        index,
+        snapshot,
+        staging,
+        ..
+    } = *place;
     let all = snapshot.descriptions.iter().enumerate();
     let ends: Vec<(usize, &Description, &FifoEnd)> = all
-        .filter_map(|(i, d)| match &d.kind {
-            Kind::Fifo(f) if (f.device, f.inode) == (end.device, end.inode) => Some((i, d, f)),
-            _ => None,
+        .filter_map(|(i, d)| Some((i, d, d.kind.get::<FifoEnd>()?)))
+        .filter(|(i, _, other)| {
+            (other.device, other.inode) == (end.device, end.inode)
+                && super::named(*i, snapshot, place.options).is_none()
         })
-        .filter(|(i, ..)| super::named(*i, snapshot, options).is_none())
         .collect();
     if ends.first().map(|(i, ..)| *i) != Some(index) {
         return Ok(());
@@ -169,7 +226,7 @@ impl FifoEnd {
     ///
     /// # Errors
     /// When it is not there, or cannot be made again.
-    pub fn open(&self, rights: Option<&Rights>) -> Result<File, Error> {
+    pub fn read_end(&self, rights: Option<&Rights>) -> Result<File, Error> {
         let (path, opened) = match self.deleted {
             false => {
                 let found = self.find(rights).map_err(|o| Error::refuse(*o))?;

@@ -1,7 +1,12 @@
 //! What unread messages carry (SCM_RIGHTS) and a restore could not put into them.
 
-use super::{Description, Kind, late};
+use super::Description;
+use super::epoll::Epoll;
+use super::kind::OpenFile;
+use super::left::Left;
+use super::signalfd::SignalFd;
 use crate::error::Obstacle;
+use crate::sockets::unix::UnixSocket;
 
 /// The descriptions of a job.
 pub(super) struct Flight<'a> {
@@ -17,9 +22,7 @@ impl Flight<'_> {
     /// What stands in the way. Messages are sent before any process but the first exists.
     pub(super) fn obstacles(&self) -> Vec<Obstacle> {
         let messages = self.descriptions.iter().filter_map(|description| {
-            let Kind::UnixSocket(socket) = &description.kind else {
-                return None;
-            };
+            let socket = description.kind.get::<UnixSocket>()?;
             let mut rights = socket.queue.iter().flat_map(|message| &message.rights);
             let what = rights.find_map(|index| self.not_yet(*index))?;
             Some(Obstacle::new(
@@ -30,12 +33,10 @@ impl Flight<'_> {
         });
         let sets = self.descriptions.iter().skip(self.carried_only);
         let sets = sets.filter_map(|description| {
-            let Kind::Epoll(set) = &description.kind else {
-                return None;
-            };
+            let set = description.kind.get::<Epoll>()?;
             let bound = set.entries.iter().find(|entry| {
                 let watched = self.descriptions.get(entry.description).map(|d| &d.kind);
-                matches!(watched, Some(Kind::SignalFd(_)))
+                watched.is_some_and(|kind| kind.get::<SignalFd>().is_some())
                     || self.not_yet(entry.description).is_some()
             })?;
             Some(Obstacle::new(
@@ -52,15 +53,15 @@ impl Flight<'_> {
 
     /// What does not exist when messages are sent.
     fn not_yet(&self, index: usize) -> Option<String> {
-        match &self.descriptions.get(index)?.kind {
-            Kind::Left(left) if left.instead.is_none() => {
-                Some(format!("what is also fd {} and was to be dropped", left.fd))
-            }
-            kind if late::must_wait(kind, Some(self.root)) => Some(format!(
+        let kind = &self.descriptions.get(index)?.kind;
+        if let Some(left) = kind.get::<Left>().filter(|left| left.instead.is_none()) {
+            return Some(format!("what is also fd {} and was to be dropped", left.fd));
+        }
+        kind.file().is_late(Some(self.root)).then(|| {
+            format!(
                 "{}, which can be opened only when all processes are there",
                 kind.label()
-            )),
-            _ => None,
-        }
+            )
+        })
     }
 }

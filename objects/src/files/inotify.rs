@@ -8,15 +8,19 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use ckpt_tracer::capabilities::Use;
-use ckpt_tracer::proc::fdinfo::InotifyWatch;
+use ckpt_tracer::proc::fdinfo::{FdDetail, InotifyWatch};
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Place, Sight, Substitutes};
 use super::{Look, Staging};
 use crate::Snapshot;
 use crate::access::MISSING;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
+use crate::need::Need;
 use crate::plan::{Builder, Inherit, Inherited};
+use crate::references::{Faults, require};
 use crate::rights::{self, Rights};
 use crate::source::{Collector, Source};
 use crate::text::Shown;
@@ -53,7 +57,7 @@ pub struct Watch {
 
 /// Captures the watches. What has no name is watched through a description of the job that is open for it: `job` has
 /// all of them, and the index of the first.
-pub fn capture(
+fn capture(
     source: &Source,
     look: &Look,
     watches: &[InotifyWatch],
@@ -138,9 +142,93 @@ const ROOM: usize = 64 * 1024;
 /// More events than this, of 64 bytes or so each, are not queued to bring about an overflow.
 const MOST_QUEUED: u64 = 1 << 20;
 
+impl OpenFile for Inotify {
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        let watches = match (&sight.look.link, &sight.look.info.detail) {
+            (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => watches.as_slice(),
+            (FdLink::AnonInode(name), _) if name == "inotify" => &[],
+            _ => return None,
+        };
+        let captured = capture(sight.source, sight.look, watches, sight.job, collector);
+        Some(captured.map(Into::into))
+    }
+
+    fn anon_inode() -> Option<&'static str> {
+        Some("inotify")
+    }
+
+    fn class(&self) -> &'static str {
+        "inotify"
+    }
+
+    fn shown(&self) -> String {
+        format!("inotify:{} watches", self.watches.len())
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        let named = self.watches.iter().filter(|watch| watch.open.is_none());
+        let needed = |watch: &Watch| Need::new("watched file", watch.path.shown(), "for inotify");
+        named.map(needed).collect()
+    }
+
+    fn check(&self, number: usize, snapshot: &Snapshot, faults: &mut Faults) {
+        if let Some(reason) = self.out_of_reach() {
+            faults.add(format_args!("description {number} {reason}"));
+        }
+        require!(
+            faults,
+            self.watches.is_sorted_by(|a, b| a.wd < b.wd),
+            "watches of the inotify in description {number} are out of order"
+        );
+        for open in self.watches.iter().filter_map(|watch| watch.open) {
+            require!(
+                faults,
+                open < snapshot.descriptions.len() && open != number,
+                "a watch of the inotify in description {number} refers to description {open}, which it cannot watch"
+            );
+        }
+    }
+
+    fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+        let named = self.watches.iter_mut().filter(|watch| watch.open.is_none());
+        named.for_each(|watch| f(&mut watch.path));
+    }
+
+    fn each_reference(&self, f: &mut dyn FnMut(usize)) {
+        self.watches
+            .iter()
+            .filter_map(|watch| watch.open)
+            .for_each(f);
+    }
+
+    fn substitute(&mut self, _: &mut u32, by: &mut dyn Substitutes) -> Result<(), Error> {
+        let mut named = self.watches.iter().filter(|watch| watch.open.is_none());
+        named.try_for_each(|watch| by.watched(&watch.path))
+    }
+
+    fn is_of_surroundings(&self) -> bool {
+        true
+    }
+
+    /// Takes a descriptor that was made by [`create`].
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let mut obstacles: Vec<Obstacle> = self.missing(plan.host().rights.as_ref()).collect();
+        obstacles.extend(self.cannot_overflow());
+        if !obstacles.is_empty() {
+            return Err(obstacles);
+        }
+        plan.inherit(place.at, Inherited::Inotify(place.index));
+        Ok(())
+    }
+
+    fn complete(&self, at: i32, staging: Staging, _: &Snapshot, plan: &mut Builder) {
+        self.rebuild_watches(at, staging, plan);
+    }
+}
+
 impl Inotify {
     /// Why its watches cannot have their numbers.
-    pub fn out_of_reach(&self) -> Option<String> {
+    fn out_of_reach(&self) -> Option<String> {
         let last = self.watches.iter().map(|watch| watch.wd).max()?;
         let passing = last.saturating_sub(self.watches.len() as i32);
         (passing > MOST_PASSING).then(|| {
@@ -152,7 +240,7 @@ impl Inotify {
     }
 
     /// Watches on what is not there any more, or may not be read by who sets them.
-    pub fn missing(&self, rights: Option<&Rights>) -> impl Iterator<Item = Obstacle> {
+    fn missing(&self, rights: Option<&Rights>) -> impl Iterator<Item = Obstacle> {
         let named = self.watches.iter().filter(|watch| watch.open.is_none());
         named.filter_map(move |watch| {
             let object = || format!("the inotify watch on {}", watch.path.shown());
@@ -167,26 +255,22 @@ impl Inotify {
         })
     }
 
-    /// Takes a descriptor that was made by [`create`].
-    pub fn rebuild(&self, index: usize, at: i32, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
-        if self.unread {
-            let most = max_queued_events().unwrap_or(0);
-            if most > MOST_QUEUED {
-                return Err(Box::new(Obstacle::new(
-                    "an inotify descriptor with events that were not read",
-                    format!("cannot be made to overflow, since its queue would hold {most} events"),
-                    format!("lower /proc/sys/fs/inotify/max_queued_events to {MOST_QUEUED}"),
-                )));
-            }
-        }
-        plan.inherit(at, Inherited::Inotify(index));
-        Ok(())
+    /// Why the events that were not read cannot be told to be lost.
+    fn cannot_overflow(&self) -> Option<Obstacle> {
+        let most = max_queued_events().unwrap_or(0);
+        (self.unread && most > MOST_QUEUED).then(|| {
+            Obstacle::new(
+                "an inotify descriptor with events that were not read",
+                format!("cannot be made to overflow, since its queue would hold {most} events"),
+                format!("lower /proc/sys/fs/inotify/max_queued_events to {MOST_QUEUED}"),
+            )
+        })
     }
 
     /// Watches what was watched, when every description is open. Watch descriptors are given out in ascending
     /// order (`idr_alloc_cyclic` in fs/notify/inotify), so gaps are made and removed again; whether each number
     /// is the wanted one is checked.
-    pub fn rebuild_watches(&self, at: i32, staging: Staging, plan: &mut Builder) {
+    fn rebuild_watches(&self, at: i32, staging: Staging, plan: &mut Builder) {
         let fd = at as u64;
         let (mut next, mut queued) = (1, 0);
         let last = self.watches.last().map_or(0, |watch| watch.wd);
@@ -260,10 +344,10 @@ impl Overflows {
         snapshot: &Snapshot,
     ) -> Result<Self, Error> {
         let unread = |what: &Inherited| match what {
-            Inherited::Inotify(index) => matches!(
-                &snapshot.descriptions[*index].kind,
-                super::Kind::Inotify(inotify) if inotify.unread
-            ),
+            Inherited::Inotify(index) => {
+                let inotify = snapshot.descriptions[*index].kind.get::<Inotify>();
+                inotify.is_some_and(|inotify| inotify.unread)
+            }
             _ => false,
         };
         let wanted = inherit

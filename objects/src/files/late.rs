@@ -4,68 +4,31 @@
 
 use std::collections::BTreeSet;
 
-use super::Kind;
 use super::epoll::{Entry, Epoll};
-use super::pidfd::PidFd;
-use super::procfs::ProcFile;
+use super::kind::OpenFile;
 use super::rebuild::rebuild_status;
 use crate::Snapshot;
 use crate::plan::Builder;
 use crate::process::Process;
 
-/// One of them.
-enum Late<'a> {
-    PidFd(&'a PidFd),
-    ProcFile(&'a ProcFile),
-}
-
-impl<'a> Late<'a> {
-    fn of(description: usize, snapshot: &'a Snapshot) -> Option<Self> {
-        let kind = &snapshot.descriptions.get(description)?.kind;
-        let first = snapshot.processes.first().map(|p| p.pid);
-        match kind {
-            _ if !must_wait(kind, first) => None,
-            Kind::PidFd(pidfd) => Some(Late::PidFd(pidfd)),
-            Kind::ProcFile(file) => Some(Late::ProcFile(file)),
-            _ => None,
-        }
-    }
-
-    fn object(&self) -> String {
-        match self {
-            Late::PidFd(pidfd) => pidfd.object(),
-            Late::ProcFile(file) => file.object(),
-        }
-    }
-
-    /// Opens it as `at`, the lowest free number.
-    fn open(&self, flags: u32, at: i32, process: &Process, plan: &mut Builder) {
-        match self {
-            Late::PidFd(pidfd) => pidfd.open(flags, at, plan),
-            Late::ProcFile(file) => file.open(flags, at, process, plan),
-        }
-    }
-}
-
-/// Whether a file of this kind cannot be opened before there are other tasks than the first process,
-/// `first`.
-pub fn must_wait(kind: &Kind, first: Option<i32>) -> bool {
-    match kind {
-        Kind::PidFd(pidfd) => pidfd.is_late(first),
-        Kind::ProcFile(file) => file.is_late(first),
-        _ => false,
-    }
+/// The file of a description that is one of these.
+fn waiting(description: usize, snapshot: &Snapshot) -> Option<&dyn OpenFile> {
+    let first = snapshot.processes.first().map(|p| p.pid);
+    let file = snapshot.descriptions.get(description)?.kind.file();
+    file.is_late(first).then_some(file)
 }
 
 /// Whether a description is one of these.
 pub fn is_late(description: usize, snapshot: &Snapshot) -> bool {
-    Late::of(description, snapshot).is_some()
+    waiting(description, snapshot).is_some()
 }
 
 /// Warns of what several processes have in common and get each for themselves.
 pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
     for description in 0..snapshot.descriptions.len() {
-        let Some(Late::ProcFile(file)) = Late::of(description, snapshot) else {
+        // What is read on has an offset.
+        let Some(file) = waiting(description, snapshot).filter(|file| file.offset().is_some())
+        else {
             continue;
         };
         let has =
@@ -97,7 +60,7 @@ pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
         .filter(|d| is_late(*d, snapshot))
         .collect();
     for description in late {
-        let Some(what) = Late::of(description, snapshot) else {
+        let Some(file) = waiting(description, snapshot) else {
             continue;
         };
         let own = process.fds.iter().filter(|e| e.description == description);
@@ -107,9 +70,9 @@ pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
         if own.clone().next().is_none() && adds.is_empty() {
             continue;
         }
-        let object = || what.object();
+        let object = || file.object();
         let record = &snapshot.descriptions[description];
-        what.open(record.flags, free, process, plan);
+        file.open_late(record.flags, free, process, plan);
         rebuild_status(record, free, plan);
         for entry in own {
             let cloexec = if entry.close_on_exec {
@@ -159,10 +122,7 @@ fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Build
 fn sets<'a>(process: &Process, snapshot: &'a Snapshot) -> impl Iterator<Item = (usize, &'a Epoll)> {
     let held: BTreeSet<usize> = process.fds.iter().map(|e| e.description).collect();
     held.into_iter()
-        .filter_map(|at| match &snapshot.descriptions.get(at)?.kind {
-            Kind::Epoll(set) => Some((at, set)),
-            _ => None,
-        })
+        .filter_map(|at| Some((at, snapshot.descriptions.get(at)?.kind.get::<Epoll>()?)))
 }
 
 /// Which process adds a description to a set: the first that has both, else the first that has the set.
@@ -175,7 +135,8 @@ fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Description, FdEntry};
+    use super::super::pidfd::PidFd;
+    use super::super::{Description, FdEntry, Kind};
     use super::*;
     use crate::fixture;
     use crate::plan::HostState;
@@ -200,7 +161,7 @@ mod tests {
             data: 9,
         };
         let pidfd = |task| {
-            Kind::PidFd(PidFd {
+            Kind::from(PidFd {
                 task: Some(task),
                 thread: false,
                 status: None,
@@ -209,7 +170,7 @@ mod tests {
         };
         let entries = vec![watches(1), watches(2), watches(5)];
         let kinds = [
-            Kind::Epoll(Epoll {
+            Kind::from(Epoll {
                 entries,
                 busy_poll: None,
             }),

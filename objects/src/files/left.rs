@@ -10,14 +10,17 @@ use std::str::FromStr;
 use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Opened, Place, Sight};
 use super::{Kind, Look, Survey};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
-use crate::files::outside::Surroundings;
+use crate::files::outside::{Outside, Surroundings};
 use crate::ipc::notice::{By, Notice};
+use crate::need::Need;
+use crate::plan::{Builder, Inherited};
 use crate::sockets;
-use crate::source::Source;
+use crate::source::{Collector, Source};
 use crate::text::Shown;
 
 /// An open file description that is not in the image.
@@ -33,7 +36,56 @@ pub struct Left {
     pub instead: Option<PathBuf>,
 }
 
+impl OpenFile for Left {
+    /// The user says what is left out.
+    fn capture(_: &Sight, _: &mut Collector) -> Captured {
+        None
+    }
+
+    fn class(&self) -> &'static str {
+        "replaced"
+    }
+
+    fn label(&self) -> String {
+        self.name.clone()
+    }
+
+    fn shown(&self) -> String {
+        self.instead
+            .as_deref()
+            .map_or_else(String::new, Shown::shown)
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        let detail = format!("in the place of {}", self.name);
+        let instead = self.instead.iter();
+        instead
+            .map(|path| Need::new("replacement", path.shown(), &detail))
+            .collect()
+    }
+
+    fn opened(&self) -> Opened {
+        match self.instead {
+            Some(_) => Opened::Plain,
+            None => Opened::Absent,
+        }
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        if let Some(path) = &self.instead {
+            plan.inherit(place.at, Inherited::Named(path.clone(), place.flags));
+        }
+        Ok(())
+    }
+}
+
 impl Left {
+    /// Whether there is no descriptor for it in the restored job.
+    pub fn is_absent(kind: &Kind) -> bool {
+        kind.get::<Self>()
+            .is_some_and(|left| left.instead.is_none())
+    }
+
     /// What is said of it when it is left out; a dropped number has its own note.
     pub(super) fn note(&self, look: &Look, source: &Source, choices: &Choices) -> Option<String> {
         let object = look.object(source);
@@ -245,8 +297,8 @@ pub fn names_nothing(option: &str, fd: i32) -> Obstacle {
 /// surroundings need not be there then.
 pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
     let descriptions = &snapshot.descriptions;
-    let class = |kind: &Kind, chosen: &Chosen| match (kind, chosen) {
-        (Kind::Outside(outside), Chosen::Class(class)) => match outside.what {
+    let class = |kind: &Kind, chosen: &Chosen| match (kind.get::<Outside>(), chosen) {
+        (Some(outside), Chosen::Class(class)) => match outside.what {
             Surroundings::Socket => *class == Class::Socket,
             Surroundings::Pipe => *class == Class::Pipe,
         },
@@ -278,24 +330,16 @@ pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
         wanted.insert(entry.description);
     }
     for description in &snapshot.descriptions {
-        match &description.kind {
-            Kind::UnixSocket(socket) => {
-                wanted.extend(socket.queue.iter().flat_map(|message| &message.rights));
-            }
-            Kind::Epoll(epoll) => wanted.extend(epoll.entries.iter().map(|e| e.description)),
-            Kind::Inotify(inotify) => wanted.extend(inotify.watches.iter().filter_map(|w| w.open)),
-            _ => {}
-        }
+        let file = description.kind.file();
+        file.each_reference(&mut |other| {
+            wanted.insert(other);
+        });
     }
     for (index, fd) in dropped {
         let kind = &mut snapshot.descriptions[index].kind;
-        let surroundings = matches!(
-            kind,
-            Kind::Regular(_) | Kind::Device(_) | Kind::Inotify(_) | Kind::Outside(_)
-        );
-        if surroundings && !wanted.contains(&index) {
+        if kind.file().is_of_surroundings() && !wanted.contains(&index) {
             let (name, instead) = (kind.label(), None);
-            *kind = Kind::Left(Left { fd, name, instead });
+            *kind = Left { fd, name, instead }.into();
         }
     }
 }

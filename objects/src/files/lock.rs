@@ -8,7 +8,8 @@ use ckpt_tracer::proc::fdinfo::LockLine;
 use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
-use super::regular::open_quietly;
+use super::outside::Outside;
+use super::regular::{Regular, open_quietly};
 use super::{Description, Kind, Look};
 use crate::Snapshot;
 use crate::bounds;
@@ -85,7 +86,7 @@ pub(super) fn capture(
         .collect::<Result<Vec<_>, _>>()?;
     // All that has no inode of its own has the same one, which other programs lock as well.
     let anonymous = matches!(look.link, FdLink::AnonInode(_) | FdLink::PidFd);
-    let foreign = matches!(kind, Kind::Outside(_));
+    let foreign = kind.get::<Outside>().is_some();
     if !locks.is_empty() && (anonymous || foreign) {
         let what = "a lock on what others have as well, which is not supported";
         return Err(refuse(what, "release it before the checkpoint"));
@@ -146,8 +147,8 @@ impl Look {
 impl Description {
     /// Locks that are held through it.
     pub fn locks(&self) -> &[Lock] {
-        match &self.kind {
-            Kind::Regular(file) if self.locks.is_empty() => &file.locks,
+        match self.kind.get::<Regular>() {
+            Some(file) if self.locks.is_empty() => &file.locks,
             _ => &self.locks,
         }
     }

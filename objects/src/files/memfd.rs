@@ -1,12 +1,14 @@
 //! memfd_create(2).
 
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
+use super::Look;
 use super::attributes::Attributes;
-use super::{Kind, Look};
+use super::kind::{Captured, OpenFile, Place, Sight};
 use crate::bounds;
 use crate::error::Obstacle;
-use crate::plan::Builder;
+use crate::plan::{Builder, Inherited};
 use crate::source::{Collector, Source};
 use crate::{Snapshot, SpaceId};
 
@@ -43,17 +45,19 @@ pub struct MemFd {
 const HUGETLBFS: i64 = 0x9584_58f6;
 
 /// Captures a memfd. Descriptions of one file share its contents.
-pub fn capture(
+fn capture(
     source: &Source,
     look: &Look,
     name: &[u8],
     collector: &mut Collector,
 ) -> Result<MemFd, Box<Obstacle>> {
     let inode = look.stat.st_ino;
-    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
-        Kind::MemFd(m) if m.inode == inode => Some((m.contents, m.attributes.clone())),
-        _ => None,
-    });
+    let mut known = collector
+        .descriptions
+        .iter()
+        .filter_map(|d| d.kind.get::<MemFd>());
+    let known = known.find(|memfd| memfd.inode == inode);
+    let known = known.map(|memfd| (memfd.contents, memfd.attributes.clone()));
     let size = look.stat.st_size as u64;
     let (contents, attributes) = match known {
         Some(known) => known,
@@ -86,11 +90,62 @@ pub fn capture(
     })
 }
 
+impl OpenFile for MemFd {
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        match &sight.look.link {
+            FdLink::Memfd(name) => {
+                let captured = capture(sight.source, sight.look, name, collector);
+                Some(captured.map(Into::into))
+            }
+            _ => None,
+        }
+    }
+
+    fn class(&self) -> &'static str {
+        "memfd"
+    }
+
+    fn label(&self) -> String {
+        format!("/memfd:{}", crate::text::of(&self.name))
+    }
+
+    fn shown(&self) -> String {
+        format!("memfd:{}", crate::text::of(&self.name))
+    }
+
+    fn offset(&self) -> Option<u64> {
+        Some(self.offset)
+    }
+
+    fn contents(&self) -> Option<(SpaceId, u64)> {
+        Some((self.contents, self.size))
+    }
+
+    fn each_inode(&mut self, f: &mut dyn FnMut(&mut u64)) {
+        f(&mut self.inode);
+    }
+
+    fn make_comparable(&mut self, _: &mut u32) {
+        self.attributes.iter_mut().for_each(|a| a.accessed_ns = 0);
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        plan.inherit(place.at, Inherited::MemFd(place.index));
+        Ok(())
+    }
+
+    fn seal(&self, index: usize, at: i32, snapshot: &Snapshot, plan: &mut Builder) {
+        if self.seals_through(index, snapshot) {
+            self.rebuild_seals(at, plan);
+        }
+    }
+}
+
 impl MemFd {
     /// Whether this description is the one to seal the file through: the first that may write, as
     /// F_ADD_SEALS wants it. Where there is none the restoring process has sealed it already,
     /// since nobody can have it mapped for writing.
-    pub fn seals_through(&self, index: usize, snapshot: &Snapshot) -> bool {
+    fn seals_through(&self, index: usize, snapshot: &Snapshot) -> bool {
         self.writable(snapshot).next() == Some(index)
     }
 
@@ -105,16 +160,15 @@ impl MemFd {
             .descriptions
             .iter()
             .enumerate()
-            .filter_map(move |(i, d)| match &d.kind {
-                Kind::MemFd(m) if m.inode == inode && d.flags as i32 & libc::O_ACCMODE != 0 => {
-                    Some(i)
-                }
-                _ => None,
+            .filter(move |(_, d)| {
+                let is_it = d.kind.get::<MemFd>().is_some_and(|m| m.inode == inode);
+                is_it && d.flags as i32 & libc::O_ACCMODE != 0
             })
+            .map(|(index, _)| index)
     }
 
-    /// Seals the file, once it is filled and mapped.
-    pub fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
+    /// Seals the file.
+    fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
         // A file made without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.
         if self.seals & !(libc::F_SEAL_SEAL as u32) != 0 {
             let object = || format!("the seals of /memfd:{}", crate::text::of(&self.name));

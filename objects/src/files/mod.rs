@@ -3,9 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use ckpt_tracer::proc::fdinfo::FdDetail;
 use ckpt_tracer::proc::fdlink::FdLink;
-use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks::list_tasks;
 use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
@@ -16,7 +14,6 @@ use super::uring;
 use crate::bounds;
 use crate::error::Obstacle;
 use crate::source::{Collector, Source};
-use crate::text::Shown;
 
 pub mod attributes;
 pub mod changed;
@@ -27,6 +24,7 @@ pub mod fanotify;
 pub mod fifo;
 mod flight;
 pub mod inotify;
+pub mod kind;
 pub mod late;
 pub mod left;
 pub mod lock;
@@ -44,10 +42,14 @@ pub mod signalfd;
 mod survey;
 pub mod terminal;
 pub mod timerfd;
+#[cfg(test)]
+mod toy;
 pub mod unread;
 
 use flight::Flight;
+use kind::{Sight, kinds};
 use left::Choice;
+use outside::Outside;
 pub use rebuild::{
     Staging, complete_descriptions, named, number, open_descriptions, place, rebuild_owners,
     reopen_flags, seal,
@@ -55,6 +57,52 @@ pub use rebuild::{
 pub use survey::{Look, Seen, Survey, WITHHELD_REMEDY};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
+
+// In the order in which a description is asked of which kind it is: of files with a name, the more special kinds come first.
+kinds! {
+    /// A terminal, or the master of one.
+    Terminal(terminal::End),
+    /// eventfd(2).
+    EventFd(eventfd::EventFd),
+    /// signalfd(2).
+    SignalFd(signalfd::SignalFd),
+    /// timerfd_create(2).
+    TimerFd(timerfd::TimerFd),
+    /// epoll(7).
+    Epoll(epoll::Epoll),
+    /// inotify(7).
+    Inotify(inotify::Inotify),
+    /// A group of fanotify(7).
+    Fanotify(fanotify::Fanotify),
+    /// memfd_create(2).
+    MemFd(memfd::MemFd),
+    /// One end of a pipe that is wholly inside the job.
+    Pipe(pipe::PipeEnd),
+    /// Something of the surroundings that the restored job gets anew: a pipe with its other end
+    /// outside, or a socket.
+    Outside(outside::Outside),
+    /// A unix domain socket.
+    UnixSocket(unix::UnixSocket),
+    /// A socket to the kernel, netlink(7).
+    Netlink(netlink::NetlinkSocket),
+    /// pidfd_open(2).
+    PidFd(pidfd::PidFd),
+    /// A POSIX message queue, mq_overview(7).
+    MessageQueue(mqueue::MessageQueue),
+    /// A file of `/proc` that belongs to a process.
+    ProcFile(procfs::ProcFile),
+    /// A regular file, directory or `O_PATH` handle.
+    Regular(regular::Regular),
+    /// A character device without state.
+    Device(device::Device),
+    /// One end of a FIFO that nobody outside the job has open.
+    Fifo(fifo::FifoEnd),
+    /// Something that the job does without, or that leads elsewhere, because the user says so.
+    Left(left::Left),
+    /// One that only tests have.
+    #[cfg(test)]
+    Toy(toy::Toy),
+}
 
 /// One descriptor of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,53 +147,6 @@ pub struct Owner {
     #[serde(deserialize_with = "bounds::signal")]
     pub signal: i32,
 }
-
-/// Kinds of open files.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Kind {
-    /// A regular file, directory or `O_PATH` handle.
-    Regular(regular::Regular),
-    /// A character device without state.
-    Device(device::Device),
-    /// One end of a pipe that is wholly inside the job.
-    Pipe(pipe::PipeEnd),
-    /// One end of a FIFO that nobody outside the job has open.
-    Fifo(fifo::FifoEnd),
-    /// eventfd(2).
-    EventFd(eventfd::EventFd),
-    /// signalfd(2).
-    SignalFd(signalfd::SignalFd),
-    /// timerfd_create(2).
-    TimerFd(timerfd::TimerFd),
-    /// epoll(7).
-    Epoll(epoll::Epoll),
-    /// memfd_create(2).
-    MemFd(memfd::MemFd),
-    /// inotify(7).
-    Inotify(inotify::Inotify),
-    /// A group of fanotify(7).
-    Fanotify(fanotify::Fanotify),
-    /// A terminal, or the master of one.
-    Terminal(terminal::End),
-    /// pidfd_open(2).
-    PidFd(pidfd::PidFd),
-    /// A file of `/proc` that belongs to a process.
-    ProcFile(procfs::ProcFile),
-    /// A POSIX message queue, mq_overview(7).
-    MessageQueue(mqueue::MessageQueue),
-    /// A unix domain socket.
-    UnixSocket(unix::UnixSocket),
-    /// A socket to the kernel, netlink(7).
-    Netlink(netlink::NetlinkSocket),
-    /// Something of the surroundings that the restored job gets anew: a pipe with its other end
-    /// outside, or a socket.
-    Outside(outside::Outside),
-    /// Something that the job does without, or that leads elsewhere, because the user says so.
-    Left(left::Left),
-}
-
-/// `MQUEUE_MAGIC`: the file system of POSIX message queues.
-const MQUEUE: i64 = 0x1980_0202;
 
 /// Captures the open file descriptions of the job, and each process's descriptors; nothing is
 /// executed in the processes. Answers one list a process, in the order of `sources`.
@@ -194,7 +195,7 @@ pub fn capture(
         let numbers = &numbers[number];
         let choice = collector.choices.of(look, numbers);
         let left = |instead: Option<PathBuf>| {
-            Kind::Left(left::Left {
+            Kind::from(left::Left {
                 fd: look.fd,
                 name: look.told(),
                 instead,
@@ -209,27 +210,33 @@ pub fn capture(
             Choice::Keep => Err(Box::new(obstacle)),
         };
         let kind = match (found.kind(number, first, outside), &choice) {
-            (Some(Ok(Kind::UnixSocket(socket))), Choice::Replace(path)) => {
-                Err(Box::new(socket.not_replaceable(path)))
-            }
+            (Some(Ok(kind)), Choice::Replace(path)) => match kind.file().not_replaceable(path) {
+                Some(obstacle) => Err(Box::new(obstacle)),
+                None => Ok(kind),
+            },
             (Some(kind), _) => kind,
             (None, Choice::Replace(path)) => Ok(left(Some(path.clone()))),
             (None, _) => {
-                let all = (&survey.looks[..], first);
-                let kind = kind(
-                    sources[look.process],
+                let sight = Sight {
+                    source: sources[look.process],
                     look,
-                    all,
-                    (&pipes, terminals),
-                    collector,
-                );
-                match (&kind, &choice) {
-                    (Err(_) | Ok(Kind::Outside(_)), Choice::Drop) => Ok(left(None)),
+                    job: (&survey.looks, first),
+                    pipes: &pipes,
+                    terminals,
+                };
+                let kind = Kind::capture(&sight, collector)
+                    .unwrap_or_else(|| Err(Box::new(unsupported(look, sight.source))));
+                let leads_outside = match &kind {
+                    Ok(kind) => kind.get::<Outside>().is_some(),
+                    Err(_) => true,
+                };
+                match choice {
+                    Choice::Drop if leads_outside => Ok(left(None)),
                     _ => kind,
                 }
             }
         };
-        if let Ok(Kind::Left(left)) = &kind {
+        if let Some(left) = kind.as_ref().ok().and_then(Kind::get::<left::Left>) {
             let note = left.note(look, sources[look.process], &collector.choices);
             collector.warnings.extend(note);
         }
@@ -273,9 +280,9 @@ pub fn capture(
     }
     let notes = collector.choices.take_from(survey, &sources);
     collector.warnings.extend(notes);
-    let absent = |s: &Seen| match collector.descriptions.get(first + s.look).map(|d| &d.kind) {
-        Some(Kind::Left(left)) => left.instead.is_none(),
-        _ => false,
+    let absent = |s: &Seen| {
+        let description = collector.descriptions.get(first + s.look);
+        description.is_some_and(|d| left::Left::is_absent(&d.kind))
     };
     survey
         .seen
@@ -299,14 +306,6 @@ pub fn judge_by_sight(
     survey: &Survey,
     collector: &mut Collector,
 ) -> Vec<Vec<FdEntry>> {
-    const KNOWN: [&str; 6] = [
-        "eventfd",
-        "signalfd",
-        "timerfd",
-        "eventpoll",
-        "inotify",
-        "fanotify",
-    ];
     for (look, numbers) in survey.looks.iter().zip(survey.numbers()) {
         if collector.choices.of(look, &numbers) != Choice::Keep {
             continue;
@@ -316,7 +315,7 @@ pub fn judge_by_sight(
                 collector.refuse(uring::obstacle(sources[look.process]));
                 continue;
             }
-            FdLink::AnonInode(name) if !KNOWN.contains(&name.as_str()) => anonymous(name),
+            FdLink::AnonInode(name) if !Kind::has_anon_inode(name) => anonymous(name),
             FdLink::Other(_) => "a file of an unknown kind".to_owned(),
             FdLink::File { .. } if look.file_type() == libc::S_IFBLK && !look.is_path() => {
                 "a block device".to_owned()
@@ -328,113 +327,29 @@ pub fn judge_by_sight(
     vec![Vec::new(); sources.len()]
 }
 
-fn kind(
-    source: &Source,
-    look: &Look,
-    job: (&[Look], usize),
-    (pipes, terminals): (&pipe::Ends, &terminal::Ends),
-    collector: &mut Collector,
-) -> Result<Kind, Box<Obstacle>> {
-    let unsupported = |what: &str| Box::new(left::droppable(look, source, what));
-    if let Some(end) = terminals.get(look) {
-        return terminal::capture(source, look, end, collector);
-    }
-    match (&look.link, &look.info.detail) {
-        (FdLink::AnonInode(_), FdDetail::EventFd { count, semaphore }) => {
-            let held = || read_status(source.pid).is_ok_and(|s| sockets::is_held(&s));
-            let semaphore = match semaphore {
-                Some(semaphore) => Some(*semaphore),
-                None if held() => eventfd::is_semaphore(&look.copy, *count),
-                // The frozen job will tell.
-                None => Some(false),
-            };
-            let semaphore = semaphore.ok_or_else(|| {
-                unsupported("an eventfd of which this kernel does not tell how it counts")
-            })?;
-            Ok(Kind::EventFd(eventfd::EventFd {
-                count: *count,
-                semaphore,
-            }))
-        }
-        (FdLink::AnonInode(_), FdDetail::SignalFd { mask }) => {
-            Ok(Kind::SignalFd(signalfd::SignalFd { mask: *mask }))
-        }
-        (FdLink::AnonInode(_), FdDetail::TimerFd(timer)) => {
-            Ok(Kind::TimerFd(timerfd::TimerFd::of(timer, &look.copy)))
-        }
-        (FdLink::AnonInode(name), FdDetail::Epoll { .. }) if name == "eventpoll" => {
-            Ok(Kind::Epoll(epoll::Epoll::capture(look)))
-        }
-        (FdLink::AnonInode(name), _) if name == "eventpoll" => {
-            Ok(Kind::Epoll(epoll::Epoll::capture(look)))
-        }
-        (FdLink::AnonInode(_), FdDetail::Inotify { watches }) => {
-            inotify::capture(source, look, watches, job, collector).map(Kind::Inotify)
-        }
-        (FdLink::AnonInode(_), FdDetail::Fanotify(group)) => {
-            fanotify::capture(source, look, group, collector).map(Kind::Fanotify)
-        }
-        (FdLink::AnonInode(name), _) if name == "inotify" => {
-            inotify::capture(source, look, &[], job, collector).map(Kind::Inotify)
-        }
-        (FdLink::AnonInode(name), _) if name == uring::NAME => {
-            Err(Box::new(uring::obstacle(source)))
-        }
-        (FdLink::AnonInode(name), _) => Err(unsupported(&anonymous(name))),
-        (FdLink::Memfd(name), _) => memfd::capture(source, look, name, collector).map(Kind::MemFd),
-        (FdLink::Pipe(_), _) => Ok(pipe::capture(source, look, pipes, collector.frozen())?),
-        (FdLink::Socket(_), _) if look.fd <= 2 => {
-            Ok(outside::capture(look, outside::Surroundings::Socket))
-        }
-        (FdLink::Socket(_), _) => match netlink::capture(source, look) {
-            Some(socket) => socket.map(Kind::Netlink),
-            None => Err(unsupported(&sockets::family(&look.copy))),
-        },
-        (FdLink::File { path, .. }, _)
-            if look.file_type() == libc::S_IFREG
-                && look.info.flags as i32 & libc::O_PATH == 0
-                && ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(t, _)| t == MQUEUE) =>
+/// What is of no kind, by its name.
+fn unsupported(look: &Look, source: &Source) -> Obstacle {
+    let what = match &look.link {
+        FdLink::AnonInode(name) if name == uring::NAME => return uring::obstacle(source),
+        FdLink::AnonInode(name) => anonymous(name),
+        FdLink::Socket(_) => sockets::family(&look.copy),
+        FdLink::File { path, .. }
+            if path == Path::new("/secretmem") && regular::is_secret(look) =>
         {
-            mqueue::capture(source, look, path).map(Kind::MessageQueue)
+            return Obstacle::new(
+                look.object(source),
+                "is secret memory (memfd_secret(2)), which the kernel shows to nobody but the process itself",
+                "let the program close it before the checkpoint, or start it without secret memory",
+            );
         }
-        (FdLink::File { path, deleted }, _) if procfs::is_of_process(look, path) => {
-            procfs::capture(source, look, path, *deleted, collector).map(Kind::ProcFile)
-        }
-        (FdLink::Namespace(kind, inode), _) => {
-            procfs::namespace(source, look, (kind, *inode), collector).map(Kind::ProcFile)
-        }
-        (
-            FdLink::File {
-                path,
-                deleted: true,
-            },
-            _,
-        ) if path == Path::new("/secretmem") && is_secret(look) => {
-            let reason = "is secret memory (memfd_secret(2)), which the kernel shows to nobody but the \
-                          process itself";
-            let remedy =
-                "let the program close it before the checkpoint, or start it without secret memory";
-            Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
-        }
-        (FdLink::File { path, deleted }, _) => match look.file_type() {
-            libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK => {
-                regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
-            }
-            _ if look.info.flags as i32 & libc::O_PATH != 0 => {
-                regular::capture(source, look, path, *deleted, collector).map(Kind::Regular)
-            }
-            libc::S_IFCHR if device::is_stateless(look) => Ok(device::capture(look, path)),
-            libc::S_IFCHR => Err(unsupported("a device")),
-            libc::S_IFIFO => fifo::capture(source, look, path, *deleted, pipes),
-            libc::S_IFBLK => Err(unsupported("a block device")),
-            _ => Err(unsupported("a file of an unknown type")),
+        FdLink::File { .. } => match look.file_type() {
+            libc::S_IFCHR => "a device".to_owned(),
+            libc::S_IFBLK => "a block device".to_owned(),
+            _ => "a file of an unknown type".to_owned(),
         },
-        (FdLink::PidFd, _) => {
-            let is_ours = |task| procfs::is_of_the_job(task, collector);
-            pidfd::capture(source, look, is_ours).map(Kind::PidFd)
-        }
-        (FdLink::Other(_), _) => Err(unsupported("a file of an unknown kind")),
-    }
+        _ => "a file of an unknown kind".to_owned(),
+    };
+    left::droppable(look, source, &what)
 }
 
 /// What the kernel calls `anon_inode:[name]`, with its article.
@@ -443,37 +358,5 @@ fn anonymous(name: &str) -> String {
     match name.starts_with(['a', 'e', 'i', 'o']) {
         true => format!("an {name} descriptor"),
         false => format!("a {name} descriptor"),
-    }
-}
-
-/// Whether it is of the file system of memfd_secret(2), `SECRETMEM_MAGIC`.
-fn is_secret(look: &Look) -> bool {
-    ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == 0x5345_434d)
-}
-
-impl Kind {
-    /// What kind of file, for messages.
-    pub fn label(&self) -> String {
-        match self {
-            Kind::Regular(r) => r.path.shown(),
-            Kind::Device(d) => d.path.shown(),
-            Kind::Pipe(p) => format!("pipe:[{}]", p.inode),
-            Kind::Fifo(f) => f.path.shown(),
-            Kind::EventFd(_) => "eventfd".into(),
-            Kind::SignalFd(_) => "signalfd".into(),
-            Kind::TimerFd(_) => "timerfd".into(),
-            Kind::Epoll(_) => "epoll".into(),
-            Kind::MemFd(m) => format!("/memfd:{}", crate::text::of(&m.name)),
-            Kind::Inotify(_) => "inotify".into(),
-            Kind::Fanotify(_) => "fanotify".into(),
-            Kind::Terminal(t) => t.name.clone(),
-            Kind::PidFd(_) => "pidfd".into(),
-            Kind::ProcFile(p) => p.path.shown(),
-            Kind::MessageQueue(q) => q.title(),
-            Kind::UnixSocket(s) => s.label(),
-            Kind::Netlink(s) => s.label(),
-            Kind::Outside(o) => o.name.clone(),
-            Kind::Left(l) => l.name.clone(),
-        }
     }
 }

@@ -1,13 +1,18 @@
 //! Descriptors whose far end is outside the job: 0 to 2 become those of `restore`, others are
 //! named by `restore --fd N=PATH`.
 
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Opened, Place, Sight};
 use super::{Kind, Look};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
-use crate::plan::Inherited;
+use crate::need::Need;
+use crate::plan::{Builder, Inherited};
+use crate::references::{Faults, require};
+use crate::source::Collector;
 
 /// Something of the surroundings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,16 +37,70 @@ pub enum Surroundings {
 
 /// Captures a descriptor that leads outside.
 pub fn capture(look: &Look, what: Surroundings) -> Kind {
-    Kind::Outside(Outside {
+    Kind::from(Outside {
         fd: look.fd,
         what,
         name: look.name(),
     })
 }
 
+impl OpenFile for Outside {
+    /// One of the first three that is a socket of a family that is not carried; pipes tell by their ends.
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        match sight.look.link {
+            FdLink::Socket(_) if sight.look.fd <= 2 => {
+                Some(Ok(capture(sight.look, Surroundings::Socket)))
+            }
+            _ => None,
+        }
+    }
+
+    fn class(&self) -> &'static str {
+        "outside"
+    }
+
+    fn label(&self) -> String {
+        self.name.clone()
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        let detail = match self.fd {
+            fd @ 0..=2 => format!("fd {fd} of restore takes its place"),
+            fd => format!("restore --fd {fd}=PATH"),
+        };
+        vec![Need::new("outside", &self.name, detail)]
+    }
+
+    fn check(&self, number: usize, _: &Snapshot, faults: &mut Faults) {
+        require!(
+            faults,
+            self.fd >= 0,
+            "description {number} comes from the impossible descriptor {}",
+            self.fd
+        );
+    }
+
+    fn is_of_surroundings(&self) -> bool {
+        true
+    }
+
+    fn opened(&self) -> Opened {
+        Opened::Unknown
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let what = self
+            .source(place.index, place.snapshot)
+            .map_err(|o| vec![*o])?;
+        self.warning(&what).into_iter().for_each(|w| plan.warn(w));
+        plan.inherit(place.at, what);
+        Ok(())
+    }
+}
+
 impl Outside {
     /// That a FIFO has become ours; nothing says so of what has no name that leads there again.
-    pub fn warning(&self, given: &Inherited) -> Option<String> {
+    fn warning(&self, given: &Inherited) -> Option<String> {
         let Inherited::Own(fd) = given else {
             return None;
         };
@@ -56,7 +115,7 @@ impl Outside {
     }
 
     /// What the restored job gets in its place: our own descriptor of that number.
-    pub fn rebuild(&self, index: usize, snapshot: &Snapshot) -> Result<Inherited, Box<Obstacle>> {
+    fn source(&self, index: usize, snapshot: &Snapshot) -> Result<Inherited, Box<Obstacle>> {
         let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
         let mut numbers = numbers.filter(|e| e.description == index).map(|e| e.fd);
         if let Some(fd) = numbers.find(|fd| *fd <= 2) {

@@ -10,15 +10,17 @@ use std::os::fd::OwnedFd;
 use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::fdinfo::FdDetail;
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
-use super::Look;
-use crate::Snapshot;
+use super::kind::{Captured, OpenFile, Place, Sight};
+use super::{Look, procfs};
 use crate::bounds;
 use crate::error::Obstacle;
 use crate::outsiders::process_name;
 use crate::plan::{Builder, Inherited};
-use crate::source::Source;
+use crate::process::Process;
+use crate::source::{Collector, Source};
 
 /// A handle of a process or thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,7 +46,7 @@ const PID_FS: i64 = 0x5049_4446;
 const PIDFD_THREAD: u32 = libc::O_EXCL as u32;
 
 /// Captures a pidfd. `is_ours` tells which ids of tasks belong to the job.
-pub fn capture(
+fn capture(
     source: &Source,
     look: &Look,
     is_ours: impl Fn(i32) -> bool,
@@ -91,49 +93,65 @@ fn exit_status(fd: &OwnedFd) -> Option<i32> {
     (mask & EXIT != 0).then_some(status)
 }
 
-impl PidFd {
-    pub(super) fn object(&self) -> String {
+impl OpenFile for PidFd {
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        if sight.look.link != FdLink::PidFd {
+            return None;
+        }
+        let is_ours = |task| procfs::is_of_the_job(task, collector);
+        Some(capture(sight.source, sight.look, is_ours).map(Into::into))
+    }
+
+    fn class(&self) -> &'static str {
+        "pidfd"
+    }
+
+    fn object(&self) -> String {
         let task = self.task.unwrap_or(0);
         format!("a pidfd of task {task}")
     }
 
-    /// Opens it at its staging number, or what stands in for it.
-    pub fn rebuild(
-        &self,
-        index: usize,
-        flags: u32,
-        at: i32,
-        snapshot: &Snapshot,
-        plan: &mut Builder,
-    ) {
-        if self.task.is_none() {
-            plan.inherit(at, Inherited::EndedProcess(index));
-            return;
+    fn shown(&self) -> String {
+        match self.task {
+            Some(task) => format!("pidfd:{task}"),
+            None => "pidfd of an ended process".into(),
         }
-        let first = snapshot.processes.first().map_or(0, |p| p.pid);
+    }
+
+    fn each_inode(&mut self, f: &mut dyn FnMut(&mut u64)) {
+        self.inode.iter_mut().for_each(f);
+    }
+
+    fn is_late(&self, first: Option<i32>) -> bool {
+        self.task.is_some() && self.task != first
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        if self.task.is_none() {
+            plan.inherit(place.at, Inherited::EndedProcess(place.index));
+            return Ok(());
+        }
+        let first = place.snapshot.processes.first().map_or(0, |p| p.pid);
         let thread = if self.task == Some(first) {
             PIDFD_THREAD
         } else {
             0
         };
-        let flags = flags & (thread | libc::O_NONBLOCK as u32);
+        let flags = place.flags & (thread | libc::O_NONBLOCK as u32);
         let args = [first as u64, flags.into()];
         plan.expect(libc::SYS_pidfd_open, &args, 0, || self.object());
-        super::place(0, at, plan, || self.object());
+        super::place(0, place.at, plan, || self.object());
+        Ok(())
     }
 
-    /// Whether its task does not exist when descriptions are opened. `first` is the job's first process.
-    pub(super) fn is_late(&self, first: Option<i32>) -> bool {
-        self.task.is_some() && self.task != first
-    }
-
-    /// Opens it, with its task there, as `at`, the lowest free number.
-    pub(super) fn open(&self, flags: u32, at: i32, plan: &mut Builder) {
+    fn open_late(&self, flags: u32, at: i32, _: &Process, plan: &mut Builder) {
         let flags = flags & (PIDFD_THREAD | libc::O_NONBLOCK as u32);
         let args = [self.task.unwrap_or(0) as u64, flags.into()];
         plan.expect(libc::SYS_pidfd_open, &args, at as u64, || self.object());
     }
+}
 
+impl PidFd {
     /// Whether both are of the same process that has ended already.
     pub fn is_same_process(&self, other: &Self) -> bool {
         self.task.is_none()

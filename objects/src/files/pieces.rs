@@ -14,6 +14,7 @@ use serde_bytes::ByteBuf;
 
 use super::Look;
 use crate::plan::Builder;
+use crate::references::{Faults, require};
 
 /// Bytes that a buffer has room for.
 const BUFFER: usize = 4096;
@@ -64,13 +65,28 @@ impl From<std::io::Error> for Trouble {
 }
 
 /// Buffers that pieces need.
-pub fn buffers(pieces: &[Piece]) -> usize {
+fn buffers(pieces: &[Piece]) -> usize {
     pieces.iter().map(|p| p.bytes.len().div_ceil(BUFFER)).sum()
 }
 
 /// Whether a pipe of that capacity, in bytes, has room for the pieces.
-pub fn fit(pieces: &[Piece], capacity: u32) -> bool {
+fn fit(pieces: &[Piece], capacity: u32) -> bool {
     buffers(pieces) <= capacity as usize / BUFFER
+}
+
+/// Whether what is in the pipe or FIFO of description `number` can be.
+pub(super) fn check(number: usize, unread: &[Piece], capacity: u32, faults: &mut Faults) {
+    let buffers = buffers(unread);
+    require!(
+        faults,
+        fit(unread, capacity),
+        "the pipe in description {number} has {buffers} pages in it and room for {capacity} bytes"
+    );
+    require!(
+        faults,
+        unread.iter().all(|piece| !piece.bytes.is_empty()),
+        "the pipe in description {number} has an empty buffer"
+    );
 }
 
 /// What is in a pipe of that capacity, copied without being consumed.

@@ -4,15 +4,17 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Place, Sight};
 use super::pieces::{self, Piece};
-use super::{Kind, Look, Staging, outside};
+use super::{Kind, Look, outside};
 use crate::Snapshot;
 use crate::error::Obstacle;
-use crate::options::Options;
 use crate::plan::Builder;
-use crate::source::Source;
+use crate::references::Faults;
+use crate::source::{Collector, Source};
 
 /// One end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,12 +95,7 @@ fn has_writer(look: &Look) -> bool {
 }
 
 /// Captures one end; what is in the pipe is copied without being consumed.
-pub fn capture(
-    source: &Source,
-    look: &Look,
-    ends: &Ends,
-    frozen: bool,
-) -> Result<Kind, Box<Obstacle>> {
+fn capture(source: &Source, look: &Look, ends: &Ends, frozen: bool) -> Result<Kind, Box<Obstacle>> {
     if !ends.inside(look) {
         return Ok(outside::capture(look, outside::Surroundings::Pipe));
     }
@@ -113,35 +110,69 @@ pub fn capture(
             ))
         })?;
     }
-    Ok(Kind::Pipe(PipeEnd {
+    Ok(Kind::from(PipeEnd {
         inode: look.stat.st_ino,
         capacity: capacity as u32,
         unread,
     }))
 }
 
+impl OpenFile for PipeEnd {
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        match sight.look.link {
+            FdLink::Pipe(_) => Some(capture(
+                sight.source,
+                sight.look,
+                sight.pipes,
+                collector.frozen(),
+            )),
+            _ => None,
+        }
+    }
+
+    fn class(&self) -> &'static str {
+        "pipe"
+    }
+
+    fn label(&self) -> String {
+        format!("pipe:[{}]", self.inode)
+    }
+
+    fn check(&self, number: usize, _: &Snapshot, faults: &mut Faults) {
+        pieces::check(number, &self.unread, self.capacity, faults);
+    }
+
+    fn each_inode(&mut self, f: &mut dyn FnMut(&mut u64)) {
+        f(&mut self.inode);
+    }
+
+    fn shows_maker(&self) -> bool {
+        true
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        rebuild(self, place, plan);
+        Ok(())
+    }
+}
+
 /// Makes the pipe when the first of its ends comes, and opens the others anew through
 /// `/proc/self/fd`, since each end is an open file description of its own.
-pub fn rebuild(
-    end: &PipeEnd,
-    index: usize,
-    snapshot: &Snapshot,
-    options: &Options,
-    staging: Staging,
-    plan: &mut Builder,
-) {
+fn rebuild(end: &PipeEnd, place: &Place, plan: &mut Builder) {
+    let Place {
+        snapshot, staging, ..
+    } = *place;
     let object = || format!("pipe:[{}]", end.inode);
     let ends: Vec<(usize, u32, &PipeEnd)> = snapshot
         .descriptions
         .iter()
         .enumerate()
-        .filter_map(|(i, d)| match &d.kind {
-            Kind::Pipe(p) if p.inode == end.inode => Some((i, d.flags, p)),
-            _ => None,
+        .filter_map(|(i, d)| Some((i, d.flags, d.kind.get::<PipeEnd>()?)))
+        .filter(|(i, _, other)| {
+            other.inode == end.inode && super::named(*i, snapshot, place.options).is_none()
         })
-        .filter(|(i, ..)| super::named(*i, snapshot, options).is_none())
         .collect();
-    if ends.first().map(|(i, ..)| *i) != Some(index) {
+    if ends.first().map(|(i, ..)| *i) != Some(place.index) {
         return;
     }
     let out = plan.reserve(8);

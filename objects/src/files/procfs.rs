@@ -11,12 +11,14 @@ use std::path::{Component, Path, PathBuf};
 
 use ckpt_sys::process::{self, Fork};
 use ckpt_tracer::Pid;
+use ckpt_tracer::proc::fdlink::FdLink;
 use ckpt_tracer::proc::stat::{Stat, read_stat};
 use ckpt_tracer::proc::status::TaskState;
 use nix::sys::statfs::PROC_SUPER_MAGIC;
 use serde::{Deserialize, Serialize};
 
 use super::Look;
+use super::kind::{Captured, OpenFile, Opened, Place, Sight, Substitutes};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
@@ -86,13 +88,13 @@ fn is_root(mount: &Path) -> bool {
 }
 
 /// Whether a description is a file of `/proc/PID`, in a `/proc` of our pid namespace.
-pub fn is_of_process(look: &Look, path: &Path) -> bool {
+fn is_of_process(look: &Look, path: &Path) -> bool {
     ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == PROC_SUPER_MAGIC.0)
         && named(path).is_some()
 }
 
 /// Captures one.
-pub fn capture(
+fn capture(
     source: &Source,
     look: &Look,
     path: &Path,
@@ -149,7 +151,7 @@ pub(super) fn is_of_the_job(task: i32, collector: &Collector) -> bool {
 
 /// Captures a handle of a namespace (`/proc/PID/ns/KIND`, namespaces(7)) that the job is in: the
 /// restored job has one of that kind, too.
-pub fn namespace(
+fn namespace(
     source: &Source,
     look: &Look,
     (kind, inode): (&str, u64),
@@ -182,58 +184,76 @@ pub fn is_of_job(path: &Path, snapshot: &Snapshot) -> bool {
     number.is_some_and(|pid: i32| snapshot.processes.iter().any(|p| p.pid == pid))
 }
 
-impl ProcFile {
-    /// For messages.
-    pub fn object(&self) -> String {
+impl OpenFile for ProcFile {
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        let captured = match &sight.look.link {
+            FdLink::File { path, deleted } if is_of_process(sight.look, path) => {
+                capture(sight.source, sight.look, path, *deleted, collector)
+            }
+            FdLink::Namespace(kind, inode) => {
+                namespace(sight.source, sight.look, (kind, *inode), collector)
+            }
+            _ => return None,
+        };
+        Some(captured.map(Into::into))
+    }
+
+    fn class(&self) -> &'static str {
+        "proc"
+    }
+
+    fn label(&self) -> String {
+        self.path.shown()
+    }
+
+    fn object(&self) -> String {
         format!("the open file {}", self.path.shown())
     }
 
-    /// Whether it can only be opened when other tasks than the first process, `first`, exist, or when
-    /// that one has its own descriptors.
-    pub(super) fn is_late(&self, first: Option<i32>) -> bool {
+    fn offset(&self) -> Option<u64> {
+        Some(self.offset)
+    }
+
+    /// Processes outside of the job have ended for its copy.
+    fn substitute(&mut self, _: &mut u32, _: &mut dyn Substitutes) -> crate::Result<()> {
+        if matches!(self.of, Of::Outside { .. }) {
+            self.of = Of::Ended;
+        }
+        Ok(())
+    }
+
+    fn opened(&self) -> Opened {
+        Opened::WithFlags
+    }
+
+    /// It may need other tasks, or the first process to have its own descriptors.
+    fn is_late(&self, first: Option<i32>) -> bool {
         self.of == Of::Job
             && (Some(self.process) != first || self.below().starts_with("task") || self.is_link())
     }
 
-    /// What belongs to a descriptor or a mapping.
-    fn is_link(&self) -> bool {
-        let rest = self.below();
-        let parents = ["fd", "fdinfo", "map_files"];
-        rest.components().count() > 1 && parents.iter().any(|name| rest.starts_with(name))
-    }
-
-    /// Its path below the directory of its process.
-    fn below(&self) -> &Path {
-        let number = self.process.to_string();
-        let mut rest = self.path.components();
-        match rest.find(|c| c.as_os_str() == number.as_str()) {
-            Some(_) => rest.as_path(),
-            None => Path::new(""),
-        }
-    }
-
-    /// Opens it at its staging number, or what stands in for it.
-    pub fn rebuild(
-        &self,
-        (index, flags): (usize, u32),
-        at: i32,
-        snapshot: &Snapshot,
-        policy: FilesPolicy,
-        plan: &mut Builder,
-    ) {
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let Place {
+            index,
+            flags,
+            at,
+            snapshot,
+            ..
+        } = *place;
         if self.is_late(snapshot.processes.first().map(|p| p.pid)) {
             let root = plan.path(Path::new("/"));
             let handle = (libc::O_PATH | libc::O_DIRECTORY) as u64;
             let args = [libc::AT_FDCWD as u64, root, handle, 0];
             plan.expect(libc::SYS_openat, &args, 0, || self.object());
-            return super::place(0, at, plan, || self.object());
+            super::place(0, at, plan, || self.object());
+            return Ok(());
         }
         let is_there = match self.of {
             Of::Job => true,
             Of::Ended => false,
             Of::Outside { started } => {
                 let same = read_stat(Pid(self.process)).is_ok_and(|s| s.starttime == started);
-                let taken = policy == FilesPolicy::Adopt && self.path.exists();
+                let taken = place.options.files == FilesPolicy::Adopt && self.path.exists();
                 if !same && !taken {
                     plan.warn(format!(
                         "{} is of {}, which is not the process that it was: reads answer that it has \
@@ -254,15 +274,34 @@ impl ProcFile {
             false => plan.inherit(at, Inherited::EndedProcFile(index)),
         }
         self.seek(at, flags, plan);
+        Ok(())
     }
 
-    /// Opens it, with its task there, as `at`, the lowest free number of `process`.
-    pub(super) fn open(&self, flags: u32, at: i32, process: &Process, plan: &mut Builder) {
+    fn open_late(&self, flags: u32, at: i32, process: &Process, plan: &mut Builder) {
         let inside = self.path.strip_prefix(&process.root);
         let path = inside.map_or_else(|_| self.path.clone(), |path| Path::new("/").join(path));
         let args = self.open_args(&path, flags, plan);
         plan.expect(libc::SYS_openat, &args, at as u64, || self.object());
         self.seek(at, flags, plan);
+    }
+}
+
+impl ProcFile {
+    /// What belongs to a descriptor or a mapping.
+    fn is_link(&self) -> bool {
+        let rest = self.below();
+        let parents = ["fd", "fdinfo", "map_files"];
+        rest.components().count() > 1 && parents.iter().any(|name| rest.starts_with(name))
+    }
+
+    /// Its path below the directory of its process.
+    fn below(&self) -> &Path {
+        let number = self.process.to_string();
+        let mut rest = self.path.components();
+        match rest.find(|c| c.as_os_str() == number.as_str()) {
+            Some(_) => rest.as_path(),
+            None => Path::new(""),
+        }
     }
 
     /// Only the kernel gives names in a /proc, so that it may be opened by one.

@@ -3,12 +3,15 @@
 
 use ckpt_tracer::capabilities::Use;
 
+use super::epoll::Epoll;
+use super::kind::{Opened, Place};
 use super::left::names_nothing;
-use super::{Description, Kind, Owner, changed, epoll, fifo, late, lock, pipe, terminal};
+use super::{Description, Owner, changed, late, lock, terminal};
 use crate::error::Obstacle;
 use crate::options::Options;
 use crate::plan::{Builder, Inherited};
 use crate::process::Process;
+use crate::sockets::unix::UnixSocket;
 use crate::{Snapshot, limits, sockets};
 
 /// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
@@ -32,7 +35,7 @@ impl Staging {
     /// Among numbers that no process of the job uses.
     pub fn beside(snapshot: &Snapshot) -> Self {
         let sockets = snapshot.descriptions.iter();
-        let sockets = sockets.filter(|d| matches!(d.kind, Kind::UnixSocket(_)));
+        let sockets = sockets.filter(|d| d.kind.get::<UnixSocket>().is_some());
         // One for the file of a name, two for what stands in for a listener.
         let spare = 3 * sockets.count() as i32;
         let mut staging = Self {
@@ -104,10 +107,9 @@ impl Staging {
 /// Numbers that the job uses.
 fn used(snapshot: &Snapshot) -> Vec<i32> {
     let fds = snapshot.processes.iter().flat_map(|p| &p.fds).map(|e| e.fd);
-    let watched = snapshot.descriptions.iter().flat_map(|d| match &d.kind {
-        Kind::Epoll(e) => e.entries.as_slice(),
-        _ => &[],
-    });
+    let sets = snapshot.descriptions.iter();
+    let sets = sets.filter_map(|d| d.kind.get::<Epoll>());
+    let watched = sets.flat_map(|set| &set.entries);
     fds.chain(watched.map(|e| e.fd)).collect()
 }
 
@@ -151,83 +153,27 @@ pub fn open_descriptions(
     obstacles.extend(staging.obstacle());
     let written = changed::Written::by(snapshot);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
-        let at = staging.of(index);
-        let flags = description.flags;
-        if let Kind::UnixSocket(socket) = &description.kind {
-            if let Some(path) = named(index, snapshot, options) {
-                obstacles.push(socket.not_replaceable(path));
-            }
-            if let Err(more) = sockets::rebuild::open(index, snapshot, staging, plan) {
-                obstacles.extend(more);
-            }
-            continue;
-        }
+        let file = description.kind.file();
+        let place = Place {
+            index,
+            flags: description.flags,
+            at: staging.of(index),
+            staging,
+            snapshot,
+            options,
+            terminals,
+            written: &written,
+        };
         if let Some(path) = named(index, snapshot, options) {
-            plan.inherit(at, Inherited::Named(path.clone(), flags));
-            continue;
+            match file.not_replaceable(path) {
+                Some(obstacle) => obstacles.push(obstacle),
+                None => {
+                    plan.inherit(place.at, Inherited::Named(path.clone(), place.flags));
+                    continue;
+                }
+            }
         }
-        match &description.kind {
-            Kind::Regular(r) => {
-                if let Err(o) = r.rebuild(index, flags, at, (&written, options.files), plan) {
-                    obstacles.push(*o);
-                }
-            }
-            Kind::Device(d) => match d.find(flags, plan.host().rights.as_ref()) {
-                Ok(_) => plan.inherit(at, Inherited::Device(index)),
-                Err(o) => obstacles.push(*o),
-            },
-            // Made with the first of its ends.
-            Kind::Pipe(p) => pipe::rebuild(p, index, snapshot, options, staging, plan),
-            Kind::Fifo(f) => {
-                if let Err(o) = fifo::rebuild(f, index, snapshot, options, staging, plan) {
-                    obstacles.push(*o);
-                }
-            }
-            Kind::EventFd(e) => e.rebuild(flags, at, plan),
-            Kind::SignalFd(s) => s.rebuild(flags, at, plan),
-            Kind::TimerFd(t) => t.rebuild(flags, at, &snapshot.host, plan),
-            Kind::Epoll(set) => set.rebuild(at, plan),
-            Kind::MemFd(_) => plan.inherit(at, Inherited::MemFd(index)),
-            Kind::Inotify(i) => {
-                obstacles.extend(i.missing(plan.host().rights.as_ref()));
-                if let Err(o) = i.rebuild(index, at, plan) {
-                    obstacles.push(*o);
-                }
-            }
-            Kind::Fanotify(group) => {
-                obstacles.extend(group.missing());
-                group.rebuild(at, plan);
-            }
-            Kind::Terminal(end) => match terminals.rebuild(end, index, flags, snapshot) {
-                Ok(what) => {
-                    plan.inherit(at, what);
-                    if terminals.loses(end) {
-                        plan.warn(format!(
-                            "the terminal {} that the job had open is another one now",
-                            end.name
-                        ));
-                    }
-                }
-                Err(o) => obstacles.push(*o),
-            },
-            Kind::PidFd(p) => p.rebuild(index, flags, at, snapshot, plan),
-            Kind::ProcFile(p) => p.rebuild((index, flags), at, snapshot, options.files, plan),
-            Kind::MessageQueue(q) => q.rebuild(flags, at, snapshot, plan),
-            Kind::UnixSocket(_) => {}
-            Kind::Netlink(socket) => socket.rebuild(at, plan),
-            Kind::Left(left) => {
-                if let Some(path) = &left.instead {
-                    plan.inherit(at, Inherited::Named(path.clone(), flags));
-                }
-            }
-            Kind::Outside(o) => match o.rebuild(index, snapshot) {
-                Ok(what) => {
-                    o.warning(&what).into_iter().for_each(|w| plan.warn(w));
-                    plan.inherit(at, what);
-                }
-                Err(o) => obstacles.push(*o),
-            },
-        }
+        obstacles.extend(file.open(&place, plan).err().unwrap_or_default());
     }
     late::warn_of_shared(snapshot, plan);
     if obstacles.is_empty() {
@@ -277,15 +223,10 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
     sockets::rebuild::finish(snapshot, staging, plan);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let at = staging.of(index);
-        if let Kind::Epoll(set) = &description.kind {
-            let later = |d| late::is_late(d, snapshot) || epoll::is_bound(d, snapshot);
-            set.rebuild_entries(at, staging, later, plan);
-        }
-        match &description.kind {
-            Kind::Inotify(inotify) => inotify.rebuild_watches(at, staging, plan),
-            Kind::Fanotify(group) => group.rebuild_marks(at, plan),
-            _ => {}
-        }
+        description
+            .kind
+            .file()
+            .complete(at, staging, snapshot, plan);
         rebuild_status(description, at, plan);
         rebuild_maker(description, at, plan);
         description.rebuild_ofd_locks(at, plan);
@@ -295,12 +236,8 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
 /// Seals files, once every process has mapped them.
 pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     for (index, description) in snapshot.descriptions.iter().enumerate() {
-        match &description.kind {
-            Kind::MemFd(m) if m.seals_through(index, snapshot) => {
-                m.rebuild_seals(staging.of(index), plan);
-            }
-            _ => {}
-        }
+        let file = description.kind.file();
+        file.seal(index, staging.of(index), snapshot, plan);
     }
 }
 
@@ -338,34 +275,27 @@ const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32
 
 /// Status flags that the way of opening has not set already.
 pub(super) fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
-    let absent = matches!(&description.kind, Kind::Left(left) if left.instead.is_none());
-    if absent || description.flags as i32 & libc::O_PATH != 0 {
+    let opened = description.kind.file().opened();
+    if opened == Opened::Absent || description.flags as i32 & libc::O_PATH != 0 {
         return;
     }
     let wanted = description.flags & SETTABLE & !(libc::O_ASYNC as u32);
-    let opened_with = match description.kind {
-        Kind::Regular(_) | Kind::Device(_) | Kind::ProcFile(_) => wanted,
-        _ => 0,
+    let noatime = description.flags & libc::O_NOATIME as u32;
+    let is_set = match opened {
+        Opened::WithFlags => true,
+        // Nothing but F_SETFL gives O_NOATIME to what is not opened by a path.
+        Opened::WithNoAtime => wanted == 0,
+        Opened::Plain => wanted == 0 && noatime == 0,
+        Opened::Unknown | Opened::Absent => false,
     };
-    // Nothing but F_SETFL gives it to what is not opened by a path.
-    let noatime = match description.kind {
-        Kind::Regular(_) | Kind::Device(_) | Kind::Fifo(_) => 0,
-        _ => description.flags & libc::O_NOATIME as u32,
-    };
-    if wanted != opened_with
-        || noatime != 0
-        || matches!(description.kind, Kind::Outside(_) | Kind::Terminal(_))
-    {
+    if !is_set {
         set_flags(description, at, wanted, plan);
     }
 }
 
 /// Gives a pipe or socket to who had made it. Without CAP_CHOWN it stays ours (limits.md).
 fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
-    let nameless = matches!(
-        description.kind,
-        Kind::Pipe(_) | Kind::UnixSocket(_) | Kind::Netlink(_)
-    );
+    let nameless = description.kind.file().shows_maker();
     let ours = &plan.host().credentials;
     let ours = (ours.uid[3], ours.gid[3]);
     if let Some((user, group)) = description.made_by.filter(|ids| nameless && *ids != ours) {

@@ -5,21 +5,24 @@ use std::fs::File;
 use std::os::unix::fs::{DirEntryExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use ckpt_tracer::proc::fdlink::FdLink;
 use ckpt_tracer::proc::silly::is_silly_name;
 use serde::{Deserialize, Serialize};
 
 use super::attributes::Attributes;
-use super::changed::{self, Written};
+use super::changed;
+use super::kind::{Captured, OpenFile, Opened, Place, Sight, Substitutes};
 use super::lock::Lock;
 use super::saved::{Saved, is_shared_memory};
-use super::{Kind, Look, removed};
-use crate::SpaceId;
-use crate::error::Obstacle;
+use super::{Look, removed};
+use crate::error::{Obstacle, Result};
 use crate::memory::FileIdentity;
-use crate::options::FilesPolicy;
+use crate::need::Need;
 use crate::plan::{Builder, Inherited};
+use crate::references::{Faults, require};
 use crate::source::{Collector, Contents, Source};
 use crate::text::Shown;
+use crate::{Snapshot, SpaceId};
 
 /// A file with a name, or one that had one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,7 +51,7 @@ pub struct Regular {
 }
 
 /// Captures a file, a directory or an `O_PATH` handle.
-pub fn capture(
+fn capture(
     source: &Source,
     look: &Look,
     path: &Path,
@@ -157,14 +160,13 @@ fn contents_of(
     identity: &FileIdentity,
     collector: &mut Collector,
 ) -> std::io::Result<SpaceId> {
-    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
-        Kind::Regular(r)
-            if r.identity.inode == identity.inode && r.identity.device == identity.device =>
-        {
-            r.contents.or(r.saved.map(|saved| saved.space))
-        }
-        _ => None,
-    });
+    let is_it = |file: &&Regular| {
+        (file.identity.inode, file.identity.device) == (identity.inode, identity.device)
+    };
+    let open = collector.descriptions.iter();
+    let open = open.filter_map(|d| d.kind.get::<Regular>());
+    let mut open = open.filter(is_it);
+    let known = open.find_map(|file| file.contents.or(file.saved.map(|saved| saved.space)));
     match known {
         Some(space) => Ok(space),
         None => Ok(collector.space_for(look.contents(
@@ -235,22 +237,150 @@ fn has_names_elsewhere(file: &File, path: &Path) -> bool {
     meta.nlink() > silly.count() as u64
 }
 
-impl Regular {
-    /// For messages.
-    pub fn object(&self) -> String {
-        format!("the open file {}", self.path.shown())
+/// Whether it is of the file system of memfd_secret(2), `SECRETMEM_MAGIC`.
+pub(super) fn is_secret(look: &Look) -> bool {
+    ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == 0x5345_434d)
+}
+
+impl OpenFile for Regular {
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        let FdLink::File { path, deleted } = &sight.look.link else {
+            return None;
+        };
+        let named = matches!(
+            sight.look.file_type(),
+            libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK
+        );
+        if !named && !sight.look.is_path() || *deleted && is_secret(sight.look) {
+            return None;
+        }
+        let captured = capture(sight.source, sight.look, path, *deleted, collector);
+        Some(captured.map(Into::into))
     }
 
-    /// The file at its staging number, if it is the one that it was.
-    pub fn rebuild(
-        &self,
-        index: usize,
-        flags: u32,
-        at: i32,
-        checks: (&Written, FilesPolicy),
-        plan: &mut Builder,
-    ) -> Result<(), Box<Obstacle>> {
-        let object = || self.object();
+    fn class(&self) -> &'static str {
+        "regular"
+    }
+
+    fn label(&self) -> String {
+        self.path.shown()
+    }
+
+    fn offset(&self) -> Option<u64> {
+        Some(self.offset)
+    }
+
+    fn contents(&self) -> Option<(SpaceId, u64)> {
+        let saved = self.saved.map(|saved| saved.space);
+        Some((self.contents.or(saved)?, self.identity.size))
+    }
+
+    fn needs(&self, flags: u32, snapshot: &Snapshot) -> Vec<Need> {
+        let flags = flags as i32;
+        if self.contents.is_some() || self.removed.is_some() {
+            return Vec::new();
+        }
+        let how = match flags & libc::O_ACCMODE {
+            _ if flags & libc::O_PATH != 0 => "as a handle",
+            libc::O_RDONLY => "for reading",
+            libc::O_WRONLY => "for writing",
+            _ => "for reading and writing",
+        };
+        let kind = match self.is(libc::S_IFDIR) {
+            true => "open directory",
+            false => "open file",
+        };
+        let detail = match self.saved {
+            Some(_) => format!("{how}; restore --put-files puts it back"),
+            None => how.to_owned(),
+        };
+        vec![Need::file(
+            kind,
+            &self.path,
+            &self.identity,
+            &detail,
+            snapshot,
+        )]
+    }
+
+    fn check(&self, number: usize, snapshot: &Snapshot, faults: &mut Faults) {
+        require!(
+            faults,
+            self.removed
+                .is_none_or(|index| index < snapshot.removed.len()),
+            "description {number} refers to a removed directory that does not exist"
+        );
+    }
+
+    fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+        f(&mut self.path);
+    }
+
+    /// A file without a name is made anew, and one is opened by the name that it has: `O_TMPFILE` and `O_NOFOLLOW` say how it
+    /// came to be open. Looking at a file is an access, and a directory of the copy's has other things in it than the job's.
+    fn make_comparable(&mut self, flags: &mut u32) {
+        const HOW: u32 = (libc::O_TMPFILE & !libc::O_DIRECTORY | libc::O_NOFOLLOW) as u32;
+        self.attributes.iter_mut().for_each(|a| a.accessed_ns = 0);
+        *flags &= !HOW;
+        match self.is(libc::S_IFDIR) {
+            true => (self.identity.size, self.identity.modified_ns) = (0, 0),
+            // A part of O_TMPFILE.
+            false => *flags &= !(libc::O_DIRECTORY as u32),
+        }
+        if self.contents.is_some() || self.removed.is_some() {
+            let mode = self.identity.mode;
+            (self.identity, self.path) = Default::default();
+            self.identity.mode = mode;
+        }
+        // The copy's image is taken without --save-files.
+        self.saved = None;
+    }
+
+    fn substitute(&mut self, flags: &mut u32, by: &mut dyn Substitutes) -> Result<()> {
+        if self.contents.is_some() {
+            self.path = by.nameless(&self.path);
+            return Ok(());
+        }
+        self.saved = None;
+        if self.removed.is_some() || !by.is_own(&self.path) {
+            return Ok(());
+        }
+        if by.is_of_huge_pages(&self.path) {
+            return Err(by.refusal(
+                self.object(),
+                "is made of huge pages and cannot be rehearsed: there would have to be as many once more",
+            ));
+        }
+        by.like(&self.path, &self.identity)?;
+        if self.is(libc::S_IFREG) && *flags as i32 & libc::O_DIRECT != 0 {
+            let mut open = File::options();
+            let open = open.read(true).custom_flags(libc::O_DIRECT);
+            // A file system in memory has none before Linux 6.6.
+            if open.open(&self.path).is_err() {
+                *flags &= !(libc::O_DIRECT as u32);
+            }
+        }
+        Ok(())
+    }
+
+    /// Opening a handle tells nobody, and what it leads to may be something that only root can make.
+    fn keeps_paths(&self, flags: u32) -> bool {
+        flags as i32 & libc::O_PATH != 0
+    }
+
+    fn is_of_surroundings(&self) -> bool {
+        true
+    }
+
+    fn opened(&self) -> Opened {
+        Opened::WithFlags
+    }
+
+    /// If it is the file that it was.
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let Place {
+            index, flags, at, ..
+        } = *place;
         if self.removed.is_some() {
             plan.inherit(at, Inherited::Removed(index));
         } else if self.contents.is_some() {
@@ -258,16 +388,24 @@ impl Regular {
         } else {
             // What is put back is not there yet.
             if self.saved.is_none() {
-                changed::check(self, flags, checks.0, checks.1)?;
+                let checked = changed::check(self, flags, place.written, place.options.files);
+                checked.map_err(|obstacle| vec![*obstacle])?;
             }
             plan.inherit(at, Inherited::File(index));
         }
         // There is nothing in a directory that was removed.
         if self.offset != 0 && flags as i32 & libc::O_PATH == 0 && self.removed.is_none() {
             let args = [at as u64, self.offset, libc::SEEK_SET as u64];
-            plan.expect(libc::SYS_lseek, &args, self.offset, object);
+            plan.expect(libc::SYS_lseek, &args, self.offset, || self.object());
         }
         Ok(())
+    }
+}
+
+impl Regular {
+    /// For messages.
+    pub fn object(&self) -> String {
+        format!("the open file {}", self.path.shown())
     }
 
     /// Whether it is a file of that type (`S_IFREG` …).

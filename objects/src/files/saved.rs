@@ -9,7 +9,7 @@ use std::path::Path;
 use ckpt_tracer::proc::maps::{VmFlags, Vma};
 use serde::{Deserialize, Serialize};
 
-use super::Kind;
+use super::regular::Regular;
 use crate::SpaceId;
 use crate::error::Obstacle;
 use crate::memory::FileIdentity;
@@ -76,9 +76,10 @@ pub fn save_mapped(
 fn known(identity: &FileIdentity, collector: &Collector) -> Option<Saved> {
     let same =
         |other: &FileIdentity| (other.device, other.inode) == (identity.device, identity.inode);
-    let open = collector.descriptions.iter().find_map(|d| match &d.kind {
-        Kind::Regular(file) if same(&file.identity) => file.saved,
-        _ => None,
+    let mut open = collector.descriptions.iter();
+    let open = open.find_map(|d| {
+        let file = d.kind.get::<Regular>()?;
+        file.saved.filter(|_| same(&file.identity))
     });
     let mut mapped = collector.mapped_files.iter();
     open.or_else(|| mapped.find_map(|f| f.saved.filter(|_| same(&f.identity))))

@@ -1,8 +1,13 @@
 //! signalfd(2).
 
+use ckpt_tracer::proc::fdinfo::FdDetail;
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Place, Sight};
+use crate::error::Obstacle;
 use crate::plan::Builder;
+use crate::source::Collector;
 
 /// A descriptor for signals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,18 +16,35 @@ pub struct SignalFd {
     pub mask: u64,
 }
 
-impl SignalFd {
-    /// Creates it at its staging number.
-    pub fn rebuild(&self, flags: u32, at: i32, plan: &mut Builder) {
+impl OpenFile for SignalFd {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        match (&sight.look.link, &sight.look.info.detail) {
+            (FdLink::AnonInode(_), FdDetail::SignalFd { mask }) => {
+                Some(Ok(SignalFd { mask: *mask }.into()))
+            }
+            _ => None,
+        }
+    }
+
+    fn anon_inode() -> Option<&'static str> {
+        Some("signalfd")
+    }
+
+    fn class(&self) -> &'static str {
+        "signalfd"
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
         let object = || "a signalfd".to_owned();
         let mask = plan.data(&self.mask.to_le_bytes());
-        let flags = flags & libc::O_NONBLOCK as u32;
+        let flags = place.flags & libc::O_NONBLOCK as u32;
         plan.expect(
             libc::SYS_signalfd4,
             &[u64::MAX, mask, 8, flags.into()],
             0,
             object,
         );
-        super::place(0, at, plan, object);
+        super::place(0, place.at, plan, object);
+        Ok(())
     }
 }

@@ -281,11 +281,11 @@ impl Look {
     }
 
     /// `O_PATH`: a handle that opened nothing.
-    pub(super) fn is_path(&self) -> bool {
+    pub(crate) fn is_path(&self) -> bool {
         self.info.flags as i32 & libc::O_PATH != 0
     }
 
-    pub(super) fn file_type(&self) -> u32 {
+    pub(crate) fn file_type(&self) -> u32 {
         self.stat.st_mode & libc::S_IFMT
     }
 

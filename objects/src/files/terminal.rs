@@ -1,26 +1,24 @@
 //! Terminals: those outside the job, and pseudo-terminals of which the job has the master.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use ckpt_sys::tty::{self, Modes, Size};
 use ckpt_tracer::proc::{ProcRoot, stat::read_stat, tasks};
 use nix::errno::Errno;
-use nix::unistd::AccessFlags;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use super::device::device;
-use super::{Kind, Look, unread};
+use super::{Look, unread};
 use crate::Snapshot;
-use crate::access::may;
 use crate::bounds;
 use crate::error::Obstacle;
-use crate::open::Handle;
 use crate::plan::Inherited;
 use crate::source::{Collector, Source};
+
+mod end;
+
+pub use end::End;
 
 /// A terminal that the job has open, or that controls a session of the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,61 +134,6 @@ pub enum Ending {
     EndOfFile,
     /// More may come: a line that is not complete, or no canonical mode.
     Open,
-}
-
-/// One open file description of a terminal.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct End {
-    /// Index in the snapshot's terminals.
-    pub terminal: usize,
-    /// The name that the kernel shows for it.
-    pub name: String,
-    /// Which side.
-    pub side: Side,
-    /// The device number of the file that was opened, major and minor: `/dev/console` and `/dev/tty0` stand
-    /// for another terminal.
-    #[serde(default)]
-    pub node: Option<(u32, u32)>,
-}
-
-impl End {
-    /// Whether it is a terminal of the machine's, and no pty.
-    pub fn is_of_machine(&self) -> bool {
-        self.side == Side::Slave && self.node.is_some_and(|(major, _)| !PTS.contains(&major))
-    }
-
-    /// What its name leads to, if it is the device that was opened.
-    fn find(&self) -> Result<Handle, String> {
-        let node = self.node.unwrap_or_default();
-        device(Path::new(&self.name), node)
-    }
-
-    /// Opens it, as a terminal of the machine's.
-    ///
-    /// # Errors
-    /// When it is not there any more, or may not be opened.
-    pub fn open(&self, flags: u32) -> crate::Result<File> {
-        // It is not waited for; what is set of flags comes later.
-        let flags = flags as i32 & libc::O_ACCMODE | libc::O_NOCTTY | libc::O_NONBLOCK;
-        let found = self.find().map_err(std::io::Error::other);
-        let opened = found.and_then(|found| found.open(flags));
-        opened.map_err(|source| crate::Error::File {
-            what: "open",
-            path: (&self.name).into(),
-            source,
-        })
-    }
-
-    /// Whether its name leads to the device that was opened, and may be opened in that way.
-    pub fn can_be_opened(&self, flags: u32) -> bool {
-        let access = match flags as i32 & libc::O_ACCMODE {
-            libc::O_RDONLY => AccessFlags::R_OK,
-            libc::O_WRONLY => AccessFlags::W_OK,
-            _ => AccessFlags::R_OK | AccessFlags::W_OK,
-        };
-        self.find()
-            .is_ok_and(|found| may(&found.link(), access).is_ok())
-    }
 }
 
 /// How a terminal is held.
@@ -531,30 +474,4 @@ fn holder_outside(device: (u32, u32), sources: &[&Source]) -> Option<i32> {
         stat.is_ok_and(|stat| stat.tty() == Some(device) && !stat.state.has_ended())
     });
     holder.map(|pid| pid.raw())
-}
-
-/// What kind of file a terminal is.
-pub fn capture(
-    source: &Source,
-    look: &Look,
-    end: End,
-    collector: &Collector,
-) -> Result<Kind, Box<Obstacle>> {
-    let terminal = &collector.terminals[end.terminal];
-    let refuse = |reason: String, remedy: &str| {
-        Err(Box::new(Obstacle::new(look.object(source), reason, remedy)))
-    };
-    if let Some(state) = &terminal.state
-        && state.modes.line != 0
-        && end.side != Side::HungUp
-    {
-        return refuse(
-            format!(
-                "is the terminal {} with line discipline {}, which is not supported",
-                terminal.name, state.modes.line
-            ),
-            "close it before the checkpoint",
-        );
-    }
-    Ok(Kind::Terminal(end))
 }

@@ -2,12 +2,17 @@
 
 use std::os::fd::OwnedFd;
 
-use ckpt_tracer::proc::fdinfo;
+use ckpt_tracer::proc::fdinfo::{self, FdDetail};
+use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
+use super::kind::{Captured, OpenFile, Place, Sight};
 use crate::Host;
 use crate::bounds;
+use crate::error::Obstacle;
 use crate::plan::Builder;
+use crate::source::Collector;
+use crate::timers;
 
 /// A timer read through a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,7 +41,7 @@ const DUE_MS: i32 = 2;
 
 impl TimerFd {
     /// From its fdinfo; `copy` is a descriptor of ours for it.
-    pub fn of(timer: &fdinfo::TimerFd, copy: &OwnedFd) -> Self {
+    fn of(timer: &fdinfo::TimerFd, copy: &OwnedFd) -> Self {
         let pair = |(s, ns): (u64, u64)| (s as i64, ns as i64);
         // A periodic timer of which nothing remains and nothing is unread is disarmed, or it is due at
         // this very moment and has fired in the next.
@@ -67,11 +72,37 @@ impl TimerFd {
         let at = from as i128 + i128::from(remaining.0) * 1_000_000_000 + i128::from(remaining.1);
         ((at / 1_000_000_000) as i64, (at % 1_000_000_000) as i64)
     }
+}
 
-    /// Creates it at its staging number, running.
-    pub fn rebuild(&self, flags: u32, at: i32, host: &Host, plan: &mut Builder) {
+impl OpenFile for TimerFd {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        match (&sight.look.link, &sight.look.info.detail) {
+            (FdLink::AnonInode(_), FdDetail::TimerFd(timer)) => {
+                Some(Ok(TimerFd::of(timer, &sight.look.copy).into()))
+            }
+            _ => None,
+        }
+    }
+
+    fn anon_inode() -> Option<&'static str> {
+        Some("timerfd")
+    }
+
+    fn class(&self) -> &'static str {
+        "timerfd"
+    }
+
+    /// What remains becomes less.
+    fn make_comparable(&mut self, _: &mut u32) {
+        let armed = timers::goes_on(self.remaining.0, self.interval != (0, 0));
+        self.remaining = (i64::from(armed), 0);
+        self.ticks = 0;
+    }
+
+    /// Creates it, running.
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
         let object = || "a timerfd".to_owned();
-        let flags = flags & libc::O_NONBLOCK as u32;
+        let flags = place.flags & libc::O_NONBLOCK as u32;
         plan.expect(
             libc::SYS_timerfd_create,
             &[self.clock as u64, flags.into()],
@@ -85,7 +116,7 @@ impl TimerFd {
         if (remaining, self.interval) != ((0, 0), (0, 0)) {
             let due = match remaining {
                 (0, 0) => (0, 0),
-                _ => self.due(remaining, host),
+                _ => self.due(remaining, &place.snapshot.host),
             };
             let words = [self.interval.0, self.interval.1, due.0, due.1];
             let data = plan.data(&words.map(i64::to_le_bytes).concat());
@@ -96,6 +127,7 @@ impl TimerFd {
             let data = plan.data(&self.ticks.to_le_bytes());
             plan.syscall(libc::SYS_ioctl, &[0, TFD_IOC_SET_TICKS, data], object);
         }
-        super::place(0, at, plan, object);
+        super::place(0, place.at, plan, object);
+        Ok(())
     }
 }

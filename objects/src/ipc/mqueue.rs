@@ -10,18 +10,21 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::proc::fdlink::FdLink;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
-use crate::files::{self, Kind, Look};
+use crate::files::kind::{Captured, OpenFile, Place, Sight, Substitutes};
+use crate::files::{self, Look};
+use crate::need::Need;
 use crate::options::{FilesPolicy, Options};
 use crate::outsiders::process_name;
 use crate::plan::Builder;
 use crate::process::Process;
-use crate::source::Source;
+use crate::source::{Collector, Source};
 
 /// A queue, as a description of it shows it. Descriptions of one queue share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +64,7 @@ pub struct MessageQueue {
 }
 
 /// Captures a queue through one of its descriptors.
-pub fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue, Box<Obstacle>> {
+fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue, Box<Obstacle>> {
     let refuse =
         |reason: String, remedy: &str| Box::new(Obstacle::new(look.object(source), reason, remedy));
     let unreadable = |e: std::io::Error| {
@@ -158,10 +161,7 @@ pub(super) fn queues(
     descriptions: &[files::Description],
 ) -> impl Iterator<Item = (&MessageQueue, usize)> {
     let all = descriptions.iter().enumerate();
-    let all = all.filter_map(|(index, d)| match &d.kind {
-        Kind::MessageQueue(queue) => Some((queue, index)),
-        _ => None,
-    });
+    let all = all.filter_map(|(index, d)| Some((d.kind.get::<MessageQueue>()?, index)));
     let mut seen = Vec::new();
     all.filter(move |(queue, _)| {
         let new = !seen.contains(&queue.inode);
@@ -307,7 +307,7 @@ impl MessageQueue {
     ///
     /// # Errors
     /// When the namespace permits no such queue.
-    pub fn make_like(&self) -> Result<()> {
+    fn make_like(&self) -> Result<()> {
         let failed = |errno: Errno| {
             let reason = errno.desc();
             Error::Restore(format!(
@@ -340,14 +340,63 @@ impl MessageQueue {
         file.set_permissions(PermissionsExt::from_mode(self.mode))
             .map_err(raw)
     }
+}
 
-    /// Opens it at its staging number. It is there: see [`Prepared`](super::Prepared).
-    pub fn rebuild(&self, flags: u32, at: i32, snapshot: &Snapshot, plan: &mut Builder) {
-        let mut name = self.name_now(snapshot);
+/// `MQUEUE_MAGIC`: the file system of POSIX message queues.
+const MQUEUE: i64 = 0x1980_0202;
+
+impl OpenFile for MessageQueue {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        let look = sight.look;
+        let FdLink::File { path, .. } = &look.link else {
+            return None;
+        };
+        let is_queue = look.file_type() == libc::S_IFREG
+            && !look.is_path()
+            && ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == MQUEUE);
+        is_queue.then(|| capture(sight.source, look, path).map(Into::into))
+    }
+
+    fn class(&self) -> &'static str {
+        "mqueue"
+    }
+
+    fn label(&self) -> String {
+        self.title()
+    }
+
+    fn shown(&self) -> String {
+        format!("/{}", crate::text::of(&self.name))
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        vec![Need::new("IPC object", self.title(), "POSIX message queue")]
+    }
+
+    fn each_inode(&mut self, f: &mut dyn FnMut(&mut u64)) {
+        f(&mut self.inode);
+    }
+
+    fn make_comparable(&mut self, _: &mut u32) {
+        if self.unlinked {
+            self.name.clear();
+        }
+    }
+
+    fn substitute(&mut self, _: &mut u32, _: &mut dyn Substitutes) -> Result<()> {
+        match self.held > 0 && !self.unlinked {
+            true => self.make_like(),
+            false => Ok(()),
+        }
+    }
+
+    /// It is there: see [`Prepared`](super::Prepared).
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let mut name = self.name_now(place.snapshot);
         name.push(0);
         let name = plan.data(&name);
         // The kernel closes it on exec by itself, and F_GETFL would tell the flag.
-        let access = flags as i32 & libc::O_ACCMODE;
+        let access = place.flags as i32 & libc::O_ACCMODE;
         let args = [name, access as u64, 0, 0];
         let open = |plan: &mut Builder| {
             plan.expect(libc::SYS_mq_open, &args, 0, || self.title());
@@ -357,7 +406,8 @@ impl MessageQueue {
             Some(rights) => rights.as_ourselves(false, plan, open),
             None => open(plan),
         }
-        files::place(0, at, plan, || self.title());
+        files::place(0, place.at, plan, || self.title());
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use super::mqueue::MessageQueue;
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
-use crate::files::{self, FdEntry, Kind};
+use crate::files::{self, FdEntry};
 use crate::plan::Builder;
 use crate::process::{FromOutside, Process};
 use crate::sockets::netlink::NetlinkSocket;
@@ -100,7 +100,8 @@ struct Survey<'a> {
 impl Survey<'_> {
     fn is(&self, entry: &FdEntry, queue: &MessageQueue) -> bool {
         let description = self.descriptions.get(entry.description);
-        matches!(description.map(|d| &d.kind), Some(Kind::MessageQueue(q)) if q.inode == queue.inode)
+        let opened = description.and_then(|d| d.kind.get::<MessageQueue>());
+        opened.is_some_and(|opened| opened.inode == queue.inode)
     }
 
     /// Whether the job is to have it open after a restore.
@@ -109,10 +110,7 @@ impl Survey<'_> {
     }
 
     fn netlink(&self, description: usize) -> Option<&NetlinkSocket> {
-        match self.descriptions.get(description).map(|d| &d.kind) {
-            Some(Kind::Netlink(socket)) => Some(socket),
-            _ => None,
-        }
+        self.descriptions.get(description)?.kind.get()
     }
 
     /// The registration of a process, and the description of its socket.
@@ -212,9 +210,9 @@ fn others(descriptions: &[files::Description], used: &[u32], frozen: bool) -> Op
         }
     };
     let all = descriptions.iter().zip(used);
-    let mut all = all.filter_map(|(description, used)| match &description.kind {
-        Kind::Netlink(socket) => Some((socket.charged, each * used)),
-        _ => None,
+    let mut all = all.filter_map(|(description, used)| {
+        let socket = description.kind.get::<NetlinkSocket>()?;
+        Some((socket.charged, each * used))
     });
     all.any(|(charged, known)| known > 0 && charged != known)
         .then(|| {
@@ -228,9 +226,10 @@ fn others(descriptions: &[files::Description], used: &[u32], frozen: bool) -> Op
 pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     for notice in &process.notices {
         let entry = process.fds.iter().find(|entry| entry.fd == notice.queue);
-        let kind = entry.and_then(|entry| snapshot.descriptions.get(entry.description));
+        let description = entry.and_then(|entry| snapshot.descriptions.get(entry.description));
+        let queue = description.and_then(|d| d.kind.get::<MessageQueue>());
         // Dropped or replaced by the user.
-        let Some(Kind::MessageQueue(queue)) = kind.map(|d| &d.kind) else {
+        let Some(queue) = queue else {
             continue;
         };
         let event = match &notice.by {

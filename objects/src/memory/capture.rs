@@ -15,6 +15,8 @@ use super::{
     same_file,
 };
 use crate::error::Obstacle;
+use crate::files::memfd::MemFd;
+use crate::files::regular::Regular;
 use crate::ipc::sysv_shm;
 use crate::source::{Collector, Contents, Source};
 use crate::text::Shown;
@@ -324,20 +326,21 @@ fn shared_memory(
 /// descriptors are all closed, one made for the purpose.
 fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Collector) -> usize {
     let open = collector.descriptions.iter().position(|d| {
-        matches!(&d.kind, files::Kind::MemFd(m) if m.inode == vma.inode)
+        d.kind.get::<MemFd>().is_some_and(|m| m.inode == vma.inode)
             && (!vma.shared || !vma.flags.contains(VmFlags::MAY_WRITE) || d.flags & 3 == 2)
     });
-    let known = collector.descriptions.iter().find_map(|d| match &d.kind {
-        files::Kind::MemFd(m) if m.inode == vma.inode => Some(m.clone()),
-        _ => None,
-    });
+    let mut known = collector
+        .descriptions
+        .iter()
+        .filter_map(|d| d.kind.get::<MemFd>());
+    let known = known.find(|memfd| memfd.inode == vma.inode).cloned();
     let index = open.unwrap_or_else(|| {
         // One file, though no descriptor of it leads to such a mapping.
         let memfd = known.unwrap_or_else(|| closed_memfd(source, vma, all, collector));
         let writes = !vma.shared || vma.flags.contains(VmFlags::MAY_WRITE);
         let access = if writes { libc::O_RDWR } else { libc::O_RDONLY };
         collector.descriptions.push(files::Description {
-            kind: files::Kind::MemFd(files::memfd::MemFd { offset: 0, ..memfd }),
+            kind: MemFd { offset: 0, ..memfd }.into(),
             flags: access as u32,
             owner: None,
             made_by: None,
@@ -346,27 +349,19 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
         collector.descriptions.len() - 1
     });
     // A process before may have mapped less of it.
-    if let files::Kind::MemFd(memfd) = &collector.descriptions[index].kind {
+    if let Some(memfd) = collector.descriptions[index].kind.get::<MemFd>() {
         let end = add_views(memfd.contents, source, vma, (all, !vma.shared), collector);
-        for description in &mut collector.descriptions {
-            match &mut description.kind {
-                files::Kind::MemFd(memfd) if memfd.inode == vma.inode => {
-                    memfd.size = end.max(memfd.size)
-                }
-                _ => {}
-            }
+        let open = collector.descriptions.iter_mut();
+        let open = open.filter_map(|d| d.kind.get_mut::<MemFd>());
+        for memfd in open.filter(|memfd| memfd.inode == vma.inode) {
+            memfd.size = end.max(memfd.size);
         }
     }
     index
 }
 
 /// A memfd that is only mapped.
-fn closed_memfd(
-    source: &Source,
-    vma: &Vma,
-    all: Layout<'_>,
-    collector: &mut Collector,
-) -> files::memfd::MemFd {
+fn closed_memfd(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Collector) -> MemFd {
     let (contents, size) = contents_of(source, vma, all, !vma.shared);
     let name = match &vma.name {
         VmaName::File { path, .. } => path.as_os_str().as_bytes().strip_prefix(b"/memfd:"),
@@ -376,7 +371,7 @@ fn closed_memfd(
     let (meta, attributes) = looked_at(&contents).unzip();
     let seals = contents.as_file();
     let seals = seals.and_then(ckpt_sys::files::seals);
-    files::memfd::MemFd {
+    MemFd {
         name: name.unwrap_or_default().to_vec(),
         inode: vma.inode,
         size,
@@ -390,19 +385,13 @@ fn closed_memfd(
 }
 
 /// The file behind a mapping, if a descriptor leads to it.
-fn open_file<'a>(
-    path: &Path,
-    vma: &Vma,
-    collector: &'a Collector,
-) -> Option<&'a files::regular::Regular> {
-    collector.descriptions.iter().find_map(|d| match &d.kind {
-        files::Kind::Regular(r)
-            if r.identity.inode == vma.inode
-                && (r.identity.device == vma.dev || r.path == path) =>
-        {
-            Some(r)
-        }
-        _ => None,
+fn open_file<'a>(path: &Path, vma: &Vma, collector: &'a Collector) -> Option<&'a Regular> {
+    let mut open = collector
+        .descriptions
+        .iter()
+        .filter_map(|d| d.kind.get::<Regular>());
+    open.find(|file| {
+        file.identity.inode == vma.inode && (file.identity.device == vma.dev || file.path == path)
     })
 }
 

@@ -10,8 +10,8 @@ use super::inherit::offset;
 use super::{Backing, Mapping, join, subtract};
 use crate::SpaceId;
 use crate::error::Obstacle;
-use crate::files::Kind;
 use crate::files::attributes::Attributes;
+use crate::files::memfd::MemFd;
 use crate::files::regular::open_quietly;
 use crate::source::{Collector, Contents, Source};
 
@@ -200,10 +200,8 @@ fn space_of(mapping: &Mapping, collector: &Collector) -> Option<(SpaceId, u64)> 
             collector.mapped_files[*file].contents?
         }
         Backing::Description { description, .. } => {
-            match &collector.descriptions[*description].kind {
-                Kind::MemFd(memfd) => memfd.contents,
-                _ => return None,
-            }
+            let kind = &collector.descriptions[*description].kind;
+            kind.get::<MemFd>()?.contents
         }
         _ => return None,
     };

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use ckpt_image::Reader;
 
 use super::mapped::MappedFiles;
-use crate::files::Kind;
+use crate::files::memfd::MemFd;
 use crate::memory::{Backing, Mapping};
 use crate::process::Process;
 use crate::{Snapshot, SpaceId};
@@ -78,9 +78,8 @@ impl<'a> ImageMemory<'a> {
                 offset,
                 ..
             } => {
-                let Kind::MemFd(memfd) = &self.snapshot.descriptions.get(*description)?.kind else {
-                    return None;
-                };
+                let description = self.snapshot.descriptions.get(*description)?;
+                let memfd = description.kind.get::<MemFd>()?;
                 self.stored_or_zero(memfd.contents, offset.checked_add(inside)?, into);
             }
             Backing::AioRing(_) | Backing::Kernel(_) => return None,

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use ckpt_image::Reader;
 
-use crate::files::Kind;
 use crate::memory::{Backing, Mapping};
 use crate::process::Process;
 use crate::{Snapshot, SpaceId};
@@ -182,17 +181,8 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
         .iter()
         .map(|file| (file.stored(), file.identity.size));
     let mapped = mapped.filter_map(|(space, size)| Some((space?, size)));
-    let open = snapshot
-        .descriptions
-        .iter()
-        .filter_map(|description| match &description.kind {
-            Kind::MemFd(memfd) => Some((memfd.contents, memfd.size)),
-            Kind::Regular(file) => {
-                let saved = file.saved.map(|saved| saved.space);
-                Some((file.contents.or(saved)?, file.identity.size))
-            }
-            _ => None,
-        });
+    let open = snapshot.descriptions.iter();
+    let open = open.filter_map(|d| d.kind.file().contents());
     let segments = snapshot.ipc.segments.iter();
     let segments = segments.map(|segment| (segment.contents, segment.size));
     let bundled = snapshot.bundle.iter();

@@ -5,7 +5,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::Snapshot;
-use crate::files::Kind;
 use crate::sockets::options::KEPT;
 use crate::sockets::unix::{Name, Role, Style, UnixSocket};
 
@@ -19,10 +18,8 @@ const MOST_RIGHTS: usize = 253;
 /// What sockets say of themselves and of each other.
 pub(super) fn sockets(snapshot: &Snapshot, faults: &mut Faults) {
     let sockets = || {
-        snapshot.descriptions.iter().filter_map(|d| match &d.kind {
-            Kind::UnixSocket(socket) => Some(socket),
-            _ => None,
-        })
+        let all = snapshot.descriptions.iter();
+        all.filter_map(|d| d.kind.get::<UnixSocket>())
     };
     let mut by_inode: HashMap<u64, &UnixSocket> = HashMap::new();
     for socket in sockets() {

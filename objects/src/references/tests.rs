@@ -163,7 +163,7 @@ fn descriptors() {
             events: 1,
             data: 0,
         };
-        let kind = Kind::Epoll(Epoll {
+        let kind = Kind::from(Epoll {
             entries: vec![entry],
             busy_poll: None,
         });

@@ -28,7 +28,8 @@ pub mod urgent;
 pub use made::Made;
 
 use crate::error::Obstacle;
-use crate::files::{Description, Kind, late};
+use crate::files::outside::Outside;
+use crate::files::{Description, Kind};
 use survey::{Survey, Verdict};
 
 /// Whether a descriptor of ours is for a unix domain socket.
@@ -79,8 +80,8 @@ pub fn may_be_in_flight(
     first: Option<i32>,
 ) -> Result<Kind, Box<Obstacle>> {
     let what = match kind {
-        Ok(Kind::Outside(outside)) => outside.name,
-        Ok(kind) if late::must_wait(&kind, first) => {
+        Ok(kind) if kind.get::<Outside>().is_some() => kind.label(),
+        Ok(kind) if kind.file().is_late(first) => {
             format!(
                 "{}, which can be opened only when all processes are there",
                 kind.label()
@@ -116,7 +117,7 @@ impl Survey {
                 for message in &mut socket.queue {
                     message.rights.iter_mut().for_each(|n| *n += first);
                 }
-                Ok(Kind::UnixSocket(*socket))
+                Ok(Kind::from(*socket))
             }
             Verdict::Outside(obstacle) => outside(*obstacle),
             Verdict::Refused(obstacle) => Err(obstacle),
@@ -128,7 +129,7 @@ impl Survey {
         std::mem::take(&mut self.ghosts)
             .into_iter()
             .map(|ghost| Description {
-                kind: Kind::UnixSocket(ghost),
+                kind: ghost.into(),
                 flags: libc::O_RDWR as u32,
                 owner: None,
                 made_by: None,

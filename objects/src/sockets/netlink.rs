@@ -11,12 +11,14 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use ckpt_sys::sockets;
+use ckpt_tracer::proc::fdlink::FdLink;
 
 use super::options::{self, SocketOption};
 use crate::error::Obstacle;
+use crate::files::kind::{Captured, OpenFile, Place, Sight};
 use crate::files::{self, Look};
 use crate::plan::Builder;
-use crate::source::Source;
+use crate::source::{Collector, Source};
 
 /// Socket options beside those of `SOL_SOCKET`, linux/netlink.h.
 const SOL_NETLINK: i32 = 270;
@@ -76,7 +78,7 @@ fn memory(fd: &impl AsFd) -> Result<(u32, u32), Errno> {
 }
 
 /// Captures a socket; `None` for what is no netlink socket or may have more state than is kept.
-pub fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obstacle>>> {
+fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obstacle>>> {
     let socket = &look.copy;
     let is_plain = sockets::int_option(socket, libc::SO_DOMAIN) == Ok(libc::AF_NETLINK)
         && sockets::int_option(socket, libc::SO_PROTOCOL) == Ok(0)
@@ -120,14 +122,32 @@ pub fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box
     }))
 }
 
-impl NetlinkSocket {
-    /// What stands for it in messages.
-    pub fn label(&self) -> String {
+impl OpenFile for NetlinkSocket {
+    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
+        match sight.look.link {
+            FdLink::Socket(_) => Some(capture(sight.source, sight.look)?.map(Into::into)),
+            _ => None,
+        }
+    }
+
+    fn class(&self) -> &'static str {
+        "netlink"
+    }
+
+    fn label(&self) -> String {
         format!("netlink socket:[{}]", self.inode)
     }
 
-    /// Makes it at its staging number.
-    pub fn rebuild(&self, at: i32, plan: &mut Builder) {
+    fn each_inode(&mut self, f: &mut dyn FnMut(&mut u64)) {
+        f(&mut self.inode);
+    }
+
+    fn shows_maker(&self) -> bool {
+        true
+    }
+
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        let at = place.at;
         let object = || format!("the {}", self.label());
         let args = [
             libc::AF_NETLINK as u64,
@@ -139,5 +159,6 @@ impl NetlinkSocket {
         for option in &self.options {
             option.rebuild(at, &self.label(), plan);
         }
+        Ok(())
     }
 }

@@ -7,7 +7,7 @@ use super::peers::Names;
 use super::peers::Ucred;
 use super::unix::{Name, Role, Style, UnixSocket, sockaddr};
 use crate::Snapshot;
-use crate::files::{Kind, Staging};
+use crate::files::Staging;
 
 /// The sockets of a snapshot.
 pub(super) struct Job<'a> {
@@ -67,10 +67,7 @@ impl<'a> Job<'a> {
     pub(super) fn of(snapshot: &'a Snapshot, staging: Staging) -> Self {
         let descriptions = snapshot.descriptions.iter().enumerate();
         let all: Vec<(usize, &UnixSocket)> = descriptions
-            .filter_map(|(i, d)| match &d.kind {
-                Kind::UnixSocket(s) => Some((i, s)),
-                _ => None,
-            })
+            .filter_map(|(i, d)| Some((i, d.kind.get()?)))
             .collect();
         let by_inode = all.iter().enumerate().map(|(at, (_, s))| (s.inode, at));
         let mut job = Self {

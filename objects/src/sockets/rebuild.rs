@@ -17,7 +17,8 @@ pub use super::transfer::finish;
 use super::unix::{Name, NameFile, Role, UnixSocket, show, sockaddr};
 use crate::Snapshot;
 use crate::error::Obstacle;
-use crate::files::{self, Kind, Staging};
+use crate::files::kind::OpenFile;
+use crate::files::{self, Staging};
 use crate::plan::Builder;
 use crate::text::Shown;
 
@@ -28,7 +29,7 @@ pub fn open(
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
-    let is_unix = |d: &files::Description| matches!(d.kind, Kind::UnixSocket(_));
+    let is_unix = |d: &files::Description| d.kind.get::<UnixSocket>().is_some();
     if snapshot.descriptions.iter().position(is_unix) != Some(index) {
         return Ok(());
     }

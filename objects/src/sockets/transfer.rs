@@ -10,6 +10,7 @@ use super::unix::{Message, Role, Style, sockaddr};
 use super::urgent::Urgent;
 use crate::Snapshot;
 use crate::files::Staging;
+use crate::files::kind::OpenFile;
 use crate::plan::Builder;
 
 /// Messages, connections of datagram sockets, shutdowns, options, files' modes and owners.

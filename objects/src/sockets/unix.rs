@@ -7,9 +7,15 @@ use serde_bytes::ByteBuf;
 
 use super::options::SocketOption;
 use super::peers::Ucred;
+use super::rebuild;
 use super::urgent::Urgent;
+use crate::Snapshot;
 use crate::bounds;
-use crate::error::Obstacle;
+use crate::error::{Error, Obstacle};
+use crate::files::kind::{Captured, OpenFile, Place, Sight, Substitutes};
+use crate::need::Need;
+use crate::plan::Builder;
+use crate::source::Collector;
 use crate::text::Shown;
 
 /// A unix domain socket. Everything that refers to another socket does so by inode number.
@@ -137,9 +143,38 @@ pub struct NameFile {
     pub gid: u32,
 }
 
-impl UnixSocket {
-    /// Calls `f` with every path of it.
-    pub fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
+/// Bytes of a path as the address of a socket (`sun_path`, unix(7)).
+const LONGEST_NAME: usize = 108;
+
+impl OpenFile for UnixSocket {
+    /// What one is can only be said with the others in view: [`super::survey`].
+    fn capture(_: &Sight, _: &mut Collector) -> Captured {
+        None
+    }
+
+    fn class(&self) -> &'static str {
+        "unix"
+    }
+
+    /// Its name, else its inode.
+    fn label(&self) -> String {
+        match &self.name {
+            Some(name) => format!("unix socket {}", show(&name.bytes)),
+            None if self.is_ghost() => "unix socket that was closed".into(),
+            None => format!("unix socket:[{}]", self.inode),
+        }
+    }
+
+    fn needs(&self, _: u32, _: &Snapshot) -> Vec<Need> {
+        let mut needs = Vec::new();
+        self.clone().each_path(&mut |path| {
+            let detail = "its name, or its peer's";
+            needs.push(Need::new("unix socket", path.shown(), detail));
+        });
+        needs
+    }
+
+    fn each_path(&mut self, f: &mut dyn FnMut(&mut PathBuf)) {
         if let Some(name) = &mut self.name {
             each_path_of_address(&mut name.bytes, f);
             if let Some(file) = &mut name.file {
@@ -151,6 +186,66 @@ impl UnixSocket {
         if let Role::Beyond { address } = &mut self.role {
             each_path_of_address(address, f);
         }
+    }
+
+    fn each_reference(&self, f: &mut dyn FnMut(usize)) {
+        let rights = self.queue.iter().flat_map(|message| &message.rights);
+        rights.copied().for_each(f);
+    }
+
+    fn each_inode(&mut self, f: &mut dyn FnMut(&mut u64)) {
+        f(&mut self.inode);
+        match &mut self.role {
+            Role::Connected { peer } => f(peer),
+            Role::Listening { pending, .. } => pending.iter_mut().for_each(&mut *f),
+            _ => {}
+        }
+        self.queue
+            .iter_mut()
+            .for_each(|message| f(&mut message.from));
+    }
+
+    fn substitute(&mut self, _: &mut u32, by: &mut dyn Substitutes) -> Result<(), Error> {
+        let name = self.name.as_ref().map_or(0, |name| name.bytes.len());
+        if name > LONGEST_NAME {
+            return Err(by.refusal(
+                format!("the {}", self.label()),
+                "has a name that is too long for a rehearsal, whose names are longer by 8 bytes",
+            ));
+        }
+        for file in self.name.iter().filter_map(|name| name.file.as_ref()) {
+            if let Some(directory) = &file.directory {
+                by.directory(directory)?;
+            }
+            if let Some(now) = &file.now {
+                by.parent(&file.named)?;
+                by.parent(now)?;
+            }
+        }
+        match &self.role {
+            Role::Beyond { address } => by.socket(address),
+            _ => Ok(()),
+        }
+    }
+
+    fn shows_maker(&self) -> bool {
+        true
+    }
+
+    fn not_replaceable(&self, by: &Path) -> Option<Obstacle> {
+        Some(Obstacle::new(
+            format!("the {}", self.label()),
+            format!(
+                "is rebuilt with everything connected to it and cannot be replaced by {}",
+                by.shown()
+            ),
+            "leave that --fd out",
+        ))
+    }
+
+    /// All of them are made when the first comes.
+    fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
+        rebuild::open(place.index, place.snapshot, place.staging, plan)
     }
 }
 
@@ -193,32 +288,11 @@ impl UnixSocket {
         self.inode >= GHOST
     }
 
-    /// `--fd` for a socket of the job.
-    pub fn not_replaceable(&self, path: &Path) -> Obstacle {
-        Obstacle::new(
-            format!("the {}", self.label()),
-            format!(
-                "is rebuilt with everything connected to it and cannot be replaced by {}",
-                path.shown()
-            ),
-            "leave that --fd out",
-        )
-    }
-
     /// Inode of the socket that it is connected to.
     pub fn peer(&self) -> Option<u64> {
         match self.role {
             Role::Connected { peer } => Some(peer),
             _ => None,
-        }
-    }
-
-    /// What stands for it in messages: its name, else its inode.
-    pub fn label(&self) -> String {
-        match &self.name {
-            Some(name) => format!("unix socket {}", show(&name.bytes)),
-            None if self.is_ghost() => "unix socket that was closed".into(),
-            None => format!("unix socket:[{}]", self.inode),
         }
     }
 }
