@@ -34,7 +34,7 @@ pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
     processes(snapshot, &mut faults);
     family::family(snapshot, reader.header().page_size, &mut faults);
     files::descriptions(snapshot, &mut faults);
-    ipc::objects(snapshot, &mut faults);
+    crate::ipc::check(snapshot, &mut faults);
     sockets::sockets(snapshot, &mut faults);
     for process in &snapshot.processes {
         files::descriptors(snapshot, process, &mut faults);

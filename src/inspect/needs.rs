@@ -4,8 +4,7 @@ use ckpt_tracer::capabilities::Use;
 use std::collections::HashSet;
 use std::path::Path;
 
-use crate::objects::ipc::Object;
-use crate::objects::ipc::table::Type;
+use crate::objects::ipc;
 use crate::objects::memory::{Backing, KernelMapping, Uses};
 use crate::objects::need::Need;
 use crate::objects::processor;
@@ -70,14 +69,9 @@ fn directories(snapshot: &Snapshot) -> Vec<Need> {
 }
 
 fn ipc(snapshot: &Snapshot) -> Vec<Need> {
-    let ipc = &snapshot.ipc;
-    let object = |kind: Type, object: &Object| {
-        Need::new("IPC object", object.title(kind), "with its old id")
-    };
-    let segments = ipc.segments.iter().map(|s| object(Type::Shm, &s.object));
-    let sets = ipc.semaphores.iter().map(|s| object(Type::Sem, &s.object));
-    let queues = ipc.queues.iter().map(|q| object(Type::Msg, &q.object));
-    segments.chain(sets).chain(queues).collect()
+    let objects = ipc::titles(&snapshot.ipc).into_iter();
+    let need = |title| Need::new("IPC object", title, "with its old id");
+    objects.map(need).collect()
 }
 
 fn terminals(snapshot: &Snapshot) -> Vec<Need> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::objects::files::lock;
 use crate::objects::files::outside::Outside;
-use crate::objects::ipc::{Claim, Ipc};
+use crate::objects::ipc::{self, Ipc};
 use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::Process;
 use crate::objects::{Host, Snapshot, timers};
@@ -15,8 +15,8 @@ use crate::objects::{Host, Snapshot, timers};
 pub(super) struct Known {
     /// Processes that have timers.
     timers: HashSet<i32>,
-    /// System V objects that are the job's without doubt: semaphore sets, message queues.
-    objects: [HashSet<i32>; 2],
+    /// System V objects that are the job's without doubt, for each kind.
+    objects: Vec<Vec<i32>>,
     /// Descriptions whose other end is outside of the job.
     outside: HashSet<usize>,
     /// Ids by which a file's owner may be one of the job's (fcntl(2), F_SETOWN_EX).
@@ -30,10 +30,6 @@ impl Known {
             let interval = p.interval_timers.0.iter().any(|t| t[2] != 0 || t[3] != 0);
             interval || !p.posix_timers.is_empty()
         };
-        let sets = job.ipc.semaphores.iter();
-        let sets = sets.filter(|s| s.claim == Claim::Used);
-        let queues = job.ipc.queues.iter();
-        let queues = queues.filter(|q| q.claim == Claim::Used);
         let outside = job.descriptions.iter().enumerate();
         let outside = outside.filter(|(_, d)| d.kind.get::<Outside>().is_some());
         let owners = job.processes.iter().flat_map(|p| {
@@ -49,10 +45,7 @@ impl Known {
                 .filter(has_timers)
                 .map(|p| p.pid)
                 .collect(),
-            objects: [
-                sets.map(|s| s.object.id).collect(),
-                queues.map(|q| q.object.id).collect(),
-            ],
+            objects: ipc::used(&job.ipc),
         }
     }
 }
@@ -245,17 +238,7 @@ fn objects_of_others(ipc: &mut Ipc, processes: &mut [Process], known: &Known) {
             adjustment.set = set.object.id as usize;
         }
     }
-    let [sets, queues] = &known.objects;
-    ipc.semaphores.retain(|set| sets.contains(&set.object.id));
-    ipc.queues.retain(|queue| queues.contains(&queue.object.id));
-    for set in &mut ipc.semaphores {
-        set.claim = Claim::Used;
-        set.operators.clear();
-    }
-    for queue in &mut ipc.queues {
-        queue.claim = Claim::Used;
-        (queue.sender, queue.receiver) = (0, 0);
-    }
+    ipc::make_comparable(ipc, &known.objects);
 }
 
 /// The kernel numbers rings of AIO and cookies of core scheduling.

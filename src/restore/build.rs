@@ -12,7 +12,7 @@ use super::planner::Job;
 use crate::error::Obstacle;
 use crate::objects::births::Origin;
 use crate::objects::files::{self, Staging, procfs, removed};
-use crate::objects::ipc::{notice, sysv_msg, sysv_sem, sysv_shm};
+use crate::objects::ipc::{self, notice, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt, Uses};
 use crate::objects::plan::{Builder, Inherited, Stage};
 use crate::objects::process::{Process, RemovedPlaces};
@@ -206,8 +206,7 @@ impl Build<'_> {
         if !process.shares.actions {
             signals::rebuild_actions(&process.actions, plan);
         }
-        sysv_sem::rebuild_adjustments(process, snapshot, plan);
-        sysv_msg::rebuild(process, snapshot, plan);
+        ipc::rebuild(process, snapshot, plan);
         security::ask_before_threads(&process.threads, plan);
         session::rebuild_login_uid(process, plan);
         let filters = threads(process, plan);
@@ -220,7 +219,7 @@ impl Build<'_> {
             let inside = Path::new("/").join(inside.unwrap_or(&process.cwd));
             enter_working_directory(&inside, plan);
         }
-        sysv_sem::rebuild_operators(process, snapshot, plan);
+        ipc::finish(process, snapshot, plan);
         if !process.shares.files {
             files::late::rebuild_late(self.index, snapshot, plan);
         }

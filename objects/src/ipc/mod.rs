@@ -21,29 +21,31 @@
 use serde::{Deserialize, Serialize};
 
 use ckpt_image::Reader;
-use ckpt_sys::sysv;
-use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::ProcRoot;
 use ckpt_tracer::proc::maps::Vma;
 use ckpt_tracer::proc::syscall::{InSyscall, read_syscall};
 use ckpt_tracer::proc::tasks;
-use nix::errno::Errno;
 
 use super::Snapshot;
-use crate::bounds;
 use crate::clock;
 use crate::error::{Error, Obstacle, Result};
 use crate::options::Options;
+use crate::plan::Builder;
+use crate::process::Process;
+use crate::references::Faults;
 use crate::source::{Collector, Source};
 
 pub mod mqueue;
 pub mod notice;
+mod sysv;
 pub mod sysv_msg;
 pub mod sysv_sem;
 pub mod sysv_shm;
 pub mod table;
 pub mod undo;
 
+pub use sysv::Object;
+use sysv::{KINDS, Ready};
 use table::{Row, Type};
 
 /// The job's objects in its IPC namespace.
@@ -89,171 +91,6 @@ impl Place {
             namespace: namespace.map_or(0, |m| m.ino()),
         }
     }
-}
-
-/// What all System V objects have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Object {
-    /// Its id.
-    #[serde(deserialize_with = "bounds::id")]
-    pub id: i32,
-    /// Its key, 0 for a private one.
-    pub key: i32,
-    /// Permission bits.
-    #[serde(deserialize_with = "bounds::mode")]
-    pub mode: u32,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// Who created it.
-    pub creator_uid: u32,
-    /// With which group.
-    pub creator_gid: u32,
-}
-
-impl Object {
-    fn of(row: &Row) -> Self {
-        Self {
-            id: row.id(),
-            key: row.key(),
-            mode: row.get("perms") as u32 & 0o777,
-            uid: row.get("uid") as u32,
-            gid: row.get("gid") as u32,
-            creator_uid: row.get("cuid") as u32,
-            creator_gid: row.get("cgid") as u32,
-        }
-    }
-
-    /// Its name in messages.
-    pub fn title(&self, kind: Type) -> String {
-        match self.key {
-            0 => format!("{} {}", kind.label(), self.id),
-            key => format!("{} {} (key {key:#010x})", kind.label(), self.id),
-        }
-    }
-
-    fn access(&self) -> sysv::Access {
-        sysv::Access {
-            uid: self.uid,
-            gid: self.gid,
-            mode: self.mode,
-        }
-    }
-
-    /// What is there under its id or key.
-    fn find<'a>(&self, kind: Type, rows: &'a [Row], here: bool) -> Result<Found<'a>, Obstacle> {
-        let remedy = format!(
-            "remove that one if nobody needs it (ipcrm {} ID), or restore in an IPC namespace of \
-             its own: unshare --ipc restore IMAGE",
-            kind.ipcrm_option()
-        );
-        if let Some(row) = rows.iter().find(|row| row.id() == self.id) {
-            let same = here && row.key() == self.key && row.get("cuid") as u32 == self.creator_uid;
-            return match same {
-                true => Ok(Found::Same(row)),
-                false => Err(Obstacle::new(
-                    self.title(kind),
-                    "does not exist any more, and another object has its id",
-                    remedy,
-                )),
-            };
-        }
-        match rows
-            .iter()
-            .find(|row| self.key != 0 && row.key() == self.key)
-        {
-            None => Ok(Found::Missing),
-            Some(row) => Err(Obstacle::new(
-                self.title(kind),
-                format!(
-                    "does not exist any more, and {} has its key",
-                    Object::of(row).id
-                ),
-                remedy,
-            )),
-        }
-    }
-}
-
-/// Whether an object is still there.
-enum Found<'a> {
-    Same(&'a Row),
-    Missing,
-}
-
-/// The obstacle that something is missing and may not be created under its id, if that is so.
-fn may_create(object: &Object, kind: Type) -> Result<(), Obstacle> {
-    let path = format!("/proc/sys/kernel/{}_next_id", kind.name());
-    match std::fs::OpenOptions::new().write(true).open(path) {
-        Ok(_) => Ok(()),
-        Err(e) => Err(Obstacle::new(
-            object.title(kind),
-            format!(
-                "does not exist any more, and you may not create one under that id, which needs {} ({})",
-                Use::ChooseIpcIds,
-                e.kind()
-            ),
-            "run restore as root, or in an IPC namespace of its own: \
-             unshare --map-root-user --ipc restore IMAGE",
-        )),
-    }
-}
-
-/// What stands in the way of an object of the job: it may not be created, or what is there may not be
-/// changed, which `changeable` tells.
-fn one_in_the_way(
-    claim: Claim,
-    object: &Object,
-    (kind, rows, here): (Type, &[Row], bool),
-    changeable: impl FnOnce(&Row) -> Result<(), Obstacle>,
-) -> Result<(), Obstacle> {
-    if claim == Claim::Possible {
-        return Ok(());
-    }
-    match object.find(kind, rows, here)? {
-        Found::Missing => may_create(object, kind),
-        Found::Same(row) => changeable(row),
-    }
-}
-
-/// Creates an object under its id. `create` makes it, `remove` takes back one that got another id.
-fn create(
-    object: &Object,
-    kind: Type,
-    create: impl FnOnce() -> Result<i32, Errno> + Send,
-    remove: impl FnOnce(i32),
-) -> Result<()> {
-    let path = format!("/proc/sys/kernel/{}_next_id", kind.name());
-    std::fs::write(&path, object.id.to_string()).map_err(|source| Error::File {
-        what: "choose an id with",
-        path: path.into(),
-        source,
-    })?;
-    let made = as_creator(object.creator_uid, object.creator_gid, create);
-    match made {
-        Ok(id) if id == object.id => Ok(()),
-        Ok(other) => {
-            remove(other);
-            Err(Error::refuse(Obstacle::new(
-                object.title(kind),
-                format!(
-                    "does not exist any more, and its place in the kernel's table is taken: a new \
-                     one got the id {other}"
-                ),
-                "restore in an IPC namespace of its own: unshare --ipc restore IMAGE",
-            )))
-        }
-        Err(errno) => Err(failed(object, kind, "created", errno)),
-    }
-}
-
-fn failed(object: &Object, kind: Type, what: &str, errno: Errno) -> Error {
-    Error::Restore(format!(
-        "the {} cannot be {what}: {}",
-        object.title(kind),
-        errno.desc()
-    ))
 }
 
 /// The job, as far as it shows whose an object is.
@@ -303,31 +140,6 @@ impl Job {
     }
 }
 
-/// Runs `create` with these effective ids, which then are the creator's. For a thread alone: the
-/// C library would change those of all.
-fn as_creator<T: Send>(
-    uid: u32,
-    gid: u32,
-    create: impl FnOnce() -> Result<T, Errno> + Send,
-) -> Result<T, Errno> {
-    let me = (
-        nix::unistd::geteuid().as_raw(),
-        nix::unistd::getegid().as_raw(),
-    );
-    if me == (uid, gid) || me.0 != 0 {
-        return create();
-    }
-    let thread = std::thread::scope(|scope| {
-        scope
-            .spawn(|| {
-                ckpt_sys::credentials::set_effective(uid, gid);
-                create()
-            })
-            .join()
-    });
-    thread.unwrap_or(Err(Errno::EIO))
-}
-
 /// System calls that threads of a process are in, with their first operands.
 fn waits(source: &Source) -> Vec<(i64, i32)> {
     let call = |tid| {
@@ -344,12 +156,11 @@ fn waits(source: &Source) -> Vec<(i64, i32)> {
 /// Enters everything that belongs to the job, once all its processes have been looked at from
 /// outside. Touches nothing.
 pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Result<()> {
-    let kinds = [Type::Shm, Type::Sem, Type::Msg];
-    let [shm, sem, msg] = kinds.map(table::read);
-    let (shm, sem, msg) = (shm?, sem?, msg?);
     let mut job = Job::of(processes, &collector.ended);
     job.alone = collector.alone_in_ipc;
-    if !(sem.is_empty() && msg.is_empty()) {
+    let waiting = [Type::Sem, Type::Msg].map(table::read);
+    let waiting = waiting.into_iter().collect::<Result<Vec<_>>>()?;
+    if waiting.iter().any(|rows| !rows.is_empty()) {
         job.waits = processes
             .iter()
             .flat_map(|(source, _)| waits(source))
@@ -359,36 +170,45 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     if job.alone && !collector.is_copy {
         mqueue::refuse_contents(&collector.descriptions, &mut collector.obstacles);
     }
-    sysv_shm::survey(processes, &job, &shm, collector);
-    sysv_sem::survey(&job, &sem, collector);
-    sysv_msg::survey(&job, &msg, collector);
-    Ok(())
+    KINDS
+        .iter()
+        .try_for_each(|kind| kind.capture(&job, processes, collector))
 }
 
-/// Whether an object that may be another program's is to be created; a warning tells what becomes
-/// of it unless it is still there. One with a key stays away: others would come across it.
-fn wants_possible(
-    object: &Object,
-    kind: Type,
-    rows: &[Row],
-    here: bool,
-    warnings: &mut Vec<String>,
-) -> bool {
-    let reason = match object.find(kind, rows, here) {
-        Ok(Found::Same(_)) => return false,
-        Ok(Found::Missing) if object.key == 0 => match may_create(object, kind) {
-            Ok(()) => return true,
-            Err(obstacle) => obstacle.reason,
-        },
-        Ok(Found::Missing) => "does not exist any more".into(),
-        Err(obstacle) => obstacle.reason,
-    };
-    warnings.push(format!(
-        "{} was made by the job's user while the job ran, but not used by it so far; it {reason} and \
-         is left so",
-        object.title(kind),
-    ));
-    false
+/// What objects say of themselves (`references`).
+pub(crate) fn check(snapshot: &Snapshot, faults: &mut Faults) {
+    KINDS.iter().for_each(|kind| kind.check(snapshot, faults));
+}
+
+/// Names of all System V objects of a job, for people.
+pub fn titles(ipc: &Ipc) -> Vec<String> {
+    KINDS.iter().flat_map(|kind| kind.titles(ipc)).collect()
+}
+
+/// Ids of System V objects that are the job's without doubt, for each kind.
+pub fn used(ipc: &Ipc) -> Vec<Vec<i32>> {
+    KINDS.iter().map(|kind| kind.used(ipc)).collect()
+}
+
+/// Takes out what a copy in an IPC namespace of its own has otherwise; `used` is that of the job.
+pub fn make_comparable(ipc: &mut Ipc, used: &[Vec<i32>]) {
+    for (kind, ids) in KINDS.iter().zip(used) {
+        kind.make_comparable(ipc, ids);
+    }
+}
+
+/// What a process has of System V objects, in its plan before its threads are made.
+pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    KINDS
+        .iter()
+        .for_each(|kind| kind.rebuild(process, snapshot, plan));
+}
+
+/// Likewise when all processes have done so.
+pub fn finish(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+    KINDS
+        .iter()
+        .for_each(|kind| kind.finish(process, snapshot, plan));
 }
 
 /// Whether there are no System V semaphores where we are.
@@ -408,17 +228,8 @@ fn in_the_way(snapshot: &Snapshot, options: &Options) -> Result<Vec<Obstacle>> {
     let here = snapshot.ipc.place == Place::here();
     let leaving = !options.leaving.is_empty();
     let mut obstacles = mqueue::in_the_way(snapshot, here, options);
-    let rows = table::read(Type::Shm)?;
-    for segment in &snapshot.ipc.segments {
-        obstacles.extend(segment.in_the_way(&rows, here, leaving).err());
-    }
-    let rows = table::read(Type::Sem)?;
-    for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {
-        obstacles.extend(set.in_the_way(index, &rows, here, snapshot).err());
-    }
-    let rows = table::read(Type::Msg)?;
-    for queue in &snapshot.ipc.queues {
-        obstacles.extend(queue.in_the_way(&rows, here, snapshot).err());
+    for kind in KINDS {
+        obstacles.extend(kind.in_the_way(snapshot, leaving)?);
     }
     Ok(obstacles)
 }
@@ -427,45 +238,27 @@ fn in_the_way(snapshot: &Snapshot, options: &Options) -> Result<Vec<Obstacle>> {
 /// unless it is [kept](Self::keep).
 #[derive(Default)]
 pub struct Prepared {
-    segments: Vec<sysv_shm::Ready>,
-    semaphores: Vec<sysv_sem::Ready>,
-    queues: Vec<sysv_msg::Ready>,
-    posix: Vec<mqueue::Ready>,
+    objects: Vec<Box<dyn Ready>>,
     warnings: Vec<String>,
 }
 
 impl Prepared {
     /// Creates what is missing and puts back what is there. Nothing of the job runs.
     pub fn new(snapshot: &Snapshot, image: &Reader, options: &Options) -> Result<Self> {
-        let here = snapshot.ipc.place == Place::here();
         let mut prepared = Self {
-            posix: mqueue::prepare(snapshot, options)?,
+            objects: mqueue::prepare(snapshot, options)?,
             ..Self::default()
         };
-        let rows = table::read(Type::Shm)?;
-        for segment in &snapshot.ipc.segments {
-            let ready = segment.prepare(&rows, here, image, &mut prepared.warnings)?;
-            prepared.segments.push(ready);
-        }
-        let rows = table::read(Type::Sem)?;
-        for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {
-            let ready = set.prepare(index, &rows, here, snapshot, &mut prepared.warnings)?;
-            prepared.semaphores.extend(ready);
-        }
-        let rows = table::read(Type::Msg)?;
-        for queue in &snapshot.ipc.queues {
-            let ready = queue.prepare(&rows, here, snapshot, &mut prepared.warnings)?;
-            prepared.queues.extend(ready);
+        for kind in KINDS {
+            let (warnings, objects) = (&mut prepared.warnings, &mut prepared.objects);
+            kind.prepare(snapshot, image, warnings, objects)?;
         }
         Ok(prepared)
     }
 
     /// The job has them now; returns what is not as it was.
     pub fn keep(self) -> Vec<String> {
-        self.segments.into_iter().for_each(sysv_shm::Ready::keep);
-        self.semaphores.into_iter().for_each(sysv_sem::Ready::keep);
-        self.queues.into_iter().for_each(sysv_msg::Ready::keep);
-        self.posix.into_iter().for_each(mqueue::Ready::keep);
+        self.objects.into_iter().for_each(Ready::keep);
         self.warnings
     }
 }

@@ -14,6 +14,7 @@ use ckpt_tracer::proc::fdlink::FdLink;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::sysv;
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
@@ -419,10 +420,10 @@ pub(super) fn in_the_way(snapshot: &Snapshot, here: bool, options: &Options) -> 
 }
 
 /// Creates what is missing.
-pub(super) fn prepare(snapshot: &Snapshot, options: &Options) -> Result<Vec<Ready>> {
+pub(super) fn prepare(snapshot: &Snapshot, options: &Options) -> Result<Vec<Box<dyn sysv::Ready>>> {
     wanted(snapshot, options)
         .filter(|queue| queue.unlinked || matches!(queue.present(), Ok(None)))
-        .map(|queue| queue.create(snapshot))
+        .map(|queue| Ok(Box::new(queue.create(snapshot)?) as Box<dyn sysv::Ready>))
         .collect()
 }
 
@@ -443,8 +444,8 @@ pub(super) struct Ready {
     kept: bool,
 }
 
-impl Ready {
-    pub(super) fn keep(mut self) {
+impl sysv::Ready for Ready {
+    fn keep(mut self: Box<Self>) {
         self.kept = true;
     }
 }

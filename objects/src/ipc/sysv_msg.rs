@@ -1,17 +1,20 @@
 //! System V message queues.
 
+use ckpt_image::Reader;
 use ckpt_sys::sysv;
 use ckpt_tracer::capabilities::Use;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::sysv::{self as object, Found, IpcObject, Sight, Site};
 use super::table::{self, Row, Type};
-use super::{Claim, Found, Job, Object};
+use super::{Claim, Ipc, Object};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
 use crate::plan::Builder;
 use crate::process::Process;
+use crate::references::{Faults, require};
 use crate::source::Collector;
 
 /// One queue.
@@ -45,8 +48,9 @@ pub struct Message {
 }
 
 /// Enters the queues of the job.
-pub(super) fn survey(job: &Job, rows: &[Row], collector: &mut Collector) {
-    for row in rows {
+fn survey(sight: &Sight, collector: &mut Collector) {
+    let job = sight.job;
+    for row in sight.rows {
         let (sender, receiver) = (row.get("lspid") as i32, row.get("lrpid") as i32);
         let used = job.pids.contains(&sender)
             || job.pids.contains(&receiver)
@@ -95,11 +99,83 @@ fn look(row: &Row) -> Result<(u64, Vec<Message>), Errno> {
     Ok((capacity, messages))
 }
 
-impl Queue {
-    fn title(&self) -> String {
-        self.object.title(Type::Msg)
+impl IpcObject for Queue {
+    const TYPE: Type = Type::Msg;
+
+    fn all(ipc: &mut Ipc) -> &mut Vec<Self> {
+        &mut ipc.queues
     }
 
+    fn each(ipc: &Ipc) -> &[Self] {
+        &ipc.queues
+    }
+
+    fn object(&self) -> &Object {
+        &self.object
+    }
+
+    fn claim(&self) -> Claim {
+        self.claim
+    }
+
+    fn capture(sight: &Sight, collector: &mut Collector) {
+        survey(sight, collector);
+    }
+
+    fn check(&self, faults: &mut Faults) {
+        require!(
+            faults,
+            self.messages.iter().all(|message| message.kind > 0),
+            "message queue {} has a message of an impossible type",
+            self.object.id
+        );
+    }
+
+    /// The last operations are those of the restore.
+    fn make_comparable(&mut self) {
+        self.claim = Claim::Used;
+        (self.sender, self.receiver) = (0, 0);
+    }
+
+    fn in_the_way(&self, _: usize, site: &Site) -> Result<(), Obstacle> {
+        let differs = |row: &Row| self.differs(row, site.snapshot).map(drop);
+        site.one_in_the_way(self, differs)
+    }
+
+    fn prepare(
+        &self,
+        _: usize,
+        site: &Site,
+        _: &Reader,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Box<dyn object::Ready>>> {
+        if self.claim == Claim::Possible {
+            return match site.wants_possible(self, warnings) {
+                true => self.create(warnings),
+                false => Ok(None),
+            };
+        }
+        let Found::Same(row) = site.find(self).map_err(Error::refuse)? else {
+            return self.create(warnings);
+        };
+        if self.differs(row, site.snapshot).map_err(Error::refuse)? {
+            let most = (row.get("cbytes") as usize).max(1);
+            let empty = || -> Result<(), Errno> {
+                while sysv::msg_receive(self.object.id, most)?.is_some() {}
+                Ok(())
+            };
+            empty().map_err(|e| object::failed(self, "emptied", e))?;
+            self.fill()?;
+        }
+        Ok(None)
+    }
+
+    fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+        send_to_itself(process, snapshot, plan);
+    }
+}
+
+impl Queue {
     /// Whether a queue that is still there has to be filled anew; refused unless nobody but the
     /// job can have made the difference.
     fn differs(&self, row: &Row, snapshot: &Snapshot) -> Result<bool, Obstacle> {
@@ -133,63 +209,20 @@ impl Queue {
         }
     }
 
-    /// Whether it may be filled or created here.
-    pub(super) fn in_the_way(
-        &self,
-        rows: &[Row],
-        here: bool,
-        snapshot: &Snapshot,
-    ) -> Result<(), Obstacle> {
-        let differs = |row: &Row| self.differs(row, snapshot).map(drop);
-        super::one_in_the_way(self.claim, &self.object, (Type::Msg, rows, here), differs)
-    }
-
-    /// Creates it or fills what is there anew.
-    pub(super) fn prepare(
-        &self,
-        rows: &[Row],
-        here: bool,
-        snapshot: &Snapshot,
-        warnings: &mut Vec<String>,
-    ) -> Result<Option<Ready>> {
-        if self.claim == Claim::Possible {
-            let wanted = super::wants_possible(&self.object, Type::Msg, rows, here, warnings);
-            return if wanted {
-                self.create(warnings)
-            } else {
-                Ok(None)
-            };
-        }
-        let found = self.object.find(Type::Msg, rows, here);
-        let Found::Same(row) = found.map_err(Error::refuse)? else {
-            return self.create(warnings);
-        };
-        if self.differs(row, snapshot).map_err(Error::refuse)? {
-            let most = (row.get("cbytes") as usize).max(1);
-            let empty = || -> Result<(), Errno> {
-                while sysv::msg_receive(self.object.id, most)?.is_some() {}
-                Ok(())
-            };
-            empty().map_err(|e| super::failed(&self.object, Type::Msg, "emptied", e))?;
-            self.fill()?;
-        }
-        Ok(None)
-    }
-
     fn fill(&self) -> Result<()> {
         for message in &self.messages {
             let sent = sysv::msg_send(self.object.id, message.kind, &message.text);
-            sent.map_err(|e| super::failed(&self.object, Type::Msg, "filled", e))?;
+            sent.map_err(|e| object::failed(self, "filled", e))?;
         }
         Ok(())
     }
 
-    fn create(&self, warnings: &mut Vec<String>) -> Result<Option<Ready>> {
-        let failed = |what, errno| super::failed(&self.object, Type::Msg, what, errno);
+    fn create(&self, warnings: &mut Vec<String>) -> Result<Option<Box<dyn object::Ready>>> {
+        let failed = |what, errno| object::failed(self, what, errno);
         let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600;
         let object = self.object;
         let create = || sysv::msgget(object.key, flags);
-        super::create(&object, Type::Msg, create, sysv::msg_remove)?;
+        object::create(self, create, sysv::msg_remove)?;
         let mut ready = Ready {
             object,
             created: true,
@@ -211,19 +244,19 @@ impl Queue {
             set => set.map_err(|e| failed("given to its owner", e))?,
         }
         self.fill()?;
-        Ok(Some(ready))
+        Ok(Some(Box::new(ready)))
     }
 }
 
 /// A queue that was created.
-pub(super) struct Ready {
+struct Ready {
     object: Object,
     created: bool,
     capacity: u64,
 }
 
-impl Ready {
-    pub(super) fn keep(mut self) {
+impl object::Ready for Ready {
+    fn keep(mut self: Box<Self>) {
         // The time of the last change is then one of the job's life.
         let _ = sysv::msg_set(self.object.id, self.object.access(), self.capacity);
         self.created = false;
@@ -241,7 +274,7 @@ impl Drop for Ready {
 /// A process becomes again the one that sent or received last, by which the queue is known as the
 /// job's, and the first one in the place of zombies: it sends itself a message of a type that no other has. Not where the kernel knows it still
 /// as that, since others could be waiting for messages there; and a full queue is left alone.
-pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+fn send_to_itself(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let rows = table::read(Type::Msg).unwrap_or_default();
     for queue in &snapshot.ipc.queues {
         let users = (queue.sender, queue.receiver);

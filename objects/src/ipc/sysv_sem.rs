@@ -2,18 +2,21 @@
 //!
 //! A process's adjustments (`SEM_UNDO`) stand in [`undo`](mod@super::undo).
 
+use ckpt_image::Reader;
 use ckpt_sys::sysv;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::sysv::{self as object, Found, IpcObject, Sight, Site};
 use super::table::{Row, Type};
 use super::undo::{self, Adjustment};
-use super::{Claim, Found, Job, Object};
+use super::{Claim, Ipc, Object};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
 use crate::plan::Builder;
 use crate::process::Process;
+use crate::references::{Faults, require};
 use crate::source::Collector;
 
 /// `SEMVMX`: the highest value.
@@ -34,8 +37,9 @@ pub struct Set {
 }
 
 /// Enters the sets of the job.
-pub(super) fn survey(job: &Job, rows: &[Row], collector: &mut Collector) {
-    for row in rows {
+fn survey(sight: &Sight, collector: &mut Collector) {
+    let job = sight.job;
+    for row in sight.rows {
         let waits = job.waits(row.id(), &[libc::SYS_semop, libc::SYS_semtimedop]);
         let (values, operators) = match look(row) {
             Ok(seen) => seen,
@@ -70,11 +74,114 @@ fn look(row: &Row) -> Result<(Vec<u16>, Vec<i32>), Errno> {
     Ok((values, operators.collect::<Result<_, _>>()?))
 }
 
-impl Set {
-    fn title(&self) -> String {
-        self.object.title(Type::Sem)
+/// `SEMMSL` may be raised, but the numbers of semaphores have 16 bits.
+const MOST: usize = 1 << 16;
+
+impl IpcObject for Set {
+    const TYPE: Type = Type::Sem;
+
+    fn all(ipc: &mut Ipc) -> &mut Vec<Self> {
+        &mut ipc.semaphores
     }
 
+    fn each(ipc: &Ipc) -> &[Self] {
+        &ipc.semaphores
+    }
+
+    fn object(&self) -> &Object {
+        &self.object
+    }
+
+    fn claim(&self) -> Claim {
+        self.claim
+    }
+
+    fn capture(sight: &Sight, collector: &mut Collector) {
+        survey(sight, collector);
+    }
+
+    fn check(&self, faults: &mut Faults) {
+        let (id, semaphores) = (self.object.id, self.values.len());
+        require!(
+            faults,
+            (1..=MOST).contains(&semaphores) && self.operators.len() == semaphores,
+            "semaphore set {id} has {semaphores} values of {} semaphores",
+            self.operators.len()
+        );
+        require!(
+            faults,
+            self.values.iter().all(|value| *value <= HIGHEST),
+            "semaphore set {id} has a value above {HIGHEST}"
+        );
+    }
+
+    /// The last operations are those of the restore.
+    fn make_comparable(&mut self) {
+        self.claim = Claim::Used;
+        self.operators.clear();
+    }
+
+    fn in_the_way(&self, index: usize, site: &Site) -> Result<(), Obstacle> {
+        let changes = |row: &Row| self.changes(index, row, site.snapshot).map(drop);
+        site.one_in_the_way(self, changes)
+    }
+
+    fn prepare(
+        &self,
+        index: usize,
+        site: &Site,
+        _: &Reader,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Box<dyn object::Ready>>> {
+        if self.claim == Claim::Possible {
+            return match site.wants_possible(self, warnings) {
+                true => self.create(),
+                false => Ok(None),
+            };
+        }
+        let Found::Same(row) = site.find(self).map_err(Error::refuse)? else {
+            return self.create();
+        };
+        let changes = self
+            .changes(index, row, site.snapshot)
+            .map_err(Error::refuse)?;
+        let ready = Ready {
+            object: self.object,
+            created: false,
+            changed: changes
+                .iter()
+                .map(|&(n, by)| (n, (self.values[n as usize] as i32 - i32::from(by)) as u16))
+                .collect(),
+            count: self.values.len(),
+            kept: false,
+        };
+        for some in changes.chunks(undo::most_operations()) {
+            let done = sysv::sem_operate(self.object.id, some);
+            done.map_err(|e| object::failed(self, "put back", e))?;
+        }
+        Ok(Some(Box::new(ready)))
+    }
+
+    /// A process gets its adjustments. The values stay: each operation comes with its inverse.
+    fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+        operate(snapshot, plan, |index, number, _| {
+            let all = process.semaphore_adjustments.iter();
+            let of_this = |a: &&Adjustment| a.set == index && usize::from(a.semaphore) == number;
+            let by = all.filter(of_this).map(|a| a.by).sum();
+            (by != 0).then_some(by)
+        });
+    }
+
+    /// A process becomes again the one that operated last on the semaphores that it was, by which the set is known as the
+    /// job's; the first one in the place of zombies. Done when all processes have their adjustments, which are operations.
+    fn finish(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+        operate(snapshot, plan, |_, _, operator| {
+            snapshot.acts_for(process, operator).then_some(0)
+        });
+    }
+}
+
+impl Set {
     /// The changes that bring a set that is still there back to its values; refused unless nobody
     /// but the job can have made the difference.
     fn changes(
@@ -121,59 +228,12 @@ impl Set {
         Ok(changes)
     }
 
-    /// Whether it may be put back or created here.
-    pub(super) fn in_the_way(
-        &self,
-        index: usize,
-        rows: &[Row],
-        here: bool,
-        snapshot: &Snapshot,
-    ) -> Result<(), Obstacle> {
-        let changes = |row: &Row| self.changes(index, row, snapshot).map(drop);
-        super::one_in_the_way(self.claim, &self.object, (Type::Sem, rows, here), changes)
-    }
-
-    /// Creates it or puts back what is there.
-    pub(super) fn prepare(
-        &self,
-        index: usize,
-        rows: &[Row],
-        here: bool,
-        snapshot: &Snapshot,
-        warnings: &mut Vec<String>,
-    ) -> Result<Option<Ready>> {
-        if self.claim == Claim::Possible {
-            let wanted = super::wants_possible(&self.object, Type::Sem, rows, here, warnings);
-            return if wanted { self.create() } else { Ok(None) };
-        }
-        let found = self.object.find(Type::Sem, rows, here);
-        let Found::Same(row) = found.map_err(Error::refuse)? else {
-            return self.create();
-        };
-        let changes = self.changes(index, row, snapshot).map_err(Error::refuse)?;
-        let ready = Ready {
-            object: self.object,
-            created: false,
-            changed: changes
-                .iter()
-                .map(|&(n, by)| (n, (self.values[n as usize] as i32 - i32::from(by)) as u16))
-                .collect(),
-            count: self.values.len(),
-            kept: false,
-        };
-        for some in changes.chunks(undo::most_operations()) {
-            let done = sysv::sem_operate(self.object.id, some);
-            done.map_err(|e| super::failed(&self.object, Type::Sem, "put back", e))?;
-        }
-        Ok(Some(ready))
-    }
-
-    fn create(&self) -> Result<Option<Ready>> {
-        let failed = |what, errno| super::failed(&self.object, Type::Sem, what, errno);
+    fn create(&self) -> Result<Option<Box<dyn object::Ready>>> {
+        let failed = |what, errno| object::failed(self, what, errno);
         let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600;
         let (object, count) = (self.object, self.values.len());
         let create = || sysv::semget(object.key, count as i32, flags);
-        super::create(&object, Type::Sem, create, sysv::sem_remove)?;
+        object::create(self, create, sysv::sem_remove)?;
         let ready = Ready {
             object,
             created: true,
@@ -189,12 +249,12 @@ impl Set {
         }
         let owner = sysv::sem_set(object.id, object.access());
         owner.map_err(|e| failed("given to its owner", e))?;
-        Ok(Some(ready))
+        Ok(Some(Box::new(ready)))
     }
 }
 
 /// A set that is there with its values.
-pub(super) struct Ready {
+struct Ready {
     object: Object,
     created: bool,
     /// Semaphores that were changed, and their values before.
@@ -203,8 +263,8 @@ pub(super) struct Ready {
     kept: bool,
 }
 
-impl Ready {
-    pub(super) fn keep(mut self) {
+impl object::Ready for Ready {
+    fn keep(mut self: Box<Self>) {
         if self.created {
             // The time of the last change is then one of the job's life.
             let _ = sysv::sem_set(self.object.id, self.object.access());
@@ -232,24 +292,6 @@ impl Drop for Ready {
             }
         }
     }
-}
-
-/// A process gets its adjustments. The values stay: each operation comes with its inverse.
-pub fn rebuild_adjustments(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-    operate(snapshot, plan, |index, number, _| {
-        let all = process.semaphore_adjustments.iter();
-        let of_this = |a: &&Adjustment| a.set == index && usize::from(a.semaphore) == number;
-        let by = all.filter(of_this).map(|a| a.by).sum();
-        (by != 0).then_some(by)
-    });
-}
-
-/// A process becomes again the one that operated last on the semaphores that it was, by which the set is known as the
-/// job's; the first one in the place of zombies. Done when all processes have their adjustments, which are operations.
-pub fn rebuild_operators(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-    operate(snapshot, plan, |_, _, operator| {
-        snapshot.acts_for(process, operator).then_some(0)
-    });
 }
 
 /// Operations on the semaphores (set, number, who operated last) for which `by` answers how much the

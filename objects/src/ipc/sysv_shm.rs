@@ -6,8 +6,9 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use serde::{Deserialize, Serialize};
 
+use super::sysv::{self as object, Found, IpcObject, Sight, Site};
 use super::table::{Row, Type};
-use super::{Found, Job, Object};
+use super::{Claim, Ipc, Object};
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
 use crate::memory::space::each_run;
@@ -15,6 +16,7 @@ use crate::memory::{Backing, Mapping};
 use crate::outsiders::process_name;
 use crate::plan::Builder;
 use crate::process::Process;
+use crate::references::{Faults, require};
 use crate::source::{Collector, Contents, Source};
 use crate::{Snapshot, SpaceId};
 
@@ -90,12 +92,12 @@ pub fn mapping(
 }
 
 /// Completes the attached segments and enters those that the job made and has not attached now.
-pub(super) fn survey(
-    processes: &[(&Source, &[Vma])],
-    job: &Job,
-    rows: &[Row],
-    collector: &mut Collector,
-) {
+fn survey(sight: &Sight, collector: &mut Collector) {
+    let Sight {
+        job,
+        processes,
+        rows,
+    } = *sight;
     let mut segments = std::mem::take(&mut collector.ipc.segments);
     for segment in &mut segments {
         let id = segment.object.id;
@@ -167,63 +169,56 @@ fn complete_contents(segment: &Segment, collector: &mut Collector) {
     }
 }
 
-impl Segment {
-    fn complete(&mut self, row: &Row) {
-        self.object = Object::of(row);
-        self.size = row.get("size") as u64;
-        self.destroyed = row.get("perms") & DESTROYED != 0;
-        self.locked = row.get("perms") & LOCKED != 0;
+/// No segment is larger: user space of five-level page tables.
+const LARGEST: u64 = 1 << 56;
+
+impl IpcObject for Segment {
+    const TYPE: Type = Type::Shm;
+    const MAY_BE_OTHERS: bool = false;
+
+    fn all(ipc: &mut Ipc) -> &mut Vec<Self> {
+        &mut ipc.segments
     }
 
-    fn title(&self) -> String {
-        self.object.title(Type::Shm)
+    fn each(ipc: &Ipc) -> &[Self] {
+        &ipc.segments
     }
 
-    /// Bytes that it takes in an address space.
-    pub fn mapped_len(&self) -> u64 {
-        self.size.next_multiple_of(self.huge_page_size.max(4096))
+    fn object(&self) -> &Object {
+        &self.object
     }
 
-    /// The obstacle that others have it attached.
-    fn used_outside(&self, job: &[i32], remedy: &str) -> Obstacle {
-        let inode = self.object.id.to_string();
-        let users = super::who_maps(job, |line| {
-            let mut words = line.split_whitespace();
-            words.nth(4) == Some(&inode) && line.contains(" /SYSV")
-        });
-        let who = match users.as_slice() {
-            [] => "a process that you may not look into".to_owned(),
-            [one] => process_name(Pid(*one)),
-            [one, rest @ ..] => format!(
-                "{} and {} other processes",
-                process_name(Pid(*one)),
-                rest.len()
-            ),
-        };
-        let reason = format!("is also attached by {who}, outside the job");
-        Obstacle::new(self.title(), reason, remedy)
+    /// It is attached, or was by a process of the job.
+    fn claim(&self) -> Claim {
+        Claim::Used
     }
 
-    /// Whether it may be put back or created here. That others have attached what a job has that is
-    /// `leaving`, its checkpoint has refused.
-    pub(super) fn in_the_way(
-        &self,
-        rows: &[Row],
-        here: bool,
-        leaving: bool,
-    ) -> Result<(), Obstacle> {
-        match self.object.find(Type::Shm, rows, here)? {
-            Found::Missing => super::may_create(&self.object, Type::Shm),
+    fn capture(sight: &Sight, collector: &mut Collector) {
+        survey(sight, collector);
+    }
+
+    fn check(&self, faults: &mut Faults) {
+        let (id, page) = (self.object.id, self.huge_page_size);
+        require!(
+            faults,
+            (1..=LARGEST).contains(&self.size) && (page == 0 || page.is_power_of_two()),
+            "segment {id} has the impossible size {} with pages of {page} bytes",
+            self.size
+        );
+    }
+
+    /// That others have attached what a job has that is leaving, its checkpoint has refused.
+    fn in_the_way(&self, _: usize, site: &Site) -> Result<(), Obstacle> {
+        match site.find(self)? {
+            Found::Missing => object::may_create(self),
             Found::Same(row) if row.get("size") as u64 != self.size => Err(Obstacle::new(
                 self.title(),
                 "does not exist any more, and another object has its id",
                 "restore in an IPC namespace of its own: unshare --ipc restore IMAGE",
             )),
             // It goes with the last process that has it attached.
-            Found::Same(_) if leaving && self.destroyed => {
-                super::may_create(&self.object, Type::Shm)
-            }
-            Found::Same(row) if row.get("nattch") > 0 && !leaving => Err(self.used_outside(
+            Found::Same(_) if site.leaving && self.destroyed => object::may_create(self),
+            Found::Same(row) if row.get("nattch") > 0 && !site.leaving => Err(self.used_outside(
                 &[],
                 "end that one, or restore in an IPC namespace of its own: \
                  unshare --ipc restore IMAGE",
@@ -233,24 +228,23 @@ impl Segment {
     }
 
     /// Creates it or takes what is there, and fills in its contents.
-    pub(super) fn prepare(
+    fn prepare(
         &self,
-        rows: &[Row],
-        here: bool,
+        index: usize,
+        site: &Site,
         image: &Reader,
         warnings: &mut Vec<String>,
-    ) -> Result<Ready> {
-        self.in_the_way(rows, here, false).map_err(Error::refuse)?;
-        let failed = |what, errno| super::failed(&self.object, Type::Shm, what, errno);
-        let found = self.object.find(Type::Shm, rows, here);
-        let created = matches!(found.map_err(Error::refuse)?, Found::Missing);
+    ) -> Result<Option<Box<dyn object::Ready>>> {
+        self.in_the_way(index, site).map_err(Error::refuse)?;
+        let failed = |what, errno| object::failed(self, what, errno);
+        let found = site.find(self).map_err(Error::refuse)?;
+        let created = matches!(found, Found::Missing);
         if created {
             // A key leads to it: nobody else shall come in before it is filled.
             let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600 | self.huge_flags();
             let (key, size) = (self.object.key, self.size);
-            super::create(
-                &self.object,
-                Type::Shm,
+            object::create(
+                self,
                 || sysv::shmget(key, size, flags),
                 |id| {
                     sysv::shm_control(id, libc::IPC_RMID).ok();
@@ -283,7 +277,44 @@ impl Segment {
             // Until the job has it, we do.
             ready.attached = Some(attached);
         }
-        Ok(ready)
+        Ok(Some(Box::new(ready)))
+    }
+
+    /// Attached with the other mappings: [`attach`].
+    fn rebuild(_: &Process, _: &Snapshot, _: &mut Builder) {}
+}
+
+impl Segment {
+    fn complete(&mut self, row: &Row) {
+        self.object = Object::of(row);
+        self.size = row.get("size") as u64;
+        self.destroyed = row.get("perms") & DESTROYED != 0;
+        self.locked = row.get("perms") & LOCKED != 0;
+    }
+
+    /// Bytes that it takes in an address space.
+    pub fn mapped_len(&self) -> u64 {
+        self.size.next_multiple_of(self.huge_page_size.max(4096))
+    }
+
+    /// The obstacle that others have it attached.
+    fn used_outside(&self, job: &[i32], remedy: &str) -> Obstacle {
+        let inode = self.object.id.to_string();
+        let users = super::who_maps(job, |line| {
+            let mut words = line.split_whitespace();
+            words.nth(4) == Some(&inode) && line.contains(" /SYSV")
+        });
+        let who = match users.as_slice() {
+            [] => "a process that you may not look into".to_owned(),
+            [one] => process_name(Pid(*one)),
+            [one, rest @ ..] => format!(
+                "{} and {} other processes",
+                process_name(Pid(*one)),
+                rest.len()
+            ),
+        };
+        let reason = format!("is also attached by {who}, outside the job");
+        Obstacle::new(self.title(), reason, remedy)
     }
 
     fn huge_flags(&self) -> i32 {
@@ -295,14 +326,14 @@ impl Segment {
 }
 
 /// A segment that is there and filled.
-pub(super) struct Ready {
+struct Ready {
     object: Object,
     attached: Option<Attached>,
     created: bool,
 }
 
-impl Ready {
-    pub(super) fn keep(mut self) {
+impl object::Ready for Ready {
+    fn keep(mut self: Box<Self>) {
         if self.created {
             // The time of the last change is then one of the job's life.
             let _ = sysv::shm_set(self.object.id, self.object.access());

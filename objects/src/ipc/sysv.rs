@@ -1,0 +1,424 @@
+//! System V objects: what the three kinds have in common.
+//!
+//! A kind is a record in a file of its own, which implements [`IpcObject`], a field of [`Ipc`], and a line of [`KINDS`].
+
+use std::marker::PhantomData;
+
+use ckpt_image::Reader;
+use ckpt_sys::sysv;
+use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::proc::maps::Vma;
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::table::{self, Row, Type};
+use super::{Claim, Ipc, Job, Place, sysv_msg, sysv_sem, sysv_shm};
+use crate::Snapshot;
+use crate::bounds;
+use crate::error::{Error, Obstacle, Result};
+use crate::plan::Builder;
+use crate::process::Process;
+use crate::references::Faults;
+use crate::source::{Collector, Source};
+
+/// What all System V objects have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Object {
+    /// Its id.
+    #[serde(deserialize_with = "bounds::id")]
+    pub id: i32,
+    /// Its key, 0 for a private one.
+    pub key: i32,
+    /// Permission bits.
+    #[serde(deserialize_with = "bounds::mode")]
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Who created it.
+    pub creator_uid: u32,
+    /// With which group.
+    pub creator_gid: u32,
+}
+
+/// The IPC namespace of a job that is captured: the job, its processes with their mappings, and the objects of one kind.
+pub(super) struct Sight<'a> {
+    pub(super) job: &'a Job,
+    pub(super) processes: &'a [(&'a Source, &'a [Vma])],
+    pub(super) rows: &'a [Row],
+}
+
+/// The IPC namespace of a restore.
+#[derive(Clone, Copy)]
+pub(super) struct Site<'a> {
+    pub(super) snapshot: &'a Snapshot,
+    /// The objects of one kind that are there.
+    pub(super) rows: &'a [Row],
+    /// It is the one that the job was in.
+    pub(super) same: bool,
+    /// The job lives still, and goes.
+    pub(super) leaving: bool,
+}
+
+/// An object that is ready for the job. What was done is taken back when it is dropped, unless it was kept.
+pub(super) trait Ready {
+    /// The job has it now.
+    fn keep(self: Box<Self>);
+}
+
+/// A kind of System V object.
+pub(super) trait IpcObject: Sized {
+    /// Which.
+    const TYPE: Type;
+    /// Whether a job may have some that are another program's ([`Claim::Possible`]).
+    const MAY_BE_OTHERS: bool = true;
+
+    /// Those of a job.
+    fn all(ipc: &mut Ipc) -> &mut Vec<Self>;
+    /// Likewise.
+    fn each(ipc: &Ipc) -> &[Self];
+    /// What it has as all have it.
+    fn object(&self) -> &Object;
+    /// How it is known to be the job's.
+    fn claim(&self) -> Claim;
+
+    /// Enters those of the job.
+    fn capture(sight: &Sight, collector: &mut Collector);
+    /// Whether its parts fit together.
+    fn check(&self, faults: &mut Faults);
+    /// Takes out what a restore changes.
+    fn make_comparable(&mut self) {}
+    /// Whether it may be put back or created. `index` is its index among all of its kind.
+    fn in_the_way(&self, index: usize, site: &Site) -> Result<(), Obstacle>;
+    /// Creates it, or puts back what is there.
+    fn prepare(
+        &self,
+        index: usize,
+        site: &Site,
+        image: &Reader,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Box<dyn Ready>>>;
+    /// What a process has of these objects, in its plan before its threads are made.
+    fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder);
+    /// Likewise when all processes have done so.
+    fn finish(_process: &Process, _snapshot: &Snapshot, _plan: &mut Builder) {}
+
+    /// Its name in messages.
+    fn title(&self) -> String {
+        self.object().title(Self::TYPE)
+    }
+}
+
+/// The kinds, in the order in which they are made.
+pub(super) const KINDS: [&dyn Kind; 3] = [
+    &Of::<sysv_shm::Segment>(PhantomData),
+    &Of::<sysv_sem::Set>(PhantomData),
+    &Of::<sysv_msg::Queue>(PhantomData),
+];
+
+/// All objects of one kind; a type of objects as a value.
+pub(super) trait Kind: Sync {
+    fn capture(
+        &self,
+        job: &Job,
+        processes: &[(&Source, &[Vma])],
+        collector: &mut Collector,
+    ) -> Result<()>;
+    fn check(&self, snapshot: &Snapshot, faults: &mut Faults);
+    fn titles(&self, ipc: &Ipc) -> Vec<String>;
+    /// Ids of those that are the job's without doubt.
+    fn used(&self, ipc: &Ipc) -> Vec<i32>;
+    /// Keeps those with these ids, and of them what can be compared.
+    fn make_comparable(&self, ipc: &mut Ipc, ids: &[i32]);
+    fn in_the_way(&self, snapshot: &Snapshot, leaving: bool) -> Result<Vec<Obstacle>>;
+    fn prepare(
+        &self,
+        snapshot: &Snapshot,
+        image: &Reader,
+        warnings: &mut Vec<String>,
+        ready: &mut Vec<Box<dyn Ready>>,
+    ) -> Result<()>;
+    fn rebuild(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder);
+    fn finish(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder);
+}
+
+struct Of<T>(PhantomData<fn() -> T>);
+
+impl<T: IpcObject> Kind for Of<T> {
+    fn capture(
+        &self,
+        job: &Job,
+        processes: &[(&Source, &[Vma])],
+        collector: &mut Collector,
+    ) -> Result<()> {
+        let rows = &table::read(T::TYPE)?;
+        T::capture(
+            &Sight {
+                job,
+                processes,
+                rows,
+            },
+            collector,
+        );
+        Ok(())
+    }
+
+    fn check(&self, snapshot: &Snapshot, faults: &mut Faults) {
+        T::each(&snapshot.ipc)
+            .iter()
+            .for_each(|object| object.check(faults));
+    }
+
+    fn titles(&self, ipc: &Ipc) -> Vec<String> {
+        T::each(ipc).iter().map(T::title).collect()
+    }
+
+    fn used(&self, ipc: &Ipc) -> Vec<i32> {
+        let used = T::each(ipc)
+            .iter()
+            .filter(|object| object.claim() == Claim::Used);
+        used.map(|object| object.object().id).collect()
+    }
+
+    fn make_comparable(&self, ipc: &mut Ipc, ids: &[i32]) {
+        let all = T::all(ipc);
+        all.retain(|object| !T::MAY_BE_OTHERS || ids.contains(&object.object().id));
+        all.iter_mut().for_each(T::make_comparable);
+    }
+
+    fn in_the_way(&self, snapshot: &Snapshot, leaving: bool) -> Result<Vec<Obstacle>> {
+        let rows = &table::read(T::TYPE)?;
+        let site = Site::of(snapshot, rows, leaving);
+        let all = T::each(&snapshot.ipc).iter().enumerate();
+        Ok(all
+            .filter_map(|(index, object)| object.in_the_way(index, &site).err())
+            .collect())
+    }
+
+    fn prepare(
+        &self,
+        snapshot: &Snapshot,
+        image: &Reader,
+        warnings: &mut Vec<String>,
+        ready: &mut Vec<Box<dyn Ready>>,
+    ) -> Result<()> {
+        let rows = &table::read(T::TYPE)?;
+        let site = Site::of(snapshot, rows, false);
+        for (index, object) in T::each(&snapshot.ipc).iter().enumerate() {
+            ready.extend(object.prepare(index, &site, image, warnings)?);
+        }
+        Ok(())
+    }
+
+    fn rebuild(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+        T::rebuild(process, snapshot, plan);
+    }
+
+    fn finish(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+        T::finish(process, snapshot, plan);
+    }
+}
+
+impl<'a> Site<'a> {
+    fn of(snapshot: &'a Snapshot, rows: &'a [Row], leaving: bool) -> Self {
+        Self {
+            snapshot,
+            rows,
+            same: snapshot.ipc.place == Place::here(),
+            leaving,
+        }
+    }
+
+    /// What is there under the id or the key of an object.
+    pub(super) fn find<T: IpcObject>(&self, of: &T) -> Result<Found<'a>, Obstacle> {
+        let (object, kind) = (of.object(), T::TYPE);
+        let remedy = format!(
+            "remove that one if nobody needs it (ipcrm {} ID), or restore in an IPC namespace of \
+             its own: unshare --ipc restore IMAGE",
+            kind.ipcrm_option()
+        );
+        if let Some(row) = self.rows.iter().find(|row| row.id() == object.id) {
+            let same = self.same
+                && row.key() == object.key
+                && row.get("cuid") as u32 == object.creator_uid;
+            return match same {
+                true => Ok(Found::Same(row)),
+                false => Err(Obstacle::new(
+                    of.title(),
+                    "does not exist any more, and another object has its id",
+                    remedy,
+                )),
+            };
+        }
+        let mut rows = self.rows.iter();
+        match rows.find(|row| object.key != 0 && row.key() == object.key) {
+            None => Ok(Found::Missing),
+            Some(row) => Err(Obstacle::new(
+                of.title(),
+                format!(
+                    "does not exist any more, and {} has its key",
+                    Object::of(row).id
+                ),
+                remedy,
+            )),
+        }
+    }
+
+    /// What stands in the way of an object of the job: it may not be created, or what is there may not be
+    /// changed, which `changeable` tells.
+    pub(super) fn one_in_the_way<T: IpcObject>(
+        &self,
+        of: &T,
+        changeable: impl FnOnce(&Row) -> Result<(), Obstacle>,
+    ) -> Result<(), Obstacle> {
+        if of.claim() == Claim::Possible {
+            return Ok(());
+        }
+        match self.find(of)? {
+            Found::Missing => may_create(of),
+            Found::Same(row) => changeable(row),
+        }
+    }
+
+    /// Whether an object that may be another program's is to be created; a warning tells what becomes
+    /// of it unless it is still there. One with a key stays away: others would come across it.
+    pub(super) fn wants_possible<T: IpcObject>(&self, of: &T, warnings: &mut Vec<String>) -> bool {
+        let reason = match self.find(of) {
+            Ok(Found::Same(_)) => return false,
+            Ok(Found::Missing) if of.object().key == 0 => match may_create(of) {
+                Ok(()) => return true,
+                Err(obstacle) => obstacle.reason,
+            },
+            Ok(Found::Missing) => "does not exist any more".into(),
+            Err(obstacle) => obstacle.reason,
+        };
+        warnings.push(format!(
+            "{} was made by the job's user while the job ran, but not used by it so far; it {reason} and \
+             is left so",
+            of.title(),
+        ));
+        false
+    }
+}
+
+impl Object {
+    pub(super) fn of(row: &Row) -> Self {
+        Self {
+            id: row.id(),
+            key: row.key(),
+            mode: row.get("perms") as u32 & 0o777,
+            uid: row.get("uid") as u32,
+            gid: row.get("gid") as u32,
+            creator_uid: row.get("cuid") as u32,
+            creator_gid: row.get("cgid") as u32,
+        }
+    }
+
+    /// Its name in messages.
+    pub(super) fn title(&self, kind: Type) -> String {
+        match self.key {
+            0 => format!("{} {}", kind.label(), self.id),
+            key => format!("{} {} (key {key:#010x})", kind.label(), self.id),
+        }
+    }
+
+    pub(super) fn access(&self) -> sysv::Access {
+        sysv::Access {
+            uid: self.uid,
+            gid: self.gid,
+            mode: self.mode,
+        }
+    }
+}
+
+/// Whether an object is still there.
+pub(super) enum Found<'a> {
+    Same(&'a Row),
+    Missing,
+}
+
+/// The obstacle that something is missing and may not be created under its id, if that is so.
+pub(super) fn may_create<T: IpcObject>(of: &T) -> Result<(), Obstacle> {
+    match std::fs::OpenOptions::new()
+        .write(true)
+        .open(next_id(T::TYPE))
+    {
+        Ok(_) => Ok(()),
+        Err(e) => Err(Obstacle::new(
+            of.title(),
+            format!(
+                "does not exist any more, and you may not create one under that id, which needs {} ({})",
+                Use::ChooseIpcIds,
+                e.kind()
+            ),
+            "run restore as root, or in an IPC namespace of its own: \
+             unshare --map-root-user --ipc restore IMAGE",
+        )),
+    }
+}
+
+/// The setting that says which id the next object of a kind gets.
+fn next_id(kind: Type) -> String {
+    format!("/proc/sys/kernel/{}_next_id", kind.name())
+}
+
+/// Creates an object under its id. `create` makes it, `remove` takes back one that got another id.
+pub(super) fn create<T: IpcObject>(
+    of: &T,
+    create: impl FnOnce() -> Result<i32, Errno> + Send,
+    remove: impl FnOnce(i32),
+) -> Result<()> {
+    let (object, path) = (of.object(), next_id(T::TYPE));
+    std::fs::write(&path, object.id.to_string()).map_err(|source| Error::File {
+        what: "choose an id with",
+        path: path.into(),
+        source,
+    })?;
+    let made = as_creator(object.creator_uid, object.creator_gid, create);
+    match made {
+        Ok(id) if id == object.id => Ok(()),
+        Ok(other) => {
+            remove(other);
+            Err(Error::refuse(Obstacle::new(
+                of.title(),
+                format!(
+                    "does not exist any more, and its place in the kernel's table is taken: a new \
+                     one got the id {other}"
+                ),
+                "restore in an IPC namespace of its own: unshare --ipc restore IMAGE",
+            )))
+        }
+        Err(errno) => Err(failed(of, "created", errno)),
+    }
+}
+
+pub(super) fn failed<T: IpcObject>(of: &T, what: &str, errno: Errno) -> Error {
+    let (title, reason) = (of.title(), errno.desc());
+    Error::Restore(format!("the {title} cannot be {what}: {reason}"))
+}
+
+/// Runs `create` with these effective ids, which then are the creator's. For a thread alone: the
+/// C library would change those of all.
+fn as_creator<T: Send>(
+    uid: u32,
+    gid: u32,
+    create: impl FnOnce() -> Result<T, Errno> + Send,
+) -> Result<T, Errno> {
+    let me = (
+        nix::unistd::geteuid().as_raw(),
+        nix::unistd::getegid().as_raw(),
+    );
+    if me == (uid, gid) || me.0 != 0 {
+        return create();
+    }
+    let thread = std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                ckpt_sys::credentials::set_effective(uid, gid);
+                create()
+            })
+            .join()
+    });
+    thread.unwrap_or(Err(Errno::EIO))
+}
