@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kind::{Captured, OpenFile, Place, Sight};
 use crate::Snapshot;
+use crate::bounds;
 use crate::error::Obstacle;
 use crate::need::Need;
 use crate::plan::Builder;
@@ -16,6 +17,7 @@ use crate::source::Collector;
 /// A file that counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Toy {
+    #[serde(deserialize_with = "bounds::count")]
     count: u64,
     path: PathBuf,
 }
