@@ -272,7 +272,8 @@ impl Drop for Ready {
 }
 
 /// A process becomes again the one that sent or received last, by which the queue is known as the
-/// job's, and the first one in the place of zombies: it sends itself a message of a type that no other has. Not where the kernel knows it still
+/// job's, and the first one in the place of zombies: it sends itself a message of a type that no other has. Not where the kernel
+/// knows it still
 /// as that, since others could be waiting for messages there; and a full queue is left alone.
 fn send_to_itself(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let rows = table::read(Type::Msg).unwrap_or_default();
