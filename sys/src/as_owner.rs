@@ -1,8 +1,9 @@
-//! Files of ours whose mode forbids what their owner had when they were made: git writes its objects with mode 0444.
+//! Access to our own files as their owner had it: git writes its objects with mode 0444.
 //!
-//! Their owner may change the mode and back, but a restore that is killed in between would leave it changed. In a user
-//! namespace of its own a process has CAP_DAC_OVERRIDE for files whose owner and group are mapped there
-//! (`capable_wrt_inode_uidgid`, kernel/capability.c): a child of ours opens the file there, and nothing changes.
+//! The owner could change the mode and change it back, but a restore that is killed in between would leave it
+//! changed.
+//! In a user namespace of its own a process has CAP_DAC_OVERRIDE for files whose owner and group are mapped there
+//! (`capable_wrt_inode_uidgid`, kernel/capability.c). So a child of ours opens the file there, and no mode changes.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString};
@@ -13,10 +14,10 @@ use nix::unistd::{getegid, geteuid};
 use crate::process::{self, Status};
 use crate::{Errno, Result};
 
-/// faccessat(2) there, with `R_OK`, `W_OK` and `X_OK`.
+/// faccessat(2) in such a namespace, with `R_OK`, `W_OK` and `X_OK`.
 ///
 /// # Errors
-/// Its own, and those of making the namespace.
+/// Those of faccessat(2), and of creating the namespace.
 pub fn may(link: &CStr, how: i32) -> Result<()> {
     in_namespace(|| {
         // SAFETY: a C string.
@@ -24,14 +25,14 @@ pub fn may(link: &CStr, how: i32) -> Result<()> {
     })
 }
 
-/// open(2) there; what is opened takes the place of a descriptor.
+/// open(2) in such a namespace; the new description replaces that of `place`.
 ///
 /// # Errors
-/// Its own, and those of making the namespace.
+/// Those of open(2), and of creating the namespace.
 pub fn open(link: &CStr, flags: i32, place: OwnedFd) -> Result<OwnedFd> {
     let to = place.as_raw_fd();
     in_namespace(|| {
-        // SAFETY: a C string, and descriptors of a table that is ours, too.
+        // SAFETY: a C string, and descriptors of a table that the child shares with us.
         unsafe {
             let fd = libc::open(link.as_ptr(), flags);
             let placed = if fd < 0 {
@@ -50,7 +51,7 @@ pub fn open(link: &CStr, flags: i32, place: OwnedFd) -> Result<OwnedFd> {
     Ok(place)
 }
 
-/// What a child that shares our descriptors answers there, which makes system calls and nothing else.
+/// Runs `call` in a child that shares our descriptor table and makes system calls only.
 fn in_namespace(call: impl FnOnce() -> i32) -> Result<()> {
     let line = |id: u32| CString::new(format!("{id} {id} 1")).unwrap_or_default();
     let maps = [
@@ -58,11 +59,11 @@ fn in_namespace(call: impl FnOnce() -> i32) -> Result<()> {
         (c"/proc/self/uid_map", line(geteuid().as_raw())),
         (c"/proc/self/gid_map", line(getegid().as_raw())),
     ];
-    // SAFETY: without CLONE_VM this is a fork; the child drops nothing. No signal tells of its end.
+    // SAFETY: without CLONE_VM this is a fork; the child drops nothing. It has no exit signal.
     let child = unsafe { process::clone(libc::CLONE_FILES) };
     let child = Errno::result(child)? as i32;
     if child == 0 {
-        // SAFETY: we are the child; all strings were made before.
+        // SAFETY: this is the child; all strings were made before.
         unsafe {
             let made = libc::unshare(libc::CLONE_NEWUSER) == 0
                 && maps.iter().all(|(path, text)| write(path, text));

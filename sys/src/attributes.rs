@@ -1,5 +1,5 @@
-//! What a file has besides its contents and its mode: extended attributes (xattr(7)), inode flags (ioctl_iflags(2))
-//! and the hint of its lifetime (fcntl(2)).
+//! Attributes of a file besides its contents and mode: extended attributes (xattr(7)), inode flags (ioctl_iflags(2))
+//! and the write lifetime hint (fcntl(2)).
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString};
@@ -10,7 +10,7 @@ use rustix::fs::XattrFlags;
 
 use crate::{Errno, Result, errno};
 
-/// `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`. The kernel reads and writes an int, though the numbers say a long.
+/// `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`. The kernel reads and writes an int, though the request encodes a long.
 const GET_FLAGS: u64 = 0x8008_6601;
 const SET_FLAGS: u64 = 0x4008_6602;
 /// `F_GET_RW_HINT` and `F_SET_RW_HINT`.
@@ -34,10 +34,10 @@ pub fn extended(file: impl AsFd) -> Vec<(CString, Vec<u8>)> {
     names.filter_map(&mut read).collect()
 }
 
-/// fsetxattr(2): makes one or replaces it.
+/// fsetxattr(2): creates or replaces an extended attribute.
 ///
 /// # Errors
-/// `EOPNOTSUPP` where the file system has none, `EPERM` for those that only some may set.
+/// `EOPNOTSUPP` where the file system has none, `EPERM` for those that need a privilege.
 pub fn set_extended(file: impl AsFd, name: &CStr, value: &[u8]) -> Result<()> {
     rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()).map_err(errno)
 }
@@ -45,7 +45,7 @@ pub fn set_extended(file: impl AsFd, name: &CStr, value: &[u8]) -> Result<()> {
 /// Whether a path leads to a file with this extended attribute, of at least one byte (getxattr(2)).
 pub fn has_extended(path: &Path, name: &CStr) -> bool {
     let none: &mut [u8] = &mut [];
-    // With no room the kernel only tells the size.
+    // With an empty buffer the kernel returns the size only.
     rustix::fs::getxattr(path, name, none).is_ok_and(|size| size > 0)
 }
 
@@ -60,14 +60,14 @@ pub fn inode_flags(file: impl AsFd) -> u32 {
 /// Sets the inode flags.
 ///
 /// # Errors
-/// `EPERM` for those that only some may set, `EOPNOTSUPP` where there are none.
+/// `EPERM` for those that need a privilege, `EOPNOTSUPP` where there are none.
 pub fn set_inode_flags(file: impl AsFd, flags: u32) -> Result<()> {
     // SAFETY: the kernel reads one int.
     let r = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), SET_FLAGS, &raw const flags) };
     Errno::result(r).map(drop)
 }
 
-/// How long what is written will live, `RWH_WRITE_LIFE_*`; 0 where there is no hint.
+/// `F_GET_RW_HINT`: expected lifetime of written data, `RWH_WRITE_LIFE_*`; 0 without a hint.
 pub fn lifetime(file: impl AsFd) -> u64 {
     let mut hint = 0u64;
     // SAFETY: the kernel writes one word.
@@ -75,7 +75,7 @@ pub fn lifetime(file: impl AsFd) -> u64 {
     hint
 }
 
-/// Sets that hint.
+/// `F_SET_RW_HINT`: sets that hint.
 ///
 /// # Errors
 /// `EINVAL` for a value that the kernel does not know.

@@ -1,13 +1,13 @@
-//! A channel between two processes of ours: typed messages, whole and in order, with descriptors.
+//! A channel between two of our processes: typed messages, whole and in order, with descriptors.
 //!
-//! It is a pair of connected unix sockets. A message is a frame: two numbers of 32 bits, least significant byte first,
-//! that say the length of the body and how many descriptors come with it; then the descriptors; then the body, CBOR of
-//! a serde type. The first [`MOST_RIGHTS`] descriptors go with the two numbers. The kernel limits how many may be on
-//! their way, so that the receiver answers a byte for each further lot: who sends more than that must not be sent
-//! anything meanwhile. Both ends are of one build of ours, so that the frame has no version.
+//! It is a pair of connected unix sockets. A message is a frame: two 32-bit numbers, least significant byte first,
+//! for the length of the body and the number of descriptors; then the descriptors; then the body, CBOR of a serde
+//! type. The first [`MOST_RIGHTS`] descriptors are sent with the two numbers. The kernel limits the descriptors in
+//! flight, so the receiver acknowledges each further batch with a byte; while a sender has more than one batch to
+//! send, the other end must send nothing. Both ends are of the same build, so the frame has no version.
 //!
-//! What is not spoken over it: a child between fork and exec, which may only make system calls ([`exec`](crate::exec)),
-//! and processes that may be of another version of ours.
+//! Not used between fork and exec, where a child may only make system calls ([`exec`](crate::exec)), nor with
+//! processes that may be of another version.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,21 +19,21 @@ use serde::de::DeserializeOwned;
 use crate::control::{self, MOST_RIGHTS};
 use crate::{Errno, errno_of, events};
 
-/// More bytes are not taken at once.
+/// Largest body, bytes.
 const LARGEST: usize = 1 << 24;
-/// More descriptors no process may have by default (`fs.nr_open`).
+/// Most descriptors a process may have by default (`fs.nr_open`).
 const MOST_DESCRIPTORS: usize = 1 << 20;
 
-/// Why a message did not go or come.
+/// Why a message could not be sent or received.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The other end is closed: its process has ended, or hung up.
+    /// The other end is closed: its process has ended, or has hung up.
     #[error("the other process has ended")]
     Closed,
     /// A system call failed.
     #[error("{}", .0.desc())]
     Failed(Errno),
-    /// What came is no message of the type that was expected.
+    /// The message is not of the expected type.
     #[error("the other process said what was not expected: {0}")]
     Malformed(String),
 }
@@ -66,15 +66,15 @@ impl From<Error> for io::Error {
     }
 }
 
-/// The answer of a channel.
+/// Result of a channel operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// One end. The other one is told of its end when this is dropped, or its process ends.
+/// One end. Dropping it, or the end of its process, closes the channel for the other end.
 #[derive(Debug)]
 pub struct Channel(UnixStream);
 
 impl Channel {
-    /// Both ends.
+    /// Creates both ends.
     ///
     /// # Errors
     /// `EMFILE` and `ENFILE` when there are no descriptors.
@@ -86,7 +86,7 @@ impl Channel {
     /// Sends a message.
     ///
     /// # Errors
-    /// [`Error::Closed`] when nobody will receive it.
+    /// [`Error::Closed`] when the other end is closed.
     pub fn send(&self, message: &impl Serialize) -> Result<()> {
         self.send_with(message, &[])
     }
@@ -111,7 +111,7 @@ impl Channel {
         self.write(&body)
     }
 
-    /// Without SIGPIPE.
+    /// Writes all bytes, without SIGPIPE.
     fn write(&self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             let sent = again(|| control::send(&self.0, bytes, &[]))?;
@@ -120,15 +120,15 @@ impl Channel {
         Ok(())
     }
 
-    /// Waits for the next message. Descriptors that come with it are closed.
+    /// Waits for the next message. Descriptors sent with it are closed.
     ///
     /// # Errors
-    /// [`Error::Closed`] when there will be none, [`Error::Malformed`] for one of another type.
+    /// [`Error::Closed`] when the other end is closed, [`Error::Malformed`] for a message of another type.
     pub fn receive<T: DeserializeOwned>(&self) -> Result<T> {
         self.receive_with().map(|(message, _)| message)
     }
 
-    /// Waits for the next message, and takes the descriptors that come with it; an exec closes them.
+    /// Waits for the next message and its descriptors, which are close-on-exec.
     ///
     /// # Errors
     /// As for [`receive`](Self::receive).
@@ -158,7 +158,7 @@ impl Channel {
         Ok((message, fds))
     }
 
-    /// The next bytes, at least one, with what comes beside them.
+    /// Receives the next bytes, at least one, with the descriptors sent along.
     fn take(&self, room: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize> {
         let came = again(|| control::receive(&self.0, room, 0))?;
         if came.flags & libc::MSG_CTRUNC != 0 {
@@ -171,7 +171,7 @@ impl Channel {
         }
     }
 
-    /// Whether there is something to receive, or the other end is closed.
+    /// Whether a message can be received, or the other end is closed.
     pub fn is_ready(&self) -> bool {
         events::poll_now(&self.0, libc::POLLIN) != 0
     }
@@ -187,7 +187,7 @@ impl Channel {
     }
 }
 
-/// Makes a call until no signal interrupts it.
+/// Repeats a call for as long as a signal interrupts it.
 fn again<T>(mut call: impl FnMut() -> crate::Result<T>) -> Result<T> {
     loop {
         match call() {
@@ -268,9 +268,9 @@ mod tests {
             matches!(end.receive::<u32>(), Err(Error::Malformed(_)))
         };
         assert!(malformed(&mut raw, &[0xff; 8]));
-        // A descriptor is promised and does not come.
+        // A descriptor is announced and does not come.
         assert!(malformed(&mut raw, &[1, 0, 0, 0, 1, 0, 0, 0]));
-        // A text, which is no number.
+        // A text instead of a number.
         assert!(malformed(&mut raw, &[2, 0, 0, 0, 0, 0, 0, 0, 0x61, b'x']));
         raw.write_all(&[9, 0, 0]).unwrap();
         drop(raw);

@@ -1,7 +1,7 @@
 //! Clocks: clock_gettime(2), time(7).
 #![allow(unsafe_code)]
 
-/// What a clock (`CLOCK_*`) shows, in nanoseconds; 0 for a clock that is not there.
+/// clock_gettime(2): the time of a clock (`CLOCK_*`) in nanoseconds; 0 if the clock does not exist.
 pub fn clock(id: i32) -> u64 {
     let mut t = libc::timespec {
         tv_sec: 0,

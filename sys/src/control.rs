@@ -1,20 +1,20 @@
-//! Messages with what goes beside their bytes: descriptors (`SCM_RIGHTS`) and credentials (`SCM_CREDENTIALS`), see
-//! unix(7) and cmsg(3). The one place of recvmsg(2) and sendmsg(2).
+//! Messages with ancillary data: descriptors (`SCM_RIGHTS`) and credentials (`SCM_CREDENTIALS`), see unix(7) and
+//! cmsg(3). The only users of recvmsg(2) and sendmsg(2).
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::{Errno, Result};
 
-/// More descriptors the kernel does not take at once (`SCM_MAX_FD`, include/net/scm.h).
+/// Most descriptors that one message can carry (`SCM_MAX_FD`, include/net/scm.h).
 pub const MOST_RIGHTS: usize = 253;
 
-/// Bytes of control messages that one message can carry: the most descriptors and some words.
+/// Bytes of ancillary data that one message can carry: the most descriptors and some words.
 const CONTROL: usize = 2048;
 /// In words, for the alignment of `struct cmsghdr`.
 type Control = [u64; CONTROL / 8];
 
-/// `struct ucred`: who a process is to those that it speaks to.
+/// `struct ucred`: the credentials of a sending process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credentials {
     /// Process id, as the receiver sees it; 0 where it has none there.
@@ -25,25 +25,25 @@ pub struct Credentials {
     pub gid: u32,
 }
 
-/// A message that has come, or was looked at with `MSG_PEEK`.
+/// A message received, or peeked at with `MSG_PEEK`.
 #[derive(Debug, Default)]
 pub struct Received {
-    /// Bytes that were put into the buffer; with `MSG_TRUNC` all that the message has.
+    /// Bytes put into the buffer; with `MSG_TRUNC` the length of the whole message.
     pub len: usize,
     /// `MSG_TRUNC`, `MSG_CTRUNC` …
     pub flags: i32,
     /// The sender's address (`struct sockaddr`), empty where there is none.
     pub address: Vec<u8>,
-    /// The descriptors that it carries, or copies of them, which an exec closes.
+    /// Its descriptors, close-on-exec; with `MSG_PEEK` duplicates of them.
     pub rights: Vec<OwnedFd>,
-    /// Who sent it, if the socket has `SO_PASSCRED`.
+    /// Its sender, if the socket has `SO_PASSCRED`.
     pub sender: Option<Credentials>,
 }
 
 /// recvmsg(2). A length of 0 without flags is the end of a stream.
 ///
 /// # Errors
-/// `EAGAIN` when nothing has come and the call is not to wait; `EINTR`.
+/// `EAGAIN` when there is no message and the call must not wait; `EINTR`.
 pub fn receive(fd: impl AsFd, buffer: &mut [u8], flags: i32) -> Result<Received> {
     let mut address = [0u8; 128];
     let mut control: Control = [0; CONTROL / 8];
@@ -91,10 +91,9 @@ unsafe fn collect(level: i32, kind: i32, data: *const u8, len: usize, received: 
     match (kind, words.as_slice()) {
         (libc::SCM_RIGHTS | SCM_PIDFD, fds) => {
             let fds = fds.iter().filter(|fd| **fd >= 0);
-            // SAFETY: the kernel just gave us these descriptors; nobody else owns them.
+            // SAFETY: the kernel just gave us these descriptors; nothing else owns them.
             let owned = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(*fd as RawFd) });
-            // A pidfd tells who sent it, and is made for each reader: it is no part of the
-            // message.
+            // SCM_PIDFD: a pidfd of the sender, made for each reader. It is no part of the message.
             if kind == libc::SCM_RIGHTS {
                 received.rights.extend(owned);
             } else {
@@ -112,12 +111,12 @@ unsafe fn collect(level: i32, kind: i32, data: *const u8, len: usize, received: 
     }
 }
 
-/// sendmsg(2) with copies of descriptors, [`MOST_RIGHTS`] of them at most: how many bytes were sent. They go with the
-/// first byte. A closed stream is an error and no SIGPIPE.
+/// sendmsg(2) with duplicates of descriptors, [`MOST_RIGHTS`] at most, attached to the first byte. Returns the bytes
+/// sent. A closed stream is an error, without SIGPIPE.
 ///
 /// # Errors
-/// `EPIPE` when the other end is gone, `ETOOMANYREFS` when too many descriptors are on their way, `EINVAL` for more
-/// than go at once.
+/// `EPIPE` when the other end is closed, `ETOOMANYREFS` when too many descriptors are in flight, `EINVAL` for more
+/// than one message can carry.
 pub fn send(fd: impl AsFd, bytes: &[u8], rights: &[BorrowedFd<'_>]) -> Result<usize> {
     if rights.len() > MOST_RIGHTS {
         return Err(Errno::EINVAL);
@@ -147,14 +146,14 @@ pub fn send(fd: impl AsFd, bytes: &[u8], rights: &[BorrowedFd<'_>]) -> Result<us
     Errno::result(sent).map(|n| n as usize)
 }
 
-/// How many of the `len` unread bytes of a stream stand in messages that end before the last of
-/// these bytes; `len` is not 0.
+/// Of the `len` unread bytes of a stream (`len` > 0), how many belong to messages that end before the last of these
+/// bytes.
 ///
-/// A look copies message by message, and one that cannot be copied whole does not count. So the
-/// last byte is to be copied to where no memory is.
+/// A peek copies message by message, and a message that cannot be copied whole does not count. So the destination of
+/// the last byte is unmapped memory.
 ///
 /// # Errors
-/// `EAGAIN` when there is nothing, and the socket's own.
+/// `EAGAIN` when there is nothing to read, and errors of the socket.
 pub fn before_last_message(fd: impl AsFd, len: usize) -> Result<usize> {
     let mut buffer = vec![0u8; len - 1];
     let mut parts = [
@@ -162,8 +161,8 @@ pub fn before_last_message(fd: impl AsFd, len: usize) -> Result<usize> {
         part(std::ptr::without_provenance_mut(8), 1),
     ];
     let mut header = header(&mut parts);
-    // SAFETY: everything that `header` points to is live but for the last part, which the kernel
-    // finds to be nobody's memory.
+    // SAFETY: everything that `header` points to is live, except for the last part, which is unmapped: the kernel
+    // answers EFAULT for it.
     match unsafe { recvmsg(fd.as_fd(), &mut header, libc::MSG_PEEK | libc::MSG_DONTWAIT) } {
         Err(Errno::EFAULT) => Ok(0),
         other => other,
@@ -185,7 +184,7 @@ fn header(parts: &mut [libc::iovec]) -> libc::msghdr {
     header
 }
 
-/// SAFETY: what `header` points to is live and as long as said, or nobody's memory.
+/// SAFETY: what `header` points to is live and as long as said, or unmapped.
 unsafe fn recvmsg(fd: BorrowedFd<'_>, header: &mut libc::msghdr, flags: i32) -> Result<usize> {
     let flags = flags | libc::MSG_CMSG_CLOEXEC;
     // SAFETY: as our caller promises.

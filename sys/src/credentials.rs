@@ -1,12 +1,13 @@
-//! Ids, groups, capabilities and keyrings of our own: credentials(7), capabilities(7), keyrings(7).
+//! Our own ids, groups, capabilities and keyrings: credentials(7), capabilities(7), keyrings(7).
 //!
-//! What says "this thread" is the bare system call; the C library would change all threads.
+//! Functions documented for "this thread" make the bare system call; the C library would change all threads.
 #![allow(unsafe_code)]
 
 use crate::{Errno, Result};
 
-/// Sets the effective ids of this thread (setresuid(2), setresgid(2)), as far as they can be had: what is unknown in
-/// our user namespace stays. Root's id is what gives the right to groups: it is taken before and given up after them.
+/// Sets the effective ids of this thread (setresuid(2), setresgid(2)) as far as possible: an id that our user
+/// namespace does not map is left out. Changing groups needs root's id, so root's id is set before the groups and
+/// dropped after them.
 pub fn set_effective(uid: u32, gid: u32) {
     const SAME: u32 = u32::MAX;
     // SAFETY: calls without pointers, which change this thread alone.
@@ -23,10 +24,10 @@ pub fn set_effective(uid: u32, gid: u32) {
 
 /// Our supplementary groups (getgroups(2)).
 pub fn groups() -> Vec<u32> {
-    // SAFETY: with no room the kernel only counts.
+    // SAFETY: with an empty buffer the kernel only counts.
     let count = unsafe { libc::getgroups(0, std::ptr::null_mut()) }.max(0);
     let mut groups = vec![0; count as usize];
-    // SAFETY: room for as many as are told.
+    // SAFETY: room for that many.
     let count = unsafe { libc::getgroups(count, groups.as_mut_ptr()) }.max(0);
     groups.truncate(count as usize);
     groups
@@ -57,11 +58,11 @@ const VERSION_3: u32 = 0x2008_0522;
 /// Effective, permitted and inheritable set of this thread, bit N for capability N.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Capabilities {
-    /// In force.
+    /// Effective.
     pub effective: u64,
-    /// That can be put in force.
+    /// Permitted.
     pub permitted: u64,
-    /// That an exec may keep.
+    /// Inheritable.
     pub inheritable: u64,
 }
 
@@ -69,10 +70,10 @@ impl Capabilities {
     /// capget(2).
     ///
     /// # Errors
-    /// None that is known.
+    /// None known.
     pub fn own() -> Result<Self> {
         let header = [VERSION_3, 0];
-        // Twice 32 bits of each.
+        // Two words of 32 bits for each set.
         let mut sets = [[0u32; 3]; 2];
         // SAFETY: header and sets have the layout of capget(2), version 3.
         let r = unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) };
@@ -99,10 +100,10 @@ impl Capabilities {
     }
 }
 
-/// `PR_CAP_AMBIENT_RAISE`: an exec keeps this capability in force.
+/// `PR_CAP_AMBIENT_RAISE`: the capability stays effective across an exec.
 ///
 /// # Errors
-/// `EPERM` when it is not permitted and inheritable.
+/// `EPERM` unless it is permitted and inheritable.
 pub fn raise_ambient(capability: u32) -> Result<()> {
     let (raise, none) = (libc::PR_CAP_AMBIENT_RAISE, 0u64);
     // SAFETY: a call without pointers.
@@ -127,21 +128,21 @@ pub fn securebits() -> u32 {
 /// `PR_SET_SECUREBITS`.
 ///
 /// # Errors
-/// `EPERM` without CAP_SETPCAP, and for those that are locked.
+/// `EPERM` without CAP_SETPCAP, and for locked bits.
 pub fn set_securebits(bits: u32) -> Result<()> {
     // SAFETY: a call without pointers.
     let r = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, u64::from(bits), 0u64, 0u64, 0u64) };
     Errno::result(r).map(drop)
 }
 
-/// Whether this kernel has keyrings (keyrings(7)); asking for ours makes none.
+/// Whether this kernel has keyrings (keyrings(7)); the question creates none.
 pub fn keyrings_exist() -> bool {
     const KEYCTL_GET_KEYRING_ID: i64 = 0;
     const KEY_SPEC_SESSION_KEYRING: i64 = -3;
     keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING) != Err(Errno::ENOSYS)
 }
 
-/// A session keyring of our own, with nothing in it (session-keyring(7)); nothing where there are no keyrings.
+/// Joins a new, empty session keyring (session-keyring(7)); does nothing where there are no keyrings.
 ///
 /// # Errors
 /// `EDQUOT` above the user's quota.
@@ -153,14 +154,14 @@ pub fn join_new_session_keyring() -> Result<()> {
     }
 }
 
-/// keyctl(2) with a number, or with no name.
+/// keyctl(2) with a number or a null pointer.
 fn keyctl(operation: i64, number: i64) -> Result<()> {
     // SAFETY: called with operations that take a number or a null pointer.
     let r = unsafe { libc::syscall(libc::SYS_keyctl, operation, number, 0) };
     Errno::result(r).map(drop)
 }
 
-/// Whether the kernel has Landlock, switched on (landlock_create_ruleset(2)).
+/// Whether the kernel has Landlock and it is enabled (landlock_create_ruleset(2)).
 pub fn has_landlock() -> bool {
     const VERSION: u32 = 1;
     let (call, none) = (libc::SYS_landlock_create_ruleset, 0usize);

@@ -1,4 +1,4 @@
-//! What tells of events: poll(2), epoll(7), inotify(7), eventfd(2), timerfd_create(2), pidfds.
+//! Event descriptors: poll(2), epoll(7), inotify(7), eventfd(2), timerfd_create(2), pidfds.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -8,12 +8,12 @@ use crate::files::given;
 use crate::helper::Helper;
 use crate::{Errno, Result, errno};
 
-/// poll(2) without waiting: the events that hold now.
+/// poll(2) without waiting: the current events.
 pub fn poll_now(fd: impl AsFd, events: i16) -> i16 {
     poll_for(fd, events, 0)
 }
 
-/// poll(2): the events that hold within so many milliseconds; -1 waits for one without end.
+/// poll(2): waits that many milliseconds at most and returns the events; -1 waits without limit.
 pub fn poll_for(fd: impl AsFd, events: i16, milliseconds: i32) -> i16 {
     let mut p = libc::pollfd {
         fd: fd.as_fd().as_raw_fd(),
@@ -25,13 +25,13 @@ pub fn poll_for(fd: impl AsFd, events: i16, milliseconds: i32) -> i16 {
     p.revents
 }
 
-/// Waits until the other end of a pipe or socket has gone.
+/// Waits until the other end of a pipe or socket is closed.
 pub fn wait_for_hangup(fd: impl AsFd) {
     let fd = fd.as_fd();
     while poll_for(fd, 0, -1) == 0 {}
 }
 
-/// `EPIOCSPARAMS`, include/uapi/linux/eventpoll.h: sets what [`busy_poll`] answers.
+/// `EPIOCSPARAMS`, include/uapi/linux/eventpoll.h: sets what [`busy_poll`] returns.
 pub const EPIOCSPARAMS: u64 = 0x4008_8a01;
 const EPIOCGPARAMS: libc::c_ulong = 0x8008_8a02;
 
@@ -43,20 +43,19 @@ pub fn busy_poll(set: impl AsFd) -> Option<[u8; 8]> {
     (r == 0).then_some(params)
 }
 
-/// Whether an epoll set watches that description under that number. It is asked by adding it, which the set
-/// refuses if it has it; if it does not, what was added is taken out again. That is done by a helper, so
-/// that it is done to the end also if we are killed.
+/// Whether an epoll set watches that description under that number. Tries to add it: `EEXIST` means yes; otherwise
+/// the new entry is removed again. A helper does both, so that they complete even if we are killed.
 ///
 /// # Errors
-/// Those of epoll_ctl(2), and that there is no helper.
+/// Those of epoll_ctl(2), and of creating the helper.
 pub fn epoll_has(set: impl AsFd, description: impl AsFd, number: i32) -> Result<bool> {
     const ADDED: i32 = 0;
     const HAD: i32 = 1;
     const FAILED: i32 = 100;
     let (set, description) = (set.as_fd().as_raw_fd(), description.as_fd().as_raw_fd());
-    // SAFETY: system calls on the helper's own table of descriptors, of which nothing is dropped there.
+    // SAFETY: system calls on the helper's own descriptor table; nothing in it is dropped there.
     let answer = Helper::run(|| unsafe {
-        // Neither of the two may be in the place of the number.
+        // Neither of the two may have that number.
         let above = number.saturating_add(1);
         let set = libc::fcntl(set, libc::F_DUPFD_CLOEXEC, above);
         let watched = libc::dup2(description, number);
@@ -115,8 +114,8 @@ pub fn eventfd(count: u32, flags: i32) -> Result<OwnedFd> {
     rustix::event::eventfd(count, flags).map_err(errno)
 }
 
-/// Takes from an eventfd what a read takes, without waiting: 0 where nothing is, `None` where the kernel has no such
-/// read (preadv2(2) with `RWF_NOWAIT`).
+/// Reads an eventfd without waiting: 0 when it is 0, `None` where the kernel has no such read (preadv2(2) with
+/// `RWF_NOWAIT`).
 pub fn eventfd_take(fd: impl AsFd) -> Option<u64> {
     let mut value = 0u64;
     let part = libc::iovec {
@@ -124,7 +123,7 @@ pub fn eventfd_take(fd: impl AsFd) -> Option<u64> {
         iov_len: 8,
     };
     let (fd, now) = (fd.as_fd().as_raw_fd(), libc::RWF_NOWAIT);
-    // SAFETY: room for what an eventfd answers.
+    // SAFETY: room for the eight bytes of an eventfd.
     let n = unsafe { libc::preadv2(fd, &raw const part, 1, -1, now) };
     match n {
         8 => Some(value),
@@ -136,15 +135,15 @@ pub fn eventfd_take(fd: impl AsFd) -> Option<u64> {
 /// Adds to an eventfd.
 ///
 /// # Errors
-/// `EAGAIN` for what has no room and does not wait.
+/// `EAGAIN` when the counter would overflow and the descriptor does not block.
 pub fn eventfd_add(fd: impl AsFd, value: u64) -> Result<()> {
     rustix::io::write(fd, &value.to_ne_bytes())
         .map(drop)
         .map_err(errno)
 }
 
-/// timerfd_gettime(2), for its effect: an expired periodic timer is stopped until somebody looks
-/// at it, and its later expirations are counted only then.
+/// timerfd_gettime(2), for its side effect: an expired periodic timerfd does not run until it is read or queried, and
+/// only then counts its later expirations.
 pub fn count_expirations(timer: impl AsFd) {
     let _ = rustix::time::timerfd_gettime(timer);
 }
@@ -161,9 +160,9 @@ pub fn pidfd(pid: i32, flags: u32) -> Result<OwnedFd> {
 /// `PIDFD_GET_INFO` into a `struct pidfd_info` of the first version.
 ///
 /// # Errors
-/// `ENOTTY` before Linux 6.13, `ESRCH` of a process that has been waited for.
+/// `ENOTTY` before Linux 6.13, `ESRCH` for a reaped process.
 pub fn pidfd_info(fd: impl AsFd, info: &mut [u8; 64]) -> Result<()> {
-    /// `_IOWR(0xff, 11, struct pidfd_info)` with that version's size.
+    /// `_IOWR(0xff, 11, struct pidfd_info)` with the size of the first version.
     const PIDFD_GET_INFO: u64 = 0xc040_ff0b;
     // SAFETY: the request holds the size that the kernel reads and writes.
     let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), PIDFD_GET_INFO, info.as_mut_ptr()) };

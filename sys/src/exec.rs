@@ -1,8 +1,8 @@
-//! What a new process does between its creation and the exec of a program: its descriptors get their numbers, it waits
-//! to be traced, and executes.
+//! A new process from its creation to the exec of a program: gives its descriptors their numbers, waits to be traced,
+//! and executes.
 //!
-//! It is a child of a process that may have more threads and only makes system calls, on memory that was prepared
-//! before. So it speaks over no [channel](crate::channel): a byte lets it go on, and of what fails two numbers tell.
+//! The child of a possibly multithreaded process makes only system calls, on memory prepared before. So it uses no
+//! [channel](crate::channel): one byte tells it to continue, and two numbers report a failure.
 #![allow(unsafe_code)]
 
 use std::collections::HashSet;
@@ -13,11 +13,11 @@ use crate::files::duplicate_from;
 use crate::process::leave;
 use crate::{Errno, Result};
 
-/// A program with the descriptors that it is to have, out of the way of their numbers.
+/// A program and its descriptors, which are kept clear of each other's target numbers.
 #[derive(Debug)]
 pub struct Program {
     executable: OwnedFd,
-    /// Ours, and the number there, ascending by number; ours are none of these numbers.
+    /// Our descriptor and its target number, ascending by number; ours are none of the target numbers.
     descriptors: Vec<(OwnedFd, RawFd)>,
     go: OwnedFd,
     report: OwnedFd,
@@ -33,11 +33,11 @@ pub enum Step {
 }
 
 impl Program {
-    /// Puts those descriptors aside that have the number of another one. From `go` comes a byte when the process may
-    /// execute, and the end if it never may; to `report` goes what failed.
+    /// Moves descriptors off the target numbers of others. A byte on `go` permits the exec, end of file forbids it;
+    /// failures are written to `report`.
     ///
     /// # Errors
-    /// `EMFILE` when there is no room for them.
+    /// `EMFILE` when no numbers are free.
     pub fn prepare(
         executable: impl AsFd,
         descriptors: Vec<(OwnedFd, RawFd)>,
@@ -62,16 +62,16 @@ impl Program {
         })
     }
 
-    /// Becomes the program, with that name as its only argument and no environment. `other_end` is the other end of
-    /// `go`, which this process would hold open itself; without one it is the first process of a pid namespace,
-    /// whose end would be that of all: then it stops by SIGTRAP when it has failed.
+    /// Executes the program, with that name as its only argument and no environment. `other_end` is the other end of
+    /// `go`, which this process must not hold open itself. Without it this is the first process of a pid namespace,
+    /// whose end would kill all others: on failure it then stops with SIGTRAP.
     pub fn execute(&self, name: &CStr, other_end: Option<BorrowedFd<'_>>) -> ! {
         // SAFETY: system calls on values and on memory that was prepared before; nothing is dropped here.
         unsafe {
             if let Some(other_end) = other_end {
                 libc::close(other_end.as_raw_fd());
             }
-            // All but SIGTRAP: breakpoints must not find it blocked, since the kernel then resets its action
+            // Blocks all but SIGTRAP: a breakpoint that finds SIGTRAP blocked resets its action
             // (force_sig_info_to_task).
             let mask: u64 = !(1 << (libc::SIGTRAP - 1));
             let set = libc::SIG_SETMASK;
@@ -83,7 +83,7 @@ impl Program {
                 }
             }
             let placed = self.place_descriptors();
-            // Until the tracer has attached.
+            // Wait until the tracer has attached.
             let mut byte = 0u8;
             if libc::read(self.go.as_raw_fd(), (&raw mut byte).cast(), 1) != 1 {
                 leave(127);
@@ -138,7 +138,7 @@ impl Program {
                 leave(127)
             }
             loop {
-                // The tracer is told, tells why, and ends; that ends us.
+                // The tracer sees the stop, reports the failure and ends, which ends this process.
                 let me = libc::syscall(libc::SYS_getpid);
                 libc::syscall(libc::SYS_kill, me, libc::SIGTRAP);
                 libc::pause();
@@ -147,7 +147,7 @@ impl Program {
     }
 }
 
-/// What failed in a process that has ended, or stopped itself, before it executed; `None` when it was killed.
+/// The failed step of a process that ended or stopped itself before its exec; `None` when it was killed.
 pub fn failure(report: impl AsFd) -> Option<(Step, Errno)> {
     let mut bytes = [0; 8];
     if nix::unistd::read(report, &mut bytes) != Ok(8) {
@@ -161,7 +161,7 @@ pub fn failure(report: impl AsFd) -> Option<(Step, Errno)> {
     Some((step, Errno::from_raw(i32::from_ne_bytes([e, f, g, h]))))
 }
 
-/// A copy under a number that is none of these, from `lowest` on, which goes up.
+/// Duplicates to a free number from `lowest` on that is none of these; raises `lowest`.
 fn duplicate_beside(
     fd: BorrowedFd<'_>,
     numbers: &HashSet<RawFd>,

@@ -10,18 +10,18 @@ use rustix::fs::{AtFlags, CWD, FileType, MemfdFlags, Mode, OFlags, ResolveFlags,
 
 use crate::{Errno, Result, errno};
 
-/// A path as the kernel takes it.
+/// Converts a path to a C string.
 ///
 /// # Errors
-/// `EINVAL` for one with a zero byte.
+/// `EINVAL` for a path with a zero byte.
 pub fn c_path(path: &Path) -> Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)
 }
 
-/// A descriptor that the kernel has just given.
+/// Takes ownership of a descriptor that a system call returned.
 ///
 /// # Safety
-/// The answer is that of a call that makes a descriptor, and has no other owner.
+/// `answer` is the result of a call that makes a descriptor, and has no other owner.
 pub(crate) unsafe fn given(answer: libc::c_long) -> Result<OwnedFd> {
     let fd = Errno::result(answer)?;
     // SAFETY: as our caller promises.
@@ -36,7 +36,7 @@ pub fn fstat(fd: impl AsFd) -> Result<libc::stat> {
     nix::sys::stat::fstat(fd.as_fd())
 }
 
-/// What is to be said of a directory that tells nothing: zeros, but for the kind.
+/// A substitute for the fstat(2) of a directory that cannot be queried: zeros, except for the file type.
 pub fn unknown_directory() -> libc::stat {
     // SAFETY: plain integers, for which zero is valid.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
@@ -50,7 +50,7 @@ pub fn fstatfs(fd: impl AsFd) -> Option<(i64, u64)> {
     Some((s.f_type as i64, s.f_bsize as u64))
 }
 
-/// A handle of what a path leads to, which opens nothing (`O_PATH`).
+/// Opens a path with `O_PATH`.
 ///
 /// # Errors
 /// Those of open(2).
@@ -68,7 +68,7 @@ pub fn open(path: &Path, flags: i32) -> Result<OwnedFd> {
     rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(errno)
 }
 
-/// open(2) with these flags and no other: the descriptor is closed on exec, but the description does not show
+/// open(2) with exactly these flags: the descriptor becomes close-on-exec, but its description does not show
 /// `O_CLOEXEC` in its flags, as it would forever.
 ///
 /// # Errors
@@ -80,11 +80,10 @@ pub fn open_plainly(path: &CStr, flags: i32) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// The same by openat2(2) (Linux 5.6), which follows no link of `/proc` to what somebody has open
-/// (`RESOLVE_NO_MAGICLINKS`).
+/// The same by openat2(2) (Linux 5.6), which follows no magic link of `/proc` (`RESOLVE_NO_MAGICLINKS`).
 ///
 /// # Errors
-/// `ELOOP` where there is such a link on the way; `ENOSYS` and `EPERM` where there is no such call.
+/// `ELOOP` when the path has such a link; `ENOSYS` and `EPERM` where the call is not available.
 pub fn open_without_magic_links(path: &CStr, flags: i32) -> Result<OwnedFd> {
     let flags = OFlags::from_bits_retain(flags as u32);
     let resolve = ResolveFlags::NO_MAGICLINKS;
@@ -114,8 +113,8 @@ pub fn open_by_handle(mount: impl AsFd, kind: i32, handle: &[u8]) -> Result<Owne
     }
 }
 
-/// name_to_handle_at(2) with `AT_HANDLE_FID` (Linux 6.6): the type and bytes of a handle that names a file and need not
-/// be one that can be opened. Symbolic links are followed.
+/// name_to_handle_at(2) with `AT_HANDLE_FID` (Linux 6.6): the type and bytes of a handle that identifies a file; it
+/// need not be usable for open_by_handle_at(2). Follows symbolic links.
 ///
 /// # Errors
 /// `EOPNOTSUPP` where the file system has none, `EINVAL` on older kernels.
@@ -162,11 +161,10 @@ pub fn make_node(path: &Path, kind: u32, mode: u32) -> Result<()> {
     rustix::fs::mknodat(CWD, path, kind, Mode::from_raw_mode(mode), 0).map_err(errno)
 }
 
-/// lseek(2) to the next data or hole (`SEEK_DATA`, `SEEK_HOLE`): where it is. The offset of the description is there
-/// then.
+/// lseek(2) to the next data or hole (`SEEK_DATA`, `SEEK_HOLE`). Returns the new offset of the description.
 ///
 /// # Errors
-/// `ENXIO` when there is none behind `offset`, `EINVAL` where the file system does not tell.
+/// `ENXIO` when there is none behind `offset`, `EINVAL` where the file system does not support it.
 pub fn seek(fd: impl AsFd, offset: u64, whence: i32) -> Result<u64> {
     // SAFETY: a call without pointers.
     let at = unsafe { libc::lseek(fd.as_fd().as_raw_fd(), offset as i64, whence) };
@@ -184,7 +182,7 @@ pub fn flags(fd: impl AsFd) -> Result<i32> {
 /// `F_SETFL`: sets `O_APPEND`, `O_ASYNC`, `O_DIRECT`, `O_NOATIME` and `O_NONBLOCK`, and leaves the others as they are.
 ///
 /// # Errors
-/// `EINVAL` and `EPERM` for flags that cannot be had.
+/// `EINVAL` and `EPERM` for flags that the file does not support.
 pub fn set_flags(fd: impl AsFd, flags: i32) -> Result<()> {
     number(fd.as_fd(), libc::F_SETFL, flags).map(drop)
 }
@@ -198,7 +196,7 @@ pub fn set_close_on_exec(fd: impl AsFd, yes: bool) -> Result<()> {
     number(fd.as_fd(), libc::F_SETFD, flags).map(drop)
 }
 
-/// `F_GETOWN_EX`: kind (`F_OWNER_*`) and id of who gets SIGIO.
+/// `F_GETOWN_EX`: kind (`F_OWNER_*`) and id of the receiver of SIGIO.
 pub fn owner(fd: impl AsFd) -> Option<(i32, i32)> {
     const F_GETOWN_EX: i32 = 16;
     let mut owner = [0i32; 2];
@@ -207,13 +205,13 @@ pub fn owner(fd: impl AsFd) -> Option<(i32, i32)> {
     (r == 0).then_some((owner[0], owner[1]))
 }
 
-/// `F_GETSIG`: the signal that stands for SIGIO, 0 for SIGIO itself.
+/// `F_GETSIG`: the signal sent instead of SIGIO, 0 for SIGIO itself.
 pub fn owner_signal(fd: impl AsFd) -> i32 {
     const F_GETSIG: i32 = 11;
     number(fd.as_fd(), F_GETSIG, 0).unwrap_or(0)
 }
 
-/// `F_DUPFD_CLOEXEC`: a copy under the first free number from `lowest` on.
+/// `F_DUPFD_CLOEXEC`: a duplicate under the first free number from `lowest` on.
 ///
 /// # Errors
 /// `EMFILE` when there is none, `EINVAL` above the limit.
@@ -221,7 +219,7 @@ pub fn duplicate_from(fd: impl AsFd, lowest: RawFd) -> Result<OwnedFd> {
     rustix::io::fcntl_dupfd_cloexec(fd, lowest).map_err(errno)
 }
 
-/// The same of a descriptor that we were started with, by its number: standard input, or what the shell has opened.
+/// The same for an inherited descriptor, by number: standard input, or one that the shell opened.
 ///
 /// # Errors
 /// `EBADF` when it is not open.
@@ -230,8 +228,8 @@ pub fn duplicate_number(fd: RawFd, lowest: RawFd) -> Result<OwnedFd> {
     unsafe { given(libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, lowest).into()) }
 }
 
-/// Takes over a descriptor that we were started with. Only what an exec does not close can have been inherited, and
-/// everything that we open is closed by it: so one that is taken over is marked like that, and is none afterwards.
+/// Takes ownership of an inherited descriptor. An inherited one is not close-on-exec, and every one that we open is.
+/// So this marks it close-on-exec: a second call returns `None`.
 pub fn inherited(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: it is open, and nothing of ours owns a descriptor without that flag.
     unsafe {
@@ -248,7 +246,7 @@ pub fn inherited(fd: RawFd) -> Option<OwnedFd> {
     }
 }
 
-/// close_range(2) with `CLOSE_RANGE_CLOEXEC` (Linux 5.11): an exec closes every descriptor from this number on.
+/// close_range(2) with `CLOSE_RANGE_CLOEXEC` (Linux 5.11): makes every descriptor from this number on close-on-exec.
 ///
 /// # Errors
 /// `EINVAL` and `ENOSYS` on older kernels.
@@ -258,10 +256,10 @@ pub fn close_on_exec_from(first: RawFd) -> Result<()> {
     Errno::result(r).map(drop)
 }
 
-/// `RLIMIT_NOFILE`: how many descriptors we may have, and up to which number that can be raised.
+/// Sets `RLIMIT_NOFILE`: the soft and hard limit of descriptors.
 ///
 /// # Errors
-/// `EPERM` above the kernel's most, and for raising the second one without CAP_SYS_RESOURCE.
+/// `EPERM` above `fs.nr_open`, and for raising the hard limit without CAP_SYS_RESOURCE.
 pub fn set_descriptor_limit(soft: u64, hard: u64) -> Result<()> {
     let limit = libc::rlimit {
         rlim_cur: soft,
@@ -280,7 +278,7 @@ pub fn memfd(name: &CStr, flags: u32) -> Result<OwnedFd> {
     rustix::fs::memfd_create(name, flags).map_err(errno)
 }
 
-/// `F_GET_SEALS`; `None` for a file that cannot have any.
+/// `F_GET_SEALS`; `None` for a file without support for seals.
 pub fn seals(fd: impl AsFd) -> Option<u32> {
     rustix::fs::fcntl_get_seals(fd).ok().map(|s| s.bits())
 }
@@ -288,12 +286,12 @@ pub fn seals(fd: impl AsFd) -> Option<u32> {
 /// `F_ADD_SEALS`.
 ///
 /// # Errors
-/// `EPERM` when no more can be added, `EBUSY` while it is mapped writable.
+/// `EPERM` when the seals are sealed, `EBUSY` while it is mapped writable.
 pub fn add_seals(fd: impl AsFd, seals: u32) -> Result<()> {
     rustix::fs::fcntl_add_seals(fd, SealFlags::from_bits_retain(seals)).map_err(errno)
 }
 
-/// `FIONREAD`: bytes that can be read at once; 0 for what does not tell.
+/// `FIONREAD`: bytes that can be read at once; 0 where the file does not support it.
 pub fn unread(fd: impl AsFd) -> usize {
     let mut n = 0i32;
     // SAFETY: the kernel writes one int.
@@ -301,17 +299,17 @@ pub fn unread(fd: impl AsFd) -> usize {
     if r == 0 { n.max(0) as usize } else { 0 }
 }
 
-/// faccessat(2) of a file itself by the effective ids.
+/// faccessat(2) of an open file by the effective ids.
 ///
 /// # Errors
-/// `EACCES` when it may not be used so.
+/// `EACCES` when the access is denied.
 pub fn may(fd: impl AsFd, how: i32) -> Result<()> {
     let how = rustix::fs::Access::from_bits_retain(how as u32);
     let itself = AtFlags::EACCESS | AtFlags::EMPTY_PATH;
     rustix::fs::accessat(fd, c"", how, itself).map_err(errno)
 }
 
-/// A fcntl(2) with a number.
+/// fcntl(2) with a number.
 fn number(fd: BorrowedFd<'_>, command: i32, value: i32) -> Result<i32> {
     // SAFETY: called with commands that take a number or nothing.
     Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), command, value) })

@@ -1,7 +1,7 @@
-//! Children of our own, copies of one thread of us that make system calls and nothing else: a [`Child`]
-//! to try things on that would change us, which never outlives us, and a [`Helper`] to do something
-//! that must not be left half done, which does. Why that is no `unsafe` is said in [`process`](crate::process): what
-//! allocates or locks there may wait forever, and then whoever waits for it does too.
+//! Children of our own, copies of one of our threads that make system calls only. A [`Child`] tries things that would
+//! change us, and never outlives us. A [`Helper`] does what must not be left half done, and does outlive us. Why this
+//! is not `unsafe`: see [`process`](crate::process). A child that allocates or takes a lock may wait forever, and so
+//! does its waiter.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -11,18 +11,18 @@ use std::ptr::NonNull;
 use crate::process::{LeaveOnUnwind, Status, clone, end_of, leave};
 use crate::{Errno, Result};
 
-/// A child that is killed and waited for when dropped.
+/// A child that is killed and reaped when dropped.
 #[derive(Debug)]
 pub struct Child(libc::pid_t);
 
 impl Child {
-    /// `main` runs in a copy of one thread of us: it may make system calls and nothing else. The child has no
-    /// descriptors: what we have locked is to be free when we are killed, before this one is.
+    /// `main` runs in a copy of one of our threads and may make system calls only. The child has no descriptors:
+    /// locks that we hold must be released when we are killed, even if the child ends later.
     pub fn start(main: fn() -> !) -> Option<Self> {
         Self::start_with(|| main())
     }
 
-    /// The same with something to take along; when it returns the child ends.
+    /// The same with a closure; when it returns, the child ends.
     pub fn start_with(main: impl FnOnce()) -> Option<Self> {
         let parent = std::process::id();
         match split() {
@@ -44,7 +44,7 @@ impl Child {
         self.0
     }
 
-    /// Waits until it has stopped itself; whether it has not ended instead.
+    /// Waits until it stops itself or ends; whether it has stopped.
     pub fn is_stopped(&self) -> bool {
         let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
         let options = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT | libc::__WALL;
@@ -59,7 +59,7 @@ impl Child {
         }
     }
 
-    /// What it exited with, when it does.
+    /// Its exit code, when it exits.
     pub fn exit_code(self) -> Option<i32> {
         let pid = self.0;
         std::mem::forget(self);
@@ -77,19 +77,18 @@ impl Drop for Child {
     }
 }
 
-/// A child that does its work to the end, whatever becomes of us: it is in a session of its own, so that
-/// what kills our group does not reach it, and has every signal blocked. It ends by itself, also when
-/// nobody waits for it.
+/// A child that completes its work even if we are killed: it is in a session of its own, so that a signal to our
+/// group does not reach it, and blocks every signal. It ends by itself, even if it is not waited for.
 #[derive(Debug)]
 #[must_use]
 pub struct Helper(libc::pid_t);
 
 impl Helper {
-    /// `work` answers the exit code. It runs in a copy of one thread of us: it may make system calls, and nothing
-    /// that allocates or locks. A panic ends it with 101.
+    /// `work` returns the exit code. It runs in a copy of one of our threads and may make system calls only; it must
+    /// not allocate or lock. A panic ends it with 101.
     ///
     /// # Errors
-    /// When there can be no process.
+    /// Those of clone(2).
     pub fn start(work: impl FnOnce() -> i32) -> Result<Self> {
         let _undisturbed = Undisturbed::begin();
         match split()? {
@@ -103,31 +102,31 @@ impl Helper {
         }
     }
 
-    /// The same with no descriptors but those: what else is ours then ends with us, and not with the helper.
+    /// The same with no descriptors but `kept`: our others are then closed when we end, not when the helper does.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
     pub fn start_with(kept: &[BorrowedFd<'_>], work: impl FnOnce() -> i32) -> Result<Self> {
         let kept = sorted(kept);
         Self::start(|| {
-            // SAFETY: what owns a descriptor in the helper is never dropped, or drops what is no descriptor.
+            // SAFETY: nothing that the helper drops owns a descriptor.
             unsafe { close_others(&kept) };
             work()
         })
     }
 
-    /// Waits for its end; what it exited with.
+    /// Waits for its end. Returns its exit code.
     ///
     /// # Errors
-    /// `EINTR` when something killed it.
+    /// `EINTR` when it was killed.
     pub fn wait(self) -> Result<i32> {
         exit_code(self.0)
     }
 
-    /// Starts one and waits for it, while our own signals wait too.
+    /// Starts a helper and waits for it, with our own signals blocked.
     ///
     /// # Errors
-    /// As of the two.
+    /// As for [`start`](Self::start) and [`wait`](Self::wait).
     pub fn run(work: impl FnOnce() -> i32) -> Result<i32> {
         let _undisturbed = Undisturbed::begin();
         Self::start(work)?.wait()
@@ -135,8 +134,8 @@ impl Helper {
 }
 
 impl Helper {
-    /// The same with something to fill: it is then what it was for the helper at its end, if that did not end in
-    /// another way. The helper has a copy of its own to work on, which it hands over at its end.
+    /// The same with a value to fill in: it takes the helper's value when the helper has exited regularly. The helper
+    /// works on a copy and hands it over at its end.
     ///
     /// # Errors
     /// As for [`run`](Self::run), and `ENOMEM`.
@@ -152,7 +151,7 @@ impl Helper {
     }
 }
 
-/// Memory that a helper has too, for one value that it hands over.
+/// Memory shared with a helper, for one value that it hands over.
 struct Shared<T>(NonNull<Handed<T>>);
 
 #[repr(C)]
@@ -186,7 +185,7 @@ impl<T: Copy> Shared<T> {
     }
 
     fn take(self) -> Option<T> {
-        // SAFETY: as above; the process that put it there has ended, and it was put there whole if that is said.
+        // SAFETY: as above; the process that wrote it has ended, and the flag says that it wrote all of it.
         unsafe {
             let at = self.0.as_ptr();
             let is_there = (&raw const (*at).is_there).read();
@@ -202,11 +201,11 @@ impl<T> Drop for Shared<T> {
     }
 }
 
-/// All signals of this thread wait while it lives.
+/// Blocks all signals of this thread while it lives.
 pub struct Undisturbed(libc::sigset_t);
 
 impl Undisturbed {
-    /// From now on.
+    /// Blocks them now.
     #[must_use]
     pub fn begin() -> Self {
         // SAFETY: sets of ours; the first is filled in before it is used.
@@ -221,21 +220,21 @@ impl Undisturbed {
 
 impl Drop for Undisturbed {
     fn drop(&mut self) {
-        // SAFETY: the mask that there was.
+        // SAFETY: the previous mask.
         unsafe {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
         };
     }
 }
 
-/// fork(2), but for the exit signal, which is none: where SIGCHLD is ignored the kernel would reap the
-/// child before it can be asked.
+/// fork(2) without an exit signal: where SIGCHLD is ignored, the kernel would reap the child before we can wait for
+/// it.
 fn split() -> Result<libc::pid_t> {
     // SAFETY: without flags clone changes nothing of ours.
     Errno::result(unsafe { clone(0) }).map(|pid| pid as libc::pid_t)
 }
 
-/// Waits for a child of ours that nobody else waits for.
+/// Waits for a child of ours that nothing else waits for.
 fn exit_code(pid: libc::pid_t) -> Result<i32> {
     match end_of(pid)? {
         Status::Exited(code) => Ok(code),
@@ -243,7 +242,7 @@ fn exit_code(pid: libc::pid_t) -> Result<i32> {
     }
 }
 
-/// Their numbers, in order.
+/// Their numbers, ascending.
 pub(crate) fn sorted(fds: &[BorrowedFd<'_>]) -> Vec<u32> {
     let mut numbers: Vec<u32> = fds.iter().map(|fd| fd.as_raw_fd() as u32).collect();
     numbers.sort_unstable();
@@ -253,7 +252,7 @@ pub(crate) fn sorted(fds: &[BorrowedFd<'_>]) -> Vec<u32> {
 /// Closes all descriptors but those, by close_range(2).
 ///
 /// # Safety
-/// Nothing that owns another one may be used afterwards.
+/// No owner of another descriptor may be used afterwards.
 pub(crate) unsafe fn close_others(kept: &[u32]) {
     let mut from = 0;
     for fd in kept.iter().copied().chain([u32::MAX]) {
@@ -265,7 +264,7 @@ pub(crate) unsafe fn close_others(kept: &[u32]) {
     }
 }
 
-/// Ends the child when the parent ends, or has ended before this could be said.
+/// `PR_SET_PDEATHSIG`: kills the child when the parent ends, also if it has already ended.
 pub fn die_with(parent: u32) {
     // SAFETY: plain system calls.
     unsafe {
@@ -284,7 +283,7 @@ pub fn die_with(parent: u32) {
     }
 }
 
-/// Does nothing until it is killed.
+/// pause(2) until it is killed.
 pub fn pause_forever() -> ! {
     loop {
         // SAFETY: a plain system call.

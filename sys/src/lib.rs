@@ -1,11 +1,11 @@
-//! System calls with safe faces: the lowest floor, which knows nothing of jobs, images and tracing.
+//! Safe wrappers of system calls: the lowest crate, without knowledge of jobs, images and tracing.
 //!
-//! One module a kernel area, one function a call. A function is here if the call is needed in more than one place or
-//! has no safe face elsewhere; inside it is rustix where rustix has the call, else libc. Arguments are what the
-//! manual page says (flags and commands as its constants), descriptors are borrowed, results are owned. Errors are
-//! the kernel's, as [`Errno`]; the manual page that is named says what they mean.
+//! One module for each area of the kernel, one function for each call. A function is here if the call is needed in
+//! more than one place or has no safe wrapper elsewhere; it uses rustix where rustix has the call, else libc.
+//! Arguments are those of the manual page (flags and commands as its constants), descriptors are borrowed, results
+//! are owned. Errors are [`Errno`] as the manual page describes them.
 //!
-//! ptrace, remote calls and what else is done to other tasks is in the crate `ckpt-tracer`.
+//! ptrace, remote calls and other operations on other tasks are in the crate `ckpt-tracer`.
 
 pub mod as_owner;
 pub mod attributes;
@@ -33,15 +33,15 @@ pub mod tty;
 
 pub use nix::errno::Errno;
 
-/// The answer of a system call.
+/// Result of a system call.
 pub type Result<T> = std::result::Result<T, Errno>;
 
-/// rustix has a type of its own for the same numbers.
+/// Converts an errno of rustix.
 fn errno(error: rustix::io::Errno) -> Errno {
     Errno::from_raw(error.raw_os_error())
 }
 
-/// The number in an error of the standard library; `EIO` where that has none.
+/// The errno of an error of the standard library; `EIO` where it has none.
 pub fn errno_of(error: &std::io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }

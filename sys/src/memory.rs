@@ -3,11 +3,11 @@
 
 use crate::{Errno, Result};
 
-/// get_mempolicy(2) of this thread: the mode, and a bit for each node. `nodes` says for how many there is to be room;
-/// it is a multiple of 64.
+/// get_mempolicy(2) of this thread: the mode and the node mask. `nodes` is the room of the mask in bits, a multiple
+/// of 64.
 ///
 /// # Errors
-/// `EINVAL` when the kernel knows more nodes, `ENOSYS` where there are none.
+/// `EINVAL` when the kernel has more nodes, `ENOSYS` without NUMA support.
 pub fn policy(nodes: usize) -> Result<(i32, Vec<u8>)> {
     let (mut mode, mut set) = (0i32, vec![0u64; nodes.div_ceil(64)]);
     // The kernel takes the number of bits plus one.

@@ -11,7 +11,7 @@ use rustix::mount::{
 
 use crate::{Result, errno};
 
-/// mount(2) of a new file system of this kind, without data (`MS_*`).
+/// mount(2) of a new file system of this type, without data (`MS_*`).
 ///
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN in the user namespace of the mount namespace.
@@ -20,7 +20,7 @@ pub fn mount(what: &CStr, at: &CStr, kind: &CStr, flags: u64) -> Result<()> {
     rustix::mount::mount(what, at, kind, flags, None::<&CStr>).map_err(errno)
 }
 
-/// What is mounted outside later is seen here, and not the other way round (`MS_SLAVE`, for all mounts).
+/// Makes all mounts slaves (`MS_SLAVE`): later mounts outside propagate here, and not the other way round.
 ///
 /// # Errors
 /// As for [`mount`].
@@ -29,7 +29,7 @@ pub fn follow_the_outer() -> Result<()> {
     rustix::mount::mount_change(c"/", flags).map_err(errno)
 }
 
-/// umount2(2) with `MNT_DETACH`: gone from its place at once, and altogether when nobody uses it.
+/// umount2(2) with `MNT_DETACH`: detached at once, and unmounted when it is no longer in use.
 ///
 /// # Errors
 /// `EINVAL` when nothing is mounted there.
@@ -37,7 +37,7 @@ pub fn detach(at: &CStr) -> Result<()> {
     rustix::mount::unmount(at, UnmountFlags::DETACH).map_err(errno)
 }
 
-/// A mount of one file or directory, not yet in any place (open_tree(2), Linux 5.2).
+/// A detached bind mount of one file or directory (open_tree(2), Linux 5.2).
 ///
 /// # Errors
 /// Those of open(2); `EPERM` as for [`mount`].
@@ -46,16 +46,16 @@ pub fn copy_of(path: &CStr) -> Result<OwnedFd> {
     rustix::mount::open_tree(CWD, path, flags).map_err(errno)
 }
 
-/// Puts a mount in its place, over the file or directory of a descriptor (move_mount(2)).
+/// Attaches a mount over the file or directory of a descriptor (move_mount(2)).
 ///
 /// # Errors
-/// `ENOTDIR` when one is a directory and the other is none; `EPERM` as for [`mount`].
+/// `ENOTDIR` when only one of the two is a directory; `EPERM` as for [`mount`].
 pub fn put(mount: impl AsFd, over: impl AsFd) -> Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     rustix::mount::move_mount(mount, c"", over, c"", flags).map_err(errno)
 }
 
-/// A file system of this kind that is mounted nowhere (fsopen(2), fsmount(2), Linux 5.2).
+/// A detached mount of a new file system of this type (fsopen(2), fsmount(2), Linux 5.2).
 ///
 /// # Errors
 /// As for [`mount`].

@@ -13,11 +13,11 @@ use crate::{Errno, Result, errno_of};
 pub struct QueueAttributes {
     /// `O_NONBLOCK` or 0.
     pub flags: i64,
-    /// Messages that it takes.
+    /// `mq_maxmsg`.
     pub most: i64,
-    /// Bytes of the longest one.
+    /// `mq_msgsize`, bytes.
     pub size: i64,
-    /// Messages in it.
+    /// `mq_curmsgs`.
     pub held: i64,
     reserved: [i64; 4],
 }
@@ -25,7 +25,7 @@ pub struct QueueAttributes {
 /// `mq_getattr(3)`.
 ///
 /// # Errors
-/// `EBADF` for what is no queue.
+/// `EBADF` for what is not a queue.
 pub fn queue_attributes(queue: impl AsFd) -> Result<QueueAttributes> {
     let mut attributes = QueueAttributes::default();
     // SAFETY: the kernel writes one structure.
@@ -95,7 +95,7 @@ pub fn create_queue(name: &[u8], most: i64, size: i64) -> Result<OwnedFd> {
 /// mq_send(3), without waiting for room.
 ///
 /// # Errors
-/// `EAGAIN` when there is no room, `EMSGSIZE` for a longer one than it takes.
+/// `EAGAIN` when there is no room, `EMSGSIZE` for a message above `mq_msgsize`.
 pub fn send(queue: impl AsFd, message: &[u8]) -> Result<()> {
     let now = libc::timespec {
         tv_sec: 0,
@@ -116,7 +116,7 @@ pub fn send(queue: impl AsFd, message: &[u8]) -> Result<()> {
     Errno::result(sent).map(drop)
 }
 
-/// mq_notify(3), with a `struct sigevent` in which an address is one of ours.
+/// mq_notify(3) with a `struct sigevent` whose addresses are ours.
 ///
 /// # Errors
 /// `EBUSY` when another process is registered.

@@ -1,4 +1,4 @@
-//! Namespaces: namespaces(7), unshare(2), setns(2), ioctl_nsfs(2). `CLONE_NEW*` say which.
+//! Namespaces: namespaces(7), unshare(2), setns(2), ioctl_nsfs(2). `CLONE_NEW*` selects the kind.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -6,11 +6,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use crate::files::given;
 use crate::{Errno, Result};
 
-/// unshare(2) of namespaces. Of a pid or time namespace only children become members.
+/// unshare(2) of namespaces. Of a new pid or time namespace only children become members.
 ///
 /// # Errors
-/// `EPERM` without CAP_SYS_ADMIN, `ENOSPC` above the limit of namespaces, `EINVAL` for flags that name no namespace
-/// and where this thread is not the only one.
+/// `EPERM` without CAP_SYS_ADMIN, `ENOSPC` above the limit of namespaces, `EINVAL` for flags that name no namespace,
+/// and in a multithreaded process.
 pub fn unshare(kinds: i32) -> Result<()> {
     const NAMESPACES: i32 = libc::CLONE_NEWCGROUP
         | libc::CLONE_NEWIPC
@@ -23,12 +23,12 @@ pub fn unshare(kinds: i32) -> Result<()> {
     if kinds & !NAMESPACES != 0 {
         return Err(Errno::EINVAL);
     }
-    // SAFETY: a call without pointers. What threads of ours share (`CLONE_FILES`, `CLONE_FS`) stays shared, but for
-    // the directory, which the C library does not count on.
+    // SAFETY: a call without pointers. What our threads share (`CLONE_FILES`, `CLONE_FS`) stays shared, except for
+    // the working directory, on which the C library does not rely.
     Errno::result(unsafe { libc::unshare(kinds) }).map(drop)
 }
 
-/// setns(2): into the namespace of a descriptor, or into those of a pidfd.
+/// setns(2): enters the namespace of a descriptor, or those of a pidfd.
 ///
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN there, `EINVAL` for another kind of namespace, `EUSERS` and others of setns(2).
@@ -38,7 +38,7 @@ pub fn enter(namespace: impl AsFd, kinds: i32) -> Result<()> {
     Errno::result(entered).map(drop)
 }
 
-/// `NS_GET_OWNER_UID`: the user who made a user namespace, as we see them.
+/// `NS_GET_OWNER_UID`: the owner of a user namespace, as our user namespace maps it.
 pub fn owner(namespace: impl AsFd) -> Option<u32> {
     const NS_GET_OWNER_UID: u64 = 0xb704;
     let mut uid = 0u32;
@@ -48,10 +48,10 @@ pub fn owner(namespace: impl AsFd) -> Option<u32> {
     (r == 0).then_some(uid)
 }
 
-/// `NS_GET_USERNS`: the user namespace that a namespace belongs to.
+/// `NS_GET_USERNS`: the user namespace that owns a namespace.
 ///
 /// # Errors
-/// `EPERM` when it is none of ours and not below ours.
+/// `EPERM` when it is neither ours nor a descendant of ours.
 pub fn user_namespace(namespace: impl AsFd) -> Result<OwnedFd> {
     const NS_GET_USERNS: libc::Ioctl = 0xb701;
     // SAFETY: a call without pointers, which makes a descriptor.

@@ -6,7 +6,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags};
 
 use crate::{Result, errno};
 
-/// pipe2(2): reading and writing end.
+/// pipe2(2): read end and write end.
 ///
 /// # Errors
 /// `EMFILE` and `ENFILE` when there are no descriptors.
@@ -14,10 +14,10 @@ pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(errno)
 }
 
-/// One of at least that capacity, whose ends do not wait.
+/// A pipe of at least that capacity, with `O_NONBLOCK` on both ends.
 ///
 /// # Errors
-/// As for [`pipe`]; `EPERM` above what an ordinary user may have.
+/// As for [`pipe`]; `EPERM` above `fs.pipe-max-size` without CAP_SYS_RESOURCE.
 pub fn pipe_of(capacity: usize) -> Result<(OwnedFd, OwnedFd)> {
     let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
     let ends = rustix::pipe::pipe_with(flags).map_err(errno)?;
@@ -25,7 +25,7 @@ pub fn pipe_of(capacity: usize) -> Result<(OwnedFd, OwnedFd)> {
     Ok(ends)
 }
 
-/// `F_GETPIPE_SZ`: bytes that it takes; `None` for what is no pipe.
+/// `F_GETPIPE_SZ`: capacity in bytes; `None` for what is not a pipe.
 pub fn capacity(pipe: impl AsFd) -> Option<usize> {
     rustix::pipe::fcntl_getpipe_size(pipe).ok()
 }
@@ -33,12 +33,12 @@ pub fn capacity(pipe: impl AsFd) -> Option<usize> {
 /// tee(2): copies up to `len` bytes between pipes without consuming them, and does not wait.
 ///
 /// # Errors
-/// `EAGAIN` where nothing is, or there is no room.
+/// `EAGAIN` when nothing is in the one, or there is no room in the other.
 pub fn tee(from: impl AsFd, to: impl AsFd, len: usize) -> Result<usize> {
     rustix::pipe::tee(from, to, len, SpliceFlags::NONBLOCK).map_err(errno)
 }
 
-/// splice(2): moves bytes of as many buffers as have room, up to `len`, between pipes, and does not wait.
+/// splice(2): moves up to `len` bytes between pipes, buffer by buffer, as far as there is room, and does not wait.
 ///
 /// # Errors
 /// As for [`tee`].

@@ -5,14 +5,14 @@ use std::ffi::CStr;
 
 use crate::{Errno, Result};
 
-/// A prctl(2) that takes a number and no address.
+/// prctl(2) with a number and no address.
 fn set(option: i32, value: u64) {
-    // SAFETY: called with options that take no pointer. It cannot fail with the values that are given here, or it
-    // does no harm.
+    // SAFETY: called with options that take no pointer. With the values given here it cannot fail, or failure does no
+    // harm.
     unsafe { libc::prctl(option, value, 0u64, 0u64, 0u64) };
 }
 
-/// `PR_SET_NAME`: what this thread is called in `ps`, of which 15 bytes count.
+/// `PR_SET_NAME`: the comm of this thread, 15 bytes at most.
 pub fn set_name(name: &CStr) {
     // SAFETY: a C string.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
@@ -26,23 +26,23 @@ pub fn die_with_parent(yes: bool) {
     );
 }
 
-/// `PR_SET_CHILD_SUBREAPER`: orphans among our descendants become our children.
+/// `PR_SET_CHILD_SUBREAPER`: orphaned descendants become our children.
 pub fn adopt_orphans() {
     set(libc::PR_SET_CHILD_SUBREAPER, 1);
 }
 
-/// `PR_SET_DUMPABLE`: our files in `/proc` are ours, also after a change of ids.
+/// `PR_SET_DUMPABLE`: our files in `/proc` stay ours after a change of ids.
 pub fn make_dumpable() {
     set(libc::PR_SET_DUMPABLE, 1);
 }
 
 /// `PR_SET_PTRACER`: lets a process and its descendants trace us where Yama allows that to ancestors only. Kernels
-/// without Yama refuse, and need it not.
+/// without Yama refuse it and do not need it.
 pub fn let_trace(pid: u32) {
     set(libc::PR_SET_PTRACER, pid.into());
 }
 
-/// Get calls whose operands are numbers: the call (prctl(2) or arch_prctl(2)) and its option.
+/// Get operations with numeric operands only: the call (prctl(2) or arch_prctl(2)) and its option.
 const NUMBERS_ONLY: [(libc::c_long, i32); 6] = [
     (libc::SYS_prctl, libc::PR_MCE_KILL_GET),
     (libc::SYS_prctl, libc::PR_GET_THP_DISABLE),
@@ -57,10 +57,10 @@ const PR_GET_MDWE: i32 = 66;
 const PR_GET_MEMORY_MERGE: i32 = 68;
 const ARCH_GET_CPUID: i32 = 0x1011;
 
-/// What a get call answers that takes numbers.
+/// The result of one of these get operations.
 ///
 /// # Errors
-/// `EINVAL` where the kernel does not know it, and for a call that is none of those.
+/// `EINVAL` where the kernel does not know it, and for an operation not listed above.
 pub fn get_number(call: libc::c_long, option: u64, which: u64) -> Result<i64> {
     if !NUMBERS_ONLY
         .iter()

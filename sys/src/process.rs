@@ -1,17 +1,17 @@
-//! Processes of our own: how they are created, end and are waited for.
+//! Our own processes: creation, end and wait.
 //!
-//! All are created here, in one of three ways. [`fork`] is the C library's, after which the child may do whatever we
-//! may. [`fork_bare`] and [`fork_under`] are the bare system call, without the C library's preparations: where we have
-//! more than one thread, the child should make system calls and nothing else, since it would wait forever for what
-//! another thread has locked. A [helper](crate::helper) is a bare one that works to the end.
+//! There are three ways to create one. [`fork`] is the C library's; its child may do whatever we may. [`fork_bare`]
+//! and [`fork_under`] are the bare system call, without the C library's preparations: in a multithreaded process the
+//! child should make system calls only, since it would wait forever for a lock that another thread holds. A
+//! [helper](crate::helper) is a bare fork that completes its work.
 //!
-//! # Why this is no `unsafe`
+//! # Why this is not `unsafe`
 //!
-//! The child is a copy of us in which the calling thread alone goes on. To it this is as if all other threads had
-//! stopped for good where they were: a lock that one holds stays locked, and what it guards is never seen half
-//! changed. So a child may wait forever, but it breaks no memory, as long as nothing borrows memory that both
-//! processes have (`MAP_SHARED`), which nothing here hands out. The descriptors are a table of its own. What shares
-//! the table or the memory with us (`CLONE_FILES`, `CLONE_VM`) is made in this crate only, whole.
+//! The child is a copy of us in which only the calling thread continues. To it all other threads have stopped for
+//! good: a lock that one of them holds stays locked, and what it guards is never seen half changed. So a child may
+//! wait forever, but it cannot corrupt memory, as long as nothing borrows memory shared by both processes
+//! (`MAP_SHARED`), which nothing here hands out. Its descriptor table is its own. Children that share the table or
+//! the memory with us (`CLONE_FILES`, `CLONE_VM`) are created in this crate only, completely.
 #![allow(unsafe_code)]
 
 use std::arch::asm;
@@ -22,12 +22,12 @@ use std::process::Command;
 use crate::helper::{Undisturbed, close_others};
 use crate::{Errno, Result};
 
-/// Who goes on after a fork.
+/// The two sides of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fork {
-    /// The new process.
+    /// In the new process.
     Child,
-    /// The process that was there, with the pid of the child.
+    /// In the calling process, with the pid of the child.
     Parent(i32),
 }
 
@@ -40,16 +40,16 @@ impl Fork {
     }
 }
 
-/// fork(2) of the C library. Both return.
+/// fork(2) of the C library.
 ///
 /// # Errors
-/// `EAGAIN` and `ENOMEM`, when there can be no process.
+/// `EAGAIN` and `ENOMEM`, when no process can be created.
 pub fn fork() -> Result<Fork> {
     // SAFETY: see the head of this file.
     Fork::of(unsafe { libc::fork() }.into())
 }
 
-/// The bare system call, with SIGCHLD at the child's end.
+/// The bare system call, with SIGCHLD as the exit signal.
 ///
 /// # Errors
 /// As for [`fork`].
@@ -58,11 +58,10 @@ pub fn fork_bare() -> Result<Fork> {
     Fork::of(unsafe { clone(libc::SIGCHLD) })
 }
 
-/// clone(2) on the stack that there is: without `CLONE_VM` it is a fork. The lowest byte of the flags is the signal
-/// that tells of the end.
+/// clone(2) on the current stack: without `CLONE_VM` it is a fork. The lowest byte of the flags is the exit signal.
 ///
 /// # Safety
-/// With `CLONE_VM` the child would run on our stack; with `CLONE_FILES` it must not drop what owns a descriptor.
+/// With `CLONE_VM` the child would run on our stack; with `CLONE_FILES` it must not drop owners of descriptors.
 pub(crate) unsafe fn clone(flags: i32) -> libc::c_long {
     // SAFETY: our caller promises it.
     unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) }
@@ -85,11 +84,11 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// A fork under that pid (`set_tid` of clone3(2), Linux 5.5), otherwise bare.
+/// A bare fork with that pid (`set_tid` of clone3(2), Linux 5.5).
 ///
 /// # Errors
-/// `EEXIST` when another task has the pid, `EPERM` without CAP_CHECKPOINT_RESTORE, `EINVAL` for a pid that cannot
-/// be; `ENOSYS` where the call is withheld.
+/// `EEXIST` when the pid is taken, `EPERM` without CAP_CHECKPOINT_RESTORE, `EINVAL` for an invalid pid; `ENOSYS`
+/// where the call is not available.
 pub fn fork_under(pid: i32) -> Result<Fork> {
     let mut args = CloneArgs {
         exit_signal: libc::SIGCHLD as u64,
@@ -101,8 +100,8 @@ pub fn fork_under(pid: i32) -> Result<Fork> {
     Fork::of(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) })
 }
 
-/// Whether a pid may be chosen, asked by a fork that fails in any case: it is to have our own, which is found to be
-/// taken only when it may be chosen.
+/// Whether we may choose pids. Asks for a fork with our own pid, which always fails: with `EEXIST` only if the choice
+/// is permitted.
 pub fn may_choose_pids() -> bool {
     match fork_under(std::process::id() as i32) {
         Ok(Fork::Child) => leave(0),
@@ -110,13 +109,13 @@ pub fn may_choose_pids() -> bool {
     }
 }
 
-/// _exit(2): ends this process without what is due at its end, which is for its parent to do.
+/// _exit(2): ends this process without running exit handlers, which are the parent's.
 pub fn leave(code: i32) -> ! {
     // SAFETY: a call without pointers, from which nothing returns.
     unsafe { libc::_exit(code) }
 }
 
-/// Ends this process as a wait status says: with that exit code, or by that signal, without a core file.
+/// Ends this process with that wait status: exits with the code, or dies of the signal, without a core file.
 pub fn end_as(status: i32) -> ! {
     let signal = status & 0x7f;
     if signal != 0 {
@@ -137,16 +136,16 @@ pub fn end_as(status: i32) -> ! {
     leave(status >> 8 & 0xff)
 }
 
-/// What wait(2) tells of a child.
+/// Status that wait(2) reports of a child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// It has exited with this code.
+    /// Exited with this code.
     Exited(i32),
-    /// This signal has ended it.
+    /// Killed by this signal.
     Killed(i32),
-    /// This signal has stopped it.
+    /// Stopped by this signal.
     Stopped(i32),
-    /// SIGCONT has let it go on.
+    /// Continued by SIGCONT.
     Continued,
 }
 
@@ -163,7 +162,7 @@ impl Status {
         }
     }
 
-    /// The exit code, or 128 plus the signal, as a shell says it; `None` while it lives.
+    /// The exit code, or 128 plus the signal as in a shell; `None` while it lives.
     pub fn code(self) -> Option<i32> {
         match self {
             Status::Exited(code) => Some(code),
@@ -173,9 +172,8 @@ impl Status {
     }
 }
 
-/// waitpid(2), begun again after a signal: who it is (-1 asks for any child) and what has become of it; `None` with
-/// `WNOHANG` when there is nothing to tell. nix's own fails on children that a real-time signal ended, after having
-/// reaped them.
+/// waitpid(2), restarted after a signal: pid and status (-1 waits for any child); `None` with `WNOHANG` when there is
+/// nothing to report. nix's own fails on children killed by a real-time signal, after having reaped them.
 ///
 /// # Errors
 /// `ECHILD` when there is no such child.
@@ -192,7 +190,7 @@ pub fn wait(pid: i32, options: i32) -> Result<Option<(i32, Status)>> {
     }
 }
 
-/// Waits for the end of a child, also of one that sends no signal then (`__WALL`).
+/// Waits for the end of a child, also of one without an exit signal (`__WALL`).
 ///
 /// # Errors
 /// As for [`wait`].
@@ -203,12 +201,13 @@ pub fn end_of(pid: i32) -> Result<Status> {
     }
 }
 
-/// Some child that has ended and was not yet waited for (`WNOWAIT` of waitid(2)): it stays so. The first one hides others.
+/// A child that has ended and is not reaped (`WNOWAIT` of waitid(2)); it stays a zombie. Other zombies are hidden
+/// behind the first.
 pub fn some_ended() -> Option<i32> {
     let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
     // SAFETY: plain integers and pointers, for which zero is valid.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel writes one siginfo; it stays zero when there is nothing to tell.
+    // SAFETY: the kernel writes one siginfo; it stays zero when there is nothing to report.
     let pid = unsafe {
         match libc::waitid(libc::P_ALL, 0, &raw mut info, options) {
             0 => info.si_pid(),
@@ -218,10 +217,10 @@ pub fn some_ended() -> Option<i32> {
     (pid > 0).then_some(pid)
 }
 
-/// Does work in a child that is a [`fork`], and answers what that answers.
+/// Runs `work` in a child made by [`fork`] and returns its result.
 ///
 /// # Errors
-/// Those of the work, or that there is no child; `EINTR` when something killed it.
+/// Those of `work` and [`fork`]; `EINTR` when the child was killed.
 pub fn in_a_child(work: impl FnOnce() -> Result<()>) -> Result<()> {
     match fork()? {
         Fork::Child => {
@@ -236,7 +235,7 @@ pub fn in_a_child(work: impl FnOnce() -> Result<()>) -> Result<()> {
     }
 }
 
-/// A panic in a child must not unwind into what is its parent's to do.
+/// A panic in a child must not unwind into frames of its parent.
 pub(crate) struct LeaveOnUnwind;
 
 impl Drop for LeaveOnUnwind {
@@ -245,10 +244,10 @@ impl Drop for LeaveOnUnwind {
     }
 }
 
-/// kill(2). Signal 0 only asks whether it could be sent.
+/// kill(2). Signal 0 only checks whether it could be sent.
 ///
 /// # Errors
-/// `ESRCH` when there is no such process or group, `EPERM` when it is none of ours.
+/// `ESRCH` when there is no such process or group, `EPERM` without permission.
 pub fn kill(pid: i32, signal: i32) -> Result<()> {
     // SAFETY: a call without pointers.
     Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
@@ -264,7 +263,7 @@ pub fn kill_thread(process: i32, thread: i32, signal: i32) -> Result<()> {
     Errno::result(sent).map(drop)
 }
 
-/// sigqueue(3): a signal with a value, which is a number or whatever else the sender means by it.
+/// sigqueue(3): a signal with a value.
 ///
 /// # Errors
 /// As for [`kill`].
@@ -274,9 +273,9 @@ pub fn queue_signal(pid: i32, signal: i32, value: u64) -> Result<()> {
     Errno::result(unsafe { libc::sigqueue(pid, signal, libc::sigval { sival_ptr }) }).map(drop)
 }
 
-/// Has a function called in the child of a command between fork and exec, where it should make system calls and
-/// nothing else if we have more than one thread. What it fails with is the answer of `spawn`. A panic aborts the
-/// child, which the standard library sees to.
+/// Registers a function to run in the child of a command between fork and exec, where it should make system calls
+/// only if we are multithreaded. Its error becomes that of `spawn`. The standard library turns a panic into an abort
+/// of the child.
 pub fn before_exec(
     command: &mut Command,
     call: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static,
@@ -285,22 +284,23 @@ pub fn before_exec(
     unsafe { command.pre_exec(call) };
 }
 
-/// Closes every descriptor but standard streams and those `kept`, does what this process is for, and ends it: it
-/// would seem to use what it was born with. Nothing is dropped of what the caller has; `main` must not have more
-/// than is kept.
+/// Closes every descriptor but the standard streams and `kept`, runs `main`, and ends this process: inherited
+/// descriptors would look as if they were in use. Nothing of the caller's is dropped; `main` must not use more than
+/// is kept.
 pub fn stay(kept: &[RawFd], main: impl FnOnce() -> i32) -> ! {
     let mut kept: Vec<u32> = kept.iter().map(|fd| *fd as u32).chain([0, 1, 2]).collect();
     kept.sort_unstable();
-    // SAFETY: this process ends here, with what `main` answers.
+    // SAFETY: this process ends here, with the result of `main`.
     unsafe { close_others(&kept) };
     drop(kept);
-    // SAFETY: memory that was freed is given back.
+    // SAFETY: returns freed memory to the kernel.
     unsafe { libc::malloc_trim(0) };
     let _ends = LeaveOnUnwind;
     leave(main())
 }
 
-/// A child that ends at once, in our memory and without a signal; its id, which is free again. It takes some 25 µs.
+/// Creates a child that ends at once, in our memory and without a signal. Returns its pid, which is free again. Takes
+/// some 25 µs.
 ///
 /// # Errors
 /// As for [`fork`].
@@ -308,9 +308,8 @@ pub fn take_pid() -> Result<i32> {
     const FLAGS: u64 = (libc::CLONE_VM | libc::CLONE_VFORK) as u64;
     let _undisturbed = Undisturbed::begin();
     let answer: i64;
-    // SAFETY: in the child rax is 0; it makes one more system call, exit, with registers of its own,
-    // and uses no memory. We wait meanwhile (CLONE_VFORK). It has no signal to deal with, since
-    // all are blocked, and tells nobody of its end, since it has no exit signal.
+    // SAFETY: in the child rax is 0; it makes one more system call, exit, with registers of its own, and uses no
+    // memory. We wait meanwhile (CLONE_VFORK). All its signals are blocked, and it has no exit signal.
     unsafe {
         asm!(
             "syscall",

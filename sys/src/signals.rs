@@ -1,4 +1,4 @@
-//! Signals of our own: signal(7), sigaction(2). Numbers of real-time signals are as the kernel has them.
+//! Our own signals: signal(7), sigaction(2). Numbers of real-time signals are the kernel's.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -7,7 +7,7 @@ use nix::sys::signal::SigSet;
 
 use crate::{Errno, Result};
 
-/// What a signal does (`struct sigaction`).
+/// The action of a signal (`struct sigaction`).
 #[derive(Clone, Copy)]
 pub struct Action(libc::sigaction);
 
@@ -17,15 +17,15 @@ impl std::fmt::Debug for Action {
     }
 }
 
-/// `SIG_DFL`: the signal does from now on what it does by default; what it did before.
+/// Sets the action to `SIG_DFL`. Returns the previous action.
 ///
 /// # Errors
-/// `EINVAL` for a number that is none, and for SIGKILL and SIGSTOP.
+/// `EINVAL` for an invalid number, and for SIGKILL and SIGSTOP.
 pub fn by_default(signal: i32) -> Result<Action> {
     set(signal, libc::SIG_DFL)
 }
 
-/// `SIG_IGN`: the signal does nothing from now on; what it did before.
+/// Sets the action to `SIG_IGN`. Returns the previous action.
 ///
 /// # Errors
 /// As for [`by_default`].
@@ -40,14 +40,14 @@ fn set(signal: i32, what: libc::sighandler_t) -> Result<Action> {
     restore(signal, &Action(action))
 }
 
-/// Makes a signal do again what it has done; what it did now. It makes one system call.
+/// Sets a previous action again. Returns the one that it replaces. Makes one system call.
 ///
 /// # Errors
 /// As for [`by_default`].
 pub fn restore(signal: i32, action: &Action) -> Result<Action> {
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: live structures. The action is the default one, none, or one that this process had before, whose
-    // handler is still there.
+    // SAFETY: live structures. The action is SIG_DFL, SIG_IGN, or a previous one of this process, whose handler still
+    // exists.
     unsafe {
         let r = libc::sigaction(signal, &raw const action.0, before.as_mut_ptr());
         Errno::result(r)?;
@@ -55,7 +55,7 @@ pub fn restore(signal: i32, action: &Action) -> Result<Action> {
     }
 }
 
-/// A set of these signals; those of numbers out of range are left out. nix's own takes no real-time signals.
+/// A set of these signals, without those out of range. nix's own takes no real-time signals.
 pub fn set_of(signals: impl IntoIterator<Item = i32>) -> SigSet {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initializes the set, sigaddset changes it; numbers out of range are

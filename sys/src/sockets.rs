@@ -9,7 +9,7 @@ use crate::control::Credentials;
 use crate::files::given;
 use crate::{Errno, Result, errno};
 
-/// getsockopt(2) of `SOL_SOCKET`, up to 64 bytes of it.
+/// getsockopt(2) of `SOL_SOCKET`, up to 64 bytes.
 ///
 /// # Errors
 /// `ENOPROTOOPT` where there is no such option.
@@ -17,7 +17,7 @@ pub fn option(fd: impl AsFd, number: i32) -> Result<Vec<u8>> {
     option_of(libc::SOL_SOCKET, fd, number)
 }
 
-/// getsockopt(2), up to 64 bytes of it.
+/// getsockopt(2), up to 64 bytes.
 ///
 /// # Errors
 /// `ENOPROTOOPT` where there is no such option, `EOPNOTSUPP` where there is no such level.
@@ -27,10 +27,10 @@ pub fn option_of(level: i32, fd: impl AsFd, number: i32) -> Result<Vec<u8>> {
     Ok(value[..len.min(value.len())].to_vec())
 }
 
-/// getsockopt(2): the length that the kernel says. `len` is what it is told, in its own unit.
+/// getsockopt(2). Returns the length that the kernel sets. `len` is passed to the kernel, in the option's unit.
 fn get(level: i32, fd: impl AsFd, number: i32, room: &mut [u8], len: usize) -> Result<usize> {
     let mut len = len as libc::socklen_t;
-    // SAFETY: `room` is live, and `len` says how long; those who give it in another unit see to it.
+    // SAFETY: `room` is live, and `len` is its length; callers with another unit ensure that it fits.
     let r = unsafe {
         let room = room.as_mut_ptr().cast();
         libc::getsockopt(fd.as_fd().as_raw_fd(), level, number, room, &raw mut len)
@@ -51,7 +51,7 @@ pub fn int_option(fd: impl AsFd, number: i32) -> Result<i32> {
 /// Sets an option that is an `int`.
 ///
 /// # Errors
-/// `EINVAL` for a value that it does not take, `EPERM` where that needs a capability.
+/// `EINVAL` for an invalid value, `EPERM` where it needs a capability.
 pub fn set_int_option(fd: impl AsFd, number: i32, value: i32) -> Result<()> {
     // SAFETY: the kernel reads one int.
     let r = unsafe {
@@ -66,26 +66,26 @@ pub fn set_int_option(fd: impl AsFd, number: i32, value: i32) -> Result<()> {
     Errno::result(r).map(drop)
 }
 
-/// How many instructions the socket's filter has; 0 without one.
+/// Number of instructions of the socket's filter; 0 without one.
 ///
 /// # Errors
-/// `EACCES` for one of eBPF, which has no instructions to be read.
+/// `EACCES` for an eBPF filter, whose instructions cannot be read.
 pub fn filter_len(fd: impl AsFd) -> Result<usize> {
     read_filter(fd, &mut [], 0)
 }
 
-/// The first so many instructions of the socket's filter, 8 bytes each; how many it has.
+/// Reads `count` instructions of the socket's filter, 8 bytes each. Returns how many it has.
 ///
 /// # Errors
 /// As for [`filter_len`]; `EINVAL` when it has more.
 ///
 /// # Panics
-/// When `program` has no room for so many.
+/// When `program` is too small.
 pub fn read_filter(fd: impl AsFd, program: &mut [u8], count: usize) -> Result<usize> {
     const SO_GET_FILTER: i32 = libc::SO_ATTACH_FILTER;
     let room = program.len() / 8;
     assert!(room >= count, "no room for {count} instructions");
-    // The length is a number of instructions; with 0 nothing is written but that number.
+    // The length is a number of instructions; with 0 the kernel writes only that number.
     get(libc::SOL_SOCKET, fd, SO_GET_FILTER, program, count)
 }
 
@@ -129,8 +129,8 @@ pub fn peer_address(fd: impl AsFd) -> Result<Vec<u8>> {
     address(libc::getpeername, fd)
 }
 
-/// The name in an address of a unix socket (`sun_path`); empty for an unnamed one, with a zero byte first for an
-/// abstract one. The kernel ends one with a path in a zero byte, which is no part of the name, and may count it.
+/// The name in the address of a unix socket (`sun_path`): empty if unnamed, with a leading zero byte if abstract. The
+/// kernel ends a path with a zero byte, which is not part of the name, and may count it.
 pub fn sun_path(address: &[u8]) -> Vec<u8> {
     let name = address.get(2..).unwrap_or(&[]);
     match name.first() {
@@ -155,15 +155,15 @@ pub fn peer_name(fd: impl AsFd) -> Result<Vec<u8>> {
     peer_address(fd).map(|address| sun_path(&address))
 }
 
-/// `SIOCOUTQ`: memory that messages take which this socket has sent and nobody has read, bytes.
+/// `SIOCOUTQ`: memory of sent messages that have not been read, bytes.
 pub fn unsent(fd: impl AsFd) -> usize {
     int_ioctl(fd, libc::TIOCOUTQ).map_or(0, |n| n.max(0) as usize)
 }
 
-/// `SIOCATMARK`: whether what is read next stands behind the mark of an urgent byte, or is one.
+/// `SIOCATMARK`: whether the next byte to be read is at the urgent mark.
 ///
 /// # Errors
-/// `ENOTTY` for sockets without urgent bytes.
+/// `ENOTTY` for sockets without urgent data.
 pub fn at_mark(fd: impl AsFd) -> Result<bool> {
     const SIOCATMARK: libc::Ioctl = 0x8905;
     int_ioctl(fd, SIOCATMARK).map(|answer| answer != 0)
@@ -186,7 +186,7 @@ pub fn bound_file(fd: impl AsFd) -> Result<OwnedFd> {
     unsafe { given(libc::ioctl(fd.as_fd().as_raw_fd(), SIOCUNIXFILE, 0).into()) }
 }
 
-/// `SO_PEERCRED`: who made the other end of a connection, or listens there.
+/// `SO_PEERCRED`: credentials of the process that connected or listens at the other end.
 ///
 /// # Errors
 /// As for [`option`].
@@ -203,7 +203,7 @@ pub fn peer_credentials(fd: impl AsFd) -> Result<Credentials> {
     })
 }
 
-/// A socket of our own, which does not wait (`AF_*`, `SOCK_*`).
+/// A nonblocking socket (`AF_*`, `SOCK_*`).
 ///
 /// # Errors
 /// Those of socket(2).
@@ -214,7 +214,7 @@ pub fn socket(family: i32, kind: i32) -> Result<OwnedFd> {
     rustix::net::socket_with(family, kind, flags, None).map_err(errno)
 }
 
-/// Unix sockets of our own, connected with each other, which do not wait (`SOCK_*`).
+/// A connected pair of nonblocking unix sockets (`SOCK_*`).
 ///
 /// # Errors
 /// `EMFILE` and `ENFILE` when there are no descriptors.
@@ -225,10 +225,11 @@ pub fn pair(kind: i32) -> Result<[OwnedFd; 2]> {
     Ok([a, b])
 }
 
-/// bind(2) to a `struct sockaddr`. Of a unix socket, a family alone makes the kernel choose an abstract name.
+/// bind(2) to a `struct sockaddr`. For a unix socket, an address of only the family lets the kernel choose an
+/// abstract name.
 ///
 /// # Errors
-/// `EADDRINUSE` when another one has the name, and others of bind(2).
+/// `EADDRINUSE` when the name is taken, and others of bind(2).
 pub fn bind(fd: impl AsFd, address: &[u8]) -> Result<()> {
     let len = address.len() as libc::socklen_t;
     // SAFETY: `address` is live and as long as said.
@@ -239,7 +240,7 @@ pub fn bind(fd: impl AsFd, address: &[u8]) -> Result<()> {
 /// connect(2) to a `struct sockaddr`.
 ///
 /// # Errors
-/// `ECONNREFUSED` when nobody listens there, and others of connect(2).
+/// `ECONNREFUSED` when no socket listens there, and others of connect(2).
 pub fn connect(fd: impl AsFd, address: &[u8]) -> Result<()> {
     let len = address.len() as libc::socklen_t;
     // SAFETY: `address` is live and as long as said.
@@ -247,7 +248,7 @@ pub fn connect(fd: impl AsFd, address: &[u8]) -> Result<()> {
     Errno::result(r).map(drop)
 }
 
-/// send(2), which neither waits nor raises SIGPIPE.
+/// send(2), nonblocking and without SIGPIPE.
 ///
 /// # Errors
 /// `EAGAIN` when there is no room, and others of send(2).
@@ -259,10 +260,10 @@ pub fn send(fd: impl AsFd, bytes: &[u8], flags: i32) -> Result<()> {
     Errno::result(n).map(drop)
 }
 
-/// recv(2) of one byte, without waiting; `MSG_OOB` is for the urgent one, which stays with `MSG_PEEK`.
+/// recv(2) of one byte, nonblocking; with `MSG_OOB` the urgent byte, which stays with `MSG_PEEK`.
 ///
 /// # Errors
-/// `EINVAL` when there is no urgent byte, `EAGAIN` when it has not come; `EIO` at the end.
+/// `EINVAL` when there is no urgent byte, `EAGAIN` when it has not arrived; `EIO` at end of file.
 pub fn receive_byte(fd: impl AsFd, flags: i32) -> Result<u8> {
     let mut byte = 0u8;
     let flags = flags | libc::MSG_DONTWAIT;

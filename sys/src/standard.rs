@@ -1,12 +1,12 @@
-//! Standard input, output and error, made sure of before anything is opened.
+//! Opens standard input, output and error, if closed, before any other file.
 //!
-//! Where one of them is closed, the first file that is opened would get its number. The runtime of Rust puts a
-//! /dev/null there that takes whatever is written: an image would be lost, and the job be killed for it. So
-//! before that comes to it, they get one that refuses.
+//! Otherwise the first file opened would get the number. The runtime of Rust opens /dev/null there, which accepts
+//! every write: an image would be lost, and the job killed after it. So before the runtime starts, a closed stream
+//! becomes one that refuses reads or writes.
 #![allow(unsafe_code)]
 
-/// Opens /dev/null, in the direction that is of no use, for each of the three that is closed. To be called before
-/// anything else, which is what `.init_array` is for.
+/// Opens /dev/null in the useless direction for each of the three that is closed. Must be the first call of the
+/// process, hence `.init_array`.
 pub extern "C" fn make_sure() {
     let standard = [
         (libc::STDIN_FILENO, libc::O_WRONLY),
@@ -14,8 +14,8 @@ pub extern "C" fn make_sure() {
         (libc::STDERR_FILENO, libc::O_RDONLY),
     ];
     for (fd, mode) in standard {
-        // SAFETY: calls of libc with a number, and with a string that ends in 0. An open takes the lowest
-        // number that is free: this one.
+        // SAFETY: calls of libc with a number, and with a string that ends in 0. An open takes the lowest free
+        // number: this one.
         unsafe {
             if libc::fcntl(fd, libc::F_GETFD) == -1 {
                 libc::open(c"/dev/null".as_ptr(), mode);

@@ -1,10 +1,10 @@
-//! System V shared memory, semaphores and message queues: sysvipc(7). `EIDRM` and `EINVAL` say that there is no
-//! object of that id, `EACCES` and `EPERM` that it may not be used so.
+//! System V shared memory, semaphores and message queues: sysvipc(7). `EIDRM` and `EINVAL` mean that no object has
+//! that id, `EACCES` and `EPERM` that permission is denied.
 #![allow(unsafe_code)]
 
 use crate::{Errno, Result};
 
-/// A segment attached to this process, readable or writable; detached in the end.
+/// A segment attached to this process, readable or writable; detached when dropped.
 #[derive(Debug)]
 pub struct Attached {
     at: *mut u8,
@@ -16,7 +16,7 @@ pub struct Attached {
 unsafe impl Send for Attached {}
 
 impl Attached {
-    /// Attaches a segment. `size` is how many bytes of it count; there are no more than it has.
+    /// Attaches a segment. `size` is the number of bytes to use, at most the size of the segment.
     ///
     /// # Errors
     /// Those of shmat(2).
@@ -34,23 +34,23 @@ impl Attached {
         };
         // SAFETY: plain integers, for which zero is valid.
         let mut ds: libc::shmid_ds = unsafe { std::mem::zeroed() };
-        // SAFETY: the kernel writes one structure. What is attached stays what this id means.
+        // SAFETY: the kernel writes one structure. While it is attached, the id keeps its meaning.
         Errno::result(unsafe { libc::shmctl(id, libc::IPC_STAT, &raw mut ds) })?;
         attached.len = ds.shm_segsz.min(size as usize);
         Ok(attached)
     }
 
-    /// Copies bytes out; what lies behind the end reads as zeros.
+    /// Copies bytes out; bytes past the end read as zeros.
     pub fn read(&self, offset: u64, into: &mut [u8]) {
         let offset = (offset as usize).min(self.len);
         let len = into.len().min(self.len - offset);
-        // SAFETY: `offset + len` lies inside of the attached segment, whose pages exist as long as
-        // it is attached; others may write to it, so that it is copied and never borrowed.
+        // SAFETY: `offset + len` lies inside the attached segment, whose pages exist as long as it is attached; other
+        // processes may write to it, so it is copied and never borrowed.
         unsafe { std::ptr::copy(self.at.add(offset), into.as_mut_ptr(), len) };
         into[len..].fill(0);
     }
 
-    /// Copies bytes in, as far as the segment reaches.
+    /// Copies bytes in, up to the end of the segment.
     ///
     /// # Panics
     /// When it was not attached for writing, as [`clear`](Self::clear).
@@ -62,7 +62,7 @@ impl Attached {
         unsafe { std::ptr::copy(bytes.as_ptr(), self.at.add(offset), len) };
     }
 
-    /// Makes everything zero, and a hole if the kernel can.
+    /// Zeroes everything, by punching a hole if the kernel can.
     ///
     /// # Panics
     /// When it was not attached for writing.
@@ -112,7 +112,7 @@ pub fn msgget(key: i32, flags: i32) -> Result<i32> {
     Errno::result(unsafe { libc::msgget(key, flags) })
 }
 
-/// Whose an object is and who may use it, for `IPC_SET`.
+/// Owner, group and mode, for `IPC_SET`.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
     /// Owner.
@@ -142,7 +142,7 @@ pub fn shm_set(id: i32, access: Access) -> Result<()> {
 /// # Errors
 /// `EPERM` for one of another user.
 pub fn shm_control(id: i32, command: i32) -> Result<()> {
-    // SAFETY: a command that wants a structure finds none (`EFAULT`).
+    // SAFETY: a command that needs a structure gets none (`EFAULT`).
     Errno::result(unsafe { libc::shmctl(id, command, std::ptr::null_mut()) }).map(drop)
 }
 
@@ -160,18 +160,18 @@ pub fn sem_set(id: i32, access: Access) -> Result<()> {
     Errno::result(unsafe { libc::semctl(id, 0, libc::IPC_SET, &mut ds) }).map(drop)
 }
 
-/// `GETALL`: the values of a set of that many semaphores.
+/// `GETALL`: the values of a set of `count` semaphores.
 ///
 /// # Errors
-/// `EACCES` without the right to read.
+/// `EACCES` without read permission.
 pub fn sem_values(id: i32, count: usize) -> Result<Vec<u16>> {
     // SAFETY: plain integers, for which zero is valid.
     let mut ds: libc::semid_ds = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes one structure.
     Errno::result(unsafe { libc::semctl(id, 0, libc::IPC_STAT, &raw mut ds) })?;
     let mut values = vec![0u16; count.max(ds.sem_nsems as usize)];
-    // SAFETY: the kernel writes as many values as the set has; a set never changes its size, and
-    // its id does not come back soon.
+    // SAFETY: the kernel writes as many values as the set has; a set never changes its size, and its id is not reused
+    // soon.
     Errno::result(unsafe { libc::semctl(id, 0, libc::GETALL, values.as_mut_ptr()) })?;
     values.truncate(count);
     Ok(values)
@@ -180,7 +180,7 @@ pub fn sem_values(id: i32, count: usize) -> Result<Vec<u16>> {
 /// `GETPID`, `GETNCNT` or `GETZCNT` of a semaphore.
 ///
 /// # Errors
-/// `EACCES` without the right to read.
+/// `EACCES` without read permission.
 pub fn sem_get(id: i32, number: usize, command: i32) -> Result<i32> {
     if ![libc::GETPID, libc::GETNCNT, libc::GETZCNT].contains(&command) {
         return Err(Errno::EINVAL);
@@ -195,10 +195,10 @@ pub fn sem_remove(id: i32) {
     unsafe { libc::semctl(id, 0, libc::IPC_RMID) };
 }
 
-/// semop(2), all or nothing and without waiting.
+/// semop(2), nonblocking: all operations or none.
 ///
 /// # Errors
-/// `EAGAIN` when it would wait, `ERANGE` for a value that cannot be.
+/// `EAGAIN` when it would wait, `ERANGE` for a value out of range.
 pub fn sem_operate(id: i32, changes: &[(u16, i16)]) -> Result<()> {
     let mut list: Vec<libc::sembuf> = changes
         .iter()
@@ -212,10 +212,10 @@ pub fn sem_operate(id: i32, changes: &[(u16, i16)]) -> Result<()> {
     Errno::result(unsafe { libc::semop(id, list.as_mut_ptr(), list.len()) }).map(drop)
 }
 
-/// `IPC_STAT` of a message queue: the most bytes it takes (`msg_qbytes`).
+/// `IPC_STAT` of a message queue: its capacity in bytes (`msg_qbytes`).
 ///
 /// # Errors
-/// `EACCES` without the right to read.
+/// `EACCES` without read permission.
 pub fn msg_capacity(id: i32) -> Result<u64> {
     // SAFETY: plain integers, for which zero is valid.
     let mut ds: libc::msqid_ds = unsafe { std::mem::zeroed() };
@@ -245,27 +245,26 @@ pub fn msg_remove(id: i32) {
     unsafe { libc::msgctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
 }
 
-/// A message: a type and bytes, behind each other as the kernel takes and gives them.
+/// `struct msgbuf`: a type, followed by the bytes.
 fn message_buffer(kind: i64, len: usize) -> Vec<u8> {
     let mut buffer = kind.to_ne_bytes().to_vec();
     buffer.resize(8 + len, 0);
     buffer
 }
 
-/// Copies the message at that place of a queue, which stays there (`MSG_COPY`); `None` behind the
-/// last.
+/// Copies the message at that index of a queue without consuming it (`MSG_COPY`); `None` past the last.
 ///
 /// # Errors
-/// `ENOSYS` where the kernel has no `MSG_COPY`, `E2BIG` for a message of more bytes.
+/// `ENOSYS` where the kernel has no `MSG_COPY`, `E2BIG` for a message of more than `most` bytes.
 pub fn msg_copy(id: i32, index: usize, most: usize) -> Result<Option<(i64, Vec<u8>)>> {
     const MSG_COPY: i32 = 0o40000;
     msg_take(id, index as i64, most, MSG_COPY)
 }
 
-/// Takes the first message out of a queue.
+/// Consumes the first message of a queue.
 ///
 /// # Errors
-/// `E2BIG` for a message of more bytes.
+/// `E2BIG` for a message of more than `most` bytes.
 pub fn msg_receive(id: i32, most: usize) -> Result<Option<(i64, Vec<u8>)>> {
     msg_take(id, 0, most, 0)
 }
@@ -289,7 +288,7 @@ fn msg_take(id: i32, which: i64, most: usize, flags: i32) -> Result<Option<(i64,
     Ok(Some((kind, bytes)))
 }
 
-/// Puts a message into a queue.
+/// Sends a message, nonblocking.
 ///
 /// # Errors
 /// `EAGAIN` when there is no room.
@@ -305,7 +304,7 @@ pub fn msg_send(id: i32, kind: i64, bytes: &[u8]) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// Removed in any case.
+    /// An object that is removed when dropped.
     struct Id(i32);
 
     impl Drop for Id {

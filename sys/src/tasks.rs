@@ -1,12 +1,12 @@
-//! What the kernel tells of any task, and not of our own alone: scheduling (sched(7)), futexes, core scheduling.
-//! 0 stands for the calling thread.
+//! Attributes of any task, not only our own: scheduling (sched(7)), futexes, core scheduling. 0 means the calling
+//! thread.
 #![allow(unsafe_code)]
 
 use crate::{Errno, Result};
 
-/// sched_getattr(2): a `struct sched_attr` as long as the kernel has it; empty when it does not tell.
+/// sched_getattr(2): a `struct sched_attr` of the kernel's size; empty on failure.
 pub fn scheduling(tid: i32) -> Vec<u8> {
-    /// Room for `struct sched_attr` of kernels to come; the first four bytes tell the size.
+    /// Room for `struct sched_attr` of later kernels; its first four bytes are the size.
     const ROOM: usize = 128;
     let mut attr = vec![0u8; ROOM];
     let at = attr.as_mut_ptr();
@@ -19,7 +19,7 @@ pub fn scheduling(tid: i32) -> Vec<u8> {
     attr
 }
 
-/// sched_getaffinity(2): a bit for each CPU that it may run on; empty when the kernel does not tell.
+/// sched_getaffinity(2): a bit for each CPU; empty on failure.
 pub fn affinity(tid: i32) -> Vec<u8> {
     /// Room for 8,192 CPUs.
     const ROOM: usize = 1024;
@@ -31,10 +31,10 @@ pub fn affinity(tid: i32) -> Vec<u8> {
     affinity
 }
 
-/// `IOPRIO_WHO_PROCESS`, which means one task.
+/// `IOPRIO_WHO_PROCESS`, which selects one task.
 pub const IOPRIO_WHO_PROCESS: u64 = 1;
 
-/// ioprio_get(2): class and data; 0 is "follow the nice value".
+/// ioprio_get(2): class and data; 0 follows the nice value.
 pub fn io_priority(tid: i32) -> i32 {
     // SAFETY: a system call without pointers.
     let io = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid) };
@@ -51,14 +51,14 @@ pub fn set_io_priority(priority: i32) -> Result<()> {
     Errno::result(r).map(drop)
 }
 
-/// The nice value, -20 to 19; 0 when the kernel does not tell.
+/// The nice value, -20 to 19; 0 on failure.
 pub fn nice(tid: i32) -> i32 {
     // SAFETY: a call without pointers. The raw call answers 20 minus the nice value.
     let nice = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) };
     if nice > 0 { 20 - nice as i32 } else { 0 }
 }
 
-/// Gives up a real-time policy and a nice value below 0 of this thread, as everybody may.
+/// Drops a real-time policy and a negative nice value of this thread, which needs no privilege.
 pub fn become_ordinary() {
     let other = libc::sched_param { sched_priority: 0 };
     // SAFETY: one live structure; the other call has no pointers.
@@ -69,10 +69,10 @@ pub fn become_ordinary() {
     }
 }
 
-/// get_robust_list(2): address and length of the list's head.
+/// get_robust_list(2): address and length of the list head.
 ///
 /// # Errors
-/// `EPERM` when we may not look into the task, `ESRCH` when there is none.
+/// `EPERM` without permission to trace the task, `ESRCH` when there is none.
 pub fn robust_list(tid: i32) -> Result<(u64, u64)> {
     let (mut head, mut len) = (0u64, 0u64);
     let (to, to_len) = (&raw mut head, &raw mut len);
@@ -106,12 +106,12 @@ const PR_SCHED_CORE_SHARE_FROM: libc::c_ulong = 3;
 fn sched_core(operation: libc::c_ulong, tid: i32, answer: *mut u64) -> Result<()> {
     /// `PR_SCHED_CORE_SCOPE_THREAD`: one task.
     const ONE_TASK: libc::c_ulong = 0;
-    // SAFETY: `answer` is null, or leads to a number for PR_SCHED_CORE_GET, which alone writes there.
+    // SAFETY: `answer` is null, or points to a number for PR_SCHED_CORE_GET, the only operation that writes there.
     let r = unsafe { libc::prctl(PR_SCHED_CORE, operation, tid, ONE_TASK, answer) };
     Errno::result(r).map(drop)
 }
 
-/// `PR_SCHED_CORE_GET`: a hash of the cookie; 0 for none, also where there is no core scheduling.
+/// `PR_SCHED_CORE_GET`: a hash of the cookie; 0 without a cookie or without core scheduling.
 pub fn core_cookie(tid: i32) -> u64 {
     let mut cookie = 0;
     match sched_core(PR_SCHED_CORE_GET, tid, &raw mut cookie) {
@@ -128,15 +128,15 @@ pub fn new_core_cookie(tid: i32) -> Result<()> {
     sched_core(PR_SCHED_CORE_CREATE, tid, std::ptr::null_mut())
 }
 
-/// `PR_SCHED_CORE_SHARE_FROM`: this thread takes the cookie of that one.
+/// `PR_SCHED_CORE_SHARE_FROM`: this thread takes the cookie of `tid`.
 ///
 /// # Errors
-/// As for [`new_core_cookie`]; `EPERM` when we may not look into the task.
+/// As for [`new_core_cookie`]; `EPERM` without permission to trace the task.
 pub fn take_core_cookie(tid: i32) -> Result<()> {
     sched_core(PR_SCHED_CORE_SHARE_FROM, tid, std::ptr::null_mut())
 }
 
-/// `PR_SCHED_CORE_SHARE_TO`: that one gets the cookie of this thread.
+/// `PR_SCHED_CORE_SHARE_TO`: `tid` gets the cookie of this thread.
 ///
 /// # Errors
 /// As for [`take_core_cookie`].

@@ -1,4 +1,4 @@
-//! The calls on terminals and pseudo-terminals, see ioctl_tty(2).
+//! Operations on terminals and pseudo-terminals, see ioctl_tty(2).
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -13,7 +13,7 @@ mod controlling;
 
 pub use controlling::controlling;
 
-/// `struct termios2`: how a terminal treats input and output.
+/// `struct termios2`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Modes {
     /// `c_iflag`.
@@ -35,8 +35,7 @@ pub struct Modes {
 }
 
 impl Modes {
-    /// Whether input comes through as it was written, unedited and without effects (`n_tty_set_termios`,
-    /// n_tty.c).
+    /// Whether input passes unedited and without effects (`n_tty_set_termios`, n_tty.c).
     pub fn passes_input_on(&self) -> bool {
         let input = libc::ISTRIP
             | libc::IUCLC
@@ -49,7 +48,7 @@ impl Modes {
         self.input & input == 0 && self.local & local == 0
     }
 
-    /// Every byte goes through as it is, as cfmakeraw(3) does it.
+    /// Raw mode, as cfmakeraw(3) sets it.
     pub fn raw(self) -> Self {
         use libc::{BRKINT, ECHO, ECHONL, ICANON, ICRNL, IEXTEN, IGNBRK, IGNCR};
         use libc::{INLCR, INPCK, ISIG, ISTRIP, IXANY, IXOFF, IXON, OPOST, PARMRK};
@@ -78,14 +77,14 @@ pub struct Size {
     pub height: u16,
 }
 
-/// An ioctl with a pointer to a value that the kernel reads or writes.
+/// ioctl(2) with a pointer to a value that the kernel reads or writes.
 fn ioctl<T>(fd: &impl AsFd, request: libc::c_ulong, value: &mut T) -> Result<()> {
     // SAFETY: `value` is live; the callers below pair each request with the type that it takes.
     let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, std::ptr::from_mut(value)) };
     Errno::result(r).map(drop)
 }
 
-/// An ioctl with a number, or with nothing.
+/// ioctl(2) with a number, or without an operand.
 fn ioctl_number(fd: &impl AsFd, request: libc::c_ulong, value: i32) -> Result<i32> {
     // SAFETY: called with requests that take no pointer.
     let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, libc::c_long::from(value)) };
@@ -101,7 +100,7 @@ fn number(fd: &impl AsFd, request: libc::c_ulong) -> Result<i32> {
 /// `TCGETS2`.
 ///
 /// # Errors
-/// `ENOTTY` for what is no terminal, `EIO` for one that has hung up; the same for all that follow.
+/// `ENOTTY` for what is not a terminal, `EIO` for one that has hung up; the same for all that follow.
 pub fn modes(fd: &impl AsFd) -> Result<Modes> {
     // SAFETY: plain integers, for which zero is valid.
     let mut t: libc::termios2 = unsafe { std::mem::zeroed() };
@@ -118,8 +117,8 @@ pub fn modes(fd: &impl AsFd) -> Result<Modes> {
     })
 }
 
-/// `TCSETS2`: at once, without waiting for output and without dropping input. From the background
-/// of one's own terminal this stops nobody.
+/// `TCSETS2`: at once, without waiting for output and without discarding input. From a background process group too,
+/// without SIGTTOU.
 ///
 /// # Errors
 /// As for [`modes`].
@@ -137,7 +136,7 @@ pub fn set_modes(fd: &impl AsFd, modes: &Modes) -> Result<()> {
     unless_stopped(|| ioctl(fd, libc::TCSETS2, &mut t))
 }
 
-/// `TIOCGETD`: the line discipline, `N_TTY` (0) unless the program has chosen another one.
+/// `TIOCGETD`: the line discipline; `N_TTY` (0) by default.
 pub fn discipline(fd: &impl AsFd) -> i32 {
     number(fd, libc::TIOCGETD).unwrap_or(0)
 }
@@ -151,7 +150,7 @@ struct Termios {
     chars: [u8; 19],
 }
 
-/// `TIOCGLCKTRMIOS`: which bits of the modes nobody can change; `None` for none. Speeds are not among them.
+/// `TIOCGLCKTRMIOS`: the locked bits of the modes; `None` if no bit is locked. Speeds cannot be locked.
 pub fn locked_modes(fd: &impl AsFd) -> Option<Modes> {
     let mut locked = Termios::default();
     ioctl(fd, libc::TIOCGLCKTRMIOS, &mut locked).ok()?;
@@ -173,7 +172,7 @@ pub fn locked_modes(fd: &impl AsFd) -> Option<Modes> {
 /// `TIOCSLCKTRMIOS`.
 ///
 /// # Errors
-/// `EPERM` without CAP_SYS_ADMIN in the first user namespace.
+/// `EPERM` without CAP_SYS_ADMIN in the initial user namespace.
 pub fn lock_modes(fd: &impl AsFd, locked: &Modes) -> Result<()> {
     let mut bits = Termios {
         flags: [locked.input, locked.output, locked.control, locked.local],
@@ -199,7 +198,7 @@ pub fn size(fd: &impl AsFd) -> Result<Size> {
     })
 }
 
-/// `TIOCSWINSZ`; tells the foreground group by SIGWINCH when the size is another one.
+/// `TIOCSWINSZ`; sends SIGWINCH to the foreground process group when the size changes.
 ///
 /// # Errors
 /// As for [`modes`].
@@ -208,13 +207,13 @@ pub fn set_size(fd: &impl AsFd, size: Size) -> Result<()> {
     ioctl(fd, libc::TIOCSWINSZ, &mut words)
 }
 
-/// `TIOCGPGRP`: the foreground process group; of a pty's master that of the other side.
+/// `TIOCGPGRP`: the foreground process group; for a pty's master, that of the slave.
 pub fn foreground(fd: &impl AsFd) -> Option<i32> {
     let group = number(fd, libc::TIOCGPGRP).ok()?;
     (group > 0).then_some(group)
 }
 
-/// `TIOCSPGRP`, which from the background stops nobody.
+/// `TIOCSPGRP`, from a background process group too, without SIGTTOU.
 ///
 /// # Errors
 /// `EPERM` for a group of another session, `ENOTTY` when it is not our controlling terminal.
@@ -223,7 +222,7 @@ pub fn set_foreground(fd: &impl AsFd, group: i32) -> Result<()> {
     unless_stopped(|| ioctl(fd, libc::TIOCSPGRP, &mut group))
 }
 
-/// From the background the kernel answers with SIGTTOU unless that is blocked.
+/// Blocks SIGTTOU during a call: the kernel sends it to a background process group.
 fn unless_stopped(call: impl FnOnce() -> Result<()>) -> Result<()> {
     // SAFETY: the sets are plain integers and live.
     unsafe {
@@ -238,8 +237,7 @@ fn unless_stopped(call: impl FnOnce() -> Result<()>) -> Result<()> {
     }
 }
 
-/// `TIOCGDEV`: major and minor number of the terminal itself, behind `/dev/tty`, `/dev/console`
-/// or a pty's master.
+/// `TIOCGDEV`: major and minor number of the terminal behind `/dev/tty`, `/dev/console` or a pty's master.
 ///
 /// # Errors
 /// As for [`modes`].
@@ -252,7 +250,7 @@ pub fn device(fd: &impl AsFd) -> Result<(u32, u32)> {
     ))
 }
 
-/// `TIOCGPTN`: the number of a pty, asked of its master; nothing else has one.
+/// `TIOCGPTN`: the number of a pty, by its master.
 ///
 /// # Errors
 /// `ENOTTY` for anything but the master of a pty.
@@ -276,7 +274,7 @@ pub fn flush(fd: &impl AsFd, queue: i32) -> Result<()> {
     Errno::result(r).map(drop)
 }
 
-/// tcflow(3): `TCOOFF` and `TCOON` stop output and let it go on.
+/// tcflow(3): `TCOOFF` suspends output and `TCOON` resumes it.
 ///
 /// # Errors
 /// `EIO` for one that has hung up.
@@ -306,7 +304,7 @@ pub fn set_locked(master: &impl AsFd, on: bool) -> Result<()> {
     ioctl(master, libc::TIOCSPTLCK, &mut i32::from(on))
 }
 
-/// `TIOCGEXCL`: whether nobody else can open it.
+/// `TIOCGEXCL`: exclusive mode.
 pub fn is_exclusive(fd: &impl AsFd) -> bool {
     const TIOCGEXCL: libc::c_ulong = 0x8004_5440;
     number(fd, TIOCGEXCL).is_ok_and(|on| on != 0)
@@ -320,20 +318,20 @@ pub fn set_exclusive(fd: &impl AsFd) -> Result<()> {
     ioctl_number(fd, libc::TIOCEXCL, 0).map(drop)
 }
 
-/// `FIONREAD`: bytes that a read would give; a line that is not yet complete does not count.
+/// `FIONREAD`: bytes that a read would return; an incomplete line does not count.
 pub fn unread(fd: &impl AsFd) -> usize {
     number(fd, libc::FIONREAD).map_or(0, |n| n.max(0) as usize)
 }
 
-/// `TIOCGPTPEER`: the other side of a pty, given its master. With `O_PATH` nothing is opened.
+/// `TIOCGPTPEER`: opens the slave of a pty by its master. With `O_PATH` nothing is opened.
 ///
 /// # Errors
 /// `EIO` when it is locked, `EBUSY` in exclusive use, `EINVAL` before Linux 4.13.
 pub fn peer(master: &impl AsFd, flags: i32) -> Result<OwnedFd> {
     const TIOCGPTPEER: libc::c_ulong = 0x5441;
     let fd = ioctl_number(master, TIOCGPTPEER, flags)?;
-    // SAFETY: the kernel just gave us this descriptor. Asked for with O_CLOEXEC, its description
-    // would show that flag forever.
+    // SAFETY: the kernel just gave us this descriptor. With O_CLOEXEC in the call, its description would show that
+    // flag forever.
     Ok(unsafe {
         libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
         OwnedFd::from_raw_fd(fd)
