@@ -37,8 +37,7 @@ pub const USER_CS: u64 = 0x33;
 /// io_pgetevents(2), which `libc` lacks for this target.
 pub const SYS_IO_PGETEVENTS: i64 = 333;
 
-/// Errors by which a system call asks to be restarted; never seen by programs
-/// (include/linux/errno.h).
+/// `ERESTART*` (include/linux/errno.h): an interrupted system call is to be restarted; programs never see them.
 pub const ERESTARTSYS: i64 = 512;
 /// Restart always.
 pub const ERESTARTNOINTR: i64 = 513;
@@ -59,7 +58,7 @@ pub struct PeekSigInfoArgs {
     pub nr: i32,
 }
 
-/// Answer of `PTRACE_GET_RSEQ_CONFIGURATION`.
+/// Result of `PTRACE_GET_RSEQ_CONFIGURATION`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RseqConfiguration {
@@ -67,7 +66,7 @@ pub struct RseqConfiguration {
     pub rseq_abi_pointer: u64,
     /// Its registered size.
     pub rseq_abi_size: u32,
-    /// The signature that stands before each abort handler.
+    /// The signature in front of each abort handler.
     pub signature: u32,
     /// Flags of the registration.
     pub flags: u32,
@@ -96,7 +95,7 @@ pub struct RseqCs {
     pub start_ip: u64,
     /// Length in bytes from there.
     pub post_commit_offset: u64,
-    /// Where a task goes on that was interrupted inside.
+    /// Where a task continues that was interrupted inside.
     pub abort_ip: u64,
 }
 

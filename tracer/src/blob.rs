@@ -1,4 +1,4 @@
-//! The freestanding restorer as it is copied into a process.
+//! The freestanding restorer, as it is copied into a process.
 
 use object::elf;
 use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
@@ -6,22 +6,22 @@ use object::{Endianness, Object, RelocationFlags};
 
 static ELF: &[u8] = include_bytes!(env!("CKPT_RESTORER_BLOB"));
 
-/// The restorer's memory, to be placed at any page-aligned address.
+/// The restorer's memory; may be placed at any page-aligned address.
 #[derive(Debug, Clone)]
 pub struct Blob {
     /// Its bytes; the length is a multiple of the page size.
     pub image: Vec<u8>,
-    /// Where execution starts, as an offset.
+    /// Entry point, as an offset.
     pub entry: u64,
     relocations: Vec<(u64, u64)>,
 }
 
 impl Blob {
-    /// Lays out the program that was built into this crate.
+    /// Lays out the program embedded in this crate.
     ///
     /// # Panics
     ///
-    /// When the embedded program is not what `build.rs` has checked it to be.
+    /// When the embedded program is not what `build.rs` checked.
     pub fn load() -> Self {
         let file = ElfFile64::<Endianness>::parse(ELF).expect("checked by build.rs");
         let end = file.endian();

@@ -1,18 +1,18 @@
-//! A bystander: a process that has the ids of a task and nothing else to do with it. The task may look
-//! into it, unless something beyond ids and capabilities forbids: a Landlock domain, of which no file
-//! tells, denies whatever is outside of it (`hook_ptrace_access_check`, security/landlock/task.c).
+//! A probe process for Landlock: it has the ids of a task and is otherwise unrelated. The task may ptrace it, unless
+//! something beyond ids and capabilities forbids that: a Landlock domain, which no file shows, denies access to every
+//! process outside (`hook_ptrace_access_check`, security/landlock/task.c).
 #![allow(unsafe_code)]
 
 use ckpt_sys::helper::{Child, die_with};
 
 use crate::remote::Call;
 
-/// Stopped, and killed when dropped.
+/// The stopped process, killed when dropped.
 #[derive(Debug)]
 pub struct Bystander(Child);
 
 impl Bystander {
-    /// One with these ids and no capabilities; none where we may not give it the ids.
+    /// Creates one with these ids and no capabilities; `None` without permission to set the ids.
     #[must_use]
     pub fn with_ids(uid: u32, gid: u32) -> Option<Self> {
         let us = std::process::id();
@@ -20,7 +20,8 @@ impl Bystander {
         child.is_stopped().then_some(Self(child))
     }
 
-    /// A call by which a task looks into it: `EPERM` if it may not. The answer goes to two words there.
+    /// A call by which the task accesses the bystander: `EPERM` if that is denied. Its result goes to two words at
+    /// that address.
     #[must_use]
     pub fn look(&self, at: u64) -> Call {
         let pid = self.0.pid() as u64;
@@ -29,7 +30,7 @@ impl Bystander {
     }
 }
 
-/// What it does: system calls only, since it is a copy of one thread of us.
+/// Main function of the bystander: system calls only, since it is a copy of one of our threads.
 fn become_one(parent: u32, uid: u32, gid: u32) -> ! {
     /// `_LINUX_CAPABILITY_VERSION_3`.
     const VERSION: u32 = 0x2008_0522;
@@ -39,7 +40,7 @@ fn become_one(parent: u32, uid: u32, gid: u32) -> ! {
         let given = libc::syscall(libc::SYS_setresgid, gid, gid, gid) == 0
             && libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0
             && libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) == 0
-            // A change of ids makes it one that nobody may look into, and takes the signal back.
+            // A change of ids makes it undumpable and clears the parent death signal.
             && libc::syscall(libc::SYS_prctl, libc::PR_SET_DUMPABLE, 1, 0, 0, 0) == 0;
         die_with(parent);
         if !given {
@@ -56,7 +57,7 @@ fn become_one(parent: u32, uid: u32, gid: u32) -> ! {
 mod tests {
     use super::*;
 
-    /// The answer of a thread of ours.
+    /// The result of the call, made in one of our threads.
     fn looked(bystander: &Bystander) -> i64 {
         let mut words = [0u64; 2];
         let [pid, head, len, ..] = bystander.look(words.as_mut_ptr() as u64).args;

@@ -1,8 +1,7 @@
-//! Capabilities (capabilities(7)): every use that is made of one, in one table.
+//! Capabilities (capabilities(7)): one table of every use.
 //!
-//! Whatever asks whether it may do something that takes a capability asks a [`Use`] here, and whatever
-//! tells somebody that they may not names the capability from here. Nothing takes one that is not
-//! held: no program of this project is set-uid, or has capabilities in its file.
+//! Code that depends on a capability checks a [`Use`] here, and messages name the capability from here. Only held
+//! capabilities are used: no program of this project is set-uid or has file capabilities.
 
 mod held;
 mod table;
@@ -14,13 +13,13 @@ pub use table::Use;
 
 macro_rules! capabilities {
     ($($variant:ident = $number:literal $name:literal,)*) => {
-        /// The capabilities that something here makes use of, by their numbers (linux/capability.h).
+        /// The capabilities in use, by number (linux/capability.h).
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[allow(missing_docs)]
         pub enum Capability { $($variant = $number,)* }
 
         impl Capability {
-            /// Its name, as capabilities(7) has it.
+            /// Its name as in capabilities(7).
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)* }
             }
@@ -51,7 +50,7 @@ capabilities!(
 );
 
 impl Capability {
-    /// Its place in a set, as `/proc/PID/status` prints sets.
+    /// Its bit in a set, as `/proc/PID/status` prints sets.
     pub const fn bit(self) -> u64 {
         1 << self as u32
     }
@@ -60,14 +59,14 @@ impl Capability {
 /// The user namespace in which a capability must be held (user_namespaces(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Realm {
-    /// The first one of the machine (`capable`, kernel/capability.c). A root that has been made by
-    /// a user namespace, as in a rootless container, does not have it there.
+    /// The initial one (`capable`, kernel/capability.c). The root of another user namespace, as in a rootless
+    /// container, does not hold it there.
     First,
     /// Ours (`ns_capable(current_user_ns(), …)`).
     Own,
-    /// That of the process which is looked at.
+    /// That of the target process.
     Target,
-    /// That which our namespace of this kind (`pid`, `ipc` …) belongs to.
+    /// The owner of our namespace of this kind (`pid`, `ipc` …).
     Owner(&'static str),
 }
 
@@ -82,7 +81,7 @@ impl fmt::Display for Realm {
     }
 }
 
-/// Which of several capabilities it takes.
+/// Which capabilities a use requires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Takes {
     /// Any one of them.
@@ -92,14 +91,14 @@ pub enum Takes {
 }
 
 impl Takes {
-    /// All that it may take.
+    /// All that are named.
     pub fn capabilities(self) -> &'static [Capability] {
         match self {
             Takes::Any(all) | Takes::All(all) => all,
         }
     }
 
-    /// Whether a set has it.
+    /// Whether a set contains what is required.
     pub fn are_in(self, set: u64) -> bool {
         let has = |c: &Capability| set & c.bit() != 0;
         match self {
@@ -121,22 +120,22 @@ impl fmt::Display for Takes {
     }
 }
 
-/// What is to be said of one use.
+/// The table row of a use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// What it takes.
+    /// Required capabilities.
     pub takes: Takes,
-    /// Where it must be held.
+    /// Where they must be held.
     pub realm: Realm,
-    /// What for.
+    /// Purpose.
     pub what: &'static str,
-    /// The kernel's function that asks, and its file.
+    /// The kernel function that checks, and its file.
     pub kernel: &'static str,
-    /// What happens without it.
+    /// What happens without them.
     pub without: &'static str,
 }
 
-/// What it takes, for messages.
+/// The required capabilities, for messages.
 impl fmt::Display for Use {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.row().takes.fmt(f)
@@ -151,7 +150,7 @@ const NAMES: &str = "chown dac_override dac_read_search fowner fsetid kill setgi
     mac_override mac_admin syslog wake_alarm block_suspend audit_read perfmon bpf \
     checkpoint_restore";
 
-/// `all`, `none`, `all but X`, or the names: what is in a set, for people.
+/// A set for display: `all`, `none`, `all but X`, or the names.
 #[must_use]
 pub fn set_names(set: u64) -> String {
     let all = (1 << NAMES.split(' ').count()) - 1;
@@ -171,7 +170,7 @@ pub fn set_names(set: u64) -> String {
     }
 }
 
-/// The table of the documentation.
+/// The table for the documentation.
 #[must_use]
 pub fn markdown() -> String {
     let mut text = String::from(

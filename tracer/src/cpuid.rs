@@ -1,15 +1,14 @@
-//! CPUID faulting: a program asks with the instruction what the processor is, and its tracer answers
-//! (`ARCH_SET_CPUID` of arch_prctl(2)).
+//! CPUID faulting: the tracer answers the CPUID instruction of a program (`ARCH_SET_CPUID` of arch_prctl(2)).
 //!
 //! The kernel's side (arch/x86/kernel/process.c, traps.c):
 //!
-//! 1. A task sets the flag for itself. Tasks that it creates have it too; an exec takes it away.
-//! 2. CPUID then raises #GP, of which the kernel makes SIGSEGV with `SI_KERNEL` and no address.
-//! 3. A tracer sees the task stop for that signal, with the instruction still to come.
-//! 4. The signal is *forced*: where it was blocked or ignored, it now is neither, and its action is the
-//!    default (`force_sig_info_to_task`, kernel/signal.c). What the mask was is told nowhere.
+//! 1. A task sets the flag for itself. Its children inherit it; an exec clears it.
+//! 2. CPUID then raises #GP, which becomes SIGSEGV with `SI_KERNEL` and no address.
+//! 3. The tracer sees the signal stop, with the instruction not yet executed.
+//! 4. The signal is *forced*: if it was blocked or ignored, it is unblocked and its action reset to the default
+//!    (`force_sig_info_to_task`, kernel/signal.c). The previous mask is lost.
 //!
-//! Without a tracer the signal arrives: a task is not to have the flag while nobody traces it.
+//! Without a tracer the signal is delivered: a task must not have the flag while it is untraced.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{__cpuid_count, CpuidResult};
@@ -23,11 +22,11 @@ use crate::{Pid, RemoteAddr, Result, Tid};
 const ARCH_GET_CPUID: i64 = 0x1011;
 const ARCH_SET_CPUID: i64 = 0x1012;
 
-/// The instruction, and in tests one that raises the same signal on every processor (hlt, nop).
+/// CPUID, and in tests an instruction that raises the same signal on every processor (hlt, nop).
 const CPUID: [u8; 2] = [0x0f, 0xa2];
 const STAND_IN: [u8; 2] = [0xf4, 0x90];
 
-/// Whether this processor and its kernel can (Intel since 2012, newer ones of AMD; few virtual machines).
+/// Whether this processor and kernel support it (Intel since 2012, newer AMD; few virtual machines).
 #[must_use]
 pub fn can_fault() -> bool {
     if stands_in() {
@@ -37,11 +36,11 @@ pub fn can_fault() -> bool {
         // SAFETY: a system call without pointers; it allows us what we are allowed already.
         unsafe { libc::syscall(libc::SYS_arch_prctl, code, 1) }
     };
-    // Who may not ask is on one that can, and shall not be changed by this.
+    // A task whose CPUID faults runs on a processor that supports it; the question must not change its flag.
     ask(ARCH_GET_CPUID) == 0 || ask(ARCH_SET_CPUID) == 0
 }
 
-/// A test wants another instruction in the place of CPUID, and no flag (feature `faults`).
+/// Whether a test replaces CPUID by another instruction, without the flag (feature `faults`).
 fn stands_in() -> bool {
     cfg!(feature = "faults") && std::env::var_os("CKPT_FAULT_CPUID").is_some_and(|v| v == "hlt")
 }
@@ -59,8 +58,8 @@ pub fn set(task: &mut Stopped, cave: &Cave<'_>, faulting: bool) -> Result<()> {
     done.map(drop)
 }
 
-/// If the task has stopped because it asks, answers by `shown`, which is given leaf, subleaf and the
-/// processor's own answer: the task then is to go on without the signal.
+/// If the task has stopped at CPUID, emulates it: `shown` gets leaf, subleaf and the processor's own result. The
+/// caller then resumes the task without the signal.
 pub fn answer(
     task: &Stopped,
     pid: Pid,
@@ -81,7 +80,7 @@ pub fn answer(
     }
     let (leaf, subleaf) = (regs.rax as u32, regs.rcx as u32);
     let answer = shown(leaf, subleaf, ask(leaf, subleaf, processor_of(task.tid())));
-    // Of a register's 64 bits the upper half becomes zero.
+    // CPUID clears the upper halves of the 64-bit registers.
     regs.rax = answer.eax.into();
     regs.rbx = answer.ebx.into();
     regs.rcx = answer.ecx.into();
@@ -91,7 +90,7 @@ pub fn answer(
     Ok(true)
 }
 
-/// The two bytes there; memory that may only be executed is read in the other way.
+/// The two bytes at that address; execute-only memory is read through `/proc/PID/mem`.
 fn instruction(pid: Pid, at: RemoteAddr) -> Option<[u8; 2]> {
     let mut bytes = [0; 2];
     match read_vm(pid, at, &mut bytes) {
@@ -100,15 +99,15 @@ fn instruction(pid: Pid, at: RemoteAddr) -> Option<[u8; 2]> {
     }
 }
 
-/// Field 39 of proc_pid_stat(5): the processor that it ran on last.
+/// Field 39 of proc_pid_stat(5): the processor on which it last ran.
 fn processor_of(tid: Tid) -> Option<usize> {
     let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(36)?.parse().ok()
 }
 
-/// Asks the processor with that number: they differ, in their ids at least. Where we may not run there,
-/// any of them is asked.
+/// Executes CPUID on the processor with that number, since processors differ, at least in their ids. Without
+/// permission to run there, any processor will do.
 fn ask(leaf: u32, subleaf: u32, number: Option<usize>) -> CpuidResult {
     let before = number.and_then(move_to);
     #[allow(unused_unsafe)]
@@ -121,7 +120,7 @@ fn ask(leaf: u32, subleaf: u32, number: Option<usize>) -> CpuidResult {
     answer
 }
 
-/// Goes to a processor; where we were allowed to be before.
+/// Moves this thread to a processor; returns the previous affinity.
 fn move_to(number: usize) -> Option<libc::cpu_set_t> {
     if number >= libc::CPU_SETSIZE as usize {
         return None;

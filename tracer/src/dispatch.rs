@@ -1,10 +1,9 @@
-//! Syscall user dispatch (prctl(2), `PR_SET_SYSCALL_USER_DISPATCH`): a task's system calls from
-//! outside of a range of addresses are answered by SIGSYS, while its selector says so.
+//! Syscall user dispatch (prctl(2), `PR_SET_SYSCALL_USER_DISPATCH`): while the selector says so, system calls of a
+//! task from outside an address range raise SIGSYS.
 //!
-//! A remote call is a system call of the task as well, so it is made from where the task may make
-//! it: a cave is put into the range. Where no address is allowed at all, the range is made that of
-//! the cave for as long as the task is in it, which no code of the program can tell; the way
-//! home makes it nothing again.
+//! A remote call is a system call of the task, so the cave is put into the allowed range. If the range is empty, it
+//! is set to the cave's while the task is there, which code of the program cannot observe; the return path makes it
+//! empty again.
 
 use std::ops::Range;
 
@@ -13,28 +12,27 @@ use crate::task::Stopped;
 
 /// `PR_SET_SYSCALL_USER_DISPATCH`.
 pub const PR_SET_SYSCALL_USER_DISPATCH: u64 = 59;
-/// `PR_SYS_DISPATCH_EXCLUSIVE_ON`: the range is what is allowed.
+/// `PR_SYS_DISPATCH_EXCLUSIVE_ON`: the range is allowed.
 const EXCLUSIVE: u64 = 1;
-/// `PR_SYS_DISPATCH_INCLUSIVE_ON` (Linux 6.17): the range is what is not allowed.
+/// `PR_SYS_DISPATCH_INCLUSIVE_ON` (Linux 6.17): the range is dispatched.
 const INCLUSIVE: u64 = 2;
 
-/// `struct ptrace_sud_config` (linux/ptrace.h) of a task with syscall user dispatch, as
-/// `PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG` tells it: an address is allowed if it is less than `len`
-/// above `offset`, wrapping around (kernel/entry/syscall_user_dispatch.c).
+/// `struct ptrace_sud_config` (linux/ptrace.h), as `PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG` reports it: an address
+/// is allowed if it is less than `len` above `offset`, wrapping around (kernel/entry/syscall_user_dispatch.c).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dispatch {
     mode: u64,
-    /// Address of the byte that says whether calls are dispatched; 0 for always.
+    /// Address of the selector byte; 0 dispatches always.
     pub selector: u64,
-    /// Where the range begins.
+    /// Start of the range.
     pub offset: u64,
     /// Its length in bytes.
     pub len: u64,
 }
 
 impl Dispatch {
-    /// Dispatch that is on, with an allowed range as the kernel tells it.
+    /// Enabled dispatch with an allowed range as the kernel reports it.
     #[must_use]
     pub fn new(selector: u64, offset: u64, len: u64) -> Self {
         Self {
@@ -45,7 +43,7 @@ impl Dispatch {
         }
     }
 
-    /// Whether it is on.
+    /// Whether it is enabled.
     pub(crate) fn is_on(&self) -> bool {
         self.mode != 0
     }
@@ -56,7 +54,7 @@ impl Dispatch {
         first < self.len && self.len - first >= range.end - range.start
     }
 
-    /// What of a range is allowed.
+    /// The allowed parts of a range.
     pub(crate) fn allowed_in(&self, range: &Range<u64>) -> Vec<Range<u64>> {
         let end = self.offset.wrapping_add(self.len);
         let allowed = match self.wraps() {
@@ -69,18 +67,18 @@ impl Dispatch {
         clipped.filter(|part| !part.is_empty()).collect()
     }
 
-    /// Whether the range goes beyond the last address and on from the first.
+    /// Whether the range wraps around the end of the address space.
     #[must_use]
     pub fn wraps(&self) -> bool {
         self.offset != 0 && self.offset.wrapping_add(self.len) <= self.offset
     }
 
-    /// Whether no address is.
+    /// Whether no address is allowed.
     pub(crate) fn allows_nothing(&self) -> bool {
         self.len == 0
     }
 
-    /// The same with those addresses allowed in place of none.
+    /// The same with those addresses allowed instead of none.
     pub(crate) fn allowing(&self, range: &Range<u64>) -> Self {
         Self {
             offset: range.start,
@@ -94,7 +92,7 @@ impl Dispatch {
         self.allowing(&(0..0))
     }
 
-    /// As the kernel takes it: a range that wraps around is the complement of one that does not.
+    /// As it is passed to the kernel: a range that wraps around becomes the complement of one that does not.
     pub(crate) fn as_set(&self) -> Self {
         match self.wraps() {
             true => Self {
@@ -108,7 +106,7 @@ impl Dispatch {
     }
 }
 
-/// The ranges from which some of the tasks may make system calls, and from nowhere else.
+/// The ranges outside which some of the tasks must not make system calls.
 pub(crate) fn ranges<'t>(tasks: impl IntoIterator<Item = &'t Stopped>) -> Result<Vec<Dispatch>> {
     let all = tasks.into_iter().map(Stopped::dispatch);
     let all = all.filter_map(Result::transpose);
@@ -128,7 +126,7 @@ mod tests {
         assert!(!range.allows(&(0x1800..0x2001)));
         let parts = range.allowed_in(&(0x1800..0x3000));
         assert_eq!((parts.len(), &parts[0]), (1, &(0x1800..0x2000)));
-        // What the kernel makes of the inclusive range 0x1000..0x2000.
+        // The kernel's form of the inclusive range 0x1000..0x2000.
         let inverted = Dispatch::new(0, 0x2000, 0x1000u64.wrapping_neg());
         assert!(inverted.allows(&(0x2000..0x3000)));
         assert!(inverted.allows(&(0..0x1000)));

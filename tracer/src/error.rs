@@ -1,4 +1,4 @@
-//! What can go wrong while looking at or working in another task.
+//! Errors of inspecting and controlling other tasks.
 
 use std::io;
 use std::path::PathBuf;
@@ -40,9 +40,9 @@ pub enum Error {
     Kernel {
         /// The call.
         call: &'static str,
-        /// What it was done on.
+        /// Its object.
         object: String,
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
     /// The target's memory could not be read or written.
@@ -50,23 +50,23 @@ pub enum Error {
     Memory {
         /// "read" or "write".
         what: &'static str,
-        /// Whose memory.
+        /// The process.
         pid: Pid,
-        /// Where.
+        /// Start address.
         addr: RemoteAddr,
-        /// How much.
+        /// Length in bytes.
         len: usize,
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
     /// A system call executed in the target failed.
     #[error("{call} executed in task {tid} failed: {}", errno.desc())]
     Remote {
-        /// The task it ran in.
+        /// The task that made it.
         tid: Tid,
         /// The call.
         call: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
     /// The task stopped for a reason that the protocol does not allow at that point.
@@ -74,13 +74,13 @@ pub enum Error {
     UnexpectedStop {
         /// The task.
         tid: Tid,
-        /// What was seen.
+        /// The stop.
         what: String,
     },
     /// Attaching was refused by the kernel.
     #[error("{0}")]
     Attach(#[from] AttachError),
-    /// No place was found for the few bytes of code that a remote call needs.
+    /// No unused room was found for the few bytes of code that remote calls need.
     #[error(
         "process {pid} has no unused room of {need} bytes in executable memory for remote system calls"
     )]
@@ -90,7 +90,7 @@ pub enum Error {
         /// Bytes needed.
         need: usize,
     },
-    /// No place was found for it from which all threads may make system calls.
+    /// No unused room was found from which all threads may make system calls.
     #[error(
         "process {pid} has no unused room of {need} bytes in the executable memory from which all its \
          threads may make system calls (syscall user dispatch); let it turn that off for the checkpoint"
@@ -101,7 +101,7 @@ pub enum Error {
         /// Bytes needed.
         need: usize,
     },
-    /// A task does not come to a stop; it goes by itself, as a rule.
+    /// A task does not stop. Transient as a rule.
     #[error("{reason}")]
     DoesNotStop {
         /// One sentence: what it waits for, and what to do.
@@ -117,7 +117,7 @@ pub enum Error {
         /// Rounds tried.
         rounds: u32,
     },
-    /// The task executes 32-bit code, or code of a segment of its own, in which our code would be another.
+    /// The task executes 32-bit code, or code in another segment, where our code would decode differently.
     #[error(
         "task {tid} of a 64-bit program executes code of the segment {selector:#x}, in which no call can be made from outside; try again in a moment"
     )]
@@ -127,7 +127,7 @@ pub enum Error {
         /// Its `cs`.
         selector: u64,
     },
-    /// A fault asked for by a test (feature `faults`).
+    /// A fault injected by a test (feature `faults`).
     #[error("fault injected at step {0}")]
     Injected(crate::fault::Step),
 }
@@ -141,7 +141,7 @@ pub enum AttachError {
         /// The pid asked for.
         pid: Pid,
     },
-    /// The kernel refuses, and no more is known.
+    /// The kernel refuses.
     #[error("{}", .reason)]
     Refused {
         /// One sentence: what was refused, why, and what to do.

@@ -1,21 +1,20 @@
-//! Faults for the test-suite: a named step at which attach or restore fails or dies.
+//! Fault injection for the tests: a named step at which attach or restore fails or is killed.
 //!
-//! Compiled in with the feature `faults`; without it [`hit`] is nothing. The environment
-//! variable `CKPT_FAULT` holds `STEP` (fail there with [`Error::Injected`](crate::Error::Injected)),
-//! `STEP:kill` (die there by SIGKILL), `STEP:wait=FILE` (create FILE, then stop oneself there
-//! with SIGSTOP) or `STEP:hold=FILE` (create FILE, and go on when it is gone; the first process of a pid
-//! namespace cannot stop itself).
+//! Compiled in with the feature `faults`; without it [`hit`] does nothing. The environment variable `CKPT_FAULT`
+//! holds `STEP` (fail there with [`Error::Injected`](crate::Error::Injected)), `STEP:kill` (SIGKILL to oneself),
+//! `STEP:wait=FILE` (create FILE, then stop by SIGSTOP) or `STEP:hold=FILE` (create FILE, and continue when it is
+//! removed; the first process of a pid namespace cannot stop itself).
 
 use std::fmt;
 
 macro_rules! steps {
     ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
-        /// The steps that can be made to fail.
+        /// The steps.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Step { $($(#[$doc])* $name,)* }
 
         impl Step {
-            /// Every step, in the order of work.
+            /// Every step, in the order of execution.
             pub const ALL: &'static [Step] = &[$(Step::$name,)*];
 
             /// Its name in `CKPT_FAULT`.
@@ -37,7 +36,7 @@ steps! {
     CaveEntered = "cave-entered",
     /// Between two remote calls.
     RemoteCall = "remote-call",
-    /// The task's signal mask is back, its registers are not.
+    /// The task's signal mask is restored, its registers are not.
     CaveLeaving = "cave-leaving",
     /// The process's state is captured, no page read yet.
     StateCaptured = "state-captured",
@@ -55,23 +54,23 @@ steps! {
     RestoreSpawned = "restore-spawned",
     /// Restore: the address space is built, pages are missing.
     RestoreMapped = "restore-mapped",
-    /// Restore: all pages are there.
+    /// Restore: all pages are filled.
     RestoreFilled = "restore-filled",
     /// Restore: all threads exist.
     RestoreThreads = "restore-threads",
     /// Restore: registers are set, nothing is released.
     RestoreRelease = "restore-release",
-    /// With `--kill` and `--stop`: the image is about to be looked at.
+    /// With `--kill` and `--stop`: the image is about to be checked.
     Check = "check",
-    /// Rehearsal: the copy gets another signal mask than the job has.
+    /// Rehearsal: the copy gets a signal mask different from the job's.
     RehearseMask = "rehearse-mask",
-    /// Rehearsal: a page of the copy is not as it is in the job.
+    /// Rehearsal: a page of the copy differs from the job's.
     RehearsePage = "rehearse-page",
-    /// Rehearsal: the copy's image is taken, and the copy is still there.
+    /// Rehearsal: the copy has been checkpointed, and still exists.
     Rehearsed = "rehearsed",
-    /// A notice of a message queue is taken back, and not registered again yet.
+    /// A notification of a message queue is unregistered, and not registered again yet.
     Unregistered = "unregistered",
-    /// Where descriptors cannot be copied: the process has the marks on it with which it lends them.
+    /// Descriptors are passed by the process itself, whose table and umask are changed meanwhile.
     Lending = "lending",
 }
 
@@ -81,7 +80,7 @@ impl fmt::Display for Step {
     }
 }
 
-/// Marks a step of the work; fails or dies there when a test asked for it.
+/// Marks a step; fails or is killed there when a test asked for it.
 #[cfg(feature = "faults")]
 pub fn hit(step: Step) -> crate::Result<()> {
     let Ok(wanted) = std::env::var("CKPT_FAULT") else {
@@ -113,7 +112,7 @@ pub fn hit(step: Step) -> crate::Result<()> {
     }
 }
 
-/// Marks a step of the work; nothing without the feature `faults`.
+/// Marks a step; does nothing without the feature `faults`.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn hit(_step: Step) -> crate::Result<()> {

@@ -1,10 +1,9 @@
-//! What this kernel, this machine and this user can do, found out once.
+//! Capabilities of this kernel, machine and user, probed once.
 //!
-//! [`KernelFeatures::probe`] takes about a millisecond: a few calls that change nothing, and two
-//! children of our own that live for its duration, one to be traced and one to try namespaces. The
-//! children share no memory with us, end with us (`PR_SET_PDEATHSIG`) and send no `SIGCHLD` when they
-//! end. What a setting says and what the kernel does may differ (security modules, containers), so
-//! wherever it can be tried, it is.
+//! [`KernelFeatures::probe`] takes about a millisecond: a few calls without side effects, and two children that exist
+//! for its duration, one to be traced and one to try namespaces. The children share no memory with us, die with us
+//! (`PR_SET_PDEATHSIG`) and send no `SIGCHLD`. A setting and the kernel's behaviour may differ (security modules,
+//! containers), so whatever can be tried is tried.
 
 #![allow(unsafe_code)]
 
@@ -54,7 +53,7 @@ struct UffdioApi {
 
 const _: () = assert!(size_of::<UffdioApi>() == 24);
 
-/// What was found. Each field is explained by its row in [`table`](Self::table).
+/// The result. Each field is explained by its row in [`table`](Self::table).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KernelFeatures {
@@ -133,7 +132,7 @@ pub struct KernelFeatures {
 }
 
 impl KernelFeatures {
-    /// Finds out. What cannot be found out counts as missing.
+    /// Probes everything. What cannot be determined counts as missing.
     pub fn probe() -> Self {
         let mut found = Self {
             release: setting("/proc/sys/kernel/osrelease").unwrap_or_default(),
@@ -167,7 +166,7 @@ impl KernelFeatures {
         (next(), next())
     }
 
-    /// Calls of our own that change nothing.
+    /// Calls without side effects on ourselves.
     fn probe_calls(&mut self) {
         self.probe_mappings();
         self.uffd_wp_async = userfaultfd_features().is_some_and(|all| all & UFFD_WP == UFFD_WP);
@@ -195,7 +194,7 @@ impl KernelFeatures {
         }
     }
 
-    /// What can be done with a mapping, tried on one page of our own.
+    /// Operations on mappings, tried on one page of our own.
     fn probe_mappings(&mut self) {
         let page = crate::proc::pagemap::PAGE_SIZE as usize;
         let (prot, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -219,7 +218,7 @@ impl KernelFeatures {
         }
     }
 
-    /// What can be done with another process, tried on a child that waits for signals.
+    /// Operations on another process, tried on a child that waits for signals.
     fn probe_target(&mut self) {
         static MARK: u64 = 0x636b_7074;
         let Some(child) = Child::start(pause_forever) else {
@@ -296,7 +295,7 @@ impl KernelFeatures {
     }
 }
 
-/// Whether we may make a pid and a mount namespace, in a user namespace where it takes one.
+/// Whether we may create a pid and a mount namespace, within a user namespace if necessary.
 #[must_use]
 pub fn namespaces_permitted() -> bool {
     let code = Child::start(try_pid_and_mounts).and_then(|child| child.exit_code());
@@ -313,7 +312,7 @@ fn try_pid_and_mounts() -> ! {
     }
 }
 
-/// One after the other: a security module may allow a user namespace and then no capability in it.
+/// One after the other: a security module may permit a user namespace and then no capability in it.
 fn try_namespaces() -> ! {
     let mut code = 0;
     let kinds = [libc::CLONE_NEWUSER, libc::CLONE_NEWPID, libc::CLONE_NEWTIME];
@@ -330,7 +329,7 @@ fn setting(path: &str) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim().to_owned())
 }
 
-/// `vm.max_map_count`, by which a process may have one mapping more.
+/// `vm.max_map_count`; a process may have one mapping more.
 pub fn max_map_count() -> u64 {
     number("/proc/sys/vm/max_map_count").unwrap_or(65530)
 }
@@ -344,7 +343,7 @@ fn hidepid() -> u32 {
     let Ok(table) = mounts::read_mounts(own) else {
         return 0;
     };
-    // The last mount at a place covers those before it.
+    // The last mount on a mount point covers those before it.
     let proc = table
         .all()
         .iter()
@@ -369,13 +368,13 @@ fn map_files_readable() -> bool {
     let Ok(mut entries) = fs::read_dir("/proc/self/map_files") else {
         return false;
     };
-    // Following the link is what is restricted; its text may be read.
+    // readlink(2) is unrestricted; only following the link needs the permission.
     entries
         .next()
         .is_some_and(|entry| entry.is_ok_and(|entry| fs::File::open(entry.path()).is_ok()))
 }
 
-/// `UFFD_FEATURE_*` of a userfaultfd such as an ordinary user may open; `None` when refused.
+/// `UFFD_FEATURE_*` of a userfaultfd that an ordinary user may open; `None` when refused.
 fn userfaultfd_features() -> Option<u64> {
     let mut api = UffdioApi {
         api: UFFD_API,
@@ -423,7 +422,7 @@ mod tests {
             found.process_vm_readv,
             "a child of one's own can always be read"
         );
-        // The children were waited for: no child remains that this process could wait for.
+        // The children were reaped: this process has none left to wait for.
         // SAFETY: only asks.
         let left =
             unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::__WCLONE | libc::WNOHANG) };

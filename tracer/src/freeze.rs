@@ -1,4 +1,4 @@
-//! Stopping every task of a process, and letting go of it again.
+//! Stops every task of a process, and releases them again.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -16,11 +16,11 @@ use crate::task::{Polled, Resume, Running, Stop, Stopped, Waited};
 use crate::vdso::Vdso;
 use crate::{Error, Pid, Result, Tid};
 
-/// Rounds of looking for new tasks before giving up. A task can only be created by one that
-/// is not yet stopped, so each round leaves fewer that could; a fork bomb is the exception.
+/// Most rounds of rescanning. Only a task that is not yet stopped can create others, so each round leaves fewer that
+/// can; a fork bomb is the exception.
 const MAX_ROUNDS: u32 = 64;
 
-/// A process of which every task is stopped. Letting it drop lets the process go on.
+/// A process whose tasks are all stopped. Dropping it releases them.
 #[derive(Debug)]
 pub struct Frozen {
     pid: Pid,
@@ -28,8 +28,8 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    /// Stops every task of `pid`: seize and interrupt all, then rescan until nothing new is
-    /// found. On any error everything seized so far is let go.
+    /// Stops every task of `pid`: seizes and interrupts all, then rescans until there is no new one. On an error all
+    /// seized tasks are released.
     pub fn freeze(pid: Pid) -> Result<Self> {
         let mut frozen = Frozen {
             pid,
@@ -45,7 +45,7 @@ impl Frozen {
                 let mut tasks: Vec<&mut Stopped> = frozen.tasks.iter_mut().collect();
                 match leave_stale_cave(pid, &mut tasks) {
                     Ok(false) => break,
-                    // They have run, and may have created others.
+                    // They were running, and may have created others.
                     Ok(true) => {}
                     Err(Error::Died { tid }) => frozen.tasks.retain(|t| t.tid() != tid),
                     Err(e) => return Err(e),
@@ -63,7 +63,7 @@ impl Frozen {
         if frozen.tasks.is_empty() {
             return Err(Error::Died { tid: pid.leader() });
         }
-        // The leader first: it is the one that remote calls for the process run in.
+        // The leader first: remote calls for the process run in it.
         frozen
             .tasks
             .sort_by_key(|t| (t.tid() != pid.leader(), t.tid()));
@@ -73,22 +73,21 @@ impl Frozen {
         Ok(frozen)
     }
 
-    /// Seizes and interrupts all before waiting for the first, so that they stop at nearly
-    /// the same instant.
+    /// Seizes and interrupts all before waiting for the first, so that they stop at nearly the same instant.
     fn stop_tasks(&mut self, tids: &[Tid]) -> Result<()> {
         let mut seized = Vec::with_capacity(tids.len());
         let mut failure = None;
         for &tid in tids {
             match Running::seize(tid) {
                 Ok(task) => seized.push(task),
-                // A task that ended meanwhile is no obstacle.
+                // The task ended meanwhile.
                 Err(Error::Died { .. }) => {}
                 Err(Error::Kernel {
                     errno: Errno::EPERM,
                     ..
                 }) => {
                     if is_ours(self.pid, tid) {
-                        // It did not stop when it was tried before, and only a stopped task can be let go.
+                        // It was seized by an earlier attempt, and only a stopped task can be detached.
                         seized.push(Running::auto_attached(tid));
                     } else if !is_dead(self.pid, tid) {
                         failure = Some(explain_refusal(self.pid, tid));
@@ -111,10 +110,10 @@ impl Frozen {
                 Err(e) => failure = failure.or(Some(e)),
             }
         }
-        // The leader last, with all others in their stops: if the process is killed now, its end is
-        // told only when theirs have been taken note of.
+        // The leader last, with all others in their stops: if the process is killed now, the leader can be waited for
+        // only after the others.
         seized.sort_by_key(|task| task.tid() == self.pid.leader());
-        // Until a second task is found, which then is waited for alone.
+        // Until a second task is found, this one can be waited for alone.
         let only = seized.len() == 1 && self.tasks.is_empty();
         let vdso = Vdso::of(self.pid);
         for task in seized {
@@ -134,17 +133,17 @@ impl Frozen {
         self.pid
     }
 
-    /// Its tasks; the leader first, when it is alive.
+    /// Its tasks; the leader first, unless it has ended.
     pub fn tasks(&self) -> &[Stopped] {
         &self.tasks
     }
 
-    /// Its tasks, to run remote calls in.
+    /// Its tasks, for remote calls.
     pub fn tasks_mut(&mut self) -> &mut [Stopped] {
         &mut self.tasks
     }
 
-    /// The signal that had stopped the process before we did, if one had.
+    /// The signal of the group stop in which the process was found.
     pub fn stopped_by(&self) -> Option<i32> {
         let mut stops = self.tasks.iter().map(Stopped::stop);
         stops.find_map(|stop| match stop {
@@ -153,13 +152,13 @@ impl Frozen {
         })
     }
 
-    /// Lets every task go on. A task that died meanwhile is no error.
+    /// Resumes and detaches every task. A task that has died is no error.
     pub fn thaw(mut self) -> Result<()> {
         self.release(0)
     }
 
-    /// Lets go of the process but leaves it stopped, as `kill -STOP` would. All tasks have stopped when this
-    /// returns, unless they have ended or gone on again.
+    /// Detaches the process but leaves it stopped, as `kill -STOP` would. On return all tasks have stopped, ended, or
+    /// been continued again.
     pub fn leave_stopped(mut self) -> Result<()> {
         self.release(libc::SIGSTOP)?;
         const LONGEST: Duration = Duration::from_secs(5);
@@ -170,7 +169,7 @@ impl Frozen {
         Ok(())
     }
 
-    /// The first detached task takes the signal; a stop signal stops them all.
+    /// The first detached task gets the signal; a stop signal stops them all.
     fn release(&mut self, mut signal: i32) -> Result<()> {
         let mut failure = None;
         let half = self.tasks.len() / 2;
@@ -181,7 +180,7 @@ impl Frozen {
                 failure = Some(e);
             }
             if signal != 0 {
-                // A detach delivers a signal only from a signal stop; queue it instead.
+                // PTRACE_DETACH injects a signal only from a signal-delivery-stop; queue it instead.
                 send_signal(self.pid, signal)?;
                 signal = 0;
             }
@@ -202,7 +201,7 @@ impl Drop for Frozen {
     }
 }
 
-/// Whether no task of it runs any more.
+/// Whether all of its tasks have stopped.
 fn has_stopped(pid: Pid) -> bool {
     let tasks = tasks::list_tasks(pid).unwrap_or_default();
     tasks.into_iter().all(|tid| {
@@ -219,10 +218,10 @@ fn send_signal(pid: Pid, signal: i32) -> Result<()> {
         .map_err(|errno| Error::from_errno("kill", pid.leader(), errno))
 }
 
-/// Waits for the stop that `PTRACE_INTERRUPT` brings. A signal that was just being delivered
-/// is delivered: its handler's frame is set up, and the pending interrupt then stops the task
-/// before the handler's first instruction. A task that stops inside the vDSO, whose code goes on under
-/// this very kernel only, is let run a little more, so that it may be restored under another one.
+/// Waits for the stop after `PTRACE_INTERRUPT`. A signal that is just being delivered is delivered first: its
+/// handler's frame is set up, and the pending interrupt then stops the task before the handler's first instruction. A
+/// task inside the vDSO, whose code works on this kernel only, runs a little further, so that it can be restored on
+/// another one.
 fn wait_interrupted(mut task: Running, leader: bool, vdso: &Vdso) -> Result<Option<Stopped>> {
     let mut tries = 0;
     loop {
@@ -239,7 +238,7 @@ fn wait_interrupted(mut task: Running, leader: bool, vdso: &Vdso) -> Result<Opti
                     }
                 }
                 Stop::Event(_) => {
-                    // At once: whatever happens from here on, the task must not notice.
+                    // At once: whatever happens from here on, the task must not see EINTR.
                     hide_interruption(&stopped)?;
                     return Ok(Some(stopped));
                 }
@@ -250,11 +249,11 @@ fn wait_interrupted(mut task: Running, leader: bool, vdso: &Vdso) -> Result<Opti
     }
 }
 
-/// Lets the tasks of a process run that stand in the cave of a tracer that was killed, all at once, until they have
-/// found home and are stopped again; whether there were any. Those that are held back there wait for the others.
+/// Lets the tasks of a process that are in the cave of a killed tracer run, all together, until they have left it and
+/// are stopped again; whether there were any. Those held there wait for the others.
 ///
 /// # Errors
-/// [`Error::Died`] of one that has ended; [`Error::DoesNotStop`] if they do not find home.
+/// [`Error::Died`] when one has ended; [`Error::DoesNotStop`] if they do not leave the cave.
 pub fn leave_stale_cave(pid: Pid, tasks: &mut [&mut Stopped]) -> Result<bool> {
     let vdso = Vdso::of(pid);
     let begun = Instant::now();
@@ -301,24 +300,23 @@ pub fn leave_stale_cave(pid: Pid, tasks: &mut [&mut Stopped]) -> Result<bool> {
     }
 }
 
-/// A batch of calls that goes on by itself takes milliseconds.
+/// Time limit for leaving a cave; a batch of calls takes milliseconds.
 const HOMEWARD: Duration = Duration::from_secs(10);
 
-/// How often a task may run on that has stopped inside the vDSO. A program that does nothing but ask
-/// for the time is there most of the time. To step it out would be sure, but were we killed between a
-/// step and its report, the SIGTRAP would be delivered, and end the process.
+/// How often a task that stopped inside the vDSO may run on. A program that only asks for the time is there most of
+/// the time. Single-stepping would be reliable, but if we were killed between a step and its report, SIGTRAP would be
+/// delivered and end the process.
 const VDSO_TRIES: u32 = 256;
 /// How long it runs each time: a function of the vDSO takes some ten nanoseconds.
 const VDSO_RUN: Duration = Duration::from_micros(20);
 
-/// A task that waits for what nothing can interrupt comes to no stop: in vfork(2) for its child's
-/// exec, or in I/O that does not end.
-/// The job stands still meanwhile.
+/// A task in uninterruptible sleep does not stop: in vfork(2) until its child's exec, or in I/O that does not
+/// complete. The job stands still meanwhile.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// The same for a task that waits for a processor.
+/// The same for a runnable task that waits for a processor.
 const PATIENCE_FOR_CPU: Duration = Duration::from_secs(20);
 
-/// Waits for the next stop, but not for ever.
+/// Waits for the next stop, with a time limit.
 fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
     const LONGEST_NAP: Duration = Duration::from_millis(2);
     let begun = Instant::now();
@@ -328,7 +326,7 @@ fn wait_patiently(mut task: Running, leader: bool) -> Result<Waited> {
             Polled::Came(waited) => return Ok(waited),
             Polled::Runs(task) => task,
         };
-        // One that waits for a processor would stop if it had one.
+        // A runnable task stops as soon as it gets a processor.
         let waits = match begun.elapsed() > PATIENCE {
             true => begun.elapsed() < PATIENCE_FOR_CPU && is_runnable(task.tid()),
             false => true,
@@ -377,7 +375,7 @@ fn is_dead(pid: Pid, tid: Tid) -> bool {
     }
 }
 
-/// Says in one sentence why the kernel did not let us attach, and what to do.
+/// Explains in one sentence why the kernel refused the attach, and what to do.
 fn explain_refusal(pid: Pid, tid: Tid) -> Error {
     let reason = match status::read_task(pid, tid) {
         Err(_) => return AttachError::NoSuchProcess { pid }.into(),

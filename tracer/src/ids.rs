@@ -1,4 +1,4 @@
-//! Process and thread ids as types of their own.
+//! Process and thread ids as distinct types.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ pub struct Pid(pub i32);
 pub struct Tid(pub i32);
 
 impl Pid {
-    /// Ours.
+    /// Our own.
     pub fn own() -> Self {
         Self(std::process::id() as i32)
     }
@@ -23,7 +23,7 @@ impl Pid {
         self.0
     }
 
-    /// The first task of the process, whose tid is the pid.
+    /// The first task of the process, whose tid equals the pid.
     pub const fn leader(self) -> Tid {
         Tid(self.0)
     }

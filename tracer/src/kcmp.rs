@@ -37,7 +37,7 @@ pub enum KcmpType {
         efd: i32,
         /// The number that the watched description had when it was added.
         tfd: u32,
-        /// Which entry of that number: 0 is the first.
+        /// Index among the entries of that number: 0 is the first.
         toff: u32,
     },
 }
@@ -53,8 +53,8 @@ struct EpollSlot {
 const _: () = assert!(size_of::<EpollSlot>() == 12);
 const _: () = assert!(offset_of!(EpollSlot, toff) == 8);
 
-/// Compares an object of two tasks. `Equal` means the same object; otherwise the order is arbitrary but
-/// the same for all callers until the next boot, so objects can be sorted by it.
+/// Compares an object of two tasks. `Equal` means the same object; otherwise the order is arbitrary but consistent
+/// for all callers until the next boot, so objects can be sorted.
 ///
 /// # Errors
 /// [`Error::Died`] when a task is gone; [`Error::Kernel`] with `EBADF` when a descriptor is not
@@ -66,7 +66,7 @@ pub fn kcmp(first: Tid, second: Tid, what: KcmpType) -> Result<Ordering> {
         Err(errno) => errno,
     };
     if errno == Errno::ESRCH {
-        // The kernel does not say which of the two.
+        // The kernel does not report which of the two.
         let tid = if exists(first) { second } else { first };
         return Err(Error::Died { tid });
     }
@@ -113,7 +113,7 @@ fn compare(first: Tid, second: Tid, what: KcmpType) -> Result<Ordering, Errno> {
         0 => Ok(Ordering::Equal),
         1 => Ok(Ordering::Less),
         2 => Ok(Ordering::Greater),
-        // 3 means "different, not orderable"; the kernel never says it.
+        // 3 means "different, not orderable"; the kernel never returns it.
         3 => Err(Errno::EINVAL),
         _ => Err(Errno::last()),
     }
@@ -141,9 +141,8 @@ impl KcmpType {
     }
 }
 
-/// Which of the two calls that tell what processes share, and copy descriptors, is not permitted to us
-/// at all: by a seccomp filter (docker's default profile), or by the kernel's configuration. Tried
-/// on ourselves, whom we may always look into.
+/// Which of kcmp(2) and pidfd_getfd(2) is not available to us at all: because of a seccomp filter (docker's default
+/// profile) or the kernel's configuration. Tried on ourselves, which needs no permission.
 pub fn withheld() -> Option<&'static str> {
     let me = std::process::id() as i32;
     // SAFETY: calls without pointers; a descriptor that is closed once. -1 is no descriptor, which is
@@ -163,8 +162,7 @@ pub fn withheld() -> Option<&'static str> {
         .then_some("kcmp(2)")
 }
 
-/// Whether two descriptors of ours are of one open file description, without kcmp(2); `None` where that
-/// cannot be told.
+/// Whether two descriptors of ours share an open file description, without kcmp(2); `None` if unknown.
 pub fn same_description(first: RawFd, second: RawFd) -> Option<bool> {
     /// Linux 6.10.
     const F_DUPFD_QUERY: i32 = 1024 + 3;
@@ -176,9 +174,9 @@ pub fn same_description(first: RawFd, second: RawFd) -> Option<bool> {
     }
 }
 
-/// An epoll set tells entries apart by number and description (`ep_find`, fs/eventpoll.c): under the same
-/// number only the same description is there already. What cannot be polled, regular files above
-/// all, is not told apart.
+/// An epoll set distinguishes entries by number and description (`ep_find`, fs/eventpoll.c): adding the same number
+/// again gives EEXIST only for the same description. Files that cannot be polled, regular files above all, give no
+/// answer.
 fn same_by_epoll(first: RawFd, second: RawFd) -> Option<bool> {
     // SAFETY: calls on descriptors of ours; the number that comes and goes is that of a copy of ours,
     // and all are closed once. The set goes with its entries.
@@ -201,8 +199,8 @@ fn same_by_epoll(first: RawFd, second: RawFd) -> Option<bool> {
     }
 }
 
-/// Sorts candidates into groups of one identity by the given total order, N log N comparisons. The
-/// groups, and the members of each, keep the order in which they came.
+/// Sorts candidates into groups of equal identity by the given total order, in N log N comparisons. Groups and their
+/// members keep the input order.
 ///
 /// # Errors
 /// The first error of a comparison.
@@ -210,8 +208,8 @@ fn group_by<T, E>(
     candidates: Vec<T>,
     mut compare: impl FnMut(&T, &T) -> Result<Ordering, E>,
 ) -> Result<Vec<Vec<T>>, E> {
-    // Binary insertion: `sort_by` cannot stop at an error, and an order that changes under it (a
-    // descriptor closed meanwhile) must not matter.
+    // Binary insertion: `sort_by` cannot stop at an error, and must not see an inconsistent order (a descriptor
+    // closed meanwhile).
     let mut groups: Vec<Vec<(usize, T)>> = Vec::new();
     for (place, candidate) in candidates.into_iter().enumerate() {
         let (mut low, mut high) = (0, groups.len());
@@ -247,9 +245,8 @@ pub fn group_tasks(tasks: Vec<Tid>, what: KcmpType) -> Result<Vec<Vec<Tid>>> {
     group_by(tasks, |&tid1, &tid2| kcmp(tid1, tid2, what))
 }
 
-/// Whether a task has a list of System V semaphore adjustments. Tasks without one share nothing, but
-/// are equal to [`kcmp`]. So the task is compared with a process that has just been forked, which has
-/// none (`copy_semundo`, ipc/sem.c).
+/// Whether a task has a System V semaphore undo list. Two tasks without one are equal to [`kcmp`] although they share
+/// nothing. So the task is compared with a newly forked process, which has none (`copy_semundo`, ipc/sem.c).
 ///
 /// # Errors
 /// As [`kcmp`]; [`Error::Kernel`] when no process can be created.
@@ -272,7 +269,7 @@ mod tests {
         crate::Pid::own().leader()
     }
 
-    /// Without the call (CONFIG_KCMP) there is nothing to test; say so.
+    /// Reports a skip where the kernel has no kcmp (CONFIG_KCMP).
     fn available() -> bool {
         let works = kcmp(own(), own(), KcmpType::Vm).is_ok();
         if !works {
@@ -319,7 +316,7 @@ mod tests {
         if !available() {
             return;
         }
-        // The kernel gives one to whoever creates a thread, and to that thread.
+        // clone(2) with CLONE_SYSVSEM allocates one for the creating thread and shares it with the new one.
         std::thread::spawn(|| assert!(has_undo_list(own()).unwrap()))
             .join()
             .unwrap();

@@ -1,18 +1,18 @@
-//! Mechanism over live Linux tasks: typed ptrace, freezing, remote system calls, `/proc` readers.
+//! Mechanisms for live Linux tasks: typed ptrace, freezing, remote system calls, `/proc` readers.
 //!
-//! This crate knows no image and no policy. It offers
+//! This crate knows nothing of images and policy. Its modules:
 //!
 //! * [`task`]: a traced task as a type state, [`Running`](task::Running) and [`Stopped`](task::Stopped);
-//! * [`freeze`]: stopping every task of a process, and letting go of it again;
-//! * [`remote`]: system calls executed in a stopped task, such that the task survives the
-//!   loss of its tracer at any moment;
-//! * [`cpuid`]: programs that are answered when they ask what the processor is;
+//! * [`freeze`]: stops every task of a process, and releases them again;
+//! * [`remote`]: system calls executed in a stopped task, such that the task survives the loss of its tracer at any
+//!   moment;
+//! * [`cpuid`]: emulation of CPUID for traced programs;
 //! * [`mem`]: another process's memory, addressed by [`RemoteAddr`];
-//! * [`dispatch`]: tasks whose own system calls are dispatched to the program;
-//! * [`refusal`]: why the kernel lets nobody attach;
+//! * [`dispatch`]: syscall user dispatch of a task;
+//! * [`refusal`]: why the kernel refuses to attach;
 //! * [`proc`]: typed readers of `/proc`;
 //! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
-//! * [`features`]: what this kernel and this user can do, probed once;
+//! * [`features`]: what this kernel and user support, probed once;
 //! * [`capabilities`]: every use of a capability, in one table.
 
 pub mod abi;

@@ -1,8 +1,7 @@
 //! Another process's memory.
 //!
-//! Two ways, chosen by what the kernel checks: `process_vm_readv`/`writev` honour the page
-//! protections and are the fast way; `/proc/PID/mem` overrides them (`FOLL_FORCE`), which
-//! reaches PROT_NONE pages and text.
+//! Two ways, chosen by what the kernel checks: `process_vm_readv`/`writev` honour page protections and are fast;
+//! `/proc/PID/mem` overrides protections (`FOLL_FORCE`), and so reaches PROT_NONE pages and text.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -24,8 +23,7 @@ pub struct ProcessMemory {
 }
 
 impl ProcessMemory {
-    /// Opens `/proc/PID/mem`; needs the right to trace the process (ptrace(2), "Ptrace access
-    /// mode checking").
+    /// Opens `/proc/PID/mem`; needs permission to trace the process (ptrace(2), "Ptrace access mode checking").
     pub fn open(pid: Pid) -> Result<Self> {
         let path = PathBuf::from(format!("/proc/{pid}/mem"));
         match OpenOptions::new().read(true).write(true).open(&path) {
@@ -34,20 +32,20 @@ impl ProcessMemory {
         }
     }
 
-    /// Whose memory it is.
+    /// The process.
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// Reads exactly `into.len()` bytes, whatever the page protections say.
+    /// Reads exactly `into.len()` bytes, regardless of page protections.
     pub fn read(&self, addr: RemoteAddr, into: &mut [u8]) -> Result<()> {
         self.file
             .read_exact_at(into, addr.raw())
             .map_err(|e| self.error("read", addr, into.len(), e))
     }
 
-    /// Writes all bytes, whatever the page protections say. A private file page is copied
-    /// by the kernel first; the file is never written.
+    /// Writes all bytes, regardless of page protections. A private file page is copied first; the file is never
+    /// written.
     pub fn write(&self, addr: RemoteAddr, bytes: &[u8]) -> Result<()> {
         self.file
             .write_all_at(bytes, addr.raw())

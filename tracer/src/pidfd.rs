@@ -1,4 +1,4 @@
-//! Processes by handle, and copies of their descriptors.
+//! Processes by pidfd, and duplicates of their descriptors.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use crate::{Error, Pid, Result};
 
-/// A `pidfd`: names a process for good, even when its pid is used again.
+/// A `pidfd`: refers to the same process even after its pid is reused.
 #[derive(Debug)]
 pub struct PidFd {
     pid: Pid,
@@ -27,8 +27,8 @@ impl PidFd {
         self.pid
     }
 
-    /// A descriptor of ours for the same open file description as `fd` of the process
-    /// (`pidfd_getfd(2)`, Linux 5.6). Needs the right to trace the process.
+    /// Duplicates descriptor `fd` of the process: the same open file description (`pidfd_getfd(2)`, Linux 5.6). Needs
+    /// permission to trace the process.
     pub fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
         // SAFETY: a system call without pointers.
         let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.fd.as_raw_fd(), fd, 0) };
@@ -37,7 +37,7 @@ impl PidFd {
             object: format!("fd {fd} of process {}", self.pid),
             errno,
         })?;
-        // SAFETY: the kernel just gave us this descriptor (close-on-exec); nobody else owns it.
+        // SAFETY: the kernel just gave us this descriptor (close-on-exec); nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
     }
 

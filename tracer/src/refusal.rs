@@ -1,17 +1,17 @@
-//! Why the kernel lets nobody attach although the user is the right one, and what helps.
+//! Why the kernel refuses to attach although the user ids match, and the remedy.
 
 use crate::Pid;
 use crate::capabilities::{Held, Use};
 use crate::proc::ProcRoot;
 
-/// Why a process of one's own may not be traced, and the remedy: two halves of a sentence.
+/// Why a process of the same user may not be traced, and the remedy: two halves of a sentence.
 #[must_use]
 pub fn why(pid: Pid) -> (String, &'static str) {
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
     let scope = scope.trim().parse().unwrap_or(0);
     let me = Pid(std::process::id() as i32);
     match (context(me), context(pid)) {
-        // Nothing else forbids it to whoever has the capability, but the last of Yama's scopes.
+        // With the capability, only the last of Yama's scopes forbids it otherwise.
         (Some(ours), Some(theirs))
             if scope < 3 && ours != "unconfined" && Held::now().allows(Use::Trace) =>
         {
@@ -21,7 +21,7 @@ pub fn why(pid: Pid) -> (String, &'static str) {
     }
 }
 
-/// What the security module at work says of a process: SELinux's context, AppArmor's profile.
+/// The security context of a process: SELinux's context, AppArmor's profile.
 fn context(pid: Pid) -> Option<String> {
     let text = std::fs::read(ProcRoot::default().process(pid).join("attr/current")).ok()?;
     let text = String::from_utf8_lossy(&text);

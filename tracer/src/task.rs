@@ -1,8 +1,8 @@
 //! A traced task as a type state.
 //!
-//! [`Running`] may be told to stop and be waited for; only a [`Stopped`] task can be looked
-//! into and changed. Neither can be copied, so a request on a task in the wrong state does not
-//! compile. All requests must come from the thread that attached (ptrace(2)).
+//! A [`Running`] task may be interrupted and waited for; only a [`Stopped`] one can be inspected and changed. Neither
+//! can be copied, so a request on a task in the wrong state does not compile. All requests must come from the thread
+//! that attached (ptrace(2)).
 #![allow(unsafe_code)]
 
 use std::ptr;
@@ -34,17 +34,17 @@ pub enum Stop {
     Other(i32),
 }
 
-/// What waiting for a task brought.
+/// Result of waiting for a task.
 #[derive(Debug)]
 pub enum Waited {
     /// It stopped.
     Stopped(Stopped),
-    /// It is gone; the wait status.
+    /// It has ended; the wait status.
     Gone(i32),
 }
 
 impl Waited {
-    /// With what is known of the task that was waited for.
+    /// Carries over what is known of the task that was waited for.
     fn of(self, task: &Running) -> Self {
         match self {
             Waited::Stopped(stopped) => Waited::Stopped(Stopped {
@@ -56,37 +56,37 @@ impl Waited {
     }
 }
 
-/// What a look at a running task brought.
+/// Result of polling a running task.
 #[derive(Debug)]
 pub enum Polled {
-    /// Nothing; it runs.
+    /// It runs.
     Runs(Running),
     /// It has stopped or ended.
     Came(Waited),
 }
 
-/// How a stopped task goes on.
+/// How to resume a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resume {
-    /// Freely.
+    /// Without further stops.
     Cont = libc::PTRACE_CONT as isize,
     /// Until the next entry or exit of a system call.
     Syscall = libc::PTRACE_SYSCALL as isize,
 }
 
-/// What else of ours there is while a task is waited for.
+/// Our other tasks while this one is waited for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Company {
-    /// Others, each in a stop: what they come to is their end.
+    /// Each is in a stop: all that can happen to them is their end.
     #[default]
     Stopped,
-    /// Nobody, in its process.
+    /// None in its process.
     Nobody,
-    /// Others that run: their stops are for somebody else to take note of.
+    /// They run: their stops are for other waits.
     Running,
 }
 
-/// A seized task that runs, or may run.
+/// A seized task that is not known to be stopped.
 #[derive(Debug)]
 pub struct Running {
     tid: Tid,
@@ -109,12 +109,12 @@ fn request(call: &'static str, req: u32, tid: Tid, addr: usize, data: usize) -> 
 }
 
 impl Running {
-    /// Attaches without stopping (`PTRACE_SEIZE`). When the tracer goes away the task goes on.
+    /// Attaches without stopping (`PTRACE_SEIZE`). When the tracer ends, the task continues.
     pub fn seize(tid: Tid) -> Result<Self> {
         Self::seize_with(tid, libc::PTRACE_O_TRACESYSGOOD)
     }
 
-    /// Attaches with options of one's own (`PTRACE_O_*`).
+    /// Attaches with the given options (`PTRACE_O_*`).
     pub fn seize_with(tid: Tid, options: i32) -> Result<Self> {
         request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize)?;
         Ok(Self {
@@ -123,7 +123,7 @@ impl Running {
         })
     }
 
-    /// A task that the kernel seized for us (`PTRACE_O_TRACECLONE`).
+    /// A task that the kernel attached automatically (`PTRACE_O_TRACECLONE`).
     pub fn auto_attached(tid: Tid) -> Self {
         Self {
             tid,
@@ -131,7 +131,7 @@ impl Running {
         }
     }
 
-    /// Notes that it is the only task of its process, see [`wait_alone`](Self::wait_alone).
+    /// Records that it is the only task of its process, see [`wait_alone`](Self::wait_alone).
     pub fn only(self) -> Self {
         Self {
             company: Company::Nobody,
@@ -144,21 +144,21 @@ impl Running {
         self.tid
     }
 
-    /// Asks the task to stop (`PTRACE_INTERRUPT`); [`wait`](Self::wait) tells when it has.
+    /// Requests a stop (`PTRACE_INTERRUPT`); [`wait`](Self::wait) waits for it.
     pub fn interrupt(&self) -> Result<()> {
         request("PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop)
     }
 
-    /// Waits until the task stops or ends. A first thread's end is told only when all threads
-    /// that we trace have been waited for, so it is to be waited for last.
+    /// Waits until the task stops or ends. The end of a thread group leader is reported only after all its threads
+    /// that we trace have been waited for, so wait for it last.
     pub fn wait(self) -> Result<Waited> {
         let tid = self.tid;
         wait_for(tid.raw(), tid).map(|(_, waited)| waited.of(&self))
     }
 
-    /// Waits while every other task of ours is in a stop: whatever else happens is the end of
-    /// one of those (its process was killed), and that too is taken note of here. The only task of
-    /// a process needs none of that, and the kernel need not walk over all of ours.
+    /// Waits while every other task of ours is in a stop: only the end of one of those can happen meanwhile (its
+    /// process was killed), and it is reaped here. The only task of a process does not need that, which saves the
+    /// kernel a walk over all of ours.
     pub fn wait_alone(self) -> Result<Waited> {
         match self.company {
             Company::Nobody => return self.wait(),
@@ -173,8 +173,8 @@ impl Running {
         }
     }
 
-    /// Waits for it, a first thread, and takes note of the ends of others of its process, without which its own is not
-    /// told; their stops are left to whoever waits next.
+    /// Waits for a thread group leader, and reaps other threads of its process that end, without which its own end is
+    /// not reported; their stops are left to other waits.
     fn wait_among_running(self) -> Result<Waited> {
         const LONGEST_NAP: Duration = Duration::from_millis(1);
         let mut nap = Duration::from_micros(5);
@@ -188,8 +188,8 @@ impl Running {
         }
     }
 
-    /// Looks whether it has stopped or ended. With `all` the ends of other tasks are taken note of
-    /// as in [`wait_alone`](Self::wait_alone).
+    /// Whether it has stopped or ended. With `all`, other tasks that end are reaped as in
+    /// [`wait_alone`](Self::wait_alone).
     pub fn poll(self, all: bool) -> Result<Polled> {
         let which = if all && self.company == Company::Stopped {
             -1
@@ -207,7 +207,7 @@ impl Running {
         }
     }
 
-    /// Waits and expects a stop.
+    /// Waits for a stop; an end is an error.
     pub fn wait_stopped(self) -> Result<Stopped> {
         let tid = self.tid;
         match self.wait()? {
@@ -217,8 +217,8 @@ impl Running {
     }
 }
 
-/// waitpid(2) for one task or, with -1, for any; ECHILD means that `expected` is gone: it was a
-/// thread that ended, or was swept away by exec.
+/// waitpid(2) for one task or, with -1, for any; ECHILD means that `expected` has gone: a thread that ended, or that
+/// an exec killed.
 fn wait_for(which: i32, expected: Tid) -> Result<(Tid, Waited)> {
     loop {
         if let Some(waited) = wait_with(which, expected, 0)? {
@@ -227,7 +227,7 @@ fn wait_for(which: i32, expected: Tid) -> Result<(Tid, Waited)> {
     }
 }
 
-/// The same with options; nothing, with `WNOHANG`, if nothing has come.
+/// The same with options; `None`, with `WNOHANG`, if there is nothing to report.
 fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Waited)>> {
     let mut status = 0;
     let tid = loop {
@@ -253,8 +253,8 @@ fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Wai
     Ok(Some((tid, Waited::Stopped(stopped))))
 }
 
-/// Waits for threads of ours that have ended. A wait for ends is also told of a traced task's stop, and
-/// that would be lost (`wait_task_stopped`, kernel/exit.c), so it looks first.
+/// Reaps threads of ours that have ended. A wait for ends also consumes the stop of a traced task, which would be
+/// lost (`wait_task_stopped`, kernel/exit.c), so it peeks first.
 fn note_ends_beside(leader: Tid) {
     let others = tasks::list_tasks(Pid(leader.raw())).unwrap_or_default();
     for tid in others.into_iter().filter(|tid| *tid != leader) {
@@ -272,14 +272,14 @@ fn note_ends_beside(leader: Tid) {
     }
 }
 
-/// What has come of all our tasks.
+/// Result of polling all our tasks.
 #[derive(Debug)]
 pub enum News {
-    /// Nothing.
+    /// Nothing happened.
     None,
     /// We have no task.
     NoTasks,
-    /// One has stopped or ended. What is done with it is done while others run.
+    /// One has stopped or ended. The others run meanwhile.
     Of(Tid, Waited),
 }
 
@@ -315,8 +315,7 @@ fn decode_stop(status: i32) -> Stop {
 }
 
 impl Stopped {
-    /// Stands in for a task while it is resumed in place; every request on it answers ESRCH,
-    /// since the task runs.
+    /// Placeholder for a task that is resumed in place; every request on it returns ESRCH, since the task runs.
     fn absent(tid: Tid) -> Self {
         Self {
             tid,
@@ -330,8 +329,7 @@ impl Stopped {
         self.tid
     }
 
-    /// Notes whether it is the only task of its process that we trace, see
-    /// [`Running::wait_alone`].
+    /// Records whether it is the only task of its process that we trace, see [`Running::wait_alone`].
     pub fn note_only(&mut self, only: bool) {
         self.company = match only {
             true => Company::Nobody,
@@ -339,17 +337,17 @@ impl Stopped {
         };
     }
 
-    /// Why it stopped.
+    /// The reason of the stop.
     pub fn stop(&self) -> Stop {
         self.stop
     }
 
-    /// Whether the whole process is stopped by a signal (SIGSTOP, SIGTSTP …), not only by us.
+    /// Whether the process is in a group stop (SIGSTOP, SIGTSTP …).
     pub fn stopped_by_signal(&self) -> bool {
         matches!(self.stop, Stop::Event(signal) if signal != libc::SIGTRAP)
     }
 
-    /// Lets it go on, delivering `signal` (0: none).
+    /// Resumes it, delivering `signal` (0: none).
     pub fn resume(self, how: Resume, signal: i32) -> Result<Running> {
         request("PTRACE_CONT", how as u32, self.tid, 0, signal as usize)?;
         Ok(Running {
@@ -358,16 +356,16 @@ impl Stopped {
         })
     }
 
-    /// Lets it go on freely, and leaves in its place what answers ESRCH to every request.
+    /// Resumes it without further stops, and leaves a placeholder that returns ESRCH to every request.
     pub fn go_on(&mut self) -> Result<Running> {
         let tid = self.tid();
         std::mem::replace(self, Stopped::absent(tid)).resume(Resume::Cont, 0)
     }
 
-    /// Resumes the task, of that process, and waits for its next stop, in place; every other task
-    /// of ours is in a stop. If the process is killed now, a first thread's end is told only when
-    /// the others have been waited for, so for that one they are waited for as well. For the
-    /// others that would be a walk over all tasks at each stop.
+    /// Resumes the task, of process `pid`, and waits for its next stop, in place; every other task of ours is in a
+    /// stop. If the process is killed now, the leader's end is reported only after the others have been waited for,
+    /// so for the leader they are waited for as well. For other tasks that would be a walk over all tasks at each
+    /// stop.
     pub fn advance(&mut self, pid: Pid, how: Resume, signal: i32) -> Result<()> {
         let tid = self.tid();
         let taken = std::mem::replace(self, Stopped::absent(tid));
@@ -386,8 +384,7 @@ impl Stopped {
         }
     }
 
-    /// Resumes the task and waits for its next stop, in place, and for nothing else: other tasks
-    /// may come to their stops meanwhile.
+    /// Resumes the task and waits for its next stop, in place, and for nothing else: other tasks may stop meanwhile.
     pub fn advance_among_others(&mut self, how: Resume, signal: i32) -> Result<()> {
         let tid = self.tid();
         let taken = std::mem::replace(self, Stopped::absent(tid));
@@ -395,19 +392,18 @@ impl Stopped {
         Ok(())
     }
 
-    /// Asks for an event stop, to be reached on the next resume.
+    /// Requests an event stop, reached on the next resume.
     pub fn interrupt(&self) -> Result<()> {
         Running::auto_attached(self.tid()).interrupt()
     }
 
-    /// Lets it stay in the group stop that it is in, until that is over, which is a stop again
-    /// (`PTRACE_LISTEN`).
+    /// Leaves it in its group stop until that ends, which is a stop again (`PTRACE_LISTEN`).
     pub fn listen(self) -> Result<()> {
         request("PTRACE_LISTEN", libc::PTRACE_LISTEN, self.tid, 0, 0).map(drop)
     }
 
-    /// Lets it go for good, delivering `signal` (0: none). A process in a group stop stays
-    /// stopped (`__ptrace_unlink` in kernel/ptrace.c reinstates it).
+    /// Detaches it, delivering `signal` (0: none). A process in a group stop stays stopped (`__ptrace_unlink` in
+    /// kernel/ptrace.c reinstates it).
     pub fn detach(self, signal: i32) -> Result<()> {
         request(
             "PTRACE_DETACH",

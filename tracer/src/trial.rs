@@ -1,9 +1,8 @@
 //! Whether our seccomp filters kill on a call that we would make in others.
 //!
-//! Tasks with the same filters get the same answers for the same operands, so a child of ours finds
-//! out: it makes each call once, in a way that changes nothing. A filter sees the number and the
-//! operands, of pointers only the address; so the operands that say what is done (options, flags,
-//! sizes) are those that are used, and the others are none.
+//! Tasks with the same filters get the same verdict for the same operands, so a child of ours tries each call once,
+//! in a way that changes nothing. A filter sees the number and the operands, of pointers only the address; so
+//! operands that select the operation (options, flags, sizes) are the real ones, and the others are invalid.
 #![allow(unsafe_code)]
 
 use std::sync::Mutex;
@@ -13,11 +12,11 @@ use ckpt_sys::helper::Child;
 
 use crate::remote::Call;
 
-/// What the child makes: all, or the one of that number.
+/// The calls that the child makes: all, or the one with that index.
 static WHICH: AtomicUsize = AtomicUsize::new(ALL);
 const ALL: usize = usize::MAX;
 
-/// The name of a call that a filter kills on; none when all are survived.
+/// The name of a call that a filter kills on; `None` when all survive.
 #[must_use]
 pub fn deadly_call() -> Option<&'static str> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -27,7 +26,7 @@ pub fn deadly_call() -> Option<&'static str> {
     }
     let calls = remote_calls();
     let one = (0..calls.len()).find(|which| !survives(*which));
-    // Without one of them it was something else that killed all: nothing is known.
+    // If no single call kills, something else killed the child that made all: unknown.
     Some(one.map_or("a call", |which| calls[which].name))
 }
 
@@ -50,8 +49,7 @@ fn make() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// Everything that is made inside of a job that is checkpointed and goes on. Made without a heap, in
-/// a child.
+/// Every call made in a job that is checkpointed and continues. Built in a child, without a heap.
 #[must_use]
 pub fn remote_calls() -> [Call; 45] {
     const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
@@ -62,14 +60,14 @@ pub fn remote_calls() -> [Call; 45] {
     let unmapped = [0, 0, READ_WRITE, FIXED, NONE, 0];
     let pair = (libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u64;
     let prctl = |name, option: i32| Call::new(name, libc::SYS_prctl, &[option as u64]);
-    // The address asked for comes first: 1 is none, where 0 would do something.
+    // The address comes first: 1 is invalid, where 0 would have an effect.
     let prctl_to = |name, option: i32| Call::new(name, libc::SYS_prctl, &[option as u64, 1]);
     let speculation = |which| {
         let args = [libc::PR_GET_SPECULATION_CTRL as u64, which];
         Call::new("prctl(PR_GET_SPECULATION_CTRL)", libc::SYS_prctl, &args)
     };
     [
-        // The way in and out; see `remote`.
+        // Entering and leaving the cave; see `remote`.
         Call::new("mmap", libc::SYS_mmap, &unmapped),
         Call::new("mremap", libc::SYS_mremap, &[0, 0, 0, 0]),
         Call::new("munmap", libc::SYS_munmap, &[0, 0]),
@@ -136,7 +134,7 @@ pub fn remote_calls() -> [Call; 45] {
         speculation(1),
         speculation(2),
         Call::new("get_robust_list", libc::SYS_get_robust_list, &[0, 1, 1]),
-        // Descriptors, handed out by `lend`.
+        // Sending descriptors, see `lend`.
         Call::new(
             "socketpair",
             libc::SYS_socketpair,

@@ -1,5 +1,4 @@
-//! What the kernel tells of unix domain sockets: sock_diag(7) over netlink, in our own network
-//! namespace.
+//! Unix domain sockets: sock_diag(7) over netlink, in our own network namespace.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -11,24 +10,23 @@ use crate::{Error, Result};
 /// One unix domain socket of the network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UnixSocket {
-    /// Inode number; 0 for one that nobody has a descriptor of yet (it waits to be accepted).
+    /// Inode number; 0 for one without a descriptor yet (it waits to be accepted).
     pub inode: u32,
     /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
     pub kind: u8,
     /// It listens.
     pub listening: bool,
-    /// Inode of the socket that it is connected to; 0 when that one is closed or not accepted
-    /// yet.
+    /// Inode of the connected peer; 0 when that is closed or not accepted yet.
     pub peer: Option<u32>,
-    /// The bytes of `sun_path`; the first one is 0 for an abstract name.
+    /// The bytes of `sun_path`; an abstract name begins with 0.
     pub name: Option<Vec<u8>>,
     /// Device (as the kernel keeps it) and inode of the file that it is bound to.
     pub file: Option<(u32, u32)>,
-    /// Inodes of the sockets that wait in its backlog, the oldest first.
+    /// Inodes of the sockets in its backlog, the oldest first.
     pub pending: Vec<u32>,
-    /// Connections that wait in the backlog, or bytes to be read.
+    /// Connections in the backlog, or bytes to be read.
     pub unread: u32,
-    /// The backlog, or bytes of memory that unread messages of its own take.
+    /// The backlog limit, or memory of sent messages that are unread, bytes.
     pub unsent: u32,
     /// `RCV_SHUTDOWN` (1) and `SEND_SHUTDOWN` (2).
     pub shutdown: u8,
@@ -43,10 +41,10 @@ const NLMSG_DONE: u16 = 3;
 const TCP_LISTEN: u8 = 10;
 /// `UDIAG_SHOW_NAME` to `UDIAG_SHOW_RQLEN`.
 const SHOW: u32 = 0x1f;
-/// Times that a table which changes under our hands is read anew.
+/// Attempts to read the table while it changes.
 const ROUNDS: u32 = 20;
 
-/// All unix domain sockets that can be seen.
+/// Lists all visible unix domain sockets.
 ///
 /// # Errors
 /// [`Error::Kernel`] with `ENOENT` when the kernel was built without `CONFIG_UNIX_DIAG`.
@@ -88,7 +86,7 @@ fn dump_once() -> std::result::Result<Option<Vec<UnixSocket>>, Errno> {
     Errno::result(sent)?;
     let mut sockets = Vec::new();
     let mut changed = false;
-    // Answers are at most 32 KiB each.
+    // A dump message has at most 32 KiB.
     let mut buffer = vec![0u8; 1 << 16];
     loop {
         // SAFETY: `buffer` is live and as long as said.
@@ -121,15 +119,15 @@ fn open() -> std::result::Result<OwnedFd, Errno> {
     // SAFETY: a call without pointers.
     let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, NETLINK_SOCK_DIAG) };
     let fd = Errno::result(fd)?;
-    // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+    // SAFETY: the kernel just gave us this descriptor; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Progress {
-    /// That was the last answer.
+    /// This was the last message.
     done: bool,
-    /// The table changed, so that the answers may not fit together.
+    /// The table changed, so the dump may be inconsistent.
     changed: bool,
 }
 
@@ -143,7 +141,7 @@ fn half(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.try_into().ok()?))
 }
 
-/// One answer: several netlink messages.
+/// Parses one datagram: several netlink messages.
 fn parse(mut answer: &[u8], sockets: &mut Vec<UnixSocket>) -> std::result::Result<Progress, Errno> {
     let mut progress = Progress::default();
     while !answer.is_empty() {
@@ -248,7 +246,7 @@ mod tests {
         for len in 1..whole.len() {
             assert!(parse(&whole[..len], &mut Vec::new()).is_err(), "{len}");
         }
-        // A length that runs backwards, an attribute that overruns.
+        // A length that is too small, an attribute that overruns.
         whole[0] = 3;
         assert!(parse(&whole, &mut Vec::new()).is_err());
         whole[0] = 48;

@@ -1,4 +1,4 @@
-//! Whether a task is just executing the vDSO, whose code works on the data of this very kernel only.
+//! Whether a task is executing the vDSO, whose code works with the data of this kernel only.
 
 use std::cell::OnceCell;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use crate::proc::maps::{VmaName, read_maps};
 use crate::task::Stopped;
 use crate::{Pid, Result};
 
-/// Calls that functions of the vDSO make themselves when they find no other way.
+/// Calls that functions of the vDSO make as a fallback.
 const ITS_CALLS: &[i64] = &[
     libc::SYS_clock_gettime,
     libc::SYS_clock_getres,
@@ -17,7 +17,7 @@ const ITS_CALLS: &[i64] = &[
     libc::SYS_getrandom,
 ];
 
-/// The vDSO of a process, looked for when first needed.
+/// The vDSO of a process, located on first use.
 #[derive(Debug)]
 pub(crate) struct Vdso {
     pid: Pid,
@@ -32,8 +32,8 @@ impl Vdso {
         }
     }
 
-    /// Whether the task is inside. A task in a system call that the vDSO does not make is not, which
-    /// spares a look at the mappings of most processes.
+    /// Whether the task is inside. A task in a system call that the vDSO does not make is outside, which saves
+    /// reading the mappings of most processes.
     pub(crate) fn holds(&self, task: &Stopped) -> Result<bool> {
         let regs = task.regs()?;
         let call = regs.orig_rax as i64;

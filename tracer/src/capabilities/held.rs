@@ -1,4 +1,4 @@
-//! What we hold.
+//! The capabilities that we hold.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +8,7 @@ use super::{Realm, Use};
 use crate::Pid;
 use crate::proc::status::read_status;
 
-/// The capabilities in force for us, and where they count.
+/// Our effective capabilities, and the user namespaces in which they count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
     effective: u64,
@@ -16,13 +16,13 @@ pub struct Held {
 }
 
 impl Held {
-    /// Nothing, in the first user namespace.
+    /// No capability, in the initial user namespace.
     pub const NONE: Held = Held {
         effective: 0,
         in_first: true,
     };
 
-    /// Ours now.
+    /// Reads our own.
     #[must_use]
     pub fn now() -> Self {
         let own = read_status(Pid::own());
@@ -32,7 +32,7 @@ impl Held {
         }
     }
 
-    /// Those of a process of our user namespace that has this effective set.
+    /// Those of a process in our user namespace with this effective set.
     #[must_use]
     pub fn with(self, effective: u64) -> Self {
         Self { effective, ..self }
@@ -44,13 +44,13 @@ impl Held {
         self.effective
     }
 
-    /// Whether we hold what it takes, where it must be held.
+    /// Whether we hold what a use requires, in the user namespace that it requires.
     #[must_use]
     pub fn allows(self, of: Use) -> bool {
         let row = of.row();
         row.takes.are_in(self.effective)
             && match row.realm {
-                // What we look into is in our user namespace or below: else it is entered first.
+                // A target is in our user namespace or a descendant: otherwise we enter its own first.
                 Realm::Own | Realm::Target => true,
                 Realm::First => self.in_first,
                 Realm::Owner(kind) => owner_is_ours(kind),
@@ -58,16 +58,16 @@ impl Held {
     }
 }
 
-/// Whether capabilities that a process (`/proc/PID`) has count for the whole machine: in another user namespace than the
-/// first one they do not (user_namespaces(7)).
+/// Whether the capabilities of a process (`/proc/PID`) count for the whole machine: only in the initial user
+/// namespace (user_namespaces(7)).
 pub fn is_in_first_user_namespace(process: &Path) -> bool {
     /// `PROC_USER_INIT_INO`, include/linux/proc_ns.h.
     const FIRST: u64 = 0xEFFF_FFFD;
     fs::metadata(process.join("ns/user")).is_ok_and(|meta| meta.ino() == FIRST)
 }
 
-/// Whether our namespace of a kind belongs to our user namespace or one below, in which what we hold
-/// counts: the kernel shows the owner to nobody else (`ns_get_owner`, kernel/user_namespace.c).
+/// Whether our namespace of a kind is owned by our user namespace or a descendant, where our capabilities count:
+/// otherwise the kernel does not show the owner (`ns_get_owner`, kernel/user_namespace.c).
 fn owner_is_ours(kind: &str) -> bool {
     let namespace = fs::File::open(format!("/proc/self/ns/{kind}"));
     namespace.is_ok_and(|namespace| ckpt_sys::namespaces::user_namespace(namespace).is_ok())

@@ -1,4 +1,4 @@
-//! The table. `docs/privileges.md` has the same rows, which a test compares.
+//! The table. A test compares it with `docs/privileges.md`.
 
 use super::Capability::{
     AuditControl, CheckpointRestore, Chown, DacOverride, DacReadSearch, Fowner, IpcLock, Lease,
@@ -21,7 +21,7 @@ macro_rules! uses {
             /// All of them, in the order of a checkpoint and a restore.
             pub const ALL: &[Use] = &[$(Use::$variant),*];
 
-            /// What is to be said of it.
+            /// Its row.
             pub fn row(self) -> Row {
                 match self {
                     $(Use::$variant => Row {
@@ -38,14 +38,14 @@ macro_rules! uses {
 }
 
 uses! {
-    /// To trace.
+    /// PTRACE_SEIZE, PTRACE_ATTACH.
     Trace {
         Any(&[SysPtrace]), Target,
         "to attach to a process that is another user's, is not dumpable, or has capabilities that you lack; with Yama, that you did not start",
         without "refused",
         kernel "`__ptrace_may_access` (kernel/ptrace.c), `cap_ptrace_access_check` (security/commoncap.c), `yama_ptrace_access_check` (security/yama/yama_lsm.c)"
     }
-    /// To open files of `/proc/PID` that belong to others.
+    /// Files of `/proc/PID` of other users.
     OthersProc {
         Any(&[DacOverride]), Target,
         "to open such a process's files in `/proc`, which belong to its user, or to root when it is not dumpable",
@@ -122,7 +122,7 @@ uses! {
         without "likewise",
         kernel "`__sys_setresgid` (kernel/sys.c), `may_setgroups` (kernel/groups.c), `scm_check_creds` (net/core/scm.c)"
     }
-    /// Tracing what is somebody else already.
+    /// Tracing a process after its ids have changed.
     RebuildOthers {
         All(&[SysPtrace, DacOverride]), Own,
         "to restore any ids that are not your own: the job is looked into until it goes on",

@@ -1,21 +1,21 @@
-//! The processor: what cpuid and xgetbv tell a program of it (Intel SDM volume 2, CPUID; AMD APM
-//! volume 3, appendix E).
+//! The processor: what cpuid and xgetbv report to a program (Intel SDM volume 2, CPUID; AMD APM volume 3, appendix
+//! E).
 
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{__cpuid_count, _xgetbv, CpuidResult};
 use std::ffi::CStr;
 
-/// The processor, as far as registers and code depend on it.
+/// The properties of the processor on which registers and code depend.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cpu {
     /// Vendor, `GenuineIntel` …
     pub vendor: String,
-    /// Model, as the processor calls itself.
+    /// Brand string.
     pub model: String,
-    /// Family, model and stepping, as leaf 1 of cpuid has them.
+    /// Family, model and stepping, as in leaf 1 of cpuid.
     pub signature: u32,
-    /// All words of cpuid that tell features; those of leaves that it does not have are 0.
+    /// All words of cpuid with feature bits; 0 for leaves that the processor lacks.
     pub words: Vec<FeatureWord>,
     /// State components that the system has enabled (`XCR0`); 0 without XSAVE.
     pub xcr0: u64,
@@ -28,17 +28,17 @@ pub struct Cpu {
 /// One register of one leaf of cpuid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FeatureWord {
-    /// What was asked for in `eax`.
+    /// Input in `eax`.
     pub leaf: u32,
-    /// And in `ecx`.
+    /// Input in `ecx`.
     pub subleaf: u32,
-    /// Which register of the answer.
+    /// Which register of the result.
     pub register: Register,
-    /// The answer.
+    /// The result.
     pub bits: u32,
 }
 
-/// A register of an answer of cpuid.
+/// An output register of cpuid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 #[repr(u8)]
@@ -60,7 +60,7 @@ pub struct StateComponent {
     pub size: u32,
 }
 
-/// Leaves, subleaves and registers that tell features.
+/// Leaves, subleaves and registers with feature bits.
 const WORDS: &[(u32, u32, Register)] = &[
     (1, 0, Register::Ecx),
     (1, 0, Register::Edx),
@@ -80,7 +80,7 @@ const WORDS: &[(u32, u32, Register)] = &[
 ];
 
 impl Cpu {
-    /// Asks the processor that we run on.
+    /// Queries the processor on which we run.
     pub fn probe() -> Self {
         let base = cpuid(0, 0);
         let one = cpuid(1, 0);
@@ -106,7 +106,7 @@ impl Cpu {
 
 fn word((leaf, subleaf, register): (u32, u32, Register)) -> FeatureWord {
     let there = cpuid(leaf & 0x8000_0000, 0).eax >= leaf;
-    // Leaf 7 tells in eax how many subleaves it has.
+    // Leaf 7 returns its number of subleaves in eax.
     let there = there && (leaf != 7 || cpuid(7, 0).eax >= subleaf);
     let answer = cpuid(leaf, subleaf);
     let bits = match register {

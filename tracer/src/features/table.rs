@@ -1,4 +1,4 @@
-//! The probed features as a table for people.
+//! The probed features as a table for display.
 
 use super::KernelFeatures;
 use crate::capabilities::{self, Use};
@@ -12,12 +12,12 @@ pub struct FeatureRow {
     pub available: bool,
     /// What does not work, or not as well, without it.
     pub needed_for: &'static str,
-    /// What else is known.
+    /// Further details.
     pub detail: String,
 }
 
 impl KernelFeatures {
-    /// All rows, for people.
+    /// All rows, for display.
     pub fn table(&self) -> Vec<FeatureRow> {
         let row = |name, available, needed_for, detail: &str| FeatureRow {
             name,

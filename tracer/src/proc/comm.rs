@@ -3,8 +3,8 @@
 use std::fmt;
 use std::ops::Deref;
 
-/// Name of a task, `comm`: any bytes but 0, at most 15 (kernel threads may show more). Prints with
-/// control characters escaped and other than UTF-8 replaced, so it can stand in a message.
+/// Name of a task, `comm`: any bytes but 0, at most 15 (kernel threads may show more). Displays with control
+/// characters escaped and invalid UTF-8 replaced, so it can stand in a message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Comm(pub Vec<u8>);
 

@@ -1,15 +1,15 @@
-//! What the kernel tells of an open file description: `/proc/PID/fdinfo/N`, see proc_pid_fdinfo(5).
+//! Open file descriptions: `/proc/PID/fdinfo/N`, see proc_pid_fdinfo(5).
 
 use super::ProcDir;
 pub use super::fdlink::{FdLink, list_fds, read_fd_link};
 use super::parse::{dec, device, fields, hex, kernel_device, key_value, lines, oct};
 use crate::{Pid, Result};
 
-/// One descriptor. Position, flags and details belong to the open file description, which others may
-/// share; close-on-exec is the descriptor's own.
+/// One descriptor. Position, flags and details belong to the open file description, which may be shared;
+/// close-on-exec belongs to the descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FdInfo {
-    /// Position in bytes; a negative one (`/proc/PID/mem`) as its two's complement.
+    /// Position in bytes; a negative one (`/proc/PID/mem`) in two's complement.
     pub pos: u64,
     /// `O_*` without `O_CLOEXEC`; `O_LARGEFILE` (0100000) shows where the opener set it.
     pub flags: u32,
@@ -17,11 +17,11 @@ pub struct FdInfo {
     pub cloexec: bool,
     /// Mount, see [`super::mounts::MountTable::mount_of`].
     pub mnt_id: i32,
-    /// Inode; 0 before Linux 5.14, which does not say it.
+    /// Inode; 0 before Linux 5.14.
     pub ino: u64,
     /// Locks that this open file description holds, and POSIX locks that this process holds through it.
     pub locks: Vec<LockLine>,
-    /// What is particular to its kind.
+    /// Details of its kind.
     pub detail: FdDetail,
 }
 
@@ -34,7 +34,7 @@ pub struct LockLine {
     pub mode: String,
     /// `READ`, `WRITE`, `UNLCK`.
     pub access: String,
-    /// Who took it; -1 for an open file description's lock.
+    /// The process that took it; -1 for an open file description lock.
     pub pid: i32,
     /// Device of the file.
     pub dev: (u32, u32),
@@ -42,11 +42,11 @@ pub struct LockLine {
     pub ino: u64,
     /// First byte.
     pub start: u64,
-    /// Last byte, `None` for the end of the file wherever that is.
+    /// Last byte, `None` for the end of the file.
     pub end: Option<u64>,
 }
 
-/// What is particular to a kind of description.
+/// Details of a kind of description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FdDetail {
     /// Nothing.
@@ -55,7 +55,7 @@ pub enum FdDetail {
     EventFd {
         /// Counter.
         count: u64,
-        /// `EFD_SEMAPHORE`, which newer kernels tell.
+        /// `EFD_SEMAPHORE`, on newer kernels.
         semaphore: Option<bool>,
     },
     /// signalfd(2)
@@ -67,19 +67,19 @@ pub enum FdDetail {
     TimerFd(TimerFd),
     /// epoll(7)
     Epoll {
-        /// What it watches.
+        /// Its entries.
         targets: Vec<EpollTarget>,
     },
     /// inotify(7)
     Inotify {
-        /// What it watches.
+        /// Its watches.
         watches: Vec<InotifyWatch>,
     },
     /// fanotify(7)
     Fanotify(FanotifyGroup),
     /// pidfd_open(2)
     PidFd {
-        /// The process; -1 when it has been waited for, 0 when outside our pid namespace.
+        /// The process; -1 when it has been reaped, 0 when outside our pid namespace.
         pid: Pid,
         /// Its pid from our pid namespace inwards.
         nspid: Vec<i32>,
@@ -106,8 +106,8 @@ pub struct TimerFd {
     pub interval: (u64, u64),
 }
 
-/// An entry of an epoll set. It names the number that the watched description had when it was added;
-/// that number may be closed or mean another file by now.
+/// An entry of an epoll set. Its number is that of the watched description when it was added; that number may be
+/// closed by now, or refer to another file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EpollTarget {
     /// The number.
@@ -143,22 +143,22 @@ pub struct FanotifyMark {
     pub on: MarkOn,
     /// `FAN_MARK_*` that stay with it.
     pub flags: u32,
-    /// Events that are told.
+    /// Reported events.
     pub mask: u64,
-    /// Events that are not told.
+    /// Ignored events.
     pub ignored: u64,
 }
 
-/// What a mark is on.
+/// The object of a mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MarkOn {
-    /// A file; of a watch without number and mask.
+    /// A file; the watch has neither number nor mask.
     File(InotifyWatch),
     /// The mount of that id.
     Mount(i32),
     /// The file system of that device.
     FileSystem((u32, u32)),
-    /// What a newer kernel has (a mount namespace).
+    /// An object of a newer kernel (a mount namespace).
     Other,
 }
 
@@ -175,7 +175,7 @@ pub struct InotifyWatch {
     pub mask: u32,
     /// `IN_*` ignored; always 0 in newer kernels.
     pub ignored_mask: u32,
-    /// Length of the file handle, 0 when the file system gives none.
+    /// Length of the file handle, 0 when the file system has none.
     pub handle_bytes: u32,
     /// Type of the file handle.
     pub handle_type: i32,
@@ -286,7 +286,7 @@ fn detail(detail: &mut FdDetail, key: &[u8], value: &[u8], line: &[u8]) -> Optio
             text.push('\n');
             text.push_str(&String::from_utf8_lossy(line));
         }
-        // A line that a newer kernel adds to a kind known here.
+        // A line that a newer kernel adds to a known kind.
         _ => {}
     }
     Some(())

@@ -1,4 +1,4 @@
-//! What a descriptor refers to: `/proc/PID/fd/N`, see proc_pid_fd(5).
+//! The target of a descriptor: `/proc/PID/fd/N`, see proc_pid_fd(5).
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -10,10 +10,10 @@ use super::parse::dec;
 use super::silly::is_silly_name;
 use crate::Result;
 
-/// The kind of thing behind a descriptor, told from the target of its link.
+/// The kind of object behind a descriptor, by the target of its link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FdLink {
-    /// Something with a path: a file, directory, device, FIFO, terminal …
+    /// An object with a path: a file, directory, device, FIFO, terminal …
     File {
         /// Seen from our root directory, without `" (deleted)"`.
         path: PathBuf,
@@ -29,7 +29,7 @@ pub enum FdLink {
     AnonInode(String),
     /// A memfd, by its name (any bytes).
     Memfd(Vec<u8>),
-    /// A pidfd; which process is said by fdinfo.
+    /// A pidfd; its fdinfo shows the process.
     PidFd,
     /// A namespace: kind (`mnt`, `net` …) and inode.
     Namespace(String, u64),
@@ -45,7 +45,7 @@ pub fn list_fds(process: impl Into<ProcDir>) -> Result<Vec<i32>> {
     process.into().numbers_in("fd")
 }
 
-/// What descriptor `fd` refers to.
+/// Reads the link of descriptor `fd`.
 ///
 /// # Errors
 /// See [`ProcDir::read_link`]; [`crate::Error::Proc`] with `NotFound` when it is not open.
@@ -56,7 +56,7 @@ pub fn read_fd_link(process: impl Into<ProcDir>, fd: i32) -> Result<FdLink> {
     Ok(classify(&target, &|path| same_file(&dir, &name, path)))
 }
 
-/// Whether the path leads to what the descriptor has open, from our root or from the target's.
+/// Whether the path leads to the file that is open under the descriptor, from our root or from the target's.
 fn same_file(dir: &ProcDir, fd: &str, path: &Path) -> bool {
     let Ok(open) = std::fs::metadata(dir.join(fd)) else {
         return false;
@@ -73,8 +73,8 @@ fn same_file(dir: &ProcDir, fd: &str, path: &Path) -> bool {
         })
 }
 
-/// The kernel appends `" (deleted)"` to the path of an unlinked file, and a path may end so by
-/// itself; `is_it` says whether a path leads to the open file.
+/// The kernel appends `" (deleted)"` to the path of an unlinked file, and a file's name may end like that; `is_it`
+/// says whether a path leads to the open file.
 fn classify(target: &[u8], is_it: &dyn Fn(&Path) -> bool) -> FdLink {
     let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
     if target.first() == Some(&b'/') {
@@ -120,7 +120,7 @@ fn bracketed(target: &[u8]) -> Option<FdLink> {
     match kind {
         "pipe" => Some(FdLink::Pipe(inode)),
         "socket" => Some(FdLink::Socket(inode)),
-        // Since pidfds have a file system of their own (Linux 6.9) some kernels print this.
+        // Some kernels print this since pidfds have a file system of their own (Linux 6.9).
         "pidfd" => Some(FdLink::PidFd),
         "cgroup" | "ipc" | "mnt" | "net" | "pid" | "time" | "user" | "uts" => {
             Some(FdLink::Namespace(kind.to_owned(), inode))

@@ -4,7 +4,7 @@ use super::ProcDir;
 use super::parse::{dec, fields, lines};
 use crate::{Pid, Result};
 
-/// A limit that is none; the same in both sources.
+/// No limit; the same in both sources.
 pub const RLIM_INFINITY: u64 = u64::MAX;
 
 /// One limit, in the resource's unit.
@@ -12,9 +12,9 @@ pub const RLIM_INFINITY: u64 = u64::MAX;
 pub struct Limit {
     /// `RLIMIT_*`, 0 to 15.
     pub resource: i32,
-    /// The limit in force.
+    /// Soft limit.
     pub soft: u64,
-    /// What the soft limit may be raised to.
+    /// Hard limit.
     pub hard: u64,
 }
 
@@ -41,8 +41,8 @@ const NAMES: [&str; 16] = [
 
 /// All limits of a process, in the order of their numbers.
 ///
-/// prlimit(2) wants the caller's ids to equal the target's, or `CAP_SYS_RESOURCE`, which even root
-/// may lack; the file may be read by everyone who sees the process.
+/// prlimit(2) requires the caller's ids to equal the target's, or `CAP_SYS_RESOURCE`, which even root may lack; the
+/// file is readable wherever the process is visible.
 ///
 /// # Errors
 /// See [`ProcDir::read`]; [`crate::Error::ProcSyntax`] when the format is unknown.
@@ -56,7 +56,7 @@ pub fn read_limits(pid: Pid) -> Result<Vec<Limit>> {
     }
 }
 
-/// The same out of `/proc/PID/limits`.
+/// The same from `/proc/PID/limits`.
 ///
 /// # Errors
 /// As [`read_limits`].
@@ -82,7 +82,7 @@ fn parse(text: &[u8]) -> Result<Vec<Limit>, &[u8]> {
             .iter()
             .enumerate()
             .find_map(|(number, name)| Some((number as i32, line.strip_prefix(name.as_bytes())?)));
-        // A resource that a newer kernel adds cannot be set by number here either.
+        // A resource that a newer kernel adds could not be set by number either.
         let Some((resource, rest)) = known else {
             continue;
         };

@@ -27,19 +27,18 @@ pub struct Vma {
     pub write: bool,
     /// `PROT_EXEC`.
     pub exec: bool,
-    /// `MAP_SHARED`, as the kernel understands it: a shared mapping of a file opened read-only
-    /// counts as shared here, too (`VM_MAYSHARE`).
+    /// `MAP_SHARED` (`VM_MAYSHARE`): a shared mapping of a file opened read-only counts as shared.
     pub shared: bool,
     /// Offset in the file, bytes.
     pub offset: u64,
-    /// Device of the file's superblock, major and minor. On btrfs and overlayfs `stat` says otherwise.
+    /// Device of the file's superblock, major and minor. On btrfs and overlayfs `stat` reports another one.
     pub dev: (u32, u32),
     /// Inode of the file, 0 without one.
     pub inode: u64,
     /// What is mapped.
     pub name: VmaName,
-    /// The name as the kernel printed it, where that is not what [`name`](Self::name) says byte by
-    /// byte: `" (deleted)"` or an escaped newline in it.
+    /// The name as the kernel printed it, if it differs from [`name`](Self::name): it contains `" (deleted)"` or an
+    /// escaped newline.
     pub raw_name: Option<Box<[u8]>>,
     /// Flags of the kernel.
     pub flags: VmFlags,
@@ -49,7 +48,7 @@ pub struct Vma {
     pub rss: u64,
     /// Resident, each page divided by the number of its users.
     pub pss: u64,
-    /// Resident and anonymous: for a private file mapping, the pages that were written.
+    /// Resident and anonymous: of a private file mapping, the pages that were written.
     pub anon: u64,
     /// Swapped out. Page table markers (guard pages, userfaultfd) do not count.
     pub swap: u64,
@@ -61,7 +60,7 @@ pub struct Vma {
     pub protection_key: u32,
 }
 
-/// What a mapping shows.
+/// What is mapped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmaName {
     /// Anonymous memory without a name.
@@ -70,7 +69,7 @@ pub enum VmaName {
     AnonNamed(Vec<u8>),
     /// `[anon_shmem:NAME]`: shared anonymous memory, named likewise.
     AnonShmemNamed(Vec<u8>),
-    /// `[heap]`: what `brk` governs.
+    /// `[heap]`: the program break.
     Heap,
     /// `[stack]`: of the first thread.
     Stack,
@@ -82,9 +81,9 @@ pub enum VmaName {
     VvarVclock,
     /// `[vsyscall]`
     Vsyscall,
-    /// Another name of the kernel's: `[uprobes]`, `anon_inode:[io_uring]`, `socket:[12]` …
+    /// Another special name: `[uprobes]`, `anon_inode:[io_uring]`, `socket:[12]` …
     OtherSpecial(String),
-    /// A file, also `/dev/zero`, `/memfd:x`, `/SYSV00000000` and what else has an inode.
+    /// A file, also `/dev/zero`, `/memfd:x`, `/SYSV00000000` and everything else with an inode.
     File {
         /// Its path, seen from our root directory, without escapes and without `" (deleted)"`.
         path: PathBuf,
@@ -94,25 +93,25 @@ pub enum VmaName {
 }
 
 impl Vma {
-    /// Bytes from start to end.
+    /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.end - self.start
     }
 
-    /// Never so for what the kernel prints.
+    /// Always false for mappings that the kernel prints.
     pub fn is_empty(&self) -> bool {
         self.end == self.start
     }
 
-    /// Private memory with no file behind it (a private mapping of `/dev/zero` has a name, yet is
-    /// anonymous to the kernel; it shows a file here and costs nothing to be treated so).
+    /// Private memory without a file. (A private mapping of `/dev/zero` is anonymous to the kernel but shows a name;
+    /// it counts as a file here, at no cost.)
     pub fn is_private_anonymous(&self) -> bool {
         !self.shared && self.inode == 0
     }
 }
 
-/// The memory map with flags and sizes. The kernel walks the page tables for it: about 1 ms for each
-/// GiB of 4 KiB pages.
+/// The memory map with flags and sizes. The kernel walks the page tables for it: about 1 ms for each GiB of 4 KiB
+/// pages.
 ///
 /// # Errors
 /// See [`ProcDir::read`]; [`crate::Error::ProcSyntax`] when the format is unknown.
@@ -136,7 +135,7 @@ fn read(dir: ProcDir, name: &str) -> Result<Vec<Vma>> {
 /// Device and inode.
 type Identity = ((u32, u32), u64);
 
-/// What a path leads to from our root and from the target's.
+/// The files to which a path leads from our root and from the target's.
 fn identities(dir: &ProcDir, path: &Path) -> Vec<Identity> {
     let inner = path
         .strip_prefix("/")
@@ -213,7 +212,7 @@ fn header(line: &[u8], lookup: Lookup<'_>) -> Option<Vma> {
     })
 }
 
-/// The name, and whether the kernel's text says it byte by byte.
+/// The name, and whether it equals the kernel's text byte by byte.
 fn name(raw: &[u8], dev: (u32, u32), inode: u64, lookup: Lookup<'_>) -> (VmaName, bool) {
     let inside = |prefix: &[u8]| Some(raw.strip_prefix(prefix)?.strip_suffix(b"]")?.to_vec());
     let special = match raw {
@@ -234,9 +233,9 @@ fn name(raw: &[u8], dev: (u32, u32), inode: u64, lookup: Lookup<'_>) -> (VmaName
     (special, true)
 }
 
-/// The kernel writes a newline as `\012` but does not escape the backslash, and it appends
-/// `" (deleted)"`, which may as well be a part of the name. So of the readings that the text allows,
-/// take the one whose file is the mapped one; when there is none, the likely one.
+/// The kernel writes a newline as `\012` but does not escape the backslash, and appends `" (deleted)"`, which may
+/// also be part of the name. So of the possible readings the one whose file is the mapped one is taken; if there is
+/// none, the likely one.
 fn file_name(raw: &[u8], dev: (u32, u32), inode: u64, lookup: Lookup<'_>) -> (VmaName, bool) {
     let plain = unescape_octal(raw);
     let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));

@@ -1,15 +1,14 @@
-//! Typed readers of `/proc`: one file a subject, one reader a file of the kernel's.
+//! Typed readers of `/proc`: one module for each subject, one function for each file of the kernel.
 //!
 //! Every reader takes `impl Into<ProcDir>`: a [`Pid`], a [`Tid`], a `(Pid, Tid)` pair for
 //! `/proc/PID/task/TID`, or a [`ProcDir`] of another [`ProcRoot`] (a `/proc` mounted elsewhere, or a
 //! directory of captured files in a test).
 //!
-//! The parsers work on bytes. Names of programs and files are whatever their owner chose, and a
-//! `comm` is cut at 15 bytes, in the middle of a UTF-8 character if need be; line readers that
-//! want UTF-8 fail on such a job.
+//! The parsers work on bytes. Names of programs and files are arbitrary, and `comm` is cut at 15 bytes, possibly
+//! inside a UTF-8 character; readers of UTF-8 lines fail on such a job.
 //!
-//! A missing file of a task that is gone is [`Error::Died`]; a missing file of a task that is still
-//! there (an older kernel, or a zombie) is [`Error::Proc`] with `NotFound`.
+//! A missing file of a task that has gone is [`Error::Died`]; a missing file of an existing task (an older kernel, or
+//! a zombie) is [`Error::Proc`] with `NotFound`.
 
 mod comm;
 pub mod fdinfo;
@@ -38,7 +37,7 @@ pub use comm::Comm;
 
 use crate::{Error, Pid, Result, Tid};
 
-/// Where `/proc` is. The default is `/proc`.
+/// The mount point of procfs. Default: `/proc`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProcRoot(PathBuf);
 
@@ -49,7 +48,7 @@ impl Default for ProcRoot {
 }
 
 impl ProcRoot {
-    /// Another mount of procfs (that of an inner pid namespace, say), or captured files.
+    /// Another mount of procfs (for example of an inner pid namespace), or captured files.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
     }
@@ -89,8 +88,8 @@ impl From<Pid> for ProcDir {
     }
 }
 
-/// `/proc/TID`: not listed for a thread other than the first, but there. Note that its `stat` sums up
-/// the whole process; `(Pid, Tid)` names the task alone.
+/// `/proc/TID`: not listed for threads other than the leader, but present. Its `stat` sums up the whole process;
+/// `(Pid, Tid)` gives the task alone.
 impl From<Tid> for ProcDir {
     fn from(tid: Tid) -> Self {
         ProcRoot::default().process(Pid(tid.raw()))
@@ -125,7 +124,7 @@ impl ProcDir {
         self.path.join(name)
     }
 
-    /// The whole of one file.
+    /// Reads a whole file.
     ///
     /// # Errors
     /// [`Error::Died`] when the task is gone, else [`Error::Proc`].
@@ -137,7 +136,7 @@ impl ProcDir {
         Ok(text)
     }
 
-    /// The whole of one file, or `None` where this kernel has no such file.
+    /// Reads a whole file; `None` where this kernel has no such file.
     ///
     /// # Errors
     /// [`Error::Died`] when the task is gone, else [`Error::Proc`].
@@ -149,8 +148,8 @@ impl ProcDir {
     }
 
     fn read_into(&self, path: &Path, text: &mut Vec<u8>) -> io::Result<()> {
-        // Files of /proc say that their size is 0, so it is not asked for (as reading the file itself
-        // would); a seq_file gives about a page a call.
+        // The size of files in /proc is 0, so it is not queried (as std::fs::read would); a seq_file gives about a
+        // page for each read.
         text.reserve(16 << 10);
         File::open(path)?.take(u64::MAX).read_to_end(text)?;
         Ok(())
@@ -168,18 +167,18 @@ impl ProcDir {
         }
     }
 
-    /// Names in a subdirectory that are numbers, in order.
+    /// The numeric names in a subdirectory, ascending.
     pub(crate) fn numbers_in(&self, name: &str) -> Result<Vec<i32>> {
         let path = self.join(name);
         let numbers = numbers_in(&path).map_err(|source| self.error(path, source))?;
-        // The kernel lists a directory of a task that died meanwhile as empty.
+        // The kernel lists a directory of a task that has died as empty.
         if numbers.is_empty() && !self.path.exists() {
             return Err(Error::Died { tid: self.tid });
         }
         Ok(numbers)
     }
 
-    /// Tells a dead task from a missing file.
+    /// Distinguishes a dead task from a missing file.
     pub(crate) fn error(&self, path: PathBuf, source: io::Error) -> Error {
         let gone = match source.raw_os_error() {
             Some(libc::ESRCH) => true,
@@ -193,7 +192,7 @@ impl ProcDir {
         }
     }
 
-    /// A part of a file that was not understood.
+    /// An error for a part of a file that was not understood.
     pub(crate) fn syntax(&self, name: impl AsRef<Path>, what: impl AsRef<[u8]>) -> Error {
         let what = String::from_utf8_lossy(what.as_ref()).trim_end().to_owned();
         Error::ProcSyntax {

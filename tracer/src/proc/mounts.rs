@@ -1,4 +1,4 @@
-//! The mounts that a process sees: `/proc/PID/mountinfo`, see proc_pid_mountinfo(5).
+//! The mounts of a process: `/proc/PID/mountinfo`, see proc_pid_mountinfo(5).
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -13,13 +13,13 @@ use crate::Result;
 pub struct Mount {
     /// Its id, the `mnt_id` of fdinfo. Ids are reused after an unmount.
     pub id: i32,
-    /// Id of the mount it is mounted on.
+    /// Id of its parent mount.
     pub parent: i32,
     /// `st_dev` of its files: major and minor.
     pub dev: (u32, u32),
     /// The directory of the file system that is its root; `/` unless bind-mounted.
     pub root: PathBuf,
-    /// Where it is, seen from the process's root directory.
+    /// Mount point, relative to the process's root directory.
     pub mount_point: PathBuf,
     /// Options of the mount, separated by commas.
     pub options: String,
@@ -27,7 +27,7 @@ pub struct Mount {
     pub propagation: Vec<String>,
     /// Type of the file system, `ext4`, `fuse.sshfs` …
     pub fs_type: String,
-    /// What is mounted, a device or a word.
+    /// Mount source, a device or a word.
     pub source: Vec<u8>,
     /// Options of the file system, separated by commas.
     pub super_options: String,
@@ -38,13 +38,13 @@ pub struct Mount {
 pub struct MountTable(Vec<Mount>);
 
 impl MountTable {
-    /// In the order of the file: a mount comes after the one it covers.
+    /// In the order of the file: a mount follows the one that it covers.
     pub fn all(&self) -> &[Mount] {
         &self.0
     }
 
-    /// The mount with this id. `None` for the kernel's internal ones (pipes, sockets, memfds) and
-    /// for what was unmounted lazily or is outside the process's root.
+    /// The mount with this id. `None` for the kernel's internal mounts (pipes, sockets, memfds), for lazily unmounted
+    /// ones, and outside the process's root.
     pub fn mount_of(&self, mnt_id: i32) -> Option<&Mount> {
         self.0.iter().find(|mount| mount.id == mnt_id)
     }
@@ -83,7 +83,7 @@ fn mount(line: &[u8]) -> Option<Mount> {
         .map(text)
         .collect();
     let fs_type = text(parts.next()?);
-    // An empty source leaves nothing between two blanks, and then options come in its place.
+    // An empty source leaves nothing between two blanks; the options then take its place.
     let (second, third) = (parts.next()?, parts.next());
     let (source, super_options) = third.map_or((&b""[..], second), |third| (second, third));
     Some(Mount {

@@ -17,8 +17,8 @@ pub fn list_namespaces(process: impl Into<ProcDir>) -> Result<Vec<(String, u64)>
     let failed = |source| dir.error(path.clone(), source);
     std::fs::metadata(&path).map_err(failed)?;
     let mut found = Vec::new();
-    // The names are ours: only its user may list the directory of a process, which whoever has its user
-    // namespace need not be.
+    // The names are taken from ourselves: listing the directory takes the process's user, readlink(2) only permission
+    // to trace it.
     for entry in std::fs::read_dir("/proc/self/ns").map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -34,7 +34,7 @@ pub fn list_namespaces(process: impl Into<ProcDir>) -> Result<Vec<(String, u64)>
     Ok(found)
 }
 
-/// Offset of one clock in the time namespace of a process's children.
+/// Offset of one clock in the time namespace for children of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClockOffset {
     /// `monotonic` or `boottime`.

@@ -1,27 +1,26 @@
-//! Which pages of an address space hold something: `PAGEMAP_SCAN`, else `/proc/PID/pagemap`.
+//! The populated pages of an address space: `PAGEMAP_SCAN`, else `/proc/PID/pagemap`.
 //!
 //! The kernel's side is `pagemap_page_category` and its siblings in `fs/proc/task_mmu.c`:
 //!
-//! * A page matches when `((c ^ inverted) & required) == required` and, unless `anyof` is empty,
-//!   `(c ^ inverted) & anyof != 0`. Address ranges without a mapping never match.
-//! * `SWAPPED` means "an entry that is not present": swapped out, but also a page that is being
-//!   migrated (it has contents), a guard page (`SWAPPED | GUARD` since Linux 6.15, `SWAPPED` alone
-//!   in 6.13 and 6.14), and the marker of a page that userfaultfd write-protected before it existed
-//!   (`SWAPPED` without `WRITTEN`). Only `Swap:` of smaps counts real swap entries.
-//! * `WRITTEN` means "not write-protected by userfaultfd", so it is set on every page of a mapping
-//!   that is not registered. A hole without any page table (a huge page after `MADV_DONTNEED`)
-//!   is not reported as written by kernels before the summer of 2026, though its contents changed
-//!   to zeros: compare what is present with what was before, do not rely on `WRITTEN` alone.
-//! * `PFNZERO` of the huge zero page is reported since Linux 6.16 and its stable siblings; before, such
-//!   a page is `PRESENT | HUGE` and costs reading 2 MiB of zeros.
-//! * hugetlb pages are always `HUGE`, and `FILE` when not anonymous; the zero page never is there.
-//! * `FILE` wants a look at the `struct page`, so the kernel leaves it out unless it is in a mask.
-//! * A category that the kernel does not know gives `EINVAL`, so `GUARD` is probed.
-//! * The kernel collects regions in a buffer of 512 and walks on when it was full. `walk_end` is set when the
-//!   buffer is full, and to the end of the range if it never was. So it is stale when the walk went on
-//!   after a full buffer and then came to the end: it lies before regions that were answered (and
-//!   write-protected). Regions come in order, so all before the larger of `walk_end` and the end of
-//!   the last region has been walked.
+//! * A page matches when `((c ^ inverted) & required) == required` and, unless `anyof` is empty, `(c ^ inverted) &
+//!   anyof != 0`. Address ranges without a mapping never match.
+//! * `SWAPPED` means "an entry that is not present": swapped out, but also a page under migration (it has contents),
+//!   a guard page (`SWAPPED | GUARD` since Linux 6.15, `SWAPPED` alone in 6.13 and 6.14), and the marker of a page
+//!   that userfaultfd write-protected before it existed (`SWAPPED` without `WRITTEN`). Only `Swap:` of smaps counts
+//!   real swap entries.
+//! * `WRITTEN` means "not write-protected by userfaultfd", so it is set on every page of a mapping that is not
+//!   registered. A hole without any page table (a huge page after `MADV_DONTNEED`) is not reported as written by
+//!   kernels before the summer of 2026, though its contents changed to zeros: compare what is present with what was
+//!   before, do not rely on `WRITTEN` alone.
+//! * `PFNZERO` of the huge zero page is reported since Linux 6.16 and its stable siblings; before, such a page is
+//!   `PRESENT | HUGE` and costs reading 2 MiB of zeros.
+//! * hugetlb pages are always `HUGE`, and `FILE` when not anonymous; they have no zero page.
+//! * `FILE` needs the `struct page`, so the kernel leaves it out unless it is in a mask.
+//! * An unknown category gives `EINVAL`, so `GUARD` is probed.
+//! * The kernel collects regions in a buffer of 512 and continues when it was full. `walk_end` is set when the buffer
+//!   is full, and to the end of the range if it never was. So it is stale when the walk continued after a full buffer
+//!   and then reached the end: it lies before regions that were reported (and write-protected). Regions are in order,
+//!   so everything before the larger of `walk_end` and the end of the last region has been walked.
 
 #![allow(unsafe_code)]
 
@@ -41,9 +40,9 @@ pub const PAGE_SIZE: u64 = 4096;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)` of `linux/fs.h`.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
-/// `PM_SCAN_WP_MATCHING`: write-protect what matched.
+/// `PM_SCAN_WP_MATCHING`: write-protect matching pages.
 const WP_MATCHING: u64 = 1 << 0;
-/// `PM_SCAN_CHECK_WPASYNC`: `EPERM` at a mapping that is not registered.
+/// `PM_SCAN_CHECK_WPASYNC`: `EPERM` for a mapping that is not registered.
 const CHECK_WPASYNC: u64 = 1 << 1;
 /// Regions a call may return.
 const REGIONS: usize = 1024;
@@ -83,7 +82,7 @@ const _: () = assert!(size_of::<Region>() == 24);
 const _: () = assert!(offset_of!(Region, categories) == 16);
 
 bitflags::bitflags! {
-    /// `PAGE_IS_*` of `linux/fs.h`; see the module for what they mean in detail.
+    /// `PAGE_IS_*` of `linux/fs.h`; details in the module's documentation.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct PageCategories: u64 {
         /// In a mapping registered with userfaultfd for asynchronous write protection.
@@ -94,9 +93,9 @@ bitflags::bitflags! {
         const FILE = 1 << 2;
         /// In memory.
         const PRESENT = 1 << 3;
-        /// Not in memory, yet not nothing.
+        /// Not present, with an entry.
         const SWAPPED = 1 << 4;
-        /// The shared page of zeros.
+        /// The zero page.
         const PFNZERO = 1 << 5;
         /// Part of a huge page.
         const HUGE = 1 << 6;
@@ -107,23 +106,22 @@ bitflags::bitflags! {
     }
 }
 
-/// Pages next to each other with the same categories.
+/// Adjacent pages with the same categories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRun {
     /// First address.
     pub start: u64,
     /// First address after it.
     pub end: u64,
-    /// What they have in common; only what the query asked for.
+    /// Their categories, as far as the query reports them.
     pub categories: PageCategories,
 }
 
 impl PageRun {
-    /// Whether these may be markers of userfaultfd, which hold nothing: not present, and
-    /// write-protected. A page that was swapped out, or is just being migrated, after it was protected
-    /// looks the same. The former is excluded where [`Vma::swap`] is 0; the latter lasts
-    /// microseconds, so ask again. Reading a marker makes the kernel allocate page tables in the
-    /// target. Wants `PRESENT`, `SWAPPED` and `WRITTEN` in [`PageQuery::report`].
+    /// Whether these may be markers of userfaultfd, without contents: not present, and write-protected. A page that
+    /// was swapped out, or is under migration, since it was protected looks the same. The former is excluded where
+    /// [`Vma::swap`] is 0; the latter lasts microseconds, so ask again. Reading a marker makes the kernel allocate
+    /// page tables in the target. Needs `PRESENT`, `SWAPPED` and `WRITTEN` in [`PageQuery::report`].
     pub fn may_be_marker(&self) -> bool {
         let of_interest =
             PageCategories::PRESENT | PageCategories::SWAPPED | PageCategories::WRITTEN;
@@ -131,21 +129,21 @@ impl PageRun {
     }
 }
 
-/// What a scan asks for. `Default` matches every page and reports nothing about it.
+/// A query. `Default` matches every page and reports no categories.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageQuery {
     /// All of these must be set (or clear, if inverted).
     pub required: PageCategories,
     /// One of these must be set (or clear, if inverted), unless empty.
     pub anyof: PageCategories,
-    /// Categories to take the other way round.
+    /// Categories to invert.
     pub inverted: PageCategories,
     /// Categories to report.
     pub report: PageCategories,
 }
 
 impl PageQuery {
-    /// The pages of a mapping that must be stored, because nothing else can bring them back:
+    /// The pages of a mapping that must be stored, because nothing else can restore them:
     ///
     /// * private anonymous memory: what is present or swapped, zero page and guard pages excepted;
     /// * private mapping of a file: what is present or swapped and not the file's own page. The zero
@@ -175,8 +173,8 @@ impl PageQuery {
     }
 
     fn without(self, unknown: PageCategories) -> Self {
-        // A required category that is inverted holds for every page of a kernel without it; one
-        // that is not inverted holds for none, which `impossible` takes care of.
+        // A required category that is inverted holds for every page of a kernel without it; one that is not inverted
+        // holds for none, see `impossible`.
         Self {
             required: self.required - unknown,
             anyof: self.anyof - unknown,
@@ -185,7 +183,7 @@ impl PageQuery {
         }
     }
 
-    /// Whether it asks for what this kernel never reports.
+    /// Whether it requires what this kernel never reports.
     fn impossible(self, unknown: PageCategories) -> bool {
         (self.required & unknown).intersects(!self.inverted)
     }
@@ -196,13 +194,13 @@ impl PageQuery {
     }
 }
 
-/// How pages are found out about.
+/// How pages are queried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ScanMethod {
     /// `PAGEMAP_SCAN` (Linux 6.7).
     Ioctl,
-    /// One 64-bit entry for each page; no `PFNZERO`, no `WPALLOWED`, no `HUGE`. It cannot tell
-    /// address ranges without a mapping from empty pages, so scan mapping by mapping.
+    /// One 64-bit entry for each page; no `PFNZERO`, no `WPALLOWED`, no `HUGE`. Unmapped ranges look like empty
+    /// pages, so scan mapping by mapping.
     Entries,
 }
 
@@ -216,7 +214,7 @@ pub struct PagemapScanner {
 }
 
 impl PagemapScanner {
-    /// Opens `/proc/PID/pagemap` and finds out what the kernel can do with it.
+    /// Opens `/proc/PID/pagemap` and probes what the kernel supports.
     ///
     /// # Errors
     /// See [`ProcDir::read`]; `EACCES` without the right to ptrace the process.
@@ -252,12 +250,12 @@ impl PagemapScanner {
         Ok(scanner)
     }
 
-    /// How pages are found out about.
+    /// How pages are queried.
     pub fn method(&self) -> ScanMethod {
         self.method
     }
 
-    /// Whether guard pages can be told from swapped pages.
+    /// Whether guard pages can be distinguished from swapped pages.
     pub fn has_guard(&self) -> bool {
         !self.unknown.contains(PageCategories::GUARD)
     }
@@ -265,8 +263,8 @@ impl PagemapScanner {
     /// Calls `found` with each run of matching pages in the range, in order. The range is page aligned.
     ///
     /// # Errors
-    /// [`Error::Died`] when the process ended or called exec after [`open`](Self::open), whatever was
-    /// found until then; [`Error::Proc`] else.
+    /// [`Error::Died`] when the process ended or called exec after [`open`](Self::open), whatever was found until
+    /// then; otherwise [`Error::Proc`].
     pub fn scan(
         &self,
         range: Range<u64>,
@@ -289,10 +287,10 @@ impl PagemapScanner {
         self.check_alive()
     }
 
-    /// Calls `found` with each run of pages written since the last call, and write-protects them, in
-    /// one step such that no write is missed. A run that is neither `PRESENT` nor `SWAPPED` was thrown
-    /// away (`MADV_DONTNEED`) and holds zeros now. Every mapping in the range must be registered with
-    /// userfaultfd for asynchronous write protection (`EPERM` else).
+    /// Calls `found` with each run of pages written since the last call, and write-protects them, atomically, so that
+    /// no write is missed. A run that is neither `PRESENT` nor `SWAPPED` was discarded (`MADV_DONTNEED`) and reads as
+    /// zeros. Every mapping in the range must be registered with userfaultfd for asynchronous write protection
+    /// (otherwise `EPERM`).
     ///
     /// # Errors
     /// As [`scan`](Self::scan); `ENOTTY` when the kernel lacks the call.
@@ -354,7 +352,7 @@ impl PagemapScanner {
             }
             // `walk_end` may be stale, see above.
             let walked = arg.walk_end.max(found.last().map_or(0, |last| last.end));
-            // Without progress the kernel would be asked the same forever.
+            // Without progress this would loop forever.
             if walked <= start {
                 return Err(self
                     .dir
@@ -365,7 +363,7 @@ impl PagemapScanner {
         Ok(())
     }
 
-    /// One call; the number of regions filled.
+    /// One call; returns the number of regions filled.
     fn ioctl(&self, arg: &mut ScanArg, regions: &mut [Region]) -> io::Result<usize> {
         arg.size = size_of::<ScanArg>() as u64;
         arg.vec = if regions.is_empty() {
@@ -419,8 +417,8 @@ impl PagemapScanner {
         Ok(())
     }
 
-    /// The address space of a process that ended reads as one without pages: no error, and
-    /// nothing to store. Entries are given only while it has users, so one of them tells.
+    /// The address space of a process that ended scans as empty, without an error. pagemap gives entries only while
+    /// it has users, so reading one shows that it is alive.
     fn check_alive(&self) -> Result<()> {
         match self.file.read_at(&mut [0; 8], 0) {
             Ok(0) => Err(Error::Died {
@@ -459,7 +457,7 @@ fn entry_categories(entry: u64) -> PageCategories {
     categories
 }
 
-/// Joins runs that touch: the kernel ends one at each page table and at each full buffer.
+/// Merges adjacent runs: the kernel ends one at each page table and at each full buffer.
 struct Merge<F: FnMut(PageRun)> {
     pending: Option<PageRun>,
     found: F,

@@ -1,4 +1,4 @@
-//! Small parsers over bytes that the readers of `/proc` share.
+//! Small byte parsers shared by the readers of `/proc`.
 
 use std::borrow::Cow;
 use std::str::FromStr;

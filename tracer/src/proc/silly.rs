@@ -1,11 +1,11 @@
-//! Silly renames: on file systems whose server knows of no open files, a file that is removed while
-//! it is open gets another name, under which it is removed when nobody has it open any more.
+//! Silly renames: where the server does not track open files, removing an open file renames it, and the new name is
+//! removed at the last close.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Whether a file has such a name, and so is a deleted one: `.nfs` with 24 hexadecimal digits
-/// (`nfs_sillyrename`, fs/nfs/unlink.c), or `.fuse_hidden` with 16 (libfuse).
+/// Whether a file has such a name, and so counts as deleted: `.nfs` with 24 hexadecimal digits (`nfs_sillyrename`,
+/// fs/nfs/unlink.c), or `.fuse_hidden` with 16 (libfuse).
 pub fn is_silly_name(path: &Path) -> bool {
     let Some(name) = path.file_name() else {
         return false;

@@ -8,8 +8,8 @@ use crate::{Pid, Result};
 /// `PF_KTHREAD` of the kernel's `include/linux/sched.h`.
 const PF_KTHREAD: u32 = 0x0020_0000;
 
-/// The fields of `stat` that a checkpoint needs. Addresses are 0 for those who may not ptrace the
-/// process, and for a task without an address space.
+/// The fields of `stat` that a checkpoint needs. Addresses are 0 without permission to ptrace the process, and for a
+/// task without an address space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stat {
     /// The task (or the leader).
@@ -34,9 +34,9 @@ pub struct Stat {
     pub utime: u64,
     /// Processor time in the kernel, clock ticks.
     pub stime: u64,
-    /// Processor time of waited-for children in user mode, clock ticks.
+    /// Processor time of reaped children in user mode, clock ticks.
     pub cutime: i64,
-    /// Processor time of waited-for children in the kernel, clock ticks.
+    /// Processor time of reaped children in the kernel, clock ticks.
     pub cstime: i64,
     /// Priority as the scheduler sees it.
     pub priority: i64,
@@ -44,7 +44,7 @@ pub struct Stat {
     pub nice: i32,
     /// Tasks of the process.
     pub num_threads: u32,
-    /// Start time after boot, clock ticks; tells a process from a later one with the same pid.
+    /// Start time after boot, clock ticks; distinguishes a process from a later one with the same pid.
     pub starttime: u64,
     /// First address of the program's code.
     pub start_code: u64,
@@ -62,11 +62,11 @@ pub struct Stat {
     pub rt_priority: u32,
     /// `SCHED_*`.
     pub policy: u32,
-    /// First address of data, initialised and not.
+    /// First address of data, initialized and not.
     pub start_data: u64,
     /// Address after data.
     pub end_data: u64,
-    /// Where `brk` began.
+    /// Start of the program break.
     pub start_brk: u64,
     /// First address of the arguments.
     pub arg_start: u64,
@@ -76,12 +76,12 @@ pub struct Stat {
     pub env_start: u64,
     /// Address after the environment.
     pub env_end: u64,
-    /// Status for waitpid; of a zombie only.
+    /// Wait status; of a zombie only.
     pub exit_code: i32,
 }
 
 impl Stat {
-    /// Whether it is a thread of the kernel, which cannot be checkpointed.
+    /// Whether it is a kernel thread, which cannot be checkpointed.
     pub fn is_kernel_thread(&self) -> bool {
         self.flags & PF_KTHREAD != 0
     }

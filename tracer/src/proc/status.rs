@@ -4,22 +4,22 @@ use super::parse::{dec, fields, hex, key_value, lines, oct};
 use super::{Comm, ProcDir};
 use crate::{Pid, Result, Tid};
 
-/// What a task is doing, the letter of `State:` and of `stat`.
+/// State of a task, the letter of `State:` and of `stat`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TaskState {
-    /// `R`: running or ready to run.
+    /// `R`: running or runnable.
     Running,
-    /// `S`: waiting, any signal wakes it.
+    /// `S`: interruptible sleep.
     Sleeping,
-    /// `D`: waiting, no signal or only a fatal one wakes it.
+    /// `D`: uninterruptible sleep.
     DiskSleep,
     /// `T`: stopped by a signal.
     Stopped,
     /// `t`: stopped by its tracer.
     TracingStop,
-    /// `Z`: ended, not yet waited for.
+    /// `Z`: ended, not yet reaped.
     Zombie,
-    /// `X` or `x`: ended, about to go.
+    /// `X` or `x`: dead.
     Dead,
     /// `I`: an idle kernel thread.
     Idle,
@@ -47,7 +47,7 @@ impl TaskState {
         }
     }
 
-    /// Whether the task has ended: nothing can be done with it but waiting.
+    /// Whether the task has ended and can only be reaped.
     pub fn has_ended(self) -> bool {
         matches!(self, Self::Zombie | Self::Dead)
     }
@@ -96,7 +96,7 @@ pub struct Capabilities {
     pub ambient: u64,
 }
 
-/// The fields of `status` that a checkpoint needs. What an older kernel does not print is `None`.
+/// The fields of `status` that a checkpoint needs. Fields that an older kernel does not print are `None`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// `Name`: comm of the task, any bytes, at most 15 (escapes undone).
@@ -111,7 +111,7 @@ pub struct Status {
     pub tid: Tid,
     /// `PPid`; 0 when the parent is outside our pid namespace.
     pub ppid: Pid,
-    /// `TracerPid`: the task that traces it, 0 when nobody does (or from outside our pid namespace).
+    /// `TracerPid`: its tracer, 0 without one (or with one outside our pid namespace).
     pub tracer_pid: i32,
     /// `Uid`
     pub uid: Ids,
@@ -127,7 +127,7 @@ pub struct Status {
     pub ns_pgid: Vec<i32>,
     /// `NSsid`: the session's, likewise.
     pub ns_sid: Vec<i32>,
-    /// `Kthread` (Linux 6.8); [`super::stat::Stat::is_kernel_thread`] tells on every kernel.
+    /// `Kthread` (Linux 6.8); [`super::stat::Stat::is_kernel_thread`] works on every kernel.
     pub kernel_thread: Option<bool>,
     /// `VmLck`: locked memory in bytes; absent without an address space.
     pub locked: Option<u64>,
@@ -152,7 +152,7 @@ pub struct Status {
 }
 
 impl Status {
-    /// What a file without a line would say.
+    /// The values of missing lines.
     fn empty() -> Self {
         Self {
             name: Comm::default(),
@@ -205,7 +205,7 @@ pub fn read_task(pid: Pid, tid: Tid) -> Result<Status> {
 fn parse(text: &[u8]) -> Result<Status, Vec<u8>> {
     let mut status = Status::empty();
     for line in lines(text) {
-        // A name's own newline is escaped, so a line without a colon is not the kernel's.
+        // A newline in a name is escaped, so a line without a colon is a syntax error.
         let Some(colon) = line.iter().position(|&byte| byte == b':') else {
             continue;
         };

@@ -1,13 +1,13 @@
-//! What a task is doing in the kernel: `/proc/PID/task/TID/syscall`, see proc_pid_syscall(5).
+//! The system call of a task: `/proc/PID/task/TID/syscall`, see proc_pid_syscall(5).
 
 use super::ProcDir;
 use super::parse::{dec, fields, hex};
 use crate::Result;
 
-/// What `/proc/PID/task/TID/syscall` says.
+/// The contents of `/proc/PID/task/TID/syscall`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InSyscall {
-    /// It runs, and there is nothing to read.
+    /// It is running; nothing is known.
     Running,
     /// It is blocked or stopped, outside a system call.
     Outside {
@@ -29,7 +29,7 @@ pub enum InSyscall {
     },
 }
 
-/// The system call that a task is in.
+/// Reads the system call of a task.
 ///
 /// # Errors
 /// See [`ProcDir::read`]; `EPERM` without the right to ptrace it.

@@ -35,17 +35,17 @@ pub fn list_processes(root: &ProcRoot) -> Result<Vec<Pid>> {
         })
 }
 
-/// Children of a process, of all its tasks, zombies included, in the kernel's order: wait(2) takes the first
-/// that has ended, and what a process adopts comes last.
+/// Children of a process, of all its tasks, zombies included, in the kernel's order: wait(2) takes the first that has
+/// ended, and adopted children come last.
 ///
-/// `/proc/PID/task/TID/children` is complete only while the tasks are stopped: the kernel walks the
-/// list in steps, and children that come and go meanwhile make it skip others. Without that file
-/// (`CONFIG_PROC_CHILDREN`) every process's parent is looked at, in the order of ids.
+/// `/proc/PID/task/TID/children` is complete only while the tasks are stopped: the kernel walks the list in steps,
+/// and children that come and go meanwhile make it skip others. Without that file (`CONFIG_PROC_CHILDREN`) the
+/// parents of all processes are read, in the order of ids.
 ///
 /// # Errors
 /// See [`ProcDir::read`].
 pub fn children(root: &ProcRoot, pid: Pid) -> Result<Vec<Pid>> {
-    // A file a task: for very many tasks the parents of all processes are looked at sooner.
+    // There is one file for each task: with very many tasks, reading the parents of all processes is faster.
     const MANY: usize = 512;
     let mut found = Vec::new();
     let tasks = list_tasks(root.process(pid))?;
@@ -55,7 +55,7 @@ pub fn children(root: &ProcRoot, pid: Pid) -> Result<Vec<Pid>> {
     for tid in tasks {
         let dir = root.task(pid, tid);
         let text = match dir.read_optional("children") {
-            // The file is missing, but so may the task be that had it.
+            // The file is missing, or its task has ended.
             Ok(None) => return children_by_parent(root, pid),
             Ok(Some(text)) => text,
             Err(Error::Died { .. }) if tid != pid.leader() => continue,
@@ -65,7 +65,7 @@ pub fn children(root: &ProcRoot, pid: Pid) -> Result<Vec<Pid>> {
             found.push(Pid(dec(field).ok_or_else(|| dir.syntax("children", field))?));
         }
     }
-    // One may have passed from thread to thread meanwhile.
+    // A child may have passed from thread to thread meanwhile.
     let mut known = HashSet::new();
     found.retain(|pid| known.insert(*pid));
     Ok(found)
@@ -77,7 +77,7 @@ fn children_by_parent(root: &ProcRoot, parent: Pid) -> Result<Vec<Pid>> {
         match stat::read_stat(root.process(pid)) {
             Ok(stat) if stat.ppid == parent => found.push(pid),
             Ok(_) | Err(Error::Died { .. }) => {}
-            // With hidepid, others' files cannot be read; they are not ours to checkpoint.
+            // With hidepid, other users' files cannot be read.
             Err(Error::Proc { .. }) => {}
             Err(error) => return Err(error),
         }
@@ -97,7 +97,7 @@ pub fn comm(task: impl Into<ProcDir>) -> Result<Comm> {
     Ok(Comm(name))
 }
 
-/// Its name for a message, where it need not be known.
+/// Its name for a message; need not be known.
 pub fn name_to_tell(task: impl Into<ProcDir>) -> String {
     comm(task).map_or_else(|_| "?".into(), |name| name.to_string())
 }
@@ -110,10 +110,10 @@ pub fn cmdline(process: impl Into<ProcDir>) -> Result<Vec<Vec<u8>>> {
     Ok(strings(&process.into().read("cmdline")?))
 }
 
-/// The environment that the program was started with.
+/// The initial environment of the program.
 ///
 /// # Errors
-/// See [`ProcDir::read`]; reading it takes the right to ptrace the process.
+/// See [`ProcDir::read`]; needs permission to ptrace the process.
 pub fn environ(process: impl Into<ProcDir>) -> Result<Vec<Vec<u8>>> {
     Ok(strings(&process.into().read("environ")?))
 }
@@ -146,7 +146,7 @@ pub fn personality(task: impl Into<ProcDir>) -> Result<u32> {
         .ok_or_else(|| dir.syntax("personality", text))
 }
 
-/// -1000 to 1000: how gladly the kernel kills the process when memory is short.
+/// -1000 to 1000: bias of the OOM killer.
 ///
 /// # Errors
 /// See [`ProcDir::read`].
@@ -156,7 +156,7 @@ pub fn oom_score_adj(process: impl Into<ProcDir>) -> Result<i32> {
     dec(&text).ok_or_else(|| dir.syntax("oom_score_adj", text))
 }
 
-/// Which kinds of memory a core dump holds, see core(5); `None` without an address space.
+/// The kinds of memory in a core dump, see core(5); `None` without an address space.
 ///
 /// # Errors
 /// See [`ProcDir::read`].
@@ -174,7 +174,7 @@ pub fn coredump_filter(process: impl Into<ProcDir>) -> Result<Option<u32>> {
         .ok_or_else(|| dir.syntax("coredump_filter", text))
 }
 
-/// User at login; `None` when unset or when the kernel has no audit.
+/// Audit login uid; `None` when unset or when the kernel has no audit.
 ///
 /// # Errors
 /// See [`ProcDir::read`].
@@ -219,8 +219,8 @@ pub fn cgroup(process: impl Into<ProcDir>) -> Result<Vec<Cgroup>> {
         .collect()
 }
 
-/// The executable; `None` for a kernel thread and a zombie. The kernel appends `" (deleted)"`
-/// to the path of a file that is no longer there.
+/// The executable; `None` for a kernel thread and a zombie. The kernel appends `" (deleted)"` to the path of an
+/// unlinked file.
 ///
 /// # Errors
 /// See [`ProcDir::read_link`].
@@ -301,7 +301,7 @@ mod tests {
             .unwrap();
         let pid = Pid(child.id() as i32);
         let root = ProcRoot::default();
-        // Other tests have children that come and go: look for this one only.
+        // Other tests have children too: look for this one only.
         let by_file = children(&root, Pid::own()).unwrap();
         let by_parent = children_by_parent(&root, Pid::own()).unwrap();
         child.kill().unwrap();

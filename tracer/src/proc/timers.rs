@@ -1,6 +1,6 @@
 //! POSIX timers of a process: `/proc/PID/timers` (`show_timer` in the kernel's `fs/proc/base.c`).
 //!
-//! What remains of a timer is not printed; that takes `timer_gettime` inside the process.
+//! The remaining time is not printed; that needs `timer_gettime` inside the process.
 
 use super::ProcDir;
 use super::parse::{dec, hex, key_value, lines};
@@ -9,13 +9,13 @@ use crate::{Result, Tid};
 /// One timer of `timer_create`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PosixTimer {
-    /// The kernel's id, which the process uses to name it.
+    /// The kernel's id, by which the process refers to it.
     pub id: i32,
     /// `sigev_signo`; meaningless with [`Notify::None`].
     pub signal: i32,
     /// `sigev_value`.
     pub sigval: u64,
-    /// Who is told.
+    /// `sigev_notify`.
     pub notify: Notify,
     /// Clock; negative for processor-time clocks (`MAKE_PROCESS_CPUCLOCK`).
     pub clock: i32,
@@ -28,7 +28,7 @@ pub enum Notify {
     Signal,
     /// `SIGEV_SIGNAL | SIGEV_THREAD_ID`: this task gets the signal.
     Thread(Tid),
-    /// `SIGEV_NONE`: nobody.
+    /// `SIGEV_NONE`: no notification.
     None,
     /// `SIGEV_THREAD`: for the kernel the same as [`Notify::Signal`]; the C libraries do not use it.
     LibraryThread,

@@ -1,4 +1,4 @@
-//! Calls made as a list that the cave works through, with one stop at the end.
+//! Lists of calls that the cave executes, with one stop at the end.
 
 use super::RemoteCalls;
 use super::calls::checked;
@@ -29,7 +29,7 @@ impl Call {
         }
     }
 
-    /// As it stands in a list: number, operands, and room for the answer.
+    /// Its entry in a list: number, operands, and room for the result.
     pub(super) fn in_list(&self) -> [u8; CALL_BYTES as usize] {
         let mut bytes = [0; CALL_BYTES as usize];
         let words = [self.nr as u64].into_iter().chain(self.args);
@@ -40,13 +40,13 @@ impl Call {
     }
 }
 
-/// Bytes of a call in the list that the cave works through.
+/// Bytes of a list entry.
 pub(super) const CALL_BYTES: u64 = 64;
 
 impl<'a> RemoteCalls<'a> {
-    /// Executes several system calls, in order, with one stop at the end; returns the raw
-    /// answers. `list` is where in the scratch memory the list may stand, behind everything that
-    /// the calls use; it takes 64 bytes a call and 192 more.
+    /// Executes several system calls, in order, with one stop at the end; returns the raw results. `list` is the
+    /// offset of the list in the scratch memory, above everything that the calls use; it takes 64 bytes a call and
+    /// 192 more.
     pub fn batch(&mut self, list: u64, calls: &[Call]) -> Result<Vec<i64>> {
         let Some(doorbell) = self.doorbell else {
             return calls.iter().map(|c| self.raw_call(c)).collect();
@@ -55,9 +55,8 @@ impl<'a> RemoteCalls<'a> {
             .run(&mut || Ok(()))
     }
 
-    /// As [`batch`](Self::batch), with a stop between two parts, in which `look` looks around. If the
-    /// tracer dies there, or anywhere, the task executes the rest all the same: what the first part did
-    /// can be undone in the second. 64 bytes more.
+    /// As [`batch`](Self::batch), with a stop between two parts, in which `look` is called. If the tracer dies there,
+    /// or anywhere, the task still executes the rest, so the second part can undo the first. Takes 64 bytes more.
     pub fn batch_in_two(
         &mut self,
         list: u64,
@@ -67,8 +66,8 @@ impl<'a> RemoteCalls<'a> {
         self.listed(list, self.doorbell, &parts)?.run(look)
     }
 
-    /// Writes the list, with a ring behind each part, and sets the task in front of it. Without a doorbell
-    /// the tracer waits for each call of the list, and the rings are calls that do nothing.
+    /// Writes the list, with a doorbell call after each part, and sets the task's registers to its start. Without a
+    /// doorbell the tracer waits for each call of the list, and the doorbell calls do nothing.
     pub(super) fn listed(
         &mut self,
         list: u64,
@@ -78,7 +77,7 @@ impl<'a> RemoteCalls<'a> {
         fault::hit(Step::RemoteCall)?;
         let calls: usize = parts.iter().map(|part| part.len() + 1).sum();
         let end = list + calls as u64 * CALL_BYTES;
-        // SI_QUEUE from the task itself; the value tells nobody anything.
+        // SI_QUEUE from the task itself; the value is unused.
         let mut info = [0u8; 128];
         let signal = doorbell.unwrap_or(0);
         info[..4].copy_from_slice(&signal.to_le_bytes());
@@ -109,7 +108,7 @@ impl<'a> RemoteCalls<'a> {
         })
     }
 
-    /// The task will make the calls that are written there, and go home, if nothing else is said.
+    /// Sets the registers such that the task executes the calls of the list, then the return path.
     pub(super) fn stand_before(&mut self, list: u64, end: u64) -> Result<()> {
         let mut regs = self.call_regs(cave_image().batch, 0, [0; 6]);
         regs.rbx = (self.scratch + list).raw();
@@ -136,18 +135,18 @@ impl<'a> RemoteCalls<'a> {
     }
 }
 
-/// A list of calls in the scratch memory, with the task in front of it.
+/// A list of calls in the scratch memory, with the task at its start.
 pub(super) struct Listed<'r, 'a> {
     calls: &'r mut RemoteCalls<'a>,
     doorbell: Option<i32>,
     list: u64,
-    /// Where the calls stand that ring.
+    /// Addresses of the doorbell calls.
     rings: Vec<u64>,
 }
 
 impl Listed<'_, '_> {
-    /// Lets the task work through the list, with a look at each ring but the last; the raw answers,
-    /// without those of the rings.
+    /// Runs the list, and calls `look` at each doorbell but the last. Returns the raw results, without those of the
+    /// doorbell calls.
     pub(super) fn run(self, look: &mut dyn FnMut() -> Result<()>) -> Result<Vec<i64>> {
         match self.doorbell {
             Some(doorbell) => self.run_to_rings(doorbell, look),
@@ -167,7 +166,7 @@ impl Listed<'_, '_> {
             if !self.rings.contains(&at) {
                 answers.push(calls.task.regs()?.rax as i64);
             } else if at != last {
-                // Whatever was seen, the rest of the list is executed.
+                // The rest of the list is executed in any case.
                 seen = look();
             }
         }
@@ -186,10 +185,10 @@ impl Listed<'_, '_> {
                         break;
                     }
                     if self.rings.contains(&at) {
-                        // Whatever was seen, the rest of the list is executed.
+                        // The rest of the list is executed in any case.
                         seen = look();
                     }
-                    // Else one from elsewhere, which the program ignores.
+                    // A signal from elsewhere, which the program ignores.
                     signal = 0;
                 }
                 Stop::Signal(arrived) => signal = arrived,

@@ -1,4 +1,4 @@
-//! A task made ready for remote calls, and single calls in it.
+//! A task prepared for remote calls, and single calls in it.
 
 use nix::errno::Errno;
 
@@ -11,7 +11,7 @@ use crate::mem::ProcessMemory;
 use crate::task::{Regs, Stopped};
 use crate::{Error, Pid, RemoteAddr, Result, Tid, abi};
 
-/// What a task has answered; an errno comes back as [`Error::Remote`].
+/// The result of a call; an errno becomes [`Error::Remote`].
 pub(super) fn checked(tid: Tid, call: &'static str, answer: i64) -> Result<u64> {
     match answer {
         -4095..0 => Err(Error::Remote {
@@ -23,8 +23,8 @@ pub(super) fn checked(tid: Tid, call: &'static str, answer: i64) -> Result<u64> 
     }
 }
 
-/// A task made ready for remote calls. [`finish`](Self::finish) puts everything back; a drop
-/// does so as well as it can, and if nothing at all is done the task finds home by itself.
+/// A task prepared for remote calls. [`finish`](Self::finish) restores everything; a drop does so as far as possible,
+/// and otherwise the task takes the return path by itself.
 #[derive(Debug)]
 pub struct RemoteCalls<'a> {
     pub(super) task: &'a mut Stopped,
@@ -33,11 +33,11 @@ pub struct RemoteCalls<'a> {
     pub(super) id: u64,
     pub(super) original: Regs,
     pub(super) mask: u64,
-    /// Its syscall user dispatch, where that is another one in the cave.
+    /// Its own syscall user dispatch, where the cave needs another one.
     pub(super) dispatch: Option<Dispatch>,
     pub(super) scratch: RemoteAddr,
     pub(super) scratch_len: u64,
-    /// What the call that maps it answers.
+    /// The successful result of the mapping call.
     pub(super) mapped: u64,
     pub(super) owns_scratch: bool,
     pub(super) entered: bool,
@@ -45,7 +45,7 @@ pub struct RemoteCalls<'a> {
 }
 
 impl<'a> RemoteCalls<'a> {
-    /// Makes the task ready and maps the scratch memory (readable and writable, private).
+    /// Prepares the task and maps the scratch memory (readable and writable, private).
     pub fn begin(task: &'a mut Stopped, cave: &'a Cave<'a>, scratch: Scratch) -> Result<Self> {
         let mut calls = Self::prepare(task, cave, 0)?;
         let mapping = scratch.mapping();
@@ -68,7 +68,7 @@ impl<'a> RemoteCalls<'a> {
         Ok(calls)
     }
 
-    /// Makes a task ready for calls that need no scratch memory.
+    /// Prepares a task for calls that need no scratch memory.
     pub fn begin_without_scratch(task: &'a mut Stopped, cave: &'a Cave<'a>) -> Result<Self> {
         let mut calls = Self::prepare(task, cave, 1)?;
         cave.set_owner(0)?;
@@ -121,17 +121,17 @@ impl<'a> RemoteCalls<'a> {
         self.cave.mem
     }
 
-    /// The registers with which the task will go on.
+    /// The registers with which the task will continue.
     pub fn original_regs(&self) -> &Regs {
         &self.original
     }
 
-    /// The signals that the task blocks by itself.
+    /// The task's own signal mask.
     pub fn original_mask(&self) -> u64 {
         self.mask
     }
 
-    /// Its syscall user dispatch.
+    /// The task's own syscall user dispatch.
     pub fn original_dispatch(&self) -> Result<Option<Dispatch>> {
         match self.dispatch {
             Some(dispatch) => Ok(Some(dispatch)),
@@ -139,13 +139,12 @@ impl<'a> RemoteCalls<'a> {
         }
     }
 
-    /// The stopped task, to be looked into. Its registers and its signal mask are those of the
-    /// remote calls.
+    /// The stopped task, for inspection. Its registers and signal mask are those of the remote calls.
     pub fn task(&self) -> &Stopped {
         self.task
     }
 
-    /// Where the scratch memory is.
+    /// Address of the scratch memory.
     pub fn scratch(&self) -> RemoteAddr {
         self.scratch
     }
@@ -154,7 +153,7 @@ impl<'a> RemoteCalls<'a> {
         let mut regs = self.original;
         regs.rip = (self.slot + entry).raw();
         regs.rax = nr as u64;
-        // No system call to restart in the state that we set.
+        // No system call to restart from these registers.
         regs.orig_rax = u64::MAX;
         regs.rdi = args[0];
         regs.rsi = args[1];
@@ -167,7 +166,7 @@ impl<'a> RemoteCalls<'a> {
 
     pub(super) fn enter(&mut self, regs: &Regs) -> Result<()> {
         if let Some(dispatch) = &self.dispatch {
-            // Before it is there, and until it has left.
+            // Before it enters the cave, until it has left.
             self.task
                 .set_dispatch(&dispatch.allowing(&self.cave.range()))?;
         }
@@ -178,7 +177,7 @@ impl<'a> RemoteCalls<'a> {
         self.task.set_signal_mask(!open)
     }
 
-    /// Runs the task from the registers set up to the exit of the system call.
+    /// Runs the task with the given registers up to the exit of the system call.
     pub(super) fn run_call(&mut self, call: &'static str) -> Result<u64> {
         for _entry_then_exit in 0..2 {
             self.reach_syscall_stop()?;
@@ -186,7 +185,7 @@ impl<'a> RemoteCalls<'a> {
         checked(self.tid(), call, self.task.regs()?.rax as i64)
     }
 
-    /// Executes one system call in the task. Its errno comes back as [`Error::Remote`].
+    /// Executes one system call in the task. Its errno becomes [`Error::Remote`].
     pub fn call(&mut self, name: &'static str, nr: i64, args: [u64; 6]) -> Result<u64> {
         fault::hit(Step::RemoteCall)?;
         let regs = self.call_regs(cave_image().call, nr, args);
@@ -194,9 +193,8 @@ impl<'a> RemoteCalls<'a> {
         self.run_call(name)
     }
 
-    /// Begins a system call and interrupts it before it can wait: what it leaves in the task
-    /// (a restart block) stays. Returns the kernel's raw answer, an `-ERESTART*` included; the
-    /// task is then in its event stop.
+    /// Starts a system call and interrupts it before it can wait: its effect on the task (a restart block) remains.
+    /// Returns the raw result, also an `-ERESTART*`; the task is then in its event stop.
     pub fn begin_and_interrupt(mut self, nr: i64, args: [u64; 6]) -> Result<i64> {
         let regs = self.call_regs(cave_image().call, nr, args);
         self.task.set_regs(&regs)?;
@@ -209,7 +207,7 @@ impl<'a> RemoteCalls<'a> {
         Ok(answer)
     }
 
-    /// Writes into the scratch memory.
+    /// Writes to the scratch memory.
     pub fn write_scratch(&self, offset: u64, bytes: &[u8]) -> Result<RemoteAddr> {
         let at = self.scratch + offset;
         self.cave.mem.write(at, bytes)?;

@@ -1,5 +1,5 @@
-//! The cave: a piece of code that makes system calls and finds its own way home. Why and how
-//! stands in the module above.
+//! The cave: code that makes system calls and then returns to where the task was, without a tracer. The parent module
+//! explains why.
 #![allow(unsafe_code)]
 
 use std::arch::global_asm;
@@ -16,7 +16,7 @@ use crate::{Error, RemoteAddr, Result};
 
 global_asm!(
     ".pushsection .rodata.ckpt_cave, \"a\", @progbits",
-    // Referred to from wherever the compiler puts the code below.
+    // Global, since code elsewhere refers to it.
     ".globl ckpt_cave_start",
     ".hidden ckpt_cave_start",
     ".globl ckpt_cave_boot",
@@ -43,8 +43,7 @@ global_asm!(
     ".hidden ckpt_cave_end",
     ".balign 8",
     "ckpt_cave_start:",
-    // First call: it maps the scratch memory at a chosen address. Only if that worked may
-    // the way home unmap it.
+    // First call: maps the scratch memory at a chosen address. Only if that succeeded may the return path unmap it.
     "ckpt_cave_boot:",
     "    syscall",
     "    cmp rax, qword ptr [rip + ckpt_cave_mapped]",
@@ -69,7 +68,7 @@ global_asm!(
     "    add rbx, 64",
     "    cmp rbx, rbp",
     "    jb ckpt_cave_batch",
-    // The way home. Only the owner of the scratch memory unmaps it; nobody else touches it.
+    // The return path. Only the owner of the scratch memory unmaps it.
     "ckpt_cave_home:",
     "1:  mov rsi, qword ptr [rip + ckpt_cave_owner_at]",
     "    mov rsi, qword ptr [rsi]",
@@ -88,7 +87,7 @@ global_asm!(
     "    mov r10d, 8",
     "    mov eax, 14", // rt_sigprocmask
     "    syscall",
-    // Last, the dispatch of system calls that allows no address, this one included.
+    // Last, a syscall user dispatch that allows no address, not even that of this call.
     "    mov esi, dword ptr [rip + ckpt_cave_dispatch]",
     "    test esi, esi",
     "    jz 3f",
@@ -109,15 +108,15 @@ global_asm!(
     "    mov r11, qword ptr [rip + ckpt_cave_regs + 56]",
     "    mov rbx, qword ptr [rip + ckpt_cave_regs + 80]",
     "    mov rbp, qword ptr [rip + ckpt_cave_regs + 88]",
-    // Flags without a stack: OF by an addition that overflows or not, the rest by sahf.
-    // The direction flag was never changed.
+    // Flags without a stack: OF by an addition that does or does not overflow, the rest by sahf. The direction flag
+    // was never changed.
     "    mov rax, qword ptr [rip + ckpt_cave_flags]",
     "    add al, 1",
     "    sahf",
     "    mov rax, qword ptr [rip + ckpt_cave_regs + 64]",
     "    jmp qword ptr [rip + ckpt_cave_regs + 72]",
-    // Where other tasks wait until a batch is done; rbx is a block of memory (hold.rs). A futex that
-    // is not 0 ends the wait.
+    // Other tasks wait here until a batch is done; rbx is a block of memory (hold.rs). A futex that is not 0 ends the
+    // wait.
     "ckpt_cave_park:",
     "    mov rdi, qword ptr [rbx]",
     "    mov esi, 128", // FUTEX_WAIT | FUTEX_PRIVATE_FLAG
@@ -128,7 +127,7 @@ global_asm!(
     "    mov rdi, qword ptr [rbx]",
     "    cmp dword ptr [rdi], 0",
     "    je ckpt_cave_park",
-    "    mov esi, dword ptr [rbx + 8]", // as on the way home
+    "    mov esi, dword ptr [rbx + 8]", // as on the return path
     "    test esi, esi",
     "    jz 4f",
     "    mov edi, 59",
@@ -155,7 +154,7 @@ global_asm!(
     ".quad 0",
     "ckpt_cave_scratch_len:",
     ".quad 0",
-    "ckpt_cave_mapped:", // what the first call answers
+    "ckpt_cave_mapped:", // result of the first call
     ".quad 0",
     "ckpt_cave_mask:",
     ".quad 0",
@@ -190,7 +189,7 @@ unsafe extern "C" {
     static ckpt_cave_end: u8;
 }
 
-/// The cave's code and where things are in it.
+/// The cave's code and the offsets in it.
 pub(super) struct CaveImage {
     pub(super) bytes: &'static [u8],
     pub(super) boot: u64,
@@ -198,10 +197,10 @@ pub(super) struct CaveImage {
     pub(super) batch: u64,
     pub(super) home: u64,
     pub(super) unmap: u64,
-    /// Behind the unmapping: mask and registers.
+    /// After the unmapping: mask and registers.
     pub(super) last: u64,
     pub(super) park: u64,
-    /// The last instruction of those that wait, which takes what is left from the stack.
+    /// The last instruction of waiting tasks, which pops the rest from the stack.
     pub(super) left: u64,
     pub(super) magic: u64,
     pub(super) data: u64,
@@ -227,9 +226,9 @@ pub(super) fn cave_image() -> CaveImage {
     }
 }
 
-/// How many tasks may be in a cave at once: one, and the next while the first hands over.
+/// Tasks that may be in a cave at once: one, and the next one during a hand-over.
 const SLOTS: u64 = 2;
-/// Behind the slots stands the number of the one whose task owns the scratch memory.
+/// The number of the slot whose task owns the scratch memory stands behind the slots.
 pub(super) const OWNER_BYTES: usize = 16;
 
 /// Bytes of a cave.
@@ -237,8 +236,7 @@ pub(super) fn size() -> usize {
     cave_image().bytes.len().next_multiple_of(16) * SLOTS as usize + OWNER_BYTES
 }
 
-/// Room in the target that remote calls execute in; empty of tasks except during
-/// [`RemoteCalls`](super::RemoteCalls).
+/// Room in the target in which remote calls execute; tasks are there only during [`RemoteCalls`](super::RemoteCalls).
 #[derive(Debug)]
 pub struct Cave<'m> {
     pub(super) mem: &'m ProcessMemory,
@@ -248,8 +246,8 @@ pub struct Cave<'m> {
 }
 
 impl<'m> Cave<'m> {
-    /// Finds unused room and writes the cave there, where all of `tasks` may make system calls. All tasks
-    /// of the process must be stopped.
+    /// Finds unused room from which all of `tasks` may make system calls, and writes the cave there. All tasks of the
+    /// process must be stopped.
     pub fn dig<'t>(
         mem: &'m ProcessMemory,
         maps: &[Vma],
@@ -280,28 +278,28 @@ impl<'m> Cave<'m> {
         Ok(cave)
     }
 
-    /// Whether a batch is one: without a doorbell calls are made one by one, and the next one is not
-    /// made if we are killed.
+    /// Whether batches are atomic: without a doorbell the calls are made one by one, and the rest is not made if we
+    /// are killed.
     pub fn has_doorbell(&self) -> bool {
         self.doorbell.is_some()
     }
 
-    /// Looks for a signal that can be the doorbell of batches; `tasks` are all of the process.
+    /// Selects a signal as the doorbell of batches; `tasks` are all of the process.
     pub fn with_doorbell(mut self, tasks: &[Stopped]) -> Self {
         self.doorbell = doorbell(self.mem.pid(), tasks);
         self
     }
 
-    /// Addresses of it.
+    /// Its addresses.
     pub(super) fn range(&self) -> Range<u64> {
         self.addr.raw()..self.addr.raw() + size() as u64
     }
 
-    /// Syscall user dispatch of a task that is to come in. If it allows no address, it is to allow those of the
-    /// cave meanwhile.
+    /// Syscall user dispatch of a task that is about to enter. If it allows no address, the cave must be allowed
+    /// meanwhile.
     ///
     /// # Errors
-    /// [`Error::NoAllowedCave`] where the task must not make system calls.
+    /// [`Error::NoAllowedCave`] where the task may not make system calls.
     pub(super) fn dispatch_of(&self, task: &Stopped) -> Result<Option<Dispatch>> {
         match task.dispatch()? {
             Some(dispatch) if dispatch.allows_nothing() => Ok(Some(dispatch)),
@@ -318,18 +316,17 @@ impl<'m> Cave<'m> {
         self.addr + index * (slots / SLOTS)
     }
 
-    /// Where the number of the slot stands whose task owns the scratch memory.
+    /// Address of the number of the slot whose task owns the scratch memory.
     pub(super) fn owner_at(&self) -> RemoteAddr {
         self.addr + (self.before.len() - OWNER_BYTES) as u64
     }
 
-    /// Makes the task in that slot the owner of the scratch memory, and the other one not, in
-    /// one step.
+    /// Makes the task in that slot the only owner of the scratch memory, atomically.
     pub(super) fn set_owner(&self, slot: u64) -> Result<()> {
         self.mem.write(self.owner_at(), &slot.to_le_bytes())
     }
 
-    /// Puts back what stood there.
+    /// Restores the previous bytes.
     pub fn fill_in(self) -> Result<()> {
         self.mem.write(self.addr, &self.before)
     }
@@ -381,8 +378,8 @@ fn find_room(
     Ok(None)
 }
 
-/// Mappings that a cave may be in, in the order in which they are looked at. Memory without a file, where a
-/// program writes code of its own, comes last.
+/// Mappings that a cave may be in, in the order of preference. Memory without a file, in which a program writes code
+/// of its own, comes last.
 pub(super) fn candidates(maps: &[Vma]) -> Vec<&Vma> {
     let fits = |v: &&Vma| v.exec && !v.shared && v.name != VmaName::Vsyscall;
     let mut executable: Vec<&Vma> = maps.iter().filter(fits).collect();
@@ -391,7 +388,7 @@ pub(super) fn candidates(maps: &[Vma]) -> Vec<&Vma> {
 }
 
 fn find_filler(bytes: &[u8], need: usize) -> Option<usize> {
-    // 64 bytes of distance to what stands before: a table may end in zeros that count.
+    // 64 bytes of distance to the preceding data: a table may end in significant zeros.
     const MARGIN: usize = 64;
     let mut run = 0;
     for i in 0..bytes.len() {

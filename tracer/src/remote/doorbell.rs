@@ -1,12 +1,13 @@
-//! The doorbell: a signal that the program ignores, and a traced task stops for.
+//! The doorbell: a signal that the program ignores but for which a traced task stops.
 
 use super::RemoteCalls;
 use crate::Pid;
 use crate::proc::status::SignalSets;
 use crate::task::{Stop, Stopped};
 
-/// Signals of which the kernel generates one for a fault (`SYNCHRONOUS_MASK`, kernel/signal.c), and those that
-/// discard others that wait, even blocked ones (`prepare_signal`): a stop signal SIGCONT, and SIGCONT all of those.
+/// Synchronous signals, which the kernel generates for faults (`SYNCHRONOUS_MASK`, kernel/signal.c), and signals that
+/// discard pending ones, even blocked ones (`prepare_signal`): a stop signal discards SIGCONT, and SIGCONT discards
+/// all stop signals.
 const NEVER: [i32; 12] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -22,8 +23,8 @@ const NEVER: [i32; 12] = [
     libc::SIGCONT,
 ];
 
-/// A signal that the process ignores, to be the doorbell: by default, or because it has said so. One that any
-/// of the tasks blocks is none: it may be waiting, to be read from a signalfd, and would be taken with the ring.
+/// A signal that the process ignores, by default or explicitly. One that any of the tasks blocks does not qualify: it
+/// may be pending for a signalfd, and would be consumed with the doorbell.
 pub(super) fn doorbell(pid: Pid, tasks: &[Stopped]) -> Option<i32> {
     let signals = crate::proc::status::read_status(pid).ok()?.signals;
     let mut blocked = 0;
@@ -33,7 +34,7 @@ pub(super) fn doorbell(pid: Pid, tasks: &[Stopped]) -> Option<i32> {
     choose(signals.caught, signals.ignored, blocked)
 }
 
-/// Whether a process with these tasks leaves a signal alone that can be the doorbell.
+/// Whether a process with these tasks has a signal that can be the doorbell.
 pub fn may_ring<'s>(tasks: impl IntoIterator<Item = &'s SignalSets>) -> bool {
     let none = (0, 0, 0);
     let (caught, ignored, blocked) = tasks.into_iter().fold(none, |sets, task| {
@@ -42,7 +43,7 @@ pub fn may_ring<'s>(tasks: impl IntoIterator<Item = &'s SignalSets>) -> bool {
     choose(caught, ignored, blocked).is_some()
 }
 
-/// From sets of signals, bit n-1 for signal n.
+/// Chooses from signal sets, bit n-1 for signal n.
 fn choose(caught: u64, ignored: u64, blocked: u64) -> Option<i32> {
     let has = |set: u64, signal: i32| set & (1 << (signal - 1)) != 0;
     let by_default = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];

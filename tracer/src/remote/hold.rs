@@ -1,17 +1,17 @@
-//! Tasks held back until a batch is done, even if the tracer dies.
+//! Keeps tasks waiting until a batch is done, even if the tracer dies.
 //!
-//! When a tracer dies, all of its tasks go on at once, while one of them may be in a batch that goes on by itself.
-//! A batch after which nothing is as the others may see it in between has to keep them away. So they
-//! are sent into the cave as well, to a futex; they do not get there unless the tracer dies, since they stay in
-//! their stops. The last call of the batch wakes them, and each has a block of memory with its registers
-//! from which it goes home by iretq, which takes instruction pointer, flags and stack pointer at once.
+//! When a tracer dies, all of its tasks continue at once, while one of them may be executing a batch. If the others
+//! must not see the states in between, they have to wait. So their registers are set into the cave too, at a futex
+//! wait; they execute it only if the tracer dies, since otherwise they stay in their stops. The last call of the
+//! batch wakes them. Each has a block of memory with its registers, from which it returns by iretq, which sets
+//! instruction pointer, flags and stack pointer at once.
 //!
-//! 1. The caller's task gets a batch of one call, the waking: from now on it wakes, whatever happens.
-//! 2. The futex says "wait", and the others get their registers.
-//! 3. The caller's task gets the batch, which ends with the waking, and goes.
+//! 1. The caller's task gets a batch of one call, the wake-up: from now on it wakes the others in any case.
+//! 2. The futex is set to "wait", and the others get their registers.
+//! 3. The caller's task gets the batch, which ends with the wake-up, and runs.
 //! 4. The others get their own registers back.
 //!
-//! Nobody can know when the last one has left its block, so if the tracer dies the blocks stay mapped.
+//! It is unknown when the last task has left its block, so if the tracer dies the blocks stay mapped.
 
 use super::RemoteCalls;
 use super::batch::{CALL_BYTES, Call};
@@ -21,24 +21,24 @@ use crate::dispatch::Dispatch;
 use crate::task::{Regs, Stopped};
 use crate::{RemoteAddr, Result};
 
-/// Bytes a task: its block stands at the end, and a signal frame has room below.
+/// Bytes for a task: its block is at the end, and a signal frame fits below.
 const EACH: u64 = 4096;
 /// Bytes of a block.
 pub(super) const BLOCK: usize = 16 * 8;
 /// `FUTEX_OP(FUTEX_OP_SET, 1, FUTEX_OP_CMP_EQ, 0)`, linux/futex.h.
 const SET_ONE: u64 = 1 << 12;
 
-/// Tasks that share the memory of the one that makes the calls.
+/// Tasks that share the memory of the task that makes the calls.
 pub struct Hold<'t> {
     tasks: Vec<&'t mut Stopped>,
-    /// Their registers and their syscall user dispatch, while they have others.
+    /// Their own registers and syscall user dispatch, while they are replaced.
     original: Vec<(Regs, Option<Dispatch>)>,
     at: RemoteAddr,
     mapped: bool,
 }
 
 impl<'t> Hold<'t> {
-    /// Holds these, with memory at `at`, a hole of [`room`](Self::room) bytes.
+    /// Holds these tasks, with memory at `at`, a hole of [`room`](Self::room) bytes.
     pub fn new(tasks: Vec<&'t mut Stopped>, at: RemoteAddr) -> Self {
         Self {
             tasks,
@@ -48,7 +48,7 @@ impl<'t> Hold<'t> {
         }
     }
 
-    /// Bytes of memory for so many tasks.
+    /// Bytes of memory for that many tasks.
     pub fn room(tasks: usize) -> u64 {
         match tasks {
             0 => 0,
@@ -125,7 +125,7 @@ impl<'t> Hold<'t> {
             regs.rip = park;
             regs.rbx = block.raw();
             regs.rax = 0;
-            // No system call to restart in the state that we set.
+            // No system call to restart from these registers.
             regs.orig_rax = u64::MAX;
             self.original.push((original, dispatch));
             if let Some(dispatch) = &dispatch {
@@ -155,8 +155,8 @@ impl Drop for Hold<'_> {
 }
 
 impl RemoteCalls<'_> {
-    /// As [`batch_in_two`](Self::batch_in_two) with any number of parts, and with the other tasks held back until it
-    /// is done. `list` as there, with 192 bytes more.
+    /// As [`batch_in_two`](Self::batch_in_two) with any number of parts, and with the other tasks waiting until it is
+    /// done. `list` as there, with 192 bytes more.
     pub fn batch_holding(
         &mut self,
         list: u64,
@@ -183,7 +183,7 @@ impl RemoteCalls<'_> {
             let listed = self.listed(list + CALL_BYTES, self.doorbell, &parts);
             listed?.run(look)
         });
-        // If it did not come to the waking: nobody waits for it any more.
+        // If the wake-up was not reached: no task waits any more.
         let back = hold.bring_back();
         let mut answers = answers?;
         back?;

@@ -1,4 +1,4 @@
-//! The way home: what the cave needs to walk it by itself, and putting a task back without it.
+//! The return path: the data that the cave needs for it, and restoring a task without it.
 
 use super::RemoteCalls;
 use super::cave::cave_image;
@@ -40,8 +40,8 @@ impl RemoteCalls<'_> {
         self.cave.mem.write(self.slot + cave_image().data, &bytes)
     }
 
-    /// Leaves the task in its stop, to go on elsewhere: with other registers and another
-    /// signal mask. The scratch memory stays mapped; it is the caller's now.
+    /// Leaves the task in its stop, to continue elsewhere: with other registers and another signal mask. The scratch
+    /// memory stays mapped; the caller owns it now.
     pub fn leave_at(mut self, regs: &Regs, mask: u64) -> Result<()> {
         self.entered = false;
         self.owns_scratch = false;
@@ -49,7 +49,7 @@ impl RemoteCalls<'_> {
         self.task.set_regs(regs)
     }
 
-    /// Puts everything back: the task is stopped as it was found.
+    /// Restores everything: the task is stopped as it was found.
     pub fn finish(mut self) -> Result<()> {
         self.go_home()
     }
@@ -64,8 +64,8 @@ impl RemoteCalls<'_> {
             self.task.set_regs(&regs)?;
             self.run_call("munmap")?;
         }
-        // Only on the way out of an event stop, or of the stop for a signal, does the kernel
-        // restart an interrupted call, and look at signals that came in meanwhile.
+        // The kernel restarts an interrupted call, and looks for new signals, only on the way out of an event stop or
+        // a signal-delivery-stop.
         if self.at_doorbell() {
             return self.set_original();
         }
@@ -75,7 +75,7 @@ impl RemoteCalls<'_> {
 
     fn set_original(&self) -> Result<()> {
         self.task.set_signal_mask(self.mask)?;
-        // Whatever fails, the registers are set: the cave is about to be filled in.
+        // The registers are set after any failure: the cave is about to be overwritten.
         let fault = fault::hit(Step::CaveLeaving);
         self.task.set_regs(&self.original)?;
         if let Some(dispatch) = &self.dispatch {

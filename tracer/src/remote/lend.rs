@@ -1,13 +1,12 @@
-//! Copies of descriptors where pidfd_getfd(2) is not permitted: the process hands them out itself,
-//! in a message to us (`SCM_RIGHTS`, unix(7)).
+//! Duplicates of descriptors where pidfd_getfd(2) is not permitted: the process sends them to us itself
+//! (`SCM_RIGHTS`, unix(7)).
 //!
-//! It is one list of calls, which the task executes to its end also if we die: a pair of sockets
-//! is made, its numbers are put by the kernel where the later calls read their operands, the message
-//! is sent from one of them to ours, and both are closed. Until the kernel has put the numbers
-//! there, the operands are -1, so that no call can hit a descriptor of the program's.
+//! This is one list of calls, which the task completes even if we die: socketpair(2), whose result the kernel stores
+//! into the operands of the later calls; sendmsg(2) from one of the pair to our socket; close(2) of both. Before that
+//! the operands are -1, so that no call can hit a descriptor of the program's.
 //!
-//! In the middle of the list the process has marks on it: the pair in its table of descriptors, and another
-//! umask. Who shows them as well shares those things with it, which is what kcmp(2) would tell.
+//! In the middle of the list the process is marked: by the pair in its descriptor table, and by another umask.
+//! Another process that shows the marks shares the table or the umask, which kcmp(2) would tell otherwise.
 
 use std::os::fd::OwnedFd;
 
@@ -22,7 +21,7 @@ use crate::{Error, Result};
 /// `SCM_MAX_FD`, include/net/scm.h.
 pub const AT_ONCE: usize = 253;
 
-/// Where the pieces stand in the scratch memory; the lists of calls come last.
+/// Offsets in the scratch memory; the lists of calls come last.
 mod at {
     pub(super) const PAIR: u64 = 0;
     pub(super) const BYTE: u64 = 8;
@@ -35,28 +34,28 @@ mod at {
     pub(super) const LIST: u64 = 2048;
 }
 
-/// Scratch memory that is needed.
+/// Bytes of scratch memory needed.
 pub const SCRATCH: u64 = 4096;
 
-/// The marks on a process while they are looked for.
+/// The marks on a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
-    /// A descriptor that it did not have.
+    /// A descriptor that it did not have before.
     pub fd: i32,
-    /// Its umask, which was another one.
+    /// Its changed umask.
     pub umask: u32,
 }
 
-/// Whoever gets the copies.
+/// The receiver of the duplicates.
 #[derive(Debug)]
 pub struct Borrower {
     socket: OwnedFd,
-    /// Its `struct sockaddr_un`, as the kernel has chosen it: an abstract name.
+    /// Its `struct sockaddr_un`: an abstract name chosen by the kernel.
     name: Vec<u8>,
 }
 
 impl Borrower {
-    /// Makes a socket that can be written to by its name.
+    /// Creates a socket that can be addressed by name.
     pub fn new() -> Result<Self> {
         let failed = |call, errno| Error::Kernel {
             call,
@@ -65,7 +64,7 @@ impl Borrower {
         };
         let socket = sockets::socket(libc::AF_UNIX, libc::SOCK_DGRAM);
         let socket = socket.map_err(|errno| failed("socket", errno))?;
-        // A name of two bytes makes the kernel choose one.
+        // For an address of two bytes the kernel chooses the name.
         let unnamed = (libc::AF_UNIX as u16).to_ne_bytes();
         sockets::bind(&socket, &unnamed).map_err(|errno| failed("bind", errno))?;
         let name = sockets::own_address(&socket);
@@ -73,8 +72,8 @@ impl Borrower {
         Ok(Self { socket, name })
     }
 
-    /// Copies of some descriptors of the process, [`AT_ONCE`] at most. `umask` is the process's;
-    /// `look` is called while the marks are on it.
+    /// Duplicates some descriptors of the process, [`AT_ONCE`] at most. `umask` is the process's; `look` is called
+    /// while it is marked.
     ///
     /// # Errors
     /// [`Error::Remote`] when the kernel refuses.
@@ -96,7 +95,7 @@ impl Borrower {
             look(Marks { fd, umask: marked })
         })?;
         if answers[0] == 0 && answers[1] != 12 {
-            // The kernel has put the numbers nowhere, so nothing was closed.
+            // The kernel stored no numbers, so nothing was closed.
             let pair: [i32; 2] = [0, 4].map(|half| {
                 let bytes = memory.read_array(scratch + at::PAIR + half);
                 bytes.map_or(-1, i32::from_le_bytes)
@@ -120,7 +119,7 @@ impl Borrower {
         }
     }
 
-    /// Writes everything into the scratch memory that the calls use, and answers the calls.
+    /// Writes all operands to the scratch memory, and returns the calls.
     fn lists(
         &self,
         calls: &RemoteCalls<'_>,
@@ -140,7 +139,7 @@ impl Borrower {
         calls.write_scratch(at::PAIR, &words(&[u64::MAX, 0]))?;
         calls.write_scratch(at::NAME, &self.name)?;
         calls.write_scratch(at::CONTROL, &control)?;
-        // One byte goes with them.
+        // sendmsg(2) needs one byte of data.
         calls.write_scratch(at::IOVEC, &words(&[place(at::BYTE), 1]))?;
         // struct msghdr
         let header = [
@@ -158,7 +157,7 @@ impl Borrower {
         let pid = calls.pid().raw() as u64;
         let family = libc::AF_UNIX as u64;
         let pair = [family, kind, 0, place(at::PAIR)];
-        // struct iovec, from where and to where.
+        // struct iovec: source and destination.
         let copy = [pid, place(at::TO), 3, place(at::FROM), 3, 0];
         let first = vec![
             Call::new("socketpair", libc::SYS_socketpair, &pair),
@@ -172,7 +171,7 @@ impl Borrower {
             Call::new("close", libc::SYS_close, &[UNSET]),
             Call::new("close", libc::SYS_close, &[UNSET]),
         ];
-        // The ring stands between the two parts; an operand stands behind the call's number.
+        // The doorbell call is between the two parts; an operand follows the call's number.
         let operand = |call: u64| at::LIST + (first.len() as u64 + 1 + call) * CALL_BYTES + 8;
         let (one, other) = (place(at::PAIR), place(at::PAIR) + 4);
         calls.write_scratch(at::FROM, &words(&[one, 4, one, 4, other, 4]))?;
@@ -188,7 +187,7 @@ impl Borrower {
             object: "descriptors of the job".into(),
             errno,
         })?;
-        // The job's task sends what it was made to send.
+        // The task may send more descriptors than it was asked for.
         came.rights.truncate(count);
         Ok(came.rights)
     }

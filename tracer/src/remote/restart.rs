@@ -1,12 +1,12 @@
-//! Where a task goes on that was stopped inside a system call or a restartable sequence.
+//! Where a task continues that was stopped inside a system call or a restartable sequence.
 
 use crate::mem::ProcessMemory;
 use crate::task::{Regs, Stopped};
 use crate::{RemoteAddr, Result, abi};
 
-/// Where a task really goes on: a task stopped inside a restartable sequence (rseq(2)) goes
-/// on at the sequence's abort handler, as the kernel would have it after a preemption. After
-/// any detour the kernel no longer knows, so it is decided here.
+/// The instruction pointer at which a task continues: one that was stopped inside a restartable sequence (rseq(2))
+/// continues at the sequence's abort handler, as after a preemption. After a detour through the cave the kernel no
+/// longer knows, so it is decided here.
 pub fn effective_rip(task: &Stopped, mem: &ProcessMemory, regs: &Regs) -> Result<u64> {
     let Some(conf) = task.rseq()? else {
         return Ok(regs.rip);
@@ -50,8 +50,8 @@ pub(super) fn restarted(regs: &Regs) -> Regs {
     home
 }
 
-/// Calls that answer an interruption without a handler with EINTR instead of being restarted
-/// (signal(7), "Interruption of system calls … by stop signals"), and that had no effect then.
+/// Calls that return EINTR after an interruption without a handler, instead of being restarted (signal(7),
+/// "Interruption of system calls … by stop signals"), and that had no effect then.
 const EINTR_WITHOUT_HANDLER: &[i64] = &[
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
@@ -74,16 +74,15 @@ const EINTR_WITHOUT_HANDLER: &[i64] = &[
     libc::SYS_sendmmsg,
     libc::SYS_accept,
     libc::SYS_accept4,
-    // Where what remains of the time limit is not written back: with STICKY_TIMEOUTS (personality(2)), or
-    // where the limit cannot be written to (`poll_select_finish`, fs/select.c).
+    // If the remaining time is not written back: with STICKY_TIMEOUTS (personality(2)), or if the limit is in
+    // read-only memory (`poll_select_finish`, fs/select.c).
     libc::SYS_select,
     libc::SYS_pselect6,
     libc::SYS_ppoll,
 ];
 
-/// Makes a stopped task unaware of the interruption: a call that came back with EINTR only
-/// because we interrupted it is marked for a restart "unless a handler runs", which is what
-/// the kernel itself does for most calls.
+/// Hides our interruption from a stopped task: a call that returned EINTR only because of it is marked for a restart
+/// "unless a handler runs" (`ERESTARTNOHAND`), as the kernel does itself for most calls.
 pub fn hide_interruption(task: &Stopped) -> Result<()> {
     let mut regs = task.regs()?;
     let nr = regs.orig_rax as i64;

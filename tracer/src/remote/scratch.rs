@@ -1,8 +1,8 @@
-//! Scratch memory of remote calls: a mapping of its own, or what one that is there has grown by.
+//! Scratch memory of remote calls: a new mapping, or an extension of an existing one.
 //!
-//! A process that has as many mappings as it may (`vm.max_map_count`) gets no new one, not even one that
-//! the kernel would merge with a neighbour (`do_mmap`, mm/mmap.c). But a mapping may grow in its place
-//! (mremap(2)), and what it has grown by is unmapped like a mapping of its own.
+//! A process with the most mappings that it may have (`vm.max_map_count`) gets no new one, not even one that the
+//! kernel would merge with a neighbour (`do_mmap`, mm/mmap.c). But a mapping may grow in place (mremap(2)), and the
+//! extension is unmapped like a mapping of its own.
 
 use crate::RemoteAddr;
 use crate::proc::maps::{VmFlags, Vma};
@@ -12,7 +12,7 @@ const PAGE: u64 = 4096;
 /// The kernel's gap below a mapping that grows down (`stack_guard_gap`).
 const STACK_GAP: u64 = 1 << 20;
 
-/// Where scratch memory will be, and how it comes there.
+/// Address of scratch memory, and how it is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scratch {
     pub(super) at: RemoteAddr,
@@ -25,12 +25,12 @@ pub(super) struct Mapping {
     pub(super) name: &'static str,
     pub(super) nr: i64,
     pub(super) args: [u64; 6],
-    /// What it answers if it has done so.
+    /// Its result on success.
     pub(super) answer: u64,
 }
 
 impl Scratch {
-    /// A mapping of its own in a hole that the caller found; `len` in bytes.
+    /// A new mapping in a hole that the caller found; `len` in bytes.
     pub fn in_hole(at: RemoteAddr, len: u64) -> Self {
         Self {
             at,
@@ -39,13 +39,13 @@ impl Scratch {
         }
     }
 
-    /// The place behind a mapping that can grow by so many bytes. `vmas` have their flags (smaps).
+    /// An extension of a mapping that can grow by that many bytes. `vmas` have their flags (smaps).
     pub fn behind(vmas: &[Vma], len: u64) -> Option<Self> {
         let next = vmas.iter().skip(1).map(Some).chain([None]);
         let mut free = vmas.iter().zip(next).filter(|(vma, next)| {
             let gap = match next {
                 Some(next) if next.flags.contains(VmFlags::GROWS_DOWN) => PAGE + STACK_GAP,
-                // Else the two would become one.
+                // A gap, since the two would be merged.
                 _ => PAGE,
             };
             next.is_some_and(|next| next.start - vma.end >= len.next_multiple_of(PAGE) + gap)
@@ -59,7 +59,7 @@ impl Scratch {
         })
     }
 
-    /// Where it is.
+    /// Its address.
     pub fn at(&self) -> RemoteAddr {
         self.at
     }
@@ -86,7 +86,7 @@ impl Scratch {
     }
 }
 
-/// Whether it is memory like that which we would map, and may grow.
+/// Whether it has the attributes of our scratch memory, and may grow.
 fn grows(vma: &Vma) -> bool {
     let odd = VmFlags::GROWS_DOWN
         | VmFlags::LOCKED

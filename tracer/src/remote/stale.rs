@@ -1,17 +1,17 @@
-//! What tracers that were killed have left: caves, and signal frames that return into them.
+//! Remains of killed tracers: caves, and signal frames that return into them.
 //!
-//! A task whose tracer has died walks home by itself. Nobody leads it: a next tracer lets it run until it is out
-//! (`freeze::leave_stale_cave`), since a tracer that dies while it steps a task leaves a trap flag behind, and the
-//! SIGTRAP of it ends the process.
+//! A task whose tracer has died takes the return path by itself. It is not single-stepped: a later tracer lets it run
+//! until it has left the cave (`freeze::leave_stale_cave`), since a tracer that dies while it steps a task leaves the
+//! trap flag set, and the resulting SIGTRAP ends the process.
 //!
-//! On its way the task may get a signal, as soon as its mask is back. The handler's frame then holds registers of the
-//! cave. It returns there, and the rest of the way home is walked, for as long as the cave is what it was. So
-//! before the bytes are used again, such frames get the registers that the way home would set: they return to
-//! where the task was. They are looked for in all memory that can be written, since a handler may have
-//! changed its stack. This costs something only after a tracer was killed.
+//! On its return path the task may get a signal, as soon as its mask is restored. The handler's frame then holds
+//! registers of the cave. It returns there, and the rest of the return path is executed, as long as the cave is
+//! intact. So before the bytes are used again, such frames get the registers that the return path would set: they
+//! then return to where the task was. All writable memory is searched for them, since a handler may have changed its
+//! stack. This costs something only after a tracer was killed.
 //!
-//! Each frame is changed in an order in which it is right after every write: were we killed in between, the
-//! cave would still be there.
+//! Each frame is changed in an order in which it is valid after every write: if we are killed in between, the cave is
+//! still intact.
 
 use std::ops::Range;
 
@@ -26,18 +26,18 @@ use crate::{Pid, RemoteAddr, Result};
 /// Bytes read at once.
 const PIECE: u64 = 1 << 20;
 
-/// The code of a cave with the mark behind it: the same in all that this program writes.
+/// The code of a cave with the magic after it: the same in all caves of this program.
 fn code(image: &CaveImage) -> &'static [u8] {
     &image.bytes[..image.magic as usize + 8]
 }
 
-/// Whether the task stands in the code of a cave, which a dead tracer has left if it is not ours.
+/// Whether the task is in the code of a cave; one that is not ours is a killed tracer's.
 pub(crate) fn holds(pid: Pid, task: &Stopped) -> Result<bool> {
     let image = cave_image();
     let code = code(&image);
     let rip = task.regs()?.rip;
     let page = rip & !0xfff;
-    // The code may begin in the page before, which need not be there.
+    // The code may begin in the previous page, which need not be mapped.
     let from = [rip.saturating_sub(image.magic), page];
     Ok(from.into_iter().any(|from| {
         let mut bytes = vec![0; (rip - from) as usize + code.len()];
@@ -48,8 +48,8 @@ pub(crate) fn holds(pid: Pid, task: &Stopped) -> Result<bool> {
     }))
 }
 
-/// Takes back from tasks that no task is in a cave with them what they were allowed for the way there: system calls,
-/// where they may make none.
+/// Resets the syscall user dispatch that tasks got to enter a cave, when no task is in one: those that may make no
+/// system calls, may make none again.
 pub fn withdraw_dispatch(tasks: &[Stopped], mem: &ProcessMemory) -> Result<()> {
     let image = cave_image();
     for task in tasks {
@@ -75,8 +75,8 @@ struct Slot {
     bytes: Vec<u8>,
 }
 
-/// Makes unused bytes of every stale cave when no frame leads there any more. All tasks that have the memory must
-/// be stopped, none in a cave.
+/// Clears every stale cave after all frames that lead there are mended. All tasks that share the memory must be
+/// stopped, none in a cave.
 pub(super) fn clear(mem: &ProcessMemory, maps: &[Vma]) -> Result<()> {
     let slots = find(mem, maps)?;
     if slots.is_empty() {
@@ -84,7 +84,7 @@ pub(super) fn clear(mem: &ProcessMemory, maps: &[Vma]) -> Result<()> {
     }
     mend_frames(mem, maps, &slots)?;
     for slot in &slots {
-        // What was below was unused.
+        // The bytes below were unused.
         let owner = slot.word(OWNER);
         if owner.wrapping_sub(slot.at) < size() as u64 {
             mem.write(RemoteAddr(owner), &[0; OWNER_BYTES])?;
@@ -94,8 +94,8 @@ pub(super) fn clear(mem: &ProcessMemory, maps: &[Vma]) -> Result<()> {
     Ok(())
 }
 
-/// Slots in the vDSO, and in pages of executable files that are not the files' own any more. In memory without
-/// a file a cave is left where it is.
+/// Slots in the vDSO, and in private copies of pages of executable files. In memory without a file a cave is left
+/// where it is.
 fn find(mem: &ProcessMemory, maps: &[Vma]) -> Result<Vec<Slot>> {
     let scanner = PagemapScanner::open(mem.pid())?;
     let image = cave_image();
@@ -130,7 +130,7 @@ fn find(mem: &ProcessMemory, maps: &[Vma]) -> Result<Vec<Slot>> {
     Ok(found)
 }
 
-/// Reads memory, as far as it can be read, in pieces that overlap by so many bytes.
+/// Reads memory, as far as it is readable, in pieces that overlap by that many bytes.
 fn in_pieces(
     mem: &ProcessMemory,
     range: Range<u64>,
@@ -189,14 +189,14 @@ mod reg {
     pub(super) const SEGMENTS: usize = 18;
 }
 
-/// From a block's beginning to what is left of it when its first registers are popped, in bytes.
+/// From the start of a block to what remains when its first registers are popped, in bytes.
 const LEFT: u64 = 11 * 8;
-/// `cs`, `gs`, `fs` and `ss` as a frame of 64-bit code has them: `__USER_CS`, 0, 0, `__USER_DS`.
+/// `cs`, `gs`, `fs` and `ss` in a frame of 64-bit code: `__USER_CS`, 0, 0, `__USER_DS`.
 const SEGMENTS: u64 = 0x002b_0000_0000_0033;
 /// Bytes of a frame's registers that are changed.
 const FRAME: usize = 8 * (reg::FLAGS + 1);
 
-/// Frames that lead into a stale cave get the registers with which they would come out of it.
+/// Gives frames that lead into a stale cave the registers with which they would leave it.
 fn mend_frames(mem: &ProcessMemory, maps: &[Vma], slots: &[Slot]) -> Result<()> {
     let scanner = PagemapScanner::open(mem.pid())?;
     let there = PageQuery {
@@ -233,7 +233,7 @@ fn mend_frames(mem: &ProcessMemory, maps: &[Vma], slots: &[Slot]) -> Result<()> 
     Ok(())
 }
 
-/// One frame of a task that was at that offset of the slot's code.
+/// Mends one frame of a task that was at that offset of the slot's code.
 fn mend(mem: &ProcessMemory, at: RemoteAddr, slot: &Slot, offset: u64) -> Result<()> {
     let image = cave_image();
     let frame = mem.read_array::<FRAME>(at)?;
@@ -241,7 +241,8 @@ fn mend(mem: &ProcessMemory, at: RemoteAddr, slot: &Slot, offset: u64) -> Result
     let rip_at = at + 8 * reg::RIP as u64;
     let held = offset >= image.park;
     if held {
-        // It goes home with what is in its block of memory (hold.rs), whose address it has as long as it can.
+        // It returns with the registers in its block of memory (hold.rs), whose address is in a register as long as
+        // possible.
         let block = match offset == image.left {
             true => regs[reg::RSP].wrapping_sub(LEFT),
             false => regs[reg::RBX],
@@ -251,7 +252,7 @@ fn mend(mem: &ProcessMemory, at: RemoteAddr, slot: &Slot, offset: u64) -> Result
             regs[reg] = word(&block, 8 * word_of);
         }
     } else {
-        // From there nothing of the frame is used that is about to be changed.
+        // From there no part of the frame is used that is about to change.
         mem.write(rip_at, &(slot.at + image.last).to_le_bytes())?;
         for (word_of, reg) in (REGISTERS..).zip(WAY_HOME) {
             regs[reg] = slot.word(word_of);
@@ -270,7 +271,7 @@ fn mend(mem: &ProcessMemory, at: RemoteAddr, slot: &Slot, offset: u64) -> Result
     mem.write(at, &bytes)
 }
 
-/// The overflow flag, which the way home keeps apart from the others.
+/// The overflow flag, which the return path stores apart from the others.
 const OVERFLOW: u64 = 0x800;
 /// The registers of a slot's data.
 const WAY_HOME: [usize; 12] = [
@@ -298,7 +299,7 @@ const HELD: [usize; 12] = [
     reg::RAX,
     reg::RBX,
     reg::RIP,
-    // What stands there is `cs`, and is overwritten by the next.
+    // This word is `cs`; the next entry overwrites it.
     reg::FLAGS,
     reg::FLAGS,
     reg::RSP,

@@ -1,4 +1,4 @@
-//! Letting a task in the cave go on to a stop.
+//! Resumes a task in the cave up to a stop.
 
 use super::RemoteCalls;
 use crate::task::{Resume, Stop, Stopped};
@@ -23,15 +23,15 @@ impl RemoteCalls<'_> {
         loop {
             match advance(self.cave.mem.pid(), self.task, Resume::Syscall, signal)? {
                 Stop::Syscall => return Ok(()),
-                // Only SIGSTOP comes through a full mask. It takes effect when the task is
-                // let go; in between the tracer's word counts.
+                // Only SIGSTOP passes a full mask. It takes effect when the task is detached; until then the tracer
+                // decides.
                 Stop::Signal(arrived) => signal = arrived,
                 _ => signal = 0,
             }
         }
     }
 
-    /// Where it is in none.
+    /// If it is in none.
     pub(super) fn reach_event_stop(&mut self) -> Result<()> {
         self.task.interrupt()?;
         let mut signal = 0;

@@ -1,4 +1,4 @@
-//! What a stopped task has, by ptrace requests: registers, signals, restartable sequences, filters.
+//! State of a stopped task, by ptrace requests: registers, signals, restartable sequences, filters.
 #![allow(unsafe_code)]
 
 use std::ptr;
@@ -10,9 +10,9 @@ use crate::abi::{self, PeekSigInfoArgs, RseqConfiguration, SeccompMetadata};
 use crate::dispatch::Dispatch;
 use crate::{Error, Result};
 
-/// General registers as the kernel hands them out.
+/// General registers (`struct user_regs_struct`).
 pub type Regs = libc::user_regs_struct;
-/// One signal's information, 128 bytes.
+/// `siginfo_t`, 128 bytes.
 pub type SigInfo = [u8; 128];
 
 impl Stopped {
@@ -25,9 +25,8 @@ impl Stopped {
         Ok(regs)
     }
 
-    /// Sets the general registers. Where they say that a system call was interrupted
-    /// (`orig_rax` ≥ 0, `rax` an `-ERESTART*`), the kernel restarts it on the way out of a
-    /// [`Stop::Event`](super::Stop::Event).
+    /// Sets the general registers. If they show an interrupted system call (`orig_rax` ≥ 0, `rax` an `-ERESTART*`),
+    /// the kernel restarts it on the way out of a [`Stop::Event`](super::Stop::Event).
     pub fn set_regs(&self, regs: &Regs) -> Result<()> {
         let data = ptr::from_ref(regs) as usize;
         request("PTRACE_SETREGS", libc::PTRACE_SETREGS, self.tid, 0, data).map(drop)
@@ -48,8 +47,8 @@ impl Stopped {
             .map(drop)
     }
 
-    /// The thread-local entries of the global descriptor table, `struct user_desc` as four words each;
-    /// none where the kernel has none (without `CONFIG_IA32_EMULATION`).
+    /// The thread-local entries of the global descriptor table, `struct user_desc` as four words each; empty without
+    /// `CONFIG_IA32_EMULATION`.
     pub fn thread_areas(&self) -> Result<Vec<[u32; 4]>> {
         let mut areas = Vec::new();
         for entry in abi::TLS_ENTRIES {
@@ -66,7 +65,7 @@ impl Stopped {
         Ok(areas)
     }
 
-    /// The I/O permission bitmap; empty if the task has none, or the kernel knows none.
+    /// The I/O permission bitmap; empty if the task has none, or the kernel lacks it.
     pub fn io_bitmap(&self) -> Result<Vec<u8>> {
         let mut bytes = vec![0u8; 8192];
         match self.regset_of(libc::PTRACE_GETREGSET, abi::NT_386_IOPERM, &mut bytes) {
@@ -118,8 +117,7 @@ impl Stopped {
         .map(drop)
     }
 
-    /// Pending signals in the order in which they are queued: the task's own, or those of
-    /// the whole process.
+    /// Pending signals in the order of the queue: the task's own, or the shared ones of the process.
     pub fn pending_signals(&self, shared: bool) -> Result<Vec<SigInfo>> {
         const BATCH: usize = 32;
         let mut all = Vec::new();
@@ -148,7 +146,7 @@ impl Stopped {
         }
     }
 
-    /// The signal that a [`Stop::Signal`](super::Stop::Signal) is about.
+    /// The `siginfo_t` of a [`Stop::Signal`](super::Stop::Signal).
     pub fn signal_info(&self) -> Result<SigInfo> {
         let mut info: SigInfo = [0; 128];
         let data = info.as_mut_ptr() as usize;
@@ -185,8 +183,7 @@ impl Stopped {
         }
     }
 
-    /// Its syscall user dispatch; `None` when it is off, or where the kernel does not tell (before
-    /// Linux 6.4).
+    /// Its syscall user dispatch; `None` when it is off, or before Linux 6.4.
     pub fn dispatch(&self) -> Result<Option<Dispatch>> {
         let mut dispatch = Dispatch::default();
         let asked = request(

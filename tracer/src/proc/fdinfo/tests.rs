@@ -125,7 +125,7 @@ fn kinds_that_stay_text() {
         panic!("no io_uring")
     };
     assert!(text.starts_with("SqMask:") && text.ends_with("NAPI:\tdisabled"));
-    // A program's own fields must not pass for the common ones.
+    // Fields of a kind must not be taken for the common ones.
     let other = detail_of("pending:\t0\nflags:\t07\npos:\t9\n");
     assert_eq!(
         other,

@@ -8,7 +8,7 @@ use std::os::fd::FromRawFd;
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// Pages of our own that go away with the test.
+/// A mapping of our own, unmapped when dropped.
 struct Pages(*mut u8, usize);
 
 impl Pages {
@@ -42,7 +42,7 @@ impl Pages {
     }
 
     fn advise(&self, pages: Range<usize>, advice: i32) -> bool {
-        // SAFETY: inside the mapping, whose contents nobody relies on.
+        // SAFETY: inside the mapping, whose contents are not in use.
         unsafe {
             libc::madvise(
                 self.0.add(pages.start * PAGE).cast(),
@@ -77,7 +77,7 @@ impl Drop for Pages {
     }
 }
 
-/// A scanner of ourselves for each method that works here.
+/// A scanner of ourselves for each method that is available.
 fn scanners() -> Vec<PagemapScanner> {
     let own = Pid::own();
     let first = PagemapScanner::open(own).unwrap();
@@ -116,7 +116,7 @@ fn anonymous_pages_that_must_be_stored() {
     let guarded = pages.advise(6..8, 102);
     for scanner in scanners() {
         let runs = stored(&scanner, &pages);
-        // One entry of pagemap does not say that page 4 is the page of zeros.
+        // An entry of pagemap does not identify the zero page 4.
         match scanner.method {
             ScanMethod::Ioctl => assert_eq!(runs, [(1, 3), (9, 10)]),
             ScanMethod::Entries => assert_eq!(runs, [(1, 3), (4, 5), (9, 10)]),
@@ -209,7 +209,7 @@ fn masks_mean_the_same_in_both_methods() {
             "{:?}",
             scanner.method
         );
-        // What the kernel cannot say matches nothing, and asking for it is no error.
+        // What the kernel cannot report matches nothing and gives no error.
         let impossible = PageQuery {
             required: scanner.unknown,
             ..PageQuery::default()
@@ -313,10 +313,10 @@ fn writes_are_seen_once_and_markers_hold_nothing() {
     assert_eq!(written(), [(3, 4, present), (12, 13, present)]);
     assert_eq!(written(), []);
     pages.write(12);
-    // To throw pages away is to write zeros; they are reported, as neither present nor swapped.
+    // Discarded pages read as zeros; they are reported, as neither present nor swapped.
     assert!(pages.advise(4..6, libc::MADV_DONTNEED));
     assert_eq!(written(), [(4, 6, nothing), (12, 13, present)]);
-    // What does not exist carries a marker by now, which reads as "swapped" and is not.
+    // Pages that do not exist carry a marker by now, which reads as "swapped".
     let query = PageQuery {
         required: PageCategories::SWAPPED,
         report: here | PageCategories::WRITTEN,
