@@ -1,5 +1,5 @@
-//! Makes `restorer` a freestanding program when `CKPT_BLOB` is set (by tracer/build.rs), and
-//! an ordinary stub otherwise, so that a plain `cargo build` of the workspace works.
+//! Builds `restorer` as a freestanding program when `CKPT_BLOB` is set (by tracer/build.rs), and otherwise as an
+//! ordinary stub, so that a plain `cargo build` of the workspace works.
 
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(ckpt_blob)");

@@ -1,4 +1,4 @@
-//! Throughput of the writer beside a plain write of the same bytes, as ratios in one run.
+//! Throughput of the writer relative to a plain write of the same bytes, in one run.
 //!
 //! `cargo run --release -p ckpt-image --example throughput [MIB] [DIRECTORY]`
 
@@ -11,7 +11,7 @@ use ckpt_image::{CHUNK_BYTES, Codec, Header, Reader, Writer, WriterOptions};
 
 const PAGE: u32 = 4096;
 
-/// Something like a heap: short texts, small numbers, pointers, some noise, some zeros.
+/// Bytes like those of a heap: short texts, small numbers, pointers, some noise, some zeros.
 fn heap(bytes: usize) -> Vec<u8> {
     let mut state = 88_172_645_463_325_252_u64;
     let mut data = Vec::with_capacity(bytes + 64);
@@ -31,7 +31,7 @@ fn heap(bytes: usize) -> Vec<u8> {
     data
 }
 
-/// Copies the bytes as a capture would read them, chunk by chunk, into a new file; gives the time and the file's length.
+/// Writes the bytes chunk by chunk, as a capture would, to a new file. Returns the time and the file's length.
 fn plain(path: &Path, data: &[u8]) -> std::io::Result<(Duration, u64)> {
     let start = Instant::now();
     let mut file = File::create(path)?;
@@ -71,7 +71,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = Path::new(&directory).join(format!("ckpt-throughput.{}", std::process::id()));
     let data = heap(mib << 20);
     let speed = |time: Duration| mib as f64 / time.as_secs_f64();
-    // The best of five, interleaved, so that a busy neighbour hits all alike.
+    // The best of five, interleaved, so that other load affects all alike.
     let codecs = [Codec::None, Codec::Lz4, Codec::Zstd(1), Codec::Gzip(1)];
     let mut best = [(Duration::MAX, 0); 5];
     let mut verify = [Duration::MAX; 5];

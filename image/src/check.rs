@@ -1,4 +1,4 @@
-//! Everything that must hold of footer and index before anything else in an image is believed.
+//! Checks of footer and index, before any other part of an image is used.
 
 use std::path::Path;
 
@@ -71,7 +71,7 @@ impl Layout {
     }
 }
 
-/// The number of the chunk whose run table holds a place in the index.
+/// The number of the chunk whose run table contains a position in the index.
 pub(crate) fn chunk_of(chunks: &[ChunkEntry], place: usize) -> usize {
     chunks
         .partition_point(|chunk| chunk.table <= place as u64)
@@ -116,11 +116,11 @@ fn read_footer(source: &Source, header: &Header) -> Result<Footer> {
     if index < HEADER_BYTES as u64 || index.checked_add(len) != Some(at) {
         return corrupt("it puts the index elsewhere than between the records and itself");
     }
-    // Every record stands in the file once more, so the index has at most half of what the header leaves.
+    // Every record is in the file a second time, so the index has at most half of what follows the header.
     if len > index - HEADER_BYTES as u64 || len >= MAX_INDEX {
         return corrupt("its index is longer than the records it describes");
     }
-    // The counts must fit into the index before memory is set aside for as many.
+    // The counts must fit the index before memory is allocated for them.
     let records = footer.records.get().checked_mul(RECORD_BYTES as u64);
     let runs = footer.runs.get().checked_mul(RUN_BYTES as u64);
     let known = footer.chunks.get().checked_add(footer.sections.get());
@@ -134,7 +134,7 @@ fn read_footer(source: &Source, header: &Header) -> Result<Footer> {
     Ok(footer)
 }
 
-/// Names occur once, or what `section` finds would depend on the reader.
+/// Names must be unique, or the result of `section` would depend on the reader.
 fn check_names(path: &Path, sections: &[SectionInfo]) -> Result<()> {
     let mut order: Vec<u32> = (0..sections.len() as u32).collect();
     order.sort_unstable_by_key(|number| &sections[*number as usize].place);
@@ -156,7 +156,7 @@ struct Walk<'a> {
     path: &'a Path,
     page_size: u32,
     footer: &'a Footer,
-    /// Where the next record must be, so that nothing hides between records.
+    /// Where the next record must be, so that there are no gaps between records.
     offset: u64,
     pages: u64,
     chunks: Vec<ChunkEntry>,
@@ -227,7 +227,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// What holds of every record.
+    /// Checks common to all records.
     fn record(&self, record: &Record, part: &Part) -> Result<Kind> {
         let corrupt = |reason: String| Err(Error::corrupt(self.path, part.clone(), reason));
         if record.offset.get() != self.offset {
@@ -287,7 +287,7 @@ impl<'a> Walk<'a> {
             return corrupt(format!("its runs have {sum} bytes and its pages {raw}"));
         }
         self.pages += sum / u64::from(self.page_size);
-        // Room was set aside for the number the footer says; more must not grow it.
+        // Memory was allocated for the number in the footer; more must not extend it.
         if self.chunks.len() == self.chunks.capacity() {
             return corrupt("there are more chunks than the footer says".into());
         }
@@ -343,7 +343,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// The blocks of a section stand together.
+    /// The blocks of a section are adjacent.
     fn finished_section(&self, next: &Part) -> Result<()> {
         match self.sections.last() {
             Some(last) if !last.is_whole() => {

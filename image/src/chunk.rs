@@ -1,17 +1,17 @@
-//! Runs of pages and the buffer in which the capturing side collects them.
+//! Runs of pages, and the buffer in which a capture collects them.
 
 use crate::error::{Error, Result};
 
-/// The raw bytes that the capturing side collects in one chunk.
+/// The raw bytes that a capture collects in one chunk.
 pub const CHUNK_BYTES: usize = 1 << 20;
 
-/// The most raw bytes that a chunk in a file may have, whoever wrote it.
+/// The most raw bytes of a chunk in a file.
 pub const MAX_CHUNK: usize = 4 << 20;
 
 /// Consecutive pages of one space (an address space, or an object with pages of its own).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageRun {
-    /// Number of the space; what it stands for is the caller's business.
+    /// Number of the space; its meaning is up to the caller.
     pub space: u32,
     /// Byte address or offset of the first page, page-aligned.
     pub start: u64,
@@ -31,10 +31,10 @@ impl PageRun {
     }
 }
 
-/// One chunk being filled by the capturing side.
+/// One chunk being filled by a capture.
 ///
-/// `data.len()` is the sum of the runs' pages in bytes, in the order of the runs. Up to [`CHUNK_BYTES`] are meant
-/// to be collected; up to [`MAX_CHUNK`] are accepted.
+/// `data.len()` is the sum of the runs' pages in bytes, in the order of the runs. Callers should collect up to
+/// [`CHUNK_BYTES`]; up to [`MAX_CHUNK`] are accepted.
 #[derive(Debug, Default)]
 pub struct Chunk {
     /// Which pages `data` holds.
@@ -44,7 +44,7 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// Bytes that fit before [`CHUNK_BYTES`] are reached.
+    /// Bytes left up to [`CHUNK_BYTES`].
     pub fn room(&self) -> usize {
         CHUNK_BYTES.saturating_sub(self.data.len())
     }
@@ -56,7 +56,7 @@ impl Chunk {
         self.data.extend_from_slice(data);
     }
 
-    /// Appends `pages` zeroed pages and lends their bytes to be filled in.
+    /// Appends `pages` zeroed pages and returns their bytes to be filled in.
     pub fn extend(&mut self, space: u32, start: u64, page_size: u32, pages: u32) -> &mut [u8] {
         let old = self.data.len();
         let new = pages as usize * page_size as usize;
@@ -80,7 +80,7 @@ impl Chunk {
     }
 }
 
-/// Checks what the format demands of a chunk's runs.
+/// Checks the runs of a chunk against the format.
 pub(crate) fn check(runs: &[PageRun], data: usize, page_size: u32) -> Result<()> {
     if data > MAX_CHUNK {
         return Err(Error::bad_input(format!(

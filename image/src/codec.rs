@@ -1,4 +1,4 @@
-//! Compression of one chunk or block: always whole buffers with known lengths, so that nothing has to be guessed or grown.
+//! Compression of one chunk or block: always whole buffers of known length.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -11,7 +11,7 @@ use crate::error::Error;
 /// Written as `none`, `lz4`, `zstd[:LEVEL]` or `gzip[:LEVEL]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Codec {
-    /// Stored as they are.
+    /// Uncompressed.
     None,
     /// The LZ4 block format.
     Lz4,
@@ -45,7 +45,7 @@ impl Codec {
         }
     }
 
-    /// From the two bytes of the header; `None` when they name no codec.
+    /// From the two bytes of the header; `None` if they name no codec.
     pub(crate) fn from_bytes(kind: u8, level: u8) -> Option<Self> {
         match (Kind::from_byte(kind)?, level) {
             (Kind::None, 0) => Some(Codec::None),
@@ -99,11 +99,11 @@ impl FromStr for Codec {
     }
 }
 
-/// The codec of one stored record; what a decoder needs, without the level.
+/// The codec of one stored record, without the level, which a decoder does not need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
-    /// Stored as it is.
+    /// Uncompressed.
     None = 0,
     /// The LZ4 block format.
     Lz4 = 1,
@@ -146,7 +146,7 @@ impl Encoder {
         Encoder { codec, zstd }
     }
 
-    /// The bytes that [`Encoder::encode`] wants in its output for `raw` bytes of input.
+    /// The size of the output buffer that [`Encoder::encode`] needs for `raw` bytes of input.
     pub(crate) fn bound(&self, raw: usize) -> usize {
         match self.codec {
             Codec::None => 0,
@@ -155,8 +155,8 @@ impl Encoder {
         }
     }
 
-    /// Compresses into `out` and returns the length there, or `None` when the result is not smaller
-    /// (or the compressor fails, whatever the reason): then the raw bytes are stored instead.
+    /// Compresses into `out` and returns the length, or `None` when the result is not smaller (or the compressor
+    /// fails): then the raw bytes are stored instead.
     pub(crate) fn encode(&mut self, raw: &[u8], out: &mut [u8]) -> Option<usize> {
         let stored = match self.codec {
             Codec::None => None,
@@ -192,7 +192,7 @@ pub(crate) fn decode(kind: Kind, stored: &[u8], raw: &mut [u8]) -> Result<(), St
         Kind::Gzip => {
             let mut decoder = flate2::bufread::GzDecoder::new(stored);
             decoder.read_exact(raw).map_err(|error| error.to_string())?;
-            // Reading the end makes the decoder check its CRC.
+            // Reading up to the end makes the decoder check its CRC.
             if decoder.read(&mut [0]).map_err(|error| error.to_string())? != 0 {
                 return Err(format!("it is longer than its {} bytes", raw.len()));
             }

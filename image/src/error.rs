@@ -1,4 +1,4 @@
-//! What can go wrong with an image, each in one sentence that names the object, the reason and the remedy.
+//! Errors of reading and writing images: each is one sentence with object, reason and remedy.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use crate::header::{Arch, FormatVersion};
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The path given in errors about an image that was read from a stream or from memory.
+/// The path in errors about an image that was read from a stream or from memory.
 pub const STREAM: &str = "<stream>";
 
 /// The part of an image that an error is about.
@@ -60,12 +60,12 @@ pub enum Error {
         /// The image's path.
         path: PathBuf,
     },
-    /// The file is something else.
+    /// The file is not an image.
     #[error("{}: this is not an image of ckpt: {reason}", path.display())]
     NotAnImage {
         /// The image's path.
         path: PathBuf,
-        /// How it was seen.
+        /// Why not.
         reason: String,
     },
     /// The image's end is missing.
@@ -79,14 +79,14 @@ pub enum Error {
         /// What is missing.
         reason: String,
     },
-    /// Bytes are not those that were written.
+    /// The bytes differ from those written.
     #[error("{}: the image is corrupted: {part}: {reason}; use another image of the job", path.display())]
     Corrupt {
         /// The image's path.
         path: PathBuf,
         /// The part in which the damage was found.
         part: Part,
-        /// What does not hold.
+        /// The check that failed.
         reason: String,
     },
     /// The image was written by a newer program.
@@ -128,16 +128,16 @@ pub enum Error {
         /// The number of the other.
         second: usize,
     },
-    /// The stored bytes are what was written, but they do not decode.
+    /// The stored bytes match their digest but do not decode.
     #[error("{}: {part} does not decode as {codec}: {reason}; use another image of the job", path.display())]
     Codec {
         /// The image's path.
         path: PathBuf,
         /// The part that does not decode.
         part: Part,
-        /// The codec it says it is stored with.
+        /// Its codec.
         codec: &'static str,
-        /// What the decoder says.
+        /// The decoder's error.
         reason: String,
     },
     /// The image has no section of this name.
@@ -165,12 +165,12 @@ pub enum Error {
     Io {
         /// The image's path.
         path: PathBuf,
-        /// What was tried, as a verb phrase.
+        /// The failed action, as a verb phrase.
         action: &'static str,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
-    /// Something that is not a regular file has the name that the image should get.
+    /// The target path exists and is not a regular file.
     #[error(
         "{}: there is something of this name that is not a regular file, and an image is not put in its place; choose another name, or - to write a stream",
         path.display()
@@ -179,33 +179,33 @@ pub enum Error {
         /// The image's path.
         path: PathBuf,
     },
-    /// The place the image is written to took no more bytes.
+    /// The sink failed.
     #[error("cannot write the image: {source}{}", hint(source))]
     Sink {
-        /// The sink's answer.
+        /// The sink's error.
         source: io::Error,
     },
-    /// The writer was given something that cannot be stored.
+    /// The input of the writer cannot be stored.
     #[error("cannot store this in an image: {reason}")]
     BadInput {
-        /// What is wrong with it.
+        /// Why.
         reason: String,
     },
-    /// A codec's name or level is not known.
+    /// Unknown name or level of a codec.
     #[error("unknown codec {given:?}: {reason}; use none, lz4, zstd[:1-19] or gzip[:1-9]")]
     BadCodec {
-        /// What was given.
+        /// The input.
         given: String,
-        /// What is wrong with it.
+        /// Why.
         reason: String,
     },
-    /// A thread of the writer died of a panic.
+    /// A thread of the writer panicked.
     #[error("a thread of the image writer died; this is a defect of ckpt, please report it")]
     WriterDied,
 }
 
 impl Error {
-    /// The system's error, when that is the cause.
+    /// The system's error, if that is the cause.
     pub fn io(&self) -> Option<&io::Error> {
         match self {
             Error::Io { source, .. } | Error::Sink { source } => Some(source),
@@ -243,7 +243,7 @@ impl Error {
     }
 }
 
-/// An [`io::Error`] cannot be cloned; this is the nearest copy.
+/// A copy of an [`io::Error`], which cannot be cloned.
 pub(crate) fn copy_of(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(errno) => io::Error::from_raw_os_error(errno),
@@ -251,7 +251,7 @@ pub(crate) fn copy_of(error: &io::Error) -> io::Error {
     }
 }
 
-/// The remedy for the system errors that have one.
+/// The remedy for some system errors.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {

@@ -1,9 +1,9 @@
-//! An image file appears under its name only when it is whole.
+//! An image file that appears under its name only when it is complete.
 //!
 //! It is written under a temporary name in the same directory and renamed when everything is on disk. A process
-//! killed by SIGKILL leaves its temporary file behind; the next image of the same name sweeps it away. A temporary
-//! file that is being written is locked (`flock`), so that the two are told apart without asking for pids,
-//! which mean nothing in another pid namespace or after a reboot.
+//! killed by SIGKILL leaves its temporary file behind; the next image of the same name removes it. A temporary file
+//! that is being written is locked (`flock`), which distinguishes the two. Pids would not: they mean nothing in
+//! another pid namespace or after a reboot.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::header::random_id;
 
-/// Bytes of the final name that are repeated in the temporary one, so that this fits into 255.
+/// Bytes of the final name in the temporary one, which must fit into 255.
 const NAME_PART: usize = 200;
 
 /// The file an image is written to. Dropping it without [`commit`](ImageFile::commit) removes it.
@@ -28,8 +28,8 @@ pub struct ImageFile {
 }
 
 impl ImageFile {
-    /// Creates the temporary file `.NAME.tmp.PID.random`, mode 0600, beside `path`, after sweeping away
-    /// what killed processes left there for the same name.
+    /// Creates the temporary file `.NAME.tmp.PID.random`, mode 0600, beside `path`, after removing those of killed
+    /// processes for the same name.
     ///
     /// # Errors
     /// `NotAFile` when `path` is a directory, device, fifo or socket; `Io` when it has no file name
@@ -44,12 +44,12 @@ impl ImageFile {
         let name = path
             .file_name()
             .ok_or_else(|| fail("create the image", io::ErrorKind::InvalidFilename.into()))?;
-        // A rename over /dev/stdout, say, would take it from everybody.
+        // A rename over /dev/stdout, say, would remove it for all users.
         if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
             return Err(Error::NotAFile { path: path.into() });
         }
         let directory = directory_of(path);
-        // What cannot be swept away is in nobody's way.
+        // Stale files that cannot be removed do no harm.
         let _ = sweep_stale(directory, name);
         loop {
             let mut temporary = prefix(name);
@@ -67,8 +67,8 @@ impl ImageFile {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(fail("create the image", error)),
             };
-            // Between creation and lock another process may have swept the file away: then try once more.
-            // A file system without locks has no sweeping either.
+            // Before it is locked another process may have removed the file: then try once more. Without file locks
+            // stale files are not removed either.
             let locked = !matches!(file.try_lock(), Err(TryLockError::WouldBlock));
             let linked = file.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
             if locked && linked {
@@ -92,7 +92,7 @@ impl ImageFile {
         &self.path
     }
 
-    /// Puts everything written so far on disk; [`commit`](Self::commit) does so too.
+    /// Syncs everything written so far to disk; [`commit`](Self::commit) does so too.
     ///
     /// # Errors
     /// `Io`.
@@ -104,8 +104,8 @@ impl ImageFile {
         })
     }
 
-    /// Puts everything on disk and gives the file its final name, replacing an older image atomically.
-    /// A symbolic link of that name is replaced, not followed.
+    /// Syncs everything to disk and gives the file its final name, replacing an older image atomically. A symbolic
+    /// link of that name is replaced, not followed.
     ///
     /// # Errors
     /// `Io`; then the older image, if any, is still there and the temporary file is removed, unless only the last step,
@@ -151,8 +151,7 @@ impl Drop for ImageFile {
     }
 }
 
-/// Removes the temporary files in `directory` that killed processes left for the image `name`.
-/// Returns how many there were.
+/// Removes the temporary files of killed processes for the image `name` in `directory`. Returns their number.
 ///
 /// # Errors
 /// When the directory cannot be read; files that cannot be opened or locked are left alone.
@@ -182,7 +181,7 @@ fn remove_if_unlocked(path: &Path) -> io::Result<bool> {
         .custom_flags(flags)
         .open(path)?;
     match file.try_lock() {
-        // Removed while locked, so that its maker, who locks it next, sees that it is gone.
+        // Removed under the lock: a creator that locks it afterwards sees that it has no link.
         Ok(()) => fs::remove_file(path).map(|()| true),
         Err(TryLockError::WouldBlock) => Ok(false),
         Err(TryLockError::Error(error)) => Err(error),

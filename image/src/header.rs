@@ -1,4 +1,4 @@
-//! The first 1024 bytes of an image: what can be told of it without decoding anything.
+//! The first 1024 bytes of an image, readable without decoding.
 
 use std::fmt;
 use std::io::Read;
@@ -10,7 +10,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use crate::codec::Codec;
 use crate::error::{Error, Part, Result, STREAM};
 
-/// The first eight bytes of every image: a byte that no text has, the name, and line ends that a text conversion would spoil.
+/// The first eight bytes of every image: a non-text byte, the name, and line ends that a text conversion would
+/// change.
 pub const MAGIC: [u8; 8] = *b"\x89CKPT\r\n\x1a";
 
 /// The length of the header in the file.
@@ -19,9 +20,9 @@ pub const HEADER_BYTES: usize = 1024;
 /// A version of the file format. Readers accept every minor version of their major version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FormatVersion {
-    /// Rises when older readers cannot read the file.
+    /// Incremented when older readers cannot read the file.
     pub major: u16,
-    /// Rises when something is added that older readers may ignore.
+    /// Incremented for additions that older readers may ignore.
     pub minor: u16,
 }
 
@@ -45,12 +46,12 @@ pub enum Arch {
     Aarch64,
     /// 64-bit RISC-V (number 3).
     Riscv64,
-    /// A number this version does not know.
+    /// Unknown number.
     Other(u16),
 }
 
 impl Arch {
-    /// The architecture this program was built for.
+    /// The architecture of this build.
     pub const fn native() -> Self {
         if cfg!(target_arch = "x86_64") {
             Arch::X86_64
@@ -93,10 +94,10 @@ impl fmt::Display for Arch {
     }
 }
 
-/// What can be read from the first bytes of an image.
+/// The contents of the header.
 ///
-/// The strings have a bounded place in the file; longer ones are cut at a character boundary when written,
-/// and NUL characters become spaces.
+/// The strings have a bounded length; longer ones are cut at a character boundary when written, and NUL characters
+/// become spaces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     /// Version of the format; a writer always writes [`FormatVersion::CURRENT`].
@@ -107,7 +108,7 @@ pub struct Header {
     pub page_size: u32,
     /// Nanoseconds since 1970 at which the checkpoint was taken.
     pub created_unix_ns: u64,
-    /// `/proc/sys/kernel/random/boot_id` of the machine's run in which it was taken.
+    /// `/proc/sys/kernel/random/boot_id` at the checkpoint.
     pub boot_id: [u8; 16],
     /// Random identity of this image; see [`random_id`].
     pub image_id: [u8; 16],
@@ -117,7 +118,7 @@ pub struct Header {
     pub processes: u32,
     /// Number of tasks in the job.
     pub threads: u32,
-    /// The codec asked for; a writer always writes that of its options. Each record has its own.
+    /// The requested codec; a writer always writes that of its options. Each record has its own.
     pub codec: Codec,
     /// Name of the first process (at most 32 bytes).
     pub comm: String,
@@ -153,7 +154,7 @@ impl Default for Header {
     }
 }
 
-/// The header as it stands in the file; docs/image-format.md has the table.
+/// The header in the file's layout; docs/image-format.md has the table.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct Raw {
@@ -198,7 +199,7 @@ impl Header {
         Header::parse(&bytes, path)
     }
 
-    /// Checks from the outside in, so that the error names the outermost thing that is wrong.
+    /// Checks from the outside in, so that the error names the outermost fault.
     pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Header> {
         let known = bytes.len().min(MAGIC.len());
         if bytes.is_empty() {
@@ -275,7 +276,7 @@ impl Header {
         })
     }
 
-    /// The header's bytes with their digest, in the current version and with `codec` in place of its own.
+    /// The header's bytes with their digest, with the current version and `codec` instead of its own.
     pub(crate) fn encode(&self, codec: Codec) -> [u8; HEADER_BYTES] {
         let mut raw = Raw::new_zeroed();
         raw.magic = MAGIC;

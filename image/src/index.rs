@@ -1,7 +1,7 @@
-//! The records of an image as bytes: record headers, run tables, the footer.
+//! The encoding of records: record headers, run tables, the footer.
 //!
-//! The index of an image is the record headers and run tables once more, in file order, so that there is
-//! one encoding of them and comparing the two copies is comparing bytes.
+//! The index of an image repeats its record headers and run tables, in file order, so there is one encoding and the
+//! copies are compared as bytes.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -25,7 +25,7 @@ pub(crate) const KIND_SECTION: u8 = 2;
 pub(crate) struct Record {
     pub(crate) kind: u8,
     pub(crate) codec: u8,
-    /// Of the section; 0 for a chunk.
+    /// Version of the section; 0 for a chunk.
     pub(crate) version: U16,
     pub(crate) raw_len: U32,
     pub(crate) stored_len: U32,
@@ -53,7 +53,7 @@ impl Record {
         }
     }
 
-    /// The record at the start of `bytes`, which the index's checks have shown to be there.
+    /// The record at the start of `bytes`; the checks of the index guarantee it.
     pub(crate) fn at(bytes: &[u8]) -> Option<Record> {
         Record::read_from_prefix(bytes)
             .ok()
@@ -70,7 +70,7 @@ pub(crate) fn payload_digest(stored: &[u8]) -> [u8; 16] {
     xxhash_rust::xxh3::xxh3_128(stored).to_le_bytes()
 }
 
-/// A run in twelve bytes: the number of the first page times 4096, plus the number of pages less one.
+/// A run in twelve bytes: the number of the first page times 4096, plus the number of pages minus one.
 ///
 /// Page numbers have at most 52 bits, because pages have at least 4096 bytes.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -96,7 +96,7 @@ pub(crate) fn push_run(table: &mut Vec<u8>, run: &PageRun, page_size: u32) {
     );
 }
 
-/// The run at the start of `bytes`, or `None` when there are too few bytes or its end is beyond 64 bits.
+/// The run at the start of `bytes`, or `None` when there are too few bytes or its end exceeds 64 bits.
 pub(crate) fn run_at(bytes: &[u8], page_size: u32) -> Option<PageRun> {
     let (raw, _) = RawRun::ref_from_prefix(bytes).ok()?;
     let packed = raw.packed.get();
@@ -134,14 +134,14 @@ pub(crate) struct Footer {
 const _: () = assert!(size_of::<Footer>() == FOOTER_BYTES);
 
 impl Footer {
-    /// The digest that belongs to the footer's own fields.
+    /// The digest of the footer's fields.
     pub(crate) fn own_seal(&self) -> [u8; 32] {
         let covered = FOOTER_BYTES - self.seal.len() - self.magic.len();
         *blake3::hash(&self.as_bytes()[..covered]).as_bytes()
     }
 }
 
-/// The name in a section's record, when it is one to sixteen characters of `a-z 0-9 . _ -` padded with zeros.
+/// The name in a section's record, if it is one to sixteen characters of `a-z 0-9 . _ -` padded with zeros.
 pub(crate) fn section_name(place: &[u8; 16]) -> Option<&str> {
     let end = place
         .iter()
@@ -156,7 +156,7 @@ pub(crate) fn section_name(place: &[u8; 16]) -> Option<&str> {
     std::str::from_utf8(name).ok()
 }
 
-/// The sixteen bytes that stand for a section's name in its records.
+/// The sixteen bytes of a section's name in its records.
 pub(crate) fn section_place(name: &str) -> Option<[u8; 16]> {
     let mut place = [0; 16];
     place
@@ -165,7 +165,7 @@ pub(crate) fn section_place(name: &str) -> Option<[u8; 16]> {
     section_name(&place)?.eq(name).then_some(place)
 }
 
-/// The number of the chunk whose run table covers `place` in an index.
+/// The number of the chunk whose run table contains the position `place` of an index.
 pub(crate) fn chunk_at(index: &[u8], place: usize) -> usize {
     let (mut at, mut chunk) = (0, 0);
     while let Some(record) = index.get(at..).and_then(Record::at) {

@@ -3,10 +3,10 @@
 //! This crate knows nothing about processes: pages belong to numbered *spaces*, and sections are named bytes.
 //! `docs/image-format.md` describes the file byte by byte.
 //!
-//! * [`Writer`] writes into any sink, forward only, and compresses on all processors meanwhile.
-//! * [`ImageFile`] is a sink that becomes a file only when it is whole.
-//! * [`Reader`] checks header, footer and index on opening and every stored byte before decoding it;
-//!   it may be shared between threads.
+//! * [`Writer`] writes to any sink, forward only, and compresses on all processors meanwhile.
+//! * [`ImageFile`] is a sink whose file appears only when it is complete.
+//! * [`Reader`] checks header, footer and index on opening and every stored byte before decoding it; it may be shared
+//!   between threads.
 //!
 //! ```
 //! use ckpt_image::{Header, Reader, Writer, WriterOptions};

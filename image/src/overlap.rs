@@ -1,18 +1,18 @@
-//! All runs of an index in the order of their addresses: shows pages that occur twice, and finds pages.
+//! All runs of an index ordered by address: detects duplicate pages, and finds pages.
 
 use crate::chunk::PageRun;
 use crate::index::{RECORD_BYTES, RUN_BYTES, Record, run_at};
 
-/// Runs by their place in the index, in the order of space and address.
+/// Runs by their position in the index, ordered by space and address.
 ///
-/// Four bytes a run, so that a table of them is always smaller than the index itself.
+/// Four bytes a run, so this table is always smaller than the index.
 #[derive(Debug, Default)]
 pub(crate) struct SortedRuns {
-    /// Byte positions in the index, divided by four: record headers and table entries are multiples of it.
+    /// Byte positions in the index, divided by four: sizes of record headers and table entries are multiples of four.
     places: Vec<u32>,
 }
 
-/// The longest index whose places can be named.
+/// The longest index whose positions can be represented.
 pub(crate) const MAX_INDEX: u64 = 4 * (u32::MAX as u64);
 
 impl SortedRuns {
@@ -37,7 +37,7 @@ impl SortedRuns {
         sorted
     }
 
-    /// The first address that occurs twice, as its space, itself, and the places of both runs.
+    /// The first duplicate address: its space, the address, and the positions of both runs.
     pub(crate) fn overlap(&self, index: &[u8], page_size: u32) -> Option<(u32, u64, usize, usize)> {
         self.places.windows(2).find_map(|pair| {
             let (a, b) = (
@@ -49,7 +49,7 @@ impl SortedRuns {
         })
     }
 
-    /// The runs of one space with their places in the index, by address.
+    /// The runs of one space with their positions in the index, by address.
     pub(crate) fn of_space<'a>(
         &'a self,
         index: &'a [u8],
@@ -68,7 +68,7 @@ impl SortedRuns {
             .take_while(move |(run, _)| run.space == space)
     }
 
-    /// The run that holds an address, with its place in the index.
+    /// The run that contains an address, with its position in the index.
     pub(crate) fn find(
         &self,
         index: &[u8],

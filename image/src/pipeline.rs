@@ -1,4 +1,4 @@
-//! What the threads of a writer share: a queue of raw records to compress, and the compressed ones in order.
+//! State shared by the threads of a writer: a queue of raw records, and the compressed ones in order.
 //!
 //! ```text
 //! caller ──submit──▶ todo ──workers──▶ done (slots by number) ──writer thread──▶ sink
@@ -6,8 +6,8 @@
 //!    └───────────── room: fewer than `limit` in flight ◀─────────────┘
 //! ```
 //!
-//! A record is in flight from `submit` until its bytes are in the sink. Only records in flight and the chunk the
-//! caller fills hold buffers, so memory is bounded whatever the speed of the sink.
+//! A record is in flight from `submit` until its bytes are in the sink. Only records in flight and the chunk that the
+//! caller fills hold buffers, so memory is bounded at any speed of the sink.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,14 +17,14 @@ use crate::codec::{Codec, Encoder, Kind};
 use crate::error::{Error, Result, copy_of};
 use crate::index::{Record, payload_digest};
 
-/// A record on its way: its header, run table and raw bytes, and after a worker has had it, its stored bytes.
+/// A record in flight: its header, run table and raw bytes, later its stored bytes.
 pub(crate) struct Job {
     pub(crate) record: Record,
     pub(crate) table: Vec<u8>,
     pub(crate) raw: Vec<u8>,
-    /// The compressor's output; its first `record.stored_len` bytes count unless the record is stored raw.
+    /// The compressor's output; its first `record.stored_len` bytes are valid unless the record is stored raw.
     pub(crate) out: Vec<u8>,
-    /// To be compressed.
+    /// Whether to compress it.
     pub(crate) packed: bool,
 }
 
@@ -41,17 +41,17 @@ impl Job {
 struct State {
     /// Waiting for a worker, with their slot numbers.
     todo: VecDeque<(u64, Job)>,
-    /// Slots from number `written` on; `None` while a worker is at it.
+    /// Slots from number `written` on; `None` while a worker has the record.
     done: VecDeque<Option<Job>>,
-    /// Slots given out.
+    /// Number of slots assigned.
     submitted: u64,
     /// Slots whose bytes are in the sink.
     written: u64,
     raw_pool: Vec<Vec<u8>>,
     out_pool: Vec<Vec<u8>>,
-    /// No more records will come.
+    /// There will be no more records.
     closed: bool,
-    /// The writer is being dropped: stop at once.
+    /// The writer is being dropped: stop.
     aborted: bool,
     failure: Option<Failure>,
 }
@@ -69,7 +69,7 @@ impl State {
 
 pub(crate) struct Pipeline {
     state: Mutex<State>,
-    /// Signals workers: something to do, or the end.
+    /// Signals workers: there is a record, or the end.
     work: Condvar,
     /// Signals the writer thread: the next slot may be done, or the end.
     ready: Condvar,
@@ -89,7 +89,7 @@ impl Pipeline {
         }
     }
 
-    /// A panic of one thread must not take the job's checkpoint down with a second one: `failure` tells of it.
+    /// Ignores poisoning: after a panic of one thread a second one must not follow; `failure` reports it.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -121,12 +121,12 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Takes back a buffer that was not needed.
+    /// Takes back an unused buffer.
     pub(crate) fn recycle(&self, raw: Vec<u8>) {
         recycle(&mut self.lock(), raw, Vec::new());
     }
 
-    /// Says that no more records will come.
+    /// Marks the end of the records.
     pub(crate) fn close(&self) {
         self.lock().closed = true;
         self.notify_all();
@@ -152,7 +152,7 @@ impl Pipeline {
         self.room.notify_all();
     }
 
-    /// The life of one compressing thread.
+    /// Main function of a compressing thread.
     pub(crate) fn work(&self, codec: Codec) {
         let _guard = TellOfPanic(self);
         let mut encoder = Encoder::new(codec);
@@ -184,7 +184,7 @@ impl Pipeline {
         }
     }
 
-    /// The next record in order; `None` at the end or when there is no sense in going on.
+    /// The next record in order; `None` at the end and after a failure.
     pub(crate) fn next_done(&self) -> Option<Job> {
         let mut state = self.lock();
         loop {
@@ -198,7 +198,7 @@ impl Pipeline {
         }
     }
 
-    /// Returns the buffers of the record that [`Pipeline::next_done`] gave, whose bytes are now in the sink.
+    /// Returns the buffers of the record from [`Pipeline::next_done`], whose bytes are now in the sink.
     pub(crate) fn written(&self, job: Job) {
         let mut state = self.lock();
         state.done.pop_front();
@@ -219,7 +219,7 @@ fn check(state: &State) -> Result<()> {
     }
 }
 
-/// Buffers that grew beyond the usual are not kept.
+/// Buffers larger than usual are not kept.
 fn recycle(state: &mut State, mut raw: Vec<u8>, out: Vec<u8>) {
     raw.clear();
     if raw.capacity() > 0 && raw.capacity() <= 2 * CHUNK_BYTES {
@@ -253,7 +253,7 @@ fn compress(encoder: &mut Encoder, codec: Codec, job: &mut Job) {
     job.record.digest = payload_digest(job.stored());
 }
 
-/// A thread that panics must not leave the others waiting for it.
+/// Reports a panic of its thread, so that the others do not wait for it.
 pub(crate) struct TellOfPanic<'a>(pub(crate) &'a Pipeline);
 
 impl Drop for TellOfPanic<'_> {

@@ -1,4 +1,4 @@
-//! Reading an image: at random, from several threads, believing nothing that has not been checked.
+//! Reading an image: random access, from several threads, with a check before every use.
 
 use std::fs::File;
 use std::path::Path;
@@ -13,20 +13,20 @@ use crate::index::{RECORD_BYTES, RUN_BYTES, Record, run_at};
 use crate::section::{SectionInfo, SectionReader, read_record};
 use crate::source::Source;
 
-/// What the index says of one chunk.
+/// The index entry of one chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkEntry {
     /// Position of the chunk's record in the file.
     pub offset: u64,
-    /// Place of the run table in the index.
+    /// Position of the run table in the index.
     pub(crate) table: u64,
     /// Number of page runs; [`Reader::runs`] gives them.
     pub runs: u32,
     /// Bytes of the chunk's pages.
     pub raw_len: u32,
-    /// Bytes they take in the file.
+    /// Bytes of the pages as stored.
     pub stored_len: u32,
-    /// How they are stored.
+    /// Their codec.
     pub codec: Kind,
     /// XXH3-128 of the stored bytes, little-endian.
     pub digest: [u8; 16],
@@ -39,7 +39,7 @@ pub struct ChunkEntry {
 pub struct Reader {
     pub(crate) source: Source,
     pub(crate) layout: Layout,
-    /// The chunk that [`Reader::page`] read last; pages are mostly asked for one after another.
+    /// The chunk that [`Reader::page`] read last; pages are usually read in sequence.
     last: Mutex<LastChunk>,
 }
 
@@ -84,7 +84,7 @@ impl Reader {
         })
     }
 
-    /// Where the image was opened, or [`STREAM`](crate::STREAM).
+    /// The path of the image, or [`STREAM`](crate::STREAM).
     pub fn path(&self) -> &Path {
         &self.source.path
     }
@@ -99,7 +99,7 @@ impl Reader {
         self.layout.footer.pages.get()
     }
 
-    /// BLAKE3 of header and index, and with the digests in the index of everything.
+    /// BLAKE3 of header and index; through the digests in the index it covers everything.
     pub fn digest(&self) -> [u8; 32] {
         self.layout.footer.root
     }
@@ -109,7 +109,7 @@ impl Reader {
         &self.layout.header
     }
 
-    /// Succeeds when the image is of this architecture.
+    /// Checks that the image is of this architecture.
     ///
     /// # Errors
     /// `OtherArch`.
@@ -140,12 +140,12 @@ impl Reader {
         })
     }
 
-    /// The whole of a section that has at most `limit` bytes.
+    /// Reads a whole section of at most `limit` bytes.
     ///
     /// # Errors
     /// `NoSection`, `SectionTooBig`, `Corrupt`, `Codec`, `Io`.
     pub fn section(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
-        // Grows with what was really decoded: a length alone costs nothing.
+        // Grows with the decoded bytes: a forged length allocates nothing.
         let mut bytes = Vec::new();
         let mut reader = self.section_reader(name, limit)?;
         while reader.next_block()? {
@@ -154,7 +154,7 @@ impl Reader {
         Ok(bytes)
     }
 
-    /// Reads a section that has at most `limit` bytes bit by bit, with the memory of one block.
+    /// Reads a section of at most `limit` bytes incrementally, with the memory of one block.
     ///
     /// # Errors
     /// `NoSection`, `SectionTooBig`; reading gives [`std::io::Error`]s that hold an [`Error`].
@@ -177,7 +177,7 @@ impl Reader {
         &self.layout.chunks
     }
 
-    /// The page runs of a chunk in the order of its bytes; none when there is no such chunk.
+    /// The page runs of a chunk in the order of its bytes; empty when there is no such chunk.
     pub fn runs(&self, chunk: usize) -> impl ExactSizeIterator<Item = PageRun> + Clone + '_ {
         let table = self.chunks().get(chunk).and_then(|chunk| {
             let from = chunk.table as usize;
@@ -196,8 +196,8 @@ impl Reader {
         table.unwrap_or_default().chunks_exact(RUN_BYTES).map(run)
     }
 
-    /// Reads and checks a chunk: afterwards `into` holds the bytes of its pages. `scratch` is working memory;
-    /// both keep their capacity for the next call.
+    /// Reads and checks a chunk: `into` receives the bytes of its pages. `scratch` is working memory; both keep their
+    /// capacity for the next call.
     ///
     /// # Errors
     /// `Corrupt` when the stored bytes do not match their digest, `Codec` when they do not decode to the right length,
@@ -239,7 +239,7 @@ impl Reader {
         runs.map(|(run, place)| (run, chunk_of(self.chunks(), place)))
     }
 
-    /// The chunk that holds the page around `address`, and the page's offset in the chunk's bytes.
+    /// The chunk that contains the page at `address`, and the page's offset in the chunk's bytes.
     pub fn locate(&self, space: u32, address: u64) -> Option<(usize, usize)> {
         let page_size = self.header().page_size;
         let (run, place) = self
@@ -258,7 +258,7 @@ impl Reader {
         Some((chunk, (skipped + page) as usize))
     }
 
-    /// The page around `address`, or `None` when the image has none there.
+    /// The page at `address`, or `None` if the image does not contain it.
     ///
     /// # Errors
     /// As [`Reader::read_chunk`].

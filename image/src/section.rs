@@ -7,14 +7,14 @@ use crate::error::{Error, Part, Result};
 use crate::index::{RECORD_BYTES, Record, payload_digest, section_name};
 use crate::source::Source;
 
-/// What the index says of one section.
+/// The index entry of one section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SectionInfo {
     pub(crate) place: [u8; 16],
     version: u16,
     raw_len: u64,
     stored_len: u64,
-    /// Place of the first block's record in the index; the others follow.
+    /// Position of the first block's record in the index; the others follow.
     first: u64,
     blocks: u32,
     seen: u32,
@@ -57,7 +57,7 @@ impl SectionInfo {
         section_name(&self.place).unwrap_or_default()
     }
 
-    /// Version of the section's contents, as given by its writer.
+    /// Version of the section's contents, set by its writer.
     pub fn version(&self) -> u16 {
         self.version
     }
@@ -99,7 +99,7 @@ impl<'a> SectionReader<'a> {
         }
     }
 
-    /// Decodes the next block, whose bytes are then in `block`; false at the end.
+    /// Decodes the next block into `block`; false at the end.
     pub(crate) fn next_block(&mut self) -> Result<bool> {
         if self.left == 0 {
             return Ok(false);
@@ -139,7 +139,7 @@ impl Read for SectionReader<'_> {
     }
 }
 
-/// The part that a section's record stands for.
+/// The part that an error about a record names.
 pub(crate) fn part_of(record: &Record) -> Part {
     Part::Section {
         name: section_name(&record.name).unwrap_or_default().into(),
@@ -147,7 +147,7 @@ pub(crate) fn part_of(record: &Record) -> Part {
     }
 }
 
-/// Reads the stored bytes of a record, checks their digest, and only then decodes them into `into`.
+/// Reads the stored bytes of a record, checks their digest, then decodes them into `into`.
 pub(crate) fn read_record(
     source: &Source,
     record: &Record,
@@ -183,7 +183,7 @@ pub(crate) fn read_record(
     Ok(())
 }
 
-/// Makes room for exactly as much; growing by doubling would be more than the bounds promise.
+/// Reserves exactly `len` bytes; doubling would exceed the documented bounds.
 pub(crate) fn resize(buffer: &mut Vec<u8>, len: usize) {
     buffer.reserve_exact(len.saturating_sub(buffer.len()));
     buffer.resize(len, 0);

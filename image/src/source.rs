@@ -1,4 +1,4 @@
-//! Where an image is read from: a file by position, or memory.
+//! The source of an image: a file, read by position, or memory.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,7 +13,7 @@ enum Bytes {
     Memory(Vec<u8>),
 }
 
-/// The bytes of an image and their number when it was opened.
+/// The bytes of an image, and their number when it was opened.
 #[derive(Debug)]
 pub(crate) struct Source {
     bytes: Bytes,
@@ -23,7 +23,7 @@ pub(crate) struct Source {
 
 impl Source {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        // O_NONBLOCK: opening a fifo that nobody writes must not wait. It means nothing for regular files.
+        // O_NONBLOCK: opening a FIFO without a writer must not wait. It has no effect on regular files.
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -90,7 +90,7 @@ impl Source {
         }
     }
 
-    /// `len` bytes from `offset`, which the caller has compared with the length of the source.
+    /// `len` bytes from `offset`; the caller has checked the length of the source.
     pub(crate) fn read_vec(&self, len: usize, offset: u64) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let room = bytes.try_reserve_exact(len);

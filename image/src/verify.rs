@@ -1,4 +1,4 @@
-//! Reading every byte of an image, on several processors.
+//! Verification of every byte of an image, on several processors.
 
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, PoisonError};
@@ -10,13 +10,13 @@ use crate::index::{FOOTER_BYTES, KIND_CHUNK, RECORD_BYTES, Record};
 use crate::reader::Reader;
 use crate::section::{part_of, read_record, resize};
 
-/// Threads at most, so that memory is bounded on any machine: each holds a chunk's raw and stored bytes.
+/// Most threads, so that memory is bounded on any machine: each holds a chunk's raw and stored bytes.
 const THREADS: usize = 8;
 
-/// Images smaller than this are read sooner than a thread is started.
+/// Smaller images are read faster than a thread is started.
 const WORTH_A_THREAD: u64 = 4 << 20;
 
-/// What [`Reader::verify`] found whole.
+/// The result of [`Reader::verify`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VerifySummary {
     /// Bytes of the image, each covered by a check.
@@ -27,22 +27,22 @@ pub struct VerifySummary {
     pub pages: u64,
     /// Number of sections.
     pub sections: u64,
-    /// BLAKE3 of header and index, and with the digests in the index of everything.
+    /// BLAKE3 of header and index; through the digests in the index it covers everything.
     pub digest: [u8; 32],
 }
 
-/// The next record to read, handed out in file order.
+/// The next record to read, assigned in file order.
 #[derive(Default)]
 struct Queue {
     at: usize,
     chunks: usize,
-    /// The damage that is first in the file, and where; nothing is handed out after the first one found.
+    /// The first damage in the file, with its position; after a find no more records are assigned.
     damage: Option<(u64, Error)>,
 }
 
 impl Reader {
     /// Reads every byte, checks every digest, and decodes every chunk and section.
-    /// `progress` is told bytes done and bytes in total, in the calling thread.
+    /// `progress` is called with the bytes done and the total, in the calling thread.
     ///
     /// # Errors
     /// The first damage in file order: `Corrupt`, `Codec`, `Truncated` or `Io`.
@@ -95,7 +95,7 @@ impl Reader {
         })
     }
 
-    /// The life of one verifying thread.
+    /// Main function of a verifying thread.
     fn verify_some(&self, queue: &Mutex<Queue>, tell: &Sender<u64>) {
         let index = &self.layout.index[..];
         let lock = || queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -122,7 +122,7 @@ impl Reader {
                 .compare_header(&record, expected, &mut scratch, part)
                 .and_then(|()| read_record(&self.source, &record, &mut raw, &mut scratch, part));
             match checked {
-                // The caller's thread listens until all senders are gone.
+                // The calling thread receives until all senders are dropped.
                 Ok(()) => drop(tell.send(record.total())),
                 Err(error) => {
                     let (offset, mut queue) = (record.offset.get(), lock());
@@ -138,7 +138,7 @@ impl Reader {
         }
     }
 
-    /// The record's header and run table in the file must be those in the index.
+    /// Compares the record's header and run table in the file with the index.
     fn compare_header(
         &self,
         record: &Record,

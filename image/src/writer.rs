@@ -18,22 +18,22 @@ use crate::index::{
 use crate::overlap::SortedRuns;
 use crate::pipeline::{Job, Pipeline, TellOfPanic};
 
-/// Records that may wait to be written beside those being compressed, so that neither side waits for small jitter.
+/// Records that may wait for the sink in addition to those being compressed, which absorbs jitter.
 const SLACK: usize = 4;
 
-/// Threads where one on each processor is asked for: more compress faster than any sink takes, and each costs memory.
+/// Most threads by default: more compress faster than any sink takes, and each costs memory.
 const MOST_THREADS: usize = 64;
 
-/// How a [`Writer`] works.
+/// Options of a [`Writer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WriterOptions {
     /// Compression of chunks and sections.
     pub codec: Codec,
-    /// Compressing threads; 0 stands for one on each processor, up to 64. Each costs about 2 MiB of buffers.
+    /// Compressing threads; 0 means one for each processor, up to 64. Each costs about 2 MiB of buffers.
     pub threads: usize,
 }
 
-/// What was written.
+/// Summary of a written image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageSummary {
     /// Length of the image.
@@ -42,23 +42,23 @@ pub struct ImageSummary {
     pub chunks: u64,
     /// Number of pages in them.
     pub pages: u64,
-    /// Bytes of the pages as they are in memory.
+    /// Uncompressed bytes of the pages.
     pub raw_page_bytes: u64,
-    /// Bytes of the pages as they are stored.
+    /// Stored bytes of the pages.
     pub stored_page_bytes: u64,
     /// Number of sections.
     pub sections: u64,
-    /// Bytes of the sections before compression.
+    /// Uncompressed bytes of the sections.
     pub raw_section_bytes: u64,
-    /// BLAKE3 of header and index, and with the digests in the index of everything.
+    /// BLAKE3 of header and index; through the digests in the index it covers everything.
     pub digest: [u8; 32],
 }
 
-/// Writes one image into a sink, compressing on several threads while the caller collects the next pages.
+/// Writes one image to a sink, compressing on several threads while the caller collects the next pages.
 ///
-/// An error of the sink comes back from the next [`submit`](Writer::submit), [`section`](Writer::section) or
-/// [`finish`](Writer::finish), and from every one after it. A writer dropped before `finish` stops its threads
-/// (waiting for a write that is under way) and leaves an incomplete image, which no reader accepts.
+/// An error of the sink is returned by the next [`submit`](Writer::submit), [`section`](Writer::section) or
+/// [`finish`](Writer::finish), and by every later one. A writer dropped before `finish` stops its threads (after a
+/// write in progress) and leaves an incomplete image, which no reader accepts.
 pub struct Writer<W: Write + Send + 'static> {
     pipeline: Arc<Pipeline>,
     workers: Vec<JoinHandle<()>>,
@@ -68,9 +68,9 @@ pub struct Writer<W: Write + Send + 'static> {
 }
 
 impl<W: Write + Send + 'static> Writer<W> {
-    /// Starts an image: the header is written first of all.
+    /// Starts an image by writing the header.
     ///
-    /// `header.version` and `header.codec` are replaced by what is really written.
+    /// `header.version` and `header.codec` are replaced by the actual ones.
     ///
     /// # Errors
     /// `BadInput` for a page size the format does not have, `Io` when threads cannot be started.
@@ -105,8 +105,8 @@ impl<W: Write + Send + 'static> Writer<W> {
         Ok(writer)
     }
 
-    /// An empty chunk to fill, from a pool. Blocks while as many chunks as there are threads and four more are
-    /// on their way into the sink; this is what bounds the writer's memory.
+    /// An empty chunk to fill, from a pool. Blocks while as many chunks as there are threads, and four more, are in
+    /// flight; this bounds the writer's memory.
     pub fn chunk(&mut self) -> Chunk {
         Chunk {
             runs: Vec::new(),
@@ -114,12 +114,12 @@ impl<W: Write + Send + 'static> Writer<W> {
         }
     }
 
-    /// Hands a chunk over to be compressed and written; an empty one is taken back without effect.
+    /// Submits a chunk for compression and writing; an empty one is recycled.
     ///
-    /// Each page may be given once only: [`finish`](Writer::finish) fails when pages overlap.
+    /// Each page may be submitted once: [`finish`](Writer::finish) fails when pages overlap.
     ///
     /// # Errors
-    /// `BadInput` when runs and data do not fit each other, `Sink` when an earlier write failed.
+    /// `BadInput` when runs and data do not match, `Sink` when an earlier write failed.
     pub fn submit(&mut self, chunk: Chunk) -> Result<()> {
         let Chunk { mut runs, data } = chunk;
         if data.is_empty() && runs.is_empty() {
@@ -149,7 +149,7 @@ impl<W: Write + Send + 'static> Writer<W> {
     }
 
     /// Stores a named section. Names have 1 to 16 characters of `a-z 0-9 . _ -` and occur once.
-    /// Blocks like [`chunk`](Writer::chunk) while too much is on its way.
+    /// Blocks like [`chunk`](Writer::chunk) while too much is in flight.
     ///
     /// # Errors
     /// `BadInput` for a bad or repeated name or more than 2⁵⁰ bytes, `Sink` when an earlier write failed.
@@ -157,7 +157,7 @@ impl<W: Write + Send + 'static> Writer<W> {
         self.section_packed(name, version, bytes, usize::MAX)
     }
 
-    /// The same; what lies beyond `packed` bytes (as far as blocks allow) is stored as it is.
+    /// The same; bytes past the first `packed` (rounded to blocks) are stored uncompressed.
     ///
     /// # Errors
     /// As [`Writer::section`].
@@ -197,10 +197,10 @@ impl<W: Write + Send + 'static> Writer<W> {
         Ok(())
     }
 
-    /// Waits until everything is written, writes index and footer, flushes, and gives the sink back.
+    /// Waits until everything is written, writes index and footer, flushes, and returns the sink.
     ///
     /// # Errors
-    /// `Sink` when a write failed, `Overlap` when a page was given twice.
+    /// `Sink` when a write failed, `Overlap` when a page was submitted twice.
     pub fn finish(mut self) -> Result<(W, ImageSummary)> {
         self.pipeline.close();
         let output = self.output.take().map(JoinHandle::join);
@@ -236,7 +236,7 @@ fn spawn<T: Send + 'static>(
     })
 }
 
-/// The writer thread's side: the sink, and what the index and footer will say.
+/// State of the writer thread: the sink, and the future index and footer.
 struct Output<W> {
     sink: W,
     header: [u8; HEADER_BYTES],
@@ -264,7 +264,7 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// The life of the writing thread.
+    /// Main function of the writer thread.
     fn run(mut self, pipeline: &Pipeline) -> io::Result<Self> {
         let _guard = TellOfPanic(pipeline);
         match self.write_records(pipeline) {
@@ -312,7 +312,7 @@ impl<W: Write> Output<W> {
         self.stored[usize::from(is_section)] += u64::from(job.record.stored_len.get());
     }
 
-    /// Runs in the caller's thread once the writing thread has ended.
+    /// Runs in the caller's thread after the writer thread has ended.
     fn finish(mut self) -> Result<(W, ImageSummary)> {
         let sorted = SortedRuns::new(&self.index, self.page_size, self.footer.runs.get() as usize);
         if let Some((space, address, first, second)) = sorted.overlap(&self.index, self.page_size) {
@@ -358,7 +358,7 @@ impl<W: Write> Output<W> {
     }
 }
 
-/// Writes three buffers with as few calls as the sink needs.
+/// Writes three buffers with as few calls as possible.
 fn write_all(sink: &mut impl Write, header: &[u8], table: &[u8], stored: &[u8]) -> io::Result<()> {
     let mut parts = [
         IoSlice::new(header),
@@ -366,7 +366,7 @@ fn write_all(sink: &mut impl Write, header: &[u8], table: &[u8], stored: &[u8]) 
         IoSlice::new(stored),
     ];
     let mut left = &mut parts[..];
-    // Drops empty buffers at the front, so that a sink that takes nothing is told from nothing to write.
+    // Drops leading empty buffers: a sink that returns 0 is an error only when there is something to write.
     IoSlice::advance_slices(&mut left, 0);
     while !left.is_empty() {
         match sink.write_vectored(left) {

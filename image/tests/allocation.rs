@@ -1,4 +1,4 @@
-//! Memory is in proportion: of the reader to the file, of the writer to its threads.
+//! Bounds of memory: of the reader by the file, of the writer by its threads.
 //!
 //! One test only, because the counting allocator counts the whole process.
 #![allow(missing_docs, unsafe_code)]
@@ -37,7 +37,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// The most bytes allocated at once beyond those allocated at its start.
+/// The peak of allocated bytes above those at its start.
 fn peak<T>(body: impl FnOnce() -> T) -> (T, usize) {
     let before = NOW.load(SeqCst);
     PEAK.store(before, SeqCst);
@@ -45,7 +45,8 @@ fn peak<T>(body: impl FnOnce() -> T) -> (T, usize) {
     (result, PEAK.load(SeqCst) - before)
 }
 
-/// Beyond the file's size: for each verifying thread one decoded chunk and one being decoded, decoder state, error texts.
+/// Allowance above the file's size: for each verifying thread one decoded chunk and one being decoded, decoder state,
+/// error texts.
 fn constant(chunk: usize) -> usize {
     let threads = std::thread::available_parallelism()
         .map_or(1, Into::into)
@@ -82,7 +83,7 @@ fn memory_is_bounded() {
         used
     };
 
-    // Numbers that lie, at every place.
+    // Forged numbers, at every position.
     let good = tiny(Codec::Zstd(1));
     let from = forge::index(&good).unwrap().start;
     for at in (16..good.len() - 80).filter(|at| *at < 24 || *at >= from) {
@@ -94,7 +95,7 @@ fn memory_is_bounded() {
         }
     }
 
-    // The most memory an index can ask for: nothing but runs of one page, in the worst order.
+    // The most memory that an index can require: only runs of one page, in the worst order.
     let zeros = zstd::bulk::compress(&vec![0; 256 * PAGE], 1).unwrap();
     let chunks: Vec<_> = (0..1500u64)
         .rev()
@@ -110,7 +111,7 @@ fn memory_is_bounded() {
     assert!(bytes.len() > 9 << 20);
     measure("runs of one page", &bytes, constant(CHUNK_BYTES));
 
-    // And nothing but the smallest chunks and sections.
+    // Only the smallest chunks and sections.
     let zeros = zstd::bulk::compress(&[0; PAGE], 1).unwrap();
     let chunks: Vec<_> = (0..30_000)
         .map(|n| Forged::chunk(2, &[(1, n, 1)], zeros.clone()))
@@ -128,7 +129,7 @@ fn memory_is_bounded() {
         "{used} bytes for {len}"
     );
 
-    // A section that decodes to a thousand times the file, read bit by bit.
+    // A section that decodes to a thousand times the file, read incrementally.
     let zeros = zstd::bulk::compress(&vec![0; 256 << 10], 1).unwrap();
     let blocks = 400;
     let bomb: Vec<_> = (0..blocks)
@@ -173,7 +174,7 @@ fn the_writer_is_bounded() {
             }
             writer.finish().unwrap();
         });
-        // In flight: two threads and four more; one with the caller. Raw and, with lz4, 1.1 times as much again.
+        // In flight: two threads and four more; one held by the caller. Raw and, with lz4, 1.1 times as much again.
         let bound = (threads + 4 + 1) * (2 * CHUNK_BYTES + CHUNK_BYTES / 8) + (1 << 20);
         assert!(
             used < bound,

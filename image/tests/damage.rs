@@ -1,4 +1,4 @@
-//! Whatever happens to the bytes of an image is told, and wrong contents are never handed out.
+//! Every damage to the bytes of an image is detected, and wrong contents are never returned.
 #![allow(missing_docs)]
 
 mod common;
@@ -6,7 +6,7 @@ mod common;
 use ckpt_image::{Codec, Error, FormatVersion, HEADER_BYTES, Header, Part, Reader, Result};
 use common::*;
 
-/// Opens and reads everything in every way.
+/// Opens an image and reads everything in every way.
 fn read_all(bytes: Vec<u8>) -> Result<()> {
     let reader = Reader::from_bytes(bytes)?;
     let verified = reader.verify(&mut |done, total| assert!(done <= total))?;
@@ -32,7 +32,7 @@ fn read_all(bytes: Vec<u8>) -> Result<()> {
     Ok(())
 }
 
-/// A read that skips `verify` gives an error or the bytes that were written.
+/// A read without `verify` returns an error or the bytes that were written.
 fn never_wrong(bytes: Vec<u8>, what: &str) {
     let Ok(reader) = Reader::from_bytes(bytes) else {
         return;
@@ -78,7 +78,7 @@ fn every_flipped_byte_is_told() {
                     other => panic!("{what}: {other}"),
                 };
                 match part {
-                    // Major version 0 never was, and is told by the digest as well.
+                    // Major version 0 does not exist; the digest detects it as well.
                     Part::Header => assert!((8..HEADER_BYTES).contains(&at), "{what}"),
                     Part::Index => assert!(index.contains(&at), "{what}"),
                     Part::Footer => assert!(at >= footer, "{what}"),
@@ -115,7 +115,7 @@ fn every_cut_is_told() {
                 Error::Truncated { .. }
             ));
         }
-        // Bytes taken out of the middle.
+        // Bytes removed from the middle.
         for at in (HEADER_BYTES..good.len() - forge::FOOTER - 64).step_by(step * 7) {
             let mut shorter = good.clone();
             shorter.drain(at..at + 64);
@@ -172,7 +172,7 @@ fn parts_of_two_images_do_not_mix() {
             }
         ));
     }
-    // Two whole pages change places: same length, same run, other digest.
+    // Two whole pages swapped: same length, same run, other digest.
     let mut pages = one.clone();
     let chunk = Reader::from_bytes(one).unwrap().chunks()[0];
     let data = chunk.offset as usize + forge::RECORD + 12 * chunk.runs as usize;

@@ -1,4 +1,4 @@
-//! Image files on disk: whole or not there, and what is said of files that are no images.
+//! Image files on disk: complete or absent; and errors for files that are not images.
 #![allow(missing_docs)]
 
 mod common;
@@ -56,7 +56,7 @@ fn leaves_nothing_when_dropped() {
     file.write_all(b"half").unwrap();
     assert_eq!(names(directory.path()).len(), 1);
     drop(file);
-    // A writer that is dropped takes its sink with it.
+    // Dropping a writer drops its sink.
     let mut writer = Writer::new(
         ImageFile::create(&path).unwrap(),
         &header(),
@@ -98,7 +98,7 @@ fn sweeps_what_the_dead_left_and_only_that() {
 
 #[test]
 fn a_process_killed_with_sigkill_leaves_what_the_next_sweeps() {
-    // The test program is its own victim.
+    // This program runs itself as the process to be killed.
     if let Some(path) = std::env::var_os("CKPT_IMAGE_VICTIM") {
         let mut file = ImageFile::create(path).unwrap();
         file.write_all(b"half an image").unwrap();

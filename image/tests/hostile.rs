@@ -1,4 +1,4 @@
-//! Images with right digests and wrong contents: made by someone who wants the reader to fail.
+//! Images with valid digests and invalid contents, as an attacker would make them.
 #![allow(missing_docs)]
 
 mod common;
@@ -312,7 +312,7 @@ fn every_number_of_index_and_footer_may_lie() {
                 continue;
             }
             reseal(&mut bad);
-            // The record headers in the file still say the truth, so no lie stands.
+            // The record headers in the file are intact, so every difference must be found.
             let outcome = read_all(bad);
             // Reserved bytes of the footer are free for later minor versions.
             let reserved = good.len() - forge::FOOTER + 80..good.len() - forge::FOOTER + 88;

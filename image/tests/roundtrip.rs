@@ -1,4 +1,4 @@
-//! What is written is what is read, with every codec.
+//! Reading returns what was written, with every codec.
 #![allow(missing_docs)]
 
 mod common;
@@ -143,7 +143,7 @@ fn incompressible_data_is_stored_raw() {
 fn many_small_runs_stay_compact() {
     let mut writer = Writer::new(Vec::new(), &header(), options(Codec::Zstd(1))).unwrap();
     let runs = 50_000u64;
-    // From the top down, every second page, so that nothing merges and nothing is in order.
+    // Descending, every second page, so that nothing merges and nothing is in order.
     let mut addresses = (0..runs).rev().map(|n| n * 2 * PAGE as u64).peekable();
     while addresses.peek().is_some() {
         let mut chunk = writer.chunk();
@@ -292,7 +292,7 @@ proptest! {
             Just(Codec::None), Just(Codec::Lz4), (1..=19).prop_map(Codec::Zstd), (1..=9u32).prop_map(Codec::Gzip),
         ],
         threads in 1..4usize,
-        // Space, page number, whether it compresses; runs of pages arise by neighbours.
+        // Space, page number, compressible or not; runs result from adjacent pages.
         pages in prop::collection::btree_map((0..3u32, 0..60u64), any::<bool>(), 0..50),
         per_chunk in 1..20usize,
         sections in prop::collection::btree_map("[a-z0-9._-]{1,16}", (any::<u16>(), prop::collection::vec(any::<u8>(), 0..2000)), 0..4),

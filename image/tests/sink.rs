@@ -1,4 +1,4 @@
-//! Sinks that fail, stall, dawdle or panic.
+//! Sinks that fail, stall, are slow, or panic.
 #![allow(missing_docs)]
 
 mod common;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use ckpt_image::{Codec, Error, Reader, Result, Writer, WriterOptions};
 use common::*;
 
-/// Runs `body` in a thread of its own and fails when it hangs.
+/// Runs `body` in a thread of its own and fails on a timeout.
 fn in_time<T: Send + 'static>(what: &str, body: impl FnOnce() -> T + Send + 'static) -> T {
     let (tell, told) = mpsc::channel();
     std::thread::spawn(move || tell.send(body()));
@@ -19,7 +19,7 @@ fn in_time<T: Send + 'static>(what: &str, body: impl FnOnce() -> T + Send + 'sta
         .unwrap_or_else(|_| panic!("{what} hangs or panics"))
 }
 
-/// Takes so many bytes, then has no space left.
+/// Takes that many bytes, then has no space left.
 struct Full(usize);
 
 impl Write for Full {
@@ -70,7 +70,7 @@ fn full_after_any_number_of_bytes() {
 fn the_error_comes_soon_and_stays() {
     in_time("a full sink", || {
         let mut writer = Writer::new(Full(10_000), &header(), options(Codec::None)).unwrap();
-        // More than can be in flight: that the sink is full must be known before the last one.
+        // More than can be in flight: the full sink must be reported before the last one.
         let mut failed = 0;
         for n in 0..20 {
             let mut chunk = writer.chunk();
@@ -190,7 +190,7 @@ fn a_sink_that_panics_stops_a_caller_that_waits_for_room() {
     assert!(matches!(error, Some(Error::WriterDied)), "{error:?}");
 }
 
-/// A sink that waits at a gate, and drops a token when it is dropped.
+/// A sink that waits at a gate, and sends a message when it is dropped.
 struct Gate(Arc<(Mutex<bool>, Condvar)>, mpsc::Sender<()>);
 
 impl Write for Gate {
@@ -268,7 +268,7 @@ fn dropping_an_unfinished_writer_joins_its_threads() {
         let mut writer = Writer::new(Gate(gate, tell), &header(), options(Codec::Zstd(3))).unwrap();
         fill_small(&mut writer, 1 << 20).unwrap();
         drop(writer);
-        // The writing thread has ended and with it the sink.
+        // The writer thread has ended and dropped the sink.
         told.try_recv().expect("the sink is still there");
     });
 }

@@ -1,48 +1,46 @@
-//! The plan: what the restorer executes inside a process that is being restored.
+//! The plan: the operations that the restorer executes inside a process that is being restored.
 //!
-//! A plan is a flat list of operations, nearly all of them one system call with its operands.
-//! The planner decides every number beforehand (addresses, descriptors, ids), so that
-//! operations need no results of earlier ones; where the kernel answers with a number, the
-//! plan says which one is expected. What nobody can decide beforehand, the address that io_setup(2)
-//! chooses, the kernel writes into memory, where a later operation finds it ([`LOAD`]).
+//! A plan is a flat list of operations, most of them one system call with its operands. The planner fixes every
+//! number beforehand (addresses, descriptors, ids), so operations do not use results of earlier ones; where the
+//! kernel returns a number, the plan has the expected one. The exception is the address that io_setup(2) chooses: the
+//! kernel writes it to memory, where a later operation finds it ([`LOAD`]).
 //!
-//! All structures are read in place by the freestanding program `restorer`, which the tracer
-//! puts into a hole of the target's address space together with the plan. The pointers in them
-//! are addresses of the target.
+//! The freestanding program `restorer` reads all structures in place. The tracer puts it into a hole of the target's
+//! address space together with the plan. Pointers are addresses of the target.
 #![cfg_attr(not(test), no_std)]
 
 use core::mem::{offset_of, size_of};
 
-/// What an operation is.
+/// Kinds of operation.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpKind {
     /// The system call `nr` with `args`.
     Syscall = 0,
-    /// Stop with a breakpoint trap; the tracer does its part and continues the task.
+    /// Breakpoint trap; the tracer does its part and continues the task.
     Trap = 1,
     /// Create a thread: `args[0]` is a [`ThreadPlan`]. With clone3(2) as `nr`, `args[1]` is a kernel
     /// `struct clone_args` and `args[2]` its size; with clone(2) they are flags and the end of the stack.
     Thread = 2,
-    /// Wait until every thread created so far has executed its own operations and parked.
+    /// Wait until every thread created so far has executed its operations and parked.
     Join = 3,
-    /// Create a process: operands as of [`OpKind::Thread`]. It executes its operations in the
-    /// creator's memory, on a stack of its own, and then does what [`ThreadPlan::end`] says; one
-    /// that was forked is led elsewhere by the tracer before it executes anything.
+    /// Create a process: operands as for [`OpKind::Thread`]. It executes its operations in the creator's memory, on a
+    /// stack of its own, and then ends as [`ThreadPlan::end`] says; the tracer sets other registers in a forked one
+    /// before it executes anything.
     Process = 4,
-    /// If the envoy whose [`Plan`] is at `args[0]` has done everything, leave out the next
-    /// `args[1]` operations; otherwise the answer is `ECANCELED`.
+    /// If the envoy whose [`Plan`] is at `args[0]` has completed, skip the next `args[1]` operations; otherwise fail
+    /// with `ECANCELED`.
     Unless = 5,
     /// Load the components `args[1]` of the processor's state from the XSAVE area at `args[0]`.
     LoadState = 6,
 }
 
-/// The answer may be an error; it is kept in `result` and the plan goes on.
+/// An error is allowed; it is kept in `result`, and the plan continues.
 pub const MAY_FAIL: u32 = 1;
-/// The answer must be `expect`, not just any success.
+/// The result must be `expect`, not any success.
 pub const EXPECT: u32 = 2;
 
-/// `args[0]` is the address of the first operand, which an earlier operation has had written.
+/// `args[0]` is the address of the first operand, which an earlier operation has stored.
 pub const LOAD: u32 = 4;
 
 /// One operation.
@@ -57,42 +55,40 @@ pub struct Op {
     pub nr: u64,
     /// Operands.
     pub args: [u64; 6],
-    /// The answer wanted, with [`EXPECT`].
+    /// The required result, with [`EXPECT`].
     pub expect: u64,
-    /// What the kernel answered; written by the restorer.
+    /// The actual result; written by the restorer.
     pub result: i64,
 }
 
-/// A list of operations for a thread other than the first, or for a process that has no memory of
-/// its own, or not yet.
+/// A list of operations for a thread other than the first, or for a process without memory of its own (yet).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThreadPlan {
-    /// Its operations.
+    /// Address of its operations.
     pub ops: u64,
-    /// How many.
+    /// Their number.
     pub count: u64,
-    /// The [`Plan`] of its process: of a thread its creator's, of a process its own.
+    /// The [`Plan`] of its process: a thread's is its creator's, a process has its own.
     pub plan: u64,
-    /// What it does at its end: [`PARKS`], [`TRAPS`], [`EXITS`].
+    /// How it ends: [`PARKS`], [`TRAPS`], [`EXITS`].
     pub end: u64,
 }
 
-/// A thread: it parks, and counts itself in [`Plan::parked`].
+/// A thread: it parks, and increments [`Plan::parked`].
 pub const PARKS: u64 = 0;
 /// A process: it traps with [`DONE`] or [`FAILED`].
 pub const TRAPS: u64 = 1;
-/// An envoy, a process that nobody traces: it exits. When it has done everything, [`Plan::parked`]
-/// of its own plan is 1.
+/// An envoy, an untraced helper process: it exits. When it has completed, [`Plan::parked`] of its own plan is 1.
 pub const EXITS: u64 = 2;
 
-/// What one process executes: what the restorer finds at the address in its first argument.
+/// The operations of one process; its address is the restorer's argument.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Operations of the first thread.
+    /// Address of the operations of the first thread.
     pub ops: u64,
-    /// How many.
+    /// Their number.
     pub count: u64,
     /// Threads created by [`OpKind::Thread`].
     pub threads: u32,
@@ -102,9 +98,9 @@ pub struct Plan {
     pub failed: u64,
 }
 
-/// `rax` at the trap that means the plan is done; at others it is the index of the operation.
+/// `rax` at the trap at the end of the plan; at other traps it is the index of the operation.
 pub const DONE: u64 = u64::MAX;
-/// `rax` at the trap that means an operation failed; [`Plan::failed`] says which.
+/// `rax` at the trap after a failed operation; [`Plan::failed`] is its address.
 pub const FAILED: u64 = u64::MAX - 1;
 
 const _: () = {
@@ -141,15 +137,15 @@ impl Op {
         }
     }
 
-    /// One that creates a task: the address of its plan, the first two operands of the call, and for
-    /// clone(2) where its id is written if the flags ask for it.
+    /// One that creates a task: the address of its plan, the first two operands of the call, and for clone(2) the
+    /// address for its id, if the flags request it.
     pub const fn create(kind: OpKind, nr: i64, args: [u64; 4]) -> Self {
         let mut op = Self::other(kind, [args[0], args[1], args[2], args[3], 0, 0]);
         op.nr = nr as u64;
         op
     }
 
-    /// The same, with the answer that it must have.
+    /// The same with a required result.
     pub const fn expecting(mut self, answer: u64) -> Self {
         self.flags |= EXPECT;
         self.expect = answer;
@@ -162,13 +158,13 @@ impl Op {
         self
     }
 
-    /// The same, with the address of its first operand in place of it.
+    /// The same with the address of its first operand instead of the operand.
     pub const fn loading(mut self) -> Self {
         self.flags |= LOAD;
         self
     }
 
-    /// Whether `answer` is what the operation allows.
+    /// Whether the operation accepts this result.
     pub const fn accepts(&self, answer: i64) -> bool {
         if self.flags & MAY_FAIL != 0 {
             return true;
@@ -194,7 +190,7 @@ impl Op {
     }
 }
 
-/// Stack of one thread while it executes its operations, in bytes.
+/// Stack of a thread that executes operations, in bytes.
 pub const THREAD_STACK: u64 = 2048;
 /// Stack of the first thread, in bytes.
 pub const MAIN_STACK: u64 = 16 * 1024;

@@ -1,6 +1,6 @@
-//! Makes hostile images whose digests are right, so that the checks behind the digests are reached.
+//! Forges hostile images with valid digests, so that the checks behind the digests are reached.
 //!
-//! Written from docs/image-format.md and not from the crate's code, so that the two can disagree.
+//! Written from docs/image-format.md and not from the crate's code, as an independent implementation.
 //! Shared with the fuzz target.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
@@ -16,7 +16,7 @@ fn u64_at(bytes: &[u8], at: usize) -> usize {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
 }
 
-/// Where the index is, if the footer's say is inside the file.
+/// The range of the index, if the footer's values are inside the file.
 pub fn index(bytes: &[u8]) -> Option<std::ops::Range<usize>> {
     let footer = bytes.len().checked_sub(FOOTER)?;
     let (at, len) = (u64_at(bytes, footer + 16), u64_at(bytes, footer + 24));
@@ -24,7 +24,7 @@ pub fn index(bytes: &[u8]) -> Option<std::ops::Range<usize>> {
     (at >= HEADER && end <= footer).then_some(at..end)
 }
 
-/// Places of the record headers in the index.
+/// Positions of the record headers in the index.
 pub fn records(bytes: &[u8]) -> Vec<usize> {
     let mut found = Vec::new();
     let Some(index) = index(bytes) else {
@@ -150,7 +150,7 @@ pub fn forge(model: &[u8], records: &[Forged]) -> Vec<u8> {
         bytes.extend_from_slice(&record.stored);
         index.extend_from_slice(&head);
         chunks += u64::from(record.kind == 1);
-        // As the run tables say, whatever the raw lengths do.
+        // As the run tables say, regardless of the raw lengths.
         let entries = record.table.chunks_exact(12);
         pages += entries
             .map(|run| (u32_at(run, 4) as u64 & 0xfff) + 1)

@@ -27,7 +27,7 @@ pub fn options(codec: Codec) -> WriterOptions {
     WriterOptions { codec, threads: 2 }
 }
 
-/// A page that compresses, recognisable by its number.
+/// A compressible page, identified by its number.
 pub fn page(number: u64) -> Vec<u8> {
     let mut page = vec![(number % 251) as u8; PAGE];
     page[..8].copy_from_slice(&number.to_le_bytes());

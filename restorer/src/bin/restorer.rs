@@ -1,8 +1,8 @@
 //! The freestanding program that executes a plan inside a process that is being restored.
 //!
-//! It is entered with the address of a [`Plan`](ckpt_restorer::Plan) in `rdi`, on a stack of
-//! its own, with all signals blocked, in an address space that it takes apart and rebuilds
-//! around itself. It knows nothing of what it does: every decision is in the plan.
+//! It is entered with the address of a [`Plan`](ckpt_restorer::Plan) in `rdi`, on a stack of its own, with all
+//! signals blocked, in an address space that it unmaps and rebuilds around itself. It makes no decisions: all of them
+//! are in the plan.
 #![cfg_attr(ckpt_blob, no_std, no_main)]
 #![allow(unsafe_code)]
 
@@ -28,9 +28,9 @@ mod blob {
     const FUTEX_WAKE: u64 = 1;
     const EEXIST: i64 = -17;
 
-    /// The id of a thread that has ended is given back a moment after whoever waited for its process has
-    /// been told of the end (`release_task`, kernel/exit.c, since Linux 6.15): so long an id that
-    /// nobody has may not be had.
+    /// Pause between attempts, seconds and nanoseconds. The id of a thread that has ended is freed shortly after the
+    /// parent's wait has returned (`release_task`, kernel/exit.c, since Linux 6.15): for that time an unused id is
+    /// not available.
     const PAUSE: [u64; 2] = [0, 1_000_000];
     const MOST_PAUSES: u32 = 200;
 
@@ -41,7 +41,7 @@ mod blob {
         "    and rsp, -16",
         "    call {main}",
         "    ud2",
-        // A new thread starts here: its stack holds nothing but the address of its plan.
+        // A new thread starts here: its stack holds only the address of its plan.
         "ckpt_thread_start:",
         "    pop rdi",
         "    and rsp, -16",
@@ -51,8 +51,8 @@ mod blob {
         thread = sym thread,
     );
 
-    /// SAFETY: the caller answers for what the system call does to memory; that is the plan's
-    /// business, and the plan never touches the restorer's own pages.
+    /// SAFETY: the caller is responsible for the system call's effect on memory; the plan never touches the
+    /// restorer's own pages.
     #[inline(always)]
     unsafe fn syscall(nr: u64, a: &[u64; 6]) -> i64 {
         let r: i64;
@@ -65,11 +65,10 @@ mod blob {
         r
     }
 
-    /// Creates a thread whose first instruction is `ckpt_thread_start`; only the parent returns.
+    /// Creates a thread that starts at `ckpt_thread_start`; only the parent returns.
     ///
-    /// SAFETY: `nr` is clone or clone3, and its first two operands give the thread a stack on top of
-    /// which the address of its plan stands; `id_at` is where clone's flags may ask for the id, and
-    /// they ask for no other operand.
+    /// SAFETY: `nr` is clone or clone3. Its first two operands give the thread a stack with the address of its plan
+    /// on top; `id_at` receives the id if clone's flags request it, and they request no other operand.
     #[inline(always)]
     unsafe fn create(nr: u64, first: u64, second: u64, id_at: u64) -> i64 {
         let r: i64;
@@ -84,14 +83,14 @@ mod blob {
         r
     }
 
-    /// Hands over to the tracer with a word in `rax`.
+    /// Traps to the tracer with a word in `rax`.
     #[inline(always)]
     fn trap(word: u64) {
         // SAFETY: int3 stops the task for its tracer, which continues it behind.
         unsafe { asm!("int3", in("rax") word, options(nostack)) }
     }
 
-    /// Executes operations; false when one failed.
+    /// Executes operations; false if one failed.
     ///
     /// SAFETY: `ops` points to `count` operations, and `plan` to their plan.
     unsafe fn run(plan: *mut Plan, ops: *mut Op, count: u64) -> bool {
@@ -99,7 +98,7 @@ mod blob {
         while i < count {
             // SAFETY: i < count.
             let at = unsafe { ops.add(i as usize) };
-            // SAFETY: `at` is valid, and nobody writes it but this thread.
+            // SAFETY: `at` is valid, and only this thread writes to it.
             let op = unsafe { read_volatile(at) };
             let result = if op.kind == OpKind::Syscall as u32 {
                 let mut args = op.args;
@@ -156,9 +155,9 @@ mod blob {
         true
     }
 
-    /// Loads components of the processor's state.
+    /// Loads components of the processor's extended state.
     ///
-    /// SAFETY: at `area` is an XSAVE area of the standard format, and no code uses the components.
+    /// SAFETY: `area` is an XSAVE area of the standard format, and no code uses the components.
     unsafe fn load_state(area: u64, components: u64) {
         // SAFETY: as the caller says.
         unsafe {
@@ -167,7 +166,7 @@ mod blob {
         }
     }
 
-    /// Waits for all threads to park; fails when one of them failed.
+    /// Waits for all threads to park; fails if one of them failed.
     ///
     /// SAFETY: `plan` is valid.
     unsafe fn join(plan: *mut Plan) -> i64 {
@@ -182,7 +181,7 @@ mod blob {
         loop {
             let seen = parked.load(Ordering::SeqCst);
             if failed.load(Ordering::SeqCst) != 0 {
-                return -125; // ECANCELED; the failed operation is on record already
+                return -125; // ECANCELED; the failed operation is recorded already
             }
             if seen == threads {
                 return 0;
@@ -238,11 +237,11 @@ mod blob {
         }
     }
 
-    /// Named by the precompiled `core`; never called with panic=abort.
+    /// Referenced by the precompiled `core`; never called with panic=abort.
     #[unsafe(no_mangle)]
     extern "C" fn rust_eh_personality() {}
 
-    // compiler_builtins offers none of these on linux-gnu.
+    // compiler_builtins has none of these on linux-gnu.
     global_asm!(
         ".globl memcpy",
         "memcpy:",
