@@ -1,5 +1,5 @@
-//! The address space as a whole: the fields of `struct mm_struct`, the executable, the
-//! auxiliary vector. What is mapped is in [`memory`](super::memory).
+//! The address space as a whole: the fields of `struct mm_struct`, the executable, the auxiliary vector. Its mappings
+//! are in [`memory`](super::memory).
 
 use ckpt_tracer::Result;
 use ckpt_tracer::capabilities::Use;
@@ -18,24 +18,24 @@ use crate::plan::Builder;
 pub struct AddressSpace {
     /// Its pages in the image.
     pub space: SpaceId,
-    /// Where the parts of the program are (`/proc/PID/stat`, `PR_SET_MM_MAP`).
+    /// The program's address ranges (`/proc/PID/stat`, `PR_SET_MM_MAP`).
     pub layout: Layout,
     /// The auxiliary vector, as `/proc/PID/auxv` shows it.
     #[serde(with = "serde_bytes")]
     pub auxv: Vec<u8>,
     /// Index of the executable in the snapshot's mapped files.
     pub executable: usize,
-    /// What is mapped, in ascending order, without the vsyscall page.
+    /// Its mappings, in ascending order, without the vsyscall page.
     pub mappings: Vec<Mapping>,
-    /// Pages that are as in the parent's address space, and are stored there; ascending.
+    /// Pages equal to those of the parent's address space, and stored there; ascending.
     pub inherited: Vec<(u64, u64)>,
-    /// `MCL_FUTURE`, possibly with `MCL_ONFAULT`, when mappings to come are locked; else 0.
+    /// `MCL_FUTURE`, possibly with `MCL_ONFAULT`, if future mappings are locked; otherwise 0.
     #[serde(deserialize_with = "bounds::choice")]
     pub lock_future: u32,
     /// `PR_GET_THP_DISABLE` in images without [`switches`](Self::switches).
     #[serde(default, skip_serializing)]
     pub thp_disabled: bool,
-    /// What it has switched on or off.
+    /// Its switches.
     #[serde(default)]
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub switches: Vec<Switch>,
@@ -50,7 +50,7 @@ pub struct AddressSpace {
     pub membarrier: u32,
 }
 
-/// Addresses that the kernel keeps for a program.
+/// Addresses that the kernel records for a program.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Layout {
@@ -74,7 +74,7 @@ const MEMBARRIERS: [u64; 4] = [1 << 1, 1 << 3, 1 << 5, 1 << 7];
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` (Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
 
-/// The fields that only the process itself can ask for.
+/// The fields that only a call made in the process can read.
 #[derive(Clone, Debug)]
 pub struct Asked {
     /// See [`Layout::brk`].
@@ -87,7 +87,7 @@ pub struct Asked {
     pub membarrier: u32,
 }
 
-/// Asks the process for what `/proc` does not show.
+/// Reads what `/proc` does not show.
 pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     let brk = calls.call("brk", libc::SYS_brk, [0; 6])?;
     let get_dumpable = [libc::PR_GET_DUMPABLE as u64, 0, 0, 0, 0, 0];
@@ -102,8 +102,8 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     };
     let membarrier = match membarrier(MEMBARRIER_GET_REGISTRATIONS) {
         Ok(registered) => registered as u32,
-        // Before Linux 6.3. A barrier is refused to who has not registered for it; only for the global
-        // one everybody may ask, so who is to take part in it is not told: too many do no harm.
+        // MEMBARRIER_CMD_GET_REGISTRATIONS is Linux 6.3; before, probe: an unregistered process gets EPERM from the
+        // private commands. The global one has no such check, so it is registered: over-registering is harmless.
         Err(_) => MEMBARRIERS
             .into_iter()
             .filter(|command| membarrier(*command).is_ok())
@@ -117,7 +117,7 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<Asked> {
     })
 }
 
-/// `brk`, exec and argument ranges from `/proc/PID/stat`.
+/// Break, executable and argument ranges from `/proc/PID/stat`.
 pub fn layout(stat: &ckpt_tracer::proc::stat::Stat, brk: u64) -> Layout {
     Layout {
         start_code: stat.start_code,
@@ -135,8 +135,8 @@ pub fn layout(stat: &ckpt_tracer::proc::stat::Stat, brk: u64) -> Layout {
 }
 
 impl AddressSpace {
-    /// The fields of the address space, once everything is mapped (`PR_SET_MM_MAP`, which asks
-    /// for no privilege as long as the executable stays; fs/exec.c set that one).
+    /// Sets the fields of the address space after everything is mapped (`PR_SET_MM_MAP`, which needs no privilege as
+    /// long as the executable is unchanged; the exec has set that).
     pub fn rebuild_fields(&self, plan: &mut Builder) {
         const PR_SET_MM_MAP: u64 = 14;
         let l = &self.layout;
@@ -180,13 +180,13 @@ impl AddressSpace {
         switches::rebuild(&switches, Scope::Memory, plan);
         let merges = |s: &Switch| s.name == switches::MEMORY_MERGE && s.value != 0;
         if switches.iter().any(merges) {
-            // The switch marks all that is mapped. What it does not apply to, such as the stack of a program that
-            // was executed with it, is not marked.
+            // The switch marks all existing mappings. Those that it did not cover, such as the stack of a program
+            // executed with it, are unmarked.
             self.mappings.iter().for_each(|m| m.unmerge(plan));
         }
     }
 
-    /// What must find the mappings complete: `mlockall`, seals, `PR_SET_MDWE`.
+    /// Operations that need the complete mappings: `mlockall`, seals, `PR_SET_MDWE`.
     pub fn rebuild_locks(&self, plan: &mut Builder) {
         if self.lock_future != 0 {
             plan.try_syscall(
@@ -204,9 +204,9 @@ impl AddressSpace {
         switches::rebuild(&self.switches, Scope::FinishedMemory, plan);
     }
 
-    /// Dumpability, which a change of credentials resets.
+    /// Sets dumpability, which a change of credentials resets.
     pub fn rebuild_dumpable(&self, plan: &mut Builder) {
-        // 2 is what the kernel itself sets for programs with privileges; 0 is the nearest.
+        // 2 is set by the kernel only, for privileged programs; 0 is the nearest.
         if self.dumpable > 1 {
             plan.warn(
                 "the process was dumpable for root alone (fs.suid_dumpable) and is not dumpable \

@@ -1,12 +1,11 @@
-//! Who creates whom, and when: the tree of a job, with its sessions and process groups.
+//! Which process creates which, and when: the tree of a job, with its sessions and process groups.
 //!
-//! A child is in the session of its creator at that moment, and only setsid(2) leaves a session.
-//! So a child that is still in the session its parent was born into is created before the
-//! parent's setsid, and one whose session's leader has gone is created by a *phantom*: a process
-//! that has the leader's id for a while. A phantom leads a group whose leader has gone, too, and a
-//! zombie is a phantom that is not waited for. A process whose parent is not in its session was adopted:
-//! the session's leader creates it for that parent (`CLONE_PARENT`), or by a phantom whose end leaves it to that one,
-//! a child subreaper.
+//! A child is in the session of its creator at that moment, and only setsid(2) leaves a session. So a child in the
+//! session that its parent was created in is created before the parent's setsid. A child in a session whose leader
+//! has gone is created by a *phantom*: a temporary process with the leader's id. A phantom also stands for the leader
+//! of a group that has gone, and an unreaped phantom for a zombie. A process whose parent is not in its
+//! session was adopted: the session's leader creates it as a sibling (`CLONE_PARENT`), or through a phantom whose end
+//! makes it a child of a subreaper.
 
 mod site;
 
@@ -19,19 +18,19 @@ use crate::process::kin::Kin;
 use crate::zombie::Zombie;
 use site::Site;
 
-/// A process that somebody creates.
+/// A process to be created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Birth {
     /// Its id.
     pub pid: i32,
-    /// It becomes a child of its creator's parent (`CLONE_PARENT`).
+    /// Created as a child of its creator's parent (`CLONE_PARENT`).
     pub adopted: bool,
-    /// What it is.
+    /// Its kind.
     pub body: Body,
 }
 
 impl Birth {
-    /// Its id, and those of whom it creates if it is a phantom.
+    /// Its id, and those of all that it creates if it is a phantom.
     pub fn ids(&self) -> Vec<i32> {
         let of_phantom: &[Birth] = match &self.body {
             Body::Phantom(phantom) => &phantom.births,
@@ -41,21 +40,21 @@ impl Birth {
         std::iter::once(self.pid).chain(left).collect()
     }
 
-    /// Those that have ended when the job goes on and that its creator, whose child it is, has to wait for: itself,
-    /// and what it leaves behind.
+    /// Temporary children that the creator has to reap before the job continues: this one, and those that its end
+    /// leaves to the creator.
     pub fn helpers(&self) -> Vec<i32> {
         let Body::Phantom(phantom) = &self.body else {
             return Vec::new();
         };
         let own = phantom.zombie.is_none().then_some(self.pid);
-        // The children of one that leads no session are another one's.
+        // Children of a phantom that leads no session are another process's.
         let left = phantom.births.iter().filter(|_| phantom.leads_session);
         own.into_iter()
             .chain(left.flat_map(Self::helpers))
             .collect()
     }
 
-    /// The signal by which its end before the job goes on is told, if it ends.
+    /// The exit signal, if it ends before the job continues.
     pub fn tells(&self) -> Option<i32> {
         match &self.body {
             Body::Phantom(phantom) => Some(phantom.exit_signal).filter(|signal| *signal != 0),
@@ -64,28 +63,28 @@ impl Birth {
     }
 }
 
-/// What is created.
+/// The kind of process to be created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     /// A process of the snapshot, by index.
     Process(usize),
-    /// A process that ends before the job goes on.
+    /// A process that ends before the job continues.
     Phantom(Phantom),
 }
 
-/// How a process comes by its memory.
+/// Where the memory of a process comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Origin {
-    /// It executes its program.
+    /// From executing its program.
     #[default]
     Executed,
-    /// A fork leaves it its creator's.
+    /// From a fork: a copy of its creator's.
     Forked,
-    /// It has its creator's, which is that of both (`CLONE_VM`).
+    /// Shared with its creator (`CLONE_VM`).
     Sharing,
 }
 
-/// A process that ends before the job goes on.
+/// A process that ends before the job continues.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Phantom {
     /// Its name.
@@ -96,49 +95,49 @@ pub struct Phantom {
     pub leads_group: bool,
     /// A group that it joins.
     pub joins: Option<Group>,
-    /// What its parent will be told; without one it is waited for before the job goes on.
+    /// Its wait status; without one it is reaped before the job continues.
     pub zombie: Option<i32>,
-    /// The signal that tells its parent of its end.
+    /// Its exit signal.
     pub exit_signal: i32,
-    /// Whom it had been, as far as that shows: user and group, of a zombie.
+    /// User and group of a zombie, if known.
     pub ids: Option<(u32, u32)>,
-    /// Whom it creates.
+    /// Processes that it creates.
     pub births: Vec<Birth>,
 }
 
-/// The process group of what is not its leader.
+/// The process group of a process that does not lead one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Group {
-    /// One of the job.
+    /// A group of the job.
     Of(i32),
-    /// That of `restore`.
+    /// The group of `restore`.
     Ours,
 }
 
-/// What one process creates.
+/// Processes that one process creates.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Births {
-    /// Before it leads a session.
+    /// Before its setsid(2).
     pub early: Vec<Birth>,
-    /// After.
+    /// Afterwards.
     pub late: Vec<Birth>,
-    /// It adopts the children of phantoms.
+    /// It is a subreaper for children of phantoms.
     pub adopts: bool,
-    /// The group that it joins; of those that lead one or stay in that of `restore`, none.
+    /// The group that it joins; `None` if it leads one or stays in that of `restore`.
     pub joins: Option<i32>,
-    /// It is in the group of `restore`, and was not created there.
+    /// It joins the group of `restore`, in which it was not created.
     pub joins_ours: bool,
-    /// How it came by its memory.
+    /// Where its memory comes from.
     pub origin: Origin,
 }
 
 impl Births {
-    /// Everything that it creates itself.
+    /// All that it creates itself.
     pub fn all(&self) -> impl Iterator<Item = &Birth> {
         self.early.iter().chain(&self.late)
     }
 
-    /// The processes of the snapshot that it creates, itself or by a phantom.
+    /// The processes of the snapshot that it creates, itself or through a phantom.
     pub fn processes(&self) -> Vec<usize> {
         let mut found = Vec::new();
         for birth in self.all() {
@@ -155,7 +154,7 @@ impl Births {
     }
 }
 
-/// When in the life of its creator somebody is created.
+/// When a process is created, relative to its creator's setsid(2).
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum When {
     Early,
@@ -167,25 +166,25 @@ struct Tree<'a> {
     zombies: &'a [Zombie],
     index: HashMap<i32, usize>,
     births: Vec<Births>,
-    /// The session that each process is born into.
+    /// The session in which each process is created.
     born_into: Vec<i32>,
     /// Phantoms that lead sessions, by id: the creator, and whether by `CLONE_PARENT`.
     phantoms: HashMap<i32, (usize, bool)>,
-    /// Phantoms that end for their children to be adopted, by leader: their ids, and by whom.
+    /// Phantoms that end so that their children are adopted, by session leader: their ids, and the adopter.
     passing: HashMap<usize, (i32, i32)>,
     obstacles: Vec<Obstacle>,
 }
 
-/// Decides for every process of the snapshot what it creates.
+/// Decides what every process of the snapshot creates.
 ///
 /// # Errors
-/// What cannot be brought about: sessions and groups that the kernel has no way to make again.
+/// Sessions and groups that cannot be recreated.
 pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
     let processes: Vec<Kin> = snapshot.processes.iter().map(Kin::of).collect();
     decide_for(&processes, &snapshot.zombies)
 }
 
-/// The same of what is known of processes from outside; parents first.
+/// The same for running processes, as seen from outside; parents first.
 ///
 /// # Errors
 /// As [`decide`].
@@ -224,7 +223,7 @@ pub fn decide_for(processes: &[Kin], zombies: &[Zombie]) -> Result<Vec<Births>, 
 }
 
 impl Tree<'_> {
-    /// Who creates a child of `parent`, and whether by `CLONE_PARENT`.
+    /// The creator of a child of `parent`, and whether it uses `CLONE_PARENT`.
     fn creator(&self, parent: i32) -> (usize, bool) {
         match self.index.get(&parent) {
             Some(&at) => (at, false),
@@ -288,7 +287,7 @@ impl Tree<'_> {
         let possible = match site {
             Site::Process(_, _, false) => !(shares.files && origin == Origin::Executed),
             Site::Process(_, _, true) => shares == Shares::default(),
-            // It has the memory of its creator, but tables of its own.
+            // It shares its creator's memory, but has tables of its own.
             Site::Phantom(creator, _) => {
                 let leads = self.passing.contains_key(&creator);
                 shares
@@ -327,7 +326,7 @@ impl Tree<'_> {
         ));
     }
 
-    /// Everything that is created, phantoms and what they create.
+    /// All processes to be created, including those of phantoms.
     fn all(&self) -> impl Iterator<Item = &Birth> {
         let own = self.births.iter().flat_map(Births::all);
         own.flat_map(|birth| {
@@ -351,7 +350,7 @@ impl Tree<'_> {
             ids: zombie.ids,
             births: Vec::new(),
         };
-        // A leader that others were waiting for to be placed is there already.
+        // A leader that other processes required earlier has been placed already.
         let creator = self.creator(zombie.parent).0;
         for when in [When::Early, When::Late] {
             let mut list = self.list(creator, when).iter_mut();
@@ -374,15 +373,15 @@ impl Tree<'_> {
         });
     }
 
-    /// Of what has ended the session only shows: there is no obstacle in it.
+    /// For an ended process only the session matters: this never fails.
     fn site_of_ended(&mut self, zombie: &Zombie) -> Site {
         let (creator, adopted) = self.creator(zombie.parent);
         let site = self.site(zombie.parent, zombie.session, zombie.pid);
         site.unwrap_or(Site::Process(creator, When::Late, adopted))
     }
 
-    /// Who is created in the group of `restore` need not join it. From inside a pid namespace that
-    /// group has no id by which it could be joined.
+    /// A process created in the group of `restore` need not join it. Inside a pid namespace that group has no id by
+    /// which it could be joined.
     fn spare_joins(&mut self) {
         let mut created_there = vec![false; self.births.len()];
         created_there[0] = true;
@@ -416,8 +415,8 @@ impl Tree<'_> {
         }
     }
 
-    /// Shared anonymous memory goes from a process to its forks, so those who have it must descend
-    /// from one that has it by forks and shared memory alone, or can be given it for them.
+    /// Shared anonymous memory is inherited by fork. So the processes that map it must descend from one that maps it,
+    /// by forks and shared memory alone, or from an ancestor that can map it for them.
     fn share_memory(&mut self) {
         let mut first: HashMap<usize, usize> = HashMap::new();
         for (index, process) in self.processes.iter().enumerate() {
@@ -444,14 +443,14 @@ impl Tree<'_> {
         }
     }
 
-    /// The group of a process: that of a member, of a phantom, or of `restore`.
+    /// The group of a process: led by a member, by a phantom, or the one of `restore`.
     fn join_group(&mut self, index: usize, process: &Kin) {
         let (group, session) = (process.group, process.session);
         if group == process.pid || session == process.pid {
             return;
         }
         let site = match index {
-            // Itself creates a leader of its group.
+            // The process itself creates a leader of its group.
             0 => Ok(Site::Process(0, When::Late, false)),
             _ => self.site(process.parent, session, process.pid),
         };
@@ -465,10 +464,10 @@ impl Tree<'_> {
         }
     }
 
-    /// Likewise of what has ended.
+    /// The same for an ended process.
     fn join_group_ended(&mut self, zombie: &Zombie) {
         let (group, session) = (zombie.group, zombie.session);
-        // 0 is a group outside of the job's pid namespace, which has no id inside.
+        // 0 is a group outside the job's pid namespace, without an id inside.
         if [0, zombie.pid].contains(&group) || session == zombie.pid {
             return;
         }
@@ -482,7 +481,7 @@ impl Tree<'_> {
         }
     }
 
-    /// A group that somebody in that session joins, who is created there; a leader that has gone is too.
+    /// A group that a process in that session joins, whose leader is created there, as a phantom if it has gone.
     fn group(
         &mut self,
         group: i32,
@@ -499,7 +498,7 @@ impl Tree<'_> {
         if group == root.group && session == root.session {
             return Ok(Group::Ours);
         }
-        // What a phantom that passes creates is not waited for by who created that one.
+        // The creator of a phantom that ends for adoption does not reap what that creates.
         let site = match site? {
             Site::Phantom(leader, _) if self.passing.contains_key(&leader) => {
                 Site::Process(leader, When::Late, false)
@@ -522,7 +521,7 @@ impl Tree<'_> {
     }
 }
 
-/// The same of what has ended, whose creator is `there`, in the group of `restore`, at that moment.
+/// The same for ended processes; `there` says whether their creator is in the group of `restore` then.
 fn spare_phantoms(births: &mut [Birth], there: bool) {
     for birth in births {
         if let Body::Phantom(phantom) = &mut birth.body {

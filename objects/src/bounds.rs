@@ -1,8 +1,8 @@
-//! Bounds of numbers in records: what no kernel has is no snapshot.
+//! Bounds of numbers in records: values that no kernel produces are rejected.
 //!
-//! A record says `#[serde(deserialize_with = "bounds::fd")]` of a number that work, memory or arithmetic
-//! depends on. So it is checked once, where it is read. Numbers that need no bound are in the list of
-//! `tests/numbers.rs`, with the reason; a new one is in neither, and fails there.
+//! A field on which work, memory or arithmetic depends has `#[serde(deserialize_with = "bounds::fd")]`, so it is
+//! checked once, when it is read. Numbers that need no bound are listed in `tests/numbers.rs` with the reason; a new
+//! number in neither place fails there.
 
 use std::ops::RangeInclusive;
 
@@ -11,7 +11,7 @@ use serde_bytes::ByteBuf;
 
 /// The numbers in a field: one, or those of an option, a pair, a list.
 pub trait Numbers {
-    /// The first that is not in the range.
+    /// The first that is out of range.
     fn outside(&self, range: &RangeInclusive<i128>) -> Option<i128>;
 }
 
@@ -56,7 +56,7 @@ macro_rules! kinds {
         $($(#[$doc])*
         ///
         /// # Errors
-        /// The format's own, for a number that is outside.
+        /// The format's error, for a number that is out of range.
         pub fn $name<'de, D, N>(deserializer: D) -> Result<N, D::Error>
         where
             D: Deserializer<'de>,
@@ -82,7 +82,7 @@ kinds! {
     fd: "number of a descriptor", 0..=0x7fff_ffbf;
     /// The id of a task, a group or a session; 0 is none: `PID_MAX_LIMIT` (include/linux/threads.h).
     pid: "id of a task", 0..=4 << 20;
-    /// A signal, 0 is none.
+    /// A signal; 0 is none.
     signal: "signal", 0..=64;
     /// A wait status (wait(2)).
     status: "status of a process that has ended", 0..=0xffff;
@@ -90,17 +90,17 @@ kinds! {
     bytes: "number of bytes", 0..=i64::MAX as i128;
     /// Bytes of memory, or an offset among them: no address space is larger.
     memory: "number of bytes of memory", 0..=1 << 56;
-    /// Bytes of a page; 0 is an ordinary one.
+    /// Bytes of a page; 0 is the base size.
     page: "size of a page", 0..=1 << 34;
-    /// Bytes of a processor's state.
+    /// Bytes of a processor's extended state.
     state: "number of bytes of a processor's state", 0..=65536;
-    /// The number of a component of it.
+    /// The number of a state component.
     component: "component of a processor's state", 0..=63;
     /// pkeys(7).
     protection_key: "protection key", 0..=15;
     /// Type and permissions of a file.
     mode: "mode of a file", 0..=0o177_777;
-    /// Permissions that are taken away.
+    /// umask(2).
     umask: "umask", 0..=0o777;
     /// Nanoseconds of a clock.
     clock: "time of a clock", 0..=i64::MAX as i128;
@@ -128,16 +128,16 @@ kinds! {
     message: "size of a message", 0..=16 << 20;
     /// An entry of a local descriptor table, modify_ldt(2).
     segment: "segment", 0..=8191;
-    /// Bits of a mode or of what has been said once (dumpability, seccomp(2), shutdown(2), fcntl(2)).
+    /// Small bit sets and enumerations (dumpability, seccomp(2), shutdown(2), fcntl(2)).
     choice: "choice", 0..=15;
     /// eventfd(2).
     count: "count of an eventfd", 0..=0xffff_ffff_ffff_fffe;
 }
 
-/// A list of `MOST` elements at most.
+/// A list of at most `MOST` elements.
 ///
 /// # Errors
-/// The format's own, for more.
+/// The format's error, for more elements.
 pub fn few<'de, D, T, const MOST: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -153,10 +153,10 @@ where
     }
 }
 
-/// Bytes, `MOST` of them at most.
+/// At most `MOST` bytes.
 ///
 /// # Errors
-/// The format's own, for more.
+/// The format's error, for more bytes.
 pub fn at_most<'de, D: Deserializer<'de>, const MOST: usize>(
     deserializer: D,
 ) -> Result<Vec<u8>, D::Error> {

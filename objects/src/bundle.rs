@@ -1,5 +1,5 @@
-//! Files that are in the image so that a restore does not need them where it takes place: programs,
-//! libraries, and what the job only reads.
+//! Files stored in the image, so that the restore does not need them: programs, libraries, and files that the job
+//! only reads.
 
 use std::fs::File;
 
@@ -9,10 +9,10 @@ use super::memory::FileIdentity;
 use super::{Snapshot, SpaceId};
 use crate::bounds;
 
-/// A bundled file. Files of the same contents have one space.
+/// A bundled file. Files with equal contents share one space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bundled {
-    /// Device, major and minor, that tells together with the inode which files of the snapshot it is.
+    /// Device, major and minor; with the inode it identifies the files of the snapshot.
     pub device: (u32, u32),
     /// Inode number.
     pub inode: u64,

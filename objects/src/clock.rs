@@ -1,5 +1,5 @@
-//! The machine's clocks, and those of a job: a time namespace lets `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME` go on from
-//! where they stood (time_namespaces(7)).
+//! The machine's clocks, and those of a job: in a time namespace `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME` continue from
+//! their value at the checkpoint (time_namespaces(7)).
 
 use std::fmt::Write;
 
@@ -20,7 +20,7 @@ pub enum Clocks {
     /// The machine's.
     #[default]
     Ours,
-    /// The job's own, which show this many nanoseconds when it is created.
+    /// The job's own, with these values in nanoseconds when it is created.
     GoOn {
         /// `CLOCK_MONOTONIC`.
         monotonic_ns: u64,
@@ -31,19 +31,18 @@ pub enum Clocks {
     },
 }
 
-/// Clocks that a time namespace shifts: what `/proc/PID/timens_offsets` calls them.
+/// Clocks that a time namespace shifts, and their names in `/proc/PID/timens_offsets`.
 pub const CLOCKS: [(i32, &str); 2] = [
     (libc::CLOCK_MONOTONIC, "monotonic"),
     (libc::CLOCK_BOOTTIME, "boottime"),
 ];
 
-/// What a clock shows, in nanoseconds.
+/// The time of a clock in nanoseconds.
 pub fn clock(id: i32) -> u64 {
     ckpt_sys::clocks::clock(id)
 }
 
-/// The second since 1970 of a moment in clock ticks since the start of the machine, as
-/// `/proc/PID/stat` has it.
+/// Seconds since 1970 of a time in clock ticks since boot, as in `/proc/PID/stat`.
 pub fn unix_time_of_ticks(ticks: u64) -> i64 {
     let a_second = ckpt_sys::clocks::ticks_per_second();
     let started = clock(libc::CLOCK_REALTIME).saturating_sub(clock(libc::CLOCK_BOOTTIME));
@@ -51,7 +50,7 @@ pub fn unix_time_of_ticks(ticks: u64) -> i64 {
 }
 
 impl Clocks {
-    /// Runs `create`; the processes that it creates have these clocks.
+    /// Runs `create`; processes that it creates have these clocks.
     ///
     /// # Errors
     /// [`Error::Refused`] where no time namespace can be made.
@@ -61,15 +60,15 @@ impl Clocks {
         }
         self.enter().map_err(denied)?;
         let created = create();
-        // Before Linux 6.2 nobody whose children have other clocks may have threads. Who made a user
-        // namespace for it has no right to go back, and does without.
+        // Before Linux 6.2 a process whose children have other clocks cannot create threads. In a user namespace made
+        // for it, it may not return to the old time namespace either, and does without threads.
         if let Ok(ours) = std::fs::File::open("/proc/self/ns/time") {
             let _ = namespaces::enter(ours, libc::CLONE_NEWTIME);
         }
         Ok(created)
     }
 
-    /// From now on they are those of this process, which has one thread.
+    /// Sets the clocks of this single-threaded process.
     ///
     /// # Errors
     /// As for [`during`](Self::during).
@@ -84,12 +83,12 @@ impl Clocks {
         joined.map_err(denied)
     }
 
-    /// Whether there can be a namespace: a child of ours makes one, and ends.
+    /// Whether a namespace can be created: tried in a child.
     pub fn try_out(self) -> Result<(), Errno> {
         in_a_child(|| self.enter())
     }
 
-    /// Leaves a new time namespace to our children.
+    /// Creates a new time namespace for our children.
     fn enter(self) -> Result<(), Errno> {
         let me = Pid::own();
         namespaces::unshare(libc::CLONE_NEWTIME)?;
@@ -98,8 +97,8 @@ impl Clocks {
             let ahead = |clock| i128::from(self.shown(clock)) - i128::from(self::clock(clock));
             let mut shift = ahead(clock);
             if clock == libc::CLOCK_MONOTONIC {
-                // Both are shifted by the same, and NTP has driven them apart, elsewhere by another
-                // amount: neither may go back.
+                // Both clocks are shifted by the same offset, and NTP makes them differ by another amount on each
+                // machine: neither may go back.
                 shift = shift.max(ahead(libc::CLOCK_MONOTONIC_RAW));
             }
             let shift = offset(me, clock) + shift;
@@ -125,14 +124,14 @@ impl Clocks {
     }
 }
 
-/// What a clock of a process shows, in nanoseconds, while ours shows `ours`.
+/// The time of a clock of a process, in nanoseconds, when ours is `ours`.
 pub fn as_seen_by(pid: Pid, clock: i32, ours: u64) -> u64 {
     let me = Pid::own();
     let shift = offset(pid, clock) - offset(me, clock);
     (i128::from(ours) + shift).max(0) as u64
 }
 
-/// By how much the namespace of a process shifts a clock, in nanoseconds.
+/// The offset of a clock in the time namespace of a process, in nanoseconds.
 fn offset(pid: Pid, clock: i32) -> i128 {
     let name = CLOCKS.iter().find(|(id, _)| *id == clock).map(|(_, n)| *n);
     let offsets = timens_offsets(pid).unwrap_or_default();
@@ -142,7 +141,7 @@ fn offset(pid: Pid, clock: i32) -> i128 {
     })
 }
 
-/// The refusal that no time namespace can be made.
+/// The refusal if no time namespace can be created.
 pub fn denied(errno: Errno) -> Error {
     Error::refuse(Obstacle::new(
         "the time namespace in which the job's clocks go on",

@@ -1,5 +1,5 @@
-//! Core scheduling (Documentation/admin-guide/hw-vuln/core-scheduling.rst): a task with a cookie shares a core with
-//! those of the same cookie only. The kernel shows a hash of it, so that only equality means something.
+//! Core scheduling (Documentation/admin-guide/hw-vuln/core-scheduling.rst): tasks share a core only with tasks that
+//! have the same cookie. The kernel shows a hash of the cookie, so only equality is meaningful.
 
 use std::collections::BTreeMap;
 
@@ -10,18 +10,18 @@ use nix::errno::Errno;
 
 use super::Snapshot;
 
-/// The cookie of a task as the kernel shows it; 0 for none, also where there is no core scheduling.
+/// The cookie of a task as the kernel shows it; 0 without one or without core scheduling.
 pub fn cookie(tid: Tid) -> u64 {
     tasks::core_cookie(tid.raw())
 }
 
-/// For serde.
+/// For `skip_serializing_if`.
 pub fn is_none(cookie: &u64) -> bool {
     *cookie == 0
 }
 
-/// Makes a new cookie for each that the job had and gives it to the same tasks, which all exist and run nothing
-/// yet. Cookies go from task to task by way of the calling one, so that a child does it, which ends with the last.
+/// Creates a new cookie for each of the job's and gives it to the same tasks, which all exist and run nothing yet.
+/// The calling task takes each cookie itself meanwhile, so a child does it.
 pub fn rebuild(snapshot: &Snapshot) -> Option<String> {
     let threads = snapshot.processes.iter().flat_map(|p| &p.threads);
     let mut groups: BTreeMap<u64, Vec<Tid>> = BTreeMap::new();
@@ -32,7 +32,8 @@ pub fn rebuild(snapshot: &Snapshot) -> Option<String> {
     if groups.is_empty() {
         return None;
     }
-    // Not in a thread: before Linux 6.2 there may be none where children have clocks of their own (`copy_process`, kernel/fork.c).
+    // Not in a thread: before Linux 6.2 a process whose children have other clocks cannot create one (`copy_process`,
+    // kernel/fork.c).
     let error = in_a_child(|| groups.values().try_for_each(|threads| share(threads))).err()?;
     Some(format!(
         "the job may share processor cores with other programs, from which core scheduling (PR_SCHED_CORE) kept it apart: {}",
@@ -45,7 +46,7 @@ pub fn rebuild(snapshot: &Snapshot) -> Option<String> {
     ))
 }
 
-/// One new cookie for all of them.
+/// Gives all of them one new cookie.
 fn share(threads: &[Tid]) -> Result<(), Errno> {
     tasks::new_core_cookie(threads[0].raw())?;
     tasks::take_core_cookie(threads[0].raw())?;

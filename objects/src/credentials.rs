@@ -1,4 +1,4 @@
-//! Who a task is: ids, groups, capabilities. Threads have their own each.
+//! Credentials: ids, groups, capabilities. They are per thread.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -41,17 +41,17 @@ pub struct Credentials {
     pub no_new_privs: bool,
 }
 
-/// `SECBIT_KEEP_CAPS`, which `PR_SET_KEEPCAPS` sets and clears.
+/// `SECBIT_KEEP_CAPS`; `PR_SET_KEEPCAPS` sets and clears it.
 const KEEP_CAPS: u32 = 1 << 4;
 
-/// Whether setgroups(2) is permitted: it is not in user namespaces that an ordinary user has made alone.
+/// Whether setgroups(2) is permitted: not in a user namespace that an ordinary user created without newgidmap(1).
 pub fn groups_can_be_set() -> bool {
     let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
     setting.trim() != "deny"
 }
 
-/// What of the job's credentials we may not give; `now` is what its processes have from us, `held` what
-/// they may do with it, `outside` are our groups outside of the job's user namespace.
+/// The job's credentials that we may not set. `now` is what its processes get from us, `held` their capabilities,
+/// `outside` our groups outside the job's user namespace.
 pub fn obstacles(
     snapshot: &Snapshot,
     now: &Credentials,
@@ -93,22 +93,22 @@ pub fn obstacles(
     obstacles
 }
 
-/// Whether the kernel gives whoever executes this file other ids, or capabilities (execve(2)).
+/// Whether executing this file changes ids or capabilities (execve(2)).
 pub fn gives_privileges(program: &Path) -> bool {
     let set_id = std::fs::metadata(program).is_ok_and(|meta| meta.mode() & 0o6000 != 0);
     set_id || ckpt_sys::attributes::has_extended(program, c"security.capability")
 }
 
-/// Takes back what an exec of such a file has given or taken: `now` is what we have. Root keeps its
-/// permitted set through it, an ordinary user's tracer that has no CAP_SYS_PTRACE makes the
-/// kernel give nothing (`cap_bprm_creds_from_file`, security/commoncap.c).
+/// Undoes what an exec of such a file changed: `now` are our credentials. Root keeps its permitted set across it;
+/// with a tracer that lacks CAP_SYS_PTRACE the kernel grants nothing (`cap_bprm_creds_from_file`,
+/// security/commoncap.c).
 pub fn as_before_exec(now: &Credentials, plan: &mut Builder) {
     let object = || "the credentials before its set-uid program".to_owned();
     let prctl = |args: [u64; 2], plan: &mut Builder| {
         plan.syscall(libc::SYS_prctl, &args, object);
     };
     prctl([libc::PR_SET_KEEPCAPS as u64, 1], plan);
-    // Its effective set is what the file gave; that which is permitted suffices for what follows.
+    // The effective set comes from the file; the permitted one suffices for what follows.
     now.set_capabilities(plan, object);
     now.set_ids(plan, object);
     now.set_capabilities(plan, object);
@@ -122,7 +122,7 @@ pub fn set_groups(groups: &[u32], plan: &mut Builder, object: impl Fn() -> Strin
     plan.syscall(libc::SYS_setgroups, &[groups.len() as u64, at], object);
 }
 
-/// A new session keyring, empty and that user's: who has ours could use the keys in it
+/// Joins a new, empty session keyring, owned by that user: a process that kept ours could use its keys
 /// (session-keyring(7)).
 pub fn join_keyring((uid, gid): (u32, u32), plan: &mut Builder) {
     const KEYCTL_JOIN_SESSION_KEYRING: u64 = 1;
@@ -131,12 +131,12 @@ pub fn join_keyring((uid, gid): (u32, u32), plan: &mut Builder) {
     let object = || "the session keyring".to_owned();
     let session = KEY_SPEC_SESSION_KEYRING as u64;
     plan.syscall(libc::SYS_keyctl, &[KEYCTL_JOIN_SESSION_KEYRING, 0], object);
-    // Without the right to give it away it is the user's to use all the same, by possession.
+    // If it cannot be given away, the user may still use it, by possession.
     let args = [KEYCTL_CHOWN, session, uid.into(), gid.into()];
     plan.attempt(libc::SYS_keyctl, &args, object);
 }
 
-/// The ids that somebody has in a user namespace (user_namespaces(7)); `None`: not known.
+/// The ids that a user namespace maps (user_namespaces(7)); `None` if unknown.
 #[derive(Default)]
 struct Ids {
     users: Option<Vec<Extent>>,
@@ -153,7 +153,7 @@ impl Ids {
         }
     }
 
-    /// One of a task's that nobody has.
+    /// An id of a task that is not mapped.
     fn lacking(&self, task: &Credentials) -> Option<u32> {
         let unknown = |ids: &[u32], map: &Option<Vec<Extent>>| {
             let map = map.as_ref()?;
@@ -165,8 +165,8 @@ impl Ids {
     }
 }
 
-/// Groups that came into the job's user namespace from outside, and that lead nowhere inside: only
-/// whoever has exactly these can make such a namespace again.
+/// Supplementary groups that the job's user namespace inherited and does not map: only a user with exactly these
+/// groups can create such a namespace again.
 pub fn foreign_groups(snapshot: &Snapshot, outside: &[u32]) -> Vec<Obstacle> {
     let user = snapshot.namespaces.user.as_ref();
     let Some(user) = user.filter(|u| !u.inherited_groups.is_empty()) else {
@@ -190,7 +190,7 @@ pub fn foreign_groups(snapshot: &Snapshot, outside: &[u32]) -> Vec<Obstacle> {
 }
 
 impl Credentials {
-    /// From a task's status; the securebits are asked from inside.
+    /// From a task's status; the securebits are read from inside.
     pub fn of(status: &Status, securebits: u32) -> Self {
         let ids = |i: &status::Ids| [i.real, i.effective, i.saved, i.fs];
         Self {
@@ -207,7 +207,7 @@ impl Credentials {
         }
     }
 
-    /// Why these cannot be had by a process that begins with `now`.
+    /// Why a process with the credentials `now` cannot change to these.
     fn not_permitted(
         &self,
         now: &Credentials,
@@ -265,13 +265,12 @@ impl Credentials {
         })
     }
 
-    /// Whether ids change in a way that makes the kernel change capabilities with them
-    /// (`cap_emulate_setxuid`, security/commoncap.c).
+    /// Whether a change of ids changes capabilities too (`cap_emulate_setxuid`, security/commoncap.c).
     fn leaves_root(&self, now: &Credentials) -> bool {
         self.ids_differ(now) && (now.uid.contains(&0) || self.uid.contains(&0))
     }
 
-    /// Whether securebits differ but for the one that takes no capability.
+    /// Whether securebits differ, apart from the one that needs no capability.
     fn securebits_differ(&self, now: &Credentials) -> bool {
         (self.securebits ^ now.securebits) & !KEEP_CAPS != 0
     }
@@ -280,10 +279,9 @@ impl Credentials {
         self.uid != now.uid || self.gid != now.gid
     }
 
-    /// What differs from what a process started by us has now is set, in an order in which
-    /// each step is still permitted: groups, what is inheritable although the bounding set lacks it, bounding set, ids
-    /// with capabilities kept, ambient capabilities, which securebits may forbid to raise, then these, and last the
-    /// capability sets themselves.
+    /// Sets what differs from `now`, the credentials of a process started by us, in an order that keeps each step
+    /// permitted: groups, inheritable capabilities outside the bounding set, bounding set, ids with capabilities
+    /// kept, ambient capabilities (securebits may forbid raising them), securebits, and last the capability sets.
     pub fn rebuild(&self, now: &Credentials, plan: &mut Builder) {
         let object = || "credentials".to_owned();
         if self.groups != now.groups {
@@ -308,7 +306,7 @@ impl Credentials {
         }
         let (ids_differ, leaves_root) = (self.ids_differ(now), self.leaves_root(now));
         if leaves_root {
-            // SECBIT_KEEP_CAPS and SECBIT_NO_SETUID_FIXUP: capabilities stay through setresuid.
+            // SECBIT_KEEP_CAPS and SECBIT_NO_SETUID_FIXUP: setresuid keeps capabilities.
             let keep = u64::from(KEEP_CAPS) | 1 << 2;
             plan.syscall(
                 libc::SYS_prctl,
@@ -348,12 +346,12 @@ impl Credentials {
         }
     }
 
-    /// Whether [`rebuild_no_new_privs`](Self::rebuild_no_new_privs) sets what we do not have ourselves.
+    /// Whether [`rebuild_no_new_privs`](Self::rebuild_no_new_privs) sets a flag that we do not have.
     pub fn takes_no_new_privs(&self, now: &Credentials) -> bool {
         self.no_new_privs && !now.no_new_privs
     }
 
-    /// `no_new_privs`, when all that needs privileges is done, and before seccomp filters, which need it.
+    /// Sets `no_new_privs`, after all that needs privileges, and before seccomp filters, which need it.
     pub fn rebuild_no_new_privs(&self, now: &Credentials, plan: &mut Builder) {
         if self.takes_no_new_privs(now) {
             plan.syscall(
@@ -364,7 +362,7 @@ impl Credentials {
         }
     }
 
-    /// Groups first: the right to choose them goes with the user.
+    /// Groups first: the permission to set them is lost with the user id.
     fn set_ids(&self, plan: &mut Builder, object: impl Fn() -> String + Copy) {
         let [r, e, s, f] = self.gid.map(u64::from);
         plan.syscall(libc::SYS_setresgid, &[r, e, s], object);

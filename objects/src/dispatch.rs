@@ -5,12 +5,12 @@ use ckpt_tracer::dispatch;
 use ckpt_tracer::task::Stopped;
 use serde::{Deserialize, Serialize};
 
-/// System calls from outside of a range are answered by SIGSYS, while the selector says so.
+/// System calls from outside a range raise SIGSYS while the selector says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dispatch {
-    /// Address of the byte that says whether calls are dispatched; 0 for always.
+    /// Address of the selector byte; 0 dispatches always.
     pub selector: u64,
-    /// Where the range begins from which calls are made.
+    /// Start of the allowed range.
     pub offset: u64,
     /// Its length in bytes; it may wrap around.
     pub len: u64,
@@ -33,12 +33,12 @@ impl From<Dispatch> for dispatch::Dispatch {
 }
 
 impl Dispatch {
-    /// Whether its range wraps around, as that of all but a range does.
+    /// Whether its range wraps around, as the complement of a range does.
     pub fn is_inclusive(&self) -> bool {
         dispatch::Dispatch::from(*self).wraps()
     }
 
-    /// Turns it on, when no more calls are made in the task.
+    /// Enables it, when no more calls are made in the task.
     pub fn rebuild(&self, task: &Stopped) -> Result<()> {
         task.set_dispatch(&(*self).into())
     }

@@ -1,8 +1,8 @@
-//! Processor state that a process has to ask for: AMX tiles (arch_prctl(2), `ARCH_REQ_XCOMP_PERM`).
+//! Processor state that needs a permission: AMX tiles (arch_prctl(2), `ARCH_REQ_XCOMP_PERM`).
 //!
-//! The permission is the process's; room in a task comes with its first use. Until then the kernel takes no
-//! such state for it from a tracer (`validate_user_xstate_header`, arch/x86/kernel/fpu/xstate.c), so a thread
-//! whose tiles hold something first loads them itself.
+//! The permission is per process; the kernel extends a task's buffer at its first use. Before that it does not accept
+//! such state from a tracer (`validate_user_xstate_header`, arch/x86/kernel/fpu/xstate.c), so a thread with tiles in
+//! use first loads them itself.
 
 use ckpt_tracer::remote::{Call, RemoteCalls};
 use ckpt_tracer::{Error, Result};
@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 use super::processor::{COMPONENTS, HEADER, in_use};
 use crate::plan::Builder;
 
-/// Components that a process may use, bit n for component n.
+/// Permitted components, bit n for component n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DynamicState {
-    /// By itself.
+    /// For the process itself.
     pub own: u64,
-    /// By guests of its (KVM).
+    /// For its guests (KVM).
     pub guest: u64,
 }
 
@@ -25,12 +25,12 @@ pub struct DynamicState {
 const OWN: (u64, u64) = (0x1022, 0x1023);
 /// `ARCH_GET_XCOMP_GUEST_PERM`, `ARCH_REQ_XCOMP_GUEST_PERM`.
 const GUEST: (u64, u64) = (0x1024, 0x1025);
-/// Tile data, the one component that is asked for (`XFEATURE_MASK_USER_DYNAMIC`).
+/// Tile data, the only component that needs a permission (`XFEATURE_MASK_USER_DYNAMIC`).
 const TILE_DATA: u32 = 18;
 /// Tile configuration and data.
 const TILES: u64 = 1 << 17 | 1 << TILE_DATA;
 
-/// What the process may use; nothing on kernels before Linux 5.16.
+/// The permissions of the process; none before Linux 5.16.
 pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<DynamicState> {
     let out = calls.scratch();
     calls.write_scratch(0, &[0; 16])?;
@@ -52,7 +52,7 @@ pub fn capture(calls: &mut RemoteCalls<'_>) -> Result<DynamicState> {
 }
 
 impl DynamicState {
-    /// Asks for it again, before there are alternate stacks, whose sizes the kernel then checks.
+    /// Requests them again, before alternate stacks are set, since the kernel then checks their sizes.
     pub fn rebuild(&self, plan: &mut Builder) {
         for (state, which) in [(self.own, OWN), (self.guest, GUEST)] {
             if state & 1 << TILE_DATA != 0 {
@@ -65,13 +65,13 @@ impl DynamicState {
     }
 }
 
-/// Has a thread load its tiles, if they hold something.
+/// Makes a thread load its tiles, if they are in use.
 pub fn load_tiles(xstate: &[u8], plan: &mut Builder) {
     let used = in_use(xstate) & TILES;
     if used & 1 << TILE_DATA == 0 {
         return;
     }
-    // The standard format, of which nothing but the tiles is looked at.
+    // The standard format; only the tiles are loaded.
     let mut area = xstate.to_vec();
     area[HEADER..COMPONENTS].fill(0);
     area[HEADER..HEADER + 8].copy_from_slice(&used.to_le_bytes());
@@ -112,7 +112,7 @@ mod tests {
         uses(&mut xstate, 7 | TILES);
         let text = plan_of(|plan| load_tiles(&xstate, plan));
         assert!(text.contains("load processor state 0x60000"), "{text}");
-        // A configuration alone needs no room.
+        // The configuration alone needs no extended buffer.
         uses(&mut xstate, 7 | 1 << 17);
         let text = plan_of(|plan| load_tiles(&xstate, plan));
         assert!(!text.contains("load"), "{text}");

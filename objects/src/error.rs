@@ -1,5 +1,4 @@
-//! What can go wrong, as a person reads it: each message is one sentence that names the
-//! object, the reason and, where there is one, the remedy.
+//! Errors: each message is one sentence with the object, the reason and, if there is one, the remedy.
 
 use crate::text::Shown;
 
@@ -12,20 +11,19 @@ use serde::{Deserialize, Serialize};
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Something that stands in the way of a checkpoint or a restore.
+/// An obstacle to a checkpoint or a restore.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Obstacle {
-    /// What is concerned: `process 12 (name)`, `fd 3 of process 12 (socket:[99])` …
+    /// Its object: `process 12 (name)`, `fd 3 of process 12 (socket:[99])` …
     pub object: String,
-    /// Why that cannot be done.
+    /// Why it cannot be done.
     pub reason: String,
     /// What the user can do.
     pub remedy: Option<String>,
-    /// It goes by itself, as a rule soon: an attempt is made again before it is told.
+    /// Transient: retried before it is reported.
     #[serde(skip)]
     pub passing: bool,
-    /// An option of `restore` settles it: it depends on how a restore is asked for, not on whether
-    /// one can be made.
+    /// Resolved by an option of `restore`: it depends on how a restore is requested, not on whether it is possible.
     #[serde(skip)]
     pub by_option: bool,
 }
@@ -46,7 +44,7 @@ impl Obstacle {
         }
     }
 
-    /// The same, as one that goes by itself.
+    /// The same, marked as transient.
     pub fn passing(self) -> Self {
         Self {
             passing: true,
@@ -54,7 +52,7 @@ impl Obstacle {
         }
     }
 
-    /// The same, as one that an option of `restore` settles.
+    /// The same, marked as resolved by an option of `restore`.
     pub fn by_option(self) -> Self {
         Self {
             by_option: true,
@@ -62,7 +60,7 @@ impl Obstacle {
         }
     }
 
-    /// An obstacle that nothing can be done about.
+    /// An obstacle without a remedy.
     pub fn without_remedy(object: impl Into<String>, reason: impl Into<String>) -> Self {
         Self {
             object: object.into(),
@@ -84,16 +82,16 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// Something that is not as it was.
+/// A difference from the checkpointed state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
-    /// What is concerned: `process 12`, `fd 3 of process 12` …
+    /// Its object: `process 12`, `fd 3 of process 12` …
     pub object: String,
-    /// Which part of it.
+    /// Which attribute.
     pub part: String,
-    /// What it was in the job.
+    /// Its value in the job.
     pub before: String,
-    /// What it is in the copy.
+    /// Its value in the copy.
     pub after: String,
 }
 
@@ -112,23 +110,23 @@ impl fmt::Display for Difference {
 /// An error of checkpoint or restore.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It cannot be done, for these reasons; nothing was changed.
+    /// Refused, for these reasons; nothing was changed.
     #[error("{}", join(.0))]
     Refused(Vec<Obstacle>),
-    /// The job was not ended, since these would stand in the way of its restore.
+    /// The job was not ended, since these would prevent its restore.
     #[error(
         "{}\nthe job goes on and no image is left: it could not be restored from it; --no-check leaves \
          this check out",
         join(.0)
     )]
     NotRestorable(Vec<Obstacle>),
-    /// A copy that was restored from the image is not what the job is.
+    /// A copy restored from the image differs from the job.
     #[error(
         "{}\nthe rehearsal shows that the job would not come back as it is; it goes on, and no image is left",
         lines(.0)
     )]
     Differs(Vec<Difference>),
-    /// Working in the live process failed.
+    /// An operation on the live process failed.
     #[error(transparent)]
     Tracer(#[from] ckpt_tracer::Error),
     /// The image could not be read or written.
@@ -139,20 +137,20 @@ pub enum Error {
     File {
         /// "open", "create" …
         what: &'static str,
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// The image's metadata does not fit together.
+    /// The image's metadata is inconsistent.
     #[error("the image {} is damaged or was made by another program: {what}", path.shown())]
     Metadata {
         /// The image.
         path: PathBuf,
-        /// What does not fit.
+        /// What is inconsistent.
         what: String,
     },
-    /// Looking at an image would take more memory than its size allows.
+    /// Inspecting an image would take more memory than its size allows.
     #[error(
         "the metadata of {} would take more memory than 64 MiB and four times its size, which is more than looking at \
          an image may take; restore reads it without this bound",
@@ -169,19 +167,19 @@ pub enum Error {
         object: String,
         /// The operation with its operands.
         op: String,
-        /// The kernel's answer.
+        /// The kernel's error.
         reason: String,
     },
-    /// A task was not given the id that it was to have.
+    /// A task did not get its id.
     #[error(
         "process {pid} cannot get its old pid: others are given it again and again in the moment before; \
          try again when fewer processes are created here"
     )]
     PidMissed {
-        /// The id, or the one that came in its place.
+        /// The id, or the one that was assigned instead.
         pid: i32,
     },
-    /// The restore cannot go on for a reason outside the plan.
+    /// The restore failed for a reason outside the plan.
     #[error("{0}")]
     Restore(String),
 }
@@ -194,7 +192,7 @@ impl Error {
 }
 
 impl Error {
-    /// Whether it is only about what goes by itself.
+    /// Whether all of its obstacles are transient.
     pub fn is_passing(&self) -> bool {
         match self {
             Error::Refused(obstacles) => obstacles.iter().all(|o| o.passing),

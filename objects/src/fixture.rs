@@ -11,7 +11,7 @@ use crate::process::Process;
 use crate::thread::{GeneralRegisters, Thread};
 use crate::{Host, Snapshot, SpaceId};
 
-/// Where the fixture's anonymous memory is: three pages, the second of which is stored.
+/// The address of the fixture's anonymous memory: three pages, the second of which is stored.
 pub const MEMORY: u64 = 0x10_0000;
 
 /// A mapping without flags, readable and writable.
@@ -169,7 +169,7 @@ pub fn snapshot() -> Snapshot {
     }
 }
 
-/// An image with these pages: space, address, the byte it is filled with.
+/// An image with these pages: space, address, fill byte.
 pub fn image(pages: &[(u32, u64, u8)]) -> Reader {
     let header = Header {
         pid: 50,
@@ -186,7 +186,7 @@ pub fn image(pages: &[(u32, u64, u8)]) -> Reader {
     Reader::from_bytes(writer.finish().unwrap().0).unwrap()
 }
 
-/// The image that fits [`snapshot`].
+/// The image that matches [`snapshot`].
 pub fn good_image() -> Reader {
     image(&[(1, MEMORY + 4096, 0x90)])
 }

@@ -1,5 +1,5 @@
-//! Signal handlers at work, and where they will return to, from the frames that the kernel has put on
-//! the stacks (`struct rt_sigframe`, arch/x86/include/asm/sigframe.h).
+//! Running signal handlers and their return addresses, from the frames on the stacks (`struct rt_sigframe`,
+//! arch/x86/include/asm/sigframe.h).
 
 use std::ops::Range;
 
@@ -7,25 +7,25 @@ use ckpt_tracer::{Pid, RemoteAddr, mem};
 
 use crate::memory::Mapping;
 
-/// Stack that is looked through, in bytes; a frame farther up is not found.
+/// Bytes of stack that are searched; a frame farther up is not found.
 const DEPTH: u64 = 64 << 20;
 /// Bytes read at once.
 const PIECE: usize = 1 << 20;
-/// Stacks that a thread may be on, one handler upon another.
+/// Most stacks of a thread, for nested handlers.
 const STACKS: usize = 64;
 
-/// `cs`, `gs`, `fs` and `ss` as a frame of 64-bit code has them: `__USER_CS`, 0, 0, `__USER_DS`.
+/// `cs`, `gs`, `fs` and `ss` in a frame of 64-bit code: `__USER_CS`, 0, 0, `__USER_DS`.
 const SEGMENTS: u64 = 0x002b_0000_0000_0033;
-/// Flags that exist, of which the second is always set (Intel SDM volume 1, 3.4.3).
+/// Defined flags; bit 1 is always set (Intel SDM volume 1, 3.4.3).
 const FLAGS: u64 = 0x003f_7fd7;
 
-/// Whether a handler of a thread whose stack pointer is `rsp` will return into `range`. Frames that were
-/// left behind in parts of the stack that are in use again look the same.
+/// Whether a handler of a thread with the stack pointer `rsp` will return into `range`. A stale frame in a part of
+/// the stack that is in use again looks the same.
 pub fn lead_into(range: &Range<u64>, rsp: u64, mappings: &[Mapping], pid: Pid) -> bool {
     find(rsp, mappings, pid, &|rip| range.contains(&rip))
 }
 
-/// Whether a handler of that thread is at work at all; with the same reservation.
+/// Whether any handler of that thread is running; with the same uncertainty.
 pub fn any(rsp: u64, mappings: &[Mapping], pid: Pid) -> bool {
     find(rsp, mappings, pid, &|_| true)
 }
@@ -52,7 +52,7 @@ fn find(rsp: u64, mappings: &[Mapping], pid: Pid, wanted: &dyn Fn(u64) -> bool) 
     false
 }
 
-/// Where frames in a part of memory lead to: instruction and stack pointers.
+/// Return addresses of frames in a part of memory: instruction and stack pointers.
 fn returns(stack: Range<u64>, pid: Pid) -> Vec<(u64, u64)> {
     let mut found = Vec::new();
     let mut bytes = vec![0; PIECE.min((stack.end - stack.start) as usize)];
@@ -64,7 +64,7 @@ fn returns(stack: Range<u64>, pid: Pid) -> Vec<(u64, u64)> {
         if read < len || at + len as u64 == stack.end {
             break;
         }
-        // The pieces overlap, so that no frame is cut.
+        // The pieces overlap, so that no frame is split.
         at += len as u64 - 32;
     }
     found

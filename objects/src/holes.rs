@@ -1,4 +1,4 @@
-//! Free places in an address space.
+//! Free ranges of an address space.
 
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::features::max_map_count;
@@ -9,16 +9,16 @@ use crate::error::Obstacle;
 use crate::limits;
 use crate::source::Source;
 
-/// Highest address that user memory may have with four-level page tables.
+/// End of user memory with four-level page tables.
 pub const TOP: u64 = 0x7fff_ffff_f000;
 /// Lowest address used; far above `vm.mmap_min_addr`.
 const BOTTOM: u64 = 0x1_0000_0000;
-/// Distance kept to what is there: a stack below may grow, and the kernel keeps a gap
-/// (`stack_guard_gap`, 1 MiB) below stacks.
+/// Distance to existing mappings: a stack below may grow, and the kernel keeps a gap (`stack_guard_gap`, 1 MiB) below
+/// stacks.
 const MARGIN: u64 = 4 << 20;
 
-/// Finds `len` free bytes, page aligned, with a margin around; the ranges need not be sorted
-/// and may overlap. The highest fitting hole wins.
+/// Finds `len` free bytes, page aligned, with a margin around. The ranges need not be sorted and may overlap. Returns
+/// the highest hole that fits.
 pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64> {
     let mut ranges: Vec<(u64, u64)> = taken.into_iter().collect();
     ranges.sort_unstable();
@@ -36,8 +36,8 @@ pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64
     best
 }
 
-/// Whether its limits let a process with these mappings have so much more memory. Limits that cannot be read
-/// are found at the call.
+/// Whether the limits of a process with these mappings permit that much more memory. Unreadable limits are detected
+/// at the call.
 pub fn permitted(source: &Source, vmas: &[Vma], len: u64) -> Result<(), Obstacle> {
     let limits = limits::capture(source.pid).unwrap_or_default();
     let locked = || limits::locked_without_room(&limits, source, vmas, len);
@@ -54,8 +54,8 @@ pub fn permitted(source: &Source, vmas: &[Vma], len: u64) -> Result<(), Obstacle
     ))
 }
 
-/// Scratch memory for remote calls in a process with these mappings (of smaps). A process that may not have
-/// another mapping lets one grow.
+/// Scratch memory for remote calls in a process with these mappings (of smaps). If it may not have another mapping,
+/// one is extended.
 pub fn scratch(source: &Source, vmas: &[Vma], len: u64) -> Result<Scratch, Obstacle> {
     permitted(source, vmas, len)?;
     let title = source.title();
@@ -69,7 +69,7 @@ pub fn scratch(source: &Source, vmas: &[Vma], len: u64) -> Result<Scratch, Obsta
             .map(|at| Scratch::in_hole(RemoteAddr(at), len))
             .ok_or_else(|| Obstacle::without_remedy(title, reason));
     }
-    // Whether mlockall locks mappings to come shows only at a new one.
+    // Whether future mappings are locked (mlockall(2)) is visible only in a new one.
     let locked = vmas.iter().any(|v| v.flags.contains(VmFlags::LOCKED));
     let grown = Scratch::behind(vmas, len).filter(|_| !locked);
     grown.ok_or_else(|| {
@@ -84,7 +84,7 @@ pub fn scratch(source: &Source, vmas: &[Vma], len: u64) -> Result<Scratch, Obsta
     })
 }
 
-/// What helps a process with so many mappings.
+/// The remedy for a process with that many mappings.
 pub fn raise(count: u64) -> String {
     let enough = (count + 1).next_power_of_two();
     format!("raise the limit: sysctl vm.max_map_count={enough}")

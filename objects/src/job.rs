@@ -1,4 +1,4 @@
-//! What is checkpointed together: a process and all that descend from it.
+//! A job: a process and all its descendants, checkpointed together.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -12,24 +12,24 @@ use crate::cgroup::freezer::Thawed;
 use crate::error::{Error, Obstacle, Result};
 use crate::source::Source;
 
-/// A fork bomb may outrun us for ever, and what we have stopped already stands still meanwhile. So we give up
-/// when so much time is over, and so many processes have been met that were not there in the beginning: a job
-/// that creates none is stopped in the end, however slow the machine is.
+/// A fork bomb may outrun us forever, and what we have stopped stands still meanwhile. So we give up after this time
+/// if that many new processes have been found since the beginning: a job that creates none is always stopped, however
+/// slow the machine.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// See [`PATIENCE`].
 const NEWCOMERS: usize = 50;
 
-/// The processes of a job, by what can be done with them.
+/// The processes of a job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Family {
-    /// Those that live; parents before their children, the root first.
+    /// Live ones; parents before their children, the root first.
     pub living: Vec<Pid>,
-    /// Those that have ended and that their parents have not waited for.
+    /// Zombies.
     pub ended: Vec<Pid>,
 }
 
 impl Family {
-    /// The process and its descendants, as they are at this moment.
+    /// The process and its present descendants.
     ///
     /// # Errors
     /// As [`tasks::children`] for the root; a descendant that ends meanwhile is no error.
@@ -37,7 +37,7 @@ impl Family {
         Self::of_all(&[root])
     }
 
-    /// The same of several roots; the first one is the job's.
+    /// The same for several roots; the first one is the job's.
     pub fn of_all(roots: &[Pid]) -> Result<Self> {
         let proc = ProcRoot::default();
         let mut family = Self {
@@ -67,18 +67,18 @@ impl Family {
     }
 }
 
-/// A process of which every task is stopped, and what is known of it from outside since then: it may have called
-/// execve(2) after it was looked at first.
+/// A process whose tasks are all stopped, and its state seen from outside since then: it may have called execve(2)
+/// after it was first read.
 pub struct Member {
     /// Its tasks.
     pub frozen: Frozen,
-    /// Where it is looked at.
+    /// Its view from outside.
     pub source: Source,
 }
 
-/// A job of which every task is stopped. Letting it drop lets it go on.
+/// A job whose tasks are all stopped. Dropping it releases them.
 pub struct FrozenJob {
-    /// Its control groups, if they were frozen: to be frozen again before any task is let go.
+    /// Its control groups, if they were frozen: to be frozen again before any task is released.
     pub groups: Option<Thawed>,
     /// Its living processes, in the order of [`Family::living`].
     pub processes: Vec<Member>,
@@ -87,8 +87,8 @@ pub struct FrozenJob {
 }
 
 impl FrozenJob {
-    /// Stops every task of every process, and looks for more until there are none. On any error
-    /// everything stopped so far is let go.
+    /// Stops every task of every process, and rescans until there are no more. On an error everything stopped so far
+    /// is released.
     pub fn freeze(roots: &[Pid]) -> Result<Self> {
         Self::freeze_until(roots, Instant::now() + PATIENCE, NEWCOMERS)
     }
@@ -103,8 +103,8 @@ impl FrozenJob {
             frozen: HashMap::new(),
             ended: BTreeSet::new(),
         };
-        // Who ends during a walk can leave a child to somebody who was looked at before, and need not
-        // leave a zombie; that this goes unseen twice is not to be expected.
+        // A process that ends during a walk can leave a child to a process already visited, and need not leave a
+        // zombie. Two walks without a new process are taken as proof.
         let mut quiet = 0;
         loop {
             let (living, ended, found) = hunt.walk()?;
@@ -124,31 +124,31 @@ impl FrozenJob {
         }
     }
 
-    /// Tasks in all.
+    /// Number of tasks.
     pub fn tasks(&self) -> usize {
         self.processes.iter().map(|p| p.frozen.tasks().len()).sum()
     }
 
-    /// Where its processes are looked at.
+    /// The views of its processes from outside.
     pub fn sources(&self) -> Vec<&Source> {
         self.processes.iter().map(|p| &p.source).collect()
     }
 
-    /// Its processes' tasks, for calls in them, beside where they are looked at.
+    /// The tasks of its processes, for remote calls, and the views from outside.
     pub fn split(&mut self) -> (Vec<&mut Frozen>, Vec<&Source>) {
         let both = self.processes.iter_mut();
         both.map(|Member { frozen, source }| (frozen, &*source))
             .unzip()
     }
 
-    /// Lets every process go on; where they are looked at.
+    /// Resumes every process; returns their views.
     pub fn thaw(mut self) -> Result<Vec<Source>> {
         drop(self.groups.take());
         each(self.processes, Frozen::thaw)
     }
 
-    /// Every task is killed when this process ends, which is to be soon. So ends a job with the first
-    /// process of our pid namespace, which ignores our SIGKILL and whose end is ours.
+    /// Leaves every task to be killed when this process ends, which must be soon. Used for the first process of our
+    /// pid namespace, which ignores our SIGKILL and whose end is ours.
     pub fn end_with_us(self) -> Result<()> {
         const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
         for task in self.processes.iter().flat_map(|p| p.frozen.tasks()) {
@@ -161,30 +161,30 @@ impl FrozenJob {
         Ok(())
     }
 
-    /// Lets go of every process but leaves it stopped, as `kill -STOP` would.
+    /// Detaches every process but leaves it stopped, as `kill -STOP` would.
     pub fn leave_stopped(mut self) -> Result<Vec<Source>> {
         drop(self.groups.take());
         each(self.processes, Frozen::leave_stopped)
     }
 }
 
-/// Processes that are being stopped, one after the other.
+/// Stops processes one after the other.
 struct Hunt {
-    /// The job's first process, and adopted ones as long as they live.
+    /// The job's first process, and adopted ones while they live.
     roots: Vec<Pid>,
-    /// After this, more processes than `most` are too many.
+    /// After this time more than `most` processes are too many.
     give_up: Instant,
     most: usize,
-    /// Processes that were to be stopped, those too that had ended by then.
+    /// Processes found so far, including ended ones.
     met: usize,
     frozen: HashMap<Pid, Frozen>,
     ended: BTreeSet<Pid>,
 }
 
 impl Hunt {
-    /// From each process to its children, which are looked for only when it is stopped and can have
-    /// no more: those that live, parents first, those that have ended, both in the order in which the kernel has the children
-    /// of one, and whether anybody was met for the first time.
+    /// Walks from each process to its children, which are read only after the process is stopped and can have no
+    /// more. Returns live ones, parents first; ended ones; both in the kernel's order of children; and whether any
+    /// was new.
     fn walk(&mut self) -> Result<(Vec<Pid>, Vec<Pid>, bool)> {
         let proc = ProcRoot::default();
         let mut found = false;
@@ -209,7 +209,7 @@ impl Hunt {
             let children = match tasks::children(&proc, pid) {
                 Ok(children) => children,
                 Err(e) if pid == self.roots[0] => return Err(e.into()),
-                // Somebody has killed it.
+                // It has been killed.
                 Err(_) => continue,
             };
             let new = |child: &Pid| !self.roots.contains(child);
@@ -253,7 +253,7 @@ impl Hunt {
     }
 }
 
-/// All are let go, whatever happens to one of them.
+/// Releases all, regardless of errors of single ones.
 fn each(
     processes: Vec<Member>,
     let_go: impl Fn(Frozen) -> ckpt_tracer::Result<()>,
@@ -268,7 +268,7 @@ mod tests {
     use super::*;
     use std::process::{Child, Command, Stdio};
 
-    /// A shell with two children, killed with them in the end.
+    /// A shell with two children, which are killed with it.
     struct Shell(Child);
 
     impl Shell {
@@ -333,7 +333,7 @@ mod tests {
     #[test]
     fn who_cannot_be_caught_up_with_is_refused_and_let_go() {
         let shell = Shell::start();
-        // The time is over at once; two of three count as having been there.
+        // The time is over at once; two of three count as existing before.
         let all = FrozenJob::freeze_until(&[shell.pid()], Instant::now(), 0);
         all.expect("nobody has come").thaw().expect("all live");
         let mut hunt = Hunt {

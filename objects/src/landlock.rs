@@ -1,6 +1,5 @@
-//! Landlock domains (landlock(7)). What a thread has restricted itself to is told by nothing and cannot
-//! be given to another; that it is in a domain shows when it may not look into a process of its
-//! own ids ([`Bystander`]).
+//! Landlock domains (landlock(7)). The restrictions of a thread are not visible and cannot be transferred. That it is
+//! in a domain shows when it may not ptrace a process with its own ids ([`Bystander`]).
 
 use ckpt_tracer::Tid;
 use ckpt_tracer::bystander::Bystander;
@@ -8,13 +7,13 @@ use ckpt_tracer::proc::status::Status;
 
 use super::process::{Process, Statuses};
 
-/// Bystanders of the job's tasks, by user and group.
+/// Probe processes for the job's tasks, by user and group.
 #[derive(Debug, Default)]
 pub struct Bystanders(Vec<((u32, u32), Option<Bystander>)>);
 
 impl Bystanders {
-    /// One for each pair of ids among the tasks that could be in a domain, if the kernel has Landlock: a
-    /// program enters one with `no_new_privs`, or as root.
+    /// Creates one for each pair of ids among the tasks that could be in a domain, if the kernel has Landlock:
+    /// entering one needs `no_new_privs` or root.
     pub fn of<'a>(tasks: impl Iterator<Item = &'a Status>) -> Self {
         let mut all = Self::default();
         if !exists() {
@@ -29,25 +28,25 @@ impl Bystanders {
         all
     }
 
-    /// That of a task.
+    /// The one for a task.
     pub fn beside(&self, status: &Status) -> Option<&Bystander> {
         let found = self.0.iter().find(|(known, _)| *known == ids(status));
         found.and_then(|(_, bystander)| bystander.as_ref())
     }
 }
 
-/// Those by which the kernel judges whether a task may look into another one.
+/// The ids that the kernel compares when the task accesses another one.
 fn ids(status: &Status) -> (u32, u32) {
     (status.uid.real, status.gid.real)
 }
 
-/// Whether the kernel has Landlock, switched on.
+/// Whether the kernel has Landlock enabled.
 fn exists() -> bool {
     ckpt_sys::credentials::has_landlock()
 }
 
-/// Processes that may be in a domain: while they run nothing tells, but only who has `no_new_privs`, or is root, can
-/// enter one, and root hardly does without.
+/// Processes that may be in a domain. While they run this is not visible, but entering one needs `no_new_privs` or
+/// root, and root usually sets it too.
 pub fn hints<'a>(
     processes: &'a [Process],
     statuses: &'a Statuses,
@@ -67,7 +66,7 @@ pub fn hints<'a>(
     })
 }
 
-/// What is to be told of a process with threads in a domain, if it has any.
+/// The warning for a process with threads in a domain.
 pub fn warning(process: &Process) -> Option<String> {
     process.threads.iter().any(|t| t.landlocked).then(|| {
         format!(

@@ -1,10 +1,9 @@
-//! Kernel objects: one file each, holding the object's record, how it is captured from a
-//! frozen process and how it is rebuilt.
+//! Kernel objects: one module for each, with its record, its capture from a frozen process and its restoration.
 //!
-//! A record is what the image keeps (CBOR, see docs/image-format.md). `capture` fills it from
-//! outside or by remote calls; `rebuild` appends operations to a plan.
+//! A record is what the image stores (CBOR, see docs/image-format.md). `capture` fills it from outside or by remote
+//! calls; `rebuild` appends operations to a plan.
 
-// A test executes code that it has made.
+// One test executes generated code.
 #![cfg_attr(not(test), forbid(unsafe_code))]
 
 pub mod access;
@@ -63,26 +62,25 @@ pub use error::{Error, Obstacle, Result};
 
 use serde::{Deserialize, Serialize};
 
-/// Names a run of pages in the image: an address space, a shared memory object or the
-/// contents of a file.
+/// Identifies a sequence of pages in the image: an address space, a shared memory object or the contents of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SpaceId(pub u32);
 
-/// The model of a frozen job: everything but the pages.
+/// The model of a frozen job: everything except pages.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// What the job ran on.
+    /// The host of the checkpoint.
     pub host: Host,
     /// Its processes; parents before their children, the root of the job first.
     pub processes: Vec<process::Process>,
-    /// Processes that have ended and were not waited for.
+    /// Its zombies.
     pub zombies: Vec<zombie::Zombie>,
     /// Open file descriptions, referred to by their index.
     pub descriptions: Vec<files::Description>,
     /// Terminals, referred to by their index.
     pub terminals: Vec<files::terminal::Terminal>,
-    /// Files that are mapped, referred to by their index.
+    /// Mapped files, referred to by their index.
     pub mapped_files: Vec<memory::MappedFile>,
     /// Directories and the like without a name, referred to by their index.
     #[serde(default)]
@@ -92,39 +90,39 @@ pub struct Snapshot {
     /// Objects of the IPC namespace.
     #[serde(default)]
     pub ipc: ipc::Ipc,
-    /// Files that are in the image as well.
+    /// Files stored in the image too.
     #[serde(default)]
     pub bundle: Vec<bundle::Bundled>,
-    /// Control groups with their settings, a hierarchy each.
+    /// Control groups with their settings, one entry for each hierarchy.
     #[serde(default)]
     pub cgroups: Vec<cgroup::settings::Hierarchy>,
-    /// Namespaces that the job had to itself.
+    /// Namespaces of the job's own.
     #[serde(default)]
     pub namespaces: namespaces::Namespaces,
 }
 
 impl Snapshot {
-    /// Whether a process with this pid is of the job, or has been and is a zombie.
+    /// Whether the process with this pid belongs to the job, as a live process or a zombie.
     pub fn knows(&self, pid: i32) -> bool {
         let zombie = || self.zombies.iter().any(|z| z.pid == pid);
         self.processes.iter().any(|p| p.pid == pid) || zombie()
     }
 
-    /// Whether a process does at a restore what the one with this pid did: itself, and the first one for zombies.
+    /// Whether a process acts at a restore for the one with this pid: for itself, and the first one also for zombies.
     pub fn acts_for(&self, process: &process::Process, pid: i32) -> bool {
         let first = self.processes.first().map(|p| p.pid);
         let zombie = || self.zombies.iter().any(|z| z.pid == pid);
         pid == process.pid || first == Some(process.pid) && zombie()
     }
 
-    /// How many seccomp filters of its surroundings the job was under.
+    /// Number of inherited seccomp filters of the job's surroundings.
     pub fn filters_around(&self) -> u32 {
         let threads = self.processes.iter().flat_map(|p| &p.threads);
         threads.map(|t| t.seccomp.around).max().unwrap_or(0)
     }
 
-    /// In a user namespace in which groups are fixed, all tasks have those of whoever made it; most of
-    /// them have no number inside.
+    /// In a user namespace with setgroups(2) denied, all tasks have the groups of its creator, most of which are not
+    /// mapped inside.
     pub fn show_groups(&mut self, groups: &[u32]) {
         if self
             .namespaces
@@ -138,7 +136,7 @@ impl Snapshot {
     }
 }
 
-/// What the job ran on, and how the checkpoint was taken.
+/// The host of the checkpoint, and how it was taken.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Host {
     /// `uname -r`.
@@ -159,16 +157,16 @@ pub struct Host {
     /// `CLOCK_BOOTTIME` at the checkpoint as the job saw it, nanoseconds.
     #[serde(deserialize_with = "bounds::clock")]
     pub boottime_ns: u64,
-    /// `CLOCK_MONOTONIC_RAW` at the checkpoint as the job saw it, nanoseconds; 0 is not known.
+    /// `CLOCK_MONOTONIC_RAW` at the checkpoint as the job saw it, nanoseconds; 0 if unknown.
     #[serde(default, deserialize_with = "bounds::clock")]
     pub monotonic_raw_ns: u64,
     /// `CLOCK_REALTIME` at the checkpoint, nanoseconds since 1970.
     #[serde(deserialize_with = "bounds::clock")]
     pub realtime_ns: u64,
-    /// What the processor told programs of itself.
+    /// The processor as programs see it.
     #[serde(default)]
     pub processor: processor::Processor,
-    /// What of it the job was started to use, if not all.
+    /// The baseline for which the job was started, if any.
     #[serde(default)]
     pub baseline: Option<processor::Baseline>,
     /// All programs were started with `LD_BIND_NOW` (ld.so(8)).

@@ -15,9 +15,9 @@ pub struct Limit {
     /// `RLIMIT_*`.
     #[serde(deserialize_with = "bounds::resource")]
     pub resource: u32,
-    /// The limit in force.
+    /// Soft limit.
     pub soft: u64,
-    /// As far as an unprivileged process may raise it.
+    /// Hard limit.
     pub hard: u64,
 }
 
@@ -34,8 +34,8 @@ pub fn capture(pid: Pid) -> ckpt_tracer::Result<Vec<Limit>> {
         .collect())
 }
 
-/// The limit of memory that leaves a process with these mappings no room for `len` more bytes of private
-/// memory, if one does: its name, and what it should be (`may_expand_vm`, mm/vma.c).
+/// A limit of memory that permits less than `len` more bytes of private memory in a process with these mappings, if
+/// any: its name, and the value needed (`may_expand_vm`, mm/vma.c).
 pub fn without_room(limits: &[Limit], vmas: &[Vma], len: u64) -> Option<(&'static str, u64)> {
     let used = |counts: &dyn Fn(&Vma) -> bool| {
         let vmas = vmas.iter().filter(|v| v.name != VmaName::Vsyscall);
@@ -52,7 +52,7 @@ pub fn without_room(limits: &[Limit], vmas: &[Vma], len: u64) -> Option<(&'stati
         .into_iter()
         .find_map(|(resource, option, used)| {
             let limit = limits.iter().find(|l| l.resource == resource)?;
-            // A soft limit of no data at all is not meant so.
+            // may_expand_vm ignores a soft RLIMIT_DATA of 0 and uses the hard limit.
             let most = match limit.soft == 0 && resource == libc::RLIMIT_DATA {
                 true => limit.hard,
                 false => limit.soft,
@@ -62,8 +62,8 @@ pub fn without_room(limits: &[Limit], vmas: &[Vma], len: u64) -> Option<(&'stati
         })
 }
 
-/// The same of memory that is locked (`mlock_future_ok`, mm/mmap.c). Nothing shows that what is mapped will be locked
-/// (`MCL_FUTURE`); it is assumed where all that can be is locked.
+/// The same for locked memory (`mlock_future_ok`, mm/mmap.c). Whether future mappings will be locked (`MCL_FUTURE`)
+/// is not visible; it is assumed if everything lockable is locked.
 pub fn locked_without_room(
     limits: &[Limit],
     source: &Source,
@@ -89,10 +89,10 @@ pub fn locked_without_room(
 
 const SIGPENDING: u32 = libc::RLIMIT_SIGPENDING;
 
-/// Sets the limits. Where a hard limit cannot be raised to what it was, the soft limit alone is set as far as it goes; the
-/// result is looked at afterwards and told as a warning. The limit of pending signals is left as high as it may be where
-/// some are queued only when the restorer is gone, see [`last`]: beyond it the kernel queues them without what belongs to
-/// them.
+/// Sets the limits. If a hard limit cannot be raised to its old value, only the soft limit is set as far as possible;
+/// the result is checked afterwards and reported as a warning. The limit of pending signals stays at its maximum if
+/// signals are queued only after the restorer has gone, see [`last`]: above the limit the kernel queues them without
+/// their siginfo.
 pub fn rebuild(limits: &[Limit], signals_come: bool, plan: &mut Builder) {
     let may_raise = plan.host().held.allows(Use::HardLimits);
     for limit in limits {
@@ -125,7 +125,7 @@ pub fn rebuild(limits: &[Limit], signals_come: bool, plan: &mut Builder) {
     }
 }
 
-/// The limit of pending signals, soft and hard, when all of them are there.
+/// The final limit of pending signals, soft and hard, to be set after they are queued.
 pub fn last(limits: &[Limit], pid: Pid) -> ckpt_tracer::Result<Option<[u64; 2]>> {
     let now = ckpt_tracer::proc::limits::read_limits(pid)?;
     let now = now.iter().find(|l| l.resource as u32 == SIGPENDING);
@@ -136,7 +136,7 @@ pub fn last(limits: &[Limit], pid: Pid) -> ckpt_tracer::Result<Option<[u64; 2]>>
     }))
 }
 
-/// Our own limit, which the restored process inherits.
+/// Our own limit, which restored processes inherit.
 pub fn current(resource: u32) -> (u64, u64) {
     read(resource).unwrap_or((u64::MAX, u64::MAX))
 }
@@ -176,8 +176,8 @@ pub fn name(resource: u32) -> &'static str {
         .unwrap_or("an unknown resource")
 }
 
-/// Our limit of descriptors up to the hard one, and where we may up to what the kernel gives at most (`fs.nr_open`): a job
-/// may have many, and we hold a copy of each.
+/// Raises our limit of descriptors to the hard one, and if permitted to the kernel's maximum (`fs.nr_open`): a job
+/// may have many, and we hold a duplicate of each.
 pub fn raise_descriptor_limit() {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap_or_default();
     let most: u64 = most.trim().parse().unwrap_or(0);

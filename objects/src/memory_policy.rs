@@ -1,5 +1,5 @@
-//! NUMA memory policies (set_mempolicy(2), mbind(2)): on which nodes pages come to be. A policy belongs
-//! to a task, or to a mapping. The home node of one (set_mempolicy_home_node(2)) is told by nothing.
+//! NUMA memory policies (set_mempolicy(2), mbind(2)): the nodes on which pages are allocated. A policy belongs to a
+//! task or to a mapping. The home node of one (set_mempolicy_home_node(2)) cannot be read.
 
 use ckpt_tracer::Result;
 use ckpt_tracer::remote::{Call, RemoteCalls};
@@ -14,7 +14,7 @@ use crate::plan::Builder;
 pub struct MemoryPolicy {
     /// `MPOL_*` with `MPOL_F_STATIC_NODES`, `MPOL_F_RELATIVE_NODES`, `MPOL_F_NUMA_BALANCING`.
     pub mode: u32,
-    /// Its nodes, as they were given with one of these flags, else as they are.
+    /// Its nodes, as given if one of these flags is set, otherwise the effective ones.
     #[serde(deserialize_with = "bounds::node")]
     pub nodes: Vec<u32>,
 }
@@ -23,22 +23,21 @@ pub struct MemoryPolicy {
 const DEFAULT: u32 = 0;
 /// `MPOL_F_ADDR`.
 const OF_ADDRESS: u64 = 2;
-/// Nodes that a set may have; the kernel's most (`CONFIG_NODES_SHIFT`).
+/// Most nodes in a set (`CONFIG_NODES_SHIFT`).
 const NODES: usize = 1024;
-/// `maxnode`, of which the kernel takes one away (`get_nodes`, mm/mempolicy.c).
+/// `maxnode`, which the kernel decrements (`get_nodes`, mm/mempolicy.c).
 const MAX_NODE: u64 = NODES as u64 + 1;
-/// Bytes of an answer: the mode, and at byte 8 the nodes.
+/// Bytes of a result: the mode, and at byte 8 the nodes.
 pub const ROOM: u64 = SET + NODES as u64 / 8;
 const SET: u64 = 8;
 
-/// Asks a task for its own policy; the answer stands at that address, [`ROOM`] bytes.
+/// The call that reads a task's own policy; its result at that address takes [`ROOM`] bytes.
 pub fn question(at: u64) -> Call {
     let args = [at, at + SET, MAX_NODE, 0, 0];
     Call::new("get_mempolicy", libc::SYS_get_mempolicy, &args)
 }
 
-/// The policy that stands at that offset of the scratch memory; none if it is the default, or there
-/// are no policies here.
+/// The policy at that offset of the scratch memory; `None` if it is the default, or the kernel has no policies.
 pub fn read(calls: &RemoteCalls<'_>, offset: u64, answer: i64) -> Result<Option<MemoryPolicy>> {
     if answer != 0 {
         return Ok(None);
@@ -47,9 +46,9 @@ pub fn read(calls: &RemoteCalls<'_>, offset: u64, answer: i64) -> Result<Option<
     Ok(MemoryPolicy::of(&bytes))
 }
 
-/// Policies of the mappings.
+/// Reads the policies of the mappings.
 pub fn capture(calls: &mut RemoteCalls<'_>, mappings: &mut [Mapping]) -> Result<()> {
-    /// How many are asked about at a time: modes only, since few have a policy.
+    /// Mappings queried at a time, only their modes, since few have a policy.
     const AT_ONCE: usize = 64;
     let scratch = calls.scratch().raw();
     let ask = |at: u64, set: u64, address: u64| {
@@ -65,7 +64,7 @@ pub fn capture(calls: &mut RemoteCalls<'_>, mappings: &mut [Mapping]) -> Result<
         let modes: Vec<Call> = modes.collect();
         let answers = calls.batch(4 * AT_ONCE as u64, &modes)?;
         if answers.iter().all(|answer| *answer < 0) {
-            // No kernel with NUMA.
+            // A kernel without NUMA.
             return Ok(());
         }
         let words: [u8; 4 * AT_ONCE] = calls.read_scratch(0)?;
@@ -81,7 +80,7 @@ pub fn capture(calls: &mut RemoteCalls<'_>, mappings: &mut [Mapping]) -> Result<
     Ok(())
 }
 
-/// Our own, which a new process has.
+/// Our own, which a new process inherits.
 pub fn own() -> Option<MemoryPolicy> {
     let (mode, nodes) = ckpt_sys::memory::policy(NODES).ok()?;
     let mut bytes = [0u8; ROOM as usize];
@@ -116,7 +115,7 @@ impl MemoryPolicy {
         [policy.mode.into(), plan.data(&set), MAX_NODE]
     }
 
-    /// As numactl(8) would name it.
+    /// In the syntax of numactl(8).
     fn name(policy: Option<&Self>) -> String {
         const MODES: [&str; 7] = [
             "default",
@@ -138,7 +137,7 @@ impl MemoryPolicy {
     }
 }
 
-/// Gives a task its policy, if it is another one than it has from us.
+/// Sets the policy of a task, if it differs from ours.
 pub fn rebuild(policy: Option<&MemoryPolicy>, plan: &mut Builder) {
     if policy == plan.host().memory_policy.as_ref() {
         return;
@@ -152,12 +151,12 @@ pub fn rebuild(policy: Option<&MemoryPolicy>, plan: &mut Builder) {
 }
 
 impl Mapping {
-    /// The kernel's own mappings come and go with the kernel.
+    /// The kernel's own mappings have none.
     fn may_have_policy(&self) -> bool {
         !matches!(self.backing, Backing::Kernel(_) | Backing::AioRing(_))
     }
 
-    /// Gives a mapping its policy, or none.
+    /// Sets or clears the policy of a mapping.
     pub(super) fn rebuild_policy(&self, plan: &mut Builder) {
         let policy = self.policy.as_ref();
         let warning = format!(

@@ -1,4 +1,4 @@
-//! The namespaces that a job had to itself (namespaces(7)): it comes back in such ones.
+//! The namespaces of the job's own (namespaces(7)), which a restore creates again.
 
 use crate::bounds;
 use ckpt_tracer::proc::{ProcDir, namespaces};
@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
-/// A line of `/proc/PID/uid_map`: inside, outside, how many.
+/// A line of `/proc/PID/uid_map`: first id inside, first id outside, count.
 pub type Extent = (u32, u32, u32);
 
-/// What a job had to itself, as seen by whoever took the checkpoint.
+/// Namespaces of a job's own, as seen by the process that took the checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Namespaces {
     /// A pid namespace, with a mount namespace that has a `/proc` for it.
@@ -19,10 +19,10 @@ pub struct Namespaces {
     /// The names of a UTS namespace.
     #[serde(default)]
     pub uts: Option<Names>,
-    /// An IPC namespace, in which nobody else was.
+    /// An IPC namespace without other processes.
     #[serde(default)]
     pub ipc: bool,
-    /// A cgroup namespace, whose root is the group of whoever makes it.
+    /// A cgroup namespace; its root is the group of its creator.
     #[serde(default)]
     pub cgroup: bool,
 }
@@ -37,7 +37,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// Those of the UTS namespace in which we are.
+    /// The names of our UTS namespace.
     pub fn here() -> Self {
         let read = |file: &str| {
             let text = std::fs::read_to_string(format!("/proc/sys/kernel/{file}"));
@@ -50,29 +50,29 @@ impl Names {
     }
 }
 
-/// How ids inside lead to those outside.
+/// How a user namespace maps ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserNamespace {
-    /// `/proc/PID/uid_map`: inside, outside, how many.
+    /// `/proc/PID/uid_map`: first id inside, first id outside, count.
     #[serde(deserialize_with = "bounds::few::<_, _, 340>")]
     pub uids: Vec<Extent>,
     /// `/proc/PID/gid_map`.
     #[serde(deserialize_with = "bounds::few::<_, _, 340>")]
     pub gids: Vec<Extent>,
-    /// Who made it, outside.
+    /// Its owner, outside.
     #[serde(default)]
     pub owner: Option<u32>,
-    /// Where setgroups(2) is permitted: supplementary groups of whoever made it, outside. A process
-    /// that has not set its own has them, though they may lead nowhere inside.
+    /// If setgroups(2) is permitted: supplementary groups of its creator, outside. A process that has not set its own
+    /// has them, though they may not be mapped inside.
     #[serde(default)]
     #[serde(deserialize_with = "bounds::few::<_, _, 65536>")]
     pub inherited_groups: Vec<u32>,
-    /// setgroups(2) is forbidden: the supplementary groups are those of whoever made it.
+    /// setgroups(2) is denied: the supplementary groups are those of its creator.
     pub groups_are_fixed: bool,
 }
 
 impl Namespaces {
-    /// Looks from outside at a process that is in other namespaces of these `kinds` than we are.
+    /// Reads, from outside, the namespaces of these `kinds` of a process in others than ours.
     pub fn of(process: &ProcDir, kinds: &[String]) -> Result<Self> {
         let has = |kind: &str| kinds.iter().any(|k| k == kind);
         let map = |file: &str| Ok::<_, crate::Error>(parse_map(&process.read(file)?));
@@ -97,8 +97,8 @@ impl Namespaces {
 }
 
 impl UserNamespace {
-    /// Which groups these outside are inside, as the kernel shows them there: setgroups(2) cannot have
-    /// made a list with one that leads nowhere.
+    /// Maps groups outside to those inside, as the kernel shows them there. Unmapped groups cannot come from
+    /// setgroups(2) inside.
     pub fn groups_inside(&self, outside: &[u32]) -> Vec<u32> {
         /// `/proc/sys/kernel/overflowgid`.
         const NOBODY: u32 = 65534;
@@ -109,7 +109,7 @@ impl UserNamespace {
         outside.iter().map(inside).collect()
     }
 
-    /// Whether one of these groups outside leads nowhere inside.
+    /// Whether one of these groups outside is unmapped inside.
     pub fn has_foreign(&self, outside: &[u32]) -> bool {
         let foreign = |group: &u32| !self.gids.iter().any(|line| leads_to(line, *group));
         outside.iter().any(foreign)
@@ -120,13 +120,13 @@ fn leads_to((_, first, count): &Extent, id: u32) -> bool {
     id.checked_sub(*first).is_some_and(|above| above < *count)
 }
 
-/// The user who made the user namespace of a process (ioctl_nsfs(2)), as we see them.
+/// The owner of a process's user namespace (ioctl_nsfs(2)), as our user namespace maps it.
 fn owner(process: &ProcDir) -> Option<u32> {
     let namespace = std::fs::File::open(process.join("ns/user")).ok()?;
     ckpt_sys::namespaces::owner(namespace)
 }
 
-/// What `/proc/PID/uid_map` says.
+/// Parses `/proc/PID/uid_map`.
 pub fn parse_map(text: &[u8]) -> Vec<Extent> {
     let text = String::from_utf8_lossy(text);
     let line = |line: &str| {
@@ -137,8 +137,8 @@ pub fn parse_map(text: &[u8]) -> Vec<Extent> {
     text.lines().filter_map(line).collect()
 }
 
-/// Kinds of namespaces in which a process is elsewhere than we are. Those for children say nothing
-/// of the process itself; what its clocks show is in the image.
+/// Kinds of namespaces that a process does not share with us. Those for children are left out; the values of its
+/// clocks are in the image.
 ///
 /// # Errors
 /// As [`namespaces::list_namespaces`].
@@ -153,7 +153,7 @@ pub fn others(process: &ProcDir) -> ckpt_tracer::Result<Vec<String>> {
     Ok(differ.map(|(kind, _)| kind).collect())
 }
 
-/// The kinds that can be entered from outside, and made again.
+/// The kinds that can be entered from outside, and created again.
 pub const OWN: [&str; 6] = ["cgroup", "ipc", "mnt", "pid", "user", "uts"];
 
 #[cfg(test)]

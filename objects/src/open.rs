@@ -1,12 +1,12 @@
-//! Opening by names that are somebody else's: those of a record, and those that a running job gives.
+//! Opens files by untrusted names: those of a record, and those that a running job gives.
 //!
-//! Whoever may write to a directory may exchange what its names lead to, at any moment. So a name is looked up once, for
-//! a handle (`O_PATH`), which opens nothing: it waits for no other end of a FIFO, and no device takes notice. What is there
-//! is asked of the handle, and then that inode is opened, through `/proc/self/fd`, as the caller wants it.
+//! A user with write permission to a directory may replace what its names refer to, at any moment. So a name is
+//! looked up once, for a handle (`O_PATH`), which opens nothing: it does not wait at a FIFO and has no effect on a
+//! device. The handle is checked, and then that inode is opened, through `/proc/self/fd`, as the caller needs it.
 //!
-//! The links of `/proc` that lead to what somebody has open (magic links, openat2(2)) are not followed on the way. They are
-//! where a process is asked for its own files (`/proc/PID/exe`, `fd`, `map_files`), which is no name that others give, and
-//! where the user gives the name (the image, `--fd`, `--replace-fd`): that is opened as a shell would open it.
+//! Magic links of `/proc` (openat2(2)) are not followed. They are used where a process's own files are read
+//! (`/proc/PID/exe`, `fd`, `map_files`), which are not untrusted names, and where the user gives the name (the image,
+//! `--fd`, `--replace-fd`), which is opened as a shell would.
 
 use std::ffi::{CStr, CString};
 use std::fs::{File, Metadata};
@@ -22,16 +22,16 @@ use nix::unistd::{AccessFlags, getegid, geteuid};
 
 use super::access::may;
 
-/// What becomes of a symbolic link at the end of a path.
+/// What to do with a symbolic link at the end of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Last {
-    /// It is what is there: the kernel tells no path that ends in one, so that it has come since.
+    /// It is the object itself: the kernel reports no path that ends in a link, so it is newer.
     IsIt,
-    /// It leads on.
+    /// It is followed.
     LeadsOn,
 }
 
-/// What a name has led to.
+/// The object that a name refers to.
 #[derive(Debug)]
 pub struct Handle {
     fd: OwnedFd,
@@ -40,7 +40,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Looks a path up.
+    /// Looks up a path.
     ///
     /// # Errors
     /// Those of openat2(2).
@@ -58,10 +58,10 @@ impl Handle {
         })
     }
 
-    /// Looks up what has to be a regular file, whatever links lead to it.
+    /// Looks up a regular file, through any links.
     ///
     /// # Errors
-    /// Those of openat2(2); `InvalidInput` for anything else than a regular file.
+    /// Those of openat2(2); `InvalidInput` for anything but a regular file.
     pub fn of_regular(path: &Path) -> io::Result<Self> {
         let handle = Self::of(path, Last::LeadsOn)?;
         match handle.meta.is_file() {
@@ -73,22 +73,22 @@ impl Handle {
         }
     }
 
-    /// What fstat(2) says of it.
+    /// Its fstat(2).
     pub fn meta(&self) -> &Metadata {
         &self.meta
     }
 
-    /// A path that leads to this inode and no other, for calls that have no other way.
+    /// A path that refers to exactly this inode, for calls that need a path.
     pub fn link(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.fd.as_raw_fd()).into()
     }
 
-    /// Where it is, as the kernel tells it.
+    /// Its path as the kernel reports it.
     pub fn place(&self) -> Option<PathBuf> {
         std::fs::read_link(self.link()).ok()
     }
 
-    /// Whether we may use it in that way, as [`open`](Self::open) would.
+    /// Whether we may open it with this access, as [`open`](Self::open) would.
     ///
     /// # Errors
     /// Those of access(2).
@@ -102,13 +102,13 @@ impl Handle {
         }
     }
 
-    /// A file whose mode we may change.
+    /// Whether we may change the mode of the file.
     fn is_ours(&self) -> bool {
         let ids = (geteuid().as_raw(), getegid().as_raw());
         self.meta.is_file() && (self.meta.uid(), self.meta.gid()) == ids
     }
 
-    /// Opens this inode. A FIFO and a device may make that wait, unless the flags say otherwise.
+    /// Opens this inode. For a FIFO or device this may wait, unless the flags say otherwise.
     ///
     /// # Errors
     /// Those of open(2).
@@ -127,7 +127,7 @@ impl Handle {
         }
     }
 
-    /// Opens it to read.
+    /// Opens it for reading.
     ///
     /// # Errors
     /// Those of open(2).
@@ -135,8 +135,8 @@ impl Handle {
         self.open(libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY)
     }
 
-    /// `O_NOFOLLOW` stays with a description, and cannot be had through a link. So the name is opened once more, which
-    /// neither waits nor follows; what is another inode by now is closed unused.
+    /// `O_NOFOLLOW` stays in the description's flags, and cannot be used through a link. So the name is opened once
+    /// more, without waiting or following; if it is another inode by now, that is closed unused.
     fn open_by_name(&self, flags: i32) -> io::Result<File> {
         let name = CString::new(self.path.as_os_str().as_bytes())?;
         let waits = flags & (libc::O_PATH | libc::O_NONBLOCK) == 0;
@@ -159,20 +159,20 @@ impl AsFd for Handle {
     }
 }
 
-/// Opens what a link of our own `/proc` leads to. `O_CLOEXEC` would show in the flags of the description forever.
+/// Opens the target of a link of our own `/proc`. `O_CLOEXEC` would show in the description's flags forever.
 fn open(link: &CStr, flags: i32) -> io::Result<File> {
     Ok(files::open_plainly(link, flags)?.into())
 }
 
-/// Opens by a path that leads through no magic link.
+/// Opens a path that contains no magic link.
 fn without_magic_links(name: &CStr, flags: i32) -> io::Result<File> {
-    // Others are nothing to a handle, and an error here.
+    // openat2(2) rejects other flags together with `O_PATH`; open(2) ignores them.
     let flags = match flags & libc::O_PATH {
         0 => flags,
         _ => flags & (libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW),
     };
     match files::open_without_magic_links(name, flags) {
-        // Older than Linux 5.6, or a filter of a container's.
+        // Older than Linux 5.6, or a container's seccomp filter.
         Err(Errno::ENOSYS | Errno::EPERM) => open(name, flags),
         Err(Errno::ELOOP) if flags & libc::O_NOFOLLOW == 0 => Err(io::Error::other(
             "it leads through a link of /proc, or through links without end",
@@ -210,7 +210,7 @@ mod tests {
                 "{link}: {error}"
             );
         }
-        // No magic in that one.
+        // This path has no magic link.
         Handle::of_regular(Path::new("/proc/self/status")).unwrap();
         Handle::of_regular(Path::new("/dev/null")).unwrap_err();
     }

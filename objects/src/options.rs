@@ -1,30 +1,30 @@
-//! What a restore is asked for, as far as single objects heed it.
+//! The options of a restore that concern single objects.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ckpt_tracer::Pid;
 
-/// What to do with files that are not as they were at the checkpoint.
+/// What to do with files that have changed since the checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FilesPolicy {
-    /// Refuse, naming the file and what changed.
+    /// Refuse, and name the file and the change.
     #[default]
     Strict,
-    /// Take what is there.
+    /// Use the present file.
     Adopt,
-    /// As strict, and files that the job writes lose what was appended after the checkpoint.
+    /// Refuse, but truncate files that the job writes to their size at the checkpoint.
     Truncate,
 }
 
 /// The options of one restore.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// About changed files.
+    /// For changed files.
     pub files: FilesPolicy,
-    /// Descriptors that get another file than they had (`--fd N=PATH`).
+    /// Descriptors that get another file (`--fd N=PATH`).
     pub fds: BTreeMap<i32, PathBuf>,
-    /// Processes that have the job's state now and will have ended when it is restored: pids, names and
-    /// objects that they hold count as free. For questions before a job is ended, never for a restore.
+    /// Processes that will have ended when the job is restored: pids, names and objects that they hold count as free.
+    /// For checks before a job is ended, never for a restore.
     pub leaving: Vec<Pid>,
 }

@@ -1,8 +1,7 @@
-//! Who stays outside a job and yet has something in common with it.
+//! Objects that a job shares with processes outside.
 //!
-//! What a fork left in common with a process that is no part of the job (an open file with its
-//! offset, shared anonymous memory) goes on being shared while the job runs, and a restored job
-//! has one of its own. That is no obstacle, but whoever takes a checkpoint should know.
+//! What a fork left shared with a process outside the job (an open file with its offset, shared anonymous memory)
+//! stays shared while the job runs; a restored job has its own. That is no obstacle, but the user should know.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -16,21 +15,21 @@ use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::{ProcRoot, tasks};
 use ckpt_tracer::{Pid, Tid};
 
-/// Something that the job has in common with others.
+/// An object shared with other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shared {
     /// One sentence.
     pub sentence: String,
-    /// One of the job's standard streams, which is shared with whoever started it as a rule.
+    /// A standard stream of the job, which is usually shared with the process that started it.
     pub standard: bool,
 }
 
-/// What the processes of a job have in common with others. As far as can be told: of processes
-/// that may not be traced nothing is known, and all of them run.
+/// Objects that the processes of a job share with others. Processes that may not be traced are left out, and all of
+/// them run.
 pub fn shared(job: &[Pid]) -> Vec<Shared> {
     let everybody = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
     let me = Pid::own();
-    // A job that runs may have got another child since it was looked through.
+    // A running job may have created another child since it was listed.
     let parent = |pid: &Pid| {
         let status = read_status(*pid).ok()?;
         (status.ppid.raw() != 0).then_some(status.ppid)
@@ -54,7 +53,7 @@ pub fn process_name(pid: Pid) -> String {
 /// A descriptor.
 type Fd = (Pid, i32);
 
-/// By what their links say, the descriptors of these processes.
+/// The descriptors of these processes, by the text of their links.
 fn by_link(pids: &[Pid], wanted: impl Fn(&Path, &[u8]) -> bool) -> HashMap<Vec<u8>, Vec<Fd>> {
     let mut found: HashMap<Vec<u8>, Vec<Fd>> = HashMap::new();
     for &pid in pids {
@@ -72,8 +71,8 @@ fn by_link(pids: &[Pid], wanted: impl Fn(&Path, &[u8]) -> bool) -> HashMap<Vec<u
     found
 }
 
-/// Whether the open file has a state that one would miss: devices and terminals have none, and
-/// pipes and sockets with somebody outside are told of elsewhere.
+/// Whether the open file has a state worth sharing: devices and terminals have none, and pipes and sockets with an
+/// end outside are reported elsewhere.
 fn has_state(at: &Path, link: &[u8]) -> bool {
     link.starts_with(b"anon_inode:")
         || link.starts_with(b"/") && fs::metadata(at).is_ok_and(|m| m.is_file())
@@ -112,7 +111,7 @@ fn open_files(job: &[Pid], others: &[Pid]) -> Vec<Shared> {
     found.into_iter().map(sentence).collect()
 }
 
-/// Memory that is shared and has no name by which a restored job would find it again.
+/// Shared memory without a name by which a restored job would find it.
 fn is_nameless(vma: &&Vma) -> bool {
     let nameless = match &vma.name {
         VmaName::File { path, deleted } => *deleted && !path.to_string_lossy().starts_with("/SYSV"),

@@ -1,9 +1,9 @@
 //! Linux AIO contexts, io_setup(2).
 //!
-//! A context is a ring of events that the kernel maps into the program; its handle is the address.
-//! The program may take events out of it without a system call, by moving the head. Of a request in
-//! flight nothing is to be seen anywhere; [`settle`] proves that there is none before anything is
-//! captured. So a context is where its ring is, where head and tail stand, and the events between.
+//! A context is a ring of events that the kernel maps into the program; its handle is the address. The program may
+//! consume events without a system call, by moving the head. A request in flight is not visible anywhere; [`settle`]
+//! proves that there is none before anything is captured. So a context consists of the address of its ring, head and
+//! tail, and the events in between.
 
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::proc::maps::{Vma, VmaName};
@@ -21,42 +21,40 @@ pub use needs::{in_the_way, wanted};
 pub use rebuild::{rebuild, reserve};
 pub use settle::{hides_requests, settle};
 
-/// Bytes of an event, and of what stands before the first one (`struct io_event` in
-/// linux/aio_abi.h, `struct aio_ring` in fs/aio.c).
+/// Bytes of an event, and of the ring's header (`struct io_event` in linux/aio_abi.h, `struct aio_ring` in fs/aio.c).
 const EVENT: u64 = 32;
 /// Bytes of the largest ring (`ioctx_alloc`).
 const LARGEST: u64 = 0x1000_0000 + 4096;
 /// `AIO_RING_MAGIC`
 const MAGIC: u32 = 0xa10a_10a1;
-/// Where in the ring the kernel has its number.
+/// Offset of the number of events in the ring's header.
 const NR: u64 = 4;
-/// Up to where events have been taken.
+/// Offset of the head.
 const HEAD: u64 = 8;
-/// Up to where there are events.
+/// Offset of the tail.
 const TAIL: u64 = 12;
 
-/// The ring of a context. How many events it holds follows from the size of its mapping.
+/// The ring of a context. Its number of events follows from the size of its mapping.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ring {
-    /// Its place in the kernel's table.
+    /// Its index in the kernel's table.
     pub id: u32,
-    /// The first event that was not taken.
+    /// Index of the first unread event.
     pub head: u32,
-    /// The first free place.
+    /// Index of the first free place.
     pub tail: u32,
     /// The events from head to tail, in this order.
     #[serde(with = "serde_bytes")]
     pub unread: Vec<u8>,
 }
 
-/// Events for which a ring of that many bytes has places; one of them always stays free.
+/// Number of events of a ring of that many bytes; one place always stays free.
 pub fn places(len: u64) -> u64 {
     (len / EVENT).saturating_sub(1)
 }
 
-/// Requests that a context takes until it answers EAGAIN, one that has none, on one CPU alone. Free places
-/// are handed out to CPUs in batches, and what is less than a batch to nobody (`ioctx_alloc`,
-/// `__get_reqs_available`).
+/// Requests that an empty context accepts from one CPU until it returns EAGAIN. Free places are given to CPUs in
+/// batches, and a remainder smaller than a batch is not used (`ioctx_alloc`, `__get_reqs_available`).
 fn capacity(places: u64, cpus: u64) -> u64 {
     let free = places.saturating_sub(1);
     let batch = (free / (cpus * 4)).max(1);
@@ -64,12 +62,12 @@ fn capacity(places: u64, cpus: u64) -> u64 {
 }
 
 impl Ring {
-    /// How many events have not been taken, of a ring with that many places.
+    /// Number of unread events in a ring with that many places.
     pub fn waiting(&self, places: u64) -> u64 {
         distance(self.head, self.tail, places)
     }
 
-    /// What is wrong with a record of a ring of that many bytes.
+    /// Why a record is invalid for a ring of that many bytes.
     pub fn fault(&self, len: u64) -> Option<String> {
         if len > LARGEST {
             return Some(format!("is an AIO ring of {len} bytes, larger than any"));
@@ -87,17 +85,17 @@ impl Ring {
     }
 }
 
-/// Places from one to the other, in a ring with so many.
+/// Places from one index to the other, in a ring of that size.
 fn distance(from: u32, to: u32, places: u64) -> u64 {
     (u64::from(to) + places - u64::from(from)) % places
 }
 
-/// Whether a mapping is a ring.
+/// Whether a mapping is an AIO ring.
 pub fn is_ring(vma: &Vma) -> bool {
     matches!(&vma.name, VmaName::File { path, .. } if path.as_os_str() == "/[aio]")
 }
 
-/// The bytes of a whole ring, as they were at one moment.
+/// A snapshot of the bytes of a whole ring.
 #[derive(Clone, Debug)]
 struct Seen {
     bytes: Vec<u8>,
@@ -118,7 +116,7 @@ impl Seen {
         &self.bytes[at..at + EVENT as usize]
     }
 
-    /// `len` places from `from` on as ranges of the ring's bytes; two where it begins anew.
+    /// `len` places from `from` on as ranges of the ring's bytes; two if they wrap around.
     fn stretches(&self, from: u64, len: u64) -> Vec<(u64, u64)> {
         let places = self.places();
         let first = len.min(places - from);
@@ -143,7 +141,7 @@ impl Seen {
         ring
     }
 
-    /// Reads a ring. The head of it comes first, so every event before the tail is there.
+    /// Reads a ring. The head is read first, so every event before the tail is complete.
     fn read(source: &Source, vma: &Vma) -> Result<Self, Box<Obstacle>> {
         let refuse = |reason: &str, remedy| Box::new(refused(source, vma, reason, remedy));
         let mut bytes = vec![0; vma.len() as usize];
@@ -185,13 +183,13 @@ fn refused(source: &Source, vma: &Vma, reason: &str, remedy: &str) -> Obstacle {
     Obstacle::new(object, reason, remedy)
 }
 
-/// The record of a ring. Of a frozen job [`settle`] has been there before.
+/// Captures a ring. In a frozen job [`settle`] has run before.
 pub fn capture(
     source: &Source,
     vma: &Vma,
     collector: &mut Collector,
 ) -> Result<Ring, Box<Obstacle>> {
-    // A fork has the mapping and not the context (`mm_init_aio`, fs/aio.c).
+    // A fork inherits the mapping, but not the context (`mm_init_aio`, fs/aio.c).
     let known = collector
         .aio_rings
         .iter()

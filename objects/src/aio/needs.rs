@@ -1,4 +1,4 @@
-//! What contexts need of a machine.
+//! Requirements of AIO contexts on a machine.
 
 use crate::Snapshot;
 use crate::error::{Error, Obstacle, Result};
@@ -8,7 +8,7 @@ use super::{EVENT, Ring, capacity, places};
 
 const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
-/// The CPUs that the kernel has made room for, ascending (`num_possible_cpus`).
+/// The possible CPUs, ascending (`num_possible_cpus`).
 pub(super) fn possible_cpus() -> Result<Vec<u32>> {
     let error = |source| Error::File {
         what: "read",
@@ -33,15 +33,15 @@ fn cpus(text: &str) -> Option<Vec<u32>> {
     Some(all)
 }
 
-/// The least number for io_setup(2) that makes a ring of that many bytes: it gets twice as many places and two, in
-/// whole pages (`ioctx_alloc`, `aio_setup_ring`). What the program asked for is not to be seen; it counts for nothing but
-/// fs.aio-max-nr.
+/// The least number for io_setup(2) that makes a ring of that many bytes: the kernel doubles it, adds two, and rounds
+/// up to whole pages (`ioctx_alloc`, `aio_setup_ring`). The program's own number is not visible; it only counts
+/// against fs.aio-max-nr.
 pub(super) fn requests(len: u64) -> u64 {
     let beyond = places(len.saturating_sub(4096));
     (beyond.saturating_sub(1) / 2).max(1)
 }
 
-/// Bytes of the smallest ring that the kernel makes on a machine with so many CPUs.
+/// Bytes of the smallest ring on a machine with that many CPUs.
 fn smallest(cpus: u64) -> u64 {
     ((cpus * 4 * 2 + 2 + 1) * EVENT).next_multiple_of(4096)
 }
@@ -56,14 +56,14 @@ fn rings(snapshot: &Snapshot) -> impl Iterator<Item = (i32, u64, u64, &Ring)> {
     })
 }
 
-/// How many contexts a job has, and how much of fs.aio-max-nr they take.
+/// Number of contexts of a job, and their share of fs.aio-max-nr.
 pub fn wanted(snapshot: &Snapshot) -> (usize, u64) {
     let of_each = rings(snapshot).map(|(_, _, len, _)| requests(len));
     of_each.fold((0, 0), |(count, sum), one| (count + 1, sum + one))
 }
 
-/// What keeps this machine from making the contexts of a job; one that is `leaving` has had its part
-/// of what is limited.
+/// Why this machine cannot create the contexts of a job; if it is `leaving`, it will have released its share of the
+/// limits.
 pub fn in_the_way(snapshot: &Snapshot, leaving: bool) -> Vec<Obstacle> {
     let (count, wanted) = wanted(snapshot);
     if count == 0 {

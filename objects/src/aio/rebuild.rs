@@ -1,4 +1,4 @@
-//! Contexts as operations of a plan.
+//! Restores AIO contexts.
 
 use crate::memory::{Backing, Mapping};
 use crate::plan::Builder;
@@ -7,10 +7,10 @@ use super::{EVENT, HEAD, NR, Ring, needs, places};
 
 /// Requests submitted at once.
 const AT_ONCE: u64 = 64;
-/// Descriptors while contexts are made; those of the job are at high numbers then.
+/// Descriptors used meanwhile; those of the job are at high numbers then.
 const NOTHING: u64 = 0;
 const PIPE: [i32; 2] = [1, 2];
-/// Bytes that every pipe holds.
+/// Bytes that fit into every pipe.
 const PIPE_ROOM: u64 = 4096;
 
 struct Context<'a> {
@@ -19,7 +19,7 @@ struct Context<'a> {
     ring: &'a Ring,
 }
 
-/// In the order in which the kernel numbered them.
+/// In the order of the kernel's table.
 fn contexts(mappings: &[Mapping]) -> Vec<Context<'_>> {
     let mut all: Vec<Context<'_>> = mappings
         .iter()
@@ -36,7 +36,8 @@ fn contexts(mappings: &[Mapping]) -> Vec<Context<'_>> {
     all
 }
 
-/// Keeps the places of rings free. The kernel chooses where a new ring goes, and one cannot be moved onto itself.
+/// Keeps the ranges of rings unmapped. The kernel chooses the address of a new ring, and a ring cannot be moved onto
+/// itself.
 pub fn reserve(mappings: &[Mapping], plan: &mut Builder) {
     for context in contexts(mappings) {
         let flags = libc::MAP_PRIVATE
@@ -55,15 +56,15 @@ pub fn reserve(mappings: &[Mapping], plan: &mut Builder) {
     }
 }
 
-/// Makes all contexts of an address space, when everything else has its place in it and its forks
-/// have been made, which have none of them. Called with the lowest descriptors free.
+/// Creates all contexts of an address space, after everything else is in place and its forks, which have no contexts,
+/// are made. The lowest descriptors must be free.
 pub fn rebuild(mappings: &[Mapping], plan: &mut Builder) {
     let contexts = contexts(mappings);
     if contexts.is_empty() {
         return;
     }
     let object = || "AIO contexts".to_owned();
-    // An empty file: reading it is a request that is complete when it has been submitted.
+    // An empty file: a read of it completes at submission.
     let name = plan.data(b"aio\0");
     plan.expect(
         libc::SYS_memfd_create,
@@ -73,7 +74,7 @@ pub fn rebuild(mappings: &[Mapping], plan: &mut Builder) {
     );
     let pipe = plan.data(&PIPE.map(i32::to_le_bytes).concat());
     plan.syscall(libc::SYS_pipe2, &[pipe, libc::O_CLOEXEC as u64], object);
-    // Free places are in stock with CPUs: one that is nearly full must not change them meanwhile.
+    // CPUs hold batches of free places: while a context is nearly full, the task must stay on one CPU.
     let crowded = |c: &Context<'_>| c.ring.waiting(places(c.len)) > places(c.len) / 4;
     let before = contexts
         .iter()
@@ -104,7 +105,7 @@ pub fn rebuild(mappings: &[Mapping], plan: &mut Builder) {
     }
 }
 
-/// The same mask with one CPU only.
+/// The affinity reduced to its first CPU.
 fn first_of(affinity: &[u8]) -> Vec<u8> {
     let first = affinity.iter().position(|byte| *byte != 0);
     let mut one = vec![0; affinity.len()];
@@ -114,7 +115,7 @@ fn first_of(affinity: &[u8]) -> Vec<u8> {
     one
 }
 
-/// Requests that do nothing, and room for their events.
+/// No-op requests, and room for their events.
 struct Requests {
     blocks: u64,
     events: u64,
@@ -137,14 +138,14 @@ impl Context<'_> {
 
     fn rebuild(&self, requests: &Requests, plan: &mut Builder) {
         let places = places(self.len);
-        // The kernel writes the address of the ring where the next operation has its operand.
+        // The kernel stores the address of the ring into the next operation's operand.
         let handle = plan.reserve(8);
         let setup = [needs::requests(self.len), handle];
         plan.syscall(libc::SYS_io_setup, &setup, || self.object());
         let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
         let moved = [handle, self.len, self.len, flags, self.at];
         plan.loading(libc::SYS_mremap, &moved, self.at, || self.object());
-        // Succeeds only if the ring has as many places.
+        // Succeeds only if the ring has that many places.
         let compare = (libc::FUTEX_CMP_REQUEUE | libc::FUTEX_PRIVATE_FLAG) as u64;
         let same = [self.at + NR, compare, 0, 0, self.at + HEAD, places];
         plan.expect(libc::SYS_futex, &same, 0, || self.object());
@@ -171,7 +172,7 @@ impl Context<'_> {
         plan.expect(libc::SYS_io_submit, &args, count, || self.object());
     }
 
-    /// The events that nobody has taken, over those of our requests.
+    /// Writes the unread events over those of our requests.
     fn write_events(&self, plan: &mut Builder) {
         let places = places(self.len);
         let first = (places - u64::from(self.ring.head)) * EVENT;

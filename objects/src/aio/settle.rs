@@ -1,14 +1,12 @@
-//! The proof that a context has no request in flight.
+//! Proves that a context has no request in flight.
 //!
-//! A context has as many places as its ring has events, less one. A place is taken from the
-//! submission of a request until its event has been taken out. So in a context that takes so many
-//! requests of ours that with the events in its ring there are as many as it can have, none is in
-//! flight ([`turn`](super::turn) says how they are submitted). CPUs have free places in stock: requests are
-//! submitted on each. A stock that we cannot reach makes the sum too small, never too large.
+//! A context has one place less than its ring has events. A place is in use from the submission of a request until
+//! its event is consumed. So if the requests of ours that a context accepts and the events in its ring add up to its
+//! places, none is in flight ([`turn`](super::turn) describes the submission). CPUs hold free places in reserve, so
+//! requests are submitted on each CPU. An unreachable reserve makes the sum too small, never too large.
 //!
-//! If the sum is too small by some, so many are in flight: nobody submits more while all tasks are
-//! stopped, and the tail tells when they are done. This comes before files are looked at, since
-//! a request may still write to one.
+//! A sum that is too small by some number means that many in flight: no task submits more while all are stopped, and
+//! the tail shows their completion. This precedes the capture of files, since a request may still write to one.
 
 use std::time::{Duration, Instant};
 
@@ -27,17 +25,17 @@ use crate::job::FrozenJob;
 use crate::process::{self, FromOutside};
 use crate::source::{Collector, Source};
 
-/// How long requests are waited for.
+/// How long to wait for requests.
 const PATIENCE: Duration = Duration::from_secs(1);
 const NO_DOORBELL: &str = "belongs to a process that catches or blocks SIGURG, SIGWINCH and SIGCHLD, and ignores \
      no other signal, which is not supported";
-/// Between two looks at the tail.
+/// Interval of polling the tail.
 const PAUSE: Duration = Duration::from_micros(200);
 
-/// Waits until no context of a frozen job has a request in flight; whether there is any context.
+/// Waits until no context of a frozen job has a request in flight. Returns whether there is any context.
 ///
 /// # Errors
-/// [`Error::Refused`] where one has requests that do not end, or where it cannot be known.
+/// [`Error::Refused`] if requests do not complete, or if that cannot be determined.
 pub fn settle(job: &mut FrozenJob, outside: &[FromOutside], collector: &Collector) -> Result<bool> {
     let (mut frozen, sources) = job.split();
     let spaces = process::address_spaces(&sources, outside, collector);
@@ -55,13 +53,14 @@ pub fn settle(job: &mut FrozenJob, outside: &[FromOutside], collector: &Collecto
     Ok(any)
 }
 
-/// Somebody who could open a file while a batch goes on by itself, in a table that it counts on.
+/// Whether processes share a descriptor table but not memory: one could open a file during a batch, which relies on
+/// the table.
 fn shares_only_descriptors(collector: &Collector) -> bool {
     let mut shares = collector.shares.values();
     shares.any(|s| s.files && !s.memory)
 }
 
-/// Why it could not be found out whether a process has requests in flight, seen from outside.
+/// Why requests in flight of a process cannot be detected, as seen from outside.
 pub fn hides_requests(
     source: &Source,
     vmas: &[Vma],
@@ -72,7 +71,7 @@ pub fn hides_requests(
     };
     let room = Room::of(ring.len(), &super::needs::possible_cpus()?);
     let refuse = |reason: &str, remedy: &str| Ok(Some(refused(source, ring, reason, remedy)));
-    // Filters that we suspend are back when we are killed, in the middle of a batch.
+    // Suspended filters are in force again when we are killed, in the middle of a batch.
     if source.status.seccomp == Some(2) {
         return refuse(
             "belongs to a process with seccomp filters, which is not supported",
@@ -161,7 +160,7 @@ fn settle_process(
     settled
 }
 
-/// A process that was forked has the mapping and no context; submitting nothing tells.
+/// A forked process has the mapping without a context; submitting nothing detects that.
 fn contexts_are_there(calls: &mut RemoteCalls<'_>, source: &Source, rings: &[&Vma]) -> Result<()> {
     for ring in rings {
         let submit = Call::new("io_submit", libc::SYS_io_submit, &[ring.start, 0, 0]);
@@ -177,9 +176,8 @@ fn contexts_are_there(calls: &mut RemoteCalls<'_>, source: &Source, rings: &[&Vm
     Ok(())
 }
 
-/// The affinity to be set in the end. The kernel remembers what a task asked for, and holds it to it
-/// when its cpuset grows (`user_cpus_ptr`, Linux 6.2): one that may run wherever its cpuset allows
-/// asks for all CPUs.
+/// The affinity to restore at the end. The kernel remembers what a task requested, and applies it when its cpuset
+/// grows (`user_cpus_ptr`, Linux 6.2): a task that may run on its whole cpuset requests all CPUs.
 fn affinity(calls: &mut RemoteCalls<'_>) -> Result<Vec<u8>> {
     let (now, all, then) = (0, AFFINITY_ROOM, 2 * AFFINITY_ROOM);
     let base = calls.scratch().raw();
@@ -193,7 +191,7 @@ fn affinity(calls: &mut RemoteCalls<'_>) -> Result<Vec<u8>> {
         let args = [0, AFFINITY_ROOM, base + at];
         Call::new("sched_setaffinity", libc::SYS_sched_setaffinity, &args)
     };
-    // The room behind what the kernel writes is zero: no CPU.
+    // Bytes past those that the kernel writes are zero: no CPU.
     calls.write_scratch(now, &[0; AFFINITY_ROOM as usize])?;
     calls.write_scratch(then, &[0; AFFINITY_ROOM as usize])?;
     let list = 3 * AFFINITY_ROOM;
@@ -211,7 +209,7 @@ fn file_size_limit(source: &Source) -> Result<u64> {
     Ok(of_it.map_or(u64::MAX, |l| l.soft))
 }
 
-/// The lowest free number; the job is frozen, and nobody else has its descriptors.
+/// The lowest free number; the job is frozen, so the table does not change.
 fn next_descriptor(source: &Source) -> Result<i32> {
     let path = source.dir.join("fd");
     let error = |source| Error::File {
@@ -242,8 +240,8 @@ fn settle_context(mut turner: Turner<'_, '_>, source: &Source, vma: &Vma) -> Res
             put_back_the_rest(source, vma, &ring, in_flight)?;
             return wait(source, vma, &ring, in_flight, begun);
         }
-        // They are where they would have been without us, before the kernel's tail. But their places
-        // count as free until the next turn, which takes them for unread events.
+        // They are where they would be without us, before the kernel's tail. But their places count as free until the
+        // next turn, which takes them for unread events.
         let places = ring.places();
         let tail = u64::from(ring.word(TAIL));
         for (n, event) in turned.foreign.iter().enumerate() {
@@ -255,7 +253,7 @@ fn settle_context(mut turner: Turner<'_, '_>, source: &Source, vma: &Vma) -> Res
     }
 }
 
-/// How many requests are in flight, or as it looks.
+/// Apparent number of requests in flight.
 fn in_flight(turner: &Turner<'_, '_>, source: &Source, vma: &Vma, free: u64) -> Result<u64> {
     let all = turner.capacity();
     all.checked_sub(free).ok_or_else(|| {
@@ -267,8 +265,8 @@ fn in_flight(turner: &Turner<'_, '_>, source: &Source, vma: &Vma, free: u64) -> 
     })
 }
 
-/// The events that the program had taken out already: nobody should look at them, but they are its memory. Those
-/// places to which requests in flight may write are left alone.
+/// Restores events that the program had already consumed: they should not be read, but they are its memory. Places to
+/// which requests in flight may write are left out.
 fn put_back_the_rest(source: &Source, vma: &Vma, ring: &Seen, in_flight: u64) -> Result<()> {
     let (places, tail) = (ring.places(), u64::from(ring.word(TAIL)));
     let unread = distance(ring.word(HEAD), ring.word(TAIL), places);
@@ -280,7 +278,7 @@ fn put_back_the_rest(source: &Source, vma: &Vma, ring: &Seen, in_flight: u64) ->
     Ok(())
 }
 
-/// Waits until the tail has gone on by as many.
+/// Waits until the tail has advanced by that many.
 fn wait(source: &Source, vma: &Vma, ring: &Seen, in_flight: u64, begun: Instant) -> Result<()> {
     loop {
         let word = source.mem.read_array(RemoteAddr(vma.start + TAIL))?;

@@ -1,18 +1,18 @@
-//! A ring taken around once, to its old place, by requests of ours.
+//! Turns a ring once around, to its old position, by requests of ours.
 //!
-//! Requests that do nothing and are complete when they have been submitted fill a context up: how many
-//! it takes tells how many places are free. Each leaves an event behind, so the tail moves, and a
-//! program that takes events without a system call may have been stopped with the old head in a
-//! register. So it takes exactly as many requests as the ring has places, and the tail is where it was.
+//! No-op requests that complete at submission fill a context: the number that it accepts is the number of free
+//! places. Each leaves an event, so the tail moves, and a program that consumes events without a system call may have
+//! been stopped with the old head in a register. So exactly as many requests are submitted as the ring has places,
+//! which brings the tail back.
 //!
-//! All of it is one batch, which goes on by itself if we are killed. How many requests a call
-//! submits, it cannot know beforehand; so the requests count themselves. There is one control block
-//! (`struct iocb`); what it does is to read its successor over itself, from a table in a memfd, and the last one is
-//! none that the kernel would take. io_submit(2) is told the same block over and over and stops there.
+//! All of it is one batch, which the task completes even if we are killed. The number of requests that a call accepts
+//! is not known beforehand, so the requests count themselves. There is one control block (`struct iocb`), which reads
+//! its successor over itself, from a table in a memfd; the last successor is invalid. io_submit(2) is passed the same
+//! block repeatedly and stops there.
 //!
-//! Then the batch puts back the events that nobody had taken, and the head. An event of the program's
-//! own that comes during the batch lies among ours: we find it and see to it afterwards. It is lost if it comes in
-//! these microseconds and we are killed in them as well.
+//! Then the batch restores the unread events and the head. If a request of the program's completes during the batch,
+//! its event is among ours: it is found and restored afterwards. It is lost only if we are killed in these same
+//! microseconds.
 
 use ckpt_tracer::remote::{Call, Hold, RemoteCalls};
 use nix::errno::Errno;
@@ -20,17 +20,17 @@ use nix::errno::Errno;
 use super::{HEAD, Seen, TAIL, capacity, distance};
 use crate::error::{Error, Result};
 
-/// Tells events of ours from others, together with the address of the control block.
+/// Identifies events of ours, together with the address of the control block.
 const MARK: u64 = 0x636b_7074_0061_696f;
-/// How often what was submitted is taken out again and more is submitted, in a batch.
+/// How often a batch consumes the submitted events and submits more.
 const ROUNDS: usize = 3;
 /// Bytes of a control block (`struct iocb`, linux/aio_abi.h).
 const BLOCK: u64 = 64;
-/// Where in it its successor goes: the offset, and a word that must be 0.
+/// Offset of its successor: the file offset, and a word that must be 0.
 const SUCCESSOR: u64 = 40;
-/// Bytes of that.
+/// Bytes of a table entry.
 const ENTRY: u64 = 16;
-/// Where in the scratch memory what is.
+/// Offsets in the scratch memory.
 const NAME: u64 = BLOCK;
 const OLD_HEAD: u64 = BLOCK + 8;
 const AFFINITY: u64 = 128;
@@ -38,7 +38,7 @@ const AFFINITY: u64 = 128;
 pub(super) const AFFINITY_ROOM: u64 = 1024;
 const MASKS: u64 = AFFINITY + AFFINITY_ROOM;
 
-/// Places in the scratch memory and in the memfd, for a ring of so many bytes.
+/// Offsets in the scratch memory and in the memfd, for a ring of a given size.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
     ring: u64,
@@ -51,9 +51,9 @@ pub(super) struct Room {
     list: u64,
     /// Bytes of scratch memory.
     pub(super) len: u64,
-    /// In the memfd: room to copy through.
+    /// In the memfd: a buffer for copying.
     through: u64,
-    /// The entries to begin with.
+    /// The initial entries.
     begin: u64,
     /// Bytes of the memfd.
     pub(super) file_len: u64,
@@ -90,42 +90,42 @@ impl Room {
     }
 }
 
-/// What a context has shown.
+/// Result of a turn.
 #[derive(Debug)]
 pub(super) struct Turned {
-    /// Requests that it took, without any event in it.
+    /// Requests that it accepted, with no event in it.
     pub(super) free: u64,
-    /// Events that the program's own requests left behind meanwhile, in their order.
+    /// Events of the program's own requests that completed meanwhile, in order.
     pub(super) foreign: Vec<Vec<u8>>,
 }
 
-/// Requests submitted one after the other, or none, and the ring afterwards.
+/// A series of submitted requests, possibly empty, and the ring afterwards.
 struct Burst {
     made: u64,
     seen: Seen,
 }
 
-/// Who makes the batches.
+/// Makes the batches.
 pub(super) struct Turner<'c, 'a> {
     pub(super) calls: &'c mut RemoteCalls<'a>,
     pub(super) room: Room,
-    /// The CPUs that there can be.
+    /// The possible CPUs.
     pub(super) cpus: &'c [u32],
-    /// Where the task may run in the end.
+    /// The affinity to restore at the end.
     pub(super) affinity: &'c [u8],
     /// The number that the next descriptor gets.
     pub(super) fd: i32,
-    /// Who must not see the ring meanwhile.
+    /// Tasks that must not see the ring meanwhile.
     pub(super) hold: &'c mut Hold<'a>,
 }
 
 impl Turner<'_, '_> {
-    /// Requests that the context takes when it has none and no events.
+    /// Requests that an empty context without events accepts.
     pub(super) fn capacity(&self) -> u64 {
         capacity(self.room.places, self.cpus.len() as u64)
     }
 
-    /// Takes a ring around. `ring` is how it is now.
+    /// Turns a ring. `ring` is its present state.
     pub(super) fn turn(&mut self, at: u64, ring: &Seen) -> Result<Turned> {
         let places = self.room.places;
         let unread = distance(ring.word(HEAD), ring.word(TAIL), places);
@@ -134,13 +134,13 @@ impl Turner<'_, '_> {
             foreign: Vec::new(),
         };
         let (mut tail, mut missing, mut total) = (ring.word(TAIL), places, 0);
-        // Twice around where once would end before the context is full.
+        // Twice around if one turn would end before the context is full.
         if missing - unread < self.capacity() {
             missing += places;
         }
         for batch in 0.. {
-            // The last ones stand for the events that nobody had taken: the kernel takes their
-            // places for occupied. Before them all others are taken out.
+            // The last requests stand for the unread events: the kernel counts their places as used. Before them all
+            // others are consumed.
             let bursts = self.batch(at, ring, [missing - unread, unread])?;
             if batch == 0 {
                 turned.free = bursts[1].made;
@@ -157,7 +157,7 @@ impl Turner<'_, '_> {
             if missing < unread {
                 missing += places;
             }
-            // With all tasks stopped what is free stays free.
+            // With all tasks stopped, the number of free places is constant.
             if batch > 4 * places {
                 return Err(self.odd("takes no more requests"));
             }
@@ -165,7 +165,7 @@ impl Turner<'_, '_> {
         Ok(turned)
     }
 
-    /// Finds events of others among ours; answers the tail.
+    /// Finds the program's events among ours; returns the tail.
     fn look(&self, burst: &Burst, from: u32, turned: &mut Turned) -> Result<u32> {
         let places = self.room.places;
         let tail = burst.seen.word(TAIL);
@@ -195,8 +195,8 @@ impl Turner<'_, '_> {
         Error::refuse(crate::error::Obstacle::without_remedy(object, what))
     }
 
-    /// One batch: takes all events out, fills the context up on every CPU, takes them out again and
-    /// submits more, up to the first number; takes those out and submits the second number.
+    /// One batch: consumes all events, fills the context on every CPU, consumes them again and submits more, up to
+    /// the first number; consumes those and submits the second number.
     fn batch(&mut self, at: u64, ring: &Seen, todo: [u64; 2]) -> Result<Vec<Burst>> {
         self.write_scratch(ring, todo)?;
         let (room, fd) = (self.room, self.fd as u64);
@@ -235,7 +235,7 @@ impl Turner<'_, '_> {
         Ok(bursts)
     }
 
-    /// Whether all went as it must. If the memfd could not be made or filled, nothing was submitted.
+    /// Checks all results. If the memfd could not be created or filled, nothing was submitted.
     fn check(&self, list: &List, answers: &[i64]) -> Result<()> {
         let failed = |call: &Call, errno: i64| {
             Error::Tracer(ckpt_tracer::Error::Remote {
@@ -247,7 +247,7 @@ impl Turner<'_, '_> {
         for (call, answer) in list.calls.iter().zip(answers) {
             let fine = match call.nr {
                 libc::SYS_memfd_create => *answer == list.fd as i64,
-                // Of CPUs that are offline or not for us.
+                // Offline CPUs, and CPUs outside our cpuset.
                 libc::SYS_sched_setaffinity if call.args[2] != list.base + AFFINITY => true,
                 libc::SYS_io_submit => {
                     *answer >= 0 || [libc::EAGAIN, libc::EINVAL].contains(&(-*answer as i32))
@@ -274,7 +274,7 @@ impl Turner<'_, '_> {
         put(20, &self.fd.to_le_bytes());
         put(24, &(base + SUCCESSOR).to_le_bytes());
         put(32, &ENTRY.to_le_bytes());
-        // Until the first entry has been read it is none.
+        // Invalid until the first entry has been read.
         put(48, &1u64.to_le_bytes());
         put(OLD_HEAD, &ring.word(HEAD).to_le_bytes());
         put(AFFINITY, self.affinity);
@@ -310,7 +310,7 @@ struct List {
     at: u64,
     base: u64,
     calls: Vec<Call>,
-    /// Of each burst, where its io_submit stand.
+    /// For each burst, the indices of its io_submit calls.
     bursts: Vec<Vec<usize>>,
 }
 
@@ -319,7 +319,7 @@ impl List {
         self.calls.push(Call::new(name, nr, args));
     }
 
-    /// By way of the memfd, which has its pages already: a copy that fails would leave a wrong head.
+    /// Through the memfd, whose pages exist: a copy that fails would leave a wrong head.
     fn copy(&mut self, to: u64, from: u64, len: u64) {
         let through = self.room.through;
         self.call(
@@ -330,12 +330,12 @@ impl List {
         self.call("pread64", libc::SYS_pread64, &[self.fd, to, len, through]);
     }
 
-    /// All events count as taken.
+    /// Marks all events as consumed.
     fn take_out(&mut self) {
         self.copy(self.at + HEAD, self.at + TAIL, 4);
     }
 
-    /// The control block becomes the first or the second one to begin with.
+    /// Sets the control block to the first or second initial entry.
     fn begin(&mut self, which: u64) {
         let from = self.room.begin + which * ENTRY;
         self.call(
@@ -390,9 +390,8 @@ impl List {
         self
     }
 
-    /// What is submitted at once, with a look at the ring before and after. From when events have been
-    /// taken out, the kernel lets no more come than there are places; but others may have come between
-    /// the last look and that.
+    /// Submits one burst and reads the ring before and after. The kernel completes no more requests than there are
+    /// places since the events were consumed; but others may have completed between the last read and that.
     fn burst(&mut self, submit: impl FnOnce(&mut Self)) {
         self.bursts.push(Vec::new());
         self.look();
@@ -401,7 +400,7 @@ impl List {
         self.look();
     }
 
-    /// Puts back the events that nobody had taken, the head, and where the task may run.
+    /// Restores the unread events, the head, and the affinity.
     fn put_back(mut self, unread: &[(u64, u64)], affinity: u64) -> Self {
         for (at, len) in unread {
             self.copy(self.at + at, self.base + self.room.events + at, *len);

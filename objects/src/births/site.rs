@@ -1,19 +1,19 @@
-//! Where in the tree a process is created, so that it is in its session and has its parent.
+//! Where in the tree a process is created, so that it gets its session and its parent.
 
 use super::{Birth, Body, Phantom, Tree, When};
 use crate::error::Obstacle;
 
-/// Where in the tree somebody is created.
+/// Where in the tree a process is created.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Site {
-    /// By a process, and whether by `CLONE_PARENT`.
+    /// By a process, possibly with `CLONE_PARENT`.
     Process(usize, When, bool),
     /// By a phantom of that process.
     Phantom(usize, i32),
 }
 
 impl Tree<'_> {
-    /// Where a child of that parent is created in that session; else why nowhere.
+    /// Where a child of that parent is created to be in that session; otherwise why it cannot be.
     pub(super) fn site(&mut self, parent: i32, session: i32, pid: i32) -> Result<Site, String> {
         let (creator, adopted) = self.creator(parent);
         if session == pid {
@@ -29,8 +29,8 @@ impl Tree<'_> {
         }
     }
 
-    /// When `creator` creates one that leads a session of its own, which may be before its own setsid(2) or after: in the session in
-    /// which that one has created others, and before the siblings that come behind it.
+    /// When `creator` creates a session leader, which may be before or after its own setsid(2): in the session in
+    /// which that leader has created children, and before its later siblings.
     fn when_of_leader(&self, creator: usize, parent: i32, pid: i32) -> When {
         if !self.leads(creator) {
             return When::Late;
@@ -89,7 +89,7 @@ impl Tree<'_> {
         Ok(Site::Phantom(leader, id))
     }
 
-    /// An id that no task of the job has, and none here.
+    /// An id that is unused, both in the job and here.
     fn unused(&self) -> i32 {
         let processes = self.processes.iter();
         let processes = processes.map(|p| p.highest.max(p.group).max(p.session));
@@ -101,7 +101,7 @@ impl Tree<'_> {
         (highest + 1..).find(free).unwrap_or(highest + 1)
     }
 
-    /// What ends for its children to be adopted leaves them to the nearest subreaper.
+    /// Children of a phantom that ends must be adopted by the intended subreaper.
     pub(super) fn check_adoptions(&mut self) {
         let wrong = self.passing.iter().find(|(leader, (_, parent))| {
             let mut at = Some(**leader);
@@ -126,7 +126,7 @@ impl Tree<'_> {
         }
     }
 
-    /// In a session that no longer has its leader: that one comes back for a while.
+    /// In a session without its leader: a phantom leads it.
     fn site_by_phantom(&mut self, session: i32, parent: (usize, bool)) -> Result<Site, String> {
         let (creator, adopted) = parent;
         let first = *self.phantoms.entry(session).or_insert(parent);
@@ -153,7 +153,7 @@ impl Tree<'_> {
         Ok(Site::Phantom(creator, session))
     }
 
-    /// What is created there.
+    /// The list to which a site adds.
     pub(super) fn list_at(&mut self, site: Site) -> &mut Vec<Birth> {
         let (creator, phantom) = match site {
             Site::Process(creator, when, _) => return self.list(creator, when),

@@ -1,6 +1,5 @@
-//! Frozen control groups: `cgroup.freeze` of version 2, the freezer of version 1. So stands a job after
-//! `docker pause` and `systemctl freeze`. Its tasks execute nothing until they are thawed, not even a
-//! remote call.
+//! Frozen control groups: `cgroup.freeze` of version 2, the freezer of version 1. `docker pause` and `systemctl
+//! freeze` use them. Tasks in them execute nothing until they are thawed, not even a remote call.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,7 +17,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::outsiders::process_name;
 use crate::text::Shown;
 
-/// A frozen group: one that was frozen itself, not by a group above it that can be seen.
+/// A frozen group: frozen itself, not only by a visible ancestor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frozen {
     /// Its directory.
@@ -35,7 +34,7 @@ enum Version {
 }
 
 impl Version {
-    /// Freezes the group and thaws it.
+    /// The control file that freezes and thaws the group.
     fn control(self) -> &'static str {
         match self {
             Version::One => "freezer.state",
@@ -57,7 +56,7 @@ impl Version {
         }
     }
 
-    /// Whether the group was frozen, and not only by what is above it.
+    /// Whether the group itself was frozen, and not only by an ancestor.
     fn holds(self, directory: &Path) -> bool {
         let file = match self {
             Version::One => "freezer.self_freezing",
@@ -67,7 +66,7 @@ impl Version {
     }
 }
 
-/// Whether a process that enters this group stands still.
+/// Whether a process that enters this group stops.
 pub(super) fn is_frozen(directory: &Path) -> bool {
     let read = |file| fs::read_to_string(directory.join(file)).unwrap_or_default();
     let events = read("cgroup.events");
@@ -75,7 +74,7 @@ pub(super) fn is_frozen(directory: &Path) -> bool {
     events.lines().any(|line| line == "frozen 1") || ["FROZEN", "FREEZING"].contains(&state.trim())
 }
 
-/// The frozen groups that tasks of these processes are in, as far as they can be seen from here.
+/// The frozen groups of tasks of these processes, as far as they are visible.
 pub fn frozen(job: &[Pid]) -> Vec<Frozen> {
     let mut found: Vec<Frozen> = Vec::new();
     let Ok(mounts) = read_mounts(Pid::own()) else {
@@ -124,7 +123,7 @@ pub fn frozen(job: &[Pid]) -> Vec<Frozen> {
 }
 
 impl Frozen {
-    /// The obstacle that it is to a checkpoint of that process.
+    /// The group as an obstacle to the checkpoint of that process.
     pub fn obstacle(&self, root: i32) -> Obstacle {
         Obstacle::new(
             process_name(self.member),
@@ -150,7 +149,7 @@ impl Frozen {
         ))
     }
 
-    /// A process of the group or of those below it that is not of the job.
+    /// A process in the group or below that does not belong to the job.
     fn stranger(&self, job: &[Pid]) -> Option<Pid> {
         let mut places = vec![self.directory.clone()];
         while let Some(place) = places.pop() {
@@ -174,7 +173,7 @@ impl Frozen {
 pub struct Thawable(Vec<(Version, File)>);
 
 impl Thawable {
-    /// Opens what thaws them. What else is in such a group would run too.
+    /// Opens their control files. Other processes in such a group would run too.
     ///
     /// # Errors
     /// When that is not permitted, or a process outside the job is in such a group.
@@ -200,8 +199,8 @@ impl Thawable {
     }
 }
 
-/// Groups that are thawed for as long as this lives. They are frozen again when it is dropped, and by a
-/// helper process when this process is killed.
+/// Groups that are thawed while this value lives. They are frozen again when it is dropped, and by a helper process
+/// when this process is killed.
 #[derive(Debug)]
 pub struct Thawed {
     groups: Vec<(Version, File)>,
@@ -209,11 +208,11 @@ pub struct Thawed {
 }
 
 impl Thawed {
-    /// Thaws the groups of version 1. A task that was stopped and then frozen by such a group cannot be
-    /// seized: PTRACE_SEIZE waits until it is thawed.
+    /// Thaws the groups of version 1. A task that was stopped and then frozen by such a group cannot be seized:
+    /// PTRACE_SEIZE waits until it is thawed.
     ///
     /// # Errors
-    /// When there can be no helper, or a group is gone.
+    /// When no helper can be created, or a group has gone.
     pub fn begin(groups: &Thawable) -> Result<Self> {
         let copies = groups
             .0
@@ -231,11 +230,11 @@ impl Thawed {
         Ok(thawed)
     }
 
-    /// Thaws the groups of version 2, whose tasks come to ptrace-stops while they are frozen. With all of
-    /// them in such a stop, none executes anything when it is thawed.
+    /// Thaws the groups of version 2, whose tasks reach ptrace-stops while frozen. When all are in such a stop, none
+    /// executes anything after the thaw.
     ///
     /// # Errors
-    /// When a group is gone.
+    /// When a group has gone.
     pub fn complete(&self) -> Result<()> {
         self.thaw(Version::Two)
     }
@@ -270,7 +269,7 @@ fn failed(source: std::io::Error) -> Error {
     }
 }
 
-/// Starts the process that freezes the groups again if the pipe ends without a word.
+/// Starts the helper, which freezes the groups again if the pipe ends without a message.
 fn keep(groups: &[(Version, File)]) -> Result<(Helper, OwnedFd), Errno> {
     let (reader, writer) = ckpt_sys::pipes::pipe()?;
     let files = groups.iter().map(|(_, file)| file.as_fd());

@@ -22,8 +22,7 @@ pub mod settings;
 /// The group of a process in one hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
-    /// Controllers of a hierarchy of version 1, separated by commas, or its name; empty for
-    /// version 2.
+    /// Controllers of a version 1 hierarchy, separated by commas, or its name; empty for version 2.
     pub controllers: String,
     /// Path below the root of the hierarchy.
     #[serde(with = "crate::raw_path")]
@@ -39,17 +38,17 @@ pub fn capture(dir: ProcDir) -> ckpt_tracer::Result<Vec<Cgroup>> {
     Ok(groups.collect())
 }
 
-/// In which groups a restored job is (`--cgroups`).
+/// The groups of a restored job (`--cgroups`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
-    /// Those that it was in, as far as they exist and may be entered.
+    /// Its previous ones, as far as they exist and may be entered.
     #[default]
     Keep,
     /// Those of `restore`.
     Ignore,
-    /// Those that it was in; the ones that are missing are made again with their settings.
+    /// Its previous ones; missing ones are created with their settings.
     Restore,
-    /// Likewise, with this group in the place of the first process's.
+    /// The same, with this group in place of the first process's.
     Below(PathBuf),
 }
 
@@ -74,7 +73,7 @@ impl Policy {
         matches!(self, Policy::Restore | Policy::Below(_))
     }
 
-    /// The policy for one hierarchy: where there is no such root, groups are kept.
+    /// The policy for one hierarchy: without such a root, groups are kept.
     fn in_hierarchy(&self, controllers: &str, mounts: &MountTable) -> Policy {
         match self {
             Policy::Below(root) if !exists(root, controllers, mounts) => Policy::Keep,
@@ -82,7 +81,7 @@ impl Policy {
         }
     }
 
-    /// Where a group of the image is, given that of the first process.
+    /// The new path of a group of the image, given the first process's.
     fn place(&self, path: &Path, top: &Path) -> PathBuf {
         match (self, path.strip_prefix(top)) {
             (Policy::Below(root), Ok(below)) if below == Path::new("") => root.clone(),
@@ -101,8 +100,8 @@ impl Process {
     }
 }
 
-/// Moves a process into the groups that it was in, as far as they exist, and its threads into theirs; answers
-/// what was not permitted. A new process is in those of its creator.
+/// Moves a process, and threads in other groups, into their previous groups, as far as these exist. Returns what was
+/// not permitted. A new process is in the groups of its creator.
 pub fn enter(process: &Process, snapshot: &Snapshot, policy: &Policy) -> Vec<String> {
     let pid = Pid(process.pid);
     let (Ok(now), Ok(mounts)) = (capture(pid.into()), read_mounts(pid)) else {
@@ -152,7 +151,7 @@ pub fn enter(process: &Process, snapshot: &Snapshot, policy: &Policy) -> Vec<Str
     refused
 }
 
-/// Whether a hierarchy has a group of that path.
+/// Whether a hierarchy has a group with that path.
 fn exists(path: &Path, controllers: &str, mounts: &MountTable) -> bool {
     let group = Cgroup {
         controllers: controllers.to_owned(),
@@ -162,7 +161,7 @@ fn exists(path: &Path, controllers: &str, mounts: &MountTable) -> bool {
     mounts.any(|mount| directory(&group, mount).is_some_and(|place| place.is_dir()))
 }
 
-/// Writes an id into the first of these files that the group has; why not.
+/// Writes an id to the first of these files that the group has; otherwise returns why not.
 fn go(
     group: &Cgroup,
     mounts: &MountTable,
@@ -189,7 +188,7 @@ fn go(
     elsewhere(&error.to_string())
 }
 
-/// Whether the file system is that hierarchy.
+/// Whether the mount is that hierarchy.
 fn is_of(group: &Cgroup, mount: &Mount) -> bool {
     if group.controllers.is_empty() {
         return mount.fs_type == "cgroup2";
@@ -202,7 +201,7 @@ fn is_of(group: &Cgroup, mount: &Mount) -> bool {
             .all(|c| options.any(|o| o == c))
 }
 
-/// Where the group is, when it lies below what is mounted.
+/// The directory of the group, if it is below the mount's root.
 fn directory(group: &Cgroup, mount: &Mount) -> Option<PathBuf> {
     let below = group.path.strip_prefix(&mount.root).ok()?;
     let outside = below.components().any(|c| c.as_os_str() == "..");

@@ -1,5 +1,5 @@
-//! The part of a hierarchy of control groups that a job has below its first process's group, with its settings;
-//! `restore --cgroups restore` and `--cgroups ROOT` make it again.
+//! The groups of a job below its first process's group, with their settings; `restore --cgroups restore` and
+//! `--cgroups ROOT` create them again.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,9 +23,9 @@ use crate::text::Shown;
 pub struct Hierarchy {
     /// As [`Cgroup::controllers`].
     pub controllers: String,
-    /// The groups, those above before those below.
+    /// The groups, parents first.
     pub groups: Vec<Group>,
-    /// Threads that are in another group than the first thread of their process: ids and groups.
+    /// Threads in another group than the first thread of their process: ids and groups.
     #[serde(with = "crate::raw_path")]
     pub threads: Vec<(i32, PathBuf)>,
 }
@@ -36,17 +36,17 @@ pub struct Group {
     /// As [`Cgroup::path`].
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
-    /// Names of files and what was in them.
+    /// Names of files and their contents.
     #[serde(deserialize_with = "bounds::few::<_, _, 1024>")]
     pub settings: Vec<(String, String)>,
 }
 
-/// More groups than this are not looked at.
+/// Most groups that are read.
 const MOST: usize = 4096;
-/// A longer setting is none.
+/// Longest contents that count as a setting, bytes.
 const LONGEST: usize = 64 * 1024;
 
-/// The hierarchies that a frozen job is in, with the groups of its threads.
+/// The hierarchies of a frozen job, with the groups of its threads.
 pub fn hierarchies(processes: &[Process]) -> Vec<Hierarchy> {
     let top = processes.first().map_or(&[][..], |p| &p.cgroups);
     let mut all: Vec<Hierarchy> = top
@@ -73,7 +73,7 @@ pub fn hierarchies(processes: &[Process]) -> Vec<Hierarchy> {
     all
 }
 
-/// Adds the groups with their settings, as far as they are mounted here; the job need not stand still for it.
+/// Adds the groups with their settings, as far as they are mounted here; the job may run meanwhile.
 pub fn read_groups(snapshot: &mut Snapshot) {
     let Ok(mounts) = read_mounts(Pid::own()) else {
         return;
@@ -99,8 +99,8 @@ pub fn read_groups(snapshot: &mut Snapshot) {
         .retain(|h| !h.groups.is_empty() || !h.threads.is_empty());
 }
 
-/// The first process's group and what is below it, but for what belongs to other processes. Of the root of a
-/// hierarchy, only what leads to the job's groups.
+/// The first process's group and those below it, except groups of other processes. In the root of a hierarchy only
+/// the groups that lead to the job's.
 fn groups(top: &Cgroup, mount: &Mount, place: &Path, members: &BTreeSet<PathBuf>) -> Vec<Group> {
     let is_root = top.path == Path::new("/");
     let leads = |path: &Path| members.iter().any(|member| member.starts_with(path));
@@ -130,7 +130,7 @@ fn is_populated(place: &Path) -> bool {
     }
 }
 
-/// Files that act when they are written, or count.
+/// Excludes files that trigger an action when written, and counters.
 fn is_setting(name: &str) -> bool {
     const NOT: [&str; 12] = [
         "cgroup.procs",
@@ -154,7 +154,7 @@ fn is_setting(name: &str) -> bool {
         ".stat",
     ];
     let counts = ENDS.iter().any(|end| name.ends_with(end));
-    // `cgroup.pressure` switches the counting on and off.
+    // `cgroup.pressure` enables pressure accounting.
     !NOT.contains(&name) && (!counts || name == "cgroup.pressure")
 }
 
@@ -175,7 +175,7 @@ fn settings(place: &Path) -> Vec<(String, String)> {
     found
 }
 
-/// Groups that were made for a restore; they are removed again when this is dropped before the job runs.
+/// Groups created for a restore; removed again if this value is dropped before the job runs.
 #[derive(Debug, Default)]
 pub struct Made {
     directories: Vec<PathBuf>,
@@ -183,7 +183,7 @@ pub struct Made {
 }
 
 impl Made {
-    /// The job runs in them. What is not as it was, one sentence each.
+    /// Keeps the groups, since the job runs in them. Returns the differences, one sentence each.
     pub fn keep(mut self) -> Vec<String> {
         self.directories.clear();
         std::mem::take(&mut self.warnings)
@@ -198,10 +198,10 @@ impl Drop for Made {
     }
 }
 
-/// Makes the groups that are missing, with their settings, where the policy says so.
+/// Creates the missing groups, with their settings, if the policy says so.
 ///
 /// # Errors
-/// When none can be made below the root that was named.
+/// When none can be created below the given root.
 pub fn make(snapshot: &Snapshot, policy: &Policy) -> Result<Made> {
     let mut made = Made::default();
     if !policy.makes_groups() {
@@ -251,11 +251,11 @@ pub fn make(snapshot: &Snapshot, policy: &Policy) -> Result<Made> {
     Ok(made)
 }
 
-/// A group of the image, where it is now, and its directory.
+/// A group of the image, its new path, and its directory.
 type Placed<'a> = (&'a Group, PathBuf, PathBuf);
 
 impl Made {
-    /// A controller's files are there once the group above has passed it on.
+    /// A controller's files exist after the parent group has enabled it.
     fn hierarchy(&mut self, places: &[Placed<'_>]) {
         for (group, path, place) in places {
             let is_new = match fs::create_dir_all(place.parent().unwrap_or(place))
@@ -279,12 +279,12 @@ impl Made {
     }
 
     fn settings(&mut self, group: &Group, path: &Path, place: &Path, is_new: bool) {
-        // What is passed on to groups below comes last: it may depend on the type.
+        // cgroup.subtree_control comes last: it may depend on the type.
         let last = |name: &str| name == "cgroup.subtree_control";
         let mut all: Vec<&(String, String)> = group.settings.iter().collect();
         all.sort_by_key(|(name, _)| (last(name), name != "cgroup.type"));
         for (name, value) in all {
-            // It may have come from anywhere.
+            // The names come from an image and are untrusted.
             if name.contains('/') || !is_setting(name) {
                 continue;
             }
@@ -312,7 +312,7 @@ impl Made {
     }
 }
 
-/// In one line, for messages.
+/// On one line, for messages.
 fn shown(value: &str) -> String {
     match value.trim() {
         "" => "empty".into(),
@@ -320,7 +320,7 @@ fn shown(value: &str) -> String {
     }
 }
 
-/// A line at a time, as such files want it; controllers are passed on by a plus before each.
+/// Writes line by line, as these files require; controllers are enabled with a leading plus.
 fn write(file: &Path, name: &str, value: &str) -> io::Result<()> {
     if name == "cgroup.subtree_control" {
         let words: Vec<String> = value
@@ -330,7 +330,7 @@ fn write(file: &Path, name: &str, value: &str) -> io::Result<()> {
         return fs::write(file, words.join(" "));
     }
     if name == "cgroup.type" && value != "threaded" {
-        // "domain threaded" comes of what is below.
+        // "domain threaded" results from the groups below.
         return Ok(());
     }
     value.lines().try_for_each(|line| fs::write(file, line))

@@ -1,5 +1,4 @@
-//! Mappings of a live process: what each one is, and where contents come from that no name
-//! leads to any more.
+//! Mappings of a live process: their kinds, and the contents of objects without a name.
 
 use std::fs::{File, Metadata};
 use std::os::unix::ffi::OsStrExt;
@@ -22,7 +21,7 @@ use crate::source::{Collector, Contents, Source};
 use crate::text::Shown;
 use crate::{aio, files, uring};
 
-/// The name of what memfd_secret(2) makes (mm/secretmem.c).
+/// The path that memfd_secret(2) shows (mm/secretmem.c).
 const SECRET: &str = "/secretmem";
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
@@ -36,8 +35,7 @@ pub struct Captured {
     pub executable: usize,
 }
 
-/// Classifies every mapping. `descriptions` tells which descriptions of the process are
-/// memfds, by inode.
+/// Classifies every mapping. `descriptions` are the memfds among the process's descriptions, by inode.
 pub fn capture(
     source: &Source,
     vmas: &[Vma],
@@ -125,7 +123,7 @@ pub fn guard_pages(scanner: &PagemapScanner) -> Result<Vec<(u64, u64)>> {
     Ok(found)
 }
 
-/// Refuses mappings. Those that are refused for the same reason are told in one line, by the first of them.
+/// Refuses mappings. Those with the same reason are reported on one line, by the first of them.
 fn one_a_cause(refused: Vec<Obstacle>, source: &Source, collector: &mut Collector) {
     let mut causes: Vec<(Obstacle, usize)> = Vec::new();
     for obstacle in refused {
@@ -136,7 +134,7 @@ fn one_a_cause(refused: Vec<Obstacle>, source: &Source, collector: &mut Collecto
         }
     }
     for (mut first, others) in causes {
-        // What is told of the process as a whole is equal each time.
+        // A report about the process as a whole is the same each time.
         if others > 0 && first.object != source.title() {
             let more = if others == 1 { "mapping" } else { "mappings" };
             first.object = format!("{}, like {others} more {more} of it,", first.object);
@@ -267,7 +265,7 @@ fn backing(
     })
 }
 
-/// Whether another mapping of the process shows pages of the same object.
+/// Whether another mapping of the process maps the same object.
 fn seen_twice(vma: &Vma, all: &[Vma]) -> bool {
     let end = |v: &Vma| v.offset + (v.end - v.start);
     all.iter().any(|v| {
@@ -322,8 +320,7 @@ fn shared_memory(
     }
 }
 
-/// The description behind a mapped memfd: one that the job holds open, or, when its
-/// descriptors are all closed, one made for the purpose.
+/// The description of a mapped memfd: one that the job holds open, or, if all its descriptors are closed, a new one.
 fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Collector) -> usize {
     let open = collector.descriptions.iter().position(|d| {
         d.kind.get::<MemFd>().is_some_and(|m| m.inode == vma.inode)
@@ -335,7 +332,7 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
         .filter_map(|d| d.kind.get::<MemFd>());
     let known = known.find(|memfd| memfd.inode == vma.inode).cloned();
     let index = open.unwrap_or_else(|| {
-        // One file, though no descriptor of it leads to such a mapping.
+        // One file, though no descriptor refers to such a mapping.
         let memfd = known.unwrap_or_else(|| closed_memfd(source, vma, all, collector));
         let writes = !vma.shared || vma.flags.contains(VmFlags::MAY_WRITE);
         let access = if writes { libc::O_RDWR } else { libc::O_RDONLY };
@@ -348,7 +345,7 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
         });
         collector.descriptions.len() - 1
     });
-    // A process before may have mapped less of it.
+    // An earlier process may have mapped less of it.
     if let Some(memfd) = collector.descriptions[index].kind.get::<MemFd>() {
         let end = add_views(memfd.contents, source, vma, (all, !vma.shared), collector);
         let open = collector.descriptions.iter_mut();
@@ -384,7 +381,7 @@ fn closed_memfd(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Col
     }
 }
 
-/// The file behind a mapping, if a descriptor leads to it.
+/// The file of a mapping, if it is open under a descriptor.
 fn open_file<'a>(path: &Path, vma: &Vma, collector: &'a Collector) -> Option<&'a Regular> {
     let mut open = collector
         .descriptions
@@ -403,7 +400,7 @@ fn mapped_file(
     collector: &mut Collector,
 ) -> usize {
     let deleted = matches!(vma.name, VmaName::File { deleted: true, .. });
-    // A shared view shows the file itself, a private one possibly the process's own pages.
+    // A shared mapping shows the file itself, a private one possibly the process's own pages.
     let mut views = all.vmas.iter();
     let shared = views.any(|v| v.shared && (v.dev, v.inode) == (vma.dev, vma.inode));
     let index = collector.mapped_file(path, vma.inode, |collector| {
@@ -417,7 +414,7 @@ fn mapped_file(
                 saved: None,
             };
         }
-        // One that is open as well must stay one file with what its descriptors lead to.
+        // A file that is also open must stay one file with its descriptors.
         if let Some(open) = open_file(path, vma, collector) {
             return MappedFile {
                 path: open.path.clone(),
@@ -427,8 +424,8 @@ fn mapped_file(
                 saved: open.saved,
             };
         }
-        // It lost the name that it was opened by, and has another one: sem_open(3) makes a semaphore
-        // under a name of its own and links it. Whoever opened it later has mapped it by that one.
+        // It lost the name under which it was opened, and has another one: sem_open(3) creates a semaphore under a
+        // temporary name and links it. Later openers have mapped it by the other name.
         if let Some((path, meta)) = linked_elsewhere(source, vma, path) {
             return MappedFile {
                 path,
@@ -438,7 +435,7 @@ fn mapped_file(
                 saved: None,
             };
         }
-        // No name leads to it any more: it goes into the image as a whole.
+        // It has no name left: the image stores all of it.
         let (contents, size) = contents_of(source, vma, all, !shared);
         let (meta, attributes) = looked_at(&contents).unzip();
         let identity = meta.map(|meta| FileIdentity::of(&meta));
@@ -460,7 +457,7 @@ fn mapped_file(
             saved: None,
         }
     });
-    // A process before may have mapped less of it.
+    // An earlier process may have mapped less of it.
     if let Some(space) = collector.mapped_files[index].contents {
         let end = add_views(space, source, vma, (all, !shared), collector);
         let size = &mut collector.mapped_files[index].identity.size;
@@ -469,9 +466,9 @@ fn mapped_file(
     index
 }
 
-/// The name that a file still has whose mapping tells a deleted one.
+/// The remaining name of a file whose mapping shows a deleted one.
 fn linked_elsewhere(source: &Source, vma: &Vma, path: &Path) -> Option<(PathBuf, Metadata)> {
-    // Without the right to follow this link, the numbers that the mapping shows have to do.
+    // Without permission to follow this link, device and inode of the mapping have to suffice.
     let link = format!("map_files/{:x}-{:x}", vma.start, vma.end);
     let id = match std::fs::metadata(source.dir.join(link)) {
         Ok(meta) if meta.nlink() == 0 => return None,
@@ -483,7 +480,7 @@ fn linked_elsewhere(source: &Source, vma: &Vma, path: &Path) -> Option<(PathBuf,
     Some((name, meta))
 }
 
-/// The executable, which in general is mapped as well.
+/// The executable, which is usually mapped too.
 fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Result<usize> {
     let link = source.dir.join("exe");
     let error = |e| crate::Error::File {
@@ -497,7 +494,7 @@ fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Resul
         _ => None,
     });
     if let Some(index) = mapped {
-        // Where `map_files` may not be opened, the executable's whole file still can.
+        // If `map_files` may not be opened, the whole executable can still be read.
         let file = &collector.mapped_files[index];
         if let Some(space) = file.contents
             && let Some(at) = collector.contents.iter().position(|(s, _)| *s == space)

@@ -1,4 +1,4 @@
-//! Where the contents of a mapped object come from that no name leads to.
+//! The contents of mapped objects without a name.
 
 use std::fs::Metadata;
 
@@ -18,7 +18,7 @@ use crate::source::{Collector, Contents, Source};
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 
-/// All that a process has mapped.
+/// All mappings of a process.
 #[derive(Clone, Copy)]
 pub(super) struct Layout<'a> {
     pub(super) vmas: &'a [Vma],
@@ -33,8 +33,8 @@ fn mapped<'a>(vma: &Vma, all: Layout<'a>, private: bool) -> impl Iterator<Item =
     mapped.filter(move |v| (v.dev, v.inode) == of && v.shared != private)
 }
 
-/// What a process sees of an object, and the end of that, in bytes from the object's beginning. Of private mappings only
-/// the object's own pages show it.
+/// The parts of an object that a process maps, and the end of the last one, as an offset in the object. Private
+/// mappings count only where they show the object's own pages.
 fn seen(source: &Source, vma: &Vma, all: Layout<'_>, private: bool) -> (Vec<View>, u64) {
     let whole = readable(source, views(vma, all, &[], private));
     let end = whole.last().map_or(0, |(offset, _, len)| offset + len);
@@ -45,7 +45,7 @@ fn seen(source: &Source, vma: &Vma, all: Layout<'_>, private: bool) -> (Vec<View
     if let Ok(scanner) = PagemapScanner::open(source.dir.clone()) {
         for vma in mapped(vma, all, true) {
             let query = PageQuery::stored_pages(vma).unwrap_or_default();
-            // Of one that ends meanwhile nothing is read.
+            // If the process ends meanwhile, nothing is read.
             let _ = scanner.scan(vma.start..vma.end, query, |run| {
                 own.push((run.start, run.end))
             });
@@ -59,11 +59,10 @@ fn seen(source: &Source, vma: &Vma, all: Layout<'_>, private: bool) -> (Vec<View
     (some, end)
 }
 
-/// A range of memory in which an object is seen: offset in the object, address, bytes.
+/// A range of memory that shows part of an object: offset in the object, address, bytes.
 type View = (u64, u64, u64);
 
-/// Ranges of memory in which the object with that inode is seen. Guard pages show nothing of it, nor do `own` pages, which
-/// ascend.
+/// Ranges of memory that show the object with that inode. Guard pages and `own` pages (ascending) are left out.
 fn views(vma: &Vma, all: Layout<'_>, own: &[(u64, u64)], private: bool) -> Vec<View> {
     let mut views: Vec<_> = mapped(vma, all, private)
         .flat_map(|v| {
@@ -87,8 +86,7 @@ fn views(vma: &Vma, all: Layout<'_>, own: &[(u64, u64)], private: bool) -> Vec<V
     views
 }
 
-/// What of some views can be read: mappings may reach beyond the end of an object, where the kernel
-/// answers EIO.
+/// The readable parts of some views: mappings may extend past the end of an object, where reads fail with EIO.
 fn readable(source: &Source, mut views: Vec<View>) -> Vec<View> {
     let has = |address: u64| source.mem.read(RemoteAddr(address), &mut [0]).is_ok();
     let mut ended = false;
@@ -111,8 +109,7 @@ fn readable(source: &Source, mut views: Vec<View>) -> Vec<View> {
     views
 }
 
-/// The file behind a mapping, through `/proc/PID/map_files` (which wants
-/// CAP_CHECKPOINT_RESTORE), or its views in memory.
+/// The file of a mapping, through `/proc/PID/map_files` (which needs CAP_CHECKPOINT_RESTORE), or its views in memory.
 pub(super) fn contents_of(
     source: &Source,
     vma: &Vma,
@@ -134,8 +131,8 @@ pub(super) fn contents_of(
     )
 }
 
-/// Where an object can only be read through mappings: what all mappings of this process show of it
-/// and no process before did. Returns the end of what they show, in bytes from the object's beginning.
+/// For an object that can only be read through mappings: adds what the mappings of this process show and those of
+/// earlier processes did not. Returns the end of the views, as an offset in the object.
 pub(super) fn add_views(
     space: SpaceId,
     source: &Source,
@@ -161,8 +158,8 @@ pub(super) fn add_views(
     end
 }
 
-/// Mappings of one process in which guard pages hide what no mapping of the job shows: where an object can
-/// only be read through mappings, that cannot be had. Asked when all processes have been looked at.
+/// Mappings of one process in which guard pages hide parts that no mapping of the job shows: an object that can only
+/// be read through mappings is incomplete then. Called after all processes have been captured.
 pub fn hidden_by_guards(source: &Source, mappings: &[Mapping], collector: &mut Collector) {
     for mapping in mappings.iter().filter(|m| !m.guards.is_empty()) {
         let Some((space, offset)) = space_of(mapping, collector) else {
@@ -192,7 +189,7 @@ pub fn hidden_by_guards(source: &Source, mappings: &[Mapping], collector: &mut C
     }
 }
 
-/// Where the contents of what a mapping shows go, and where in them it begins.
+/// The space for the contents of a mapping, and the mapping's offset in it.
 fn space_of(mapping: &Mapping, collector: &Collector) -> Option<(SpaceId, u64)> {
     let space = match &mapping.backing {
         Backing::SharedMemory { object, .. } => collector.shared_memory[*object].space,
@@ -208,7 +205,7 @@ fn space_of(mapping: &Mapping, collector: &Collector) -> Option<(SpaceId, u64)> 
     Some((space, offset(&mapping.backing)?))
 }
 
-/// What a file is whose contents we can read as such.
+/// Metadata and attributes of a file whose contents are read as a file.
 pub(super) fn looked_at(contents: &Contents) -> Option<(Metadata, Attributes)> {
     let file = contents.as_file()?;
     let meta = file.metadata().ok()?;

@@ -1,4 +1,4 @@
-//! What tells whether a mapped file is still the one that it was.
+//! Whether a mapped file is still the same.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -14,13 +14,13 @@ use crate::open::Handle;
 use crate::options::FilesPolicy;
 use crate::text::Shown;
 
-/// Whether two looks were at one file.
+/// Whether two stat(2) results are of one file.
 pub fn same_file(a: &Metadata, b: &Metadata) -> bool {
     (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
 
 impl FileIdentity {
-    /// What a file is, without its build id (see [`read_build_id`](Self::read_build_id)).
+    /// The identity of a file, without its build id (see [`read_build_id`](Self::read_build_id)).
     pub fn of(meta: &Metadata) -> Self {
         Self {
             device: (libc::major(meta.dev()), libc::minor(meta.dev())),
@@ -36,15 +36,15 @@ impl FileIdentity {
         }
     }
 
-    /// Whether both are of one file, whatever has been written to it. Inode numbers are given out
-    /// again at once by some file systems, so the time of creation counts too.
+    /// Whether both are the same file, even if it was written to. Some file systems reuse inode numbers at once, so
+    /// the time of creation counts too.
     pub fn is_same_file(&self, other: &Self) -> bool {
         let (mine, theirs) = (self.created_ns, other.created_ns);
         let created_together = mine.is_none() || theirs.is_none() || mine == theirs;
         self.inode == other.inode && created_together
     }
 
-    /// Reads the build id of an ELF file; leaves the identity alone for other files, and if it is not there any more.
+    /// Reads the build id of an ELF file; does nothing for other and missing files.
     pub fn read_build_id(&mut self, path: &Path) {
         let file = Handle::of_regular(path).ok();
         let same = file.filter(|file| Self::of(file.meta()).is_same_file(self));
@@ -68,16 +68,16 @@ fn build_id(file: &Handle) -> Option<Vec<u8>> {
         .map(<[u8]>::to_vec)
 }
 
-/// What is there of a file that was mapped, if it is what it was as far as that can be told: the same size
-/// and time, or the same build id. A file of which the job only has shared mappings may have
-/// been written since, by the job itself; then it is enough that it is the same file.
+/// The present file for one that was mapped, if it is unchanged as far as that can be determined: same size and time,
+/// or same build id. A file with only shared mappings may have been written since, by the job itself; then the same
+/// file suffices.
 pub fn check_file(
     file: &MappedFile,
     shared_only: bool,
     policy: FilesPolicy,
 ) -> Result<Handle, Box<Obstacle>> {
     let object = format!("the mapped file {}", file.path.shown());
-    // What was put back is what it was.
+    // A file that was put back is unchanged.
     let policy = file.saved.map_or(policy, |_| FilesPolicy::Adopt);
     let there = match changed::look(&file.path, &file.identity, policy) {
         Ok(there) => there,

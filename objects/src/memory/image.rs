@@ -1,4 +1,4 @@
-//! The memory of a process that is looked at.
+//! Memory of a process under inspection.
 
 use std::os::unix::fs::FileExt;
 
@@ -10,14 +10,13 @@ use crate::memory::{Backing, Mapping};
 use crate::process::Process;
 use crate::{Snapshot, SpaceId};
 
-/// Memory of a process, wherever it is: in an image, or live.
+/// Memory of a process, in an image or live.
 pub trait TargetMemory {
-    /// Reads from `address` on into `into`; how many bytes could be read before the first one
-    /// that could not.
+    /// Reads from `address` on into `into`; returns the number of bytes before the first unreadable one.
     fn read(&self, address: u64, into: &mut [u8]) -> usize;
 }
 
-/// A process's memory in an image: its pages there, the mapped files on disk, zeros elsewhere.
+/// A process's memory in an image: its pages there, mapped files on disk, and zeros elsewhere.
 pub struct ImageMemory<'a> {
     reader: &'a Reader,
     snapshot: &'a Snapshot,
@@ -41,7 +40,7 @@ impl<'a> ImageMemory<'a> {
         }
     }
 
-    /// The part of the page around `address` from there on, as much of it as `into` takes.
+    /// Reads the rest of the page at `address`, as far as `into` has room.
     fn piece(&self, address: u64, into: &mut [u8]) -> Option<()> {
         let mapping = find(&self.process.memory.mappings, address)?;
         if self
@@ -105,7 +104,7 @@ impl<'a> ImageMemory<'a> {
     }
 
     fn stored(&self, space: SpaceId, address: u64, into: &mut [u8]) -> Option<()> {
-        // A damaged page cannot be read; `ckpt verify` says why.
+        // A damaged page is unreadable; `ckpt verify` reports why.
         let page = self.reader.page(space.0, address).ok()??;
         let at = (address % page.len() as u64) as usize;
         into.copy_from_slice(page.get(at..at + into.len())?);
@@ -137,7 +136,7 @@ impl TargetMemory for ImageMemory<'_> {
     }
 }
 
-/// The mapping around an address; mappings are in ascending order, or nothing useful is found.
+/// The mapping at an address; mappings must be ascending.
 pub fn find(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
     let after = mappings.partition_point(|mapping| mapping.start <= address);
     mappings

@@ -1,8 +1,8 @@
-//! What a forked process has from its parent: the mappings that came over with the fork.
+//! Mappings that a forked process inherits from its parent.
 
 use super::{Backing, Mapping, MappingFlags};
 
-/// A stretch of a child's mapping that is there already after the fork.
+/// A part of a child's mapping that exists after the fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inherited {
     /// First address.
@@ -13,8 +13,8 @@ pub struct Inherited {
     pub parent: usize,
 }
 
-/// Stretches of the child's mappings that a fork of the parent brings along, in ascending order:
-/// the same backing at the same place. Protections and advice may differ and are set afterwards.
+/// Parts of the child's mappings that a fork of the parent provides, ascending: the same backing at the same address.
+/// Protections and advice may differ and are set afterwards.
 pub fn inherited(parent: &[Mapping], child: &[Mapping]) -> Vec<Inherited> {
     let mut found = Vec::new();
     let mut from = 0;
@@ -36,7 +36,7 @@ pub fn inherited(parent: &[Mapping], child: &[Mapping]) -> Vec<Inherited> {
     found
 }
 
-/// What only mmap(2) can set, and advice that has to be there before pages are.
+/// Attributes that only mmap(2) sets, and advice that must precede the pages.
 const FIXED: MappingFlags = MappingFlags::GROWS_DOWN
     .union(MappingFlags::NO_RESERVE)
     .union(MappingFlags::ACCOUNTED)
@@ -46,7 +46,7 @@ const FIXED: MappingFlags = MappingFlags::GROWS_DOWN
     .union(MappingFlags::SYNC);
 
 fn same_object(p: &Mapping, m: &Mapping) -> bool {
-    // Where the object is when it is seen as beginning at address 0.
+    // The address at which offset 0 of the object would be mapped.
     let origin = |m: &Mapping| offset(&m.backing).map(|o| o.wrapping_sub(m.start));
     let at_start = |b: &Backing| with_offset(b, 0);
     at_start(&p.backing) == at_start(&m.backing)
@@ -56,11 +56,11 @@ fn same_object(p: &Mapping, m: &Mapping) -> bool {
         && !p.flags.contains(MappingFlags::SEALED)
         // A fork empties it.
         && !p.flags.contains(MappingFlags::DROPPABLE)
-        // Attached by shmat(2), which says who has it attached; made by each process for itself.
+        // SysV: attached by shmat(2), which counts attachments; AIO rings: created by each process.
         && !matches!(m.backing, Backing::SysV { .. } | Backing::AioRing(_))
 }
 
-/// The offset into what is behind the mapping; none where there is no such thing.
+/// The offset in the backing object; `None` without an object.
 pub(super) fn offset(backing: &Backing) -> Option<u64> {
     match *backing {
         Backing::PrivateFile { offset, .. }
@@ -92,7 +92,7 @@ fn with_offset(backing: &Backing, to: u64) -> Backing {
 }
 
 impl Mapping {
-    /// The part of it between two of its addresses.
+    /// Its part between two addresses.
     pub fn part(&self, start: u64, end: u64) -> Mapping {
         let at = offset(&self.backing).map(|o| o + (start - self.start));
         Mapping {
@@ -105,7 +105,7 @@ impl Mapping {
     }
 }
 
-/// What of `ranges` is not in `without`; both ascending and without overlaps.
+/// `ranges` minus `without`; both ascending and without overlaps.
 pub fn subtract(ranges: &[(u64, u64)], without: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let mut left = Vec::new();
     let mut next = 0;
@@ -126,7 +126,7 @@ pub fn subtract(ranges: &[(u64, u64)], without: &[(u64, u64)]) -> Vec<(u64, u64)
     left
 }
 
-/// What is in both; both ascending and without overlaps.
+/// The intersection; both ascending and without overlaps.
 pub fn intersect(ranges: &[(u64, u64)], others: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let mut both = Vec::new();
     let mut next = 0;
@@ -141,7 +141,7 @@ pub fn intersect(ranges: &[(u64, u64)], others: &[(u64, u64)]) -> Vec<(u64, u64)
     both
 }
 
-/// Ascending and joined where they touch or overlap.
+/// Sorted, with adjacent and overlapping ranges merged.
 pub fn join(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
     ranges.sort_unstable();
     let mut joined: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn what_overlaps_and_is_the_same_comes_over() {
         let parent = [anonymous(10, 20), file(20, 30, 5), anonymous(40, 50)];
-        // Grown, cut in two with a hole, another file offset, gone.
+        // Grown, split by a hole, another file offset, gone.
         let child = [anonymous(5, 15), file(20, 22, 5), file(24, 30, 9)];
         assert_eq!(ranges(&parent, &child), [(10, 15), (20, 22), (24, 30)]);
         assert_eq!(ranges(&parent, &[file(20, 30, 6)]), []);

@@ -10,7 +10,7 @@ use crate::Snapshot;
 use crate::memory::MappedFile;
 use crate::open::Handle;
 
-/// Opens mapped files, each once, and only those that are what they were at the checkpoint.
+/// Opens mapped files, each once, and only those unchanged since the checkpoint.
 pub struct MappedFiles<'a> {
     files: &'a [MappedFile],
     open: RefCell<HashMap<usize, Option<Rc<File>>>>,
@@ -25,12 +25,12 @@ impl<'a> MappedFiles<'a> {
         }
     }
 
-    /// What the snapshot says of the file of this index.
+    /// The record of the file with this index.
     pub fn record(&self, index: usize) -> Option<&'a MappedFile> {
         self.files.get(index)
     }
 
-    /// The file of this index; `None` when it is gone, is another one now, or cannot be read.
+    /// The file with this index; `None` if it has gone, has changed, or cannot be read.
     pub fn file(&self, index: usize) -> Option<Rc<File>> {
         let record = self.record(index)?;
         let mut open = self.open.borrow_mut();

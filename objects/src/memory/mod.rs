@@ -1,4 +1,4 @@
-//! Mappings: what is mapped where, and which of its pages the image holds.
+//! Mappings: addresses, backing objects, and the pages in the image.
 
 use std::path::PathBuf;
 
@@ -40,9 +40,9 @@ pub struct Mapping {
     pub end: u64,
     /// `PROT_READ | PROT_WRITE | PROT_EXEC`.
     pub prot: u32,
-    /// What is behind it.
+    /// Its backing object.
     pub backing: Backing,
-    /// Properties beyond the protection.
+    /// Attributes beyond the protection.
     pub flags: MappingFlags,
     /// Name given by `PR_SET_VMA_ANON_NAME`.
     pub name: Option<Vec<u8>>,
@@ -56,7 +56,7 @@ pub struct Mapping {
     pub policy: Option<MemoryPolicy>,
 }
 
-/// What is behind a mapping.
+/// The backing object of a mapping.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Backing {
     /// Private anonymous memory; pages are in the image unless zero.
@@ -82,7 +82,7 @@ pub enum Backing {
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
-        /// The mapping may be made writable (opened for writing).
+        /// May be made writable (the file is open for writing).
         writable: bool,
     },
     /// Shared anonymous memory.
@@ -100,7 +100,7 @@ pub enum Backing {
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
-        /// Attached for writing too.
+        /// Attached for writing.
         writable: bool,
     },
     /// A memfd or another file that the job holds open, shared: an open file description.
@@ -115,7 +115,7 @@ pub enum Backing {
     },
     /// The ring of an AIO context.
     AioRing(Ring),
-    /// A piece of the kernel's: moved, never copied.
+    /// A mapping of the kernel: moved, never copied.
     Kernel(KernelMapping),
 }
 
@@ -131,7 +131,7 @@ pub enum KernelMapping {
 }
 
 bitflags::bitflags! {
-    /// Properties of a mapping, as `VmFlags` in `/proc/PID/smaps` shows them.
+    /// Attributes of a mapping, `VmFlags` in `/proc/PID/smaps`.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
     #[serde(transparent)]
     pub struct MappingFlags: u32 {
@@ -173,14 +173,14 @@ bitflags::bitflags! {
 /// A file that is mapped or executed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MappedFile {
-    /// Where it was.
+    /// Its path at the checkpoint.
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
-    /// What it was.
+    /// Its identity at the checkpoint.
     pub identity: FileIdentity,
-    /// Its whole contents in the image, where no name leads to it any more.
+    /// Its whole contents in the image, if it has no name any more.
     pub contents: Option<SpaceId>,
-    /// What else it had, where no name leads to it any more.
+    /// Its other attributes, if it has no name any more.
     #[serde(default)]
     pub attributes: Option<Attributes>,
     /// Its contents in the image, though it has a name.
@@ -195,7 +195,7 @@ impl MappedFile {
     }
 }
 
-/// What tells one file's contents from another's.
+/// Identifies the contents of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileIdentity {
     /// Device, major and minor.
@@ -212,7 +212,7 @@ pub struct FileIdentity {
     pub modified_ns: i64,
     /// The build id of an ELF file.
     pub build_id: Option<Vec<u8>>,
-    /// When it was made, nanoseconds since 1970, where the file system knows.
+    /// Creation time, nanoseconds since 1970, if the file system records it.
     #[serde(default)]
     pub created_ns: Option<i64>,
 }
@@ -222,16 +222,16 @@ pub struct FileIdentity {
 pub struct SharedMemory {
     /// Its pages in the image.
     pub space: SpaceId,
-    /// Size in bytes, as far as it is mapped anywhere in the job.
+    /// Size in bytes, as far as any process of the job maps it.
     #[serde(deserialize_with = "bounds::memory")]
     pub size: u64,
-    /// `/dev/zero (deleted)` inode, which told it from others.
+    /// `/dev/zero (deleted)` inode, which identified it.
     pub inode: u64,
     /// Page size of hugetlb memory, 0 for ordinary pages.
     #[serde(deserialize_with = "bounds::page")]
     pub huge_page_size: u64,
-    /// Bytes from its beginning to the end of its last mapping: mremap(2) makes mappings that reach
-    /// beyond the end of the object, where any access is a SIGBUS.
+    /// Offset of the end of its last mapping: mremap(2) makes mappings that extend past the end of the object, where
+    /// any access raises SIGBUS.
     #[serde(default, deserialize_with = "bounds::memory")]
     pub reach: u64,
 }

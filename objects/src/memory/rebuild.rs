@@ -1,4 +1,4 @@
-//! Mappings as operations of a plan.
+//! Restores mappings.
 
 use ckpt_tracer::Result;
 use ckpt_tracer::capabilities::Use;
@@ -10,18 +10,18 @@ use crate::error::Obstacle;
 use crate::plan::Builder;
 use crate::{Snapshot, files};
 
-/// Where shared memory objects are mapped as a whole while they are filled and handed out; none
-/// for those that the process and its forks have no part in.
+/// Addresses at which whole shared memory objects are mapped while they are filled; `None` for those that neither the
+/// process nor its forks map.
 pub type SharedAt = Vec<Option<u64>>;
 
-/// What is there already when a process that was forked begins to rebuild its memory.
+/// Memory that exists when a forked process begins to rebuild its own.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Forked<'a> {
     /// The parent's mappings.
     pub parent: &'a [Mapping],
-    /// What of them came over.
+    /// The inherited parts.
     pub inherited: &'a [Inherited],
-    /// The parent has been forked, too: protections are those with which an ancestor has mapped.
+    /// The parent was forked itself: protections are those of the ancestor that mapped the memory.
     pub again: bool,
 }
 
@@ -30,7 +30,7 @@ impl Forked<'_> {
         self.inherited.iter().map(|i| (i.start, i.end)).collect()
     }
 
-    /// Stretches within a mapping that are there.
+    /// Inherited parts of a mapping.
     fn within<'a>(&'a self, m: &Mapping) -> impl Iterator<Item = &'a Inherited> {
         let (start, end) = (m.start, m.end);
         let from = self.inherited.partition_point(|i| i.end <= start);
@@ -49,8 +49,8 @@ impl Mapping {
         self.end - self.start
     }
 
-    /// Read-only private memory that is counted against the commit limit was writable once;
-    /// mapping it writable and protecting it afterwards brings the same about.
+    /// Read-only private memory that is accounted was writable once; it is mapped writable and protected afterwards,
+    /// which has the same effect.
     fn mapped_prot(&self) -> u64 {
         let write = libc::PROT_WRITE as u32;
         let once_writable = self.flags.contains(MappingFlags::ACCOUNTED)
@@ -66,8 +66,7 @@ impl Mapping {
         })
     }
 
-    /// The protection key that the program gave, 0 for none; an execute-only mapping has the
-    /// kernel's.
+    /// The protection key that the program assigned, 0 for none; the key of an execute-only mapping is the kernel's.
     fn given_key(&self) -> u32 {
         if self.prot == libc::PROT_EXEC as u32 {
             0
@@ -76,7 +75,7 @@ impl Mapping {
         }
     }
 
-    /// `MAP_*` beyond private, shared, anonymous.
+    /// Further `MAP_*` flags.
     fn map_flags(&self) -> i32 {
         let mut flags = libc::MAP_FIXED_NOREPLACE;
         let table = [
@@ -102,13 +101,13 @@ impl Mapping {
         ]
     }
 
-    /// Maps private anonymous memory that holds nothing, by calls in the task itself.
+    /// Maps private anonymous memory without contents, by calls in the task itself.
     pub fn map_empty(&self, calls: &mut RemoteCalls<'_>) -> Result<()> {
         let args = self.mmap_args(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
         calls.call("mmap", libc::SYS_mmap, args)?;
         for advice in self.huge_advice() {
             let args = [self.start, self.len(), advice, 0, 0, 0];
-            // As in a plan, where the kernel may have no huge pages.
+            // May fail as in a plan, if the kernel has no huge pages.
             let _ = calls.call("madvise", libc::SYS_madvise, args);
         }
         if self.mapped_prot() != u64::from(self.prot) {
@@ -121,15 +120,15 @@ impl Mapping {
     fn map(&self, flags: i32, fd: i64, offset: u64, plan: &mut Builder) {
         let args = self.mmap_args(flags, fd, offset);
         plan.expect(libc::SYS_mmap, &args, self.start, || self.object());
-        // Before pages come, so that they come as huge pages or not.
+        // Before the pages are filled, which are then huge or not.
         self.advise_huge(plan);
-        // Likewise, so that they come on its nodes.
+        // Before the pages are filled, which are then allocated on its nodes.
         if self.policy.is_some() {
             self.rebuild_policy(plan);
         }
     }
 
-    /// Whether its pages are huge ones; the kernel may have none.
+    /// Advises huge pages on or off; the kernel may not support them.
     pub(crate) fn advise_huge(&self, plan: &mut Builder) {
         for advice in self.huge_advice() {
             let args = [self.start, self.len(), advice];
@@ -137,7 +136,7 @@ impl Mapping {
         }
     }
 
-    /// `MADV_*` that says whether its pages are huge ones.
+    /// The `MADV_*` values for huge pages.
     fn huge_advice(&self) -> impl Iterator<Item = u64> {
         let flags = self.flags;
         let all = [
@@ -151,8 +150,8 @@ impl Mapping {
     }
 }
 
-/// Removes what the new process has mapped and moves the kernel's mappings to where the job
-/// had them. What is in `keep` (ascending) stays.
+/// Unmaps everything in the new process and moves the kernel's mappings to the job's addresses. Ranges in `keep`
+/// (ascending) stay.
 pub fn clear_and_move(
     mappings: &[Mapping],
     present: &[Vma],
@@ -189,7 +188,7 @@ pub fn clear_and_move(
             )));
         }
     }
-    // Through a free place when any of them overlaps a place where one shall go.
+    // Through a free range if any of them overlaps a target.
     let crowded = kernels.iter().any(|v| {
         mappings
             .iter()
@@ -221,7 +220,7 @@ pub fn clear_and_move(
 }
 
 impl KernelMapping {
-    /// What a mapping is of them.
+    /// The kind of a mapping.
     pub fn of(vma: &Vma) -> Option<Self> {
         match vma.name {
             VmaName::Vdso => Some(KernelMapping::Vdso),
@@ -241,7 +240,7 @@ impl KernelMapping {
     }
 }
 
-/// Maps everything, so that pages can be filled in.
+/// Maps everything, so that pages can be filled.
 pub fn map_all(
     mappings: &[Mapping],
     snapshot: &Snapshot,
@@ -299,20 +298,20 @@ pub fn map_all(
                 };
                 m.map(how, staging.of(*description).into(), *offset, plan);
             }
-            // Segments are attached by a call of their own, rings come with their contexts.
+            // Segments are attached by shmat(2), rings are created with their contexts.
             Backing::SharedMemory { .. }
             | Backing::SysV { .. }
             | Backing::AioRing(_)
             | Backing::Kernel(_) => {}
         }
     }
-    // A forked process has them from its parent.
+    // A forked process inherits them from its parent.
     if forked.parent.is_empty() {
         map_shared(snapshot, shared_at, plan);
     }
 }
 
-/// Maps shared memory objects as a whole, to be filled and handed out.
+/// Maps whole shared memory objects, to be filled.
 fn map_shared(snapshot: &Snapshot, shared_at: &SharedAt, plan: &mut Builder) {
     let no_reserve = |index: usize| {
         let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
@@ -350,13 +349,13 @@ impl SharedMemory {
         self.size.checked_next_multiple_of(page).unwrap_or(u64::MAX)
     }
 
-    /// Bytes to map so that every mapping of it is a part of that.
+    /// Bytes to map so that every mapping of it is a part.
     pub fn staged_len(&self) -> u64 {
         self.mapped_len().max(self.reach)
     }
 }
 
-/// Shared memory, filled, into its places.
+/// Moves filled shared memory to its addresses.
 pub fn place_shared(
     mappings: &[Mapping],
     objects: &[SharedMemory],
@@ -377,8 +376,8 @@ pub fn place_shared(
             let Backing::SharedMemory { offset, .. } = part.backing else {
                 continue;
             };
-            // An old length of 0 makes another view of shared pages (mremap(2)). Huge pages can only
-            // be moved (`resize_is_valid`, mm/mremap.c), which serves for one view.
+            // An old length of 0 makes another mapping of shared pages (mremap(2)). Huge pages can only be moved
+            // (`resize_is_valid`, mm/mremap.c), which suffices for one mapping.
             let moved = objects[object].huge_page_size != 0;
             let old = if moved { part.len() } else { 0 };
             let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
@@ -389,7 +388,7 @@ pub fn place_shared(
     }
 }
 
-/// Drops pages that came over with the fork and that the process did not have.
+/// Drops inherited pages that the process did not have.
 pub fn drop_pages(pages: &[(u64, u64)], plan: &mut Builder) {
     for (start, end) in pages {
         let args = [*start, end - start, libc::MADV_DONTNEED as u64];
@@ -399,7 +398,7 @@ pub fn drop_pages(pages: &[(u64, u64)], plan: &mut Builder) {
     }
 }
 
-/// With all pages filled in, and all forks made: protections and advice as they were.
+/// Sets protections and advice, after all pages are filled and all forks made.
 pub fn finish(
     mappings: &[Mapping],
     snapshot: &Snapshot,
@@ -425,7 +424,7 @@ pub fn finish(
             let args = [m.start, m.len(), m.prot.into()];
             plan.syscall(libc::SYS_mprotect, &args, || m.object());
         }
-        // The others have it since they were mapped.
+        // The other mappings have it since they were mapped.
         let placed = matches!(
             m.backing,
             Backing::SharedMemory { .. } | Backing::SysV { .. }
@@ -438,7 +437,7 @@ pub fn finish(
     }
 }
 
-/// Gives back the keys that a forked process has from its parent.
+/// Frees protection keys that a forked process inherited.
 pub fn free_keys(parent: &[Mapping], plan: &mut Builder) {
     let mut keys: Vec<u32> = parent.iter().map(Mapping::given_key).collect();
     keys.sort_unstable();
@@ -450,9 +449,8 @@ pub fn free_keys(parent: &[Mapping], plan: &mut Builder) {
     }
 }
 
-/// Protection keys are given out from the lowest free one; those that no mapping was given are
-/// freed again. Done before anything is mapped: the kernel takes a key of its own for
-/// execute-only mappings (`execute_only_pkey`, arch/x86/mm/pkeys.c).
+/// Allocates protection keys, lowest first; keys that no mapping uses are freed again. Done before anything is
+/// mapped: the kernel takes a key of its own for execute-only mappings (`execute_only_pkey`, arch/x86/mm/pkeys.c).
 pub fn allocate_keys(mappings: &[Mapping], plan: &mut Builder) {
     let highest = mappings.iter().map(Mapping::given_key).max().unwrap_or(0);
     for key in 1..=highest {
@@ -489,7 +487,7 @@ impl Mapping {
         }
         let range = [self.start, self.len()];
         for (flag, advice) in advice {
-            // hugetlb mappings carry DONT_DUMP-like flags of their own that may be refused.
+            // hugetlb mappings have such flags by default, and may refuse the advice.
             if self.flags.contains(flag) {
                 let args = [range[0], range[1], advice as u64];
                 plan.syscall(libc::SYS_madvise, &args, || self.object());
@@ -523,14 +521,14 @@ impl Mapping {
             let on_fault = [range[0], range[1], libc::MLOCK_ONFAULT as u64];
             plan.try_syscall(libc::SYS_mlock2, &on_fault, &warning);
             if !self.flags.contains(MappingFlags::LOCK_ON_FAULT) {
-                // Fails for pages that cannot be there, behind the end of a file or without access, and has set
-                // the flag all the same (`do_mlock`, mm/mlock.c).
+                // Fails for pages that cannot exist, past the end of a file or without access, but sets the flag
+                // (`do_mlock`, mm/mlock.c).
                 plan.attempt(libc::SYS_mlock2, &[range[0], range[1], 0], || self.object());
             }
         }
     }
 
-    /// Takes away what [`switches::MEMORY_MERGE`](crate::switches::MEMORY_MERGE) has marked and was not.
+    /// Removes the mark of [`switches::MEMORY_MERGE`](crate::switches::MEMORY_MERGE) if the mapping did not have it.
     pub fn unmerge(&self, plan: &mut Builder) {
         let kernels = matches!(self.backing, Backing::Kernel(_));
         if !kernels && !self.flags.contains(MappingFlags::MERGEABLE) {
@@ -539,7 +537,7 @@ impl Mapping {
         }
     }
 
-    /// Seals the mapping; after this nothing can be changed any more.
+    /// Seals the mapping; it cannot be changed any more.
     pub fn seal(&self, plan: &mut Builder) {
         const SYS_MSEAL: i64 = 462;
         if self.flags.contains(MappingFlags::SEALED) && !matches!(self.backing, Backing::Kernel(_))

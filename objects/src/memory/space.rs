@@ -1,4 +1,4 @@
-//! A space of the image as the contents of a file: written, compared, gone through.
+//! A space of the image as the contents of a file: writing, comparing, iterating.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,7 +10,7 @@ use crate::SpaceId;
 use crate::error::{Error, Result};
 use crate::memory::{join, subtract};
 
-/// Writes a space of the image into a file; holes stay holes.
+/// Writes a space of the image to a file; holes stay holes.
 pub fn fill(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader) -> Result<()> {
     let error = |source| Error::File {
         what: "write the contents of",
@@ -25,7 +25,7 @@ pub fn fill(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader)
     Ok(())
 }
 
-/// Whether a file of that size holds the very contents of a space.
+/// Whether a file of that size has exactly the contents of a space.
 pub fn same(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader) -> Result<bool> {
     let error = |source| Error::File {
         what: "read",
@@ -46,7 +46,7 @@ pub fn same(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader)
     if !same {
         return Ok(false);
     }
-    // What the image does not have is zeros.
+    // What the image does not contain is zero.
     there.resize(1 << 20, 0);
     for (mut start, end) in subtract(&[(0, size)], &join(runs)) {
         while start < end {
@@ -61,8 +61,8 @@ pub fn same(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader)
     Ok(true)
 }
 
-/// Calls `f` with (offset, bytes) of everything stored of an object of that size, until it answers
-/// false; its last answer.
+/// Calls `f` with (offset, bytes) of all stored parts of an object of that size, until it returns false. Returns its
+/// last result.
 pub fn each_run(
     space: SpaceId,
     size: u64,

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::Backing;
 use crate::Snapshot;
 
-/// Which mapped files are used how, by their index in the snapshot.
+/// How mapped files are used, by their index in the snapshot.
 #[derive(Debug)]
 pub struct Uses {
     executed: HashSet<usize>,
@@ -14,7 +14,7 @@ pub struct Uses {
 }
 
 impl Uses {
-    /// Looks through the mappings of all processes.
+    /// Evaluates the mappings of all processes.
     pub fn of(snapshot: &Snapshot) -> Self {
         let memory = || snapshot.processes.iter().map(|process| &process.memory);
         let backings = || memory().flat_map(|memory| memory.mappings.iter().map(|m| &m.backing));
@@ -40,12 +40,12 @@ impl Uses {
         self.executed.contains(&file)
     }
 
-    /// Whether pages of the file are needed as they were, and not only as they are.
+    /// Whether unchanged contents of the file are required.
     pub fn as_it_was(&self, file: usize) -> bool {
         self.executed(file) || self.private.contains(&file)
     }
 
-    /// Whether what is written to its pages reaches the file.
+    /// Whether writes to its pages reach the file.
     pub fn shared(&self, file: usize) -> bool {
         self.shared.contains(&file)
     }
