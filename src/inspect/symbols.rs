@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
-use object::read::elf::{ElfFile64, FileHeader};
+use object::read::elf::{ElfFile64, FileHeader, SectionHeader, Sym};
 use object::{Endianness, Object, ObjectSegment, ObjectSymbol, ReadCache, SymbolKind, elf};
 
 use crate::objects::memory::image::find;
@@ -18,12 +19,25 @@ pub struct Symbols<'a> {
     tables: RefCell<HashMap<usize, Option<Rc<Table>>>>,
 }
 
-/// A file's symbols by address, and where its segments are loaded.
+/// A file's symbols by address, and where its segments are loaded. A file has thousands, of which few are asked for: names
+/// are read then.
 struct Table {
-    /// First address, size, name; ascending.
-    symbols: Vec<(u64, u64, String)>,
+    file: File,
+    /// Ascending by address.
+    symbols: Vec<Symbol>,
     /// Offset in the file, size there, address.
     segments: Vec<(u64, u64, u64)>,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug)]
+struct Symbol {
+    /// Its first address.
+    start: u64,
+    /// Its size; 0 where it does not say.
+    size: u64,
+    /// Where its name is in the file, and where the last name ends.
+    name: (u64, u64),
 }
 
 impl<'a> Symbols<'a> {
@@ -53,7 +67,7 @@ impl<'a> Symbols<'a> {
             .unwrap_or(path.as_os_str())
             .to_string_lossy();
         let table = self.table(index);
-        match table.as_deref().and_then(|table| table.symbol(offset)) {
+        match table.and_then(|table| table.symbol(offset)) {
             Some((name, 0)) => Some(format!("{name} ({file})")),
             Some((name, beyond)) => Some(format!("{name}+{beyond:#x} ({file})")),
             None => Some(format!("{file}+{offset:#x}")),
@@ -71,8 +85,8 @@ impl Table {
     fn read(file: &File) -> Option<Self> {
         let cache = ReadCache::new(file.try_clone().ok()?);
         let parsed = ElfFile64::<Endianness, _>::parse(&cache).ok()?;
-        let machine = parsed.elf_header().e_machine(parsed.endian());
-        if machine != elf::EM_X86_64 {
+        let endian = parsed.endian();
+        if parsed.elf_header().e_machine(endian) != elf::EM_X86_64 {
             return None;
         }
         let segments = parsed
@@ -85,70 +99,113 @@ impl Table {
                 )
             })
             .collect();
-        let mut symbols: Vec<_> = parsed
-            .symbols()
-            .chain(parsed.dynamic_symbols())
-            .filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.is_definition())
-            .filter_map(|symbol| {
-                let name = symbol.name().ok().filter(|name| !name.is_empty())?;
-                Some((symbol.address(), symbol.size(), name.to_owned()))
-            })
-            .collect();
-        symbols.sort();
-        Some(Table { symbols, segments })
+        let tables = [
+            (parsed.symbols(), parsed.elf_symbol_table()),
+            (parsed.dynamic_symbols(), parsed.elf_dynamic_symbol_table()),
+        ];
+        let mut symbols = Vec::new();
+        for (all, table) in tables {
+            let names = parsed.elf_section_table().section(table.string_section());
+            let Some((names, len)) = names.ok().and_then(|names| names.file_range(endian)) else {
+                continue;
+            };
+            let functions = all.filter(|s| s.kind() == SymbolKind::Text && s.is_definition());
+            symbols.extend(functions.filter_map(|symbol| {
+                let name = u64::from(symbol.elf_symbol().st_name(endian));
+                (name != 0).then_some(Symbol {
+                    start: symbol.address(),
+                    size: symbol.size(),
+                    name: (names.checked_add(name)?, names.checked_add(len)?),
+                })
+            }));
+        }
+        symbols.sort_unstable_by_key(|symbol: &Symbol| symbol.start);
+        Some(Table {
+            file: file.try_clone().ok()?,
+            symbols,
+            segments,
+        })
     }
 
     /// The symbol that the byte at `offset` of the file belongs to, and how far into it that is.
-    fn symbol(&self, offset: u64) -> Option<(&str, u64)> {
+    fn symbol(&self, offset: u64) -> Option<(String, u64)> {
         let address = self.segments.iter().find_map(|(start, size, address)| {
             let inside = offset.checked_sub(*start).filter(|inside| inside < size)?;
             address.checked_add(inside)
         })?;
-        let after = self
-            .symbols
-            .partition_point(|(start, ..)| *start <= address);
+        let after = self.symbols.partition_point(|s| s.start <= address);
         let before = &self.symbols[..after];
-        // Aliases of one address stand side by side; the first of them that reaches far enough.
-        let last = before.last()?.0;
-        let first = before.partition_point(|(start, ..)| *start < last);
-        let fits = |(start, size, _): &&(u64, u64, String)| *size == 0 || address - start < *size;
-        let (start, _, name) = before[first..].iter().find(fits)?;
-        Some((name, address - start))
+        // Aliases of one address stand side by side: the smallest of them that reaches far enough, and of
+        // those the first by name.
+        let last = before.last()?.start;
+        let first = before.partition_point(|s| s.start < last);
+        let fits = |s: &&Symbol| s.size == 0 || address - s.start < s.size;
+        let aliases = before[first..].iter().filter(fits);
+        let named = aliases.filter_map(|s| Some((s.size, self.name(s.name)?)));
+        let (_, name) = named.min()?;
+        Some((name, address - last))
+    }
+
+    /// The name at an offset of the file, before another one.
+    fn name(&self, (start, end): (u64, u64)) -> Option<String> {
+        /// Longer ones are none.
+        const LONGEST: u64 = 4096;
+        let mut name = vec![0; end.checked_sub(start)?.min(LONGEST) as usize];
+        let read = self.file.read_at(&mut name, start).ok()?;
+        name.truncate(name[..read].iter().position(|byte| *byte == 0)?);
+        String::from_utf8(name).ok().filter(|name| !name.is_empty())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::OpenOptionsExt;
+
     use super::*;
 
     #[test]
     fn symbols_cover_their_size() {
-        let symbol = |start, size, name: &str| (start, size, name.to_owned());
+        // Names in another order than the symbols.
+        let names = b"\0f\0asm\0alias\0large\0";
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open(std::env::temp_dir());
+        let file = file.expect("a file without a name can be made");
+        file.write_all_at(names, 0).expect("it can be written");
+        let symbol = |start, size, name| Symbol {
+            start,
+            size,
+            name: (name, names.len() as u64),
+        };
         let table = Table {
+            file,
             symbols: vec![
-                symbol(0x1000, 0x10, "alias"),
-                symbol(0x1000, 0x10, "f"),
-                symbol(0x1020, 0, "asm"),
+                symbol(0x1000, 0x10, 1),
+                symbol(0x1000, 0x10, 7),
+                symbol(0x1000, 0x18, 13),
+                symbol(0x1020, 0, 3),
             ],
             segments: vec![(0x400, 0x100, 0x1000)],
         };
-        assert_eq!(table.symbol(0x400), Some(("alias", 0)));
-        assert_eq!(table.symbol(0x40f), Some(("alias", 0xf)));
-        assert_eq!(table.symbol(0x410), None, "between the two");
-        assert_eq!(table.symbol(0x430), Some(("asm", 0x10)));
-        assert_eq!(table.symbol(0x500), None, "outside the segment");
-        assert_eq!(table.symbol(0), None);
+        let found = |offset| table.symbol(offset);
+        let named = |name: &str, beyond| Some((name.to_owned(), beyond));
+        assert_eq!(found(0x400), named("alias", 0));
+        assert_eq!(found(0x40f), named("alias", 0xf));
+        assert_eq!(found(0x410), named("large", 0x10));
+        assert_eq!(found(0x418), None, "between the two");
+        assert_eq!(found(0x430), named("asm", 0x10));
+        assert_eq!(found(0x500), None, "outside the segment");
+        assert_eq!(found(0), None);
     }
 
     #[test]
     fn our_own_symbols_are_found() {
         let table = Table::read(&File::open("/proc/self/exe").unwrap()).unwrap();
-        assert!(
-            table
-                .symbols
-                .iter()
-                .any(|(_, _, name)| name.contains("our_own_symbols"))
-        );
+        let mut names = table.symbols.iter().filter_map(|s| table.name(s.name));
+        assert!(names.any(|name| name.contains("our_own_symbols")));
         assert!(!table.segments.is_empty());
     }
 }
