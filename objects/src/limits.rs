@@ -142,8 +142,11 @@ pub fn current(resource: u32) -> (u64, u64) {
 }
 
 fn read(resource: u32) -> Option<(u64, u64)> {
-    let me = Pid::own();
-    let limits = ckpt_tracer::proc::limits::read_limits(me).ok()?;
+    if let Ok(limit) = ckpt_sys::tasks::limit(0, resource as i32) {
+        return Some(limit);
+    }
+    // Where a filter of ours withholds the call, the file has it.
+    let limits = ckpt_tracer::proc::limits::read_limits_file(Pid::own()).ok()?;
     limits
         .iter()
         .find(|l| l.resource as u32 == resource)

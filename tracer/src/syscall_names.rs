@@ -1,7 +1,9 @@
 //! The names of the system calls of x86-64, from the `SYS_*` constants of the `libc` crate and, where
 //! that has gaps, from arch/x86/entry/syscalls/syscall_64.tbl of Linux 6.18.
 
-/// Names of consecutive numbers, beginning with the given one.
+use std::sync::LazyLock;
+
+/// Names of consecutive numbers, ascending, beginning with the given one.
 const NAMES: &[(u64, &str)] = &[
     (
         0,
@@ -62,12 +64,19 @@ const NAMES: &[(u64, &str)] = &[
     ),
 ];
 
+/// The names by their numbers, taken apart once: plans are told with one for each operation.
+static BY_NUMBER: LazyLock<Vec<Option<&str>>> = LazyLock::new(|| {
+    let mut all = Vec::new();
+    for (first, names) in NAMES {
+        all.resize(*first as usize, None);
+        all.extend(names.split_ascii_whitespace().map(Some));
+    }
+    all
+});
+
 /// The name of a system call, if there is one of this number.
 pub fn name(number: u64) -> Option<&'static str> {
-    NAMES.iter().find_map(|(first, names)| {
-        let at = usize::try_from(number.checked_sub(*first)?).ok()?;
-        names.split_ascii_whitespace().nth(at)
-    })
+    *BY_NUMBER.get(usize::try_from(number).ok()?)?
 }
 
 #[cfg(test)]
