@@ -18,7 +18,7 @@ use ckpt_image::{Codec, Header, Reader};
 use crate::common::edit::rewritten;
 use crate::common::fixture::start_in;
 use crate::common::forging::{
-    changes, encoded, image, lists, look_into, memory_for, name, snapshot,
+    changes, encoded, image, lists, look_into, memory_for, name, plan, snapshot,
 };
 use crate::common::peak::peak_of;
 use crate::common::tool::{CKPT, RESTORE};
@@ -108,6 +108,33 @@ fn are_judged_soon() {
             tried += 1;
         }
         println!("{tried} forgeries, at most {} MiB", largest >> 20);
+    });
+}
+
+/// What is asked of this machine for an image is asked without a new process: it was found out before, once.
+#[test]
+fn are_planned_without_a_process() {
+    isolated("are_planned_without_a_process", |case| {
+        // Nobody else takes ids in this pid namespace.
+        let last_id = || {
+            let text = fs::read_to_string("/proc/loadavg").expect("there is /proc");
+            text.split(' ')
+                .next_back()
+                .expect("it has words")
+                .to_owned()
+        };
+        for (header, base) in bases(case, &FIXTURES) {
+            let bytes = encoded(&base);
+            let reader = || {
+                let image = image(&header, &bytes, Codec::None);
+                Reader::from_bytes(image).expect("it was just made")
+            };
+            plan(reader(), Path::new("first.ckpt"));
+            let again = reader();
+            let before = last_id();
+            plan(again, Path::new("again.ckpt"));
+            assert_eq!(last_id(), before, "process {}", header.pid);
+        }
     });
 }
 

@@ -83,9 +83,40 @@ impl Clocks {
         joined.map_err(denied)
     }
 
-    /// Whether a namespace can be created: tried in a child.
-    pub fn try_out(self) -> Result<(), Errno> {
-        in_a_child(|| self.enter())
+    /// Whether a time namespace can be created: tried in a child, whose clocks show what ours do.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn may_be_made() -> Result<(), Errno> {
+        let as_ours = Clocks::GoOn {
+            monotonic_ns: clock(libc::CLOCK_MONOTONIC),
+            boottime_ns: clock(libc::CLOCK_BOOTTIME),
+            monotonic_raw_ns: 0,
+        };
+        in_a_child(|| as_ours.enter())
+    }
+
+    /// Whether the kernel accepts the offsets of these clocks (`proc_timens_set_offset`, kernel/time/namespace.c).
+    ///
+    /// # Errors
+    /// `ERANGE`, as the kernel has it.
+    pub fn are_possible(self) -> Result<(), Errno> {
+        /// `KTIME_SEC_MAX`, linux/ktime.h.
+        const KTIME_SEC_MAX: i128 = i64::MAX as i128 / 1_000_000_000;
+        if self == Clocks::Ours {
+            return Ok(());
+        }
+        let me = Pid::own();
+        for (clock, _) in CLOCKS {
+            let ahead = self.ahead(clock);
+            let seconds = (offset(me, clock) + ahead).div_euclid(1_000_000_000);
+            let shown = (i128::from(self::clock(clock)) + ahead).div_euclid(1_000_000_000);
+            let is_shift = (-KTIME_SEC_MAX..=KTIME_SEC_MAX).contains(&seconds);
+            if !is_shift || !(0..=KTIME_SEC_MAX / 2).contains(&shown) {
+                return Err(Errno::ERANGE);
+            }
+        }
+        Ok(())
     }
 
     /// Creates a new time namespace for our children.
@@ -94,14 +125,7 @@ impl Clocks {
         namespaces::unshare(libc::CLONE_NEWTIME)?;
         let mut text = String::new();
         for (clock, name) in CLOCKS {
-            let ahead = |clock| i128::from(self.shown(clock)) - i128::from(self::clock(clock));
-            let mut shift = ahead(clock);
-            if clock == libc::CLOCK_MONOTONIC {
-                // Both clocks are shifted by the same offset, and NTP makes them differ by another amount on each
-                // machine: neither may go back.
-                shift = shift.max(ahead(libc::CLOCK_MONOTONIC_RAW));
-            }
-            let shift = offset(me, clock) + shift;
+            let shift = offset(me, clock) + self.ahead(clock);
             let (seconds, rest) = (
                 shift.div_euclid(1_000_000_000),
                 shift.rem_euclid(1_000_000_000),
@@ -110,6 +134,17 @@ impl Clocks {
         }
         let written = std::fs::write("/proc/self/timens_offsets", text);
         written.map_err(|e| errno_of(&e))
+    }
+
+    /// The difference to our clock, in nanoseconds.
+    fn ahead(self, clock: i32) -> i128 {
+        let ahead = |clock| i128::from(self.shown(clock)) - i128::from(self::clock(clock));
+        match clock {
+            // Both clocks are shifted by the same offset, and NTP makes them differ by another amount on each
+            // machine: neither may go back.
+            libc::CLOCK_MONOTONIC => ahead(clock).max(ahead(libc::CLOCK_MONOTONIC_RAW)),
+            _ => ahead(clock),
+        }
     }
 
     fn shown(self, clock: i32) -> u64 {
@@ -152,4 +187,38 @@ pub fn denied(errno: Errno) -> Error {
         ),
         "run restore as root, or take the machine's clocks: --clock host",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_lets_clocks_show_is_foreseen() {
+        if let Err(errno) = Clocks::may_be_made() {
+            return eprintln!("skipped: no time namespace can be made: {errno}");
+        }
+        const SECOND: u64 = 1_000_000_000;
+        const MOST: u64 = i64::MAX as u64 / SECOND / 2;
+        let now = [libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME].map(clock);
+        let clocks = |monotonic_ns, boottime_ns, monotonic_raw_ns| Clocks::GoOn {
+            monotonic_ns,
+            boottime_ns,
+            monotonic_raw_ns,
+        };
+        for (clocks, possible) in [
+            (clocks(now[0], now[1], 0), true),
+            (clocks(0, 0, 0), true),
+            (clocks(1000 * SECOND, 2000 * SECOND, 3000 * SECOND), true),
+            (clocks((MOST - 9) * SECOND, now[1], 0), true),
+            (clocks((MOST + 9) * SECOND, now[1], 0), false),
+            (clocks(now[0], (MOST + 9) * SECOND, 0), false),
+            (clocks(now[0], now[1], (MOST + 9) * SECOND), false),
+            (clocks(u64::MAX, u64::MAX, u64::MAX), false),
+        ] {
+            let answer = in_a_child(|| clocks.enter());
+            assert_eq!(clocks.are_possible(), answer, "{clocks:?}");
+            assert_eq!(answer.is_ok(), possible, "{clocks:?}");
+        }
+    }
 }

@@ -6,8 +6,7 @@ use super::exit::{Failure, complain};
 use crate::error::Error;
 use crate::isolate::{self, First, Link};
 use crate::restore::env::{HandOver, Prepared};
-use crate::restore::pids::{self, Pids, Place};
-use crate::restore::{self, Opened};
+use crate::restore::{self, Opened, Pids, Place, Placed};
 use crate::supervise::foreground::Foreground;
 use crate::supervise::{Child, Supervised};
 
@@ -28,30 +27,31 @@ pub(super) struct Launched {
 /// Restores where the pids can be had. What was chosen without being asked for is told unless
 /// `quiet`.
 pub(super) fn launch(
-    opened: &mut Opened<'_>,
+    opened: Opened<'_>,
     wanted: Pids,
     values: &[(String, String)],
     quiet: bool,
 ) -> Result<Launched, Failure> {
-    let values = HandOver::of(opened, values)?;
-    match pids::decide(opened, wanted)? {
+    let values = HandOver::of(&opened, values)?;
+    let mut placed = opened.place(wanted)?;
+    match placed.place().clone() {
         Place::Here => {
-            if let Some(note) = pids::note_of_waiting(opened).filter(|_| !quiet) {
+            if let Some(note) = restore::note_of_waiting(&placed).filter(|_| !quiet) {
                 complain(&note);
             }
-            here(opened, values)
+            here(&mut placed, values)
         }
         Place::Namespace(why) => {
             if let Some(why) = why.as_ref().filter(|_| !quiet) {
                 complain(&format!("{why}: restoring in a pid namespace of its own"));
-                if let Some(pid) = pids::still_runs(opened) {
+                if let Some(pid) = restore::still_runs(&placed) {
                     complain(&format!(
                         "warning: the job itself still runs, as process {pid}: from now on both write to \
                          the same files"
                     ));
                 }
             }
-            in_namespace(opened, values).map_err(|error| match why {
+            in_namespace(&mut placed, values).map_err(|error| match why {
                 Some(why) => Failure::Message(format!("{error} ({why})")),
                 None => error.into(),
             })
@@ -59,12 +59,12 @@ pub(super) fn launch(
     }
 }
 
-fn here(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Launched, Failure> {
-    opened.keep_from_parents_end();
+fn here(placed: &mut Placed<'_>, values: Option<HandOver>) -> Result<Launched, Failure> {
+    placed.restored_here();
     let mut terminal = None;
     let mut prepared = values.map(|values| values.prepare()).transpose()?;
     let mut published = Ok(());
-    let mut restored = restore::restore(opened, &mut |wish| {
+    let mut restored = restore::restore(placed, &mut |wish| {
         terminal = wish.and_then(Foreground::lend);
         published = prepared.take().map_or(Ok(()), Prepared::publish);
     })?;
@@ -80,13 +80,10 @@ fn here(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Launched, F
     })
 }
 
-fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Launched, Error> {
-    let spec = pids::namespaces(opened)?;
-    if let Some(owner) = &spec.owner {
-        opened.restored_by(owner);
-    }
+fn in_namespace(placed: &mut Placed<'_>, values: Option<HandOver>) -> Result<Launched, Error> {
+    let spec = placed.namespaces()?;
     let mut init = isolate::start(&spec, |link: &Link, first: Option<First>| {
-        inside(opened, values, link, first)
+        inside(placed, values, link, first)
     })?;
     let running = init.until_it_runs()?;
     Ok(Launched {
@@ -100,17 +97,17 @@ fn in_namespace(opened: &mut Opened<'_>, values: Option<HandOver>) -> Result<Lau
 
 /// What a process of the namespace does.
 fn inside(
-    opened: &mut Opened<'_>,
+    placed: &mut Placed<'_>,
     values: Option<HandOver>,
     link: &Link,
     first: Option<First>,
 ) -> Result<i32, String> {
-    opened.restored_inside(first);
-    pids::keep_clear(opened).map_err(|error| error.to_string())?;
+    let told = placed.restored_inside(first);
+    told.map_err(|error| error.to_string())?;
     if let Some(values) = values {
         values.mount().map_err(|error| error.to_string())?;
     }
-    let restored = restore::restore(opened, &mut |wish| {
+    let restored = restore::restore(placed, &mut |wish| {
         // Without anybody outside we are killed here.
         let _ = link.ready(wish);
     });

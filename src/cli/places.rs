@@ -10,9 +10,8 @@ use super::exit::Failure;
 use crate::objects::files::left::{Choices, Chosen};
 use crate::objects::options::{FilesPolicy, Options};
 use crate::progress::Progress;
-use crate::restore::Request;
 use crate::restore::paths::Mapping;
-use crate::restore::put::PutFiles;
+use crate::restore::{PutFiles, Request};
 use crate::text::Shown;
 
 /// What becomes of single descriptors: at a checkpoint, at a restore, and when either is looked at.

@@ -17,9 +17,7 @@ use super::{Loudness, as_owner, output, progress};
 use crate::guard::Guard;
 use crate::objects::cgroup::Policy;
 use crate::progress::Silent;
-use crate::restore::clock::ClockPolicy;
-use crate::restore::pids::Pids;
-use crate::restore::{self, ImageFile, env};
+use crate::restore::{self, ClockPolicy, ImageFile, Pids, env};
 use crate::supervise::relay::Relay;
 use crate::supervise::{NoTerminal, Terminal, console};
 
@@ -129,26 +127,20 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         stopped: args.stopped,
         foreground: !args.stopped && !args.detach,
         bounded: args.dry_run,
-        kernel: None,
+        probed: None,
         ..args.places.request(&args.image, &*progress)?
     };
     if args.dry_run {
         let mut lines = output::Lines::new();
-        let mut opened = restore::open_file(image, &request)?;
-        restore::dry_run(&mut opened, &mut |line| lines.add(line))?;
+        let mut placed = restore::open_file(image, &request)?.place_for_a_look()?;
+        placed.look()?.dry_run(&mut |line| lines.add(line))?;
         lines.end()?;
         return Ok(0);
     }
-    let mut opened = restore::open_file(image, &request)?;
+    let opened = restore::open_file(image, &request)?;
     let guarded = args.cpuid == Cpuid::Auto && !args.stopped && Guard::is_possible();
     let baseline = opened.baseline().filter(|_| guarded);
-    let restored = launch(
-        &mut opened,
-        args.pids.into(),
-        &args.env,
-        args.loudness.quiet,
-    );
-    drop(opened);
+    let restored = launch(opened, args.pids.into(), &args.env, args.loudness.quiet);
     drop(progress);
     let mut restored = restored?;
     if as_owner {

@@ -31,8 +31,7 @@ use crate::objects::options::{FilesPolicy, Options};
 use crate::objects::save_files::SaveFiles;
 use crate::objects::sockets::unix::{Role, UnixSocket};
 use crate::progress::Silent;
-use crate::restore::clock::ClockPolicy;
-use crate::restore::{self, Opened, Request, pids};
+use crate::restore::{self, ClockPolicy, Placed, Request};
 use crate::snapshot;
 
 /// Restores from `image` beside the job, whose processes are `leaving`, and answers in what the copy differs.
@@ -62,7 +61,12 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<R
     };
     let opened = restore::open_trusted(Reader::from_file(again(image)?, name)?, &request)?;
     let (copy, mut wanted) = (unnamed()?, unnamed()?);
-    let told = perform(opened, &job, again(&copy)?, again(&wanted)?)?;
+    let told = perform(
+        opened.place_in_namespace(),
+        &job,
+        again(&copy)?,
+        again(&wanted)?,
+    )?;
     let copy = Reader::from_file(copy, name)?;
     let came_back = snapshot::read_unbounded(&copy, name)?;
     wanted.rewind().map_err(failed)?;
@@ -158,32 +162,32 @@ struct Told {
 }
 
 /// Restores the copy in its namespaces, takes its image, and ends it with them. `wanted` gets what the copy shall be.
-fn perform(mut opened: Opened<'_>, job: &Snapshot, copy: File, mut wanted: File) -> Result<Told> {
+fn perform(mut placed: Placed<'_>, job: &Snapshot, copy: File, mut wanted: File) -> Result<Told> {
     const DONE: &str = "the rehearsal is over";
-    let mut spec = pids::namespaces(&opened)?;
-    if let Some(owner) = &spec.owner {
-        opened.restored_by(owner);
-    }
+    let mut spec = placed.namespaces()?;
     spec.others.ipc = true;
     spec.network = abstract_names(job);
-    let groups = opened.groups_of_the_job().to_vec();
+    let groups = placed.groups_of_the_job().to_vec();
     let (done, told) = Channel::pair().map_err(|e| failed(e.into()))?;
     let root = job.processes[0].pid;
     let stack = job.processes[0].threads[0].regs.rsp;
     let body = move |_: &Link, first: Option<First>| {
         let text = |error: Error| error.to_string();
-        opened.restored_inside(first);
-        pids::keep_clear(&opened).map_err(text)?;
-        let sockets = private::substitute(opened.snapshot_mut()).map_err(text)?;
-        let bytes = snapshot::encode(opened.snapshot_mut());
+        placed.restored_inside(first).map_err(text)?;
+        let changed = placed.edit(|snapshot| {
+            let sockets = private::substitute(snapshot)?;
+            Ok((sockets, snapshot::encode(snapshot)))
+        });
+        let (sockets, bytes) = changed.map_err(text)?;
         wanted
             .write_all(&bytes)
             .map_err(|error| error.to_string())?;
         if fault::hit(Step::RehearseMask).is_err() {
-            let thread = &mut opened.snapshot_mut().processes[0].threads[0];
-            thread.signal_mask ^= 1 << (libc::SIGUSR2 - 1);
+            placed.edit(|snapshot| {
+                snapshot.processes[0].threads[0].signal_mask ^= 1 << (libc::SIGUSR2 - 1);
+            });
         }
-        let restored = restore::restore(&mut opened, &mut |_| {}).map_err(text)?;
+        let restored = restore::restore(&mut placed, &mut |_| {}).map_err(text)?;
         if fault::hit(Step::RehearsePage).is_err() {
             let mem = ProcessMemory::open(Pid(root)).map_err(|error| error.to_string())?;
             let written = mem.write(RemoteAddr(stack), &[0x5a; 8]);

@@ -1,61 +1,52 @@
-//! An image becomes a running job: the plan, and its execution.
+//! An image becomes a running job.
 //!
-//! Everything that can be checked is checked before a process exists: the image's metadata,
-//! the machine, the files, the pid. Then a process is created that executes the job's own
-//! executable and is stopped before its first instruction ([`spawn`]), and the plan
-//! ([`planner`]) is executed in it ([`driver`]).
+//! A restore is a row of types, each in a file of its own, and the way from one to the next is a function:
+//!
+//! ```text
+//! Opened ─▶ Placed ─▶ Decided ─▶ Ready ─▶ Built ─▶ Restored
+//! ```
+//!
+//! Everything that can be checked is checked before anything is made: the image's metadata, the machine, the files,
+//! the pids, the plans ([`Decided`]). What is looked at twice may have changed in between, so what is decided
+//! is passed on.
 
-use std::fmt;
+pub mod adapt;
+mod adapted;
+mod built;
+pub mod decide;
+mod decided;
+pub mod files;
+mod image_file;
+mod opened;
+mod placed;
+pub mod plan;
+mod probed;
+mod ready;
+pub mod run;
+
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use ckpt_tracer::capabilities::Held;
-use ckpt_tracer::features::KernelFeatures;
-use ckpt_tracer::proc::status::read_status;
-use ckpt_tracer::{Pid, Tid};
-
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::cgroup;
-use crate::objects::credentials::Credentials;
-use crate::objects::files::inotify::Overflows;
 use crate::objects::files::left::Chosen;
 use crate::objects::options::Options;
-use crate::objects::plan::{HostState, Means};
-use crate::objects::rights::Rights;
-use crate::objects::{Snapshot, ipc, memory_policy, scheduling, session, sockets, switches};
 use crate::progress::Progress;
 use crate::supervise::foreground::JobTerminal;
-use crate::text::Shown;
-use put::PutFiles;
+use decided::Decided;
 
-mod build;
-pub mod bundle;
-pub mod clock;
-pub mod contents;
-pub mod driver;
-pub mod env;
-mod executor;
-pub mod fill;
-mod handover;
-mod ids;
-mod image_file;
-mod late;
-mod named;
-pub mod next_pid;
-pub mod paths;
-pub mod pids;
-pub mod planner;
-pub mod pty;
-pub mod put;
-pub mod spawn;
-pub mod stop;
-pub mod surroundings;
-mod taken;
-pub mod terminals;
-mod way;
-
+pub use adapt::paths;
+pub use decide::clock::ClockPolicy;
+pub use decide::pids::{Pids, Place, note_of_waiting, still_runs};
+pub use decide::surroundings;
+pub use decided::Looked;
+pub use files::env;
+pub use files::put::PutFiles;
 pub use image_file::ImageFile;
-pub use way::{Opened, open, open_file, open_trusted};
+pub use opened::{Opened, open, open_file, open_trusted};
+pub use placed::Placed;
+pub use probed::Probed;
+pub use run::next_pid;
 
 /// A wish for a restore.
 pub struct Request<'a> {
@@ -68,7 +59,7 @@ pub struct Request<'a> {
     /// About files whose contents the image holds.
     pub put_files: PutFiles,
     /// About the clocks that differ from boot to boot.
-    pub clock: clock::ClockPolicy,
+    pub clock: ClockPolicy,
     /// Descriptors that the job does without (`--drop-fd`).
     pub drop: Vec<Chosen>,
     /// In which control groups the job is.
@@ -79,8 +70,8 @@ pub struct Request<'a> {
     pub foreground: bool,
     /// The image is looked at and not restored: what takes more memory than its size allows is refused.
     pub bounded: bool,
-    /// What is known of the kernel, and of what we may do with it, already; else it is found out.
-    pub kernel: Option<&'a KernelFeatures>,
+    /// What is known already of where we are; else it is found out.
+    pub probed: Option<&'a Probed>,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,
 }
@@ -93,13 +84,13 @@ impl<'a> Request<'a> {
             objects: Options::default(),
             map_paths: Vec::new(),
             put_files: PutFiles::No,
-            clock: clock::ClockPolicy::default(),
+            clock: ClockPolicy::default(),
             drop: Vec::new(),
             cgroups: cgroup::Policy::default(),
             stopped: false,
             foreground: true,
             bounded: true,
-            kernel: None,
+            probed: None,
             progress,
         }
     }
@@ -117,41 +108,6 @@ pub struct Restored {
     pub master: Option<OwnedFd>,
 }
 
-/// The plans as text, one operation a line. Touches nothing.
-pub fn dry_run(opened: &mut Opened<'_>, line: &mut dyn FnMut(fmt::Arguments<'_>)) -> Result<()> {
-    opened.decide_clocks()?;
-    // What is against it is told by the restore.
-    let _ = opened.look_for_a_place();
-    let opened = &*opened;
-    let (request, snapshot) = (opened.request, &opened.snapshot);
-    let way = way::look(opened, Vec::new())?;
-    let nothing_put = put::warning(request.put_files, snapshot);
-    for warning in opened.warnings.iter().chain(&nothing_put) {
-        line(format_args!("# warning: {warning}"));
-    }
-    for path in &opened.given {
-        line(format_args!("# take {} from the image", path.shown()));
-    }
-    for put in &way.puts {
-        line(format_args!("# {}", put.describe()));
-    }
-    for cut in &way.cuts {
-        line(format_args!("# {}", cut.describe()));
-    }
-    for index in way.job.owners() {
-        let planned = way.job.plan(index, &[], None).map_err(Error::Refused)?;
-        if snapshot.processes.len() > 1 {
-            let pid = snapshot.processes[index].pid;
-            line(format_args!("# process {pid}"));
-        }
-        for warning in &planned.plan.warnings {
-            line(format_args!("# warning: {warning}"));
-        }
-        planned.plan.tell(line);
-    }
-    Ok(())
-}
-
 /// Everything that stands in the way of a restore; empty when there is nothing. Touches nothing.
 ///
 /// # Errors
@@ -164,133 +120,40 @@ pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
 ///
 /// # Errors
 /// As [`obstacles`].
-pub fn obstacles_of(mut opened: Opened<'_>) -> Result<Vec<Obstacle>> {
-    opened.decide_clocks()?;
-    let pids = match opened.look_for_a_place() {
-        Ok(obstacles) | Err(Error::Refused(obstacles)) => obstacles,
-        Err(e) => return Err(e),
-    };
-    match way::look(&opened, pids) {
-        Ok(_) => Ok(Vec::new()),
-        Err(Error::Refused(obstacles)) => Ok(obstacles),
-        Err(e) => Err(e),
-    }
+pub fn obstacles_of(opened: Opened<'_>) -> Result<Vec<Obstacle>> {
+    Ok(opened.place_for_a_look()?.look()?.obstacles())
 }
 
 /// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
-/// complete and about to be let go. On error no process is left behind.
+/// complete and about to be let go.
+///
+/// # Errors
+/// [`Error::Refused`] with everything that stands in the way, and those of making. No process is left behind.
 pub fn restore(
-    opened: &mut Opened<'_>,
+    placed: &mut Placed<'_>,
     lend: &mut dyn FnMut(Option<JobTerminal>),
 ) -> Result<Restored> {
     /// Somebody who creates processes all the time may take an id of the job's as often.
     const ATTEMPTS: u32 = 8;
+    let mut first = placed.first.take();
+    let decided = Decided::of(placed, first.is_some())?;
+    let mut attempt = || decided.make_ready()?.build(first.take())?.release(lend);
     for _ in 1..ATTEMPTS {
-        match attempt(opened, lend) {
-            Err(Error::PidMissed { .. }) if pids::awaited(&opened.snapshot).is_none() => {}
+        match attempt() {
+            Err(Error::PidMissed { .. }) if decided.is_not_waited_for() => decided.look_again()?,
             other => return other,
         }
     }
-    attempt(opened, lend)
+    attempt()
 }
 
-fn attempt(opened: &mut Opened<'_>, lend: &mut dyn FnMut(Option<JobTerminal>)) -> Result<Restored> {
-    let clocks = opened.decide_clocks()?;
-    let first = opened.first.take();
-    let opened = &*opened;
-    let (request, image, snapshot) = (opened.request, &opened.image, &opened.snapshot);
-    let pids = pids::in_the_way(snapshot, &opened.kernel, first.as_ref(), &[]);
-    let way::Way {
-        job,
-        inherit,
-        puts,
-        cuts,
-    } = way::look(opened, pids)?;
-    let put_back = put::put(&puts, image, job.host.rights.as_ref())?;
-    let groups = cgroup::settings::make(snapshot, &request.cgroups)?;
-    let objects = ipc::Prepared::new(snapshot, image, &request.objects)?;
-    let root = &snapshot.processes[0];
-    let ptys = pty::Ptys::make(snapshot, &job.terminals)?;
-    let rights = job.host.rights.as_ref();
-    let (descriptors, incomplete) = contents::open_all(
-        &inherit,
-        snapshot,
-        image,
-        &ptys,
-        (rights, request.objects.files),
-    )?;
-    let mut overflows = Some(Overflows::of(&inherit, &descriptors, snapshot)?);
-    let lost = ptys.warnings.clone();
-    let master = ptys.finish(snapshot)?;
-    let executable = contents::executable(
-        root.memory.executable,
-        snapshot,
-        image,
-        (rights, request.objects.files),
-    )?;
-    let bound = sockets::Made::before(snapshot, rights);
-    // Processes of the job that lose their parents become ours.
-    ckpt_sys::prctl::adopt_orphans();
-    let means = job.host.means;
-    let (mut brood, leader) = spawn::spawn(root, &executable, descriptors, clocks, (first, means))?;
-    let last = &mut || {
-        overflows.take().map_or(Ok(()), Overflows::make)?;
-        let ours = request.foreground && master.is_none() && root.session != root.pid;
-        lend(ours.then(|| job.terminals.wanted(snapshot)));
-        Ok(())
-    };
-    let mut warnings = driver::rebuild(&job, image, &cuts, &mut brood, leader, last)?;
-    warnings.extend(opened.warnings.iter().cloned());
-    warnings.extend(lost);
-    warnings.extend(incomplete);
-    brood.keep();
-    bound.keep();
-    warnings.extend(objects.keep());
-    warnings.extend(put::warning(request.put_files, snapshot));
-    warnings.extend(put_back.keep());
-    warnings.extend(groups.keep());
-    Ok(Restored {
-        pid: root.pid,
-        warnings,
-        master,
-    })
-}
-
-/// What the new process will have from us before the plan sets anything.
-fn host_state(groups: &[u32], means: Means, snapshot: &Snapshot) -> Result<HostState> {
-    let me = Pid::own();
-    let status = read_status(me)?;
-    let mut credentials = Credentials::of(&status, ckpt_sys::credentials::securebits());
-    credentials.groups = groups.to_vec();
-    // Exec by root gives all permitted capabilities; by others, none but the ambient ones.
-    if status.uid.effective == 0 {
-        credentials.permitted = status.capabilities.bounding;
-        credentials.effective = status.capabilities.bounding;
-    } else {
-        credentials.permitted = status.capabilities.ambient;
-        credentials.effective = status.capabilities.ambient;
+/// Collects a refusal with the others.
+fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
+    match result {
+        Err(Error::Refused(more)) => {
+            obstacles.extend(more);
+            Ok(T::default())
+        }
+        other => other,
     }
-    let held = Held::now().with(credentials.effective);
-    let rights = Rights::of(snapshot, &credentials, held);
-    if let Some(rights) = &rights {
-        // What the plan begins with.
-        credentials.groups = rights.groups().to_vec();
-        (credentials.uid[3], credentials.gid[3]) = rights.ids();
-    }
-    let root = &snapshot.processes[0].threads[0].credentials;
-    let another = root.uid[0] != credentials.uid[0];
-    Ok(HostState {
-        means,
-        keyring: (another && ckpt_sys::credentials::keyrings_exist())
-            .then_some((root.uid[0], root.gid[0])),
-        rights,
-        leaving: false,
-        scheduling: scheduling::capture(Tid(me.raw()), 0),
-        held,
-        credentials,
-        switches: switches::Ours::ask(),
-        memory_policy: memory_policy::own(),
-        login_uid: session::login_uid(&me.into()),
-        security: Default::default(),
-    })
 }

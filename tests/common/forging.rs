@@ -8,9 +8,8 @@ use std::sync::LazyLock;
 use ciborium::Value;
 use ckpt::inspect;
 use ckpt::progress::Silent;
-use ckpt::restore::{self, Request};
+use ckpt::restore::{self, Probed, Request};
 use ckpt_image::{Codec, Header, Reader, Writer, WriterOptions};
-use ckpt_tracer::features::KernelFeatures;
 
 use super::values::{Place, Random, at, forgeries};
 
@@ -176,14 +175,21 @@ pub fn look_into(bytes: Vec<u8>, path: &Path) {
     let _ = inspect::needs::needs(&snapshot);
     let _ = inspect::attributes::attributes(&snapshot);
     drop(snapshot);
-    static KERNEL: LazyLock<KernelFeatures> = LazyLock::new(KernelFeatures::probe);
+    plan(image, path);
+}
+
+/// Plans a restore, as `check` and `--dry-run` do it.
+pub fn plan(image: Reader, path: &Path) {
+    static PROBED: LazyLock<Probed> = LazyLock::new(|| Probed::here().expect("there is /proc"));
     let request = Request {
-        kernel: Some(&KERNEL),
+        probed: Some(&PROBED),
         ..Request::plain(path, &Silent)
     };
-    let Ok(mut opened) = restore::open_trusted(image, &request) else {
+    let opened = restore::open_trusted(image, &request);
+    let Ok(mut placed) = opened.and_then(restore::Opened::place_for_a_look) else {
         return;
     };
-    let _ = restore::dry_run(&mut opened, &mut |_| {});
-    let _ = restore::obstacles_of(opened);
+    let Ok(looked) = placed.look() else { return };
+    let _ = looked.dry_run(&mut |_| {});
+    let _ = looked.obstacles();
 }

@@ -2,6 +2,7 @@
 //! saved of it on the stacks of signal handlers.
 
 use ckpt_tracer::Pid;
+use ckpt_tracer::features::Cpu;
 
 use super::{COMPONENTS, Component, HEADER, Processor, in_use};
 use crate::error::{Error, Obstacle, Result};
@@ -21,8 +22,8 @@ pub struct Refit {
 
 impl Refit {
     /// To the processor that we run on.
-    pub fn to_here(host: &Host) -> Self {
-        Self::to(host, &Processor::here())
+    pub fn to_here(host: &Host, here: &Cpu) -> Self {
+        Self::to(host, &Processor::from(here))
     }
 
     /// To any processor.

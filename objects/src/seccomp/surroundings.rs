@@ -138,9 +138,8 @@ pub fn may_suspend() -> bool {
 }
 
 /// What is to be told of a job that was under so many filters of its surroundings at the
-/// checkpoint: it goes on with fewer restrictions than it had.
-pub fn fewer_here(then: u32) -> Option<String> {
-    let me = read_status(Pid::own()).ok()?;
+/// checkpoint, while we, of whom `me` is the status, are under others: it goes on with fewer restrictions than it had.
+pub fn fewer_here(then: u32, me: &Status) -> Option<String> {
     let now = match me.seccomp {
         Some(2) => me.seccomp_filters?,
         _ => 0,

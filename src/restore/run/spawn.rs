@@ -14,18 +14,17 @@ use ckpt_sys::exec::{self, Program, Step};
 use ckpt_sys::files;
 use ckpt_sys::pipes::pipe;
 use ckpt_sys::process::{self, Fork};
-use ckpt_tracer::capabilities::Use;
+use ckpt_tracer::Tid;
 use ckpt_tracer::task::{Running, Stop, Stopped};
-use ckpt_tracer::{Pid, Tid};
 use nix::errno::Errno;
 
 use super::next_pid;
-use super::pids;
 use crate::error::{Error, Result};
 use crate::isolate::{First, cannot_place};
 use crate::objects::clock::Clocks;
 use crate::objects::plan::Means;
 use crate::objects::process::Process;
+use crate::restore::decide::pids;
 
 /// The new processes: killed and reaped unless they were let go.
 #[derive(Default)]
@@ -201,23 +200,9 @@ pub fn leave_exec(task: &mut Stopped) -> Result<()> {
     Ok(())
 }
 
-/// Whether processes can be created under chosen pids in our pid namespace: by us, and `by_others`
-/// also by our children after an exec.
-pub fn may_choose_pids(by_others: bool) -> bool {
-    if !process::may_choose_pids() {
-        return false;
-    }
-    let status = ckpt_tracer::proc::status::read_status(Pid::own());
-    !by_others
-        || status.is_ok_and(|s| {
-            let takes = Use::ChoosePids.row().takes;
-            s.uid.effective == 0 || takes.are_in(s.capabilities.ambient)
-        })
-}
-
 fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
     match errno {
-        Errno::EEXIST => Error::refuse(super::taken::pid_taken(pid)),
+        Errno::EEXIST => Error::refuse(crate::restore::decide::taken::pid_taken(pid)),
         Errno::EPERM => Error::refuse(pids::not_permitted(pid, "")),
         Errno::EINVAL => Error::refuse(pids::above_the_highest(pid)),
         other => Error::Restore(format!("process {pid} cannot be created: {}", other.desc())),

@@ -4,21 +4,23 @@ use std::collections::VecDeque;
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
-use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 
-use super::next_pid;
+use super::ids;
 use super::taken::taken;
-use super::{Opened, ids};
 use crate::error::{Error, Obstacle, Result};
-use crate::isolate::{First, Spec};
+use crate::isolate::Spec;
 use crate::objects::Snapshot;
-use crate::objects::births::{self, Birth, Births, Body, Origin};
+use crate::objects::births::{Birth, Births, Body, Origin};
 use crate::objects::clock;
 use crate::objects::memory::FileIdentity;
 use crate::objects::namespaces::Namespaces;
 use crate::objects::plan::Means;
+use crate::restore::adapted::Adapted;
+use crate::restore::placed::Placed;
+use crate::restore::probed::Probed;
+use crate::restore::run::next_pid;
 
 /// Where a job shall have its pids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,77 +43,79 @@ pub enum Place {
     Namespace(Option<String>),
 }
 
-/// Decides, before anything is created.
+/// Decides, before anything is created; with ids that are taken among ours, if that was looked at.
 ///
 /// # Errors
 /// What forbids the one place that is left.
-pub fn decide(opened: &Opened<'_>, wanted: Pids) -> Result<Place> {
-    let births = births::decide(&opened.snapshot).map_err(Error::Refused)?;
+pub(in crate::restore) fn decide(
+    placed: &Placed<'_>,
+    wanted: Pids,
+) -> Result<(Place, Option<Vec<Obstacle>>)> {
+    let births = placed.snapshot().births();
+    let births = births.map_err(|o| Error::Refused(o.to_vec()))?;
+    let mut seen = None;
     let why = match wanted {
-        Pids::Keep => return Ok(Place::Here),
+        Pids::Keep => return Ok((Place::Here, None)),
         Pids::Namespace => None,
-        Pids::Auto => {
-            match why_not_here(&opened.snapshot, &births, &opened.request.objects.leaving) {
-                None => return Ok(Place::Here),
-                // Whatever is in the way here is told by the restore here.
-                _ if !may_have_namespace(opened) => return Ok(Place::Here),
-                why => why,
-            }
-        }
+        Pids::Auto => match why_not_here(placed, &mut seen) {
+            None => return Ok((Place::Here, seen)),
+            // Whatever is in the way here is told by the restore here.
+            _ if !may_have_namespace(placed) => return Ok((Place::Here, seen)),
+            why => why,
+        },
     };
-    let obstacles = why_not_in_namespace(&opened.snapshot, &births, why.as_deref());
+    let obstacles = why_not_in_namespace(placed.snapshot(), births, why.as_deref());
     match obstacles.is_empty() {
-        true => Ok(Place::Namespace(why)),
+        true => Ok((Place::Namespace(why), None)),
         false => Err(Error::Refused(obstacles)),
     }
 }
 
 /// Whether the job's root was the first process of its pid namespace, and so has to be it again.
-pub(super) fn begins_with_the_first(snapshot: &Snapshot) -> bool {
+fn begins_with_the_first(snapshot: &Snapshot) -> bool {
     snapshot.processes.first().is_some_and(|root| root.pid == 1)
 }
 
-fn why_not_here(snapshot: &Snapshot, births: &[Births], leaving: &[Pid]) -> Option<String> {
+fn why_not_here(placed: &Placed<'_>, seen: &mut Option<Vec<Obstacle>>) -> Option<String> {
+    let snapshot = placed.snapshot();
     if begins_with_the_first(snapshot) {
         return Some("the job's root was the first process of a pid namespace".into());
     }
     if snapshot.namespaces.pid {
         return Some("the job had a pid namespace to itself".into());
     }
-    let ids = ids(snapshot, births);
-    if next_pid::means(ids.len() > 1) == Means::Turns {
+    if placed.means == Means::Turns {
         return Some(format!("choosing pids takes {}", Use::ChoosePids));
     }
-    let taken = taken(&ids, leaving);
+    let taken = seen.insert(taken(&snapshot.ids, placed.leaving()));
     let first = taken.first()?;
     Some(format!("{} {}", first.object, first.reason))
 }
 
 /// A pid namespace can be made, or the job cannot do without one.
-fn may_have_namespace(opened: &Opened<'_>) -> bool {
-    opened.kernel.pid_namespace || opened.snapshot.namespaces.pid
+fn may_have_namespace(placed: &Placed<'_>) -> bool {
+    placed.probed().kernel.pid_namespace || placed.snapshot().namespaces.pid
 }
 
 /// How the job's tasks come by their ids among ours.
-pub(super) fn means(snapshot: &Snapshot) -> Means {
-    let births = births::decide(snapshot).unwrap_or_default();
-    next_pid::means(ids(snapshot, &births).len() > 1)
+pub(in crate::restore) fn means(snapshot: &Adapted, probed: &Probed) -> Means {
+    probed.means(snapshot.ids.len() > 1)
 }
 
 /// How many ids are given before the job's, where that takes a while.
-pub fn awaited(snapshot: &Snapshot) -> Option<u64> {
+pub(in crate::restore) fn awaited(snapshot: &Adapted, means: Means) -> Option<u64> {
     const SOON: u64 = 100_000;
-    if means(snapshot) != Means::Turns {
+    if means != Means::Turns {
         return None;
     }
-    let births = births::decide(snapshot).ok()?;
-    let turns = next_pid::turns(&order(snapshot, &births)).ok()?;
+    let births = snapshot.births().ok()?;
+    let turns = next_pid::turns(&order(snapshot, births)).ok()?;
     (turns > SOON && next_pid::is_bearable(turns)).then_some(turns)
 }
 
 /// What is told of it before the restore.
-pub fn note_of_waiting(opened: &Opened<'_>) -> Option<String> {
-    let turns = awaited(&opened.snapshot)?;
+pub fn note_of_waiting(placed: &Placed<'_>) -> Option<String> {
+    let turns = awaited(placed.snapshot(), placed.means)?;
     Some(format!(
         "pids may not be chosen here, and no pid namespace can be made: waiting for the old pids, which \
          come after {turns} others"
@@ -154,8 +158,8 @@ fn in_turn<'a>(
 
 /// The job's first process as it was at the checkpoint, if it still runs: under its pid, of the same
 /// program, and begun before.
-pub fn still_runs(opened: &Opened<'_>) -> Option<i32> {
-    let snapshot = &opened.snapshot;
+pub fn still_runs(placed: &Placed<'_>) -> Option<i32> {
+    let snapshot = placed.snapshot();
     let root = snapshot.processes.first()?;
     let program = snapshot.mapped_files.get(root.memory.executable)?;
     let stat = read_stat(Pid(root.pid)).ok()?;
@@ -166,18 +170,14 @@ pub fn still_runs(opened: &Opened<'_>) -> Option<i32> {
     (same && !stat.state.has_ended() && begun <= taken_at).then_some(root.pid)
 }
 
-fn why_not_in_namespace(
-    snapshot: &Snapshot,
-    births: &[Births],
-    why: Option<&str>,
-) -> Vec<Obstacle> {
+fn why_not_in_namespace(snapshot: &Adapted, births: &[Births], why: Option<&str>) -> Vec<Obstacle> {
     let mut obstacles = Vec::new();
     let reason = |what: &str| match why {
         Some(why) => format!("{what}, and {why}"),
         None => what.to_owned(),
     };
     const REMEDY: &str = "restore it where its pids are free and may be chosen, with --pids keep";
-    if ids(snapshot, births).contains(&1) && !begins_with_the_first(snapshot) {
+    if snapshot.ids.contains(&1) && !begins_with_the_first(snapshot) {
         obstacles.push(Obstacle::new(
             "the job",
             reason("has the id 1 for a group of processes, which is that of ckpt-init there"),
@@ -204,18 +204,19 @@ fn why_not_in_namespace(
 ///
 /// # Errors
 /// A user namespace that cannot be made again.
-pub fn namespaces(opened: &Opened<'_>) -> Result<Spec> {
-    let builder = match begins_with_the_first(&opened.snapshot) {
-        true => Some(last_of_the_job(opened)? + 1),
+pub(in crate::restore) fn namespaces(placed: &Placed<'_>) -> Result<Spec> {
+    let snapshot = placed.snapshot();
+    let builder = match begins_with_the_first(snapshot) {
+        true => Some(last_of_the_job(placed)? + 1),
         false => None,
     };
-    let spec = match &opened.snapshot.namespaces.user {
+    let spec = match &snapshot.namespaces.user {
         None => Spec::own(),
-        Some(user) => ids::decide(user, opened)?,
+        Some(user) => ids::decide(user, snapshot)?,
     };
     let others = Namespaces {
         user: None,
-        ..opened.snapshot.namespaces.clone()
+        ..snapshot.namespaces.clone()
     };
     Ok(Spec {
         builder,
@@ -225,7 +226,7 @@ pub fn namespaces(opened: &Opened<'_>) -> Result<Spec> {
 }
 
 /// All ids that the job has, and those of processes that help for a while; ascending.
-pub fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
+pub(in crate::restore) fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
     let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
     let tids = tids.map(|t| t.tid);
     let zombies = snapshot.zombies.iter().map(|z| z.pid);
@@ -236,27 +237,40 @@ pub fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
     ids
 }
 
-/// What stands in the way of the job's ids among ours; those of processes that are `leaving` are free.
-pub(super) fn in_the_way(
-    snapshot: &Snapshot,
-    kernel: &KernelFeatures,
-    first: Option<&First>,
-    leaving: &[Pid],
-) -> Vec<Obstacle> {
-    let Ok(births) = births::decide(snapshot) else {
+/// What stands in the way of the job's ids where the work is done; those of processes that are leaving are free.
+/// `with_first`: the first process becomes the root.
+pub(in crate::restore) fn in_the_way(placed: &Placed<'_>, with_first: bool) -> Vec<Obstacle> {
+    let taken = match &placed.taken {
+        Some(taken) => taken.clone(),
+        None => {
+            let ids = placed.snapshot().ids.iter().copied();
+            let ids: Vec<i32> = ids.filter(|id| *id != 1 || !with_first).collect();
+            taken(&ids, placed.leaving())
+        }
+    };
+    further_in_the_way(placed, taken)
+}
+
+/// The same as it is now, of a restore to which an id was lost at the first attempt, and the first process with it.
+pub(in crate::restore) fn in_the_way_now(placed: &Placed<'_>) -> Vec<Obstacle> {
+    further_in_the_way(placed, taken(&placed.snapshot().ids, placed.leaving()))
+}
+
+fn further_in_the_way(placed: &Placed<'_>, taken: Vec<Obstacle>) -> Vec<Obstacle> {
+    let (snapshot, kernel) = (placed.snapshot(), &placed.probed().kernel);
+    let Ok(births) = snapshot.births() else {
         return Vec::new();
     };
-    let ids = ids(snapshot, &births);
-    let others: Vec<i32> = ids.iter().copied().filter(|id| *id != 1).collect();
-    let mut obstacles = taken(if first.is_some() { &others } else { &ids }, leaving);
-    if obstacles.is_empty() && next_pid::means(ids.len() > 1) == Means::Turns {
+    let mut obstacles = taken;
+    if obstacles.is_empty() && placed.means == Means::Turns {
         // Who can have a namespace has no need to keep others waiting for ids.
         obstacles.extend(match kernel.pid_namespace {
             true => Some(not_permitted(snapshot.processes[0].pid, "")),
-            false => out_of_reach(&order(snapshot, &births)),
+            false => out_of_reach(&order(snapshot, births)),
         });
     }
-    let above = ids.iter().find(|id| **id as u64 >= kernel.pid_max);
+    let mut ids = snapshot.ids.iter();
+    let above = ids.find(|id| **id as u64 >= kernel.pid_max);
     obstacles.extend(above.map(|id| above_the_highest(*id)));
     obstacles
 }
@@ -280,7 +294,7 @@ fn out_of_reach(order: &[i32]) -> Option<Obstacle> {
 }
 
 /// The obstacle that we may not choose pids.
-pub(super) fn not_permitted(pid: i32, why: &str) -> Obstacle {
+pub(in crate::restore) fn not_permitted(pid: i32, why: &str) -> Obstacle {
     let reason = format!(
         "cannot get its old pid: choosing a pid needs {}{why}",
         Use::ChoosePids
@@ -297,7 +311,7 @@ pub(super) fn not_permitted(pid: i32, why: &str) -> Obstacle {
 }
 
 /// The obstacle that no process here has such a pid.
-pub(super) fn above_the_highest(pid: i32) -> Obstacle {
+pub(in crate::restore) fn above_the_highest(pid: i32) -> Obstacle {
     Obstacle::new(
         format!("process {pid}"),
         "cannot get its old pid: it is above this system's kernel.pid_max",
@@ -310,9 +324,9 @@ pub(super) fn above_the_highest(pid: i32) -> Obstacle {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn keep_clear(opened: &Opened<'_>) -> Result<()> {
+pub(in crate::restore) fn keep_clear(placed: &Placed<'_>) -> Result<()> {
     const FILE: &str = "/proc/sys/kernel/ns_last_pid";
-    let after = last_of_the_job(opened)?;
+    let after = last_of_the_job(placed)?;
     std::fs::write(FILE, after.to_string()).map_err(|source| Error::File {
         what: "write to",
         path: FILE.into(),
@@ -321,12 +335,12 @@ pub fn keep_clear(opened: &Opened<'_>) -> Result<()> {
 }
 
 /// The id after which those of our helpers come.
-fn last_of_the_job(opened: &Opened<'_>) -> Result<i32> {
-    let births = births::decide(&opened.snapshot).map_err(Error::Refused)?;
-    let highest = std::fs::read_to_string("/proc/sys/kernel/pid_max");
-    let highest = highest.ok().and_then(|text| text.trim().parse().ok());
-    let ids = ids(&opened.snapshot, &births);
-    Ok(clear_after(&ids, highest.unwrap_or(32768)))
+fn last_of_the_job(placed: &Placed<'_>) -> Result<i32> {
+    let snapshot = placed.snapshot();
+    let possible = snapshot.births().map(drop);
+    possible.map_err(|o| Error::Refused(o.to_vec()))?;
+    let pid_max = placed.probed().kernel.pid_max.try_into();
+    Ok(clear_after(&snapshot.ids, pid_max.unwrap_or(i32::MAX)))
 }
 
 /// An id behind which there is room, as a rule behind the last one.

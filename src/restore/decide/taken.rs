@@ -38,7 +38,7 @@ pub(super) fn taken(ids: &[i32], leaving: &[Pid]) -> Vec<Obstacle> {
 }
 
 /// The obstacle that an id is taken, for one that the kernel has just refused.
-pub(super) fn pid_taken(id: i32) -> Obstacle {
+pub(in crate::restore) fn pid_taken(id: i32) -> Obstacle {
     match holders(&[id], &[]).first() {
         Some(holder) => holder.obstacle(),
         None => Obstacle::new(

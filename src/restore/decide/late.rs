@@ -22,11 +22,11 @@ const READ_IMPLIES_EXEC: u32 = 0x40_0000;
 
 /// By pid, what it gets last; in ascending order.
 #[derive(Default)]
-pub(super) struct Late(HashMap<i32, Vec<Mapping>>);
+pub(in crate::restore) struct Late(HashMap<i32, Vec<Mapping>>);
 
 impl Late {
     /// Decides for all processes; `limit` is `vm.max_map_count`.
-    pub(super) fn decide(
+    pub(in crate::restore) fn decide(
         snapshot: &Snapshot,
         image: &Reader,
         births: &[Births],
@@ -71,7 +71,7 @@ impl Late {
     }
 
     /// The mappings of a process that come with its plan.
-    pub(super) fn others<'a>(&self, process: &'a Process) -> Cow<'a, [Mapping]> {
+    pub(in crate::restore) fn others<'a>(&self, process: &'a Process) -> Cow<'a, [Mapping]> {
         let all = &process.memory.mappings;
         let Some(late) = self.0.get(&process.pid) else {
             return Cow::Borrowed(all);
@@ -81,7 +81,11 @@ impl Late {
     }
 
     /// Maps those of a process.
-    pub(super) fn map(&self, process: &Process, calls: &mut RemoteCalls<'_>) -> Result<()> {
+    pub(in crate::restore) fn map(
+        &self,
+        process: &Process,
+        calls: &mut RemoteCalls<'_>,
+    ) -> Result<()> {
         let late = self.0.get(&process.pid).into_iter().flatten();
         for mapping in late {
             mapping.map_empty(calls)?;

@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Request, put};
 use crate::objects::Snapshot;
 use crate::objects::bundle::Bundled;
 use crate::objects::bundle::digest;
@@ -12,6 +11,8 @@ use crate::objects::files::regular::Regular;
 use crate::objects::memory::FileIdentity;
 use crate::objects::open::Handle;
 use crate::objects::options::FilesPolicy;
+use crate::restore::Request;
+use crate::restore::files::put;
 
 /// Decides for every bundled file; the paths of those that the image gives.
 pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {

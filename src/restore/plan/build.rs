@@ -7,8 +7,7 @@ use std::path::Path;
 use ckpt_tracer::proc::maps::Vma;
 use nix::unistd::AccessFlags;
 
-use super::handover;
-use super::planner::Job;
+use super::job::Job;
 use crate::error::Obstacle;
 use crate::objects::births::Origin;
 use crate::objects::files::{self, Staging, procfs, removed};
@@ -21,6 +20,8 @@ use crate::objects::{access, rights};
 use crate::objects::{
     aio, credentials, landlock, limits, seccomp, security, session, signals, timers,
 };
+use crate::restore::files::put;
+use crate::restore::run::handover;
 use crate::text::Shown;
 
 /// One plan in the making.
@@ -114,7 +115,7 @@ impl Build<'_> {
         let staging = self.job.staging;
         if self.index == 0 {
             self.inherit_files(staging, plan);
-            let (put, uses) = (super::put::covered(snapshot), Uses::of(snapshot));
+            let (put, uses) = (put::covered(snapshot), Uses::of(snapshot));
             for (index, file) in snapshot.mapped_files.iter().enumerate() {
                 if file.contents.is_some() || put.contains(file.path.as_path()) {
                     continue;
@@ -272,7 +273,7 @@ impl Build<'_> {
                 plan.inherit(staging.removed(index), Inherited::RemovedPlace(index));
             }
         }
-        let others = snapshot.processes.iter().zip(&self.job.births).skip(1);
+        let others = snapshot.processes.iter().zip(self.job.births).skip(1);
         let executed = others.filter(|(_, b)| b.origin == Origin::Executed);
         let mut programs: Vec<usize> = executed.map(|(p, _)| p.memory.executable).collect();
         programs.sort_unstable();

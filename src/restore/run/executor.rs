@@ -11,10 +11,10 @@ use ckpt_tracer::{RemoteAddr, Tid};
 use nix::errno::Errno;
 
 use super::next_pid;
-use super::planner::Planned;
 use super::stop;
 use crate::error::{Error, Result};
 use crate::objects::plan::{Part, Plan, Stage};
+use crate::restore::plan::Planned;
 
 /// Puts restorer and plan into a hole of the process and sends its first thread there.
 pub(super) fn place(

@@ -7,13 +7,13 @@ use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::features::KernelFeatures;
 use nix::unistd::AccessFlags;
 
-use super::next_pid;
 use crate::error::Obstacle;
 use crate::objects::access::{MISSING, may};
 use crate::objects::files::procfs;
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, aio};
+use crate::restore::run::next_pid;
 use crate::text::Shown;
 
 /// Everything of the surroundings that stands in the way of a restore, open and mapped files aside.

@@ -1,12 +1,12 @@
 //! What becomes of each terminal of a job: the pty that it was between processes of the job, our
 //! own terminal, or a new pty.
 
-use super::Request;
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::named;
 use crate::objects::files::terminal::{End, Places, Side, Terminal};
 use crate::objects::plan::Inherited;
+use crate::restore::Request;
 use crate::supervise::foreground::JobTerminal;
 
 /// What a terminal becomes.
@@ -161,7 +161,7 @@ impl Places for Terminals {
             return Ok(Inherited::Own(*fd));
         }
         let controlling = end.side == Side::Controlling;
-        if super::pty::own_terminal(controlling, flags).is_some() {
+        if crate::restore::files::pty::own_terminal(controlling, flags).is_some() {
             return Ok(Inherited::OwnTerminal(controlling, flags));
         }
         let fd = numbers.first().copied().unwrap_or_default();

@@ -12,17 +12,16 @@ use ckpt_tracer::{Pid, Tid};
 
 use super::executor::{Disturbed, Worker, failed_operation, place, unexpected, warnings_of};
 use super::fill::Pages;
-use super::handover::{self, TAKEN_OVER, adjust_from_outside, release};
-use super::planner::{Job, Planned};
+use super::handover::{self, Complete, TAKEN_OVER, adjust_from_outside};
 use super::spawn::{self, Brood};
 use crate::error::{Error, Result};
 use crate::objects::births::Origin;
 use crate::objects::cgroup;
 use crate::objects::core_scheduling;
-use crate::objects::files::changed::Cut;
 use crate::objects::memory::SharedAt;
 use crate::objects::plan::Means;
 use crate::objects::plan::{Part, Stage};
+use crate::restore::plan::{Job, Planned};
 
 /// A new process on its way.
 struct Live {
@@ -43,15 +42,13 @@ struct Driver<'a> {
 }
 
 /// Rebuilds the job, whose root stands at its exec stop: all processes are brought to one line
-/// after the other, and let go together, after `before_release`.
-pub fn rebuild(
+/// after the other, and are complete. With them, what is not as it was, one sentence each.
+pub(in crate::restore) fn build(
     job: &Job<'_>,
     image: &Reader,
-    cuts: &[Cut],
     brood: &mut Brood,
     root: Stopped,
-    before_release: &mut dyn FnMut() -> Result<()>,
-) -> Result<Vec<String>> {
+) -> Result<(Vec<Complete>, Vec<String>)> {
     fault::hit(Step::RestoreSpawned)?;
     let progress = job.request.progress;
     progress.begin(image.pages() * u64::from(image.header().page_size));
@@ -98,9 +95,7 @@ pub fn rebuild(
     warnings.extend(core_scheduling::rebuild(job.snapshot));
     warnings.sort();
     warnings.dedup();
-    before_release()?;
-    release(complete, cuts)?;
-    Ok(warnings)
+    Ok((complete, warnings))
 }
 
 impl Driver<'_> {

@@ -16,12 +16,12 @@ use ckpt_sys::mounts;
 use nix::fcntl::AtFlags;
 use nix::unistd::{AccessFlags, faccessat};
 
-use super::Opened;
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::memory::image::{ImageMemory, TargetMemory};
 use crate::objects::memory::mapped::MappedFiles;
 use crate::objects::open::Handle;
 use crate::objects::rights::{self, Rights};
+use crate::restore::Opened;
 
 /// The variable that names the file.
 const VARIABLE: &[u8] = b"CKPT_RESTORE_ENV=";
@@ -87,7 +87,7 @@ impl HandOver {
             text: lines.collect(),
             uid: who.uid[1],
             gid: who.gid[1],
-            rights: opened.rights()?,
+            rights: opened.rights(),
         }))
     }
 

@@ -9,7 +9,6 @@ use ckpt_tracer::{Pid, RemoteAddr, Tid, abi};
 use nix::errno::Errno;
 
 use super::executor::{Disturbed, Worker};
-use super::planner::Job;
 use super::stop;
 use crate::error::Result;
 use crate::objects::files::changed::Cut;
@@ -18,6 +17,7 @@ use crate::objects::process::Process;
 use crate::objects::signals::{Action, Pending};
 use crate::objects::thread::Thread;
 use crate::objects::{limits, security, session};
+use crate::restore::plan::Job;
 
 /// The signal that is to stop a process before it runs.
 fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
@@ -26,7 +26,7 @@ fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
 }
 
 /// A process whose tasks have their registers.
-pub(super) struct Complete {
+pub(in crate::restore) struct Complete {
     tasks: Vec<Stopped>,
     /// Its id, if it is to take a SIGSTOP when it is let go.
     stops: Option<Pid>,
@@ -108,7 +108,7 @@ fn waits(process: &Process, signal: i32) -> bool {
 }
 
 /// Whether signals wait that are queued only when the restorer's traps are over.
-pub(super) fn meets_traps(process: &Process) -> bool {
+pub(in crate::restore) fn meets_traps(process: &Process) -> bool {
     pending(process).any(Pending::meets_traps)
 }
 
@@ -357,7 +357,7 @@ fn set_states(
 /// Lets all go, of each process the leader last: until then the loss of the tracer kills the
 /// whole process, which is then not there at all. Files are cut back when nothing else is left to
 /// be done.
-pub(super) fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
+pub(in crate::restore) fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
     for cut in cuts {
         cut.make()?;

@@ -3,13 +3,10 @@
 use std::collections::HashMap;
 
 use ckpt_image::Reader;
-use ckpt_tracer::features::max_map_count;
+use ckpt_tracer::features::KernelFeatures;
 use ckpt_tracer::proc::maps::Vma;
 
-use super::Request;
 use super::build::Build;
-use super::late::Late;
-use super::terminals::Terminals;
 use crate::error::Obstacle;
 use crate::objects::births::{Births, Origin};
 use crate::objects::files::Staging;
@@ -21,6 +18,10 @@ use crate::objects::process::Process;
 use crate::objects::processor::Refit;
 use crate::objects::vdso::Replaced;
 use crate::objects::{Snapshot, SpaceId};
+use crate::restore::Request;
+use crate::restore::adapted::Adapted;
+use crate::restore::decide::late::Late;
+use crate::restore::decide::terminals::Terminals;
 
 /// Room for the kernel's mappings while they are moved.
 const ASIDE: u64 = 256 * 1024;
@@ -30,7 +31,7 @@ pub struct Job<'a> {
     /// The job.
     pub snapshot: &'a Snapshot,
     /// Who creates whom.
-    pub births: Vec<Births>,
+    pub births: &'a [Births],
     /// What was asked for.
     pub request: &'a Request<'a>,
     /// What a new process has from us.
@@ -48,9 +49,9 @@ pub struct Job<'a> {
     /// Pages that each address space of a job with forks has at its checkpoint; ascending.
     pub(super) held: HashMap<SpaceId, Vec<(u64, u64)>>,
     /// What is mapped last.
-    pub(super) late: Late,
+    pub(in crate::restore) late: Late,
     /// What becomes of processor state.
-    pub(super) refit: Refit,
+    pub(in crate::restore) refit: Refit,
 }
 
 /// Everything that the driver needs to know.
@@ -63,16 +64,17 @@ pub struct Planned {
 
 impl<'a> Job<'a> {
     /// Decides what concerns the job as a whole.
-    pub fn new(
-        snapshot: &'a Snapshot,
+    pub(in crate::restore) fn new(
+        adapted: &'a Adapted,
         image: &Reader,
         request: &'a Request<'a>,
         host: HostState,
-        (vdso, room): (&'a Replaced, u64),
+        (kernel, room): (&KernelFeatures, u64),
     ) -> Result<Self, Vec<Obstacle>> {
-        let births = crate::objects::births::decide(snapshot)?;
+        let snapshot: &Snapshot = adapted;
+        let births = adapted.births().map_err(<[_]>::to_vec)?;
         let terminals = Terminals::decide(snapshot, request)?;
-        let late = Late::decide(snapshot, image, &births, max_map_count())?;
+        let late = Late::decide(snapshot, image, births, kernel.max_map_count)?;
         let mut held = HashMap::new();
         if births.iter().any(|b| b.origin == Origin::Forked) {
             held = pages_held(snapshot, image);
@@ -87,17 +89,17 @@ impl<'a> Job<'a> {
                 false => nix::unistd::getpgrp().as_raw(),
             },
             terminals,
-            vdso,
+            vdso: &adapted.vdso,
             staging: Staging::beside(snapshot),
             room,
             held,
             late,
-            refit: Refit::to_here(&snapshot.host),
+            refit: Refit::to_here(&snapshot.host, &kernel.cpu),
         })
     }
 
     /// A process of the snapshot.
-    pub(super) fn process(&self, index: usize) -> &'a Process {
+    pub(in crate::restore) fn process(&self, index: usize) -> &'a Process {
         &self.snapshot.processes[index]
     }
 
@@ -111,7 +113,7 @@ impl<'a> Job<'a> {
 
     /// Whether a process is created as a fork of its parent.
     pub(super) fn is_forked(&self, process: &Process) -> bool {
-        let mut all = self.snapshot.processes.iter().zip(&self.births);
+        let mut all = self.snapshot.processes.iter().zip(self.births);
         all.any(|(p, births)| p.pid == process.pid && births.origin == Origin::Forked)
     }
 

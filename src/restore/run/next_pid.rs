@@ -19,10 +19,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
 use ckpt_sys::process;
+use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::features::KernelFeatures;
+use ckpt_tracer::proc::status::Status;
 use nix::errno::Errno;
 
-use super::spawn::may_choose_pids;
 use crate::error::{Error, Result};
 use crate::objects::plan::Means;
 
@@ -33,15 +34,13 @@ const RESERVED: i32 = 300;
 /// machine.
 const PATIENCE: u64 = 500_000;
 
-/// The best way for us; `by_others`: also for children that were executed by our children.
-pub fn means(by_others: bool) -> Means {
-    if may_choose_pids(by_others) {
-        Means::SetTid
-    } else if may_set_last() {
-        Means::LastPid
-    } else {
-        Means::Turns
-    }
+/// Whether children of our children, which were executed by them, may choose ids if we may.
+pub(in crate::restore) fn others_may_choose(ours: &Status) -> bool {
+    ours.uid.effective == 0
+        || Use::ChoosePids
+            .row()
+            .takes
+            .are_in(ours.capabilities.ambient)
 }
 
 /// Sees to it that the next task that is created in our pid namespace gets this id.
@@ -123,7 +122,8 @@ pub fn is_bearable(turns: u64) -> bool {
 /// id again, in this pid namespace and in a new one.
 pub fn leave_the_first_ids() {
     let early = last_pid().is_some_and(|last| last <= RESERVED);
-    if early && means(false) == Means::Turns && !KernelFeatures::probe().pid_namespace {
+    let chosen = || process::may_choose_pids() || may_set_last();
+    if early && !chosen() && !KernelFeatures::probe().pid_namespace {
         take_turns(RESERVED + ROOM);
     }
 }
@@ -157,7 +157,7 @@ fn highest() -> i32 {
 }
 
 /// Tried with what is there already.
-fn may_set_last() -> bool {
+pub(in crate::restore) fn may_set_last() -> bool {
     BROKER.get().is_some()
         || fs::read_to_string(LAST_PID).is_ok_and(|last| fs::write(LAST_PID, last.trim()).is_ok())
 }

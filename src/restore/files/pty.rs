@@ -8,11 +8,11 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use ckpt_sys::tty::{self, Modes};
 use ckpt_tracer::capabilities::Use;
 
-use super::terminals::{Place, Terminals};
 use crate::error::{Error, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::terminal::{Access, End, Pair, Side, Terminal};
 use crate::objects::files::unread::{self, Waiting};
+use crate::restore::decide::terminals::{Place, Terminals};
 
 /// More ptys than this are not made to reach a number.
 const PATIENCE: u32 = 1024;

@@ -4,6 +4,7 @@
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Host;
 use crate::objects::clock::{CLOCKS, Clocks, clock, denied};
+use crate::restore::probed::Probed;
 
 /// Which clocks the job gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,15 +22,19 @@ pub enum ClockPolicy {
 ///
 /// # Errors
 /// [`Error::Refused`] when the clocks would go back.
-pub fn decide(policy: ClockPolicy, was: &mut Host) -> Result<Clocks> {
+pub(in crate::restore) fn decide(
+    policy: ClockPolicy,
+    was: &mut Host,
+    probed: &Probed,
+) -> Result<Clocks> {
     let own = Clocks::GoOn {
         monotonic_ns: was.monotonic_ns,
         boottime_ns: was.boottime_ns,
         monotonic_raw_ns: was.monotonic_raw_ns,
     };
     match policy {
-        ClockPolicy::Continue => own.try_out().map(|()| own).map_err(denied),
-        ClockPolicy::Auto if own.try_out().is_ok() => Ok(own),
+        ClockPolicy::Continue => probed.may_have(own).map(|()| own).map_err(denied),
+        ClockPolicy::Auto if probed.may_have(own).is_ok() => Ok(own),
         ClockPolicy::Auto | ClockPolicy::Host => {
             take_the_machines(policy, was).map(|()| Clocks::Ours)
         }

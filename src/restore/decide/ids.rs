@@ -6,9 +6,9 @@ use ckpt_tracer::Pid;
 use ckpt_tracer::proc::ProcRoot;
 use nix::unistd::{User, getegid, geteuid};
 
-use super::Opened;
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate::{IdMaps, Owner, Spec};
+use crate::objects::Snapshot;
 use crate::objects::namespaces::Extent;
 use crate::objects::namespaces::{UserNamespace, parse_map};
 
@@ -20,7 +20,7 @@ const GROUPS: [&str; 3] = ["/etc/subgid", "newgidmap", "group"];
 ///
 /// # Errors
 /// [`Error::Refused`] when ids are not ours to give.
-pub(super) fn decide(user: &UserNamespace, opened: &Opened<'_>) -> Result<Spec> {
+pub(super) fn decide(user: &UserNamespace, snapshot: &Snapshot) -> Result<Spec> {
     let obstacles = match geteuid().is_root() {
         true => not_mapped_here(user),
         false if is_one(user) => return Ok(for_one(user)),
@@ -30,7 +30,7 @@ pub(super) fn decide(user: &UserNamespace, opened: &Opened<'_>) -> Result<Spec> 
         return Err(Error::Refused(obstacles));
     }
     Ok(match geteuid().is_root() {
-        true => by_root(user, opened),
+        true => by_root(user, snapshot),
         false => by_helpers(user),
     })
 }
@@ -59,10 +59,10 @@ fn maps(user: &UserNamespace) -> IdMaps {
 }
 
 /// Root makes it for whom it was.
-fn by_root(user: &UserNamespace, opened: &Opened<'_>) -> Spec {
+fn by_root(user: &UserNamespace, snapshot: &Snapshot) -> Spec {
     let uid = user.owner.unwrap_or_else(|| someone(&user.uids));
     let groups = match user.groups_are_fixed {
-        true => &opened.snapshot.processes[0].threads[0].credentials.groups,
+        true => &snapshot.processes[0].threads[0].credentials.groups,
         false => &user.inherited_groups,
     };
     let owner = Owner {

@@ -1,0 +1,59 @@
+//! What a new process will have from us before the plan sets anything.
+
+use ckpt_tracer::capabilities::Held;
+use ckpt_tracer::{Pid, Tid};
+
+use crate::objects::credentials::Credentials;
+use crate::objects::plan::{HostState, Means};
+use crate::objects::rights::Rights;
+use crate::objects::switches::Ours;
+use crate::objects::{Snapshot, memory_policy, scheduling, security, session};
+use crate::restore::probed::Probed;
+use crate::restore::run::spawn;
+
+/// Its credentials, with these supplementary groups, and the capabilities that it has in force.
+pub(in crate::restore) fn credentials(probed: &Probed, groups: &[u32]) -> (Credentials, Held) {
+    let status = &probed.ours;
+    let mut credentials = Credentials::of(status, ckpt_sys::credentials::securebits());
+    credentials.groups = groups.to_vec();
+    // Exec by root gives all permitted capabilities; by others, none but the ambient ones.
+    let by_exec = match status.uid.effective {
+        0 => status.capabilities.bounding,
+        _ => status.capabilities.ambient,
+    };
+    (credentials.permitted, credentials.effective) = (by_exec, by_exec);
+    let held = probed.kernel.capabilities.with(by_exec);
+    (credentials, held)
+}
+
+/// All of it. A job that is `leaving` lives.
+pub(in crate::restore) fn state(
+    snapshot: &Snapshot,
+    probed: &Probed,
+    (groups, means, leaving): (&[u32], Means, bool),
+) -> HostState {
+    let me = Pid::own();
+    let (mut credentials, held) = credentials(probed, groups);
+    let rights = Rights::of(snapshot, &credentials, held);
+    if let Some(rights) = &rights {
+        // What the plan begins with.
+        credentials.groups = rights.groups().to_vec();
+        (credentials.uid[3], credentials.gid[3]) = rights.ids();
+    }
+    let root = &snapshot.processes[0].threads[0].credentials;
+    let another = root.uid[0] != credentials.uid[0];
+    HostState {
+        means,
+        keyring: (another && ckpt_sys::credentials::keyrings_exist())
+            .then_some((root.uid[0], root.gid[0])),
+        rights,
+        leaving,
+        scheduling: scheduling::capture(Tid(me.raw()), 0),
+        held,
+        credentials,
+        switches: Ours::ask(),
+        memory_policy: memory_policy::own(),
+        login_uid: session::login_uid(&me.into()),
+        security: security::Surroundings::of(snapshot, |context| spawn::may_become(context, means)),
+    }
+}

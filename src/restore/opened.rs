@@ -1,0 +1,114 @@
+//! An image that was read and can be believed.
+
+use std::borrow::Cow;
+
+use ckpt_image::{Arch, Reader};
+
+use super::adapted::Adapted;
+use super::decide::host;
+use super::image_file::ImageFile;
+use super::placed::Placed;
+use super::probed::Probed;
+use super::{Pids, Place, Request};
+use crate::error::{Obstacle, Result};
+use crate::objects::processor::Baseline;
+use crate::objects::rights::Rights;
+use crate::objects::{processor, seccomp};
+use crate::snapshot;
+
+/// An image whose snapshot was adapted to this machine.
+pub struct Opened<'a> {
+    pub(super) request: &'a Request<'a>,
+    /// Bytes of memory that a plan may take.
+    pub(super) room: u64,
+    pub(super) image: Reader,
+    pub(super) snapshot: Adapted,
+    /// What is known of where we are.
+    pub(super) probed: Cow<'a, Probed>,
+    /// What stands in the way already.
+    pub(super) obstacles: Vec<Obstacle>,
+    /// What the job has to do without, one sentence each.
+    pub(super) warnings: Vec<String>,
+}
+
+/// Reads an image, and looks at what can be told of it and the machine.
+///
+/// # Errors
+/// [`Error::Image`](crate::error::Error::Image) and [`Error::Metadata`](crate::error::Error::Metadata), and
+/// [`Error::Refused`](crate::error::Error::Refused) for an image of somebody else. What else is in the way is only noted.
+pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
+    open_file(ImageFile::open(request.image)?, request)
+}
+
+/// The same of an image that is open already.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_file<'a>(image: ImageFile, request: &'a Request<'a>) -> Result<Opened<'a>> {
+    open_trusted(image.ours()?, request)
+}
+
+/// The same of an image that we have just written, or made in memory.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opened<'a>> {
+    image.require_arch(Arch::native())?;
+    let mut room = match request.bounded {
+        true => snapshot::allowance(&image),
+        false => u64::MAX,
+    };
+    let snapshot = snapshot::read_within(&mut room, &image, request.image)?;
+    let probed = match request.probed {
+        Some(probed) => Cow::Borrowed(probed),
+        None => Cow::Owned(Probed::here()?),
+    };
+    let verdict = processor::judge(&snapshot, &probed.kernel.cpu);
+    let fewer_filters = seccomp::surroundings::fewer_here(snapshot.filters_around(), &probed.ours);
+    let warnings = verdict.warning().into_iter().chain(fewer_filters).collect();
+    let mut obstacles = verdict.obstacles;
+    let snapshot = Adapted::of(snapshot, request, &mut obstacles)?;
+    Ok(Opened {
+        request,
+        room,
+        image,
+        snapshot,
+        probed,
+        obstacles,
+        warnings,
+    })
+}
+
+impl<'a> Opened<'a> {
+    /// In whose name files are opened, if not in ours.
+    pub(super) fn rights(&self) -> Option<Rights> {
+        let (credentials, held) = host::credentials(&self.probed, &self.probed.ours.groups);
+        Rights::of(&self.snapshot, &credentials, held)
+    }
+
+    /// What the job was started to use of the processor.
+    pub fn baseline(&self) -> Option<Baseline> {
+        self.snapshot.host.baseline
+    }
+
+    /// Decides where the job has its pids, before anything is created.
+    ///
+    /// # Errors
+    /// [`Error::Refused`](crate::error::Error::Refused) with what forbids the one place that is left.
+    pub fn place(self, wanted: Pids) -> Result<Placed<'a>> {
+        Placed::of(self, wanted)
+    }
+
+    /// The job gets a namespace in any case, which is our own for a while.
+    pub fn place_in_namespace(self) -> Placed<'a> {
+        Placed::at(self, Place::Namespace(None))
+    }
+
+    /// Decides where the job would have its pids, and who would do the work; what is against it is noted.
+    ///
+    /// # Errors
+    /// Those of looking at this machine.
+    pub fn place_for_a_look(self) -> Result<Placed<'a>> {
+        Placed::for_a_look(self)
+    }
+}

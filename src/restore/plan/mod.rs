@@ -1,0 +1,6 @@
+//! From the decided snapshot to the plans.
+
+mod build;
+mod job;
+
+pub use job::{Job, Planned};

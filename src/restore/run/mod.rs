@@ -1,0 +1,9 @@
+//! The processes: created, executing their plans, and let go.
+
+pub mod driver;
+pub mod executor;
+pub mod fill;
+pub(super) mod handover;
+pub mod next_pid;
+pub mod spawn;
+pub mod stop;
