@@ -17,23 +17,34 @@ const BOTTOM: u64 = 0x1_0000_0000;
 /// stacks.
 const MARGIN: u64 = 4 << 20;
 
+/// The free ranges, ascending, with a margin around existing mappings. `taken` need not be sorted and may overlap.
+fn holes(taken: impl IntoIterator<Item = (u64, u64)>) -> impl Iterator<Item = (u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = taken.into_iter().collect();
+    ranges.sort_unstable();
+    let mut free_from = BOTTOM;
+    let holes = ranges.into_iter().chain([(TOP, TOP)]);
+    let holes = holes.map(move |(start, end)| {
+        let from = free_from.saturating_add(MARGIN);
+        free_from = free_from.max(end);
+        (from, start.min(TOP).saturating_sub(MARGIN))
+    });
+    holes.filter(|(from, to)| from < to)
+}
+
 /// Finds `len` free bytes, page aligned, with a margin around. The ranges need not be sorted and may overlap. Returns
 /// the highest hole that fits.
 pub fn find(taken: impl IntoIterator<Item = (u64, u64)>, len: u64) -> Option<u64> {
-    let mut ranges: Vec<(u64, u64)> = taken.into_iter().collect();
-    ranges.sort_unstable();
     let len = len.checked_next_multiple_of(4096)?;
-    let mut best = None;
-    let mut free_from = BOTTOM;
-    for (start, end) in ranges.into_iter().chain([(TOP, TOP)]) {
-        let from = free_from + MARGIN;
-        let to = start.min(TOP).saturating_sub(MARGIN);
-        if to > from && to - from >= len {
-            best = Some((to - len) & !4095);
-        }
-        free_from = free_from.max(end);
-    }
-    best
+    let fitting = holes(taken).filter(|(from, to)| to - from >= len);
+    fitting.last().map(|(_, to)| (to - len) & !4095)
+}
+
+/// The largest hole of this kind, page aligned: for a plan, whose length is only known once it is made.
+pub fn largest(taken: impl IntoIterator<Item = (u64, u64)>) -> Option<(u64, u64)> {
+    let pages = holes(taken).map(|(from, to)| (from.next_multiple_of(4096), to & !4095));
+    pages
+        .filter(|(from, to)| from < to)
+        .max_by_key(|(from, to)| to - from)
 }
 
 /// Whether the limits of a process with these mappings permit that much more memory. Unreadable limits are detected
@@ -104,6 +115,22 @@ mod tests {
         assert_eq!(at % 4096, 0);
         assert!(at + 12_288 + MARGIN <= 0x7f00_0000_0000);
         assert!(at >= 0x5555_1000_0000 + MARGIN);
+    }
+
+    #[test]
+    fn the_largest_hole_is_larger_than_all_others() {
+        let taken = [
+            (0x7f00_0000_0000, TOP),
+            (0x6000_0000_0000, 0x6800_0000_0000),
+            (0x1000_0000_0000, 0x2000_0000_0000),
+        ];
+        let hole = (0x2000_0000_0000 + MARGIN, 0x6000_0000_0000 - MARGIN);
+        assert_eq!(largest(taken), Some(hole));
+        // What is not at the end of a page keeps its distance, too.
+        let above = largest([(0, 0x5555_1000_0001), (0x5600_0000_0000, TOP)]);
+        let hole = (0x5555_1000_1000 + MARGIN, 0x5600_0000_0000 - MARGIN);
+        assert_eq!(above, Some(hole));
+        assert_eq!(largest([(0, TOP - 2 * MARGIN)]), None);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::objects::files::Staging;
 use crate::objects::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
-use crate::objects::plan::{Builder, HostState, Inherit, Plan};
+use crate::objects::plan::{HostState, Inherit, Plan};
 use crate::objects::process::Process;
 use crate::objects::processor::Refit;
 use crate::objects::vdso::Replaced;
@@ -209,21 +209,22 @@ impl<'a> Job<'a> {
             let at = place(len + align).ok_or_else(no_room)?;
             segment_at = at.next_multiple_of(align);
         }
-        // The size does not depend on the place, so the first plan is made for it alone.
-        let build = |base| {
-            let plan = Build {
-                job: self,
-                index,
-                process,
-                present,
-                shared_at: &shared_at,
-                aside,
-                segment_at,
-            };
-            plan.build(base).map(Builder::finish)
+        // How long a plan is shows when it is made, and its addresses are those of its place: so it begins where
+        // more is free than anywhere else.
+        let (base, end) = holes::largest(taken).ok_or_else(no_room)?;
+        let plan = Build {
+            job: self,
+            index,
+            process,
+            present,
+            shared_at: &shared_at,
+            aside,
+            segment_at,
         };
-        let base = place(build(0)?.len).ok_or_else(no_room)?;
-        let plan = build(base)?;
+        let plan = plan.build(base)?.finish();
+        if plan.len > end - base {
+            return Err(no_room());
+        }
         Ok(Planned { plan, shared_at })
     }
 }
