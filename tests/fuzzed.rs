@@ -6,6 +6,7 @@
 //! begins with. What was found once is kept in `fuzz/kept`.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ciborium::Value;
+use ckpt::objects::memory::FileIdentity;
 use ckpt_image::{Codec, Header, Reader};
 
 use crate::common::edit::rewritten;
@@ -355,17 +357,56 @@ fn kept() {
     });
 }
 
-/// Writes what fuzzing starts from, with the files of the jobs.
+/// Writes what fuzzing starts from, with the programs and files of the jobs. Each can be restored: of one that is refused no
+/// plan would be completed.
 fn write_bases(case: &Case, to: &Path, bases: &[(Header, Value)]) {
-    let files = to.join("files");
-    fs::create_dir_all(&files).expect("it can be made");
-    let mut copy = Command::new("cp");
-    run(case, copy.arg("-rT").arg(case.dir()).arg(&files)).ok();
+    let (files, programs) = (to.join("files"), to.join("programs"));
+    let fixtures = case.fixtures();
+    let places: [(&Path, &Path); 2] = [(case.dir(), &files), (&fixtures, &programs)];
+    for (from, to) in places {
+        fs::create_dir_all(to).expect("it can be made");
+        let mut copy = Command::new("cp");
+        run(
+            case,
+            copy.args(["-a", "--no-target-directory"]).args([from, to]),
+        )
+        .ok();
+    }
     for (name, (header, value)) in FIXTURES.iter().zip(bases) {
         let mut value = value.clone();
-        replace(&mut value, &[(case.dir(), &files)]);
+        replace(&mut value, &places);
+        identify(&mut value, to);
         let image = image(header, &encoded(&value), Codec::None);
-        fs::write(to.join(format!("{name}.ckpt")), image).expect("it can be written");
+        let path = to.join(format!("{name}.ckpt"));
+        fs::write(&path, image).expect("it can be written");
+        ckpt(case, ["check".as_ref(), path.as_os_str()]).ok();
+    }
+}
+
+/// Says of each file below a directory that it is the one that is there now.
+fn identify(value: &mut Value, below: &Path) {
+    match value {
+        Value::Map(entries) => {
+            let paths = entries.iter().filter_map(|(_, value)| value.as_bytes());
+            let mut paths = paths.map(|bytes| Path::new(OsStr::from_bytes(bytes)));
+            let path = paths.find(|path| path.starts_with(below));
+            let now = path.and_then(|path| fs::metadata(path).ok());
+            for (key, value) in entries {
+                match (key.as_text(), &now) {
+                    (Some("identity"), Some(now)) => {
+                        let was: FileIdentity = value.deserialized().expect("it is one");
+                        let now = FileIdentity {
+                            build_id: was.build_id,
+                            ..FileIdentity::of(now)
+                        };
+                        *value = Value::serialized(&now).expect("it is a record");
+                    }
+                    _ => identify(value, below),
+                }
+            }
+        }
+        Value::Array(elements) => elements.iter_mut().for_each(|value| identify(value, below)),
+        _ => {}
     }
 }
 

@@ -1,7 +1,7 @@
 //! Edits the snapshot of an image as the input says, and looks into the image: an error, obstacles or a plan, never a panic, a
 //! hang, or more memory than 64 MiB and four times the image.
 //!
-//! The first byte says which image of `bases/`, the others what is changed.
+//! The first byte says which image of `bases/` (or of the directory `CKPT_FUZZ_BASES`), the others what is changed.
 #![no_main]
 
 use std::path::Path;
@@ -22,7 +22,8 @@ use forging::Choices;
 
 /// Headers and snapshots of the images that are edited.
 static BASES: LazyLock<Vec<(Header, Value)>> = LazyLock::new(|| {
-    let bases = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/bases"));
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/bases");
+    let bases = std::fs::read_dir(std::env::var_os("CKPT_FUZZ_BASES").unwrap_or(own.into()));
     let bases = bases.expect("make fuzz has made it").flatten().map(|entry| entry.path());
     let mut bases: Vec<_> = bases.filter(|path| path.extension().is_some_and(|e| e == "ckpt")).collect();
     bases.sort();
