@@ -1,5 +1,4 @@
-//! The plan under construction: operations, the data they point to, and to which object each
-//! one belongs.
+//! The plan under construction: operations, their data, and the object to which each belongs.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -21,7 +20,7 @@ use crate::switches::Ours;
 use finished::List;
 pub use finished::{Part, Plan};
 
-/// What a thread shares with its creator, clone(2).
+/// The flags of clone(2) for a thread.
 const THREAD: i32 = libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -29,34 +28,34 @@ const THREAD: i32 = libc::CLONE_VM
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM;
 
-/// How a new task comes by a chosen id.
+/// How a new task gets a chosen id.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Means {
-    /// clone3(2) is told (`set_tid`).
+    /// `set_tid` of clone3(2).
     #[default]
     SetTid,
-    /// The kernel is told which id was the last (`/proc/sys/kernel/ns_last_pid`).
+    /// By writing the preceding id to `/proc/sys/kernel/ns_last_pid`.
     LastPid,
-    /// All ids before it are taken.
+    /// By using up all ids before it.
     Turns,
 }
 
-/// What a new process has before the plan sets anything, and what it may do.
+/// The state of a new process before the plan sets anything, and what it may do.
 #[derive(Clone, Debug, Default)]
 pub struct HostState {
-    /// How tasks come by their ids.
+    /// How tasks get their ids.
     pub means: Means,
     /// Our own credentials.
     pub credentials: Credentials,
     /// Our own scheduling.
     pub scheduling: Scheduling,
-    /// The capabilities that it has in force.
+    /// Its effective capabilities.
     pub held: Held,
-    /// In whose name it opens files, if not in ours.
+    /// The user with whose rights it opens files, if not ours.
     pub rights: Option<Rights>,
-    /// Whose its session keyring becomes, if it shall not have ours.
+    /// The owner of its session keyring, if it must not keep ours.
     pub keyring: Option<(u32, u32)>,
-    /// The job lives: what it holds of names and objects is free when it is restored.
+    /// The job is alive: the names and objects that it holds will be free when it is restored.
     pub leaving: bool,
     /// Our own switches.
     pub switches: Ours,
@@ -64,68 +63,68 @@ pub struct HostState {
     pub login_uid: Option<u32>,
     /// Our own memory policy.
     pub memory_policy: Option<MemoryPolicy>,
-    /// What security modules say of us, and what they let a new process become.
+    /// Our security contexts, and those that a new process may take.
     pub security: Surroundings,
 }
 
-/// A point at which the restorer hands over to the tracer.
+/// A point at which the restorer traps to the tracer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Every mapping that holds pages of the image is there and can be filled.
+    /// Every mapping with pages of the image exists and can be filled.
     Fill,
     /// The process leads its session or group, and has created its children.
     Born,
-    /// It is in its group; zombies and other helpers may end now.
+    /// It has joined its group; zombies and other temporary processes may end.
     Joined,
     /// All threads exist and are parked.
     Threads,
 }
 
-/// A descriptor that the new process gets from the restoring one.
+/// A descriptor that the new process inherits from `restore`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inherit {
     /// Its number in the new process until the plan has placed it.
     pub number: i32,
-    /// What it is.
+    /// Its kind.
     pub what: Inherited,
 }
 
-/// What is inherited.
+/// Kinds of inherited descriptors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Inherited {
     /// A memfd of the snapshot, by description.
     MemFd(usize),
-    /// A nameless file with contents from the image, opened as the description says.
+    /// A file without a name, with contents from the image, opened as the description says.
     DeletedFile(usize),
     /// A file with a name, by description.
     File(usize),
     /// A device, by description.
     Device(usize),
-    /// A read end of a FIFO, by the description of one of its ends.
+    /// The read end of a FIFO, by the description of one of its ends.
     Fifo(usize),
-    /// A mapped file, or a nameless one with its contents; writable or not.
+    /// A mapped file, or a nameless one with its contents; whether writable.
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),
     /// A pidfd of a process that has ended, by description.
     EndedProcess(usize),
-    /// Something without a name that is no regular file, by description.
+    /// A nameless object other than a regular file, by description.
     Removed(usize),
-    /// A directory without a name that processes are in, by removed thing.
+    /// A nameless directory used as working or root directory, by index of the removed objects.
     RemovedPlace(usize),
     /// A file of `/proc` of a process that has ended, by description.
     EndedProcFile(usize),
     /// An inotify descriptor without watches, by description.
     Inotify(usize),
-    /// One of our own descriptors, for something outside the job.
+    /// One of our own descriptors, for an object outside the job.
     Own(i32),
-    /// A description of a terminal that is made anew, by index.
+    /// A description of a terminal that is created anew, by index.
     Terminal(usize),
-    /// A terminal that controls a session of the job.
+    /// A controlling terminal of a session of the job.
     Leading(usize),
-    /// Our own terminal, by way of `/dev/tty` or not, with these flags.
+    /// Our own terminal, through `/dev/tty` or not, with these flags.
     OwnTerminal(bool, u32),
-    /// A terminal of the machine's, by description.
+    /// A terminal of the machine, by description.
     MachineTerminal(usize),
     /// A file that the user names, by `--fd` or `--replace-fd`.
     Named(PathBuf, u32),
@@ -137,22 +136,22 @@ struct Task {
     list: List,
     /// Its id.
     tid: i32,
-    /// Whose list creates it, as [`Builder::current`].
+    /// The list that creates it, as [`Builder::current`].
     creator: usize,
-    /// Where its [`ThreadPlan`] is.
+    /// Address of its [`ThreadPlan`].
     plan: u64,
-    /// Where its `struct clone_args` is, if it is created by clone3(2).
+    /// Address of its `struct clone_args`, if it is created by clone3(2).
     args: Option<u64>,
-    /// Which operation of its creator's creates it.
+    /// Index of the creating operation.
     created_at: usize,
-    /// Of a process, where its header is.
+    /// Of a process, address of its header.
     header: Option<u64>,
     /// [`ThreadPlan::end`].
     end: u64,
 }
 
-/// A plan under construction. Everything is placed from `base` on: the restorer, the stack of
-/// its first thread, then the data; operations and further stacks follow when it is finished.
+/// A plan under construction. Everything is placed from `base` on: the restorer, the stack of its first thread, then
+/// the data; operations and further stacks follow when it is finished.
 #[derive(Debug)]
 pub struct Builder {
     base: u64,
@@ -161,18 +160,18 @@ pub struct Builder {
     data: Vec<u8>,
     main: List,
     tasks: Vec<Task>,
-    /// Whose list is being appended to: 0 is the first thread's, else the task before.
+    /// The list that operations are appended to: 0 is the first thread's, otherwise that of task N-1.
     current: usize,
     objects: Vec<Box<str>>,
     stages: Vec<(usize, usize, Stage)>,
     aims: Vec<(usize, usize, i32)>,
     warnings: Vec<String>,
     conditional: Vec<(usize, usize, String)>,
-    /// Operations whose first operand is the answer of an earlier one: list, the operation, the earlier.
+    /// Operations whose first operand is the result of an earlier one: list, the operation, the earlier.
     answers: Vec<(usize, usize, usize)>,
     inherit: Vec<Inherit>,
     host: HostState,
-    /// Bytes of memory that it may still take; none when it has wanted more, and holds only a part.
+    /// Bytes of memory that it may still use; `None` after it exceeded that and is incomplete.
     room: Option<u64>,
 }
 
@@ -201,7 +200,7 @@ impl Builder {
         }
     }
 
-    /// The same, which takes at most so many bytes of memory.
+    /// The same with a limit of its memory in bytes.
     pub fn within(self, room: u64) -> Self {
         Self {
             room: Some(room),
@@ -209,23 +208,23 @@ impl Builder {
         }
     }
 
-    /// Whether it would take more memory than it may.
+    /// Whether it exceeded that limit.
     pub fn is_too_large(&self) -> bool {
         self.room.is_none()
     }
 
-    /// What it asks for.
+    /// The descriptors that it inherits.
     pub fn inherited(self) -> Vec<Inherit> {
         self.inherit
     }
 
-    /// Whether there is room for so many bytes more.
+    /// Whether that many bytes are left.
     fn takes(&mut self, bytes: usize) -> bool {
         self.room = self.room.and_then(|room| room.checked_sub(bytes as u64));
         self.room.is_some()
     }
 
-    /// What the new process has already.
+    /// The initial state of the new process.
     pub fn host(&self) -> &HostState {
         &self.host
     }
@@ -241,7 +240,7 @@ impl Builder {
         self.data_base + at as u64
     }
 
-    /// Adds bytes that begin a page; returns their address.
+    /// Adds bytes, page aligned; returns their address.
     pub fn pages(&mut self, bytes: &[u8]) -> u64 {
         let next = self.data_base + self.data.len() as u64;
         let gap = next.next_multiple_of(4096) - next;
@@ -249,7 +248,7 @@ impl Builder {
         self.data(bytes)
     }
 
-    /// Room for the kernel to write into.
+    /// Reserves memory for the kernel to write to.
     pub fn reserve(&mut self, len: usize) -> u64 {
         if !self.takes(2 * len) {
             return self.data_base;
@@ -259,7 +258,7 @@ impl Builder {
         self.data_base + at as u64
     }
 
-    /// A path as a C string.
+    /// Adds a path as a C string.
     pub fn path(&mut self, path: &Path) -> u64 {
         let mut bytes = path.as_os_str().as_bytes().to_vec();
         bytes.push(0);
@@ -271,19 +270,18 @@ impl Builder {
         self.push(Op::syscall(nr, six(args)), object());
     }
 
-    /// A system call with the answer that it must give.
+    /// A system call with a required result.
     pub fn expect(&mut self, nr: i64, args: &[u64], answer: u64, object: impl FnOnce() -> String) {
         self.push(Op::syscall(nr, six(args)).expecting(answer), object());
     }
 
-    /// A system call with the answer that it must give; its first operand is the address of a word
-    /// that an earlier one has had written.
+    /// A system call with a required result; its first operand is the address of a word that an earlier one stores.
     pub fn loading(&mut self, nr: i64, args: &[u64], answer: u64, object: impl FnOnce() -> String) {
         let op = Op::syscall(nr, six(args)).expecting(answer).loading();
         self.push(op, object());
     }
 
-    /// A system call that may fail, which then is told as a warning.
+    /// A system call that may fail; a failure is reported as a warning.
     pub fn try_syscall(&mut self, nr: i64, args: &[u64], warning: &str) {
         self.push(Op::syscall(nr, six(args)).may_fail(), warning.to_owned());
         let index = self.list().ops.len() - 1;
@@ -291,13 +289,12 @@ impl Builder {
         self.conditional.push((list, index, warning.to_owned()));
     }
 
-    /// A system call of which nobody needs to know whether it succeeded.
+    /// A system call whose failure is ignored.
     pub fn attempt(&mut self, nr: i64, args: &[u64], object: impl FnOnce() -> String) {
         self.push(Op::syscall(nr, six(args)).may_fail(), object());
     }
 
-    /// The same; its first operand is what the last but `back` operation has answered (a descriptor,
-    /// say; nothing good comes of an error).
+    /// The same; its first operand is the result of the operation `back` before the last (a descriptor, for example).
     pub fn attempt_with_answer(
         &mut self,
         nr: i64,
@@ -310,44 +307,44 @@ impl Builder {
         self.push(Op::syscall(nr, six(args)).may_fail().loading(), object());
     }
 
-    /// Loads components of the processor's state, from an XSAVE area at the beginning of a page.
+    /// Loads components of the processor's extended state, from a page-aligned XSAVE area.
     pub fn load_state(&mut self, area: u64, components: u64, object: impl FnOnce() -> String) {
         let op = Op::other(OpKind::LoadState, [area, components, 0, 0, 0, 0]);
         self.push(op, object());
     }
 
-    /// Hands over to the tracer, in the list of a process that the plan creates.
+    /// Traps to the tracer, in the list of a process that the plan creates.
     pub fn pause(&mut self) {
         self.push(Op::other(OpKind::Trap, [0; 6]), "helper process".into());
     }
 
-    /// Hands over to the tracer.
+    /// Traps to the tracer.
     pub fn stage(&mut self, stage: Stage) {
         let index = self.list().ops.len();
         self.stages.push((self.current, index, stage));
         self.push(Op::other(OpKind::Trap, [0; 6]), format!("stage {stage:?}"));
     }
 
-    /// Notes something that will not be as it was.
+    /// Records a difference from the checkpointed state.
     pub fn warn(&mut self, warning: String) {
         self.warnings.push(warning);
     }
 
-    /// Asks for a descriptor.
+    /// Requests a descriptor.
     pub fn inherit(&mut self, number: i32, what: Inherited) {
         self.inherit.push(Inherit { number, what });
     }
 
-    /// Creates a thread with that id; `fill` appends what it does for itself.
+    /// Creates a thread with that id; `fill` appends its operations.
     pub fn thread(&mut self, tid: i32, fill: impl FnOnce(&mut Self)) {
         let object = format!("thread {tid}");
         self.task(PARKS, tid, (THREAD as u64, 0), object, fill);
     }
 
-    /// Creates a process with that id by clone(2) with `flags`, which sends its parent `signal` at
-    /// its end; `fill` appends what it does.
+    /// Creates a process with that id by clone(2) with `flags` and the exit signal `signal`; `fill` appends its
+    /// operations.
     pub fn process(&mut self, pid: i32, flags: i32, signal: i32, fill: impl FnOnce(&mut Self)) {
-        // A child of the parent's parent sends the signal that we send ourselves (clone(2)).
+        // With CLONE_PARENT the exit signal is the creator's own (clone(2)).
         let signal = match flags & libc::CLONE_PARENT {
             0 => signal as u64,
             _ => 0,
@@ -356,10 +353,9 @@ impl Builder {
         self.task(TRAPS, pid, (flags as u64, signal), object, fill);
     }
 
-    /// Sends an *envoy*: a process with that id, which shares memory and descriptors with its
-    /// creator, does what `fill` appends in its own name, and is gone before its creator goes on.
-    /// If it cannot be created, or an operation of it fails, its creator does what `otherwise`
-    /// appends, with a warning.
+    /// Creates an *envoy*: a process with that id, which shares memory and descriptors with its creator, executes
+    /// what `fill` appends under its own pid, and ends before its creator continues. If it cannot be created, or one
+    /// of its operations fails, its creator executes what `otherwise` appends, with a warning.
     pub fn envoy(
         &mut self,
         pid: i32,
@@ -367,14 +363,14 @@ impl Builder {
         fill: impl FnOnce(&mut Self),
         otherwise: impl FnOnce(&mut Self),
     ) {
-        // Nobody traces it: it is as good as a call of its creator, which waits for it.
+        // Untraced, like a call of its creator, which waits for it.
         const FLAGS: i32 = libc::CLONE_VM
             | libc::CLONE_VFORK
             | libc::CLONE_FILES
             | libc::CLONE_FS
             | libc::CLONE_UNTRACED;
         if self.host.means != Means::SetTid {
-            // The tracer would have to see to it that it gets its id.
+            // Without set_tid the tracer would have to provide the id.
             self.warn(warning.to_owned());
             return otherwise(self);
         }
@@ -392,15 +388,15 @@ impl Builder {
         ops[index].args[1] = (ops.len() - index - 1) as u64;
     }
 
-    /// A thread does what `fill` appends, and is gone before its creator goes on. It has the id `tid` where that
-    /// may be chosen; else another one, which is written to `id_at`.
+    /// Creates a thread that executes what `fill` appends, and ends before its creator continues. Its id is `tid` if
+    /// ids may be chosen; otherwise another one, which is written to `id_at`.
     pub fn passing_thread(
         &mut self,
         (tid, id_at): (i32, u64),
         object: &str,
         fill: impl FnOnce(&mut Self),
     ) {
-        // Nobody traces it: it is as good as a call of its creator, which waits for it.
+        // Untraced, like a call of its creator, which waits for it.
         const FLAGS: i32 = THREAD | libc::CLONE_VFORK | libc::CLONE_UNTRACED;
         let plan = self.reserve(size_of::<ThreadPlan>());
         let created_at = self.list().ops.len();
@@ -428,7 +424,7 @@ impl Builder {
         });
         fill(self);
         self.current = outer;
-        // Fails if it has.
+        // Fails if it has completed.
         let done = Op::other(OpKind::Unless, [header, 0, 0, 0, 0, 0]);
         self.push(done, object.to_owned());
     }
@@ -453,7 +449,7 @@ impl Builder {
                 let op = Op::create(kind, libc::SYS_clone3, [plan, args, 88, 0]);
                 (Some(args), op)
             }
-            // The tracer sees to it that it gets its id; its stack is known at the end.
+            // The tracer provides the id; the stack is known at the end.
             Means::LastPid | Means::Turns => {
                 let index = self.list().ops.len();
                 self.aims.push((self.current, index, tid));
@@ -481,7 +477,7 @@ impl Builder {
         self.current = outer;
     }
 
-    /// A `struct clone_args` that asks for an id; its stack is written at the end.
+    /// A `struct clone_args` with a requested id; its stack is written at the end.
     fn clone_args(&mut self, tid: i32, flags: u64, exit_signal: u64) -> u64 {
         let ids = self.data(&tid.to_le_bytes());
         let args = self.reserve(88);
@@ -492,7 +488,7 @@ impl Builder {
         args
     }
 
-    /// Waits until all threads that the process has created are parked.
+    /// Waits until all threads of the process are parked.
     pub fn join(&mut self) {
         self.push(Op::other(OpKind::Join, [0; 6]), "threads".into());
     }
@@ -514,7 +510,7 @@ impl Builder {
 
     fn push(&mut self, op: Op, object: String) {
         let is_new = self.objects.last().is_none_or(|last| **last != *object);
-        // In the list, and as the restorer reads it.
+        // In the list, and in the restorer's layout.
         let bytes = 2 * size_of::<Op>() + if is_new { 40 + object.len() } else { 0 };
         if !self.takes(bytes) && !self.list().ops.is_empty() {
             return;

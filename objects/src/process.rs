@@ -1,4 +1,4 @@
-//! One process: what its threads share.
+//! A process (thread group): the state that its threads share.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -48,15 +48,14 @@ pub struct Process {
     /// Its id.
     #[serde(deserialize_with = "bounds::pid")]
     pub pid: i32,
-    /// Its parent's id; 0 when the parent is not part of what it can see.
+    /// Its parent's id; 0 when the parent is outside its pid namespace.
     #[serde(deserialize_with = "bounds::pid")]
     pub parent: i32,
-    /// It was forked by its parent and has executed nothing else since: it shares unchanged pages
-    /// with it.
+    /// It was forked by its parent, without an exec since: unchanged pages are shared with it.
     pub forked: bool,
-    /// What it shares with its parent beyond what a fork leaves shared.
+    /// What it shares with its parent, other than after a fork.
     pub shares: Shares,
-    /// The signal that tells its parent of its end, 0 for none.
+    /// Its exit signal, 0 for none.
     #[serde(default = "sigchld")]
     #[serde(deserialize_with = "bounds::signal")]
     pub exit_signal: i32,
@@ -68,13 +67,13 @@ pub struct Process {
     pub session: i32,
     /// Its controlling terminal, by index in the snapshot's terminals.
     pub terminal: Option<usize>,
-    /// The signal that had stopped it when the checkpoint began, if one had.
+    /// The signal of the group stop in which the checkpoint found it.
     #[serde(default, deserialize_with = "bounds::signal")]
     pub stopped: Option<i32>,
-    /// Children that are stopped and whose stop it has not been told by wait(2) yet.
+    /// Stopped children whose stop wait(2) has not reported to it yet.
     #[serde(deserialize_with = "bounds::pid")]
     pub untold_stops: Vec<i32>,
-    /// Children that go on after a stop, of which it has not been told by wait(2) yet.
+    /// Continued children that wait(2) has not reported to it yet.
     #[serde(default, deserialize_with = "bounds::pid")]
     pub untold_continues: Vec<i32>,
     /// Command line, `\0` after each argument.
@@ -84,10 +83,10 @@ pub struct Process {
     pub memory: AddressSpace,
     /// Threads; the first one is the leader.
     pub threads: Vec<Thread>,
-    /// Actions that are not the default.
+    /// Actions other than the default.
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub actions: Vec<Action>,
-    /// Signals waiting for the process.
+    /// Signals pending for the process.
     pub pending: Vec<Pending>,
     /// Interval timers.
     pub interval_timers: IntervalTimers,
@@ -97,10 +96,10 @@ pub struct Process {
     pub fds: Vec<FdEntry>,
     /// POSIX locks, each with a descriptor of the file.
     pub record_locks: Vec<(i32, Lock)>,
-    /// Of whose next messages it is told, mq_notify(3).
+    /// Its registrations for notification, mq_notify(3).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notices: Vec<Notice>,
-    /// Which of them were removed.
+    /// Its directories that were removed.
     #[serde(default)]
     pub removed: RemovedPlaces,
     /// Current directory.
@@ -122,7 +121,7 @@ pub struct Process {
     /// Control groups.
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub cgroups: Vec<Cgroup>,
-    /// Processor state that it may use.
+    /// Permitted dynamic processor state.
     #[serde(default)]
     pub dynamic_state: DynamicState,
     /// `/proc/PID/oom_score_adj`.
@@ -130,18 +129,18 @@ pub struct Process {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: Option<u32>,
-    /// The nice value of its autogroup (sched(7)), where there are any.
+    /// The nice value of its autogroup (sched(7)), if the kernel has autogroups.
     #[serde(default, deserialize_with = "bounds::nice")]
     pub autogroup_nice: Option<i32>,
-    /// `/proc/PID/loginuid`, where there is audit; `u32::MAX` is unset.
+    /// `/proc/PID/loginuid`, if the kernel has audit; `u32::MAX` is unset.
     #[serde(default)]
     pub login_uid: Option<u32>,
-    /// What its end does to semaphores; those that it shares with its parent are with that one.
+    /// Its semaphore adjustments (`SEM_UNDO`); those shared with its parent are in the parent's record.
     #[serde(default)]
     pub semaphore_adjustments: Vec<Adjustment>,
 }
 
-/// A working and a root directory without a name, among the snapshot's removed things.
+/// Removed working and root directory, by index of the snapshot's removed objects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemovedPlaces {
     /// The working directory.
@@ -168,7 +167,7 @@ pub struct Shares {
     /// Signal actions (`CLONE_SIGHAND`).
     #[serde(default)]
     pub actions: bool,
-    /// Adjustments of semaphores (`CLONE_SYSVSEM`).
+    /// Semaphore adjustments (`CLONE_SYSVSEM`).
     #[serde(default)]
     pub adjustments: bool,
 }
@@ -195,8 +194,8 @@ impl Process {
     }
 }
 
-/// What can be captured of a process without executing anything in it. Also the heart of
-/// `ckpt check`, since it finds everything that stands in the way.
+/// What can be captured of a process without executing anything in it. `ckpt check` uses it, since it finds all
+/// obstacles.
 pub struct FromOutside {
     /// Mappings, as the kernel lists them.
     pub vmas: Vec<Vma>,
@@ -210,16 +209,16 @@ pub struct FromOutside {
     pub terminal: Option<usize>,
     /// POSIX locks, by descriptor.
     pub record_locks: Vec<(i32, Lock)>,
-    /// Of which messages it is told, with cookies that [`notice::learn`] finds out.
+    /// Its registrations with message queues; [`notice::learn`] adds the cookies.
     pub notices: Vec<Notice>,
-    /// Which pages are to be stored.
+    /// Reads the page tables.
     pub scanner: PagemapScanner,
 }
 
-/// How closely memory is looked at.
+/// How much of the memory is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
-    /// Mappings without their flags: nothing that costs time with the size of the memory.
+    /// Mappings without their flags: no cost in proportion to the memory.
     Glance,
     /// With flags and guard pages, for which the kernel walks the page tables.
     Full,
@@ -278,7 +277,7 @@ pub fn capture_from_outside(
     Ok(all)
 }
 
-/// The processes with their mappings; those who have their parent's memory come without.
+/// The processes with their mappings; those that share their parent's memory are left out.
 pub fn address_spaces<'a>(
     sources: &[&'a Source],
     outside: &'a [FromOutside],
@@ -311,7 +310,7 @@ fn memory_from_outside(
     Ok((vmas, memory))
 }
 
-/// The working directory and the root directory can be found or made again.
+/// Checks that the working directory and the root directory can be found or recreated.
 fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlaces> {
     let mut places = RemovedPlaces::default();
     for name in ["cwd", "root"] {
@@ -341,7 +340,7 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlac
         if reachable {
             continue;
         }
-        // What descriptors several processes have in common, one of them puts into their places.
+        // Of several processes that share a descriptor table, one fills it.
         let shared = collector.shares(source.pid);
         let found = match shared.files && !shared.fs {
             true => None,
@@ -365,33 +364,33 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlac
     Ok(places)
 }
 
-/// The name of something of which the kernel says that it was deleted.
+/// The path without the kernel's ` (deleted)`.
 fn without_deleted(link: &Path) -> Option<PathBuf> {
     let name = link.as_os_str().as_bytes().strip_suffix(b" (deleted)")?;
     Some(PathBuf::from(OsStr::from_bytes(name)))
 }
 
-/// What a process has to do with the others of the job.
+/// The relations of a process to others in the job.
 pub struct InJob<'a> {
-    /// Where its pages go, unless it has its parent's memory.
+    /// The space for its pages, unless it shares its parent's memory.
     pub space: SpaceId,
     /// Its parent, if that belongs to the job.
     pub parent: Option<&'a Process>,
-    /// What it shares with it.
+    /// What it shares with its parent.
     pub shares: Shares,
-    /// Its children that are stopped.
+    /// Its stopped children.
     pub stopped_children: &'a [i32],
-    /// Its children that are not.
+    /// Its other children.
     pub running_children: &'a [i32],
     /// The job's objects of the IPC namespace.
     pub ipc: &'a Ipc,
-    /// Of all tasks of the job.
+    /// The statuses of all tasks of the job.
     pub statuses: &'a Statuses,
-    /// By which Landlock is noticed.
+    /// Probe processes that detect Landlock.
     pub bystanders: &'a Bystanders,
 }
 
-/// What `/proc/PID/task/TID/status` says of frozen tasks: it takes long to read, and is read once.
+/// `/proc/PID/task/TID/status` of frozen tasks: reading it is slow, so it is read once.
 pub type Statuses = HashMap<Tid, Status>;
 
 impl InJob<'_> {
@@ -401,11 +400,11 @@ impl InJob<'_> {
     }
 }
 
-/// Room for the answers of remote calls.
+/// Scratch memory for the results of remote calls.
 const SCRATCH: u64 = 16 * 1024;
 
-/// Captures a frozen process. One thread after the other is made ready for remote
-/// calls, the leader first; the scratch memory goes from hand to hand.
+/// Captures a frozen process. One thread after the other is prepared for remote calls, the leader first; the scratch
+/// memory is handed over between them.
 pub fn capture(
     frozen: &mut Frozen,
     source: &Source,
@@ -470,7 +469,7 @@ pub fn capture(
     }
     calls.finish()?;
     if has_segments {
-        // The whole table takes more scratch memory than all else.
+        // The whole table takes more scratch memory than everything else.
         let leader = &mut frozen.tasks_mut()[0];
         process.memory.segments = local_segments(leader, source, &vmas, &cave)?;
     }
@@ -499,8 +498,8 @@ fn scratch(source: &Source, vmas: &[Vma], bytes: u64) -> Result<Scratch> {
 /// `PR_GET_CHILD_SUBREAPER`.
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 
-/// Which of these children wait(2) would still tell the process about, of their stop (`WSTOPPED`) or that they
-/// go on (`WCONTINUED`): asked without taking it (`WNOWAIT`).
+/// Children whose stop (`WSTOPPED`) or continuation (`WCONTINUED`) wait(2) would still report to the process, queried
+/// with `WNOWAIT`.
 fn untold(calls: &mut RemoteCalls<'_>, what: i32, children: &[i32]) -> Result<Vec<i32>> {
     let options = what | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
     /// `si_pid` in `siginfo_t`.
@@ -513,7 +512,7 @@ fn untold(calls: &mut RemoteCalls<'_>, what: i32, children: &[i32]) -> Result<Ve
         Ok(i32::from_le_bytes(calls.read_scratch(SI_PID)?))
     };
     let mut untold = Vec::new();
-    // Mostly there is nothing to tell of any.
+    // Usually there is nothing to report.
     if !children.is_empty() && ask(libc::P_ALL, 0)? != 0 {
         for &child in children {
             if ask(libc::P_PID, child)? == child {
@@ -524,8 +523,8 @@ fn untold(calls: &mut RemoteCalls<'_>, what: i32, children: &[i32]) -> Result<Ve
     Ok(untold)
 }
 
-/// What `mlockall` has asked for mappings to come: nothing tells, but a new mapping shows it,
-/// and the scratch memory is one. Asked only where something is locked at all.
+/// The flags of `mlockall` for future mappings cannot be read, but a new mapping shows them, and the scratch memory
+/// is one. Checked only if something is locked.
 fn lock_future(calls: &mut RemoteCalls<'_>, vmas: &[Vma]) -> Result<u32> {
     if !vmas.iter().any(|v| v.flags.contains(VmFlags::LOCKED)) {
         return Ok(0);

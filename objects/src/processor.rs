@@ -1,8 +1,7 @@
-//! The processor: what a program may have seen of it, and the state components that its threads
-//! have.
+//! The processor: the features that a program may have detected, and the state components of its threads.
 //!
-//! A program asks once what the processor can do and relies on it ever after, so a restore wants
-//! all of it again; only a program that was started with less ([`Baseline`]) needs no more.
+//! A program detects features once and relies on them ever after, so a restore needs all of them; only a program
+//! started with a [`Baseline`] needs fewer.
 
 use ckpt_tracer::features::Cpu;
 use serde::{Deserialize, Serialize};
@@ -23,19 +22,19 @@ pub use shown::{Answer, shown};
 pub struct Processor {
     /// Vendor, `GenuineIntel` …
     pub vendor: String,
-    /// Model, as the processor calls itself.
+    /// Brand string.
     pub model: String,
     /// Family, model and stepping (leaf 1 of cpuid, `eax`).
     pub signature: u32,
-    /// What cpuid tells of features.
+    /// The feature words of cpuid.
     #[serde(deserialize_with = "bounds::few::<_, _, 256>")]
     pub words: Vec<Word>,
-    /// State components behind x87 and SSE that are enabled; ascending.
+    /// Enabled state components other than x87 and SSE; ascending.
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub components: Vec<Component>,
 }
 
-/// A register of an answer of cpuid.
+/// An output register of cpuid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Word {
     /// Leaf.
@@ -49,7 +48,7 @@ pub struct Word {
     pub bits: u32,
 }
 
-/// A state component in an XSAVE area of the standard format, which signal frames have.
+/// A state component in an XSAVE area of the standard format, which signal frames use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Component {
     /// Its bit in `XCR0`.
@@ -64,12 +63,12 @@ pub struct Component {
 }
 
 impl Processor {
-    /// The one that we run on.
+    /// The processor on which we run.
     pub fn here() -> Self {
         Self::from(&Cpu::probe())
     }
 
-    /// The state components that are enabled on the one that we run on, `XCR0`.
+    /// Its enabled state components, `XCR0`.
     pub fn enabled_here() -> u64 {
         Cpu::probe().xcr0
     }
@@ -108,17 +107,17 @@ impl From<&Cpu> for Processor {
     }
 }
 
-/// What a restore on another processor meets.
+/// Result of comparing two processors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// What stands in its way.
+    /// Obstacles to the restore.
     pub obstacles: Vec<Obstacle>,
-    /// Features that are missing here and that the job was started not to use.
+    /// Features that are missing here, but outside the job's baseline.
     pub forgone: Vec<&'static str>,
 }
 
 impl Verdict {
-    /// What the user should know of a restore that goes on.
+    /// The warning for a restore that proceeds.
     pub fn warning(&self) -> Option<String> {
         (!self.forgone.is_empty()).then(|| {
             format!(
@@ -130,7 +129,7 @@ impl Verdict {
     }
 }
 
-/// Features that the job needs of a processor.
+/// Features that the job needs.
 pub fn needed(host: &Host) -> Vec<&'static str> {
     let mut seen = host.processor.features();
     if let Some(baseline) = host.baseline {
@@ -139,7 +138,7 @@ pub fn needed(host: &Host) -> Vec<&'static str> {
     seen
 }
 
-/// Compares the processor of the checkpoint with one.
+/// Compares the processor of the checkpoint with another one.
 pub fn judge(snapshot: &Snapshot, now: &Cpu) -> Verdict {
     let here = Processor::from(now);
     let features = here.features();
@@ -165,7 +164,7 @@ pub fn judge(snapshot: &Snapshot, now: &Cpu) -> Verdict {
 const REMEDY: &str = "restore it on a machine with the same or a newer processor; programs started \
                       by ckpt run --cpu-baseline need less";
 
-/// State components that are not here and that the job has, or may want to have.
+/// State components that are missing here and that the job has, or may request.
 fn state_missing(snapshot: &Snapshot, xcr0: u64) -> Option<Obstacle> {
     let missing = snapshot.host.xcr0 & !xcr0;
     let mut threads = snapshot.processes.iter().flat_map(|p| &p.threads);
@@ -181,7 +180,7 @@ fn state_missing(snapshot: &Snapshot, xcr0: u64) -> Option<Obstacle> {
         let remedy = "restore it on a machine with the same or a newer processor";
         return Some(Obstacle::new(format!("thread {tid}"), reason, remedy));
     }
-    // Started with less, it does not ask for it.
+    // With a baseline it does not request it.
     if missing == 0 || snapshot.host.baseline.is_some() {
         return None;
     }
@@ -192,8 +191,8 @@ fn state_missing(snapshot: &Snapshot, xcr0: u64) -> Option<Obstacle> {
     Some(Obstacle::new("the job", reason, REMEDY))
 }
 
-/// Whatever the program has saved itself has the old places; one that was started to use less is
-/// taken not to look ([`Refit`] sees to the rest).
+/// State that the program itself has saved is in the old layout; a program with a baseline is assumed not to read it
+/// ([`Refit`] handles the rest).
 fn laid_out_otherwise(host: &Host, now: &Processor) -> Option<Obstacle> {
     if host.baseline.is_some() {
         return None;
@@ -218,13 +217,12 @@ fn laid_out_otherwise(host: &Host, now: &Processor) -> Option<Obstacle> {
     })
 }
 
-/// Components that glibc's dynamic linker saves when a function is called for the first time
-/// (`STATE_SAVE_MASK`, sysdeps/x86/sysdep.h): SSE, AVX, MPX, AVX-512, APX.
+/// Components that glibc's dynamic linker saves at the first call of a function (`STATE_SAVE_MASK`,
+/// sysdeps/x86/sysdep.h): SSE, AVX, MPX, AVX-512, APX.
 const SAVED_BY_LINKER: u64 = 0b1110_1110 | 1 << 19;
 
-/// The dynamic linker reckons once how much room they take. With XSAVEC, those that are not in use take
-/// none later; without it, all that the processor has are written, and would be written over whatever
-/// is beside that room.
+/// The dynamic linker computes once how much room they take. With XSAVEC, unused components take none later; without
+/// it, all components of the processor are written, possibly past that room.
 fn overflows(host: &Host, xcr0: u64) -> Option<Obstacle> {
     let features = host.processor.features();
     let has = |feature| features.contains(&feature);
@@ -247,18 +245,17 @@ fn overflows(host: &Host, xcr0: u64) -> Option<Obstacle> {
     Some(Obstacle::new("the job", reason, remedy))
 }
 
-/// Where the header of an XSAVE area begins; `XSTATE_BV` is its first word (Intel SDM volume 1,
-/// 13.4.2).
+/// Offset of the XSAVE header; `XSTATE_BV` is its first word (Intel SDM volume 1, 13.4.2).
 pub(super) const HEADER: usize = 512;
-/// Where the first component behind the header may begin.
+/// Smallest offset of a component after the header.
 pub(super) const COMPONENTS: usize = 576;
 
-/// Protection keys (pkeys(7)): bit of the component, and what the kernel gives every thread
-/// (`init_pkru`, arch/x86/mm/pkeys.c).
+/// Protection keys (pkeys(7)): the component's bit, and the kernel's initial value (`init_pkru`,
+/// arch/x86/mm/pkeys.c).
 const PKRU: (u32, u32) = (9, 0x5555_5554);
 
-/// Components that a state is not to be had without. Every thread has access rights of protection
-/// keys; those that it was born with are for keys that it does not have.
+/// Components that a thread's state requires. Every thread has access rights for protection keys; the initial value
+/// concerns only keys that are not allocated.
 fn needed_of(xstate: &[u8], components: &[Component]) -> u64 {
     let (number, at_birth) = PKRU;
     let keys = components.iter().find(|c| c.number == number);
@@ -301,7 +298,7 @@ mod tests {
     use super::*;
     use crate::fixture;
 
-    /// A machine, and a snapshot that was taken on it.
+    /// The processor on which we run, and a snapshot taken on it.
     fn here() -> (Cpu, Snapshot) {
         let cpu = Cpu::probe();
         let mut snapshot = fixture::snapshot();
@@ -310,7 +307,7 @@ mod tests {
         (cpu, snapshot)
     }
 
-    /// The machine without these features.
+    /// The processor without these features.
     fn without(mut cpu: Cpu, names: &[&str]) -> Cpu {
         for feature in features::ALL.iter().filter(|f| names.contains(&f.name)) {
             for word in &mut cpu.words {
@@ -385,10 +382,10 @@ mod tests {
         snapshot.host.binds_at_once = true;
         assert_eq!(why(&snapshot, &cpu), [""; 0]);
         snapshot.host.binds_at_once = false;
-        // It is told not to use XSAVE.
+        // The baseline disables XSAVE.
         snapshot.host.baseline = Some(Baseline::V2);
         assert_eq!(why(&snapshot, &cpu), [""; 0]);
-        // It has XSAVEC, and is told not to use it.
+        // It has XSAVEC, which the baseline disables.
         snapshot.host.processor.words = Processor::from(&cpu).words;
         snapshot.host.baseline = Some(Baseline::V3);
         assert_eq!(why(&snapshot, &cpu).len(), 1);
@@ -407,7 +404,7 @@ mod tests {
         );
     }
 
-    /// Two machines: one with AVX alone, one with a component behind it.
+    /// Two processors: one with AVX only, one with a further component.
     #[test]
     fn a_state_fits_a_larger_and_a_smaller_machine() {
         let avx = Component {
@@ -454,7 +451,7 @@ mod tests {
         assert_eq!(down[HEADER..HEADER + 2], [0b11, 0]);
         assert_eq!(down[576..], large[576..832]);
 
-        // On a processor of another vendor the second one is farther up.
+        // On a processor of another vendor the second one has a higher offset.
         let far = Component {
             offset: 2688,
             ..keys

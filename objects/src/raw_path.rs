@@ -1,7 +1,7 @@
-//! Paths of records. A path is bytes, which need not be UTF-8 (path_resolution(7)), and serde writes no other. So one
-//! that is not UTF-8 is a byte string in the image, any other one text.
+//! Paths in records. A path is bytes, which need not be UTF-8 (path_resolution(7)), and serde only supports UTF-8. So
+//! a path that is not UTF-8 is a byte string in the image, any other one is text.
 //!
-//! For fields: `#[serde(with = "raw_path")]`, of whatever [`Raw`] is implemented for.
+//! For fields: `#[serde(with = "raw_path")]`, for every type that implements [`Raw`].
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -11,13 +11,13 @@ use std::path::PathBuf;
 use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// What has paths in it.
+/// A type that contains paths.
 pub trait Raw: Sized {
-    /// The same, in the form in which it is written.
+    /// The serialized form.
     type Form: Serialize + DeserializeOwned;
-    /// To be written.
+    /// Converts to the serialized form.
     fn to_form(&self) -> Self::Form;
-    /// As it was.
+    /// Converts back.
     fn from_form(form: Self::Form) -> Self;
 }
 
@@ -37,7 +37,7 @@ pub fn deserialize<'de, T: Raw, D: Deserializer<'de>>(deserializer: D) -> Result
     T::Form::deserialize(deserializer).map(T::from_form)
 }
 
-/// A path as it is written.
+/// A path in its serialized form.
 #[derive(Debug)]
 pub struct Form(PathBuf);
 

@@ -1,9 +1,7 @@
-//! Whether everything in a snapshot that refers to something else refers to something that is
-//! there, and whether the pages in the image belong somewhere.
+//! Checks that all references in a snapshot are valid, and that all pages in the image belong to a space.
 //!
-//! A digest tells that an image is what was written; it does not tell that what was written can
-//! be believed. Restoring relies on these checks, so they bear any snapshot that decodes: they
-//! index nothing unchecked, and their cost is that of sorting what is there.
+//! Digests show that an image is as it was written, not that its contents are valid. A restore relies on these
+//! checks, so they accept any snapshot that decodes: they index nothing unchecked, and cost no more than sorting.
 
 mod family;
 mod files;
@@ -20,14 +18,14 @@ use crate::Snapshot;
 use crate::process::Process;
 use crate::thread::Thread;
 
-/// More faults than this are counted and not described.
+/// Further faults are counted but not described.
 const MAX_FAULTS: usize = 100;
 /// Linux has signals 1 to 64.
 const LAST_SIGNAL: u32 = 64;
 /// `TASK_COMM_LEN` without the NUL.
 const NAME_BYTES: usize = 15;
 
-/// Everything that does not fit together, one sentence each; empty when the image can be believed.
+/// All inconsistencies, one sentence each; empty for a valid image.
 pub fn check(snapshot: &Snapshot, reader: &Reader) -> Vec<String> {
     let mut faults = Faults::default();
     header(snapshot, reader, &mut faults);
@@ -82,7 +80,7 @@ macro_rules! require {
 pub(crate) use require;
 
 fn header(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) {
-    // The numbers of processes and threads there are from before the freeze.
+    // Its numbers of processes and threads are from before the freeze.
     let header = reader.header();
     match snapshot.processes.first() {
         None => faults.add(format_args!("the snapshot has no process")),

@@ -1,13 +1,13 @@
-//! In whose name files are opened.
+//! The user with whose rights files are opened.
 //!
-//! What a path leads to is for those to say who may write to its directories. So when root restores the
-//! job of another user, everything is opened, created and written with that user's rights: by the
-//! file system ids and the supplementary groups (setfsuid(2)), with which the kernel also takes away what
-//! root's capabilities would override (`cap_task_fix_setuid`, security/commoncap.c). The other rights
-//! of root, to choose pids and to raise limits, stay.
+//! What a path refers to is decided by the users who may write to its directories. So when root restores another
+//! user's job, everything is opened, created and written with that user's rights: the file system ids and the
+//! supplementary groups (setfsuid(2)), with which the kernel also drops the capabilities that would override
+//! permissions (`cap_task_fix_setuid`, security/commoncap.c). Root's other privileges, to choose pids and raise
+//! limits, stay.
 //!
-//! A job may have opened files before it gave up its privileges, or be a program that its user may execute
-//! and not read. What its user may not open, root opens for it, if the file is the very one (inode and time of creation) that the job had.
+//! A job may have opened files before it dropped privileges, or execute a program that its user may not read. Root
+//! opens such a file for it, if it is the one that the job had (inode and time of creation).
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -28,20 +28,20 @@ use crate::open::Handle;
 use crate::plan::Builder;
 use crate::text::Shown;
 
-/// The job's user, where that is not we.
+/// The job's user, if that is not us.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rights {
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
-    /// Which of the snapshot's mapped files its user may not map.
+    /// Whether the user may not map each of the snapshot's mapped files.
     mapped: Vec<bool>,
-    /// Which of its descriptions its user may not open.
+    /// Whether the user may not open each of its descriptions.
     descriptions: Vec<bool>,
 }
 
 impl Rights {
-    /// Those of the job's user, when we are root and no process of the job is.
+    /// The rights of the job's user, when we are root and no process of the job is.
     pub fn of(snapshot: &Snapshot, now: &Credentials, held: Held) -> Option<Self> {
         let threads = || snapshot.processes.iter().flat_map(|p| &p.threads);
         let first = &snapshot.processes.first()?.threads.first()?.credentials;
@@ -75,18 +75,18 @@ impl Rights {
         self.mapped.get(file).copied().unwrap_or(false)
     }
 
-    /// Whether we open what that description is of, since its user may not.
+    /// Whether we open the file of that description, since its user may not.
     pub fn opens_for_it(&self, description: usize) -> bool {
         self.descriptions.get(description).copied().unwrap_or(false)
     }
 
-    /// Does work with these rights, in this thread and those that it starts.
+    /// Runs `work` with these rights, in this thread and the threads that it creates.
     pub fn during<T>(&self, work: impl FnOnce() -> T) -> T {
         let _guard = Guard::enter(self);
         work()
     }
 
-    /// The rights of the new process until it has its own credentials.
+    /// Gives these rights to the new process, until it gets its own credentials.
     pub fn begin(&self, plan: &mut Builder) {
         let object = || "the rights by which files are opened".to_owned();
         credentials::set_groups(&self.groups, plan, object);
@@ -94,7 +94,7 @@ impl Rights {
         plan.syscall(libc::SYS_setfsuid, &[self.uid.into()], object);
     }
 
-    /// Has the new process do something as root that its user may not.
+    /// Makes the new process execute `what`, as root if its user may not (`may`).
     pub fn as_ourselves(&self, may: bool, plan: &mut Builder, what: impl FnOnce(&mut Builder)) {
         let object = || "the rights by which files are opened".to_owned();
         if !may {
@@ -107,7 +107,7 @@ impl Rights {
     }
 }
 
-/// Whether whoever opens files may open that one in this way.
+/// Whether the file may be opened in this way, with these rights or ours.
 ///
 /// # Errors
 /// That of open(2).
@@ -115,13 +115,13 @@ pub fn may_open(rights: Option<&Rights>, path: &Path, flags: i32) -> nix::Result
     with(rights, || may(path, access(flags)))
 }
 
-/// Whether these flags are permitted as far as O_NOATIME goes: it is its owner's, or CAP_FOWNER's (open(2)).
+/// Whether O_NOATIME, if in these flags, is permitted: to the owner, and with CAP_FOWNER (open(2)).
 pub fn may_spare_access_time(flags: i32, meta: &Metadata) -> bool {
     let asked = flags & libc::O_NOATIME != 0 && flags & libc::O_PATH == 0;
     !asked || meta.uid() == geteuid().as_raw() || Held::now().allows(Use::NoAccessTime)
 }
 
-/// What has to be allowed for an open(2) with these flags.
+/// The access that open(2) with these flags needs.
 fn access(flags: i32) -> AccessFlags {
     match flags & libc::O_ACCMODE {
         _ if flags & libc::O_PATH != 0 => AccessFlags::F_OK,
@@ -131,10 +131,10 @@ fn access(flags: i32) -> AccessFlags {
     }
 }
 
-/// Has the new process enter what a path leads to, without any capability: those that setfsuid(2) leaves in
-/// force open files of `/proc`, `/dev/kmsg` and more.
+/// Makes the new process resolve a path without any capability: those that setfsuid(2) keeps permit opening files of
+/// `/proc`, `/dev/kmsg` and more.
 pub fn led(plan: &mut Builder, what: impl FnOnce(&mut Builder)) {
-    /// `CAP_FS_SET` (include/linux/capability.h): what setfsuid(2) has taken away, and would not come back.
+    /// `CAP_FS_SET` (include/linux/capability.h): dropped by setfsuid(2), and not restored afterwards.
     const OF_FILES: u64 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 9 | 1 << 27 | 1 << 32;
     let host = plan.host();
     if host.rights.is_none() {
@@ -152,7 +152,7 @@ pub fn led(plan: &mut Builder, what: impl FnOnce(&mut Builder)) {
     with.set_capabilities(plan, object);
 }
 
-/// Does work in the name of the job's user, or in ours.
+/// Runs `work` with the rights of the job's user, or with ours.
 pub fn with<T>(rights: Option<&Rights>, work: impl FnOnce() -> T) -> T {
     match rights {
         Some(rights) => rights.during(work),
@@ -160,8 +160,8 @@ pub fn with<T>(rights: Option<&Rights>, work: impl FnOnce() -> T) -> T {
     }
 }
 
-/// For each mapped file and each description, whether we may not open it as the job has it. It is opened, and judged,
-/// later: all that is decided here is who does it.
+/// For each mapped file and each description, whether the user may not open it as the job has it. This only decides
+/// who opens it; it is opened and checked later.
 fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
     let writable = |file: usize| {
         let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
@@ -191,10 +191,10 @@ fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
     (mapped.collect(), descriptions.collect())
 }
 
-/// What root opens for a user who may not is the very file that the job had.
+/// Root opens a file for the user only if it is the one that the job had.
 ///
 /// # Errors
-/// When it is another one by now.
+/// When it is another file by now.
 pub fn is_the_same(found: &Handle, path: &Path, was: &FileIdentity) -> Result<(), Box<Obstacle>> {
     match FileIdentity::of(found.meta()).is_same_file(was) {
         true => Ok(()),
@@ -207,9 +207,9 @@ pub fn is_the_same(found: &Handle, path: &Path, was: &FileIdentity) -> Result<()
     }
 }
 
-/// The effective ids and the groups of this thread, until it is dropped. With root's effective id go all effective
-/// capabilities, and come back with it (capabilities(7)); other threads keep theirs, since the calls are
-/// made without the C library.
+/// The effective ids and the groups of this thread, restored when dropped. With root's effective id all effective
+/// capabilities are dropped and regained (capabilities(7)); other threads keep theirs, since the calls bypass the C
+/// library.
 struct Guard {
     groups: Vec<u32>,
 }

@@ -1,18 +1,18 @@
-//! `--save-files GLOB`: which open files go into the image with their contents.
+//! `--save-files GLOB`: open files whose contents go into the image.
 
 use std::path::Path;
 
 use globset::{GlobBuilder, GlobMatcher};
 
-/// Patterns, and which of them have matched something.
+/// Patterns, and which of them have matched a file.
 #[derive(Clone, Debug, Default)]
 pub struct SaveFiles {
     patterns: Vec<Pattern>,
-    /// By pattern.
+    /// For each pattern.
     matched: Vec<bool>,
 }
 
-/// A pattern of file names: of the whole path, or of the last component where it has no slash.
+/// A pattern of file names: for the whole path, or for the last component if it has no slash.
 #[derive(Clone, Debug)]
 pub struct Pattern {
     matcher: GlobMatcher,
@@ -20,12 +20,10 @@ pub struct Pattern {
 }
 
 impl Pattern {
-    /// Reads a pattern: `*`, `?` and `[…]` match within a component, `**` any number of
-    /// components, `{a,b}` either.
+    /// Parses a pattern: `*`, `?` and `[…]` match within a component, `**` any number of components, `{a,b}` either.
     ///
     /// # Errors
-    /// What is wrong with it. A path that does not begin at the root never matches, so a pattern
-    /// of that kind is wrong.
+    /// What is wrong with it. A relative path never matches, so such a pattern is an error.
     pub fn parse(text: &str) -> Result<Self, String> {
         if text.is_empty() {
             return Err("the pattern is empty".into());
@@ -44,7 +42,7 @@ impl Pattern {
         })
     }
 
-    /// As it was written.
+    /// The pattern as given.
     pub fn text(&self) -> &str {
         self.matcher.glob().glob()
     }
@@ -60,7 +58,7 @@ impl Pattern {
 }
 
 impl SaveFiles {
-    /// These patterns, none of which has matched anything.
+    /// These patterns, without a match so far.
     pub fn new(patterns: Vec<Pattern>) -> Self {
         Self {
             matched: vec![false; patterns.len()],
@@ -68,7 +66,7 @@ impl SaveFiles {
         }
     }
 
-    /// Whether a file is to be saved.
+    /// Whether to save a file.
     pub fn wants(&mut self, path: &Path) -> bool {
         let mut wanted = false;
         for (pattern, matched) in self.patterns.iter().zip(&mut self.matched) {

@@ -1,4 +1,4 @@
-//! How a task is scheduled.
+//! Scheduling of a task.
 
 use ckpt_sys::tasks::{self, IOPRIO_WHO_PROCESS};
 use ckpt_tracer::Tid;
@@ -11,24 +11,24 @@ use crate::plan::Builder;
 /// Scheduling of one task (sched(7), ioprio_set(2), `PR_SET_TIMERSLACK`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scheduling {
-    /// `struct sched_attr` as sched_getattr(2) gives it: policy, flags, nice, priority,
-    /// deadline parameters, utilisation clamps.
+    /// `struct sched_attr` as sched_getattr(2) returns it: policy, flags, nice, priority, deadline parameters,
+    /// utilization clamps.
     #[serde(with = "serde_bytes")]
     pub attr: Vec<u8>,
     /// Nice value; `attr` has it for SCHED_OTHER and SCHED_BATCH only.
     #[serde(deserialize_with = "bounds::nice")]
     pub nice: i32,
-    /// CPUs the task may run on, a bit each.
+    /// Affinity, a bit for each CPU.
     #[serde(with = "serde_bytes")]
     pub affinity: Vec<u8>,
-    /// I/O priority, class and data; 0 is "follow the nice value".
+    /// I/O priority, class and data; 0 follows the nice value.
     #[serde(deserialize_with = "bounds::io_priority")]
     pub io_priority: i32,
     /// Timer slack in nanoseconds.
     pub timer_slack: u64,
 }
 
-/// What can be asked from outside; the timer slack comes from inside.
+/// What is visible from outside; the timer slack is read from inside.
 pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
     Scheduling {
         attr: tasks::scheduling(tid.raw()),
@@ -40,11 +40,10 @@ pub fn capture(tid: Tid, timer_slack: u64) -> Scheduling {
 }
 
 impl Scheduling {
-    /// Whether it is more than everybody may have: a lower nice value than 0, a real-time policy or
-    /// I/O priority.
+    /// Whether it needs a privilege: a negative nice value, a real-time policy or I/O priority.
     pub fn is_favoured(&self) -> bool {
         const ORDINARY: [i32; 3] = [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE];
-        /// `IOPRIO_CLASS_RT` and where the class stands, linux/ioprio.h.
+        /// `IOPRIO_CLASS_RT` and the position of the class, linux/ioprio.h.
         const REAL_TIME: i32 = 1;
         const CLASS: u32 = 13;
         let word = |at: usize| self.attr.get(at..at + 4)?.first_chunk().copied();
@@ -62,8 +61,8 @@ impl Scheduling {
         word.map_or(libc::SCHED_OTHER, |word| i32::from_le_bytes(*word))
     }
 
-    /// Sets what differs from `now`, the scheduling of the process that restores. An affinity
-    /// that names CPUs which do not exist here is left alone with a warning.
+    /// Sets what differs from `now`, our own scheduling. An affinity with CPUs that do not exist here is left out,
+    /// with a warning.
     pub fn rebuild(&self, now: &Scheduling, plan: &mut Builder) {
         let object = || "scheduling".to_owned();
         let without = |what| format!("{what} is not kept; it may need {}", Use::Scheduling);
@@ -93,7 +92,7 @@ impl Scheduling {
         plan.syscall(libc::SYS_prctl, &args, object);
         const REAL_TIME: [i32; 3] = [libc::SCHED_FIFO, libc::SCHED_RR, libc::SCHED_DEADLINE];
         if self.timer_slack == 0 && !REAL_TIME.contains(&self.policy()) {
-            // 0 asks for the default, and only a fork of a real-time task inherits it.
+            // 0 requests the default; only a fork of a real-time task inherits 0.
             plan.warn(
                 "the timer slack was 0, inherited from a real-time task, and is the default now"
                     .into(),

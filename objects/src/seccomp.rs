@@ -1,11 +1,10 @@
-//! Seccomp: strict mode and filters. Filters of the job are stored and installed again, those of its
-//! surroundings ([`surroundings`]) are where it is restored, or are not.
+//! Seccomp: strict mode and filters. Filters of the job are stored and installed again; those of its environment
+//! ([`surroundings`]) exist where it is restored, or do not.
 //!
-//! A filter is an object of the kernel's that a thread has from its creator. Whether two threads have the
-//! same one shows when one of them synchronises all others with itself (`SECCOMP_FILTER_FLAG_TSYNC`): the
-//! kernel refuses unless each filter of theirs is one of its own. So what a thread has in common with
-//! the first one is installed by that one before it creates the thread. All of them are traced from
-//! their beginning then, with seccomp suspended.
+//! A filter is a kernel object that a thread inherits from its creator. Whether two threads share it matters when one
+//! of them synchronizes all others (`SECCOMP_FILTER_FLAG_TSYNC`): the kernel refuses unless each of their filters is
+//! one of its own. So the filters that a thread shares with the first one are installed by the first one before it
+//! creates the thread. All are traced from the beginning, with seccomp suspended.
 
 use std::ops::Range;
 
@@ -36,16 +35,16 @@ pub struct Seccomp {
     /// 0 off, 1 strict, 2 filters.
     #[serde(deserialize_with = "bounds::choice")]
     pub mode: u32,
-    /// With mode 2.
+    /// In mode 2.
     pub filters: Vec<Filter>,
-    /// How many filters of the surroundings it was under, which are not stored. Never with
-    /// filters of its own: who may read those reads all.
+    /// Number of inherited filters of the environment, which are not stored; only without filters of its own, since
+    /// permission to read filters covers all.
     #[serde(default)]
     pub around: u32,
 }
 
-/// The filters of a task. Reading them needs CAP_SYS_ADMIN; without it those that a task has are
-/// those of the surroundings, as the preflight has made sure.
+/// The filters of a task. Reading them needs CAP_SYS_ADMIN; without it the preflight has ensured that the task has
+/// only the environment's.
 pub fn capture(task: &Stopped, status: &Status) -> Result<Seccomp> {
     let mode = status.seccomp.unwrap_or(0);
     if mode != 2 || !surroundings::may_suspend() {
@@ -64,7 +63,7 @@ pub fn capture(task: &Stopped, status: &Status) -> Result<Seccomp> {
 }
 
 impl Seccomp {
-    /// As the task's status tells it, where filters cannot be read: then they are those of the surroundings.
+    /// From the task's status, if filters cannot be read: then they are those of the environment.
     pub fn seen(status: &Status) -> Self {
         let mode = status.seccomp.unwrap_or(0);
         let filters = status.seccomp_filters.unwrap_or(0);
@@ -78,19 +77,19 @@ impl Seccomp {
 
 /// `SECCOMP_SET_MODE_FILTER`.
 const SET_MODE_FILTER: u64 = 1;
-/// `SECCOMP_FILTER_FLAG_SPEC_ALLOW`: speculation is a switch of the thread's.
+/// `SECCOMP_FILTER_FLAG_SPEC_ALLOW`: speculation is a switch of the thread.
 const SPEC_ALLOW: u64 = 4;
-/// `SECCOMP_FILTER_FLAG_LOG`, the one flag that a filter has afterwards.
+/// `SECCOMP_FILTER_FLAG_LOG`, the only flag that a filter keeps.
 const LOG: u64 = 2;
 /// `BPF_RET | BPF_K` (linux/bpf_common.h).
 const RETURN_CONSTANT: u16 = 0x06;
-/// `SECCOMP_RET_USER_NOTIF`, and the bits of an action.
+/// `SECCOMP_RET_USER_NOTIF`, and the mask of an action.
 const USER_NOTIF: u32 = 0x7fc0_0000;
 const ACTION: u32 = 0xffff_0000;
 
 impl Filter {
-    /// Whether it hands calls to a listener, which would have to be there again. An action that the
-    /// program computes is not seen.
+    /// Whether it passes calls to a listener, which cannot be restored. An action computed by the program is not
+    /// detected.
     pub fn notifies(&self) -> bool {
         self.program.chunks_exact(8).any(|instruction| {
             let code = u16::from_le_bytes([instruction[0], instruction[1]]);
@@ -107,13 +106,13 @@ impl Seccomp {
         self.mode != 0
     }
 
-    /// How many filters a thread may have from this one: the oldest that both have.
+    /// Number of filters, from the oldest on, that both have.
     pub fn in_common(&self, other: &Seccomp) -> usize {
         let pairs = self.filters.iter().zip(&other.filters);
         pairs.take_while(|(mine, its)| mine == its).count()
     }
 
-    /// Enters strict mode; after it, only what a suspended seccomp lets through.
+    /// Enters strict mode; afterwards only calls under suspended seccomp are possible.
     pub fn rebuild_strict(&self, plan: &mut Builder) {
         const STRICT: u64 = 1;
         if self.mode == 1 {
@@ -122,7 +121,7 @@ impl Seccomp {
         }
     }
 
-    /// Installs some of the filters. They are not in force while the tracer suspends them.
+    /// Installs some of the filters. They are inactive while the tracer suspends them.
     pub fn install(&self, which: Range<usize>, plan: &mut Builder) {
         for filter in &self.filters[which] {
             let object = || "seccomp filter".to_owned();
@@ -138,8 +137,7 @@ impl Seccomp {
     }
 }
 
-/// Filters that threads had in common with each other and not with the first one come back one each: what
-/// is to be told of it.
+/// The warning for filters that threads shared with each other but not with the first one: each thread gets its own.
 pub fn separated(process: &Process) -> Option<String> {
     let first = &process.threads[0].seccomp;
     let others: Vec<&Seccomp> = process.threads[1..].iter().map(|t| &t.seccomp).collect();

@@ -1,19 +1,17 @@
-//! What security modules say of a task: `/proc/PID/attr` (proc_pid_attr(5)). SELinux and Smack have a
-//! context there, AppArmor the name of a profile; Linux 5.8 and later also have a directory for each
-//! module that can be one of several.
+//! Security contexts of a task: `/proc/PID/attr` (proc_pid_attr(5)). For SELinux and Smack this is a context, for
+//! AppArmor the name of a profile. Since Linux 5.8 stackable modules also have a directory each.
 //!
-//! A restored task has the context of `restore`, or what the policy makes of it when the program is
-//! executed. Where that is another one, the task itself asks for its old one
-//! (`proc_pid_attr_write`, fs/proc/base.c, lets nobody else), and what the policy forbids is told.
-//! That comes last, since much of a restore is what a job's own policy may forbid; but
+//! A restored task has the context of `restore`, or the one to which the policy changes it at the exec. If that
+//! differs, the task itself requests its old one (only it may, `proc_pid_attr_write`, fs/proc/base.c), and refusals
+//! are reported. This comes last, since a job's own policy may forbid much of a restore. Exceptions:
 //!
-//! - SELinux lets no process change its context that has threads (`selinux_lsm_setattr`,
-//!   security/selinux/hooks.c), unless the new type is bounded by the old one: there it is done before
-//!   they are created, where a child that tries it first finds that it would go on well;
-//! - AppArmor lets no confined task change its profile that has `no_new_privs` (`aa_change_profile`,
-//!   security/apparmor/domain.c): there it is done right before.
+//! - SELinux does not let a multithreaded process change its context (`selinux_lsm_setattr`,
+//!   security/selinux/hooks.c), unless the new type is bounded by the old one. So it is changed before the threads
+//!   are created, if a child has found that the process can still continue;
+//! - AppArmor does not let a confined task with `no_new_privs` change its profile (`aa_change_profile`,
+//!   security/apparmor/domain.c). So it is changed right before that is set.
 //!
-//! Landlock shows nothing here: a restriction by it is not seen.
+//! Landlock domains are not visible here.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -31,28 +29,27 @@ use crate::error::Result;
 use crate::plan::Builder;
 use crate::thread::Thread;
 
-/// One attribute that is set.
+/// An attribute and its value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Label {
     /// The file below `attr`: `current`, `apparmor/current`, `exec` …
     pub attribute: String,
-    /// What it says, without the end that modules put to it.
+    /// Its value, without the terminator that modules append.
     #[serde(with = "serde_bytes")]
     pub value: Vec<u8>,
 }
 
 impl Label {
-    /// Whether its name says that it restricts nothing (`unconfined` of AppArmor, the
-    /// `unconfined_t` of SELinux's usual policies).
+    /// Whether its name means unrestricted (`unconfined` of AppArmor, `unconfined_t` of SELinux's usual policies).
     pub fn is_unconfined(&self) -> bool {
         let word = b"unconfined";
         self.value.windows(word.len()).any(|w| w == word)
     }
 }
 
-/// A module's own file comes before the common one, which says the same.
+/// A module's own file precedes the common one, which has the same value.
 const CURRENT: [&str; 3] = ["apparmor/current", "smack/current", "current"];
-/// What is to be given to what the task creates or executes next.
+/// Contexts for what the task creates or executes next.
 const NEXT: [&str; 5] = [
     "apparmor/exec",
     "exec",
@@ -61,8 +58,7 @@ const NEXT: [&str; 5] = [
     "sockcreate",
 ];
 
-/// The attributes of a task, below its `attr` directory. A file that is not there, or that no
-/// module answers for (EINVAL), is none.
+/// The attributes of a task, in its `attr` directory. A missing file, or one without a module (EINVAL), is left out.
 pub fn read(attr: &Path) -> Vec<Label> {
     let label = |attribute: &&str| {
         let value = trimmed(std::fs::read(attr.join(attribute)).ok()?);
@@ -70,7 +66,7 @@ pub fn read(attr: &Path) -> Vec<Label> {
         (!value.is_empty()).then_some(Label { attribute, value })
     };
     let mut found: Vec<Label> = CURRENT.iter().filter_map(label).collect();
-    // Without a directory of its own a module has the common file alone.
+    // A module without a directory of its own has only the common file.
     if found.len() > 1 {
         let (common, own): (Vec<_>, Vec<_>) =
             found.into_iter().partition(|l| l.attribute == "current");
@@ -102,8 +98,7 @@ pub fn capture(pid: Pid, tid: Tid) -> Vec<Label> {
     }
 }
 
-/// Whether any module answers for anybody, as we are told for ourselves: with many threads it matters
-/// what it costs to ask.
+/// Whether any module provides attributes, tested on ourselves: with many threads reading them is costly.
 fn modules_answer() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
@@ -117,7 +112,7 @@ fn directory(pid: Pid, tid: Tid) -> PathBuf {
     ProcRoot::default().task(pid, tid).join("attr")
 }
 
-/// The attributes that are not as they were, with what they are now.
+/// The attributes that differ, with their present values.
 fn changed(was: &[Label], now: &[Label]) -> Vec<(Label, String)> {
     let changed = was.iter().filter(|label| !now.contains(label));
     let with = changed.map(|label| {
@@ -128,20 +123,20 @@ fn changed(was: &[Label], now: &[Label]) -> Vec<(Label, String)> {
 }
 
 impl Label {
-    /// For people.
+    /// For display.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.value).into_owned()
     }
 
-    /// Whether AppArmor said it: without its own directory it is known by how it speaks.
+    /// Whether it is AppArmor's: without a directory of its own, by its format.
     fn is_of_apparmor(&self) -> bool {
         self.attribute.starts_with("apparmor/")
             || self.value.ends_with(b")") && self.text().contains(" (")
             || self.value == b"unconfined"
     }
 
-    /// What is written to ask for it: a context as it is, of AppArmor a command and the profile's
-    /// name without its mode (`apparmor_setprocattr`, security/apparmor/lsm.c).
+    /// The value to write in order to request it: a context as it is; for AppArmor a command and the profile's name
+    /// without its mode (`apparmor_setprocattr`, security/apparmor/lsm.c).
     fn request(&self) -> Vec<u8> {
         let text = self.text();
         let mode = text
@@ -159,16 +154,16 @@ impl Label {
     }
 }
 
-/// What security modules say of us, and what a new process of ours may become.
+/// Our security contexts, and those that a new process may take.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
     own: Vec<Label>,
-    /// Contexts that a process may change to before it has threads, and then go on.
+    /// Contexts that a process may take before it has threads, and then continue.
     early: Vec<Vec<u8>>,
 }
 
 impl Surroundings {
-    /// Looks at ourselves; `may_become` tries what can only be tried.
+    /// Reads ours; `may_become` tests what can only be tried.
     pub fn of(snapshot: &Snapshot, may_become: impl Fn(&[u8]) -> bool) -> Self {
         let me = Pid(std::process::id() as i32);
         match modules_answer() {
@@ -189,7 +184,7 @@ impl Surroundings {
     }
 }
 
-/// The context of SELinux that several threads have in common.
+/// The SELinux context that several threads have in common.
 fn common_context(threads: &[Thread]) -> Option<&Label> {
     let (first, others) = threads.split_first()?;
     let mut labels = first.security.iter();
@@ -198,7 +193,7 @@ fn common_context(threads: &[Thread]) -> Option<&Label> {
     (all && !others.is_empty()).then_some(label)
 }
 
-/// A process that is to have threads becomes what they all were, where that can be.
+/// A process that will have threads requests their common context, if it may.
 pub fn ask_before_threads(threads: &[Thread], plan: &mut Builder) {
     let label = common_context(threads);
     let early = &plan.host().security.early;
@@ -207,7 +202,7 @@ pub fn ask_before_threads(threads: &[Thread], plan: &mut Builder) {
     }
 }
 
-/// A thread that is to have `no_new_privs` asks for its profile. Whether it got it is seen at the end.
+/// A thread that will have `no_new_privs` requests its profile. The result is checked at the end.
 pub fn ask_before_no_new_privs(was: &[Label], plan: &mut Builder) {
     let own = plan.host().security.own.clone();
     for label in was
@@ -234,11 +229,11 @@ fn ask(label: &Label, plan: &mut Builder) {
     plan.attempt_with_answer(libc::SYS_close, (1, &[]), object);
 }
 
-/// Room for what is written, in the memory of the task: a path, and an attribute of at most a page
-/// (`proc_pid_attr_write`).
+/// Bytes of scratch memory for a request: a path, and an attribute of at most a page (`proc_pid_attr_write`).
 pub const ROOM: u64 = 8192;
 
-/// Has a task ask for what it had, by calls made in it, with [`ROOM`] at `at`. What is not permitted is answered, a sentence each.
+/// Makes a task request its contexts, by remote calls, with [`ROOM`] bytes at `at`. Returns refusals, one sentence
+/// each.
 ///
 /// # Errors
 /// When no call can be made in it.
@@ -281,7 +276,7 @@ pub fn rebuild(
             Err(e) => return Err(e.into()),
         }
     }
-    // A profile that was loaded anew in another mode, say, has been given and is not what it was.
+    // The request may succeed and the value still differ, for a profile reloaded in another mode, say.
     for (label, is) in changed(was, &capture(mem.pid(), tid)) {
         if !refused.contains(&label.attribute) {
             let why = "it was given, and the policy has it so";
@@ -341,7 +336,7 @@ mod tests {
     #[test]
     fn without_a_module_there_is_nothing() {
         assert_eq!(Attr::with("none", &[("current", b"")]).read(), []);
-        // A directory cannot be read, as little as a file that answers EINVAL.
+        // A directory cannot be read, nor a file that returns EINVAL.
         let attr = Attr::with("error", &[]);
         std::fs::create_dir(attr.0.join("current")).unwrap();
         assert_eq!(attr.read(), []);
@@ -407,7 +402,7 @@ mod tests {
         assert_eq!(gone[0].1, "nothing");
     }
 
-    /// The calls of a plan that `fill` makes, with these surroundings.
+    /// The calls of a plan that `fill` appends, with these contexts.
     fn planned(security: Surroundings, fill: impl FnOnce(&mut Builder)) -> Vec<String> {
         let host = HostState {
             security,
@@ -507,7 +502,7 @@ mod tests {
         assert!(here.early.is_empty());
     }
 
-    /// Errors of the kernel itself, with whatever modules it has.
+    /// Errors of the kernel itself, with its active modules.
     #[test]
     fn our_own_can_be_read() {
         let me = Pid::own();

@@ -1,6 +1,6 @@
-//! Segments: the local descriptor table of an address space (modify_ldt(2)), the thread-local entries of
-//! the global one (set_thread_area(2)), and the I/O ports that a thread may use (ioperm(2)). What the
-//! segment registers select is with the other registers.
+//! Segments: the local descriptor table of an address space (modify_ldt(2)), the thread-local entries of the global
+//! one (set_thread_area(2)), and the I/O ports that a thread may use (ioperm(2)). The segment registers are stored
+//! with the other registers.
 
 use ckpt_tracer::Result;
 use ckpt_tracer::capabilities::Use;
@@ -25,7 +25,7 @@ pub struct Segment {
     pub flags: u32,
 }
 
-/// `read_exec_only | seg_not_present`: with no base and no limit, an entry that is not used (`LDT_empty`).
+/// `read_exec_only | seg_not_present`: with base and limit 0, an unused entry (`LDT_empty`).
 const EMPTY: u32 = 1 << 3 | 1 << 5;
 /// Bytes of a descriptor in the table.
 const DESCRIPTOR: usize = 8;
@@ -46,11 +46,11 @@ pub fn capture_local(calls: &mut RemoteCalls<'_>) -> Result<Vec<Segment>> {
     Ok(decode(&table))
 }
 
-/// modify_ldt(2); none where the kernel has none.
+/// modify_ldt(2); `None` where the kernel lacks it.
 fn read_local(calls: &mut RemoteCalls<'_>, bytes: u64) -> Result<Option<u64>> {
     let args = [0, calls.scratch().raw(), bytes, 0, 0, 0];
     match calls.call("modify_ldt", libc::SYS_modify_ldt, args) {
-        // The answer is an int, of which the upper half means nothing.
+        // The result is an int, whose upper half is undefined.
         Ok(bytes) => Ok(Some(bytes & 0xffff_ffff)),
         Err(ckpt_tracer::Error::Remote { .. }) => Ok(None),
         Err(e) => Err(e),
@@ -68,7 +68,7 @@ fn decode(table: &[u8]) -> Vec<Segment> {
 
 /// Fills the local table.
 pub fn rebuild_local(segments: &[Segment], plan: &mut Builder) {
-    /// Write in the mode in which an entry says whether it is present and useable.
+    /// The write mode in which an entry has the bits "present" and "useable".
     const WRITE: u64 = 0x11;
     for segment in segments {
         let at = plan.data(&segment.to_bytes());
@@ -102,7 +102,7 @@ pub fn rebuild_thread_areas(segments: &[Segment], plan: &mut Builder) {
 
 /// I/O ports that a task may use, as ranges of first port and number.
 pub fn capture_ports(task: &Stopped) -> Result<Vec<(u16, u32)>> {
-    // A bit that is set forbids its port; what is beyond the bitmap is forbidden.
+    // A set bit denies its port; ports past the bitmap are denied.
     let bitmap = task.io_bitmap()?;
     let allowed = |port: &usize| bitmap[port / 8] >> (port % 8) & 1 == 0;
     let mut ranges: Vec<(u16, u32)> = Vec::new();
@@ -115,7 +115,7 @@ pub fn capture_ports(task: &Stopped) -> Result<Vec<(u16, u32)>> {
     Ok(ranges)
 }
 
-/// Allows a task its I/O ports.
+/// Permits a task its I/O ports.
 pub fn rebuild_ports(ranges: &[(u16, u32)], plan: &mut Builder) {
     for (first, count) in ranges {
         let last = u32::from(*first).saturating_add(*count).saturating_sub(1);

@@ -1,6 +1,6 @@
-//! What processes have from the login that they descend from: the nice value of their autogroup
-//! (sched(7)) and the audit login uid. Neither is a session's alone: an autogroup is made with a session
-//! and left by nobody, the uid is a task's and inherited.
+//! State inherited from the login: the nice value of the autogroup (sched(7)) and the audit login uid. Neither
+//! belongs to a session alone: an autogroup is created with a session and never left, the uid belongs to a task and
+//! is inherited.
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
@@ -21,8 +21,8 @@ pub fn login_uid(dir: &ProcDir) -> Option<u32> {
     text.trim().parse().ok()
 }
 
-/// Gives the autogroup of a session that is the job's its nice value; that of another one is left alone,
-/// with a warning.
+/// Sets the nice value of the autogroup of a session of the job; the autogroup of another session is left alone, with
+/// a warning.
 pub fn rebuild_autogroup(process: &Process, pid: Pid) -> Option<String> {
     let wanted = process.autogroup_nice?;
     let now = || autogroup_nice(&pid.into());
@@ -30,7 +30,7 @@ pub fn rebuild_autogroup(process: &Process, pid: Pid) -> Option<String> {
         return None;
     }
     if process.session == process.pid {
-        // The kernel lets others than root do so ten times a second only (`proc_sched_autogroup_set_nice`).
+        // Without CAP_SYS_ADMIN the kernel permits this ten times a second only (`proc_sched_autogroup_set_nice`).
         let path = format!("/proc/{pid}/autogroup");
         let _ = std::fs::write(path, wanted.to_string());
     }
@@ -43,7 +43,7 @@ pub fn rebuild_autogroup(process: &Process, pid: Pid) -> Option<String> {
     })
 }
 
-/// Gives the process its audit login uid, as far as the kernel lets it: whether it did shows afterwards.
+/// Sets the audit login uid, as far as permitted; the result is checked afterwards.
 pub fn rebuild_login_uid(process: &Process, plan: &mut Builder) {
     let (Some(wanted), Some(ours)) = (process.login_uid, plan.host().login_uid) else {
         return;
@@ -63,7 +63,7 @@ pub fn rebuild_login_uid(process: &Process, plan: &mut Builder) {
     plan.attempt_with_answer(libc::SYS_close, (1, &[0]), object);
 }
 
-/// The warning of a process that has another audit login uid than it had.
+/// The warning for a process whose audit login uid differs.
 pub fn other_login_uid(process: &Process, pid: Pid) -> Option<String> {
     let name = |uid: u32| match uid {
         u32::MAX => "unset".to_owned(),

@@ -9,7 +9,7 @@ use super::timers::PosixTimer;
 use crate::bounds;
 use crate::plan::Builder;
 
-/// What a process does on a signal (`struct kernel_sigaction`).
+/// The action of a process for a signal (`struct kernel_sigaction`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Action {
     /// The signal.
@@ -25,7 +25,7 @@ pub struct Action {
     pub mask: u64,
 }
 
-/// A signal that waits (`siginfo_t`, 128 bytes).
+/// A pending signal (`siginfo_t`, 128 bytes).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Pending(#[serde(with = "serde_bytes")] pub Vec<u8>);
@@ -43,9 +43,9 @@ impl Pending {
             .filter(|_| self.code() == libc::SI_TIMER)
     }
 
-    /// Whether it cannot wait while the restorer is at work, which hands over by SIGTRAP: that signal, and
-    /// those of faults. When a trap is delivered, the kernel takes the first signal of a fault in the
-    /// task's queue, even if it is blocked (kernel/signal.c, `dequeue_synchronous_signal`).
+    /// Whether it must not be pending while the restorer runs, which traps by SIGTRAP: that signal and other
+    /// synchronous ones. When a trap is delivered, the kernel takes the first synchronous signal in the task's queue,
+    /// even if it is blocked (kernel/signal.c, `dequeue_synchronous_signal`).
     pub fn meets_traps(&self) -> bool {
         const OF_FAULTS: [i32; 5] = [
             libc::SIGSEGV,
@@ -57,13 +57,13 @@ impl Pending {
         self.signal() == libc::SIGTRAP || OF_FAULTS.contains(&self.signal()) && self.code() > 0
     }
 
-    /// Whether the tracer sends it, when the restorer is gone: one that meets traps, and SIGSTOP, which cannot
-    /// be blocked.
+    /// Whether the tracer sends it, after the restorer has gone: a synchronous signal, and SIGSTOP, which cannot be
+    /// blocked.
     pub fn is_for_the_tracer(&self) -> bool {
         self.meets_traps() || self.signal() == libc::SIGSTOP
     }
 
-    /// Where it came from, `si_code`.
+    /// Its origin, `si_code`.
     pub fn code(&self) -> i32 {
         self.0
             .get(8..)
@@ -73,7 +73,7 @@ impl Pending {
 }
 
 impl Pending {
-    /// Whether a timer of the process has sent it: setitimer(2), timer_create(2).
+    /// Whether a timer of the process sent it: setitimer(2), timer_create(2).
     pub fn is_from_a_timer(&self) -> bool {
         const SI_TIMER: i32 = -2;
         const SI_KERNEL: i32 = 0x80;
@@ -88,7 +88,7 @@ pub const SIGNALS: u32 = 64;
 /// Bytes of `struct kernel_sigaction`.
 const ACTION_BYTES: u64 = 32;
 
-/// Whether a signal does nothing to a process with these actions.
+/// Whether a process with these actions ignores a signal.
 pub fn is_ignored(actions: &[Action], signal: u32) -> bool {
     const BY_DEFAULT: [i32; 4] = [libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH];
     let action = actions.iter().find(|action| action.signal == signal);
@@ -99,7 +99,7 @@ pub fn is_ignored(actions: &[Action], signal: u32) -> bool {
     }
 }
 
-/// All actions that are not the plain default.
+/// All actions other than the plain default.
 pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
     let unchangeable = [libc::SIGKILL as u64, libc::SIGSTOP as u64];
     let signals: Vec<u64> = (1..=SIGNALS.into())
@@ -138,7 +138,7 @@ pub fn capture_actions(calls: &mut RemoteCalls<'_>) -> Result<Vec<Action>> {
     Ok(actions)
 }
 
-/// The signals waiting for a task, or for its process.
+/// The signals pending for a task, or for its process.
 pub fn capture_pending(task: &Stopped, shared: bool) -> Result<Vec<Pending>> {
     let pending = task.pending_signals(shared)?;
     Ok(pending
@@ -160,9 +160,9 @@ pub fn rebuild_actions(actions: &[Action], plan: &mut Builder) {
     }
 }
 
-/// Queues signals for the calling thread, or for its process, but for those that are the tracer's
-/// to queue or that their `timers` send again. From the process itself the kernel takes any
-/// `si_code` (kernel/signal.c, `do_rt_sigqueueinfo`).
+/// Queues signals for the calling thread, or for its process, except those that the tracer queues or that their
+/// `timers` send again. From the process itself the kernel accepts any `si_code` (kernel/signal.c,
+/// `do_rt_sigqueueinfo`).
 pub fn rebuild_pending(
     pending: &[Pending],
     timers: &[PosixTimer],

@@ -1,5 +1,4 @@
-//! What a capture works on: the process as it is seen from outside, and the tables of what
-//! several objects may share.
+//! Input and tables of a capture: the process as seen from outside, and objects that may be shared.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -32,7 +31,7 @@ pub struct Source {
     pub pid: Pid,
     /// `/proc/PID`.
     pub dir: ProcDir,
-    /// Handle that stays tied to this very process.
+    /// Refers to this very process.
     pub pidfd: PidFd,
     /// Its memory.
     pub mem: ProcessMemory,
@@ -62,21 +61,21 @@ impl Source {
     }
 }
 
-/// Where the contents of a space come from, other than an address space's own pages.
+/// The source of the contents of a space, other than an address space's own pages.
 #[derive(Debug)]
 pub enum Contents {
     /// A file of that size.
     File(File, u64),
-    /// The same through the job's own open file description, whose offset is to stay.
+    /// The same through the job's own open file description, whose offset must not change.
     Held(File, u64),
     /// Memory of processes that show it: (process, offset in the object, address, bytes).
     Memory(Vec<(Pid, u64, u64, u64)>),
-    /// A System V segment that nobody has attached: its id, its size.
+    /// A System V segment that no process has attached: its id, its size.
     Segment(i32, u64),
 }
 
 impl Contents {
-    /// The file that they are read from.
+    /// The file to read from.
     pub fn as_file(&self) -> Option<&File> {
         match self {
             Contents::File(file, _) | Contents::Held(file, _) => Some(file),
@@ -85,10 +84,10 @@ impl Contents {
     }
 }
 
-/// How a capture takes what goes by itself ([`Obstacle::passing`]) and could also be left out.
+/// How a capture treats a transient obstacle ([`Obstacle::passing`]) that could also be left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Patience {
-    /// The job runs and is only looked at: it is none of its concern.
+    /// The job runs and is only inspected: ignored.
     #[default]
     Running,
     /// There will be another attempt.
@@ -97,20 +96,19 @@ pub enum Patience {
     None,
 }
 
-/// How we come by copies of the job's descriptors.
+/// How descriptors of the job are duplicated.
 #[derive(Debug, Default)]
 pub enum Copies {
-    /// By pidfd_getfd(2); what is shared is told by kcmp(2).
+    /// By pidfd_getfd(2); kcmp(2) identifies shared ones.
     #[default]
     Taken,
-    /// Not at all: one of the two is withheld, and the job runs. What files they are can be seen.
+    /// Not at all: one of the two is not available, and the job runs. The files are still visible.
     None,
-    /// The job has handed them out.
+    /// The job has sent them.
     Lent(HashMap<(Pid, i32), OwnedFd>),
 }
 
-/// Tables of what is shared, filled while objects are captured; and everything that stands
-/// in the way.
+/// Tables of shared objects, filled during the capture, and all obstacles.
 #[derive(Default)]
 pub struct Collector {
     /// See [`Snapshot::descriptions`](crate::Snapshot).
@@ -127,11 +125,11 @@ pub struct Collector {
     pub ipc: Ipc,
     /// Spaces to be written besides the address spaces.
     pub contents: Vec<(SpaceId, Contents)>,
-    /// Processes of which all mappings of an object were looked at for its contents.
+    /// Processes whose mappings of an object have all been read for its contents.
     pub viewed: HashSet<(Pid, SpaceId)>,
-    /// Rings of AIO contexts by inode, and whose they are.
+    /// Rings of AIO contexts by inode, with their process.
     pub aio_rings: Vec<(u64, Pid)>,
-    /// Open files that no other open may disturb.
+    /// Open files that another open would disturb.
     pub write_leases: WriteLeases,
     /// What processes share with their parents.
     pub shares: HashMap<Pid, Shares>,
@@ -141,21 +139,21 @@ pub struct Collector {
     pub ended: Vec<i32>,
     /// The job's first process.
     pub first: Option<i32>,
-    /// Files whose contents are wanted.
+    /// Files whose contents are stored.
     pub save_files: SaveFiles,
-    /// Descriptors that are not wanted.
+    /// Descriptors to be dropped or replaced.
     pub choices: Choices,
     /// See [`Copies`].
     pub copies: Copies,
-    /// What cannot be captured.
+    /// Obstacles.
     pub obstacles: Vec<Obstacle>,
-    /// The job has its IPC namespace to itself.
+    /// The job's IPC namespace has no other processes.
     pub alone_in_ipc: bool,
     /// It is the copy of a rehearsal.
     pub is_copy: bool,
     /// See [`Patience`].
     pub patience: Patience,
-    /// What the user should know of a checkpoint that succeeds, one sentence each.
+    /// Warnings of a successful checkpoint, one sentence each.
     pub warnings: Vec<String>,
     surroundings: Option<Surroundings>,
     files_by_key: HashMap<(PathBuf, u64), usize>,
@@ -163,13 +161,12 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// The job is frozen. While it runs, contents that are just being changed are no obstacle and
-    /// need not be read.
+    /// For a frozen job. While it runs, contents that are changing are no obstacle and need not be read.
     pub fn frozen(&self) -> bool {
         self.patience != Patience::Running
     }
 
-    /// The same for a job that runs: without copies where they cannot be taken.
+    /// The same for a running job: without duplicates if they cannot be made.
     pub fn for_a_look() -> Self {
         let copies = match kcmp::withheld() {
             None => Copies::Taken,
@@ -181,14 +178,14 @@ impl Collector {
         }
     }
 
-    /// Notes what cannot be captured; the same is told once.
+    /// Records an obstacle once.
     pub fn refuse(&mut self, obstacle: Obstacle) {
         if !self.obstacles.contains(&obstacle) {
             self.obstacles.push(obstacle);
         }
     }
 
-    /// The seccomp filters around us, looked at once.
+    /// The seccomp filters of our environment, determined once.
     pub fn surroundings(&mut self) -> Surroundings {
         let known = self.surroundings.get_or_insert_with(Surroundings::look);
         known.clone()
@@ -212,16 +209,16 @@ impl Collector {
         space
     }
 
-    /// The index of a mapped file that was entered already.
+    /// The index of a known mapped file.
     pub fn known_file(&self, path: &Path, inode: u64) -> Option<usize> {
         self.files_by_key.get(&(path.to_owned(), inode)).copied()
     }
 
-    /// Events that the program has not read: as a rule it does so soon; of those that stay there is a warning, which says what
-    /// becomes of them.
+    /// Handles events that the program has not read: usually it does so soon. For the rest there is a warning, which
+    /// says what becomes of them.
     ///
     /// # Errors
-    /// What passes, as long as it is waited for.
+    /// A transient obstacle, while there are further attempts.
     pub fn not_read_yet(
         &mut self,
         object: String,
@@ -239,7 +236,7 @@ impl Collector {
         Ok(())
     }
 
-    /// The index of a mapped file, entered on first sight.
+    /// The index of a mapped file, added if new.
     pub fn mapped_file(
         &mut self,
         path: &Path,

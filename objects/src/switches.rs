@@ -1,6 +1,5 @@
-//! Switches: attributes of a task, or of its memory, with a call that asks for them and one that sets
-//! them (prctl(2), arch_prctl(2)), and nothing else to them. The table says how; another one is
-//! another row. docs/attributes.md has what is no switch.
+//! Switches: attributes of a task, or of its memory, that one call reads and one call sets (prctl(2), arch_prctl(2)).
+//! Each is a row of the table. docs/attributes.md lists the attributes that are not switches.
 
 use ckpt_sys::prctl;
 use ckpt_tracer::capabilities::Use;
@@ -12,35 +11,35 @@ use serde::{Deserialize, Serialize};
 use crate::error::Obstacle;
 use crate::plan::Builder;
 
-/// A switch that is not as a program finds it when the system has started.
+/// A switch whose value differs from the system's default.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Switch {
     /// The constant that sets it, such as `PR_SET_TSC`.
     pub name: String,
-    /// What its get call answers.
+    /// The value that its get operation returns.
     pub value: u64,
 }
 
-/// Marks what may be marked with `MADV_MERGEABLE`, and will be.
+/// Marks all present and future mappings that may be mergeable with `MADV_MERGEABLE`.
 pub const MEMORY_MERGE: &str = "PR_SET_MEMORY_MERGE";
 
-/// What a switch belongs to.
+/// The object of a switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// A task.
     Task,
     /// An address space.
     Memory,
-    /// An address space whose mappings have their protections; nothing is mapped after it.
+    /// An address space whose mappings have their protections; nothing is mapped afterwards.
     FinishedMemory,
 }
 
-/// How the present value is known.
+/// How the present value is read.
 #[derive(Clone, Copy, Debug)]
 enum Ask {
-    /// The answer of the call.
+    /// The result of the call.
     Answer(i64, [u64; 2]),
-    /// An `int` that the call writes to where its second operand points.
+    /// An `int` that the call writes to the address in its second operand.
     Written(i64, u64),
     /// Bits of `flags` in `/proc/PID/stat`, all or none; 1 is all.
     Flags(u32),
@@ -51,16 +50,16 @@ struct Row {
     name: &'static str,
     what: &'static str,
     scope: Scope,
-    /// The value of the first process of a system.
+    /// The value in the first process of a system.
     default: u64,
     ask: Ask,
     set: fn(u64) -> (i64, [u64; 3]),
-    /// What setting it takes.
+    /// What setting it needs.
     takes: Option<Use>,
 }
 
 const PRCTL: i64 = libc::SYS_prctl;
-/// `PR_SPEC_PRCTL`: the mitigation is the task's to choose; `PR_SPEC_*`, linux/prctl.h.
+/// `PR_SPEC_PRCTL`: the mitigation is configurable per task; `PR_SPEC_*`, linux/prctl.h.
 const SPEC_PRCTL: u64 = 1;
 /// `PR_SPEC_PRCTL | PR_SPEC_ENABLE`.
 const SPEC_ENABLED: u64 = 3;
@@ -69,7 +68,7 @@ const SPEC_DISABLED: u64 = 5;
 const PR_GET_SPECULATION_CTRL: u64 = 52;
 const PR_SET_SPECULATION_CTRL: u64 = 53;
 const SPECULATION: &str = "PR_SET_SPECULATION_CTRL";
-/// `PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE`, include/linux/sched.h: asking by prctl(2) takes a capability.
+/// `PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE`, include/linux/sched.h: reading it by prctl(2) needs a capability.
 const IO_FLUSHER: u32 = 0x0008_0000 | 0x0010_0000;
 
 const TABLE: &[Row] = &[
@@ -167,7 +166,7 @@ const TABLE: &[Row] = &[
 ];
 
 impl Row {
-    /// What `answer` means; none where the kernel has no such switch, or has it set for all.
+    /// The value for a result; `None` if the kernel lacks the switch, or has it fixed.
     fn value(&self, answer: i64) -> Option<u64> {
         let value = u64::try_from(answer).ok()?;
         let fixed = self.name.starts_with(SPECULATION) && value & SPEC_PRCTL == 0;
@@ -175,23 +174,23 @@ impl Row {
     }
 }
 
-/// The names of all of them; a `/` stands before the one of several that a constant sets.
+/// The names of all; for several in one constant, with a leading `/`.
 pub fn names() -> impl Iterator<Item = &'static str> {
     TABLE.iter().map(|row| row.name)
 }
 
-/// Questions for a task, to go into one batch with others.
+/// Queries of a task, as part of a batch.
 pub struct Questions {
     rows: Vec<&'static Row>,
-    /// Where in the scratch memory answers are written, four bytes a row.
+    /// Offset of the results in the scratch memory, four bytes for each row.
     offset: u64,
 }
 
 impl Questions {
-    /// Bytes of scratch memory that answers take.
+    /// Bytes of scratch memory for the results.
     pub const ROOM: u64 = 4 * TABLE.len() as u64;
 
-    /// About the task, or with `memory` about its memory.
+    /// For the task, or with `memory` for its memory.
     pub fn new(memory: bool, offset: u64) -> Self {
         let of_it = |row: &&Row| (row.scope != Scope::Task) == memory;
         Self {
@@ -214,7 +213,7 @@ impl Questions {
         rows.filter_map(call).collect()
     }
 
-    /// What they have answered: the switches that are not as by default.
+    /// The switches that differ from the default, by the results.
     pub fn read(&self, calls: &RemoteCalls<'_>, answers: &[i64]) -> Result<Vec<Switch>> {
         let mut answers = answers.iter();
         let mut switches = Vec::new();
@@ -243,25 +242,25 @@ impl Questions {
     }
 }
 
-/// What a new process has from us: the value of each row, where the kernel has such a switch.
+/// The values that a new process inherits from us, where the kernel has the switch.
 #[derive(Clone, Debug)]
 pub struct Ours(Vec<Option<u64>>);
 
 impl Default for Ours {
-    /// All as by default.
+    /// All defaults.
     fn default() -> Self {
         Self(TABLE.iter().map(|row| Some(row.default)).collect())
     }
 }
 
 impl Ours {
-    /// Asks for our own.
+    /// Reads our own.
     pub fn ask() -> Self {
         let ask = |row: &Row| {
             let answer =
                 match row.ask {
                     Ask::Answer(call, [option, which]) => prctl::get_number(call, option, which),
-                    // The only one of its kind.
+                    // The only switch of this kind.
                     Ask::Written(..) => prctl::tsc().map(i64::from),
                     Ask::Flags(bits) => Ok(read_stat(Pid::own())
                         .map_or(-1, |stat| i64::from(stat.flags & bits == bits))),
@@ -272,8 +271,8 @@ impl Ours {
         Self(TABLE.iter().map(ask).collect())
     }
 
-    /// What of ours would keep a job from being restored: `PR_SET_MDWE` cannot be taken back, and the
-    /// restorer has to be made executable.
+    /// A switch of ours that prevents a restore: `PR_SET_MDWE` is irrevocable, and the restorer must be made
+    /// executable.
     pub fn obstacle(&self) -> Option<Obstacle> {
         let rows = TABLE.iter().zip(&self.0);
         let mut set = rows.filter(|(row, value)| {
@@ -292,7 +291,7 @@ impl Ours {
     }
 }
 
-/// Sets what differs from what the process has from us.
+/// Sets the switches that differ from those inherited from us.
 pub fn rebuild(switches: &[Switch], scope: Scope, plan: &mut Builder) {
     let ours = plan.host().switches.clone();
     for (row, ours) in TABLE.iter().zip(ours.0) {
@@ -315,7 +314,7 @@ mod tests {
     use super::*;
     use crate::plan::HostState;
 
-    /// The operations, as text, that one switch of a job and those of ours make.
+    /// The operations, as text, for one switch of a job and ours.
     fn planned(name: &str, value: u64, scope: Scope, ours: &[(&str, Option<u64>)]) -> String {
         let mut host = HostState::default();
         for (name, value) in ours {
@@ -338,11 +337,11 @@ mod tests {
         assert_eq!(planned("PR_SET_TSC", 2, Scope::Memory, &[]).trim(), "");
         let ours = [("PR_SET_TSC", Some(2))];
         assert_eq!(planned("PR_SET_TSC", 2, Scope::Task, &ours).trim(), "");
-        // A job that has the default is not to have ours.
+        // A job with the default must not get ours.
         assert_ne!(planned("other", 0, Scope::Task, &ours).trim(), "");
     }
 
-    /// A filter that kills on one of them is to kill a child of ours and not the job.
+    /// A filter that kills on one of them must kill a child of ours and not the job.
     #[test]
     fn each_question_is_tried_first() {
         let tried = ckpt_tracer::trial::remote_calls();

@@ -4,8 +4,8 @@ use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// A name of the kernel's, which is bytes: each that is no part of UTF-8 becomes `\xNN`, and in such names each
-/// backslash `\\`. What is UTF-8 stays as it is.
+/// A name of the kernel, which is bytes: invalid UTF-8 becomes `\xNN`, and in such names each backslash `\\`. Valid
+/// UTF-8 is unchanged.
 pub fn of(bytes: &[u8]) -> String {
     if let Ok(text) = std::str::from_utf8(bytes) {
         return text.to_owned();
@@ -20,14 +20,14 @@ pub fn of(bytes: &[u8]) -> String {
     text
 }
 
-/// The same of a path.
+/// The same for a path.
 pub fn of_path(path: impl AsRef<Path>) -> String {
     of(path.as_ref().as_os_str().as_bytes())
 }
 
 /// Paths in messages.
 pub trait Shown {
-    /// As [`of`]: unlike that of [`Path::display`], the text tells which bytes they are.
+    /// As [`of`]: unlike that of [`Path::display`], the text identifies the bytes.
     fn shown(&self) -> String;
 }
 

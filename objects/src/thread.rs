@@ -1,4 +1,4 @@
-//! One thread: registers and everything that the kernel keeps a task.
+//! One thread: registers and all other state of a task.
 
 use ckpt_tracer::bystander::Bystander;
 use ckpt_tracer::proc::status::Status;
@@ -32,9 +32,9 @@ pub struct Thread {
     /// `PR_GET_NAME`, at most 15 bytes.
     #[serde(with = "serde_bytes")]
     pub name: Vec<u8>,
-    /// General registers. `rax` and `orig_rax` tell of an interrupted system call.
+    /// General registers. `rax` and `orig_rax` show an interrupted system call.
     pub regs: GeneralRegisters,
-    /// Extended state in the standard xsave format; no processor has 64 KiB of it.
+    /// Extended state in the standard xsave format; below 64 KiB on every processor.
     #[serde(
         serialize_with = "serde_bytes::serialize",
         deserialize_with = "bounds::at_most::<_, 65536>"
@@ -42,7 +42,7 @@ pub struct Thread {
     pub xstate: Vec<u8>,
     /// Blocked signals, bit n-1 for signal n.
     pub signal_mask: u64,
-    /// Signals waiting for this thread.
+    /// Signals pending for this thread.
     pub pending: Vec<Pending>,
     /// sigaltstack(2): address, flags, size.
     pub alternate_stack: (u64, u32, u64),
@@ -52,16 +52,16 @@ pub struct Thread {
     pub robust_list: (u64, u64),
     /// `PR_GET_TID_ADDRESS`.
     pub clear_child_tid: u64,
-    /// How it is scheduled.
+    /// Its scheduling.
     pub scheduling: Scheduling,
-    /// Who it is.
+    /// Its credentials.
     pub credentials: Credentials,
     /// `PR_GET_PDEATHSIG`.
     #[serde(deserialize_with = "bounds::signal")]
     pub parent_death_signal: u32,
     /// Its seccomp state.
     pub seccomp: Seccomp,
-    /// What it has switched on or off.
+    /// Its switches.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub switches: Vec<Switch>,
@@ -72,21 +72,21 @@ pub struct Thread {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[serde(deserialize_with = "bounds::few::<_, _, 3>")]
     pub thread_areas: Vec<Segment>,
-    /// I/O ports that it may use: first, how many.
+    /// I/O ports that it may use: first, number.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[serde(deserialize_with = "bounds::few::<_, _, 65536>")]
     pub io_ports: Vec<(u16, u32)>,
     /// It is in a Landlock domain.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub landlocked: bool,
-    /// What security modules say of it.
+    /// Its security contexts.
     #[serde(default)]
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub security: Vec<Label>,
     /// Its syscall user dispatch.
     #[serde(default)]
     pub dispatch: Option<Dispatch>,
-    /// Its core scheduling cookie, which only tells who has the same one; 0 for none.
+    /// Its core scheduling cookie, meaningful for equality only; 0 for none.
     #[serde(default, skip_serializing_if = "core_scheduling::is_none")]
     pub core_cookie: u64,
 }
@@ -94,11 +94,11 @@ pub struct Thread {
 /// A registered restartable sequence area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rseq {
-    /// Where it is.
+    /// Its address.
     pub address: u64,
     /// Its registered length.
     pub length: u32,
-    /// What stands before abort handlers.
+    /// The signature in front of abort handlers.
     pub signature: u32,
     /// Flags of the registration.
     pub flags: u32,
@@ -130,7 +130,7 @@ registers!(
     eflags, rsp, ss, fs_base, gs_base, ds, es, fs, gs
 );
 
-/// What only the thread itself can ask for.
+/// State that only a call made in the thread can read.
 struct Asked {
     alternate_stack: (u64, u32, u64),
     clear_child_tid: u64,
@@ -139,12 +139,12 @@ struct Asked {
     securebits: u32,
     switches: Vec<Switch>,
     memory_policy: Option<MemoryPolicy>,
-    /// Whether it may not look into its bystander.
+    /// Whether it may not access its bystander.
     kept_out: bool,
 }
 
-/// Where answers are written in the scratch memory: those of switches, a memory policy, what a look
-/// into a bystander shows; then the list.
+/// Offsets of results in the scratch memory: those of switches, a memory policy, the access to a bystander; then the
+/// list.
 const SWITCHES: u64 = 40;
 const POLICY: u64 = (SWITCHES + switches::Questions::ROOM).next_multiple_of(8);
 const LOOK: u64 = POLICY + memory_policy::ROOM;
@@ -152,7 +152,7 @@ const LIST: u64 = (LOOK + 16).next_multiple_of(64);
 
 /// `PR_GET_TID_ADDRESS` (CONFIG_CHECKPOINT_RESTORE).
 const PR_GET_TID_ADDRESS: u64 = 40;
-/// `SS_ONSTACK`: not a property of the alternate stack, but of the moment.
+/// `SS_ONSTACK`: the present state, not an attribute of the alternate stack.
 const SS_ONSTACK: u32 = 1;
 
 fn ask(calls: &mut RemoteCalls<'_>, bystander: Option<&Bystander>) -> Result<Asked> {
@@ -210,7 +210,7 @@ fn ask(calls: &mut RemoteCalls<'_>, bystander: Option<&Bystander>) -> Result<Ask
     })
 }
 
-/// Captures the thread that remote calls are already running in.
+/// Captures the thread in which remote calls are being made.
 pub fn capture(
     calls: &mut RemoteCalls<'_>,
     source: &Source,
@@ -248,17 +248,16 @@ pub fn capture(
         memory_policy: asked.memory_policy,
         thread_areas: segments::capture_thread_areas(task)?,
         io_ports: segments::capture_ports(task)?,
-        // Else it may be the policy of another module that keeps it out.
+        // Otherwise the policy of another module may deny it.
         landlocked: asked.kept_out && seen.security.iter().all(Label::is_unconfined),
         dispatch: calls.original_dispatch()?.map(Dispatch::from),
         ..seen
     })
 }
 
-/// The record of a thread as it can be seen from outside while it runs: what only the thread itself can be asked is
-/// as it is in most.
+/// The record of a running thread as seen from outside; state that only a call in it can read has common values.
 pub fn seen(pid: Pid, tid: Tid, status: &Status) -> Thread {
-    /// What the first process has, and who changes nothing (prctl(2)).
+    /// The default of the first process (prctl(2)).
     const TIMER_SLACK: u64 = 50_000;
     Thread {
         tid: tid.raw(),
@@ -286,7 +285,7 @@ pub fn seen(pid: Pid, tid: Tid, status: &Status) -> Thread {
     }
 }
 
-/// Its seccomp state; a filter with a listener is refused.
+/// Its seccomp state; refuses a filter with a listener.
 fn seccomp_of(task: &Stopped, status: &Status, source: &Source) -> crate::Result<Seccomp> {
     let seccomp = seccomp::capture(task, status)?;
     if seccomp.filters.iter().any(seccomp::Filter::notifies) {
@@ -301,11 +300,11 @@ fn seccomp_of(task: &Stopped, status: &Status, source: &Source) -> crate::Result
     Ok(seccomp)
 }
 
-/// A call that was interrupted and restarted once already shows restart_syscall(2) in place of
-/// its own number, and the restart block that knows better is the kernel's. So does one that is about to be
-/// made again, with the instruction pointer at the call; it becomes one that was interrupted. There are four such
-/// calls; which one it is, the program tells: the instruction that loads the number stands
-/// shortly before the system call, or before the call of the library's `syscall`, or else the
+/// Recovers the number of a call that was interrupted and restarted before: it shows restart_syscall(2) instead, and
+/// only the kernel's restart block has the original. The same holds for one that is about to be restarted, with the
+/// instruction pointer at the call; it is turned into an interrupted one. There are four such calls. The program
+/// shows which it is: by the instruction that loads the number, shortly before the system call or before the call of
+/// the library's `syscall`, or by operands that fit only one of them.
 /// operands fit only one of them.
 fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Result<()> {
     /// `mov eax, imm32`
@@ -340,7 +339,7 @@ fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Resu
     Ok(())
 }
 
-/// Bytes of the instruction of a system call.
+/// The `syscall` instruction.
 const CALL: [u8; 2] = [0x0f, 0x05];
 
 fn is_call(source: &Source, at: u64) -> bool {
@@ -348,9 +347,9 @@ fn is_call(source: &Source, at: u64) -> bool {
     code.is_ok_and(|code: [u8; CALL.len()]| code == CALL)
 }
 
-/// The registers of a task that is about to make restart_syscall(2), as they were before the kernel turned
-/// them to that (`arch_do_signal_or_restart`, arch/x86/kernel/signal.c). The number is still there unless
-/// something else interrupted it since.
+/// The registers of a task that is about to make restart_syscall(2), as they were before the kernel changed them
+/// (`arch_do_signal_or_restart`, arch/x86/kernel/signal.c). The number is still there unless another interruption
+/// followed.
 fn interrupted_again(regs: &GeneralRegisters) -> GeneralRegisters {
     let known = (regs.orig_rax as i64) >= 0;
     GeneralRegisters {
@@ -381,7 +380,7 @@ fn loaded_before(source: &Source, address: u64, opcode: u8) -> Option<i64> {
     numbers.find(|nr| RESTARTABLE.contains(nr))
 }
 
-/// The restartable call that the operands fit, where they fit no other.
+/// The only restartable call that the operands fit.
 fn fitting_call(regs: &GeneralRegisters) -> Option<i64> {
     let pointer = |word: u64| word >= 0x1_0000;
     let futex_wait = matches!(regs.rsi & 0x7f, 0 | 9) && regs.rsi != 0 && regs.rsi < 0x200;
@@ -403,9 +402,8 @@ fn robust_list(tid: Tid) -> Result<(u64, u64)> {
 }
 
 impl Thread {
-    /// What the thread does for itself in the new process, after its memory is complete.
-    /// Registers, extended state and signal mask are set by the tracer. The first `filters` of its
-    /// seccomp filters it has already.
+    /// Appends the operations of the thread itself in the new process, after its memory is complete. The tracer sets
+    /// registers, extended state and signal mask. The first `filters` of its seccomp filters are already installed.
     pub fn rebuild(&self, process: &Process, filters: usize, plan: &mut Builder) {
         let tid = self.tid;
         let object = || format!("thread {tid}");
@@ -438,7 +436,7 @@ impl Thread {
         }
         dynamic_state::load_tiles(&self.xstate, plan);
         let (sp, flags, size) = self.alternate_stack;
-        // An execve(2) takes the stack away and leaves SS_AUTODISARM.
+        // An execve(2) removes the stack and leaves SS_AUTODISARM.
         if size != 0 || flags != libc::SS_DISABLE as u32 {
             let mut stack = [0u8; 24];
             stack[..8].copy_from_slice(&sp.to_le_bytes());
@@ -470,7 +468,7 @@ impl Thread {
         self.seccomp.rebuild_strict(plan);
     }
 
-    /// Credentials, and `no_new_privs` last, since nothing takes it back.
+    /// Credentials, and `no_new_privs` last, since it is irrevocable.
     pub(super) fn rebuild_privileges(&self, plan: &mut Builder) {
         let now = plan.host().credentials.clone();
         self.credentials.rebuild(&now, plan);

@@ -27,7 +27,7 @@ pub struct IntervalTimers(#[serde(deserialize_with = "bounds::timer")] pub [[i64
 /// A POSIX timer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PosixTimer {
-    /// The id that the program knows it by.
+    /// The id by which the program refers to it.
     #[serde(deserialize_with = "bounds::id")]
     pub id: i32,
     /// `CLOCK_*`, or a process's or thread's CPU clock.
@@ -43,17 +43,17 @@ pub struct PosixTimer {
     /// The thread notified, with `SIGEV_THREAD_ID`.
     #[serde(default, deserialize_with = "bounds::pid")]
     pub thread: Option<i32>,
-    /// Repetition, seconds and nanoseconds.
+    /// Interval, seconds and nanoseconds.
     #[serde(deserialize_with = "bounds::timer")]
     pub interval: (i64, i64),
-    /// What remains until it fires; zero when it is not armed.
+    /// Time until it fires; zero when it is disarmed.
     #[serde(deserialize_with = "bounds::timer")]
     pub remaining: (i64, i64),
     /// Overrun count of the last notification.
     pub overrun: i32,
 }
 
-/// The interval timers; each is read without being changed.
+/// Reads the interval timers without changing them.
 pub fn capture_interval(calls: &mut RemoteCalls<'_>) -> Result<IntervalTimers> {
     let mut timers = IntervalTimers::default();
     for which in 0..3 {
@@ -72,7 +72,7 @@ fn four(bytes: [u8; 32]) -> [i64; 4] {
     std::array::from_fn(|i| i64::from_le_bytes(bytes[i * 8..][..8].try_into().unwrap_or([0; 8])))
 }
 
-/// The POSIX timers that `/proc/PID/timers` lists, with what remains of each.
+/// The POSIX timers listed in `/proc/PID/timers`, with the remaining time of each.
 pub fn capture_posix(
     calls: &mut RemoteCalls<'_>,
     listed: &[proc::timers::PosixTimer],
@@ -99,7 +99,7 @@ pub fn capture_posix(
     Ok(timers)
 }
 
-/// The same as far as it is listed: none is armed.
+/// The same as listed: none is armed.
 pub fn seen(listed: &[proc::timers::PosixTimer]) -> Vec<PosixTimer> {
     let timer = |timer: &proc::timers::PosixTimer| {
         let (notify, thread) = match timer.notify {
@@ -123,14 +123,14 @@ pub fn seen(listed: &[proc::timers::PosixTimer]) -> Vec<PosixTimer> {
 }
 
 impl PosixTimer {
-    /// Whether that pending signal is its own, which it sends again in its next life: it is queued once
-    /// at most, goes when the timer is set anew, and counts what it has not told until it is
-    /// taken. A timer of CPU time might not fire before the program runs.
+    /// Whether that pending signal is its own, which the restored timer sends again: it is queued at most once,
+    /// discarded when the timer is set, and counts overruns until it is taken. A CPU-time timer might not fire before
+    /// the program runs.
     pub fn sends_again(&self, info: &Pending) -> bool {
         info.timer() == Some(self.id) && info.signal() == self.signal && self.clock >= 0
     }
 
-    /// Whether a signal of it waits, for its process or a thread of it.
+    /// Whether its signal is pending, for its process or a thread.
     fn waits(&self, process: &Process) -> bool {
         let of_threads = process.threads.iter().flat_map(|t| &t.pending);
         let mut all = process.pending.iter().chain(of_threads);
@@ -138,10 +138,10 @@ impl PosixTimer {
     }
 }
 
-/// Whose CPU time a clock tells (`CPUCLOCK_PID`, linux/posix-timers.h).
+/// The owner of the CPU time of a clock (`CPUCLOCK_PID`, linux/posix-timers.h).
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum CpuTime {
-    /// That of whoever created the timer.
+    /// The creator of the timer.
     Own,
     Thread(i32),
     Process(i32),
@@ -161,12 +161,12 @@ impl CpuTime {
 /// `CPUCLOCK_PERTHREAD_MASK`.
 const PER_THREAD: i32 = 4;
 
-/// The clock of the same kind that tells the CPU time of that thread, 0 for the calling one.
+/// The same kind of clock for the CPU time of that thread, 0 for the calling one.
 fn of_thread(clock: i32, tid: i32) -> i32 {
     !tid << 3 | PER_THREAD | clock & 3
 }
 
-/// A timer of the CPU time of a process outside the job.
+/// Refuses a timer of the CPU time of a process outside the job.
 pub fn judge(
     source: &Source,
     of_the_job: &dyn Fn(Pid) -> bool,
@@ -205,8 +205,8 @@ pub fn rebuild_interval(process: &Process, plan: &mut Builder) {
         if (value_s, value_us) != (0, 0) {
             set(*timer, plan);
         } else if (seconds, micros) != (0, 0) {
-            // Of the three only ITIMER_REAL has an interval and does not run: it has expired, and starts again
-            // when its signal is taken (`dequeue_signal`, kernel/signal.c).
+            // Only ITIMER_REAL can have an interval and be stopped: it has expired, and restarts when its signal is
+            // taken (`dequeue_signal`, kernel/signal.c).
             set([seconds, micros, 0, 1], plan);
             if !process.pending.iter().any(|p| p.signal() == libc::SIGALRM) {
                 forget_alarm(process, plan);
@@ -215,7 +215,7 @@ pub fn rebuild_interval(process: &Process, plan: &mut Builder) {
     }
 }
 
-/// A SIGALRM that was dropped starts no timer. It is dropped when its action becomes to ignore it.
+/// A dropped SIGALRM restarts no timer. Setting its action to ignore drops it.
 fn forget_alarm(process: &Process, plan: &mut Builder) {
     let object = || "interval timer 0".to_owned();
     let moment = plan.data(&[0, 1_000_000u64].map(u64::to_le_bytes).concat());
@@ -234,11 +234,11 @@ fn forget_alarm(process: &Process, plan: &mut Builder) {
     signals::rebuild_actions(&[ignored, own], plan);
 }
 
-/// A gap of ids larger than this is not made by creating and deleting timers.
+/// A larger gap of ids is not made by creating and deleting timers.
 const MAX_GAP: i32 = 10_000;
 
-/// Creates the POSIX timers under their ids. The kernel counts ids up from 0 in a new process,
-/// so that the gaps are filled with timers that go again; each id is checked.
+/// Creates the POSIX timers with their ids. In a new process the kernel counts ids up from 0, so gaps are filled with
+/// temporary timers; each id is checked.
 pub fn create_posix(
     process: &Process,
     snapshot: &Snapshot,
@@ -263,7 +263,8 @@ pub fn create_posix(
             next += 1;
         }
         create(timer, process, snapshot, plan);
-        // The id is in memory: asking for the overrun of the id that must be there fails with
+        // The id is in memory: timer_getoverrun of the required id fails with EINVAL if the kernel assigned another
+        // one.
         // EINVAL if the kernel gave another.
         plan.syscall(libc::SYS_timer_getoverrun, &[timer.id as u64], object);
         next += 1;
@@ -271,10 +272,10 @@ pub fn create_posix(
     Ok(())
 }
 
-/// A timer that notifies a thread that has ended, or measures the CPU time of what has, is created by a thread
-/// that ends: the kernel keeps it, it notifies nobody, and it cannot be set any more in the second case.
+/// A timer that notifies a thread that has ended, or measures the CPU time of an ended task, is created by a
+/// temporary thread: the kernel keeps it, it notifies no thread, and in the second case it cannot be set any more.
 fn create(timer: &PosixTimer, process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-    /// Where the thread stands in `struct sigevent`.
+    /// Offset of the thread in `struct sigevent`.
     const THREAD_AT: u64 = 16;
     let object = format!("POSIX timer {}", timer.id);
     let has = |tid: i32| process.threads.iter().any(|t| t.tid == tid);
@@ -282,7 +283,7 @@ fn create(timer: &PosixTimer, process: &Process, snapshot: &Snapshot, plan: &mut
     let notified_gone = timer.thread.filter(|tid| !has(*tid));
     let (mut clock, mut measured_gone) = (timer.clock, None);
     match (CpuTime::of(clock), timer.thread) {
-        // Its creator is not told of; what watches its own time lets itself be notified.
+        // Its creator is unknown; a timer of a thread's own CPU time normally notifies that thread.
         (Some(CpuTime::Own), Some(tid)) if clock & PER_THREAD != 0 => {
             // The leader creates them all.
             if tid != process.pid {
@@ -320,7 +321,7 @@ fn create(timer: &PosixTimer, process: &Process, snapshot: &Snapshot, plan: &mut
     plan.passing_thread((id, id_at), &object, create);
 }
 
-/// That id if it can be had, else another one that can.
+/// That id if it can be assigned, otherwise another one.
 fn free_id(id: i32, snapshot: &Snapshot) -> i32 {
     let mut ids: Vec<i32> = snapshot.zombies.iter().map(|z| z.pid).collect();
     let threads = snapshot.processes.iter().flat_map(|p| &p.threads);
@@ -347,7 +348,7 @@ fn sigevent(notify: i32, signal: i32, value: u64, thread: i32) -> Vec<u8> {
     bytes
 }
 
-/// Starts the POSIX timers; one whose signal waits fires at once.
+/// Starts the POSIX timers; one whose signal is pending fires at once.
 pub fn start_posix(process: &Process, plan: &mut Builder) {
     for timer in &process.posix_timers {
         let remaining = match timer.waits(process) {

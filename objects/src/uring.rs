@@ -1,13 +1,13 @@
-//! io_uring(7), which is not supported: what is in flight in a ring cannot be seen. Told once a process, with
-//! what turns it off.
+//! io_uring(7), which is not supported: requests in flight are not visible. Reported once for each process, with a
+//! way to disable it.
 
 use crate::error::Obstacle;
 use crate::source::Source;
 
-/// The name of its files, as links and mappings show it.
+/// The name of its files in links and mappings.
 pub const NAME: &str = "io_uring";
 
-/// Programs with a switch of their own, by the beginning of their name.
+/// Programs with an option of their own, by the beginning of their name.
 const SWITCHES: [(&str, &str); 6] = [
     (
         "node",
@@ -21,7 +21,7 @@ const SWITCHES: [(&str, &str); 6] = [
     ("fio", "another --ioengine"),
 ];
 
-/// The obstacle that it is.
+/// The obstacle for a process.
 pub fn obstacle(source: &Source) -> Obstacle {
     let remedy = match switch(source) {
         Some(switch) => format!("start it with {switch}"),
@@ -36,7 +36,7 @@ pub fn obstacle(source: &Source) -> Obstacle {
     )
 }
 
-/// What turns it off in this program, where that is known.
+/// How to disable it in this program, if known.
 fn switch(source: &Source) -> Option<&'static str> {
     let exe = std::fs::read_link(source.dir.join("exe")).unwrap_or_default();
     let name = exe.file_name()?.to_str()?.to_owned();

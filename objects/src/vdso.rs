@@ -1,12 +1,10 @@
-//! The vDSO: code of the kernel that is mapped into every process, for calls that get by without
-//! entering the kernel (vdso(7)).
+//! The vDSO: code of the kernel mapped into every process, for calls that need not enter the kernel (vdso(7)).
 //!
-//! Programs keep the addresses of its functions, and its code is made for the data beside it
-//! (`[vvar]`), which only the kernel that it belongs to keeps up. On a kernel with the same vDSO both are
-//! moved to where the job had them. On another one the old code stays at its old address as ordinary memory,
-//! but each of its functions leads on: to the one of the same name in the present kernel's vDSO, which
-//! goes to a free place with its data, or to the system call that does the same. Nothing but the beginnings
-//! of functions is executed any more; a task that is in the middle of one, or a signal handler that will
+//! Programs keep the addresses of its functions, and its code depends on the data beside it (`[vvar]`), which only
+//! its own kernel maintains. On a kernel with the same vDSO both are moved to the job's addresses. On another one the
+//! old code stays at its address as ordinary memory, but each of its functions jumps on: to the function of the same
+//! name in the present kernel's vDSO, which is mapped at a free address with its data, or to the equivalent system
+//! call. Only the beginnings of the old functions are executed; a task inside one, or a signal handler that will
 //! return there, is refused.
 
 mod redirect;
@@ -24,18 +22,18 @@ use crate::error::{Error, Obstacle, Result};
 use crate::holes;
 use redirect::Present;
 
-/// Room left below a stack for its growth when a place for good is looked for, in bytes.
+/// Bytes left below a stack for its growth when a permanent address is chosen.
 const STACK_GROWTH: u64 = 8 << 30;
 
-/// The bytes of this kernel's vDSO; empty where there is none. All 64-bit processes have the same.
+/// The bytes of this kernel's vDSO; empty without one. All 64-bit processes have the same.
 pub fn code() -> Vec<u8> {
     Lent::now().code
 }
 
-/// What this kernel lends to each process, as we have it ourselves.
+/// The mappings that this kernel provides to each process, as in our own.
 struct Lent {
     code: Vec<u8>,
-    /// Vdso and data, ascending.
+    /// vDSO and data, ascending.
     pieces: Vec<Vma>,
 }
 
@@ -58,13 +56,13 @@ impl Lent {
         Self { code, pieces }
     }
 
-    /// Bytes from the first to the last piece; their distances stay as they are.
+    /// Bytes from the first to the last mapping; their distances are fixed.
     fn len(&self) -> u64 {
         let start = self.pieces.first().map_or(0, |v| v.start);
         self.pieces.last().map_or(0, |v| v.end) - start
     }
 
-    /// The pieces when the first one is at that address.
+    /// The mappings with the first one at that address.
     fn at(&self, base: u64) -> impl Iterator<Item = Mapping> + '_ {
         let start = self.pieces.first().map_or(0, |v| v.start);
         self.pieces.iter().filter_map(move |v| {
@@ -84,27 +82,27 @@ impl Lent {
     }
 }
 
-/// What becomes of the job's vDSO on a kernel with another one.
+/// The replacement of the job's vDSO on a kernel with another one.
 #[derive(Debug, Default)]
 pub struct Replaced {
-    /// By process of the snapshot: none where it has no vDSO. Empty if all stays as it is.
+    /// For each process of the snapshot; `None` if it has no vDSO. Empty if nothing changes.
     processes: Vec<Option<Old>>,
     /// The kernel of the checkpoint.
     kernel: String,
 }
 
-/// The old code in one process.
+/// The old code of one process.
 #[derive(Clone, Debug)]
 struct Old {
     range: Range<u64>,
-    /// What is written there.
+    /// The new contents.
     code: Vec<u8>,
 }
 
-/// Makes the snapshot one of a job that has this kernel's vDSO, in addition to what it had.
+/// Adds this kernel's vDSO to the snapshot.
 ///
 /// # Errors
-/// What stands in the way: an image without the old code, a function that nothing here can stand for, a
+/// The obstacles: an image without the old code, a function without an equivalent, a thread that was stopped inside.
 /// thread that was stopped inside.
 pub fn adapt(snapshot: &mut Snapshot) -> Result<Replaced, Vec<Obstacle>> {
     let lent = Lent::now();
@@ -153,8 +151,7 @@ fn vdso_of(process: &Process) -> Option<&Mapping> {
     mappings.find(|m| m.backing == Backing::Kernel(KernelMapping::Vdso))
 }
 
-/// A place for good, the same in all processes that have the old vDSO in the same place: those that
-/// descend from each other by forks.
+/// A permanent address, the same in all processes with the old vDSO at the same address: those related by forks.
 fn place(processes: &[Process], old: u64, len: u64) -> Option<u64> {
     let alike = processes
         .iter()
@@ -167,7 +164,7 @@ fn place(processes: &[Process], old: u64, len: u64) -> Option<u64> {
     holes::find(taken, len.max(1))
 }
 
-/// The old code, its functions leading on.
+/// The old code with redirected functions.
 fn lead_on(old: &[u8], at: &Mapping, lent: &Lent, base: Option<u64>) -> Result<Vec<u8>, String> {
     if old.is_empty() {
         return Err("is not in the image".into());
@@ -219,7 +216,7 @@ fn in_the_middle(object: String, how: &str, kernel: &str) -> Obstacle {
     )
 }
 
-/// The old code becomes ordinary memory, its data goes, and what this kernel lends comes in.
+/// Turns the old code into ordinary memory, drops its data, and adds this kernel's mappings.
 fn replace(mappings: &mut Vec<Mapping>, lent: &Lent, base: u64) {
     mappings.retain(|m| match m.backing {
         Backing::Kernel(kind) => kind == KernelMapping::Vdso,
@@ -236,10 +233,10 @@ fn replace(mappings: &mut Vec<Mapping>, lent: &Lent, base: u64) {
 }
 
 impl Replaced {
-    /// Writes the old code of a process whose memory is filled in.
+    /// Writes the old code of a process whose memory is filled.
     ///
     /// # Errors
-    /// [`Error::Refused`] if a signal handler at work will return into the middle of it.
+    /// [`Error::Refused`] if a running signal handler will return into the middle of it.
     pub fn fill(&self, index: usize, process: &Process, mem: &ProcessMemory) -> Result<()> {
         let Some(Some(old)) = self.processes.get(index) else {
             return Ok(());

@@ -1,4 +1,4 @@
-//! A process that has ended, and whose parent has not waited for it yet.
+//! A zombie: a process that has ended and is not reaped yet.
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::proc::ProcRoot;
@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 use crate::bounds;
 use crate::error::Result;
 
-/// What is left of a process that has ended.
+/// The record of a zombie.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Zombie {
     /// Its id.
     #[serde(deserialize_with = "bounds::pid")]
     pub pid: i32,
-    /// Its parent, which is to wait for it.
+    /// Its parent, which has to reap it.
     #[serde(deserialize_with = "bounds::pid")]
     pub parent: i32,
     /// Process group.
@@ -24,15 +24,14 @@ pub struct Zombie {
     /// Session.
     #[serde(deserialize_with = "bounds::pid")]
     pub session: i32,
-    /// The signal that told its parent of its end, 0 for none: only `__WALL` waits for it if that is
-    /// not SIGCHLD.
+    /// Its exit signal, 0 for none: unless it is SIGCHLD, only `__WALL` waits for it.
     #[serde(default = "super::process::sigchld")]
     #[serde(deserialize_with = "bounds::signal")]
     pub exit_signal: i32,
-    /// What wait(2) will tell, as the kernel encodes it.
+    /// Its wait status, as the kernel encodes it.
     #[serde(deserialize_with = "bounds::status")]
     pub status: i32,
-    /// The user and group ids that it ended with, where the kernel tells.
+    /// The user and group ids with which it ended, if known.
     #[serde(default)]
     pub ids: Option<(u32, u32)>,
     /// Name.
@@ -40,7 +39,7 @@ pub struct Zombie {
     pub name: Vec<u8>,
 }
 
-/// Captures what is left; everything is in `/proc/PID/stat`.
+/// Captures a zombie from `/proc/PID/stat`.
 pub fn capture(pid: Pid) -> Result<Zombie> {
     let dir = ProcRoot::default().process(pid);
     let stat = read_stat(dir.clone())?;

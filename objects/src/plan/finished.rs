@@ -1,4 +1,4 @@
-//! A finished plan: its layout, and what the driver asks of it.
+//! A finished plan: its layout, and queries of the driver.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,8 +14,8 @@ pub(super) struct List {
     pub(super) objects: Vec<u32>,
 }
 
-/// What one process executes of a plan: all of it, or the list of one that its process creates in
-/// its own memory. Each has a header of its own, with the threads that it creates.
+/// The part of a plan that one process executes: all of it, or the list of a process created in the memory of its
+/// creator. Each part has a header, with the threads that it creates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
     /// Address of its header, the argument of the restorer.
@@ -26,7 +26,7 @@ pub struct Part {
 /// A finished plan.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Where it goes.
+    /// Its address.
     pub base: u64,
     /// Bytes, from `base` on; the remainder up to `len` is zero.
     pub image: Vec<u8>,
@@ -36,21 +36,21 @@ pub struct Plan {
     pub entry: u64,
     /// Initial stack pointer.
     pub stack: u64,
-    /// What its own process executes.
+    /// The part of its own process.
     pub main: Part,
-    /// What is not kept, decided while planning.
+    /// Differences known while planning.
     pub warnings: Vec<String>,
-    /// Warnings that hold if an operation fails: address of its result, text.
+    /// Warnings that apply if an operation fails: address of its result, text.
     pub conditional: Vec<(u64, String)>,
     /// Descriptors that the process needs from us.
     pub inherit: Vec<Inherit>,
-    /// The parts of processes that it creates in its memory, by their ids.
+    /// The parts of processes created in its memory, by their ids.
     pub(super) parts: HashMap<i32, Part>,
     /// Number of a list, index of an operation in it.
     pub(super) stages: Vec<(usize, usize, Stage)>,
-    /// How its tasks come by their ids.
+    /// How its tasks get their ids.
     pub means: Means,
-    /// Likewise of operations before which the tracer sees to an id, and that id.
+    /// Operations before which the tracer has to provide an id: list, index, id.
     pub(super) aims: Vec<(usize, usize, i32)>,
     pub(super) lists: Vec<(u64, List)>,
     pub(super) objects: Vec<Box<str>>,
@@ -172,25 +172,24 @@ impl Plan {
         ))
     }
 
-    /// What a process executes that this plan creates in its own memory.
+    /// The part of a process that this plan creates in its own memory.
     pub fn part_of(&self, pid: i32) -> Option<Part> {
         self.parts.get(&pid).copied()
     }
 
-    /// The stage of an operation of that part's first thread.
+    /// The stage of an operation of the part's first thread.
     pub fn stage_at(&self, part: Part, index: u64) -> Option<Stage> {
         let is = |(list, at, _): &&(usize, usize, Stage)| *list == part.list && *at as u64 == index;
         self.stages.iter().find(is).map(|(_, _, stage)| *stage)
     }
 
-    /// The id that the next operation of that part is to give to whom it creates, where the tracer
-    /// has to see to it.
+    /// The id for the task that the next operation of the part creates, if the tracer has to provide it.
     pub fn aim_at(&self, part: Part, index: u64) -> Option<i32> {
         let is = |(list, at, _): &&(usize, usize, i32)| *list == part.list && *at as u64 == index;
         self.aims.iter().find(is).map(|(_, _, id)| *id)
     }
 
-    /// Whether the operation at an address was to create a task and has created one with another id.
+    /// The required id, if the operation at an address creates a task and got another id.
     pub fn missed_at(&self, address: u64, answer: i64) -> Option<i32> {
         let (base, list) = self.list_at(address)?;
         let op = &list.ops[((address - base) / size_of::<Op>() as u64) as usize];
@@ -211,7 +210,7 @@ impl Plan {
         text
     }
 
-    /// The whole plan as text, one operation a line, threads after the first one's list.
+    /// The whole plan as text, one operation on each line, threads after the first one's list.
     pub fn tell(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) {
         for (number, (_, list)) in self.lists.iter().enumerate() {
             if number > 0 {

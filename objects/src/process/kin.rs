@@ -1,4 +1,4 @@
-//! What decides who creates whom, of an image as of processes that run.
+//! The relations that decide which process creates which, from an image or from running processes.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use crate::memory::{Backing, Mapping};
 use crate::process::{FromOutside, Process, Shares};
 use crate::source::{Collector, Source};
 
-/// A process among its kin.
+/// A process and its relations.
 #[derive(Clone, Debug)]
 pub struct Kin {
     /// Its id.
@@ -26,12 +26,12 @@ pub struct Kin {
     pub shares: Shares,
     /// It was forked by its parent, and neither has executed a program since.
     pub forked: bool,
-    /// Shared anonymous memory: which, and where it is mapped.
+    /// Shared anonymous memory: index, and address of the mapping.
     pub memory: Vec<(usize, u64)>,
 }
 
 impl Kin {
-    /// A process of an image.
+    /// Of a process in an image.
     pub fn of(process: &Process) -> Self {
         let threads = process.threads.iter().map(|t| t.tid);
         Self {
@@ -55,7 +55,7 @@ fn memory(mappings: &[Mapping]) -> Vec<(usize, u64)> {
     shared.collect()
 }
 
-/// What an execve(2) leaves behind, by which two are told apart.
+/// What changes at an execve(2).
 #[derive(PartialEq, Eq)]
 struct Program {
     executable: usize,
@@ -82,7 +82,7 @@ pub fn is_fork_of(process: &Process, parent: &Process) -> bool {
         && Program::of(process) == Program::of(parent)
 }
 
-/// Processes that run, in the order of `sources`.
+/// Of running processes, in the order of `sources`.
 ///
 /// # Errors
 /// When one of them has ended.

@@ -1,4 +1,4 @@
-//! The record of a process that nobody has stopped.
+//! The record of a process that runs.
 
 use std::path::PathBuf;
 
@@ -19,8 +19,8 @@ use crate::source::Source;
 use crate::timers::{self, IntervalTimers};
 use crate::{cgroup, limits, session, thread};
 
-/// The record of a process, of these threads, as it can be seen without executing anything in it: what only the
-/// process itself can be asked is as it is in most. Threads that have ended are left out.
+/// The record of a process with these threads, as far as it is visible without executing anything in it; the rest has
+/// common values. Threads that have ended are left out.
 pub fn seen(
     source: &Source,
     outside: FromOutside,

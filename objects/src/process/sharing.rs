@@ -1,4 +1,4 @@
-//! Tasks that have the same memory.
+//! Tasks that share memory.
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::freeze::Frozen;
@@ -6,7 +6,7 @@ use ckpt_tracer::task::Stopped;
 
 use crate::source::{Collector, Source};
 
-/// All tasks of a job that have the memory of a process, those of the process itself first.
+/// All tasks of a job that share the memory of a process, its own first.
 pub fn tasks_with_memory_of<'j>(
     index: usize,
     job: &'j mut [&mut Frozen],
@@ -26,7 +26,7 @@ pub fn tasks_with_memory_of<'j>(
     own
 }
 
-/// The process whose memory a process has.
+/// The process that owns the memory of a process.
 fn memory_of(pid: Pid, sources: &[&Source], collector: &Collector) -> Pid {
     let source = sources.iter().find(|s| s.pid == pid);
     match source.filter(|_| collector.shares(pid).memory) {

@@ -5,8 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// A feature that programs can use and that cannot be done without once they do: its instructions
-/// fault elsewhere, or do something else.
+/// A feature that programs can use and then require: elsewhere its instructions fault or do something else.
 pub(super) struct Feature {
     /// As in `/proc/cpuinfo`.
     pub(super) name: &'static str,
@@ -32,9 +31,8 @@ const EXTENDED_C: (u32, u32, u8) = (0x8000_0001, 0, 2);
 const EXTENDED_D: (u32, u32, u8) = (0x8000_0001, 0, 3);
 const EXTENDED_EIGHT_B: (u32, u32, u8) = (0x8000_0008, 0, 1);
 
-/// Intel SDM volume 2 (CPUID) and AMD APM volume 3 (appendix E); names of
-/// arch/x86/include/asm/cpufeatures.h. Hints that are no-operations where they are not known, and
-/// what only says how fast something is, are left out.
+/// From Intel SDM volume 2 (CPUID) and AMD APM volume 3 (appendix E); names as in arch/x86/include/asm/cpufeatures.h.
+/// Left out: hints that are no-operations where unknown, and bits that only describe speed.
 pub(super) const ALL: &[Feature] = &[
     feature("fpu", ONE_D, 0),
     feature("tsc", ONE_D, 4),
@@ -136,7 +134,7 @@ pub(super) const ALL: &[Feature] = &[
     feature("rdpru", EXTENDED_EIGHT_B, 4),
 ];
 
-/// A level of the x86-64 psABI, of which a program is to use no more.
+/// A level of the x86-64 psABI, to which a program is limited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Baseline {
     /// x86-64-v2: SSE4.2, POPCNT … (about 2009).
@@ -152,12 +150,12 @@ const V1: &[&str] = &[
 const V2: &[&str] = &[
     "pni", "ssse3", "cx16", "sse4_1", "sse4_2", "popcnt", "lahf_lm",
 ];
-/// With the last two the dynamic linker saves registers, when it is told not to use XSAVEC.
+/// The dynamic linker saves registers with the last two, when XSAVEC is disabled.
 const V3: &[&str] = &[
     "fma", "movbe", "avx", "f16c", "bmi1", "avx2", "bmi2", "abm", "xsave", "osxsave",
 ];
-/// Names of the features above each level that glibc can be told not to use, as its tunable
-/// `glibc.cpu.hwcaps` has them (sysdeps/x86/cpu-tunables.c).
+/// Names of the features above each level that glibc can be told to ignore, as in its tunable `glibc.cpu.hwcaps`
+/// (sysdeps/x86/cpu-tunables.c).
 const ABOVE_V3: &[&str] = &[
     "AVX512F", "AVX512VL", "AVX512BW", "AVX512DQ", "AVX512CD", "AVX512ER", "AVX512PF", "RTM",
     "FMA4", "XOP", "XSAVEC",
@@ -176,7 +174,7 @@ const ABOVE_V2: &[&str] = &[
 ];
 
 impl Baseline {
-    /// All levels, the least first.
+    /// All levels, the lowest first.
     pub const ALL: [Self; 2] = [Self::V2, Self::V3];
 
     /// As the psABI names it.
@@ -196,8 +194,8 @@ impl Baseline {
         levels.iter().any(|level| level.contains(&feature))
     }
 
-    /// What a program is told by `GLIBC_TUNABLES` that had that value before: glibc then does not
-    /// choose functions, nor libraries of its `glibc-hwcaps` directories, above the level.
+    /// The value of `GLIBC_TUNABLES` for a program, given its previous value: glibc then selects neither functions
+    /// nor libraries of its `glibc-hwcaps` directories above the level.
     pub fn glibc_tunables(self, before: Option<&str>) -> String {
         const HWCAPS: &str = "glibc.cpu.hwcaps=";
         let above: &[&[&str]] = match self {
@@ -210,7 +208,7 @@ impl Baseline {
         let (caps, mut others): (Vec<&str>, Vec<&str>) = before
             .filter(|tunable| !tunable.is_empty())
             .partition(|tunable| tunable.starts_with(HWCAPS));
-        // Said twice, one would be passed over.
+        // glibc uses only one of several occurrences.
         let caps = caps.iter().filter_map(|t| t.strip_prefix(HWCAPS));
         let all: Vec<&str> = caps.chain(off.iter().map(String::as_str)).collect();
         let all = format!("{HWCAPS}{}", all.join(","));
@@ -234,7 +232,7 @@ impl FromStr for Baseline {
     }
 }
 
-/// Names for a message, not more than a person reads.
+/// Names for a message, limited in number.
 pub(super) fn list(names: &[&str]) -> String {
     const SHOWN: usize = 16;
     let more = names.len().saturating_sub(SHOWN);
@@ -262,7 +260,7 @@ mod tests {
         }
     }
 
-    /// `/proc/cpuinfo` leaves out what the kernel has turned off, and what it has no name for.
+    /// `/proc/cpuinfo` omits disabled features and those without a name.
     #[test]
     fn what_the_kernel_names_is_found() {
         let info = std::fs::read_to_string("/proc/cpuinfo").unwrap();

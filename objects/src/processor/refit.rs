@@ -1,5 +1,4 @@
-//! Processor state on its way to another processor: the state of threads, and what the kernel has
-//! saved of it on the stacks of signal handlers.
+//! Adapts processor state to another processor: the state of threads, and state saved by the kernel in signal frames.
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::features::Cpu;
@@ -9,19 +8,19 @@ use crate::error::{Error, Obstacle, Result};
 use crate::process::Process;
 use crate::{Host, frames};
 
-/// From the places that the components had to those that they have here.
+/// The layout of the components there, and here.
 #[derive(Clone, Debug, Default)]
 pub struct Refit {
     was: Vec<Component>,
     now: Vec<Component>,
-    /// Components that the old machine had.
+    /// Enabled components there.
     xcr0: u64,
     /// Bytes of a state there.
     size: usize,
 }
 
 impl Refit {
-    /// To the processor that we run on.
+    /// To the processor on which we run.
     pub fn to_here(host: &Host, here: &Cpu) -> Self {
         Self::to(host, &Processor::from(here))
     }
@@ -36,7 +35,7 @@ impl Refit {
         }
     }
 
-    /// A component that has another place here.
+    /// A component with another offset here.
     pub(super) fn moved(&self) -> Option<(&Component, &Component)> {
         let pairs = self.was.iter().filter_map(|old| {
             let new = self.now.iter().find(|new| new.number == old.number)?;
@@ -45,9 +44,9 @@ impl Refit {
         pairs.into_iter().find(|(old, new)| old != new)
     }
 
-    /// A thread's state in the size that this machine's kernel wants, which takes no other
-    /// (`xstateregs_set`, arch/x86/kernel/fpu/regset.c). `present` is what a new thread has here: of
-    /// components that the old machine did not have it keeps that.
+    /// A thread's state in the size that this kernel requires (`xstateregs_set`, arch/x86/kernel/fpu/regset.c).
+    /// `present` is the initial state of a new thread here; components that the old machine did not have are taken
+    /// from it.
     pub fn fit(&self, xstate: &[u8], present: &[u8]) -> Vec<u8> {
         let same = xstate.len() == present.len() && self.moved().is_none();
         if same || present.len() < COMPONENTS || xstate.len() < COMPONENTS {
@@ -55,7 +54,7 @@ impl Refit {
         }
         let mut fitted = present.to_vec();
         fitted[..HEADER].copy_from_slice(&xstate[..HEADER]);
-        // One that is not here is not needed, see `state_missing`.
+        // A component that is missing here is not needed, see `state_missing`.
         let here = self.now.iter().fold(0b11, |all, c| all | 1 << c.number);
         let used = in_use(xstate) & self.xcr0 & here | in_use(present) & !self.xcr0;
         fitted[HEADER..HEADER + 8].copy_from_slice(&used.to_le_bytes());
@@ -72,9 +71,9 @@ impl Refit {
         fitted
     }
 
-    /// Whether the kernel would not find all that a frame of the old machine holds: it looks in the
-    /// present places, and takes of a frame that is larger than its own x87 and SSE alone
-    /// (`check_xstate_in_sigframe`, arch/x86/kernel/fpu/signal.c).
+    /// Whether the kernel would not restore all of a frame of the old machine: it uses the present layout, and takes
+    /// only x87 and SSE from a frame that is larger than its own (`check_xstate_in_sigframe`,
+    /// arch/x86/kernel/fpu/signal.c).
     fn spoils_frames(&self) -> bool {
         let end = |c: &Component| c.offset + c.size;
         let here = self
@@ -87,8 +86,8 @@ impl Refit {
         self.moved().is_some() || self.size > here
     }
 
-    /// Refuses a process, the memory of which is filled in, if a signal handler of it is at work whose
-    /// frame cannot be taken over.
+    /// Refuses a process, whose memory is filled, if one of its signal handlers is running on a frame that cannot be
+    /// adapted.
     ///
     /// # Errors
     /// [`Error::Refused`].

@@ -1,12 +1,12 @@
-//! What a program that was started for a baseline is shown of the processor when it asks with CPUID.
+//! The results of CPUID for a program started with a baseline.
 //!
-//! What the level does not have is taken out of the true answer. In words that are still growing, of leaf 7
-//! above all, only what is known to be harmless stays: hints, and what only the kernel uses. Sizes and places
-//! of state components stay as they are: XGETBV cannot be answered for, and XSAVE writes what it says.
+//! Features above the level are cleared in the real result. In words that are still growing, leaf 7 above all, only
+//! bits known to be harmless stay: hints, and features that only the kernel uses. Sizes and offsets of state
+//! components stay: XGETBV cannot be emulated, and XSAVE uses them.
 
 use super::features::{self, Baseline};
 
-/// The registers of an answer.
+/// The output registers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Answer {
@@ -27,7 +27,7 @@ impl Answer {
     }
 }
 
-/// Bits of a growing word that stay whatever the level is.
+/// Bits of a growing word that stay at every level.
 struct Harmless {
     word: (u32, u32, u8),
     bits: u32,
@@ -54,8 +54,7 @@ const GROWING: &[Harmless] = &[
         word: (7, 0, 2),
         bits: bits(&[2, 13, 16, 17, 18, 19, 20, 21, 24, 25]),
     },
-    // fsrm, srbds_ctrl, md_clear, rtm_always_abort, tsx_force_abort, hybrid_cpu, arch_lbr, and what keeps
-    // speculation in check
+    // fsrm, srbds_ctrl, md_clear, rtm_always_abort, tsx_force_abort, hybrid_cpu, arch_lbr, and speculation controls
     Harmless {
         word: (7, 0, 3),
         bits: bits(&[4, 9, 10, 11, 13, 15, 19, 26, 27, 28, 29, 30, 31]),
@@ -84,25 +83,25 @@ const GROWING: &[Harmless] = &[
     },
 ];
 
-/// Others that are taken out: pku, since ospke is, and of AMD's lwp, of Centaur's all.
+/// Further cleared bits: pku, since ospke is cleared; AMD's lwp; all of Centaur's.
 const OUT: &[((u32, u32, u8), u32)] = &[
     ((0x8000_0001, 0, 2), bits(&[15])),
     ((0x8000_0008, 0, 1), bits(&[8])),
     ((0xc000_0001, 0, 3), u32::MAX),
 ];
 
-/// Leaves about things that no level has: SGX, key locker, AMX (twice), AVX10, APX.
+/// Leaves of features above every level: SGX, key locker, AMX (twice), AVX10, APX.
 const EMPTY: &[u32] = &[0x12, 0x19, 0x1d, 0x1e, 0x24, 0x29];
 /// State components.
 const STATE: u32 = 0xd;
 
-/// What a program of that level is shown where the processor says `raw`.
+/// The result shown to a program of that level when the processor returns `raw`.
 pub fn shown(level: Baseline, leaf: u32, subleaf: u32, raw: Answer) -> Answer {
     if EMPTY.contains(&leaf) || leaf == STATE && !level.allows("xsave") {
         return Answer::default();
     }
     let mut answer = raw;
-    // A leaf without subleaves has the same answer in all.
+    // A leaf without subleaves returns the same for all.
     let asked = match leaf {
         7 | STATE => subleaf,
         _ => 0,
@@ -128,7 +127,7 @@ pub fn shown(level: Baseline, leaf: u32, subleaf: u32, raw: Answer) -> Answer {
 mod tests {
     use super::*;
 
-    /// A processor that has everything.
+    /// A processor with all features.
     fn all(level: Baseline, leaf: u32, subleaf: u32) -> Answer {
         let ones = u32::MAX;
         let raw = Answer {
@@ -144,7 +143,7 @@ mod tests {
         word >> number & 1 == 1
     }
 
-    /// The features of the table that somebody sees who looks at everything.
+    /// The features that a program would detect, out of the whole table.
     fn seen(level: Baseline) -> Vec<&'static str> {
         let features = features::ALL.iter().filter(|f| {
             let (leaf, subleaf, register) = f.word;
@@ -175,15 +174,15 @@ mod tests {
         }
     }
 
-    /// AVX as the SDM has it (volume 1, 14.3), and so do glibc, Go's internal/cpu and OpenSSL: OSXSAVE
-    /// first, then XGETBV, which says that all is enabled, then the feature.
+    /// Detection of AVX as in the SDM (volume 1, 14.3), glibc, Go's internal/cpu and OpenSSL: OSXSAVE first, then
+    /// XGETBV, which shows that everything is enabled, then the feature.
     #[test]
     fn whoever_looks_for_avx_finds_it_in_v3_alone() {
         let avx = |level| {
             let one = all(level, 1, 0).ecx;
             bit(one, 27) && bit(one, 28)
         };
-        // Without the look at OSXSAVE, as some do.
+        // Without checking OSXSAVE, as some programs do.
         let avx2 = |level| bit(all(level, 7, 0).ebx, 5);
         let xsave = |level| bit(all(level, 1, 0).ecx, 26);
         for (level, there) in [(Baseline::V2, false), (Baseline::V3, true)] {
@@ -224,7 +223,7 @@ mod tests {
         }
     }
 
-    /// What is not known yet of the words that grow.
+    /// Unknown bits of the growing words.
     #[test]
     fn bits_without_a_name_are_not_shown() {
         let seven = all(Baseline::V3, 7, 1);
@@ -235,8 +234,8 @@ mod tests {
         assert!(!bit(all(Baseline::V3, 7, 0).edx, 0));
     }
 
-    /// glibc's lazy binding reserves what leaf 0xd says and saves with XSAVE, which writes all that XCR0
-    /// has: a smaller size would be written past.
+    /// glibc's lazy binding reserves the size in leaf 0xd and saves with XSAVE, which writes all components in XCR0:
+    /// a smaller size would overflow.
     #[test]
     fn sizes_of_state_are_true_where_there_is_xsave() {
         assert_eq!(all(Baseline::V3, 0xd, 0).ebx, u32::MAX);
@@ -269,7 +268,7 @@ mod tests {
         }
     }
 
-    /// A leaf that has no subleaves answers the same whatever is in ecx.
+    /// A leaf without subleaves returns the same whatever is in ecx.
     #[test]
     fn what_is_left_in_ecx_does_not_matter() {
         for leaf in [1, 0x8000_0001, 0x8000_0008] {

@@ -1,4 +1,4 @@
-//! Checks of the tree of processes.
+//! Checks of the process tree.
 
 use std::collections::{HashMap, HashSet};
 
@@ -6,8 +6,7 @@ use super::{Faults, require};
 use crate::Snapshot;
 use crate::process::Process;
 
-/// Parents come before their children, ids are unique, and what a process has from its parent is
-/// in its memory.
+/// Parents precede their children, ids are unique, and pages inherited from a parent are in its memory.
 pub(super) fn family(snapshot: &Snapshot, page: u32, faults: &mut Faults) {
     let mut place = HashMap::new();
     for (index, process) in snapshot.processes.iter().enumerate() {
@@ -40,7 +39,7 @@ pub(super) fn family(snapshot: &Snapshot, page: u32, faults: &mut Faults) {
     zombies(snapshot, &place, faults);
 }
 
-/// What is one object with the parent's has one record.
+/// An object shared with the parent has one record.
 fn sharing(process: &Process, parent: Option<&Process>, faults: &mut Faults) {
     let (pid, shares) = (process.pid, process.shares);
     let same = |shared: bool, is: fn(&Process, &Process) -> bool| {

@@ -6,14 +6,14 @@ use crate::process::Process;
 
 use super::{Faults, require};
 
-/// What descriptions say of themselves and of each other.
+/// Checks of descriptions and their references.
 pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
     for (number, description) in snapshot.descriptions.iter().enumerate() {
         description.kind.file().check(number, snapshot, faults);
     }
 }
 
-/// A process's descriptors.
+/// Checks the descriptors of a process.
 pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut Faults) {
     let pid = process.pid;
     let places = [process.removed.cwd, process.removed.root];

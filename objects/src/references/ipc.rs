@@ -5,7 +5,7 @@ use crate::process::Process;
 
 use super::{Faults, require};
 
-/// What a process owes to semaphores.
+/// Checks of a process's semaphore adjustments.
 pub(super) fn adjustments(snapshot: &Snapshot, process: &Process, faults: &mut Faults) {
     for adjustment in &process.semaphore_adjustments {
         let set = snapshot.ipc.semaphores.get(adjustment.set);

@@ -15,7 +15,7 @@ const TOP: u64 = 1 << 56;
 /// `PROT_READ | PROT_WRITE | PROT_EXEC`
 const PROTECTIONS: u32 = 7;
 
-/// A process's mappings.
+/// Checks of a process's mappings.
 pub(super) fn mappings(snapshot: &Snapshot, process: &Process, page: u32, faults: &mut Faults) {
     let (pid, memory) = (process.pid, &process.memory);
     require!(
@@ -150,15 +150,15 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
     }
 }
 
-/// Who the pages of a space belong to.
+/// The owner of a space.
 enum Owner<'a> {
     /// An address space: pages lie in its mappings.
     Memory(&'a Process),
-    /// Something with a size in bytes.
+    /// An object with a size in bytes.
     Object { size: u64 },
 }
 
-/// Spaces belong to one owner each, and their pages lie inside of it.
+/// Each space has one owner, and its pages lie inside.
 pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) {
     let mut owners: HashMap<SpaceId, Owner<'_>> = HashMap::new();
     let own = |p: &&Process| !p.shares.memory;
@@ -189,7 +189,7 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
     let bundled = bundled.map(|file| (file.contents, file.size));
     let files = mapped.chain(open).chain(bundled);
     for (space, size) in objects.chain(files).chain(segments) {
-        // One file may be open several times, and mapped as well.
+        // One file may be open several times, and mapped too.
         match owners.entry(space).or_insert(Owner::Object { size }) {
             Owner::Object { size: largest } => *largest = size.max(*largest),
             Owner::Memory(_) => {
@@ -220,8 +220,8 @@ pub(super) fn spaces(snapshot: &Snapshot, reader: &Reader, faults: &mut Faults) 
     }
 }
 
-/// Every stored page of an address space lies in a mapping that has pages of its own: one written
-/// through a shared mapping would change a file.
+/// Every stored page of an address space lies in a mapping that has pages of its own: writing it through a shared
+/// mapping would change a file.
 fn pages(process: &Process, reader: &Reader, faults: &mut Faults) {
     let page = reader.header().page_size;
     let private = |mapping: &&Mapping| {
@@ -237,7 +237,7 @@ fn pages(process: &Process, reader: &Reader, faults: &mut Faults) {
     for (run, _) in reader.runs_of(process.memory.space.0) {
         let mut at = run.start;
         while at < run.end(page) {
-            // Runs ascend; mappings too, or that is a fault already and this ends early.
+            // Runs ascend; if mappings do not, that is a fault already and this ends early.
             while mappings.peek().is_some_and(|mapping| mapping.end <= at) {
                 mappings.next();
             }

@@ -15,7 +15,7 @@ const LONGEST_NAME: usize = 108;
 /// `SCM_MAX_FD`.
 const MOST_RIGHTS: usize = 253;
 
-/// What sockets say of themselves and of each other.
+/// Checks of sockets and their references.
 pub(super) fn sockets(snapshot: &Snapshot, faults: &mut Faults) {
     let sockets = || {
         let all = snapshot.descriptions.iter();
@@ -137,7 +137,7 @@ fn name(inode: u64, name: &Name, faults: &mut Faults) {
     let files = file.is_none_or(|f| {
         let others = f.directory.iter().chain(&f.now);
         let bound = Path::new(std::ffi::OsStr::from_bytes(&name.bytes));
-        // What bind(2) makes is what is taken away when a restore fails.
+        // The file that bind(2) makes is removed when a restore fails.
         let same = bound.file_name() == f.named.file_name();
         same && absolute(&f.named) && others.into_iter().all(|p| absolute(p))
     });

@@ -7,7 +7,7 @@ use crate::memory::{Backing, SharedMemory};
 use crate::signals::Action;
 use crate::zombie::Zombie;
 
-/// The one fault of a snapshot that was changed.
+/// The only fault of a snapshot after a change.
 fn fault(change: impl FnOnce(&mut Snapshot)) -> String {
     let mut snapshot = snapshot();
     change(&mut snapshot);
@@ -182,7 +182,7 @@ fn descriptors() {
 #[test]
 fn pages_belong_somewhere() {
     let of = |pages: &[(u32, u64, u8)]| check(&snapshot(), &image(pages));
-    // Across the border of two mappings that touch.
+    // Across the border of two adjacent mappings.
     assert!(of(&[(1, MEMORY + 8192, 1), (1, MEMORY + 12288, 1)]).is_empty());
     for (page, expected) in [
         ((1, 0x8000), "the stored page at 0x8000 of process 50"),
@@ -291,7 +291,7 @@ fn objects_of_the_ipc_namespace() {
     mappings.push(mapping(0x200_0000, 2, view(0)));
     assert!(check(&good, &image(&[(2, 4096, 1)])).is_empty());
     assert!(check(&good, &image(&[(2, 8192, 1)]))[0].contains("reach beyond"));
-    // mremap(2) makes mappings of ordinary pages reach beyond the end, not those of huge pages.
+    // mremap(2) makes mappings of ordinary pages, but not of huge pages, extend past the end.
     good.processes[0].memory.mappings[3].end += 2 << 20;
     assert!(check(&good, &image(&[])).is_empty());
     good.ipc.segments[0].huge_page_size = 2 << 20;

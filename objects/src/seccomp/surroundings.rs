@@ -1,48 +1,45 @@
-//! Filters of the surroundings: those that a container's runtime gave to its first process, and that
-//! everything in it has inherited.
+//! Seccomp filters of the environment: those that a container runtime installed in the container's first process, and
+//! that everything in it has inherited.
 //!
-//! A task under filters of its own could be killed by them on a call that is made in it from
-//! outside, and who has no CAP_SYS_ADMIN in the first user namespace can neither suspend filters nor read
-//! them. But in a container everybody is under filters, ckpt included. Where the filters of the job
-//! are ours, they need not be suspended, nor stored: what kills there kills here first, and a
-//! restore in such surroundings brings the job back under them.
+//! Filters of its own could kill a task on a remote call, and without CAP_SYS_ADMIN in the initial user namespace
+//! they can neither be suspended nor read. But in a container all processes are under filters, including ckpt. If the
+//! job's filters are ours, they need not be suspended or stored: a call that kills there kills here first, and a
+//! restore in the same environment puts the job under them again.
 //!
-//! When are they ours? Filters are inherited by fork and exec and can only be added, so a process
-//! has all those of the one that it descends from. We take the filters of a task for ours when
-//! three numbers are the same (`Seccomp_filters`, Linux 5.9): the task's, ours, and that of process 1 of
-//! our pid namespace. Then neither the job nor we have added any to those that process 1 has.
-//! What is assumed is that the job and we have our filters from process 1, or, when a runtime has
-//! brought somebody into the container later (`docker exec`), that it gave everybody the same.
-//! Somebody who enters a container past its runtime, under other filters of the same number, is not
-//! told apart; docs/limits.md says so.
+//! When are they ours? Filters are inherited by fork and exec and can only be added, so a process has all filters of
+//! its ancestors. The filters of a task are taken for ours if three numbers are equal (`Seccomp_filters`, Linux 5.9):
+//! the task's, ours, and that of process 1 of our pid namespace. Then neither the job nor we have added any. This
+//! assumes that the job and we inherited our filters from process 1, or, if the runtime added a process later
+//! (`docker exec`), that it installed the same. A process that enters a container without its runtime, under the same
+//! number of other filters, is not detected; docs/limits.md says so.
 //!
-//! Then each call that would be made inside of the job is made by a child of ours first, so that a
-//! filter that kills (or traps) finds nobody else ([`ckpt_tracer::trial`]). One that only refuses makes the
-//! checkpoint fail, and the job goes on.
+//! Then a child of ours first makes each call that would be made in the job, so that a filter that kills (or traps)
+//! hits only the child ([`ckpt_tracer::trial`]). A filter that returns an error makes the checkpoint fail, and the
+//! job continues.
 
 use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::{Held, Use};
 use ckpt_tracer::proc::status::{Status, read_status};
 use ckpt_tracer::trial;
 
-/// What is known of the filters around us.
+/// The filters of our environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Surroundings {
-    /// We may suspend and read filters, so it does not matter whose they are.
+    /// We may suspend and read filters, so it does not matter.
     Master,
-    /// All in our pid namespace have as many, and none of them kills on our calls.
+    /// All processes in our pid namespace have this number, and none of the filters kills on our calls.
     Same(u32),
-    /// We are under none, and may not suspend those of others.
+    /// We have none, and may not suspend those of others.
     Outside,
-    /// A task under filters is not to be touched, for this reason.
+    /// Tasks under filters must not be touched, for this reason.
     Unclear(String),
 }
 
-/// How a process comes to be without filters, or with fewer than process 1.
+/// The remedy: running without filters, or with fewer than process 1.
 const REMEDY: &str = "run ckpt as root outside of the filters (docker exec --privileged)";
 
 impl Surroundings {
-    /// Looks; a child is created where we are under filters.
+    /// Determines it; creates a child if we are under filters.
     pub fn look() -> Self {
         if may_suspend() {
             return Surroundings::Master;
@@ -63,7 +60,7 @@ impl Surroundings {
         }
     }
 
-    /// Why nothing may be executed in the task, and what helps.
+    /// Why nothing may be executed in the task, and the remedy.
     pub fn in_the_way(&self, task: &Status) -> Option<(String, &'static str)> {
         const COULD_KILL: &str = "which could kill it on a call made from outside";
         match (task.seccomp, self) {
@@ -99,7 +96,7 @@ impl Surroundings {
     }
 }
 
-/// Whether our filters are those of process 1, going by their number.
+/// Whether our filters are those of process 1, by their number.
 fn counted(me: &Status, first: Option<&Status>) -> Surroundings {
     if me.seccomp != Some(2) {
         return Surroundings::Outside;
@@ -130,15 +127,15 @@ fn filters(count: u32) -> String {
     }
 }
 
-/// `PTRACE_O_SUSPEND_SECCOMP` wants CAP_SYS_ADMIN in the first user namespace, and a tracer that is
-/// not under seccomp itself (`check_ptrace_options`, kernel/ptrace.c).
+/// `PTRACE_O_SUSPEND_SECCOMP` needs CAP_SYS_ADMIN in the initial user namespace, and a tracer without seccomp
+/// (`check_ptrace_options`, kernel/ptrace.c).
 pub fn may_suspend() -> bool {
     let me = read_status(Pid::own());
     Held::now().allows(Use::SuspendSeccomp) && me.is_ok_and(|s| s.seccomp != Some(2))
 }
 
-/// What is to be told of a job that was under so many filters of its surroundings at the
-/// checkpoint, while we, of whom `me` is the status, are under others: it goes on with fewer restrictions than it had.
+/// The warning for a job that was under that many filters of its environment at the checkpoint and has fewer
+/// restrictions now.
 pub fn fewer_here(then: u32, me: &Status) -> Option<String> {
     let now = match me.seccomp {
         Some(2) => me.seccomp_filters?,

@@ -1,8 +1,7 @@
 //! Classic filters of sockets, `SO_ATTACH_FILTER` (socket(7)).
 //!
-//! The kernel keeps the instructions that it was given, and tells them. Those of an eBPF program (`SO_ATTACH_BPF`) it
-//! does not have (`sk_get_filter`, net/core/filter.c). A filter judges what is sent to the socket, and nothing that is
-//! in its queue already.
+//! The kernel keeps the original instructions and returns them, but not those of an eBPF program (`SO_ATTACH_BPF`;
+//! `sk_get_filter`, net/core/filter.c). A filter applies to arriving messages, not to queued ones.
 
 use std::os::fd::AsFd;
 
@@ -14,13 +13,13 @@ use crate::plan::Builder;
 /// Bytes of an instruction, `struct sock_filter`.
 const INSTRUCTION: usize = 8;
 
-/// The filter of a socket, as it was given; empty without one.
+/// The filter of a socket, as it was attached; empty without one.
 ///
 /// # Errors
 /// `EACCES` for an eBPF program.
 pub fn capture(socket: &impl AsFd) -> Result<Vec<u8>, Errno> {
     match sockets::filter_len(socket) {
-        // Sockets that have none.
+        // Sockets without support for filters.
         Ok(0) | Err(Errno::ENOPROTOOPT | Errno::EINVAL) => Ok(Vec::new()),
         Ok(count) => {
             let mut program = vec![0; count * INSTRUCTION];
@@ -31,7 +30,7 @@ pub fn capture(socket: &impl AsFd) -> Result<Vec<u8>, Errno> {
     }
 }
 
-/// Attaches a filter, if there is one, to the socket at a number.
+/// Attaches a filter, if there is one, to the socket with that descriptor number.
 pub fn rebuild(program: &[u8], at: i32, label: &str, plan: &mut Builder) {
     if program.is_empty() {
         return;

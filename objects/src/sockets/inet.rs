@@ -35,7 +35,7 @@ fn parse(bytes: &[u8]) -> Option<SocketAddr> {
     }
 }
 
-/// By the names of ss(8) and netstat(8).
+/// The state by its name in ss(8) and netstat(8).
 fn tcp_state(fd: &impl AsFd) -> Option<&'static str> {
     const STATES: [&str; 12] = [
         "ESTABLISHED",

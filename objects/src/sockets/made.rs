@@ -1,5 +1,5 @@
-//! The files that come with binding sockets: gone again if the restore fails; and those that have stepped aside for them,
-//! which have their names again.
+//! Socket files created by a restore, which are removed if it fails, and files renamed meanwhile, which get their
+//! names back.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -12,12 +12,12 @@ use crate::Snapshot;
 use crate::files::Staging;
 use crate::rights::{self, Rights};
 
-/// Files that a restore will make. When dropped, those are removed that are there and were not before, unless
-/// somebody else's live socket has the name.
+/// Files that a restore will create. When dropped, those that are new are removed, unless another live socket has the
+/// name.
 #[derive(Debug)]
 pub struct Made {
     files: Vec<(PathBuf, Option<Identity>)>,
-    /// Names, and where what has them is meanwhile.
+    /// Names, and the temporary names of the files that had them.
     asides: Vec<(PathBuf, PathBuf)>,
     rights: Option<Rights>,
 }
@@ -26,7 +26,7 @@ pub struct Made {
 type Identity = (u64, u64);
 
 impl Made {
-    /// Notes what is there before any socket is bound; they are made, and removed, with these rights.
+    /// Records which files exist before any socket is bound; they are created, and removed, with these rights.
     pub fn before(snapshot: &Snapshot, rights: Option<&Rights>) -> Self {
         let job = Job::of(snapshot, Staging::beside(snapshot));
         let files = job
@@ -46,7 +46,7 @@ impl Made {
     }
 }
 
-/// All that the plan may make, but for those that somebody has left.
+/// All temporary names that the plan may use, except existing ones.
 fn asides(job: &Job<'_>) -> Vec<(PathBuf, PathBuf)> {
     let of_sockets = (0..job.all.len()).map(|at| (job.socket(at).name.as_ref(), job.at(at)));
     let of_stand_ins = job.stand_ins.iter().enumerate();
@@ -74,7 +74,7 @@ impl Drop for Made {
                 if socket_at(named).is_some() && names::is_live(named) != Some(true) {
                     let _ = std::fs::remove_file(named);
                 }
-                // Over nothing that has come there meanwhile.
+                // Not over a file created there meanwhile.
                 let only = RenameFlags::RENAME_NOREPLACE;
                 let _ = renameat2(AT_FDCWD, aside, AT_FDCWD, named, only);
             }

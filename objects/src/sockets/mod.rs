@@ -1,8 +1,7 @@
 //! Sockets.
 //!
-//! Unix domain sockets are looked at all together ([`survey`]), since what one is can only be
-//! said with the other side in view, and are rebuilt together ([`rebuild`]). The record of one
-//! is in [`unix`]. Other families are refused by name.
+//! Unix domain sockets are captured together ([`survey`]), since the state of one depends on its peer, and rebuilt
+//! together ([`rebuild`]). The record of one is in [`unix`]. Other families are refused.
 
 use std::os::fd::AsFd;
 
@@ -42,7 +41,7 @@ pub fn domain(fd: &impl AsFd) -> Option<i32> {
     sockets::int_option(fd, libc::SO_DOMAIN).ok()
 }
 
-/// What family a socket is of, for messages: `an IPv4 TCP socket`.
+/// The family of a socket, for messages: `an IPv4 TCP socket`.
 pub fn family(fd: &impl AsFd) -> String {
     let domain = match sockets::int_option(fd, libc::SO_DOMAIN) {
         Ok(domain) => domain,
@@ -67,14 +66,14 @@ pub fn family(fd: &impl AsFd) -> String {
     }
 }
 
-/// Whether the process that owns a `/proc/PID` directory cannot run because we trace it.
+/// Whether the process of a `/proc/PID` directory is stopped because we trace it.
 pub fn is_held(status: &ckpt_tracer::proc::status::Status) -> bool {
     let ours = format!("/proc/self/task/{}", status.tracer_pid);
     status.tracer_pid != 0 && std::path::Path::new(&ours).exists()
 }
 
-/// A file that only an unread message holds: none that becomes one of `restore`, which goes by the number of
-/// a descriptor, and none that waits for processes.
+/// Whether a file may be held by an unread message only: not if it becomes a descriptor of `restore` by its number,
+/// nor if opening it waits for processes.
 pub fn may_be_in_flight(
     kind: Result<Kind, Box<Obstacle>>,
     first: Option<i32>,
@@ -103,9 +102,8 @@ pub fn may_be_in_flight(
 }
 
 impl Survey {
-    /// The kind of the description of that number. `first` is the index in the snapshot of
-    /// number 0; `None` for what is no unix domain socket. A socket whose other side is outside
-    /// the job is answered by `outside`.
+    /// The kind of the description with that number. `first` is the index in the snapshot of number 0; `None` if it
+    /// is not a unix domain socket. `outside` decides for a socket whose peer is outside the job.
     pub fn kind(
         &mut self,
         number: usize,
@@ -124,7 +122,7 @@ impl Survey {
         })
     }
 
-    /// Descriptions of sockets that nobody has open, which come behind all others.
+    /// Descriptions of sockets that are closed, which follow all others.
     pub fn ghosts(&mut self) -> impl Iterator<Item = Description> {
         std::mem::take(&mut self.ghosts)
             .into_iter()

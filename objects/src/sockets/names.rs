@@ -1,4 +1,4 @@
-//! Names of sockets: where the file of one is, and who else uses a name.
+//! Names of sockets: their files, and other users of a name.
 
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
@@ -18,8 +18,8 @@ use super::unix::{NameFile, Style, show, sockaddr};
 use crate::access::may;
 use crate::outsiders::process_name;
 
-/// The file of a name that is a path. `inode` is what sock_diag tells, `cwd` the directory of a
-/// process that has the socket.
+/// The file of a name that is a path. `inode` is from sock_diag, `cwd` the directory of a process that has the
+/// socket.
 pub fn file(socket: &OwnedFd, bytes: &[u8], inode: Option<u32>, cwd: &Path) -> Option<NameFile> {
     if bytes.first().is_none_or(|b| *b == 0) {
         return None;
@@ -52,7 +52,7 @@ pub fn file(socket: &OwnedFd, bytes: &[u8], inode: Option<u32>, cwd: &Path) -> O
     } else if let Some((whole, without)) = link {
         [whole, without].into_iter().find(|path| is_it(path))
     } else {
-        // Without privilege only those that were renamed in their directory are found.
+        // Without privilege only a file renamed within its directory is found.
         let neighbours = named.parent().and_then(|d| std::fs::read_dir(d).ok());
         let mut neighbours = neighbours.into_iter().flatten().flatten();
         neighbours.find_map(|entry| {
@@ -76,19 +76,19 @@ pub fn file(socket: &OwnedFd, bytes: &[u8], inode: Option<u32>, cwd: &Path) -> O
     })
 }
 
-/// Whether a live socket is bound to a name; `None` when we may not ask. The question is a
-/// datagram socket's attempt to connect, of which nobody takes notice.
+/// Whether a live socket is bound to a name; `None` when we may not ask. Tries to connect a datagram socket, which is
+/// not noticed.
 pub fn in_use(bytes: &[u8]) -> Option<bool> {
     let socket = sockets::socket(libc::AF_UNIX, Style::Datagram.number()).ok()?;
     match sockets::connect(&socket, &sockaddr(bytes)) {
-        // One of another kind, one of this kind, one that talks to somebody else only.
+        // Another type; a socket connected elsewhere; success.
         Err(Errno::EPROTOTYPE | Errno::EPERM) | Ok(()) => Some(true),
         Err(Errno::ECONNREFUSED | Errno::ENOENT) => Some(false),
         Err(_) => None,
     }
 }
 
-/// The same of a socket file, however long its path.
+/// The same for a socket file, with a path of any length.
 pub fn is_live(path: &Path) -> Option<bool> {
     let file = OpenOptions::new()
         .read(true)
@@ -98,8 +98,8 @@ pub fn is_live(path: &Path) -> Option<bool> {
     in_use(format!("/proc/self/fd/{}", file.as_raw_fd()).as_bytes())
 }
 
-/// Whether all live sockets that are bound to a name, or to the file at `path` if it leads to one, are
-/// among these inodes. One that nobody has a descriptor of yet waits at a listening one to be accepted.
+/// Whether all live sockets bound to a name, or to the file at `path`, are among these inodes. One without a
+/// descriptor yet waits at a listening socket to be accepted.
 pub fn are_these(bytes: &[u8], path: Option<&Path>, inodes: &[u64]) -> bool {
     let Ok(all) = ckpt_tracer::unix_diag::dump() else {
         return false;
@@ -114,7 +114,7 @@ pub fn are_these(bytes: &[u8], path: Option<&Path>, inodes: &[u64]) -> bool {
         .all(|socket| socket.inode == 0 || inodes.contains(&socket.inode.into()))
 }
 
-/// `process 44 (food)`, for whoever has a socket open; `None` when we may not see it.
+/// `process 44 (food)`, a process that has the socket open; `None` when it is not visible.
 pub fn holder(inode: u64) -> Option<String> {
     let root = ProcRoot::default();
     let has = |pid: &Pid| {
@@ -126,7 +126,7 @@ pub fn holder(inode: u64) -> Option<String> {
     Some(process_name(pid))
 }
 
-/// ` of process 44 (food)` for the socket of a name, as far as it can be told.
+/// ` of process 44 (food)` for the socket of a name, if known.
 pub fn holder_of_name(bytes: &[u8]) -> String {
     let all = ckpt_tracer::unix_diag::dump().unwrap_or_default();
     let socket = all
@@ -138,7 +138,7 @@ pub fn holder_of_name(bytes: &[u8]) -> String {
     }
 }
 
-/// The directories above a name that are not there, the deepest first; `None` if they cannot be made.
+/// The missing directories of a name, the deepest first; `None` if they cannot be created.
 pub fn missing_directories(name: &Path) -> Option<Vec<PathBuf>> {
     let mut missing = Vec::new();
     for directory in name.ancestors().skip(1) {
@@ -154,7 +154,7 @@ pub fn missing_directories(name: &Path) -> Option<Vec<PathBuf>> {
     None
 }
 
-/// sock_diag counts the zero byte that ends a path.
+/// sock_diag includes the zero byte that ends a path.
 fn trim(name: &[u8]) -> &[u8] {
     match name.first() {
         Some(0) | None => name,
@@ -162,8 +162,8 @@ fn trim(name: &[u8]) -> &[u8] {
     }
 }
 
-/// The file of a name whose socket is gone: only the way to it matters. `cwd` is the directory of a
-/// process that has heard of it.
+/// The file of a name whose socket has gone: only its path matters. `cwd` is the directory of a process that knows
+/// the name.
 pub fn gone(bytes: &[u8], cwd: &Path) -> Option<NameFile> {
     if bytes.first().is_none_or(|b| *b == 0) {
         return None;

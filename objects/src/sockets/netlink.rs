@@ -1,8 +1,8 @@
-//! Sockets to the kernel, netlink(7).
+//! Netlink sockets, netlink(7).
 //!
-//! One that is bound to nothing has never sent anything, belongs to no group and has no dump in progress. Nothing
-//! comes to it but notices of POSIX message queues (`SIGEV_THREAD`, mq_notify(3)), for which glibc makes one. Others
-//! are refused.
+//! Supported is an unbound socket that has never sent anything, belongs to no group and has no dump in progress. It
+//! receives only notifications of POSIX message queues (`SIGEV_THREAD`, mq_notify(3)), for which glibc creates one.
+//! Others are refused.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -26,7 +26,7 @@ const SOL_NETLINK: i32 = 270;
 /// `NETLINK_LIST_MEMBERSHIPS`, `NETLINK_CAP_ACK`, `NETLINK_EXT_ACK`, `NETLINK_GET_STRICT_CHK`.
 const OPTIONS: [i32; 8] = [3, 4, 5, 8, 9, 10, 11, 12];
 
-/// A netlink socket of protocol 0, bound to nothing.
+/// An unbound netlink socket of protocol 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetlinkSocket {
     /// Inode number.
@@ -35,20 +35,20 @@ pub struct NetlinkSocket {
     pub style: i32,
     /// Its protocol.
     pub protocol: i32,
-    /// Options that a new socket does not have.
+    /// Options that differ from a new socket's.
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub options: Vec<SocketOption>,
-    /// Bytes that cookies of notices to come count in its receive buffer.
+    /// Bytes of its receive buffer used by cookies of registered notifications.
     #[serde(skip)]
     pub charged: u32,
 }
 
-/// A socket as glibc makes it for notices.
+/// Creates a socket as glibc does for notifications.
 pub fn new() -> Result<OwnedFd, Errno> {
     sockets::socket(libc::AF_NETLINK, libc::SOCK_RAW)
 }
 
-/// Bytes that count in the receive buffer, also those of cookies of notices to come.
+/// Used bytes of the receive buffer, including cookies of registered notifications.
 pub fn charged(fd: &impl AsFd) -> Result<u32, Errno> {
     Ok(memory(fd)?.0)
 }
@@ -77,14 +77,14 @@ fn memory(fd: &impl AsFd) -> Result<(u32, u32), Errno> {
     }
 }
 
-/// Captures a socket; `None` for what is no netlink socket or may have more state than is kept.
+/// Captures a socket; `None` if it is not a netlink socket, or may have more state than is stored.
 fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obstacle>>> {
     let socket = &look.copy;
     let is_plain = sockets::int_option(socket, libc::SO_DOMAIN) == Ok(libc::AF_NETLINK)
         && sockets::int_option(socket, libc::SO_PROTOCOL) == Ok(0)
         && addresses(socket) == Ok([[0; 2]; 2])
         && OPTIONS.iter().all(|number| {
-            // Empty where there are no groups, and an error where the kernel has none of that name.
+            // Empty if the protocol has no groups, an error if the kernel lacks the option.
             match sockets::option_of(SOL_NETLINK, socket, *number) {
                 Ok(value) => value.iter().all(|b| *b == 0),
                 Err(errno) => errno == Errno::ENOPROTOOPT,

@@ -1,8 +1,8 @@
-//! Looking at messages behind the first one, which needs the socket's own `SO_PEEK_OFF`.
+//! Peeking at messages after the first one, which needs the socket's own `SO_PEEK_OFF`.
 //!
-//! The option belongs to the socket and so to the job. It is only touched while the job is held
-//! by us, and put back at the end. Should ckpt be killed in between, a process that was forked
-//! for nothing else puts it back: it waits for the end of a pipe, which our death brings.
+//! The option belongs to the socket and so to the job. It is changed only while the job is frozen, and restored at
+//! the end. If ckpt is killed in between, a helper process restores it: it waits for the end of a pipe, which our
+//! death brings.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -10,7 +10,7 @@ use ckpt_sys::helper::Helper;
 use ckpt_sys::sockets;
 use nix::errno::Errno;
 
-/// `SO_PEEK_OFF` of a socket of the job, set for a while.
+/// `SO_PEEK_OFF` of a socket of the job, changed temporarily.
 pub(super) struct PeekOffset<'a> {
     socket: &'a OwnedFd,
     before: i32,
@@ -18,7 +18,7 @@ pub(super) struct PeekOffset<'a> {
 }
 
 impl<'a> PeekOffset<'a> {
-    /// Prepares; the option is as it was until [`set`](Self::set).
+    /// Prepares; the option is unchanged until [`set`](Self::set).
     pub(super) fn of(socket: &'a OwnedFd) -> Result<Self, Errno> {
         Ok(Self {
             socket,
@@ -27,12 +27,12 @@ impl<'a> PeekOffset<'a> {
         })
     }
 
-    /// What the job has set; -1 for nothing.
+    /// The job's own value; -1 for off.
     pub(super) fn before(&self) -> i32 {
         self.before
     }
 
-    /// The next look begins there.
+    /// Sets where the next peek starts.
     pub(super) fn set(&mut self, offset: usize) -> Result<(), Errno> {
         if self.guard.is_none() {
             self.guard = Some(guard(self.socket, self.before)?);
@@ -47,14 +47,14 @@ impl Drop for PeekOffset<'_> {
         if let Some((guard, pipe)) = self.guard.take() {
             // It cannot fail where setting it did not.
             let _ = sockets::set_int_option(self.socket, libc::SO_PEEK_OFF, self.before);
-            // The guard does the same once more and ends.
+            // The helper does the same once more and ends.
             drop(pipe);
             let _ = guard.wait();
         }
     }
 }
 
-/// A process that puts the option back when the pipe ends, that is, when we let go or die.
+/// A process that restores the option when the pipe ends, that is, when we drop it or die.
 fn guard(socket: &OwnedFd, before: i32) -> Result<(Helper, OwnedFd), Errno> {
     let (read, write) = ckpt_sys::pipes::pipe()?;
     let guard = Helper::start_with(&[socket.as_fd(), read.as_fd()], || {
@@ -97,7 +97,7 @@ mod tests {
         let (socket, _other) = pair();
         let mut offset = PeekOffset::of(&socket).expect("it has it");
         offset.set(7).expect("it has it");
-        // What the kernel does at our death: the pipe is closed, and nothing more.
+        // What our death does: it closes the pipe, and nothing more.
         let (guard, pipe) = offset.guard.take().expect("it is guarded");
         drop(pipe);
         assert_eq!(guard.wait(), Ok(0));

@@ -10,12 +10,12 @@ use serde_bytes::ByteBuf;
 use super::unix::Style;
 use crate::plan::Builder;
 
-/// An option of `SOL_SOCKET` that is not as a new socket has it.
+/// An option of `SOL_SOCKET` that differs from a new socket's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SocketOption {
     /// `SO_*`.
     pub number: i32,
-    /// What getsockopt(2) tells.
+    /// The value from getsockopt(2).
     pub value: ByteBuf,
 }
 
@@ -31,7 +31,7 @@ const SO_INQ: i32 = 84;
 
 const BUFFERS: [i32; 2] = [libc::SO_SNDBUF, libc::SO_RCVBUF];
 
-/// Those that may need a right. Setting others never does.
+/// Options that may need a capability. Others never do.
 const PRIVILEGED: &[i32] = &[
     libc::SO_DEBUG,
     libc::SO_PRIORITY,
@@ -42,8 +42,8 @@ const PRIVILEGED: &[i32] = &[
     libc::SO_TXTIME,
 ];
 
-/// Options that are kept, with the length of their value: all that a unix socket takes (`sk_setsockopt`,
-/// net/core/sock.c; `unix_setsockopt`, net/unix/af_unix.c) and tells, but for filters. Set in this order.
+/// Stored options, with the length of their value: all that a unix socket supports (`sk_setsockopt`, net/core/sock.c;
+/// `unix_setsockopt`, net/unix/af_unix.c) and reports, except filters. Set in this order.
 pub const KEPT: &[(i32, &str, usize)] = &[
     (libc::SO_DEBUG, "SO_DEBUG", 4),
     (libc::SO_REUSEADDR, "SO_REUSEADDR", 4),
@@ -89,7 +89,7 @@ pub const KEPT: &[(i32, &str, usize)] = &[
     (SO_BUF_LOCK, "SO_BUF_LOCK", 4),
 ];
 
-/// What differs from a new socket of the same family and kind.
+/// The options that differ from a new socket of the same family and type.
 pub fn capture(socket: &OwnedFd, family: i32, kind: i32) -> Vec<SocketOption> {
     let Ok(fresh) = sockets::socket(family, kind) else {
         return Vec::new();
@@ -113,7 +113,7 @@ pub fn capture(socket: &OwnedFd, family: i32, kind: i32) -> Vec<SocketOption> {
 }
 
 impl SocketOption {
-    /// What tells of the room to send that a new socket has, after [`make_room`].
+    /// The send buffer of a new socket, to be set after [`make_room`].
     pub fn send_room_of_new() -> Vec<Self> {
         let Ok(fresh) = sockets::socket(libc::AF_UNIX, Style::Stream.number()) else {
             return Vec::new();
@@ -126,7 +126,7 @@ impl SocketOption {
         options.collect()
     }
 
-    /// Sets it on the socket at a number.
+    /// Sets it on the socket with that descriptor number.
     pub fn rebuild(&self, at: i32, label: &str, plan: &mut Builder) {
         let Some((_, name, _)) = KEPT.iter().find(|(number, ..)| *number == self.number) else {
             return;
@@ -134,7 +134,7 @@ impl SocketOption {
         let object = || format!("{name} of the {label}");
         let (mut number, mut value) = (self.number, self.value.to_vec());
         if BUFFERS.contains(&number) {
-            // The kernel doubles what it is given, and tells the doubled value.
+            // The kernel doubles the value that it is given, and reports the doubled one.
             let doubled = value.get(..4).and_then(|v| v.try_into().ok());
             let half = i32::from_ne_bytes(doubled.unwrap_or_default()) / 2;
             value = half.to_ne_bytes().to_vec();
@@ -179,7 +179,7 @@ fn operands(at: i32, number: i32, data: u64, len: usize) -> [u64; 5] {
     ]
 }
 
-/// What an unprivileged process may ask for.
+/// The largest value without privilege.
 fn largest(number: i32) -> i32 {
     let which = match number {
         libc::SO_SNDBUF => "wmem_max",
@@ -191,8 +191,8 @@ fn largest(number: i32) -> i32 {
         .unwrap_or(212_992)
 }
 
-/// Room for everything that is going to be sent, until the options are set. Where we may not
-/// have it, what the socket has from the start is mostly enough: the messages fit once.
+/// Enlarges the send buffer for everything that will be sent, until the options are set. If not permitted, the
+/// default usually suffices: the messages fitted once.
 pub fn make_room(at: i32, bytes: usize, plan: &mut Builder) {
     let wanted = i32::try_from(bytes.saturating_mul(2) + (1 << 20)).unwrap_or(i32::MAX / 2);
     let data = plan.data(&wanted.to_ne_bytes());

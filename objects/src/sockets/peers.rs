@@ -1,9 +1,8 @@
-//! Who the other side of a socket is told to be (`SO_PEERCRED`), and who wrote a message.
+//! Credentials of the peer of a socket (`SO_PEERCRED`), and of the sender of a message.
 //!
-//! The kernel notes the process that makes a pair, listens, or connects, and lets nobody say
-//! anything else (`init_peercred` in net/unix/af_unix.c). So who is to be told makes the call:
-//! the root itself, or an envoy that has the pid for the moment ([`Builder::envoy`]); its
-//! process is not there yet, or no more.
+//! The kernel records the process that makes a pair, listens, or connects, and this cannot be overridden
+//! (`init_peercred` in net/unix/af_unix.c). So the recorded process makes the call: the root itself, or an envoy with
+//! that pid ([`Builder::envoy`]), if the process does not exist yet or any more.
 
 use ckpt_sys::sockets;
 use ckpt_tracer::capabilities::Use;
@@ -15,7 +14,7 @@ use crate::credentials::Credentials;
 use crate::files::FdEntry;
 use crate::plan::Builder;
 
-/// `struct ucred`: who a process is to those that it speaks to.
+/// `struct ucred`: the credentials of a sending process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ucred {
     /// Process id.
@@ -35,14 +34,13 @@ impl From<ckpt_sys::control::Credentials> for Ucred {
 }
 
 impl Ucred {
-    /// What a socket tells; `None` where the kernel noted nobody, or somebody of whom it may not
-    /// tell here.
+    /// From a socket; `None` where the kernel has none, or none that can be shown here.
     pub fn of_peer(socket: &impl std::os::fd::AsFd) -> Option<Self> {
         let peer = sockets::peer_credentials(socket).ok()?;
         (peer.pid > 0).then_some(peer.into())
     }
 
-    /// A process that has a description, which is as near as one can come to who made it.
+    /// A process that holds a description, the best guess for its creator.
     pub fn holder(description: usize, snapshot: &Snapshot) -> Option<Self> {
         let has = |entry: &FdEntry| entry.description == description;
         let process = snapshot.processes.iter().find(|p| p.fds.iter().any(has))?;
@@ -55,15 +53,15 @@ impl Ucred {
     }
 }
 
-/// In whose name the root makes calls.
+/// The process under whose credentials calls are made.
 pub(super) struct Names {
     /// Pid of the root.
     pub(super) root: i32,
 }
 
 impl Names {
-    /// Lets `who` do something, as whom `act` is told; `what` tells what that is about. Without a
-    /// `who` it does not matter.
+    /// Makes the call `act` under the credentials `who`; `what` describes it for messages. Without `who` any
+    /// credentials will do.
     pub(super) fn act(
         &self,
         who: Option<Ucred>,
@@ -123,7 +121,7 @@ fn may_be(who: Ucred, plan: &Builder) -> bool {
 
 const KEEP: u64 = u32::MAX as u64;
 
-/// Takes the effective ids, but keeps those by which files are reached.
+/// Takes the effective ids, but keeps the file system ids.
 fn become_other(who: Ucred, now: &Credentials, plan: &mut Builder) {
     let object = || "the ids of a unix socket's peer".to_owned();
     let (uid, gid) = (u64::from(who.uid), u64::from(who.gid));

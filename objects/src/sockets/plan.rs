@@ -1,4 +1,4 @@
-//! All sockets of a snapshot together, and the numbers and addresses that their rebuilding uses.
+//! All sockets of a snapshot, with the numbers and addresses for rebuilding them.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -11,37 +11,36 @@ use crate::files::Staging;
 
 /// The sockets of a snapshot.
 pub(super) struct Job<'a> {
-    /// By order of their descriptions, with the index of it.
+    /// In the order of their descriptions, with the index of each.
     pub(super) all: Vec<(usize, &'a UnixSocket)>,
     /// Position in `all` by inode.
     by_inode: HashMap<u64, usize>,
-    /// How each comes to be.
+    /// How each is created.
     pub(super) births: Vec<Birth>,
-    /// Listening sockets that exist for a moment, since the one that a live socket was accepted
-    /// from is gone.
+    /// Temporary listening sockets, for connections whose listening socket has gone.
     pub(super) stand_ins: Vec<StandIn<'a>>,
     /// `O_PATH` descriptors for the files of names, by inode of the socket.
     files: HashMap<u64, usize>,
     staging: Staging,
     spare: usize,
     snapshot: &'a Snapshot,
-    /// In whose name they come to be.
+    /// The credentials under which they are created.
     pub(super) names: Names,
 }
 
-/// How a socket comes to be.
+/// How a socket is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Birth {
     /// socket(2).
     Alone,
     /// The first of a socketpair(2), with the position of the second.
     PairWith(usize),
-    /// Together with another one that says so.
+    /// The second of that pair.
     Along,
-    /// The same; then it leaves that one, a datagram socket, which stays connected to it.
+    /// The same; then it disconnects from the first, a datagram socket, which stays connected to it.
     AlongAndOff,
-    /// By a socketpair(2) whose other end is closed at once: a datagram socket that is connected to that one no more, and
-    /// still tells who made the pair.
+    /// By a socketpair(2) whose other end is closed at once: a datagram socket that is not connected any more, but
+    /// still reports the pair's creator.
     Severed,
     /// accept(2), with the position of the client and that of the listening socket.
     Accepted(usize, Door),
@@ -52,7 +51,7 @@ pub(super) enum Birth {
 pub(super) enum Door {
     /// At a socket of the job, by position.
     Listener(usize),
-    /// At a stand-in.
+    /// At a temporary listening socket.
     StandIn(usize),
 }
 
@@ -94,7 +93,7 @@ impl<'a> Job<'a> {
         job
     }
 
-    /// The snapshot's own references were checked before (`inspect::references`).
+    /// The references of the snapshot have been checked (`inspect::references`).
     pub(super) fn position(&self, inode: u64) -> Option<usize> {
         self.by_inode.get(&inode).copied()
     }
@@ -103,7 +102,7 @@ impl<'a> Job<'a> {
         self.all[position].1
     }
 
-    /// A process that has a socket, which is as near as one can come to who made it.
+    /// A process that has a socket, the best guess for its creator.
     pub(super) fn holder(&self, position: usize) -> Option<Ucred> {
         Ucred::holder(self.all[position].0, self.snapshot)
     }
@@ -117,7 +116,8 @@ impl<'a> Job<'a> {
         let mut decided = HashSet::new();
         for at in 0..self.all.len() {
             let socket = self.socket(at);
-            // What connect(2) and send(2) leave of a pair of datagram sockets (`init_peercred` in net/unix/af_unix.c).
+            // What remains of a pair of datagram sockets after connect(2) and send(2) (`init_peercred` in
+            // net/unix/af_unix.c).
             let paired = socket.style == Style::Datagram && socket.peer_credentials.is_some();
             if paired && self.births[at] == Birth::Alone {
                 self.births[at] = Birth::Severed;
@@ -126,7 +126,7 @@ impl<'a> Job<'a> {
                 continue;
             };
             let mutual = self.socket(other).peer() == Some(socket.inode);
-            // To one without a name only socketpair(2) connects.
+            // Only socketpair(2) connects to a socket without a name.
             let left = socket.style == Style::Datagram && self.socket(other).name.is_none();
             if !(mutual || left) || other == at || decided.contains(&at) || decided.contains(&other)
             {
@@ -168,7 +168,7 @@ impl<'a> Job<'a> {
         candidates.clone().find(known).or_else(|| candidates.next())
     }
 
-    /// The listening socket of the job that has the name of an accepted one.
+    /// The listening socket of the job with the name of an accepted one.
     fn listener(&self, accepted: usize) -> Option<usize> {
         let socket = self.socket(accepted);
         let name = socket.name.as_ref()?;
@@ -201,13 +201,13 @@ impl<'a> Job<'a> {
         Door::StandIn(self.stand_ins.len() - 1)
     }
 
-    /// Whether the plan binds the socket to its name; an accepted one gets it otherwise.
+    /// Whether the plan binds the socket to its name; an accepted one inherits it.
     pub(super) fn binds(&self, position: usize) -> bool {
         self.socket(position).name.is_some()
             && !matches!(self.births[position], Birth::Accepted(..))
     }
 
-    /// Number of the descriptor by which a bound socket's file can be reached.
+    /// Number of the descriptor that refers to a bound socket's file.
     pub(super) fn file_at(&self, position: usize) -> i32 {
         let spare = self.files.get(&self.socket(position).inode);
         self.staging.spare(spare.copied().unwrap_or(0))
@@ -219,7 +219,7 @@ impl<'a> Job<'a> {
         (self.staging.spare(number), self.staging.spare(number + 1))
     }
 
-    /// Number of a listening socket, and its address.
+    /// Number and address of a listening socket.
     pub(super) fn door_at(&self, door: Door) -> (i32, Vec<u8>) {
         match door {
             Door::Listener(at) => (self.at(at), self.address(at)),
@@ -230,7 +230,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// The address by which a bound socket can be reached while the plan runs.
+    /// The address of a bound socket while the plan runs.
     pub(super) fn address(&self, position: usize) -> Vec<u8> {
         match &self.socket(position).name {
             Some(name) => reach(name, self.file_at(position)),
@@ -238,7 +238,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Where the files of bound sockets are, which a restore makes anew.
+    /// The files of bound sockets, which a restore creates anew.
     pub(super) fn present(&self) -> impl Iterator<Item = (usize, &'a PathBuf)> {
         (0..self.all.len()).filter_map(|at| {
             let name = self.socket(at).name.as_ref().filter(|_| self.binds(at))?;
@@ -247,7 +247,7 @@ impl<'a> Job<'a> {
     }
 }
 
-/// A file may be unlinked by now, or its path too long: it is reached by its descriptor.
+/// A file may be unlinked by now, or its path too long: it is addressed through its descriptor.
 fn reach(name: &Name, file_at: i32) -> Vec<u8> {
     match name.file {
         Some(_) => sockaddr(format!("/proc/self/fd/{file_at}").as_bytes()),

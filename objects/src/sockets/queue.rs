@@ -18,16 +18,16 @@ pub struct Seen {
     pub data: Vec<u8>,
     /// The name of the socket that sent it (datagrams only).
     pub name: Vec<u8>,
-    /// Copies of the descriptors in it.
+    /// Duplicates of the descriptors in it.
     pub rights: Vec<OwnedFd>,
-    /// Who sent it, where the reader would be told.
+    /// Its sender's credentials, if the reader would receive them.
     pub sender: Option<Ucred>,
-    /// It is an urgent byte, or the place of one.
+    /// An urgent byte, or the mark of one.
     pub urgent: Option<Urgent>,
 }
 
 impl Seen {
-    /// Bytes without anything else.
+    /// Bytes only.
     pub(super) fn bytes(data: Vec<u8>, sender: Option<Ucred>) -> Self {
         Self {
             data,
@@ -42,15 +42,15 @@ impl Seen {
 /// Why a queue cannot be copied.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The kernel's answer.
+    /// The kernel's error.
     Kernel(Errno),
-    /// Something that the reader would be told before the first message.
+    /// An error that the reader would get before the first message.
     PendingError,
-    /// A byte sent with `MSG_OOB`, of which this kernel tells too little.
+    /// A byte sent with `MSG_OOB`, of which this kernel shows too little.
     Urgent,
-    /// A byte sent with `MSG_OOB` whose place is not told.
+    /// A byte sent with `MSG_OOB` whose position is unknown.
     UrgentPlace,
-    /// We may not have as many descriptors as are in a message.
+    /// A message has more descriptors than we may open.
     TooManyDescriptors,
 }
 
@@ -61,7 +61,7 @@ impl From<Errno> for Fault {
 }
 
 impl Fault {
-    /// Why, as the rest of a sentence that begins with the socket.
+    /// The reason, as the rest of a sentence that begins with the socket.
     pub fn reason(&self) -> String {
         match self {
             Fault::Kernel(e) => format!("has unread data that cannot be looked at: {}", e.desc()),
@@ -87,14 +87,13 @@ impl Fault {
     }
 }
 
-/// Everything that waits to be read from a socket. `held` says that the job cannot run; if not,
-/// messages behind the first one are left out, since looking at them needs an option of the
-/// socket.
+/// Everything that can be read from a socket. `held` says that the job is frozen; if not, messages after the first
+/// one are left out, since reading them needs an option of the socket.
 pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>, Fault> {
     let state = ckpt_sys::events::poll_now(socket, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP);
     let total = ckpt_sys::files::unread(socket);
     if state & libc::POLLERR != 0 && style != Style::Stream {
-        // The next call tells the error, and it is gone.
+        // The next call would return the error and clear it.
         let empty = total == 0 && (state & libc::POLLIN == 0 || state & libc::POLLRDHUP != 0);
         return if empty {
             Ok(Vec::new())
@@ -104,7 +103,7 @@ pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>,
     }
     let mut offset = PeekOffset::of(socket)?;
     if !held && offset.before() >= 0 {
-        // A look would move it.
+        // A peek would move the peek offset.
         return Ok(Vec::new());
     }
     if style == Style::Stream {
@@ -117,7 +116,7 @@ pub fn contents(socket: &OwnedFd, style: Style, held: bool) -> Result<Vec<Seen>,
     }
 }
 
-/// Looks at the next message, which stays where it is; its length is that of the whole message.
+/// Peeks at the next message; its length is that of the whole message.
 ///
 /// # Errors
 /// Those of recvmsg(2).
@@ -134,8 +133,8 @@ fn look(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Received, Fault> {
     Ok(peeked)
 }
 
-/// A stream in pieces: a new one begins where descriptors come with a byte, where they end, and
-/// where somebody else has written. Where a look ends for none of these reasons there is the mark of an urgent byte.
+/// A stream in pieces: a new one starts where descriptors are attached to a byte, after them, and where the sender
+/// changes. A peek that ends for no such reason ends at the mark of an urgent byte.
 fn stream(
     socket: &OwnedFd,
     total: usize,
@@ -146,9 +145,9 @@ fn stream(
     let mut pieces: Vec<Seen> = mark.passed_over(socket)?.into_iter().collect();
     let total = total.saturating_sub(pieces.len());
     let mut at = 0;
-    // Pieces with which such a look begins, and whether descriptors ended the one before, and whose bytes it saw.
+    // Pieces at which such a peek started; whether descriptors ended the previous one; and its sender.
     let (mut stops, mut before) = (Vec::new(), None);
-    // Without unread bytes a look would take a pending error.
+    // Without unread bytes a peek would consume a pending error.
     while at < total {
         if at > 0 || offset.before() >= 0 {
             if !held {
@@ -168,7 +167,7 @@ fn stream(
         }
         before = Some((!piece.rights.is_empty(), sender));
         if !piece.rights.is_empty() && held {
-            // Bytes in front of the one with which the descriptors come.
+            // Bytes before the one to which the descriptors are attached.
             offset.set(at)?;
             let plain = control::before_last_message(socket, piece.len)?;
             if plain > 0 {
@@ -191,8 +190,8 @@ fn stream(
 
 /// Datagrams and packets, one after the other.
 ///
-/// The kernel marks an empty message that was looked at and skips it at further looks with an
-/// offset; the first message is therefore looked at without one.
+/// The kernel marks an empty message that was peeked at and skips it at later peeks with an offset; so the first
+/// message is peeked at without one.
 fn messages(
     socket: &OwnedFd,
     style: Style,
@@ -209,12 +208,12 @@ fn messages(
         && ckpt_sys::events::poll_now(socket, libc::POLLRDHUP) & libc::POLLRDHUP != 0;
     loop {
         let peeked = match look(socket, &mut buffer) {
-            // Of packets one that has no peer is not asked what is in its queue: of one that listens these are
-            // clients (`unix_seqpacket_recvmsg`, net/unix/af_unix.c).
+            // Packets of a socket without a peer are not read: the queue of a listening one holds clients
+            // (`unix_seqpacket_recvmsg`, net/unix/af_unix.c).
             Err(Fault::Kernel(Errno::EAGAIN | Errno::ENOTCONN)) => break,
             other => other?,
         };
-        // The end of what a peer has sent looks like an empty packet.
+        // The end of file of a peer looks like an empty packet.
         if peeked.len == 0 && ended {
             break;
         }

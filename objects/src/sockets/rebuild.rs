@@ -1,9 +1,8 @@
-//! Making the sockets of a snapshot, up to their connections. What needs every description
-//! open comes later ([`finish`]).
+//! Creates the sockets of a snapshot, up to their connections. What needs all descriptions comes later ([`finish`]).
 //!
-//! Sockets with names are bound one after the other. The file of each is opened right away by
-//! `O_PATH`, and whoever connects to it goes through that descriptor: so a name may be unlinked
-//! or given to the next socket at once, and need not fit into an address.
+//! Named sockets are bound one after the other. The file of each is opened at once by `O_PATH`, and clients connect
+//! through that descriptor: so a name may be unlinked or reused by the next socket at once, and need not fit into an
+//! address.
 
 use std::collections::{HashMap, HashSet};
 use std::os::unix::ffi::OsStrExt;
@@ -22,7 +21,7 @@ use crate::files::{self, Staging};
 use crate::plan::Builder;
 use crate::text::Shown;
 
-/// Makes all sockets, when the first of them comes.
+/// Creates all sockets, at the first of them.
 pub fn open(
     index: usize,
     snapshot: &Snapshot,
@@ -69,7 +68,7 @@ pub fn open(
     }
 }
 
-/// Files of the job's sockets that are still there, with nobody behind them: they are removed.
+/// Files of the job's sockets that still exist, without a live socket: they are removed.
 fn stale_files(
     job: &Job<'_>,
     leaving: &[u64],
@@ -110,7 +109,7 @@ fn stale_files(
     stale
 }
 
-/// Whether a name is held by sockets of the job itself, which will be gone.
+/// Whether a name is held by sockets of the job itself, which will be closed.
 fn leaves(bytes: &[u8], path: Option<&Path>, leaving: &[u64]) -> bool {
     !leaving.is_empty() && names::are_these(bytes, path, leaving)
 }
@@ -149,16 +148,16 @@ fn create(job: &Job<'_>, at: usize, plan: &mut Builder) {
 }
 
 struct Binding<'a> {
-    /// Files that the plan has removed before.
+    /// Files that the plan has already removed.
     stale: HashSet<PathBuf>,
-    /// Inodes of sockets of the job that live now and will be gone.
+    /// Inodes of live sockets of the job that will be closed.
     leaving: Vec<u64>,
     plan: &'a mut Builder,
     obstacles: &'a mut Vec<Obstacle>,
 }
 
 impl Binding<'_> {
-    /// Names that are free again at once come first, those that stay last.
+    /// Names that are only temporary come first, permanent ones last.
     fn all(&mut self, job: &Job<'_>) {
         let stays = |at: &usize| {
             let file = job.socket(*at).name.as_ref().and_then(|n| n.file.as_ref());
@@ -201,8 +200,8 @@ impl Binding<'_> {
         self.bind(job.at(at), job.file_at(at), name, stays, &label);
     }
 
-    /// Connections that were accepted from a socket that is gone; it goes again at once, so that
-    /// an abstract name of it is free.
+    /// Connections accepted from a listening socket that has gone; its substitute is closed at once, which frees an
+    /// abstract name.
     fn accept_at_stand_ins(&mut self, job: &Job<'_>) {
         let mut listening = HashMap::new();
         for at in 0..job.all.len() {
@@ -271,7 +270,7 @@ impl Binding<'_> {
             ));
             return false;
         };
-        // As long as it was it fitted; another one comes of --map-path.
+        // It fitted before; a longer one results from --map-path.
         if address.len() > size_of::<libc::sockaddr_un>() {
             self.obstacles.push(Obstacle::new(
                 label,
@@ -280,12 +279,12 @@ impl Binding<'_> {
             ));
             return false;
         }
-        // Another file has the name now: it steps aside for the moment.
+        // Another file has the name now: it is renamed temporarily.
         let aside = taken.then(|| aside(&file.named, at));
         if let Some(aside) = &aside {
             rename(&file.named, aside, label, self.plan);
         }
-        // The directories are gone like the file: they are there for this moment only.
+        // The directories have gone like the file, and are created temporarily.
         for directory in missing.iter().rev() {
             let path = self.plan.path(directory);
             self.plan.syscall(libc::SYS_mkdir, &[path, 0o700], object);
@@ -318,7 +317,7 @@ impl Binding<'_> {
         let data = self.plan.data(address);
         let args = [at as u64, data, address.len() as u64];
         self.plan.syscall(libc::SYS_bind, &args, object);
-        // The kernel tells the file of a socket only to those with CAP_NET_ADMIN (`SIOCUNIXFILE`).
+        // The kernel reveals the file of a socket only with CAP_NET_ADMIN (`SIOCUNIXFILE`).
         let path = self.plan.path(&file.named);
         let flags = (libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) as u64;
         let args = [libc::AT_FDCWD as u64, path, flags, 0];
@@ -327,14 +326,14 @@ impl Binding<'_> {
     }
 }
 
-/// Where what has the name of a socket is while that is bound, by the staging number of the socket.
+/// The temporary name of a file that has the name of a socket, by the socket's staging number.
 pub(super) fn aside(named: &Path, at: i32) -> PathBuf {
     let mut aside = named.as_os_str().to_owned();
     aside.push(format!(".ckpt-aside-{at}"));
     aside.into()
 }
 
-/// Nothing is overwritten.
+/// Renames without overwriting.
 fn rename(from: &Path, to: &Path, label: &str, plan: &mut Builder) {
     const RENAME_NOREPLACE: u64 = 1;
     let here = libc::AT_FDCWD as u64;
@@ -355,8 +354,7 @@ fn accept(job: &Job<'_>, server: usize, client: usize, door: Door, plan: &mut Bu
     files::place(0, job.at(server), plan, object);
 }
 
-/// listen(2): those who connect from then on are told that they have to do with `who`. The socket
-/// `at` is the one that this is about.
+/// listen(2): later clients see the credentials of `who`. `at` is the socket.
 fn listen(
     job: &Job<'_>,
     at: usize,
@@ -374,12 +372,12 @@ fn listen(
     });
 }
 
-/// What a socket tells of the other side.
+/// The object of a warning about credentials.
 fn told(socket: &UnixSocket) -> String {
     format!("SO_PEERCRED of the {}", socket.label())
 }
 
-/// connect(2), as whom the other side is to be told of.
+/// connect(2) under the credentials that the peer is to see.
 fn dial_as(
     job: &Job<'_>,
     who: Option<Ucred>,
@@ -393,7 +391,7 @@ fn dial_as(
     });
 }
 
-/// Takes a datagram socket from its peer. What is unread in it is lost (`unix_dgram_disconnected` in net/unix/af_unix.c).
+/// Disconnects a datagram socket. Its unread messages are lost (`unix_dgram_disconnected` in net/unix/af_unix.c).
 pub(super) fn disconnect(at: i32, plan: &mut Builder, object: impl Fn() -> String) {
     let nobody = plan.data(&(libc::AF_UNSPEC as u16).to_ne_bytes());
     plan.syscall(libc::SYS_connect, &[at as u64, nobody, 2], object);
@@ -406,7 +404,7 @@ pub(super) fn dial(at: i32, address: &[u8], label: &str, plan: &mut Builder) {
     plan.syscall(libc::SYS_connect, &args, || label.to_owned());
 }
 
-/// For a listening socket: everything that came through it, then what waits in its backlog.
+/// For a listening socket: all its connections, accepted ones first, then the backlog.
 fn connect(job: &Job<'_>, at: usize, plan: &mut Builder) {
     let socket = job.socket(at);
     let Role::Listening { backlog, pending } = &socket.role else {
@@ -436,7 +434,7 @@ fn connect(job: &Job<'_>, at: usize, plan: &mut Builder) {
             listen(job, at, number, room, peer, plan);
             is = peer;
         }
-        // Whoever accepts it will be told who connected, of which the kernel says nothing before.
+        // The process that accepts it will see the client's credentials, which the kernel does not show before.
         let who = job.holder(client);
         dial_as(job, who, client, &address, socket, plan);
     }

@@ -1,5 +1,4 @@
-//! All sockets of a job together: who is connected to whom, what waits where, and which files
-//! are only in flight between them.
+//! All sockets of a job: connections, queues, and files in flight between them.
 
 mod hidden;
 mod judge;
@@ -19,36 +18,35 @@ use super::unix::{GHOST, Name, Role, Style, UnixSocket};
 use super::urgent::Urgent;
 use crate::error::{Obstacle, Result};
 
-/// An open file description of the job, as the survey needs to know it.
+/// An open file description of the job.
 pub struct Open<'a> {
-    /// A descriptor of ours for it.
+    /// A duplicate of its descriptor.
     pub copy: &'a OwnedFd,
     /// `fd 3 of process 12 (name)`, for messages.
     pub object: String,
-    /// Relative names are meant from there: `/proc/PID/cwd`.
+    /// Base of relative names: `/proc/PID/cwd`.
     pub directory: PathBuf,
 }
 
-/// What is known of a socket.
+/// Result for a socket.
 #[derive(Debug)]
 pub enum Verdict {
     /// It can be captured.
     Inside(Box<UnixSocket>),
-    /// The other side is outside the job.
+    /// Its peer is outside the job.
     Outside(Box<Obstacle>),
     /// It cannot be captured.
     Refused(Box<Obstacle>),
 }
 
-/// Everything about the unix domain sockets of a job.
+/// All unix domain sockets of a job.
 #[derive(Default)]
 pub struct Survey {
-    /// By the number of the description: first those that were given, in their order, then
-    /// those in flight.
+    /// By the number of the description: first the given ones, in their order, then those in flight.
     pub verdicts: HashMap<usize, Verdict>,
-    /// Descriptions that only unread messages hold, in the order of their numbers.
+    /// Descriptions held by unread messages only, in the order of their numbers.
     pub in_flight: Vec<OwnedFd>,
-    /// Sockets that are gone, but have left something: descriptions behind all others.
+    /// Closed sockets with remaining effects: their descriptions follow all others.
     pub ghosts: Vec<UnixSocket>,
 }
 
@@ -61,13 +59,12 @@ struct Live {
     inode: u64,
     style: Style,
     seen: Vec<(Seen, Vec<usize>)>,
-    /// It holds descriptors that were not looked at, since the job runs or an empty message hides them.
+    /// It holds descriptors that were not read, since the job runs or an empty message hides them.
     unseen: bool,
     fault: Option<String>,
 }
 
-/// Looks at the unix domain sockets among all descriptions of the job. `held` says that the job
-/// cannot run meanwhile.
+/// Captures the unix domain sockets among all descriptions of the job. `held` says that the job is frozen.
 pub fn survey(open: &[Open<'_>], held: bool) -> Result<Survey> {
     let mut known = Known::of(open);
     let mut live = Vec::new();
@@ -107,7 +104,7 @@ pub fn survey(open: &[Open<'_>], held: bool) -> Result<Survey> {
     Ok(survey)
 }
 
-/// Descriptions that have a number.
+/// Numbered descriptions.
 struct Known {
     all: Vec<(u64, u64, i32)>,
     in_flight: Vec<OwnedFd>,
@@ -128,7 +125,7 @@ impl Known {
         (device, inode, fd.as_raw_fd())
     }
 
-    /// The number of a description that was found in a message, and whether it is new.
+    /// The number of a description found in a message, and whether it is new.
     fn number(&mut self, fd: &OwnedFd) -> Result<(usize, bool)> {
         let (device, inode, raw) = Self::entry(fd);
         let me = Pid::own().leader();
@@ -150,7 +147,7 @@ impl Known {
 }
 
 impl Live {
-    /// `None` for what is no unix domain socket.
+    /// `None` if it is not a unix domain socket.
     fn of(number: usize, copy: &OwnedFd, object: String, directory: PathBuf) -> Option<Self> {
         if !super::is_unix(copy) {
             return None;
@@ -169,12 +166,12 @@ impl Live {
         })
     }
 
-    /// Reads the queue; returns the descriptions that were found there first.
+    /// Reads the queue; returns descriptions found for the first time.
     fn read(&mut self, held: bool, known: &mut Known) -> Result<Vec<(usize, OwnedFd)>> {
         let mut found = Vec::new();
         let seen = match queue::contents(&self.copy, self.style, held) {
             Ok(seen) => seen,
-            // Read by the job between two calls of ours.
+            // The job read it between two calls of ours.
             Err(queue::Fault::Kernel(_)) if !held => Vec::new(),
             Err(fault) => {
                 self.fault = Some(fault.reason());
@@ -197,7 +194,7 @@ impl Live {
         self.unseen = descriptors < in_queue(&self.copy);
         let waits = |(seen, _): &(Seen, _)| seen.urgent == Some(Urgent::Waits);
         if held && self.unseen && self.seen.iter().any(waits) {
-            // A look at an urgent byte does not show those that came with it.
+            // A peek at an urgent byte does not return its descriptors.
             self.fault = Some(queue::Fault::UrgentPlace.reason());
         }
         Ok(found)
@@ -207,14 +204,14 @@ impl Live {
         Verdict::Refused(Box::new(Obstacle::new(&self.object, reason, remedy)))
     }
 
-    /// A refusal for something that goes by itself.
+    /// A transient refusal.
     fn refuse_for_now(&self, reason: impl Into<String>, remedy: &str) -> Verdict {
         let obstacle = Obstacle::new(&self.object, reason, remedy);
         Verdict::Refused(Box::new(obstacle.passing()))
     }
 }
 
-/// How many descriptors the kernel counts in a socket's queue (Linux 5.7; 0 before).
+/// Number of descriptors in a socket's queue (Linux 5.7; 0 before).
 fn in_queue(socket: &OwnedFd) -> usize {
     let path = format!("/proc/self/fdinfo/{}", socket.as_raw_fd());
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -223,15 +220,15 @@ fn in_queue(socket: &OwnedFd) -> usize {
         .unwrap_or(0)
 }
 
-/// What the kernel tells of all sockets, and which of them are the job's.
+/// All sockets of the kernel, and which of them are the job's.
 struct Table<'a> {
     diag: HashMap<u64, unix_diag::UnixSocket>,
     live: HashMap<u64, &'a Live>,
-    /// The job cannot run meanwhile.
+    /// The job is frozen.
     held: bool,
-    /// The job may have sockets in flight that were not looked at, since it runs.
+    /// The job may have sockets in flight that were not read, since it runs.
     unseen: bool,
-    /// Clients in backlogs of the job's, and the listening socket.
+    /// Clients in backlogs of the job, and their listening socket.
     waiting: HashSet<u64>,
     /// Names of listening sockets of the job.
     listening: HashSet<(Style, Vec<u8>)>,
@@ -275,8 +272,7 @@ impl<'a> Table<'a> {
 }
 
 impl Table<'_> {
-    /// While the job runs, it may also have a socket that it did not have when its descriptors
-    /// were listed.
+    /// While the job runs, it may have created a socket after its descriptors were listed.
     fn is_of_the_job(&self, inode: u64) -> bool {
         let lately = |live: &&Live| {
             let process = live.directory.parent().unwrap_or(Path::new("/proc/self"));
@@ -291,11 +287,11 @@ impl Table<'_> {
     }
 }
 
-/// Sockets that are gone.
+/// Closed sockets.
 #[derive(Default)]
 struct Ghosts {
     made: Vec<UnixSocket>,
-    /// Datagram senders that are no peers, by name.
+    /// Senders of datagrams that are not peers, by name.
     senders: HashMap<Vec<u8>, u64>,
 }
 
@@ -307,7 +303,7 @@ impl Ghosts {
             style,
             name: (!name.is_empty()).then(|| Name {
                 bytes: ByteBuf::from(name),
-                // Of a stream it was accepted from, or connected to, somebody who listened.
+                // A stream got its name from the listening socket.
                 bound: style == Style::Datagram,
                 file: names::gone(name, cwd),
             }),

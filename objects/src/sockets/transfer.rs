@@ -1,5 +1,5 @@
-//! What comes when every description is open: unread messages, which may carry any of them,
-//! then whatever would have kept them from being sent.
+//! What follows when every description is open: unread messages, which may carry any of them, then state that would
+//! have prevented sending them.
 
 use super::filter;
 use super::options::{self, SocketOption};
@@ -22,7 +22,7 @@ pub fn finish(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     send_all(&job, staging, plan);
     for (at, (_, socket)) in job.all.iter().enumerate() {
         if socket.reset {
-            // The peer closes with something unread.
+            // The peer closes with unread data.
             let data = plan.data(b"!");
             let args = [job.at(at) as u64, data, 1, flags(), 0, 0];
             plan.expect(libc::SYS_sendto, &args, 1, || {
@@ -50,7 +50,7 @@ pub fn finish(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
 }
 
 fn flags() -> u64 {
-    // A plan that cannot go on must fail and not wait.
+    // A plan that cannot continue must fail rather than wait.
     (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64
 }
 
@@ -63,7 +63,7 @@ fn send_all(job: &Job<'_>, staging: Staging, plan: &mut Builder) {
             bytes[from].1 += 1;
         }
     }
-    // Up to here every sender has room.
+    // Below this every sender has room.
     let much = |bytes: &(usize, usize)| bytes.0 > 60_000;
     for (at, sent) in bytes.iter().enumerate().filter(|(_, b)| much(b)) {
         options::make_room(job.at(at), sent.0, plan);
@@ -71,7 +71,7 @@ fn send_all(job: &Job<'_>, staging: Staging, plan: &mut Builder) {
     let off = |at: &usize| job.births[*at] == Birth::AlongAndOff;
     let (leave, stay): (Vec<usize>, Vec<usize>) = (0..job.all.len()).partition(off);
     send_to(job, &stay, staging, plan);
-    // What one that has left its peer holds came afterwards.
+    // Messages of a socket that has left its peer were sent afterwards.
     for at in &leave {
         disconnect(job.at(*at), plan, || job.socket(*at).label());
     }
@@ -89,7 +89,7 @@ fn send_to(job: &Job<'_>, sockets: &[usize], staging: Staging, plan: &mut Builde
         for message in &socket.queue {
             if let Some(from) = job.position(message.from) {
                 let what = format!("an unread message of the {}", socket.label());
-                // Pid 0: nobody asked for them when it was sent.
+                // Pid 0: the receiver did not request credentials when it was sent.
                 let who = message.credentials.filter(|c| c.pid != 0);
                 job.names.act(who, &what, plan, |who, plan| {
                     send(job, (from, to), message, who, staging, plan);
@@ -99,7 +99,7 @@ fn send_to(job: &Job<'_>, sockets: &[usize], staging: Staging, plan: &mut Builde
     }
 }
 
-/// One message by sendmsg(2), all structures of which are in the plan's data.
+/// Sends one message by sendmsg(2); all structures are in the plan's data.
 fn send(
     job: &Job<'_>,
     (from, to): (usize, usize),
@@ -123,7 +123,7 @@ fn send(
         let words: Vec<u8> = numbers.flatten().collect();
         control_message(libc::SCM_RIGHTS, &words, &mut control);
     }
-    // Of one that was read, only the place is known.
+    // Of a byte that was read, only the position is known.
     let bytes: &[u8] = match message.urgent {
         Some(Urgent::Read) => b"!",
         _ => &message.data,
@@ -169,8 +169,8 @@ fn control_message(kind: i32, data: &[u8], control: &mut Vec<u8>) {
     control.resize(control.len().next_multiple_of(8), 0);
 }
 
-/// Datagram sockets are connected to their peers by name. One that is connected already takes
-/// nobody else's connection, so those that others connect to come later.
+/// Connects datagram sockets to their peers by name. A connected socket accepts no connection from others, so it is
+/// connected after all that connect to it.
 fn connect_datagrams(job: &Job<'_>, plan: &mut Builder) {
     let target = |at: usize| match job.births[at] {
         Birth::Alone | Birth::Severed | Birth::AlongAndOff
@@ -189,8 +189,7 @@ fn connect_datagrams(job: &Job<'_>, plan: &mut Builder) {
                 .iter()
                 .any(|(other, t)| t == at && other != at && other != to)
         };
-        // There is always one, as no ring of more than two can be made; and a hostile image
-        // ends here as well.
+        // There is always one, since a ring of more than two is impossible; for a hostile image this ends too.
         let next = waiting.iter().position(is_free).unwrap_or(0);
         let (at, to) = waiting.remove(next);
         dial(job.at(at), &job.address(to), &job.socket(at).label(), plan);
@@ -202,7 +201,7 @@ fn connect_datagrams(job: &Job<'_>, plan: &mut Builder) {
     }
 }
 
-/// Permission bits and owners of the sockets' files.
+/// Sets permission bits and owners of the sockets' files.
 fn rebuild_files(job: &Job<'_>, plan: &mut Builder) {
     let (uid, gid) = {
         let now = &plan.host().credentials;

@@ -1,4 +1,4 @@
-//! Unix domain sockets: the record, and what of it one socket tells.
+//! Unix domain sockets: the record, and the state that one socket reveals.
 
 use std::path::{Path, PathBuf};
 
@@ -21,10 +21,10 @@ use crate::text::Shown;
 /// A unix domain socket. Everything that refers to another socket does so by inode number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnixSocket {
-    /// Inode number. A number above all that the kernel gives ([`GHOST`]) belongs to a socket
-    /// that nobody has open any more, and that is made for a moment at a restore.
+    /// Inode number. From [`GHOST`] on, above all numbers of the kernel, it is a closed socket, which exists only
+    /// temporarily during a restore.
     pub inode: u64,
-    /// Stream, datagram or packets.
+    /// The type.
     pub style: Style,
     /// getsockname(2).
     pub name: Option<Name>,
@@ -33,25 +33,25 @@ pub struct UnixSocket {
     /// shutdown(2): 1 for receiving, 2 for sending.
     #[serde(deserialize_with = "bounds::choice")]
     pub shutdown: u8,
-    /// The next call on it is told `ECONNRESET`.
+    /// The next call on it returns `ECONNRESET`.
     pub reset: bool,
-    /// What can be read from it.
+    /// Its unread messages.
     pub queue: Vec<Message>,
-    /// Options that a new socket does not have.
+    /// Options that differ from a new socket's.
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub options: Vec<SocketOption>,
     /// Its filter, instructions of classic BPF.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "serde_bytes")]
     pub filter: Vec<u8>,
-    /// Who the other side is told to be; of a listening one, who it tells that it is.
+    /// Credentials of the peer (`SO_PEERCRED`); for a listening socket, those that its clients see.
     #[serde(default)]
     pub peer_credentials: Option<Ucred>,
 }
 
-/// Inode numbers from here on are ours.
+/// Inode numbers from here on are not the kernel's.
 pub const GHOST: u64 = 1 << 63;
 
-/// Kinds of unix domain sockets.
+/// Types of unix domain sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Style {
     /// `SOCK_STREAM`.
@@ -63,7 +63,7 @@ pub enum Style {
 }
 
 impl Style {
-    /// From the number of socket(2).
+    /// From the type of socket(2).
     pub fn of(number: i32) -> Option<Self> {
         match number {
             libc::SOCK_STREAM => Some(Style::Stream),
@@ -73,7 +73,7 @@ impl Style {
         }
     }
 
-    /// The number for socket(2).
+    /// The type for socket(2).
     pub fn number(self) -> i32 {
         match self {
             Style::Stream => libc::SOCK_STREAM,
@@ -83,7 +83,7 @@ impl Style {
     }
 }
 
-/// What a socket is there for.
+/// The state of a socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Role {
     /// Not connected, not listening.
@@ -92,18 +92,17 @@ pub enum Role {
     Listening {
         /// listen(2).
         backlog: u32,
-        /// Connections that wait to be accepted, by the inode of the client, oldest first.
+        /// Connections to be accepted, by the inode of the client, oldest first.
         pending: Vec<u64>,
     },
-    /// It has connected to a listening socket that has not accepted it yet.
+    /// It has connected to a listening socket, which has not accepted it yet.
     Pending,
-    /// Connected to the socket of that inode. Of datagram sockets the other one need not be
-    /// connected back.
+    /// Connected to the socket of that inode. For datagram sockets this need not be mutual.
     Connected {
         /// Inode.
         peer: u64,
     },
-    /// A datagram socket, connected to one of that name outside the job.
+    /// A datagram socket, connected to a name outside the job.
     Beyond {
         /// The name, as [`Name::bytes`].
         address: ByteBuf,
@@ -113,10 +112,9 @@ pub enum Role {
 /// A name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Name {
-    /// The bytes of `sun_path`: a path as it was given to bind(2), or a zero byte and an
-    /// abstract name.
+    /// The bytes of `sun_path`: a path as given to bind(2), or a zero byte and an abstract name.
     pub bytes: ByteBuf,
-    /// The socket was bound to it; otherwise it was accepted from one that was.
+    /// The socket itself was bound to it; otherwise it was accepted from a bound one.
     pub bound: bool,
     /// The file of a name that is a path.
     pub file: Option<NameFile>,
@@ -125,13 +123,13 @@ pub struct Name {
 /// The file that a socket was bound to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct NameFile {
-    /// Where the name leads.
+    /// The path that the name resolves to.
     #[serde(with = "crate::raw_path")]
     pub named: PathBuf,
-    /// The directory from which a relative name leads there.
+    /// The directory from which a relative name resolves to it.
     #[serde(default, with = "crate::raw_path")]
     pub directory: Option<PathBuf>,
-    /// Where the file is: as named, or renamed, or deleted.
+    /// The file's present path: as bound, renamed, or deleted.
     #[serde(default, with = "crate::raw_path")]
     pub now: Option<PathBuf>,
     /// Permission bits.
@@ -249,7 +247,7 @@ impl OpenFile for UnixSocket {
     }
 }
 
-/// An address that is an absolute path; relative ones move with their directory.
+/// Applies to an address that is an absolute path; relative ones move with their directory.
 fn each_path_of_address(address: &mut ByteBuf, f: &mut dyn FnMut(&mut PathBuf)) {
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     if address.first() != Some(&b'/') {
@@ -270,25 +268,25 @@ fn each_path_of_address(address: &mut ByteBuf, f: &mut dyn FnMut(&mut PathBuf)) 
 pub struct Message {
     /// Its bytes.
     pub data: ByteBuf,
-    /// Inode of the socket that it comes from.
+    /// Inode of the sender.
     pub from: u64,
     /// Descriptors in it: indices in the snapshot's descriptions.
     #[serde(deserialize_with = "bounds::few::<_, _, 253>")]
     pub rights: Vec<usize>,
-    /// Whom the reader is told of.
+    /// Credentials that the reader gets.
     pub credentials: Option<Ucred>,
-    /// It is an urgent byte, or the place of one.
+    /// It is an urgent byte, or the mark of one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub urgent: Option<Urgent>,
 }
 
 impl UnixSocket {
-    /// Nobody has it open; it is there for what it leaves to others.
+    /// It is closed, and needed only for its effects on others.
     pub fn is_ghost(&self) -> bool {
         self.inode >= GHOST
     }
 
-    /// Inode of the socket that it is connected to.
+    /// Inode of its peer.
     pub fn peer(&self) -> Option<u64> {
         match self.role {
             Role::Connected { peer } => Some(peer),
@@ -297,7 +295,7 @@ impl UnixSocket {
     }
 }
 
-/// A name as people write it: `@` begins an abstract one.
+/// A name for display: `@` marks an abstract one.
 pub fn show(bytes: &[u8]) -> String {
     match bytes.split_first() {
         Some((0, rest)) => format!("@{}", crate::text::of(rest)),
@@ -309,7 +307,7 @@ pub fn show(bytes: &[u8]) -> String {
 pub fn sockaddr(bytes: &[u8]) -> Vec<u8> {
     let mut address = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
     address.extend_from_slice(bytes);
-    // A path of full length goes without its zero byte.
+    // A path of full length has no zero byte.
     if bytes.first().is_some_and(|b| *b != 0) && bytes.len() < 108 {
         address.push(0);
     }

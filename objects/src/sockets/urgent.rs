@@ -1,13 +1,13 @@
 //! Urgent bytes of unix streams, `MSG_OOB`.
 //!
-//! An urgent byte is a message of its own in the queue, and the socket knows the last one as long as it was not read
-//! (`oob_skb`, net/unix/af_unix.c). Reads, and looks, end in front of it. When `MSG_OOB` has read it, an empty message
-//! stays in its place, where they end as well, until the next urgent byte waits. So a look that ends for no other
-//! reason tells the place. At the front of the queue `SIOCATMARK` tells it, and a look passes the byte over, unless
+//! An urgent byte is a message of its own in the queue, and the socket refers to the last one until it is read
+//! (`oob_skb`, net/unix/af_unix.c). Reads and peeks end before it. After `MSG_OOB` has read it, an empty message
+//! stays at its position, where they also end, until the next urgent byte arrives. So a peek that ends for no other
+//! reason reveals the position. At the front of the queue `SIOCATMARK` reveals it, and a peek skips the byte, unless
 //! `SO_OOBINLINE` is set.
 //!
-//! What is not told: the place of a byte that was read when nothing is unread behind it, but something in front; and
-//! that of such a byte right behind descriptors or another writer's bytes.
+//! Unknown: the position of a byte that was read when data is unread before it but not after it; and that of such a
+//! byte right after descriptors or another sender's bytes.
 
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
@@ -19,33 +19,33 @@ use serde::{Deserialize, Serialize};
 use super::queue::peek;
 use super::queue::{Fault, Seen};
 
-/// What of an urgent byte is in a stream.
+/// State of an urgent byte in a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Urgent {
-    /// The byte.
+    /// Unread.
     Waits,
-    /// Its place: it was read.
+    /// Its mark: it was read.
     Read,
 }
 
-/// What a socket tells of its last urgent byte.
+/// What a socket reveals of its last urgent byte.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mark {
-    /// It was not read.
+    /// It is unread.
     waits: bool,
-    /// It is in front of all that is unread.
+    /// It is before all unread data.
     front: bool,
     /// `SO_OOBINLINE`.
     inline: bool,
 }
 
 impl Mark {
-    /// Asks the socket; `waits` is what poll(2) tells by `POLLPRI`.
+    /// Queries the socket; `waits` is `POLLPRI` of poll(2).
     ///
     /// # Errors
-    /// [`Fault::Urgent`] where there is one and this kernel does not tell enough.
+    /// [`Fault::Urgent`] if there is one and this kernel reveals too little.
     pub(super) fn of(socket: &OwnedFd, waits: bool) -> Result<Self, Fault> {
-        // Of a socket that listens, connections are in the queue, as empty messages.
+        // The queue of a listening socket holds connections, as empty messages.
         let listens = sockets::int_option(socket, libc::SO_ACCEPTCONN)? != 0;
         let front = !listens && sockets::at_mark(socket).unwrap_or(false);
         if (waits || front) && !is_told() {
@@ -59,7 +59,7 @@ impl Mark {
         })
     }
 
-    /// The byte that looks pass over.
+    /// The byte that peeks skip.
     pub(super) fn passed_over(self, socket: &OwnedFd) -> Result<Option<Seen>, Fault> {
         match self.waits && self.front && !self.inline {
             true => Ok(Some(Seen {
@@ -76,12 +76,12 @@ impl Mark {
         }
     }
 
-    /// Says which pieces of a stream are urgent, once all have been looked at. `stops` are those where a look began
-    /// although the one before did not end for another reason.
+    /// Marks the urgent pieces of a stream, after all have been read. `stops` are those at which a peek started
+    /// although the previous one had no other reason to end.
     pub(super) fn place(self, pieces: &mut Vec<Seen>, stops: &[usize]) -> Result<(), Fault> {
         match (self.waits, self.front, stops) {
             (true, true, _) if self.inline => split(pieces, 0),
-            // The first piece is it.
+            // It is the first piece.
             (true, true, _) => Ok(()),
             (true, false, [at]) => split(pieces, *at),
             (true, false, _) => Err(Fault::UrgentPlace),
@@ -99,7 +99,7 @@ impl Mark {
     }
 }
 
-/// The first byte of a piece is the urgent one.
+/// Splits off the first byte of a piece as the urgent one.
 fn split(pieces: &mut Vec<Seen>, at: usize) -> Result<(), Fault> {
     let piece = pieces.get_mut(at).ok_or(Fault::UrgentPlace)?;
     if piece.data.len() > 1 {
@@ -114,8 +114,8 @@ fn split(pieces: &mut Vec<Seen>, at: usize) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Whether this kernel tells the places as is said above (Linux 6.11): tried once, with sockets of ours. On older
-/// ones a look at an urgent byte may never end.
+/// Whether this kernel behaves as described above (Linux 6.11): tried once, with sockets of ours. On older kernels a
+/// peek at an urgent byte may never end.
 fn is_told() -> bool {
     static TOLD: OnceLock<bool> = OnceLock::new();
     *TOLD.get_or_init(|| tried().unwrap_or(false))
@@ -125,7 +125,7 @@ fn tried() -> Result<bool, Errno> {
     let [from, to] = sockets::pair(libc::SOCK_STREAM)?;
     sockets::send(&from, b"!", libc::MSG_OOB)?;
     sockets::receive_byte(&to, libc::MSG_OOB)?;
-    // The empty message counts as the mark: looks were mended before that.
+    // The empty message counts as the mark: peeks were fixed before that.
     if !sockets::at_mark(&to)? {
         return Ok(false);
     }

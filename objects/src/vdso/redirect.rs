@@ -1,26 +1,26 @@
-//! Functions of a vDSO that lead elsewhere: its symbols, and the code at their beginnings.
+//! Redirects functions of a vDSO: its symbols, and the code at their beginnings.
 //!
-//! What is written over the beginning of a function may be longer than its first instructions and even
-//! than the function: whatever stands between two beginnings is executed by nobody any more.
+//! The code written over the beginning of a function may be longer than its first instructions and even than the
+//! function: the bytes between two beginnings are not executed any more.
 
 use std::collections::HashMap;
 
 use object::read::elf::{ElfFile64, ProgramHeader};
 use object::{Object, ObjectSymbol};
 
-/// A function that programs may know.
+/// An exported function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Function {
     /// `__vdso_clock_gettime`, or its weak name without the prefix.
     pub(super) name: String,
-    /// Bytes from the beginning of the vDSO.
+    /// Offset in the vDSO.
     pub(super) offset: u64,
 }
 
-/// The functions that a vDSO exports (vdso(7)), by place.
+/// The functions that a vDSO exports (vdso(7)), by address.
 ///
 /// # Errors
-/// It is no ELF file of 64 bits.
+/// When it is not a 64-bit ELF file.
 pub(super) fn functions(code: &[u8]) -> Result<Vec<Function>, String> {
     let broken = |e: object::Error| format!("is not understood ({e})");
     let file = ElfFile64::<object::Endianness>::parse(code).map_err(broken)?;
@@ -45,14 +45,14 @@ pub(super) fn functions(code: &[u8]) -> Result<Vec<Function>, String> {
     Ok(found)
 }
 
-/// Where the functions of this kernel's vDSO are.
+/// Addresses of the functions of this kernel's vDSO.
 #[derive(Default)]
 pub(super) struct Present {
     addresses: HashMap<String, u64>,
 }
 
 impl Present {
-    /// Those of a vDSO that is at `base`.
+    /// Those of a vDSO at `base`.
     pub(super) fn of(code: &[u8], base: u64) -> Result<Self, String> {
         let functions = functions(code)?.into_iter();
         Ok(Self {
@@ -61,10 +61,10 @@ impl Present {
     }
 }
 
-/// The code with functions that lead on to those of the same name, or to system calls.
+/// The code with functions that jump to those of the same name, or to system calls.
 ///
 /// # Errors
-/// What cannot be done, as the end of a sentence about the vDSO.
+/// Why it cannot be done, as the end of a sentence about the vDSO.
 pub(super) fn lead_on(old: &[u8], present: &Present) -> Result<Vec<u8>, String> {
     let functions = functions(old)?;
     let mut code = old.to_vec();
@@ -92,15 +92,15 @@ pub(super) fn lead_on(old: &[u8], present: &Present) -> Result<Vec<u8>, String> 
     Ok(code)
 }
 
-/// `jmp [rip]`, followed by the address: no register is changed, and no distance is too far.
+/// `jmp [rip]`, followed by the address: changes no register and reaches any distance.
 fn jump(to: u64) -> Vec<u8> {
     let mut code = vec![0xff, 0x25, 0, 0, 0, 0];
     code.extend(to.to_le_bytes());
     code
 }
 
-/// What does the same where the present vDSO lacks a function. They take their operands, and answer,
-/// as the system calls do; what those spoil (`rcx`, `r11`) a function may.
+/// An equivalent for a function that the present vDSO lacks. Functions take their operands and return results as the
+/// system calls do, and may clobber `rcx` and `r11` too.
 fn instead(name: &str) -> Option<Vec<u8>> {
     let name = name.strip_prefix("__vdso_").unwrap_or(name);
     Some(match name {
@@ -109,8 +109,8 @@ fn instead(name: &str) -> Option<Vec<u8>> {
         "gettimeofday" => system_call(libc::SYS_gettimeofday),
         "time" => system_call(libc::SYS_time),
         "getcpu" => system_call(libc::SYS_getcpu),
-        // Asked for the size of its state (an opaque length of -1, in r8), it says that it is not there; else
-        // it may ignore the state (`__cvdso_getrandom_data`, lib/vdso/getrandom.c).
+        // Asked for the size of its state (an opaque length of -1, in r8), it returns ENOSYS; otherwise it may ignore
+        // the state (`__cvdso_getrandom_data`, lib/vdso/getrandom.c).
         "getrandom" => {
             let call = system_call(libc::SYS_getrandom);
             let mut code = vec![0x49, 0x83, 0xf8, 0xff]; // cmp r8, -1
@@ -119,7 +119,7 @@ fn instead(name: &str) -> Option<Vec<u8>> {
             code.extend(answer_enosys());
             code
         }
-        // Without a device for enclaves there is none to enter.
+        // Without an SGX device there is no enclave to enter.
         "sgx_enter_enclave" => answer_enosys(),
         _ => return None,
     })

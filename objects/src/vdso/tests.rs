@@ -1,10 +1,10 @@
-//! Code that leads on is executed: into this kernel's vDSO, and into system calls.
+//! Executes redirected code: into this kernel's vDSO, and into system calls.
 #![allow(unsafe_code)]
 
 use super::redirect::{Function, Present, functions, lead_on};
 use super::*;
 
-/// Executable memory with a copy of the vDSO in it, in which only what leads on can be executed.
+/// Executable memory with a copy of the vDSO in which only redirected functions can be executed.
 struct Copy {
     at: *mut u8,
     len: usize,
@@ -35,7 +35,7 @@ impl Copy {
         }
     }
 
-    /// Calls a function with five operands; none where the kernel has none of that name.
+    /// Calls a function with five operands; `None` if the kernel has no function of that name.
     fn call(&self, name: &str, args: [usize; 5]) -> Option<i64> {
         type Code = extern "C" fn(usize, usize, usize, usize, usize) -> i64;
         let function = self.functions.iter().find(|f| f.name == name)?;
@@ -95,7 +95,7 @@ fn functions_lead_to_those_of_the_present_vdso() {
 fn functions_lead_to_system_calls() {
     let copy = Copy::new(&Present::default());
     all_functions_answer(&copy);
-    // Who asks for the size of the state is told that there is none.
+    // A query for the size of the state returns ENOSYS.
     let asked = copy.call("__vdso_getrandom", [0, 0, 0, 0, usize::MAX]);
     assert!(matches!(asked, None | Some(-38)), "{asked:?}");
 }

@@ -1,8 +1,8 @@
 //! Empty messages that the kernel does not show any more.
 //!
-//! An empty message behind others is shown to the first who looks for it, and marked; later looks pass it
-//! over (`__skb_try_recv_from_queue`, net/core/datagram.c). What still tells of it is the memory that
-//! counts against its sender until it is read.
+//! An empty message behind others is shown at the first peek, and marked; later peeks skip it
+//! (`__skb_try_recv_from_queue`, net/core/datagram.c). It is still visible in the memory charged to its sender until
+//! it is read.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::super::unix::{Role, Style};
 use super::{Live, Table};
 
-/// Memory that messages of these lengths take of their sender, as far as they were seen.
+/// Memory charged to the sender for messages of these lengths, as far as they were seen.
 fn taken_by(style: Style, lengths: impl Iterator<Item = usize>) -> Result<usize, Errno> {
     let mut known: HashMap<usize, usize> = HashMap::new();
     let mut sum = 0;
@@ -30,7 +30,7 @@ fn taken_by(style: Style, lengths: impl Iterator<Item = usize>) -> Result<usize,
     Ok(sum)
 }
 
-/// `SIOCOUTQ` of a socket of ours that has sent messages of these lengths, which nobody has read.
+/// `SIOCOUTQ` of a socket of ours that has sent messages of these lengths, all unread.
 pub(in crate::sockets) fn unsent_of(kind: i32, lengths: &[usize]) -> Result<usize, Errno> {
     let [from, _to] = sockets::pair(kind)?;
     let buffer = vec![0u8; lengths.iter().copied().max().unwrap_or(0)];
@@ -42,7 +42,7 @@ pub(in crate::sockets) fn unsent_of(kind: i32, lengths: &[usize]) -> Result<usiz
     Ok(sockets::unsent(&from))
 }
 
-/// Whether more was sent than was seen; in doubt, it was.
+/// Whether more was sent than was seen; true if unknown.
 fn is_more(unsent: usize, style: Style, seen: impl Iterator<Item = usize>) -> bool {
     unsent > 0 && !taken_by(style, seen).is_ok_and(|seen| seen >= unsent)
 }
@@ -51,9 +51,9 @@ fn peer(inode: u64, diag: &HashMap<u64, unix_diag::UnixSocket>) -> Option<u64> {
     diag.get(&inode)?.peer.map(u64::from)
 }
 
-/// Datagram sockets of the job that have sent more than was seen of them in the job. Those of one
-/// name, and those without, are taken together; the two of a nameless pair are judged by
-/// themselves, as long as both are connected to each other.
+/// Datagram sockets of the job that have sent more than was found in the job. Sockets with the same name, and those
+/// without a name, are counted together; the two of a nameless pair are checked separately, as long as both are
+/// connected to each other.
 pub(super) fn owing(live: &[Live], diag: &HashMap<u64, unix_diag::UnixSocket>) -> HashSet<u64> {
     let datagram = || live.iter().filter(|l| l.style == Style::Datagram);
     if datagram().all(|l| l.seen.is_empty()) {
@@ -84,7 +84,7 @@ pub(super) fn owing(live: &[Live], diag: &HashMap<u64, unix_diag::UnixSocket>) -
     owing.flat_map(|(_, (_, inodes))| inodes).collect()
 }
 
-/// Whether messages may wait in a socket that were not seen.
+/// Whether a socket may hold messages that were not seen.
 pub(super) fn may_hide(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
     if !table.held || socket.style == Style::Stream {
         return false;
@@ -92,7 +92,7 @@ pub(super) fn may_hide(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
     socket.unseen || in_pair(socket, role, table) || by_others(socket, table)
 }
 
-/// Of a socket whose peer sends to nobody else.
+/// For a socket whose peer sends to it only.
 fn in_pair(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
     let Role::Connected { peer } = role else {
         return false;
@@ -107,14 +107,14 @@ fn in_pair(socket: &Live, role: &Role, table: &Table<'_>) -> bool {
     alone && is_more(sockets::unsent(&peer.copy), socket.style, seen)
 }
 
-/// Of a datagram socket to which somebody may have sent what was not seen. The first message is
-/// always shown, so there is none where there is nothing.
+/// For a datagram socket to which an unseen message may have been sent. The first message is always shown, so an
+/// empty queue hides none.
 fn by_others(socket: &Live, table: &Table<'_>) -> bool {
     if socket.style != Style::Datagram || socket.seen.is_empty() {
         return false;
     }
     let named = sockets::own_name(&socket.copy).is_ok_and(|n| !n.is_empty());
-    // One that was a pair with it may have been.
+    // A socket that was once paired with it may have sent to it.
     let connected = |from: &u64| {
         peer(*from, &table.diag) == Some(socket.inode)
             || peer(socket.inode, &table.diag) == Some(*from)

@@ -1,4 +1,4 @@
-//! What each socket is, with all others in view.
+//! Determines the state of each socket, given all others.
 
 use ckpt_sys::sockets;
 use ckpt_tracer::unix_diag;
@@ -14,9 +14,9 @@ use crate::error::Obstacle;
 
 const CLOSE: &str = "close it before the checkpoint";
 
-/// What is to be said of one socket.
+/// Determines the state of one socket.
 pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Verdict {
-    // It may be closed by now if the job runs.
+    // If the job runs, it may be closed by now.
     let closed = unix_diag::UnixSocket::default();
     let listed = table.diag.get(&socket.inode);
     let Some(diag) = listed.or((!table.held).then_some(&closed)) else {
@@ -90,7 +90,7 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
     }))
 }
 
-/// The record of what was seen in the queue.
+/// The record of its queue.
 fn messages(socket: &Live, role: &Role, table: &Table<'_>, ghosts: &mut Ghosts) -> Vec<Message> {
     socket
         .seen
@@ -105,8 +105,7 @@ fn messages(socket: &Live, role: &Role, table: &Table<'_>, ghosts: &mut Ghosts) 
         .collect()
 }
 
-/// Whether a socket was bound to its name itself: any that did not get it from the socket that
-/// it was accepted from.
+/// Whether a socket was bound itself: its name does not come from the listening socket.
 fn is_bound(
     socket: &Live,
     diag: &unix_diag::UnixSocket,
@@ -151,8 +150,8 @@ fn role(
         }
         Some(0) if socket.style == Style::Datagram || diag.shutdown == 3 => {
             let name = peer_name();
-            // A pair knows the credentials of its other side, a datagram socket that called connect(2) does not
-            // (`init_peercred` in net/unix/af_unix.c).
+            // A pair has the credentials of its peer, a datagram socket after connect(2) does not (`init_peercred` in
+            // net/unix/af_unix.c).
             let called = socket.style == Style::Datagram && Ucred::of_peer(&socket.copy).is_none();
             let role = match called && !name.is_empty() {
                 true => Role::Unconnected,
@@ -161,7 +160,7 @@ fn role(
             let peer = ghosts.add(socket.style, &name, &socket.directory, role);
             Ok(Role::Connected { peer })
         }
-        // Of a listening socket in flight, perhaps; the frozen job will tell.
+        // Possibly of a listening socket in flight; known when the job is frozen.
         Some(0) if table.unseen => Ok(Role::Pending),
         Some(0) => Err(outside(
             socket,
@@ -191,7 +190,7 @@ fn connected(
     Err(outside(socket, "connected to", peer_name, Some(peer)))
 }
 
-/// The refusal of a socket whose other side is not in the job.
+/// Refuses a socket whose peer is outside the job.
 fn outside(socket: &Live, how: &str, name: &[u8], inode: Option<u64>) -> Verdict {
     let what = match (name.is_empty(), inode) {
         (false, _) => show(name),
@@ -238,7 +237,7 @@ fn backlog(
     })
 }
 
-/// Inode of the socket that a message comes from.
+/// Inode of the sender of a message.
 fn sender(socket: &Live, role: &Role, seen: &Seen, table: &Table<'_>, ghosts: &mut Ghosts) -> u64 {
     let cwd = &socket.directory;
     let peer = match role {
