@@ -1,4 +1,4 @@
-//! What a job needs of the machine that it is restored on.
+//! Requirements of a job on the machine where it is restored.
 
 use std::path::Path;
 
@@ -8,27 +8,27 @@ use crate::Snapshot;
 use crate::memory::FileIdentity;
 use crate::text::Shown;
 
-/// One thing that must be there; the JSON keys stay as they are.
+/// One requirement; the JSON keys are fixed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Need {
-    /// What kind of thing: `program`, `mapped file`, `open file`, `directory` …
+    /// Its kind: `program`, `mapped file`, `open file`, `directory` …
     pub kind: &'static str,
     /// Its path or name.
     pub name: String,
-    /// What for, or how much of it.
+    /// Its purpose or amount.
     pub detail: String,
     /// Size of a file in bytes.
     pub size: Option<u64>,
-    /// Time of its last change, nanoseconds since 1970.
+    /// Modification time, nanoseconds since 1970.
     pub modified_ns: Option<i64>,
     /// Its inode number.
     pub inode: Option<u64>,
-    /// The image has it too, so it need not be there.
+    /// Stored in the image, so not required.
     pub bundled: bool,
 }
 
 impl Need {
-    /// What is not a file of the job.
+    /// A requirement other than a file of the job.
     pub fn new(kind: &'static str, name: impl Into<String>, detail: impl Into<String>) -> Self {
         Self {
             kind,

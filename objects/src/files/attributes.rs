@@ -1,5 +1,5 @@
-//! What a file without a name has besides its contents: owner, mode, times, extended attributes and inode
-//! flags. A file with a name keeps its own.
+//! Attributes of a nameless file besides its contents: owner, mode, times, extended attributes and inode flags. A
+//! file with a name keeps its own.
 
 use std::ffi::CString;
 use std::fs::{File, FileTimes, Metadata, Permissions};
@@ -13,7 +13,7 @@ use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
-/// The attributes of a file whose mode is known.
+/// The attributes of a file with known mode.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attributes {
     /// Its owner, and its owner's group.
@@ -26,7 +26,7 @@ pub struct Attributes {
     pub extended: Vec<Extended>,
     /// Inode flags that a user can change (ioctl_iflags(2)).
     pub flags: u32,
-    /// How long what is written will live, `F_GET_RW_HINT` (fcntl(2)).
+    /// Write lifetime hint, `F_GET_RW_HINT` (fcntl(2)).
     #[serde(default)]
     pub lifetime: u64,
 }
@@ -34,7 +34,7 @@ pub struct Attributes {
 /// An extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extended {
-    /// Its name with its namespace, such as `user.comment`.
+    /// Its name with namespace, such as `user.comment`.
     pub name: String,
     /// Its value.
     #[serde(with = "serde_bytes")]
@@ -43,11 +43,11 @@ pub struct Extended {
 
 /// `FS_FL_USER_MODIFIABLE` (linux/fs.h).
 const MODIFIABLE: u32 = 0x0003_80ff;
-/// `FS_IMMUTABLE_FL` and `FS_APPEND_FL`: with them nothing else can be changed.
+/// `FS_IMMUTABLE_FL` and `FS_APPEND_FL`, which forbid further changes.
 const FINAL: u32 = 0x10 | 0x20;
 
 impl Attributes {
-    /// Those of an open file.
+    /// Reads them from an open file.
     pub fn of(file: &File, meta: &Metadata) -> Self {
         Self {
             owner: (meta.uid(), meta.gid()),
@@ -59,14 +59,14 @@ impl Attributes {
         }
     }
 
-    /// Without the inode flags that forbid every other change: a name with them could not be removed.
+    /// Without the inode flags that forbid further changes: a name with them could not be removed.
     pub fn changeable(mut self) -> Self {
         self.flags &= !FINAL;
         self
     }
 
-    /// Gives owner, mode and times to what has a name and cannot be opened; a symbolic link has no mode. What
-    /// could not be given, in words.
+    /// Sets owner, mode and times of a named file that cannot be opened; a symbolic link has no mode. Returns what
+    /// could not be set.
     pub fn give_to_name(&self, path: &Path, mode: Option<u32>) -> Vec<String> {
         let mut lost = Vec::new();
         let (uid, gid) = self.owner;
@@ -91,7 +91,7 @@ impl Attributes {
         lost
     }
 
-    /// Gives them, and the mode, to a file that has its contents. What could not be given, in words.
+    /// Sets the attributes and the mode of a file, after its contents are written. Returns what could not be set.
     pub fn give(&self, file: &File, mut mode: u32) -> Vec<String> {
         let mut lost = Vec::new();
         let mut note = |what: &str, error: std::io::Error| lost.push(format!("{what}: {error}"));
@@ -103,7 +103,7 @@ impl Attributes {
             note(&format!("the owner {uid}:{gid}"), e);
             mode &= 0o777;
         }
-        // While the mode is still ours, which may forbid it.
+        // Before the mode is set, which may forbid it.
         for attribute in &self.extended {
             if let Err(e) = attribute.give(file) {
                 note(&format!("the extended attribute {}", attribute.name), e);
@@ -152,13 +152,13 @@ fn time(ns: i64) -> SystemTime {
     }
 }
 
-/// Those that can be read.
+/// Those that are readable.
 fn extended(file: &File) -> Vec<Extended> {
     let extended = |(name, value): (CString, Vec<u8>)| {
         let name = name.into_string().ok()?;
         Some(Extended { name, value })
     };
-    // What a security module says of a file is its own to say of another one.
+    // Labels of security modules are left to the policy, except file capabilities.
     let given = |e: &Extended| !e.name.starts_with("security.") || e.name == "security.capability";
     let all = sys::extended(file).into_iter();
     all.filter_map(extended).filter(given).collect()

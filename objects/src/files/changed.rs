@@ -1,4 +1,4 @@
-//! Whether a file is still what the job left, and what `restore --files` does about it.
+//! Whether a file has changed since the checkpoint, and what `restore --files` does about it.
 
 use std::collections::HashSet;
 use std::fs::{File, Metadata};
@@ -21,22 +21,21 @@ use crate::options::{FilesPolicy, Options};
 use crate::rights::may_spare_access_time;
 use crate::text::Shown;
 
-/// How a file differs from what it was at the checkpoint.
+/// How a file has changed since the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
-    /// Another file has its name.
+    /// Its name refers to another file.
     Replaced,
-    /// Bytes at its end are gone.
+    /// It is shorter.
     Shrunk,
-    /// There are bytes behind its end.
+    /// It is longer.
     Grown,
-    /// The same size, and written since.
+    /// Same size, but written since.
     Rewritten,
 }
 
 impl Change {
-    /// The change from `was` to `now`. A file with another inode and yet the same size and time
-    /// is a faithful copy.
+    /// The change from `was` to `now`. A file with another inode but the same size and time is a faithful copy.
     fn between(was: &FileIdentity, now: &Metadata) -> Option<Self> {
         let now = FileIdentity::of(now);
         if (now.size, now.modified_ns) == (was.size, was.modified_ns) {
@@ -48,13 +47,13 @@ impl Change {
         match now.size.cmp(&was.size) {
             std::cmp::Ordering::Less => Some(Change::Shrunk),
             std::cmp::Ordering::Greater => Some(Change::Grown),
-            // Of nothing there is nothing to rewrite.
+            // An empty file has nothing to rewrite.
             std::cmp::Ordering::Equal if was.size == 0 => None,
             std::cmp::Ordering::Equal => Some(Change::Rewritten),
         }
     }
 
-    /// Whether the job itself may have done that after the checkpoint, by writing.
+    /// Whether the job may have caused it after the checkpoint, by writing.
     fn by_writing(self) -> bool {
         matches!(self, Change::Grown | Change::Rewritten)
     }
@@ -73,7 +72,7 @@ impl Change {
     }
 }
 
-/// What is there, if it is what it was, as far as the policy minds. `flags` are those of the description.
+/// Opens the present file, if it is unchanged as far as the policy requires. `flags` are those of the description.
 pub fn check(
     file: &Regular,
     flags: u32,
@@ -82,7 +81,7 @@ pub fn check(
 ) -> Result<Handle, Box<Obstacle>> {
     let refuse =
         |reason: String, remedy: &str| Err(Box::new(Obstacle::new(file.object(), reason, remedy)));
-    // What was put back is what it was.
+    // A file that was put back is unchanged.
     let policy = file.saved.map_or(policy, |_| FilesPolicy::Adopt);
     let now = match look(&file.path, &file.identity, policy) {
         Ok(now) => now,
@@ -109,13 +108,13 @@ pub fn check(
     match Change::between(&file.identity, now.meta()) {
         None => Ok(now),
         Some(change) if change.by_writing() && written.has(&file.identity) => Ok(now),
-        // Through such a handle nothing is read.
+        // An `O_PATH` handle reads nothing.
         Some(change) if change != Change::Replaced && flags as i32 & libc::O_PATH != 0 => Ok(now),
         Some(change) => {
             let reason = change.reason(file.identity.size, now.meta().len());
             let adopt = "put the old one back, or take what is there with --files adopt";
             let obstacle = Obstacle::new(file.object(), reason, adopt);
-            // The very file, which others write.
+            // The same file, changed by other processes.
             let its_own = change != Change::Replaced;
             Err(Box::new(match its_own {
                 true => obstacle.by_option(),
@@ -125,8 +124,7 @@ pub fn check(
     }
 }
 
-/// Why what is there is no file of the kind that it was, whatever is in it: a FIFO, a device, or a link to a file of the
-/// kernel's.
+/// Why the present file is of another type, regardless of its contents: a FIFO, a device, or a link to a kernel file.
 pub fn is_another_kind(now: &Handle, path: &Path, was: &FileIdentity) -> Option<String> {
     let kind = now.meta().mode() & libc::S_IFMT;
     if kind != was.mode & libc::S_IFMT {
@@ -140,7 +138,7 @@ pub fn is_another_kind(now: &Handle, path: &Path, was: &FileIdentity) -> Option<
     (leads_to != path).then(|| format!("leads to {} by now", leads_to.shown()))
 }
 
-/// What opening with these flags asks for; nothing where only a handle is wanted.
+/// The access that opening with these flags needs; `None` for `O_PATH`.
 fn access(flags: u32) -> Option<AccessFlags> {
     let flags = flags as i32;
     match flags & libc::O_ACCMODE {
@@ -151,8 +149,8 @@ fn access(flags: u32) -> Option<AccessFlags> {
     }
 }
 
-/// What the path of a record leads to. A directory may have been moved, with a link in its place, and with `--files
-/// adopt` a file.
+/// Looks up the path of a record. A directory may have been moved, with a link in its place; with `--files adopt` a
+/// file too.
 pub fn look(path: &Path, was: &FileIdentity, policy: FilesPolicy) -> io::Result<Handle> {
     let last = match was.mode & libc::S_IFMT {
         libc::S_IFDIR => Last::LeadsOn,
@@ -162,7 +160,7 @@ pub fn look(path: &Path, was: &FileIdentity, policy: FilesPolicy) -> io::Result<
     Handle::of(path, last)
 }
 
-/// Files whose contents the kernel makes up when they are read; their inodes and times say nothing.
+/// Files whose contents the kernel generates when they are read; their inodes and times are meaningless.
 pub fn is_of_the_kernel(path: &Path) -> bool {
     // As in linux/magic.h.
     const SYSFS: i64 = 0x6265_6572;
@@ -181,7 +179,7 @@ pub fn is_of_the_kernel(path: &Path) -> bool {
     statfs::statfs(path).is_ok_and(|s| known.contains(&s.filesystem_type()))
 }
 
-/// The files that the job may have written since, as it has them open for writing, or mapped so.
+/// Files that the job may have written since, since it has them open or mapped for writing.
 #[derive(Debug)]
 pub struct Written(HashSet<Inode>);
 
@@ -216,13 +214,13 @@ impl Written {
     }
 }
 
-/// Whether the description is one to write through.
+/// Whether the description permits writing.
 fn writes(description: &Description) -> bool {
     let flags = description.flags as i32;
     flags & libc::O_PATH == 0 && flags & libc::O_ACCMODE != libc::O_RDONLY
 }
 
-/// A file that is to lose what was written to it after the checkpoint.
+/// A file that will be truncated to its size at the checkpoint.
 #[derive(Debug)]
 pub struct Cut {
     path: PathBuf,
@@ -232,8 +230,8 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// All files that `--files truncate` cuts back: those that the job has open for writing and
-    /// that have grown. They are opened here, so that what may not be cut is refused in time.
+    /// All files that `--files truncate` truncates: those that the job has open for writing and that have grown. They
+    /// are opened here, so that a missing permission is detected in time.
     pub fn all(snapshot: &Snapshot, options: &Options) -> Result<Vec<Self>, Vec<Obstacle>> {
         let mut cuts: Vec<Self> = Vec::new();
         let mut obstacles = Vec::new();
@@ -262,7 +260,7 @@ impl Cut {
     }
 
     fn of(file: &Regular) -> Result<Option<Self>, Box<Obstacle>> {
-        // What else may be wrong with it is told by `check`.
+        // `check` reports other changes.
         let Ok(now) = look(&file.path, &file.identity, FilesPolicy::Truncate) else {
             return Ok(None);
         };
@@ -285,13 +283,13 @@ impl Cut {
         }
     }
 
-    /// What is going to be done, in one line.
+    /// Describes the truncation on one line.
     pub fn describe(&self) -> String {
         let path = self.path.shown();
         format!("cut {path} from {} to {} bytes", self.now, self.then)
     }
 
-    /// Does it.
+    /// Truncates it.
     ///
     /// # Errors
     /// [`Error::File`] of ftruncate(2).
@@ -324,7 +322,7 @@ mod tests {
         assert_eq!(change(&|was| was.size -= 1), Some(Change::Grown));
         let other = |was: &mut FileIdentity| (was.inode, was.size) = (was.inode + 1, was.size - 1);
         assert_eq!(change(&other), Some(Change::Replaced));
-        // An inode number that was free again.
+        // A reused inode number.
         let anew = |was: &mut FileIdentity| {
             (was.created_ns, was.size) = (was.created_ns.map(|t| t - 1), was.size - 1);
         };

@@ -1,4 +1,4 @@
-//! Character devices that keep no state between calls.
+//! Character devices without state between calls.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -21,14 +21,14 @@ use crate::text::Shown;
 /// An open character device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
-    /// Where it was opened.
+    /// The path under which it was opened.
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
     /// Device number, major and minor.
     pub number: (u32, u32),
 }
 
-/// The devices that are known to keep no state, and where they are.
+/// The devices known to have no state, and their paths.
 const STATELESS: &[((u32, u32), &str)] = &[
     ((1, 3), "/dev/null"),
     ((1, 5), "/dev/zero"),
@@ -37,7 +37,7 @@ const STATELESS: &[((u32, u32), &str)] = &[
     ((1, 9), "/dev/urandom"),
 ];
 
-/// Whether the device is one that keeps no state.
+/// Whether the device has no state.
 fn is_stateless(look: &Look) -> bool {
     let number = look.stat.st_rdev;
     let number = (libc::major(number), libc::minor(number));
@@ -79,7 +79,7 @@ impl OpenFile for Device {
         f(&mut self.path);
     }
 
-    /// It is opened by another name where its own is gone.
+    /// It is opened by another name if its own has gone.
     fn make_comparable(&mut self, _: &mut u32) {
         self.path.clear();
     }
@@ -110,8 +110,8 @@ impl Device {
         format!("the device {}", self.path.shown())
     }
 
-    /// Finds it, to be opened with these rights: by the name that it had, or by another that leads to the same
-    /// device where that is gone.
+    /// Looks it up, to be opened with these rights: by its own name, or if that has gone by another name of the same
+    /// device.
     pub fn find(&self, flags: u32, rights: Option<&Rights>) -> Result<Handle, Box<Obstacle>> {
         rights::with(rights, || {
             let usual = STATELESS.iter().find(|(known, _)| *known == self.number);
@@ -133,7 +133,7 @@ impl Device {
     }
 }
 
-/// The character device of that number that a path leads to.
+/// The character device with that number at a path.
 ///
 /// # Errors
 /// Why there is none.

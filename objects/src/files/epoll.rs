@@ -30,7 +30,7 @@ use crate::source::{Collector, Copies, Source};
 pub struct Epoll {
     /// Its entries.
     pub entries: Vec<Entry>,
-    /// How it polls network devices, unless as the system does by default (Linux 6.9, EPIOCGPARAMS).
+    /// Its busy polling of network devices, unless it is the system's default (Linux 6.9, EPIOCGPARAMS).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub busy_poll: Option<BusyPoll>,
 }
@@ -38,11 +38,11 @@ pub struct Epoll {
 /// `struct epoll_params`, ioctl_eventpoll(2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BusyPoll {
-    /// For how many microseconds.
+    /// Duration in microseconds.
     pub microseconds: u32,
-    /// How many packets a time.
+    /// Packets at a time.
     pub budget: u16,
-    /// Instead of interrupts.
+    /// Whether it replaces interrupts.
     pub preferred: u8,
 }
 
@@ -90,9 +90,9 @@ impl OpenFile for Epoll {
         self.entries.iter().for_each(|entry| f(entry.description));
     }
 
-    /// The kernel lists a set by its own addresses.
+    /// The kernel lists a set in the order of its own addresses.
     fn make_comparable(&mut self, _: &mut u32) {
-        // Watched always, but for an entry that has fired and fires once: it watches nothing more.
+        // Always watched, except in a disarmed EPOLLONESHOT entry, which watches nothing.
         let always = (libc::EPOLLERR | libc::EPOLLHUP) as u32;
         self.entries.iter_mut().for_each(|e| e.events &= !always);
         self.entries.sort_by_key(|e| (e.fd, e.description, e.data));
@@ -113,7 +113,7 @@ impl OpenFile for Epoll {
 }
 
 impl Epoll {
-    /// A set whose entries are not known yet.
+    /// A set whose entries are filled in later.
     fn empty(look: &Look) -> Self {
         let busy_poll = ckpt_sys::events::busy_poll(&look.copy);
         let busy_poll = busy_poll.map(|[a, b, c, d, e, f, preferred, _]| BusyPoll {
@@ -146,21 +146,21 @@ impl Epoll {
 /// One entry: an open file description under the number with which it was added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// The number; it may be closed or used for another file by now.
+    /// The number; it may be closed by now or refer to another file.
     #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
     /// Index in the snapshot's descriptions.
     pub description: usize,
     /// `EPOLL*`.
     pub events: u32,
-    /// The program's word.
+    /// The user data.
     pub data: u64,
 }
 
 /// Fills in the entries of the epoll sets among `looks`, whose descriptions begin at `first`.
 ///
-/// fdinfo names an entry by the number it was added under. Which description that was is told
-/// by `KCMP_EPOLL_TFD`; the obvious candidate is asked first.
+/// fdinfo identifies an entry by the number with which it was added. `KCMP_EPOLL_TFD` compares descriptions with it;
+/// the likely candidate is tried first.
 pub fn capture_entries(
     sources: &[&Source],
     looks: &[Look],
@@ -181,7 +181,7 @@ pub fn capture_entries(
         let mut entries = Vec::with_capacity(targets.len());
         let mut seen: HashMap<i32, u32> = HashMap::new();
         for target in targets {
-            // One number may have been added for several descriptions, one after the other.
+            // Several descriptions may have been added under the same number, one after the other.
             let turn = seen.entry(target.tfd).or_default();
             let found = match collector.copies {
                 Copies::Lent(_) if targets.iter().filter(|t| t.tfd == target.tfd).count() > 1 => {
@@ -193,7 +193,7 @@ pub fn capture_entries(
             };
             *turn += 1;
             match found {
-                // Closing a file takes it out of the sets that watch it.
+                // Closing a file removes it from the sets that watch it.
                 Some(at) if left[at] => {}
                 Some(at) => entries.push(Entry {
                     fd: target.tfd,
@@ -222,8 +222,7 @@ pub fn capture_entries(
     Ok(())
 }
 
-/// Without kcmp(2): a set refuses to take a description under a number under which it has it
-/// (EEXIST).
+/// Without kcmp(2): EPOLL_CTL_ADD fails with EEXIST if the set has the description under that number.
 fn find_by_adding(
     looks: &[Look],
     set: &Look,
@@ -254,7 +253,7 @@ fn untold(set: &Look, sources: &[&Source], target: &EpollTarget) -> Obstacle {
     )
 }
 
-/// Descriptions of the watched inode, the obvious one first.
+/// Descriptions of the watched inode, the likely one first.
 fn candidates(looks: &[Look], set: &Look, target: &EpollTarget) -> Vec<usize> {
     let mut candidates: Vec<usize> = (0..looks.len())
         .filter(|&i| looks[i].stat.st_ino == target.ino)
@@ -271,7 +270,7 @@ fn find(
 ) -> crate::Result<Option<usize>> {
     let me = Pid::own().leader();
     for at in candidates(looks, set, target) {
-        // The copies: a process that runs (`ckpt check`) may have closed its descriptors since.
+        // By our duplicates: a running process (`ckpt check`) may have closed its descriptors since.
         let what = KcmpType::EpollTfd {
             fd: looks[at].copy.as_raw_fd(),
             efd: set.copy.as_raw_fd(),
@@ -292,8 +291,8 @@ fn find(
 }
 
 impl Epoll {
-    /// Adds the entries: each description gets the number that it was added under for a
-    /// moment. Those for which `later` holds are added when their descriptions are right.
+    /// Adds the entries: each description temporarily gets the number with which it was added. Those for which
+    /// `later` holds are added when their descriptions are final.
     fn rebuild_entries(
         &self,
         at: i32,
@@ -317,15 +316,15 @@ impl Epoll {
     }
 }
 
-/// Whether a description is a signalfd. A set that watches one waits for the signals of the process
-/// that added it (`signalfd_poll`, fs/signalfd.c), so that process has to add it again.
+/// Whether a description is a signalfd. A set that watches one waits for signals of the process that added it
+/// (`signalfd_poll`, fs/signalfd.c), so that process has to add it again.
 fn is_bound(description: usize, snapshot: &Snapshot) -> bool {
     let watched = snapshot.descriptions.get(description);
     watched.is_some_and(|d| d.kind.get::<SignalFd>().is_some())
 }
 
-/// Adds the entries that the process has to add itself: of sets that it has, and no process before
-/// it. Called before the process has its own numbers.
+/// Adds the entries that the process has to add itself: of sets that it is the first process to hold. Called before
+/// the process has its own numbers.
 pub fn rebuild_bound(index: usize, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     for (set, description) in snapshot.descriptions.iter().enumerate() {
         let Some(epoll) = description.kind.get::<Epoll>() else {
@@ -341,12 +340,12 @@ pub fn rebuild_bound(index: usize, snapshot: &Snapshot, staging: Staging, plan: 
 }
 
 impl Entry {
-    /// What it is called in messages.
+    /// Its name in messages.
     pub fn object(&self) -> String {
         format!("the epoll entry for fd {}", self.fd)
     }
 
-    /// Adds it to the set `epoll`, as what is open under `fd`.
+    /// Adds it to the set `epoll`; the file is open under `fd`.
     pub fn add(&self, epoll: i32, fd: i32, plan: &mut Builder) {
         // struct epoll_event is packed on x86-64.
         let mut event = [0; 12];

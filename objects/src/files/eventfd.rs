@@ -17,7 +17,7 @@ use crate::plan::Builder;
 use crate::sockets;
 use crate::source::Collector;
 
-/// An event counter.
+/// An eventfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventFd {
     /// The counter.
@@ -38,7 +38,7 @@ impl OpenFile for EventFd {
         let semaphore = match semaphore {
             Some(semaphore) => Some(*semaphore),
             None if held() => is_semaphore(&sight.look.copy, *count),
-            // The frozen job will tell.
+            // Determined when the job is frozen.
             None => Some(false),
         };
         Some(match semaphore {
@@ -84,10 +84,11 @@ impl OpenFile for EventFd {
     }
 }
 
-/// Whether it counts as a semaphore, by how much a read takes; `count` is what it holds. For kernels
-/// that do not tell (fs/eventfd.c), and while nobody uses it. `None` where that cannot be found out.
+/// Whether it is a semaphore, by the effect of a read; `count` is its value. For kernels that do not report it
+/// (fs/eventfd.c), and while no process uses it. `None` if unknown.
 ///
-/// A helper does it and puts all back, also if we are killed. Who waits for the count may be woken once more than it was written.
+/// A helper does this and restores the value, even if we are killed. A process that waits for the eventfd may get a
+/// spurious wakeup.
 pub fn is_semaphore(fd: &OwnedFd, count: u64) -> Option<bool> {
     let work = || match try_out(fd, count) {
         Some(semaphore) => semaphore.into(),
@@ -105,7 +106,7 @@ fn try_out(fd: &OwnedFd, count: u64) -> Option<bool> {
         let _ = eventfd_add(fd, taken);
         return Some(taken == 1);
     }
-    // With less than two both kinds read the same.
+    // Below two, both kinds read the same.
     if eventfd_take(fd)? != count {
         return None;
     }

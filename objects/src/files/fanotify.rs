@@ -1,7 +1,7 @@
-//! fanotify(7): groups that are only told of events. One that is asked for permissions would have others wait for an answer that
-//! nobody gives meanwhile, and is refused.
+//! fanotify(7): notification groups. A permission group is refused: other processes would wait meanwhile for an
+//! answer that does not come.
 //!
-//! Events that nobody has read cannot be looked at without taking them, and are not restored.
+//! Unread events cannot be peeked at, and are not restored.
 
 use std::path::PathBuf;
 
@@ -21,29 +21,29 @@ use crate::plan::Builder;
 use crate::source::{Collector, Source};
 use crate::text::Shown;
 
-/// A group with its marks.
+/// A group and its marks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fanotify {
     /// `FAN_*` of fanotify_init(2).
     pub flags: u32,
-    /// `O_*` of the descriptors that come with events.
+    /// `O_*` of the descriptors in events.
     pub event_flags: u32,
-    /// What it is told of.
+    /// Its marks.
     pub marks: Vec<Mark>,
 }
 
 /// A mark.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
-    /// What is marked: the file, or the mount or file system that it is on.
+    /// The path: of the file, or on the marked mount or file system.
     pub path: PathBuf,
     /// `FAN_MARK_INODE`, `FAN_MARK_MOUNT` or `FAN_MARK_FILESYSTEM`.
     pub kind: u32,
     /// `FAN_MARK_*` that stay with it.
     pub flags: u32,
-    /// Events that are told.
+    /// Reported events.
     pub mask: u64,
-    /// Events that are not told.
+    /// Ignored events.
     pub ignored: u64,
 }
 
@@ -208,7 +208,7 @@ impl OpenFile for Fanotify {
 }
 
 impl Fanotify {
-    /// Marks on what is not there any more.
+    /// Marks on paths that do not exist any more.
     fn missing(&self) -> impl Iterator<Item = Obstacle> {
         self.marks.iter().filter_map(|mark| {
             let error = std::fs::symlink_metadata(&mark.path).err()?;

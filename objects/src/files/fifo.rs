@@ -1,8 +1,7 @@
-//! FIFOs, fifo(7): pipes with a name, or with one that is gone.
+//! FIFOs, fifo(7): pipes with a name, which may have been removed.
 //!
-//! A FIFO is opened anew by its name, so that those who open it later meet the job there. One
-//! whose name is gone is made again and its name removed. Where somebody outside the job holds
-//! the other end, it is [`outside`].
+//! A FIFO is opened by its name again, so that later openers share it with the job. One whose name was removed is
+//! created under a name, which is removed again. If a process outside the job holds the other end, it is [`outside`].
 
 use std::fs::File;
 use std::io;
@@ -34,10 +33,10 @@ use crate::text::Shown;
 /// One open file description of a FIFO: a read end, a write end, or both in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FifoEnd {
-    /// Its name, or what it was.
+    /// Its name, possibly removed.
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
-    /// No name leads to it any more.
+    /// Its name was removed.
     pub deleted: bool,
     /// Device of the file system, major and minor.
     pub device: (u32, u32),
@@ -48,14 +47,14 @@ pub struct FifoEnd {
     pub mode: u32,
     /// `F_GETPIPE_SZ`, bytes.
     pub capacity: u32,
-    /// What was written and not yet read; of write ends nothing.
+    /// Unread data; empty for write ends.
     pub unread: Vec<Piece>,
-    /// A read end opened with `O_NONBLOCK` to which no writer has come yet: poll(2) does not
-    /// say that they have all gone (`fifo_open`, fs/pipe.c).
+    /// A read end opened with `O_NONBLOCK` that has not had a writer yet: poll(2) does not report POLLHUP
+    /// (`fifo_open`, fs/pipe.c).
     pub awaits_writer: bool,
 }
 
-/// Captures one end; what is in the FIFO is copied without being consumed.
+/// Captures one end; the contents are copied without being consumed.
 fn capture(
     source: &Source,
     look: &Look,
@@ -162,10 +161,10 @@ impl OpenFile for FifoEnd {
     }
 }
 
-/// Opens all ends of a FIFO when the first of them comes.
+/// Opens all ends of a FIFO, at the first of them.
 ///
-/// One end for both directions is open meanwhile: with it no other open waits, and what was
-/// unread goes in through it.
+/// One end for both directions is open meanwhile: it keeps other opens from waiting, and unread data is written
+/// through it.
 fn rebuild(end: &FifoEnd, place: &Place, plan: &mut Builder) -> Result<(), Box<Obstacle>> {
     let Place {
         index,
@@ -188,7 +187,7 @@ fn rebuild(end: &FifoEnd, place: &Place, plan: &mut Builder) -> Result<(), Box<O
     if !end.deleted {
         end.find(plan.host().rights.as_ref())?;
     }
-    // A read end keeps the FIFO, and what is in it.
+    // A read end keeps the FIFO and its contents.
     let first = staging.of(index);
     plan.inherit(first, Inherited::Fifo(index));
     plan.expect(libc::SYS_dup3, &[first as u64, 0, 0], 0, object);
@@ -222,10 +221,10 @@ impl FifoEnd {
         format!("the FIFO {}", self.path.shown())
     }
 
-    /// Opens a read end of it, by its name or by one for the moment.
+    /// Opens a read end, by its name or by a temporary one.
     ///
     /// # Errors
-    /// When it is not there, or cannot be made again.
+    /// When it does not exist, or cannot be created again.
     pub fn read_end(&self, rights: Option<&Rights>) -> Result<File, Error> {
         let (path, opened) = match self.deleted {
             false => {
@@ -284,7 +283,7 @@ impl FifoEnd {
         })
     }
 
-    /// A name for the moment in which the FIFO has one: its own if that is free.
+    /// A temporary name for the FIFO: its own if that is free.
     fn free_name(&self) -> PathBuf {
         let name = self.path.file_name().unwrap_or_default();
         let pid = std::process::id();

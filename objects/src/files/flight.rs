@@ -1,4 +1,4 @@
-//! What unread messages carry (SCM_RIGHTS) and a restore could not put into them.
+//! Files in unread messages (SCM_RIGHTS) that a restore could not send.
 
 use super::Description;
 use super::epoll::Epoll;
@@ -19,7 +19,7 @@ pub(super) struct Flight<'a> {
 }
 
 impl Flight<'_> {
-    /// What stands in the way. Messages are sent before any process but the first exists.
+    /// The obstacles. Messages are sent before any process but the first exists.
     pub(super) fn obstacles(&self) -> Vec<Obstacle> {
         let messages = self.descriptions.iter().filter_map(|description| {
             let socket = description.kind.get::<UnixSocket>()?;
@@ -51,7 +51,7 @@ impl Flight<'_> {
         messages.chain(sets).collect()
     }
 
-    /// What does not exist when messages are sent.
+    /// Why a description does not exist when messages are sent.
     fn not_yet(&self, index: usize) -> Option<String> {
         let kind = &self.descriptions.get(index)?.kind;
         if let Some(left) = kind.get::<Left>().filter(|left| left.instead.is_none()) {

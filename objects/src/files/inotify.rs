@@ -1,7 +1,7 @@
 //! inotify(7).
 //!
-//! Events that nobody has read cannot be looked at without taking them, nor brought about again.
-//! A restored queue begins with `IN_Q_OVERFLOW` in their place: look at everything anew.
+//! Unread events cannot be peeked at, nor generated again. In their place a restored queue begins with
+//! `IN_Q_OVERFLOW`: the program has to rescan.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -34,29 +34,29 @@ use search::Search;
 pub struct Inotify {
     /// The watches, by ascending descriptor.
     pub watches: Vec<Watch>,
-    /// Events were waiting that the program had not read.
+    /// There were unread events.
     #[serde(default)]
     pub unread: bool,
 }
 
-/// One watch.
+/// A watch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watch {
-    /// The number that the program knows it by.
+    /// Its watch descriptor.
     #[serde(deserialize_with = "bounds::watch")]
     pub wd: i32,
     /// `IN_*`.
     pub mask: u32,
-    /// What is watched; empty for what has no name.
+    /// The watched path; empty for a nameless file.
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
-    /// The description that is open for it, an index in the snapshot's.
+    /// The description that refers to the watched file, an index in the snapshot's.
     #[serde(default)]
     pub open: Option<usize>,
 }
 
-/// Captures the watches. What has no name is watched through a description of the job that is open for it: `job` has
-/// all of them, and the index of the first.
+/// Captures the watches. A nameless file is watched through a description of the job that refers to it: `job` has all
+/// of them, and the index of the first.
 fn capture(
     source: &Source,
     look: &Look,
@@ -122,7 +122,7 @@ fn no_name(source: &Source, look: &Look, watch: &InotifyWatch) -> Obstacle {
     )
 }
 
-/// The description of the job that is open for a watched file without a name.
+/// The description of the job that refers to a watched nameless file.
 fn open_nameless(watch: &InotifyWatch, (looks, first): (&[Look], usize)) -> Option<usize> {
     let is_it = |look: &Look| {
         let stat = &look.stat;
@@ -132,14 +132,14 @@ fn open_nameless(watch: &InotifyWatch, (looks, first): (&[Look], usize)) -> Opti
     Some(first + looks.iter().position(is_it)?)
 }
 
-/// Watches that are made and removed again, so that a later one has its number.
+/// Most watches that are added and removed again, so that a later one gets its number.
 const MOST_PASSING: i32 = 1 << 17;
-/// Events that a read of [`ROOM`] takes.
+/// Events in a read of [`ROOM`] bytes.
 const EVENTS: usize = ROOM / 16;
 /// Bytes.
 const ROOM: usize = 64 * 1024;
 
-/// More events than this, of 64 bytes or so each, are not queued to bring about an overflow.
+/// Most events, of about 64 bytes each, that are queued to cause an overflow.
 const MOST_QUEUED: u64 = 1 << 20;
 
 impl OpenFile for Inotify {
@@ -210,7 +210,7 @@ impl OpenFile for Inotify {
         true
     }
 
-    /// Takes a descriptor that was made by [`create`].
+    /// Takes a descriptor made by [`create`].
     fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
         let mut obstacles: Vec<Obstacle> = self.missing(plan.host().rights.as_ref()).collect();
         obstacles.extend(self.cannot_overflow());
@@ -227,7 +227,7 @@ impl OpenFile for Inotify {
 }
 
 impl Inotify {
-    /// Why its watches cannot have their numbers.
+    /// Why its watches cannot get their numbers.
     fn out_of_reach(&self) -> Option<String> {
         let last = self.watches.iter().map(|watch| watch.wd).max()?;
         let passing = last.saturating_sub(self.watches.len() as i32);
@@ -239,7 +239,7 @@ impl Inotify {
         })
     }
 
-    /// Watches on what is not there any more, or may not be read by who sets them.
+    /// Watches on paths that do not exist any more, or may not be read with these rights.
     fn missing(&self, rights: Option<&Rights>) -> impl Iterator<Item = Obstacle> {
         let named = self.watches.iter().filter(|watch| watch.open.is_none());
         named.filter_map(move |watch| {
@@ -248,14 +248,14 @@ impl Inotify {
                 let reason = format!("cannot be set: {error}");
                 return Some(Obstacle::new(object(), reason, MISSING));
             }
-            // inotify_add_watch(2) asks for it.
+            // inotify_add_watch(2) requires it.
             let error = rights::may_open(rights, &watch.path, libc::O_RDONLY).err()?;
             let reason = format!("cannot be set by the job's user: {}", error.desc());
             Some(Obstacle::new(object(), reason, "let that user read it"))
         })
     }
 
-    /// Why the events that were not read cannot be told to be lost.
+    /// Why IN_Q_OVERFLOW cannot stand for the unread events.
     fn cannot_overflow(&self) -> Option<Obstacle> {
         let most = max_queued_events().unwrap_or(0);
         (self.unread && most > MOST_QUEUED).then(|| {
@@ -267,9 +267,9 @@ impl Inotify {
         })
     }
 
-    /// Watches what was watched, when every description is open. Watch descriptors are given out in ascending
-    /// order (`idr_alloc_cyclic` in fs/notify/inotify), so gaps are made and removed again; whether each number
-    /// is the wanted one is checked.
+    /// Adds the watches, when every description is open. Watch descriptors are assigned in ascending order
+    /// (`idr_alloc_cyclic` in fs/notify/inotify), so watches for gaps are added and removed again; each number is
+    /// checked.
     fn rebuild_watches(&self, at: i32, staging: Staging, plan: &mut Builder) {
         let fd = at as u64;
         let (mut next, mut queued) = (1, 0);
@@ -278,7 +278,7 @@ impl Inotify {
             true => plan.reserve(ROOM),
             false => 0,
         };
-        // Removing a watch queues IN_IGNORED; those events were never the program's.
+        // Removing a watch queues IN_IGNORED; those events are not the program's.
         let forget = |plan: &mut Builder| {
             let object = || "an inotify descriptor".to_owned();
             plan.syscall(libc::SYS_read, &[fd, room, ROOM as u64], object);
@@ -304,7 +304,7 @@ impl Inotify {
                     queued = 0;
                 }
             }
-            // IN_ONESHOT, IN_EXCL_UNLINK and the events; what the kernel adds it adds again.
+            // IN_ONESHOT, IN_EXCL_UNLINK and the events; the kernel adds its own flags again.
             let mask = u64::from(watch.mask & !libc::IN_IGNORED & !libc::IN_UNMOUNT);
             let args = [fd, path, mask];
             plan.expect(libc::SYS_inotify_add_watch, &args, watch.wd as u64, object);
@@ -316,13 +316,13 @@ impl Inotify {
     }
 }
 
-/// The size of a queue that is made now.
+/// The limit of a new queue.
 fn max_queued_events() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").ok()?;
     text.trim().parse().ok()
 }
 
-/// A new one, without watches.
+/// A new instance, without watches.
 pub fn create(flags: u32) -> Result<OwnedFd, Error> {
     ckpt_sys::events::inotify(flags as i32 & libc::O_NONBLOCK).map_err(|e| {
         let reason = e.desc();
@@ -333,11 +333,11 @@ pub fn create(flags: u32) -> Result<OwnedFd, Error> {
     })
 }
 
-/// Queues that are to overflow before the job runs: descriptors of ours beside the job's.
+/// Queues that have to overflow before the job runs: descriptors of ours, shared with the job.
 pub struct Overflows(Vec<OwnedFd>);
 
 impl Overflows {
-    /// Those of the descriptors that are handed over, each with its number.
+    /// Those of the inherited descriptors, each with its number.
     pub fn of(
         inherit: &[Inherit],
         descriptors: &[(OwnedFd, i32)],
@@ -358,7 +358,7 @@ impl Overflows {
         Ok(Self(copies.collect::<Result<_, _>>()?))
     }
 
-    /// Brings the overflows about, with all watches in place.
+    /// Makes them overflow, with all watches in place.
     pub fn make(self) -> Result<(), Error> {
         self.0
             .into_iter()
@@ -372,8 +372,8 @@ fn cannot_overflow(error: std::io::Error) -> Error {
     ))
 }
 
-/// Fills a queue by events of a file of ours until the kernel adds `IN_Q_OVERFLOW`, then reads
-/// away all before it. What else comes meanwhile is among what the overflow stands for.
+/// Fills a queue with events of a file of ours until the kernel adds `IN_Q_OVERFLOW`, then reads everything before
+/// it. The overflow stands for other events that arrive meanwhile too.
 fn overflow(queue: OwnedFd) -> std::io::Result<()> {
     /// `struct inotify_event` without a name.
     const EVENT: usize = 16;
@@ -385,7 +385,7 @@ fn overflow(queue: OwnedFd) -> std::io::Result<()> {
     let mut full = ckpt_sys::files::unread(&queue);
     while before != Some(full) {
         before = Some(full);
-        // Two events that differ, so that none is merged with the one before.
+        // Two different events, so that none is merged with the previous one.
         drop(File::open(&path)?);
         full = ckpt_sys::files::unread(&queue);
     }

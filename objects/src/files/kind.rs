@@ -1,7 +1,8 @@
-//! Kinds of open files: what the rest of the program asks of any of them.
+//! Kinds of open files: the interface that every kind implements.
 //!
-//! A kind is a record in a file of its own, which implements [`OpenFile`], and a line of the list in the parent module. No other place
-//! tells kinds apart, which `scripts/check-kinds` checks. What concerns one kind alone takes its record by [`Kind::get`].
+//! A kind is a record in a file of its own, which implements [`OpenFile`], and a line of the list in the parent
+//! module. No other code distinguishes kinds, which `scripts/check-kinds` checks. Code for one kind gets its record
+//! by [`Kind::get`].
 
 use std::path::{Path, PathBuf};
 
@@ -21,17 +22,17 @@ use crate::{Snapshot, SpaceId};
 pub struct Sight<'a> {
     /// The process through which it is seen.
     pub source: &'a Source,
-    /// What is seen of it.
+    /// Its link, fdinfo and fstat(2).
     pub look: &'a Look,
-    /// All of the job, with the index in the snapshot of the first.
+    /// All descriptions of the job, with the index in the snapshot of the first.
     pub job: (&'a [Look], usize),
-    /// Which ends of pipes the job has.
+    /// The ends of pipes that the job holds.
     pub pipes: &'a pipe::Ends,
-    /// What the job has of terminals.
+    /// The terminals of the job.
     pub terminals: &'a terminal::Ends,
 }
 
-/// The record of what is seen, an obstacle, or `None` where it is of another kind.
+/// The record, an obstacle, or `None` if it is of another kind.
 pub type Captured = Option<Result<Kind, Box<Obstacle>>>;
 
 /// A description that the plan of the job's first process opens.
@@ -41,21 +42,21 @@ pub struct Place<'a> {
     pub index: usize,
     /// Its access mode and status flags.
     pub flags: u32,
-    /// The number at which it is opened.
+    /// Its staging number.
     pub at: i32,
-    /// All numbers of this kind.
+    /// All staging numbers.
     pub staging: Staging,
-    /// What is restored.
+    /// The snapshot.
     pub snapshot: &'a Snapshot,
-    /// How.
+    /// The options.
     pub options: &'a Options,
-    /// What becomes of terminals.
+    /// The destination of terminals.
     pub terminals: &'a dyn terminal::Places,
     /// Files that the job has open for writing.
     pub written: &'a Written,
 }
 
-/// Which status flags a description has as soon as it is opened; the others are set by `F_SETFL`.
+/// Which status flags a description has as soon as it is opened; `F_SETFL` sets the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opened {
     /// None: the call that makes it takes none.
@@ -64,46 +65,46 @@ pub enum Opened {
     WithFlags,
     /// `O_NOATIME` alone.
     WithNoAtime,
-    /// Any: it was opened by somebody else.
+    /// Unknown: another process opened it.
     Unknown,
     /// It is not opened.
     Absent,
 }
 
-/// What a copy of the job has in the place of its files (`ckpt attach --rehearse`).
+/// Substitutes for the job's files in a copy of the job (`ckpt attach --rehearse`).
 pub trait Substitutes {
-    /// Whether a path leads to what the copy has of its own.
+    /// Whether a path refers to a file of the copy's own.
     fn is_own(&self, path: &Path) -> bool;
-    /// A path that no other file of the copy has, for what has no name in the job.
+    /// A path that no other file of the copy has, for a nameless file of the job.
     fn nameless(&self, path: &Path) -> PathBuf;
-    /// Makes a directory with those above it.
+    /// Creates a directory and its parents.
     fn directory(&mut self, path: &Path) -> Result<()>;
-    /// Makes a file of that type and size; the same one for each name of it.
+    /// Creates a file of that type and size, one for all names of the file.
     fn like(&mut self, path: &Path, was: &FileIdentity) -> Result<()>;
-    /// Makes a FIFO.
+    /// Creates a FIFO.
     fn fifo(&mut self, path: &Path, mode: u32) -> Result<()>;
-    /// Makes what is there, a file or a directory, for it to be watched.
+    /// Creates the file or directory to be watched.
     fn watched(&mut self, path: &Path) -> Result<()>;
     /// Binds a datagram socket to an address.
     fn socket(&mut self, address: &[u8]) -> Result<()>;
-    /// Whether the file of the job is of a hugetlbfs.
+    /// Whether the job's file is on a hugetlbfs.
     fn is_of_huge_pages(&self, path: &Path) -> bool;
-    /// The error that something has no copy.
+    /// The error for an object that cannot be copied.
     fn refusal(&self, object: String, reason: &str) -> Error;
 
-    /// Makes the directory that a path is in.
+    /// Creates the parent directory of a path.
     ///
     /// # Errors
-    /// Where it cannot be made.
+    /// When it cannot be created.
     fn parent(&mut self, path: &Path) -> Result<()> {
         path.parent()
             .map_or(Ok(()), |parent| self.directory(parent))
     }
 }
 
-/// What is asked of every kind. The defaults are those of a file without a name and without contents that belongs to the job.
+/// The operations of every kind. The defaults suit a nameless file of the job without contents.
 pub trait OpenFile {
-    /// Captures what is seen, if it is of this kind.
+    /// Captures a description, if it is of this kind.
     fn capture(sight: &Sight, collector: &mut Collector) -> Captured
     where
         Self: Sized;
@@ -119,37 +120,37 @@ pub trait OpenFile {
     /// The kind in tables and JSON.
     fn class(&self) -> &'static str;
 
-    /// What it is called in messages: its path, or what stands for one.
+    /// Its name in messages: its path, or a description.
     fn label(&self) -> String {
         self.class().into()
     }
 
-    /// What it is called in messages about its restore.
+    /// Its name in messages about its restore.
     fn object(&self) -> String {
         self.label()
     }
 
-    /// What it is called in tables, where that says more.
+    /// Its name in tables, if that is more detailed.
     fn shown(&self) -> String {
         self.label()
     }
 
-    /// Its offset in bytes, where it has one.
+    /// Its offset in bytes, if it has one.
     fn offset(&self) -> Option<u64> {
         None
     }
 
-    /// Where in the image its contents are, and their size in bytes.
+    /// The space of its contents in the image, and their size in bytes.
     fn contents(&self) -> Option<(SpaceId, u64)> {
         None
     }
 
-    /// What it needs of the machine that it is restored on.
+    /// Its requirements on the machine of the restore.
     fn needs(&self, _flags: u32, _snapshot: &Snapshot) -> Vec<Need> {
         Vec::new()
     }
 
-    /// Whether what it refers to is there, and its parts fit together; `number` is its index in the snapshot.
+    /// Checks its references and consistency; `number` is its index in the snapshot.
     fn check(&self, _number: usize, _snapshot: &Snapshot, _faults: &mut Faults) {}
 
     /// Calls `f` with every path that a restore uses.
@@ -161,13 +162,13 @@ pub trait OpenFile {
     /// Calls `f` with every inode number that a restore changes.
     fn each_inode(&mut self, _f: &mut dyn FnMut(&mut u64)) {}
 
-    /// Takes out what a copy has otherwise by the way it is made (docs/limits.md).
+    /// Removes differences that result from the way a copy is made (docs/limits.md).
     fn make_comparable(&mut self, _flags: &mut u32) {}
 
-    /// Makes what a copy of the job opens in its place.
+    /// Creates the file that a copy of the job opens instead.
     ///
     /// # Errors
-    /// Where there is no such thing.
+    /// When that is not possible.
     fn substitute(&mut self, _flags: &mut u32, _by: &mut dyn Substitutes) -> Result<()> {
         Ok(())
     }
@@ -177,52 +178,52 @@ pub trait OpenFile {
         false
     }
 
-    /// Whether it leads to something that is there without the job.
+    /// Whether it refers to an object outside the job.
     fn is_of_surroundings(&self) -> bool {
         false
     }
 
-    /// Whether it shows who made it (fstat(2)), which a restore has to set.
+    /// Whether fstat(2) shows its creator, which a restore has to set.
     fn shows_maker(&self) -> bool {
         false
     }
 
-    /// Which of its status flags are set by opening it.
+    /// Which of its status flags are set when it is opened.
     fn opened(&self) -> Opened {
         Opened::Plain
     }
 
-    /// Why `--fd` cannot have another file in its place.
+    /// Why `--fd` cannot replace it by another file.
     fn not_replaceable(&self, _by: &Path) -> Option<Obstacle> {
         None
     }
 
-    /// Whether it cannot be opened before there are other processes than the first one, `first`.
+    /// Whether it cannot be opened until processes other than the first one, `first`, exist.
     fn is_late(&self, _first: Option<i32>) -> bool {
         false
     }
 
-    /// Opens it at its number, or what stands in for it while it is late.
+    /// Opens it under its number, or a placeholder if it is late.
     ///
     /// # Errors
-    /// What stands in the way.
+    /// The obstacles.
     fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>>;
 
-    /// Opens what is late in a process that has it, as the lowest free number `at`.
+    /// Opens a late file in a process that holds it, as the lowest free number `at`.
     fn open_late(&self, _flags: u32, _at: i32, _process: &Process, _plan: &mut Builder) {}
 
-    /// Makes what refers to other descriptions, with all of them open.
+    /// Completes what refers to other descriptions, when all are open.
     fn complete(&self, _at: i32, _staging: Staging, _snapshot: &Snapshot, _plan: &mut Builder) {}
 
-    /// Seals it, when every process has mapped it.
+    /// Seals it, after every process has mapped it.
     fn seal(&self, _index: usize, _at: i32, _snapshot: &Snapshot, _plan: &mut Builder) {}
 }
 
-/// Records that are of a kind.
+/// Records of a kind.
 pub trait Record: Sized {
     /// The record, if it is of this kind.
     fn of(kind: &Kind) -> Option<&Self>;
-    /// Likewise.
+    /// The same, mutable.
     fn of_mut(kind: &mut Kind) -> Option<&mut Self>;
 }
 
@@ -236,22 +237,22 @@ macro_rules! kinds {
         }
 
         impl Kind {
-            /// What captures a description of each kind, in the order in which they are asked.
+            /// The capture function of each kind, in order.
             const CAPTURES: &[fn(&kind::Sight, &mut Collector) -> kind::Captured] =
                 &[$($(#[cfg($cfg)])? { <$record as kind::OpenFile>::capture },)+];
 
-            /// The names behind `anon_inode:` that are of a kind.
+            /// The names behind `anon_inode:` of each kind.
             const ANON_INODES: &[fn() -> Option<&'static str>] =
                 &[$($(#[cfg($cfg)])? { <$record as kind::OpenFile>::anon_inode },)+];
 
-            /// What all kinds have in common.
+            /// The operations of its kind.
             pub fn file(&self) -> &dyn kind::OpenFile {
                 match self {
                     $($(#[cfg($cfg)])? Kind::$name(file) => file,)+
                 }
             }
 
-            /// Likewise.
+            /// The same, mutable.
             pub fn file_mut(&mut self) -> &mut dyn kind::OpenFile {
                 match self {
                     $($(#[cfg($cfg)])? Kind::$name(file) => file,)+
@@ -289,12 +290,12 @@ macro_rules! kinds {
 pub(super) use kinds;
 
 impl Kind {
-    /// Whether files of that name behind `anon_inode:` are of a kind.
+    /// Whether files of that name behind `anon_inode:` are of a known kind.
     pub(super) fn has_anon_inode(name: &str) -> bool {
         Self::ANON_INODES.iter().any(|of| of() == Some(name))
     }
 
-    /// Captures what is seen; `None` where it is of no kind.
+    /// Captures a description; `None` if it is of no known kind.
     pub(super) fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
         Self::CAPTURES
             .iter()
@@ -306,12 +307,12 @@ impl Kind {
         T::of(self)
     }
 
-    /// Likewise.
+    /// The same, mutable.
     pub fn get_mut<T: Record>(&mut self) -> Option<&mut T> {
         T::of_mut(self)
     }
 
-    /// What it is called in messages.
+    /// Its name in messages.
     pub fn label(&self) -> String {
         self.file().label()
     }

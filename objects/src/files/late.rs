@@ -1,6 +1,6 @@
-//! Descriptions that can only be opened when all tasks of the job exist: pidfds, and files of `/proc`
-//! that belong to one of them. Until then something else stands in for them, so that every process has
-//! its numbers; then each process that has one opens it for itself.
+//! Descriptions that can be opened only when all tasks of the job exist: pidfds, and files of `/proc` of one of the
+//! tasks. Until then placeholders hold their numbers in every process; then each process that has one opens it for
+//! itself.
 
 use std::collections::BTreeSet;
 
@@ -11,22 +11,22 @@ use crate::Snapshot;
 use crate::plan::Builder;
 use crate::process::Process;
 
-/// The file of a description that is one of these.
+/// The file of such a description.
 fn waiting(description: usize, snapshot: &Snapshot) -> Option<&dyn OpenFile> {
     let first = snapshot.processes.first().map(|p| p.pid);
     let file = snapshot.descriptions.get(description)?.kind.file();
     file.is_late(first).then_some(file)
 }
 
-/// Whether a description is one of these.
+/// Whether a description is late.
 pub fn is_late(description: usize, snapshot: &Snapshot) -> bool {
     waiting(description, snapshot).is_some()
 }
 
-/// Warns of what several processes have in common and get each for themselves.
+/// Warns of late descriptions that processes shared and that each now has for itself.
 pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
     for description in 0..snapshot.descriptions.len() {
-        // What is read on has an offset.
+        // A file that is read sequentially has an offset.
         let Some(file) = waiting(description, snapshot).filter(|file| file.offset().is_some())
         else {
             continue;
@@ -44,9 +44,9 @@ pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
     }
 }
 
-/// With every task of the job there: opens what of the process's descriptions had to wait, and adds
-/// it to the epoll sets that watch it. The process has its descriptors under their numbers, and no
-/// others. `index` is that of the process.
+/// When every task of the job exists: opens the process's late descriptions, and adds them to the epoll sets that
+/// watch them. The process has its descriptors under their final numbers, and no others. `index` is that of the
+/// process.
 pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
     let Some(process) = snapshot.processes.get(index) else {
         return;
@@ -93,7 +93,7 @@ pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
     }
 }
 
-/// Adds what is open as `fd` to the epoll set of description `set`, under its number.
+/// Adds the file open as `fd` to the epoll set of description `set`, under its number.
 fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Builder) {
     let Some(set) = process.fds.iter().find(|e| e.description == set) else {
         return;
@@ -109,7 +109,7 @@ fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Build
             entry.add(set.fd, entry.fd, plan);
             plan.syscall(libc::SYS_close, &[number], object);
         }
-        // Whoever closes another file's number may lose its locks.
+        // Closing another file's descriptor would release the process's POSIX locks on it.
         Some(_) => plan.warn(format!(
             "the epoll set of fd {} watches a file that was added as fd {}, which is another file \
              by now, and does not watch it any more",
@@ -118,14 +118,14 @@ fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Build
     }
 }
 
-/// The epoll sets that a process has open, each once.
+/// The epoll sets that a process holds, each once.
 fn sets<'a>(process: &Process, snapshot: &'a Snapshot) -> impl Iterator<Item = (usize, &'a Epoll)> {
     let held: BTreeSet<usize> = process.fds.iter().map(|e| e.description).collect();
     held.into_iter()
         .filter_map(|at| Some((at, snapshot.descriptions.get(at)?.kind.get::<Epoll>()?)))
 }
 
-/// Which process adds a description to a set: the first that has both, else the first that has the set.
+/// The process that adds a description to a set: the first that has both, otherwise the first that has the set.
 fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
     let has = |p: &Process, what: usize| p.fds.iter().any(|e| e.description == what);
     let all = &snapshot.processes;
@@ -149,8 +149,8 @@ mod tests {
         }
     }
 
-    /// Two processes: the first has, under 0, an epoll set that watches the second's pidfd, which
-    /// both have under 1; under 2 the first has its own.
+    /// Two processes: the first has under 0 an epoll set that watches the second's pidfd, which both have under 1;
+    /// under 2 the first has its own.
     fn snapshot() -> Snapshot {
         let mut snapshot = fixture::snapshot();
         let (parent, child) = (snapshot.processes[0].pid, 77);
@@ -200,7 +200,7 @@ mod tests {
         let plan = plan.finish();
         let text = plan.to_text();
         let calls = text.lines().map(|line| {
-            // What follows is an address.
+            // An address follows.
             let end = line.find(", 0x").or(line.find(" #")).unwrap_or(line.len());
             line[..end].trim_end().to_owned()
         });
@@ -220,7 +220,7 @@ mod tests {
             "close(3)",
         ];
         assert_eq!(calls, expected);
-        // Under 2 is another file by now.
+        // Number 2 refers to another file by now.
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("as fd 2"), "{warnings:?}");
     }

@@ -1,6 +1,5 @@
-//! Descriptors that a job does without, or that lead elsewhere, because the user says so: `--drop-fd` and
-//! `--replace-fd`. They are for what a program has inherited and does not use, and what could not be
-//! kept. The job itself is not touched.
+//! Descriptors that the user drops or replaces: `--drop-fd` and `--replace-fd`. They are for descriptors that a
+//! program has inherited and does not use, and for those that cannot be captured. The job itself is not changed.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -26,18 +25,18 @@ use crate::text::Shown;
 /// An open file description that is not in the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
-    /// The descriptor through which it was seen first.
+    /// The descriptor through which it was first found.
     #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
-    /// What it was, for people.
+    /// Its description for display.
     pub name: String,
-    /// What is opened in its place; without it no descriptor leads to it.
+    /// Its replacement; `None` drops its descriptors.
     #[serde(default, with = "crate::raw_path")]
     pub instead: Option<PathBuf>,
 }
 
 impl OpenFile for Left {
-    /// The user says what is left out.
+    /// The options decide what is left out.
     fn capture(_: &Sight, _: &mut Collector) -> Captured {
         None
     }
@@ -80,13 +79,13 @@ impl OpenFile for Left {
 }
 
 impl Left {
-    /// Whether there is no descriptor for it in the restored job.
+    /// Whether the restored job has no descriptor for it.
     pub fn is_absent(kind: &Kind) -> bool {
         kind.get::<Self>()
             .is_some_and(|left| left.instead.is_none())
     }
 
-    /// What is said of it when it is left out; a dropped number has its own note.
+    /// The note about a description that is left out; a dropped number has its own note.
     pub(super) fn note(&self, look: &Look, source: &Source, choices: &Choices) -> Option<String> {
         let object = look.object(source);
         match &self.instead {
@@ -101,16 +100,16 @@ impl Left {
     }
 }
 
-/// What `--drop-fd` names.
+/// The operand of `--drop-fd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chosen {
     /// The descriptor of that number, in every process of the job.
     Number(i32),
-    /// Descriptors of that kind that could not be kept, but for 0 to 2.
+    /// Descriptors of that kind that cannot be captured, except 0 to 2.
     Class(Class),
 }
 
-/// Kinds that `--drop-fd` knows.
+/// Kinds of `--drop-fd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
     /// Sockets of every family.
@@ -119,13 +118,13 @@ pub enum Class {
     Inet,
     /// Unix domain sockets.
     Unix,
-    /// Sockets to the kernel.
+    /// Netlink sockets.
     Netlink,
     /// Pipes and FIFOs.
     Pipe,
     /// Devices.
     Device,
-    /// Files without a name that a system call of their own makes (io_uring, BPF, perf, userfaultfd …).
+    /// Anonymous inodes (io_uring, BPF, perf, userfaultfd …).
     AnonInode,
 }
 
@@ -186,7 +185,7 @@ impl Class {
     }
 }
 
-/// What `--drop-fd` and `--replace-fd` say.
+/// The operands of `--drop-fd` and `--replace-fd`.
 #[derive(Clone, Debug, Default)]
 pub struct Choices {
     /// `--drop-fd`.
@@ -195,22 +194,22 @@ pub struct Choices {
     pub replace: BTreeMap<i32, PathBuf>,
 }
 
-/// What becomes of one open file description.
+/// What to do with an open file description.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Choice {
     Keep,
-    /// If it cannot be kept.
+    /// Drop it if it cannot be captured.
     Drop,
     Replace(PathBuf),
 }
 
 impl Choices {
-    /// Whether every process of the job does without the descriptor of that number.
+    /// Whether the descriptor of that number is dropped in every process of the job.
     pub fn drops_number(&self, fd: i32) -> bool {
         self.drop.contains(&Chosen::Number(fd))
     }
 
-    /// What becomes of the description that is open under these numbers.
+    /// What to do with the description that is open under these numbers.
     pub(super) fn of(&self, look: &Look, numbers: &[i32]) -> Choice {
         if let Some(path) = numbers.iter().find_map(|fd| self.replace.get(fd)) {
             return Choice::Replace(path.clone());
@@ -227,7 +226,8 @@ impl Choices {
         }
     }
 
-    /// Takes the dropped numbers out of a survey; says what has been left out, and what was named in vain.
+    /// Removes the dropped numbers from a survey. Returns notes on what was left out, and on operands that matched
+    /// nothing.
     pub(super) fn take_from(&self, survey: &mut Survey, sources: &[&Source]) -> Vec<String> {
         let has = |fd: i32| survey.seen.iter().flatten().any(|seen| seen.fd == fd);
         let numbers = self.drop.iter().filter_map(|chosen| match chosen {
@@ -261,7 +261,7 @@ pub(super) fn dropped_note(object: &str, what: &str) -> String {
     format!("{object} ({what}) is not in the image (--drop-fd): the restored job does not have it")
 }
 
-/// The refusal of what can be done without.
+/// The refusal of a description that may be dropped.
 pub(super) fn droppable(look: &Look, source: &Source, what: &str) -> Obstacle {
     Obstacle::new(
         look.object(source),
@@ -273,7 +273,7 @@ pub(super) fn droppable(look: &Look, source: &Source, what: &str) -> Obstacle {
     )
 }
 
-/// `--drop-fd` of `restore` for numbers that no process of the image has.
+/// Numbers of `restore --drop-fd` that no process of the image has.
 pub fn unknown_numbers(snapshot: &Snapshot, drop: &[Chosen]) -> Vec<Obstacle> {
     let fds = || snapshot.processes.iter().flat_map(|p| &p.fds);
     let numbers = drop.iter().filter_map(|chosen| match chosen {
@@ -284,7 +284,7 @@ pub fn unknown_numbers(snapshot: &Snapshot, drop: &[Chosen]) -> Vec<Obstacle> {
     unknown.map(|fd| names_nothing("--drop-fd", fd)).collect()
 }
 
-/// The obstacle that an option of `restore` names a descriptor that the image has not.
+/// The obstacle that an option of `restore` names a missing descriptor.
 pub fn names_nothing(option: &str, fd: i32) -> Obstacle {
     Obstacle::new(
         format!("{option} {fd}"),
@@ -293,8 +293,8 @@ pub fn names_nothing(option: &str, fd: i32) -> Obstacle {
     )
 }
 
-/// Takes descriptors out of a snapshot that a job is restored without (`restore --drop-fd`); what leads to the
-/// surroundings need not be there then.
+/// Removes descriptors from a snapshot (`restore --drop-fd`); the objects outside the job that they refer to need not
+/// exist then.
 pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
     let descriptions = &snapshot.descriptions;
     let class = |kind: &Kind, chosen: &Chosen| match (kind.get::<Outside>(), chosen) {

@@ -23,12 +23,12 @@ use crate::source::{Contents, Source};
 pub struct Lock {
     /// flock(2), POSIX or OFD lock (fcntl(2)), or a lease.
     pub kind: LockKind,
-    /// For writing.
+    /// Exclusive (for writing).
     pub exclusive: bool,
     /// First byte.
     #[serde(deserialize_with = "bounds::bytes")]
     pub start: u64,
-    /// Bytes; 0 up to the end of the file.
+    /// Length in bytes; 0 up to the end of the file.
     #[serde(deserialize_with = "bounds::bytes")]
     pub len: u64,
     /// The process that took it; an OFD lock has none.
@@ -49,7 +49,7 @@ pub enum LockKind {
     Lease,
 }
 
-/// The locks that are held through a description.
+/// The locks held through a description.
 pub(super) fn capture(
     source: &Source,
     look: &Look,
@@ -84,7 +84,7 @@ pub(super) fn capture(
         .iter()
         .map(lock)
         .collect::<Result<Vec<_>, _>>()?;
-    // All that has no inode of its own has the same one, which other programs lock as well.
+    // All anonymous inodes have the same inode, which other programs may lock too.
     let anonymous = matches!(look.link, FdLink::AnonInode(_) | FdLink::PidFd);
     let foreign = kind.get::<Outside>().is_some();
     if !locks.is_empty() && (anonymous || foreign) {
@@ -94,8 +94,8 @@ pub(super) fn capture(
     Ok(locks)
 }
 
-/// Files with a lease for writing, which any other open would break (fcntl(2)), by device and inode. Such a file is open
-/// once, but for handles (`O_PATH`), whose fdinfo does not show the lease.
+/// Files with a write lease, which any other open would break (fcntl(2)), by device and inode. Such a file has one
+/// description, apart from `O_PATH` handles, whose fdinfo does not show the lease.
 #[derive(Debug, Default)]
 pub struct WriteLeases(HashMap<(u64, u64), Option<OwnedFd>>);
 
@@ -103,7 +103,7 @@ impl WriteLeases {
     /// Finds them.
     ///
     /// # Errors
-    /// Where a descriptor cannot be copied.
+    /// When a descriptor cannot be duplicated.
     pub(super) fn of(looks: &[Look]) -> std::io::Result<Self> {
         let mut found = HashMap::new();
         for look in looks {
@@ -123,8 +123,8 @@ impl Look {
         (self.stat.st_dev, self.stat.st_ino)
     }
 
-    /// The contents of a regular file or memfd, opened anew: the job's descriptor may be write-only, and looking
-    /// for holes moves the offset. One with a lease for writing is read as the job has it open.
+    /// The contents of a regular file or memfd, opened anew: the job's descriptor may be write-only, and searching
+    /// holes moves the offset. A file with a write lease is read through the job's description.
     pub(super) fn contents(
         &self,
         source: &Source,
@@ -145,7 +145,7 @@ impl Look {
 }
 
 impl Description {
-    /// Locks that are held through it.
+    /// Its locks.
     pub fn locks(&self) -> &[Lock] {
         match self.kind.get::<Regular>() {
             Some(file) if self.locks.is_empty() => &file.locks,
@@ -153,13 +153,13 @@ impl Description {
         }
     }
 
-    /// Whether there is a lease on its file.
+    /// Whether its file has a lease.
     pub fn is_leased(&self) -> bool {
         let mut locks = self.locks().iter();
         locks.any(|lock| lock.kind == LockKind::Lease)
     }
 
-    /// Takes the OFD locks, which are nobody's.
+    /// Takes the OFD locks, which belong to no process.
     pub(super) fn rebuild_ofd_locks(&self, at: i32, plan: &mut Builder) {
         let locks = self.locks().iter();
         for lock in locks.filter(|lock| lock.kind == LockKind::Ofd) {
@@ -171,7 +171,7 @@ impl Description {
         }
     }
 
-    /// Takes those of flock(2) that the process with this pid takes.
+    /// Takes those of flock(2) that belong to the process with this pid.
     fn rebuild_flocks(
         &self,
         index: usize,
@@ -199,8 +199,9 @@ fn has(process: &Process, description: usize) -> bool {
     process.fds.iter().any(|e| e.description == description)
 }
 
-/// The process that takes a lock of flock(2): the one that took it, even if it has closed the file since, as each has every
-/// file for a time, but for those that share another's descriptors; or else the first that has the file, or the root.
+/// The process that takes a lock of flock(2): the original one, even if it has closed the file since, since each
+/// process temporarily has every file, except those that share another's descriptors; otherwise the first process
+/// that has the file, or the root.
 fn flocker(lock: &Lock, description: usize, snapshot: &Snapshot) -> Option<i32> {
     if lock.kind != LockKind::Flock {
         return None;
@@ -213,7 +214,7 @@ fn flocker(lock: &Lock, description: usize, snapshot: &Snapshot) -> Option<i32> 
     any.map(|p| p.pid)
 }
 
-/// Takes the locks of flock(2) of a process that has every description, at the numbers that `at` tells.
+/// Takes the locks of flock(2) in a process that has every description, under the numbers that `at` returns.
 pub(super) fn rebuild_flocks(
     process: &Process,
     snapshot: &Snapshot,
@@ -225,8 +226,8 @@ pub(super) fn rebuild_flocks(
     }
 }
 
-/// The process that sets a description's lease and owner: the one that took the lease, or else the first that has the
-/// description.
+/// The process that sets a description's lease and owner: the one that took the lease, otherwise the first that has
+/// the description.
 pub(super) fn keeper(description: usize, snapshot: &Snapshot) -> Option<i32> {
     let have = snapshot.processes.iter().filter(|p| has(p, description));
     let mut have = have.map(|p| p.pid);
@@ -237,8 +238,8 @@ pub(super) fn keeper(description: usize, snapshot: &Snapshot) -> Option<i32> {
     have.find(|pid| takers.contains(pid)).or(first)
 }
 
-/// Takes the leases, each under the lowest number that its keeper has: a break tells that number. Any open of the file
-/// would break the lease, so this comes when every process has opened and mapped what it has.
+/// Takes the leases, each through the lowest number of its holder, which a lease break reports. Any open of the file
+/// would break the lease, so this follows all opens and mappings.
 pub fn rebuild_leases(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let mut done = HashSet::new();
     for entry in &process.fds {
@@ -267,8 +268,7 @@ pub fn rebuild_leases(process: &Process, snapshot: &Snapshot, plan: &mut Builder
     }
 }
 
-/// Takes the POSIX locks of a process that has its own descriptors, but for those that another one took which shares
-/// them.
+/// Takes the POSIX locks of a process that has its own descriptors, except those of another process that shares them.
 pub(super) fn rebuild_record_locks(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     for (fd, lock) in &process.record_locks {
         let mut others = snapshot.processes.iter().filter(|p| p.shares.files);
@@ -278,7 +278,7 @@ pub(super) fn rebuild_record_locks(process: &Process, snapshot: &Snapshot, plan:
     }
 }
 
-/// Takes those that a process took which shares the descriptors of another, by flock(2) as well.
+/// Takes the locks, flock(2) included, of a process that shares the descriptors of another one.
 pub fn rebuild_shared(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     if !process.shares.files {
         return;
@@ -294,7 +294,7 @@ pub fn rebuild_shared(process: &Process, snapshot: &Snapshot, plan: &mut Builder
     }
 }
 
-/// Names as the taker of each lock the process that takes it at a restore.
+/// Sets the owner of each lock to the process that takes it at a restore.
 pub fn name_takers(snapshot: &mut Snapshot) {
     let takers = |index: usize| {
         let locks = snapshot.descriptions[index].locks().iter();
@@ -328,7 +328,7 @@ impl Process {
 }
 
 impl Lock {
-    /// From fdinfo.
+    /// From a line of fdinfo.
     pub fn of(kind: LockKind, lock: &LockLine) -> Self {
         Self {
             kind,
@@ -339,7 +339,7 @@ impl Lock {
         }
     }
 
-    /// Takes a POSIX lock for the process that executes this.
+    /// Takes a POSIX lock in the executing process.
     pub fn rebuild_posix(&self, fd: i32, plan: &mut Builder) {
         let data = plan.data(&self.flock());
         let args = [fd as u64, libc::F_SETLK as u64, data];

@@ -12,10 +12,10 @@ use crate::plan::{Builder, Inherited};
 use crate::source::{Collector, Source};
 use crate::{Snapshot, SpaceId};
 
-/// A file that lives in memory. Descriptions of one file share `inode`.
+/// A memfd. Descriptions of one file share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemFd {
-    /// Its name, without the `memfd:` before it.
+    /// Its name, without the `memfd:` prefix.
     #[serde(with = "serde_bytes")]
     pub name: Vec<u8>,
     /// Inode number; the same file may be open several times.
@@ -36,7 +36,7 @@ pub struct MemFd {
     pub huge_page_size: u64,
     /// Its contents in the image.
     pub contents: SpaceId,
-    /// What else it had.
+    /// Its other attributes.
     #[serde(default)]
     pub attributes: Option<Attributes>,
 }
@@ -142,14 +142,13 @@ impl OpenFile for MemFd {
 }
 
 impl MemFd {
-    /// Whether this description is the one to seal the file through: the first that may write, as
-    /// F_ADD_SEALS wants it. Where there is none the restoring process has sealed it already,
-    /// since nobody can have it mapped for writing.
+    /// Whether the file is sealed through this description: the first writable one, as F_ADD_SEALS requires. Without
+    /// one the restoring process has sealed it already, since no process can have it mapped for writing.
     fn seals_through(&self, index: usize, snapshot: &Snapshot) -> bool {
         self.writable(snapshot).next() == Some(index)
     }
 
-    /// Whether any description of the file may write.
+    /// Whether any description of the file is writable.
     pub fn is_writable(&self, snapshot: &Snapshot) -> bool {
         self.writable(snapshot).next().is_some()
     }
@@ -169,7 +168,7 @@ impl MemFd {
 
     /// Seals the file.
     fn rebuild_seals(&self, at: i32, plan: &mut Builder) {
-        // A file made without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.
+        // A file created without MFD_ALLOW_SEALING has F_SEAL_SEAL from the start.
         if self.seals & !(libc::F_SEAL_SEAL as u32) != 0 {
             let object = || format!("the seals of /memfd:{}", crate::text::of(&self.name));
             let args = [at as u64, libc::F_ADD_SEALS as u64, self.seals.into()];
@@ -177,7 +176,7 @@ impl MemFd {
         }
     }
 
-    /// Flags of memfd_create(2) that make such a file.
+    /// Flags of memfd_create(2) for such a file.
     pub fn create_flags(&self) -> u32 {
         let sealing = self.seals != libc::F_SEAL_SEAL as u32;
         let mut flags = if sealing { libc::MFD_ALLOW_SEALING } else { 0 };

@@ -1,4 +1,4 @@
-//! Open file descriptions and the descriptors that refer to them; one file a kind.
+//! Open file descriptions and the descriptors that refer to them; one file for each kind.
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -58,7 +58,7 @@ pub use survey::{Look, Seen, Survey, WITHHELD_REMEDY};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
 
-// In the order in which a description is asked of which kind it is: of files with a name, the more special kinds come first.
+// The order in which kinds are tried: among files with a name, the more special kinds come first.
 kinds! {
     /// A terminal, or the master of one.
     Terminal(terminal::End),
@@ -76,14 +76,13 @@ kinds! {
     Fanotify(fanotify::Fanotify),
     /// memfd_create(2).
     MemFd(memfd::MemFd),
-    /// One end of a pipe that is wholly inside the job.
+    /// An end of a pipe whose ends are all inside the job.
     Pipe(pipe::PipeEnd),
-    /// Something of the surroundings that the restored job gets anew: a pipe with its other end
-    /// outside, or a socket.
+    /// An object outside the job that the restored job gets anew: a pipe with its other end outside, or a socket.
     Outside(outside::Outside),
     /// A unix domain socket.
     UnixSocket(unix::UnixSocket),
-    /// A socket to the kernel, netlink(7).
+    /// A netlink socket, netlink(7).
     Netlink(netlink::NetlinkSocket),
     /// pidfd_open(2).
     PidFd(pidfd::PidFd),
@@ -95,11 +94,11 @@ kinds! {
     Regular(regular::Regular),
     /// A character device without state.
     Device(device::Device),
-    /// One end of a FIFO that nobody outside the job has open.
+    /// An end of a FIFO that no process outside the job has open.
     Fifo(fifo::FifoEnd),
-    /// Something that the job does without, or that leads elsewhere, because the user says so.
+    /// A description that the user drops or replaces.
     Left(left::Left),
-    /// One that only tests have.
+    /// For tests only.
     #[cfg(test)]
     Toy(toy::Toy),
 }
@@ -116,20 +115,20 @@ pub struct FdEntry {
     pub close_on_exec: bool,
 }
 
-/// An open file description (`struct file`): what dup and fork share.
+/// An open file description (`struct file`), shared by dup and fork.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Description {
-    /// What kind of file, and its state.
+    /// Its kind, and the state of that kind.
     pub kind: Kind,
     /// Access mode and status flags, `F_GETFL` and `O_CLOEXEC` excluded.
     pub flags: u32,
-    /// Who gets SIGIO.
+    /// The receiver of SIGIO.
     pub owner: Option<Owner>,
-    /// User and group that a pipe or socket was made by, as fstat(2) tells. A process that has become another
-    /// user may open its standard output anew by `/proc/self/fd` only where they are right.
+    /// User and group of the creator of a pipe or socket, as in fstat(2). A process that has changed its user may
+    /// open its standard output anew through `/proc/self/fd` only if they are right.
     #[serde(default)]
     pub made_by: Option<(u32, u32)>,
-    /// Locks and leases held through it. Read them by [`Description::locks`].
+    /// Locks and leases held through it, see [`Description::locks`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub locks: Vec<lock::Lock>,
 }
@@ -140,7 +139,7 @@ pub struct Owner {
     /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
     #[serde(deserialize_with = "bounds::choice")]
     pub kind: i32,
-    /// Whose.
+    /// Its id.
     #[serde(deserialize_with = "bounds::pid")]
     pub id: i32,
     /// `F_GETSIG`; 0 is SIGIO.
@@ -148,8 +147,8 @@ pub struct Owner {
     pub signal: i32,
 }
 
-/// Captures the open file descriptions of the job, and each process's descriptors; nothing is
-/// executed in the processes. Answers one list a process, in the order of `sources`.
+/// Captures the open file descriptions of the job and each process's descriptors, without executing anything in the
+/// processes. Returns one list for each process, in the order of `sources`.
 pub fn capture(
     sources: &[&Source],
     survey: &mut Survey,
@@ -174,7 +173,7 @@ pub fn capture(
         directory: sources[look.process].dir.join("cwd"),
     });
     let mut found = sockets::survey::survey(&open.collect::<Vec<_>>(), collector.frozen())?;
-    // What is only in flight between sockets has no number in any process but ours.
+    // A description that is only in flight between sockets has a number only in our process.
     let ourselves = Source::open(Pid::own())?;
     let seen_in_job = survey.looks.len();
     for copy in &found.in_flight {
@@ -256,7 +255,7 @@ pub fn capture(
             }),
             Err(obstacle) => {
                 collector.refuse(*obstacle);
-                // All others are referred to by their place.
+                // Others are referred to by their index.
                 collector.descriptions.push(Description {
                     kind: left(None),
                     flags: look.info.flags,
@@ -299,8 +298,8 @@ pub fn capture(
     Ok(entries.collect())
 }
 
-/// Finds what stands in the way as far as it can be seen without copies of the descriptors: what a file
-/// is, but not what is in it. The rest is found when the job is frozen.
+/// Finds obstacles as far as they are visible without duplicates of the descriptors: kinds of files, but not their
+/// contents. The rest is found when the job is frozen.
 pub fn judge_by_sight(
     sources: &[&Source],
     survey: &Survey,
@@ -327,7 +326,7 @@ pub fn judge_by_sight(
     vec![Vec::new(); sources.len()]
 }
 
-/// What is of no kind, by its name.
+/// The refusal of an unsupported file, by its name.
 fn unsupported(look: &Look, source: &Source) -> Obstacle {
     let what = match &look.link {
         FdLink::AnonInode(name) if name == uring::NAME => return uring::obstacle(source),
@@ -352,7 +351,7 @@ fn unsupported(look: &Look, source: &Source) -> Obstacle {
     left::droppable(look, source, &what)
 }
 
-/// What the kernel calls `anon_inode:[name]`, with its article.
+/// The kernel's `anon_inode:[name]`, with an article.
 fn anonymous(name: &str) -> String {
     let name = name.trim_matches(['[', ']']);
     match name.starts_with(['a', 'e', 'i', 'o']) {

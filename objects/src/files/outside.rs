@@ -1,5 +1,5 @@
-//! Descriptors whose far end is outside the job: 0 to 2 become those of `restore`, others are
-//! named by `restore --fd N=PATH`.
+//! Descriptors whose other end is outside the job: 0 to 2 become those of `restore`, others are set by `restore --fd
+//! N=PATH`.
 
 use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
@@ -14,19 +14,19 @@ use crate::plan::{Builder, Inherited};
 use crate::references::{Faults, require};
 use crate::source::Collector;
 
-/// Something of the surroundings.
+/// An object outside the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outside {
-    /// The descriptor through which it was seen first; `restore` gives its own of that number.
+    /// The descriptor through which it was first found; `restore` provides its own of that number.
     #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
-    /// What it was: a pipe, a socket.
+    /// Its kind: a pipe, a socket.
     pub what: Surroundings,
     /// The name that the kernel shows for it.
     pub name: String,
 }
 
-/// What may be taken from the surroundings.
+/// Kinds of objects that a restore may take from its environment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Surroundings {
     /// A pipe or FIFO with its other end outside.
@@ -35,7 +35,7 @@ pub enum Surroundings {
     Socket,
 }
 
-/// Captures a descriptor that leads outside.
+/// Captures a descriptor of an object outside.
 pub fn capture(look: &Look, what: Surroundings) -> Kind {
     Kind::from(Outside {
         fd: look.fd,
@@ -45,7 +45,7 @@ pub fn capture(look: &Look, what: Surroundings) -> Kind {
 }
 
 impl OpenFile for Outside {
-    /// One of the first three that is a socket of a family that is not carried; pipes tell by their ends.
+    /// One of the first three that is a socket of an unsupported family; pipes are recognized by their ends.
     fn capture(sight: &Sight, _: &mut Collector) -> Captured {
         match sight.look.link {
             FdLink::Socket(_) if sight.look.fd <= 2 => {
@@ -99,7 +99,7 @@ impl OpenFile for Outside {
 }
 
 impl Outside {
-    /// That a FIFO has become ours; nothing says so of what has no name that leads there again.
+    /// Warns that a FIFO has become ours; an object without a name needs no warning.
     fn warning(&self, given: &Inherited) -> Option<String> {
         let Inherited::Own(fd) = given else {
             return None;
@@ -114,7 +114,7 @@ impl Outside {
         })
     }
 
-    /// What the restored job gets in its place: our own descriptor of that number.
+    /// What the restored job gets instead: our own descriptor of that number.
     fn source(&self, index: usize, snapshot: &Snapshot) -> Result<Inherited, Box<Obstacle>> {
         let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
         let mut numbers = numbers.filter(|e| e.description == index).map(|e| e.fd);

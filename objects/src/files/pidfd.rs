@@ -1,9 +1,9 @@
 //! pidfd_open(2).
 //!
-//! A pidfd of the job's first process is opened like any other file. Those of other tasks of the job
-//! can only be opened when these exist: until then the first process's stands in for them
-//! ([`super::late`]). One of a process that has been waited for is a handle of nobody for ever; the
-//! restoring process makes it from a child of its own that ends the same way.
+//! A pidfd of the job's first process is opened like any other file. Those of other tasks of the job can be opened
+//! only when these exist: until then the first process's is a placeholder ([`super::late`]). A pidfd of a reaped
+//! process refers to no process any more; the restoring process makes it from a child of its own that ends the same
+//! way.
 
 use std::os::fd::OwnedFd;
 
@@ -22,19 +22,18 @@ use crate::plan::{Builder, Inherited};
 use crate::process::Process;
 use crate::source::{Collector, Source};
 
-/// A handle of a process or thread.
+/// A pidfd of a process or thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PidFd {
-    /// Whose, in the job; `None` for one that has ended and been waited for.
+    /// The process, in the job; `None` for a reaped one.
     #[serde(default, deserialize_with = "bounds::pid")]
     pub task: Option<i32>,
-    /// `PIDFD_THREAD`: of this one thread.
+    /// `PIDFD_THREAD`: of this thread only.
     pub thread: bool,
-    /// How it ended, as wait(2) tells, where the kernel still knows.
+    /// Its wait status, if the kernel still knows it.
     #[serde(default, deserialize_with = "bounds::status")]
     pub status: Option<i32>,
-    /// Its inode, where each process has one (pidfs, Linux 6.9): programs tell by it whether two are of
-    /// one process.
+    /// Its inode, if each process has one (pidfs, Linux 6.9): programs compare it to recognize pidfds of one process.
     #[serde(default)]
     pub inode: Option<u64>,
 }
@@ -45,7 +44,7 @@ const PID_FS: i64 = 0x5049_4446;
 /// `PIDFD_THREAD` is `O_EXCL`.
 const PIDFD_THREAD: u32 = libc::O_EXCL as u32;
 
-/// Captures a pidfd. `is_ours` tells which ids of tasks belong to the job.
+/// Captures a pidfd. `is_ours` says which tasks belong to the job.
 fn capture(
     source: &Source,
     look: &Look,
@@ -82,7 +81,7 @@ fn capture(
     }
 }
 
-/// How the process of a pidfd ended (`PIDFD_GET_INFO`, Linux 6.15).
+/// The wait status of the process of a pidfd (`PIDFD_GET_INFO`, Linux 6.15).
 fn exit_status(fd: &OwnedFd) -> Option<i32> {
     const EXIT: u64 = 1 << 3;
     let mut info = [0; 64];
@@ -152,7 +151,7 @@ impl OpenFile for PidFd {
 }
 
 impl PidFd {
-    /// Whether both are of the same process that has ended already.
+    /// Whether both refer to the same reaped process.
     pub fn is_same_process(&self, other: &Self) -> bool {
         self.task.is_none()
             && other.task.is_none()
@@ -160,9 +159,9 @@ impl PidFd {
             && self.inode == other.inode
     }
 
-    /// Descriptions of a process that has ended already, with these flags.
+    /// Creates descriptions of a reaped process, with these flags.
     pub fn of_nobody(&self, flags: &[u32]) -> Result<Vec<OwnedFd>, nix::errno::Errno> {
-        // The child waits for its end: where SIGCHLD is ignored its pid is free as soon as it ends.
+        // The child waits before its end: where SIGCHLD is ignored its pid is freed as soon as it ends.
         let (wait, go) = ckpt_sys::pipes::pipe()?;
         let child = match process::fork()? {
             Fork::Parent(child) => child,

@@ -1,8 +1,8 @@
-//! What waits in a pipe or FIFO, buffer by buffer.
+//! Contents of a pipe or FIFO, buffer by buffer.
 //!
-//! A pipe has a buffer for each page of its size, and each holds what it was given: small writes share
-//! one as far as they fit, while splice(2), vmsplice(2) and tee(2) take one for each piece of a page,
-//! however short. So a pipe may be full with a few bytes in it (`pipe_full`, `pipe_write` in fs/pipe.c).
+//! A pipe has a buffer for each page of its size: small writes share one as far as they fit, while splice(2),
+//! vmsplice(2) and tee(2) use one for each piece of a page, however short. So a pipe may be full with few bytes in it
+//! (`pipe_full`, `pipe_write` in fs/pipe.c).
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -16,23 +16,23 @@ use super::Look;
 use crate::plan::Builder;
 use crate::references::{Faults, require};
 
-/// Bytes that a buffer has room for.
+/// Bytes that fit into a buffer.
 const BUFFER: usize = 4096;
 
-/// What one buffer holds.
+/// The contents of one buffer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// Its bytes.
     pub bytes: ByteBuf,
-    /// It is a packet (`O_DIRECT`): a read takes nothing beyond it, and what it does not take is lost.
+    /// A packet (`O_DIRECT`): a read ends at its end, and discards the unread rest.
     pub packet: bool,
 }
 
-/// Why what waits cannot be copied.
+/// Why the contents cannot be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    /// Buffers hold more than a page, as only a splice from a socket makes them, and more than a new
-    /// pipe of that size can be given.
+    /// Buffers hold more than a page, after a splice from a socket, and more in total than a new pipe of that size
+    /// accepts.
     Large,
     /// A call failed.
     Failed(Errno),
@@ -64,17 +64,17 @@ impl From<std::io::Error> for Trouble {
     }
 }
 
-/// Buffers that pieces need.
+/// Number of buffers for these pieces.
 fn buffers(pieces: &[Piece]) -> usize {
     pieces.iter().map(|p| p.bytes.len().div_ceil(BUFFER)).sum()
 }
 
-/// Whether a pipe of that capacity, in bytes, has room for the pieces.
+/// Whether the pieces fit into a pipe of that capacity in bytes.
 fn fit(pieces: &[Piece], capacity: u32) -> bool {
     buffers(pieces) <= capacity as usize / BUFFER
 }
 
-/// Whether what is in the pipe or FIFO of description `number` can be.
+/// Checks the contents of the pipe or FIFO in description `number`.
 pub(super) fn check(number: usize, unread: &[Piece], capacity: u32, faults: &mut Faults) {
     let buffers = buffers(unread);
     require!(
@@ -89,7 +89,7 @@ pub(super) fn check(number: usize, unread: &[Piece], capacity: u32, faults: &mut
     );
 }
 
-/// What is in a pipe of that capacity, copied without being consumed.
+/// Copies the contents of a pipe of that capacity without consuming them.
 pub fn capture(look: &Look, capacity: i32) -> Result<Vec<Piece>, Trouble> {
     let unread = ckpt_sys::files::unread(&look.copy);
     if unread == 0 {
@@ -113,7 +113,7 @@ pub fn capture(look: &Look, capacity: i32) -> Result<Vec<Piece>, Trouble> {
     }
 }
 
-/// A pipe with room for one buffer beside a first one, which tells where a buffer ends.
+/// A pipe with room for one buffer after a first one, which shows where a buffer ends.
 struct Single {
     read: File,
     write: OwnedFd,
@@ -128,14 +128,14 @@ impl Single {
         })
     }
 
-    /// Takes the first of the buffers in a pipe that holds `most` bytes.
+    /// Takes the first buffer from a pipe that holds `most` bytes.
     fn take(&mut self, from: &OwnedFd, most: usize) -> Result<Piece, Trouble> {
         let mut writer = File::from(self.write.try_clone()?);
         let mut byte = [0];
         writer.write_all(&byte)?;
         let len = ckpt_sys::pipes::splice(from, &self.write, most)?;
         self.read.read_exact(&mut byte)?;
-        // A read goes on into what comes behind, but for a packet.
+        // A read continues with the next buffer, except after a packet.
         writer.write_all(&byte)?;
         let mut bytes = vec![0; len + 1];
         let packet = self.read.read(&mut bytes)? == len;
@@ -150,8 +150,7 @@ impl Single {
     }
 }
 
-/// Puts pieces into an empty pipe by its write end `fd`, which has no status flags and has none
-/// afterwards.
+/// Writes pieces to an empty pipe through its write end `fd`, which has no status flags before and after.
 pub fn rebuild(pieces: &[Piece], fd: u64, plan: &mut Builder, object: &dyn Fn() -> String) {
     let mut mode = false;
     let mut set_mode = |wanted: bool, plan: &mut Builder| {
@@ -177,7 +176,7 @@ pub fn rebuild(pieces: &[Piece], fd: u64, plan: &mut Builder, object: &dyn Fn() 
     set_mode(false, plan);
 }
 
-/// Whether a write of the second would begin in the last buffer of the first.
+/// Whether a write of the second would be merged into the last buffer of the first.
 fn would_join(first: &Piece, second: &Piece) -> bool {
     let (filled, begins) = (first.bytes.len() % BUFFER, second.bytes.len() % BUFFER);
     filled > 0 && begins > 0 && filled + begins <= BUFFER

@@ -23,11 +23,11 @@ pub struct PipeEnd {
     pub inode: u64,
     /// `F_GETPIPE_SZ`, bytes.
     pub capacity: u32,
-    /// What was written and not yet read, as every read end has it.
+    /// Unread data, the same for every read end.
     pub unread: Vec<Piece>,
 }
 
-/// Which ends of which pipes and FIFOs the job holds.
+/// The ends of pipes and FIFOs that the job holds.
 pub struct Ends {
     /// By device and inode: whether there is a read end, and a write end.
     ends: HashMap<(u64, u64), (bool, bool)>,
@@ -55,18 +55,18 @@ impl Ends {
         self.ends.get(&key).copied().unwrap_or_default()
     }
 
-    /// Whether the job holds a read end of it.
+    /// Whether the job holds a read end.
     pub fn has_reader(&self, look: &Look) -> bool {
         self.of_pipe(look).0
     }
 
-    /// Whether the job holds a write end of it.
+    /// Whether the job holds a write end.
     pub fn has_writer(&self, look: &Look) -> bool {
         self.of_pipe(look).1
     }
 
-    /// Whether nobody outside the job can be at the other end: the job holds both, or nobody
-    /// holds the other one.
+    /// Whether no process outside the job can have the other end: the job holds both ends, or no process holds the
+    /// other one.
     pub fn inside(&self, look: &Look) -> bool {
         match self.of_pipe(look) {
             (true, true) => true,
@@ -79,9 +79,8 @@ impl Ends {
     }
 }
 
-/// Whether anybody can write into what this read end reads. poll(2) tells when they have all
-/// gone, but not, for a FIFO, when none has ever come; tee(2) from an empty one then answers that
-/// there is nothing to wait for (`ipipe_prep`, fs/splice.c).
+/// Whether the pipe of this read end has a writer. poll(2) reports that all have gone, but not, for a FIFO, that
+/// there has been none; tee(2) from an empty one then reports end of file (`ipipe_prep`, fs/splice.c).
 fn has_writer(look: &Look) -> bool {
     if ckpt_sys::events::poll_now(&look.copy, libc::POLLIN) & libc::POLLHUP != 0 {
         return false;
@@ -94,7 +93,7 @@ fn has_writer(look: &Look) -> bool {
     !(empty && none() == Ok(0))
 }
 
-/// Captures one end; what is in the pipe is copied without being consumed.
+/// Captures one end; the contents are copied without being consumed.
 fn capture(source: &Source, look: &Look, ends: &Ends, frozen: bool) -> Result<Kind, Box<Obstacle>> {
     if !ends.inside(look) {
         return Ok(outside::capture(look, outside::Surroundings::Pipe));
@@ -156,8 +155,8 @@ impl OpenFile for PipeEnd {
     }
 }
 
-/// Makes the pipe when the first of its ends comes, and opens the others anew through
-/// `/proc/self/fd`, since each end is an open file description of its own.
+/// Creates the pipe at the first of its ends, and opens the others anew through `/proc/self/fd`, since each end is an
+/// open file description of its own.
 fn rebuild(end: &PipeEnd, place: &Place, plan: &mut Builder) {
     let Place {
         snapshot, staging, ..
@@ -195,7 +194,7 @@ fn rebuild(end: &PipeEnd, place: &Place, plan: &mut Builder) {
             plan.expect(libc::SYS_openat, &args, 2, object);
             super::place(2, at, plan, object);
         }
-        // O_DIRECT, packet mode, is each write end's own.
+        // O_DIRECT, packet mode, belongs to each write end.
         let status = flags & (libc::O_DIRECT | libc::O_NONBLOCK) as u32;
         if status != 0 {
             let args = [at as u64, libc::F_SETFL as u64, status.into()];
@@ -206,14 +205,14 @@ fn rebuild(end: &PipeEnd, place: &Place, plan: &mut Builder) {
     plan.syscall(libc::SYS_close, &[1], object);
 }
 
-/// Capacity and contents of a pipe, the write end of which is descriptor 1.
+/// Sets capacity and contents of a pipe whose write end is descriptor 1.
 pub(super) fn fill(
     capacity: u32,
     unread: Option<&Vec<Piece>>,
     plan: &mut Builder,
     object: impl Fn() -> String,
 ) {
-    /// What a new one has (`PIPE_DEF_BUFFERS`, linux/pipe_fs_i.h).
+    /// The default (`PIPE_DEF_BUFFERS`, linux/pipe_fs_i.h).
     const USUAL: u32 = 16 * 4096;
     if capacity != USUAL {
         let args = [1, libc::F_SETPIPE_SZ as u64, capacity.into()];

@@ -1,8 +1,8 @@
-//! Files and directories of `/proc/PID` (proc(5)), and handles of namespaces.
+//! Files and directories of `/proc/PID` (proc(5)), and namespace files.
 //!
-//! One of a task of the job is opened again when that task exists ([`super::late`]). One of a process
-//! that has ended, whose reads answer ESRCH, is made by the restoring process from a child of its own
-//! that ends. A process outside of the job may be another one by then: it is told by its start time.
+//! The file of a task of the job is opened again when that task exists ([`super::late`]). The file of a process that
+//! has ended, whose reads return ESRCH, is made by the restoring process from a child of its own that ends. A pid
+//! outside the job may be reused by then: its start time is compared.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
@@ -32,36 +32,36 @@ use crate::text::Shown;
 /// An open file of `/proc/PID`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcFile {
-    /// Its path, with the number of the process in it.
+    /// Its path, which contains the pid.
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
-    /// The process that the path names.
+    /// The process in the path.
     #[serde(deserialize_with = "bounds::pid")]
     pub process: i32,
-    /// The thread that it names.
+    /// The thread in the path.
     #[serde(default, deserialize_with = "bounds::pid")]
     pub thread: Option<i32>,
-    /// Whose it is.
+    /// The kind of that process.
     pub of: Of,
     /// Offset in bytes (for a directory, the file system's cookie).
     pub offset: u64,
 }
 
-/// Whose file it is.
+/// The process of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Of {
-    /// A task of the job, or a child that it has not waited for.
+    /// A task of the job, or an unreaped child.
     Job,
     /// A process that has ended.
     Ended,
-    /// A process outside of the job that started then, `starttime` of proc_pid_stat(5).
+    /// A process outside the job with that start time, `starttime` of proc_pid_stat(5).
     Outside {
         /// Clock ticks since boot.
         started: u64,
     },
 }
 
-/// The process, and the thread, that a path names in a `/proc` of our pid namespace.
+/// The process and thread in a path of a `/proc` of our pid namespace.
 fn named(path: &Path) -> Option<(i32, Option<i32>)> {
     let mut mount = PathBuf::new();
     let mut rest = path.components();
@@ -112,7 +112,7 @@ fn capture(
     if !look.info.locks.is_empty() {
         return refuse("is locked, which is not supported of files in /proc");
     }
-    // As long as it is open, its task's path leads to this very inode.
+    // While it is open, the path through its task leads to this very inode.
     let found = std::fs::symlink_metadata(path);
     let there = found.is_ok_and(|m| (m.dev(), m.ino()) == (look.stat.st_dev, look.stat.st_ino));
     let of = match there && !deleted {
@@ -141,7 +141,7 @@ fn owner(process: i32, collector: &Collector) -> Option<Of> {
     })
 }
 
-/// Whether that is a task of the job, or a process of it that has ended and was not waited for.
+/// Whether that is a task of the job, or a zombie of it.
 pub(super) fn is_of_the_job(task: i32, collector: &Collector) -> bool {
     let has_ended_in_it = |stat: Stat| {
         matches!(stat.state, TaskState::Zombie) && collector.tasks.contains(&stat.ppid.raw())
@@ -149,8 +149,8 @@ pub(super) fn is_of_the_job(task: i32, collector: &Collector) -> bool {
     collector.tasks.contains(&task) || read_stat(Pid(task)).is_ok_and(has_ended_in_it)
 }
 
-/// Captures a handle of a namespace (`/proc/PID/ns/KIND`, namespaces(7)) that the job is in: the
-/// restored job has one of that kind, too.
+/// Captures a namespace file (`/proc/PID/ns/KIND`, namespaces(7)) of a namespace of the job; the restored job has one
+/// of that kind too.
 fn namespace(
     source: &Source,
     look: &Look,
@@ -177,7 +177,7 @@ fn namespace(
     })
 }
 
-/// Whether a directory is one of `/proc/PID` of a process of the job, and so there when that process is.
+/// Whether a directory is in `/proc/PID` of a process of the job, and so exists when that process does.
 pub fn is_of_job(path: &Path, snapshot: &Snapshot) -> bool {
     let below = path.strip_prefix("/proc").ok();
     let number = below.and_then(|path| path.iter().next()?.to_str()?.parse().ok());
@@ -214,7 +214,7 @@ impl OpenFile for ProcFile {
         Some(self.offset)
     }
 
-    /// Processes outside of the job have ended for its copy.
+    /// For the copy, processes outside the job count as ended.
     fn substitute(&mut self, _: &mut u32, _: &mut dyn Substitutes) -> crate::Result<()> {
         if matches!(self.of, Of::Outside { .. }) {
             self.of = Of::Ended;
@@ -226,7 +226,7 @@ impl OpenFile for ProcFile {
         Opened::WithFlags
     }
 
-    /// It may need other tasks, or the first process to have its own descriptors.
+    /// It may need other tasks, or the first process with its own descriptors.
     fn is_late(&self, first: Option<i32>) -> bool {
         self.of == Of::Job
             && (Some(self.process) != first || self.below().starts_with("task") || self.is_link())
@@ -287,14 +287,14 @@ impl OpenFile for ProcFile {
 }
 
 impl ProcFile {
-    /// What belongs to a descriptor or a mapping.
+    /// Whether it belongs to a descriptor or a mapping.
     fn is_link(&self) -> bool {
         let rest = self.below();
         let parents = ["fd", "fdinfo", "map_files"];
         rest.components().count() > 1 && parents.iter().any(|name| rest.starts_with(name))
     }
 
-    /// Its path below the directory of its process.
+    /// Its path in the directory of its process.
     fn below(&self) -> &Path {
         let number = self.process.to_string();
         let mut rest = self.path.components();
@@ -304,7 +304,7 @@ impl ProcFile {
         }
     }
 
-    /// Only the kernel gives names in a /proc, so that it may be opened by one.
+    /// Only the kernel creates names in a /proc, so it may be opened by name.
     fn open_args(&self, path: &Path, flags: u32, plan: &mut Builder) -> [u64; 4] {
         let path = plan.path(path);
         let flags = super::reopen_flags(flags);
@@ -319,7 +319,7 @@ impl ProcFile {
         }
     }
 
-    /// A description of it, of a process that has ended already: with that number if it can be had.
+    /// Makes a description of it for a process that has ended: with the same pid if possible.
     ///
     /// # Errors
     /// Those of clone3(2) and open(2).
@@ -333,7 +333,7 @@ impl ProcFile {
                 .unwrap_or(Path::new("/proc"))
                 .join(pid.to_string());
             match self.thread {
-                // A process of one thread stands for the one of several.
+                // A single-threaded process substitutes for a multithreaded one.
                 Some(thread) => {
                     path.extend(["task", &pid.to_string()]);
                     let task = Path::new("task").join(thread.to_string());
@@ -354,8 +354,8 @@ impl ProcFile {
     }
 }
 
-/// What `open` answers of a child of ours, which has ended and has been waited for then. The child has the
-/// pid `wanted` if that is free and we may choose; `open` is told which.
+/// The result of `open` for a child of ours, which is then ended and reaped. The child has the pid `wanted` if that
+/// is free and we may choose; `open` gets its pid.
 fn with_child<T>(wanted: i32, open: impl FnOnce(i32) -> std::io::Result<T>) -> std::io::Result<T> {
     let (wait, go) = ckpt_sys::pipes::pipe()?;
     let child = match process::fork_under(wanted).or_else(|_| process::fork())? {

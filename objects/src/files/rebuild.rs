@@ -1,5 +1,5 @@
-//! Open file descriptions and descriptors as operations of plans: the root opens every description,
-//! each process makes its own numbers of them.
+//! Restores open file descriptions and descriptors: the root opens every description, each process makes its own
+//! numbers from them.
 
 use ckpt_tracer::capabilities::Use;
 
@@ -14,9 +14,8 @@ use crate::process::Process;
 use crate::sockets::unix::UnixSocket;
 use crate::{Snapshot, limits, sockets};
 
-/// Numbers of the descriptors while they are placed: description `i` is open as `stage + i`
-/// until every descriptor of every process has been made from it. The root opens them all; the
-/// other processes have them from their creators.
+/// Staging numbers of descriptions: description `i` is open as `stage + i` until every descriptor of every process
+/// has been made from it. The root opens them all; the other processes inherit them.
 #[derive(Clone, Copy, Debug)]
 pub struct Staging {
     base: i32,
@@ -24,19 +23,19 @@ pub struct Staging {
     files: i32,
     terminals: i32,
     removed: i32,
-    /// How many numbers there are in all.
+    /// Number of staging numbers.
     len: i32,
 }
 
-/// Calls that create descriptors put them at the lowest numbers.
+/// System calls create descriptors at the lowest free numbers.
 const LOWEST: i32 = 10;
 
 impl Staging {
-    /// Among numbers that no process of the job uses.
+    /// In a range that no process of the job uses.
     pub fn beside(snapshot: &Snapshot) -> Self {
         let sockets = snapshot.descriptions.iter();
         let sockets = sockets.filter(|d| d.kind.get::<UnixSocket>().is_some());
-        // One for the file of a name, two for what stands in for a listener.
+        // One for the file of a name, two for a temporary listening socket.
         let spare = 3 * sockets.count() as i32;
         let mut staging = Self {
             base: 0,
@@ -51,7 +50,7 @@ impl Staging {
         staging
     }
 
-    /// What is in the way where there are not enough numbers.
+    /// The obstacle if there are not enough numbers.
     fn obstacle(self) -> Option<Obstacle> {
         (self.base + self.len > limit()).then(|| {
             Obstacle::new(
@@ -72,8 +71,7 @@ impl Staging {
         self.base + description as i32
     }
 
-    /// The number of a mapped file with contents from the image, opened for reading or for
-    /// both.
+    /// The number of a mapped file with contents from the image, opened for reading or for reading and writing.
     pub fn mapped_file(self, file: usize, writable: bool) -> i32 {
         self.base + self.descriptions + 2 * file as i32 + i32::from(writable)
     }
@@ -83,17 +81,17 @@ impl Staging {
         self.base + self.descriptions + 2 * self.files + file as i32
     }
 
-    /// The number of a terminal that controls a session of the job.
+    /// The number of a controlling terminal of a session of the job.
     pub fn terminal(self, terminal: usize) -> i32 {
         self.base + self.descriptions + 3 * self.files + terminal as i32
     }
 
-    /// The number of a directory that was removed and that processes are in.
+    /// The number of a removed directory that is a working or root directory.
     pub fn removed(self, index: usize) -> i32 {
         self.base + self.descriptions + 3 * self.files + self.terminals + index as i32
     }
 
-    /// Further numbers, for what the plan needs only while it runs.
+    /// Further numbers, used only while the plan runs.
     pub fn spare(self, number: usize) -> i32 {
         self.removed(0) + self.removed + number as i32
     }
@@ -113,7 +111,7 @@ fn used(snapshot: &Snapshot) -> Vec<i32> {
     fds.chain(watched.map(|e| e.fd)).collect()
 }
 
-/// Where so many numbers are free: in a gap, so that the table of descriptors does not grow, else above all.
+/// A range of free numbers: in a gap, so that the descriptor table does not grow, otherwise above all.
 fn gap(mut used: Vec<i32>, len: i32, limit: i32) -> i32 {
     used.push(LOWEST - 1);
     used.sort_unstable();
@@ -132,16 +130,16 @@ fn limit() -> i32 {
     hard.try_into().unwrap_or(i32::MAX)
 }
 
-/// Flags that open(2) takes again; creation flags do not belong to an open description.
+/// Flags for opening it again; creation flags are not part of an open description.
 pub fn reopen_flags(flags: u32) -> u32 {
     let not = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_CLOEXEC;
-    // O_TMPFILE has the bit of O_DIRECTORY in it.
+    // O_TMPFILE includes the bit of O_DIRECTORY.
     let tmpfile = flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE;
     let tmpfile = if tmpfile { libc::O_TMPFILE } else { 0 };
     (flags & !(not | tmpfile) as u32) | libc::O_NOCTTY as u32
 }
 
-/// Opens every description at its staging number. Called with no other descriptor open.
+/// Opens every description under its staging number. Called with no other descriptor open.
 pub fn open_descriptions(
     snapshot: &Snapshot,
     options: &Options,
@@ -183,7 +181,7 @@ pub fn open_descriptions(
     }
 }
 
-/// What `--fd N=PATH` says for a description, by any of its numbers.
+/// The operand of `--fd N=PATH` for a description, by any of its numbers.
 pub fn named<'a>(
     description: usize,
     snapshot: &Snapshot,
@@ -197,7 +195,7 @@ pub fn named<'a>(
         .map(|(_, path)| path)
 }
 
-/// `--fd` for numbers that the job does not have.
+/// Numbers of `--fd` that the job does not have.
 fn unknown_numbers(snapshot: &Snapshot, options: &Options) -> impl Iterator<Item = Obstacle> {
     let has = |fd: &i32| {
         snapshot
@@ -210,15 +208,14 @@ fn unknown_numbers(snapshot: &Snapshot, options: &Options) -> impl Iterator<Item
     unknown.into_iter().map(|fd| names_nothing("--fd", fd))
 }
 
-/// Moves a descriptor from where the kernel put it to its staging number, where it outlives the
-/// exec of other processes.
+/// Moves a descriptor to its staging number, without close-on-exec, for the exec of other processes.
 pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String) {
     let args = [from as u64, to as u64, 0];
     plan.expect(libc::SYS_dup3, &args, to as u64, &object);
     plan.syscall(libc::SYS_close, &[from as u64], &object);
 }
 
-/// With every description open: what refers to other descriptions, then flags and locks.
+/// When every description is open: completes those that refer to others, then sets flags and locks.
 pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     sockets::rebuild::finish(snapshot, staging, plan);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
@@ -233,7 +230,7 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
     }
 }
 
-/// Seals files, once every process has mapped them.
+/// Seals files, after every process has mapped them.
 pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     for (index, description) in snapshot.descriptions.iter().enumerate() {
         let file = description.kind.file();
@@ -241,7 +238,7 @@ pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     }
 }
 
-/// The process's own numbers, and its locks.
+/// Makes the process's own numbers, and takes its locks.
 pub fn number(process: &Process, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     for entry in &process.fds {
         let cloexec = if entry.close_on_exec {
@@ -265,15 +262,15 @@ pub fn number(process: &Process, snapshot: &Snapshot, staging: Staging, plan: &m
         &[first as u64, last as u64, 0],
         || "the descriptors used in between".into(),
     );
-    // Closing any descriptor of a file drops the process's POSIX locks on it, so they come
-    // when nothing more is closed.
+    // Closing any descriptor of a file drops the process's POSIX locks on it, so they come when nothing more is
+    // closed.
     lock::rebuild_record_locks(process, snapshot, plan);
 }
 
 /// Flags that F_SETFL sets.
 const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC) as u32;
 
-/// Status flags that the way of opening has not set already.
+/// Sets status flags that opening has not set already.
 pub(super) fn rebuild_status(description: &Description, at: i32, plan: &mut Builder) {
     let opened = description.kind.file().opened();
     if opened == Opened::Absent || description.flags as i32 & libc::O_PATH != 0 {
@@ -283,7 +280,7 @@ pub(super) fn rebuild_status(description: &Description, at: i32, plan: &mut Buil
     let noatime = description.flags & libc::O_NOATIME as u32;
     let is_set = match opened {
         Opened::WithFlags => true,
-        // Nothing but F_SETFL gives O_NOATIME to what is not opened by a path.
+        // Without open(2) of a path, only F_SETFL sets O_NOATIME.
         Opened::WithNoAtime => wanted == 0,
         Opened::Plain => wanted == 0 && noatime == 0,
         Opened::Unknown | Opened::Absent => false,
@@ -293,7 +290,7 @@ pub(super) fn rebuild_status(description: &Description, at: i32, plan: &mut Buil
     }
 }
 
-/// Gives a pipe or socket to who had made it. Without CAP_CHOWN it stays ours (limits.md).
+/// Gives a pipe or socket to its creator. Without CAP_CHOWN it stays ours (limits.md).
 fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
     let nameless = description.kind.file().shows_maker();
     let ours = &plan.host().credentials;
@@ -310,7 +307,7 @@ fn set_flags(description: &Description, fd: i32, settable: u32, plan: &mut Build
     set_status(fd, description.flags, settable, plan, object);
 }
 
-/// F_SETFL. The job may have set O_NOATIME as another user than the one in whose name files are opened.
+/// F_SETFL. The job may have set O_NOATIME as another user than the one with whose rights files are opened.
 pub(super) fn set_status(
     fd: i32,
     flags: u32,
@@ -337,8 +334,8 @@ pub(super) fn set_status(
     }
 }
 
-/// Who gets SIGIO; done by its keeper, or by each process that has opened it for itself, when every process and thread exists
-/// that may be the one, and leases are taken, which give an owner to what has none.
+/// Sets the receivers of SIGIO, in the keeper of each description, or in each process that has opened it for itself.
+/// All processes and threads exist by then, and leases are taken, which set an owner if there is none.
 pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let mut done = vec![false; snapshot.descriptions.len()];
     for entry in &process.fds {
@@ -415,7 +412,7 @@ mod tests {
         assert_eq!(gap(vec![0, 1, 1023], 5, 1024), 10);
         assert_eq!(gap(vec![0, 12, 500, 1023], 5, 1024), 13);
         assert_eq!(gap(vec![12, 14, 20, 1023], 5, 1024), 21);
-        // Not with a number to spare: what is made comes to the lowest one.
+        // Without a free number: new descriptors get the lowest one.
         assert_eq!(gap(vec![0, 16], 6, 17), 17);
         assert_eq!(gap((0..1020).collect(), 6, 1024), 1020);
     }

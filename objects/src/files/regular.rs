@@ -24,28 +24,28 @@ use crate::source::{Collector, Contents, Source};
 use crate::text::Shown;
 use crate::{Snapshot, SpaceId};
 
-/// A file with a name, or one that had one.
+/// A file that has, or had, a name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Regular {
-    /// Where it was, or is.
+    /// Its path, possibly a former one.
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
-    /// What it was.
+    /// Its identity.
     pub identity: FileIdentity,
     /// Offset in bytes (for a directory, the file system's cookie).
     pub offset: u64,
-    /// Its contents in the image, where no name leads to it any more.
+    /// Its contents in the image, if it has no name any more.
     pub contents: Option<SpaceId>,
-    /// What it is among the snapshot's removed things, where it is no regular file and no name leads to it.
+    /// Its index in the snapshot's removed objects, if it is not a regular file and has no name any more.
     #[serde(default)]
     pub removed: Option<usize>,
-    /// What else it had, where no name leads to it any more.
+    /// Its other attributes, if it has no name any more.
     #[serde(default)]
     pub attributes: Option<Attributes>,
     /// Its contents in the image, though it has a name.
     #[serde(default)]
     pub saved: Option<Saved>,
-    /// [`Description::locks`](super::Description::locks) in images that have them of such files only.
+    /// [`Description::locks`](super::Description::locks) in images that store them here.
     #[serde(default, skip_serializing)]
     pub locks: Vec<Lock>,
 }
@@ -75,7 +75,7 @@ fn capture(
     let (mut contents, mut attributes, mut removed) = (None, None, None);
     if deleted {
         match other_name(&file, &path) {
-            // Another hard link still leads to it.
+            // Another hard link still refers to it.
             Some(name) => path = name,
             None if identity.mode & libc::S_IFMT != libc::S_IFREG => {
                 removed = match removed::enter(&path, &look.copy, &mut collector.removed) {
@@ -116,7 +116,7 @@ fn capture(
     }
     let owner = look.owner().filter(|owner| owner.id != 0);
     if identity.mode & libc::S_IFMT == libc::S_IFDIR && owner.is_some() && collector.frozen() {
-        // Only F_NOTIFY gives a directory an owner by itself (`fcntl_dirnotify`, fs/notify/dnotify/dnotify.c).
+        // Only F_NOTIFY sets an owner of a directory implicitly (`fcntl_dirnotify`, fs/notify/dnotify/dnotify.c).
         collector.warnings.push(format!(
             "{} ({}) is told of changes in the directory by F_NOTIFY: of which, the kernel does not show, so \
              that a restored process is not told of them",
@@ -153,7 +153,7 @@ fn capture(
     })
 }
 
-/// Has the file's contents stored, once for all descriptions of it.
+/// Stores the file's contents, once for all descriptions of it.
 fn contents_of(
     source: &Source,
     look: &Look,
@@ -177,7 +177,7 @@ fn contents_of(
     }
 }
 
-/// Opens a file to read it, where permitted so that its time of access stays what it is.
+/// Opens a file for reading, with O_NOATIME if permitted.
 ///
 /// # Errors
 /// Those of open(2).
@@ -187,12 +187,11 @@ pub fn open_quietly(path: &Path) -> std::io::Result<File> {
     options.open(path).or_else(|_| File::open(path))
 }
 
-/// How many names are looked at for that of a file that has another one.
+/// Most names that are examined for another name of a file.
 const NAMES: usize = 10_000;
 
-/// Looks for another name of a file that was unlinked under the one it was opened by: among its
-/// former neighbours, then in the directories below them. So is found what was made by `O_TMPFILE`
-/// and got a name later.
+/// Searches another name of a file that was unlinked under the one with which it was opened: in the same directory,
+/// then in the directories below. This also finds files created by `O_TMPFILE` and linked later.
 pub(super) fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
     let meta = file.metadata().ok()?;
     if meta.nlink() == 0 {
@@ -201,7 +200,7 @@ pub(super) fn other_name(file: &File, path: &Path) -> Option<PathBuf> {
     name_of((meta.dev(), meta.ino()), path)
 }
 
-/// Likewise of the file with this device and inode.
+/// The same for the file with this device and inode.
 pub fn name_of((device, inode): (u64, u64), path: &Path) -> Option<PathBuf> {
     let is_it = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (device, inode);
     let mut left = NAMES;
@@ -223,7 +222,7 @@ pub fn name_of((device, inode): (u64, u64), path: &Path) -> Option<PathBuf> {
     None
 }
 
-/// Whether it has names that were not found, besides one that is no name of its own.
+/// Whether it has names that were not found, besides the open one.
 fn has_names_elsewhere(file: &File, path: &Path) -> bool {
     let Ok(meta) = file.metadata() else {
         return false;
@@ -237,7 +236,7 @@ fn has_names_elsewhere(file: &File, path: &Path) -> bool {
     meta.nlink() > silly.count() as u64
 }
 
-/// Whether it is of the file system of memfd_secret(2), `SECRETMEM_MAGIC`.
+/// Whether it is on the file system of memfd_secret(2), `SECRETMEM_MAGIC`.
 pub(super) fn is_secret(look: &Look) -> bool {
     ckpt_sys::files::fstatfs(&look.copy).is_some_and(|(kind, _)| kind == 0x5345_434d)
 }
@@ -316,8 +315,9 @@ impl OpenFile for Regular {
         f(&mut self.path);
     }
 
-    /// A file without a name is made anew, and one is opened by the name that it has: `O_TMPFILE` and `O_NOFOLLOW` say how it
-    /// came to be open. Looking at a file is an access, and a directory of the copy's has other things in it than the job's.
+    /// A file without a name is created anew, and one with a name is opened by it: `O_TMPFILE` and `O_NOFOLLOW` only
+    /// say how it was opened. Reading changes the access time, and a directory of the copy has other entries than the
+    /// job's.
     fn make_comparable(&mut self, flags: &mut u32) {
         const HOW: u32 = (libc::O_TMPFILE & !libc::O_DIRECTORY | libc::O_NOFOLLOW) as u32;
         self.attributes.iter_mut().for_each(|a| a.accessed_ns = 0);
@@ -332,7 +332,7 @@ impl OpenFile for Regular {
             (self.identity, self.path) = Default::default();
             self.identity.mode = mode;
         }
-        // The copy's image is taken without --save-files.
+        // The copy is checkpointed without --save-files.
         self.saved = None;
     }
 
@@ -355,7 +355,7 @@ impl OpenFile for Regular {
         if self.is(libc::S_IFREG) && *flags as i32 & libc::O_DIRECT != 0 {
             let mut open = File::options();
             let open = open.read(true).custom_flags(libc::O_DIRECT);
-            // A file system in memory has none before Linux 6.6.
+            // tmpfs has none before Linux 6.6.
             if open.open(&self.path).is_err() {
                 *flags &= !(libc::O_DIRECT as u32);
             }
@@ -363,7 +363,7 @@ impl OpenFile for Regular {
         Ok(())
     }
 
-    /// Opening a handle tells nobody, and what it leads to may be something that only root can make.
+    /// Opening an `O_PATH` handle has no effect, and its file may be one that only root can create.
     fn keeps_paths(&self, flags: u32) -> bool {
         flags as i32 & libc::O_PATH != 0
     }
@@ -376,7 +376,7 @@ impl OpenFile for Regular {
         Opened::WithFlags
     }
 
-    /// If it is the file that it was.
+    /// Opens it if it is unchanged.
     fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
         let Place {
             index, flags, at, ..
@@ -386,14 +386,14 @@ impl OpenFile for Regular {
         } else if self.contents.is_some() {
             plan.inherit(at, Inherited::DeletedFile(index));
         } else {
-            // What is put back is not there yet.
+            // A file to be put back does not exist yet.
             if self.saved.is_none() {
                 let checked = changed::check(self, flags, place.written, place.options.files);
                 checked.map_err(|obstacle| vec![*obstacle])?;
             }
             plan.inherit(at, Inherited::File(index));
         }
-        // There is nothing in a directory that was removed.
+        // A removed directory is empty.
         if self.offset != 0 && flags as i32 & libc::O_PATH == 0 && self.removed.is_none() {
             let args = [at as u64, self.offset, libc::SEEK_SET as u64];
             plan.expect(libc::SYS_lseek, &args, self.offset, || self.object());

@@ -1,6 +1,5 @@
-//! What has lost its name and is no regular file: directories, and by `O_PATH` handles symbolic links,
-//! FIFOs and sockets. The restoring process makes it again under a name, opens it for all that have it,
-//! and removes the name.
+//! Objects without a name that are not regular files: directories, and through `O_PATH` handles symbolic links, FIFOs
+//! and sockets. The restoring process creates each under a name, opens it for all that have it, and removes the name.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,13 +14,13 @@ use crate::Snapshot;
 use crate::bounds;
 use crate::text::Shown;
 
-/// A thing without a name. Descriptions, working and root directories refer to it.
+/// An object without a name. Descriptions, working and root directories refer to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Removed {
-    /// The name that it had.
+    /// Its former name.
     #[serde(with = "crate::raw_path")]
     pub path: PathBuf,
-    /// What it is.
+    /// Its type.
     pub what: What,
     /// Device, major and minor.
     pub device: (u32, u32),
@@ -30,11 +29,11 @@ pub struct Removed {
     /// Permission bits.
     #[serde(deserialize_with = "bounds::mode")]
     pub mode: u32,
-    /// What else it had.
+    /// Its other attributes.
     pub attributes: Attributes,
 }
 
-/// What can be made again.
+/// Types that can be created again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum What {
     /// A directory, which is empty.
@@ -47,11 +46,11 @@ pub enum What {
     Socket,
 }
 
-/// What a path of `/proc/PID` leads to, entered once in `all`; its index. `handle` is any descriptor of it,
-/// `path` the name that it had.
+/// Adds the object that a path of `/proc/PID` refers to, once, to `all`; returns its index. `handle` is any
+/// descriptor of it, `path` its former name.
 ///
 /// # Errors
-/// Those of looking at it; `Unsupported` for what cannot be made again.
+/// Those of stat(2) and readlink(2); `Unsupported` for what cannot be created again.
 pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Result<usize> {
     let again = format!("/proc/self/fd/{}", handle.as_raw_fd());
     let meta = File::from(handle.try_clone()?).metadata()?;
@@ -70,7 +69,7 @@ pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Resul
         libc::S_IFSOCK => What::Socket,
         _ => return Err(io::ErrorKind::Unsupported.into()),
     };
-    // Only what is open for reading tells its extended attributes.
+    // Extended attributes need a descriptor open for reading.
     let file = match what {
         What::Directory => super::regular::open_quietly(Path::new(&again)).ok(),
         _ => None,
@@ -87,7 +86,7 @@ pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Resul
     Ok(all.len() - 1)
 }
 
-/// Whether a process is in it.
+/// Whether it is the working or root directory of a process.
 pub fn is_place(index: usize, snapshot: &Snapshot) -> bool {
     let places = snapshot.processes.iter().map(|p| p.removed);
     let mut places = places.flat_map(|places| [places.cwd, places.root]);
@@ -95,11 +94,11 @@ pub fn is_place(index: usize, snapshot: &Snapshot) -> bool {
 }
 
 impl Removed {
-    /// Makes it and opens it with each of the flags; then its name is gone. Also what of its attributes
-    /// could not be given.
+    /// Creates it and opens it with each of the flags, then removes its name. Also returns attributes that could not
+    /// be set.
     ///
     /// # Errors
-    /// Those of making and opening it.
+    /// Those of creating and opening it.
     pub fn make(&self, flags: &[u32]) -> io::Result<(Vec<OwnedFd>, Vec<String>)> {
         let mut failed = None;
         for path in self.places() {
@@ -125,8 +124,7 @@ impl Removed {
         Err(failed.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
     }
 
-    /// Its own name if that is free; else another one beside it, or where there is room for what is
-    /// temporary.
+    /// Its own name if that is free; otherwise one beside it, or in a temporary directory.
     fn places(&self) -> Vec<PathBuf> {
         let name = self.path.file_name().unwrap_or_default();
         let short: String = name.to_string_lossy().chars().take(50).collect();
@@ -165,7 +163,7 @@ impl Removed {
     }
 }
 
-/// Directories above something that were missing, too; removed with this.
+/// Missing parent directories, removed together with it.
 #[derive(Default)]
 struct Parents(Vec<PathBuf>);
 

@@ -1,6 +1,6 @@
-//! Files with names whose contents go into the image as well: what `--save-files` names of the files
-//! that are open or that the job may write through a mapping, and POSIX shared memory and named
-//! semaphores (shm_overview(7), sem_overview(7)), which do not outlive the machine.
+//! Named files whose contents are stored in the image: those matching `--save-files`, if they are open or the job may
+//! write them through a mapping; and POSIX shared memory and named semaphores (shm_overview(7), sem_overview(7)),
+//! which do not survive a reboot.
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ use crate::open::Handle;
 use crate::source::{Collector, Contents, Source};
 use crate::text::Shown;
 
-/// A named file that can be put back as it was.
+/// A named file that can be put back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
     /// Its contents in the image.
@@ -26,13 +26,13 @@ pub struct Saved {
     pub owner: (u32, u32),
 }
 
-/// Whether a path is one of POSIX shared memory or of a named semaphore: the C library keeps both in
-/// this directory, which is empty after a reboot.
+/// Whether a path is POSIX shared memory or a named semaphore: the C library keeps both in this directory, which is
+/// empty after a reboot.
 pub fn is_shared_memory(path: &Path) -> bool {
     path.starts_with("/dev/shm")
 }
 
-/// Has the contents of a mapped file stored, where that is wanted.
+/// Stores the contents of a mapped file, if requested.
 pub fn save_mapped(
     source: &Source,
     vma: &Vma,
@@ -72,7 +72,7 @@ pub fn save_mapped(
     Ok(())
 }
 
-/// What is saved of the same file already.
+/// The stored contents of the same file, if any.
 fn known(identity: &FileIdentity, collector: &Collector) -> Option<Saved> {
     let same =
         |other: &FileIdentity| (other.device, other.inode) == (identity.device, identity.inode);
@@ -85,9 +85,9 @@ fn known(identity: &FileIdentity, collector: &Collector) -> Option<Saved> {
     open.or_else(|| mapped.find_map(|f| f.saved.filter(|_| same(&f.identity))))
 }
 
-/// The very file that is mapped.
+/// Opens the file that is mapped.
 fn open(source: &Source, vma: &Vma, path: &Path) -> std::io::Result<(File, Metadata)> {
-    // Following this link wants CAP_CHECKPOINT_RESTORE.
+    // Following this link needs CAP_CHECKPOINT_RESTORE.
     let link = format!("map_files/{:x}-{:x}", vma.start, vma.end);
     if let Ok(file) = File::open(source.dir.join(link)) {
         let meta = file.metadata()?;

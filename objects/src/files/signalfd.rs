@@ -9,7 +9,7 @@ use crate::error::Obstacle;
 use crate::plan::Builder;
 use crate::source::Collector;
 
-/// A descriptor for signals.
+/// A signalfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignalFd {
     /// The signals that it reads, bit n-1 for signal n.

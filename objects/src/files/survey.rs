@@ -1,4 +1,4 @@
-//! Which open file descriptions the processes of a job hold, and under which numbers.
+//! The open file descriptions of a job, and their numbers in each process.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ use crate::text::Shown;
 
 /// All descriptors of a job.
 pub struct Survey {
-    /// One for each open file description, in the order in which they were met.
+    /// One for each open file description, in the order in which they are found.
     pub looks: Vec<Look>,
     /// The descriptors of each process, ascending.
     pub seen: Vec<Vec<Seen>>,
@@ -33,50 +33,49 @@ pub struct Seen {
     pub look: usize,
     /// `FD_CLOEXEC`.
     pub close_on_exec: bool,
-    /// POSIX locks of this process on the file; they belong to the process, whoever else has
-    /// the description.
+    /// POSIX locks of this process on the file; they belong to the process, not to the description.
     pub locks: Vec<Lock>,
 }
 
-/// An open file description as seen from outside, through the first descriptor that led to it.
+/// An open file description as seen from outside, through the first descriptor found.
 pub struct Look {
     /// Index of the process.
     pub process: usize,
     /// The descriptor's number there.
     pub fd: i32,
-    /// Where its link leads.
+    /// The target of its link.
     pub link: FdLink,
     /// Its fdinfo.
     pub info: FdInfo,
-    /// A copy of ours for the same description.
+    /// Our duplicate of it.
     pub copy: OwnedFd,
     /// `fstat` of it.
     pub stat: libc::stat,
 }
 
-/// What two descriptors have in common that may be of one description: device, inode, flags and
-/// offset. The kernel is asked only among those.
+/// Necessary for two descriptors to share a description: equal device, inode, flags and offset. The kernel is queried
+/// only among those.
 type Alike = (u64, u64, u32, u64);
 
 impl Survey {
-    /// Looks at every descriptor of every process.
+    /// Reads every descriptor of every process.
     ///
     /// # Errors
-    /// [`Error::Kernel`] of pidfd_getfd(2) or kcmp(2), above all EPERM; [`Error::Proc`]. A refusal where
-    /// it cannot be told which descriptions there are.
+    /// [`Error::Kernel`] of pidfd_getfd(2) or kcmp(2), above all EPERM; [`Error::Proc`]. A refusal if it is unknown
+    /// which descriptors share a description.
     pub fn of(sources: &[&Source], copies: &Copies) -> crate::Result<Self> {
         let mut survey = Self {
             looks: Vec::new(),
             seen: Vec::with_capacity(sources.len()),
         };
-        // Candidates of one look, sorted by the kernel's order of descriptions.
+        // Candidates for sharing, sorted by the kernel's order of descriptions.
         let mut alike: HashMap<Alike, Vec<usize>> = HashMap::new();
         for (process, source) in sources.iter().enumerate() {
             let mut seen = Vec::new();
             for fd in fdlink::list_fds(source.dir.clone())? {
                 match Look::by(copies, source, process, fd) {
                     Ok(look) => seen.push(survey.enter(look, copies, sources, &mut alike)?),
-                    // Closed meanwhile; only possible while the process runs (`ckpt check`).
+                    // Closed meanwhile, by a running process (`ckpt check`).
                     Err(Error::Kernel {
                         errno: Errno::EBADF,
                         ..
@@ -91,7 +90,7 @@ impl Survey {
         Ok(survey)
     }
 
-    /// The numbers under which processes have each look.
+    /// The numbers of each description.
     pub fn numbers(&self) -> Vec<Vec<i32>> {
         let mut all = vec![Vec::new(); self.looks.len()];
         for seen in self.seen.iter().flatten() {
@@ -130,7 +129,7 @@ impl Survey {
         let candidates = alike.entry(key).or_default();
         let (mut low, mut high) = match copies {
             Copies::Taken => (0, candidates.len()),
-            // Each is one of its own for whoever only looks.
+            // For an inspection each counts as separate.
             Copies::None => (0, 0),
             Copies::Lent(_) => {
                 for &candidate in candidates.iter() {
@@ -143,7 +142,7 @@ impl Survey {
                 (0, 0)
             }
         };
-        // The copies: a process that runs (`ckpt check`) may have closed its descriptors since.
+        // By our duplicates: a running process (`ckpt check`) may have closed its descriptors since.
         let me = Pid::own().leader();
         while low < high {
             let middle = low + (high - low) / 2;
@@ -181,12 +180,12 @@ fn untold(look: &Look, other: &Look, sources: &[&Source]) -> crate::Error {
     ))
 }
 
-/// What permits kcmp(2) and pidfd_getfd(2) in a container.
+/// How to permit kcmp(2) and pidfd_getfd(2) in a container.
 pub const WITHHELD_REMEDY: &str =
     "start the container with --cap-add SYS_PTRACE, or run ckpt as root outside of its filters";
 
 impl Look {
-    /// A look by the copy that there is.
+    /// Reads a descriptor by the duplicate, if there is one.
     fn by(copies: &Copies, source: &Source, process: usize, fd: i32) -> Result<Self> {
         match copies {
             Copies::Taken => Self::at(source, process, fd),
@@ -218,7 +217,7 @@ impl Look {
 
     pub(super) fn with(copy: OwnedFd, source: &Source, process: usize, fd: i32) -> Result<Self> {
         let stat = match ckpt_sys::files::fstat(&copy) {
-            // Only of `/proc/PID/fd`, which counts the descriptors of a process that has ended.
+            // Only for `/proc/PID/fd` of a process that has ended, whose descriptors it counts.
             Err(Errno::ENOENT) => ckpt_sys::files::unknown_directory(),
             other => other.map_err(|errno| Error::Kernel {
                 call: "fstat",
@@ -240,7 +239,7 @@ impl Look {
         })
     }
 
-    /// What the kernel prints for it.
+    /// The text of its link.
     pub fn name(&self) -> String {
         match &self.link {
             FdLink::File {
@@ -261,7 +260,7 @@ impl Look {
         }
     }
 
-    /// What it is, for messages: a socket of the internet by its addresses, all else by its name.
+    /// Its description in messages: for an internet socket the addresses, otherwise the link.
     pub fn told(&self) -> String {
         let addresses = match self.link {
             FdLink::Socket(_) => sockets::inet::describe(&self.copy),
@@ -280,7 +279,7 @@ impl Look {
         self.info.flags as i32 & libc::O_ACCMODE
     }
 
-    /// `O_PATH`: a handle that opened nothing.
+    /// `O_PATH`.
     pub(crate) fn is_path(&self) -> bool {
         self.info.flags as i32 & libc::O_PATH != 0
     }

@@ -1,4 +1,4 @@
-//! Terminals: those outside the job, and pseudo-terminals of which the job has the master.
+//! Terminals: those outside the job, and pseudo-terminals whose master the job has.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -20,21 +20,21 @@ mod end;
 
 pub use end::End;
 
-/// A terminal that the job has open, or that controls a session of the job.
+/// A terminal that the job has open, or that is the controlling terminal of one of its sessions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terminal {
     /// Its name.
     pub name: String,
     /// Device number, major and minor.
     pub device: (u32, u32),
-    /// How it was set; nothing when the job has no descriptor that tells.
+    /// Its settings; `None` if the job has no descriptor from which they can be read.
     pub state: Option<State>,
-    /// The foreground process group, if it controls a session of the job.
+    /// The foreground process group, if it is the controlling terminal of a session of the job.
     #[serde(default, deserialize_with = "bounds::pid")]
     pub foreground: Option<i32>,
-    /// What belongs to the job's own end, when it has the master.
+    /// State of the pty, when the job has the master.
     pub pair: Option<Pair>,
-    /// Whose the slave is, when the job has the master.
+    /// Owner and mode of the slave, when the job has the master.
     #[serde(default)]
     pub access: Option<Access>,
 }
@@ -58,7 +58,7 @@ impl Access {
     }
 }
 
-/// How a terminal is set.
+/// Settings of a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// Its modes.
@@ -67,35 +67,35 @@ pub struct State {
     pub size: Size,
     /// `TIOCEXCL`.
     pub exclusive: bool,
-    /// Bits of the modes that nobody can change (`TIOCSLCKTRMIOS`), if there are any.
+    /// Locked bits of the modes (`TIOCSLCKTRMIOS`), if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub locked: Option<Modes>,
 }
 
-/// A pty of which the job has the master.
+/// A pty whose master the job has.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pair {
     /// Packet mode (`TIOCPKT`).
     pub packet: bool,
     /// The slave cannot be opened (`TIOCSPTLCK`).
     pub locked: bool,
-    /// Every descriptor of the slave has been closed: the master reads EIO.
+    /// All descriptors of the slave are closed: reads of the master return EIO.
     pub closed: bool,
-    /// What came out of the slave and was not yet read from the master.
+    /// Output of the slave that is unread at the master.
     #[serde(with = "serde_bytes")]
     pub output: Vec<u8>,
-    /// What went into the master and was not yet read from the slave.
+    /// Input from the master that is unread at the slave.
     pub input: Vec<Input>,
-    /// Whether the slave's output goes on.
+    /// Whether the slave's output is stopped.
     #[serde(default)]
     pub flow: Flow,
-    /// Changes that a reader in packet mode has not been told of, `TIOCPKT_*`.
+    /// Status that a reader in packet mode has not read, `TIOCPKT_*`.
     #[serde(default)]
     pub status: u8,
 }
 
 impl Pair {
-    /// Whether anything is to be brought about in a new pty.
+    /// Whether anything has to be put into a new pty.
     pub fn waits(&self) -> bool {
         !self.output.is_empty()
             || !self.input.is_empty()
@@ -104,19 +104,19 @@ impl Pair {
     }
 }
 
-/// Whether output of a terminal goes on, and who can let it go on.
+/// Whether output of a terminal is stopped, and what resumes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Flow {
-    /// It does.
+    /// It is not stopped.
     #[default]
     Running,
-    /// It was stopped by the stop character (Ctrl-S), and goes on at the start character.
+    /// Stopped by the stop character (Ctrl-S); the start character resumes it.
     Typed,
-    /// It was stopped by tcflow(3), and goes on by tcflow(3) alone.
+    /// Stopped by tcflow(3); only tcflow(3) resumes it.
     Called,
 }
 
-/// A piece of input that waits.
+/// A piece of unread input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Input {
     /// Its bytes.
@@ -128,28 +128,28 @@ pub struct Input {
 /// How a piece of input ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ending {
-    /// It is a line, with the character that ended it.
+    /// A line, with its terminating character.
     Line,
-    /// By the end-of-file character, which is not part of it.
+    /// Ended by the end-of-file character, which is not part of it.
     EndOfFile,
-    /// More may come: a line that is not complete, or no canonical mode.
+    /// Incomplete: a line in progress, or noncanonical mode.
     Open,
 }
 
-/// How a terminal is held.
+/// Which side of a terminal is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Side {
     /// The master of a pty.
     Master,
-    /// The terminal itself.
+    /// The terminal (slave) itself.
     Slave,
     /// The terminal itself, opened as `/dev/tty`.
     Controlling,
-    /// A terminal that is gone: everything answers EIO, reads give end of file.
+    /// A terminal that has hung up: operations return EIO, reads end of file.
     HungUp,
 }
 
-/// The terminals of the job; filled from all descriptors before each gets its kind.
+/// The terminals of the job; filled from all descriptors before their kinds are determined.
 pub struct Ends {
     /// Index of the first terminal in the collector.
     first: usize,
@@ -161,10 +161,10 @@ pub struct Ends {
 const CONTROLLING: (u32, u32) = (5, 0);
 /// What the terminals of a job become at a restore.
 pub trait Places {
-    /// What a description of a terminal is made from.
+    /// The source of a description of a terminal.
     ///
     /// # Errors
-    /// What is in the way.
+    /// The obstacles.
     fn rebuild(
         &self,
         end: &End,
@@ -173,11 +173,11 @@ pub trait Places {
         snapshot: &Snapshot,
     ) -> Result<Inherited, Box<Obstacle>>;
 
-    /// Whether a terminal of the machine's becomes another one.
+    /// Whether a terminal of the machine becomes another one.
     fn loses(&self, end: &End) -> bool;
 }
 
-/// Slaves of ptys have these major numbers.
+/// Major numbers of the slaves of ptys.
 const PTS: std::ops::RangeInclusive<u32> = 136..=143;
 
 impl Ends {
@@ -227,7 +227,7 @@ impl Ends {
         ends
     }
 
-    /// What waits in the ptys of a job that stands still.
+    /// Captures the contents of the ptys of a frozen job.
     fn look_inside(&self, sources: &[&Source], looks: &[Look], collector: &mut Collector) {
         let with = |terminal: usize, wanted: &[Side]| {
             let mut found = looks.iter().filter(|look| {
@@ -276,7 +276,7 @@ impl Ends {
         self.ends.insert((look.process, look.fd), end);
     }
 
-    /// The end that a description is.
+    /// The end that a description is open on.
     pub fn get(&self, look: &Look) -> Option<End> {
         self.ends.get(&(look.process, look.fd)).cloned()
     }
@@ -301,7 +301,7 @@ impl Ends {
                 "try again in a moment",
             );
         };
-        // Older file systems of their own (no devpts) have no name for it.
+        // Older file systems (no devpts) have no name for it.
         let path = tty::peer(&look.copy, libc::O_PATH);
         let stat = path
             .as_ref()
@@ -354,7 +354,7 @@ impl Ends {
             Some(_) => Side::Slave,
             None => Side::HungUp,
         };
-        // Of one that has a master it is asked by that one.
+        // For a pty, the master provides it.
         let access = (side == Side::HungUp).then(|| Access::of(&look.stat));
         let key = (look.stat.st_dev, look.stat.st_rdev);
         let device = tty::device(&look.copy).unwrap_or(device);
@@ -370,7 +370,7 @@ impl Ends {
             collector.terminals.len() - 1
         });
         let entry = &mut collector.terminals[terminal];
-        // Asked of the slave, whatever was asked of the master.
+        // Read from the slave, even after the master.
         entry.state = state.or(entry.state);
         self.insert(look, terminal, side);
     }
@@ -387,7 +387,7 @@ impl Ends {
         self.insert(look, terminal, Side::Controlling);
     }
 
-    /// The terminal with that number; entered if no descriptor has led to it.
+    /// The terminal with that number; added if no descriptor refers to it.
     fn by_device(&self, device: (u32, u32), collector: &mut Collector) -> usize {
         let mut known = collector.terminals.iter().skip(self.first);
         if let Some(at) = known.position(|t| t.device == device) {
@@ -412,7 +412,7 @@ impl Ends {
         collector: &mut Collector,
     ) -> Option<usize> {
         let device = source.stat.tty()?;
-        // Numbers are only unique among the terminals of one file system; its own come first.
+        // Numbers are unique only within one devpts; the process's own terminals come first.
         let mut own = self.ends.iter().filter(|((p, _), end)| {
             *p == process && end.side != Side::HungUp && end.side != Side::Master
         });
@@ -428,8 +428,8 @@ impl Ends {
     }
 }
 
-/// The obstacle that a line discipline other than `N_TTY` is: it is the work of another driver. Each side of a
-/// pty has its own.
+/// The obstacle of a line discipline other than `N_TTY`, which another driver implements. Each side of a pty has its
+/// own.
 fn other_discipline(object: String, look: &Look) -> Option<Obstacle> {
     let discipline = tty::discipline(&look.copy);
     (discipline != 0).then(|| {
@@ -463,7 +463,7 @@ fn name_of((major, minor): (u32, u32)) -> String {
         .unwrap_or_else(|| format!("terminal {major}:{minor}"))
 }
 
-/// A process outside the job whose controlling terminal it is.
+/// A process outside the job with this controlling terminal.
 fn holder_outside(device: (u32, u32), sources: &[&Source]) -> Option<i32> {
     let pids = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
     let mut others = pids

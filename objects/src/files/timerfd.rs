@@ -14,7 +14,7 @@ use crate::plan::Builder;
 use crate::source::Collector;
 use crate::timers;
 
-/// A timer read through a descriptor.
+/// A timerfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TimerFd {
     /// `CLOCK_*`.
@@ -25,10 +25,10 @@ pub struct TimerFd {
     /// `TFD_TIMER_*` with which it was set.
     #[serde(deserialize_with = "bounds::choice")]
     pub settime_flags: u32,
-    /// What remains until it fires, seconds and nanoseconds; zero when not armed.
+    /// Time until it fires, seconds and nanoseconds; zero when disarmed.
     #[serde(deserialize_with = "bounds::timer")]
     pub remaining: (i64, i64),
-    /// Repetition.
+    /// Interval.
     #[serde(deserialize_with = "bounds::timer")]
     pub interval: (i64, i64),
 }
@@ -36,15 +36,15 @@ pub struct TimerFd {
 /// `TFD_IOC_SET_TICKS`, `_IOW('T', 0, u64)` (CONFIG_CHECKPOINT_RESTORE).
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 
-/// Milliseconds in which a timer that is due has fired.
+/// Milliseconds within which a timer that is due has fired.
 const DUE_MS: i32 = 2;
 
 impl TimerFd {
-    /// From its fdinfo; `copy` is a descriptor of ours for it.
+    /// From its fdinfo; `copy` is our duplicate of it.
     fn of(timer: &fdinfo::TimerFd, copy: &OwnedFd) -> Self {
         let pair = |(s, ns): (u64, u64)| (s as i64, ns as i64);
-        // A periodic timer of which nothing remains and nothing is unread is disarmed, or it is due at
-        // this very moment and has fired in the next.
+        // A periodic timer with no remaining time and no unread expiration is either disarmed, or due right now and
+        // fires within a moment.
         let unclear = timer.value == (0, 0) && timer.interval != (0, 0) && timer.ticks == 0;
         let fires =
             unclear && ckpt_sys::events::poll_for(copy, libc::POLLIN, DUE_MS) & libc::POLLIN != 0;
@@ -57,9 +57,8 @@ impl TimerFd {
         }
     }
 
-    /// The time to set: relative as it remains, or for an absolute timer the moment. On the wall
-    /// clock that is the moment that the program meant; on the others, which `host` says what they
-    /// show now, what remains counts.
+    /// The time to set: relative, or for an absolute timer the expiration. On the wall clock that is the program's
+    /// own value; on the other clocks, whose present values are in `host`, it follows from the remaining time.
     fn due(&self, remaining: (i64, i64), host: &Host) -> (i64, i64) {
         if self.settime_flags & libc::TFD_TIMER_ABSTIME as u32 == 0 {
             return remaining;
@@ -92,7 +91,7 @@ impl OpenFile for TimerFd {
         "timerfd"
     }
 
-    /// What remains becomes less.
+    /// The remaining time decreases.
     fn make_comparable(&mut self, _: &mut u32) {
         let armed = timers::goes_on(self.remaining.0, self.interval != (0, 0));
         self.remaining = (i64::from(armed), 0);
@@ -109,8 +108,8 @@ impl OpenFile for TimerFd {
             0,
             object,
         );
-        // A periodic timer that has fired shows nothing remaining until it is read; the smallest time
-        // starts it. One that is disarmed keeps its interval.
+        // A periodic timer that has fired shows no remaining time until it is read; the smallest time starts it. A
+        // disarmed one keeps its interval.
         let fired = self.remaining == (0, 0) && self.ticks != 0 && self.interval != (0, 0);
         let remaining = if fired { (0, 1) } else { self.remaining };
         if (remaining, self.interval) != ((0, 0), (0, 0)) {

@@ -1,5 +1,5 @@
-//! A kind of open file that only tests have. Its record, its capture and its restore are here; the rest of the program learns of it by
-//! one line in the list of the parent module.
+//! A kind of open file for tests only. Record, capture and restore are in this file; the rest of the program knows it
+//! by one line in the list of the parent module.
 
 use std::path::PathBuf;
 
@@ -92,7 +92,7 @@ mod tests {
         }
     }
 
-    /// A job that has a toy in the place of its device.
+    /// A job with a toy in place of its device.
     fn job(count: u64) -> Snapshot {
         let mut snapshot = fixture::snapshot();
         let path = "/box".into();

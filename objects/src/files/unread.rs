@@ -1,10 +1,9 @@
-//! What waits in a pty of the job: written to one side and not yet read from the other.
+//! Unread contents of a pty of the job.
 //!
-//! The kernel has no way to look at it, so it is read and put back at once, while the job stands
-//! still, by a helper process: if we are killed meanwhile, that one finishes its work. Whatever
-//! would keep the data from being put back is found before anything is read. Changing the modes
-//! for a moment is part of it: output must not be processed a second time, and a line that is not
-//! yet complete can only be read in non-canonical mode.
+//! The kernel has no way to peek at them, so a helper process reads them and puts them back at once, while the job
+//! stands still; if we are killed meanwhile, the helper completes its work. Anything that would prevent putting data
+//! back is detected before anything is read. This includes changing the modes temporarily: output must not be
+//! processed a second time, and an incomplete line can be read in noncanonical mode only.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -26,32 +25,31 @@ use flow::takes_output;
 
 type Result<T, E = Errno> = std::result::Result<T, E>;
 
-/// Attempts, with a nap of [`NAP`] each, before data is taken to be stuck.
+/// Attempts, with a pause of [`NAP`] each, before data counts as stuck.
 const ATTEMPTS: u32 = 2_000;
 const NAP: Duration = Duration::from_micros(100);
-/// A begun line is put back in pieces of this size: none has all characters in it.
+/// An incomplete line is put back in pieces of this size, since a reprint character is needed that a piece does not
+/// contain.
 const BEGUN: usize = 128;
-/// What the line discipline holds; more waits in the port's buffers.
+/// Bytes that the line discipline holds; more stays in the port's buffers.
 const DISCIPLINE: usize = 4095;
-/// Written in pieces of this size, a pty takes more than in any other way that was found (22,448
-/// bytes of raw output; 20,480 in pieces of 256, 13,824 in one piece). The port's buffers are
-/// made to fit the first write into them, and count only as a whole.
+/// With writes of this size a pty accepts the most (22,448 bytes of raw output; 20,480 in pieces of 256, 13,824 in
+/// one piece). The port's buffers are allocated to fit the first write, and are limited as a whole.
 const PIECE: usize = 1020;
 
-/// Why what waits cannot be captured.
+/// Why the contents cannot be captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    /// A change of the state of a slave that the job has closed, which a reader in packet mode has
-    /// not been told of.
+    /// A status change of a slave that the job has closed, unread by a reader in packet mode.
     Status,
-    /// More was typed ahead, in lines or to be edited, than the line discipline may hold.
+    /// More input, in lines or to be edited, than the line discipline can hold.
     Much,
     /// A call failed.
     Failed(Errno),
 }
 
 impl Trouble {
-    /// The obstacle for a message.
+    /// As an obstacle, for a message.
     pub fn obstacle(self, master: String) -> Obstacle {
         let moment = "let its reader read first, or try again in a moment";
         match self {
@@ -80,22 +78,22 @@ impl Trouble {
     }
 }
 
-/// What waits, in both directions.
+/// Unread data, in both directions.
 #[derive(Debug, Default)]
 pub struct Waiting {
     /// From the slave to the master.
     pub output: Vec<u8>,
     /// From the master to the slave.
     pub input: Vec<Input>,
-    /// Whether output goes on.
+    /// Whether output is stopped.
     pub flow: Flow,
-    /// The changes that a reader in packet mode has not been told of, `TIOCPKT_*`.
+    /// Status that a reader in packet mode has not read, `TIOCPKT_*`.
     pub status: u8,
 }
 
-/// Copies what waits in a pty whose tasks are all stopped, given its master. `slave` is a
-/// descriptor of the other side, if the job has one. `asked` are those of either side that have O_ASYNC: they are without it
-/// meanwhile, or what is taken and put back would come to their owners as SIGIO.
+/// Copies the unread contents of a pty whose tasks are all stopped, by its master. `slave` is a descriptor of the
+/// other side, if the job has one. `asked` are the descriptions of either side with O_ASYNC, which is cleared
+/// meanwhile: otherwise the transfer would raise SIGIO in their owners.
 pub fn look(
     master: &OwnedFd,
     slave: Option<&OwnedFd>,
@@ -115,14 +113,14 @@ pub fn look(
         return Ok(Waiting::default());
     }
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
-    // To try with a locked one would leave it unusable (`TTY_IO_ERROR`, pty_open of pty.c).
+    // Trying to open a locked one would make it unusable (`TTY_IO_ERROR`, pty_open of pty.c).
     let own = match tty::is_locked(master) {
         true => Err(Errno::EIO),
         false => tty::peer(master, flags),
     };
     let own = match (own, slave) {
         (Ok(own), _) => own,
-        // Locked, or in exclusive use. The job's own description may wait where it has no room.
+        // Locked, or in exclusive mode. A write through the job's own description may block when it is full.
         (Err(_), Some(slave)) if tty::unread(master) < DISCIPLINE => {
             let copy = slave.try_clone();
             copy.map_err(|_| Trouble::Failed(Errno::EMFILE))?
@@ -130,7 +128,7 @@ pub fn look(
         (Err(errno), _) => return Err(Trouble::Failed(errno)),
     };
     let modes = tty::modes(&own).map_err(Trouble::Failed)?;
-    // Beyond that, bytes may wait that were not processed yet, which makes a difference.
+    // Above that, some bytes may be unprocessed, which makes a difference.
     if input && !modes.passes_input_on() && tty::unread(&own) > DISCIPLINE / 2 {
         return Err(Trouble::Much);
     }
@@ -143,7 +141,7 @@ pub fn look(
     work.in_helper(asked, input).map_err(Trouble::Failed)
 }
 
-/// Puts into a new pty what waited in the old one; its modes are set afterwards.
+/// Puts unread data into a new pty; its modes are set afterwards.
 pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -> Result<()> {
     let work = Work {
         master,
@@ -152,7 +150,7 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
         modes,
     };
     if work.packets {
-        // Their flow control is that of the job before changes of it are told.
+        // Flow control as in the job, before status changes are generated.
         tty::set_modes(slave, &modes)?;
         tty::set_packet_mode(master, true)?;
         work.set_status(waiting.status)?;
@@ -172,7 +170,7 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
     work.stop(waiting.flow, waiting.status)
 }
 
-/// Whether changes come as SIGIO, of a description that has had an owner for them.
+/// Sets O_ASYNC of a description that has an owner.
 fn set_async(fd: &OwnedFd, on: bool) {
     let flags = files::flags(fd).unwrap_or(0);
     let flags = match on {
@@ -214,11 +212,11 @@ impl Work<'_> {
         if input {
             done = done.and(self.take_input(area));
             done = done.and(tty::set_modes(self.slave, &self.modes));
-            // The echo of what was only now processed.
+            // The echo of input that was only now processed.
             done = done.and(self.take_output(area));
         }
         done = done.and(self.set_status(area.status));
-        // Whatever failed, what was taken is put back: input first, while output has room.
+        // After any failure, what was taken is put back: input first, while output has room.
         if input {
             done = done.and(self.put_input(area));
         }
@@ -228,7 +226,7 @@ impl Work<'_> {
 
     fn take_output(&self, area: &mut Area) -> Result<()> {
         let mut block = [0u8; 4097];
-        // Poll makes the kernel pass on what waits in the port's buffers.
+        // Polling makes the kernel process the port's buffers.
         while events::poll_now(self.master, libc::POLLIN) & libc::POLLIN != 0 {
             if tty::unread(self.master) == 0 {
                 break;
@@ -243,8 +241,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// What was typed meanwhile is echoed before anything is written (`n_tty_write`), which must not
-    /// get in front of what was there.
+    /// The kernel writes pending echoes before other output (`n_tty_write`); they must not precede the existing
+    /// output.
     fn take_echoes(&self, area: &mut Area) -> Result<()> {
         let _ = write(self.slave, &[]);
         self.take_output(area)
@@ -312,8 +310,8 @@ impl Work<'_> {
         put.and(tty::set_modes(self.slave, &self.modes))
     }
 
-    /// Writes input, with the slave's output running and empty; the modes are left as they had to be for that. Another thread of
-    /// the kernel works on what was written, and must find these modes: all of it has been taken in.
+    /// Writes input, while the slave's output is running and empty; the modes stay changed. A kernel worker processes
+    /// the input asynchronously and must find these modes, so this waits until all of it is taken in.
     fn put_pieces<'a>(
         &self,
         all: &[u8],
@@ -332,7 +330,7 @@ impl Work<'_> {
             soon(10 * ATTEMPTS, all) || !canonical
         };
         for (bytes, ending) in pieces {
-            // Nothing tells of what has only begun behind lines, which are counted.
+            // FIONREAD does not count an incomplete line after complete ones.
             if canonical && ending == Ending::Open {
                 for piece in bytes.chunks(BEGUN) {
                     let lines = taken_in(ready);
@@ -351,18 +349,18 @@ impl Work<'_> {
         taken_in(ready).then_some(()).ok_or(Errno::EAGAIN)
     }
 
-    /// Writes what is to be read from one side to the other, so that as much has room as there was.
+    /// Writes data to be read from one side through the other, such that the most fits.
     fn write(&self, reader: &OwnedFd, writer: &OwnedFd, bytes: &[u8]) -> Result<()> {
         let mut pieces = bytes.chunks(PIECE);
         pieces.try_for_each(|piece| {
-            // What has come is passed on first, so that the buffers have room for most.
+            // Existing data is processed first, so that the buffers have the most room.
             events::poll_now(reader, libc::POLLIN);
             write_all(writer, reader, piece)
         })
     }
 
-    /// The same of what was taken from a job: what has no room now will have it when its reader
-    /// reads, and is left to a process that waits for that.
+    /// The same for data taken from a job: data that does not fit until its reader reads is left to a process that
+    /// waits for that.
     fn put_back(&self, reader: &OwnedFd, writer: &OwnedFd, bytes: &[u8]) -> Result<()> {
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -385,15 +383,15 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Modes in which these bytes are taken as they are: nothing is echoed, edited, turned into a
-    /// signal or into another byte; lines end as they did.
+    /// Modes in which these bytes are taken literally: without echo, editing, signals and translation; lines end as
+    /// before.
     fn verbatim(&self, bytes: &[u8]) -> Modes {
         let raw = self.modes.raw();
         let mut modes = self.modes;
         modes.input = raw.input;
         modes.local = raw.local | (self.modes.local & libc::ICANON);
         if self.packets {
-            // Whoever reads in packet mode is told of changes of flow control.
+            // IXON changes would be reported to a reader in packet mode.
             modes.input |= self.modes.input & libc::IXON;
         }
         let end = (1..=254)
@@ -414,13 +412,13 @@ impl Work<'_> {
     }
 }
 
-/// Writes all; when there is no room, the other side is made to take in what has come.
+/// Writes all; when there is no room, the other side processes its buffers.
 fn write_all(to: &OwnedFd, other: &OwnedFd, bytes: &[u8]) -> Result<()> {
     let mut rest = bytes;
     write_some(to, other, &mut rest)
 }
 
-/// The same; what is left when there is no room for long stays in `rest`.
+/// The same; what does not fit for a long time stays in `rest`.
 fn write_some(to: &OwnedFd, other: &OwnedFd, rest: &mut &[u8]) -> Result<()> {
     let mut attempts = 0;
     while !rest.is_empty() {
@@ -437,7 +435,7 @@ fn write_some(to: &OwnedFd, other: &OwnedFd, rest: &mut &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Whether something comes true within so many attempts.
+/// Whether a condition becomes true within that many attempts.
 fn soon(attempts: u32, is: impl Fn() -> bool) -> bool {
     is() || (0..attempts).any(|_| {
         nap(1);

@@ -1,22 +1,21 @@
-//! Objects of an IPC namespace, which live on without their processes: System V shared memory,
-//! semaphores and message queues, and POSIX message queues.
+//! Objects of an IPC namespace, which outlive their processes: System V shared memory, semaphores and message queues,
+//! and POSIX message queues.
 //!
-//! # Which of them are the job's
+//! # Which of them belong to the job
 //!
-//! The kernel does not say. What a process of the job has attached, was the last to operate on
-//! or waits for now is in *use*, and comes back or the restore is refused. What merely was made by
-//! the job's user since the job began is *possible*: it may belong to another program.
+//! The kernel does not record it. An object that a process of the job has attached, was the last to operate on, or
+//! waits for is *used*: it is restored or the restore is refused. An object that was only created by the job's user
+//! since the job began is *possible*: it may belong to another program.
 //!
 //! # What a restore does with them
 //!
-//! Killing a process removes none of them (but shared memory that is marked for it). So they are
-//! mostly still there at the restore, and others may have come to rely on what they hold now:
+//! Killing a process removes none of them (except shared memory marked for removal). So they usually still exist at
+//! the restore, and other processes may rely on their present contents:
 //!
-//! - One that is missing is created under its old id, which the kernel offers to those with
-//!   CAP_CHECKPOINT_RESTORE in the namespace (`/proc/sys/kernel/*_next_id`).
-//! - One that is there is put back to what it held only if everything that can be seen says that
-//!   nobody but the job used it.
-//! - Else the restore is refused. In an IPC namespace of its own every object is missing.
+//! - A missing one is created under its old id, which needs CAP_CHECKPOINT_RESTORE in the namespace
+//!   (`/proc/sys/kernel/*_next_id`).
+//! - An existing one gets its old contents only if all evidence says that only the job used it.
+//! - Otherwise the restore is refused. In a new IPC namespace every object is missing.
 
 use serde::{Deserialize, Serialize};
 
@@ -52,7 +51,7 @@ use table::{Row, Type};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Ipc {
-    /// Where they were.
+    /// Identifies their namespace.
     pub place: Place,
     /// Segments of System V shared memory, referred to by their index.
     pub segments: Vec<sysv_shm::Segment>,
@@ -62,16 +61,16 @@ pub struct Ipc {
     pub queues: Vec<sysv_msg::Queue>,
 }
 
-/// How an object is known to be the job's.
+/// Why an object is attributed to the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Claim {
     /// A process of the job used it last, or waits for it.
     Used,
-    /// The job's user made or changed it since the job began; it may be another program's.
+    /// The job's user created or changed it since the job began; it may be another program's.
     Possible,
 }
 
-/// What tells an object from one that has the same id elsewhere.
+/// Distinguishes objects with equal ids on different systems.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// `/proc/sys/kernel/random/boot_id`.
@@ -81,7 +80,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Where we are.
+    /// The present system.
     pub fn here() -> Self {
         use std::os::unix::fs::MetadataExt;
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
@@ -93,16 +92,16 @@ impl Place {
     }
 }
 
-/// The job, as far as it shows whose an object is.
+/// Properties of the job that decide whether an object belongs to it.
 struct Job {
-    /// Of its processes, and of its zombies.
+    /// Of its processes and its zombies.
     pids: Vec<i32>,
     uids: Vec<u32>,
-    /// When it began, seconds since 1970.
+    /// Its start time, seconds since 1970.
     began: i64,
-    /// What its threads wait for: the system call and its first operand.
+    /// System calls in which its threads wait, with the first operand.
     waits: Vec<(i64, i32)>,
-    /// It has the namespace to itself, and with it all that is in it.
+    /// The namespace has no other processes, so all objects are the job's.
     alone: bool,
 }
 
@@ -128,7 +127,7 @@ impl Job {
         waits.any(|(call, object)| *object == id && calls.contains(call))
     }
 
-    /// How an object is the job's, if it is.
+    /// Why an object is attributed to the job, if it is.
     fn claim(&self, row: &Row, used: bool) -> Option<Claim> {
         let possible =
             self.uids.contains(&(row.get("cuid") as u32)) && row.get("ctime") >= self.began;
@@ -140,7 +139,7 @@ impl Job {
     }
 }
 
-/// System calls that threads of a process are in, with their first operands.
+/// System calls in which threads of a process are, with their first operands.
 fn waits(source: &Source) -> Vec<(i64, i32)> {
     let call = |tid| {
         let dir = (source.pid, tid);
@@ -153,8 +152,7 @@ fn waits(source: &Source) -> Vec<(i64, i32)> {
     tasks.into_iter().filter_map(call).collect()
 }
 
-/// Enters everything that belongs to the job, once all its processes have been looked at from
-/// outside. Touches nothing.
+/// Adds all objects of the job, after all its processes have been captured from outside. Changes nothing.
 pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Result<()> {
     let mut job = Job::of(processes, &collector.ended);
     job.alone = collector.alone_in_ipc;
@@ -175,48 +173,48 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
         .try_for_each(|kind| kind.capture(&job, processes, collector))
 }
 
-/// What objects say of themselves (`references`).
+/// Checks the objects (`references`).
 pub(crate) fn check(snapshot: &Snapshot, faults: &mut Faults) {
     KINDS.iter().for_each(|kind| kind.check(snapshot, faults));
 }
 
-/// Names of all System V objects of a job, for people.
+/// Names of all System V objects of a job, for display.
 pub fn titles(ipc: &Ipc) -> Vec<String> {
     KINDS.iter().flat_map(|kind| kind.titles(ipc)).collect()
 }
 
-/// Ids of System V objects that are the job's without doubt, for each kind.
+/// Ids of System V objects that certainly belong to the job, for each kind.
 pub fn used(ipc: &Ipc) -> Vec<Vec<i32>> {
     KINDS.iter().map(|kind| kind.used(ipc)).collect()
 }
 
-/// Takes out what a copy in an IPC namespace of its own has otherwise; `used` is that of the job.
+/// Removes differences of a copy in a new IPC namespace; `used` is that of the job.
 pub fn make_comparable(ipc: &mut Ipc, used: &[Vec<i32>]) {
     for (kind, ids) in KINDS.iter().zip(used) {
         kind.make_comparable(ipc, ids);
     }
 }
 
-/// What a process has of System V objects, in its plan before its threads are made.
+/// Appends what a process does for System V objects before its threads are created.
 pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     KINDS
         .iter()
         .for_each(|kind| kind.rebuild(process, snapshot, plan));
 }
 
-/// Likewise when all processes have done so.
+/// The same, after all processes have done that.
 pub fn finish(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     KINDS
         .iter()
         .for_each(|kind| kind.finish(process, snapshot, plan));
 }
 
-/// Whether there are no System V semaphores where we are.
+/// Whether our namespace has no System V semaphores.
 pub fn no_semaphores() -> bool {
     table::read(table::Type::Sem).is_ok_and(|sets| sets.is_empty())
 }
 
-/// Refuses a restore here if anything stands in its way.
+/// Refuses a restore here if there is an obstacle.
 pub fn refuse(snapshot: &Snapshot, options: &Options) -> Result<()> {
     match in_the_way(snapshot, options)? {
         obstacles if obstacles.is_empty() => Ok(()),
@@ -234,8 +232,7 @@ fn in_the_way(snapshot: &Snapshot, options: &Options) -> Result<Vec<Obstacle>> {
     Ok(obstacles)
 }
 
-/// Objects made ready for a restore. What was created goes again, and what was changed is undone,
-/// unless it is [kept](Self::keep).
+/// Objects prepared for a restore. Unless they are [kept](Self::keep), created ones are removed and changes undone.
 #[derive(Default)]
 pub struct Prepared {
     objects: Vec<Box<dyn Ready>>,
@@ -243,7 +240,7 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Creates what is missing and puts back what is there. Nothing of the job runs.
+    /// Creates missing objects and restores existing ones. The job does not run yet.
     pub fn new(snapshot: &Snapshot, image: &Reader, options: &Options) -> Result<Self> {
         let mut prepared = Self {
             objects: mqueue::prepare(snapshot, options)?,
@@ -256,14 +253,14 @@ impl Prepared {
         Ok(prepared)
     }
 
-    /// The job has them now; returns what is not as it was.
+    /// The job owns them now; returns differences.
     pub fn keep(self) -> Vec<String> {
         self.objects.into_iter().for_each(Ready::keep);
         self.warnings
     }
 }
 
-/// Processes outside the job that have something mapped which `mapped` tells by a line of maps.
+/// Processes outside the job with a mapping that `mapped` recognizes by its line of maps.
 fn who_maps(job: &[i32], mapped: impl Fn(&str) -> bool) -> Vec<i32> {
     let entries = std::fs::read_dir(ProcRoot::default().path()).into_iter();
     let pids = entries

@@ -1,7 +1,7 @@
-//! POSIX message queues: open descriptions of files that live in the IPC namespace.
+//! POSIX message queues: open descriptions of files in the IPC namespace.
 //!
-//! Reading a message consumes it, so that messages are never in an image: a queue with a name lives
-//! on, with its messages, and is opened again.
+//! Reading a message consumes it, so messages are never in an image: a queue with a name survives, with its messages,
+//! and is opened again.
 
 use std::fs::File;
 use std::io::Read;
@@ -27,15 +27,15 @@ use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::{Collector, Source};
 
-/// A queue, as a description of it shows it. Descriptions of one queue share `inode`.
+/// A queue, as seen through a description. Descriptions of one queue share `inode`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MessageQueue {
-    /// Its name, without the slash before it.
+    /// Its name, without the leading slash.
     #[serde(with = "serde_bytes")]
     pub name: Vec<u8>,
     /// Inode number.
     pub inode: u64,
-    /// Its name was taken away (`mq_unlink`).
+    /// Its name was removed (`mq_unlink`).
     pub unlinked: bool,
     /// Permission bits.
     #[serde(deserialize_with = "bounds::mode")]
@@ -44,22 +44,22 @@ pub struct MessageQueue {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Messages that it takes.
+    /// `mq_maxmsg`.
     #[serde(deserialize_with = "bounds::messages")]
     pub most: i64,
-    /// Bytes of the longest one that it takes.
+    /// `mq_msgsize`, bytes.
     #[serde(deserialize_with = "bounds::message")]
     pub size: i64,
-    /// Messages in it.
+    /// `mq_curmsgs`.
     #[serde(deserialize_with = "bounds::messages")]
     pub held: i64,
-    /// Their bytes.
+    /// Bytes of its messages.
     #[serde(deserialize_with = "bounds::bytes")]
     pub bytes: u64,
-    /// Which process is to be told of the next message (`mq_notify`), 0 for none.
+    /// The process registered for notification (`mq_notify`), 0 for none.
     #[serde(deserialize_with = "bounds::pid")]
     pub notified: i32,
-    /// How (`SIGEV_SIGNAL`, which is 0, `SIGEV_NONE`, `SIGEV_THREAD`).
+    /// The kind of notification (`SIGEV_SIGNAL`, which is 0, `SIGEV_NONE`, `SIGEV_THREAD`).
     #[serde(default)]
     pub notify: i32,
 }
@@ -76,7 +76,7 @@ fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue, Bo
     };
     let attributes =
         ckpt_sys::mqueue::queue_attributes(&look.copy).map_err(|e| unreadable(e.into()))?;
-    // Opened anew: a descriptor for sending shows nothing.
+    // Opened anew: a write-only descriptor shows nothing.
     let mut text = String::new();
     File::open(source.dir.path().join(format!("fd/{}", look.fd)))
         .and_then(|mut file| file.read_to_string(&mut text))
@@ -108,19 +108,19 @@ fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue, Bo
     })
 }
 
-/// A number of what reading a queue's file shows (mq_overview(7)).
+/// A number from the contents of a queue's file (mq_overview(7)).
 fn field(text: &str, key: &str) -> u64 {
     let mut words = text.split([':', ' ', '\n']).filter(|word| !word.is_empty());
     words.find(|word| *word == key);
     words.next().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
-/// Which process is to be told of the next message, by what reading a queue's file shows.
+/// The process registered for notification, from the contents of a queue's file.
 pub(super) fn notified(text: &str) -> i32 {
     field(text, "NOTIFY_PID") as i32
 }
 
-/// Refuses what goes with an IPC namespace: messages, and queues that nobody of the job has open.
+/// Refuses what would be lost with an IPC namespace: messages, and queues that no process of the job has open.
 pub(super) fn refuse_contents(descriptions: &[files::Description], obstacles: &mut Vec<Obstacle>) {
     let mut known = Vec::new();
     for (queue, _) in queues(descriptions) {
@@ -171,7 +171,7 @@ pub(super) fn queues(
     })
 }
 
-/// A queue that is there now.
+/// A queue that exists now.
 struct Present {
     inode: u64,
     held: i64,
@@ -193,10 +193,10 @@ impl MessageQueue {
         }
     }
 
-    /// What has its name now.
+    /// The queue that has its name now.
     fn present(&self) -> Result<Option<Present>, Errno> {
         let open = || {
-            // One that only takes messages from us shows no more than how many there are.
+            // With write permission only, the number of messages is visible and nothing more.
             let (queue, shows) = match ckpt_sys::mqueue::open_queue(&self.name, libc::O_RDONLY) {
                 Err(Errno::EACCES) => (
                     ckpt_sys::mqueue::open_queue(&self.name, libc::O_WRONLY)?,
@@ -288,7 +288,7 @@ impl MessageQueue {
             ))
         };
         if self.unlinked {
-            // Left by a restore that was killed.
+            // A leftover of a killed restore.
             ckpt_sys::mqueue::unlink_queue(&name);
         }
         let queue = ckpt_sys::mqueue::create_queue(&name, self.most, self.size);
@@ -303,11 +303,11 @@ impl MessageQueue {
         Ok(ready)
     }
 
-    /// Makes a queue of that name with as many messages and bytes, all zero: for a rehearsal, in an IPC namespace of
-    /// its own.
+    /// Creates a queue of that name with as many messages and bytes, all zero: for a rehearsal, in a new IPC
+    /// namespace.
     ///
     /// # Errors
-    /// When the namespace permits no such queue.
+    /// When the namespace does not permit such a queue.
     fn make_like(&self) -> Result<()> {
         let failed = |errno: Errno| {
             let reason = errno.desc();
@@ -317,7 +317,7 @@ impl MessageQueue {
             ))
         };
         let queue = match ckpt_sys::mqueue::create_queue(&self.name, self.most, self.size) {
-            // By another description of it.
+            // For another description of it.
             Err(Errno::EEXIST) => return Ok(()),
             queue => queue.map_err(failed)?,
         };
@@ -391,18 +391,18 @@ impl OpenFile for MessageQueue {
         }
     }
 
-    /// It is there: see [`Prepared`](super::Prepared).
+    /// It exists: see [`Prepared`](super::Prepared).
     fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {
         let mut name = self.name_now(place.snapshot);
         name.push(0);
         let name = plan.data(&name);
-        // The kernel closes it on exec by itself, and F_GETFL would tell the flag.
+        // The kernel makes it close-on-exec, and F_GETFL would report the flag.
         let access = place.flags as i32 & libc::O_ACCMODE;
         let args = [name, access as u64, 0, 0];
         let open = |plan: &mut Builder| {
             plan.expect(libc::SYS_mq_open, &args, 0, || self.title());
         };
-        // A name leads nowhere else, and the job may have opened it before it gave up its privileges.
+        // The name can only refer to a queue, and the job may have opened it before it dropped privileges.
         match plan.host().rights.clone() {
             Some(rights) => rights.as_ourselves(false, plan, open),
             None => open(plan),
@@ -412,14 +412,14 @@ impl OpenFile for MessageQueue {
     }
 }
 
-/// What stands in the way of a restore here.
+/// The obstacles to a restore here.
 pub(super) fn in_the_way(snapshot: &Snapshot, here: bool, options: &Options) -> Vec<Obstacle> {
     wanted(snapshot, options)
         .filter_map(|queue| queue.in_the_way(here, snapshot, options).err())
         .collect()
 }
 
-/// Creates what is missing.
+/// Creates missing queues.
 pub(super) fn prepare(snapshot: &Snapshot, options: &Options) -> Result<Vec<Box<dyn sysv::Ready>>> {
     wanted(snapshot, options)
         .filter(|queue| queue.unlinked || matches!(queue.present(), Ok(None)))

@@ -1,8 +1,8 @@
-//! Registrations for the next message of a POSIX message queue, mq_notify(3).
+//! Registrations for notification by a POSIX message queue, mq_notify(3).
 //!
-//! A queue has one at most, and shows its process and kind. With `SIGEV_THREAD` the kernel sends 32 bytes, the cookie,
-//! to a netlink socket, where a thread of glibc's reads them; it shows neither the cookie nor the socket. [`learn`]
-//! has them sent. With `SIGEV_SIGNAL` nothing shows the value that goes with the signal.
+//! A queue has at most one, and shows its process and kind. With `SIGEV_THREAD` the kernel sends 32 bytes, the
+//! cookie, to a netlink socket, which a thread of glibc reads; neither the cookie nor the socket is visible.
+//! [`learn`] makes the kernel send it. With `SIGEV_SIGNAL` the value of the signal is not visible.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -24,27 +24,27 @@ pub use learn::learn;
 /// `NOTIFY_COOKIE_LEN`, linux/mqueue.h.
 pub const COOKIE: usize = 32;
 
-/// That a process is to be told.
+/// A registration of a process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
     /// A descriptor of the queue.
     #[serde(deserialize_with = "bounds::fd")]
     pub queue: i32,
-    /// How.
+    /// The kind of notification.
     pub by: By,
 }
 
-/// How a process is told.
+/// Kinds of notification.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum By {
-    /// `SIGEV_NONE`: not at all, but nobody else can be.
+    /// `SIGEV_NONE`: none, but no other process can register.
     Nothing,
     /// `SIGEV_THREAD`.
     Cookie {
         /// A descriptor of the netlink socket.
         #[serde(deserialize_with = "bounds::fd")]
         socket: i32,
-        /// What is sent there. The kernel sets the last byte.
+        /// The cookie. The kernel sets its last byte.
         cookie: ByteBuf,
     },
 }
@@ -60,7 +60,7 @@ pub(super) fn event(kind: i32, number: i32, value: u64) -> [u8; 64] {
 
 const WITHOUT: &str = "let the program take that back (mq_notify with NULL), or poll the queue";
 
-/// The registrations of processes of the job; cookies are empty.
+/// The registrations of the job's processes; cookies are empty.
 pub fn survey(sources: &[&Source], outside: &mut [FromOutside], collector: &mut Collector) {
     let descriptions = std::mem::take(&mut collector.descriptions);
     let survey = Survey {
@@ -104,7 +104,7 @@ impl Survey<'_> {
         opened.is_some_and(|opened| opened.inode == queue.inode)
     }
 
-    /// Whether the job is to have it open after a restore.
+    /// Whether the job will have it open after a restore.
     fn refers(&self, queue: &MessageQueue) -> bool {
         self.fds.iter().flatten().any(|entry| self.is(entry, queue))
     }
@@ -140,7 +140,7 @@ impl Survey<'_> {
         let Some(entry) = fds.iter().find(|entry| self.is(entry, queue)) else {
             return refuse(how, "and does not have it open any more".into());
         };
-        // Only the registered process takes it back by closing, and of a shared table the last one closes: the
+        // Only a close by the registered process unregisters, for a shared table only by the last one to close: the
         // registration may outlive the job (`mqueue_flush_file`, ipc/mqueue.c).
         let shares = |s: &&&Source| {
             let with_parent = collector.shares(s.pid).files;
@@ -154,14 +154,14 @@ impl Survey<'_> {
             let (queue, by) = (entry.fd, By::Nothing);
             return Ok((Notice { queue, by }, None));
         }
-        // Filters that we suspend are back when we are killed, in the middle of a batch.
+        // Suspended filters are in force again when we are killed, in the middle of a batch.
         if source.status.seccomp == Some(2) {
             return refuse(
                 how,
                 "and has seccomp filters, which is not supported".into(),
             );
         }
-        // A message that comes from outside just now changes what a socket holds.
+        // A message from outside changes the contents of a socket meanwhile.
         let passing =
             |refused: Result<_, Box<Obstacle>>| refused.map_err(|o| Box::new(o.passing()));
         let charged = |entry: &&FdEntry| {
@@ -187,8 +187,8 @@ impl Survey<'_> {
     }
 }
 
-/// Whether sockets hold cookies of other registrations than those that were found, `used` times each. What a job
-/// that runs has done meanwhile is none of its concern.
+/// Whether sockets hold cookies of registrations other than those found, `used` times each. For a running job changes
+/// are ignored.
 fn others(descriptions: &[files::Description], used: &[u32], frozen: bool) -> Option<Obstacle> {
     if !frozen || used.iter().all(|n| *n == 0) {
         return None;
@@ -221,14 +221,14 @@ fn others(descriptions: &[files::Description], used: &[u32], frozen: bool) -> Op
         })
 }
 
-/// Registers the process again. Closing any descriptor of a queue takes it back, so this comes when nothing more is
+/// Registers the process again. Closing any descriptor of a queue unregisters, so this comes when nothing more is
 /// closed.
 pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     for notice in &process.notices {
         let entry = process.fds.iter().find(|entry| entry.fd == notice.queue);
         let description = entry.and_then(|entry| snapshot.descriptions.get(entry.description));
         let queue = description.and_then(|d| d.kind.get::<MessageQueue>());
-        // Dropped or replaced by the user.
+        // The user dropped or replaced it.
         let Some(queue) = queue else {
             continue;
         };

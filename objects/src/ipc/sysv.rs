@@ -1,4 +1,4 @@
-//! System V objects: what the three kinds have in common.
+//! System V objects: common parts of the three kinds.
 //!
 //! A kind is a record in a file of its own, which implements [`IpcObject`], a field of [`Ipc`], and a line of [`KINDS`].
 
@@ -21,7 +21,7 @@ use crate::process::Process;
 use crate::references::Faults;
 use crate::source::{Collector, Source};
 
-/// What all System V objects have.
+/// Common attributes of System V objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Object {
     /// Its id.
@@ -36,13 +36,14 @@ pub struct Object {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Who created it.
+    /// Its creator's user id.
     pub creator_uid: u32,
-    /// With which group.
+    /// Its creator's group id.
     pub creator_gid: u32,
 }
 
-/// The IPC namespace of a job that is captured: the job, its processes with their mappings, and the objects of one kind.
+/// The IPC namespace of a job being captured: the job, its processes with their mappings, and the objects of one
+/// kind.
 pub(super) struct Sight<'a> {
     pub(super) job: &'a Job,
     pub(super) processes: &'a [(&'a Source, &'a [Vma])],
@@ -53,45 +54,45 @@ pub(super) struct Sight<'a> {
 #[derive(Clone, Copy)]
 pub(super) struct Site<'a> {
     pub(super) snapshot: &'a Snapshot,
-    /// The objects of one kind that are there.
+    /// The existing objects of one kind.
     pub(super) rows: &'a [Row],
-    /// It is the one that the job was in.
+    /// Whether it is the namespace in which the job was.
     pub(super) same: bool,
-    /// The job lives still, and goes.
+    /// Whether the job is alive and will end.
     pub(super) leaving: bool,
 }
 
-/// An object that is ready for the job. What was done is taken back when it is dropped, unless it was kept.
+/// An object prepared for the job. Changes are undone when it is dropped, unless it was kept.
 pub(super) trait Ready {
-    /// The job has it now.
+    /// The job owns it now.
     fn keep(self: Box<Self>);
 }
 
 /// A kind of System V object.
 pub(super) trait IpcObject: Sized {
-    /// Which.
+    /// Which kind.
     const TYPE: Type;
-    /// Whether a job may have some that are another program's ([`Claim::Possible`]).
+    /// Whether a job may have some of another program ([`Claim::Possible`]).
     const MAY_BE_OTHERS: bool = true;
 
-    /// Those of a job.
+    /// Those of a job, mutable.
     fn all(ipc: &mut Ipc) -> &mut Vec<Self>;
-    /// Likewise.
+    /// Those of a job.
     fn each(ipc: &Ipc) -> &[Self];
-    /// What it has as all have it.
+    /// Its common attributes.
     fn object(&self) -> &Object;
-    /// How it is known to be the job's.
+    /// Why it is attributed to the job.
     fn claim(&self) -> Claim;
 
-    /// Enters those of the job.
+    /// Adds those of the job.
     fn capture(sight: &Sight, collector: &mut Collector);
-    /// Whether its parts fit together.
+    /// Checks its consistency.
     fn check(&self, faults: &mut Faults);
-    /// Takes out what a restore changes.
+    /// Removes what a restore changes.
     fn make_comparable(&mut self) {}
-    /// Whether it may be put back or created. `index` is its index among all of its kind.
+    /// Whether it may be restored or created. `index` is its index among all of its kind.
     fn in_the_way(&self, index: usize, site: &Site) -> Result<(), Obstacle>;
-    /// Creates it, or puts back what is there.
+    /// Creates it, or restores an existing one.
     fn prepare(
         &self,
         index: usize,
@@ -99,9 +100,9 @@ pub(super) trait IpcObject: Sized {
         image: &Reader,
         warnings: &mut Vec<String>,
     ) -> Result<Option<Box<dyn Ready>>>;
-    /// What a process has of these objects, in its plan before its threads are made.
+    /// Appends what a process does for these objects before its threads are created.
     fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder);
-    /// Likewise when all processes have done so.
+    /// The same, after all processes have done that.
     fn finish(_process: &Process, _snapshot: &Snapshot, _plan: &mut Builder) {}
 
     /// Its name in messages.
@@ -110,14 +111,14 @@ pub(super) trait IpcObject: Sized {
     }
 }
 
-/// The kinds, in the order in which they are made.
+/// The kinds, in the order of their creation.
 pub(super) const KINDS: [&dyn Kind; 3] = [
     &Of::<sysv_shm::Segment>(PhantomData),
     &Of::<sysv_sem::Set>(PhantomData),
     &Of::<sysv_msg::Queue>(PhantomData),
 ];
 
-/// All objects of one kind; a type of objects as a value.
+/// Operations on all objects of one kind; a type of objects as a value.
 pub(super) trait Kind: Sync {
     fn capture(
         &self,
@@ -127,9 +128,9 @@ pub(super) trait Kind: Sync {
     ) -> Result<()>;
     fn check(&self, snapshot: &Snapshot, faults: &mut Faults);
     fn titles(&self, ipc: &Ipc) -> Vec<String>;
-    /// Ids of those that are the job's without doubt.
+    /// Ids of those that certainly belong to the job.
     fn used(&self, ipc: &Ipc) -> Vec<i32>;
-    /// Keeps those with these ids, and of them what can be compared.
+    /// Keeps those with these ids, and their comparable parts.
     fn make_comparable(&self, ipc: &mut Ipc, ids: &[i32]);
     fn in_the_way(&self, snapshot: &Snapshot, leaving: bool) -> Result<Vec<Obstacle>>;
     fn prepare(
@@ -230,7 +231,7 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// What is there under the id or the key of an object.
+    /// The existing object with the id or key of an object.
     pub(super) fn find<T: IpcObject>(&self, of: &T) -> Result<Found<'a>, Obstacle> {
         let (object, kind) = (of.object(), T::TYPE);
         let remedy = format!(
@@ -265,8 +266,8 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// What stands in the way of an object of the job: it may not be created, or what is there may not be
-    /// changed, which `changeable` tells.
+    /// The obstacle for an object of the job: it may not be created, or the existing one may not be changed, which
+    /// `changeable` decides.
     pub(super) fn one_in_the_way<T: IpcObject>(
         &self,
         of: &T,
@@ -281,8 +282,8 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// Whether an object that may be another program's is to be created; a warning tells what becomes
-    /// of it unless it is still there. One with a key stays away: others would come across it.
+    /// Whether to create an object that may be another program's; if it does not exist any more a warning says what
+    /// becomes of it. One with a key is not created: other programs would find it.
     pub(super) fn wants_possible<T: IpcObject>(&self, of: &T, warnings: &mut Vec<String>) -> bool {
         let reason = match self.find(of) {
             Ok(Found::Same(_)) => return false,
@@ -332,13 +333,13 @@ impl Object {
     }
 }
 
-/// Whether an object is still there.
+/// Whether an object still exists.
 pub(super) enum Found<'a> {
     Same(&'a Row),
     Missing,
 }
 
-/// The obstacle that something is missing and may not be created under its id, if that is so.
+/// The obstacle if a missing object may not be created under its id.
 pub(super) fn may_create<T: IpcObject>(of: &T) -> Result<(), Obstacle> {
     match std::fs::OpenOptions::new()
         .write(true)
@@ -358,12 +359,12 @@ pub(super) fn may_create<T: IpcObject>(of: &T) -> Result<(), Obstacle> {
     }
 }
 
-/// The setting that says which id the next object of a kind gets.
+/// The sysctl for the id of the next object of a kind.
 fn next_id(kind: Type) -> String {
     format!("/proc/sys/kernel/{}_next_id", kind.name())
 }
 
-/// Creates an object under its id. `create` makes it, `remove` takes back one that got another id.
+/// Creates an object under its id. `create` creates it, `remove` removes one that got another id.
 pub(super) fn create<T: IpcObject>(
     of: &T,
     create: impl FnOnce() -> Result<i32, Errno> + Send,
@@ -398,8 +399,8 @@ pub(super) fn failed<T: IpcObject>(of: &T, what: &str, errno: Errno) -> Error {
     Error::Restore(format!("the {title} cannot be {what}: {reason}"))
 }
 
-/// Runs `create` with these effective ids, which then are the creator's. For a thread alone: the
-/// C library would change those of all.
+/// Runs `create` with these effective ids, which become the creator's. In a thread of its own: the C library would
+/// change those of all threads.
 fn as_creator<T: Send>(
     uid: u32,
     gid: u32,

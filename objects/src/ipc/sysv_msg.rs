@@ -22,17 +22,17 @@ use crate::source::Collector;
 pub struct Queue {
     /// Id, key, owner.
     pub object: Object,
-    /// How it is known to be the job's.
+    /// Why it is attributed to the job.
     pub claim: Claim,
-    /// The most bytes that it takes (`msg_qbytes`).
+    /// Its capacity in bytes (`msg_qbytes`).
     #[serde(deserialize_with = "bounds::bytes")]
     pub capacity: u64,
-    /// Its messages, the first one first.
+    /// Its messages in order.
     pub messages: Vec<Message>,
-    /// Who sent last.
+    /// Last sender (`msg_lspid`).
     #[serde(deserialize_with = "bounds::pid")]
     pub sender: i32,
-    /// Who received last.
+    /// Last receiver (`msg_lrpid`).
     #[serde(deserialize_with = "bounds::pid")]
     pub receiver: i32,
 }
@@ -47,7 +47,7 @@ pub struct Message {
     pub text: Vec<u8>,
 }
 
-/// Enters the queues of the job.
+/// Adds the queues of the job.
 fn survey(sight: &Sight, collector: &mut Collector) {
     let job = sight.job;
     for row in sight.rows {
@@ -82,7 +82,7 @@ fn survey(sight: &Sight, collector: &mut Collector) {
     }
 }
 
-/// Capacity and messages, which stay where they are.
+/// Capacity and messages, without consuming them.
 fn look(row: &Row) -> Result<(u64, Vec<Message>), Errno> {
     let id = row.id();
     let capacity = sysv::msg_capacity(id)?;
@@ -131,7 +131,7 @@ impl IpcObject for Queue {
         );
     }
 
-    /// The last operations are those of the restore.
+    /// The restore itself made the last operations.
     fn make_comparable(&mut self) {
         self.claim = Claim::Used;
         (self.sender, self.receiver) = (0, 0);
@@ -176,8 +176,7 @@ impl IpcObject for Queue {
 }
 
 impl Queue {
-    /// Whether a queue that is still there has to be filled anew; refused unless nobody but the
-    /// job can have made the difference.
+    /// Whether an existing queue has to be filled anew; refused unless only the job can have made the difference.
     fn differs(&self, row: &Row, snapshot: &Snapshot) -> Result<bool, Obstacle> {
         let refuse = |reason: String| {
             let remedy = format!(
@@ -257,7 +256,7 @@ struct Ready {
 
 impl object::Ready for Ready {
     fn keep(mut self: Box<Self>) {
-        // The time of the last change is then one of the job's life.
+        // Sets the time of the last change, which then is in the job's lifetime.
         let _ = sysv::msg_set(self.object.id, self.object.access(), self.capacity);
         self.created = false;
     }
@@ -271,10 +270,9 @@ impl Drop for Ready {
     }
 }
 
-/// A process becomes again the one that sent or received last, by which the queue is known as the
-/// job's, and the first one in the place of zombies: it sends itself a message of a type that no other has. Not where the kernel
-/// knows it still
-/// as that, since others could be waiting for messages there; and a full queue is left alone.
+/// Makes a process the last sender or receiver again, by which the queue is attributed to the job; the first process
+/// does it for zombies. It sends itself a message of a type that no other message has. Skipped if the kernel still
+/// has that pid, since other processes may wait for messages there, and for a full queue.
 fn send_to_itself(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     let rows = table::read(Type::Msg).unwrap_or_default();
     for queue in &snapshot.ipc.queues {

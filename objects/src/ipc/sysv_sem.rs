@@ -1,6 +1,6 @@
 //! System V semaphore sets.
 //!
-//! A process's adjustments (`SEM_UNDO`) stand in [`undo`](mod@super::undo).
+//! A process's adjustments (`SEM_UNDO`) are in [`undo`](mod@super::undo).
 
 use ckpt_image::Reader;
 use ckpt_sys::sysv;
@@ -27,16 +27,16 @@ pub const HIGHEST: u16 = 32767;
 pub struct Set {
     /// Id, key, owner.
     pub object: Object,
-    /// How it is known to be the job's.
+    /// Why it is attributed to the job.
     pub claim: Claim,
     /// Values, in order.
     pub values: Vec<u16>,
-    /// Who operated on each one last (`GETPID`).
+    /// Pid of the last operation on each (`GETPID`).
     #[serde(deserialize_with = "bounds::pid")]
     pub operators: Vec<i32>,
 }
 
-/// Enters the sets of the job.
+/// Adds the sets of the job.
 fn survey(sight: &Sight, collector: &mut Collector) {
     let job = sight.job;
     for row in sight.rows {
@@ -51,7 +51,7 @@ fn survey(sight: &Sight, collector: &mut Collector) {
                 ));
                 continue;
             }
-            // Gone meanwhile, or none of ours.
+            // Removed meanwhile, or not accessible.
             Err(_) => continue,
         };
         let operated = operators.iter().any(|pid| job.pids.contains(pid));
@@ -74,7 +74,7 @@ fn look(row: &Row) -> Result<(Vec<u16>, Vec<i32>), Errno> {
     Ok((values, operators.collect::<Result<_, _>>()?))
 }
 
-/// `SEMMSL` may be raised, but the numbers of semaphores have 16 bits.
+/// `SEMMSL` is configurable, but semaphore numbers have 16 bits.
 const MOST: usize = 1 << 16;
 
 impl IpcObject for Set {
@@ -115,7 +115,7 @@ impl IpcObject for Set {
         );
     }
 
-    /// The last operations are those of the restore.
+    /// The restore itself made the last operations.
     fn make_comparable(&mut self) {
         self.claim = Claim::Used;
         self.operators.clear();
@@ -162,7 +162,7 @@ impl IpcObject for Set {
         Ok(Some(Box::new(ready)))
     }
 
-    /// A process gets its adjustments. The values stay: each operation comes with its inverse.
+    /// Makes the adjustments of a process. The values stay: each operation is paired with its inverse.
     fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
         operate(snapshot, plan, |index, number, _| {
             let all = process.semaphore_adjustments.iter();
@@ -172,8 +172,8 @@ impl IpcObject for Set {
         });
     }
 
-    /// A process becomes again the one that operated last on the semaphores that it was, by which the set is known as the
-    /// job's; the first one in the place of zombies. Done when all processes have their adjustments, which are operations.
+    /// Makes a process the last to operate on its semaphores again, by which the set is attributed to the job; the
+    /// first process does it for zombies. Done when all processes have their adjustments, which are operations.
     fn finish(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
         operate(snapshot, plan, |_, _, operator| {
             snapshot.acts_for(process, operator).then_some(0)
@@ -182,8 +182,8 @@ impl IpcObject for Set {
 }
 
 impl Set {
-    /// The changes that bring a set that is still there back to its values; refused unless nobody
-    /// but the job can have made the difference.
+    /// The operations that restore the values of an existing set; refused unless only the job can have made the
+    /// difference.
     fn changes(
         &self,
         index: usize,
@@ -210,7 +210,7 @@ impl Set {
             if was == is {
                 continue;
             }
-            // What the end of the job's processes made of it.
+            // The effect of the end of the job's processes.
             let adjusted = undo::total(snapshot, index, number) + i64::from(*was);
             let undone = i64::from(*is) == adjusted.clamp(0, HIGHEST.into());
             let before = self.operators[number];
@@ -241,7 +241,7 @@ impl Set {
             count,
             kept: false,
         };
-        // Not SETALL: nobody has operated on the others yet.
+        // Not SETALL: the other semaphores must stay unused.
         let values = self.values.iter().enumerate().filter(|(_, v)| **v != 0);
         let values: Vec<_> = values.map(|(n, v)| (n as u16, *v as i16)).collect();
         for some in values.chunks(undo::most_operations()) {
@@ -253,11 +253,11 @@ impl Set {
     }
 }
 
-/// A set that is there with its values.
+/// A prepared set.
 struct Ready {
     object: Object,
     created: bool,
-    /// Semaphores that were changed, and their values before.
+    /// Changed semaphores, and their previous values.
     changed: Vec<(u16, u16)>,
     count: usize,
     kept: bool,
@@ -266,7 +266,7 @@ struct Ready {
 impl object::Ready for Ready {
     fn keep(mut self: Box<Self>) {
         if self.created {
-            // The time of the last change is then one of the job's life.
+            // Sets the time of the last change, which then is in the job's lifetime.
             let _ = sysv::sem_set(self.object.id, self.object.access());
         }
         self.kept = true;
@@ -294,8 +294,7 @@ impl Drop for Ready {
     }
 }
 
-/// Operations on the semaphores (set, number, who operated last) for which `by` answers how much the
-/// process is adjusted.
+/// Operations on the semaphores (set, number, last pid) for which `by` returns the adjustment of the process.
 fn operate(snapshot: &Snapshot, plan: &mut Builder, by: impl Fn(usize, usize, i32) -> Option<i16>) {
     for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {
         if set.claim == Claim::Possible {

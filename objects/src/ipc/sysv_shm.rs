@@ -1,4 +1,4 @@
-//! System V shared memory: segments, and where processes have them attached.
+//! System V shared memory: segments, and their attachments.
 
 use ckpt_image::Reader;
 use ckpt_sys::sysv::{self, Attached};
@@ -20,7 +20,7 @@ use crate::references::{Faults, require};
 use crate::source::{Collector, Contents, Source};
 use crate::{Snapshot, SpaceId};
 
-/// `SHM_DEST`: it goes when the last process lets go of it.
+/// `SHM_DEST`: it is destroyed at the last detach.
 const DESTROYED: i64 = 0o1000;
 /// `SHM_LOCKED`.
 const LOCKED: i64 = 0o2000;
@@ -33,7 +33,7 @@ pub struct Segment {
     /// Size in bytes.
     #[serde(deserialize_with = "bounds::memory")]
     pub size: u64,
-    /// It was removed (`IPC_RMID`) and lives as long as somebody has it attached.
+    /// It was removed (`IPC_RMID`) and exists until the last detach.
     pub destroyed: bool,
     /// `SHM_LOCK`.
     pub locked: bool,
@@ -44,14 +44,14 @@ pub struct Segment {
     pub contents: SpaceId,
 }
 
-/// Whether a mapping is an attached segment. The kernel gives its file the id as inode number.
+/// Whether a mapping is an attached segment. The inode number of its file is the id.
 pub fn is_segment(vma: &Vma) -> bool {
     matches!(&vma.name, VmaName::File { path, deleted: true }
         if vma.shared && vma.dev.0 == 0 && path.to_string_lossy().starts_with("/SYSV"))
 }
 
-/// Enters the segment behind a mapping. `contents` says where its pages come from: its file or,
-/// where that may not be opened, what can be seen of it.
+/// Adds the segment of a mapping. `contents` is the source of its pages: its file, or if that may not be opened, its
+/// mapped parts.
 pub fn mapping(
     vma: &Vma,
     contents: impl FnOnce() -> Contents,
@@ -63,7 +63,7 @@ pub fn mapping(
     let segment = segment.map(|(index, _)| index).unwrap_or_else(|| {
         let contents = collector.space_for(contents());
         collector.ipc.segments.push(Segment {
-            // The rest is told by the kernel's table, once for all segments.
+            // The kernel's table has the rest, for all segments at once.
             object: Object {
                 id,
                 key: 0,
@@ -91,7 +91,7 @@ pub fn mapping(
     }
 }
 
-/// Completes the attached segments and enters those that the job made and has not attached now.
+/// Completes the attached segments and adds those that the job created and has not attached now.
 fn survey(sight: &Sight, collector: &mut Collector) {
     let Sight {
         job,
@@ -141,8 +141,8 @@ fn survey(sight: &Sight, collector: &mut Collector) {
     collector.ipc.segments = segments;
 }
 
-/// Whether a segment was made by the job's user, by a process that is gone: it may have been one
-/// of the job's, or the restore that brought it back.
+/// Whether a segment was created by the job's user in a process that has ended: that may have been one of the job's,
+/// or an earlier restore.
 fn collector_user(row: &Row, known: &[Segment], processes: &[(&Source, &[Vma])]) -> bool {
     let creator = row.get("cpid") as i32;
     let gone = !std::path::Path::new(&format!("/proc/{creator}")).exists();
@@ -153,7 +153,7 @@ fn collector_user(row: &Row, known: &[Segment], processes: &[(&Source, &[Vma])])
     gone && ours && !known.iter().any(|s| s.object.id == row.id())
 }
 
-/// What can be seen of a segment through mappings may be less than the whole.
+/// Mappings may show less than the whole segment.
 fn complete_contents(segment: &Segment, collector: &mut Collector) {
     let found = collector
         .contents
@@ -188,7 +188,7 @@ impl IpcObject for Segment {
         &self.object
     }
 
-    /// It is attached, or was by a process of the job.
+    /// Whether a process of the job has it attached, or had.
     fn claim(&self) -> Claim {
         Claim::Used
     }
@@ -207,7 +207,7 @@ impl IpcObject for Segment {
         );
     }
 
-    /// That others have attached what a job has that is leaving, its checkpoint has refused.
+    /// For a job that is leaving, its checkpoint has refused segments that other processes have attached.
     fn in_the_way(&self, _: usize, site: &Site) -> Result<(), Obstacle> {
         match site.find(self)? {
             Found::Missing => object::may_create(self),
@@ -216,7 +216,7 @@ impl IpcObject for Segment {
                 "does not exist any more, and another object has its id",
                 "restore in an IPC namespace of its own: unshare --ipc restore IMAGE",
             )),
-            // It goes with the last process that has it attached.
+            // It is destroyed at the last detach.
             Found::Same(_) if site.leaving && self.destroyed => object::may_create(self),
             Found::Same(row) if row.get("nattch") > 0 && !site.leaving => Err(self.used_outside(
                 &[],
@@ -227,7 +227,7 @@ impl IpcObject for Segment {
         }
     }
 
-    /// Creates it or takes what is there, and fills in its contents.
+    /// Creates it or uses the existing one, and fills in its contents.
     fn prepare(
         &self,
         index: usize,
@@ -240,7 +240,7 @@ impl IpcObject for Segment {
         let found = site.find(self).map_err(Error::refuse)?;
         let created = matches!(found, Found::Missing);
         if created {
-            // A key leads to it: nobody else shall come in before it is filled.
+            // It can be found by its key: no other process must attach it before it is filled.
             let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600 | self.huge_flags();
             let (key, size) = (self.object.key, self.size);
             object::create(
@@ -274,7 +274,7 @@ impl IpcObject for Segment {
         }
         if created && self.destroyed {
             sysv::shm_control(self.object.id, libc::IPC_RMID).map_err(|e| failed("removed", e))?;
-            // Until the job has it, we do.
+            // We keep it attached until the job has.
             ready.attached = Some(attached);
         }
         Ok(Some(Box::new(ready)))
@@ -292,12 +292,12 @@ impl Segment {
         self.locked = row.get("perms") & LOCKED != 0;
     }
 
-    /// Bytes that it takes in an address space.
+    /// Bytes of its mapping.
     pub fn mapped_len(&self) -> u64 {
         self.size.next_multiple_of(self.huge_page_size.max(4096))
     }
 
-    /// The obstacle that others have it attached.
+    /// The obstacle that processes outside the job have it attached.
     fn used_outside(&self, job: &[i32], remedy: &str) -> Obstacle {
         let inode = self.object.id.to_string();
         let users = super::who_maps(job, |line| {
@@ -325,7 +325,7 @@ impl Segment {
     }
 }
 
-/// A segment that is there and filled.
+/// A prepared segment.
 struct Ready {
     object: Object,
     attached: Option<Attached>,
@@ -335,7 +335,7 @@ struct Ready {
 impl object::Ready for Ready {
     fn keep(mut self: Box<Self>) {
         if self.created {
-            // The time of the last change is then one of the job's life.
+            // Sets the time of the last change, which then is in the job's lifetime.
             let _ = sysv::shm_set(self.object.id, self.object.access());
         }
         self.created = false;
@@ -351,10 +351,10 @@ impl Drop for Ready {
     }
 }
 
-/// What is left of one shmat(2): its mappings share a file, by which shmdt(2) finds them.
+/// The remains of one shmat(2): mappings of the same file, by which shmdt(2) finds them.
 struct Attachment<'a> {
     segment: &'a Segment,
-    /// Where the beginning of the segment is, or was.
+    /// The address that the beginning of the segment has, or had.
     base: u64,
     writable: bool,
     /// Its mappings, by ascending address.
@@ -391,15 +391,14 @@ fn attachments<'a>(process: &'a Process, snapshot: &'a Snapshot) -> Vec<Attachme
 }
 
 impl Attachment<'_> {
-    /// Nothing of it was unmapped or moved away, and nothing reaches beyond its end.
+    /// Whether nothing of it was unmapped or moved, and nothing extends past its end.
     fn is_whole(&self) -> bool {
         let (all, len) = (self.parts.iter(), self.segment.mapped_len());
         let all: u64 = all.map(|(m, _)| m.end - m.start).sum();
         all == len && self.reach() == len
     }
 
-    /// Bytes from the beginning of the segment to the end of the last mapping, which mremap(2) makes
-    /// reach beyond its end.
+    /// Offset of the end of the last mapping, which mremap(2) may extend past the end of the segment.
     fn reach(&self) -> u64 {
         let ends = self
             .parts
@@ -425,7 +424,7 @@ impl Attachment<'_> {
                 plan.expect(libc::SYS_mremap, &args, aside, || self.object());
             }
             for (mapping, offset) in &self.parts {
-                // An old length of 0 makes another view of shared pages (mremap(2)).
+                // An old length of 0 makes another mapping of shared pages (mremap(2)).
                 let how = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
                 let len = mapping.end - mapping.start;
                 let args = [aside + offset, 0, len, how, mapping.start];
@@ -437,7 +436,7 @@ impl Attachment<'_> {
         for (mapping, _) in &self.parts {
             let (start, len) = (mapping.start, mapping.end - mapping.start);
             mapping.advise_huge(plan);
-            // Those with a key of the program's get both later, as all mappings do.
+            // Mappings with a key of the program's get protection and key later, as all mappings do.
             if mapping.prot != attached as u32 && mapping.protection_key == 0 {
                 let args = [start, len, mapping.prot.into()];
                 plan.syscall(libc::SYS_mprotect, &args, || self.object());
@@ -461,7 +460,7 @@ pub fn room(process: &Process, snapshot: &Snapshot) -> Option<(u64, u64)> {
 /// Segments that no process of the job has attached.
 fn unattached(snapshot: &Snapshot) -> impl Iterator<Item = &Segment> {
     let all = snapshot.ipc.segments.iter().enumerate();
-    // Most jobs have none, and each of a thousand processes asks.
+    // Most jobs have none, and this is called for each process.
     let processes = snapshot.processes.iter().take_while(|_| all.len() > 0);
     let attached: Vec<usize> = processes
         .flat_map(|p| &p.memory.mappings)
@@ -474,8 +473,8 @@ fn unattached(snapshot: &Snapshot) -> impl Iterator<Item = &Segment> {
         .map(|(_, segment)| segment)
 }
 
-/// Attaches all segments in their places. Their contents are there already. A part of one that is
-/// left (munmap, mremap) is made from a view of the whole at `aside`.
+/// Attaches all segments at their addresses. Their contents are filled in already. A partial attachment (munmap,
+/// mremap) is made from a temporary one of the whole at `aside`.
 pub fn attach(process: &Process, snapshot: &Snapshot, aside: u64, plan: &mut Builder) {
     for attachment in attachments(process, snapshot) {
         attachment.attach(aside, plan);
@@ -484,7 +483,7 @@ pub fn attach(process: &Process, snapshot: &Snapshot, aside: u64, plan: &mut Bui
         return;
     }
     for segment in unattached(snapshot) {
-        // The last one to use it is then the job again, by which it is known as the job's.
+        // Makes the job the last user again, by which it is attributed to the job.
         let args = [segment.object.id as u64, aside, libc::SHM_RDONLY as u64];
         plan.attempt(libc::SYS_shmat, &args, || segment.title());
         plan.attempt(libc::SYS_shmdt, &[aside], || segment.title());

@@ -1,4 +1,4 @@
-//! `/proc/sysvipc`: all System V objects of our IPC namespace, whoever may use them.
+//! `/proc/sysvipc`: all System V objects of our IPC namespace, regardless of permissions.
 
 use std::io::ErrorKind;
 
@@ -16,7 +16,7 @@ pub enum Type {
 }
 
 impl Type {
-    /// As files and settings of the kernel are called.
+    /// Its name in files and sysctls.
     pub fn name(self) -> &'static str {
         match self {
             Type::Shm => "shm",
@@ -25,7 +25,7 @@ impl Type {
         }
     }
 
-    /// As people call it.
+    /// Its name for display.
     pub fn label(self) -> &'static str {
         match self {
             Type::Shm => "System V shared memory",
@@ -44,20 +44,20 @@ impl Type {
     }
 }
 
-/// One object as the kernel lists it.
+/// One line of the kernel's table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Row {
     columns: Vec<(String, i64)>,
 }
 
 impl Row {
-    /// A number by the name of its column; 0 where there is no such column.
+    /// A number by column name; 0 if the column does not exist.
     pub fn get(&self, column: &str) -> i64 {
         let found = self.columns.iter().find(|(name, _)| name == column);
         found.map_or(0, |(_, value)| *value)
     }
 
-    /// Its id, whatever the kind.
+    /// Its id.
     pub fn id(&self) -> i32 {
         (self.get("shmid") | self.get("semid") | self.get("msqid")) as i32
     }
@@ -68,7 +68,7 @@ impl Row {
     }
 }
 
-/// All objects of that kind; none where the kernel does not know them.
+/// All objects of that kind; empty if the kernel lacks it.
 pub fn read(kind: Type) -> Result<Vec<Row>> {
     let path = format!("/proc/sysvipc/{}", kind.name());
     match std::fs::read_to_string(&path) {

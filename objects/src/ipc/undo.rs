@@ -1,11 +1,10 @@
-//! What the end of a process does to semaphores: its adjustments (`SEM_UNDO`, semop(2)).
+//! Semaphore adjustments of a process (`SEM_UNDO`, semop(2)).
 //!
-//! The kernel shows them nowhere. But it checks that an operation keeps an adjustment in the range
-//! of -32768 to 32767, and answers ERANGE before it waits or changes anything. So the process itself
-//! is made to call semop with a list that cannot succeed, since its last operation would have to
-//! wait (EAGAIN): whether it answers ERANGE tells how far the adjustment is from the limit. The
-//! kernel looks at such a list under the set's lock (`perform_atomic_semop`, ipc/sem.c), so nobody
-//! ever sees a value in between, and nothing is left of it but an empty list of adjustments.
+//! They are not visible anywhere. But the kernel checks that an operation keeps an adjustment in the range of -32768
+//! to 32767, and returns ERANGE before it waits or changes anything. So the process is made to call semop with a list
+//! that cannot succeed, since its last operation would have to wait (EAGAIN): ERANGE then shows how far the
+//! adjustment is from the limit. The kernel evaluates such a list under the set's lock (`perform_atomic_semop`,
+//! ipc/sem.c), so intermediate values are never visible, and the only remaining effect is an empty undo list.
 
 use std::cmp::Ordering;
 
@@ -23,14 +22,14 @@ use super::Claim;
 use crate::Snapshot;
 use crate::error::{Error, Obstacle, Result};
 
-/// What will be added to a semaphore when the process ends.
+/// An adjustment of a semaphore at the end of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Adjustment {
     /// Index in the snapshot's sets.
     pub set: usize,
     /// Number of the semaphore in the set.
     pub semaphore: u16,
-    /// How much, never 0.
+    /// The adjustment, never 0.
     pub by: i16,
 }
 
@@ -51,7 +50,7 @@ impl Operation {
         }
     }
 
-    /// As the kernel reads it; it never waits.
+    /// In the kernel's layout; nonblocking.
     pub fn to_bytes(&self) -> [u8; 6] {
         const SEM_UNDO: i32 = 0x1000;
         let flags = libc::IPC_NOWAIT | if self.undo { SEM_UNDO } else { 0 };
@@ -70,10 +69,10 @@ pub fn most_operations() -> usize {
     most.unwrap_or(32).clamp(2, 256)
 }
 
-/// Operations in pairs that leave a semaphore of that value as it is and adjust the process by
-/// `by` in all; one pair at least.
+/// Pairs of operations that leave a semaphore of that value unchanged and adjust the process by `by` in all; at least
+/// one pair.
 pub fn adjust(number: u16, value: u16, by: i16) -> Vec<[Operation; 2]> {
-    // More at once may be too much in either direction.
+    // A larger step could exceed the range in either direction.
     const MOST: i32 = HIGHEST as i32 / 2;
     let mut pairs = Vec::new();
     let mut left = i32::from(by);
@@ -100,7 +99,7 @@ pub fn adjust(number: u16, value: u16, by: i16) -> Vec<[Operation; 2]> {
     pairs
 }
 
-/// What the end of all of the job's processes adds to a semaphore.
+/// The total adjustment at the end of all of the job's processes.
 pub fn total(snapshot: &Snapshot, set: usize, number: usize) -> i64 {
     let all = snapshot
         .processes
@@ -110,15 +109,15 @@ pub fn total(snapshot: &Snapshot, set: usize, number: usize) -> i64 {
     of_this.map(|a| i64::from(a.by)).sum()
 }
 
-/// The direction of an adjustment that a question is about.
+/// The direction of a probed adjustment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Above,
     Below,
 }
 
-/// A list that cannot succeed: it answers ERANGE if the adjustment's distance from 0 on that side
-/// is more than `HIGHEST - x`, and EAGAIN if not.
+/// A list that cannot succeed: it returns ERANGE if the adjustment's distance from 0 on that side is more than
+/// `HIGHEST - x`, otherwise EAGAIN.
 fn question(number: u16, value: u16, side: Side, x: i32) -> Vec<Operation> {
     let value = i32::from(value);
     let highest = i32::from(HIGHEST);
@@ -130,7 +129,7 @@ fn question(number: u16, value: u16, side: Side, x: i32) -> Vec<Operation> {
         }
         Side::Below => {
             list.push((-value, false));
-            // The range reaches one further on this side.
+            // The range extends one further on this side.
             list.push((1, true));
             list.push((-1, false));
             list.push((x, true));
@@ -143,22 +142,22 @@ fn question(number: u16, value: u16, side: Side, x: i32) -> Vec<Operation> {
         .collect()
 }
 
-/// A semaphore that is being asked about.
+/// A semaphore being probed.
 struct Search {
     number: u16,
     value: u16,
     side: Side,
-    /// ERANGE is answered to `high`, and not to `low`.
+    /// ERANGE is returned for `high`, and not for `low`.
     low: i32,
     high: i32,
 }
 
-/// Semaphores asked about together: their questions fit into the scratch memory.
+/// Semaphores probed together: their lists fit into the scratch memory.
 const TOGETHER: usize = 64;
 /// Room for one list, in bytes.
 const LIST: usize = 32;
 
-/// The adjustments of a frozen process, which the calls are made in.
+/// The adjustments of a frozen process, in which the calls are made.
 pub fn capture(
     calls: &mut RemoteCalls<'_>,
     sets: &[Set],
@@ -195,7 +194,7 @@ pub fn capture(
     Ok(found)
 }
 
-/// Adjustments that are not 0; `None` if the process may not change the set, so that it has none.
+/// The nonzero adjustments; `None` if the process may not change the set, so that it has none.
 fn ask_about(
     calls: &mut RemoteCalls<'_>,
     set: &Set,
@@ -208,7 +207,7 @@ fn ask_about(
             number: n as u16,
             value: set.values[n],
             side,
-            // Nothing can be out of range before it is moved, but -32768.
+            // Without a shift, nothing but -32768 can be out of range.
             low: if side == Side::Below { -1 } else { 0 },
             high: highest,
         })
@@ -231,7 +230,7 @@ fn ask_about(
             }
         }
     }
-    // Somebody outside the job may have operated on the set in between.
+    // A process outside the job may have operated on the set in between.
     let sure = ask(calls, set, &open, |s| s.high)?.unwrap_or_default();
     let unsure = ask(calls, set, &open, |s| s.low)?.unwrap_or_default();
     let now = sysv::sem_values(set.object.id, set.values.len());
@@ -258,7 +257,7 @@ impl Search {
     }
 }
 
-/// Asks one question about each semaphore; true where the answer is ERANGE.
+/// Probes each semaphore once; true for ERANGE.
 fn ask(
     calls: &mut RemoteCalls<'_>,
     set: &Set,
@@ -282,7 +281,7 @@ fn ask(
         match Errno::from_raw(-answer as i32) {
             Errno::ERANGE => out_of_range.push(true),
             Errno::EAGAIN => out_of_range.push(false),
-            // Gone meanwhile, or the process may only look at it.
+            // Removed meanwhile, or without write permission.
             Errno::EACCES | Errno::EIDRM | Errno::EINVAL => return Ok(None),
             errno => {
                 return Err(Error::refuse(Obstacle::without_remedy(
@@ -302,7 +301,7 @@ fn ask(
 mod tests {
     use super::*;
 
-    /// What the kernel does with a list: the value and the adjustment after it, or the error.
+    /// The kernel's behaviour for a list: value and adjustment afterwards, or the error.
     fn kernel(list: &[Operation], value: u16, adjusted: i32) -> Result<(i32, i32), Errno> {
         let (mut value, mut adjusted) = (i32::from(value), adjusted);
         for operation in list {

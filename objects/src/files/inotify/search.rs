@@ -1,8 +1,8 @@
-//! Names of watched inodes. The kernel keeps inodes, and fdinfo shows their file handles.
+//! Finds paths of watched inodes. The kernel keeps inodes, and fdinfo shows their file handles.
 //!
-//! A handle is opened where that is permitted and the file system can (CAP_DAC_READ_SEARCH; not by overlayfs without
-//! `nfs_export`). Else a name is searched for: near what the job has open, below what it watches, and by root on the
-//! whole mount.
+//! A handle is opened if that is permitted and the file system supports it (CAP_DAC_READ_SEARCH; not on overlayfs
+//! without `nfs_export`). Otherwise the path is searched: near the job's open files, below its watches, and by root
+//! on the whole mount.
 
 use std::collections::HashSet;
 use std::fs;
@@ -17,16 +17,16 @@ use ckpt_tracer::proc::mounts::{self, Mount};
 use crate::open::{Handle, Last};
 use crate::source::Source;
 
-/// Entries of directories that are looked at for one descriptor, in all: the job stands still meanwhile.
+/// Most directory entries read for one descriptor, since the job stands still meanwhile.
 const MOST: usize = 200_000;
 
-/// The names of watched inodes, as far as they are found.
+/// The paths of watched inodes, as far as they are found.
 pub(in crate::files) struct Search<'a> {
     source: &'a Source,
     mounts: Vec<Mount>,
-    /// Directories that are watched and whose names are known.
+    /// Watched directories with known paths.
     watched: Vec<PathBuf>,
-    /// Entries that may still be looked at.
+    /// Entries that may still be read.
     left: usize,
 }
 
@@ -41,7 +41,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// A name of each; `None` for those without. What is easily found comes first, since more is found below it.
+    /// A path of each; `None` if not found. Easy ones come first, since others are found below them.
     pub(in crate::files) fn all(&mut self, watches: &[&InotifyWatch]) -> Vec<Option<PathBuf>> {
         let mut found: Vec<Option<PathBuf>> = vec![None; watches.len()];
         for (watch, name) in watches.iter().zip(&mut found) {
@@ -53,7 +53,7 @@ impl<'a> Search<'a> {
                 if found[index].is_some() {
                     continue;
                 }
-                // What was passed on the way down is likely to be watched as well.
+                // Directories on the path found are likely to be watched too.
                 let rest = || (0..watches.len()).filter(|i| watches[*i].sdev == watch.sdev);
                 let rest: Vec<usize> = rest().filter(|i| found[*i].is_none()).collect();
                 let wanted: Vec<&InotifyWatch> = rest.iter().map(|i| watches[*i]).collect();
@@ -73,7 +73,7 @@ impl<'a> Search<'a> {
         let on_it = self.mounts.iter().filter(|m| m.dev == watch.sdev);
         on_it
             .filter_map(|mount| Handle::of(&mount.mount_point, Last::IsIt).ok())
-            // A FIFO or device may be the place of a mount, too.
+            // A FIFO or device may be a mount point too.
             .filter(|mount| mount.meta().is_dir() || mount.meta().is_file())
             .filter_map(|mount| mount.read().ok())
             .find_map(|mount| {
@@ -102,7 +102,7 @@ impl<'a> Search<'a> {
             let mut listed = all.iter().filter_map(|dir| fs::read_dir(dir).ok());
             listed.find_map(|entries| {
                 let entry = entries.flatten().find(|e| {
-                    // Of overlayfs, what is listed may have another number than the inode.
+                    // overlayfs may list another number than the inode's.
                     (e.ino() == watch.ino || is_dir(e)) && is_it(watch, &e.path())
                 });
                 entry.map(|e| e.path())
@@ -114,7 +114,7 @@ impl<'a> Search<'a> {
         self.watched.clone()
     }
 
-    /// For others than root it would end in directories that they may not read.
+    /// Without root it would end in directories that may not be read.
     fn whole_mounts(&self, watch: &InotifyWatch) -> Vec<PathBuf> {
         if !nix::unistd::geteuid().is_root() {
             return Vec::new();
@@ -123,8 +123,8 @@ impl<'a> Search<'a> {
         on_it.map(|mount| mount.mount_point.clone()).collect()
     }
 
-    /// Looks below these places, level by level, until all of them are found; numbers of those that are, and their
-    /// names.
+    /// Searches below these directories, level by level, until all are found. Returns indices and paths of those
+    /// found.
     fn below(&mut self, mut next: Vec<PathBuf>, wanted: &[&InotifyWatch]) -> Vec<(usize, PathBuf)> {
         let mut found: Vec<(usize, PathBuf)> = Vec::new();
         let mut seen: HashSet<(u64, u64)> = HashSet::new();
@@ -161,7 +161,7 @@ fn is_dir(entry: &fs::DirEntry) -> bool {
     entry.file_type().is_ok_and(|kind| kind.is_dir())
 }
 
-/// Whether a directory is on the file system of what is searched, or on that of the directory above it.
+/// Whether a directory is on the file system of a wanted inode, or on that of its parent.
 fn is_on(devices: &HashSet<(u32, u32)>, path: &Path, above: &fs::Metadata) -> bool {
     fs::symlink_metadata(path).is_ok_and(|meta| {
         let device = (libc::major(meta.dev()), libc::minor(meta.dev()));
@@ -169,7 +169,7 @@ fn is_on(devices: &HashSet<(u32, u32)>, path: &Path, above: &fs::Metadata) -> bo
     })
 }
 
-/// By its number, and where overlayfs shows others than the kernel has, by its handle.
+/// By its inode number, or on overlayfs, whose numbers differ from the kernel's, by its handle.
 pub(super) fn is_it(watch: &InotifyWatch, path: &Path) -> bool {
     let Ok(meta) = fs::metadata(path) else {
         return false;

@@ -26,30 +26,30 @@ pub struct End {
     pub name: String,
     /// Which side.
     pub side: Side,
-    /// The device number of the file that was opened, major and minor: `/dev/console` and `/dev/tty0` stand
-    /// for another terminal.
+    /// The device number of the file that was opened, major and minor: `/dev/console` and `/dev/tty0` refer to
+    /// another terminal.
     #[serde(default)]
     pub node: Option<(u32, u32)>,
 }
 
 impl End {
-    /// Whether it is a terminal of the machine's, and no pty.
+    /// Whether it is a terminal of the machine, not a pty.
     pub fn is_of_machine(&self) -> bool {
         self.side == Side::Slave && self.node.is_some_and(|(major, _)| !PTS.contains(&major))
     }
 
-    /// What its name leads to, if it is the device that was opened.
+    /// Looks up its name, which must lead to the device that was opened.
     fn find(&self) -> Result<Handle, String> {
         let node = self.node.unwrap_or_default();
         device(Path::new(&self.name), node)
     }
 
-    /// Opens it, as a terminal of the machine's.
+    /// Opens it, as a terminal of the machine.
     ///
     /// # Errors
-    /// When it is not there any more, or may not be opened.
+    /// When it does not exist any more, or may not be opened.
     pub fn reopened(&self, flags: u32) -> crate::Result<File> {
-        // It is not waited for; what is set of flags comes later.
+        // Without waiting; further flags are set later.
         let flags = flags as i32 & libc::O_ACCMODE | libc::O_NOCTTY | libc::O_NONBLOCK;
         let found = self.find().map_err(std::io::Error::other);
         let opened = found.and_then(|found| found.open(flags));
@@ -60,7 +60,7 @@ impl End {
         })
     }
 
-    /// Whether its name leads to the device that was opened, and may be opened in that way.
+    /// Whether its name refers to the device that was opened, and may be opened with this access.
     pub fn can_be_opened(&self, flags: u32) -> bool {
         let access = match flags as i32 & libc::O_ACCMODE {
             libc::O_RDONLY => AccessFlags::R_OK,
@@ -113,7 +113,7 @@ impl OpenFile for End {
         );
     }
 
-    /// A pty has another number, which is the minor number of its slave.
+    /// A pty gets another number, which is the minor number of its slave.
     fn make_comparable(&mut self, _: &mut u32) {
         self.name.clear();
         self.node = self.node.map(|(major, _)| (major, 0));

@@ -1,4 +1,4 @@
-//! The memory in which a helper process leaves what it took out of a pty.
+//! The memory in which a helper process stores what it took from a pty.
 
 use std::os::fd::OwnedFd;
 
@@ -10,13 +10,13 @@ use serde_bytes::ByteBuf;
 use super::super::terminal::{Ending, Flow, Input};
 use super::{Result, Waiting};
 
-/// More than the kernel lets wait in one direction: twice 8 KiB in the port's buffers (`pty.c`,
-/// `tty_buffer.c`), 4 KiB in the line discipline, and what the last write was over it.
+/// More than the kernel holds in one direction: twice 8 KiB in the port's buffers (`pty.c`, `tty_buffer.c`), 4 KiB in
+/// the line discipline, and the excess of the last write.
 const ROOM: usize = 64 * 1024;
-/// Each line has a byte at least, or is an end of file that was typed.
+/// Each line has at least one byte, or is an end-of-file character.
 const LINES: usize = 8 * 1024;
 
-/// What the helper fills.
+/// The data of the helper.
 #[derive(Clone, Copy)]
 pub(super) struct Area {
     pub(super) output_len: usize,
@@ -31,7 +31,7 @@ pub(super) struct Area {
 }
 
 impl Area {
-    /// An empty one.
+    /// Empty.
     pub(super) fn new() -> Box<Self> {
         Box::new(Self {
             output_len: 0,
@@ -74,7 +74,7 @@ impl Area {
     }
 }
 
-/// One read of input into it; nothing when there is none.
+/// Stores one read of input; `None` if there is none.
 pub(super) fn read_some(slave: &OwnedFd, area: &mut Area) -> Result<Option<usize>> {
     if poll_now(slave, libc::POLLIN) & libc::POLLIN == 0 {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! Whether the output of a slave goes on, and what a reader in packet mode is told of its changes.
+//! Flow control of a slave's output, and the status for a reader in packet mode.
 
 use std::os::fd::OwnedFd;
 
@@ -10,13 +10,13 @@ use nix::unistd::read;
 use super::super::terminal::Flow;
 use super::{ATTEMPTS, Result, Work, soon, write_all};
 
-/// What a reader in packet mode is told (`TIOCPKT_*`, ioctl_tty(2)).
+/// Status bits (`TIOCPKT_*`, ioctl_tty(2)).
 mod packet {
     /// The slave's input was flushed.
     pub(super) const FLUSH_READ: u8 = 1;
     /// Its output was flushed.
     pub(super) const FLUSH_WRITE: u8 = 2;
-    /// Its output goes on.
+    /// Its output was resumed.
     pub(super) const START: u8 = 8;
     /// Ctrl-S and Ctrl-Q do not stop it any more.
     pub(super) const NO_STOP: u8 = 16;
@@ -26,13 +26,13 @@ mod packet {
     pub(super) const IOCTL: u8 = 64;
 }
 
-/// Whether the slave takes output now: it goes on, and has room.
+/// Whether the slave accepts output now: it is not stopped, and has room.
 pub(super) fn takes_output(slave: &OwnedFd) -> bool {
     poll_now(slave, libc::POLLOUT) & libc::POLLOUT != 0
 }
 
 impl Work<'_> {
-    /// The changes of which a reader in packet mode has not been told yet; it is told of them.
+    /// Reads the status that a reader in packet mode has not read yet, which clears it.
     pub(super) fn take_status(&self) -> Result<u8> {
         let mut status = [0];
         let ready = || poll_now(self.master, libc::POLLPRI) & libc::POLLPRI != 0;
@@ -44,8 +44,8 @@ impl Work<'_> {
         Ok(all)
     }
 
-    /// Makes changes of which a reader in packet mode is told, such that nothing is changed: with
-    /// nothing in the pty, whose output goes on. [`Work::stop`] tells of a stop.
+    /// Generates that status without other effects: the pty is empty and its output not stopped. [`Work::stop`]
+    /// generates the status of a stop.
     pub(super) fn set_status(&self, status: u8) -> Result<()> {
         self.take_status()?;
         if status & packet::FLUSH_READ != 0 {
@@ -56,7 +56,7 @@ impl Work<'_> {
         }
         let mut other = self.modes;
         if status & (packet::DO_STOP | packet::NO_STOP) != 0 {
-            // Told of is whether the usual characters stop and start output.
+            // The status says whether the usual characters stop and start output.
             other.input ^= libc::IXON;
             if status & packet::DO_STOP == 0 {
                 other.chars[libc::VSTOP] = 0x13;
@@ -78,17 +78,17 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Lets output go on, all that waited having been taken; answers what had stopped it.
+    /// Resumes output, after all data has been taken. Returns what had stopped it.
     pub(super) fn start(&self) -> Flow {
         let goes_on = || {
-            // Waits until another thread of the kernel has given back the room.
+            // Waits until a kernel worker has freed the room.
             poll_now(self.master, libc::POLLIN);
             takes_output(self.slave)
         };
         if soon(ATTEMPTS / 10, goes_on) {
             return Flow::Running;
         }
-        // Has an effect only on what tcflow had stopped (n_tty_ioctl_helper, tty_ioctl.c).
+        // Only affects a stop by tcflow (n_tty_ioctl_helper, tty_ioctl.c).
         flow(self.slave, libc::TCOON);
         if takes_output(self.slave) {
             return Flow::Called;
@@ -98,8 +98,7 @@ impl Work<'_> {
         Flow::Typed
     }
 
-    /// Stops output as it was stopped; the modes are what they were. A reader in packet mode is left
-    /// with what it was not told before.
+    /// Stops output as before; the modes are restored. A reader in packet mode keeps its previous unread status.
     pub(super) fn stop(&self, how: Flow, status: u8) -> Result<()> {
         match how {
             Flow::Running => {}
@@ -112,9 +111,9 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Waits until a part of a begun line, which was written in these modes, is taken in, with everything before it. Behind it
-    /// the character is typed that prints the line again (VREPRINT), and leaves nothing but an echo. Nothing else is to be read
-    /// at the master: there the echo is thrown away, unread, since a read would take the status of packet mode instead.
+    /// Waits until part of an incomplete line, written in these modes, is taken in, with everything before it. The
+    /// reprint character (VREPRINT) is typed after it, which only generates an echo. The master must have no other
+    /// output: the echo is flushed there, since a read would return the status of packet mode instead.
     pub(super) fn await_begun(&self, modes: Modes, begun: &[u8]) -> Result<()> {
         let is_free = |c: &u8| *c != b'\n' && !modes.chars.contains(c) && !begun.contains(c);
         let again = (1..=254).find(is_free).ok_or(Errno::E2BIG)?;
@@ -124,18 +123,19 @@ impl Work<'_> {
         echoing.chars[libc::VREPRINT] = again;
         tty::set_modes(self.slave, &echoing)?;
         write_all(self.master, self.slave, &[again])?;
-        // The part is echoed, too, if it is only now taken in; that character, a line feed and the line are more.
+        // The part itself is echoed too, if it is only now taken in; the character, a line feed and the line are
+        // longer.
         let printed = soon(10 * ATTEMPTS, || {
             poll_now(self.master, libc::POLLIN);
             tty::unread(self.master) > begun.len()
         });
-        // Waits for the end of what the kernel is about (`termios_rwsem`), so that all of the echo can be thrown away.
+        // Waits for the kernel worker (`termios_rwsem`), so that the whole echo can be flushed.
         tty::set_modes(self.slave, &modes)?;
         tty::flush(self.master, libc::TCIFLUSH)?;
         printed.then_some(()).ok_or(Errno::EAGAIN)
     }
 
-    /// Types the stop character, which is the only way to a stop that the start character ends.
+    /// Types the stop character: only such a stop is resumed by the start character.
     fn type_stop(&self) -> Result<()> {
         let mut modes = self.modes;
         modes.input |= libc::IXON;

@@ -1,14 +1,14 @@
-//! The cookies of registrations with `SIGEV_THREAD`.
+//! Reads the cookies of registrations with `SIGEV_THREAD`.
 //!
-//! When a process takes its registration back, the kernel sends the cookie to the netlink socket, marked as removed.
-//! So the process is made to take it back, to receive it, and to register again, which takes any cookie: the kernel
-//! marks it when it sends it. This is one batch, which goes on by itself if we are killed. All other tasks that have
-//! the process's memory are held back meanwhile, since one of them waits for cookies.
+//! When a process unregisters, the kernel sends the cookie to the netlink socket, marked as removed. So the process
+//! is made to unregister, to receive the cookie, and to register again with any cookie, whose mark the kernel sets
+//! when it sends it. This is one batch, which the task completes even if we are killed. All other tasks that share
+//! the process's memory wait meanwhile, since one of them may be waiting for cookies.
 //!
-//! Messages from outside of the job may come at any moment. One that comes before the registration is taken back is
-//! told as ever, by a cookie marked as such, which the batch takes. One that comes in the microseconds before it is
-//! registered again is told to nobody. Both are seen afterwards and made good: a cookie marked so comes from a queue
-//! made for this moment. The notice is lost if a message comes in these microseconds and we are killed in them as well.
+//! Messages from outside the job may arrive at any moment. One that arrives before unregistering is notified as
+//! usual, by a cookie marked as such, which the batch receives. One that arrives in the microseconds before the new
+//! registration is not notified. Both are detected afterwards and repaired: a temporary queue sends a cookie with the
+//! right mark. The notification is lost if a message arrives and we are killed in these same microseconds.
 
 use std::os::fd::AsRawFd;
 
@@ -29,16 +29,16 @@ use crate::process::{self, FromOutside};
 use crate::sockets::netlink;
 use crate::source::{Collector, Source};
 
-/// `NOTIFY_REMOVED`, the mark of a cookie that was taken back, in its last byte (linux/mqueue.h).
+/// `NOTIFY_REMOVED`, the mark of a cookie after unregistering, in its last byte (linux/mqueue.h).
 const REMOVED: u8 = 2;
 
-/// Where in the scratch memory what is.
+/// Offsets in the scratch memory.
 const EVENT: u64 = 0;
 const RECEIVED: u64 = 64;
 /// The queue's attributes before and after.
 const BEFORE: u64 = 96;
 const AFTER: u64 = 160;
-/// For the queue that is made where a notice has to be made good.
+/// For the temporary queue of a repair.
 const ATTRIBUTES: u64 = 224;
 const NAME: u64 = 288;
 const NO_TIME: u64 = 352;
@@ -47,10 +47,10 @@ const SCRATCH: u64 = 4096;
 /// `mq_curmsgs` in `struct mq_attr`.
 const HELD: u64 = 24;
 
-/// What the cookie of one registration counts in the receive buffer of its socket.
+/// Bytes that the cookie of one registration uses in the receive buffer of its socket.
 pub(super) fn charge() -> Result<u32, Errno> {
     let name = format!("ckpt.notice.{}", std::process::id()).into_bytes();
-    // Left by one that was killed.
+    // A leftover of a killed process.
     ckpt_sys::mqueue::unlink_queue(&name);
     let queue = ckpt_sys::mqueue::create_queue(&name, 1, 1)?;
     ckpt_sys::mqueue::unlink_queue(&name);
@@ -68,7 +68,7 @@ pub(super) fn charge() -> Result<u32, Errno> {
 /// Fills in the cookies of a frozen job.
 ///
 /// # Errors
-/// [`Error::Refused`], for now, where a message came just then.
+/// [`Error::Refused`], transient, if a message arrived just then.
 pub fn learn(
     job: &mut FrozenJob,
     outside: &mut [FromOutside],
@@ -134,7 +134,7 @@ fn learn_all(
     learned
 }
 
-/// Who makes the batches.
+/// Makes the batches.
 struct Learner<'a, 's> {
     calls: RemoteCalls<'a>,
     hold: Hold<'a>,
@@ -143,7 +143,7 @@ struct Learner<'a, 's> {
 
 impl Learner<'_, '_> {
     fn learn(&mut self, queue: i32, socket: i32) -> Result<ByteBuf> {
-        // The cookie that comes back is no input of the program's, of which O_ASYNC would tell the owner by a signal.
+        // With O_ASYNC, receiving the returned cookie would raise a signal in the owner.
         let flags = read_fdinfo(self.source.dir.clone(), socket)?.flags;
         let is_async = flags & libc::O_ASYNC as u32 != 0;
         let set_flags = |flags: u32| {
@@ -198,7 +198,7 @@ impl Learner<'_, '_> {
         Err(Error::refuse(now.passing()))
     }
 
-    /// Messages that the queue had then.
+    /// Messages in the queue at that moment.
     fn held(&self, attributes: u64) -> Result<i64> {
         Ok(i64::from_le_bytes(
             self.calls.read_scratch(attributes + HELD)?,
@@ -215,9 +215,9 @@ impl Learner<'_, '_> {
         Ok(mqueue::notified(&text) == self.source.pid.raw())
     }
 
-    /// A message has come while the registration was none, or just before; other queues may have sent cookies to the
-    /// socket as well. Each cookie gets to where it belongs. The first one was received by the batch, and is
-    /// registered; `came` says that the queue has a message since.
+    /// Repairs a registration after a message arrived while there was none, or just before; other queues may have
+    /// sent cookies to the socket as well. Each cookie is sent where it belongs. The first one was received by the
+    /// batch, and is registered; `came` says that the queue has received a message since.
     fn make_good(
         &mut self,
         queue: i32,
@@ -230,7 +230,7 @@ impl Learner<'_, '_> {
         while let Some(cookie) = self.receive(socket)? {
             cookies.push(cookie);
         }
-        // The one that was registered comes back.
+        // The registered one is received again.
         let same = |cookie: &[u8; COOKIE]| cookie[..COOKIE - 1] == first[..COOKIE - 1];
         if cookies.len() > 1 && cookies.last().is_some_and(same) {
             cookies.pop();
@@ -272,7 +272,7 @@ impl Learner<'_, '_> {
         }
     }
 
-    /// Has the kernel send a cookie as of a message that has come.
+    /// Makes the kernel send a cookie as for a message that has arrived.
     fn send(&mut self, socket: i32, cookie: &[u8]) -> Result<()> {
         let name = format!("ckpt.notice.{}\0", self.source.pid);
         let name = self.calls.write_scratch(NAME, name.as_bytes())?.raw();
