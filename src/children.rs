@@ -1,27 +1,27 @@
-//! Children of this process: what has become of them, and what one that stays lets go of.
+//! Children of this process: their state changes, and processes that stay with a job.
 
 use std::os::fd::RawFd;
 
 use ckpt_sys::process::{self, Status};
 
-/// What has become of a child, or of a job.
+/// State change of a child, or of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It has ended, with this exit code or 128 plus this signal.
+    /// It has ended: exit code, or 128 plus the signal.
     Ended(i32),
     /// It was stopped by this signal.
     Stopped(i32),
 }
 
-/// Waits for children that have ended and are none of `known`: orphans that we have adopted.
+/// Reaps zombies other than `known`: adopted orphans.
 pub fn reap_adopted(known: &[i32]) {
-    // The first one that can be told hides others; it is waited for soon.
+    // waitid(2) reports only the first; others are hidden until it is reaped.
     while let Some(pid) = process::some_ended().filter(|pid| !known.contains(pid)) {
         let _ = process::wait(pid, libc::WNOHANG);
     }
 }
 
-/// Asks what has become of a child of ours, without waiting.
+/// The state change of a child of ours, without waiting.
 pub fn changed(pid: i32) -> nix::Result<Option<Change>> {
     let waited = process::wait(pid, libc::WNOHANG | libc::WUNTRACED)?;
     Ok(match waited {
@@ -31,8 +31,8 @@ pub fn changed(pid: i32) -> nix::Result<Option<Change>> {
     })
 }
 
-/// Lets go of directory, standard streams and every other descriptor but those `kept`, does what this process is for,
-/// and ends it: what a process that stays with a job held open would seem to be in use.
+/// Leaves the working directory, closes standard streams and every other descriptor but `kept`, runs `main`, and ends
+/// the process: a process that stays with a job must not keep files in use.
 pub fn stay(kept: &[RawFd], main: impl FnOnce() -> i32) -> ! {
     let _ = std::env::set_current_dir("/");
     let null = std::fs::File::options()

@@ -1,4 +1,4 @@
-//! What the machine is, for the image's header and for the comparison at restore.
+//! Properties of the machine, for the image's header and for the comparison at a restore.
 
 use std::os::unix::ffi::OsStrExt;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -23,7 +23,7 @@ fn text(path: &str) -> String {
         .to_owned()
 }
 
-/// The fixed header of an image of that process, as far as it is known before the freeze.
+/// The fixed header of an image of that process, as far as known before the freeze.
 pub fn image_header(source: &Source) -> Result<Header> {
     let created = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -53,7 +53,7 @@ pub fn image_header(source: &Source) -> Result<Header> {
     })
 }
 
-/// This boot of this machine.
+/// The boot id of this machine.
 pub fn boot_id() -> [u8; 16] {
     let hex: Vec<u8> = text("/proc/sys/kernel/random/boot_id")
         .bytes()
@@ -73,7 +73,7 @@ fn cpu_model() -> String {
     model.map(|(_, name)| name.to_owned()).unwrap_or_default()
 }
 
-/// What a restore has to agree with, and how the checkpoint was taken.
+/// Properties that a restore compares, and how the checkpoint was taken.
 pub fn describe(process: &Process, sources: &[&Source]) -> Result<Host> {
     let seen = |id| as_seen_by(Pid(process.pid), id, clock(id));
     let xstate = &process.threads[0].xstate;
@@ -90,7 +90,7 @@ pub fn describe(process: &Process, sources: &[&Source]) -> Result<Host> {
         xcr0,
         monotonic_ns: seen(libc::CLOCK_MONOTONIC),
         boottime_ns: seen(libc::CLOCK_BOOTTIME),
-        // A time namespace shifts it with the other one.
+        // A time namespace shifts it together with CLOCK_MONOTONIC.
         monotonic_raw_ns: as_seen_by(
             Pid(process.pid),
             libc::CLOCK_MONOTONIC,
@@ -108,11 +108,10 @@ pub fn describe(process: &Process, sources: &[&Source]) -> Result<Host> {
     })
 }
 
-/// In the environment of programs that `ckpt run --cpu-baseline` starts: the name of the level.
+/// Environment variable of programs that `ckpt run --cpu-baseline` starts: the name of the level.
 pub const BASELINE: &str = "CKPT_CPU_BASELINE";
 
-/// What all processes were started to use of the processor: the highest level of any, and no level
-/// if one of them was started without.
+/// The baseline of the job: the highest level of any process, and none if one of them was started without.
 fn baseline(sources: &[&Source]) -> Option<Baseline> {
     let levels = sources.iter().map(|source| {
         let level = variable(source, BASELINE)?;
@@ -121,11 +120,11 @@ fn baseline(sources: &[&Source]) -> Option<Baseline> {
     levels.collect::<Option<Vec<Baseline>>>()?.into_iter().max()
 }
 
-/// With this in the environment, the dynamic linker looks up all functions when a program or library is
-/// loaded (ld.so(8)), not each at its first call.
+/// With this variable the dynamic linker resolves all functions when a program or library is loaded (ld.so(8)), not
+/// at their first call.
 pub const BIND_NOW: &str = "LD_BIND_NOW";
 
-/// A variable of the environment that a process was started with.
+/// A variable of the initial environment of a process.
 fn variable(source: &Source, name: &str) -> Option<Vec<u8>> {
     let environment = std::fs::read(source.dir.join("environ")).ok()?;
     let mut variables = environment.split(|byte| *byte == 0);
@@ -134,8 +133,8 @@ fn variable(source: &Source, name: &str) -> Option<Vec<u8>> {
     Some(value.to_owned())
 }
 
-/// Adds build ids to programs and what is mapped as they are; done when the job runs again. What is mapped shared is
-/// data, and somebody may watch how it is opened (inotify(7)).
+/// Adds build ids to programs and private mappings, after the job runs again. Shared mappings are data, and opening
+/// them may be visible to an inotify(7) watch.
 pub fn read_build_ids(snapshot: &mut Snapshot) {
     let uses = Uses::of(snapshot);
     for (index, file) in snapshot.mapped_files.iter_mut().enumerate() {

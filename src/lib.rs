@@ -1,9 +1,8 @@
 //! Checkpoint and restore of running programs, from outside.
 //!
-//! The way of the data: a live job is frozen ([`ckpt_tracer`]), captured into a
-//! [`Snapshot`](objects::Snapshot) and a stream of pages ([`capture`]), which go into an image
-//! ([`ckpt_image`]). To restart, [`restore`] turns the snapshot into a plan, which the
-//! freestanding restorer executes in the new process.
+//! Data flow: a live job is frozen ([`ckpt_tracer`]), and captured into a [`Snapshot`](objects::Snapshot) and a
+//! stream of pages ([`capture`]), which are stored in an image ([`ckpt_image`]). [`restore`] turns the snapshot into
+//! a plan, which the freestanding restorer executes in the new process.
 
 #![forbid(unsafe_code)]
 

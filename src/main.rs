@@ -1,7 +1,7 @@
-//! `ckpt`: checkpoint, restart and look into running programs. See [`ckpt::cli`].
+//! `ckpt`: checkpoints, restores and inspects running programs. See [`ckpt::cli`].
 //!
-//! The one unsafe thing here is to have a function called before `main`: the runtime of Rust opens standard streams that
-//! are closed before any code of ours runs otherwise (`ckpt_sys::standard`).
+//! The only unsafe code registers a function to be called before `main`: otherwise the runtime of Rust opens closed
+//! standard streams before any code of ours runs (`ckpt_sys::standard`).
 #![allow(unsafe_code)]
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! Decoding that counts the memory which it takes: the length of a section says little of it.
+//! Decoding with a limit of memory: the length of a section says little about it.
 
 use std::cell::Cell;
 use std::fmt;
@@ -9,28 +9,28 @@ use serde::de::{
     SeqAccess, VariantAccess, Visitor,
 };
 
-/// What the allocator needs for itself.
+/// Overhead of the allocator.
 const HEADER: usize = 16;
-/// As much as serde sets aside for a list whose length is known, before it has seen an element.
+/// Preallocation of serde for a list of known length.
 const AHEAD: usize = 1 << 20;
 
 thread_local! {
-    /// Bytes that the decoding at hand may still take; none after it has wanted more.
+    /// Bytes left for the current decoding; `None` after it exceeded them.
     static LEFT: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Why nothing was decoded.
+/// Why decoding failed.
 #[derive(Debug)]
 pub(crate) enum Fault {
-    /// It takes more memory than it may.
+    /// It exceeds the memory limit.
     TooLarge,
     /// The bytes cannot be read.
     Io(io::Error),
-    /// They are something else.
+    /// The contents are invalid.
     Meaning(String),
 }
 
-/// Decodes CBOR. Takes at most `left` bytes of memory, of which what was taken is subtracted.
+/// Decodes CBOR. Uses at most `left` bytes of memory, and subtracts those used.
 pub(crate) fn decode<T: DeserializeOwned>(reader: impl Read, left: &mut u64) -> Result<T, Fault> {
     LEFT.set(Some(*left));
     let decoded = ciborium::from_reader::<Whole<T>, _>(reader);
@@ -63,7 +63,7 @@ struct Metered<T>(T);
 /// A visitor of such a deserializer.
 struct Counting<V> {
     visitor: V,
-    /// What it makes has a size of its own, and is not a part of a record.
+    /// Its result is allocated separately, not as a part of a record.
     grows: bool,
 }
 
@@ -225,7 +225,7 @@ impl<'de, A: SeqAccess<'de>> SeqAccess<'de> for Elements<A> {
         seed: S,
     ) -> Result<Option<S::Value>, A::Error> {
         let size = size_of::<S::Value>();
-        // Beyond what is set aside ahead a list doubles its room.
+        // Beyond the preallocation a list doubles its capacity.
         let ahead = self.access.size_hint();
         let known = ahead.is_some_and(|n| n <= AHEAD / size.max(1));
         let element = self.access.next_element_seed(Metered(seed))?;

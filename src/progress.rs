@@ -1,17 +1,16 @@
-//! How far long work has come.
+//! Progress of long operations.
 
-/// Told about the progress of a checkpoint, a restore or a verification. Calls are cheap and
-/// may come from several threads.
+/// Progress sink of a checkpoint, a restore or a verification. Calls are cheap and may come from several threads.
 pub trait Progress: Sync {
-    /// The amount of work, in bytes, as soon as it is known.
+    /// Sets the total work in bytes, as soon as it is known.
     fn begin(&self, total: u64);
-    /// More bytes are done.
+    /// Adds completed bytes.
     fn advance(&self, bytes: u64);
-    /// Nothing more will come.
+    /// Ends the operation.
     fn end(&self);
 }
 
-/// Tells nobody.
+/// Ignores progress.
 #[derive(Clone, Copy, Debug)]
 pub struct Silent;
 

@@ -1,4 +1,4 @@
-//! The snapshot as a section of the image.
+//! The section of the image that contains the snapshot.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,13 +13,13 @@ use crate::objects::{Snapshot, references};
 pub const SECTION: &str = "snapshot";
 /// Version of the section's contents.
 pub const VERSION: u16 = 2;
-/// More metadata than this is not believed; 10,000 threads make about 34 MB.
+/// Largest metadata that is accepted; 10,000 threads need about 34 MB.
 const LIMIT: u64 = 1 << 30;
-/// As much of it is packed; the rest is stored as it is, so that an image is large where its metadata are.
+/// Compressed part of it; the rest is stored uncompressed, so that an image with large metadata is large.
 const PACKED: usize = 2 << 20;
 
-/// Bytes of memory that looking at an image may take for its snapshot and a plan: with the program itself, and its tables
-/// of the image's pages, at most 64 MiB and four times the image.
+/// Bytes of memory for the snapshot and a plan when an image is inspected: with the program itself, and its tables of
+/// the image's pages, at most 64 MiB and four times the image.
 pub fn allowance(image: &Reader) -> u64 {
     (40 << 20) + 3 * image.bytes()
 }
@@ -39,15 +39,15 @@ pub fn write<W: Write + Send + 'static>(
     writer.section_packed(SECTION, VERSION, &encode(snapshot), PACKED)
 }
 
-/// The snapshot of an image that is looked at, read within its [`allowance`]; what it says fits together.
+/// Reads and checks the snapshot of an image to be inspected, within its [`allowance`].
 ///
 /// # Errors
-/// As [`decode`]; `Metadata` for the first thing that does not fit.
+/// As [`decode`]; `Metadata` for the first inconsistency.
 pub fn read(image: &Reader, path: &Path) -> Result<Snapshot> {
     read_within(&mut allowance(image), image, path)
 }
 
-/// The same of an image of ours, without a limit.
+/// The same for an image of ours, without a limit.
 ///
 /// # Errors
 /// As [`read`].
@@ -55,7 +55,7 @@ pub fn read_unbounded(image: &Reader, path: &Path) -> Result<Snapshot> {
     read_within(&mut u64::MAX.clone(), image, path)
 }
 
-/// The same within `left` bytes of memory, of which what was taken is subtracted; `u64::MAX` is no limit.
+/// The same within `left` bytes of memory, from which those used are subtracted; `u64::MAX` is no limit.
 ///
 /// # Errors
 /// As [`read`].
@@ -70,11 +70,11 @@ pub fn read_within(left: &mut u64, image: &Reader, path: &Path) -> Result<Snapsh
     }
 }
 
-/// Decodes the snapshot of an image, whether it fits together or not.
+/// Decodes the snapshot of an image without checking its consistency.
 ///
 /// # Errors
-/// `TooLarge` when it takes more than is left, or more of it is packed than [`write`](fn@write) packs; `Metadata` when it is none;
-/// those of [`Reader::section_reader`].
+/// `TooLarge` when it needs more memory than is left, or a larger part is compressed than [`write`](fn@write)
+/// compresses; `Metadata` when it is invalid; those of [`Reader::section_reader`].
 pub fn decode(left: &mut u64, image: &Reader, path: &Path) -> Result<Snapshot> {
     let path = path.to_owned();
     let limit = match *left {

@@ -1,9 +1,9 @@
-//! Descriptors and sharing where pidfd_getfd(2) or kcmp(2) is withheld, as in a container: each process
-//! of the frozen job hands out its descriptors itself, and while it does, whoever else shows its
-//! marks shares its table or its directories with it ([`ckpt_tracer::remote::lend`]).
+//! Descriptors and sharing where pidfd_getfd(2) or kcmp(2) is not available, as in a container: each process of the
+//! frozen job sends us its descriptors itself. Meanwhile it is marked, and another process that shows the marks
+//! shares its descriptor table or its directories ([`ckpt_tracer::remote::lend`]).
 //!
-//! Such sharing is refused here, between processes and between threads, since not everything
-//! about it can be told in this way (whether signal actions are shared, for instance).
+//! Sharing detected in this way is refused, between processes and between threads, since it is not known completely
+//! (whether signal actions are shared, for instance).
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -23,10 +23,10 @@ use crate::objects::ipc;
 use crate::objects::job::FrozenJob;
 use crate::objects::source::{Copies, Source};
 
-/// Borrows all descriptors of the job; `withheld` is the call that would do.
+/// Obtains all descriptors of the job; `withheld` is the call that is not available.
 ///
 /// # Errors
-/// [`Error::Refused`] where something is shared that cannot be told apart, or a process cannot be asked.
+/// [`Error::Refused`] for sharing, or if a process cannot make the calls.
 pub(super) fn all(job: &mut FrozenJob, withheld: &str) -> Result<Copies> {
     let (frozen, sources) = job.split();
     if !ipc::no_semaphores() {
@@ -62,12 +62,12 @@ fn refused(source: &Source, what: &str, withheld: &str) -> Error {
     ))
 }
 
-/// What the marks are looked for in.
+/// A marked process.
 struct Marked {
     marks: Marks,
-    /// The link of the mark's descriptor.
+    /// The link of the marking descriptor.
     link: FdLink,
-    /// Where there is memory now that was none.
+    /// An address that is mapped meanwhile.
     memory: RemoteAddr,
 }
 
@@ -89,7 +89,7 @@ fn borrow(
     let umask = read_status(source.dir.clone())?.umask.unwrap_or(0o022);
     let mut calls = RemoteCalls::begin(leader, &cave, scratch)?;
     let mut lent = Vec::with_capacity(fds.len());
-    // Once also without any descriptor, for what is shared.
+    // At least once, without a descriptor if there is none, to detect sharing.
     let mut rest = fds;
     loop {
         let (some, more) = rest.split_at(rest.len().min(lend::AT_ONCE));
@@ -113,7 +113,8 @@ fn borrow(
     Ok(lent)
 }
 
-/// Whoever shares with that process, or does not, other than is usual; as the second half of a sentence.
+/// A process or thread that shares with that process, or does not, other than usual; as the second half of a
+/// sentence.
 fn who_shares(index: usize, sources: &[&Source], marked: Marked) -> Option<String> {
     let source = sources[index];
     let threads = ckpt_tracer::proc::tasks::list_tasks(source.pid).unwrap_or_default();

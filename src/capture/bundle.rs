@@ -1,7 +1,7 @@
-//! `--bundle`: the files that a job needs and does not write go into its image.
+//! `--bundle`: files that a job needs and does not write are stored in its image.
 //!
-//! They are opened while the job is frozen and read when it goes on, so that they add nothing to
-//! the pause. A file that is written meanwhile ends the checkpoint.
+//! They are opened while the job is frozen and read after it continues, so they do not extend the pause. A file that
+//! is written meanwhile fails the checkpoint.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,7 +20,7 @@ use crate::objects::source::Contents;
 use crate::objects::{Snapshot, SpaceId};
 use crate::text::Shown;
 
-/// Files on their way into the image.
+/// Files to be stored in the image.
 pub struct Bundle {
     files: Vec<Opened>,
     next: SpaceId,
@@ -41,8 +41,8 @@ impl Bundle {
         }
     }
 
-    /// Opens everything that is mapped, executed, or open for reading and not written by the job.
-    /// `next` is the first free space.
+    /// Opens everything that is mapped, executed, or open for reading, and not written by the job. `next` is the
+    /// first free space.
     ///
     /// # Errors
     /// [`Error::Refused`] names each file that cannot be read.
@@ -77,7 +77,7 @@ impl Bundle {
         self.files.iter().map(|f| f.identity.size).sum()
     }
 
-    /// Writes them, each contents once.
+    /// Writes them, equal contents once.
     ///
     /// # Errors
     /// [`Error::Refused`] for a file that was written meanwhile, and [`Error::File`].
@@ -130,7 +130,7 @@ impl Opened {
     }
 }
 
-/// What is bundled: regular files with a name that the job does not write.
+/// The files to bundle: regular files with a name that the job does not write.
 fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Path, &FileIdentity)> {
     let written = Written::by(snapshot);
     let mapped = snapshot.mapped_files.iter();

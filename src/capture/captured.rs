@@ -1,4 +1,4 @@
-//! A job whose state is known: its pages go into the image, and it is let go.
+//! A job with captured state: stores its pages and releases it.
 
 use std::io::Write;
 use std::time::Instant;
@@ -16,49 +16,49 @@ use crate::objects::job::FrozenJob;
 use crate::objects::source::Contents;
 use crate::objects::{Snapshot, SpaceId};
 
-/// Where the pages of a process are.
+/// Access to the pages of a process.
 pub(super) struct Pages {
     /// Its mappings.
     pub vmas: Vec<Vma>,
-    /// What finds pages in them.
+    /// Its page tables.
     pub scanner: PagemapScanner,
 }
 
-/// A frozen job, and all of it but its pages.
+/// A frozen job and its state without pages.
 pub(super) struct State {
     /// The job.
     pub job: FrozenJob,
-    /// What was captured.
+    /// Its snapshot.
     pub snapshot: Snapshot,
-    /// Of each process of both.
+    /// For each process of both.
     pub pages: Vec<Pages>,
-    /// What has contents beside them.
+    /// Spaces with other contents.
     pub contents: Vec<(SpaceId, Contents)>,
-    /// The first that nothing has.
+    /// The first free space.
     pub next_space: SpaceId,
     /// See [`Report::warnings`](super::Report).
     pub warnings: Vec<String>,
 }
 
-/// A checkpoint of which all is captured but the pages.
+/// A checkpoint in which everything but pages is captured.
 pub(super) struct Captured<'r> {
-    /// What was asked for.
+    /// The request.
     pub request: &'r Request<'r>,
     /// The header of the image.
     pub header: Header,
-    /// When it began.
+    /// Its start.
     pub begun: Instant,
-    /// How long the job stands still.
+    /// The pause.
     pub pause: Pause,
     /// The job.
     pub state: State,
 }
 
 impl<'r> Captured<'r> {
-    /// Writes the pages of all processes, and what else has contents.
+    /// Writes the pages of all processes, and other contents.
     ///
     /// # Errors
-    /// Those of reading and writing; the job goes on.
+    /// Those of reading and writing; the job continues.
     pub(super) fn write_pages<W: Write + Send + 'static>(
         mut self,
         mut writer: Writer<W>,
@@ -77,7 +77,7 @@ impl<'r> Captured<'r> {
     }
 }
 
-/// A checkpoint whose pages are in the image.
+/// A checkpoint whose pages are stored.
 pub(super) struct Stored<'r, W: Write + Send + 'static> {
     captured: Captured<'r>,
     writer: Writer<W>,
@@ -86,10 +86,10 @@ pub(super) struct Stored<'r, W: Write + Send + 'static> {
 }
 
 impl<'r, W: Write + Send + 'static> Stored<'r, W> {
-    /// Lets the job go on, or holds it where it is not to.
+    /// Releases the job, or keeps it frozen if it is to be stopped or killed.
     ///
     /// # Errors
-    /// Where a task cannot be let go; those of reading and writing files of the bundle.
+    /// When a task cannot be released; those of reading and writing bundled files.
     pub(super) fn release(self) -> Result<Released<'r, W>> {
         let Captured {
             request,

@@ -1,5 +1,4 @@
-//! Whether a process can be checkpointed and restored: everything that stands in the way,
-//! found from outside before anything is touched.
+//! Whether a process can be checkpointed and restored: finds all obstacles from outside, without side effects.
 
 mod access;
 
@@ -27,19 +26,18 @@ use crate::objects::process::{self, Depth, FromOutside};
 use crate::objects::source::{Collector, Copies, Source};
 use crate::objects::zombie::{self, Zombie};
 
-/// All obstacles to a checkpoint of these processes and their descendants, and, if there is none, to a restore of
-/// it here, as it is planned; touches nothing.
+/// All obstacles to a checkpoint of these processes and their descendants, and, if there are none, to the planned
+/// restore of it here. Has no side effects.
 ///
 /// # Errors
-/// When they cannot be looked at.
+/// When they cannot be inspected.
 pub fn findings(roots: &[Pid], choices: &Choices, planned: &Planned<'_>) -> Result<Found> {
     let sight = look_while_it_runs(roots, Depth::Full, choices, Some(planned))?;
     Ok(sight.found)
 }
 
-/// The same before a checkpoint, at a glance: what takes time with the size of the memory is
-/// looked at once only, when the job is frozen. Of a job that does not stand still for long enough
-/// the freeze will tell.
+/// The same before a checkpoint, in brief: what costs time in proportion to the memory is read only once, when the
+/// job is frozen. If the job changes too fast, the rest is found at the freeze.
 pub fn obstacles_at_a_glance(roots: &[Pid], choices: &Choices) -> Result<Vec<Obstacle>> {
     let sight = look_while_it_runs(roots, Depth::Glance, choices, None)?;
     Ok(if sight.steady {
@@ -49,17 +47,16 @@ pub fn obstacles_at_a_glance(roots: &[Pid], choices: &Choices) -> Result<Vec<Obs
     })
 }
 
-/// What a look at a running job has shown.
+/// Result of one inspection of a running job.
 struct Sight {
     found: Found,
     /// Its processes were the same before and after.
     steady: bool,
 }
 
-/// Looks at a job until it stands still under the look, for a while. Who has just been born looks like
-/// somebody outside the job to those that were there before, and one that ends loses what it
-/// has piece by piece; so what was found is believed if it is found twice in the same processes,
-/// and so are errors.
+/// Inspects a job until its processes stay the same meanwhile, for a limited time. A new process may look like one
+/// outside the job, and one that is ending loses its state bit by bit. So findings count, and errors too, when they
+/// occur twice with the same processes.
 fn look_while_it_runs(
     roots: &[Pid],
     depth: Depth,
@@ -70,7 +67,7 @@ fn look_while_it_runs(
     let mut last: Option<(Family, Vec<Obstacle>)> = None;
     for number in 0.. {
         for &root in roots {
-            // An adopted one may have ended since it was found.
+            // An adopted process may have ended since it was found.
             if let Err(obstacle) = accessible(root)
                 && (root == roots[0] || !is_ending(root))
             {
@@ -137,7 +134,7 @@ fn look(
         Err(e) => return denial(e, &family.living).map(refused),
     };
     let obstacles = std::mem::take(&mut collector.obstacles);
-    // Without copies of the descriptors nothing is known of what they are to become.
+    // Without duplicates of the descriptors their restore cannot be planned.
     let planned = planned.filter(|_| matches!(collector.copies, Copies::Taken));
     match planned.filter(|_| obstacles.is_empty()) {
         Some(planned) => planned.look(&all, outside, &family.ended, &mut collector),
@@ -160,7 +157,7 @@ fn look_at_all(
     clocks_of_their_own(sources, collector);
     let outside = process::capture_from_outside(sources, depth, collector)?;
     if matches!(collector.copies, Copies::Taken) {
-        // A process whose parent has just waited for it is none of the job's any more.
+        // A process that its parent has just reaped is not part of the job any more.
         let zombies = ended.iter().filter_map(|pid| zombie::capture(*pid).ok());
         let zombies: Vec<Zombie> = zombies.collect();
         let kin = kin::of_all(sources, &outside, collector)?;
@@ -174,7 +171,7 @@ fn look_at_all(
     Ok(outside)
 }
 
-/// What processes may share beyond what a fork leaves them sharing.
+/// What processes may share, beyond what a fork leaves shared.
 const SHARED: [(KcmpType, &str); 5] = [
     (KcmpType::Vm, "its memory (CLONE_VM)"),
     (KcmpType::Files, "its table of descriptors (CLONE_FILES)"),
@@ -186,7 +183,7 @@ const SHARED: [(KcmpType, &str); 5] = [
     ),
 ];
 
-/// Processes that share such things. What is shared with the parent can be made again and is noted.
+/// Finds processes that share these things. Sharing with the parent can be restored and is recorded.
 pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Result<()> {
     let leaders: Vec<Tid> = sources.iter().map(|s| s.pid.leader()).collect();
     for (what, name) in SHARED {
@@ -228,8 +225,8 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
     Ok(())
 }
 
-/// Tasks that share no adjustments (semop(2)) have no list of them in common. Who has entered another
-/// user's namespace may not compare with itself; without semaphores there is nothing to adjust.
+/// Two tasks without an undo list (semop(2)) share none. After setns(2) into another user namespace we may not
+/// compare ourselves; without semaphores there is nothing to adjust.
 fn may_share_adjustments(task: Tid) -> Result<bool> {
     match has_undo_list(task) {
         Err(TracerError::Kernel {
@@ -240,8 +237,8 @@ fn may_share_adjustments(task: Tid) -> Result<bool> {
     }
 }
 
-/// Processes whose clocks are not those of the first one, or not those that their children will have:
-/// a restore gives all the same (time_namespaces(7)).
+/// Refuses processes whose clocks differ from the first one's, or from those of their future children: a restore sets
+/// the same for all (time_namespaces(7)).
 fn clocks_of_their_own(sources: &[&Source], collector: &mut Collector) {
     let namespace = |source: &Source, name: &str| {
         let path = source.dir.join("ns").join(name);
@@ -260,8 +257,7 @@ fn clocks_of_their_own(sources: &[&Source], collector: &mut Collector) {
     }
 }
 
-/// What a process shares with its parent, who does not belong to the job. Of one that we may not look
-/// into it is not known.
+/// Refuses a process that shares with a parent outside the job. Unknown if we may not trace the parent.
 fn shared_with_outsider(source: &Source, collector: &mut Collector) {
     let (pid, parent) = (source.pid.leader(), source.status.ppid);
     let same = |what| kcmp(pid, parent.leader(), what).is_ok_and(Ordering::is_eq);
@@ -277,8 +273,7 @@ fn shared_with_outsider(source: &Source, collector: &mut Collector) {
     }
 }
 
-/// Whether the process is on its way out, or gone. It loses its memory and its descriptors some time
-/// before it is a zombie.
+/// Whether the process is ending or has ended. It loses its memory and its descriptors before it becomes a zombie.
 fn is_ending(pid: Pid) -> bool {
     /// `linux/sched.h`.
     const PF_EXITING: u32 = 0x4;
@@ -287,7 +282,7 @@ fn is_ending(pid: Pid) -> bool {
     })
 }
 
-/// What of the process's own state is in the way.
+/// Obstacles in the process's own state.
 pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> {
     let tids = tasks::list_tasks(source.pid)?;
     lives_elsewhere(source, &tids, collector)?;
@@ -304,7 +299,7 @@ pub fn inside_the_job(source: &Source, collector: &mut Collector) -> Result<()> 
     Ok(())
 }
 
-/// The part of it that may be otherwise by the time a job is frozen that did not stand still before.
+/// The part of them that may have changed until the freeze, if the job was changing.
 pub fn lives_elsewhere(source: &Source, tids: &[Tid], collector: &mut Collector) -> Result<()> {
     if is_32_bit(source) {
         let reason = "is a 32-bit program, which is not supported";
@@ -351,17 +346,16 @@ fn refuse(source: &Source, reason: String, remedy: Option<&str>, collector: &mut
     });
 }
 
-/// Kinds of namespaces in which the process is elsewhere than we are. The restored process is
-/// in those of `restore`, so it would find itself in other surroundings.
+/// Kinds of namespaces that the process does not share with us. The restored process would be in those of `restore`.
 fn other_namespaces(source: &Source) -> Result<Vec<String>> {
     match namespaces::others(&source.dir) {
-        // Told by whatever else needs the right to look into the process.
+        // Permission to trace the process is checked elsewhere.
         Err(TracerError::Proc { source, .. }) if source.raw_os_error() == Some(libc::EACCES) => {
             Ok(Vec::new())
         }
         Ok(mut kinds) => {
             let own = |kind: &String| namespaces::OWN.contains(&kind.as_str());
-            // With a pid namespace these would be entered if it were not for the others.
+            // Together with a pid namespace these could be entered, but not with the others.
             if kinds.iter().any(|kind| kind == "pid") && !kinds.iter().all(own) {
                 kinds.retain(|kind| !own(kind));
             }
@@ -379,8 +373,8 @@ fn nsenter_option(kind: &str) -> &str {
     }
 }
 
-/// What a thread does not share with the first one, though threads do as a rule: it was created
-/// without CLONE_FILES or CLONE_FS, or left by unshare(2).
+/// What a thread does not share with the first one: it was created without CLONE_FILES or CLONE_FS, or called
+/// unshare(2).
 fn own_table(pid: Pid, tid: Tid) -> Result<Option<&'static str>> {
     for (what, name) in [
         (KcmpType::Files, "a table of descriptors"),
@@ -400,7 +394,7 @@ fn own_table(pid: Pid, tid: Tid) -> Result<Option<&'static str>> {
     Ok(None)
 }
 
-/// A program without a 64-bit auxiliary vector and code segment: told by the executable.
+/// Whether auxiliary vector and code segment are 32-bit, by the executable.
 fn is_32_bit(source: &Source) -> bool {
     let mut ident = [0; 5];
     std::fs::File::open(source.dir.join("exe"))

@@ -1,4 +1,4 @@
-//! Pages that a forked process still has in common with its parent: they are stored once.
+//! Pages that a forked process shares with its parent are stored once.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,8 +12,8 @@ use crate::objects::memory::{intersect, join};
 
 /// Bytes compared at a time.
 const BATCH: u64 = 1 << 20;
-/// `PM_MMAP_EXCLUSIVE`: nobody else has the page (Documentation/admin-guide/mm/pagemap.rst). It is
-/// shown without privilege, unlike the page's number.
+/// `PM_MMAP_EXCLUSIVE`: no other process maps the page (Documentation/admin-guide/mm/pagemap.rst). Visible without
+/// privilege, unlike the page's number.
 const EXCLUSIVE: u64 = 1 << 56;
 
 /// Compares a child with its parent.
@@ -22,8 +22,7 @@ pub(super) struct Comparison<'a> {
     pub parent: &'a ProcessMemory,
     /// The child's.
     pub child: &'a ProcessMemory,
-    /// Where both have something of the same origin: pages that the parent has, in mappings that
-    /// came over with the fork. Ascending.
+    /// Ranges of common origin: pages of the parent, in mappings inherited by the fork. Ascending.
     pub common: Vec<(u64, u64)>,
     /// `/proc/PID/pagemap` of the child; without it contents alone decide.
     pub pagemap: Option<File>,
@@ -32,9 +31,9 @@ pub(super) struct Comparison<'a> {
 /// Pages of the child, in two parts.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Split {
-    /// Those to be stored.
+    /// To be stored.
     pub own: Vec<(u64, u64)>,
-    /// Those that are as in the parent.
+    /// Equal to the parent's.
     pub inherited: Vec<(u64, u64)>,
 }
 
@@ -44,7 +43,7 @@ impl Comparison<'_> {
         File::open(child.join("pagemap")).ok()
     }
 
-    /// Splits pages of the child (ascending) into its own and its parent's.
+    /// Splits pages of the child (ascending) into its own and those equal to its parent's.
     pub(super) fn split(&self, pages: &[(u64, u64)]) -> Result<Split> {
         let mut inherited = Vec::new();
         for (mut at, end) in intersect(pages, &self.common) {

@@ -1,4 +1,4 @@
-//! The end of a job that has been checkpointed with `--kill`.
+//! Ends a job that has been checkpointed with `--kill`.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -12,30 +12,31 @@ use crate::error::Result;
 use crate::objects::job::FrozenJob;
 use crate::objects::source::Source;
 
-/// All at once, so that none sees the end of another one, and children first: a parent's end would orphan a process group with a
-/// stopped child in it, which is told to everything in that group, us too, by SIGHUP (`kill_orphaned_pgrp`, kernel/exit.c).
+/// Kills all before any is reaped, so that none sees the end of another, and children first: the end of a parent
+/// would orphan a process group with a stopped child, and everything in that group, including us, would get SIGHUP
+/// (`kill_orphaned_pgrp`, kernel/exit.c).
 pub(super) fn kill(mut job: FrozenJob) -> Result<()> {
     let groups = job.groups.take();
     for source in job.sources().into_iter().rev() {
         match source.pidfd.signal(libc::SIGKILL) {
-            // Ended by the end of another one, in a pid namespace.
+            // In a pid namespace, killed by the end of its first process.
             Ok(()) | Err(ckpt_tracer::Error::Died { .. }) => {}
             Err(e) => return Err(e.into()),
         }
     }
-    // Of each process all but the first, whose end is its parent's to know.
+    // All threads but the leaders, whose end is reported to their parents.
     let threads = job.processes.iter().flat_map(|p| &p.frozen.tasks()[1..]);
     let tids: Vec<Tid> = threads.map(Stopped::tid).collect();
     let sources = job.thaw()?;
-    // Version 1 would freeze what has not ended yet, for ever.
+    // Version 1 would freeze processes that have not ended yet, forever.
     await_end(&sources, tids);
     drop(groups);
     Ok(())
 }
 
-/// A process that was killed has its pid, its names and its memory until the kernel has taken it apart.
-/// A restore that comes at once shall find them free. It awaits itself what takes longer. A process ends
-/// when its threads have been waited for, and those that were traced when they were killed are ours.
+/// Waits for the end of the threads: a killed process keeps its pid, its names and its memory until the kernel has
+/// released them, and an immediate restore should find them free. For longer delays `restore` waits itself. A process
+/// ends after its threads have been reaped, and those that were traced when they were killed are reaped by us.
 fn await_end(sources: &[Source], mut tids: Vec<Tid>) {
     let give_up = Instant::now() + Duration::from_secs(10);
     let flags = libc::WNOHANG | libc::__WALL;

@@ -1,4 +1,4 @@
-//! The freeze, and what is captured of a job that stands still.
+//! The freeze, and the capture of a frozen job.
 
 use ckpt_tracer::kcmp;
 use ckpt_tracer::proc::status::{read_status, read_task};
@@ -22,7 +22,7 @@ use crate::objects::seccomp::surroundings::Surroundings;
 use crate::objects::source::{Collector, Patience};
 use crate::objects::{aio, zombie};
 
-/// A job of which every task is stopped, and nothing is captured.
+/// A job whose tasks are all stopped; nothing is captured yet.
 pub(super) struct Frozen<'r> {
     request: &'r Request<'r>,
     job: FrozenJob,
@@ -32,7 +32,7 @@ impl<'r> Frozen<'r> {
     /// Freezes the job.
     ///
     /// # Errors
-    /// Those of the freeze; the job goes on.
+    /// Those of the freeze; the job continues.
     pub(super) fn freeze(request: &'r Request<'r>) -> Result<Self> {
         let groups = request.frozen_groups.as_ref().map(Thawed::begin);
         let groups = groups.transpose()?;
@@ -42,15 +42,15 @@ impl<'r> Frozen<'r> {
         Ok(Self { request, job })
     }
 
-    /// Captures all but its pages.
+    /// Captures everything but pages.
     ///
     /// # Errors
-    /// [`Error::Refused`] for what stands in the way; the job goes on.
+    /// [`Error::Refused`] for obstacles; the job continues.
     pub(super) fn capture(self, patience: Patience) -> Result<State> {
         let Self { request, mut job } = self;
         let mut collector = Collector::default();
         let statuses = filters_in_force(&job, &mut collector)?;
-        // Of a job that does not stand still this is seen only now.
+        // If the job was changing, this was not checked before.
         for Member { frozen, source } in &job.processes {
             let tids: Vec<Tid> = frozen.tasks().iter().map(|task| task.tid()).collect();
             check::lives_elsewhere(source, &tids, &mut collector)?;
@@ -59,11 +59,11 @@ impl<'r> Frozen<'r> {
             return Err(Error::Refused(collector.obstacles));
         }
         for Member { frozen, source } in &job.processes {
-            // Of all, before anybody's memory is looked at: it may be that of several.
+            // For all processes, before any memory is read: processes may share it.
             withdraw_dispatch(frozen.tasks(), &source.mem)?;
         }
         let (mut collector, mut outside) = look(&mut job, request, patience)?;
-        // What a request was still writing may be in files and in memory that were just looked at.
+        // A request that was still writing may have changed files and memory already read.
         if aio::settle(&mut job, &outside, &collector)? {
             (collector, outside) = look(&mut job, request, patience)?;
         }
@@ -121,7 +121,7 @@ impl<'r> Frozen<'r> {
             let others = brought_in().into_iter().filter(|pid| !of_the_job(pid));
             warnings.extend(others.map(not_of_the_job));
         }
-        // What could not be brought about again is refused now, not at the restore.
+        // What could not be restored is refused now, not at the restore.
         births::decide(&snapshot).map_err(Error::Refused)?;
         Ok(State {
             job,
@@ -134,8 +134,8 @@ impl<'r> Frozen<'r> {
     }
 }
 
-/// Suspends seccomp filters where we may. Else they must be those that we are under, in every task
-/// as it is now: it may have added some since it was looked at first.
+/// Suspends seccomp filters if permitted. Otherwise they must be ours, in every task as it is now: it may have added
+/// filters since the first check.
 fn filters_in_force(job: &FrozenJob, collector: &mut Collector) -> Result<Statuses> {
     let mut statuses = Statuses::new();
     for Member { frozen, source } in &job.processes {
@@ -155,7 +155,7 @@ fn filters_in_force(job: &FrozenJob, collector: &mut Collector) -> Result<Status
     Ok(statuses)
 }
 
-/// All that can be seen from outside of a frozen job in whose way nothing is.
+/// Captures everything visible from outside of a frozen job without obstacles.
 fn look(
     job: &mut FrozenJob,
     request: &Request<'_>,
@@ -182,8 +182,8 @@ fn look(
     Ok((collector, outside))
 }
 
-/// Processes of our pid namespace whose parents are outside of it, but for ourselves and those that
-/// came with us: nobody who was born inside has none.
+/// Processes of our pid namespace whose parents are outside, other than ourselves and those that entered with us:
+/// processes created inside always have a parent inside.
 fn brought_in() -> Vec<Pid> {
     let me = Pid::own();
     let alive =

@@ -1,15 +1,14 @@
-//! A live job becomes an image: the order of the work, and the freeze window.
+//! Checkpoint of a live job into an image: the order of the work, and the freeze window.
 //!
-//! A checkpoint goes through phases. Each is a type, and the way to the next one is a function that takes it: so no
-//! phase is left out, and whoever drops one lets the job go on, as it was.
+//! A checkpoint goes through phases. Each is a type, and the next one is reached by a function that consumes it: so
+//! no phase can be skipped, and dropping one lets the job continue as it was.
 //!
-//! 1. `Prepared`: nothing that shows from outside stands in the way; the job runs. The place for the image is opened.
+//! 1. `Prepared`: there are no obstacles visible from outside; the job runs. The image file is opened.
 //! 2. `Frozen`: every task is stopped.
-//! 3. `Captured`: its state is known. Its pages are read; compression and writing go on beside.
-//! 4. `Stored`: they are in the image.
-//! 5. `Released`: the job goes on, or is held (see [`After`]). The metadata is written.
-//! 6. `Whole`: the image is complete, and committed by whoever has its file. The job that was held is ended, or
-//!    left stopped.
+//! 3. `Captured`: its state is captured. Its pages are read; compression and writing run concurrently.
+//! 4. `Stored`: the pages are in the image.
+//! 5. `Released`: the job continues, or is kept frozen (see [`After`]). The metadata is written.
+//! 6. `Whole`: the image is complete, and committed by the owner of the file. A frozen job is killed or left stopped.
 
 use std::fs::File;
 use std::io::Write;
@@ -45,65 +44,64 @@ mod released;
 pub mod seen;
 mod stored;
 
-/// What becomes of the job after its checkpoint.
+/// What to do with the job after its checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum After {
-    /// It goes on.
+    /// Let it continue.
     #[default]
     Continue,
-    /// It is left stopped, as by SIGSTOP, once the image is complete and synced.
+    /// Leave it stopped, as by SIGSTOP, once the image is complete and synced.
     Stop,
-    /// It is killed, once the image is complete and synced.
+    /// Kill it, once the image is complete and synced.
     Kill,
 }
 
-/// A wish for a checkpoint.
+/// A request for a checkpoint.
 pub struct Request<'a> {
-    /// The process: it and all that descend from it are the job.
+    /// The root process; it and all its descendants are the job.
     pub pid: Pid,
-    /// The way to its guard, if it has one.
+    /// The connection to its guard, if it has one.
     pub guard: Option<&'a Door>,
-    /// Further processes that belong to the job with their descendants, though another process
-    /// has adopted them.
+    /// Further processes that belong to the job with their descendants, though another process has adopted them.
     pub adopted: Vec<Pid>,
-    /// What it has to itself, as seen from outside of that.
+    /// Its own namespaces, as seen from outside.
     pub namespaces: Namespaces,
-    /// Its supplementary groups as they are outside, if it has a user namespace to itself.
+    /// Its supplementary groups as seen from outside, if it has its own user namespace.
     pub groups: Vec<u32>,
-    /// How pages are compressed.
+    /// Compression of pages.
     pub codec: Codec,
-    /// What becomes of the job.
+    /// What to do with the job afterwards.
     pub after: After,
-    /// Open files whose contents go into the image.
+    /// Open files whose contents are stored.
     pub save_files: SaveFiles,
-    /// Programs, libraries and files that the job only reads go into the image as well.
+    /// Whether to store programs, libraries and files that the job only reads.
     pub bundle: bool,
-    /// Whether anything stands in the way of a restore is looked at before the image has its name.
+    /// Whether to check for obstacles to a restore before the image gets its name.
     pub check: bool,
-    /// Looks at the image.
+    /// Checks the image.
     pub prover: Option<&'a dyn Prove>,
-    /// The job is restored from the image in namespaces of its own, and compared, before anything else.
+    /// Whether to restore the job from the image in new namespaces first, and compare.
     pub rehearse: bool,
-    /// It is such a copy: what goes with its IPC namespace is not missed.
+    /// Whether the job is such a copy, whose IPC namespace may be lost.
     pub is_copy: bool,
-    /// Descriptors that do not go into the image.
+    /// Descriptors to drop or replace.
     pub choices: Choices,
-    /// The job's frozen control groups, to be thawed for the checkpoint.
+    /// The job's frozen control groups, which may be thawed for the checkpoint.
     pub frozen_groups: Option<Thawable>,
-    /// Who is told how far it is.
+    /// Progress sink.
     pub progress: &'a dyn Progress,
 }
 
 impl Request<'_> {
-    /// The root of the job, and what was adopted.
+    /// The root of the job, and adopted processes.
     fn roots(&self) -> Vec<Pid> {
         let mut roots = vec![self.pid];
         roots.extend(&self.adopted);
         roots
     }
 
-    /// Nothing stands in the way of a restore from that image but what an option of `restore` settles,
-    /// which is told.
+    /// Checks for obstacles to a restore from that image. Those that an option of `restore` resolves are returned as
+    /// notes.
     fn prove(&self, image: &File, name: &Path) -> Result<Vec<String>> {
         let Some(prover) = self.prover else {
             return Ok(Vec::new());
@@ -111,7 +109,7 @@ impl Request<'_> {
         let mut told = Vec::new();
         if self.check {
             let found = prover.obstacles(image, name)?;
-            // What a job that goes on has done to its files since, it will go on doing.
+            // A job that continues will go on changing its files.
             let runs = self.after == After::Continue;
             let (notes, obstacles): (Vec<_>, Vec<_>) =
                 found.into_iter().partition(|o| o.by_option || runs);
@@ -131,12 +129,12 @@ impl Request<'_> {
     }
 }
 
-/// How long the job stands still.
+/// The duration for which the job is stopped.
 #[derive(Clone, Copy, Debug)]
 struct Pause {
-    /// In attempts that have failed.
+    /// In failed attempts.
     before: Duration,
-    /// In this one, since then.
+    /// Start of the current attempt.
     since: Instant,
 }
 
@@ -146,7 +144,7 @@ impl Pause {
     }
 }
 
-/// What a checkpoint was.
+/// Summary of a checkpoint.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// The process's name.
@@ -161,20 +159,20 @@ pub struct Report {
     pub memory_bytes: u64,
     /// Bytes of the image.
     pub image_bytes: u64,
-    /// Time in all.
+    /// Total time.
     pub total: Duration,
     /// Time during which the job's tasks did not run.
     pub paused: Duration,
     /// The image, unless it went to a pipe.
     pub path: Option<PathBuf>,
-    /// What the user should know of a checkpoint that succeeded, one sentence each.
+    /// Warnings of a successful checkpoint, one sentence each.
     pub warnings: Vec<String>,
 }
 
-/// Checkpoints into a file: complete and synced when this returns, or not there at all.
+/// Checkpoints to a file: complete and synced on return, or absent.
 ///
 /// # Errors
-/// What stands in the way; [`Error::Image`] where the file cannot be written. The job goes on.
+/// Obstacles; [`Error::Image`] when the file cannot be written. The job continues.
 pub fn to_file(request: &Request<'_>, path: &Path) -> Result<Report> {
     let prepared = Prepared::new(request)?;
     let file = ImageFile::create(path)?;
@@ -196,7 +194,7 @@ fn to_image_file(prepared: Prepared<'_>, file: ImageFile, path: &Path) -> Result
     whole.end()
 }
 
-/// The writer does not know where its bytes go, but whoever reads the message has to.
+/// Adds the file's path, which the writer does not know.
 fn named(error: Error, path: &Path) -> Error {
     match error {
         Error::Image(ckpt_image::Error::Sink { source }) => Error::Image(ckpt_image::Error::Io {
@@ -208,9 +206,9 @@ fn named(error: Error, path: &Path) -> Error {
     }
 }
 
-/// Checkpoints into a stream. With [`After::Stop`] and [`After::Kill`] "complete" means that
-/// everything was written without error, and what is looked at before is an image without pages: if
-/// something stands in the way of its restore, the stream ends before it is an image.
+/// Checkpoints to a stream. With [`After::Stop`] and [`After::Kill`] "complete" means that everything was written
+/// without error, and the check is done on an image without pages: if there is an obstacle to its restore, the stream
+/// ends incomplete.
 ///
 /// # Errors
 /// As [`to_file`].
@@ -229,7 +227,7 @@ pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Re
     whole.end()
 }
 
-/// As far as everything is written but the metadata.
+/// Up to the point where everything but the metadata is written.
 fn released<'r, W: Write + Send + 'static>(
     prepared: Prepared<'r>,
     sink: W,

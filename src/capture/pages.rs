@@ -1,4 +1,4 @@
-//! Pages on their way into the image.
+//! Writes pages to the image.
 
 use std::fs::File;
 use std::io::Write;
@@ -21,15 +21,15 @@ pub const PAGE: usize = 4096;
 /// How pages of a mapping are read.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
-    /// Pages of zeros are left out, since that is what pages are there by default.
+    /// Whether zero pages are left out, because absent pages are zero.
     pub zero_is_default: bool,
-    /// Other processes may have the same pages since a fork. process_vm_readv(2) pins pages, and
-    /// the kernel gives the process copies of its own first (`gup_must_unshare`, mm/internal.h),
-    /// with which the job would grow; reading `/proc/PID/mem` leaves them shared.
+    /// Whether other processes may share the pages since a fork. process_vm_readv(2) pins pages, and the kernel first
+    /// unshares them (`gup_must_unshare`, mm/internal.h), so the job would grow; reading `/proc/PID/mem` leaves them
+    /// shared.
     pub shared: bool,
 }
 
-/// Collects pages into chunks and hands full chunks to the writer.
+/// Collects pages into chunks and submits full chunks to the writer.
 pub struct PageSink<'a, W: Write + Send + 'static> {
     writer: &'a mut Writer<W>,
     chunk: Chunk,
@@ -38,7 +38,7 @@ pub struct PageSink<'a, W: Write + Send + 'static> {
 }
 
 impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
-    /// A sink in front of a writer.
+    /// A sink for a writer.
     pub fn new(writer: &'a mut Writer<W>, progress: &'a dyn Progress) -> Self {
         let chunk = writer.chunk();
         Self {
@@ -49,12 +49,12 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         }
     }
 
-    /// Bytes of pages that went into the image so far.
+    /// Bytes of pages stored so far.
     pub fn stored(&self) -> u64 {
         self.stored
     }
 
-    /// Takes ranges of a process's memory.
+    /// Stores ranges of a process's memory.
     pub fn memory(
         &mut self,
         mem: &ProcessMemory,
@@ -66,8 +66,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         self.views(mem, space, views, how)
     }
 
-    /// Takes memory that shows an object at other offsets than its addresses:
-    /// (offset, address, bytes).
+    /// Stores memory that maps an object at other offsets than its addresses: (offset, address, bytes).
     fn views(
         &mut self,
         mem: &ProcessMemory,
@@ -115,7 +114,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
             false => mem::append_vm(mem.pid(), &pieces, &mut self.chunk.data)?,
         };
         if got < total {
-            // PROT_NONE and its like: page protections are overridden by /proc/PID/mem.
+            // PROT_NONE and the like: /proc/PID/mem overrides page protections.
             self.chunk.data.resize(from + total, 0);
             let mut at = 0;
             for &(address, len) in &pieces {
@@ -133,7 +132,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         Ok(())
     }
 
-    /// Enters the runs of what was read, dropping pages of zeros where they are the default.
+    /// Adds the runs that were read, without zero pages where zero is the default.
     fn note(
         &mut self,
         space: SpaceId,
@@ -178,11 +177,11 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         Ok(())
     }
 
-    /// Takes the contents of a space that is not an address space.
+    /// Stores the contents of a space that is not an address space.
     pub fn contents(&mut self, space: SpaceId, contents: &Contents) -> Result<()> {
         match contents {
             Contents::File(file, size) => self.file(space, (file, *size), next_data),
-            // As if it had no holes.
+            // Without searching holes.
             Contents::Held(file, size) => {
                 let rest = |_: &File, from, size| (from < size).then_some((from, size));
                 self.file(space, (file, *size), rest)
@@ -203,7 +202,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         }
     }
 
-    /// Takes the contents of a System V segment, attached for the purpose.
+    /// Stores the contents of a System V segment, which is attached temporarily.
     fn segment(&mut self, space: SpaceId, id: i32, size: u64) -> Result<()> {
         let attached = Attached::new(id, size, false).map_err(|errno| Error::File {
             what: "attach",
@@ -228,7 +227,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         Ok(())
     }
 
-    /// Takes a file's data, of which `next` finds the stretch at or after an offset; holes stay holes.
+    /// Stores a file's data; `next` finds the next data range at or after an offset. Holes stay holes.
     fn file(
         &mut self,
         space: SpaceId,
@@ -264,7 +263,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         Ok(())
     }
 
-    /// Hands over what is left; returns the bytes of pages stored in all.
+    /// Submits the last chunk; returns the bytes of pages stored in all.
     pub fn finish(mut self) -> Result<u64> {
         let last = std::mem::take(&mut self.chunk);
         self.stored += last.data.len() as u64;
@@ -280,7 +279,7 @@ fn read_up_to(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::Res
             read => read,
         };
         match read {
-            // Shrunk meanwhile: what is gone reads as zeros.
+            // Truncated meanwhile: the missing part reads as zeros.
             Ok(0) => return Ok(()),
             Ok(n) => {
                 into = &mut into[n..];
@@ -293,8 +292,8 @@ fn read_up_to(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::Res
     Ok(())
 }
 
-/// The same of one page, or less at the end: through a descriptor of the job's with O_DIRECT the kernel may read whole pages only,
-/// into memory at the address of one (open(2)).
+/// Reads one page, or less at the end: through a descriptor of the job's with O_DIRECT the kernel may only read whole
+/// pages, into aligned memory (open(2)).
 fn read_page(file: &File, into: &mut [u8], offset: u64) -> std::io::Result<usize> {
     let mut room = vec![0; 2 * PAGE];
     let at = room.as_ptr().align_offset(PAGE);
@@ -307,7 +306,7 @@ fn read_page(file: &File, into: &mut [u8], offset: u64) -> std::io::Result<usize
     Ok(there.len())
 }
 
-/// The next stretch of data at or after `from`; all of it where the file system cannot tell.
+/// The next data range at or after `from`; everything if the file system does not report holes.
 fn next_data(file: &File, from: u64, size: u64) -> Option<(u64, u64)> {
     use nix::errno::Errno;
     if from >= size {
@@ -323,7 +322,7 @@ fn next_data(file: &File, from: u64, size: u64) -> Option<(u64, u64)> {
     }
 }
 
-/// Whether a page holds nothing but zeros; a page of data is told by its first words.
+/// Whether a page is all zeros; for a data page the first words usually decide.
 fn is_zero(page: &[u8]) -> bool {
     page.chunks_exact(64)
         .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
@@ -336,7 +335,7 @@ mod tests {
     #[test]
     fn a_file_with_o_direct_is_read_to_its_end() {
         use std::os::unix::fs::OpenOptionsExt;
-        // Not on a tmpfs, which asks for no alignment.
+        // Not on a tmpfs, which requires no alignment.
         let path = std::env::current_exe().unwrap().with_extension("direct");
         let bytes: Vec<u8> = (0..2 * PAGE + 700).map(|at| (at % 251) as u8).collect();
         std::fs::write(&path, &bytes).unwrap();

@@ -1,4 +1,4 @@
-//! Before the freeze, and the attempts at it.
+//! Before the freeze, and repeated attempts at it.
 
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,14 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::objects::source::{Patience, Source};
 
-/// How often a checkpoint is begun anew while something is in the way that passes; the job runs in between.
+/// Most attempts of a checkpoint while there are transient obstacles; the job runs in between.
 const ATTEMPTS: u32 = 10;
-/// When the job has stood still for so long in all, the next attempt is the last.
+/// When the job has been stopped for this time in total, the next attempt is the last.
 const MOST_PAUSED: Duration = Duration::from_secs(4);
-/// Time that the job has between two attempts.
+/// Running time of the job between two attempts.
 const BETWEEN: Duration = Duration::from_millis(30);
 
-/// A checkpoint in whose way nothing stands that shows from outside; the job runs.
+/// A checkpoint without obstacles visible from outside; the job runs.
 pub(super) struct Prepared<'r> {
     request: &'r Request<'r>,
     header: Header,
@@ -26,10 +26,10 @@ pub(super) struct Prepared<'r> {
 }
 
 impl<'r> Prepared<'r> {
-    /// Looks at the job from outside.
+    /// Inspects the job from outside.
     ///
     /// # Errors
-    /// [`Error::Refused`] for what stands in the way and does not pass.
+    /// [`Error::Refused`] for obstacles that are not transient.
     pub(super) fn new(request: &'r Request<'r>) -> Result<Self> {
         let begun = Instant::now();
         refuse_obstacles(request)?;
@@ -42,7 +42,7 @@ impl<'r> Prepared<'r> {
         })
     }
 
-    /// What was asked for.
+    /// The request.
     pub(super) fn request(&self) -> &'r Request<'r> {
         self.request
     }
@@ -52,10 +52,10 @@ impl<'r> Prepared<'r> {
         &self.header
     }
 
-    /// Freezes the job and captures all but its pages, again where something is in the way that passes.
+    /// Freezes the job and captures everything but pages; repeats that for transient obstacles.
     ///
     /// # Errors
-    /// Those of the last attempt; the job goes on.
+    /// Those of the last attempt; the job continues.
     pub(super) fn capture(self) -> Result<Captured<'r>> {
         let request = self.request;
         let mut attempts = 0;
@@ -96,7 +96,7 @@ fn refuse_obstacles(request: &Request<'_>) -> Result<()> {
         Ok(())
     } else {
         let found = Error::Refused(obstacles);
-        // The frozen job will tell.
+        // Decided again when the job is frozen.
         if found.is_passing() {
             Ok(())
         } else {

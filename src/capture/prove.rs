@@ -1,4 +1,4 @@
-//! Whether an image becomes the job again, asked while the job still lives.
+//! Whether the job can be restored from an image, checked while the job is alive.
 
 use std::fs::File;
 use std::path::Path;
@@ -7,28 +7,27 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Difference, Obstacle, Result};
 
-/// What looks at images in the place where `restore` will be called.
+/// Checks images where `restore` will be called.
 pub trait Prove {
-    /// What stands in the way of a restore from `image`, whose job is frozen and will be gone: what its
-    /// processes hold counts as free. `name` is for messages.
+    /// Obstacles to a restore from `image`, whose job is frozen and will have ended: objects that its processes hold
+    /// count as free. `name` is for messages.
     ///
     /// # Errors
-    /// When the image cannot be read or believed, or whoever is asked was killed.
+    /// When the image is unreadable or invalid, or the checking process was killed.
     fn obstacles(&self, image: &File, name: &Path) -> Result<Vec<Obstacle>>;
 
-    /// In what a job that is restored from `image`, stopped and in namespaces of its own, differs from the
-    /// one that is in it.
+    /// Differences between the job in `image` and a copy restored from it, stopped and in new namespaces.
     ///
     /// # Errors
     /// When it cannot be restored there.
     fn rehearsal(&self, image: &File, name: &Path) -> Result<Rehearsal>;
 }
 
-/// What a rehearsal has shown.
+/// Result of a rehearsal.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Rehearsal {
-    /// In what the copy differs.
+    /// Differences of the copy.
     pub differences: Vec<Difference>,
-    /// What a restore by this user has to do without, one sentence each.
+    /// What a restore by this user cannot restore, one sentence each.
     pub warnings: Vec<String>,
 }

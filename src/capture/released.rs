@@ -1,4 +1,4 @@
-//! A job that was let go, or is held: its image is completed.
+//! After the release of the job: completes its image.
 
 use std::fs::File;
 use std::io::Write;
@@ -18,29 +18,29 @@ use crate::objects::cgroup::settings;
 use crate::objects::job::FrozenJob;
 use crate::snapshot;
 
-/// A job that does not go on.
+/// A job that does not continue.
 pub(super) enum Held {
-    /// It is left stopped in the end.
+    /// To be left stopped.
     ToStop(FrozenJob),
-    /// It is ended.
+    /// To be killed.
     ToEnd(FrozenJob),
 }
 
-/// A checkpoint of which all is written but the metadata.
+/// A checkpoint in which everything but the metadata is written.
 pub(super) struct Released<'r, W: Write + Send + 'static> {
-    /// What was asked for.
+    /// The request.
     pub request: &'r Request<'r>,
     /// The header of the image.
     pub header: Header,
-    /// When it began.
+    /// Its start.
     pub begun: Instant,
-    /// How long the job stands still.
+    /// The pause.
     pub pause: Pause,
-    /// How long it has stood still if it goes on.
+    /// Length of the pause, if the job continues.
     pub paused: Duration,
-    /// The job, if it does not go on.
+    /// The job, if it does not continue.
     pub held: Option<Held>,
-    /// Threads of it.
+    /// Its number of threads.
     pub threads: u32,
     /// The image.
     pub writer: Writer<W>,
@@ -53,7 +53,8 @@ pub(super) struct Released<'r, W: Write + Send + 'static> {
 }
 
 impl<'r, W: Write + Send + 'static> Released<'r, W> {
-    /// What is read when the job goes on: identities of its files, settings of its control groups, files of the bundle.
+    /// Reads what can be read after the job continues: identities of its files, settings of its control groups,
+    /// bundled files.
     pub(super) fn add_what_does_not_change(&mut self, bundle: Bundle) -> Result<()> {
         host::read_build_ids(&mut self.snapshot);
         settings::read_groups(&mut self.snapshot);
@@ -68,15 +69,15 @@ impl<'r, W: Write + Send + 'static> Released<'r, W> {
         Ok(())
     }
 
-    /// The image without its pages, to be looked at.
+    /// The image without its pages, for a check.
     ///
     /// # Errors
-    /// Where there is no memory for it.
+    /// When there is no memory for it.
     pub(super) fn without_pages(&self) -> Result<File> {
         without_pages(&self.snapshot, &self.header)
     }
 
-    /// Adds to what the user should know.
+    /// Adds warnings.
     pub(super) fn tell(&mut self, more: Vec<String>) {
         self.warnings.extend(more);
     }
@@ -106,7 +107,7 @@ impl<'r, W: Write + Send + 'static> Released<'r, W> {
     }
 }
 
-/// A checkpoint whose image is complete.
+/// A checkpoint with a complete image.
 pub(super) struct Whole<'r> {
     request: &'r Request<'r>,
     begun: Instant,
@@ -122,15 +123,15 @@ pub(super) struct Whole<'r> {
 }
 
 impl Whole<'_> {
-    /// Adds to what the user should know.
+    /// Adds warnings.
     pub(super) fn tell(&mut self, more: Vec<String>) {
         self.warnings.extend(more);
     }
 
-    /// Ends a job that is held, or leaves it stopped. The image is where it is to stay.
+    /// Kills a frozen job, or leaves it stopped. The image has its final name.
     ///
     /// # Errors
-    /// Where a task cannot be let go.
+    /// When a task cannot be released.
     pub(super) fn end(self) -> Result<Report> {
         let mut paused = self.paused;
         if let Some(held) = self.held {

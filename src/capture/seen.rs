@@ -1,5 +1,5 @@
-//! The snapshot of a job that runs, as far as it can be seen from outside: a plan of its restore finds before
-//! the checkpoint what will stand in its way.
+//! The snapshot of a running job, as far as it is visible from outside: planning its restore finds obstacles before
+//! the checkpoint.
 
 use std::fs::File;
 use std::path::Path;
@@ -22,30 +22,30 @@ use crate::objects::zombie::{self, Zombie};
 use crate::objects::{Host, Snapshot, SpaceId};
 use crate::snapshot;
 
-/// Who plans, and what of the job shows only from outside of its namespaces.
+/// Context of the plan: parts of the job's state that are visible only outside its namespaces.
 pub struct Planned<'a> {
-    /// Looks at the snapshot.
+    /// Checks the snapshot.
     pub prover: &'a dyn Prove,
-    /// What the job has to itself.
+    /// The job's own namespaces.
     pub namespaces: &'a Namespaces,
-    /// Its supplementary groups as they are outside.
+    /// Its supplementary groups as seen from outside.
     pub groups: &'a [u32],
 }
 
-/// What is found by a plan.
+/// Result of planning.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// What would stand in the way of a restore.
+    /// Obstacles to a restore.
     pub obstacles: Vec<Obstacle>,
-    /// What the user should know, one sentence each.
+    /// Notes for the user, one sentence each.
     pub notes: Vec<String>,
 }
 
 impl Planned<'_> {
-    /// Plans the restore of a job as it is seen now; `ended` are its zombies.
+    /// Plans the restore of a job in its present state; `ended` are its zombies.
     ///
     /// # Errors
-    /// When it has changed under the look.
+    /// When it changed meanwhile.
     pub fn look(
         &self,
         sources: &[&Source],
@@ -72,7 +72,7 @@ impl Planned<'_> {
     }
 }
 
-/// What only an option of `restore` settles.
+/// The note on an obstacle that an option of `restore` resolves.
 pub(super) fn note(obstacle: &Obstacle) -> String {
     format!("at the restore: {obstacle}")
 }
@@ -114,12 +114,12 @@ fn of_running(
     let zombies = ended.iter().filter_map(|pid| zombie::capture(*pid).ok());
     let zombies = zombies.collect();
     let mut host = host::describe(&processes[0], sources)?;
-    // Without the state of a thread nothing else tells it.
+    // Without a thread's extended state it is not known otherwise.
     host.xcr0 = Processor::enabled_here();
     Ok((assemble(host, processes, zombies, collector), statuses))
 }
 
-/// Of a process its parent, if that is one of the job's, what the two share, and the space of its memory. Parents come
+/// For each process its parent, if that is in the job, what the two share, and the space of its memory. Parents come
 /// first.
 pub(super) fn from_parent<'p>(
     source: &Source,
@@ -135,7 +135,7 @@ pub(super) fn from_parent<'p>(
     (parent, shares, space)
 }
 
-/// The snapshot of what was collected.
+/// The snapshot of all collected state.
 pub(super) fn assemble(
     host: Host,
     processes: Vec<Process>,
@@ -159,7 +159,7 @@ pub(super) fn assemble(
     }
 }
 
-/// An image of a snapshot as it is planned from: nothing of that looks at pages.
+/// An image of a snapshot without pages, which planning does not read.
 pub(super) fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File> {
     let failed = |source| Error::File {
         what: "write",

@@ -1,4 +1,4 @@
-//! Which pages of a job go into its image, and under whose name.
+//! Which pages of a job are stored in its image, and in which space.
 
 use std::io::Write;
 
@@ -15,7 +15,7 @@ use crate::objects::process::Process;
 use crate::objects::source::Source;
 use crate::progress::Progress;
 
-/// Streams the pages of all processes and what else has contents; answers the bytes stored.
+/// Writes the pages of all processes and other contents; returns the bytes stored.
 pub(super) fn write_pages<W: Write + Send + 'static>(
     writer: &mut Writer<W>,
     state: &mut State,
@@ -70,8 +70,7 @@ fn parent_of(index: usize, processes: &[Process]) -> Option<usize> {
     processes.iter().position(|p| p.pid == parent)
 }
 
-/// Takes the pages out of `ranges` that a forked process has in common with its parent; answers
-/// them.
+/// Removes from `ranges` the pages that a forked process shares with its parent; returns them.
 fn leave_to_parent(
     ranges: &mut [StoredRange],
     child: usize,
@@ -102,7 +101,7 @@ fn leave_to_parent(
     Ok(memory::join(inherited))
 }
 
-/// Pages of one mapping that go into the image.
+/// Pages of one mapping to be stored.
 struct StoredRange {
     runs: Vec<(u64, u64)>,
     how: Reading,

@@ -1,14 +1,14 @@
 //! `restore --any-owner`: root restores another user's image, as that user.
 //!
 //! ```text
-//! restore (root): waits, passes signals on, tells the kernel which pid comes next
+//! restore (root): waits, passes signals on, chooses the next pid
 //!    └── restore (the owner, in a session of its own)
 //!           └── the job
 //! ```
 //!
-//! Whatever is in the image is done by a process that has the owner's ids and groups and no capability, and an
-//! environment without anything of root's: so the kernel says what may be done, as if that user had typed it. What root
-//! adds is to choose pids, by numbers alone ([`next_pid::serve`]). See `docs/privileges.md`.
+//! Everything in the image is executed by a process with the owner's ids and groups, without capabilities, and
+//! without root's environment: so the kernel decides what is permitted, as if that user had typed the command. Root
+//! only chooses pids, which are numbers ([`next_pid::serve`]). See `docs/privileges.md`.
 
 use std::env;
 use std::ffi::OsString;
@@ -34,18 +34,19 @@ use crate::restore::{ImageFile, next_pid};
 use crate::supervise::{self, Child, NoTerminal};
 use crate::text::Shown;
 
-/// Tells the process that has become the owner which descriptors it was given: the image, and who chooses pids.
+/// Tells the process that has become the owner the numbers of its descriptors: the image, and the channel for
+/// choosing pids.
 const HANDED: &str = "CKPT_RESTORE_AS_OWNER";
 
-/// What the owner's environment has of root's: how to speak to whoever reads, and our own settings.
+/// Variables of root's environment that the owner gets: locale, and our own settings.
 const KEPT: [&str; 8] = [
     "TERM", "LANG", "LANGUAGE", "TZ", "NO_COLOR", "LC_", "CKPT_", "DMTCP_",
 ];
 
-/// The image that was opened by root for us, if that is what we are for.
+/// The image that root opened for us, if we are that process.
 ///
 /// # Errors
-/// When what was handed over is not there.
+/// When the descriptors are not valid.
 pub(super) fn handed(path: &Path) -> Result<Option<ImageFile>, Failure> {
     let Ok(text) = env::var(HANDED) else {
         return Ok(None);
@@ -61,10 +62,10 @@ pub(super) fn handed(path: &Path) -> Result<Option<ImageFile>, Failure> {
     Ok(Some(ImageFile::of(File::from(image), path)?))
 }
 
-/// Has the owner of the image restore it; its exit code is ours.
+/// Makes the owner of the image restore it; returns its exit code.
 ///
 /// # Errors
-/// When the owner is not known here, or the process cannot be created.
+/// When the owner is unknown here, or the process cannot be created.
 pub(super) fn run(image: ImageFile) -> Outcome {
     let uid = image.owner();
     let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
@@ -78,7 +79,7 @@ pub(super) fn run(image: ImageFile) -> Outcome {
     };
     let signals = take_over_signals()?;
     let (broker, theirs) = UnixStream::pair().map_err(cannot)?;
-    // Copies, since an exec closes all that is ours.
+    // Duplicates without close-on-exec.
     let handed = [image.as_fd(), theirs.as_fd()].map(|fd| fd.try_clone_to_owned());
     let [image_there, broker_there] = handed;
     let handed = [image_there.map_err(cannot)?, broker_there.map_err(cannot)?];
@@ -97,13 +98,13 @@ pub(super) fn run(image: ImageFile) -> Outcome {
         owner.take_over()?;
         leave_descriptors(&handed)?;
         die_with_parent(true);
-        // It may have ended before.
+        // The parent may have ended before.
         match std::os::unix::process::parent_id() == own {
             true => Ok(()),
             false => Err(io::ErrorKind::BrokenPipe.into()),
         }
     };
-    // We have one thread, so that it may do what it likes.
+    // We are single-threaded, so the function may do anything.
     before_exec(&mut command, become_owner);
     let pid = supervise::start(command, &signals, false, None).map_err(cannot)?;
     drop((image, theirs));
@@ -142,8 +143,8 @@ fn environment(user: &User) -> Vec<(OsString, OsString)> {
     all
 }
 
-/// What a process inherits and only root may have: priorities, protection from the OOM killer, securebits; and the
-/// session, from whose terminal root may be read.
+/// Resets what a process inherits and only root may have: priorities, OOM score, securebits; and the session, through
+/// whose terminal root's input could be read.
 fn begin_anew() {
     let _ = setsid();
     umask(Mode::from_bits_truncate(0o022));
@@ -156,7 +157,7 @@ fn begin_anew() {
     }
 }
 
-/// Nothing of root's that is open goes on, but for standard streams and what is handed over.
+/// Closes everything of root's but standard streams and the passed descriptors.
 fn leave_descriptors(handed: &[OwnedFd]) -> io::Result<()> {
     files::close_on_exec_from(3)?;
     let mut handed = handed.iter();

@@ -36,36 +36,41 @@ pub struct Attach {
     /// The process to checkpoint.
     #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pid: i32,
-    /// Where the image goes; `-` is standard output. Without it the image is named after the process, NAME.PID.ckpt, in the current directory.
+    /// File for the image; `-` is standard output. Default: NAME.PID.ckpt in the current directory, after the
+    /// process's name and pid.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// End the process once the image is complete and safe on disk, and nothing stands in the way of a restore here.
+    /// Kill the process once the image is complete and synced to disk, unless something prevents a restore here.
     #[arg(long, conflicts_with = "stop")]
     kill: bool,
-    /// Leave the process stopped, as by SIGSTOP, once the image is complete; `kill -CONT PID` lets it go on.
+    /// Leave the process stopped, as by SIGSTOP, once the image is complete; `kill -CONT PID` continues it.
     #[arg(long)]
     stop: bool,
-    /// With --kill, --stop or --rehearse: do not look first whether the job can be restored here from its image.
+    /// With --kill, --stop or --rehearse: do not check first whether the job can be restored here from its image.
     #[arg(long)]
     no_check: bool,
-    /// First restore the job from its image beside itself, stopped and in namespaces of its own, and compare the copy with what the job was; with --kill and --stop the job stays frozen for so long.
+    /// First restore a copy of the job from its image, stopped and in new namespaces, and compare it with the job;
+    /// with --kill and --stop the job stays frozen meanwhile.
     #[arg(long, conflicts_with_all = ["drop", "fds"])]
     rehearse: bool,
-    /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
+    /// Compression of memory: none, lz4, zstd[:1-19] or gzip[:1-9].
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
     codec: Codec,
-    /// Take the other children of that process too: orphans of the job, which it has adopted.
+    /// Include the other children of that process: orphans of the job that it has adopted.
     #[arg(long, value_name = "PID", hide = true)]
     adopted_by: Option<i32>,
-    /// Store the contents of files that match and are open, or written through a mapping, for `restore --put-files`: GLOB is matched with the file's name, or with its whole path if it has a slash; may be repeated.
+    /// Store the contents of matching files that are open, or written through a mapping, for `restore --put-files`:
+    /// GLOB is matched against the file's name, or against its whole path if it contains a slash; may be repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
-    /// Store the program, its libraries and the files that it only reads as well, each contents once: restore takes them from the image where they are missing or other ones.
+    /// Also store the program, its libraries and the files that it only reads, equal contents once: restore uses the
+    /// stored ones where files are missing or differ.
     #[arg(long)]
     bundle: bool,
     #[command(flatten)]
     descriptors: Descriptors,
-    /// Of a job in a frozen control group (docker pause, systemctl freeze): thaw the group for the checkpoint and freeze it again. The job executes nothing meanwhile, but for version 1 of control groups at the beginning.
+    /// For a job in a frozen control group (docker pause, systemctl freeze): thaw the group for the checkpoint and
+    /// freeze it again. The job executes nothing meanwhile, except at the beginning with control groups of version 1.
     #[arg(long)]
     thaw: bool,
     /// Print the figures as a JSON object.
@@ -85,13 +90,13 @@ Examples:
   ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
 
 impl Attach {
-    /// Whether it is looked first for what stands in the way of a restore.
+    /// Whether to check for obstacles to a restore first.
     fn checks(&self) -> bool {
         (self.kill || self.stop || self.rehearse) && !self.no_check
     }
 }
 
-/// The children of `by` that are neither the job's root nor this process nor the job's guard.
+/// The children of `by` other than the job's root, this process and the job's guard.
 pub(super) fn adopted(root: i32, by: i32) -> Result<Vec<Pid>, Failure> {
     let me = std::process::id() as i32;
     let children = tasks::children(&ProcRoot::default(), Pid(by)).map_err(crate::Error::from)?;
@@ -102,7 +107,7 @@ pub(super) fn adopted(root: i32, by: i32) -> Result<Vec<Pid>, Failure> {
         .collect())
 }
 
-/// What `ckpt attach --json` prints; the keys stay as they are.
+/// Output of `ckpt attach --json`; the keys are fixed.
 #[derive(Debug, Serialize)]
 struct Figures<'a> {
     /// The process's name.
@@ -117,13 +122,13 @@ struct Figures<'a> {
     memory_bytes: u64,
     /// Bytes of the image.
     image_bytes: u64,
-    /// Time in all, in seconds.
+    /// Total time in seconds.
     total_seconds: f64,
-    /// Time during which the process did not run, in seconds.
+    /// Length of the pause in seconds.
     paused_seconds: f64,
-    /// Where the image is; null when it went to standard output.
+    /// Path of the image; null when it went to standard output.
     path: Option<String>,
-    /// Whether a copy was restored from it and found to be as the job.
+    /// Whether a copy was restored from it and matched the job.
     rehearsed: bool,
 }
 
@@ -163,7 +168,7 @@ impl fmt::Display for Figures<'_> {
 }
 
 pub(crate) fn run(args: &Attach) -> Outcome {
-    // They are where we are now, which cannot be seen from inside a namespace.
+    // In our namespaces, which is not visible inside the job's.
     let door = Door::of(Pid(args.pid))?;
     let groups = frozen_groups(args, door.is_some())?;
     if let Some(obstacle) = args.rehearse.then(rehearse::in_the_way).flatten() {
@@ -182,8 +187,8 @@ pub(crate) fn run(args: &Attach) -> Outcome {
     })?)
 }
 
-/// The frozen control groups of the job, if they may be thawed. They are looked for from here: inside the
-/// job's namespaces they have other names.
+/// The frozen control groups of the job, if they may be thawed. Determined here: inside the job's namespaces they
+/// have other paths.
 fn frozen_groups(args: &Attach, guarded: bool) -> Result<Option<Thawable>, Failure> {
     let mut roots = vec![Pid(args.pid)];
     if let Some(by) = args.adopted_by {
@@ -195,7 +200,7 @@ fn frozen_groups(args: &Attach, guarded: bool) -> Result<Option<Thawable>, Failu
     match groups.first() {
         None => Ok(None),
         Some(group) if !args.thaw => refuse(group.obstacle(args.pid)),
-        // Its remote calls would wait for the thaw.
+        // The guard's remote calls would wait for the thaw.
         Some(_) if guarded => refuse(Obstacle::new(
             format!("process {}", args.pid),
             "is guarded (--cpu-baseline) and in a frozen control group, for which --thaw is not supported",
@@ -223,7 +228,7 @@ fn attach(
             "--rehearse restores from the image, which has to be a file: name one with -o FILE";
         return Err(Failure::Usage(text.into()));
     }
-    // Past a limit of the file size the write shall fail, and the job shall hear nothing of it.
+    // At the file size limit the write must fail, without a signal to the job.
     let mut too_large = SigSet::empty();
     too_large.add(Signal::SIGXFSZ);
     too_large
@@ -284,7 +289,7 @@ fn attach(
     tell(args, &report, to_stdout)
 }
 
-/// What the job has in common with others. What `ckpt run` started it has begun with what it has.
+/// What the job shares with processes outside. A job of `ckpt run` is not asked: it started with what it shares.
 fn shared(args: &Attach, request: &capture::Request<'_>) -> Vec<String> {
     if args.loudness.quiet || args.adopted_by.is_some() {
         return Vec::new();
@@ -322,7 +327,7 @@ fn tell(args: &Attach, report: &Report, to_stdout: bool) -> Outcome {
     Ok(0)
 }
 
-/// Named after the process, with its pid as the user knows it.
+/// Default name: the process's name, and its pid as the user knows it.
 fn default_name(inner: Pid, pid: Pid) -> Result<PathBuf, Failure> {
     let comm = std::fs::read(format!("/proc/{inner}/comm"));
     let comm = comm.map_err(|_| {
@@ -332,7 +337,7 @@ fn default_name(inner: Pid, pid: Pid) -> Result<PathBuf, Failure> {
     Ok(image_name(&comm, pid))
 }
 
-/// `<comm>.<pid>.ckpt`, with nothing in it that would lead elsewhere or spoil a terminal.
+/// `<comm>.<pid>.ckpt`, without slashes and control characters.
 fn image_name(comm: &[u8], pid: Pid) -> PathBuf {
     let comm = comm.strip_suffix(b"\n").unwrap_or(comm);
     let comm = if comm.is_empty() { b"process" } else { comm };

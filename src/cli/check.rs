@@ -1,4 +1,4 @@
-//! `ckpt check`: what can be done here, with one process, or with one image.
+//! `ckpt check`: what is possible here, with one process, or with one image.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -29,24 +29,25 @@ use crate::{isolate, restore};
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Check {
-    /// The process (a number) or the image (a path) to look at; without it the kernel and the user are looked at.
+    /// The process (a number) or the image (a path) to check; by default the kernel and the user's permissions are
+    /// checked.
     #[arg(value_name = "PID|IMAGE", value_parser = OsStringValueParser::new().try_map(parse_subject))]
     subject: Option<Subject>,
-    /// Print the answer as a JSON object.
+    /// Print the result as a JSON object.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     places: Places,
 }
 
-/// What is to be looked at.
+/// The subject of the check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Subject {
     Process(i32),
     Image(PathBuf),
 }
 
-/// What is all digits is a pid; a file of such a name has a directory before it.
+/// All digits are a pid; write ./ before the name of such a file.
 fn parse_subject(word: OsString) -> Result<Subject, String> {
     match word.to_str() {
         Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
@@ -68,12 +69,12 @@ Examples:
   ckpt check job.ckpt    what stands in the way of a restore on this machine
   ckpt check --map-path /home/me/run=/scratch/run job.ckpt";
 
-/// What `ckpt check --json` prints; the keys stay as they are.
+/// Output of `ckpt check --json`; the keys are fixed.
 #[derive(Serialize)]
 struct Here<'a> {
     /// Whether checkpoints are possible at all.
     possible: bool,
-    /// Everything that was looked at.
+    /// All features that were probed.
     features: Vec<Feature<'a>>,
     /// Every use of a capability.
     capabilities: Vec<Privilege>,
@@ -84,11 +85,11 @@ struct Here<'a> {
 struct Privilege {
     /// Which ones.
     takes: String,
-    /// The user namespace in which they count.
+    /// The user namespace in which they must be held.
     user_namespace: String,
-    /// Whether you have what it takes.
+    /// Whether the user holds them.
     held: bool,
-    /// What for.
+    /// Purpose.
     needed_for: &'static str,
     /// What happens without it.
     without: &'static str,
@@ -119,33 +120,33 @@ struct Feature<'a> {
     available: bool,
     /// What does not work, or not as well, without it.
     needed_for: &'a str,
-    /// What else is known.
+    /// Further details.
     detail: &'a str,
 }
 
-/// What `ckpt check --json PID` prints; the keys stay as they are.
+/// Output of `ckpt check --json PID`; the keys are fixed.
 #[derive(Serialize)]
 struct Process<'a> {
     /// The process.
     pid: i32,
     /// Whether it can be checkpointed and restored.
     possible: bool,
-    /// What stands in the way: `object`, `reason`, and `remedy` (null when there is none).
+    /// The obstacles: `object`, `reason`, and `remedy` (null if there is none).
     obstacles: &'a [Obstacle],
-    /// What it has in common with processes that are no part of the job, one sentence each.
+    /// What it shares with processes outside the job, one sentence each.
     shared: Vec<String>,
-    /// What else is to be known: what an option of restore will have to settle, what cannot be told; one sentence each.
+    /// Further notes: what an option of restore will have to resolve, what is not visible; one sentence each.
     notes: Vec<String>,
 }
 
-/// What `ckpt check --json IMAGE` prints; the keys stay as they are.
+/// Output of `ckpt check --json IMAGE`; the keys are fixed.
 #[derive(Serialize)]
 struct Image<'a> {
     /// Its path.
     image: &'a str,
     /// Whether it can be restored here.
     possible: bool,
-    /// What stands in the way, as above.
+    /// The obstacles, as above.
     obstacles: &'a [Obstacle],
 }
 
@@ -226,11 +227,11 @@ fn privileges_table(privileges: &[Privilege]) -> String {
     table.to_string()
 }
 
-/// Looks at it from where its pids are, and plans its restore from here.
+/// Inspects it inside its pid namespace, and plans its restore here.
 fn process(pid: i32, args: &Check) -> Outcome {
     let choices = args.places.descriptors.choices_to_store()?;
     let prover = Prover::start(Pid(pid), None)?;
-    // Inside the job's namespaces control groups have other names.
+    // Inside the job's namespaces control groups have other paths.
     let job = Family::of(Pid(pid)).unwrap_or_default().living;
     let groups = freezer::frozen(&job);
     let groups: Vec<Obstacle> = groups.iter().map(|group| group.obstacle(pid)).collect();

@@ -15,7 +15,7 @@ use crate::{Error, Obstacle};
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Console {
-    /// The job, as `restore --detach` printed it.
+    /// The pid of the job, as `restore --detach` printed it.
     #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pid: i32,
 }

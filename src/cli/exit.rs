@@ -1,48 +1,50 @@
-//! The one place that prints errors and decides exit codes.
+//! Prints errors and decides exit codes; nothing else does.
 //!
 //! | code | when |
 //! |---|---|
-//! | 0 | done; for `verify` and `check`: nothing stands in the way |
+//! | 0 | done; for `verify` and `check`: no obstacle or fault was found |
 //! | 1 | `attach`, `check`, `inspect`, `verify` failed or found a fault |
 //! | 2 | the command line is wrong |
-//! | 99 | `run` or `restore` themselves failed; `CKPT_FAIL_RC` or else `DMTCP_FAIL_RC` name another code from 1 to 255 |
-//! | other | `run` and `restore` return their program's exit code, 128 plus the number of the signal that ended it |
+//! | 99 | `run` or `restore` themselves failed; `CKPT_FAIL_RC` or else `DMTCP_FAIL_RC` set another code from 1 to 255
+//! |
+//! | other | `run` and `restore` return their program's exit code, or 128 plus the number of the signal that ended it
+//! |
 //!
-//! Every error is printed once, on standard error, as `ckpt: …`, one line an obstacle.
+//! Every error is printed once, on standard error, as `ckpt: …`, one line for each obstacle.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
-/// Shown at the end of the help of every command.
+/// Shown at the end of each command's help.
 pub(crate) const HELP: &str = "\
 Exit codes: 0 done; 1 failed, or a fault was found; 2 the command line is wrong; \
 99 `run` or `restore` themselves failed (CKPT_FAIL_RC or DMTCP_FAIL_RC name another code); \
 otherwise `run` and `restore` return their program's own code, 128 plus the signal that ended it.";
 
-/// Own failure of a command that otherwise returns another program's exit code.
+/// Exit code for a command's own failure, if it otherwise returns another program's exit code.
 const SUPERVISOR_FAILED: u8 = 99;
 
-/// Whose exit code a command returns.
+/// Which exit code a command returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Its own.
     Tool,
-    /// Its program's, so that an own failure needs a code that programs do not use.
+    /// Its program's, so its own failure needs a code that programs do not use.
     Supervisor,
 }
 
-/// Why a command ends without having done what was asked.
+/// Why a command failed.
 #[derive(Debug)]
 pub enum Failure {
     /// An error of the library.
     Error(crate::Error),
-    /// Options that exclude each other in a way only known at run time.
+    /// Conflicting options, detected at run time.
     Usage(String),
     /// Anything else, in one sentence.
     Message(String),
-    /// Everything has been said on standard output already.
+    /// Everything was printed on standard output already.
     Told,
 }
 
@@ -68,7 +70,7 @@ impl fmt::Display for Failure {
     }
 }
 
-/// Of each process of a job several files are open at once, and we have raised the soft limit already.
+/// Several files are open at once for each process of a job; the soft limit was raised before.
 fn is_out_of_descriptors(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut causes = std::iter::successors(Some(error), |e| e.source());
     causes.any(|cause| {
@@ -80,7 +82,7 @@ fn is_out_of_descriptors(error: &(dyn std::error::Error + 'static)) -> bool {
 /// Result of a command: the exit code to return.
 pub type Outcome = Result<u8, Failure>;
 
-/// Prints the failure, if it is one, and decides the exit code.
+/// Prints a failure, and decides the exit code.
 pub(crate) fn finish(role: Role, outcome: Outcome) -> ExitCode {
     report(role, outcome).into()
 }
@@ -103,11 +105,11 @@ pub(crate) fn complain(message: &dyn fmt::Display) {
         .lines()
         .map(|line| format!("ckpt: {}\n", printable(line)))
         .collect();
-    // There is nobody left to tell when standard error is gone.
+    // Ignored: without standard error nothing can be reported.
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
-/// Names of processes and files may hold anything; a terminal must not obey them.
+/// Names of processes and files are arbitrary; escapes control characters.
 fn printable(line: &str) -> String {
     line.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })

@@ -1,4 +1,4 @@
-//! `ckpt inspect`: what is in an image.
+//! `ckpt inspect`: the contents of an image.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -23,25 +23,26 @@ use crate::snapshot;
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Inspect {
-    /// The image to look into.
+    /// The image to inspect.
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
-    /// Show what is mapped, and how much of it the image holds.
+    /// Show the mappings, and how much of each the image stores.
     #[arg(long)]
     maps: bool,
     /// Show the open files.
     #[arg(long)]
     fds: bool,
-    /// Show where each thread was: its system call with arguments, function and instruction.
+    /// Show the position of each thread: its system call with arguments, function and instruction.
     #[arg(long)]
     threads: bool,
-    /// Show what a machine must have to restore it: files, programs, features, privileges, limits.
+    /// Show what a restore needs on a machine: files, programs, features, privileges, limits.
     #[arg(long)]
     needs: bool,
-    /// Show what else is kept of each process and thread: signals, timers, limits, control groups, switches, credentials.
+    /// Show the other attributes of each process and thread: signals, timers, limits, control groups, switches,
+    /// credentials.
     #[arg(long)]
     attributes: bool,
-    /// Print everything that is asked for as a JSON object.
+    /// Print all requested parts as a JSON object.
     #[arg(long)]
     json: bool,
 }
@@ -53,8 +54,7 @@ Examples:
   ckpt inspect --needs job.ckpt     what must another machine have?
   ckpt inspect --fds --json job.ckpt | jq '.fds[].path'";
 
-/// What `ckpt inspect --json` prints; the keys stay as they are. Lists that were not asked for are
-/// left out.
+/// Output of `ckpt inspect --json`; the keys are fixed. Parts that were not requested are left out.
 #[derive(Serialize)]
 struct Everything<T, M, F, N, A> {
     summary: Summary,
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &Inspect) -> Outcome {
     Ok(0)
 }
 
-/// A list that is made when it is written, and gone before the next one: of a large job each is large.
+/// A list that is built when it is serialized, and dropped before the next one: for a large job each is large.
 struct List<F>(F);
 
 impl<T: Serialize, F: Fn() -> Vec<T>> Serialize for List<F> {

@@ -1,4 +1,4 @@
-//! Where a job is restored: among our own pids, or in a namespace of its own.
+//! Where a job is restored: in our pid namespace, or in a new one.
 
 use std::os::fd::OwnedFd;
 
@@ -10,22 +10,21 @@ use crate::restore::{self, Opened, Pids, Place, Placed};
 use crate::supervise::foreground::Foreground;
 use crate::supervise::{Child, Supervised};
 
-/// A restored job that runs.
+/// A restored, running job.
 pub(super) struct Launched {
-    /// Its root, as we see it.
+    /// Its root, in our pid namespace.
     pub pid: i32,
-    /// What could not be brought back exactly.
+    /// Differences from the checkpointed state.
     pub warnings: Vec<String>,
-    /// Our terminal is the job's until this is dropped.
+    /// The job has our terminal until this is dropped.
     pub terminal: Option<Foreground>,
-    /// The master of the job's terminal, when that is a new one.
+    /// The master of the job's terminal, if that is a new one.
     pub master: Option<OwnedFd>,
-    /// What is waited for.
+    /// The job to wait for.
     pub job: Box<dyn Supervised>,
 }
 
-/// Restores where the pids can be had. What was chosen without being asked for is told unless
-/// `quiet`.
+/// Restores where the pids can be assigned. A choice that was not requested is reported, unless `quiet`.
 pub(super) fn launch(
     opened: Opened<'_>,
     wanted: Pids,
@@ -95,7 +94,7 @@ fn in_namespace(placed: &mut Placed<'_>, values: Option<HandOver>) -> Result<Lau
     })
 }
 
-/// What a process of the namespace does.
+/// The work of a process in the namespace.
 fn inside(
     placed: &mut Placed<'_>,
     values: Option<HandOver>,
@@ -108,7 +107,7 @@ fn inside(
         values.mount().map_err(|error| error.to_string())?;
     }
     let restored = restore::restore(placed, &mut |wish| {
-        // Without anybody outside we are killed here.
+        // Without the process outside we are killed here.
         let _ = link.ready(wish);
     });
     let restored = restored.map_err(|error| error.to_string())?;

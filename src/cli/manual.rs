@@ -1,4 +1,4 @@
-//! `ckpt completions` and `ckpt man`: what a package installs beside the programs.
+//! `ckpt completions` and `ckpt man`: files that a package installs in addition to the programs.
 
 use std::path::PathBuf;
 
@@ -28,12 +28,12 @@ enum Shell {
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  ckpt man /usr/local/share/man/man1")]
 pub struct ManPages {
-    /// The directory to write a page for each command into; without it ckpt(1) is printed.
+    /// The directory for the pages, one for each command; by default ckpt(1) is printed.
     #[arg(value_name = "DIR")]
     directory: Option<PathBuf>,
 }
 
-/// Completions of both programs, so that one file serves them.
+/// Completions of both programs, in one file.
 pub(crate) fn completions(args: &Completions, ckpt: Command, restore: Command) -> Outcome {
     let mut script = Vec::new();
     for mut command in [ckpt, restore] {

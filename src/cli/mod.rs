@@ -1,4 +1,4 @@
-//! The command lines of `ckpt` and `restore`: one file a command. Exit codes are in [`exit`].
+//! The command lines of `ckpt` and `restore`: one module for each command. Exit codes are in [`exit`].
 
 use std::process::ExitCode;
 
@@ -38,32 +38,32 @@ pub struct RestoreCli {
     args: restore::Restore,
 }
 
-/// How much is said.
+/// Amount of output.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Loudness {
-    /// Print nothing but errors.
+    /// Print errors only.
     #[arg(short, long, conflicts_with = "verbose")]
     quiet: bool,
-    /// Print more about what is done.
+    /// Print more details.
     #[arg(short, long)]
     verbose: bool,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Write a checkpoint of a running process; it goes on afterwards.
+    /// Write a checkpoint of a running process; it continues afterwards.
     Attach(attach::Attach),
     /// Start a program, take checkpoints of it at an interval, and return its exit code.
     Run(run::Run),
     /// Rebuild a job from its image and return its exit code.
     Restore(restore::Restore),
-    /// Show the terminal of a job that was restored with --detach, and type at it.
+    /// Show the terminal of a job that was restored with --detach, and type to it.
     Console(console::Console),
-    /// Say what can be done here, or what stands in the way with one process or one image.
+    /// Show what is possible here, or all obstacles for one process or one image.
     Check(check::Check),
-    /// Show what is in an image.
+    /// Show the contents of an image.
     Inspect(inspect::Inspect),
-    /// Read the whole of an image and check that it fits together.
+    /// Read a whole image and check its consistency.
     Verify(verify::Verify),
     /// Print completions for a shell.
     Completions(manual::Completions),
@@ -112,7 +112,7 @@ pub fn restore_main() -> ExitCode {
     }
 }
 
-/// Help and version go to standard output with code 0, errors to standard error with code 2.
+/// Help and version go to standard output with code 0, usage errors to standard error with code 2.
 fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         let _ = error.print();

@@ -1,4 +1,4 @@
-//! Writing to standard output, and figures as people read them.
+//! Writes to standard output, and formats figures for display.
 
 use std::fmt;
 use std::io::{self, BufWriter, ErrorKind, StdoutLock, Write};
@@ -8,7 +8,7 @@ use unicode_width::UnicodeWidthStr;
 
 use super::exit::Failure;
 
-/// Prints on standard output. That the reader has gone is no error: it has seen enough.
+/// Prints on standard output. A closed reader is not an error.
 pub(crate) fn print(text: impl AsRef<[u8]>) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     written(out.write_all(text.as_ref()).and_then(|()| out.flush()))
@@ -23,14 +23,14 @@ fn written(result: io::Result<()>) -> Result<(), Failure> {
     }
 }
 
-/// Many lines for standard output, printed as they come.
+/// Many lines on standard output, printed incrementally.
 pub(crate) struct Lines {
     out: BufWriter<StdoutLock<'static>>,
     so_far: io::Result<()>,
 }
 
 impl Lines {
-    /// None yet.
+    /// No lines so far.
     pub(crate) fn new() -> Self {
         Self {
             out: BufWriter::new(io::stdout().lock()),
@@ -38,7 +38,7 @@ impl Lines {
         }
     }
 
-    /// One more.
+    /// Adds a line.
     pub(crate) fn add(&mut self, line: fmt::Arguments<'_>) {
         if self.so_far.is_ok() {
             self.so_far = writeln!(self.out, "{line}");
@@ -55,7 +55,7 @@ impl Lines {
         }
     }
 
-    /// No more; whether all were printed, as for [`print`].
+    /// Ends the output; whether all was printed, as for [`print`].
     pub(crate) fn end(mut self) -> Result<(), Failure> {
         written(self.so_far.and_then(|()| self.out.flush()))
     }
@@ -66,7 +66,7 @@ pub(crate) fn print_line(line: impl fmt::Display) -> Result<(), Failure> {
     print(format!("{line}\n"))
 }
 
-/// Prints a line on standard error. That nobody reads it is no reason to panic.
+/// Prints a line on standard error. Errors are ignored.
 pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
@@ -78,11 +78,11 @@ pub(crate) fn json(value: &impl Serialize) -> Result<String, Failure> {
     Ok(text + "\n")
 }
 
-/// A table without frames, as wide as its text. All cells are one text: there may be a million.
+/// A table without frames, as wide as its text. All cells are in one string: there may be a million.
 pub(crate) struct Table {
     columns: usize,
     text: String,
-    /// Where each cell ends in it.
+    /// End of each cell in the string.
     ends: Vec<usize>,
     right: &'static [usize],
 }
@@ -125,7 +125,7 @@ impl Table {
             .map(|(from, to)| &self.text[from..*to])
     }
 
-    /// Gives its lines, one after another, without the spaces at their ends.
+    /// Passes on its lines, one after another, without trailing spaces.
     pub(crate) fn print(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) {
         let mut widths = vec![0; self.columns];
         for (number, cell) in self.cells().enumerate() {
@@ -160,7 +160,7 @@ impl fmt::Display for Table {
     }
 }
 
-/// Text of the process or the file system, with nothing in it that a terminal would obey.
+/// Untrusted text with control characters escaped.
 pub(crate) fn visible(bytes: &[u8]) -> String {
     let text = crate::text::of(bytes);
     text.chars()
@@ -191,7 +191,7 @@ pub(crate) fn bytes(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
-/// A moment as `2026-11-22 03:10:39 UTC`, from nanoseconds since 1970.
+/// A time as `2026-11-22 03:10:39 UTC`, from nanoseconds since 1970.
 pub(crate) fn time(unix_ns: u64) -> String {
     let seconds = unix_ns / 1_000_000_000;
     let (days, rest) = (seconds / 86400, seconds % 86400);

@@ -1,4 +1,4 @@
-//! Options that say where a job finds what it had: of `restore`, and of `ckpt check IMAGE`.
+//! Options for the files of a job: of `restore`, and of `ckpt check IMAGE`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,13 +14,14 @@ use crate::restore::paths::Mapping;
 use crate::restore::{PutFiles, Request};
 use crate::text::Shown;
 
-/// What becomes of single descriptors: at a checkpoint, at a restore, and when either is looked at.
+/// Options for single descriptors: at a checkpoint, at a restore, and at a check of either.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Descriptors {
-    /// Give descriptor N the file PATH instead of the one it had; may be repeated.
+    /// Open PATH as descriptor N instead of the original file; may be repeated.
     #[arg(long = "fd", visible_alias = "replace-fd", value_name = "N=PATH", value_parser = parse_fd)]
     fds: Vec<(i32, PathBuf)>,
-    /// Leave descriptor N out of the restored job, or the descriptors of a kind that could not be kept: socket, inet, unix, netlink, pipe, device, anon_inode; may be repeated.
+    /// Leave descriptor N out of the restored job, or those descriptors of a kind that cannot be restored: socket,
+    /// inet, unix, netlink, pipe, device, anon_inode; may be repeated.
     #[arg(long = "drop-fd", value_name = "N|KIND")]
     drop: Vec<Chosen>,
 }
@@ -40,7 +41,7 @@ impl Descriptors {
         drop.chain(fds).collect()
     }
 
-    /// What they say.
+    /// The choices that they make.
     pub(crate) fn choices(&self) -> Result<Choices, Failure> {
         let mut replace = BTreeMap::new();
         for (fd, path) in &self.fds {
@@ -56,7 +57,7 @@ impl Descriptors {
         })
     }
 
-    /// Likewise for a checkpoint: the restore may be elsewhere, so paths are whole ones.
+    /// The same for a checkpoint: the restore may be in another directory, so paths are made absolute.
     pub(crate) fn choices_to_store(&self) -> Result<Choices, Failure> {
         let mut choices = self.choices()?;
         for path in choices.replace.values_mut() {
@@ -68,18 +69,20 @@ impl Descriptors {
     }
 }
 
-/// What a restore takes in the place of what is missing or has changed.
+/// What a restore uses instead of missing or changed files.
 #[derive(Args, Debug, Default)]
 pub struct Places {
     #[command(flatten)]
     pub(crate) descriptors: Descriptors,
-    /// Look for what lay at or below OLD at or below NEW: files, mapped files, programs, directories. May be repeated; the longest OLD wins.
+    /// Look for files at or below OLD at or below NEW: open and mapped files, programs, directories. May be repeated;
+    /// the longest OLD wins.
     #[arg(long = "map-path", value_name = "OLD=NEW", value_parser = parse_mapping)]
     map_paths: Vec<Mapping>,
-    /// Put the files back whose contents `--save-files` stored, before the job opens them; never over one that was changed after the checkpoint.
+    /// Before the job opens them, write back the files that `--save-files` stored; never over a file that was changed
+    /// after the checkpoint.
     #[arg(long)]
     put_files: bool,
-    /// With --put-files: over one that was changed after the checkpoint as well.
+    /// With --put-files: also over files that were changed after the checkpoint.
     #[arg(long, requires = "put_files")]
     overwrite: bool,
     /// What to do with files that changed since the checkpoint.
@@ -89,22 +92,22 @@ pub struct Places {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Files {
-    /// Refuse, and name the file and what changed.
+    /// Refuse, and name the file and the change.
     #[default]
     Strict,
     /// Take the files as they are now.
     Adopt,
-    /// As strict, and cut files that the job was writing back to their length at the checkpoint.
+    /// As strict, but truncate files that the job was writing to their size at the checkpoint.
     Truncate,
 }
 
 impl Places {
-    /// Whether any of them was given that is for an image only.
+    /// Whether an option for images was given.
     pub(crate) fn any(&self) -> bool {
         !self.map_paths.is_empty() || self.put_files || self.files != Files::Strict
     }
 
-    /// The wish for a restore of that image; a job that goes on in the foreground, by default.
+    /// The request to restore that image; by default a job in the foreground.
     pub(crate) fn request<'a>(
         &self,
         image: &'a Path,

@@ -1,4 +1,4 @@
-//! A progress bar on standard error: bytes, rate, what remains.
+//! A progress bar on standard error: bytes, rate, remaining time.
 
 use std::io::{IsTerminal, stderr};
 use std::sync::OnceLock;
@@ -9,10 +9,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::progress::{Progress, Silent};
 
-/// Shorter work shows nothing.
+/// Shorter work shows no bar.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// A bar that appears when the work takes longer than half a second, and goes when it ends.
+/// A bar that appears after half a second of work, and disappears at its end.
 #[derive(Debug)]
 pub struct Bar {
     what: &'static str,
@@ -75,12 +75,12 @@ impl Progress for Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        // After an error nobody called `end`, and the message must not share the bar's line.
+        // After an error `end` was not called, and the message must not share the bar's line.
         self.end();
     }
 }
 
-/// A bar when standard error is a terminal and it is `wanted`, else nothing.
+/// A bar if standard error is a terminal and it is `wanted`, otherwise none.
 pub(crate) fn on_terminal(what: &'static str, wanted: bool) -> Box<dyn Progress> {
     if wanted && stderr().is_terminal() {
         Box::new(Bar::new(what))
@@ -99,7 +99,7 @@ mod tests {
         bar.begin(100);
         bar.advance(10);
         assert!(bar.shown.get().is_none());
-        // As if it had begun earlier.
+        // As if it had started earlier.
         bar.started = Instant::now().checked_sub(PATIENCE).unwrap();
         bar.advance(20);
         let shown = bar.shown.get().unwrap();

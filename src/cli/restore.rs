@@ -1,4 +1,4 @@
-//! `restore`: a job goes on from its image.
+//! `restore`: restores a job from its image.
 
 use std::io::{stdin, stdout};
 use std::os::fd::{AsFd, OwnedFd};
@@ -34,27 +34,28 @@ pub struct Restore {
     /// Leave the job stopped before its first instruction, for a debugger, and print its pid.
     #[arg(long)]
     stopped: bool,
-    /// Print what would be done, one operation a line, and touch nothing.
+    /// Print the operations of the restore, one on each line, and change nothing.
     #[arg(long, conflicts_with_all = ["detach", "stopped"])]
     dry_run: bool,
     #[command(flatten)]
     places: Places,
-    /// Which clocks the job gets that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME).
+    /// The job's CLOCK_MONOTONIC and CLOCK_BOOTTIME, which start at boot.
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     clock: Clock,
-    /// In which control groups the job is: keep (those it was in, as far as they exist), ignore (those of restore), restore (missing ones are made again with their settings), or a path: the same below that group.
+    /// The job's control groups: keep (the original ones, as far as they exist), ignore (those of restore), restore
+    /// (create missing ones with their settings), or a path: the original ones below that group.
     #[arg(long, value_name = "keep|ignore|restore|ROOT", default_value = "keep")]
     cgroups: Policy,
-    /// Where the job has its pids.
+    /// The pid namespace of the job.
     #[arg(long, value_name = "PLACE", default_value = "auto")]
     pids: Where,
-    /// Hand a value to the job: a line in the file that its environment names in CKPT_RESTORE_ENV; may be repeated.
+    /// Pass a value to the job: a line in the file that its environment names in CKPT_RESTORE_ENV; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = env::parse)]
     env: Vec<(String, String)>,
-    /// As root: restore an image that belongs to another user, as that user.
+    /// As root: restore an image that belongs to another user, with that user's rights.
     #[arg(long)]
     any_owner: bool,
-    /// Of a job that was started for a baseline: what its programs are told that ask the processor themselves.
+    /// For a job with a baseline: the result of CPUID in its programs.
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     cpuid: Cpuid,
     #[command(flatten)]
@@ -63,11 +64,11 @@ pub struct Restore {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Where {
-    /// Among yours, if they are free and you may choose them; else in a pid namespace of its own.
+    /// Yours, if the pids are free and you may choose them; otherwise a new one.
     Auto,
-    /// Among yours, or not at all.
+    /// Yours, or fail.
     Keep,
-    /// In a pid namespace of its own: the same image can be restored several times at once.
+    /// A new one: the same image can be restored several times at once.
     Namespace,
 }
 
@@ -83,11 +84,11 @@ impl From<Where> for Pids {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Clock {
-    /// As continue where that is permitted, else as host.
+    /// As continue if that is permitted, otherwise as host.
     Auto,
-    /// They go on from where they stood at the checkpoint; that takes a time namespace.
+    /// They continue from their values at the checkpoint; needs a time namespace.
     Continue,
-    /// Those of the machine, unless they would go back.
+    /// Those of the machine; fails if they would go back.
     Host,
 }
 
@@ -108,7 +109,7 @@ Examples:
                                    the same, told something in $CKPT_RESTORE_ENV";
 
 pub(crate) fn run(args: &Restore) -> Outcome {
-    // A wrong command line is one whatever the image is.
+    // Usage errors do not depend on the image.
     args.places.request(&args.image, &Silent)?;
     let handed = as_owner::handed(&args.image)?;
     let as_owner = handed.is_some();
@@ -144,7 +145,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     drop(progress);
     let mut restored = restored?;
     if as_owner {
-        // From now on it is the job's end that counts.
+        // From now on our exit follows the job's.
         die_with_parent(false);
     }
     if !args.loudness.quiet {
@@ -153,7 +154,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
             .iter()
             .for_each(|warning| complain(&format!("warning: {warning}")));
     }
-    // Until it has the job, programs see the processor as it is, which has all that they were told of.
+    // Until the guard traces the job, programs see the real processor, which has all features of the baseline.
     let guard = baseline.map(|level| Guard::over(level, vec![Pid(restored.pid)]));
     let guard = match guard.transpose() {
         Ok(guard) => guard,
@@ -201,7 +202,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     )
 }
 
-/// Shows the job's terminal on ours.
+/// Connects the job's terminal to ours.
 fn show(master: OwnedFd) -> Result<Relay, Failure> {
     let shown = stdin()
         .as_fd()
@@ -211,7 +212,7 @@ fn show(master: OwnedFd) -> Result<Relay, Failure> {
     shown.map_err(|error| Failure::Message(format!("cannot show the job's terminal: {error}")))
 }
 
-/// Leaves the job's terminal to a process that `ckpt console` finds.
+/// Leaves the job's terminal to a process to which `ckpt console` connects.
 fn serve(pid: i32, master: OwnedFd) -> Result<(), Failure> {
     console::serve(pid, master).map_err(|error| {
         Failure::Message(format!(

@@ -28,36 +28,39 @@ use crate::supervise::{self, Child, NoTerminal, Signals, Supervised, Terminal};
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Run {
-    /// The name of the images, NAME.1.ckpt, NAME.2.ckpt …; the program's name unless given.
+    /// Name of the images, NAME.1.ckpt, NAME.2.ckpt …; default: the program's name.
     #[arg(long, value_name = "NAME")]
     name: Option<OsString>,
-    /// The directory of the images; it is made if it does not exist.
+    /// Directory of the images; created if it does not exist.
     #[arg(long, value_name = "DIR", default_value = ".")]
     dir: PathBuf,
-    /// Take a checkpoint each time this much time has passed: 30s, 5m, 1h, or plain seconds. Without it none is taken.
+    /// Interval between checkpoints: 30s, 5m, 1h, or plain seconds. Without it no checkpoint is taken.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     interval: Option<Duration>,
-    /// Keep this many of the newest images and remove older ones; the last good one always stays.
+    /// Keep this many of the newest images and remove older ones; the last valid one is always kept.
     #[arg(long, value_name = "COUNT", default_value = "2", value_parser = clap::value_parser!(u32).range(1..))]
     keep: u32,
-    /// How memory is compressed: none, lz4, zstd[:1-19] or gzip[:1-9].
+    /// Compression of memory: none, lz4, zstd[:1-19] or gzip[:1-9].
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
     codec: Codec,
-    /// Store the contents of open files that match with each checkpoint, as `ckpt attach --save-files` does; may be repeated.
+    /// With each checkpoint store the contents of matching open files, as `ckpt attach --save-files` does; may be
+    /// repeated.
     #[arg(long, value_name = "GLOB", value_parser = Pattern::parse)]
     save_files: Vec<Pattern>,
     #[command(flatten)]
     descriptors: Descriptors,
-    /// Start the program in a pid namespace of its own, in which it can be restored whoever has its pids by then.
+    /// Start the program in a pid namespace of its own, so that it can be restored when its pids are taken outside.
     #[arg(long)]
     isolated: bool,
-    /// Store the program, its libraries and the files that it only reads with each checkpoint, as `ckpt attach --bundle` does.
+    /// With each checkpoint store the program, its libraries and the files that it only reads, as `ckpt attach
+    /// --bundle` does.
     #[arg(long)]
     bundle: bool,
-    /// Start the program so that it uses no more of the processor than this level, x86-64-v2 or x86-64-v3: its images can be restored on every machine that has it.
+    /// Limit the program to the processor features of a level, x86-64-v2 or x86-64-v3: its images can be restored on
+    /// every machine of that level.
     #[arg(long, value_name = "LEVEL")]
     cpu_baseline: Option<Baseline>,
-    /// With a baseline: what programs are told that ask the processor themselves.
+    /// With a baseline: the result of CPUID in its programs.
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     cpuid: Cpuid,
     #[command(flatten)]
@@ -72,12 +75,13 @@ pub struct Run {
     command: Vec<OsString>,
 }
 
-/// What programs see that ask with CPUID.
+/// The result of CPUID in the job's programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Cpuid {
-    /// No more than the baseline has, where the processor lets somebody answer for it (CPUID faulting); a process of ckpt's stays with the job.
+    /// The features of the baseline, if the processor supports CPUID faulting; a guard process of ckpt then traces
+    /// the job.
     Auto,
-    /// The processor as it is.
+    /// The real processor.
     Host,
 }
 
@@ -166,7 +170,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
     )
 }
 
-/// The level, if a guard is wanted and there can be one.
+/// The level, if a guard is wanted and possible.
 fn guarded(level: Baseline, args: &Run) -> Option<Baseline> {
     let possible = args.cpuid == Cpuid::Auto && Guard::is_possible();
     if !possible && args.cpuid == Cpuid::Auto && args.loudness.verbose && !args.loudness.quiet {
@@ -178,7 +182,7 @@ fn guarded(level: Baseline, args: &Run) -> Option<Baseline> {
     possible.then_some(level)
 }
 
-/// What is told of a guard is told as everything else.
+/// Messages of a guard are reported as all others.
 pub(crate) fn watch(guard: Option<Guard>) -> Watch {
     Watch::over(guard, Box::new(|line| complain(&line)))
 }
@@ -195,7 +199,7 @@ fn isolated(start: impl FnOnce() -> Result<i32, String>) -> Result<Init, Failure
     Ok(init)
 }
 
-/// By its environment, which goes on to all programs that it starts.
+/// Through its environment, which all programs that it starts inherit.
 fn keep_to(level: Baseline, command: &mut Command) {
     const TUNABLES: &str = "GLIBC_TUNABLES";
     let before = std::env::var(TUNABLES).ok();
@@ -204,7 +208,7 @@ fn keep_to(level: Baseline, command: &mut Command) {
     command.env(BIND_NOW, "1");
 }
 
-/// Waits in the foreground for a job; its exit code.
+/// Waits for a job in the foreground; returns its exit code.
 pub(crate) fn wait(
     job: &mut dyn Supervised,
     signals: &Signals,
@@ -224,8 +228,7 @@ pub(crate) fn take_over_signals() -> Result<Signals, Failure> {
         .map_err(|errno| Failure::Message(format!("cannot prepare for signals: {}", errno.desc())))
 }
 
-/// Lets go of standard input and output: while we held them, whoever is at their other ends would
-/// not see the program close its own.
+/// Closes our standard input and output: otherwise their other ends would not see the program close its own.
 pub(crate) fn leave_standard_streams() -> Result<(), Failure> {
     let left = File::options()
         .read(true)

@@ -1,4 +1,4 @@
-//! `ckpt verify`: whether an image is whole and fits together.
+//! `ckpt verify`: whether an image is complete and consistent.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub struct Verify {
     /// The image to verify.
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
-    /// Print nothing when the image is whole, and no progress bar.
+    /// Print nothing if the image is intact, and no progress bar.
     #[arg(short, long)]
     quiet: bool,
 }

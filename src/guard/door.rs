@@ -1,13 +1,14 @@
-//! How a guard is asked to step aside: by a socket that only lives as long as it does, of the abstract kind
-//! (unix(7)). A signal would do within one pid namespace; over this the end of the one who asks is noticed also out of
-//! another one, and the asker can tell that it is done before it ends.
+//! The protocol by which a guard is asked to detach: a socket with an abstract name (unix(7)), which exists only
+//! while the guard does. Within one pid namespace a signal would do; a socket also shows the end of a requester in
+//! another one, and lets the requester wait until the guard has detached.
 //!
-//! 1. Who wants to trace a job connects, and says `LEAVE`.
-//! 2. The guard takes the flag from all tasks, lets go of them, and says `LEFT`.
-//! 3. The other one says `COME`, or is gone: the guard takes what is left of the job.
+//! 1. A process that wants to trace the job connects, and sends `LEAVE`.
+//! 2. The guard clears the flag in all tasks, detaches, and sends `LEFT`.
+//! 3. The requester sends `COME`, or ends: the guard attaches to the rest of the job.
 //!
-//! These are single bytes and no messages of a channel (`ckpt_sys::channel`): the two may be of different versions of ours,
-//! and the guard, which serves many and must not wait for one, reads what has come without the end of a frame.
+//! These are single bytes rather than messages of a channel (`ckpt_sys::channel`): the two may be of different
+//! versions, and the guard, which serves many and must not wait for one, reads available bytes without waiting for a
+//! whole frame.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,10 +29,10 @@ const LEFT: u8 = b'L';
 const STAYS: u8 = b'N';
 const COME: u8 = b'c';
 
-/// A guard waits for tasks to stop, and answers within this.
+/// The guard waits for tasks to stop, and answers within this time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Pids are another one's elsewhere; a pid namespace has its inode everywhere.
+/// Pids depend on the pid namespace; its inode does not.
 fn address(pid: Pid, inside: i32) -> io::Result<SocketAddr> {
     use std::os::unix::fs::MetadataExt;
     let namespace = ProcRoot::default().process(pid).join("ns/pid");
@@ -39,7 +40,7 @@ fn address(pid: Pid, inside: i32) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("{}.{namespace}.{inside}", super::NAME))
 }
 
-/// Whoever wants the job to himself for a while.
+/// A process that wants to trace the job for a while.
 #[derive(Debug)]
 pub struct Door {
     stream: UnixStream,
@@ -47,7 +48,7 @@ pub struct Door {
 }
 
 impl Door {
-    /// To the guard of a process, if it has one that can be seen from here.
+    /// Connects to the guard of a process, if it has one that is visible here.
     ///
     /// # Errors
     /// When it does not answer.
@@ -61,7 +62,7 @@ impl Door {
         let stream = address(Pid(tracer), inside).and_then(|at| UnixStream::connect_addr(&at));
         let stream = stream.map_err(|error| refused(&format!("cannot be asked ({error})")))?;
         let _ = stream.set_read_timeout(Some(PATIENCE));
-        // Whoever else has the name is not told anything.
+        // Another process with that name is told nothing.
         match peer(&stream) {
             Some((listens, _)) if listens == tracer => Ok(Some(Self {
                 stream,
@@ -71,7 +72,7 @@ impl Door {
         }
     }
 
-    /// Waits until the guard has let go of all of a job.
+    /// Waits until the guard has detached from all of a job.
     ///
     /// # Errors
     /// When it does not.
@@ -82,7 +83,7 @@ impl Door {
         let answered = asked.and_then(|()| stream.read_exact(&mut answer));
         match answered {
             Ok(()) if answer == [LEFT] => Ok(()),
-            // It has ended; if the job goes on, whoever traces it will be told of.
+            // It has ended; if the job continues, its next tracer will be reported.
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             _ => Err(Error::refuse(obstacle(
@@ -93,7 +94,7 @@ impl Door {
         }
     }
 
-    /// The guard may come back.
+    /// Permits the guard to attach again.
     pub fn come(&self) {
         let _ = (&self.stream).write_all(&[COME]);
     }
@@ -107,9 +108,9 @@ fn obstacle(pid: Pid, guard: i32, why: &str) -> Obstacle {
     )
 }
 
-/// Visitors that are let in between two looks at the job's tasks.
+/// Connections accepted between two checks of the job's tasks.
 const AT_ONCE: usize = 16;
-/// Visitors at a time.
+/// Most connections at a time.
 const MOST: usize = 64;
 
 /// The guard's side.
@@ -122,14 +123,14 @@ pub(super) struct Threshold {
 #[derive(Debug)]
 struct Visitor {
     stream: UnixStream,
-    /// It wants us to be away.
+    /// It has requested a detach.
     wants: bool,
-    /// It knows that we are.
+    /// It has been told of the detach.
     told: bool,
 }
 
 impl Threshold {
-    /// Under our own name. Where another one has it, nobody can ask.
+    /// Listens under our own name. If another process has the name, no requests are possible.
     pub(super) fn new() -> Self {
         let me = std::process::id() as i32;
         let listener = address(Pid(me), me).and_then(|at| UnixListener::bind_addr(&at));
@@ -140,17 +141,17 @@ impl Threshold {
         }
     }
 
-    /// What is to be waited for. With as many visitors as there may be, nobody else is let in.
+    /// Descriptors to poll. At the limit of connections no further one is accepted.
     pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let visitors = self.visitors.iter().map(|v| v.stream.as_fd());
         let listener = self.listener.iter().filter(|_| self.visitors.len() < MOST);
         listener.map(AsFd::as_fd).chain(visitors)
     }
 
-    /// Listens to whoever is there: whether somebody wants us to be away.
+    /// Reads from all connections; whether any requests a detach.
     pub(super) fn look(&mut self) -> bool {
-        // Whoever comes without end, or talks without end, is not to keep us from the job's tasks: the rest is for
-        // the next look.
+        // Limited, so that endless connections or data do not keep us from the job's tasks: the rest is handled the
+        // next time.
         for _ in 0..AT_ONCE {
             if self.visitors.len() == MOST {
                 break;
@@ -173,14 +174,14 @@ impl Threshold {
         self.visitors.iter().any(|visitor| visitor.wants)
     }
 
-    /// We are away.
+    /// Reports the detach.
     pub(super) fn left(&mut self) {
         for visitor in self.visitors.iter_mut().filter(|v| v.wants && !v.told) {
             visitor.told = visitor.stream.write_all(&[LEFT]).is_ok();
         }
     }
 
-    /// We cannot go: nobody wants it any more.
+    /// Reports that detaching failed, and drops the requests.
     pub(super) fn stays(&mut self) {
         for visitor in self.visitors.iter_mut().filter(|v| v.wants) {
             let _ = visitor.stream.write_all(&[STAYS]);
@@ -190,7 +191,7 @@ impl Threshold {
 }
 
 impl Visitor {
-    /// False when it is gone.
+    /// Reads from a connection; false when it is closed.
     fn hear(&mut self) -> bool {
         let mut said = [0; 16];
         match self.stream.read(&mut said) {

@@ -1,5 +1,5 @@
-//! The flag that makes CPUID fault, which only a task itself can set: by remote calls, in all tasks of a
-//! process while they stand still.
+//! The flag that makes CPUID fault, which only a task itself can set: sets it by remote calls, in all tasks of a
+//! process while they are stopped.
 
 use ckpt_tracer::freeze::leave_stale_cave;
 use ckpt_tracer::mem::ProcessMemory;
@@ -20,7 +20,7 @@ pub(super) enum Flag {
     Never,
 }
 
-/// By remote calls, in those that have not got it yet.
+/// Changes it by remote calls, in tasks where it differs.
 pub(super) fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -> Result<()> {
     if held
         .iter()
@@ -52,7 +52,7 @@ pub(super) fn change(process: Pid, held: &mut [(Stopped, Flag)], wanted: Flag) -
     failure.map_or(Ok(()), Err)
 }
 
-/// False where it cannot be set, because a call of ours would be none or would not be forgiven.
+/// Returns false if it cannot be changed, because a remote call is not possible or a filter could kill.
 fn change_one(process: Pid, task: &mut Stopped, cave: &Cave<'_>, wanted: Flag) -> Result<bool> {
     /// `__USER_CS`, arch/x86/include/asm/segment.h.
     const CODE_64: u64 = 0x33;
@@ -60,7 +60,7 @@ fn change_one(process: Pid, task: &mut Stopped, cave: &Cave<'_>, wanted: Flag) -
         return Ok(false);
     }
     let seccomp = read_status((process, task.tid())).map_or(0, |s| s.seccomp.unwrap_or(0));
-    // It takes CAP_SYS_ADMIN.
+    // Suspending takes CAP_SYS_ADMIN.
     let suspended = seccomp == 2
         && task
             .set_options(OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP)

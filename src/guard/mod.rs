@@ -1,20 +1,19 @@
-//! The guard: a process that stays the tracer of a job that was started for a baseline, and answers when
-//! its programs ask the processor what it is (CPUID faulting, [`ckpt_tracer::cpuid`]).
+//! The guard: a process that permanently traces a job started with a baseline, and emulates CPUID for its programs
+//! (CPUID faulting, [`ckpt_tracer::cpuid`]).
 //!
 //! ```text
 //! ckpt run ──┬── ckpt-guard      traces all of the job
-//!            └── the program, and what descends from it
+//!            └── the program, and its descendants
 //! ```
 //!
-//! It is the one exception from the rule that between checkpoints nothing of ours is there, and the user
-//! has asked for it. It is beside the job and not above it, and outside of the job's pid namespace if that has one:
-//! whatever becomes of it, nobody of the job has another parent for it, and it has no other one if `ckpt run` is
-//! killed. What holds at every moment: no task has CPUID faulting while nobody traces it. The only
-//! exception is a guard that is killed with SIGKILL, until whoever waits for the job has put
-//! another one in its place.
+//! It is the only exception from the rule that no process of ours stays with a job between checkpoints, and the user
+//! has requested it. It is a sibling of the job, not an ancestor, and outside the job's pid namespace if it has one:
+//! so its end changes no process's parent, and the end of `ckpt run` does not either. Invariant: no task has CPUID
+//! faulting while it is untraced. The only exception: after SIGKILL of a guard, until the process that waits for the
+//! job has started another one.
 //!
-//! A task has one tracer at most, so for a checkpoint the guard steps aside ([`door`]) and comes back
-//! when the job runs again. Meanwhile programs see the processor as it is.
+//! A task has at most one tracer, so for a checkpoint the guard detaches ([`door`]) and attaches again when the job
+//! runs. Meanwhile programs see the real processor.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -37,10 +36,10 @@ mod first;
 mod flag;
 mod tree;
 
-/// What it is called in `ps`.
+/// Its name in `ps`.
 pub const NAME: &str = "ckpt-guard";
 
-/// What a guard says once: that it has the job, or why not.
+/// The guard's only report: that it traces the job, or why not.
 type Taken = Result<(), String>;
 
 /// Whether a process is a guard, by its name.
@@ -53,11 +52,11 @@ pub fn is_one(pid: Pid) -> bool {
 pub struct Guard {
     level: Baseline,
     pid: i32,
-    /// Where it tells that it has taken the job, or why not.
+    /// Where it reports that it traces the job, or why not.
     link: Channel,
 }
 
-/// The program's end: it is held until the guard has it.
+/// The program's end: it waits until the guard traces it.
 #[derive(Debug)]
 pub struct Entrance(UnixStream);
 
@@ -66,10 +65,10 @@ impl Entrance {
     pub fn pass_through(self, command: &mut Command) {
         let socket = self.0;
         let pass = move || {
-            // The guard knows by the credentials of the message who this is.
+            // The credentials of the message tell the guard the pid.
             let mut socket = &socket;
             socket.write_all(b"?")?;
-            // Without a guard the program runs as without the option; whoever waits for it tells.
+            // Without a guard the program runs as without the option; the process that waits for it reports that.
             let _ = socket.read_exact(&mut [0]);
             Ok(())
         };
@@ -78,15 +77,15 @@ impl Entrance {
 }
 
 impl Guard {
-    /// Whether there can be one here.
+    /// Whether a guard is possible here.
     pub fn is_possible() -> bool {
         cpuid::can_fault()
     }
 
-    /// Starts one for a program that is yet to be started. To be called while this process has one thread.
+    /// Starts one for a program that is not started yet. Must be called while this process is single-threaded.
     ///
     /// # Errors
-    /// When there are no descriptors or processes to be had.
+    /// When descriptors or processes cannot be created.
     pub fn before_the_program(level: Baseline) -> io::Result<(Self, Entrance)> {
         let (inside, entrance) = UnixStream::pair()?;
         first::wants_credentials(&inside)?;
@@ -94,10 +93,10 @@ impl Guard {
         Ok((guard, Entrance(entrance)))
     }
 
-    /// Starts one for a job that runs, and waits until it has the job: for why it has not, else.
+    /// Starts one for a running job, and waits until it traces the job.
     ///
     /// # Errors
-    /// When there are no descriptors or processes to be had, or the kernel lets it trace nobody.
+    /// When descriptors or processes cannot be created, or the guard cannot trace the job.
     pub fn over(level: Baseline, roots: Vec<Pid>) -> io::Result<Self> {
         let (unused, _) = UnixStream::pair()?;
         let guard = Self::start(level, roots, None, &unused)?;
@@ -116,8 +115,8 @@ impl Guard {
         programs: &UnixStream,
     ) -> io::Result<Self> {
         let (link, theirs) = Channel::pair()?;
-        // The child allocates, which the C library's fork allows; what other threads there may
-        // be (that of a terminal's relay) hold nothing else that it wants.
+        // The child allocates, which the C library's fork allows; other threads (a terminal relay) hold no lock that
+        // it needs.
         match process::fork()? {
             Fork::Parent(pid) => Ok(Self { level, pid, link }),
             Fork::Child => {
@@ -126,7 +125,7 @@ impl Guard {
                     .map(AsRawFd::as_raw_fd)
                     .chain([theirs.as_fd().as_raw_fd()])
                     .collect();
-                // Closed below, as one of those that are not kept.
+                // Closed below, unless kept.
                 let _ = (&link, programs);
                 let _ = setsid();
                 stay(&kept, || {
@@ -143,15 +142,14 @@ impl Guard {
         self.pid
     }
 
-    /// Puts another one in the place of one that was killed: what became of it. `roots` are all
-    /// that is left of the job.
+    /// Replaces a killed guard; returns its state. `roots` are the remaining processes of the job.
     ///
     /// # Errors
     /// As [`over`](Self::over).
     pub fn replace(&mut self, roots: impl FnOnce() -> Vec<Pid>) -> io::Result<State> {
         match changed(self.pid) {
             Ok(Some(Change::Ended(0))) | Err(_) => Ok(State::Ended),
-            // 128 and a signal.
+            // 128 plus a signal.
             Ok(Some(Change::Ended(129..))) => {
                 *self = Self::over(self.level, roots()).map_err(|error| {
                     let harm = "a program of it that asks the processor may be ended by SIGSEGV";
@@ -172,26 +170,26 @@ impl Guard {
     }
 }
 
-/// What a guard does.
+/// State of a guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It is there.
+    /// It is running.
     Guards,
-    /// It has nobody left to guard.
+    /// It has no job any more.
     Ended,
 }
 
-/// What is told of a guard.
+/// Receives messages about a guard.
 pub type Tell = Box<dyn Fn(&str)>;
 
-/// The guard of a job that is waited for, if it has one: where it is killed, another one takes its place.
+/// The guard of a job being waited for, if any: a killed one is replaced.
 pub struct Watch {
     guard: Option<Guard>,
     tell: Tell,
 }
 
 impl Watch {
-    /// Over this guard, if there is one; `tell` is told what goes wrong.
+    /// For this guard, if any; `tell` receives messages about failures.
     pub fn over(guard: Option<Guard>, tell: Tell) -> Self {
         Self { guard, tell }
     }
@@ -201,7 +199,7 @@ impl Watch {
         self.guard.as_ref().map(Guard::pid)
     }
 
-    /// Looks whether it is still there; `roots` are all that is left of the job.
+    /// Checks whether it is running; `roots` are the remaining processes of the job.
     pub fn look(&mut self, roots: impl FnOnce() -> Vec<Pid>) {
         let Some(guard) = &mut self.guard else { return };
         match guard.replace(roots) {
@@ -215,20 +213,20 @@ impl Watch {
     }
 }
 
-/// Children of a process but for those: with the job's own root, what is left of a job when its
-/// members' parents end.
+/// Children of a process, except `not`: together with the job's root, what remains of a job after its members'
+/// parents have ended.
 pub fn children_but(pid: i32, not: &[i32]) -> Vec<Pid> {
     let mut children = tasks::children(&ProcRoot::default(), Pid(pid)).unwrap_or_default();
     children.retain(|child| !not.contains(&child.raw()));
     children
 }
 
-/// The end of a guard that has not got the job.
+/// Ends a guard that does not trace the job.
 fn fail() -> ! {
     process::leave(1)
 }
 
-/// Only SIGKILL ends us before the job has ended.
+/// Ensures that only SIGKILL ends us before the job has ended.
 fn settle() {
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
     prctl::set_name(c"ckpt-guard");

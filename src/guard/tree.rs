@@ -1,7 +1,7 @@
-//! The guard's work: all tasks of a job, what they stop for, and what is to be done with each.
+//! The guard's work: traces all tasks of a job and handles their stops.
 //!
-//! Nothing is waited for but by one poll, and nobody is stopped for longer than what is done with him takes:
-//! tasks of one process are held until all of it stand still, have their flag set or cleared, and go on.
+//! There is a single poll, and tasks are not held longer than their handling takes: tasks of one process are held
+//! until all of it are stopped, get their flag set or cleared, and are resumed.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -27,7 +27,7 @@ use super::flag::{self, Flag};
 use crate::objects::job::Family;
 use crate::objects::processor::{Answer, Baseline, shown};
 
-/// Who a task creates is ours from the beginning; if we are killed, all go on.
+/// New tasks are traced automatically; if we are killed, all continue.
 pub(super) const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACEFORK
     | libc::PTRACE_O_TRACEVFORK
@@ -37,19 +37,19 @@ pub(super) const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
 /// SIGSEGV in a set of signals.
 const SEGV: u64 = 1 << (libc::SIGSEGV - 1);
 
-/// A task that does not stop for so long is in the kernel, where it does nothing of its own.
+/// A task that does not stop within this time is in the kernel, where it executes no instructions of its own.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How often it is looked whether that time is over, milliseconds.
+/// Interval of checking that time, milliseconds.
 const TICK: u16 = 20;
 
 #[derive(Debug)]
 struct Task {
     process: Pid,
     flag: Flag,
-    /// SIGSEGV was blocked when its program began. The kernel unblocks it with each question, and nobody tells
-    /// whether the program has done so meanwhile.
+    /// SIGSEGV was blocked when its program began. The kernel unblocks it at each CPUID, and whether the program
+    /// itself has unblocked it meanwhile is unknown.
     blocked: bool,
-    /// Its stop, while it waits for others of its process.
+    /// Its stop, while it waits for other tasks of its process.
     held: Option<Stopped>,
 }
 
@@ -57,17 +57,17 @@ struct Task {
 struct Guard {
     level: Baseline,
     tasks: HashMap<Tid, Task>,
-    /// Those whose first stop came before their creator's word of them.
+    /// New tasks whose first stop preceded their creator's clone event.
     unclaimed: Vec<Stopped>,
-    /// Processes whose tasks are held, since when.
+    /// Processes whose tasks are being held, with the start time.
     gathering: HashMap<Pid, Instant>,
-    /// While we are to be away: the job's processes, with their starting times.
+    /// While detached: the job's processes, with their start times.
     away: Option<Vec<(Pid, u64)>>,
-    /// Somebody cannot be let go of.
+    /// A task cannot be detached.
     stuck: bool,
 }
 
-/// Guards a job: whoever comes through the entrance, or what descends from `roots`; until nobody is left.
+/// Guards a job until it has ended: the program that reports through the entrance, or the descendants of `roots`.
 pub(super) fn guard(level: Baseline, roots: &[Pid], entrance: Option<UnixStream>, link: Channel) {
     let mut child = SigSet::empty();
     child.add(Signal::SIGCHLD);
@@ -129,9 +129,9 @@ impl Guard {
         }
     }
 
-    /// The program comes: it is ours before its first instruction.
+    /// Attaches to the program before its first instruction.
     fn let_in(&mut self, entrance: &UnixStream) -> Result<()> {
-        // Nobody: it could not be started.
+        // End of file: it could not be started.
         let Some(pid) = first::sender(entrance) else {
             return Ok(());
         };
@@ -140,7 +140,8 @@ impl Guard {
         seized.map_err(|error| explained(pid, error))
     }
 
-    /// Takes what descends from these and is not ours yet. Whoever may not be traced is left out; an error if that is all.
+    /// Attaches to untraced descendants of these. Those that may not be traced are left out; an error if none is
+    /// left.
     fn take(&mut self, roots: &[Pid]) -> Result<()> {
         let mut refused: HashSet<Tid> = HashSet::new();
         let mut error = None;
@@ -175,7 +176,7 @@ impl Guard {
         }
     }
 
-    /// As [`take`](Self::take). A checkpoint may be under way.
+    /// As [`take`](Self::take), with retries: a checkpoint may be in progress.
     fn take_patiently(&mut self, roots: &[Pid]) -> Result<()> {
         const PAUSE: Duration = Duration::from_millis(20);
         let begun = Instant::now();
@@ -206,8 +207,8 @@ impl Guard {
         });
     }
 
-    /// Deals with all that has come; whether no task is left. Tasks that ask all the time do not keep us from the
-    /// others: each is heard once before anybody is heard again, and after some rounds everything else has its turn.
+    /// Handles all pending stops; returns whether no task is left. Tasks that execute CPUID all the time do not
+    /// starve others: each is handled once per round, and after some rounds everything else gets its turn.
     fn drain(&mut self) -> bool {
         const ROUNDS: u32 = 8;
         for _ in 0..ROUNDS {
@@ -234,7 +235,7 @@ impl Guard {
                 }
             }
         }
-        // Whose creator was killed before it told of them, or has yet to.
+        // Their creator was killed before its clone event, or has not reported it yet.
         for stopped in std::mem::take(&mut self.unclaimed) {
             if let Ok(status) = read_status(Pid(stopped.tid().raw())) {
                 self.note(status.tgid, stopped.tid(), Flag::No, false);
@@ -252,7 +253,7 @@ impl Guard {
         }
     }
 
-    /// A task that has ended meanwhile is told of by its end.
+    /// If the task has ended meanwhile, its end is reported separately.
     fn stopped(&mut self, stopped: Stopped) {
         let _ = match stopped.stop() {
             Stop::Signal(signal) => self.signal(stopped, signal),
@@ -270,7 +271,7 @@ impl Guard {
         };
     }
 
-    /// A question is answered; any other signal is the program's.
+    /// Emulates CPUID; other signals are delivered.
     fn signal(&self, stopped: Stopped, signal: i32) -> Result<()> {
         let (process, blocked) = match self.tasks.get(&stopped.tid()) {
             Some(task) => (task.process, task.blocked),
@@ -296,7 +297,7 @@ impl Guard {
             Ok(true) => 0,
             _ => signal,
         };
-        // A program with a handler wants it called.
+        // A program with a handler expects it to be called.
         let caught = || read_status(process).map_or(0, |status| status.signals.caught);
         if signal == 0 && blocked && caught() & SEGV == 0 {
             stopped.set_signal_mask(stopped.signal_mask()? | SEGV)?;
@@ -304,7 +305,7 @@ impl Guard {
         stopped.resume(Resume::Cont, signal).map(drop)
     }
 
-    /// The new task has the flag if its creator has it.
+    /// A new task inherits the flag.
     fn clone(&mut self, stopped: Stopped) -> Result<()> {
         let new = Tid(stopped.event_message()? as i32);
         let creator = self.tasks.get(&stopped.tid());
@@ -320,7 +321,7 @@ impl Guard {
         Ok(())
     }
 
-    /// The flag is gone, and so are all other tasks of the process. The task stops once more, where system
+    /// The exec has cleared the flag and ended all other tasks of the process. The task stops once more, where system
     /// calls can be made in it, before the program's first instruction.
     fn exec(&mut self, stopped: Stopped) -> Result<()> {
         let former = Tid(stopped.event_message()? as i32);
@@ -340,7 +341,7 @@ impl Guard {
         stopped.resume(Resume::Cont, 0).map(drop)
     }
 
-    /// We have interrupted it, or its process is stopped, or goes on.
+    /// It was interrupted by us, or its process was stopped or continued.
     fn event(&mut self, stopped: Stopped) {
         let Some(task) = self.tasks.get_mut(&stopped.tid()) else {
             return;
@@ -356,7 +357,7 @@ impl Guard {
         }
     }
 
-    /// Sees to it that all tasks of a process are held; when they are, what is to be done is done.
+    /// Holds all tasks of a process; when all are held, handles them.
     fn gather(&mut self, process: Pid) {
         if let Entry::Vacant(entry) = self.gathering.entry(process) {
             entry.insert(Instant::now());
@@ -372,7 +373,7 @@ impl Guard {
         }
     }
 
-    /// Sets or clears the flag of those that are held, and lets them go on, or go.
+    /// Sets or clears the flag of held tasks, and resumes or detaches them.
     fn act(&mut self, process: Pid) {
         self.gathering.remove(&process);
         let mine = self.tasks.iter_mut().filter(|(_, t)| t.process == process);
@@ -389,7 +390,7 @@ impl Guard {
             let tid = stopped.tid();
             let flag = match (changed.is_ok(), wanted) {
                 (true, _) => flag,
-                // It would be tried again and again.
+                // Otherwise it would be retried forever.
                 (false, Flag::Yes) if flag == Flag::No => Flag::Never,
                 (false, _) => flag,
             };
@@ -427,15 +428,15 @@ impl Guard {
         let living: Vec<Pid> = processes.iter().filter(|p| lives(p)).map(|p| p.0).collect();
         if !living.is_empty() {
             until_nobody_traces(&living);
-            // Whoever may not be traced any more goes on as it is: without the flag.
+            // Processes that may not be traced any more continue without the flag.
             let _ = self.take(&living);
         }
-        // Those that had not left yet.
+        // Those not yet detached.
         let waiting: Vec<Pid> = self.gathering.keys().copied().collect();
         waiting.into_iter().for_each(|process| self.act(process));
     }
 
-    /// Does not wait for ever: false if somebody cannot be let go of.
+    /// Handles timeouts: false if a task cannot be detached.
     fn tick(&mut self) -> bool {
         let late = |since: &Instant| since.elapsed() > PATIENCE;
         let late: Vec<Pid> = self
@@ -458,9 +459,8 @@ impl Guard {
     }
 }
 
-/// Who asked us to leave and was killed is gone for us before the kernel has let go of all that he traced,
-/// which it does at once. Somebody else may trace it for good: nobody of the job waits meanwhile, but we
-/// do not wait for long.
+/// When a requester was killed, its connection closes before the kernel has detached its tracees, which follows at
+/// once. Another process may trace the job permanently; its processes run meanwhile, but we do not wait long.
 fn until_nobody_traces(processes: &[Pid]) {
     const PAUSE: Duration = Duration::from_millis(1);
     let begun = Instant::now();
@@ -472,7 +472,7 @@ fn until_nobody_traces(processes: &[Pid]) {
     }
 }
 
-/// A stopped process stays so.
+/// Resumes a task; a stopped process stays stopped.
 fn go_on(stopped: Stopped) -> Result<()> {
     match stopped.stopped_by_signal() {
         true => stopped.listen(),
@@ -484,7 +484,7 @@ fn has_ended(tid: Tid) -> bool {
     read_status(Pid(tid.raw())).map_or(true, |status| status.state.has_ended())
 }
 
-/// Why a process is not guarded.
+/// Explains why a process is not guarded.
 fn explained(pid: Pid, error: Error) -> Error {
     match error {
         Error::Kernel {

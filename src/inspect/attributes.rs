@@ -1,6 +1,6 @@
-//! What else is kept of each process and thread: signals, timers, limits, places, control groups, switches, memory policies,
-//! credentials. Every record is taken apart without a rest, so that a new field does not compile before it is
-//! shown here or named as shown elsewhere.
+//! Other attributes of each process and thread: signals, timers, limits, directories, control groups, switches,
+//! memory policies, credentials. Every record is destructured completely, so that a new field does not compile before
+//! it is shown here or named as shown elsewhere.
 
 use std::fmt::Debug;
 
@@ -18,20 +18,20 @@ use crate::objects::switches::Switch;
 use crate::objects::thread::Thread;
 use crate::text::Shown;
 
-/// An attribute as `ckpt inspect --attributes` shows it; the JSON keys stay as they are, names and values are for people.
+/// An attribute as `ckpt inspect --attributes` shows it; the JSON keys are fixed, names and values are for display.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AttributeView {
-    /// Its process; null for one of the job as a whole.
+    /// Its process; null for the job as a whole.
     pub pid: Option<i32>,
-    /// Its thread; null for one of a process.
+    /// Its thread; null for a process.
     pub tid: Option<i32>,
-    /// What it is called in the manual pages, such as `RLIMIT_AS` or `PR_SET_TSC`.
+    /// Its name in the manual pages, such as `RLIMIT_AS` or `PR_SET_TSC`.
     pub name: String,
     /// Its value.
     pub value: String,
 }
 
-/// Whose attributes are being written down.
+/// Collects the attributes of one process or thread.
 struct Rows {
     whose: (Option<i32>, Option<i32>),
     views: Vec<AttributeView>,
@@ -49,14 +49,14 @@ impl Rows {
         });
     }
 
-    /// One that is not as it usually is.
+    /// Adds one that differs from the default.
     fn unless<T: PartialEq + Debug>(&mut self, usual: &T, name: &str, value: &T) {
         if value != usual {
             self.add(name, format!("{value:?}"));
         }
     }
 
-    /// Each of a list.
+    /// Adds each of a list.
     fn each<T: Debug>(&mut self, name: &str, values: &[T]) {
         for value in values {
             self.add(name, format!("{value:?}"));
@@ -76,7 +76,7 @@ impl Rows {
     }
 }
 
-/// All attributes of a snapshot, those of the job first. What is as in every new process is left out.
+/// All attributes of a snapshot, those of the job first. Defaults of a new process are left out.
 pub fn attributes(snapshot: &Snapshot) -> Vec<AttributeView> {
     let mut rows = Rows {
         whose: (None, None),
@@ -104,7 +104,7 @@ fn job(snapshot: &Snapshot, rows: &mut Rows) {
         processes: _,
         zombies: _,
         bundle: _,
-        // With what refers to them, or with the needs.
+        // Shown with their users, or with the needs.
         descriptions: _,
         terminals: _,
         mapped_files: _,
@@ -135,7 +135,7 @@ fn job(snapshot: &Snapshot, rows: &mut Rows) {
     }
 }
 
-/// Before the path of a group, as in `/proc/PID/cgroup`.
+/// The prefix of a group's path, as in `/proc/PID/cgroup`.
 fn controllers(names: &str) -> String {
     match names {
         "" => String::new(),
@@ -180,7 +180,7 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
         command_line: _,
         threads: _,
         fds: _,
-        // With what was removed.
+        // With the removed objects.
         removed: _,
     } = process;
     rows.unless(&Default::default(), "shared with the parent", shares);
@@ -267,7 +267,7 @@ fn memory(memory: &AddressSpace, rows: &mut Rows) {
         mappings,
         auxv,
         layout,
-        // With the mappings, or of older images.
+        // With the mappings, or only in older images.
         space: _,
         executable: _,
         inherited: _,
@@ -384,7 +384,7 @@ fn scheduling(scheduling: &Scheduling, rows: &mut Rows) {
         io_priority,
         timer_slack,
     } = scheduling;
-    // `struct sched_attr`: the policy stands behind the size.
+    // `struct sched_attr`: the policy follows the size.
     let policy = attr.get(4..8).and_then(|bytes| bytes.first_chunk());
     let policy = policy.map_or(0, |bytes| u32::from_le_bytes(*bytes));
     rows.unless(&0, "scheduling policy", &policy);

@@ -10,13 +10,13 @@ pub const LONGEST: usize = 15;
 pub struct Disassembler(Option<Capstone>);
 
 impl Disassembler {
-    /// A decoder that writes Intel's syntax.
+    /// A decoder with Intel syntax.
     pub fn new() -> Self {
         let mode = capstone::arch::x86::ArchMode::Mode64;
         Disassembler(Capstone::new().x86().mode(mode).build().ok())
     }
 
-    /// The first instruction in `code`, which is at `address`; `None` when it is none.
+    /// The first instruction in `code`, which is at `address`; `None` if it is invalid.
     pub fn first(&self, code: &[u8], address: u64) -> Option<String> {
         let decoded = self.0.as_ref()?.disasm_count(code, address, 1).ok()?;
         let instruction = decoded.first()?;

@@ -1,4 +1,4 @@
-//! What each process has open.
+//! The open files of each process.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,33 +9,34 @@ use crate::objects::Snapshot;
 use crate::objects::files::Description;
 use crate::objects::files::kind::OpenFile;
 
-/// A descriptor as `ckpt inspect --fds` shows it; the JSON keys stay as they are.
+/// A descriptor as `ckpt inspect --fds` shows it; the JSON keys are fixed.
 #[derive(Clone, Debug, Serialize)]
 pub struct FdView {
     /// Its process.
     pub pid: i32,
     /// Its number.
     pub fd: i32,
-    /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`,
-    /// `memfd`, `inotify`, `fanotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a terminal), `outside` (a pipe or socket whose far end is
-    /// outside the job), `replaced` (by `--replace-fd`) or `unknown`.
+    /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`, `memfd`,
+    /// `inotify`, `fanotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a
+    /// terminal), `outside` (a pipe or socket whose other end is outside the job), `replaced` (by `--replace-fd`) or
+    /// `unknown`.
     pub kind: &'static str,
-    /// Its path, or what stands for one.
+    /// Its path, or a description.
     pub path: String,
-    /// Offset in bytes, where the kind has one.
+    /// Offset in bytes, if the kind has one.
     pub offset: Option<u64>,
-    /// Size in bytes of the file, if the image has its contents: a deleted file, a memfd, POSIX shared memory, or one of
-    /// `--save-files`.
+    /// Size of the file in bytes, if the image stores its contents: a deleted file, a memfd, POSIX shared memory, or
+    /// a match of `--save-files`.
     pub saved_bytes: Option<u64>,
     /// Access mode and status flags, such as `O_RDWR|O_APPEND`, and `O_CLOEXEC` of the descriptor.
     pub flags: String,
     /// Other descriptors of the same open file description, as `PID:FD`; at most 16 of them.
     pub shared_with: Vec<Sharer>,
-    /// How many there are.
+    /// Their number.
     pub shared_with_count: usize,
 }
 
-/// A descriptor of the same open file description; text and JSON say `PID:FD`.
+/// A descriptor of the same open file description; displayed as `PID:FD`, also in JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sharer {
     /// Its process.
@@ -56,7 +57,7 @@ impl Serialize for Sharer {
     }
 }
 
-/// More sharers are counted and not named, so that the table grows with the number of descriptors only.
+/// Most sharers that are listed, so that the table grows with the number of descriptors only.
 const SHARERS_SHOWN: usize = 16;
 
 /// All descriptors of a snapshot.

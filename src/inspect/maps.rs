@@ -1,4 +1,4 @@
-//! What is mapped, and how much of it the image holds.
+//! The mappings, and how much of each the image stores.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::objects::memory::{Backing, KernelMapping, MappedFile, Mapping};
 use crate::objects::{Snapshot, SpaceId};
 
-/// A mapping as `ckpt inspect --maps` shows it; the JSON keys stay as they are.
+/// A mapping as `ckpt inspect --maps` shows it; the JSON keys are fixed.
 #[derive(Clone, Debug, Serialize)]
 pub struct MapView {
     /// Its process.
@@ -21,8 +21,8 @@ pub struct MapView {
     pub permissions: String,
     /// Offset in the file or object, in bytes.
     pub offset: u64,
-    /// Bytes of its pages that the image holds, before compression. Pages of shared memory
-    /// are counted at each mapping that shows them.
+    /// Bytes of its pages stored in the image, before compression. Pages of shared memory count at each of their
+    /// mappings.
     pub stored_bytes: u64,
     /// The file's path, `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]` or nothing.
     pub path: String,
@@ -60,7 +60,7 @@ pub fn maps(reader: &Reader, snapshot: &Snapshot) -> Vec<MapView> {
     views
 }
 
-/// Where in its object a mapping begins, and the space of the object, if it has one of its own.
+/// The offset of a mapping in its object, and the object's space, if it has one of its own.
 fn object(snapshot: &Snapshot, backing: &Backing) -> (u64, Option<SpaceId>) {
     match backing {
         Backing::PrivateFile { file, offset } | Backing::SharedFile { file, offset, .. } => (
@@ -147,7 +147,7 @@ fn path(
             let range = mapping.start..mapping.end;
             match &mapping.name {
                 Some(name) => format!("[anon:{}]", crate::text::of(name)),
-                // As show_map_vma in fs/proc/task_mmu.c tells them.
+                // As show_map_vma in fs/proc/task_mmu.c names them.
                 None if mapping.start < layout.brk && mapping.end > layout.start_brk => {
                     "[heap]".into()
                 }
@@ -158,9 +158,9 @@ fn path(
     }
 }
 
-/// How many bytes of a space the image holds up to each of its runs.
+/// Stored bytes of a space up to each of its runs.
 pub(super) struct Stored {
-    /// Start of a run, its end, and the bytes of all runs before it; ascending.
+    /// Start of a run, its end, and the total bytes of all previous runs; ascending.
     runs: Vec<(u64, u64, u64)>,
 }
 
@@ -178,7 +178,7 @@ impl Stored {
         }
     }
 
-    /// Bytes held from `start` up to `end`.
+    /// Bytes stored from `start` to `end`.
     pub(super) fn between(&self, start: u64, end: u64) -> u64 {
         self.below(end).saturating_sub(self.below(start))
     }

@@ -1,8 +1,8 @@
-//! Looking into an image: what the job was, where its threads are, what it has open and mapped.
+//! Inspects an image: the job, the positions of its threads, its open files and mappings.
 //!
-//! Everything here bears any image whose container is whole: its metadata may have been made by
-//! somebody else. [`references`](crate::objects::references) says whether it fits together. Memory is read through
-//! [`TargetMemory`](crate::objects::memory::image::TargetMemory), so that the same views can be given of a live process.
+//! Everything here works with any image whose container is intact: its metadata is untrusted.
+//! [`references`](crate::objects::references) checks its consistency. Memory is read through
+//! [`TargetMemory`](crate::objects::memory::image::TargetMemory), so that a live process has the same views.
 
 pub mod attributes;
 pub mod calls;

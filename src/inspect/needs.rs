@@ -1,4 +1,4 @@
-//! What an image needs from the machine that it is restored on.
+//! What an image needs on the machine where it is restored.
 
 use ckpt_tracer::capabilities::Use;
 use std::collections::HashSet;

@@ -1,4 +1,4 @@
-//! What an image is, in a few lines.
+//! Summary of an image.
 
 use ckpt_image::Reader;
 use serde::Serialize;
@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::objects::Snapshot;
 use crate::objects::zombie::Zombie;
 
-/// What `ckpt inspect` shows first; the JSON keys stay as they are.
+/// The summary that `ckpt inspect` shows first; the JSON keys are fixed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
     /// Path of the image.
@@ -27,13 +27,13 @@ pub struct Summary {
     pub host: String,
     /// Its kernel.
     pub kernel: String,
-    /// This run of the machine: `/proc/sys/kernel/random/boot_id`.
+    /// Its boot id: `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
     /// Its processor.
     pub cpu: String,
     /// Features of the processor that programs can use, as `/proc/cpuinfo` names them.
     pub cpu_features: Vec<&'static str>,
-    /// The level that the job was started to keep to, such as `x86-64-v3`.
+    /// The baseline for which the job was started, such as `x86-64-v3`.
     pub cpu_baseline: Option<&'static str>,
     /// The command line that took the checkpoint.
     pub checkpoint_command: Vec<String>,
@@ -49,17 +49,17 @@ pub struct Summary {
     pub memory_bytes: u64,
     /// Bytes of the image.
     pub image_bytes: u64,
-    /// Memory by image: 4.0 means a quarter.
+    /// Memory size divided by image size: 4.0 means a quarter.
     pub ratio: f64,
     /// The codec, such as `zstd:1`.
     pub codec: String,
     /// Number of files that `--bundle` stored.
     pub bundled_files: usize,
-    /// Most seccomp filters that a thread was under and that were those of its surroundings.
+    /// Largest number of inherited seccomp filters of the environment in a thread.
     pub filters_around: u32,
     /// The processes, the job's first one first.
     pub process_list: Vec<ProcessView>,
-    /// Processes that have ended and that their parents have not waited for.
+    /// Zombies.
     pub zombies: Vec<ZombieView>,
 }
 
@@ -76,22 +76,22 @@ pub struct ProcessView {
     pub fds: usize,
     /// Number of mappings.
     pub mappings: usize,
-    /// Whether a signal had stopped it.
+    /// Whether it is in a group stop.
     pub stopped: bool,
     /// Its arguments.
     pub command_line: Vec<String>,
-    /// What security modules say of its first thread, as `attribute=value`.
+    /// Security contexts of its first thread, as `attribute=value`.
     pub security: Vec<String>,
 }
 
-/// A process that has ended.
+/// A zombie.
 #[derive(Clone, Debug, Serialize)]
 pub struct ZombieView {
     /// Its id.
     pub pid: i32,
     /// Its parent's.
     pub parent: i32,
-    /// What wait(2) will tell.
+    /// Its wait status.
     pub status: i32,
     /// Its name.
     pub name: String,
@@ -148,7 +148,7 @@ fn zombie(zombie: &Zombie) -> ZombieView {
     }
 }
 
-/// As the kernel writes it, in groups.
+/// In the kernel's notation, in groups.
 fn boot_id(bytes: [u8; 16]) -> String {
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let groups = [0..8, 8..12, 12..16, 16..20, 20..32];

@@ -19,24 +19,24 @@ pub struct Symbols<'a> {
     tables: RefCell<HashMap<usize, Option<Rc<Table>>>>,
 }
 
-/// A file's symbols by address, and where its segments are loaded. A file has thousands, of which few are asked for: names
-/// are read then.
+/// A file's symbols by address, and the addresses of its segments. A file has thousands of symbols, few of which are
+/// looked up: names are read then.
 struct Table {
     file: File,
     /// Ascending by address.
     symbols: Vec<Symbol>,
-    /// Offset in the file, size there, address.
+    /// Offset in the file, size in the file, address.
     segments: Vec<(u64, u64, u64)>,
 }
 
-/// One of them.
+/// A symbol.
 #[derive(Clone, Copy, Debug)]
 struct Symbol {
     /// Its first address.
     start: u64,
-    /// Its size; 0 where it does not say.
+    /// Its size; 0 if unknown.
     size: u64,
-    /// Where its name is in the file, and where the last name ends.
+    /// Offset of its name in the file, and the end of all names.
     name: (u64, u64),
 }
 
@@ -49,8 +49,8 @@ impl<'a> Symbols<'a> {
         }
     }
 
-    /// What an address is called: `read+0x12 (libc.so.6)`, `libc.so.6+0x3f12` when the file has
-    /// no symbol there, `[vdso]`, or `None` when nothing is mapped or only memory without a name.
+    /// The name of an address: `read+0x12 (libc.so.6)`, `libc.so.6+0x3f12` if the file has no symbol there, `[vdso]`,
+    /// or `None` if nothing is mapped or only memory without a name.
     pub fn name(&self, mappings: &[Mapping], address: u64) -> Option<String> {
         let mapping = find(mappings, address)?;
         let inside = address - mapping.start;
@@ -127,7 +127,7 @@ impl Table {
         })
     }
 
-    /// The symbol that the byte at `offset` of the file belongs to, and how far into it that is.
+    /// The symbol that contains the byte at `offset` of the file, and the distance from its start.
     fn symbol(&self, offset: u64) -> Option<(String, u64)> {
         let address = self.segments.iter().find_map(|(start, size, address)| {
             let inside = offset.checked_sub(*start).filter(|inside| inside < size)?;
@@ -135,8 +135,8 @@ impl Table {
         })?;
         let after = self.symbols.partition_point(|s| s.start <= address);
         let before = &self.symbols[..after];
-        // Aliases of one address stand side by side: the smallest of them that reaches far enough, and of
-        // those the first by name.
+        // Aliases of one address are adjacent: the smallest that extends far enough, and of equal ones the first by
+        // name.
         let last = before.last()?.start;
         let first = before.partition_point(|s| s.start < last);
         let fits = |s: &&Symbol| s.size == 0 || address - s.start < s.size;
@@ -146,9 +146,9 @@ impl Table {
         Some((name, address - last))
     }
 
-    /// The name at an offset of the file, before another one.
+    /// The name at an offset of the file, limited by the end of all names.
     fn name(&self, (start, end): (u64, u64)) -> Option<String> {
-        /// Longer ones are none.
+        /// Longer names are ignored.
         const LONGEST: u64 = 4096;
         let mut name = vec![0; end.checked_sub(start)?.min(LONGEST) as usize];
         let read = self.file.read_at(&mut name, start).ok()?;
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn symbols_cover_their_size() {
-        // Names in another order than the symbols.
+        // Names in a different order than the symbols.
         let names = b"\0f\0asm\0alias\0large\0";
         let file = OpenOptions::new()
             .read(true)

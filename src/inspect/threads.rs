@@ -1,4 +1,4 @@
-//! Where each thread was.
+//! The position of each thread.
 
 use std::collections::HashMap;
 
@@ -14,7 +14,7 @@ use crate::objects::memory::mapped::MappedFiles;
 use crate::objects::process::Process;
 use crate::objects::thread::Thread;
 
-/// A thread as `ckpt inspect --threads` shows it; the JSON keys stay as they are.
+/// A thread as `ckpt inspect --threads` shows it; the JSON keys are fixed.
 #[derive(Clone, Debug, Serialize)]
 pub struct ThreadView {
     /// Its process.
@@ -25,13 +25,13 @@ pub struct ThreadView {
     pub name: String,
     /// `stopped` (by a signal), `waiting` in a system call, or `running`.
     pub state: &'static str,
-    /// The system call it was in or just leaving, with its arguments; null in its own code.
+    /// The system call in which it was interrupted, or that it was leaving, with arguments; null outside a call.
     pub call: Option<String>,
-    /// What the call returned, when it was leaving it.
+    /// The result of the call that it was leaving.
     pub result: Option<String>,
     /// The instruction pointer.
     pub address: u64,
-    /// What is at that address: function, offset, file.
+    /// The symbol at that address: function, offset, file.
     pub symbol: Option<String>,
     /// The instruction there, disassembled.
     pub instruction: Option<String>,

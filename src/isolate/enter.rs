@@ -1,5 +1,5 @@
-//! Into the namespaces of a job that has a pid namespace to itself: what looks at it and what
-//! checkpoints it is done by a process inside, for which it is a job like any other.
+//! Enters the namespaces of a job with a pid namespace of its own: a process inside inspects or checkpoints it like
+//! any other job.
 
 use std::fs::Metadata;
 use std::io;
@@ -20,29 +20,28 @@ use crate::error::{Error, Obstacle, Result};
 use crate::objects::job::Family;
 use crate::objects::namespaces::{self, Names, Namespaces, OWN};
 
-/// A job as it is seen from where its pids are.
+/// A job as seen in its pid namespace.
 #[derive(Clone, Debug)]
 pub struct Visited {
     /// Its root.
     pub pid: Pid,
-    /// The process that adopts its orphans and belongs to us, if there is one.
+    /// Our process that adopts its orphans, if there is one.
     pub init: Option<i32>,
-    /// What it has to itself.
+    /// Its own namespaces.
     pub namespaces: Namespaces,
-    /// Supplementary groups as they are outside; inside a user namespace they cannot be seen.
+    /// Supplementary groups as seen from outside; inside a user namespace they are not visible.
     pub groups: Vec<u32>,
 }
 
-/// Does `work` with a job, inside its namespaces if it has a pid namespace to itself; `work` is told
-/// when they cannot be entered. The answer is an exit code, that of `work` or 128 plus the signal
-/// that ended its process.
+/// Runs `work` on a job, inside its namespaces if it has its own pid namespace; `work` gets an error if they cannot
+/// be entered. Returns the exit code of `work`, or 128 plus the signal that ended its process.
 ///
-/// To be called while this process has one thread.
+/// Must be called while this process is single-threaded.
 ///
 /// # Errors
-/// When it is ckpt's own process there, or no process can be created.
+/// For ckpt's own process in the namespace, or when no process can be created.
 pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> {
-    // Opened first: what is looked at later is this very process, or one that cannot be entered.
+    // Opened first: everything later refers to this very process, or fails.
     let handle = PidFd::open(pid);
     let Some(mut visited) = look(pid)? else {
         return Ok(work(Ok(&Visited {
@@ -85,8 +84,8 @@ fn failed(pid: Pid, error: io::Error) -> Error {
     ))
 }
 
-/// Pids are looked up in `/proc`. That of another pid namespace would show us other processes
-/// under them, and ourselves with more than one pid.
+/// Pids are looked up in `/proc`. The /proc of another pid namespace would show other processes under them, and
+/// ourselves with several pids.
 fn proc_fits(pid: Pid) -> Result<()> {
     let me = std::process::id() as i32;
     let shown = std::fs::read_link("/proc/self").unwrap_or_default();
@@ -102,7 +101,7 @@ fn proc_fits(pid: Pid) -> Result<()> {
     }
 }
 
-/// A restored job has the file systems that `restore` has, and all its paths lead there.
+/// A restored job has the root file system of `restore`, where all its paths are resolved.
 fn root_fits(pid: Pid, ours: io::Result<Metadata>) -> Result<()> {
     let (theirs, ours) = match (std::fs::metadata("/"), ours) {
         (Ok(theirs), Ok(ours)) => (theirs, ours),
@@ -118,8 +117,7 @@ fn root_fits(pid: Pid, ours: io::Result<Metadata>) -> Result<()> {
     }
 }
 
-/// What there is to enter; nothing where the job is where we are, or where the look into it tells
-/// what is in the way.
+/// The namespaces to enter; `None` if the job shares ours, or if the inspection will report the obstacle.
 fn look(pid: Pid) -> Result<Option<Visited>> {
     let dir = ProcRoot::default().process(pid);
     let kinds = match namespaces::others(&dir) {
@@ -148,11 +146,11 @@ fn look(pid: Pid) -> Result<Option<Visited>> {
     }))
 }
 
-/// How often a process is looked for in a job that runs before it counts as a stranger.
+/// How often a process must be seen outside a running job before it counts as outside.
 const LOOKS: u32 = 3;
 
-/// What is in an IPC namespace comes back with the job, so nobody else may be in it but those that
-/// have started the job and wait for it, as unshare(1) does.
+/// An IPC namespace is restored with the job, so it may contain no other processes, except those that started the job
+/// and wait for it, as unshare(1) does.
 fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
     let namespace = |pid: Pid| {
         let path = ProcRoot::default().process(pid).join("ns/ipc");
@@ -168,7 +166,7 @@ fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
     let above: Vec<Pid> = std::iter::successors(Some(top), parent).collect();
     let mut others = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
     others.retain(|other| theirs.is_some() && !above.contains(other));
-    // The job runs: who becomes an orphan while it is looked through may be missed once.
+    // The job runs: a process that is orphaned meanwhile may be missed once.
     for _ in 0..LOOKS {
         let family = Family::of(top)?;
         others.retain(|other| !family.living.contains(other) && namespace(*other) == theirs);
@@ -186,8 +184,8 @@ fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
     }
 }
 
-/// Adds the groups that came into a user namespace with whoever made it: processes inside have them
-/// until they set others, which then all lead somewhere.
+/// Adds the groups that a user namespace inherited from its creator: processes inside have them until they call
+/// setgroups(2), after which all groups are mapped.
 fn with_groups(mut namespaces: Namespaces, pid: Pid) -> Namespaces {
     let family = Family::of(pid).unwrap_or_default();
     if let Some(user) = namespaces.user.as_mut().filter(|u| !u.groups_are_fixed) {
@@ -201,7 +199,7 @@ fn with_groups(mut namespaces: Namespaces, pid: Pid) -> Namespaces {
     namespaces
 }
 
-/// The obstacle that it is the process that we have put in front of a job.
+/// The obstacle for our own first process of a job's namespace.
 fn ours(pid: Pid) -> Obstacle {
     let children = tasks::children(&ProcRoot::default(), pid).unwrap_or_default();
     let job = children.first().map_or("PID".into(), Pid::to_string);
@@ -212,20 +210,20 @@ fn ours(pid: Pid) -> Obstacle {
     )
 }
 
-/// Whether a process has the name of the first one of a namespace of our making.
+/// Whether a process has the name of our first process of a namespace.
 pub(crate) fn is_init(pid: Pid) -> bool {
     tasks::comm(pid).is_ok_and(|name| name.0 == init::NAME.to_bytes())
 }
 
-/// Whether the process is the root of a job whose parent is the first process of a namespace of
-/// our making: its eldest child. The others are orphans of the job.
+/// Whether the process is the root of a job whose parent is our first process of a namespace: its oldest child. The
+/// others are orphans of the job.
 fn is_root(parent: Pid, pid: Pid) -> bool {
     let begun = |pid: &Pid| read_stat(*pid).map_or(u64::MAX, |stat| stat.starttime);
     let children = || tasks::children(&ProcRoot::default(), parent).unwrap_or_default();
     is_init(parent) && children().iter().min_by_key(|child| begun(child)) == Some(&pid)
 }
 
-/// The user namespace first, which gives the right to enter the others.
+/// Enters the user namespace first, which permits entering the others.
 fn enter(handle: &PidFd, namespaces: &Namespaces) -> io::Result<()> {
     let kinds = libc::CLONE_NEWNS | libc::CLONE_NEWPID | super::make::optional(namespaces);
     Ok(ckpt_sys::namespaces::enter(handle, kinds)?)

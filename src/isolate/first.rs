@@ -1,6 +1,6 @@
-//! The first process of a pid namespace that is to be the job's own root: until it executes the
-//! job's program it waits for the process that rebuilds the job, and does what that one says. That one
-//! is created beside it and not above it: its end must not be told to the job.
+//! The first process of a pid namespace that becomes the job's own root: until it executes the job's program it obeys
+//! the process that rebuilds the job. That one is its sibling, not its parent: its end must not be reported to the
+//! job.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -16,12 +16,12 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::objects::clock::Clocks;
 
-/// The end of whoever rebuilds the job. It is open until that one ends: the first process would end
-/// before, and with it everybody in the namespace, who then could not say why.
+/// The building process's end of the connection. It stays open until that process ends: otherwise the first process
+/// would end before, killing every process in the namespace without a report.
 #[derive(Debug)]
 pub struct First(ManuallyDrop<Channel>);
 
-/// What comes before the descriptors: the program, where to report to, and these numbers.
+/// The message that precedes the descriptors: the program, the report descriptor, and the target numbers.
 #[derive(Debug, Serialize, Deserialize)]
 struct Order {
     name: CString,
@@ -34,11 +34,11 @@ impl First {
         Self(ManuallyDrop::new(channel))
     }
 
-    /// Tells it to become a process with these descriptors that executes this program; it does so
-    /// when it is let [`go`](Self::go), and ends when we do.
+    /// Tells it to execute this program with these descriptors; it does so after [`go`](Self::go), and ends when we
+    /// do.
     ///
     /// # Errors
-    /// Its answer, or that it was killed.
+    /// Its error, or that it was killed.
     pub fn order(
         &self,
         executable: &File,
@@ -66,13 +66,13 @@ impl First {
         }
     }
 
-    /// A byte here lets it go on.
+    /// A byte here permits the exec.
     pub fn go(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-/// What the first process does.
+/// Main function of the first process.
 pub(super) fn serve(channel: Channel) -> ! {
     match obey(&channel) {
         Ok(()) => {}
@@ -81,7 +81,7 @@ pub(super) fn serve(channel: Channel) -> ! {
             let _ = channel.send(&Some(error.to_string()));
         }
     }
-    // Whoever was told ends first.
+    // Until the building process has ended.
     channel.wait_for_hangup();
     leave(1)
 }
@@ -92,7 +92,7 @@ fn obey(channel: &Channel) -> Result<()> {
         path: "whoever rebuilds the job".into(),
         source: error.into(),
     };
-    // It can have no more than we may.
+    // Its limit of descriptors must be ours.
     crate::objects::limits::raise_descriptor_limit();
     let (order, mut fds): (Order, _) = channel.receive_with().map_err(gone)?;
     if fds.len() != order.numbers.len() + 2 {
@@ -107,7 +107,7 @@ fn obey(channel: &Channel) -> Result<()> {
     program.execute(&order.name, None)
 }
 
-/// The error that a new process cannot have all its descriptors.
+/// The error when a new process cannot have all its descriptors.
 pub(crate) fn cannot_place(errno: Errno) -> Error {
     Error::Restore(format!(
         "cannot place descriptors: {}; raise the limit with ulimit -n",

@@ -8,23 +8,23 @@ use nix::unistd::{Gid, Uid, setresgid, setresuid};
 use super::work::keep_exit_codes;
 use crate::objects::namespaces::Extent;
 
-/// How ids inside a user namespace lead to those outside.
+/// Id mappings of a user namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IdMaps {
     /// `/proc/PID/uid_map`.
     pub uids: Vec<Extent>,
     /// `/proc/PID/gid_map`.
     pub gids: Vec<Extent>,
-    /// setgroups(2) is forbidden, as it has to be where nobody with a right to it writes the map.
+    /// setgroups(2) is denied, as required when the map is written without privilege.
     pub groups_are_fixed: bool,
-    /// Supplementary groups are given up, being those of whoever makes the namespace.
+    /// Supplementary groups are dropped, since they are the creator's.
     pub without_groups: bool,
-    /// The system's set-uid programs write the maps: an ordinary user may map only themselves.
+    /// The maps are written by newuidmap and newgidmap: an ordinary user may map only its own ids.
     pub by_helpers: bool,
 }
 
 impl IdMaps {
-    /// One user and one group, as everybody may have them.
+    /// Maps one user and one group, which needs no privilege.
     pub fn one((uid, outer_uid): (u32, u32), (gid, outer_gid): (u32, u32)) -> Self {
         Self {
             uids: vec![(uid, outer_uid, 1)],
@@ -47,8 +47,7 @@ impl IdMaps {
         std::fs::write(format!("/proc/{pid}/gid_map"), lines(&self.gids))
     }
 
-    /// Who has made the namespace, and is `uid` and `gid` outside, becomes somebody inside, if these
-    /// lead nowhere.
+    /// Sets mapped ids in the creator of the namespace, whose ids `uid` and `gid` outside may be unmapped.
     pub(super) fn settle(&self, uid: u32, gid: u32) -> io::Result<()> {
         let new_gid = somebody(&self.gids, gid);
         let new_uid = somebody(&self.uids, uid);
@@ -61,7 +60,7 @@ impl IdMaps {
         if let Some(uid) = new_uid.map(Uid::from_raw) {
             setresuid(uid, uid, uid)?;
         }
-        // Else our files in /proc would be root's from now on.
+        // Otherwise our files in /proc would be root's from now on.
         ckpt_sys::prctl::make_dumpable();
         Ok(())
     }
@@ -72,7 +71,7 @@ fn lines(map: &[Extent]) -> String {
     lines.collect()
 }
 
-/// The id inside for one that leads nowhere: root's if there is one.
+/// An id inside for an unmapped one: root's if it is mapped.
 fn somebody(map: &[Extent], outer: u32) -> Option<u32> {
     if map
         .iter()

@@ -1,6 +1,5 @@
-//! The first process of a pid namespace while its job runs: it reaps whom nobody else waits for,
-//! and tells the process outside about the root. No signal from inside reaches it, and none from
-//! outside but SIGKILL and SIGSTOP (pid_namespaces(7)).
+//! The first process of a pid namespace while its job runs: it reaps orphans, and reports on the root to the process
+//! outside. Signals from inside do not reach it, and from outside only SIGKILL and SIGSTOP do (pid_namespaces(7)).
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd};
@@ -10,10 +9,10 @@ use ckpt_sys::process::{self, Status};
 use super::link::{Event, Link};
 use crate::children;
 
-/// What it is called in `ps`.
+/// Its name in `ps`.
 pub(super) const NAME: &CStr = c"ckpt-init";
 
-/// Reaps until nobody is left; ends with the exit code of the root.
+/// Reaps until no process is left; ends with the exit code of the root.
 pub(super) fn reap(root: i32, link: Link) -> ! {
     let kept = [link.as_fd().as_raw_fd()];
     children::stay(&kept, move || reap_all(root, link))

@@ -1,4 +1,4 @@
-//! What the process outside and the first one inside tell each other.
+//! Messages between the process outside and the first one inside.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -7,28 +7,28 @@ use serde::{Deserialize, Serialize};
 
 use crate::supervise::foreground::JobTerminal;
 
-/// Told to the process outside. Pids are those inside.
+/// Messages to the process outside. Pids are those inside.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Event {
-    /// The namespaces are there, and want their ids mapped.
+    /// The namespaces exist; their ids have to be mapped.
     Made,
-    /// The first process is there: its pid as whoever is outside sees it.
+    /// The first process exists: its pid in the outer namespace.
     Born {
         /// The first process.
         first: i32,
-        /// The process beside it that rebuilds the job, if the first one is the job's.
+        /// The building process beside it, if the first one is the job's root.
         builder: Option<i32>,
     },
-    /// The job is complete and about to be let go, with this wish for the terminal.
+    /// The job is complete and about to be released, with this request for the terminal.
     Ready(Option<JobTerminal>),
-    /// The job runs; the master of its terminal comes with it, when that is a new one.
+    /// The job runs; the master of its terminal is attached, if that is a new one.
     Running {
         /// Its root.
         pid: i32,
-        /// What could not be brought back exactly.
+        /// Differences from the checkpointed state.
         warnings: Vec<String>,
     },
-    /// There will be no job, for this reason.
+    /// There is no job, for this reason.
     Failed(String),
     /// The root was stopped by this signal.
     Stopped(i32),
@@ -36,7 +36,7 @@ pub(super) enum Event {
     Ended {
         /// Its exit code, or 128 plus the signal that ended it.
         code: i32,
-        /// Nobody else is left.
+        /// No other process is left.
         last: bool,
     },
 }
@@ -51,19 +51,19 @@ impl Link {
         Ok((Self(one), Self(other)))
     }
 
-    /// Tells the process outside.
+    /// Sends a message to the process outside.
     ///
     /// # Errors
-    /// [`Error::Closed`](ckpt_sys::channel::Error::Closed) when it is gone, as for all that follows.
+    /// [`Error::Closed`](ckpt_sys::channel::Error::Closed) when it has ended, as for all that follows.
     pub(super) fn tell(&self, event: &Event) -> Result<()> {
         self.0.send(event)
     }
 
-    /// Tells that the job is complete, and waits until the terminal is as it wants it. From then on
-    /// the job does not end with whoever is outside.
+    /// Reports that the job is complete, and waits until the terminal is set up. From then on the job survives the
+    /// process outside.
     ///
     /// # Errors
-    /// When that one is gone.
+    /// When that process has ended.
     pub fn ready(&self, wish: Option<JobTerminal>) -> Result<()> {
         self.tell(&Event::Ready(wish))?;
         self.wait()?;
@@ -71,10 +71,10 @@ impl Link {
         Ok(())
     }
 
-    /// Tells that the job runs, and waits until that is known.
+    /// Reports that the job runs, and waits for an acknowledgement.
     ///
     /// # Errors
-    /// When whoever is outside is gone.
+    /// When the process outside has ended.
     pub fn running(&self, pid: i32, warnings: Vec<String>, master: Option<OwnedFd>) -> Result<()> {
         let master: Vec<BorrowedFd<'_>> = master.iter().map(AsFd::as_fd).collect();
         self.0
@@ -82,27 +82,27 @@ impl Link {
         self.wait()
     }
 
-    /// The next event; waits for it.
+    /// Waits for the next message.
     pub(super) fn hear(&self) -> Result<Event> {
         self.0.receive()
     }
 
-    /// The same with the descriptors that come with it.
+    /// The same with its descriptors.
     pub(super) fn hear_with(&self) -> Result<(Event, Vec<OwnedFd>)> {
         self.0.receive_with()
     }
 
-    /// Lets the other end go on.
+    /// Lets the other end continue.
     pub(super) fn go(&self) -> Result<()> {
         self.0.send(&())
     }
 
-    /// Waits until the other end lets us go on.
+    /// Waits until the other end lets us continue.
     pub(super) fn wait(&self) -> Result<()> {
         self.0.receive()
     }
 
-    /// Whether there is something to hear, or the other end is gone.
+    /// Whether there is a message, or the other end is closed.
     pub(super) fn is_ready(&self) -> bool {
         self.0.is_ready()
     }

@@ -1,4 +1,4 @@
-//! The making of the namespaces, see unshare(2), user_namespaces(7), pid_namespaces(7).
+//! Creates the namespaces, see unshare(2), user_namespaces(7), pid_namespaces(7).
 
 use std::io;
 
@@ -18,23 +18,23 @@ use super::work::{Body, keep_capabilities, work};
 use crate::error::{Error, Result};
 use crate::objects::namespaces::{Names, Namespaces};
 
-/// What is made: a pid namespace, with a mount namespace whose `/proc` fits.
+/// The namespaces to create: a pid namespace, and a mount namespace with its `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Spec {
-    /// All in a user namespace, with these ids.
+    /// Within a user namespace with these id mappings.
     pub ids: Option<IdMaps>,
-    /// Who makes and has it, if not we.
+    /// The user who creates and owns it, if not us.
     pub owner: Option<Owner>,
-    /// What else the job has to itself.
+    /// The job's other own namespaces.
     pub others: Namespaces,
-    /// A network namespace, with nothing in it.
+    /// An empty network namespace.
     pub network: bool,
-    /// The job's root is the first process, and what rebuilds it has this pid meanwhile.
+    /// The job's root is the first process, and the building process has this pid meanwhile.
     pub builder: Option<i32>,
 }
 
 impl Spec {
-    /// For whoever we are: the user remains the user.
+    /// For the calling user, who stays the same inside.
     pub fn own() -> Self {
         let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
         let ids = || IdMaps::one((uid, uid), (gid, gid));
@@ -45,15 +45,15 @@ impl Spec {
     }
 }
 
-/// Makes the namespaces; `body` is the work of the first process, whose child the job's root is, or of
-/// the builder.
+/// Creates the namespaces; `body` runs in the first process, whose child the job's root is, or in the building
+/// process.
 ///
-/// To be called while this process has one thread.
+/// Must be called while this process is single-threaded.
 ///
 /// # Errors
-/// When the namespaces cannot be made. Nothing is left of them.
+/// When the namespaces cannot be created. Nothing is left of them.
 pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
-    // The first process becomes ours when the one in the middle ends.
+    // The first process becomes our child when the intermediate process ends.
     ckpt_sys::prctl::adopt_orphans();
     let (link, inner) = Link::pair().map_err(|e| cannot("prepare")(e.into()))?;
     let middle = match process::fork().map_err(|e| cannot("prepare")(e.into()))? {
@@ -67,7 +67,7 @@ pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
         }
     };
     let born = arrange(&link, spec.ids.as_ref(), middle);
-    // Without the link, those who wait for us end.
+    // Closing the link ends the processes that wait for us.
     let link = born.is_ok().then_some(link);
     let _ = process::end_of(middle);
     let ((first, builder), link) = (born?, link.ok_or_else(lost)?);
@@ -79,8 +79,8 @@ pub fn start(spec: &Spec, body: impl Body) -> Result<Init> {
     }
 }
 
-/// Whether we may make a pid namespace without a user namespace around it. Other users than root
-/// have capabilities only until the next exec, so that they are better off with one.
+/// Whether we may create a pid namespace without a user namespace. Users other than root lose capabilities at an
+/// exec, so for them a user namespace is better.
 fn may_without_user_namespace() -> bool {
     geteuid().is_root() && Held::now().allows(Use::PidNamespace)
 }
@@ -94,7 +94,7 @@ fn lost() -> Error {
     cannot("make")(io::Error::other("the process that makes it was killed"))
 }
 
-/// The outer part of the making: the ids are mapped from here, where there is a right to it.
+/// The outer part: maps the ids, which is permitted here.
 fn arrange(link: &Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, Option<i32>)> {
     match link.hear().map_err(|_| lost())? {
         Event::Made => {}
@@ -112,8 +112,8 @@ fn arrange(link: &Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, Optio
     }
 }
 
-/// A process of its own makes the namespaces, since only its children are in the new pid namespace
-/// and it would itself stay in the new user namespace.
+/// An intermediate process creates the namespaces, since only its children are in the new pid namespace and it stays
+/// in the new user namespace itself.
 fn in_the_middle(spec: &Spec, link: Link, body: impl Body) -> ! {
     let made = spec.owner.as_ref().map_or(Ok(()), Owner::take_over);
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
@@ -143,11 +143,11 @@ fn in_the_middle(spec: &Spec, link: Link, body: impl Body) -> ! {
     }
 }
 
-/// Who somebody is after a birth.
+/// The processes after the forks.
 enum Born {
-    /// The one that does the work.
+    /// The one that runs the work.
     Worker(Option<First>),
-    /// The one in the middle.
+    /// The intermediate one.
     Others { first: i32, builder: Option<i32> },
 }
 
@@ -161,7 +161,7 @@ fn first_alone() -> io::Result<Born> {
     })
 }
 
-/// The first process waits for the builder, and ends if that one is not born.
+/// The first process waits for the building process, and ends if that cannot be created.
 fn first_and_builder(pid: i32) -> io::Result<Born> {
     let (ours, theirs) = Channel::pair()?;
     let first = match process::fork()? {
@@ -188,7 +188,7 @@ fn kinds(spec: &Spec) -> &'static str {
     }
 }
 
-/// Namespaces of which a job has only some to itself.
+/// Namespaces that only some jobs have of their own.
 pub(super) fn optional(namespaces: &Namespaces) -> libc::c_int {
     let flag = |has: bool, flag| if has { flag } else { 0 };
     flag(namespaces.user.is_some(), libc::CLONE_NEWUSER)
@@ -205,6 +205,6 @@ fn make(spec: &Spec) -> io::Result<()> {
     if let Some(Names { host, domain }) = &spec.others.uts {
         set_names(host.as_ref(), domain.as_ref())?;
     }
-    // What is mounted outside later is seen inside, and not the other way round.
+    // Mounts made later outside propagate inside, and not the other way round.
     Ok(follow_the_outer()?)
 }

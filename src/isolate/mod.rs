@@ -1,25 +1,24 @@
-//! A pid namespace for a job: its pids are then free whoever has them outside.
+//! A pid namespace for a job: its pids are free there, even if they are taken outside.
 //!
 //! ```text
-//! restore ──┬── (the middle: makes the namespaces, gone in a moment)
+//! restore ──┬── (intermediate: creates the namespaces, then ends)
 //!           └── ckpt-init, pid 1 inside: rebuilds the job, then reaps
 //!                └── the job
 //! ```
 //!
-//! If the job's root was the first process of its namespace it is so again, and what rebuilds it comes
-//! beside it, for as long as that takes ([`First`]):
+//! If the job's root was the first process of its namespace it becomes that again, and the building process is its
+//! temporary sibling ([`First`]):
 //!
 //! ```text
-//! restore ──┬── (the middle)
+//! restore ──┬── (intermediate)
 //!           ├── the job, from pid 1 on
-//!           └── (the builder: a process inside, gone when the job runs)
+//!           └── (building process inside, ends when the job runs)
 //! ```
 //!
-//! Who asked for it stays outside, with the terminal, the signals and the exit code ([`Init`]). The
-//! work is done by a process of the namespace, as it would be done outside: all pids that it
-//! meets are the job's own. Both talk by a link. When the job's root has ended the outer
-//! process is told; the first process ends when nobody is left, since its end is the end of all
-//! processes inside.
+//! The calling process stays outside, with the terminal, the signals and the exit code ([`Init`]). A process of the
+//! namespace does the work, as it would outside: all pids that it sees are the job's own. The two communicate by a
+//! link. The end of the job's root is reported to the outer process; the first process ends when no other is left,
+//! since its end kills all processes inside.
 
 mod enter;
 mod first;

@@ -1,4 +1,4 @@
-//! A job in a namespace as it is seen from outside.
+//! A job in a namespace, as seen from outside.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -19,23 +19,23 @@ use crate::supervise::signals::Received;
 #[derive(Debug)]
 pub struct Init {
     pid: i32,
-    /// The one beside it that rebuilds the job, a child of ours too. Then the first process is the
-    /// job's root, and only the link tells of anything until the job runs.
+    /// Its sibling that rebuilds the job, also our child. Then the first process is the job's root, and until the job
+    /// runs only the link reports on it.
     builder: Option<i32>,
     link: Link,
     root: Option<PidFd>,
 }
 
-/// A job that runs.
+/// A running job.
 #[derive(Debug)]
 pub struct Running {
-    /// Its root, as we see it.
+    /// Its root, in our pid namespace.
     pub pid: i32,
-    /// What could not be brought back exactly.
+    /// Differences from the checkpointed state.
     pub warnings: Vec<String>,
-    /// Our terminal is the job's until this is dropped.
+    /// The job has our terminal until this is dropped.
     pub terminal: Option<Foreground>,
-    /// The master of the job's terminal, when that is a new one.
+    /// The master of the job's terminal, if that is a new one.
     pub master: Option<OwnedFd>,
 }
 
@@ -52,7 +52,7 @@ impl Init {
     /// Waits until the job runs.
     ///
     /// # Errors
-    /// What the first process says. Nothing is left of the namespace then.
+    /// The error that the first process reports. Nothing is left of the namespace then.
     pub fn until_it_runs(&mut self) -> Result<Running> {
         let result = self.follow();
         if result.is_err() {
@@ -61,7 +61,7 @@ impl Init {
         result
     }
 
-    /// Ends it for that reason.
+    /// Ends it because of that error.
     pub(super) fn failed(mut self, error: Error) -> Error {
         self.end();
         error
@@ -102,13 +102,13 @@ impl Init {
         all.filter_map(|pid| read_status(pid).ok()).find(is)
     }
 
-    /// The pid that we see of a process that has that one inside.
+    /// The pid in our namespace of a process with that pid inside.
     fn outer(&self, inner: i32) -> Option<i32> {
         let found = self.find(|s| s.ns_tgid.get(1) == Some(&inner))?;
         Some(found.tgid.raw())
     }
 
-    /// A wish for the terminal, with ids as we see them.
+    /// A request for the terminal, with ids in our namespace.
     fn translated(&self, wish: JobTerminal) -> Option<JobTerminal> {
         let group = match wish.group {
             Some(group) => {
@@ -124,13 +124,13 @@ impl Init {
         })
     }
 
-    /// Kills whoever is left, and waits for their end.
+    /// Kills all remaining processes, and waits for their end.
     fn end(&mut self) {
         let _ = nix::sys::signal::kill(
             nix::unistd::Pid::from_raw(self.pid),
             nix::sys::signal::Signal::SIGKILL,
         );
-        // The end of a namespace's first process waits until all others have been waited for.
+        // The first process of a namespace ends only after all others have been reaped.
         self.builder.iter().for_each(reap);
         reap(&self.pid);
     }

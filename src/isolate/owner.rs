@@ -1,4 +1,4 @@
-//! Root becomes another user, with nothing left of root's.
+//! Changes root to another user, completely.
 
 use std::ffi::CString;
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 use ckpt_sys::credentials::{self, Capabilities};
 use nix::unistd::{Gid, Uid, User, getgrouplist, setresgid, setresuid};
 
-/// A user whom root becomes.
+/// A user to change to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// User.
@@ -18,7 +18,7 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// The groups that a login would give to a user; `None` for one whom the system does not know.
+    /// A user with the supplementary groups of a login; `None` if unknown to the system.
     pub fn of(user: &User) -> Option<Self> {
         let name = CString::new(user.name.as_str()).ok()?;
         let groups = getgrouplist(&name, user.gid).ok()?;
@@ -29,9 +29,8 @@ impl Owner {
         })
     }
 
-    /// Takes all ids and groups, for good. The kernel takes away every capability with them
-    /// (capabilities(7), "Effect of user ID changes on capabilities"), but for the inheritable ones. It does
-    /// neither allocate nor lock.
+    /// Changes all ids and groups irrevocably. The kernel then drops every capability (capabilities(7), "Effect of
+    /// user ID changes on capabilities"), except inheritable ones. Does not allocate or lock.
     ///
     /// # Errors
     /// Without CAP_SETUID and CAP_SETGID.
@@ -41,9 +40,9 @@ impl Owner {
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)?;
         Capabilities::default().set()?;
-        // Root's keys are not theirs (session-keyring(7)).
+        // Root's keys must not be accessible (session-keyring(7)).
         credentials::join_new_session_keyring()?;
-        // Else our files in /proc would be root's from now on.
+        // Otherwise our files in /proc would be root's from now on.
         ckpt_sys::prctl::make_dumpable();
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! A process of a new pid namespace on its way to its work.
+//! Prepares a process of a new pid namespace and runs its work.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,8 +13,8 @@ use super::first::First;
 use super::init;
 use super::link::{Event, Link};
 
-/// The process that rebuilds or starts the job: the namespace's first one, which reaps when that is
-/// done, or the builder beside the `first`, which ends.
+/// The process that rebuilds or starts the job: the namespace's first one, which reaps afterwards, or the building
+/// process beside the `first`, which ends.
 pub(super) fn work(link: Link, first: Option<First>, body: impl Body) -> ! {
     let beside = first.is_some();
     let name = if beside { c"ckpt-restore" } else { init::NAME };
@@ -22,11 +22,11 @@ pub(super) fn work(link: Link, first: Option<First>, body: impl Body) -> ! {
     if link.wait().is_err() {
         leave(1);
     }
-    // Until the job runs, the end of whoever wants it is its end.
+    // Until the job runs, it ends with the process outside.
     die_with_parent(true);
     keep_exit_codes();
     if link.is_ready() {
-        // It died before.
+        // That process ended before.
         leave(1);
     }
     let done = mount_proc().and_then(|()| {
@@ -43,17 +43,17 @@ pub(super) fn work(link: Link, first: Option<First>, body: impl Body) -> ! {
     }
 }
 
-/// Answers the pid of the job's root, or what went wrong.
+/// Returns the pid of the job's root, or an error.
 pub trait Body: FnOnce(&Link, Option<First>) -> Result<i32, String> {}
 
 impl<F: FnOnce(&Link, Option<First>) -> Result<i32, String>> Body for F {}
 
-/// An inherited "ignore" would make the kernel reap our children and keep their status.
+/// With an inherited SIG_IGN the kernel would reap our children and discard their status.
 pub(super) fn keep_exit_codes() {
     let _ = ckpt_sys::signals::by_default(libc::SIGCHLD);
 }
 
-/// `/proc` of this namespace.
+/// Mounts `/proc` of this namespace.
 fn mount_proc() -> Result<(), String> {
     let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     mounts::mount(c"proc", c"/proc", c"proc", flags).map_err(|errno| {
@@ -65,8 +65,8 @@ fn mount_proc() -> Result<(), String> {
     })
 }
 
-/// Capabilities that an ordinary user has inside go through exec: they
-/// become inheritable and ambient, since job processes create others under chosen pids.
+/// Makes the capabilities of an ordinary user inside inheritable and ambient, so that they survive exec: job
+/// processes create others with chosen pids.
 pub(super) fn keep_capabilities() -> Result<(), Errno> {
     if geteuid().is_root() {
         return Ok(());

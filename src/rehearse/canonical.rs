@@ -1,5 +1,5 @@
-//! What a rehearsal makes otherwise on purpose, taken out of a snapshot before it is compared: each
-//! function is one reason (docs/limits.md).
+//! Removes the intended differences of a rehearsal from a snapshot before it is compared; each function covers one
+//! reason (docs/limits.md).
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -11,15 +11,15 @@ use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::Process;
 use crate::objects::{Host, Snapshot, timers};
 
-/// What of the job itself decides about what its copy may have otherwise.
+/// Properties of the job that decide which differences are intended.
 pub(super) struct Known {
     /// Processes that have timers.
     timers: HashSet<i32>,
-    /// System V objects that are the job's without doubt, for each kind.
+    /// System V objects that certainly belong to the job, for each kind.
     objects: Vec<Vec<i32>>,
-    /// Descriptions whose other end is outside of the job.
+    /// Descriptions whose other end is outside the job.
     outside: HashSet<usize>,
-    /// Ids by which a file's owner may be one of the job's (fcntl(2), F_SETOWN_EX).
+    /// Ids in the job that may be the owner of a file (fcntl(2), F_SETOWN_EX).
     owners: HashSet<i32>,
 }
 
@@ -50,7 +50,7 @@ impl Known {
     }
 }
 
-/// Takes it all out.
+/// Removes all of them.
 pub(super) fn canonical(snapshot: &mut Snapshot, known: &Known) {
     components_in_use(snapshot);
     when_and_where_it_was_taken(snapshot);
@@ -71,10 +71,10 @@ pub(super) fn canonical(snapshot: &mut Snapshot, known: &Known) {
     memory(snapshot);
 }
 
-/// Whether a component of the processor's state that has its initial value is in use, the processor says as it likes
-/// (`XINUSE`, Intel SDM volume 1, 13.6).
+/// Whether a state component with its initial value counts as in use is up to the processor (`XINUSE`, Intel SDM
+/// volume 1, 13.6).
 fn components_in_use(snapshot: &mut Snapshot) {
-    /// Where the state of SSE and the header are in an XSAVE area.
+    /// Offsets of the SSE state and the header in an XSAVE area.
     const SSE: Range<usize> = 160..416;
     const HEADER: Range<usize> = 512..520;
     let components = snapshot.host.processor.components.iter();
@@ -93,7 +93,7 @@ fn components_in_use(snapshot: &mut Snapshot) {
                 in_use &= !(1u64 << number);
             }
         }
-        // The state of x87 is always there.
+        // The x87 state always exists.
         thread.xstate[HEADER].copy_from_slice(&(in_use | 1).to_le_bytes());
     }
 }
@@ -112,8 +112,8 @@ fn the_stop(snapshot: &mut Snapshot) {
     }
 }
 
-/// Who made the pipe that has the place of an end outside is us, and who is told of a file and is not of the job is
-/// told no longer, of which a restore warns.
+/// The pipe that replaces an outside end was created by us, and SIGIO receivers outside the job are dropped, which a
+/// restore warns of.
 fn other_ends(snapshot: &mut Snapshot, known: &Known) {
     for (index, description) in snapshot.descriptions.iter_mut().enumerate() {
         if known.outside.contains(&index) {
@@ -130,7 +130,7 @@ fn other_ends(snapshot: &mut Snapshot, known: &Known) {
     }
 }
 
-/// What lost its name is made under one that is free, and loses it again.
+/// An object without a name is created under a free name, which is removed again.
 fn places(snapshot: &mut Snapshot) {
     for removed in &mut snapshot.removed {
         removed.path.clear();
@@ -146,7 +146,7 @@ fn places(snapshot: &mut Snapshot) {
     }
 }
 
-/// The parent, sessions, groups and control groups outside of the job: only the place of a restore decides.
+/// The parent, sessions, groups and control groups outside the job: they depend on where the restore runs.
 fn surroundings(snapshot: &mut Snapshot) {
     let mut known: Vec<i32> = snapshot.processes.iter().map(|p| p.pid).collect();
     known.extend(snapshot.zombies.iter().map(|z| z.pid));
@@ -170,7 +170,7 @@ fn surroundings(snapshot: &mut Snapshot) {
     snapshot.cgroups.clear();
 }
 
-/// Numbers that the kernel gives to what is made anew: which of them are the same is compared.
+/// Inode numbers of newly created objects: only their equality is compared.
 fn inodes(snapshot: &mut Snapshot) {
     let mut inodes: HashMap<u64, u64> = HashMap::new();
     let mut renamed = |inode: &mut u64| {
@@ -189,7 +189,7 @@ fn inodes(snapshot: &mut Snapshot) {
     }
 }
 
-/// A pty has another number, and a terminal that is not the job's own is another one.
+/// A pty has another number, and a terminal that is not the job's own is replaced.
 fn terminals(snapshot: &mut Snapshot) {
     for terminal in &mut snapshot.terminals {
         terminal.name.clear();
@@ -201,7 +201,7 @@ fn terminals(snapshot: &mut Snapshot) {
     }
 }
 
-/// What each kind of open file says of itself.
+/// The intended differences of each kind of open file.
 fn open_files(snapshot: &mut Snapshot) {
     for description in &mut snapshot.descriptions {
         let file = description.kind.file_mut();
@@ -209,7 +209,7 @@ fn open_files(snapshot: &mut Snapshot) {
     }
 }
 
-/// A file without a name is made anew. Looking at a file is an access.
+/// A nameless file is created anew. Reading it changes the access time.
 fn nameless_files(snapshot: &mut Snapshot) {
     for file in &mut snapshot.mapped_files {
         file.attributes.iter_mut().for_each(|a| a.accessed_ns = 0);
@@ -219,7 +219,7 @@ fn nameless_files(snapshot: &mut Snapshot) {
     }
 }
 
-/// The copy's image is taken without `--save-files` and `--bundle`.
+/// The copy is checkpointed without `--save-files` and `--bundle`.
 fn contents_stored_beside(snapshot: &mut Snapshot) {
     snapshot.bundle.clear();
     for file in &mut snapshot.mapped_files {
@@ -228,7 +228,7 @@ fn contents_stored_beside(snapshot: &mut Snapshot) {
     }
 }
 
-/// In an IPC namespace of its own, everything is the copy's; the last operations are those of the restore.
+/// In an IPC namespace of its own, everything belongs to the copy; the restore made the last operations.
 fn objects_of_others(ipc: &mut Ipc, processes: &mut [Process], known: &Known) {
     for adjustment in processes
         .iter_mut()
@@ -241,7 +241,7 @@ fn objects_of_others(ipc: &mut Ipc, processes: &mut [Process], known: &Known) {
     ipc::make_comparable(ipc, &known.objects);
 }
 
-/// The kernel numbers rings of AIO and cookies of core scheduling.
+/// Ids of AIO rings and cookies of core scheduling are assigned by the kernel.
 fn orders_of_the_kernel(snapshot: &mut Snapshot) {
     let mut cookies = vec![0];
     for thread in snapshot.processes.iter_mut().flat_map(|p| &mut p.threads) {
@@ -263,8 +263,8 @@ fn orders_of_the_kernel(snapshot: &mut Snapshot) {
     }
 }
 
-/// What remains of a timer becomes less. One that is due before a rehearsal ends may have fired, once or
-/// again and again.
+/// The remaining time of a timer decreases. One that is due before a rehearsal ends may have fired, once or
+/// repeatedly.
 fn time_goes_on(snapshot: &mut Snapshot, known: &Known) {
     let armed = |remaining: i64, repeats: bool| i64::from(timers::goes_on(remaining, repeats));
     for process in &mut snapshot.processes {
@@ -286,8 +286,8 @@ fn time_goes_on(snapshot: &mut Snapshot, known: &Known) {
     }
 }
 
-/// A restored task has no restart block: a call that would go on by it is made again as a whole, but for a
-/// sleep (docs/architecture.md).
+/// A restored task has no restart block: a call that used one is restarted with its whole time, except a sleep
+/// (docs/architecture.md).
 fn calls_are_made_again(snapshot: &mut Snapshot) {
     const ERESTARTNOHAND: u64 = -514i64 as u64;
     const ERESTART_RESTARTBLOCK: u64 = -516i64 as u64;
@@ -297,8 +297,7 @@ fn calls_are_made_again(snapshot: &mut Snapshot) {
     }
 }
 
-/// Which process of a tree stores a page that several have, and neighbours that the kernel joins: programs
-/// see neither.
+/// Which process of a tree stores a shared page, and which adjacent mappings the kernel merges: programs see neither.
 fn memory(snapshot: &mut Snapshot) {
     for process in &mut snapshot.processes {
         process.memory.inherited.clear();
@@ -316,7 +315,7 @@ fn memory(snapshot: &mut Snapshot) {
     }
 }
 
-/// Whether anonymous memory goes on in the next mapping with nothing changed.
+/// Whether the next mapping continues the last one with equal attributes.
 fn continues(last: &Mapping, next: &Mapping) -> bool {
     let alike = Mapping {
         start: last.start,

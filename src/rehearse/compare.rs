@@ -1,8 +1,8 @@
-//! Whether two snapshots are of one state: that of a job, and that of its restored copy.
+//! Compares two snapshots: that of a job, and that of its restored copy.
 //!
-//! A snapshot is the description of everything that can be seen of a job, from outside and from inside
-//! ([`crate::objects`]). What a rehearsal makes otherwise on purpose was taken out of both
-//! ([`canonical`](super::canonical)); everything else has to be equal, whatever fields there are.
+//! A snapshot describes all visible state of a job, from outside and from inside ([`crate::objects`]). Intended
+//! differences of a rehearsal were removed from both ([`canonical`](super::canonical)); all other fields, whichever
+//! exist, have to be equal.
 
 use std::collections::HashMap;
 
@@ -14,16 +14,16 @@ use crate::error::{Error, Result};
 use crate::objects::Snapshot;
 use crate::objects::process::Process;
 
-/// How a value that is not there is told.
+/// Display of an absent value.
 pub(super) const NOTHING: &str = "nothing";
 
-/// Spaces of the first snapshot, with those of the second that stand for the same.
+/// Spaces of the first snapshot, with the corresponding ones of the second.
 pub(super) type Spaces = HashMap<u32, u32>;
 
-/// Everything in which two canonical snapshots differ, and how their spaces correspond.
+/// All differences between two canonical snapshots, and the correspondence of their spaces.
 ///
 /// # Errors
-/// When a snapshot cannot be described.
+/// When a snapshot cannot be serialized.
 pub(super) fn compare(job: &Snapshot, copy: &Snapshot) -> Result<(Vec<Difference>, Spaces)> {
     let described = |snapshot| {
         Value::serialized(snapshot)
@@ -41,13 +41,13 @@ pub(super) fn compare(job: &Snapshot, copy: &Snapshot) -> Result<(Vec<Difference
 
 struct Walk<'a> {
     job: &'a Snapshot,
-    /// Names of fields and numbers in lists, from the snapshot on.
+    /// Names of fields and indices of lists, from the snapshot on.
     path: Vec<String>,
     found: Vec<Difference>,
     spaces: Spaces,
 }
 
-/// Fields that hold the number of a space.
+/// Fields with the number of a space.
 const SPACES: [&str; 2] = ["space", "contents"];
 
 type Fields = [(Value, Value)];
@@ -89,7 +89,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Of lists that are not as long as each other, what only one has.
+    /// For lists of different length, reports elements that only one has.
     fn lists(&mut self, job: &[Value], copy: &[Value]) {
         let only = |of: &[Value], not: &[Value]| {
             let only = of.iter().filter(|value| !not.contains(value));
@@ -125,7 +125,7 @@ impl Walk<'_> {
         });
     }
 
-    /// What the path leads to as people call it, and how many steps of it that takes.
+    /// A readable name of the object at the path, and the number of path elements that it covers.
     fn object(&self) -> (String, usize) {
         let index = |at: usize| {
             self.path
@@ -179,7 +179,7 @@ fn named(process: &Process) -> String {
     format!("process {} ({name})", process.pid)
 }
 
-/// The name of the variant, of what is one of several kinds.
+/// The name of the variant, for an enumeration.
 fn kind(fields: &Fields) -> Option<&str> {
     match fields {
         [(Value::Text(name), _)] if name.starts_with(char::is_uppercase) => Some(name),
@@ -187,10 +187,10 @@ fn kind(fields: &Fields) -> Option<&str> {
     }
 }
 
-/// A value for people, cut where it is long.
+/// A value for display, truncated if long.
 fn words(value: &Value) -> String {
     const MOST: usize = 160;
-    /// Numbers from here on are addresses or sets of bits.
+    /// Numbers from here on are addresses or bit sets, shown in hexadecimal.
     const LARGE: i128 = 1 << 20;
     let text = match value {
         Value::Integer(number) => match i128::from(*number) {

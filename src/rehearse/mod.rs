@@ -1,7 +1,7 @@
-//! Whether an image becomes the job again, found out before the job is ended.
+//! Rehearsal: whether the job can be restored from an image, checked before the job is ended.
 //!
-//! A [`Prover`] is a process beside `ckpt attach`. It stays where `restore` will be called: outside of
-//! the namespaces that a job may have to itself and that its checkpoint enters.
+//! A [`Prover`] is a process beside `ckpt attach`. It stays in the namespaces where `restore` will be called, outside
+//! those that a job may have of its own and that its checkpoint enters.
 
 mod canonical;
 mod compare;

@@ -1,4 +1,4 @@
-//! Whether the pages of two images are the same.
+//! Compares the pages of two images.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
@@ -11,21 +11,21 @@ use crate::error::Result;
 use crate::objects::files::regular::Regular;
 use crate::objects::{Snapshot, SpaceId};
 
-/// A digest of each page, by space and address. A page of zeroes and none are the same.
+/// A digest of each page, by space and address. A zero page and an absent one are equal.
 struct Pages(HashMap<(u32, u64), u64>);
 
-/// More pages that differ are not told one by one.
+/// Most different pages that are listed one by one.
 const MOST_TOLD: usize = 8;
 
-/// Memory of the kernel's in a process: what it writes there when a task runs is no state of the job.
+/// Memory of a process that the kernel writes when a task runs: not part of the job's state.
 struct Written {
     space: u32,
     start: u64,
     end: u64,
 }
 
-/// The pages of `job` and `copy` that differ, by process where they are a process's. `spaces` tells which
-/// space of the copy stands for one of the job.
+/// The pages of `job` and `copy` that differ, by process if they belong to one. `spaces` maps spaces of the job to
+/// those of the copy.
 pub(super) fn compare(
     (snapshot, job): (&Snapshot, &Reader),
     (copy_snapshot, copy): (&Snapshot, &Reader),
@@ -87,7 +87,7 @@ pub(super) fn compare(
     Ok(told)
 }
 
-/// `struct rseq` of each thread: the kernel writes the number of the processor into it, rseq(2).
+/// `struct rseq` of each thread: the kernel writes the number of the processor to it, rseq(2).
 fn restartable_sequences(snapshot: &Snapshot) -> Vec<Written> {
     let threads = snapshot
         .processes
@@ -104,7 +104,7 @@ fn restartable_sequences(snapshot: &Snapshot) -> Vec<Written> {
     areas.collect()
 }
 
-/// What a sleep writes of its remainder when it is interrupted, as it is in the copy (nanosleep(2)).
+/// The remaining time that an interrupted sleep writes, which occurs in the copy (nanosleep(2)).
 fn remainders(snapshot: &Snapshot) -> impl Iterator<Item = Written> + '_ {
     let threads = snapshot
         .processes
@@ -121,7 +121,7 @@ fn remainders(snapshot: &Snapshot) -> impl Iterator<Item = Written> + '_ {
     })
 }
 
-/// Spaces of the job's image for which that of the copy has none (`--save-files`, `--bundle`).
+/// Spaces that only the job's image has (`--save-files`, `--bundle`).
 fn stored_beside(snapshot: &Snapshot) -> Vec<u32> {
     let open = snapshot.descriptions.iter();
     let open = open.filter_map(|d| Some(d.kind.get::<Regular>()?.saved?.space.0));
@@ -179,7 +179,7 @@ impl Pages {
                 }
             }
         }
-        // Parents come before their children.
+        // Parents precede their children.
         for process in &snapshot.processes {
             let parent = snapshot.processes.iter().find(|p| p.pid == process.parent);
             let Some(parent) = parent else { continue };

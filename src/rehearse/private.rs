@@ -1,9 +1,10 @@
-//! What the copy has in the place of what the job uses at that moment.
+//! Substitutes for files that the job is using meanwhile.
 //!
-//! Every path of the job leads below a file system of the copy's own, in memory and in its mount namespace alone. There
-//! is an empty file of the same size, directory or FIFO in each place, which the copy opens, maps, locks and removes just
-//! as a restore does with the job's own. Nothing of the copy's code runs and contents of named files are in no image, so
-//! that nobody misses them. Only programs, their interpreters, devices and what `/proc` shows are what they are.
+//! Every path of the job is redirected below a file system of the copy's own, in memory and visible in its mount
+//! namespace only. It has an empty file of the same size, a directory or a FIFO in each place, which the copy opens,
+//! maps, locks and removes as a restore does with the job's own. No code of the copy runs, and contents of named
+//! files are in no image, so their absence has no effect. Only programs, their interpreters, devices and `/proc` are
+//! the real ones.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
@@ -30,28 +31,28 @@ use crate::objects::files::regular::Regular;
 use crate::objects::memory::{Backing, FileIdentity};
 use crate::restore::paths;
 
-/// Where that file system is: a directory of `/proc` that is always there, and of which a job has nothing open.
-/// Short, since names of sockets become longer by it.
+/// Mount point of that file system: a directory of `/proc` that always exists, and in which a job has nothing open.
+/// Short, since it lengthens names of sockets.
 const ROOT: &str = "/proc/fs";
 const MOUNT: &CStr = c"/proc/fs";
 
-/// Sockets in the place of those outside that the job is connected to.
+/// Substitutes for sockets outside to which the job is connected.
 #[derive(Debug, Default)]
 pub(super) struct StandIns(Vec<UnixDatagram>);
 
-/// Makes everything; from then on the snapshot is what the copy shall be.
+/// Creates everything; afterwards the snapshot is what the copy should be.
 ///
-/// To be called in the namespaces of the copy.
+/// Must be called in the namespaces of the copy.
 ///
 /// # Errors
-/// What cannot be made, by the name of what it stands for.
+/// When a substitute cannot be created; names the original.
 pub(super) fn substitute(snapshot: &mut Snapshot) -> Result<StandIns> {
     let flags = libc::MS_NOSUID;
     let mounted = ckpt_sys::mounts::mount(c"none", MOUNT, c"tmpfs", flags);
     mounted.map_err(|errno| failed("a file system of its own")(errno.into()))?;
     outside(snapshot);
     move_paths(snapshot);
-    // Processes of several users make names there.
+    // Processes of several users create names there.
     let ours = umask(Mode::empty());
     let made = stand_ins(snapshot);
     umask(ours);
@@ -78,7 +79,7 @@ fn stand_ins(snapshot: &mut Snapshot) -> Result<StandIns> {
     for description in &mut snapshot.descriptions {
         let file = description.kind.file_mut();
         file.substitute(&mut description.flags, &mut made)?;
-        // The copy has the device itself.
+        // The copy uses the device itself.
         if description.kind.get::<Device>().is_some() {
             description.locks.clear();
         }
@@ -97,7 +98,7 @@ fn stand_ins(snapshot: &mut Snapshot) -> Result<StandIns> {
     Ok(made.sockets)
 }
 
-/// A path as it is said to people: that of the job.
+/// A path for messages: that of the job.
 pub(super) fn told(text: &str) -> String {
     text.replace(&format!("{ROOT}/"), "/")
 }
@@ -116,12 +117,12 @@ fn failed(what: &str) -> impl Fn(io::Error) -> Error + use<> {
     move |error| Error::Restore(format!("{text}: {error}"))
 }
 
-/// The same of the file of the job that a path stands for.
+/// The same for the original of a path.
 fn no_place(path: &Path) -> impl Fn(io::Error) -> Error + use<> {
     failed(&told(&crate::text::of_path(path)))
 }
 
-/// Other ends outside of the job are pipes whose other end has been closed.
+/// Replaces other ends outside the job by pipes whose other end is closed.
 fn outside(snapshot: &mut Snapshot) {
     const STATUS: i32 = libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_ASYNC;
     let pipes = snapshot.descriptions.iter();
@@ -149,7 +150,7 @@ fn outside(snapshot: &mut Snapshot) {
     }
 }
 
-/// Makes all paths lead below [`ROOT`], but for those of programs, devices, handles and `/proc`.
+/// Moves all paths below [`ROOT`], except those of programs, devices, `O_PATH` handles and `/proc`.
 fn move_paths(snapshot: &mut Snapshot) {
     let programs: Vec<(usize, PathBuf)> = programs(snapshot)
         .into_iter()
@@ -172,7 +173,7 @@ fn move_paths(snapshot: &mut Snapshot) {
         old: "/".into(),
         new: ROOT.into(),
     };
-    // A job without any path is possible.
+    // A job may have no path at all.
     let _ = paths::apply(&[all], snapshot);
     for (index, path) in programs {
         snapshot.mapped_files[index].path = path;
@@ -189,7 +190,7 @@ fn move_paths(snapshot: &mut Snapshot) {
     }
 }
 
-/// Paths of an open file that stay what they are.
+/// Paths of an open file that are not moved.
 fn kept_paths(description: &mut Description) -> Vec<PathBuf> {
     let mut paths = Vec::new();
     let file = description.kind.file_mut();
@@ -199,7 +200,7 @@ fn kept_paths(description: &mut Description) -> Vec<PathBuf> {
     paths
 }
 
-/// Files that an exec opens: programs, and where one is mapped at the base of its interpreter, that one.
+/// Files that an exec opens: programs, and the interpreter if one is mapped at its base address.
 fn programs(snapshot: &Snapshot) -> HashSet<usize> {
     let mut found = HashSet::new();
     for process in &snapshot.processes {
@@ -224,10 +225,10 @@ fn auxiliary(auxv: &[u8], kind: u64) -> Option<u64> {
     Some(word(found, 1))
 }
 
-/// What there is already.
+/// Existing substitutes.
 #[derive(Default)]
 struct Made {
-    /// By device and inode of what it stands for.
+    /// By device and inode of the original.
     files: HashMap<((u32, u32), u64), PathBuf>,
     sockets: StandIns,
 }
@@ -252,7 +253,7 @@ impl Substitutes for Made {
         }
     }
 
-    /// A file of that size, the same one for all names of one.
+    /// A file of that size, one for all names of the original.
     fn like(&mut self, path: &Path, was: &FileIdentity) -> Result<()> {
         self.parent(path)?;
         let failed = no_place(path);
@@ -269,7 +270,7 @@ impl Substitutes for Made {
         Ok(())
     }
 
-    /// Whether the file that this stands for is of a hugetlbfs.
+    /// Whether the original file is on a hugetlbfs.
     fn is_of_huge_pages(&self, path: &Path) -> bool {
         let real = Path::new("/").join(path.strip_prefix(ROOT).unwrap_or(path));
         nix::sys::statfs::statfs(&real)
@@ -286,7 +287,7 @@ impl Substitutes for Made {
         fs::set_permissions(path, PermissionsExt::from_mode(mode)).map_err(failed)
     }
 
-    /// Something to be watched, of the kind that is there.
+    /// An object to be watched, of the original's type.
     fn watched(&mut self, path: &Path) -> Result<()> {
         if path.symlink_metadata().is_ok() {
             return Ok(());
@@ -300,7 +301,7 @@ impl Substitutes for Made {
         made.map(drop).map_err(no_place(path))
     }
 
-    /// A socket of that address, unless it is a relative path: then there may be none.
+    /// A socket with that address, unless it is a relative path, which need not exist.
     fn socket(&mut self, address: &[u8]) -> Result<()> {
         let bound = match address.first() {
             Some(0) => SocketAddr::from_abstract_name(&address[1..])
@@ -320,7 +321,7 @@ impl Substitutes for Made {
                 self.sockets.0.push(socket);
                 Ok(())
             }
-            // Another socket of the job has made it.
+            // Another socket of the job has created it.
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => Ok(()),
             Err(e) => Err(failed("a socket that the job is connected to")(e)),
         }
@@ -328,7 +329,7 @@ impl Substitutes for Made {
 }
 
 impl Made {
-    /// With all of it there: what the copy is to find.
+    /// When all exist: sets the identities that the copy should find.
     fn identities(&self, snapshot: &mut Snapshot) -> Result<()> {
         let mapped = snapshot.mapped_files.iter_mut();
         let mapped = mapped.filter(|file| file.contents.is_none());
@@ -345,7 +346,7 @@ impl Made {
     }
 }
 
-/// What is left to whoever wants no rehearsal.
+/// The remedy for a refused rehearsal.
 pub(super) const WITHOUT: &str =
     "leave --rehearse out; --kill still checks that nothing stands in the way";
 
@@ -356,6 +357,6 @@ fn make(path: &Path, was: &FileIdentity) -> io::Result<()> {
     }
     let file = File::create_new(path)?;
     file.set_len(was.size)?;
-    // Whoever of the job opens it may: the plan looks at the job's own.
+    // Accessible to all users of the job: the plan checks the permissions of the job's own files.
     file.set_permissions(PermissionsExt::from_mode(0o666 | was.mode & 0o111))
 }

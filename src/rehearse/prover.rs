@@ -1,4 +1,4 @@
-//! The process that is asked, and what it answers.
+//! The checking process, and its requests and replies.
 
 use std::fs::File;
 use std::io;
@@ -27,23 +27,23 @@ use crate::objects::options::Options;
 use crate::progress::Silent;
 use crate::restore::{self, Request};
 
-/// A process that looks at images, in the place of the process that has started it.
+/// A process that checks images in the namespaces of the process that started it.
 #[derive(Debug)]
 pub struct Prover {
     link: Channel,
     child: i32,
 }
 
-/// Asked of the prover, with a descriptor of the image.
+/// Requests to the prover, with a descriptor of the image.
 #[derive(Debug, Serialize, Deserialize)]
 enum Question {
-    /// What stands in the way of its restore here.
+    /// Obstacles to its restore here.
     Check(#[serde(with = "crate::objects::raw_path")] PathBuf),
-    /// In what a copy that is restored from it differs from the job.
+    /// Differences between a copy restored from it and the job.
     Rehearse(#[serde(with = "crate::objects::raw_path")] PathBuf),
 }
 
-/// What it answers.
+/// Its replies.
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Checked(Vec<Told>),
@@ -52,7 +52,7 @@ enum Answer {
     Failed(String),
 }
 
-/// An obstacle on its way to another process.
+/// The serialized form of an obstacle.
 #[derive(Debug, Serialize, Deserialize)]
 struct Told {
     object: String,
@@ -62,9 +62,9 @@ struct Told {
 }
 
 impl Prover {
-    /// Starts it for images of that job, `by` being a process that adopts its orphans.
+    /// Starts it for images of that job; `by` is a process that adopts the job's orphans.
     ///
-    /// To be called while this process has one thread.
+    /// Must be called while this process is single-threaded.
     ///
     /// # Errors
     /// When no process can be created.
@@ -128,7 +128,7 @@ fn confused() -> Error {
     Error::Restore("the process that checks the image answers what it was not asked".into())
 }
 
-/// Answers until nobody asks any more.
+/// Serves requests until the channel is closed.
 fn serve(link: Channel, root: Pid, by: Option<Pid>) {
     while let Ok((question, mut fds)) = link.receive_with::<Question>() {
         let Some(image) = fds.pop() else { return };
@@ -159,7 +159,7 @@ fn check(image: File, name: &Path, leaving: Vec<Pid>) -> Result<Answer> {
             leaving,
             ..Options::default()
         },
-        // What terminal there will be is for `restore --detach` to say.
+        // The terminal will be known only at `restore --detach`.
         foreground: false,
         bounded: false,
         ..Request::plain(name, &Silent)
@@ -170,7 +170,7 @@ fn check(image: File, name: &Path, leaving: Vec<Pid>) -> Result<Answer> {
     ))
 }
 
-/// The processes of the job, as they are seen from here.
+/// The processes of the job, as seen from here.
 fn leaving(root: Pid, by: Option<Pid>) -> Vec<Pid> {
     let parent = read_status(root).ok().map(|status| status.ppid);
     let by = by.or(parent.filter(|parent| isolate::is_init(*parent)));

@@ -1,7 +1,6 @@
-//! A rehearsal: the job comes back from its image in namespaces of its own, stopped, and is looked at by a
-//! checkpoint of its own, as the job was.
+//! A rehearsal: restores the job from its image in new namespaces, stopped, and checkpoints the copy for comparison.
 //!
-//! Nothing of the copy's code runs, and what it has open is its own ([`private`]).
+//! No code of the copy runs, and its open files are its own ([`private`]).
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
@@ -34,13 +33,13 @@ use crate::progress::Silent;
 use crate::restore::{self, ClockPolicy, Placed, Request};
 use crate::snapshot;
 
-/// Restores from `image` beside the job, whose processes are `leaving`, and answers in what the copy differs.
-/// Nothing is left of it.
+/// Restores from `image` beside the job, whose processes are `leaving`, and returns the differences of the copy.
+/// Nothing is left of the copy.
 ///
-/// To be called while this process has one thread.
+/// Must be called while this process is single-threaded.
 ///
 /// # Errors
-/// When there can be no rehearsal, or the restore fails.
+/// When a rehearsal is not possible, or the restore fails.
 pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<Rehearsal> {
     let again = |file: &File| file.try_clone().map_err(failed);
     let reader = Reader::from_file(again(image)?, name)?;
@@ -48,7 +47,7 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<R
     let request = Request {
         objects: Options {
             leaving,
-            // What is there in the place of the job's own is for the copy alone.
+            // The substitutes for the job's own files are for the copy only.
             files: FilesPolicy::Adopt,
             ..Options::default()
         },
@@ -96,13 +95,13 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<R
     })
 }
 
-/// Whether the kernel told of nobody in the job: whoever was at the other end of a connection has ended, or is outside
-/// of the namespace. A connection that is made again has been made by somebody.
+/// Whether the job's socket has no peer credentials, because the peer has ended or is outside the namespace. A
+/// restored connection always has some.
 fn is_untold(difference: &Difference) -> bool {
     difference.part == "kind unixsocket peer credentials" && difference.before == compare::NOTHING
 }
 
-/// Whether it is something that a restore does without where it is not permitted, with a warning.
+/// Whether a restore without permission leaves it out, with a warning.
 fn is_forgone(difference: &Difference) -> bool {
     const PARTS: [&str; 12] = [
         "autogroup nice",
@@ -125,7 +124,7 @@ fn is_forgone(difference: &Difference) -> bool {
     })
 }
 
-/// What is in the way of any rehearsal here, of which the job takes no notice.
+/// An obstacle to any rehearsal here, independent of the job.
 #[must_use]
 pub fn in_the_way() -> Option<Obstacle> {
     let possible = ckpt_tracer::features::namespaces_permitted();
@@ -143,7 +142,7 @@ fn failed(error: std::io::Error) -> Error {
     Error::Restore(format!("cannot prepare the rehearsal: {error}"))
 }
 
-/// A file for the second image that goes with the last descriptor of it.
+/// A nameless file for the second image, freed with its last descriptor.
 fn unnamed() -> Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -154,14 +153,15 @@ fn unnamed() -> Result<File> {
     file.map_err(failed)
 }
 
-/// What is heard of the copy when it is complete.
+/// Messages about the complete copy.
 #[derive(Debug, Serialize, Deserialize)]
 struct Told {
-    /// The restore has warned of something.
+    /// Whether the restore has warned.
     any: bool,
 }
 
-/// Restores the copy in its namespaces, takes its image, and ends it with them. `wanted` gets what the copy shall be.
+/// Restores the copy in its namespaces, takes its image, and ends it together with them. `wanted` receives the
+/// expected snapshot.
 fn perform(mut placed: Placed<'_>, job: &Snapshot, copy: File, mut wanted: File) -> Result<Told> {
     const DONE: &str = "the rehearsal is over";
     let mut spec = placed.namespaces()?;
@@ -220,13 +220,13 @@ fn perform(mut placed: Placed<'_>, job: &Snapshot, copy: File, mut wanted: File)
         let any = !restored.warnings.is_empty();
         told.send(&Told { any })
             .map_err(|error| error.to_string())?;
-        // Its end is that of all in its namespace.
+        // The end of the first process ends all in its namespace.
         Err(DONE.to_owned())
     };
     let init = match spec.builder {
         None => isolate::start(&spec, body),
-        // The end of the copy's first process, which is not ours, is up to nobody outside. So there is a namespace
-        // around it, whose first process ends with us, and with that one all.
+        // The copy's first process is not our child, so its end cannot be controlled from outside. So an outer
+        // namespace surrounds it, whose first process ends with us, which ends all.
         Some(_) => isolate::start(&Spec::own(), move |_: &Link, _| {
             let inner = isolate::start(&spec, body);
             let ended = inner.and_then(|mut init| init.until_it_runs());
@@ -241,7 +241,7 @@ fn perform(mut placed: Placed<'_>, job: &Snapshot, copy: File, mut wanted: File)
     }
 }
 
-/// Whether it has or uses names that are not paths: they are those of a network namespace.
+/// Whether it has or uses abstract socket names, which belong to a network namespace.
 fn abstract_names(job: &Snapshot) -> bool {
     let has = |socket: &UnixSocket| {
         let own = socket.name.as_ref().is_some_and(|n| n.file.is_none());

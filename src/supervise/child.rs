@@ -17,8 +17,8 @@ use super::{Supervised, Terminal};
 use crate::children::{Change, changed, reap_adopted};
 use crate::guard::{Entrance, Watch, children_but};
 
-/// Starts a program in our process group, with the signals that we were started with; its pid.
-/// `traced` says that checkpoints will be taken of it; with an entrance it begins under its guard.
+/// Starts a program in our process group, with our original signal state; returns its pid. `traced` says that
+/// checkpoints will be taken; with an entrance it starts under its guard.
 ///
 /// # Errors
 /// When the program cannot be started.
@@ -32,7 +32,7 @@ pub fn start(
     if let Some(entrance) = entrance {
         entrance.pass_through(&mut command);
     }
-    // Dropping the handle leaves the child alone; `wait_for` waits for it.
+    // Dropping the handle has no effect on the child; `wait_for` reaps it.
     Ok(command.spawn()?.id() as i32)
 }
 
@@ -58,11 +58,11 @@ impl Supervised for Child {
     }
 }
 
-/// Waits for the end of a job, passes signals on to it meanwhile, and takes checkpoints when they
-/// are due. Returns its exit code, 128 plus the signal that ended it.
+/// Waits for the end of a job, passes signals on to it meanwhile, and takes checkpoints when they are due. Returns
+/// its exit code, or 128 plus the signal that ended it.
 ///
 /// # Errors
-/// When the kernel refuses to wait: `ECHILD` when somebody else waited for the child.
+/// When the kernel refuses to wait: `ECHILD` when the child was reaped elsewhere.
 pub fn wait_for(
     job: &mut dyn Supervised,
     signals: &Signals,
@@ -76,14 +76,14 @@ pub fn wait_for(
             match end {
                 None if terminal.takes(received.signal) => {}
                 None => forward(job, &received)?,
-                // Only the last checkpoint is being waited for; whoever asks us to end means it.
+                // Only the last checkpoint is being waited for; a signal to end ends us.
                 Some(_) if is_forwarded(&received, job.pid(), false) => {
                     periodic.iter_mut().for_each(|periodic| periodic.abandon());
                 }
                 Some(_) => {}
             }
         }
-        // A child may change again while its last change is dealt with.
+        // A child may change its state again while the last change is handled.
         while end.is_none() {
             match job.changed()? {
                 Some(Change::Ended(code)) => end = Some(code),
@@ -130,7 +130,7 @@ pub fn wait_for(
     }
 }
 
-/// The root of a job, and who has lost his parent: to us, or to the first process of a namespace.
+/// The root of a job and its orphans: children of ours, or of the first process of a namespace.
 fn all_of(job: &dyn Supervised, known: &[i32]) -> Vec<CkptPid> {
     let mut all = vec![CkptPid(job.pid())];
     all.extend(children_but(std::process::id() as i32, known));
@@ -140,7 +140,7 @@ fn all_of(job: &dyn Supervised, known: &[i32]) -> Vec<CkptPid> {
     all
 }
 
-/// Rounded up, so that what is due is due when the poll ends; at most what poll can take.
+/// Rounded up, so that a checkpoint is due when the poll ends; at most the maximum of poll.
 fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
     let Some(timeout) = timeout else {
         return PollTimeout::NONE;
@@ -159,18 +159,18 @@ fn forward(job: &dyn Supervised, received: &Received) -> nix::Result<()> {
         return Ok(());
     }
     match job.send(received) {
-        // It has become another user's (a set-uid program): a shell could not signal it either.
+        // It has changed its user (a set-uid program): a shell could not signal it either.
         Ok(()) | Err(Errno::ESRCH | Errno::EPERM) => Ok(()),
         Err(errno) => Err(errno),
     }
 }
 
-/// Stops us by the signal that stopped the child, so that our shell gets its prompt back; returns
-/// when we are continued. In an orphaned process group the kernel ignores it, as for any program.
+/// Stops us by the signal that stopped the child, so that our shell shows its prompt; returns when we are continued.
+/// In an orphaned process group the kernel ignores it, as for any program.
 fn stop_like(signal: i32) -> nix::Result<()> {
     let signal = Signal::try_from(signal)?;
     raise(signal)?;
-    // The signal is blocked, so that it can be read; it takes effect only now.
+    // The signal is blocked, so that it can be read; unblocking delivers it.
     let mut only = SigSet::empty();
     only.add(signal);
     only.thread_unblock()?;

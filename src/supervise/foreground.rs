@@ -1,4 +1,4 @@
-//! The terminal that `restore` runs in, lent to the job while both are in the foreground.
+//! The terminal of `restore`, lent to the job while both are in the foreground.
 
 use std::fs::File;
 
@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::Terminal;
 
-/// What a job wants of the terminal when it is let go.
+/// A job's request for the terminal at its release.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct JobTerminal {
     /// Its root.
     pub root: i32,
-    /// The group of it that is in the foreground; none when that is our own.
+    /// Its foreground process group; `None` if that is ours.
     pub group: Option<i32>,
     /// It has descriptors of the terminal.
     pub shown: bool,
@@ -22,8 +22,8 @@ pub struct JobTerminal {
     pub modes: Option<Modes>,
 }
 
-/// Our terminal, with the modes and the foreground group of the job while it is lent; ours again
-/// when this is dropped.
+/// Our terminal, with the modes and the foreground process group of the job while it is lent; restored when this is
+/// dropped.
 #[derive(Debug)]
 pub struct Foreground {
     terminal: File,
@@ -46,7 +46,7 @@ impl Foreground {
         Some(lent)
     }
 
-    /// The job gets the terminal, unless we do not have it ourselves.
+    /// Gives the terminal to the job, unless we are not in the foreground.
     fn take(&mut self) {
         if tty::foreground(&self.terminal) != Some(self.ours) {
             return;
@@ -56,7 +56,7 @@ impl Foreground {
         };
         self.before = Some(before);
         if let Some(modes) = self.job.modes {
-            // Of a serial line, speed and format are the line's.
+            // Speed and format of a serial line are kept.
             let modes = Modes {
                 control: before.control,
                 line: before.line,
@@ -71,7 +71,7 @@ impl Foreground {
         }
     }
 
-    /// It is ours again; what the job had is remembered.
+    /// Takes it back; the job's settings are saved.
     fn give_back(&mut self) {
         let Some(before) = self.before.take() else {
             return;
@@ -85,7 +85,7 @@ impl Foreground {
         let _ = tty::set_modes(&self.terminal, &before);
     }
 
-    /// Tells the job that it has another screen, which it has not drawn on.
+    /// Makes the job redraw its screen.
     pub fn redraw(&self) {
         if self.job.shown && self.before.is_some() {
             let _ = match self.job.group {

@@ -1,11 +1,11 @@
-//! Lengths of time on the command line, and when the next checkpoint is due.
+//! Durations on the command line, and the time of the next checkpoint.
 
 use std::time::{Duration, Instant};
 
 /// Parses `10s`, `5m`, `1h`, `2d`, `500ms`, or plain seconds; fractions are allowed.
 ///
 /// # Errors
-/// One sentence that says what is wrong with `text`.
+/// One sentence on what is wrong with `text`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let end = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
@@ -29,8 +29,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// The first moment after `now` that lies a whole number of intervals after `due`; `None` when it
-/// is beyond what the clock can show.
+/// The first time after `now` that is a whole number of intervals after `due`; `None` if the clock cannot represent
+/// it.
 pub(super) fn next_due(due: Instant, interval: Duration, now: Instant) -> Option<Instant> {
     let late = now.saturating_duration_since(due).as_nanos();
     let into = late % interval.as_nanos().max(1);

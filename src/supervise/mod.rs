@@ -1,11 +1,10 @@
-//! Standing between a shell and a program: waiting for it, passing signals on to it, stopping
-//! when it stops, and taking checkpoints of it now and then.
+//! Supervises a program for a shell: waits for it, passes signals on to it, stops when it stops, and takes
+//! checkpoints of it at intervals.
 //!
-//! Everything waits in one `poll` on a signalfd, whose timeout is the next checkpoint. The
-//! checkpoint itself is taken by another process (see [`periodic`]), for two reasons: a defect
-//! there must not take the supervisor with it, and Linux lets the threads of one process reap
-//! each other's tracees, so that a tracer inside the supervisor would swallow the program's exit
-//! status (see `wait_consider_task` in kernel/exit.c).
+//! Everything waits in one `poll` on a signalfd, whose timeout is the next checkpoint. Another process takes the
+//! checkpoint (see [`periodic`]), for two reasons: a defect there must not end the supervisor, and Linux lets the
+//! threads of one process reap each other's tracees, so that a tracer inside the supervisor would consume the
+//! program's exit status (see `wait_consider_task` in kernel/exit.c).
 
 use crate::children::Change;
 
@@ -22,48 +21,47 @@ mod sys;
 pub use child::{Child, start, wait_for};
 pub use sys::Signals;
 
-/// A job that is waited for.
+/// A job to wait for.
 pub trait Supervised {
-    /// Its root, as we see it.
+    /// Its root, in our pid namespace.
     fn pid(&self) -> i32;
 
-    /// The child of ours whose end is told by [`changed`](Self::changed), and is not to be waited
-    /// for by anybody else.
+    /// The child of ours whose end [`changed`](Self::changed) reports; it must not be reaped elsewhere.
     fn child(&self) -> i32;
 
-    /// What has become of it, without waiting.
+    /// Its state change, without waiting.
     ///
     /// # Errors
-    /// When the kernel refuses to tell.
+    /// When the kernel refuses.
     fn changed(&mut self) -> nix::Result<Option<Change>>;
 
     /// Passes a signal on.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     fn send(&self, received: &signals::Received) -> nix::Result<()>;
 
-    /// What is readable when it has changed, beside a `SIGCHLD`.
+    /// A descriptor that is readable when it has changed, in addition to `SIGCHLD`.
     fn wakes(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         None
     }
 }
 
-/// What is done about a terminal while its job is waited for.
+/// Handling of a terminal while its job is waited for.
 pub trait Terminal {
-    /// A signal has come; true when it was about the terminal and is not for the job.
+    /// A signal has arrived; true if it concerns the terminal and not the job.
     fn takes(&mut self, _signal: i32) -> bool {
         false
     }
 
-    /// We are about to stop, because the job was stopped by its terminal.
+    /// Called before we stop, because the job was stopped by its terminal.
     fn before_stop(&mut self) {}
 
-    /// We go on.
+    /// Called when we continue.
     fn after_stop(&mut self) {}
 }
 
-/// Of a job whose terminal needs nothing.
+/// For a job whose terminal needs no handling.
 pub struct NoTerminal;
 
 impl Terminal for NoTerminal {}

@@ -1,8 +1,7 @@
-//! Checkpoints at an interval, each taken by a process of its own: `ckpt attach`.
+//! Checkpoints at an interval, each taken by a separate process: `ckpt attach`.
 //!
-//! That process is in a process group of its own, so that what the terminal sends to the job does
-//! not interrupt it. What it says goes into memory files: no pipe has to be emptied, and nothing
-//! of it is lost.
+//! That process is in a process group of its own, so that signals of the terminal to the job do not interrupt it. Its
+//! output goes to memfds: no pipe has to be emptied, and no output is lost.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -21,42 +20,42 @@ use super::retention::Images;
 use crate::children::{Change, changed};
 use crate::objects::save_files::Pattern;
 
-/// How checkpoints of a program are taken.
+/// Options of the checkpoints of a program.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The time between the beginnings of two checkpoints.
+    /// The time between the starts of two checkpoints.
     pub interval: Duration,
-    /// Where the images go.
+    /// Names of the images.
     pub images: Images,
-    /// How many are kept.
+    /// Number of images to keep.
     pub keep: usize,
-    /// How memory is compressed.
+    /// Compression of memory.
     pub codec: Codec,
-    /// Open files that go into the images.
+    /// Open files whose contents are stored.
     pub save_files: Vec<Pattern>,
     /// Options about single descriptors.
     pub descriptors: Vec<OsString>,
-    /// Programs, libraries and what is only read go into the images.
+    /// Whether to store programs, libraries and files that are only read.
     pub bundle: bool,
 }
 
-/// What is told while the program runs.
+/// Receives messages while the program runs.
 pub type Tell = Box<dyn Fn(&str)>;
 
 /// Checkpoints of one program.
 pub struct Periodic {
     plan: Plan,
     pid: i32,
-    /// `None` when the interval leads beyond what the clock can show.
+    /// `None` when the clock cannot represent the time.
     due: Option<Instant>,
     running: Option<Helper>,
-    /// What the last checkpoint warned of.
+    /// The warning of the last checkpoint.
     warning: String,
     failed: Tell,
     done: Tell,
 }
 
-/// `ckpt attach`, at work.
+/// A running `ckpt attach`.
 struct Helper {
     pid: i32,
     counter: u64,
@@ -65,7 +64,7 @@ struct Helper {
 }
 
 impl Periodic {
-    /// Checkpoints of `pid` from now on. `failed` and `done` are told one line about each.
+    /// Checkpoints of `pid` from now on. `failed` and `done` get one line about each.
     pub fn new(plan: Plan, pid: i32, failed: Tell, done: Tell) -> Self {
         let due = Instant::now().checked_add(plan.interval);
         Periodic {
@@ -79,18 +78,18 @@ impl Periodic {
         }
     }
 
-    /// Whether a checkpoint is being taken.
+    /// Whether a checkpoint is in progress.
     pub(super) fn is_busy(&self) -> bool {
         self.running.is_some()
     }
 
-    /// The process that takes a checkpoint now.
+    /// The process of the checkpoint in progress.
     pub(super) fn helper(&self) -> Option<i32> {
         self.running.as_ref().map(|helper| helper.pid)
     }
 
-    /// Begins a checkpoint when one is due; how long there is to wait until the next. While one
-    /// is being taken its end, a `SIGCHLD`, is all there is to wait for.
+    /// Starts a checkpoint when one is due; returns the time until the next. During one only its end, a `SIGCHLD`, is
+    /// waited for.
     pub(super) fn begin_if_due(&mut self, now: Instant) -> Option<Duration> {
         if self.is_busy() {
             return None;
@@ -114,13 +113,13 @@ impl Periodic {
 
     fn begin(&self) -> io::Result<Helper> {
         let counter = self.plan.images.next_counter()?;
-        // What the command prints, which is for everybody who runs it and no channel's message.
+        // The command's ordinary output, not messages of a channel.
         let memory = |name| Ok::<_, io::Error>(File::from(memfd(name, 0)?));
         let (out, err) = (memory(c"ckpt-report")?, memory(c"ckpt-errors")?);
         let mut command = Command::new("/proc/self/exe");
         command.arg0("ckpt").arg("attach").arg(self.pid.to_string());
         command.arg(format!("--codec={}", self.plan.codec));
-        // What the program's end has left to us belongs to the job as well.
+        // Adopted orphans of the program belong to the job too.
         command.arg(format!("--adopted-by={}", std::process::id()));
         let patterns = self.plan.save_files.iter();
         command.args(patterns.map(|pattern| format!("--save-files={}", pattern.text())));
@@ -142,7 +141,7 @@ impl Periodic {
         })
     }
 
-    /// Deals with the end of a checkpoint, if it has ended.
+    /// Handles the end of a checkpoint, if it has ended.
     pub(super) fn reap(&mut self, now: Instant) -> nix::Result<()> {
         let Some(helper) = &self.running else {
             return Ok(());
@@ -153,7 +152,7 @@ impl Periodic {
         let Some(mut helper) = self.running.take() else {
             return Ok(());
         };
-        // What became due meanwhile is not made up for.
+        // Missed intervals are skipped.
         if let Some(due) = self.due.filter(|due| *due <= now) {
             self.due = next_due(due, self.plan.interval, now);
         }
@@ -166,7 +165,7 @@ impl Periodic {
             self.fail(&format!("checkpoint {} failed: {reason}", helper.counter));
             return Ok(());
         }
-        // A warning that does not change is told once.
+        // A warning that does not change is reported once.
         let warning = one_line(&mut helper.err);
         if !warning.is_empty() && warning != self.warning {
             (self.failed)(&warning);
@@ -179,10 +178,10 @@ impl Periodic {
         Ok(())
     }
 
-    /// Ends the checkpoint that is being taken; the image then does not come to be.
+    /// Aborts the checkpoint in progress; its image is discarded.
     pub(super) fn abandon(&mut self) {
         if let Some(helper) = &self.running {
-            // Not yet waited for, so the pid is still its own.
+            // It is not reaped, so the pid is still its own.
             let _ = kill(Pid::from_raw(helper.pid), Signal::SIGKILL);
         }
     }
@@ -194,10 +193,10 @@ impl Periodic {
     }
 }
 
-/// All that was written, as one line without the name that each of its lines begins with.
+/// Its output, as one line without the prefix of each line.
 fn one_line(file: &mut File) -> String {
     let mut bytes = Vec::new();
-    // What was written and cannot be read is lost; the checkpoint's fate is known without it.
+    // Unreadable output is lost; the result of the checkpoint is known without it.
     let _ = file.rewind().and_then(|()| file.read_to_end(&mut bytes));
     let text = String::from_utf8_lossy(&bytes);
     let lines = text

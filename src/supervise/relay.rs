@@ -1,5 +1,4 @@
-//! A job's own terminal shown on ours: what is typed goes to it, what it prints comes here, and
-//! its size follows.
+//! Relays a job's own terminal to ours: input to it, output from it, and changes of size.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,12 +13,12 @@ use nix::unistd::{read, write};
 
 use super::Terminal;
 
-/// How long a terminal that nobody has open is left alone, milliseconds.
+/// Polling interval of a terminal that no process has open, milliseconds.
 const NOBODY: u16 = 50;
-/// A read.
+/// Bytes of a read.
 const BLOCK: usize = 16 * 1024;
 
-/// The relay; our terminal is as it was when this is dropped.
+/// The relay; our terminal is restored when this is dropped.
 #[derive(Debug)]
 pub struct Relay {
     master: OwnedFd,
@@ -31,10 +30,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Starts to relay between the master of the job's terminal and our input and output.
+    /// Starts a relay between the master of the job's terminal and our input and output.
     ///
     /// # Errors
-    /// When no descriptor or thread is to be had.
+    /// When no descriptor or thread can be created.
     pub fn start(master: OwnedFd, input: OwnedFd, output: OwnedFd) -> io::Result<Self> {
         set_nonblocking(&master)?;
         let ours = match tty::modes(&input) {
@@ -64,8 +63,7 @@ impl Relay {
         Ok(relay)
     }
 
-    /// The job's terminal gets the size of ours; it is told in any case, since it has not drawn
-    /// on this one yet.
+    /// Sets the size of the job's terminal to ours; SIGWINCH is sent in any case, since the job has to redraw.
     fn resize(&self) {
         if let Some((terminal, _)) = &self.ours
             && let Ok(size) = tty::size(terminal)
@@ -97,7 +95,7 @@ impl Drop for Relay {
     }
 }
 
-/// Tells the foreground group of a terminal, given its master, that it must draw anew.
+/// Sends SIGWINCH to the foreground process group of a terminal, by its master.
 pub(super) fn redraw(master: &OwnedFd) {
     if let Some(group) = tty::foreground(master) {
         let group = nix::unistd::Pid::from_raw(group);
@@ -109,12 +107,12 @@ pub(super) fn set_nonblocking(fd: &OwnedFd) -> nix::Result<()> {
     files::set_flags(fd, files::flags(fd)? | libc::O_NONBLOCK)
 }
 
-/// What the thread has.
+/// State of the thread.
 struct Pump {
     master: OwnedFd,
     input: Option<OwnedFd>,
     output: OwnedFd,
-    /// Typed, and not yet taken.
+    /// Typed, not yet written.
     pending: Vec<u8>,
     stopped: OwnedFd,
 }
@@ -185,7 +183,7 @@ impl Pump {
                 self.pending.extend(&block[..n]);
             }
             Err(Errno::EINTR | Errno::EAGAIN) => {}
-            // At the end of what was redirected to us, the job sees an end as well.
+            // At the end of redirected input, the job gets an end of file too.
             Ok(_) | Err(_) => {
                 self.input = None;
                 let end = tty::modes(&self.master).map_or(4, |m| m.chars[libc::VEOF]);
@@ -194,7 +192,7 @@ impl Pump {
         }
     }
 
-    /// What is typed after a change of size comes to the job after it. SIGWINCH, which another thread takes, may be
+    /// Sets the size before input that was typed after the change. SIGWINCH, which another thread handles, may be
     /// later.
     fn follow_size(&self, ours: &OwnedFd) {
         if let Ok(size) = tty::size(ours)
@@ -214,7 +212,7 @@ impl Pump {
         }
     }
 
-    /// Everything that has been printed.
+    /// Reads all output.
     fn pass_output(&mut self) -> Output {
         let mut block = [0; BLOCK];
         loop {
@@ -240,7 +238,7 @@ struct Ready {
     stop: bool,
 }
 
-/// Whoever looks at it may be gone, which is no trouble of the job's.
+/// The reader may have gone, which does not concern the job.
 fn write_all(output: &OwnedFd, mut bytes: &[u8]) {
     while !bytes.is_empty() {
         match write(output, bytes) {
@@ -283,7 +281,7 @@ mod tests {
             pending: Vec::new(),
             stopped,
         };
-        // No SIGWINCH comes here, so nothing else passes the size on.
+        // No SIGWINCH arrives here, so nothing else sets the size.
         pump.take_input();
         assert_eq!(pump.pending, b"typed\n");
         assert_eq!(tty::size(&jobs).unwrap(), size);

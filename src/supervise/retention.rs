@@ -1,4 +1,4 @@
-//! The images of one name in a directory: their numbers, and which of them are kept.
+//! The images of one name in a directory: their numbers, and which are kept.
 
 use crate::text::Shown;
 
@@ -25,14 +25,14 @@ impl Images {
         }
     }
 
-    /// Where the image of this number is.
+    /// The path of the image with this number.
     pub fn path(&self, counter: u64) -> PathBuf {
         let mut name = self.name.clone().into_vec();
         name.extend_from_slice(format!(".{counter}.ckpt").as_bytes());
         self.directory.join(OsString::from_vec(name))
     }
 
-    /// The numbers of all images that are there, ascending.
+    /// The numbers of all existing images, ascending.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -45,10 +45,10 @@ impl Images {
         Ok(counters)
     }
 
-    /// The number after the last one that is there.
+    /// The number after the last existing one.
     ///
     /// # Errors
-    /// When the directory cannot be read, or holds the last number there is.
+    /// When the directory cannot be read, or contains the largest number.
     pub fn next_counter(&self) -> io::Result<u64> {
         let last = self.counters()?.last().copied().unwrap_or(0);
         last.checked_add(1).ok_or_else(|| {
@@ -59,7 +59,7 @@ impl Images {
         })
     }
 
-    /// Removes all images that are older than the newest `keep` good ones.
+    /// Removes all images older than the newest `keep` valid ones.
     ///
     /// # Errors
     /// When the directory cannot be read or an image cannot be removed.
@@ -75,14 +75,14 @@ impl Images {
     }
 }
 
-/// Header, footer and index fit together: the file is a whole image and not what a full disk or
-/// a copy that was cut short left.
+/// Whether header, footer and index are consistent: the file is a whole image, not a remainder from a full disk or an
+/// interrupted copy.
 fn is_good(path: &Path) -> bool {
     Reader::open(path).is_ok()
 }
 
-/// Of the numbers of images, ascending, those older than the newest `keep` good ones. While fewer
-/// are good nothing is superfluous, so the last good one stays whatever `keep` says.
+/// The numbers (ascending) older than the newest `keep` valid images. With fewer valid ones none is superfluous, so
+/// the last valid one stays even for a `keep` of 0.
 fn superfluous(counters: &[u64], keep: usize, good: impl Fn(u64) -> bool) -> &[u64] {
     let mut good_ones = (0..counters.len()).rev().filter(|at| good(counters[*at]));
     match good_ones.nth(keep.max(1) - 1) {
@@ -91,7 +91,7 @@ fn superfluous(counters: &[u64], keep: usize, good: impl Fn(u64) -> bool) -> &[u
     }
 }
 
-/// The counter of the file name `NAME.<counter>.ckpt`, as we write it: no sign, no leading zero.
+/// The counter in the file name `NAME.<counter>.ckpt`, in our notation: no sign, no leading zero.
 fn counter_of(file: &OsStr, name: &OsStr) -> Option<u64> {
     let rest = file.as_bytes().strip_prefix(name.as_bytes())?;
     let digits = rest.strip_prefix(b".")?.strip_suffix(b".ckpt")?;

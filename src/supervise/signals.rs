@@ -5,16 +5,16 @@
 pub struct Received {
     /// Its number.
     pub signal: i32,
-    /// `si_code`: who made it.
+    /// `si_code`: its origin.
     pub code: i32,
-    /// The process that sent it, 0 when it was the kernel or a process we cannot see.
+    /// The sending process, 0 for the kernel or a process that is not visible.
     pub sender: i32,
-    /// What it carries, when `code` is `SI_QUEUE`.
+    /// Its value, when `code` is `SI_QUEUE`.
     pub value: u64,
 }
 
-/// What stays with us: signals that a fault of our own raises, `SIGCHLD`, which is about our own
-/// children, and those that stop us like any program for touching the terminal.
+/// Not passed on: signals of our own faults, `SIGCHLD`, which concerns our own children, and those that stop us like
+/// any program for using the terminal.
 const OURS: [i32; 11] = [
     libc::SIGILL,
     libc::SIGTRAP,
@@ -32,7 +32,7 @@ const OURS: [i32; 11] = [
 /// Linux has signals 1 to 64.
 const LAST: i32 = 64;
 
-/// All signals that can be passed on. 32 and 33 belong to the C library.
+/// All signals that can be passed on. The C library uses 32 and 33.
 pub(super) fn forwardable() -> impl Iterator<Item = i32> {
     let kept = |signal: &i32| {
         [libc::SIGKILL, libc::SIGSTOP, 32, 33].contains(signal) || OURS.contains(signal)
@@ -40,12 +40,11 @@ pub(super) fn forwardable() -> impl Iterator<Item = i32> {
     (1..=LAST).filter(move |signal| !kept(signal))
 }
 
-/// Whether `received` is to be passed on to the child.
+/// Whether `received` must be passed on to the child.
 ///
-/// What the terminal sends (`SI_KERNEL`) goes to every process of the foreground group; the child
-/// has it already when it is in our group. What the child sends to us is not thrown back at it.
-/// `kill` with a group's number cannot be told from one with our pid: there the child gets the
-/// signal twice.
+/// Signals of the terminal (`SI_KERNEL`) go to every process of the foreground process group; a child in our group
+/// has it already. Signals from the child to us are not returned to it. kill(2) of a process group cannot be
+/// distinguished from one of our pid: then the child gets the signal twice.
 pub fn is_forwarded(received: &Received, child: i32, same_group: bool) -> bool {
     if received.signal == libc::SIGCHLD || received.sender == child {
         return false;
@@ -53,8 +52,7 @@ pub fn is_forwarded(received: &Received, child: i32, same_group: bool) -> bool {
     received.code != libc::SI_KERNEL || !same_group
 }
 
-/// Whether a program stopped by this signal was stopped by its terminal, so that its shell, which
-/// sees only us, must see us stop.
+/// Whether this stop signal is one of the terminal's, so that we must stop too for the shell, which only sees us.
 pub(super) fn stops_the_shell_job(signal: i32) -> bool {
     [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal)
 }

@@ -1,4 +1,4 @@
-//! Signals that are read instead of being delivered, and what a program is started with.
+//! Signals that are read instead of being delivered, and the initial signal state of a program.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,11 +12,11 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::signals::{Received, forwardable};
 
-/// Signals that are read instead of being delivered, from its making on until the process ends.
+/// Signals that are read instead of being delivered, until the process ends.
 #[derive(Debug)]
 pub struct Signals {
     fd: SignalFd,
-    /// What we were started with, and what our program is to be started with.
+    /// Our original state, which our program gets.
     inherited: Inherited,
 }
 
@@ -27,13 +27,13 @@ struct Inherited {
 }
 
 impl Signals {
-    /// Blocks every signal that can be passed on, and `SIGCHLD`, in this thread and those that it
-    /// will start; must be called before there are others.
+    /// Blocks every signal that can be passed on, and `SIGCHLD`, in this thread and threads that it creates; must be
+    /// called before there are others.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor.
+    /// When no descriptor can be created.
     pub fn take_over() -> nix::Result<Self> {
-        // An inherited "ignore" would make the kernel reap our children and keep their status.
+        // With an inherited SIG_IGN the kernel would reap our children and discard their status.
         let on_child = signals::by_default(libc::SIGCHLD)?;
         let mask = SigSet::thread_get_mask()?;
         let ours = signals::set_of(forwardable().chain([libc::SIGCHLD]));
@@ -45,7 +45,7 @@ impl Signals {
         })
     }
 
-    /// The next signal that has arrived, if there is one.
+    /// The next pending signal, if any.
     pub(super) fn next(&self) -> nix::Result<Option<Received>> {
         let Some(info) = self.fd.read_signal()? else {
             return Ok(None);
@@ -58,18 +58,18 @@ impl Signals {
         }))
     }
 
-    /// Makes `command` start its program with the signals that we were started with, and lets
-    /// our descendants trace it where Yama allows that to ancestors only.
+    /// Makes `command` start its program with our original signal state, and permits our descendants to trace it
+    /// where Yama limits that to ancestors.
     pub(super) fn leave_to(&self, command: &mut Command, traced: bool) {
         let Inherited { mask, on_child } = self.inherited;
         let own = std::process::id();
         let restore = move || {
-            // The old action is the one that exec found before us, so its handler, if any, is not code of ours.
+            // The old action is the one from before our exec, so it is not a handler of ours.
             signals::restore(libc::SIGCHLD, &on_child)?;
             if traced {
                 prctl::let_trace(own);
             }
-            // The standard library has emptied the mask before this.
+            // The standard library has emptied the mask before.
             mask.thread_set_mask().map_err(io::Error::from)
         };
         process::before_exec(command, restore);
@@ -82,9 +82,9 @@ impl AsFd for Signals {
     }
 }
 
-/// Sends on what was received, with its value when it has one.
+/// Sends the received signal, with its value if it has one.
 ///
-/// The caller must not have waited for the end of `pid`, or another process may have it by now.
+/// The caller must not have reaped `pid`, which could be reused.
 pub(super) fn send(pid: i32, received: &Received) -> nix::Result<()> {
     let signal = received.signal;
     match received.code {

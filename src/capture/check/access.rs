@@ -1,4 +1,4 @@
-//! Whether we may look into a process at all, and why not.
+//! Whether we may trace a process, and why not.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -21,7 +21,7 @@ fn no_such(pid: Pid) -> Obstacle {
     )
 }
 
-/// What can be said by everyone's view of the process.
+/// Obstacles that are visible without permissions.
 pub(super) fn accessible(pid: Pid) -> Result<(), Obstacle> {
     let dir = ProcRoot::default().process(pid);
     let (Ok(stat), Ok(status)) = (read_stat(dir.clone()), read_status(dir.clone())) else {
@@ -54,7 +54,7 @@ pub(super) fn accessible(pid: Pid) -> Result<(), Obstacle> {
             "name the process that you want to checkpoint",
         ));
     }
-    // One of ours steps aside when it comes to it.
+    // A guard of ours detaches when requested.
     if status.tracer_pid != 0 && !guard::is_one(Pid(status.tracer_pid)) {
         return Err(Obstacle::new(
             object,
@@ -74,7 +74,7 @@ fn traced_by(tracer: i32) -> String {
     format!("is being traced by {name} (pid {tracer}), and a process has one tracer at most")
 }
 
-/// Who looks.
+/// Our own ids and capabilities.
 struct Me {
     uid: u32,
     gid: u32,
@@ -94,8 +94,8 @@ impl Me {
     }
 }
 
-/// Why it takes a capability that we do not hold to look into a process, and what helps: by the order
-/// of `__ptrace_may_access` (kernel/ptrace.c), ids, dumpability, capabilities.
+/// Why tracing a process needs a capability that we lack, and the remedy: in the order of `__ptrace_may_access`
+/// (kernel/ptrace.c), ids, dumpability, capabilities.
 fn privileged(dir: &ProcDir, status: &Status, me: &Me) -> Option<(String, String)> {
     let mem = std::fs::metadata(dir.join("mem")).ok();
     let why = why_private(status, mem.map(|meta| meta.uid()), me)?;
@@ -114,8 +114,7 @@ fn privileged(dir: &ProcDir, status: &Status, me: &Me) -> Option<(String, String
     Some((reason, remedy.to_owned()))
 }
 
-/// What makes a process one that not everybody of the same user may look into; `owner` is whom its
-/// private files in `/proc` belong to.
+/// Why a process of the same user may not be traced; `owner` is the owner of its files in `/proc`.
 fn why_private(status: &Status, owner: Option<u32>, me: &Me) -> Option<String> {
     let ids = foreign("uid", &status.uid, me.uid).or_else(|| foreign("gid", &status.gid, me.gid));
     if ids.is_some() {
@@ -127,7 +126,7 @@ fn why_private(status: &Status, owner: Option<u32>, me: &Me) -> Option<String> {
             set_names(status.capabilities.permitted & !me.permitted)
         ));
     }
-    // Those of a process that is not dumpable belong to root (`task_dump_owner`, fs/proc/base.c).
+    // Files of an undumpable process belong to root (`task_dump_owner`, fs/proc/base.c).
     (me.uid != 0 && owner.is_some_and(|owner| owner != me.uid)).then(|| {
         "is not dumpable: its program may not be read by you, or was set-uid or had file \
          capabilities when it began, or it has called prctl(PR_SET_DUMPABLE, 0)"
@@ -135,7 +134,7 @@ fn why_private(status: &Status, owner: Option<u32>, me: &Me) -> Option<String> {
     })
 }
 
-/// What is said of ids of one kind that are not all ours.
+/// Describes ids of one kind that are not all ours.
 fn foreign(kind: &str, ids: &Ids, own: u32) -> Option<String> {
     let all @ [real, effective, saved] = [ids.real, ids.effective, ids.saved];
     if all == [own; 3] {
@@ -150,7 +149,7 @@ fn foreign(kind: &str, ids: &Ids, own: u32) -> Option<String> {
     Some(format!("{what} and you are {kind} {own}"))
 }
 
-/// An error that means that one of the processes may not be looked into, as an obstacle.
+/// Turns an error for missing permission to trace one of the processes into an obstacle.
 pub(super) fn denial(error: Error, pids: &[Pid]) -> Result<Vec<Obstacle>> {
     let whose = |is: &dyn Fn(Pid) -> bool| pids.iter().copied().find(|pid| is(*pid));
     let pid = match &error {

@@ -5,16 +5,16 @@ use super::table::CALLS;
 use crate::objects::memory::image::TargetMemory;
 use ckpt_tracer::syscall_names::name;
 
-/// Longer text in memory is cut.
+/// Longer text in memory is truncated.
 const MAX_TEXT: usize = 256;
-/// More elements of an array are not shown.
+/// Further elements of an array are not shown.
 const MAX_ELEMENTS: u64 = 8;
 
-/// What is needed to say more than numbers.
+/// Context for decoding arguments.
 pub struct Context<'a> {
     /// The process's memory.
     pub memory: &'a dyn TargetMemory,
-    /// What a descriptor refers to.
+    /// The file of a descriptor.
     pub fd: &'a dyn Fn(i32) -> Option<String>,
 }
 
@@ -158,7 +158,7 @@ impl Context<'_> {
         format!("[{}]", shown.join(", "))
     }
 
-    /// `struct pollfd`: a descriptor and what is waited for.
+    /// `struct pollfd`: a descriptor and its events.
     fn pollfd(&self, bytes: &[u8; 16]) -> String {
         let fd = i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         let events = u16::from_le_bytes([bytes[4], bytes[5]]);
@@ -170,7 +170,7 @@ impl Context<'_> {
     }
 }
 
-/// What the kernel adds to every file that a 64-bit program opens; the `libc` crate says 0.
+/// Set by the kernel for every file that a 64-bit program opens; the `libc` crate says 0.
 const O_LARGEFILE: u64 = 0x8000;
 
 /// Access mode and flags of open(2).

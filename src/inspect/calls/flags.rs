@@ -1,6 +1,6 @@
 //! Flags and constants by name.
 
-/// The names of the bits of `value`, what has no name as a number; `zero` when no bit is set.
+/// The names of the bits of `value`, unnamed bits as a number; `zero` if no bit is set.
 pub(super) fn bits(value: u64, names: &[(u64, &str)], zero: &str) -> String {
     let mut left = value;
     let mut out: Vec<String> = Vec::new();
@@ -46,12 +46,12 @@ macro_rules! named {
 }
 
 named! {
-    /// open(2), without the access mode. `O_SYNC` and `O_TMPFILE` contain others.
+    /// open(2), without the access mode. `O_SYNC` and `O_TMPFILE` include other flags.
     OPEN: O_TMPFILE O_SYNC O_DSYNC O_CREAT O_EXCL O_NOCTTY O_TRUNC O_APPEND O_NONBLOCK O_DIRECT
         O_DIRECTORY O_NOFOLLOW O_NOATIME O_CLOEXEC O_PATH O_ASYNC;
     /// mmap(2)
     PROT: PROT_READ PROT_WRITE PROT_EXEC;
-    /// mmap(2); `MAP_SHARED_VALIDATE` is both of the first.
+    /// mmap(2); `MAP_SHARED_VALIDATE` includes the bits of the next two.
     MAP: MAP_SHARED_VALIDATE MAP_SHARED MAP_PRIVATE MAP_FIXED MAP_ANONYMOUS MAP_GROWSDOWN
         MAP_LOCKED MAP_NORESERVE MAP_POPULATE MAP_NONBLOCK MAP_STACK MAP_HUGETLB
         MAP_FIXED_NOREPLACE;
@@ -78,7 +78,7 @@ named! {
     /// fcntl(2)
     FCNTL: F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW F_SETOWN F_GETOWN
         F_OFD_GETLK F_OFD_SETLK F_OFD_SETLKW F_DUPFD_CLOEXEC F_SETPIPE_SZ F_GETPIPE_SZ;
-    /// flock(2); the last one goes with the others.
+    /// flock(2); the last one is combined with the others.
     FLOCK: LOCK_SH LOCK_EX LOCK_UN LOCK_NB;
     /// rt_sigprocmask(2)
     HOW: SIG_BLOCK SIG_UNBLOCK SIG_SETMASK;

@@ -1,4 +1,4 @@
-//! System calls as text: the name, and the arguments by what they mean.
+//! System calls as text: the name, and the decoded arguments.
 
 mod arguments;
 mod flags;
@@ -8,22 +8,22 @@ pub use arguments::{Context, describe, open_flags};
 
 use crate::objects::thread::GeneralRegisters;
 
-/// What a thread was doing with the kernel.
+/// State of a thread with respect to system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It was in its own code.
+    /// Outside a system call.
     Running,
-    /// It was waiting in this system call, which will begin again or return `EINTR`.
+    /// Interrupted in this system call, which will be restarted or return `EINTR`.
     Waiting(u64),
-    /// This system call was done, with this result.
+    /// At the end of this system call, with this result.
     Returning(u64, i64),
 }
 
-/// `ERESTARTSYS` to `ERESTART_RESTARTBLOCK` of include/linux/errno.h: results that no program
-/// sees, by which the kernel marks an interrupted call. 515 is not among them.
+/// `ERESTARTSYS` to `ERESTART_RESTARTBLOCK` of include/linux/errno.h: results that mark an interrupted call, and that
+/// no program sees. 515 is not among them.
 const RESTARTS: [i64; 4] = [-512, -513, -514, -516];
 
-/// Tells from the registers. Outside a system call `orig_rax` is -1.
+/// Determines it from the registers. Outside a system call `orig_rax` is -1.
 pub fn state(regs: &GeneralRegisters) -> State {
     let result = regs.rax as i64;
     match regs.orig_rax {

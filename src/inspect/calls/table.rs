@@ -1,10 +1,9 @@
-//! What the arguments of the common system calls mean.
+//! Types of the arguments of common system calls.
 
-/// The kinds of a call's arguments, in order. The names are those of the manual pages' kinds:
-/// `fd`, `at` (a directory descriptor or AT_FDCWD), `path` and `str` (text in memory), `ptr`, `int`,
-/// `len`, `off`, `hex`, `mode`, `pid`, `sig`, `set` (a signal set in memory), `ts` and `tv` (a
-/// struct timespec or timeval in memory), `ms`, `pollfds` (an array whose length follows), `iov`
-/// (likewise), and those that [`flags`](super::flags) names.
+/// The types of a call's arguments, in order: `fd`, `at` (a directory descriptor or AT_FDCWD), `path` and `str` (text
+/// in memory), `ptr`, `int`, `len`, `off`, `hex`, `mode`, `pid`, `sig`, `set` (a signal set in memory), `ts` and `tv`
+/// (a struct timespec or timeval in memory), `ms`, `pollfds` (an array whose length follows), `iov` (likewise), and
+/// the names in [`flags`](super::flags).
 pub(super) const CALLS: &[(&str, &str)] = &[
     ("read", "fd ptr len"),
     ("write", "fd ptr len"),

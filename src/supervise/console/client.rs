@@ -1,4 +1,4 @@
-//! Whoever looks at a job's terminal.
+//! The client that shows a job's terminal.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,21 +12,21 @@ use nix::unistd::read;
 use super::{FREE, SIZED, TYPED};
 use crate::supervise::Signals;
 
-/// Twice in a row, it leaves the job alone again: Ctrl-\.
+/// Detach key, to be typed twice: Ctrl-\.
 const DETACH: u8 = 0x1c;
 
-/// Why it is over.
+/// Why the client ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// We left.
+    /// The user detached.
     Detached,
     /// The job has ended.
     Ended,
-    /// Somebody else is looking.
+    /// Another client is connected.
     Busy,
 }
 
-/// Shows the terminal of job `pid` on input and output until one of them has enough.
+/// Shows the terminal of job `pid` on input and output until the job ends or the user detaches.
 ///
 /// # Errors
 /// `NotFound` or `ConnectionRefused` when the job has no such terminal.
@@ -49,7 +49,7 @@ pub fn show(pid: i32, signals: &Signals, input: OwnedFd, output: OwnedFd) -> io:
     client.run(signals)
 }
 
-/// Our terminal passes every key on; it is as it was when this is dropped.
+/// Sets our terminal to raw mode until this is dropped.
 struct Raw(Option<(OwnedFd, Modes)>);
 
 impl Raw {
@@ -102,7 +102,7 @@ impl Client {
                     _ => {}
                 }
             }
-            // After a change of size that came before.
+            // After a previous change of size.
             if typed && !self.pass_on()? {
                 return Ok(End::Detached);
             }
@@ -124,13 +124,13 @@ impl Client {
         }
     }
 
-    /// False when we are to leave.
+    /// False when the user detaches.
     fn pass_on(&mut self) -> io::Result<bool> {
         let mut block = [0; 4096];
         let n = match read(&self.input, &mut block) {
             Ok(n) => n,
             Err(Errno::EINTR) => return Ok(true),
-            // Our terminal is gone.
+            // Our terminal has hung up.
             Err(Errno::EIO) => 0,
             Err(e) => return Err(e.into()),
         };
@@ -156,22 +156,22 @@ impl Client {
         frame.extend(u16::try_from(body.len()).unwrap_or(u16::MAX).to_be_bytes());
         frame.extend(body);
         match self.stream.write_all(&frame) {
-            // Its end is read in a moment.
+            // End of file follows at once.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             other => other,
         }
     }
 }
 
-/// Finds the keys that are for us.
+/// Recognizes the detach keys.
 #[derive(Default)]
 struct Keys {
-    /// The first of the two has been typed.
+    /// The first of the two was typed.
     begun: bool,
 }
 
 impl Keys {
-    /// What is for the job, and whether we are to leave.
+    /// The input for the job, and whether to detach.
     fn typed(&mut self, bytes: &[u8]) -> (Vec<u8>, bool) {
         let mut typed = Vec::with_capacity(bytes.len() + 1);
         for &byte in bytes {

@@ -17,23 +17,23 @@ use nix::unistd::{read, setsid, write};
 use super::{BUSY, FREE, SIZED, TYPED};
 use crate::supervise::relay::{redraw, set_nonblocking};
 
-/// Bytes of output that a client is shown at first.
+/// Bytes of previous output that a client gets first.
 const SCREENFUL: usize = 64 * 1024;
-/// A client that takes nothing for so long is let go, lest the job wait for it.
+/// A client that reads nothing for this time is disconnected, so that the job does not wait for it.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a terminal that nobody has open is left alone, milliseconds.
+/// Polling interval of a terminal that no process has open, milliseconds.
 const NOBODY: u16 = 100;
 
-/// Starts the process that keeps the terminal of job `pid`, a child of ours, until the job ends.
+/// Starts the keeper of the terminal of job `pid`, a child of ours, until the job ends.
 ///
 /// # Errors
-/// When its socket cannot be made, or the process.
+/// When its socket or the process cannot be created.
 pub fn serve(pid: i32, master: OwnedFd) -> io::Result<()> {
     let path = super::socket(&super::directory()?, pid)?;
     let listener = bind(&path)?;
     set_nonblocking(&master)?;
     let job = ckpt_sys::events::pidfd(pid, 0)?;
-    // What helps a restore has been joined, so that we are the only thread.
+    // Helper threads of the restore have been joined, so that we are single-threaded.
     match process::fork()? {
         Fork::Parent(_) => Ok(()),
         Fork::Child => {
@@ -54,7 +54,7 @@ pub fn serve(pid: i32, master: OwnedFd) -> io::Result<()> {
     }
 }
 
-/// A socket of that name; one whose keeper is gone makes room.
+/// Binds a socket to that name; replaces one whose keeper has ended.
 fn bind(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
@@ -65,7 +65,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// Leaves session, directory and standard streams of whoever started us.
+/// Leaves session, directory and standard streams of the caller.
 fn settle() {
     let _ = setsid();
     let _ = std::env::set_current_dir("/");
@@ -87,14 +87,14 @@ struct Keeper {
     listener: UnixListener,
     job: OwnedFd,
     client: Option<UnixStream>,
-    /// Come from the client, and not yet a whole frame.
+    /// Received from the client, not yet a whole frame.
     frames: Vec<u8>,
-    /// Typed, and not yet taken by the terminal.
+    /// Typed, not yet written to the terminal.
     pending: Vec<u8>,
     screen: VecDeque<u8>,
 }
 
-/// What there is to do.
+/// What poll has reported.
 #[derive(Default)]
 struct Ready {
     master: bool,
@@ -216,7 +216,7 @@ impl Keeper {
         }
     }
 
-    /// Everything that has been printed; false when nobody has the terminal open.
+    /// Reads all output; false when no process has the terminal open.
     fn pass_output(&mut self) -> bool {
         let mut block = [0; 16 * 1024];
         loop {
@@ -241,7 +241,7 @@ impl Keeper {
     }
 }
 
-/// A new screen is drawn on in any case.
+/// The new screen is redrawn even if its size is the same.
 fn resize(master: &OwnedFd, body: &[u8]) {
     if let [a, b, c, d, e, f, g, h] = *body {
         let size = Size {

@@ -1,11 +1,11 @@
-//! The terminal of a job that runs in the background: a small process keeps it, and shows it to
-//! whoever connects to its socket, one after the other.
+//! The terminal of a job in the background: a small process keeps it, and shows it to clients that connect to its
+//! socket, one at a time.
 //!
-//! The socket is `console.NAMESPACE.PID` in a directory of the user's own, where NAMESPACE is the
-//! number of the pid namespace that PID belongs to. To a client the keeper writes one byte, `FREE`
-//! or `BUSY`, then what the job prints, beginning with the last screenful. A client writes
-//! frames: one byte that says what, two for the length (big endian), the bytes. It is no channel
-//! (`ckpt_sys::channel`): both may be of different versions of ours, and what the job prints comes as it is.
+//! The socket is `console.NAMESPACE.PID` in a directory of the user's own, where NAMESPACE is the inode number of the
+//! pid namespace that PID belongs to. The keeper sends a client one byte, `FREE` or `BUSY`, then the job's output,
+//! beginning with the last screenful. A client sends frames: one byte for the type, two for the length (big endian),
+//! the contents. It is not a channel (`ckpt_sys::channel`): both may be of different versions, and the job's output
+//! is not framed.
 
 use crate::text::Shown;
 
@@ -19,16 +19,16 @@ mod keeper;
 pub use client::{End, show};
 pub use keeper::serve;
 
-/// Nobody else is connected.
+/// No other client is connected.
 const FREE: u8 = b'+';
-/// Somebody else is.
+/// Another client is connected.
 const BUSY: u8 = b'-';
-/// A frame of what was typed.
+/// A frame of typed input.
 const TYPED: u8 = b't';
 /// A frame with the size of the client's terminal: rows, columns, width, height, two bytes each.
 const SIZED: u8 = b's';
 
-/// Where the sockets are; made if it is not there, and refused unless it is the user's alone.
+/// The directory of the sockets; created if missing, and refused unless only the user can access it.
 fn directory() -> io::Result<PathBuf> {
     let uid = nix::unistd::geteuid().as_raw();
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
