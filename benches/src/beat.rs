@@ -1,7 +1,7 @@
-//! The page in which the target shows from outside that it runs.
+//! The page through which the target shows that it runs.
 //!
-//! It is a file mapped shared by both sides, so it outlives checkpoint, kill and restore, and the
-//! monotonic clock's stamps in it mean the same to both.
+//! It is a file mapped shared by both sides, so it survives checkpoint, kill and restore, and both use timestamps of
+//! the monotonic clock.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,15 +11,15 @@ use anyhow::{Context, Result};
 
 use crate::sys;
 
-/// Threads that beat; all others sleep for ever.
+/// Most threads that beat; all others sleep.
 pub(crate) const MAX_BEATING: usize = 8;
 
-/// What one thread shows. Cache lines of their own, so that threads do not slow each other.
+/// State of one thread, in a cache line of its own, so that threads do not slow each other.
 #[repr(C, align(64))]
 struct Slot {
-    /// When it beat last; 0 for never.
+    /// Time of the last beat; 0 for never.
     last: AtomicU64,
-    /// When it beat first after a [`BeatPage::reset`].
+    /// Time of the first beat after a [`BeatPage::reset`].
     first: AtomicU64,
     /// The longest time between two beats since then.
     gap: AtomicU64,
@@ -29,10 +29,10 @@ struct Slot {
 #[repr(C, align(4096))]
 pub(crate) struct Page {
     slots: [Slot; MAX_BEATING],
-    /// Where the target's memory is, so that the floor can read it.
+    /// Address of the target's memory, for the floor measurement.
     pub(crate) address: AtomicU64,
     pub(crate) len: AtomicU64,
-    /// How many threads beat.
+    /// Number of beating threads.
     pub(crate) beating: AtomicU32,
     /// Everything is set up.
     pub(crate) ready: AtomicU32,
@@ -43,14 +43,14 @@ pub(crate) struct Page {
 pub(crate) struct BeatPage(pub(crate) &'static Page);
 
 impl BeatPage {
-    /// A new page of zeros.
+    /// Creates a page of zeros.
     pub(crate) fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).and_then(|f| f.set_len(size_of::<Page>() as u64));
         file.with_context(|| format!("cannot create {}", path.display()))?;
         Self::open(path)
     }
 
-    /// A page that is there.
+    /// Opens an existing page.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let page = File::options().read(true).write(true).open(path);
         let page = page.and_then(|file| sys::map_shared::<Page>(&file));
@@ -73,7 +73,7 @@ impl BeatPage {
         &self.0.slots[..self.0.beating.load(Relaxed) as usize]
     }
 
-    /// Forgets first beats and gaps. What is running meanwhile is not counted.
+    /// Resets first beats and gaps. Beats during the reset do not count.
     pub(crate) fn reset(self) {
         for slot in self.beating() {
             slot.last.store(0, Relaxed);
@@ -82,7 +82,7 @@ impl BeatPage {
         }
     }
 
-    /// When the last of the threads beat first since the reset; `None` while one has not.
+    /// Time when the last of the threads beat first since the reset; `None` while one has not.
     pub(crate) fn all_beat(self) -> Option<u64> {
         let firsts: Vec<u64> = self
             .beating()
@@ -96,7 +96,7 @@ impl BeatPage {
         }
     }
 
-    /// When the slowest of the threads beat last.
+    /// Time of the last beat of the slowest thread.
     pub(crate) fn last_beats(self) -> u64 {
         let lasts = self.beating().iter().map(|s| s.last.load(Relaxed));
         lasts.min().unwrap_or(u64::MAX)

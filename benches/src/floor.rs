@@ -1,4 +1,4 @@
-//! What no checkpointer can beat by much: plain loops over the same bytes in the same directory.
+//! Lower bounds for any checkpointer: plain loops over the same bytes in the same directory.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,17 +11,17 @@ use anyhow::{Context, Result, ensure};
 
 use crate::sys;
 
-/// Bytes a turn of the loops.
+/// Bytes of an iteration.
 const PIECE: usize = 1 << 20;
 
-/// What a loop took, in seconds.
+/// Duration of a loop in seconds.
 #[derive(Clone, Copy)]
 pub(crate) struct Took {
     pub(crate) wall: f64,
     pub(crate) processor: f64,
 }
 
-/// The process_vm_readv + write + fsync of a process's memory into a new file.
+/// process_vm_readv, write and fsync of a process's memory to a new file.
 pub(crate) fn write_out(pid: i32, address: u64, len: u64, path: &Path) -> Result<Took> {
     remove(path)?;
     let mut buffer = vec![1; PIECE];
@@ -42,7 +42,7 @@ pub(crate) fn write_out(pid: i32, address: u64, len: u64, path: &Path) -> Result
     })
 }
 
-/// Removes a file that may not be there, before time is taken.
+/// Removes a file, if it exists, outside the measured time.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -58,8 +58,8 @@ pub(crate) struct ReadBack {
     file: PathBuf,
 }
 
-/// Prints the seconds of pread of a whole file into fresh anonymous memory. In a process of its
-/// own, so that the memory is fresh, and the measuring process stays small.
+/// Prints the seconds of pread of a whole file into fresh anonymous memory. A separate process, so that the memory is
+/// fresh and the measuring process stays small.
 pub(crate) fn read_back(args: &ReadBack) -> Result<()> {
     let file = File::open(&args.file)?;
     let len = file.metadata()?.len() as usize;

@@ -1,8 +1,8 @@
-//! `ckpt-bench`: what checkpoints and restores cost, as ratios to a floor measured in the same run.
+//! `ckpt-bench`: the cost of checkpoints and restores, as ratios to a floor measured in the same run.
 //!
-//! One program plays all parts, because `cargo run` builds one binary: it re-executes itself as the
-//! target that is checkpointed ([`target`]), as the plain loop that reads memory back ([`floor`]),
-//! and as the program that does nothing but system calls ([`system_calls`]).
+//! One program has all roles, because `cargo run` builds one binary: it executes itself again as the target
+//! ([`target`]), as the plain loop that reads memory back ([`floor`]), and as the program that only makes system
+//! calls ([`system_calls`]).
 #![deny(unsafe_code)]
 
 use std::path::PathBuf;
@@ -64,19 +64,19 @@ enum Command {
 /// Options of every subject.
 #[derive(Args, Debug, Clone)]
 pub(crate) struct Common {
-    /// Where images go; a directory of its own is made there and removed again.
+    /// Directory for images; a subdirectory is created there and removed again.
     #[arg(long, default_value = "/dev/shm")]
     dir: PathBuf,
-    /// Few rounds and small sizes: shows that everything works, not how fast it is.
+    /// Few rounds and small sizes: tests that everything works, not how fast it is.
     #[arg(long)]
     quick: bool,
     /// Print the figures as a JSON object.
     #[arg(long)]
     json: bool,
-    /// How often each thing is measured.
+    /// Number of measurements.
     #[arg(long)]
     rounds: Option<usize>,
-    /// The directory that holds `ckpt` and `restore`; that of this program unless given.
+    /// Directory of `ckpt` and `restore`; default: that of this program.
     #[arg(long, value_name = "DIR")]
     bin: Option<PathBuf>,
 }
@@ -139,7 +139,7 @@ fn measure(command: &Command) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::from(!report.failures.is_empty())))
 }
 
-/// Runs what was asked for; what fails is noted, and the rest goes on.
+/// Runs the requested subjects; failures are recorded, and the rest continues.
 fn subjects(command: &Command, bench: &Bench, report: &mut Report) {
     let quick = bench.quick;
     let pick = |full: u64, small: u64| if quick { small } else { full };

@@ -1,5 +1,5 @@
-//! A pid namespace for the measurement: restored jobs want the pids they had, and everything goes
-//! when its first process does.
+//! A pid namespace for the measurement: restored jobs need their old pids, and the end of its first process ends
+//! everything.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -9,15 +9,15 @@ use anyhow::{Context, Result};
 
 use crate::sys;
 
-/// Tells the process inside where its files go.
+/// Tells the process inside the directory for its files.
 const SCRATCH: &str = "CKPT_BENCH_SCRATCH";
 
-/// The directory for files, when this is the process inside.
+/// The directory for files, if this is the process inside.
 pub(crate) fn scratch() -> Option<PathBuf> {
     std::env::var_os(SCRATCH).map(PathBuf::from)
 }
 
-/// Runs this program again in a pid namespace of its own; removes its files whatever comes.
+/// Runs this program again in a pid namespace of its own; always removes its files.
 pub(crate) fn run_inside(dir: &Path) -> Result<ExitCode> {
     let scratch = dir.join(format!("ckpt-bench.{}", std::process::id()));
     std::fs::create_dir(&scratch).with_context(|| format!("cannot use {}", dir.display()))?;
@@ -42,7 +42,7 @@ fn run_with(scratch: &Path) -> Result<ExitCode> {
     Ok(ExitCode::from(code as u8))
 }
 
-/// What the process inside does first.
+/// Initialization of the process inside.
 pub(crate) fn settle_in() -> Result<()> {
     sys::end_by_signals();
     sys::keep_descriptors().context("cannot mark descriptors")?;

@@ -1,4 +1,4 @@
-//! Figures, and whether they are what was wanted.
+//! Figures and their requirements.
 
 use std::fmt;
 use std::fs::read_to_string;
@@ -26,7 +26,7 @@ impl Samples {
     }
 }
 
-/// How a figure is written.
+/// Format of a figure.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Unit {
@@ -59,9 +59,9 @@ pub(crate) struct Figure {
     least: f64,
     most: f64,
     samples: usize,
-    /// What it is compared with, measured in the same run.
+    /// The floor, measured in the same run.
     floor: Option<f64>,
-    /// The meaning is in `wanted`, or that of a speed: 1 is as fast as the floor, less is slower.
+    /// As defined in `wanted`, or as a speed: 1 is as fast as the floor, less is slower.
     ratio: Option<f64>,
     wanted: Option<String>,
     met: Option<bool>,
@@ -84,7 +84,7 @@ impl Figure {
         }
     }
 
-    /// Beside its floor, with the median of the ratios taken round by round.
+    /// Adds its floor, with the median of the ratios of each round.
     pub(crate) fn beside(mut self, floor: &Samples, ratios: &Samples) -> Self {
         (self.floor, self.ratio) = (Some(floor.median()), Some(ratios.median()));
         self
@@ -97,7 +97,7 @@ impl Figure {
     }
 }
 
-/// Everything that was measured.
+/// All measurements.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     machine: String,
@@ -114,7 +114,7 @@ impl Report {
         }
     }
 
-    /// Enters the figures of a subject, or why there are none.
+    /// Adds the figures of a subject, or the error.
     pub(crate) fn add(&mut self, subject: &str, measured: anyhow::Result<()>) {
         if let Err(error) = measured {
             self.failures.push(format!("{subject}: {error:#}"));
@@ -196,7 +196,7 @@ fn file_system(dir: &Path, mounts: &str) -> String {
         Some((words.next()?, words.next()?))
     });
     let over = mounts.filter(|(at, _)| dir.starts_with(at));
-    // Of several mounts in one place the last one counts, and `max_by_key` returns the last.
+    // Of several mounts on one mount point the last one counts, and `max_by_key` returns the last.
     over.max_by_key(|(at, _)| at.len())
         .map_or("unknown", |(_, kind)| kind)
         .into()

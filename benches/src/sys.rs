@@ -1,4 +1,4 @@
-//! System calls that the standard library has no safe form of.
+//! System calls without a safe form in the standard library.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -55,7 +55,7 @@ pub(crate) fn map_shared<T>(file: &File) -> Result<&'static T> {
     Ok(unsafe { &*at.cast::<T>() })
 }
 
-/// Fresh private memory, never unmapped; no page of it is there yet.
+/// Fresh private memory, never unmapped; none of its pages is populated.
 pub(crate) fn map_fresh(len: usize) -> Result<&'static mut [u8]> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -64,7 +64,7 @@ pub(crate) fn map_fresh(len: usize) -> Result<&'static mut [u8]> {
     if at == libc::MAP_FAILED {
         return Err(Error::last_os_error());
     }
-    // SAFETY: `len` zeroed bytes that nobody else knows of and that stay for ever.
+    // SAFETY: `len` zeroed bytes without other references, never unmapped.
     Ok(unsafe { std::slice::from_raw_parts_mut(at.cast(), len) })
 }
 
@@ -98,7 +98,7 @@ pub(crate) fn spawn_small(
     }
 }
 
-/// Starts a process that does nothing else, and ends with us. We have one thread.
+/// Starts a process that sleeps, and ends with us. We are single-threaded.
 pub(crate) fn fork_small(
     body: extern "C" fn(*mut libc::c_void) -> *mut libc::c_void,
     argument: usize,
@@ -114,7 +114,7 @@ pub(crate) fn fork_small(
     Ok(())
 }
 
-/// Waits until no children are left; those that had been adopted are ours, too.
+/// Waits until no children are left, including adopted ones.
 pub(crate) fn reap_all() {
     // SAFETY: the status is not asked for.
     while unsafe { libc::waitpid(-1, ptr::null_mut(), 0) } > 0 {}
@@ -135,11 +135,11 @@ pub(crate) fn read_other(pid: i32, address: u64, into: &mut [u8]) -> Result<usiz
     check(n as i64).map(|n| n as usize)
 }
 
-/// What a child left behind.
+/// Result of waiting for a child.
 pub(crate) struct Ended {
-    /// As wait(2) has it.
+    /// Wait status.
     pub(crate) status: i32,
-    /// The most memory it had resident, in bytes.
+    /// Its largest resident set size, bytes.
     pub(crate) memory: u64,
     /// Processor time, in seconds.
     pub(crate) processor: f64,
@@ -191,7 +191,7 @@ pub(crate) fn kill(pid: i32) -> Result<()> {
     check(unsafe { libc::kill(pid, libc::SIGKILL) }.into()).map(drop)
 }
 
-/// Leaves the pid and mount namespaces to the children, in a new user namespace if asked.
+/// Unshares the pid and mount namespaces for children, in a new user namespace if requested.
 pub(crate) fn unshare(user: bool) -> Result<()> {
     // SAFETY: calls without pointers.
     let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
@@ -225,8 +225,8 @@ extern "C" fn leave(_signal: i32) {
     unsafe { libc::_exit(130) }
 }
 
-/// What the first process of a pid namespace must arrange, since default actions do not end it:
-/// end by the signals that end others, and with the parent.
+/// Signal setup of the first process of a pid namespace, which default actions do not end: ends on the usual signals,
+/// and with the parent.
 pub(crate) fn end_by_signals() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         let handler = leave as extern "C" fn(i32);
@@ -237,14 +237,14 @@ pub(crate) fn end_by_signals() {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }
 
-/// Keeps what we inherited to ourselves: the target shall have no descriptors that lead outside.
+/// Makes inherited descriptors close-on-exec: the target must not have descriptors of objects outside.
 pub(crate) fn keep_descriptors() -> Result<()> {
     let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
     // SAFETY: a call without pointers; nothing is closed before an exec.
     check(unsafe { libc::close_range(3, u32::MAX, flags) }.into()).map(drop)
 }
 
-/// The parent of the measuring process outlives the signals that end it, to clean up.
+/// The parent of the measuring process ignores the signals that end that one, to clean up afterwards.
 pub(crate) fn ignore_signals() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: a call without pointers.

@@ -1,4 +1,4 @@
-//! The program that is checkpointed: so much memory, so many threads or processes, some of which beat.
+//! The program that is checkpointed: a given amount of memory and number of threads or processes, some of which beat.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -11,20 +11,20 @@ use clap::ValueEnum;
 use crate::beat::{BeatPage, MAX_BEATING};
 use crate::sys;
 
-/// What the memory holds.
+/// Contents of the memory.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Fill {
     /// Random bytes.
     Random,
-    /// Of each page one half random, the other one text.
+    /// One half of each page random, the other half text.
     Half,
 }
 
-/// Of all threads or processes, the first ones beat.
+/// Number of beating threads or processes, the first ones.
 const BEATING: usize = 5;
 const _: () = assert!(BEATING <= MAX_BEATING);
 
-/// What a target is.
+/// Shape of a target.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct Shape {
     /// Memory of its first process.
@@ -63,7 +63,7 @@ pub(crate) struct Args {
 
 static PAGE: OnceLock<BeatPage> = OnceLock::new();
 
-/// Sets up, says so in the page, and beats until it is killed.
+/// Sets up, reports that in the page, and beats until it is killed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let page = *PAGE.get_or_init(|| BeatPage::open(&args.page).expect("the page of beats"));
     let shape = &args.shape;
@@ -98,14 +98,14 @@ extern "C" fn beat(number: *mut libc::c_void) -> *mut libc::c_void {
     }
 }
 
-/// Waits without a limit of time, as for a lock.
+/// Waits without a time limit, as for a lock.
 extern "C" fn park(_: *mut libc::c_void) -> *mut libc::c_void {
     loop {
         std::thread::park();
     }
 }
 
-/// Waits with one, which a restart must not begin anew.
+/// Waits with a time limit, which a restart must not restart.
 extern "C" fn sleep(_: *mut libc::c_void) -> *mut libc::c_void {
     loop {
         std::thread::sleep(Duration::from_secs(3600));

@@ -1,4 +1,4 @@
-//! The programs that are measured, run as a user runs them.
+//! The measured programs, run as a user runs them.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,10 +15,10 @@ use crate::beat::BeatPage;
 use crate::sys;
 use crate::target::Shape;
 
-/// Nothing that is measured takes longer.
+/// Limit of any measurement.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A target that beats. It is killed when dropped.
+/// A beating target, killed when dropped.
 pub(crate) struct Target {
     child: Child,
     pub(crate) page: BeatPage,
@@ -96,7 +96,7 @@ impl Drop for Target {
     }
 }
 
-/// What `ckpt attach --json` says of itself; other keys do not matter here.
+/// Output of `ckpt attach --json`; other keys are ignored.
 #[derive(Debug, Deserialize)]
 struct Said {
     memory_bytes: u64,
@@ -113,9 +113,9 @@ pub(crate) struct Checkpoint {
     pub(crate) processor: f64,
     /// The longest gap between two beats of any thread meanwhile.
     pub(crate) gap: f64,
-    /// The pause by its own account.
+    /// The pause as it reported it.
     pub(crate) paused: f64,
-    /// The most memory it had resident.
+    /// Its largest resident set size.
     pub(crate) memory: u64,
     pub(crate) image_bytes: u64,
     pub(crate) memory_bytes: u64,
@@ -126,11 +126,11 @@ pub(crate) struct Checkpoint {
 pub(crate) struct Restart {
     /// From the start of `restore` until all threads beat again.
     pub(crate) seconds: f64,
-    /// The most memory that `restore` itself had resident.
+    /// The largest resident set size of `restore` itself.
     pub(crate) memory: u64,
 }
 
-/// Where `ckpt` and `restore` are.
+/// Paths of `ckpt` and `restore`.
 pub(crate) struct Tools {
     ckpt: PathBuf,
     restore: PathBuf,
@@ -157,7 +157,7 @@ impl Tools {
         Ok(tools)
     }
 
-    /// `ckpt attach` of a target that goes on.
+    /// `ckpt attach` of a target that continues.
     pub(crate) fn attach(&self, target: &Target, image: &Path, codec: &str) -> Result<Checkpoint> {
         crate::floor::remove(image)?;
         let mut command = Command::new(&self.ckpt);
@@ -187,7 +187,7 @@ impl Tools {
         let ended = sys::wait_with_usage(child.id() as i32)?;
         let seconds = begun.elapsed().as_secs_f64();
         ensure!(ended.status == 0, "`ckpt attach` failed");
-        // The beat that ends the longest gap may be yet to come.
+        // The beat that ends the longest gap may still be missing.
         let gap_ends = sys::now();
         while target.page.last_beats() < gap_ends {
             std::thread::sleep(Duration::from_millis(1));
@@ -209,12 +209,11 @@ impl Tools {
         })
     }
 
-    /// `restore` in the foreground, until the job beats; then the job is killed. `pid` is the
-    /// pid that the job had and gets again.
+    /// `restore` in the foreground, until the job beats; then the job is killed. `pid` is the job's pid.
     pub(crate) fn restore(&self, pid: i32, page: BeatPage, image: &Path) -> Result<Restart> {
         let errors = image.with_extension("err");
         let mut command = Command::new(&self.restore);
-        // The page of beats has changed, as it should.
+        // The page of beats has changed, as expected.
         command.args(["--files", "adopt"]).arg(image);
         // Our clock and the job's are compared.
         command.args(["--clock", "host"]);
@@ -241,7 +240,7 @@ impl Tools {
             }
             std::thread::sleep(Duration::from_micros(500));
         };
-        // wait4 would count the job's memory too, since it is a child of `restore`.
+        // wait4 would include the job's memory, since it is a child of `restore`.
         let memory = peak_memory(child.id());
         sys::kill(pid)?;
         child.wait()?;

@@ -1,4 +1,4 @@
-//! Codecs, on memory of which one half compresses.
+//! Codecs, with memory of which one half is compressible.
 
 use anyhow::Result;
 

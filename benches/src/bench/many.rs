@@ -9,13 +9,13 @@ use crate::target::{Fill, Shape};
 use crate::tools::Target;
 
 impl Bench {
-    /// One process with so many threads.
+    /// One process with that many threads.
     pub(crate) fn threads(&self, count: usize, report: &mut Report) {
         let shape = Shape::of(1, count, Fill::Random);
         self.many(&format!("{count} threads"), shape, 3.0, report);
     }
 
-    /// So many processes with one thread each.
+    /// That many processes with one thread each.
     pub(crate) fn processes(&self, count: usize, report: &mut Report) {
         let shape = Shape {
             processes: count,
@@ -29,7 +29,7 @@ impl Bench {
         report.add(subject, done);
     }
 
-    /// `most` seconds are wanted for a checkpoint; for a restart 5 in any case.
+    /// `most` is the limit in seconds for a checkpoint; for a restart it is always 5.
     fn lives(&self, subject: &str, shape: Shape, most: f64, report: &mut Report) -> Result<()> {
         let image = self.file("image");
         let figure = |what, samples| Figure::new(subject, what, Unit::Seconds, samples);

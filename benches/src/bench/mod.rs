@@ -14,7 +14,7 @@ mod memory;
 mod overhead;
 mod size;
 
-/// What all subjects need.
+/// Context of all subjects.
 pub(crate) struct Bench {
     tools: Tools,
     scratch: PathBuf,
@@ -43,14 +43,14 @@ impl Bench {
         self.scratch.join(name)
     }
 
-    /// Refuses what would fill memory or disk: the target once and its copies in the directory.
+    /// Refuses a target that would fill memory or disk: once the target, and its copies in the directory.
     fn room_for(&self, mib: u64, copies: u64) -> Result<()> {
         let meminfo = std::fs::read_to_string("/proc/meminfo")?;
         let line = meminfo
             .lines()
             .find_map(|line| line.strip_prefix("MemAvailable:"));
         let kib = line.and_then(|text| text.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        // The directory may be on tmpfs, so that its files count as memory too.
+        // The directory may be on tmpfs, so its files count as memory too.
         let want = mib * (1 + copies) + 512;
         let available = kib.unwrap_or(0) >> 10;
         ensure!(
@@ -66,7 +66,7 @@ impl Bench {
     }
 }
 
-/// Measurements of one thing and of its floor, taken in the same rounds.
+/// Measurements of one operation and of its floor, taken in the same rounds.
 #[derive(Default)]
 struct Pairs {
     values: Samples,

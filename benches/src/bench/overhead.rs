@@ -1,4 +1,4 @@
-//! Between checkpoints ckpt is not there: system calls cost the same under `ckpt run`.
+//! Between checkpoints there is no overhead: system calls cost the same under `ckpt run`.
 
 use std::process::{Command, Stdio};
 
@@ -21,7 +21,7 @@ impl Bench {
             let alone = || self.system_calls(Command::new(std::env::current_exe()?));
             let supervised = || {
                 let mut command = self.tools.run();
-                // With an interval, so that everything that waits for it is in place.
+                // With an interval, so that the periodic checkpoints are set up.
                 command
                     .args(["--interval", "1h", "--dir"])
                     .arg(&self.scratch)

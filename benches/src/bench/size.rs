@@ -8,7 +8,7 @@ use crate::report::{Figure, Report, Samples, Unit};
 use crate::target::{Fill, Shape};
 use crate::tools::Target;
 
-/// The most MiB for which a time is wanted; above it a part of the floor's speed is.
+/// Largest size in MiB with a required time; above it a fraction of the floor's speed is required.
 const SMALL: u64 = 64;
 
 impl Bench {
@@ -20,8 +20,8 @@ impl Bench {
         report.add(&subject, done);
     }
 
-    /// Takes turns, and who is first takes turns too: checkpoints and the plain loop.
-    /// Leaves the last image and the loop's file behind; the target's pid is free.
+    /// Alternates checkpoints and the plain loop, and which of them is first. Leaves the last image and the loop's
+    /// file; the target's pid is free afterwards.
     fn checkpoints(
         &self,
         subject: &str,
@@ -132,7 +132,7 @@ impl Bench {
 }
 
 impl Figure {
-    /// What is wanted of a checkpoint or a restart of that size.
+    /// The requirement for a checkpoint or a restart of that size.
     fn judged(self, mib: u64) -> Self {
         if mib > SMALL {
             return self.wanted("ratio ≥ 0.8", |_, ratio| ratio.is_some_and(|r| r >= 0.8));
