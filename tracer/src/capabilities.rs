@@ -73,7 +73,7 @@ pub enum Realm {
 impl fmt::Display for Realm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Realm::First => f.write_str("the first one"),
+            Realm::First => f.write_str("the initial one"),
             Realm::Own => f.write_str("yours"),
             Realm::Target => f.write_str("the target's"),
             Realm::Owner(kind) => write!(f, "that of the {kind} namespace"),

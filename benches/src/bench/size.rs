@@ -62,7 +62,7 @@ impl Bench {
             .push(figure("pause, longest gap of beats", &gaps));
         report
             .figures
-            .push(figure("pause, by its own account", &paused));
+            .push(figure("pause, as reported", &paused));
         let pid = target.pid();
         target.end()?;
         Ok(pid)

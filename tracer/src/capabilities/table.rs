@@ -63,48 +63,48 @@ uses! {
     MappedFiles {
         Any(&[CheckpointRestore, SysAdmin]), First,
         "to read a mapped file that was deleted as a whole",
-        without "it is stored as far as it is mapped",
+        without "only its mapped parts are stored",
         kernel "`proc_map_files_get_link` (fs/proc/base.c)"
     }
     /// open_by_handle_at(2).
     FileHandles {
         Any(&[DacReadSearch]), First,
-        "to find the names of what inotify watches",
-        without "they are searched near the job's files; refused when not found",
+        "to find the paths of inotify watches",
+        without "they are searched near the job's files; refused if not found",
         kernel "`may_decode_fh` (fs/fhandle.c)"
     }
     /// `SIOCUNIXFILE`.
     SocketFile {
         Any(&[NetAdmin]), Owner("net"),
-        "to find the file of a unix socket that was renamed",
+        "to find the renamed file of a unix socket",
         without "it is found in its directory only",
         kernel "`unix_ioctl` (net/unix/af_unix.c)"
     }
     /// setns(2).
     EnterNamespaces {
         Any(&[SysAdmin]), Target,
-        "to checkpoint a job in a pid namespace of its own, from outside; the user who made its user namespace has it there",
+        "to checkpoint a job in a pid namespace of its own, from outside; the owner of its user namespace holds it there",
         without "refused",
         kernel "`pidns_install` (kernel/pid_namespace.c), `mntns_install` (fs/namespace.c)"
     }
     /// clone3(2) with `set_tid`.
     ChoosePids {
         Any(&[CheckpointRestore, SysAdmin]), Owner("pid"),
-        "to restore under the old pids beside all other processes; for more pids than one, held by root or as an ambient capability",
-        without "a pid namespace of its own",
+        "to restore with the old pids in the present pid namespace; for several pids, held by root or as an ambient capability",
+        without "a new pid namespace",
         kernel "`alloc_pid` (kernel/pid.c)"
     }
     /// unshare(2), mount(2).
     PidNamespace {
         Any(&[SysAdmin]), Own,
-        "to make a pid namespace",
-        without "a user namespace around it, in which you have it",
+        "to create a pid namespace",
+        without "within a user namespace, in which you hold it",
         kernel "`copy_namespaces` (kernel/nsproxy.c)"
     }
     /// unshare(2), `/proc/PID/timens_offsets`.
     OwnClocks {
         All(&[SysAdmin, SysTime]), Own,
-        "to let the clocks go on from where they stood",
+        "to continue the clocks from their values at the checkpoint",
         without "those of the machine; refused if they would go back",
         kernel "`unshare_nsproxy_namespaces` (kernel/nsproxy.c), `proc_timens_set_offset` (kernel/time/namespace.c)"
     }
@@ -118,21 +118,21 @@ uses! {
     /// setresgid(2), setgroups(2).
     SetGroups {
         Any(&[Setgid]), Own,
-        "to restore group ids and supplementary groups that are not your own, likewise",
-        without "likewise",
+        "to restore group ids and supplementary groups that are not your own, also those of senders of unread messages",
+        without "refused; of messages, your ids with a warning",
         kernel "`__sys_setresgid` (kernel/sys.c), `may_setgroups` (kernel/groups.c), `scm_check_creds` (net/core/scm.c)"
     }
     /// Tracing a process after its ids have changed.
     RebuildOthers {
         All(&[SysPtrace, DacOverride]), Own,
-        "to restore any ids that are not your own: the job is looked into until it goes on",
+        "to restore any ids that are not your own: the job is traced until it continues",
         without "refused",
         kernel "`__ptrace_may_access` (kernel/ptrace.c), `generic_permission` (fs/namei.c)"
     }
     /// capset(2), `PR_CAPBSET_DROP`, `PR_SET_SECUREBITS`.
     Setpcap {
         Any(&[Setpcap]), Own,
-        "to restore a smaller bounding set than yours, other securebits, or to go from root's ids to others with all that belongs to it",
+        "to restore a smaller bounding set than yours, other securebits, or to change from root's ids to others with the resulting capabilities",
         without "refused",
         kernel "`cap_prctl_drop`, `cap_task_prctl` (security/commoncap.c)"
     }
@@ -153,15 +153,15 @@ uses! {
     /// `/proc/sys/kernel/*_next_id`.
     ChooseIpcIds {
         Any(&[CheckpointRestore]), Owner("ipc"),
-        "to create a System V object that is missing under its old id",
+        "to create a missing System V object with its old id",
         without "refused",
         kernel "`ipc_permissions` (ipc/ipc_sysctl.c)"
     }
     /// msgctl(2).
     LargeQueue {
         Any(&[SysResource]), First,
-        "a System V message queue that takes more than `kernel.msgmnb` bytes",
-        without "it takes less, with a warning",
+        "a System V message queue with a capacity above `kernel.msgmnb` bytes",
+        without "a smaller capacity, with a warning",
         kernel "`msgctl_down` (ipc/msg.c)"
     }
     /// setrlimit(2).
@@ -195,7 +195,7 @@ uses! {
     /// `TIOCSLCKTRMIOS`.
     LockedModes {
         Any(&[CheckpointRestore, SysAdmin]), First,
-        "to lock modes of a pty of the job's again (`TIOCSLCKTRMIOS`)",
+        "to lock modes of the job's ptys again (`TIOCSLCKTRMIOS`)",
         without "they can be changed, with a warning",
         kernel "`tty_mode_ioctl` (drivers/tty/tty_ioctl.c)"
     }
@@ -210,7 +210,7 @@ uses! {
     IoFlusher {
         Any(&[SysResource]), First,
         "to make a task an I/O flusher again (`PR_SET_IO_FLUSHER`)",
-        without "it is none, with a warning",
+        without "it is not one, with a warning",
         kernel "`sys_prctl` (kernel/sys.c)"
     }
     /// `F_SETPIPE_SZ`.
@@ -244,7 +244,7 @@ uses! {
     /// `SO_MARK`, `SO_PRIORITY`, `SO_RCVMARK`, `SO_DEBUG`, `SO_BUSY_POLL`, `SO_PREFER_BUSY_POLL`, `SO_TXTIME`.
     SocketMark {
         Any(&[NetAdmin]), Owner("net"),
-        "marks of sockets, priorities above 6, `SO_DEBUG`, busy polling, `SO_TXTIME` by other clocks",
+        "socket marks, priorities above 6, `SO_DEBUG`, busy polling, `SO_TXTIME` with other clocks",
         without "not set, with a warning",
         kernel "`sk_setsockopt` (net/core/sock.c)"
     }
