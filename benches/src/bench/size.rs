@@ -60,9 +60,7 @@ impl Bench {
         report
             .figures
             .push(figure("pause, longest gap of beats", &gaps));
-        report
-            .figures
-            .push(figure("pause, as reported", &paused));
+        report.figures.push(figure("pause, as reported", &paused));
         let pid = target.pid();
         target.end()?;
         Ok(pid)
