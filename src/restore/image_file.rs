@@ -1,8 +1,8 @@
-//! The file of an image that is to be restored: whose it is, and its contents, by one descriptor.
+//! The file of an image to be restored: its owner and its contents, through one descriptor.
 //!
-//! What is in an image runs with the ids that are in it. So it is restored for its owner, and for nobody
-//! else; and what others may have written into it belongs to nobody. All of that is asked of the very
-//! file that is read: a name may lead to another one a moment later.
+//! The contents of an image run with the ids in it. So an image is restored for its owner only; and an image that
+//! others may have written is refused. All of this is checked on the file that is read: its name may refer to another
+//! one a moment later.
 
 use std::fs::{File, Metadata};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -20,19 +20,19 @@ use crate::text::Shown;
 pub struct ImageFile {
     file: File,
     path: PathBuf,
-    /// Of what is open.
+    /// Its fstat(2).
     meta: Metadata,
 }
 
 impl ImageFile {
-    /// Opens what is there, if it is a file: a FIFO or a device is neither waited for nor touched.
+    /// Opens a regular file; a FIFO or device is opened without waiting, and refused.
     ///
     /// # Errors
-    /// [`Error::Image`] when there is no file that can be read.
+    /// [`Error::Image`] when it is not a readable file.
     pub fn open(path: &Path) -> Result<Self> {
         let opened = File::options()
             .read(true)
-            // A FIFO that nobody writes to would make us wait; a regular file does not mind.
+            // Opening a FIFO without a writer must not wait; regular files ignore the flag.
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path);
         let opened = opened.map_err(|source| match source.kind() {
@@ -46,7 +46,7 @@ impl ImageFile {
         Self::of(opened, path)
     }
 
-    /// One that is open already; `path` is for messages.
+    /// From an open file; `path` is for messages.
     ///
     /// # Errors
     /// As [`ImageFile::open`].
@@ -88,7 +88,7 @@ impl ImageFile {
         )))
     }
 
-    /// Root takes no image from where everybody may put another one of root's in its place.
+    /// Root refuses an image in a directory where other users may replace it by another of root's files.
     fn stays_in_its_place(&self) -> Result<()> {
         let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let place = std::fs::read_link(link).ok();
@@ -112,7 +112,7 @@ impl ImageFile {
         )))
     }
 
-    /// Whose it is.
+    /// Its owner.
     pub fn owner(&self) -> u32 {
         self.meta.uid()
     }
@@ -122,11 +122,11 @@ impl ImageFile {
         &self.path
     }
 
-    /// Reads it, if it is the caller's own.
+    /// Reads it, if it belongs to the caller.
     ///
     /// # Errors
-    /// [`Error::Refused`] for one of somebody else, one that others may write to, or one of root's where others may put
-    /// another in its place; [`Error::Image`] for one that cannot be read.
+    /// [`Error::Refused`] for an image of another user, one that others may write to, or one of root's that others
+    /// may replace; [`Error::Image`] for one that cannot be read.
     pub fn ours(self) -> Result<Reader> {
         let me = geteuid();
         if self.owner() != me.as_raw() {

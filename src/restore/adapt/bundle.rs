@@ -1,5 +1,5 @@
-//! Bundled files: where the job's own file is not there, or is another one, that of the image takes
-//! its place. From here on it is like one that was deleted before the checkpoint.
+//! Bundled files: if the job's own file is missing or differs, the image's takes its place. From here on it is
+//! treated like one that was deleted before the checkpoint.
 
 use std::path::{Path, PathBuf};
 
@@ -14,9 +14,9 @@ use crate::objects::options::FilesPolicy;
 use crate::restore::Request;
 use crate::restore::files::put;
 
-/// Decides for every bundled file; the paths of those that the image gives.
+/// Decides for every bundled file; returns the paths of those taken from the image.
 pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
-    // What is put back is what it was.
+    // A file that was put back is unchanged.
     let covered = put::covered(snapshot);
     let files = snapshot.mapped_files.iter();
     let put: Vec<bool> = files.map(|f| covered.contains(f.path.as_path())).collect();
@@ -28,7 +28,7 @@ pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
         match here(path, identity, bundled, request.objects.files) {
             Here::Same => None,
             Here::Copied(now) => {
-                // The checks to come take it for the same.
+                // Later checks treat it as the same.
                 (identity.size, identity.modified_ns) = (now.size, now.modified_ns);
                 None
             }
@@ -60,13 +60,13 @@ pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
     given
 }
 
-/// What has the name of a bundled file here.
+/// The present file with the name of a bundled file.
 enum Here {
-    /// The same, as far as size and time tell; or whatever is there, if that was asked for.
+    /// The same by size and time; or any file, if requested.
     Same,
-    /// A file of the same contents.
+    /// A file with equal contents.
     Copied(FileIdentity),
-    /// Another one, or none that can be used.
+    /// A different file, or none that can be used.
     Other,
 }
 

@@ -1,7 +1,6 @@
-//! `--map-path OLD=NEW`: the job's files are elsewhere now.
+//! `--map-path OLD=NEW`: maps paths of the job's files to new ones.
 //!
-//! The paths of the records are rewritten as soon as the snapshot is read; nothing else knows that
-//! they ever were others.
+//! The paths in the records are rewritten as soon as the snapshot is read; later code sees only the new ones.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +8,7 @@ use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::text::Shown;
 
-/// One mapping: what lay at or below one path lies at or below another.
+/// One mapping: paths at or below one path become paths at or below another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// The path at the checkpoint; absolute.
@@ -19,10 +18,10 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// The path as it is now, if it is the old one or lies below it. Only whole components count.
+    /// The new path, if the path is the old one or lies below it. Only whole components match.
     fn apply(&self, path: &Path) -> Option<PathBuf> {
         let rest = path.strip_prefix(&self.old).ok()?;
-        // Joining nothing would add a slash.
+        // Joining an empty path would add a slash.
         Some(match rest.as_os_str().is_empty() {
             true => self.new.clone(),
             false => self.new.join(rest),
@@ -34,10 +33,10 @@ impl Mapping {
     }
 }
 
-/// Rewrites every path of the snapshot; of several mappings that fit, the longest old path wins.
+/// Rewrites every path of the snapshot; of several matching mappings the longest old path wins.
 ///
 /// # Errors
-/// An obstacle for each mapping that fits no path: it is mistyped more often than not.
+/// An obstacle for each mapping that matches no path, which is usually a typing error.
 pub fn apply(mappings: &[Mapping], snapshot: &mut Snapshot) -> Result<(), Vec<Obstacle>> {
     let mut longest_first: Vec<&Mapping> = mappings.iter().collect();
     longest_first.sort_by_key(|mapping| std::cmp::Reverse(mapping.components()));
@@ -70,7 +69,7 @@ fn fits_nothing(mapping: &Mapping) -> Obstacle {
 fn every_path(snapshot: &mut Snapshot, f: &mut dyn FnMut(&mut PathBuf)) {
     for process in &mut snapshot.processes {
         f(&mut process.cwd);
-        // Mapping `/` moves what lies below it; it does not lock the job up there.
+        // Mapping `/` moves the files below it, but does not chroot the job.
         if process.root != Path::new("/") {
             f(&mut process.root);
         }

@@ -1,5 +1,5 @@
-//! The job's `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME`, which no two boots and no two machines have in
-//! common: a time namespace lets them go on from where they stood (time_namespaces(7)).
+//! The job's `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME`, which differ for every boot and machine: in a time namespace
+//! they continue from their values at the checkpoint (time_namespaces(7)).
 
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::Host;
@@ -9,19 +9,19 @@ use crate::restore::probed::Probed;
 /// Which clocks the job gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ClockPolicy {
-    /// Its own where that is permitted, else the machine's unless they go back.
+    /// Its own if permitted, otherwise the machine's unless they go back.
     #[default]
     Auto,
-    /// Its own, which go on from where they stood at the checkpoint.
+    /// Its own, which continue from their values at the checkpoint.
     Continue,
     /// The machine's.
     Host,
 }
 
-/// Decides; where the clocks are the machine's, `was` says so afterwards.
+/// Decides; if the clocks are the machine's, `was` is changed accordingly.
 ///
 /// # Errors
-/// [`Error::Refused`] when the clocks would go back.
+/// [`Error::Refused`] if the clocks would go back.
 pub(in crate::restore) fn decide(
     policy: ClockPolicy,
     was: &mut Host,

@@ -1,4 +1,4 @@
-//! The user namespace that a job had to itself: whose it is this time, and who maps its ids.
+//! The job's own user namespace: its owner, and the writer of its id maps.
 
 use std::path::Path;
 
@@ -12,14 +12,14 @@ use crate::objects::Snapshot;
 use crate::objects::namespaces::Extent;
 use crate::objects::namespaces::{UserNamespace, parse_map};
 
-/// The file that gives users ids, the program that maps them, and what they are.
+/// The file that assigns ids to users, the program that maps them, and the kind of ids.
 const USERS: [&str; 3] = ["/etc/subuid", "newuidmap", "user"];
 const GROUPS: [&str; 3] = ["/etc/subgid", "newgidmap", "group"];
 
-/// What has to be made.
+/// The namespace to create.
 ///
 /// # Errors
-/// [`Error::Refused`] when ids are not ours to give.
+/// [`Error::Refused`] if we may not map the ids.
 pub(super) fn decide(user: &UserNamespace, snapshot: &Snapshot) -> Result<Spec> {
     let obstacles = match geteuid().is_root() {
         true => not_mapped_here(user),
@@ -39,7 +39,7 @@ fn is_one(user: &UserNamespace) -> bool {
     matches!((&user.uids[..], &user.gids[..]), ([(_, _, 1)], [(_, _, 1)]))
 }
 
-/// Whoever we are is who it was.
+/// The calling user takes the place of the previous one.
 fn for_one(user: &UserNamespace) -> Spec {
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     Spec {
@@ -58,7 +58,7 @@ fn maps(user: &UserNamespace) -> IdMaps {
     }
 }
 
-/// Root makes it for whom it was.
+/// Root creates it for its previous owner.
 fn by_root(user: &UserNamespace, snapshot: &Snapshot) -> Spec {
     let uid = user.owner.unwrap_or_else(|| someone(&user.uids));
     let groups = match user.groups_are_fixed {
@@ -77,14 +77,13 @@ fn by_root(user: &UserNamespace, snapshot: &Snapshot) -> Spec {
     }
 }
 
-/// The id outside that has a line of its own, as that of whoever makes such a namespace does, or the
-/// first one.
+/// The outer id with a line of its own, as for the creator of such a namespace, or the first one.
 fn someone(map: &[Extent]) -> u32 {
     let own = map.iter().find(|(_, _, count)| *count == 1);
     own.or(map.first()).map_or(0, |(_, outside, _)| *outside)
 }
 
-/// An ordinary user takes the place of the one who had it; the other ids stay what they were.
+/// An ordinary user takes the place of the previous owner; the other ids are unchanged.
 fn by_helpers(user: &UserNamespace) -> Spec {
     let (uids, gids) = ours(user);
     let ids = IdMaps {
@@ -99,7 +98,7 @@ fn by_helpers(user: &UserNamespace) -> Spec {
     }
 }
 
-/// The maps with us in the place of the former owner.
+/// The maps with our ids in place of the previous owner's.
 fn ours(user: &UserNamespace) -> (Vec<Extent>, Vec<Extent>) {
     let replaced = |map: &[Extent], was: u32, me: u32| -> Vec<Extent> {
         let one = |&(inside, outside, count): &Extent| match (outside, count) {
@@ -115,7 +114,7 @@ fn ours(user: &UserNamespace) -> (Vec<Extent>, Vec<Extent>) {
     )
 }
 
-/// Ids that root does not have either, in a user namespace.
+/// Ids that our own user namespace does not map, even for root.
 fn not_mapped_here(user: &UserNamespace) -> Vec<Obstacle> {
     let me = ProcRoot::default().process(Pid::own());
     let lacking = |file: &str, map: &[Extent], what: &str| {
@@ -137,7 +136,7 @@ fn not_mapped_here(user: &UserNamespace) -> Vec<Obstacle> {
         .collect()
 }
 
-/// Ids that an ordinary user may not give, and programs that are missing for it.
+/// Ids that an ordinary user may not map, and missing programs for that.
 fn not_given(user: &UserNamespace) -> Vec<Obstacle> {
     let (uids, gids) = ours(user);
     let me = geteuid().as_raw();
@@ -193,7 +192,7 @@ fn range((first, count): (u32, u32)) -> String {
     }
 }
 
-/// The ids that a file gives to a user, by name or number: subuid(5).
+/// The ids that a file assigns to a user, by name or number: subuid(5).
 fn given(text: &str, uid: u32, name: Option<&str>) -> Vec<(u32, u32)> {
     let line = |line: &str| {
         let mut fields = line.trim().split(':');
@@ -204,7 +203,7 @@ fn given(text: &str, uid: u32, name: Option<&str>) -> Vec<(u32, u32)> {
     text.lines().filter_map(line).collect()
 }
 
-/// Whether all of a range is in one of those, as newuidmap(1) wants it.
+/// Whether one of the ranges covers all of another, as newuidmap(1) requires.
 fn covers(given: &[(u32, u32)], (first, count): (u32, u32)) -> bool {
     let end = |(first, count): (u32, u32)| u64::from(first) + u64::from(count);
     given
@@ -212,8 +211,8 @@ fn covers(given: &[(u32, u32)], (first, count): (u32, u32)) -> bool {
         .any(|g| g.0 <= first && end((first, count)) <= end(*g))
 }
 
-/// Whether ids are given by something else than files, which only the helpers know to ask
-/// (nsswitch.conf(5), subid).
+/// Whether ids are assigned by another source than files, which only the helper programs query (nsswitch.conf(5),
+/// subid).
 fn asks_elsewhere() -> bool {
     let text = std::fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
     text.lines()

@@ -1,5 +1,5 @@
-//! Mappings that come last. A process that has about as many as it may (`vm.max_map_count`) has no room for
-//! the restorer's beside them. So some that are empty are left out of its plan, and mapped when the restorer is gone.
+//! Mappings that are made last. A process close to its limit of mappings (`vm.max_map_count`) has no room for the
+//! restorer's. So some empty ones are left out of its plan, and mapped after the restorer has gone.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -14,13 +14,12 @@ use crate::objects::holes;
 use crate::objects::memory::{Backing, Mapping, MappingFlags, join};
 use crate::objects::process::Process;
 
-/// The mappings of the restorer, and what mremap(2) wants to be left to the limit (`mremap_to`,
-/// mm/mremap.c).
+/// The mappings of the restorer, and the reserve that mremap(2) requires (`mremap_to`, mm/mremap.c).
 const ROOM: u64 = 16;
 /// `READ_IMPLIES_EXEC`, personality(2).
 const READ_IMPLIES_EXEC: u32 = 0x40_0000;
 
-/// By pid, what it gets last; in ascending order.
+/// By pid, its late mappings; ascending.
 #[derive(Default)]
 pub(in crate::restore) struct Late(HashMap<i32, Vec<Mapping>>);
 
@@ -40,7 +39,7 @@ impl Late {
             if too_many == 0 || process.shares.memory {
                 continue;
             }
-            // What forks have in common is theirs from the beginning.
+            // Mappings that forks share are made from the beginning.
             let mut family = births[index].processes().into_iter().chain([index]);
             let alone = family.all(|i| i == index || births[i].origin == Origin::Executed)
                 && births[index].origin == Origin::Executed;
@@ -70,7 +69,7 @@ impl Late {
         }
     }
 
-    /// The mappings of a process that come with its plan.
+    /// The mappings in the plan of a process.
     pub(in crate::restore) fn others<'a>(&self, process: &'a Process) -> Cow<'a, [Mapping]> {
         let all = &process.memory.mappings;
         let Some(late) = self.0.get(&process.pid) else {
@@ -80,7 +79,7 @@ impl Late {
         all.iter().filter(|m| !is_late(m)).cloned().collect()
     }
 
-    /// Maps those of a process.
+    /// Makes the late mappings of a process.
     pub(in crate::restore) fn map(
         &self,
         process: &Process,
@@ -94,7 +93,7 @@ impl Late {
     }
 }
 
-/// Shared memory objects that are mapped as a whole until they are handed out.
+/// Number of shared memory objects that are mapped as a whole temporarily.
 fn staged(process: &Process) -> u64 {
     let objects = process
         .memory
@@ -110,7 +109,7 @@ fn staged(process: &Process) -> u64 {
     objects.len() as u64
 }
 
-/// The pages that the image has of its memory.
+/// The pages of its memory in the image.
 fn pages_of(process: &Process, image: &Reader) -> Vec<(u64, u64)> {
     let page_size = image.header().page_size;
     let runs = (0..image.chunks().len()).flat_map(|chunk| image.runs(chunk));
@@ -122,8 +121,7 @@ fn pages_of(process: &Process, image: &Reader) -> Vec<(u64, u64)> {
     )
 }
 
-/// Whether a mapping is empty, and is nothing but mapped: what was set for the process meanwhile does not
-/// make another one of it.
+/// Whether a mapping is empty and needs only mmap(2): attributes of the process set meanwhile do not change it.
 fn may_come_late(m: &Mapping, process: &Process, held: &[(u64, u64)]) -> bool {
     let next = held.partition_point(|(_, end)| *end <= m.start);
     let is_empty = held.get(next).is_none_or(|(start, _)| m.end <= *start);
@@ -164,7 +162,7 @@ mod tests {
         let count = snapshot.processes[0].memory.mappings.len() as u64;
         let enough = decide(&snapshot, count + ROOM).expect("there is room");
         assert_eq!(others(enough, &snapshot).len() as u64, count);
-        // None is nothing but mapped, and one would have to be.
+        // None qualifies, and one is needed.
         let Err(refused) = decide(&snapshot, count + ROOM - 1) else {
             panic!("there is no room");
         };

@@ -1,4 +1,4 @@
-//! What the machine and its user must give a job: looked at before anything is created.
+//! Requirements on the machine and its user, checked before anything is created.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,8 +16,8 @@ use crate::objects::{Snapshot, aio};
 use crate::restore::run::next_pid;
 use crate::text::Shown;
 
-/// Everything of the surroundings that stands in the way of a restore, open and mapped files aside.
-/// What a job that is `leaving` has of limited things, it leaves to its restore.
+/// All such obstacles to a restore, except open and mapped files. Limited resources of a job that is `leaving` will
+/// be free.
 pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures, leaving: bool) -> Vec<Obstacle> {
     let mut obstacles: Vec<Obstacle> = programs(snapshot).collect();
     obstacles.extend(directories(snapshot, kernel));
@@ -60,7 +60,7 @@ fn programs(snapshot: &Snapshot) -> impl Iterator<Item = Obstacle> {
     })
 }
 
-/// Directories that processes are in, each once.
+/// Working and root directories, each once.
 fn directories(snapshot: &Snapshot, kernel: &KernelFeatures) -> Vec<Obstacle> {
     let mut obstacles = Vec::new();
     let mut seen: Vec<&Path> = Vec::new();
@@ -104,11 +104,11 @@ fn directory(what: &str, path: &Path) -> Option<Obstacle> {
     Some(Obstacle::new(object, reason, MISSING))
 }
 
-/// A feature of the kernel without which a job cannot be as it was.
+/// A kernel feature that the job requires.
 pub struct KernelNeed {
-    /// The feature, and the first kernel that has it.
+    /// The feature, and the first kernel with it.
     pub feature: &'static str,
-    /// What of the job needs it.
+    /// The part of the job that requires it.
     pub what: &'static str,
     available: fn(&KernelFeatures) -> bool,
 }
@@ -124,7 +124,7 @@ impl KernelNeed {
     }
 }
 
-/// Features of the kernel that this job needs and that not every kernel has.
+/// Kernel features that this job requires and that are not universal.
 pub fn kernel_needs(snapshot: &Snapshot) -> Vec<KernelNeed> {
     let any = |is: fn(&Mapping) -> bool| {
         let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
@@ -171,7 +171,7 @@ pub fn kernel_needs(snapshot: &Snapshot) -> Vec<KernelNeed> {
 /// Bytes of huge pages that the job maps, by page size.
 pub fn huge_pages(snapshot: &Snapshot) -> BTreeMap<u64, u64> {
     let mut pools = BTreeMap::new();
-    // A fork reserves none for itself.
+    // A fork does not reserve any.
     let processes = snapshot.processes.iter().filter(|p| !p.forked);
     for mapping in processes.flat_map(|p| &p.memory.mappings) {
         let reserved = !mapping.flags.contains(MappingFlags::NO_RESERVE);
@@ -203,8 +203,8 @@ fn pool_too_small(page_size: u64, bytes: u64) -> Option<Obstacle> {
     })
 }
 
-/// Huge pages that a new mapping can have (Documentation/admin-guide/mm/hugetlbpage.rst); none where
-/// the kernel does not show it.
+/// Huge pages available for a new mapping (Documentation/admin-guide/mm/hugetlbpage.rst); `None` if the kernel does
+/// not show them.
 fn free_huge_pages(page_size: u64) -> Option<u64> {
     let directory = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_size / 1024);
     let number = |name: &str| {

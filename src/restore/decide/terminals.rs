@@ -1,5 +1,4 @@
-//! What becomes of each terminal of a job: the pty that it was between processes of the job, our
-//! own terminal, or a new pty.
+//! What each terminal of a job becomes: again a pty between processes of the job, our own terminal, or a new pty.
 
 use crate::error::Obstacle;
 use crate::objects::Snapshot;
@@ -12,23 +11,23 @@ use crate::supervise::foreground::JobTerminal;
 /// What a terminal becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A pty of which the job has the master.
+    /// A pty whose master the job has.
     Pair,
     /// Ours. The job is in our session.
     Ours,
-    /// A new pty of which we have the master: it controls a session that the job leads.
+    /// A new pty whose master we have: the controlling terminal of a session that the job leads.
     Fresh,
-    /// The same device of the machine's: it controls no session of the job.
+    /// The same device of the machine: it is not the controlling terminal of a session of the job.
     Device,
-    /// Nothing: only descriptors that were hung up, or given other files, led to it.
+    /// Nothing: all its descriptors had hung up or are replaced by other files.
     Nothing,
 }
 
-/// What every terminal of the job becomes.
+/// What all terminals of the job become.
 #[derive(Clone, Debug, Default)]
 pub struct Terminals {
     places: Vec<Place>,
-    /// The root of the job leads a session though it did not: that of a new pty.
+    /// The root of the job newly leads a session: that of a new pty.
     pub root_leads: bool,
 }
 
@@ -36,7 +35,7 @@ impl Terminals {
     /// Decides for all.
     ///
     /// # Errors
-    /// Of several terminals outside the job only one can be shown.
+    /// When there are several terminals outside the job, of which only one can be shown.
     pub fn decide(snapshot: &Snapshot, request: &Request<'_>) -> Result<Self, Vec<Obstacle>> {
         let mut places = Vec::with_capacity(snapshot.terminals.len());
         for (index, terminal) in snapshot.terminals.iter().enumerate() {
@@ -94,7 +93,7 @@ impl Terminals {
         self.places.iter().position(|p| *p == Place::Ours)
     }
 
-    /// Whether a process of the job leads a session that this terminal controls.
+    /// Whether a process of the job leads the session of this controlling terminal.
     pub fn is_led(&self, terminal: usize, snapshot: &Snapshot) -> bool {
         let leads = |(index, p): (usize, &crate::objects::process::Process)| {
             self.leads(index, snapshot) && p.terminal == Some(terminal)
@@ -103,13 +102,13 @@ impl Terminals {
         new && snapshot.processes.iter().enumerate().any(leads)
     }
 
-    /// Whether a process leads its session, as it did or from now on.
+    /// Whether a process leads its session, as before or newly.
     pub fn leads(&self, index: usize, snapshot: &Snapshot) -> bool {
         let process = &snapshot.processes[index];
         process.session == process.pid || (index == 0 && self.root_leads)
     }
 
-    /// What the job wants of our terminal.
+    /// The job's request for our terminal.
     pub fn wanted(&self, snapshot: &Snapshot) -> JobTerminal {
         let root = &snapshot.processes[0];
         let terminal = self.ours().or(root.terminal);
@@ -120,7 +119,7 @@ impl Terminals {
         };
         let foreground = record.and_then(|t| t.foreground).filter(member);
         let group = foreground.unwrap_or(root.group);
-        // Without its leader among the job's processes, a group is ours now.
+        // A group without its leader in the job becomes ours.
         let own = group != root.group || group == root.pid;
         JobTerminal {
             root: root.pid,

@@ -1,4 +1,4 @@
-//! Files that the new process inherits: their contents come from the image, or they are ours.
+//! Files that the new process inherits: with contents from the image, or our own.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -32,10 +32,10 @@ use crate::objects::rights::{self, Rights};
 use crate::objects::{Snapshot, SpaceId};
 use crate::text::Shown;
 
-/// Descriptors and the numbers that they get, and what could not be done, one sentence each.
+/// Descriptors and their target numbers, and warnings, one sentence each.
 pub type Opened = (Vec<(OwnedFd, i32)>, Vec<String>);
 
-/// Makes every descriptor that the plan asks for, by the rights of the job's user where that is not we.
+/// Opens every descriptor that the plan requests, with the rights of the job's user if that is not us.
 pub fn open_all(
     inherit: &[Inherit],
     snapshot: &Snapshot,
@@ -57,7 +57,7 @@ pub fn open_all(
     for i in inherit {
         descriptors.push((open(&i.what, snapshot, image, &mut made)?, i.number));
     }
-    // Once all is opened, which the mode may forbid.
+    // After all are opened, which the mode may forbid.
     let mut warnings = made.warnings;
     for file in &made.files {
         warnings.extend(file.complete());
@@ -68,21 +68,21 @@ pub fn open_all(
     Ok((descriptors, warnings))
 }
 
-/// What was made so far.
+/// Files created so far.
 struct Made<'a> {
     files: Vec<MadeFile<'a>>,
-    /// What was made together with others, until it is its turn.
+    /// Created together with others, until requested.
     ready: Vec<(Inherited, OwnedFd)>,
     ptys: &'a Ptys,
     rights: Option<&'a Rights>,
     policy: FilesPolicy,
     uses: Uses,
-    /// What the job may have written after the checkpoint.
+    /// Files that the job may have written after the checkpoint.
     written: Written,
     warnings: Vec<String>,
 }
 
-/// A file with contents of the image: several descriptors may lead to it.
+/// A file with contents of the image; several descriptors may refer to it.
 struct MadeFile<'a> {
     space: SpaceId,
     file: File,
@@ -91,12 +91,12 @@ struct MadeFile<'a> {
     attributes: Option<&'a Attributes>,
     /// To be sealed by us.
     seals: Option<&'a MemFd>,
-    /// The description by which it was made is one of the job's.
+    /// The description with which it was created is one of the job's.
     given: bool,
 }
 
 impl MadeFile<'_> {
-    /// Gives it what it has besides its contents; what is lost of that.
+    /// Sets its other attributes; returns a warning about those that cannot be set.
     fn complete(&self) -> Option<String> {
         let lost = match self.attributes {
             Some(attributes) => attributes.give(&self.file, self.mode),
@@ -112,7 +112,7 @@ impl MadeFile<'_> {
 }
 
 impl<'a> MadeFile<'a> {
-    /// One of which no description is left by which it was made.
+    /// One whose original description is not used.
     fn nameless(
         space: SpaceId,
         file: File,
@@ -148,13 +148,13 @@ impl<'a> Made<'a> {
         Ok(&mut self.files[at])
     }
 
-    /// What was made already, if it was.
+    /// An existing descriptor for it, if any.
     fn take(&mut self, what: &Inherited) -> Option<OwnedFd> {
         let at = self.ready.iter().position(|(ready, _)| ready == what)?;
         Some(self.ready.swap_remove(at).1)
     }
 
-    /// Something without a name, opened at once for all that have it.
+    /// A nameless object, opened at once for all that have it.
     fn removed(&mut self, index: usize, snapshot: &Snapshot) -> Result<()> {
         let Some(removed) = snapshot.removed.get(index) else {
             return Err(Error::Restore(format!("there is no removed thing {index}")));
@@ -172,7 +172,7 @@ impl<'a> Made<'a> {
             all.push((Inherited::RemovedPlace(index), handle));
         }
         let (what, flags): (Vec<Inherited>, Vec<u32>) = all.into_iter().unzip();
-        // Names are made for a moment: where, is for the job's user to say, not for us.
+        // Temporary names are created: with the rights of the job's user, not ours.
         let made = rights::with(self.rights, || removed.make(&flags));
         let (opened, lost) = made.map_err(|source| Error::File {
             what: "make again what was deleted,",
@@ -184,7 +184,7 @@ impl<'a> Made<'a> {
         Ok(())
     }
 
-    /// A pidfd of an ended process. All of one process are made at once: they are one inode.
+    /// A pidfd of an ended process. All pidfds of one process are made together: they share an inode.
     fn ended(&mut self, index: usize, snapshot: &Snapshot) -> Result<OwnedFd> {
         if let Some(fd) = self.take(&Inherited::EndedProcess(index)) {
             return Ok(fd);
@@ -207,7 +207,7 @@ impl<'a> Made<'a> {
     }
 }
 
-/// The record of a description that the plan takes for one of that kind, and its flags.
+/// The record of a description, which must be of the kind that the plan expects, and its flags.
 fn record<T: Record>(snapshot: &Snapshot, index: usize) -> Result<(&T, u32)> {
     let description = snapshot.descriptions.get(index);
     let found = description.and_then(|d| Some((d.kind.get()?, d.flags)));
@@ -262,13 +262,13 @@ fn open<'a>(
                     given: false,
                 })
             })?;
-            // Only a description that open(2) makes for writing keeps the file from being executed
-            // (ETXTBSY, `deny_write_access`); that of memfd_create(2) does not, and was the first.
-            // Nor has that one O_SYNC, which only an open gives, or O_DIRECT, which F_SETFL gives to no other
+            // Only a description that open(2) made for writing prevents execution of the file (ETXTBSY,
+            // `deny_write_access`); the one of memfd_create(2), which is the first, does not. It also lacks O_SYNC,
+            // which only an open sets, and O_DIRECT, which F_SETFL sets only on such a description
             // (`FMODE_CAN_ODIRECT`).
             let given = libc::O_ACCMODE | libc::O_PATH | libc::O_SYNC | libc::O_DIRECT;
             let writes = description.flags as i32 & given;
-            // Nor is it counted among those that write, of whom a lease for writing wants to be the only one.
+            // It does not count as a writer either, and a write lease requires that there is no other writer.
             let first = writes == libc::O_RDWR && !description.is_leased();
             let file = match first && !std::mem::replace(&mut made.given, true) {
                 true => made.file.try_clone().map_err(|source| Error::File {
@@ -404,7 +404,7 @@ pub fn executable(
             let mode = record.identity.mode | 0o500;
             let file = nameless(&record.path, space, record.identity.size, (image, rights))?;
             let _ = file.set_permissions(PermissionsExt::from_mode(mode & 0o777));
-            // Not open for writing anywhere, else exec answers ETXTBSY.
+            // It must not be open for writing anywhere, otherwise exec fails with ETXTBSY.
             reopen(&file, libc::O_RDONLY as u32)
         }
     }
@@ -425,7 +425,7 @@ fn own(fd: i32) -> Result<OwnedFd> {
     Ok(pty::reopened(&copy).unwrap_or(copy))
 }
 
-/// A file without a name, beside where the original was if that is possible.
+/// A nameless file, in the directory of the original if possible.
 fn nameless(
     path: &Path,
     space: SpaceId,
@@ -435,7 +435,7 @@ fn nameless(
     let temp = std::env::temp_dir();
     let parent = path.parent().unwrap_or(Path::new("/"));
     let places = [parent, &temp, Path::new("/var/tmp")];
-    // Code is not mapped from file systems without programs.
+    // Code cannot be mapped from noexec file systems.
     let places = places.into_iter().filter(|place| may_hold_programs(place));
     let made = places.map(|place| {
         OpenOptions::new()
@@ -445,7 +445,7 @@ fn nameless(
             .custom_flags(libc::O_TMPFILE)
             .open(place)
     });
-    // Where the path leads is for the job's user to say.
+    // The path is resolved with the rights of the job's user, not ours.
     let made = rights::with(rights, || made.flat_map(std::io::Result::ok).next());
     let file = match made {
         Some(file) => file,
@@ -459,7 +459,7 @@ fn may_hold_programs(place: &Path) -> bool {
     statvfs(place).is_ok_and(|s| !s.flags().contains(FsFlags::ST_NOEXEC))
 }
 
-/// Where there is no other place.
+/// If no directory is possible.
 fn in_memory(path: &Path) -> Result<File> {
     let name = path.file_name().unwrap_or_default().as_bytes();
     let name = CString::new(&name[..name.len().min(200)]).unwrap_or_default();
@@ -496,7 +496,7 @@ fn seal(file: &File, memfd: &MemFd) -> Result<()> {
 fn reopen(file: &File, flags: u32) -> Result<File> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let access = flags as i32 & libc::O_ACCMODE;
-    // Of these, O_SYNC (with O_DSYNC in it) is set by nothing but an open.
+    // Of these, O_SYNC (which includes O_DSYNC) can only be set by open(2).
     let kept = libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_SYNC | libc::O_NOATIME;
     let status = flags as i32 & (kept | libc::O_PATH);
     OpenOptions::new()

@@ -1,9 +1,8 @@
-//! Values handed to a job that is restored (`--env NAME=VALUE`): lines in the file that the job's
-//! environment names in `CKPT_RESTORE_ENV`. What a program has in its environment is in its memory,
-//! and nobody else's to change.
+//! Values for a restored job (`--env NAME=VALUE`): lines in the file that the job's environment names in
+//! `CKPT_RESTORE_ENV`. The environment itself is in the program's memory, and is not changed.
 //!
-//! In a namespace the file is a mount that only this job sees, so that each of several clones has
-//! its own; else it replaces the file of that name when the job is let go.
+//! In a namespace the file is a mount that only this job sees, so that each clone has its own; otherwise it replaces
+//! the file of that name when the job is released.
 
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
@@ -26,7 +25,7 @@ use crate::restore::Opened;
 /// The variable that names the file.
 const VARIABLE: &[u8] = b"CKPT_RESTORE_ENV=";
 
-/// What is handed over.
+/// The values and their file.
 #[derive(Debug)]
 pub struct HandOver {
     path: PathBuf,
@@ -36,7 +35,7 @@ pub struct HandOver {
     rights: Option<Rights>,
 }
 
-/// A file that has another name until the job is let go; gone unless it got its own.
+/// A file with a temporary name until the job is released; removed unless it got its own.
 #[derive(Debug)]
 pub struct Prepared {
     at: PathBuf,
@@ -47,7 +46,7 @@ pub struct Prepared {
 /// Parses `NAME=VALUE`.
 ///
 /// # Errors
-/// One sentence that says what is wrong with it.
+/// One sentence on what is wrong with it.
 pub fn parse(text: &str) -> Result<(String, String), String> {
     let (name, value) = text
         .split_once('=')
@@ -62,7 +61,7 @@ pub fn parse(text: &str) -> Result<(String, String), String> {
 }
 
 impl HandOver {
-    /// What these values become for the job; nothing without values.
+    /// The values for a job; `None` without values.
     ///
     /// # Errors
     /// When the job's environment does not name a file.
@@ -91,7 +90,7 @@ impl HandOver {
         }))
     }
 
-    /// Writes the file under another name beside its own.
+    /// Writes the file under a temporary name in the same directory.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -116,8 +115,7 @@ impl HandOver {
         }
     }
 
-    /// Readable by the job and nobody else. The place is of the job's choosing, so it must be one that
-    /// its user may write to.
+    /// Readable by the job's user only. The job chose the path, so the directory must be writable for its user.
     fn write(&self, at: &Path) -> io::Result<()> {
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
@@ -128,8 +126,8 @@ impl HandOver {
         file.write_all(self.text.as_bytes())
     }
 
-    /// Puts the file in its place in a mount namespace that is the job's alone. What is below it stays
-    /// as it is; where nothing is, an empty file is left.
+    /// Mounts the file over its path in a mount namespace of the job's own. The file below is unchanged; a missing
+    /// one is created empty.
     ///
     /// # Errors
     /// When that is refused.
@@ -139,7 +137,7 @@ impl HandOver {
 
     fn mounted(&self) -> io::Result<()> {
         let place = rights::with(self.rights.as_ref(), || self.place())?;
-        // Any directory will do for the moment: nobody else is in this namespace yet.
+        // A temporary mount point: no other process is in this namespace yet.
         let over = c"/proc";
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
         mounts::mount(c"tmpfs", over, c"tmpfs", flags)?;
@@ -150,7 +148,7 @@ impl HandOver {
         Ok(mounts::put(tree?, place)?)
     }
 
-    /// The file that is there, if its user may write to it; else an empty one.
+    /// The existing file, if its user may write to it; otherwise a new, empty one.
     fn place(&self) -> io::Result<Handle> {
         let mut options = OpenOptions::new();
         match options
@@ -163,14 +161,14 @@ impl HandOver {
             made => drop(made?),
         }
         let place = Handle::of_regular(&self.path)?;
-        // There is no /proc for us yet.
+        // /proc is not mounted for us yet.
         let itself = AtFlags::AT_EACCESS | AtFlags::AT_EMPTY_PATH;
         faccessat(&place, "", AccessFlags::W_OK, itself)?;
         Ok(place)
     }
 }
 
-/// The value in the environment that the root began with, as its memory has it now.
+/// The value in the initial environment of the root, as its memory has it now.
 fn path_of(opened: &Opened<'_>) -> Option<PathBuf> {
     const LARGEST: u64 = 1 << 22;
     let process = &opened.snapshot.processes[0];

@@ -1,4 +1,4 @@
-//! Files with names, opened as what was judged.
+//! Named files: the file that was checked is the one that is opened.
 
 use std::fs::File;
 use std::path::Path;
@@ -9,17 +9,17 @@ use crate::objects::memory::{FileIdentity, MappedFile};
 use crate::objects::open::Handle;
 use crate::objects::rights::{self, Rights};
 
-/// A file with a name, and in whose name it is opened.
+/// A named file, and the rights with which it is opened.
 pub(super) struct Named<'a> {
     path: &'a Path,
     was: &'a FileIdentity,
     rights: Option<&'a Rights>,
-    /// Its user may not open it; we do, if it is the very one.
+    /// Its user may not open it; we do, if it is the same file.
     for_it: bool,
 }
 
 impl<'a> Named<'a> {
-    /// That of a description.
+    /// The file of a description.
     pub(super) fn open_file(index: usize, file: &'a Regular, rights: Option<&'a Rights>) -> Self {
         let for_it = rights.is_some_and(|rights| rights.opens_for_it(index));
         Self {
@@ -30,7 +30,7 @@ impl<'a> Named<'a> {
         }
     }
 
-    /// One that is mapped or executed.
+    /// A mapped or executed file.
     pub(super) fn mapped(index: usize, record: &'a MappedFile, rights: Option<&'a Rights>) -> Self {
         let for_it = rights.is_some_and(|rights| rights.maps_for_it(index));
         Self {
@@ -41,7 +41,7 @@ impl<'a> Named<'a> {
         }
     }
 
-    /// What is found is judged once more, and is what is opened.
+    /// Looks it up, checks it once more, and opens what was checked.
     pub(super) fn open(
         &self,
         find: impl FnOnce() -> Result<Handle, Box<Obstacle>>,
@@ -58,7 +58,7 @@ impl<'a> Named<'a> {
     }
 }
 
-/// That a file cannot be opened.
+/// The error when a file cannot be opened.
 pub(super) fn cannot_open(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
     |source| Error::File {

@@ -1,4 +1,4 @@
-//! Pseudo-terminals are made here, in the restoring process; the new processes inherit them.
+//! Creates pseudo-terminals, in the restoring process; the new processes inherit them.
 
 use std::fs::{OpenOptions, Permissions};
 use std::io::IsTerminal;
@@ -14,22 +14,22 @@ use crate::objects::files::terminal::{Access, End, Pair, Side, Terminal};
 use crate::objects::files::unread::{self, Waiting};
 use crate::restore::decide::terminals::{Place, Terminals};
 
-/// More ptys than this are not made to reach a number.
+/// Most ptys that are created to reach a number.
 const PATIENCE: u32 = 1024;
 
 /// The new ptys, by terminal of the snapshot.
 #[derive(Default)]
 pub struct Ptys {
     ptys: Vec<Option<Pty>>,
-    /// Of each of the snapshot's terminals.
+    /// For each of the snapshot's terminals.
     access: Vec<Option<Access>>,
-    /// What is not as it was; one sentence each.
+    /// Differences, one sentence each.
     pub warnings: Vec<String>,
 }
 
 struct Pty {
     master: OwnedFd,
-    /// Open until all is set, if it was ever opened.
+    /// Open until everything is set, if it was ever opened.
     slave: Option<OwnedFd>,
 }
 
@@ -39,12 +39,12 @@ fn failed(what: &str, terminal: &str) -> impl Fn(std::io::Error) -> Error {
 }
 
 impl Ptys {
-    /// Makes every pty that the job needs.
+    /// Creates every pty that the job needs.
     pub fn make(snapshot: &Snapshot, terminals: &Terminals) -> Result<Self> {
         let mut made = Self::default();
         made.ptys.resize_with(snapshot.terminals.len(), || None);
         made.access = snapshot.terminals.iter().map(|t| t.access).collect();
-        // Numbers are given out from the lowest that is free, and the job's own come first.
+        // The lowest free number is assigned first, and the job's own ptys have priority.
         let mut pairs: Vec<usize> = (0..snapshot.terminals.len())
             .filter(|t| terminals.place(*t) == Place::Pair)
             .collect();
@@ -75,7 +75,7 @@ impl Ptys {
         Ok(made)
     }
 
-    /// With its modes as they were: what of them nobody can change.
+    /// Locks modes, with the modes as they were.
     fn lock_modes(&mut self, terminal: &Terminal, master: &OwnedFd) {
         let locked = terminal.state.and_then(|state| state.locked);
         let Some(Err(e)) = locked.map(|locked| tty::lock_modes(master, &locked)) else {
@@ -90,7 +90,7 @@ impl Ptys {
         ));
     }
 
-    /// A pty with the number that it had, if nobody has it now.
+    /// A pty with its old number, if that is free.
     fn numbered(&mut self, terminal: &Terminal, spare: &mut Vec<OwnedFd>) -> Result<OwnedFd> {
         let wanted = terminal.device.1;
         let make = || tty::new_pty(0).map_err(failed("make", &terminal.name));
@@ -147,8 +147,8 @@ impl Ptys {
         slave.map_err(|e| failed("open", "the job's terminal")(e.into()))
     }
 
-    /// With every descriptor open: what would have been in the way. Answers the master of the pty
-    /// that is new to the job.
+    /// When every descriptor is open: sets what would have interfered. Returns the master of the pty that is new to
+    /// the job.
     pub fn finish(self, snapshot: &Snapshot) -> Result<Option<OwnedFd>> {
         let mut ours = None;
         for (pty, terminal) in self.ptys.into_iter().zip(&snapshot.terminals) {
@@ -204,7 +204,7 @@ impl Pty {
     }
 }
 
-/// Gives the slave its owner and mode.
+/// Sets owner and mode of the slave.
 fn give(master: &OwnedFd, access: Access) -> std::io::Result<()> {
     let slave = tty::peer(master, libc::O_PATH)?;
     let path = format!("/proc/self/fd/{}", slave.as_raw_fd());
@@ -219,7 +219,7 @@ fn give(master: &OwnedFd, access: Access) -> std::io::Result<()> {
     }
 }
 
-/// What waited to be read.
+/// Puts back unread data.
 fn refill(
     master: &OwnedFd,
     slave: &OwnedFd,
@@ -238,7 +238,7 @@ fn refill(
     unread::put(master, slave, *modes, &waiting)
 }
 
-/// A terminal whose other side has gone. It is whose it was where we may give it away (limits.md).
+/// A terminal whose other side is closed. It belongs to its previous owner if we may give it away (limits.md).
 fn hung_up(flags: i32, access: Option<Access>) -> std::io::Result<OwnedFd> {
     let master = tty::new_pty(0)?;
     let slave = tty::peer(&master, flags)?;
@@ -251,7 +251,7 @@ fn open_flags(flags: u32) -> i32 {
     (flags as i32 & kept) | libc::O_NOCTTY
 }
 
-/// Our own terminal, in a description that nobody shares with us.
+/// Our own terminal, with a new description.
 pub fn own_terminal(controlling: bool, flags: u32) -> Option<OwnedFd> {
     let open = |path: &str| {
         let access = flags as i32 & libc::O_ACCMODE;
@@ -277,8 +277,8 @@ pub fn own_terminal(controlling: bool, flags: u32) -> Option<OwnedFd> {
     }
 }
 
-/// A copy of a descriptor of ours; of a terminal, another description of it where that can be
-/// had, so that what the job sets does not stay with whoever started us.
+/// A duplicate of a descriptor of ours; for a terminal a new description if possible, so that the job's flags do not
+/// affect our parent's.
 pub fn reopened(fd: &OwnedFd) -> Option<OwnedFd> {
     tty::modes(fd).ok()?;
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());

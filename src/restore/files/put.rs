@@ -1,6 +1,5 @@
-//! Files whose contents the image holds go back to their places, before the job opens them: POSIX shared
-//! memory that is missing, as after a reboot, and with `--put-files` all of them. A restore that fails
-//! takes everything back.
+//! Puts files whose contents are in the image back, before the job opens them: POSIX shared memory that is missing,
+//! as after a reboot, and with `--put-files` all of them. A restore that fails undoes this.
 
 use std::collections::HashSet;
 use std::fs::{self, FileTimes, Metadata, OpenOptions, Permissions};
@@ -22,22 +21,20 @@ use crate::objects::open::{Handle, Last};
 use crate::objects::rights::{self, Rights};
 use crate::text::Shown;
 
-/// What becomes of the files that the image holds.
+/// What to do with the files in the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PutFiles {
-    /// They stay in the image; the job takes those that are there. What is missing of POSIX shared
-    /// memory is put back.
+    /// They stay in the image; the job uses the existing files. Missing POSIX shared memory is put back.
     #[default]
     No,
-    /// They are put back, never over one that was changed after the checkpoint, nor over POSIX shared
-    /// memory: no time tells when that was written through a mapping.
+    /// They are put back, but not over files changed after the checkpoint, nor over POSIX shared memory, whose times
+    /// do not show writes through a mapping.
     UnlessNewer,
-    /// They are put back over whatever is there.
+    /// They are put back over any existing file.
     Overwrite,
 }
 
-/// Makes the snapshot forget what is not to be put back: then it says of each file whether what is
-/// in its place matters.
+/// Removes files that are not to be put back from the snapshot: the rest decides whether the present file matters.
 pub fn forget(policy: PutFiles, snapshot: &mut Snapshot) {
     let stays = |path: &Path| {
         let missing =
@@ -58,7 +55,7 @@ pub fn forget(policy: PutFiles, snapshot: &mut Snapshot) {
     }
 }
 
-/// Something that was asked for and that the image does not have.
+/// The warning that the image lacks what was requested.
 pub fn warning(policy: PutFiles, snapshot: &Snapshot) -> Option<String> {
     let nothing = policy != PutFiles::No && saved(snapshot).next().is_none();
     nothing.then(|| {
@@ -66,12 +63,12 @@ pub fn warning(policy: PutFiles, snapshot: &Snapshot) -> Option<String> {
     })
 }
 
-/// Paths of the files that are put back, and so are as they were.
+/// Paths of the files that are put back, and so are unchanged.
 pub fn covered(snapshot: &Snapshot) -> HashSet<&Path> {
     saved(snapshot).map(|(file, _, _)| file).collect()
 }
 
-/// A saved file: its path, what it was, what is saved of it.
+/// A saved file: its path, identity and saved contents.
 type SavedFile<'a> = (&'a Path, &'a FileIdentity, Saved);
 
 fn saved(snapshot: &Snapshot) -> impl Iterator<Item = SavedFile<'_>> {
@@ -82,22 +79,21 @@ fn saved(snapshot: &Snapshot) -> impl Iterator<Item = SavedFile<'_>> {
     open.chain(mapped.filter_map(|f| Some((f.path.as_path(), &f.identity, f.saved?))))
 }
 
-/// A file to be put back.
+/// A file to put back.
 #[derive(Debug)]
 pub struct Put<'a> {
     identity: &'a FileIdentity,
     saved: Saved,
-    /// Where: symbolic links in its place are followed.
+    /// Its path; symbolic links are followed.
     path: PathBuf,
-    /// Device and inode of what is there, and is lost.
+    /// Device and inode of the file that it replaces.
     replaces: Option<(u64, u64)>,
 }
 
-/// What has to be put back: nothing where the very contents are there already. Touches nothing.
+/// The files to put back, except those whose contents are unchanged. Has no side effects.
 ///
 /// # Errors
-/// [`Error::Refused`] names each file that is in the way; [`Error::Image`] when the image cannot
-/// be read.
+/// [`Error::Refused`] with each obstructing file; [`Error::Image`] when the image cannot be read.
 pub fn decide<'a>(
     snapshot: &'a Snapshot,
     image: &Reader,
@@ -135,7 +131,7 @@ fn decide_one<'a>(
         Ok(Err(Box::new(Obstacle::new(object.clone(), reason, remedy))))
     };
     let found = Handle::of(name, Last::LeadsOn);
-    // A link that leads to nothing is something else.
+    // A dangling link counts as an obstructing file.
     let found = found.or_else(|e| Handle::of(name, Last::IsIt).map_err(|_| e));
     let path = found.as_ref().ok().and_then(Handle::place);
     let path = path.unwrap_or_else(|| name.to_owned());
@@ -195,7 +191,7 @@ fn modified_ns(meta: &Metadata) -> i128 {
 }
 
 impl Put<'_> {
-    /// What is going to be done, in one line.
+    /// The action, on one line.
     pub fn describe(&self) -> String {
         let (path, size) = (self.path.shown(), self.identity.size);
         match self.replaces {
@@ -204,10 +200,10 @@ impl Put<'_> {
         }
     }
 
-    /// A file beside the place, with everything that the old one had.
+    /// A temporary file beside the path, with all attributes of the old one.
     fn prepare(&self, image: &Reader, warnings: &mut Vec<String>) -> Result<Prepared> {
         let name = self.path.file_name().unwrap_or_default();
-        // The name must not become longer than a file system takes.
+        // The name must stay within the limit of the file system.
         let name: String = name.to_string_lossy().chars().take(50).collect();
         let at = format!(".{name}.put.{}.{}", std::process::id(), self.saved.space.0);
         let at = self.path.with_file_name(at);
@@ -232,10 +228,10 @@ impl Put<'_> {
                 self.path.shown(),
                 meta.uid()
             ));
-            // Nobody shall run as somebody else by that.
+            // No set-user-ID and set-group-ID bits.
             mode &= 0o777;
         }
-        // After the owner, whose change takes set-user-ID away.
+        // After the owner, whose change clears set-user-ID.
         let mode = Permissions::from_mode(mode);
         let modified = UNIX_EPOCH + Duration::from_nanos(identity.modified_ns.max(0) as u64);
         file.set_permissions(mode)
@@ -254,13 +250,13 @@ impl Put<'_> {
     }
 }
 
-/// A file under a name of ours, removed with it.
+/// A file under a temporary name, which is removed with it.
 struct Prepared {
     at: PathBuf,
 }
 
 impl Prepared {
-    /// It has its own name, or another file has this one.
+    /// It has its own name, or another file has the temporary one.
     fn placed(mut self) {
         self.at = PathBuf::new();
     }
@@ -274,27 +270,27 @@ impl Drop for Prepared {
     }
 }
 
-/// Files that were put back. Unless they are kept, everything becomes as it was before.
+/// Files that were put back. Unless they are kept, everything is undone.
 #[derive(Default)]
 pub struct Undo {
     done: Vec<Done>,
-    /// What is not as it was, one sentence each.
+    /// Differences, one sentence each.
     pub warnings: Vec<String>,
-    /// In whose name, if not in ours: whose directories these are may lead their paths elsewhere.
+    /// The user with whose rights this is done, if not ours: the owner of a directory may redirect its paths.
     rights: Option<Rights>,
 }
 
-/// One of them.
+/// A file that was put back.
 struct Done {
     path: PathBuf,
     /// Device and inode of the new file.
     new: (u64, u64),
-    /// Where the old one is.
+    /// Path of the old one.
     old: Option<PathBuf>,
 }
 
 impl Undo {
-    /// The job has them.
+    /// Keeps them for the job.
     pub fn keep(mut self) -> Vec<String> {
         for done in std::mem::take(&mut self.done) {
             if let Some(old) = done.old
@@ -320,7 +316,7 @@ impl Undo {
         for done in self.done.iter().rev() {
             let still =
                 fs::symlink_metadata(&done.path).is_ok_and(|m| (m.dev(), m.ino()) == done.new);
-            // Somebody else's by now: theirs stays, and the old one under the name that it has.
+            // Replaced by another process meanwhile: that file stays, and the old one keeps its temporary name.
             if !still {
                 continue;
             }
@@ -332,10 +328,10 @@ impl Undo {
     }
 }
 
-/// Puts the files into their places, each at once and as a whole.
+/// Puts the files back, each atomically.
 ///
 /// # Errors
-/// [`Error::File`] and [`Error::Image`]; those that were put back already are taken back.
+/// [`Error::File`] and [`Error::Image`]; files that were put back already are removed again.
 pub fn put(puts: &[Put<'_>], image: &Reader, rights: Option<&Rights>) -> Result<Undo> {
     let mut undo = Undo::default();
     undo.rights = rights.cloned();
@@ -367,7 +363,7 @@ fn put_all(puts: &[Put<'_>], image: &Reader, undo: &mut Undo) -> Result<()> {
     Ok(())
 }
 
-/// Gives the file its name, which nobody has.
+/// Gives the file its name, which must be free.
 fn create(prepared: Prepared, path: &Path) -> io::Result<()> {
     match renameat2(
         AT_FDCWD,
@@ -380,18 +376,18 @@ fn create(prepared: Prepared, path: &Path) -> io::Result<()> {
             prepared.placed();
             Ok(())
         }
-        // Not every file system can. An own name remains, and is dropped.
+        // Without support for RENAME_NOREPLACE. The temporary name remains, and is removed.
         Err(Errno::EINVAL | Errno::ENOSYS) => fs::hard_link(&prepared.at, path),
         Err(e) => Err(e.into()),
     }
 }
 
-/// Gives the file the name of another one; where that one is now.
+/// Exchanges the file with the existing one; returns the path of the latter.
 fn exchange(prepared: Prepared, path: &Path) -> io::Result<PathBuf> {
     let at = prepared.at.clone();
     match renameat2(AT_FDCWD, &at, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
         Ok(()) => {}
-        // Not every file system can.
+        // Without support for RENAME_EXCHANGE.
         Err(Errno::EINVAL | Errno::ENOSYS) => {
             let aside = at.with_extension("old");
             fs::rename(path, &aside)?;

@@ -1,4 +1,4 @@
-//! One plan in the making: the order of the work in a new process.
+//! Builds one plan: the order of the work in a new process.
 
 mod family;
 
@@ -24,27 +24,27 @@ use crate::restore::files::put;
 use crate::restore::run::handover;
 use crate::text::Shown;
 
-/// One plan in the making.
+/// The context of one plan.
 #[derive(Clone, Copy)]
 pub(super) struct Build<'a> {
-    /// What all plans of the job have in common.
+    /// The common part of all plans of the job.
     pub(super) job: &'a Job<'a>,
-    /// Which process it is for.
+    /// Index of the process.
     pub(super) index: usize,
     /// The process.
     pub(super) process: &'a Process,
-    /// What it has mapped already.
+    /// Its present mappings.
     pub(super) present: &'a [Vma],
-    /// Where shared memory is staged.
+    /// Addresses at which shared memory is staged.
     pub(super) shared_at: &'a SharedAt,
-    /// A free place for the kernel's mappings while they are moved.
+    /// A free range for the kernel's mappings while they are moved.
     pub(super) aside: u64,
-    /// A free place for System V segments that are mapped in part.
+    /// A free range for System V segments that are mapped in part.
     pub(super) segment_at: u64,
 }
 
 impl Build<'_> {
-    /// The plan, to be placed at `base`; or everything that stands in its way.
+    /// The plan, to be placed at `base`; or all obstacles.
     pub(super) fn build(&self, base: u64) -> Result<Builder, Vec<Obstacle>> {
         let mut plan = Builder::new(base, self.job.host.clone()).within(self.job.room);
         let mut obstacles = Vec::new();
@@ -92,7 +92,7 @@ impl Build<'_> {
         }
     }
 
-    /// What comes before everything else: who the process is until it has its own credentials.
+    /// The beginning: the credentials of the process until it has its own.
     fn begin(&self, plan: &mut Builder) {
         let snapshot = self.job.snapshot;
         let host = plan.host().clone();
@@ -108,7 +108,7 @@ impl Build<'_> {
         }
     }
 
-    /// Everything mapped, up to the point where pages are filled in.
+    /// All mappings, up to the point where pages are filled.
     fn memory(&self, forked: Forked<'_>, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let snapshot = self.job.snapshot;
         let mappings = &self.job.late.others(self.process);
@@ -127,7 +127,7 @@ impl Build<'_> {
                 }
             }
         }
-        // READ_IMPLIES_EXEC would change what mmap does.
+        // READ_IMPLIES_EXEC would change the effect of mmap.
         plan.syscall(libc::SYS_personality, &[0], || "personality".into());
         let mut keep: Vec<(u64, u64)> = forked.inherited.iter().map(|i| (i.start, i.end)).collect();
         if !forked.parent.is_empty() {
@@ -149,7 +149,7 @@ impl Build<'_> {
         plan.stage(Stage::Fill);
     }
 
-    /// Pages that the fork brought along and that the process does not have.
+    /// Inherited pages that the process does not have.
     fn surplus(&self, forked: Forked<'_>) -> Vec<(u64, u64)> {
         let Some(parent) = self.job.forked_from(self.index) else {
             return Vec::new();
@@ -171,7 +171,7 @@ impl Build<'_> {
         memory::subtract(&memory::intersect(theirs, &over), mine)
     }
 
-    /// Every open file description of the job, for all processes to come.
+    /// Every open file description of the job, for all later processes.
     fn descriptions(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (snapshot, request) = (self.job.snapshot, self.job.request);
         let staging = self.job.staging;
@@ -187,7 +187,7 @@ impl Build<'_> {
         files::complete_descriptions(snapshot, staging, plan);
     }
 
-    /// All that is the process's own and not memory.
+    /// The process's own state other than memory.
     fn process_state(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
         let (process, snapshot) = (self.process, self.job.snapshot);
         let staging = self.job.staging;
@@ -243,7 +243,7 @@ impl Build<'_> {
         timers::start_posix(process, plan);
     }
 
-    /// What is mapped and executed is opened by the restoring process, or made by it with contents of the image.
+    /// Mapped and executed files are opened by the restoring process, or created by it with contents of the image.
     fn inherit_files(&self, staging: Staging, plan: &mut Builder) {
         let snapshot = self.job.snapshot;
         let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
@@ -284,8 +284,8 @@ impl Build<'_> {
     }
 }
 
-/// Creates the threads, each when the first one has the seccomp filters that both have; how many that
-/// one has then.
+/// Creates the threads, each when the first thread has the seccomp filters that both have; returns how many filters
+/// that one has then.
 fn threads(process: &Process, plan: &mut Builder) -> usize {
     let first = &process.threads[0].seccomp;
     let in_common = |thread: &&Thread| first.in_common(&thread.seccomp);
@@ -305,8 +305,7 @@ fn threads(process: &Process, plan: &mut Builder) -> usize {
     installed
 }
 
-/// Directories, umask, personality, and the like. `late` is whether the working directory will be there
-/// only later.
+/// Directories, umask, personality, and the like. `late` says that the working directory does not exist yet.
 fn rebuild_places(process: &Process, late: bool, plan: &mut Builder) {
     if !process.shares.fs {
         rebuild_directories(process, late, plan);
@@ -321,7 +320,7 @@ fn rebuild_places(process: &Process, late: bool, plan: &mut Builder) {
     }
 }
 
-/// Where a name leads at that moment: to be in a directory opens nothing, and waits for nothing.
+/// Resolves the path now: entering a directory opens nothing and waits for nothing.
 fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
     let at = plan.path(path);
     let call = |plan: &mut Builder| plan.syscall(nr, &[at], || object);
@@ -337,14 +336,14 @@ fn enter(path: &Path, nr: i64, object: String, plan: &mut Builder) {
     }
 }
 
-/// Enters directories without a name, while their descriptors are there.
+/// Enters removed directories, through their descriptors.
 fn enter_removed(process: &Process, staging: Staging, plan: &mut Builder) {
     if let Some(index) = process.removed.root {
         let object = || format!("the root directory {} (deleted)", process.root.shown());
         let path = format!("/proc/self/fd/{}", staging.removed(index));
         let path = plan.path(Path::new(&path));
         if process.removed.cwd.is_none() {
-            // From the old root.
+            // Relative to the old root.
             enter_working_directory(&process.cwd, plan);
         }
         plan.syscall(libc::SYS_chroot, &[path], object);

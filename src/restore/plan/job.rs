@@ -1,4 +1,4 @@
-//! From the snapshot to the plans: what concerns the job as a whole, and where things go.
+//! From the snapshot to the plans: the job as a whole, and the placement of plans.
 
 use std::collections::HashMap;
 
@@ -23,47 +23,48 @@ use crate::restore::adapted::Adapted;
 use crate::restore::decide::late::Late;
 use crate::restore::decide::terminals::Terminals;
 
-/// Room for the kernel's mappings while they are moved.
+/// Bytes for the kernel's mappings while they are moved.
 const ASIDE: u64 = 256 * 1024;
 
-/// What all plans of a job are made from.
+/// The input of all plans of a job.
 pub struct Job<'a> {
     /// The job.
     pub snapshot: &'a Snapshot,
-    /// Who creates whom.
+    /// Which process creates which.
     pub births: &'a [Births],
-    /// What was asked for.
+    /// The request.
     pub request: &'a Request<'a>,
-    /// What a new process has from us.
+    /// The state that a new process inherits from us.
     pub host: HostState,
-    /// The process group that takes the place of the one that started the job.
+    /// The process group that replaces the one of the shell that started the job.
     pub group: i32,
-    /// What becomes of its terminals.
+    /// What its terminals become.
     pub terminals: Terminals,
-    /// Where descriptors are until the processes have theirs.
+    /// Numbers of descriptors until the processes have theirs.
     pub(super) staging: Staging,
-    /// Bytes of memory that a plan may take.
+    /// Bytes of memory that a plan may use.
     pub(super) room: u64,
-    /// What becomes of its vDSO.
+    /// The replacement of its vDSO.
     pub vdso: &'a Replaced,
-    /// Pages that each address space of a job with forks has at its checkpoint; ascending.
+    /// Pages that each address space of a job with forks had at its checkpoint; ascending.
     pub(super) held: HashMap<SpaceId, Vec<(u64, u64)>>,
-    /// What is mapped last.
+    /// Mappings that are made last.
     pub(in crate::restore) late: Late,
-    /// What becomes of processor state.
+    /// The adaptation of processor state.
     pub(in crate::restore) refit: Refit,
 }
 
-/// Everything that the driver needs to know.
+/// The input of the driver.
 pub struct Planned {
     /// The plan.
     pub plan: Plan,
-    /// Where shared memory objects are mapped as a whole during [`Fill`](crate::objects::plan::Stage::Fill).
+    /// Addresses at which shared memory objects are mapped as a whole during
+    /// [`Fill`](crate::objects::plan::Stage::Fill).
     pub shared_at: SharedAt,
 }
 
 impl<'a> Job<'a> {
-    /// Decides what concerns the job as a whole.
+    /// Makes the decisions about the job as a whole.
     pub(in crate::restore) fn new(
         adapted: &'a Adapted,
         image: &Reader,
@@ -103,7 +104,7 @@ impl<'a> Job<'a> {
         &self.snapshot.processes[index]
     }
 
-    /// The parent of a process that is created as its fork.
+    /// The parent of a process that is created by fork.
     pub(super) fn forked_from(&self, index: usize) -> Option<&'a Process> {
         let parent = self.process(index).parent;
         let processes = &self.snapshot.processes;
@@ -111,21 +112,21 @@ impl<'a> Job<'a> {
         found.filter(|_| self.births[index].origin == Origin::Forked)
     }
 
-    /// Whether a process is created as a fork of its parent.
+    /// Whether a process is created by a fork of its parent.
     pub(super) fn is_forked(&self, process: &Process) -> bool {
         let mut all = self.snapshot.processes.iter().zip(self.births);
         all.any(|(p, births)| p.pid == process.pid && births.origin == Origin::Forked)
     }
 
-    /// The processes that have an address space of their own, each with a plan of its own.
+    /// The processes with an address space of their own, each with a plan of its own.
     pub fn owners(&self) -> impl Iterator<Item = usize> {
         let births = self.births.iter().enumerate();
         let own = births.filter(|(_, b)| b.origin != Origin::Sharing);
         own.map(|(index, _)| index)
     }
 
-    /// The process, its forks and those that share its memory, and theirs: they have shared memory
-    /// from one another.
+    /// The process, its forks and those that share its memory, recursively: they inherit shared memory from one
+    /// another.
     fn forks(&self, index: usize) -> Vec<usize> {
         let mut forks = vec![index];
         let mut next = 0;
@@ -137,7 +138,7 @@ impl<'a> Job<'a> {
         forks
     }
 
-    /// What stands in the way of a process's plan; else what it asks for.
+    /// The descriptors for a process's plan, or its obstacles.
     pub fn draft(&self, index: usize) -> Result<Vec<Inherit>, Vec<Obstacle>> {
         let shared_at = vec![Some(0); self.snapshot.shared_memory.len()];
         let draft = Build {
@@ -152,8 +153,8 @@ impl<'a> Job<'a> {
         Ok(draft.build(0)?.inherited())
     }
 
-    /// Makes the plan of a process. `present` is what it has mapped (nothing for a dry run);
-    /// `shared_at` is where its parent has shared memory, when it was forked.
+    /// Makes the plan of a process. `present` are its mappings (empty for a dry run); `shared_at` are its parent's
+    /// addresses of shared memory, if it was forked.
     pub fn plan(
         &self,
         index: usize,
@@ -165,7 +166,7 @@ impl<'a> Job<'a> {
         let of_forks = |i: &usize| &self.process(*i).memory.mappings;
         let job = forks.iter().flat_map(of_forks).map(|m| (m.start, m.end));
         let now = present.iter().map(|v| (v.start, v.end));
-        // Of its parent's; huge pages have been moved away from there, and the place is unmapped later.
+        // The parent's; huge pages have been moved away, and the range is unmapped later.
         let objects = self.snapshot.shared_memory.iter();
         let staged = objects.zip(shared_at.into_iter().flatten());
         let staged = staged.filter_map(|(object, at)| Some((at.as_ref()?, object.staged_len())));
@@ -209,8 +210,8 @@ impl<'a> Job<'a> {
             let at = place(len + align).ok_or_else(no_room)?;
             segment_at = at.next_multiple_of(align);
         }
-        // How long a plan is shows when it is made, and its addresses are those of its place: so it begins where
-        // more is free than anywhere else.
+        // The length of a plan is known only when it is made, and its addresses depend on its place: so it starts in
+        // the largest hole.
         let (base, end) = holes::largest(taken).ok_or_else(no_room)?;
         let plan = Build {
             job: self,
@@ -229,7 +230,7 @@ impl<'a> Job<'a> {
     }
 }
 
-/// By address space, the pages that it has in the image, or in common with its parent.
+/// For each address space, its pages in the image or shared with its parent.
 fn pages_held(snapshot: &Snapshot, image: &Reader) -> HashMap<SpaceId, Vec<(u64, u64)>> {
     let page_size = image.header().page_size;
     let mut held: HashMap<SpaceId, Vec<(u64, u64)>> = HashMap::new();

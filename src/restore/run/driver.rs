@@ -1,4 +1,4 @@
-//! Executes the plans in the new processes, then makes their threads what they were and lets go.
+//! Executes the plans in the new processes, then sets the state of their threads and releases them.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -23,26 +23,26 @@ use crate::objects::plan::Means;
 use crate::objects::plan::{Part, Stage};
 use crate::restore::plan::{Job, Planned};
 
-/// A new process on its way.
+/// A new process.
 struct Live {
     index: usize,
     worker: Worker,
 }
 
-/// Those on their way.
+/// Drives the new processes.
 struct Driver<'a> {
     job: &'a Job<'a>,
     pages: Pages<'a>,
     brood: &'a mut Brood,
     live: Vec<Live>,
-    /// Created and not yet begun: index in the snapshot, and what shared memory its parent has.
+    /// Created and not yet begun: index in the snapshot, and the parent's shared memory.
     waiting: VecDeque<(usize, Stopped, Option<SharedAt>)>,
     /// Phantoms, in the order of their creation.
     phantoms: Vec<Worker>,
 }
 
-/// Rebuilds the job, whose root stands at its exec stop: all processes are brought to one line
-/// after the other, and are complete. With them, what is not as it was, one sentence each.
+/// Rebuilds the job, whose root is at its exec stop: all processes pass one stage after the other, and are complete.
+/// Also returns differences, one sentence each.
 pub(in crate::restore) fn build(
     job: &Job<'_>,
     image: &Reader,
@@ -69,8 +69,8 @@ pub(in crate::restore) fn build(
     fault::hit(Step::RestoreFilled)?;
     driver.join_groups()?;
     let mut lives = std::mem::take(&mut driver.live);
-    // Children before their parents: what a process has in common with its parent is the parent's
-    // to complete, who also may have to take note of its stop.
+    // Children before their parents: what a process shares with its parent is completed in the parent, which may also
+    // have to wait for the child's stop.
     lives.sort_by_key(|live| std::cmp::Reverse(live.index));
     for live in &mut lives {
         live.worker.run_to_threads()?;
@@ -142,7 +142,7 @@ impl Driver<'_> {
         worker.run_to(Stage::Born, &mut |tid| self.adopt(tid, creator, &planned))
     }
 
-    /// Takes over what `creator` has just created, a process that is traced from its beginning.
+    /// Takes over the process that `creator` has just created, which is traced from its beginning.
     fn adopt(&mut self, tid: Tid, creator: Pid, planned: &Rc<Planned>) -> Result<()> {
         self.brood.add(tid.raw());
         let mut task = Running::auto_attached(tid).wait_stopped()?;
@@ -150,7 +150,7 @@ impl Driver<'_> {
         let Some(part) = planned.plan.part_of(tid.raw()) else {
             return match planned.plan.means {
                 Means::SetTid => unexpected(tid),
-                // In place of one of the job's.
+                // Instead of one of the job's.
                 _ => Err(Error::PidMissed { pid: tid.raw() }),
             };
         };
@@ -185,7 +185,7 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Every process joins its group; then phantoms have done their part, and end.
+    /// Every process joins its group; then phantoms end.
     fn join_groups(&mut self) -> Result<()> {
         let mut phantoms = std::mem::take(&mut self.phantoms);
         for Live { index, worker } in &mut self.live {
@@ -217,7 +217,7 @@ fn worker(task: Stopped, pid: Pid, part: Part, planned: &Rc<Planned>) -> Result<
     })
 }
 
-/// Lets a phantom end as it is to end.
+/// Lets a phantom end as required.
 fn end(task: Stopped) -> Result<()> {
     let mut task = task.resume(Resume::Cont, 0)?;
     loop {

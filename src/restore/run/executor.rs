@@ -1,4 +1,4 @@
-//! Runs the restorer in a new process: from where it is placed to where it hands over.
+//! Runs the restorer in a new process, from its start to a trap.
 
 use std::rc::Rc;
 
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::objects::plan::{Part, Plan, Stage};
 use crate::restore::plan::Planned;
 
-/// Puts restorer and plan into a hole of the process and sends its first thread there.
+/// Writes restorer and plan into a hole of the process and sets the registers of its first thread.
 pub(super) fn place(
     leader: &mut Stopped,
     mem: &ProcessMemory,
@@ -44,40 +44,40 @@ pub(super) fn place(
     Ok(())
 }
 
-/// Everything but SIGTRAP: a breakpoint that finds it blocked resets its action
-/// (`force_sig_info_to_task`, kernel/signal.c).
+/// Everything but SIGTRAP: a breakpoint that finds SIGTRAP blocked resets its action (`force_sig_info_to_task`,
+/// kernel/signal.c).
 fn restorer_mask() -> u64 {
     !(1 << (libc::SIGTRAP - 1))
 }
 
-/// A process with the restorer in it, stopped.
+/// A stopped process with the restorer in it.
 pub(super) struct Worker {
     /// Its first thread.
     pub(super) task: Stopped,
     pub(super) mem: ProcessMemory,
     /// The plan in its memory.
     pub(super) planned: Rc<Planned>,
-    /// What of the plan it executes.
+    /// The part of the plan that it executes.
     pub(super) part: Part,
     /// Threads that it has created and that are traced.
     pub(super) threads: Vec<Running>,
-    /// What was done to it from outside meanwhile.
+    /// Signals from outside meanwhile.
     pub(super) disturbed: Disturbed,
 }
 
-/// Stop signals that have come from outside, and were put off: the process stops when it is let go.
+/// Stop signals from outside, which are deferred: the process stops when it is released.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Disturbed {
-    /// It is to stop.
+    /// It has to stop.
     pub(super) stop: bool,
-    /// A thread took the signal before we saw it, so that SIGCONT had to be sent.
+    /// A thread took the signal before we saw it, so SIGCONT was sent.
     pub(super) continued: bool,
 }
 
 /// Takes over a process that a worker has just created.
 pub(super) type Born<'a> = &'a mut dyn FnMut(Tid) -> Result<()>;
 
-/// Nobody is created any more.
+/// No process may be created any more.
 pub(super) fn unexpected(tid: Tid) -> Result<()> {
     Err(Error::Restore(format!(
         "process {tid} was created at a time that was not planned; this is a bug of ckpt"
@@ -85,7 +85,7 @@ pub(super) fn unexpected(tid: Tid) -> Result<()> {
 }
 
 impl Worker {
-    /// Runs the restorer to a stage. Processes that it creates meanwhile are handed to `born`.
+    /// Runs the restorer to a stage. Processes that it creates meanwhile are passed to `born`.
     pub(super) fn run_to(&mut self, stage: Stage, born: Born<'_>) -> Result<()> {
         let word = self.run_to_trap(born)?;
         match self.planned.plan.stage_at(self.part, word) {
@@ -97,8 +97,7 @@ impl Worker {
         }
     }
 
-    /// Runs the restorer until its threads are parked. Those that are traced from their beginning
-    /// go on at once.
+    /// Runs the restorer until its threads are parked. Those traced from their beginning continue at once.
     pub(super) fn run_to_threads(&mut self) -> Result<()> {
         let mut threads = Vec::new();
         let reached = self.run_to(Stage::Threads, &mut |tid| {
@@ -120,7 +119,7 @@ impl Worker {
         }
     }
 
-    /// Runs the restorer until it hands over; what it hands over with.
+    /// Runs the restorer to its next trap; returns the word in `rax`.
     pub(super) fn run_to_trap(&mut self, born: Born<'_>) -> Result<u64> {
         loop {
             self.task.advance_among_others(Resume::Cont, 0)?;
@@ -148,7 +147,7 @@ impl Worker {
                     born(Tid(self.task.event_message()? as i32))?;
                     continue;
                 }
-                // A continue from outside.
+                // A SIGCONT from outside.
                 _ => continue,
             }
             match self.task.regs()?.rax {
@@ -166,7 +165,7 @@ impl Worker {
     }
 }
 
-/// What failed in that part of a plan, as its header says.
+/// The failure of a part of a plan, according to its header.
 pub(super) fn failed_operation(plan: &Plan, part: Part, mem: &ProcessMemory) -> Error {
     let unknown = || Error::Restore("the restorer failed without saying where".into());
     let failed_at = std::mem::offset_of!(ckpt_restorer::Plan, failed) as u64;
@@ -196,14 +195,14 @@ pub(super) fn failed_operation(plan: &Plan, part: Part, mem: &ProcessMemory) -> 
     }
 }
 
-/// What was not kept: decided while planning, or told by an operation that was allowed to fail.
+/// Differences: known while planning, or from an operation that was allowed to fail.
 pub(super) fn warnings_of(plan: &Plan, mem: &ProcessMemory) -> Result<Vec<String>> {
     let mut all = plan.warnings.clone();
     for (at, text) in &plan.conditional {
         let result = mem.read_u64(RemoteAddr(*at))? as i64;
         match Errno::from_raw(result.min(0).unsigned_abs() as i32) {
             Errno::UnknownErrno => {}
-            // An envoy's; the text has the reason.
+            // An envoy's; the text contains the reason.
             Errno::ECANCELED => all.push(text.clone()),
             error => all.push(format!("{text}: {}", error.desc())),
         }

@@ -1,4 +1,4 @@
-//! Pages of the image into the memory of new processes, on all processors.
+//! Fills pages of the image into the memory of new processes, on all processors.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,7 +12,7 @@ use crate::objects::Snapshot;
 use crate::objects::memory::{Mapping, SharedAt, intersect};
 use crate::progress::Progress;
 
-/// The image, with an index of which chunks hold pages of which space.
+/// The image, with an index of the chunks of each space.
 pub struct Pages<'a> {
     image: &'a Reader,
     chunks: HashMap<u32, Vec<usize>>,
@@ -20,15 +20,15 @@ pub struct Pages<'a> {
     alone: bool,
 }
 
-/// Where the pages of one space go.
+/// The destination of the pages of one space.
 enum Place {
-    /// An address space: to where they were; only those within the ranges, if there are any.
+    /// An address space: at their addresses; only those within the ranges, if there are any.
     Memory(Option<Vec<(u64, u64)>>),
     /// A shared memory object: address of offset 0, and its size in bytes.
     Shared(u64, u64),
 }
 
-/// Where pages go in one process.
+/// Destinations in one process.
 struct Places<'a> {
     mappings: &'a [Mapping],
     by_space: HashMap<u32, Place>,
@@ -54,13 +54,13 @@ impl<'a> Pages<'a> {
         }
     }
 
-    /// Whether no thread may help.
+    /// Whether to use no further threads.
     pub fn alone(self, alone: bool) -> Self {
         Self { alone, ..self }
     }
 
-    /// Fills in one process. Every chunk is checked against its digest before its pages are used.
-    /// A process that was forked has its parent's pages already, and shared memory.
+    /// Fills one process. Every chunk is checked against its digest before its pages are used. A forked process
+    /// inherits its parent's pages and shared memory.
     pub fn fill(
         &self,
         snapshot: &Snapshot,
@@ -123,7 +123,7 @@ impl<'a> Pages<'a> {
             return work();
         }
         std::thread::scope(|scope| {
-            // Without threads it is done by us alone.
+            // If no thread can be created, this one does it all.
             let start = || std::thread::Builder::new().spawn_scoped(scope, work).ok();
             let handles: Vec<_> = (1..workers).filter_map(|_| start()).collect();
             let mut result = work();
@@ -139,7 +139,7 @@ impl<'a> Pages<'a> {
         })
     }
 
-    /// Answers the bytes that were for this process.
+    /// Fills from one chunk; returns the bytes for this process.
     fn fill_chunk(
         &self,
         chunk: usize,
@@ -182,8 +182,7 @@ fn write(mem: &ProcessMemory, address: u64, bytes: &[u8], writable: bool) -> Res
     Ok(())
 }
 
-/// Pages that the process had in common with its parent, when it does not have them by a fork:
-/// they are stored with the parent, or with the parent's parent.
+/// Pages that the process shared with its parent but does not inherit by a fork: they are stored with an ancestor.
 fn from_ancestors(snapshot: &Snapshot, index: usize, by_space: &mut HashMap<u32, Place>) {
     let mut process = &snapshot.processes[index];
     let mut wanted = process.memory.inherited.clone();
@@ -206,8 +205,8 @@ fn from_ancestors(snapshot: &Snapshot, index: usize, by_space: &mut HashMap<u32,
 }
 
 impl Places<'_> {
-    /// Pieces of a run that belong here: (position, address, bytes, whether it is writable).
-    /// Nothing for pages that belong to another process, or to a file and are there already.
+    /// Pieces of a run for this process: (position, address, bytes, whether it is writable). Empty for pages of
+    /// another process, or of a file, which exist already.
     fn of(&self, run: &PageRun, len: u64) -> Result<Vec<(u64, u64, u64, bool)>> {
         let outside = || {
             Error::Restore(format!(
@@ -234,7 +233,7 @@ impl Places<'_> {
     fn in_memory(&self, (start, end): (u64, u64)) -> Option<(u64, u64, u64, bool)> {
         let at = self.mappings.partition_point(|m| m.end <= start);
         let mapping = self.mappings.get(at).filter(|m| m.start <= start)?;
-        // A run may go on into the next mapping; /proc/PID/mem takes both.
+        // A run may extend into the next mapping; /proc/PID/mem writes both.
         let whole = end <= mapping.end;
         let writable = mapping.prot & libc::PROT_WRITE as u32 != 0;
         let writable = whole && writable && mapping.protection_key == 0;

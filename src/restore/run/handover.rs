@@ -1,4 +1,4 @@
-//! The last steps of a restore: every task gets its state, the restorer goes, and all are let go.
+//! The last steps of a restore: sets the state of every task, removes the restorer, and releases all.
 
 use ckpt_tracer::fault::{self, Step};
 use ckpt_tracer::mem::ProcessMemory;
@@ -19,7 +19,7 @@ use crate::objects::thread::Thread;
 use crate::objects::{limits, security, session};
 use crate::restore::plan::Job;
 
-/// The signal that is to stop a process before it runs.
+/// The signal that stops a process before it runs.
 fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
     let wished = job.request.stopped.then_some(libc::SIGSTOP);
     process.stopped.or(wished)
@@ -28,17 +28,17 @@ fn stop_signal(process: &Process, job: &Job<'_>) -> Option<i32> {
 /// A process whose tasks have their registers.
 pub(in crate::restore) struct Complete {
     tasks: Vec<Stopped>,
-    /// Its id, if it is to take a SIGSTOP when it is let go.
+    /// Its id, if it gets a SIGSTOP at its release.
     stops: Option<Pid>,
-    /// What its tasks have to do without.
+    /// Differences of its tasks.
     pub(super) warnings: Vec<String>,
 }
 
-/// When a process creates no more processes.
+/// For a process that creates no more processes.
 pub(super) const TAKEN_OVER: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
 
-/// Takes a process out of the restorer, which goes with the last one of its memory, and gives every
-/// task its state.
+/// Takes a process out of the restorer, which is removed with the last process in its memory, and sets the state of
+/// every task.
 pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Result<Complete> {
     let Worker {
         task: mut leader,
@@ -51,7 +51,7 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
     let (mem, plan) = (&mem, &planned.plan);
     let mut others = take_over(process, traced, &mut disturbed)?;
     leader.note_only(others.is_empty());
-    // One cave for all that is left to be done inside: a map of very many threads is long.
+    // One cave for all remaining calls: reading the map of very many threads takes long.
     let cave = Cave::dig(mem, &read_maps(mem.pid())?, [])?;
     take_note_of_stops(&mut leader, mem, plan.stack, process, job, &cave)?;
     let mut warnings = Vec::new();
@@ -63,7 +63,7 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
         if thread.seccomp.is_on() {
             suspend_seccomp(task)?;
         }
-        // Below the end of the restorer's stack, on which nobody runs any more.
+        // Below the end of the restorer's stack, which is not in use any more.
         let room = plan.stack - security::ROOM;
         let asked = security::rebuild(task, &thread.security, mem, room, &cave)?;
         warnings.extend(
@@ -91,23 +91,23 @@ pub(super) fn complete(worker: Worker, process: &Process, job: &Job<'_>) -> Resu
     })
 }
 
-/// Whether it goes on after a stop, of which its parent has not been told.
+/// Whether it was continued after a stop, unreported to its parent.
 fn goes_on_untold(process: &Process, job: &Job<'_>) -> bool {
     let mut all = job.snapshot.processes.iter();
     all.any(|p| p.pid == process.parent && p.untold_continues.contains(&process.pid))
 }
 
-/// Whether a signal waits for the process, for any thread to take.
+/// Whether a signal is pending for the process, for any thread to take.
 fn waits_for_all(process: &Process, signal: i32) -> bool {
     process.pending.iter().any(|p| p.signal() == signal)
 }
 
-/// Whether a signal waits for the process or a thread of it.
+/// Whether a signal is pending for the process or a thread.
 fn waits(process: &Process, signal: i32) -> bool {
     pending(process).any(|pending| pending.signal() == signal)
 }
 
-/// Whether signals wait that are queued only when the restorer's traps are over.
+/// Whether signals are queued only after the restorer's traps are over.
 pub(in crate::restore) fn meets_traps(process: &Process) -> bool {
     pending(process).any(Pending::meets_traps)
 }
@@ -117,8 +117,8 @@ fn pending(process: &Process) -> impl Iterator<Item = &Pending> {
     process.pending.iter().chain(of_threads)
 }
 
-/// What is written through `/proc`. Lowering the OOM score below our own wants CAP_SYS_RESOURCE;
-/// what the kernel does not take is left as it is, with a warning.
+/// Sets attributes through `/proc`. Lowering the OOM score below our own needs CAP_SYS_RESOURCE; what the kernel
+/// refuses is left as it is, with a warning.
 pub(super) fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
     let score = process.oom_score_adj.to_string();
     let filter = process.coredump_filter.map(|filter| format!("{filter:#x}"));
@@ -139,8 +139,7 @@ pub(super) fn adjust_from_outside(process: &Process, pid: Pid) -> Vec<String> {
         .collect()
 }
 
-/// Attaches to the parked threads, in the order of the snapshot; `traced` are those that are traced
-/// from their beginning.
+/// Attaches to the parked threads, in the order of the snapshot; `traced` are those traced from their beginning.
 fn take_over(
     process: &Process,
     mut traced: Vec<Running>,
@@ -168,8 +167,8 @@ fn take_over(
     Ok(stopped)
 }
 
-/// A process's children that are stopped have just told it so: what the process was told in its former life it
-/// is not told again, and no SIGCHLD is left that was not there.
+/// Stopped children have just reported their stop: reports that the process had already received are consumed, and
+/// new SIGCHLDs removed.
 fn take_note_of_stops(
     leader: &mut Stopped,
     mem: &ProcessMemory,
@@ -206,8 +205,8 @@ fn take_note_of_stops(
     Ok(())
 }
 
-/// Takes a pending signal of the process, if there is one, and leaves the leader its own, which the kernel has it take first.
-/// `at` is room for a set and a `struct timespec`, or a signal.
+/// Consumes a pending signal of the process, if there is one, and leaves the leader's own, which the kernel takes
+/// first. `at` is memory for a set and a `struct timespec`, or a signal.
 fn take_signal(
     signal: i32,
     process: &Process,
@@ -239,8 +238,8 @@ fn take_signal(
     Ok(())
 }
 
-/// Traps are over, so SIGTRAP's own action is set, and signals that would have met them are queued, by each
-/// thread for itself: of others the kernel takes none of a fault. `at` is room for one.
+/// Traps are over, so SIGTRAP's own action is set, and synchronous signals are queued, by each thread for itself: the
+/// kernel delivers those of a fault only to the thread itself. `at` is memory for one.
 fn settle_traps(
     (leader, others): (&mut Stopped, &mut [Stopped]),
     process: &Process,
@@ -284,8 +283,8 @@ fn settle_traps(
     Ok(())
 }
 
-/// Signals are queued, so their limit is set, and the restorer is unmapped. What a process has from its parent,
-/// the last one sees to. Then there is room for the last mappings.
+/// Signals are queued, so their limit is set, and the restorer is unmapped. Memory shared with the parent is left to
+/// the last process. Then there is room for the last mappings.
 fn remove_restorer(
     leader: &mut Stopped,
     process: &Process,
@@ -334,7 +333,7 @@ fn suspend_seccomp(task: &Stopped) -> Result<()> {
     Ok(task.set_options(TAKEN_OVER | libc::PTRACE_O_SUSPEND_SECCOMP)?)
 }
 
-/// Gives every thread its registers; the leader comes last.
+/// Sets the registers of every thread; the leader comes last.
 fn set_states(
     leader: Stopped,
     others: Vec<Stopped>,
@@ -354,9 +353,8 @@ fn set_states(
         .collect()
 }
 
-/// Lets all go, of each process the leader last: until then the loss of the tracer kills the
-/// whole process, which is then not there at all. Files are cut back when nothing else is left to
-/// be done.
+/// Releases all, the leader of each process last: until then the loss of the tracer kills the whole process. Files
+/// are truncated when nothing else can fail.
 pub(in crate::restore) fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Result<()> {
     fault::hit(Step::RestoreRelease)?;
     for cut in cuts {
@@ -376,7 +374,7 @@ pub(in crate::restore) fn release(complete: Vec<Complete>, cuts: &[Cut]) -> Resu
     Ok(())
 }
 
-/// Registers and mask of one thread.
+/// Sets registers and mask of one thread.
 fn set_state(
     mut task: Stopped,
     thread: &Thread,
@@ -391,7 +389,7 @@ fn set_state(
                 regs.orig_rax = u64::MAX;
                 0
             }
-            // No restart block exists in a new task: the call is made again as a whole.
+            // A new task has no restart block: the call is restarted from the beginning.
             Rearmed::No => (-abi::ERESTARTNOHAND) as u64,
         };
     }
@@ -404,17 +402,17 @@ fn set_state(
 }
 
 enum Rearmed {
-    /// The task has a restart block for what remains.
+    /// The task has a restart block for the remaining time.
     Block,
-    /// What remained is over.
+    /// The time is over.
     Finished,
-    /// What remains is not known.
+    /// The remaining time is unknown.
     No,
 }
 
-/// A sleep that was interrupted with its remainder written out goes on with that remainder:
-/// the same call is begun in the new task and interrupted at once, which leaves the kernel's
-/// restart block behind, expiry and all. The registers never show it.
+/// An interrupted sleep that has written its remaining time continues with that: the same call is started in the new
+/// task and interrupted at once, which creates the kernel's restart block, including the expiry. The registers never
+/// show it.
 fn rearm(task: &mut Stopped, regs: &Regs, process: &Process, cave: &Cave<'_>) -> Result<Rearmed> {
     let remainder = match regs.orig_rax as i64 {
         libc::SYS_nanosleep => regs.rsi,
@@ -445,7 +443,7 @@ mod tests {
     use super::*;
     use crate::objects::fixture;
 
-    /// A process that ends with the test.
+    /// A process that is killed when dropped.
     struct Sleeper(std::process::Child);
 
     impl Drop for Sleeper {
@@ -468,7 +466,7 @@ mod tests {
         let score = file("oom_score_adj").expect("it runs");
         let filter = file("coredump_filter").expect("it runs");
         assert_eq!(filter.trim(), "00000021");
-        // Told unless it was done, as for those with CAP_SYS_RESOURCE.
+        // Reported unless it succeeded, as with CAP_SYS_RESOURCE.
         assert_eq!(warnings.is_empty(), score.trim() == "-1000", "{warnings:?}");
         for warning in warnings {
             let expected = format!("oom_score_adj was -1000 and is {} now: ", score.trim());

@@ -1,17 +1,16 @@
-//! How a new task comes by a chosen id, and which ways there are for us.
+//! Ways to give a new task a chosen id.
 //!
-//! 1. clone3(2) is told the id (`set_tid`): with CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
-//! 2. The kernel is told which id it gave last (`/proc/sys/kernel/ns_last_pid`), and gives the next: with
-//!    the same capabilities, where clone3 is withheld (docker's seccomp profile) but that file
-//!    is not.
-//! 3. Ids are given in ascending order, and begin again at 300 behind the highest
-//!    (`alloc_pid`, kernel/pid.c). So children that end at once take all ids up to the wanted one: without
-//!    any privilege. Ids below 300 come only once in the life of a pid namespace.
+//! 1. `set_tid` of clone3(2): with CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
+//! 2. Writing the preceding id to `/proc/sys/kernel/ns_last_pid`: with the same capabilities, where clone3 is not
+//!    available (docker's seccomp profile) but that file is.
+//! 3. Ids are assigned in ascending order, wrapping around from the highest to 300 (`alloc_pid`, kernel/pid.c). So
+//!    children that end at once use up all ids before the wanted one: without any privilege. Ids below 300 are
+//!    assigned only once in the life of a pid namespace.
 //!
-//! For an image of another user's, root does 2 for us, on request.
+//! For another user's image, root does 2 for us, on request.
 //!
-//! With 2 and 3 somebody else may be given the id in the moment before the task is created. That is
-//! seen, and the restore is begun anew ([`Error::PidMissed`]).
+//! With 2 and 3 another process may get the id just before the task is created. That is detected, and the restore
+//! starts again ([`Error::PidMissed`]).
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -28,13 +27,12 @@ use crate::error::{Error, Result};
 use crate::objects::plan::Means;
 
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
-/// Below, the kernel gives ids only once (`RESERVED_PIDS`, kernel/pid.c).
+/// Smaller ids are assigned only once (`RESERVED_PIDS`, kernel/pid.c).
 const RESERVED: i32 = 300;
-/// Children for one wanted id, or for all of a job: some 25 µs each, up to four times that on a busy
-/// machine.
+/// Most children for one wanted id, or for all of a job: some 25 µs each, up to four times that on a busy machine.
 const PATIENCE: u64 = 500_000;
 
-/// Whether children of our children, which were executed by them, may choose ids if we may.
+/// Whether children of our children, created after an exec, may choose ids if we may.
 pub(in crate::restore) fn others_may_choose(ours: &Status) -> bool {
     ours.uid.effective == 0
         || Use::ChoosePids
@@ -43,10 +41,10 @@ pub(in crate::restore) fn others_may_choose(ours: &Status) -> bool {
             .are_in(ours.capabilities.ambient)
 }
 
-/// Sees to it that the next task that is created in our pid namespace gets this id.
+/// Makes the next task created in our pid namespace get this id.
 ///
 /// # Errors
-/// [`Error::PidMissed`] when it cannot be brought about.
+/// [`Error::PidMissed`] when that is not possible.
 pub fn aim(means: Means, wanted: i32) -> Result<()> {
     let done = match means {
         Means::SetTid => true,
@@ -59,17 +57,16 @@ pub fn aim(means: Means, wanted: i32) -> Result<()> {
     done.then_some(()).ok_or(Error::PidMissed { pid: wanted })
 }
 
-/// Where root tells the kernel for us which id comes next ([`serve`]).
+/// The connection to root, which writes the next id for us ([`serve`]).
 static BROKER: OnceLock<UnixStream> = OnceLock::new();
 
-/// From now on another process is asked which may tell the kernel.
+/// From now on another process, which is permitted to, writes the next id.
 pub fn ask_there(broker: UnixStream) {
     let _ = BROKER.set(broker);
 }
 
-/// Tells the kernel which id it shall give next, whenever the other end asks for it, until that is closed. A number
-/// is all that it takes: this is root, and the other end another user, whose messages are not to be decoded
-/// (`ckpt_sys::channel`).
+/// Writes the next id whenever the other end requests it, until that is closed. It accepts only a number: this is
+/// root, and the other end another user, whose messages must not be decoded (`ckpt_sys::channel`).
 pub fn serve(mut stream: UnixStream) {
     let mut wanted = [0; 4];
     while stream.read_exact(&mut wanted).is_ok() {
@@ -95,8 +92,8 @@ fn set_last(wanted: i32) -> io::Result<()> {
     fs::write(LAST_PID, (wanted - 1).to_string())
 }
 
-/// How many ids are taken in vain until tasks with these ids have been created one after the other;
-/// `Err` is the first that cannot be reached at all, and the last id that was given.
+/// Number of ids that are used up until tasks with these ids have been created in order; `Err` is the first that
+/// cannot be reached, and the last assigned id.
 pub fn turns(order: &[i32]) -> Result<u64, (i32, i32)> {
     let mut last = last_pid().unwrap_or(i32::MAX);
     let highest = highest();
@@ -108,18 +105,18 @@ pub fn turns(order: &[i32]) -> Result<u64, (i32, i32)> {
     Ok(all)
 }
 
-/// Whether it can be told which id comes next.
+/// Whether the next id can be predicted.
 pub fn can_be_awaited() -> bool {
     last_pid().is_some()
 }
 
-/// Whether so many turns can be waited for.
+/// Whether that many ids can be used up in acceptable time.
 pub fn is_bearable(turns: u64) -> bool {
     turns <= PATIENCE
 }
 
-/// Where ids can only be awaited, takes those that come only once: whoever is created now can have its
-/// id again, in this pid namespace and in a new one.
+/// If ids can only be awaited, uses up those that are assigned only once: a process created now can get its id again,
+/// in this pid namespace and in a new one.
 pub fn leave_the_first_ids() {
     let early = last_pid().is_some_and(|last| last <= RESERVED);
     let chosen = || process::may_choose_pids() || may_set_last();
@@ -128,10 +125,10 @@ pub fn leave_the_first_ids() {
     }
 }
 
-/// A restore in a new namespace takes some ids before the job's.
+/// A restore in a new namespace uses some ids before the job's.
 const ROOM: i32 = 50;
 
-/// Ids between the last one that was given and the wanted one.
+/// Number of ids between the last assigned one and the wanted one.
 fn distance(last: i32, wanted: i32, highest: i32) -> Option<u64> {
     match wanted {
         _ if wanted > last => Some((wanted - last - 1) as u64),
@@ -140,8 +137,8 @@ fn distance(last: i32, wanted: i32, highest: i32) -> Option<u64> {
     }
 }
 
-/// The id that was given last in our pid namespace: that file, and the last word of another one, which
-/// is there without CONFIG_CHECKPOINT_RESTORE too.
+/// The last assigned id in our pid namespace: from that file, or the last word of another one, which exists without
+/// CONFIG_CHECKPOINT_RESTORE too.
 fn last_pid() -> Option<i32> {
     let number = |path: &str| {
         let text = fs::read_to_string(path).ok()?;
@@ -156,7 +153,7 @@ fn highest() -> i32 {
         .unwrap_or(32768)
 }
 
-/// Tried with what is there already.
+/// Tries to write the present value.
 pub(in crate::restore) fn may_set_last() -> bool {
     BROKER.get().is_some()
         || fs::read_to_string(LAST_PID).is_ok_and(|last| fs::write(LAST_PID, last.trim()).is_ok())
@@ -169,7 +166,7 @@ fn take_turns(wanted: i32) -> bool {
     let Some(distance) = distance(last, wanted, highest()) else {
         return false;
     };
-    // Others take some, too.
+    // Other processes use some too.
     let most = distance + distance / 4 + 64;
     if distance > PATIENCE {
         return false;
@@ -186,7 +183,7 @@ fn take_turns(wanted: i32) -> bool {
     false
 }
 
-/// Whether somebody has every id of that range, so that the next one given is its end.
+/// Whether every id of that range is taken, so that the next assigned one is its end.
 fn all_taken(from: i32, to: i32) -> bool {
     const NEAR: i32 = 64;
     // A group or session keeps the id of a leader that has gone.

@@ -1,8 +1,8 @@
-//! The first new process: created under its old pid, with the descriptors that it needs from us,
-//! executing the job's own executable up to its first instruction.
+//! The first new process: created with its old pid and the descriptors that it inherits from us, executing the job's
+//! own executable up to its first instruction.
 //!
-//! The exec makes `/proc/PID/exe`, a clean address space and the kernel's mappings without
-//! any privilege. The tracer stops the process before it executes anything of the program.
+//! The exec sets `/proc/PID/exe`, and provides a clean address space and the kernel's mappings without any privilege.
+//! The tracer stops the process before it executes anything of the program.
 
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -26,23 +26,23 @@ use crate::objects::plan::Means;
 use crate::objects::process::Process;
 use crate::restore::decide::pids;
 
-/// The new processes: killed and reaped unless they were let go.
+/// The new processes: killed and reaped unless they were released.
 #[derive(Default)]
 pub struct Brood {
     pids: Vec<i32>,
-    /// The root is the first process of our pid namespace. No signal of ours kills that one; our end
-    /// does, after which nobody is left.
+    /// The root, if it is the first process of our pid namespace. Our signals cannot kill it; our end does, which
+    /// ends all.
     first: Option<First>,
     kept: bool,
 }
 
 impl Brood {
-    /// One more.
+    /// Adds one.
     pub fn add(&mut self, pid: i32) {
         self.pids.push(pid);
     }
 
-    /// All are complete; they stay.
+    /// All are complete and kept.
     pub fn keep(mut self) {
         self.kept = true;
     }
@@ -54,26 +54,26 @@ impl Drop for Brood {
             return;
         }
         let pids = std::mem::take(&mut self.pids);
-        // What has become somebody else's may refuse our signal; it ends with us (EXITKILL). The pids are our
-        // children's or tracees', and are not free for others before they have been waited for.
+        // Processes that have changed their user may refuse our signal; they end with us (EXITKILL). The pids are our
+        // children's or tracees', and not reused before they are reaped.
         let killed = pids
             .into_iter()
             .filter(|pid| process::kill(*pid, libc::SIGKILL) != Err(Errno::EPERM));
         self.pids = killed.collect();
         for pid in self.pids.iter().rev() {
-            // The leader's end is told only when every thread that we trace has been waited for.
+            // The leader's end is reported only after every thread that we trace has been waited for.
             let tasks = ckpt_tracer::proc::tasks::list_tasks(Tid(*pid)).unwrap_or_default();
             let others = tasks.into_iter().filter(|t| t.raw() != *pid);
             for tid in others.map(Tid::raw).chain([*pid]) {
                 let _ = process::end_of(tid);
             }
         }
-        // Zombies that the end of their parents left to us, a subreaper.
+        // Zombies that we inherited as a subreaper.
         while let Ok(Some(_)) = process::wait(-1, libc::__WALL | libc::WNOHANG) {}
     }
 }
 
-/// Creates the process and brings it to its exec stop; with `first`, that one becomes it.
+/// Creates the process and runs it to its exec stop; with `first`, that process executes the program.
 pub fn spawn(
     process: &Process,
     executable: &File,
@@ -113,13 +113,13 @@ pub fn spawn(
     Ok((brood, task))
 }
 
-/// Whether a new process may change its context to this one, and then create threads with chosen ids: a
-/// child tries it. Never where it would take an id that is waited for.
+/// Whether a new process may change to this security context, and then create threads with chosen ids: tried in a
+/// child. Not if that would use up a wanted id.
 pub fn may_become(context: &[u8], means: Means) -> bool {
     if means == Means::Turns {
         return false;
     }
-    // The last one is a fork that fails in any case, since the id is taken, which is found only when it may be chosen.
+    // Last, a fork that always fails: its id is taken, which is reported only if choosing is permitted.
     let try_out = || {
         let attributes = files::open(Path::new("/proc/self/attr/current"), libc::O_WRONLY)?;
         nix::unistd::write(&attributes, context)?;
@@ -131,8 +131,7 @@ pub fn may_become(context: &[u8], means: Means) -> bool {
     process::in_a_child(try_out).is_ok()
 }
 
-/// A child of ours under that pid, with these clocks; it may turn out to have another pid, unless
-/// the kernel was told.
+/// Creates a child of ours with that pid and these clocks; it may get another pid, unless set_tid was used.
 fn fork_under(
     pid: i32,
     means: Means,
@@ -153,7 +152,7 @@ fn fork_under(
     created.map_err(|errno| cannot_have_pid(pid, errno))
 }
 
-/// Lets the new process go on to its exec.
+/// Lets the new process continue to its exec.
 fn begin(go: BorrowedFd<'_>, task: Running, report: OwnedFd, first: bool) -> Result<Stopped> {
     nix::unistd::write(go, b"!").map_err(|errno| Error::File {
         what: "write to",
@@ -169,7 +168,7 @@ fn begin(go: BorrowedFd<'_>, task: Running, report: OwnedFd, first: bool) -> Res
         if first && task.stop() == Stop::Signal(libc::SIGTRAP) {
             return Err(failed_before_exec(report));
         }
-        // A signal from outside that nobody asked for.
+        // An unexpected signal from outside.
         task = match task
             .resume(ckpt_tracer::task::Resume::Cont, 0)?
             .wait_stopped()
@@ -181,8 +180,8 @@ fn begin(go: BorrowedFd<'_>, task: Running, report: OwnedFd, first: bool) -> Res
     Ok(task)
 }
 
-/// While processes create others: the loss of the tracer ends them, and what they create is
-/// traced from its beginning.
+/// For processes that create others: the loss of the tracer kills them, and their children are traced from the
+/// beginning.
 pub const BIRTH_OPTIONS: i32 = libc::PTRACE_O_EXITKILL
     | libc::PTRACE_O_TRACEEXEC
     | libc::PTRACE_O_TRACESYSGOOD
@@ -190,8 +189,8 @@ pub const BIRTH_OPTIONS: i32 = libc::PTRACE_O_EXITKILL
     | libc::PTRACE_O_TRACEVFORK
     | libc::PTRACE_O_TRACECLONE;
 
-/// The exec stop is inside the system call; its exit would be taken for that of the first
-/// remote call. The event stop is behind it, still before the program's first instruction.
+/// The exec stop is inside the system call, whose exit would be taken for that of the first remote call. The event
+/// stop comes after it, still before the program's first instruction.
 pub fn leave_exec(task: &mut Stopped) -> Result<()> {
     task.interrupt()?;
     while !matches!(task.stop(), Stop::Event(_)) {

@@ -1,4 +1,4 @@
-//! Stopping a new process as a signal would have done, before it executes anything.
+//! Stops a new process as a signal would have, before it executes anything.
 
 use ckpt_sys::process;
 use ckpt_tracer::Pid;
@@ -7,16 +7,16 @@ use ckpt_tracer::task::{Resume, Stop, Stopped};
 use crate::error::{Error, Result};
 use crate::objects::process::Process;
 
-/// Brings a process, whose tasks are all ours and of which the leader comes last, into the group
-/// stop of `signal`. It stays in it when its tasks are let go.
+/// Puts a process into the group stop of `signal`. We trace all its tasks, the leader comes last. It stays in the
+/// group stop when its tasks are detached.
 ///
-/// The leader takes the signal, with everything else blocked meanwhile; then the others take part
-/// in the stop. A task that is resumed for it comes to its stop before it is in user mode.
+/// The leader takes the signal, with everything else blocked meanwhile; then the other tasks join the group stop. A
+/// task resumed for that stops before it returns to user mode.
 pub fn by_signal(tasks: &mut [Stopped], process: &Process, signal: i32) -> Result<()> {
     let Some((leader, others)) = tasks.split_last_mut() else {
         return Ok(());
     };
-    // A stop signal that is caught now was sent in other circumstances.
+    // A stop signal that is caught now was sent before the handler was installed.
     let caught = process.actions.iter().any(|a| a.signal == signal as u32);
     let signal = if caught { libc::SIGSTOP } else { signal };
     if !take(leader, process, signal)? && !take(leader, process, libc::SIGSTOP)? {
@@ -37,8 +37,8 @@ pub fn send(pid: Pid, signal: i32) -> Result<()> {
         .map_err(|e| Error::Restore(format!("cannot signal process {pid}: {}", e.desc())))
 }
 
-/// Ends the group stop of a process whose tasks are all ours, as SIGCONT would have done, so that its parent may
-/// be told of it (`WCONTINUED`), and `pending` says whether that signal stays.
+/// Ends the group stop of a process whose tasks we all trace, as SIGCONT would have, so that its parent can be
+/// notified (`WCONTINUED`); `pending` says whether that signal stays.
 pub fn is_over(tasks: &mut [Stopped], process: &Process, pending: bool) -> Result<()> {
     const CONT: u64 = 1 << (libc::SIGCONT - 1);
     send(Pid(process.pid), libc::SIGCONT)?;
@@ -49,7 +49,7 @@ pub fn is_over(tasks: &mut [Stopped], process: &Process, pending: bool) -> Resul
     while !pending && leader.stop() != Stop::Signal(libc::SIGCONT) {
         leader.advance_among_others(Resume::Cont, 0)?;
     }
-    // On the way to its next stop it tells its parent.
+    // On the way to its next stop it notifies its parent.
     leader.interrupt()?;
     while leader.stop() != Stop::Event(libc::SIGTRAP) {
         leader.advance_among_others(Resume::Cont, 0)?;
@@ -62,7 +62,7 @@ pub fn is_over(tasks: &mut [Stopped], process: &Process, pending: bool) -> Resul
     Ok(())
 }
 
-/// False when the kernel ignores the signal: SIGTSTP and its like in an orphaned process group.
+/// Returns false if the kernel ignores the signal: SIGTSTP and the like in an orphaned process group.
 fn take(leader: &mut Stopped, process: &Process, signal: i32) -> Result<bool> {
     leader.set_signal_mask(!(1 << (signal - 1)))?;
     let pid = process.pid;
@@ -71,7 +71,7 @@ fn take(leader: &mut Stopped, process: &Process, signal: i32) -> Result<bool> {
     while leader.stop() != Stop::Signal(signal) {
         leader.advance_among_others(Resume::Cont, 0)?;
     }
-    // If the signal does nothing, the task comes to an event stop instead of going on.
+    // If the signal has no effect, the task stops at an event instead of continuing.
     leader.interrupt()?;
     leader.advance_among_others(Resume::Cont, signal)?;
     let stopped = leader.stop() == Stop::Event(signal);

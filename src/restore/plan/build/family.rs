@@ -1,4 +1,4 @@
-//! The family of a new process, as operations: its session and group, and whom it creates.
+//! Operations for the relations of a new process: its session and group, and the processes that it creates.
 
 use super::Build;
 use crate::error::Obstacle;
@@ -54,7 +54,7 @@ impl Build<'_> {
         if leads {
             self.foreground(plan);
         }
-        // What has ended is waited for; zombies are not.
+        // Ended helpers are reaped; zombies are not.
         let own = births.all().filter(|birth| !birth.adopted);
         for pid in own.flat_map(Birth::helpers) {
             let args = [pid as u64, 0, 0, 0];
@@ -76,8 +76,7 @@ impl Build<'_> {
         }
     }
 
-    /// The controlling terminal of a session that the process leads, if it is made anew; with its
-    /// name for messages.
+    /// The controlling terminal of a session that the process leads, if it is a new one.
     fn new_terminal(&self) -> Option<(usize, &Terminal)> {
         let terminal = self.process.terminal?;
         let led = self.job.terminals.is_led(terminal, self.job.snapshot);
@@ -94,7 +93,7 @@ impl Build<'_> {
         });
     }
 
-    /// The foreground group, once all groups have their members; SIGTTOU is blocked in the restorer.
+    /// The foreground process group, after all groups have their members; SIGTTOU is blocked in the restorer.
     fn foreground(&self, plan: &mut Builder) {
         let snapshot = self.job.snapshot;
         let Some((terminal, record)) = self.new_terminal() else {
@@ -113,7 +112,7 @@ impl Build<'_> {
             .processes
             .iter()
             .any(|p| p.group == group || p.pid == group);
-        // That of a group that is gone is nobody's.
+        // A group that has gone belongs to no process.
         if there {
             let fd = self.job.staging.terminal(terminal) as u64;
             let data = plan.data(&group.to_le_bytes());
@@ -156,7 +155,7 @@ impl Build<'_> {
         }
     }
 
-    /// What a process does that comes to be by executing its program.
+    /// Operations of a process that executes its own program.
     fn execute(&self, index: usize, plan: &mut Builder) {
         let process = self.job.process(index);
         let staging = self.job.staging;
@@ -172,8 +171,8 @@ impl Build<'_> {
         });
     }
 
-    /// What a process does that ends before the job goes on; it hands over twice, when it leads
-    /// what it is to lead, and when it is in its group.
+    /// Operations of a process that ends before the job continues; it traps twice, when it leads its session or
+    /// group, and when it has joined its group.
     fn phantom(
         &self,
         pid: i32,
@@ -203,7 +202,7 @@ impl Build<'_> {
             let warning =
                 format!("process {pid}, which has ended, is not in its process group, {group}");
             match group {
-                // Outside of our pid namespace; setpgid(2) takes 0 for the process itself.
+                // Outside our pid namespace; setpgid(2) treats 0 as the process itself.
                 0 => plan.warn(warning),
                 _ => plan.try_syscall(libc::SYS_setpgid, &[0, group as u64], &warning),
             }
@@ -212,7 +211,7 @@ impl Build<'_> {
         let now = &plan.host().credentials;
         let (uid, gid) = (now.uid[0], now.gid[0]);
         if let Some((was_uid, was_gid)) = phantom.ids.filter(|ids| *ids != (uid, gid)) {
-            // User and group of its signal and of its directory in /proc, and nothing else any more.
+            // User and group of its signal and of its directory in /proc only.
             let warning = format!(
                 "process {pid}, which has ended, had user id {was_uid} and group id {was_gid}, which it \
                  has no longer"
@@ -245,8 +244,8 @@ impl Build<'_> {
     }
 }
 
-/// What is pending of a signal is forgotten when its action becomes to ignore it (sigaction(2)),
-/// which is the default for SIGCHLD.
+/// Pending instances of a signal are discarded when its action becomes "ignore" (sigaction(2)), which is the default
+/// for SIGCHLD.
 fn forget(signal: i32, plan: &mut Builder) {
     let ignore = (signal != libc::SIGCHLD).then_some(libc::SIG_IGN as u64);
     for action in ignore.into_iter().chain([libc::SIG_DFL as u64]) {
