@@ -48,6 +48,8 @@ enum Command {
     Overhead(Common),
     /// Memory that ckpt itself uses, by the target's size.
     Memory(Common),
+    /// Our readers of /proc against those of the crate procfs.
+    Readers(Many),
     /// Codecs: time, pause, size.
     Codecs(Sized),
     /// The program that is checkpointed.
@@ -118,7 +120,7 @@ fn main() -> ExitCode {
 fn measure(command: &Command) -> Result<ExitCode> {
     let common = match command {
         Command::Floor(args) | Command::Size(args) | Command::Codecs(args) => &args.common,
-        Command::Threads(args) | Command::Processes(args) => &args.common,
+        Command::Threads(args) | Command::Processes(args) | Command::Readers(args) => &args.common,
         Command::All(common) | Command::Overhead(common) | Command::Memory(common) => common,
         Command::Target(_) | Command::SystemCalls(_) | Command::ReadBack(_) => {
             anyhow::bail!("not a subject")
@@ -153,12 +155,14 @@ fn subjects(command: &Command, bench: &Bench, report: &mut Report) {
         }
         Command::Overhead(_) => bench.overhead(report),
         Command::Memory(_) => bench.memory(report),
+        Command::Readers(a) => bench.readers(a.count.unwrap_or(pick(10_000, 500) as usize), report),
         _ => {
             bench.size(64, 5, report);
             bench.size(pick(1024, 128), 5, report);
             bench.threads(pick(10_000, 500) as usize, report);
             bench.processes(pick(1000, 100) as usize, report);
             bench.memory(report);
+            bench.readers(pick(10_000, 500) as usize, report);
             bench.codecs(pick(512, 64), 5, report);
             bench.overhead(report);
         }

@@ -12,6 +12,7 @@ mod codecs;
 mod many;
 mod memory;
 mod overhead;
+mod readers;
 mod size;
 
 /// Context of all subjects.

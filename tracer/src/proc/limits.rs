@@ -1,7 +1,9 @@
 //! Resource limits of another process: prlimit(2), else `/proc/PID/limits`.
 
+use procfs_core::FromRead;
+use procfs_core::process::{LimitValue, Limits};
+
 use super::ProcDir;
-use super::parse::{dec, fields, lines};
 use crate::{Pid, Result};
 
 /// No limit; the same in both sources.
@@ -18,26 +20,8 @@ pub struct Limit {
     pub hard: u64,
 }
 
-/// Names in the file, in the order of the resource's numbers (`lnames` in the kernel's
-/// `fs/proc/base.c`).
-const NAMES: [&str; 16] = [
-    "Max cpu time",
-    "Max file size",
-    "Max data size",
-    "Max stack size",
-    "Max core file size",
-    "Max resident set",
-    "Max processes",
-    "Max open files",
-    "Max locked memory",
-    "Max address space",
-    "Max file locks",
-    "Max pending signals",
-    "Max msgqueue size",
-    "Max nice priority",
-    "Max realtime priority",
-    "Max realtime timeout",
-];
+/// How many resources there are (`RLIM_NLIMITS`, asm-generic/resource.h).
+const RESOURCES: i32 = 16;
 
 /// All limits of a process, in the order of their numbers.
 ///
@@ -47,7 +31,7 @@ const NAMES: [&str; 16] = [
 /// # Errors
 /// See [`ProcDir::read`]; [`crate::Error::ProcSyntax`] when the format is unknown.
 pub fn read_limits(pid: Pid) -> Result<Vec<Limit>> {
-    let by_call: Option<Vec<Limit>> = (0..NAMES.len() as i32)
+    let by_call: Option<Vec<Limit>> = (0..RESOURCES)
         .map(|resource| prlimit(pid, resource))
         .collect();
     match by_call {
@@ -63,7 +47,43 @@ pub fn read_limits(pid: Pid) -> Result<Vec<Limit>> {
 pub fn read_limits_file(process: impl Into<ProcDir>) -> Result<Vec<Limit>> {
     let dir = process.into();
     let text = dir.read("limits")?;
-    parse(&text).map_err(|line| dir.syntax("limits", line))
+    let limits = Limits::from_read(&text[..]);
+    limits
+        .map(in_order)
+        .map_err(|_| dir.syntax("limits", &text))
+}
+
+/// In the order of the resources' numbers.
+fn in_order(limits: Limits) -> Vec<Limit> {
+    let all = [
+        limits.max_cpu_time,
+        limits.max_file_size,
+        limits.max_data_size,
+        limits.max_stack_size,
+        limits.max_core_file_size,
+        limits.max_resident_set,
+        limits.max_processes,
+        limits.max_open_files,
+        limits.max_locked_memory,
+        limits.max_address_space,
+        limits.max_file_locks,
+        limits.max_pending_signals,
+        limits.max_msgqueue_size,
+        limits.max_nice_priority,
+        limits.max_realtime_priority,
+        limits.max_realtime_timeout,
+    ];
+    let value = |limit| match limit {
+        LimitValue::Unlimited => RLIM_INFINITY,
+        LimitValue::Value(value) => value,
+    };
+    let limits = all.into_iter().enumerate();
+    let limits = limits.map(|(resource, limit)| Limit {
+        resource: resource as i32,
+        soft: value(limit.soft_limit),
+        hard: value(limit.hard_limit),
+    });
+    limits.collect()
 }
 
 fn prlimit(pid: Pid, resource: i32) -> Option<Limit> {
@@ -73,34 +93,6 @@ fn prlimit(pid: Pid, resource: i32) -> Option<Limit> {
         soft,
         hard,
     })
-}
-
-fn parse(text: &[u8]) -> Result<Vec<Limit>, &[u8]> {
-    let mut limits = Vec::with_capacity(NAMES.len());
-    for line in lines(text).skip(1) {
-        let known = NAMES
-            .iter()
-            .enumerate()
-            .find_map(|(number, name)| Some((number as i32, line.strip_prefix(name.as_bytes())?)));
-        // A resource that a newer kernel adds could not be set by number either.
-        let Some((resource, rest)) = known else {
-            continue;
-        };
-        let mut values = fields(rest).map(|value| match value {
-            b"unlimited" => Some(RLIM_INFINITY),
-            number => dec(number),
-        });
-        let (Some(Some(soft)), Some(Some(hard))) = (values.next(), values.next()) else {
-            return Err(line);
-        };
-        limits.push(Limit {
-            resource,
-            soft,
-            hard,
-        });
-    }
-    limits.sort_by_key(|limit| limit.resource);
-    Ok(limits)
 }
 
 #[cfg(test)]
@@ -115,30 +107,5 @@ mod tests {
         assert_eq!(by_call, read_limits_file(own).unwrap());
         assert_eq!(by_call[7].resource, libc::RLIMIT_NOFILE as i32);
         assert!(by_call[7].soft > 2);
-    }
-
-    #[test]
-    fn the_file_s_columns() {
-        let text =
-            b"Limit                     Soft Limit           Hard Limit           Units     \n\
-            Max open files            1024                 unlimited            files     \n\
-            Max cpu time              unlimited            7                    seconds   \n\
-            Max nice priority         0                    0                    \n\
-            Max of something new      1                    2                    apples    \n";
-        let limit = |resource, soft, hard| Limit {
-            resource,
-            soft,
-            hard,
-        };
-        let expected = [
-            limit(0, RLIM_INFINITY, 7),
-            limit(7, 1024, RLIM_INFINITY),
-            limit(13, 0, 0),
-        ];
-        assert_eq!(parse(text).unwrap(), expected);
-        assert_eq!(
-            parse(b"\nMax cpu time  few many\n"),
-            Err(&b"Max cpu time  few many"[..])
-        );
     }
 }
