@@ -140,9 +140,19 @@ fn paths_are_shown_in_one_way() {
         }
     }
     let mut found = Vec::new();
-    look(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
-        &mut found,
-    );
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for room in ["", "sys", "image", "tracer", "restorer", "objects"] {
+        look(&top.join(room).join("src"), &mut found);
+    }
     assert!(found.is_empty(), "{found:?}: use Shown of text.rs");
+}
+
+/// The image itself may have such a name.
+#[test]
+fn an_image_that_is_not_utf8() {
+    isolated("an_image_that_is_not_utf8", |case| {
+        let image = case.path("").join(OsStr::from_bytes(b"n\xff.ckpt"));
+        let words = [r"n\xff.ckpt: there is no such image"];
+        ckpt(case, [OsStr::new("verify"), image.as_os_str()]).refused(1, &words);
+    });
 }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use ckpt_sys::text::Shown;
+
 use crate::header::{Arch, FormatVersion};
 
 /// Result of this crate.
@@ -49,19 +51,19 @@ impl fmt::Display for Part {
 #[non_exhaustive]
 pub enum Error {
     /// There is no such file.
-    #[error("{}: there is no such image; check the path", path.display())]
+    #[error("{}: there is no such image; check the path", path.shown())]
     Missing {
         /// The image's path.
         path: PathBuf,
     },
     /// The file has no bytes.
-    #[error("{}: the file is empty, not an image; use another image of the job", path.display())]
+    #[error("{}: the file is empty, not an image; use another image of the job", path.shown())]
     Empty {
         /// The image's path.
         path: PathBuf,
     },
     /// The file is not an image.
-    #[error("{}: this is not an image of ckpt: {reason}", path.display())]
+    #[error("{}: this is not an image of ckpt: {reason}", path.shown())]
     NotAnImage {
         /// The image's path.
         path: PathBuf,
@@ -71,7 +73,7 @@ pub enum Error {
     /// The image's end is missing.
     #[error(
         "{}: the image is incomplete: {reason}; the checkpoint was interrupted or the file was cut, use another image of the job",
-        path.display()
+        path.shown()
     )]
     Truncated {
         /// The image's path.
@@ -80,7 +82,7 @@ pub enum Error {
         reason: String,
     },
     /// The bytes differ from those written.
-    #[error("{}: the image is corrupted: {part}: {reason}; use another image of the job", path.display())]
+    #[error("{}: the image is corrupted: {part}: {reason}; use another image of the job", path.shown())]
     Corrupt {
         /// The image's path.
         path: PathBuf,
@@ -92,7 +94,7 @@ pub enum Error {
     /// The image was written by a newer program.
     #[error(
         "{}: image format {found} is newer than this ckpt understands ({}.x); use a newer ckpt",
-        path.display(),
+        path.shown(),
         FormatVersion::CURRENT.major
     )]
     NewerVersion {
@@ -102,7 +104,7 @@ pub enum Error {
         found: FormatVersion,
     },
     /// The image is of another processor architecture.
-    #[error("{}: the image was taken on {found} and this machine is {wanted}; restore it on {found}", path.display())]
+    #[error("{}: the image was taken on {found} and this machine is {wanted}; restore it on {found}", path.shown())]
     OtherArch {
         /// The image's path.
         path: PathBuf,
@@ -114,7 +116,7 @@ pub enum Error {
     /// The same page occurs twice.
     #[error(
         "{}: page {address:#x} of space {space} occurs twice (in chunks {first} and {second}); this is a defect of the program that wrote the image",
-        path.display()
+        path.shown()
     )]
     Overlap {
         /// The image's path.
@@ -129,7 +131,7 @@ pub enum Error {
         second: usize,
     },
     /// The stored bytes match their digest but do not decode.
-    #[error("{}: {part} does not decode as {codec}: {reason}; use another image of the job", path.display())]
+    #[error("{}: {part} does not decode as {codec}: {reason}; use another image of the job", path.shown())]
     Codec {
         /// The image's path.
         path: PathBuf,
@@ -141,7 +143,7 @@ pub enum Error {
         reason: String,
     },
     /// The image has no section of this name.
-    #[error("{}: the image has no section {name:?}; it was written by another version of ckpt", path.display())]
+    #[error("{}: the image has no section {name:?}; it was written by another version of ckpt", path.shown())]
     NoSection {
         /// The image's path.
         path: PathBuf,
@@ -149,7 +151,7 @@ pub enum Error {
         name: String,
     },
     /// A section is larger than its reader allows.
-    #[error("{}: section {name:?} has {size} bytes where at most {limit} are accepted", path.display())]
+    #[error("{}: section {name:?} has {size} bytes where at most {limit} are accepted", path.shown())]
     SectionTooBig {
         /// The image's path.
         path: PathBuf,
@@ -161,7 +163,7 @@ pub enum Error {
         limit: u64,
     },
     /// A system call on the image file failed.
-    #[error("{}: cannot {action}: {source}{}", path.display(), hint(source))]
+    #[error("{}: cannot {action}: {source}{}", path.shown(), hint(source))]
     Io {
         /// The image's path.
         path: PathBuf,
@@ -173,7 +175,7 @@ pub enum Error {
     /// The target path exists and is not a regular file.
     #[error(
         "{}: there is something of this name that is not a regular file, and an image is not put in its place; choose another name, or - to write a stream",
-        path.display()
+        path.shown()
     )]
     NotAFile {
         /// The image's path.

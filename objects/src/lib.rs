@@ -51,13 +51,13 @@ pub mod signals;
 pub mod sockets;
 pub mod source;
 pub mod switches;
-pub mod text;
 pub mod thread;
 pub mod timers;
 pub mod uring;
 pub mod vdso;
 pub mod zombie;
 
+pub use ckpt_sys::text;
 pub use error::{Error, Obstacle, Result};
 
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,5 @@
-//! Safe wrappers of system calls: the lowest crate, without knowledge of jobs, images and tracing.
+//! Safe wrappers of system calls, and bytes of the kernel's as text: the lowest crate, without knowledge of jobs, images and
+//! tracing.
 //!
 //! One module for each area of the kernel, one function for each call. A function is here if the call is needed in
 //! more than one place or has no safe wrapper elsewhere; it uses rustix where rustix has the call, else libc.
@@ -29,6 +30,7 @@ pub mod sockets;
 pub mod standard;
 pub mod sysv;
 pub mod tasks;
+pub mod text;
 pub mod tty;
 
 pub use nix::errno::Errno;

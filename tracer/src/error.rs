@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use ckpt_sys::text::Shown;
 use nix::errno::Errno;
 
 use crate::{Pid, RemoteAddr, Tid};
@@ -20,7 +21,7 @@ pub enum Error {
         tid: Tid,
     },
     /// A `/proc` file could not be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {source}", path.shown())]
     Proc {
         /// The file.
         path: PathBuf,
@@ -28,7 +29,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A `/proc` file has contents that this version does not understand.
-    #[error("{} reads in a way that this version does not understand: {what}", path.display())]
+    #[error("{} reads in a way that this version does not understand: {what}", path.shown())]
     ProcSyntax {
         /// The file.
         path: PathBuf,
