@@ -5,7 +5,7 @@
 # make chaos  random jobs for a long time (docs/chaos.md): SEEDS=N jobs from SEED=N on, SECONDS=N at most, AS=user, ONLY=KIND,…
 # make torture  the tool killed, stopped, made to fail (docs/reliability.md): SECONDS=N in all, or KILLS=N of attach and of
 #             restore for each target; ONLY=TARGET, SEED=N
-# make lint   imports, kinds of open files, unsafe code, formatting, clippy, documentation, the freestanding restorer
+# make lint   imports, kinds of open files, unsafe code, formatting, licenses, clippy, documentation, the freestanding restorer
 # make fuzz   images and snapshots that nobody wrote (fuzz/README.md): SECONDS=N for each of the two
 # make bench  figures as ratios in one run (docs/performance.md)
 
@@ -57,11 +57,12 @@ torture: deps
 	@cat target/torture
 
 lint:
-	@scripts/install-build-deps
+	@scripts/install-lint-deps
 	scripts/check-imports
 	scripts/check-kinds
 	scripts/check-unsafe
 	$(CARGO) fmt --all --check
+	$(CARGO) deny check bans licenses sources
 	$(CARGO) clippy --workspace --all-targets $(FEATURES) -- -D warnings
 	CKPT_BLOB=1 $(CARGO) clippy -p ckpt-restorer --bin restorer --profile blob \
 		--target-dir target/blob-lint -- -D warnings
