@@ -4,12 +4,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Where the words of messages stand: what calls these, or is told by them.
-const SAID_BY: [&str; 10] = [
+const SAID_BY: [&str; 13] = [
     "Obstacle::new(",
     "Obstacle::without_remedy(",
     "refuse(",
     "refuse_for_now(",
-    "Error::Restore(",
+    "Error::step(",
+    "Error::object(",
+    "Error::Bug(",
+    "Error::Reported(",
     "Failure::Message(",
     "warnings.push(",
     ".warn(",

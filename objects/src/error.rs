@@ -179,15 +179,85 @@ pub enum Error {
         /// The id, or the one that was assigned instead.
         pid: i32,
     },
-    /// The restore failed for a reason outside the plan.
+    /// A step failed that is about no object of the job.
+    #[error("cannot {step}: {reason}")]
+    Step {
+        /// The step, as a verb phrase: "make a pipe".
+        step: String,
+        /// The system's error.
+        reason: String,
+    },
+    /// Something failed on an object of the job.
+    #[error("{object} cannot be {what}: {reason}")]
+    Object {
+        /// The object.
+        object: String,
+        /// What was tried: "created", "sealed".
+        what: String,
+        /// The system's error.
+        reason: String,
+    },
+    /// Descriptor `fd` of the job led outside of it, and restore has none of that number.
+    #[error(
+        "the job's descriptor {fd} led outside and restore has no descriptor {fd} to give it; redirect it, for instance \
+         {}",
+        redirected(*.fd)
+    )]
+    NoDescriptor {
+        /// Its number.
+        fd: i32,
+    },
+    /// A process that was stopped at the checkpoint is to be stopped again.
+    #[error("process {pid} does not stop, as it was stopped at the checkpoint")]
+    DoesNotStop {
+        /// The process.
+        pid: i32,
+    },
+    /// The new process got a signal while it was being built.
+    #[error(
+        "the restorer met signal {signal} at {at:#x} in the new process; if ckpt has made the image, this is a bug of it"
+    )]
+    Signalled {
+        /// The signal.
+        signal: i32,
+        /// The address of the instruction.
+        at: u64,
+    },
+    /// The pages of the image do not fit its metadata.
+    #[error("the image is damaged: {0}")]
+    Pages(String),
+    /// A process of ours was killed.
+    #[error("{0} was killed")]
+    Killed(&'static str),
+    /// A process of ours reported an error.
     #[error("{0}")]
-    Restore(String),
+    Reported(String),
+    /// An assumption of this program does not hold.
+    #[error("{0}; this is a bug of ckpt")]
+    Bug(String),
 }
 
 impl Error {
     /// A refusal for one reason.
     pub fn refuse(obstacle: Obstacle) -> Self {
         Error::Refused(vec![obstacle])
+    }
+
+    /// A step that failed.
+    pub fn step(step: impl Into<String>, reason: impl fmt::Display) -> Self {
+        Error::Step {
+            step: step.into(),
+            reason: reason.to_string(),
+        }
+    }
+
+    /// An object with which something failed.
+    pub fn object(object: impl Into<String>, what: &str, reason: impl fmt::Display) -> Self {
+        Error::Object {
+            object: object.into(),
+            what: what.into(),
+            reason: reason.to_string(),
+        }
     }
 }
 
@@ -204,6 +274,14 @@ impl Error {
             ),
             _ => false,
         }
+    }
+}
+
+/// How a shell redirects a descriptor.
+fn redirected(fd: i32) -> String {
+    match fd {
+        0 => "restore IMAGE </dev/null".into(),
+        _ => format!("{fd}>/dev/null"),
     }
 }
 

@@ -60,8 +60,8 @@ impl Planned<'_> {
         let image = without_pages(&snapshot, &header)?;
         let found = self.prover.obstacles(&image, Path::new("(the job)"));
         let found = found.map_err(|error| match error {
-            Error::Restore(text) => {
-                Error::Restore(format!("its restore cannot be planned: {text}"))
+            Error::Reported(_) | Error::Killed(_) | Error::Bug(_) => {
+                Error::object("its restore", "planned", error)
             }
             other => other,
         })?;

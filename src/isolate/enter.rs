@@ -79,9 +79,7 @@ pub fn visit(pid: Pid, work: impl FnOnce(Result<&Visited>) -> u8) -> Result<u8> 
 }
 
 fn failed(pid: Pid, error: io::Error) -> Error {
-    Error::Restore(format!(
-        "cannot enter the namespaces of process {pid}: {error}"
-    ))
+    Error::step(format!("enter the namespaces of process {pid}"), error)
 }
 
 /// Pids are looked up in `/proc`. The /proc of another pid namespace would show other processes under them, and

@@ -59,10 +59,12 @@ impl First {
         let answer: channel::Result<Option<String>> = told.and_then(|()| self.0.receive());
         match answer {
             Ok(None) => Ok(()),
-            Ok(Some(text)) => Err(Error::Restore(text)),
-            Err(error) => Err(Error::Restore(format!(
-                "the first process of the job's pid namespace cannot be told what to do: {error}"
-            ))),
+            Ok(Some(text)) => Err(Error::Reported(text)),
+            Err(error) => Err(Error::object(
+                "the first process of the job's pid namespace",
+                "told what to do",
+                error,
+            )),
         }
     }
 
@@ -109,8 +111,6 @@ fn obey(channel: &Channel) -> Result<()> {
 
 /// The error when a new process cannot have all its descriptors.
 pub(crate) fn cannot_place(errno: Errno) -> Error {
-    Error::Restore(format!(
-        "cannot place descriptors: {}; raise the limit with ulimit -n",
-        errno.desc()
-    ))
+    let reason = format!("{}; raise the limit with ulimit -n", errno.desc());
+    Error::step("place descriptors", reason)
 }

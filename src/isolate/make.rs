@@ -86,8 +86,8 @@ fn may_without_user_namespace() -> bool {
 }
 
 fn cannot(what: &str) -> impl Fn(io::Error) -> Error {
-    let text = format!("cannot {what} a pid namespace");
-    move |error| Error::Restore(format!("{text}: {error}"))
+    let step = format!("{what} a pid namespace");
+    move |error| Error::step(&step, error)
 }
 
 fn lost() -> Error {
@@ -98,7 +98,7 @@ fn lost() -> Error {
 fn arrange(link: &Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, Option<i32>)> {
     match link.hear().map_err(|_| lost())? {
         Event::Made => {}
-        Event::Failed(text) => return Err(Error::Restore(text)),
+        Event::Failed(text) => return Err(Error::Reported(text)),
         _ => return Err(lost()),
     }
     if let Some(ids) = ids {
@@ -107,7 +107,7 @@ fn arrange(link: &Link, ids: Option<&IdMaps>, middle: i32) -> Result<(i32, Optio
     link.go().map_err(|_| lost())?;
     match link.hear().map_err(|_| lost())? {
         Event::Born { first, builder } => Ok((first, builder)),
-        Event::Failed(text) => Err(Error::Restore(text)),
+        Event::Failed(text) => Err(Error::Reported(text)),
         _ => Err(lost()),
     }
 }

@@ -89,7 +89,7 @@ impl Init {
                         master: master.pop(),
                     });
                 }
-                (Event::Failed(text), _) => return Err(Error::Restore(text)),
+                (Event::Failed(text), _) => return Err(Error::Reported(text)),
                 _ => return Err(killed()),
             }
         }
@@ -141,7 +141,7 @@ fn reap(pid: &i32) {
 }
 
 fn killed() -> Error {
-    Error::Restore("the first process of the job's pid namespace was killed".into())
+    Error::Killed("the first process of the job's pid namespace")
 }
 
 impl Supervised for Init {

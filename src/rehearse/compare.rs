@@ -25,10 +25,8 @@ pub(super) type Spaces = HashMap<u32, u32>;
 /// # Errors
 /// When a snapshot cannot be serialized.
 pub(super) fn compare(job: &Snapshot, copy: &Snapshot) -> Result<(Vec<Difference>, Spaces)> {
-    let described = |snapshot| {
-        Value::serialized(snapshot)
-            .map_err(|e| Error::Restore(format!("cannot describe the job: {e}")))
-    };
+    let described =
+        |snapshot| Value::serialized(snapshot).map_err(|e| Error::step("describe the job", e));
     let mut walk = Walk {
         job,
         path: Vec::new(),

@@ -113,8 +113,8 @@ fn is_moved(path: &Path) -> bool {
 }
 
 fn failed(what: &str) -> impl Fn(io::Error) -> Error + use<> {
-    let text = format!("the rehearsal has no place for {what}");
-    move |error| Error::Restore(format!("{text}: {error}"))
+    let step = format!("make a place for {what} in the rehearsal");
+    move |error| Error::step(&step, error)
 }
 
 /// The same for the original of a path.

@@ -69,7 +69,7 @@ impl Prover {
     /// # Errors
     /// When no process can be created.
     pub fn start(root: Pid, by: Option<Pid>) -> Result<Self> {
-        let failed = |e: io::Error| Error::Restore(format!("cannot prepare a check: {e}"));
+        let failed = |e: io::Error| Error::step("prepare a check", e);
         let (link, theirs) = Channel::pair().map_err(|e| failed(e.into()))?;
         let parent = nix::unistd::getpid();
         match process::fork().map_err(|e| failed(e.into()))? {
@@ -89,7 +89,7 @@ impl Prover {
     fn ask(&self, question: &Question, image: &File) -> Result<Answer> {
         let told = self.link.send_with(question, &[image.as_fd()]);
         let told = told.and_then(|()| self.link.receive());
-        told.map_err(|_| Error::Restore("the process that checks the image was killed".into()))
+        told.map_err(|_| Error::Killed("the process that checks the image"))
     }
 }
 
@@ -98,7 +98,7 @@ impl Prove for Prover {
         match self.ask(&Question::Check(name.to_owned()), image)? {
             Answer::Checked(told) => Ok(told.into_iter().map(Told::obstacle).collect()),
             Answer::Rehearsed(_) | Answer::Refused(_) => Err(confused()),
-            Answer::Failed(text) => Err(Error::Restore(text)),
+            Answer::Failed(text) => Err(Error::Reported(text)),
         }
     }
 
@@ -111,7 +111,7 @@ impl Prove for Prover {
             )),
             Answer::Failed(text) => {
                 let text = told(&text);
-                Err(Error::Restore(format!("the rehearsal failed: {text}")))
+                Err(Error::Reported(format!("the rehearsal failed: {text}")))
             }
         }
     }
@@ -125,7 +125,7 @@ impl Drop for Prover {
 }
 
 fn confused() -> Error {
-    Error::Restore("the process that checks the image answers what it was not asked".into())
+    Error::Bug("the process that checks the image answers what it was not asked".into())
 }
 
 /// Serves requests until the channel is closed.

@@ -71,8 +71,8 @@ pub(super) fn rehearse(image: &File, name: &Path, leaving: Vec<Pid>) -> Result<R
     wanted.rewind().map_err(failed)?;
     let mut bytes = Vec::new();
     wanted.read_to_end(&mut bytes).map_err(failed)?;
-    let wanted: Snapshot = ciborium::from_reader(bytes.as_slice())
-        .map_err(|e| Error::Restore(format!("cannot compare the copy: {e}")))?;
+    let wanted: Snapshot =
+        ciborium::from_reader(bytes.as_slice()).map_err(|e| Error::step("compare the copy", e))?;
     let known = Known::of(&job);
     let (mut before, mut after) = (wanted, came_back.clone());
     canonical(&mut before, &known);
@@ -139,7 +139,7 @@ pub fn in_the_way() -> Option<Obstacle> {
 }
 
 fn failed(error: std::io::Error) -> Error {
-    Error::Restore(format!("cannot prepare the rehearsal: {error}"))
+    Error::step("prepare the rehearsal", error)
 }
 
 /// A nameless file for the second image, freed with its last descriptor.

@@ -326,10 +326,8 @@ fn max_queued_events() -> Option<u64> {
 pub fn create(flags: u32) -> Result<OwnedFd, Error> {
     ckpt_sys::events::inotify(flags as i32 & libc::O_NONBLOCK).map_err(|e| {
         let reason = e.desc();
-        Error::Restore(format!(
-            "an inotify descriptor cannot be created: {reason}; \
-             see /proc/sys/fs/inotify/max_user_instances"
-        ))
+        let reason = format!("{reason}; see /proc/sys/fs/inotify/max_user_instances");
+        Error::object("an inotify descriptor", "created", reason)
     })
 }
 
@@ -367,9 +365,11 @@ impl Overflows {
 }
 
 fn cannot_overflow(error: std::io::Error) -> Error {
-    Error::Restore(format!(
-        "the queue of an inotify descriptor cannot be made to overflow: {error}"
-    ))
+    Error::object(
+        "the queue of an inotify descriptor",
+        "made to overflow",
+        error,
+    )
 }
 
 /// Fills a queue with events of a file of ours until the kernel adds `IN_Q_OVERFLOW`, then reads everything before

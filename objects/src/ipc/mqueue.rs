@@ -280,13 +280,7 @@ impl MessageQueue {
 
     fn create(&self, snapshot: &Snapshot) -> Result<Ready> {
         let name = self.name_now(snapshot);
-        let failed = |what: &str, errno: Errno| {
-            Error::Restore(format!(
-                "{} cannot be {what}: {}",
-                self.title(),
-                errno.desc()
-            ))
-        };
+        let failed = |what: &str, errno: Errno| Error::object(self.title(), what, errno.desc());
         if self.unlinked {
             // A leftover of a killed restore.
             ckpt_sys::mqueue::unlink_queue(&name);
@@ -311,10 +305,7 @@ impl MessageQueue {
     fn make_like(&self) -> Result<()> {
         let failed = |errno: Errno| {
             let reason = errno.desc();
-            Error::Restore(format!(
-                "no queue like {} can be made: {reason}",
-                self.title()
-            ))
+            Error::object(format!("a queue like {}", self.title()), "made", reason)
         };
         let queue = match ckpt_sys::mqueue::create_queue(&self.name, self.most, self.size) {
             // For another description of it.

@@ -248,9 +248,8 @@ pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     }
 }
 
-fn failed(queue: i32, source: &Source, what: &str) -> Error {
-    Error::Restore(format!(
-        "the notice of a POSIX message queue (fd {queue} of {}) {what}",
-        source.title()
-    ))
+fn failed(queue: i32, source: &Source, what: &str, reason: &str) -> Error {
+    let of = source.title();
+    let object = format!("the notice of a POSIX message queue (fd {queue} of {of})");
+    Error::object(object, what, reason)
 }

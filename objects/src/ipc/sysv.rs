@@ -395,8 +395,7 @@ pub(super) fn create<T: IpcObject>(
 }
 
 pub(super) fn failed<T: IpcObject>(of: &T, what: &str, errno: Errno) -> Error {
-    let (title, reason) = (of.title(), errno.desc());
-    Error::Restore(format!("the {title} cannot be {what}: {reason}"))
+    Error::object(format!("the {}", of.title()), what, errno.desc())
 }
 
 /// Runs `create` with these effective ids, which become the creator's. In a thread of its own: the C library would

@@ -157,7 +157,7 @@ impl<'a> Made<'a> {
     /// A nameless object, opened at once for all that have it.
     fn removed(&mut self, index: usize, snapshot: &Snapshot) -> Result<()> {
         let Some(removed) = snapshot.removed.get(index) else {
-            return Err(Error::Restore(format!("there is no removed thing {index}")));
+            return Err(Error::Bug(format!("there is no removed directory {index}")));
         };
         let of = |d: &Description| {
             let file = d.kind.get::<Regular>();
@@ -198,12 +198,12 @@ impl<'a> Made<'a> {
         let flags: Vec<u32> = all.iter().filter_map(|at| Some(of(*at)?.1)).collect();
         let made = pidfd.of_nobody(&flags).map_err(|e| {
             let reason = e.desc();
-            Error::Restore(format!("a pidfd of an ended process: {reason}"))
+            Error::object("a pidfd of an ended process", "made", reason)
         })?;
         let all = all.into_iter().map(Inherited::EndedProcess);
         self.ready.extend(all.zip(made));
         let own = self.take(&Inherited::EndedProcess(index));
-        own.ok_or_else(|| Error::Restore(format!("description {index} is missing")))
+        own.ok_or_else(|| Error::Bug(format!("description {index} was not made")))
     }
 }
 
@@ -211,7 +211,7 @@ impl<'a> Made<'a> {
 fn record<T: Record>(snapshot: &Snapshot, index: usize) -> Result<(&T, u32)> {
     let description = snapshot.descriptions.get(index);
     let found = description.and_then(|d| Some((d.kind.get()?, d.flags)));
-    found.ok_or_else(|| Error::Restore(format!("description {index} is of another kind")))
+    found.ok_or_else(|| Error::Bug(format!("description {index} is of another kind")))
 }
 
 fn open<'a>(
@@ -228,7 +228,7 @@ fn open<'a>(
         Inherited::Leading(terminal) => made.ptys.slave(*terminal),
         Inherited::OwnTerminal(controlling, flags) => {
             let terminal = pty::own_terminal(*controlling, *flags);
-            terminal.ok_or_else(|| Error::Restore("our terminal is gone".into()))
+            terminal.ok_or_else(|| Error::step("take our terminal", "it is gone"))
         }
         Inherited::Own(fd) => own(*fd),
         Inherited::Named(path, flags) => {
@@ -294,7 +294,7 @@ fn open<'a>(
             };
             made.removed(index.unwrap_or(usize::MAX), snapshot)?;
             let own = made.take(what);
-            own.ok_or_else(|| Error::Restore("a deleted directory is missing".into()))
+            own.ok_or_else(|| Error::Bug("a deleted directory was not made".into()))
         }
         Inherited::EndedProcess(index) => made.ended(*index, snapshot),
         Inherited::EndedProcFile(index) => {
@@ -411,17 +411,7 @@ pub fn executable(
 }
 
 fn own(fd: i32) -> Result<OwnedFd> {
-    let copy = files::duplicate_number(fd, 3).map_err(|_| {
-        Error::Restore(format!(
-            "the job's descriptor {fd} led outside and restore has no descriptor {fd} to give it; \
-             redirect it, for instance {}",
-            if fd == 0 {
-                "restore IMAGE </dev/null".into()
-            } else {
-                format!("{fd}>/dev/null")
-            }
-        ))
-    })?;
+    let copy = files::duplicate_number(fd, 3).map_err(|_| Error::NoDescriptor { fd })?;
     Ok(pty::reopened(&copy).unwrap_or(copy))
 }
 
@@ -475,7 +465,7 @@ fn create_memfd(memfd: &MemFd) -> Result<File> {
     let name = CString::new(memfd.name.clone()).unwrap_or_default();
     let fd = files::memfd(&name, memfd.create_flags()).map_err(|e| {
         let name = crate::text::of(&memfd.name);
-        Error::Restore(format!("the memfd {name} cannot be created: {}", e.desc()))
+        Error::object(format!("the memfd {name}"), "created", e.desc())
     })?;
     let file = File::from(fd);
     let _ = file.set_permissions(PermissionsExt::from_mode(memfd.mode));
@@ -488,7 +478,7 @@ fn seal(file: &File, memfd: &MemFd) -> Result<()> {
     }
     files::add_seals(file, memfd.seals).map_err(|e| {
         let name = crate::text::of(&memfd.name);
-        Error::Restore(format!("the memfd {name} cannot be sealed: {}", e.desc()))
+        Error::object(format!("the memfd {name}"), "sealed", e.desc())
     })
 }
 

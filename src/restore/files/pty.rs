@@ -34,8 +34,8 @@ struct Pty {
 }
 
 fn failed(what: &str, terminal: &str) -> impl Fn(std::io::Error) -> Error {
-    let text = format!("cannot {what} a pty in place of {terminal}");
-    move |e| Error::Restore(format!("{text}: {e}"))
+    let step = format!("{what} a pty in place of {terminal}");
+    move |e| Error::step(&step, e)
 }
 
 impl Ptys {
@@ -117,11 +117,7 @@ impl Ptys {
         self.ptys
             .get(terminal)
             .and_then(Option::as_ref)
-            .ok_or_else(|| {
-                Error::Restore(format!(
-                    "terminal {terminal} was not made; this is a bug of ckpt"
-                ))
-            })
+            .ok_or_else(|| Error::Bug(format!("terminal {terminal} was not made")))
     }
 
     /// One description of a terminal.

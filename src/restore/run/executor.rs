@@ -79,8 +79,8 @@ pub(super) type Born<'a> = &'a mut dyn FnMut(Tid) -> Result<()>;
 
 /// No process may be created any more.
 pub(super) fn unexpected(tid: Tid) -> Result<()> {
-    Err(Error::Restore(format!(
-        "process {tid} was created at a time that was not planned; this is a bug of ckpt"
+    Err(Error::Bug(format!(
+        "process {tid} was created at a time that was not planned"
     )))
 }
 
@@ -90,9 +90,8 @@ impl Worker {
         let word = self.run_to_trap(born)?;
         match self.planned.plan.stage_at(self.part, word) {
             Some(at) if at == stage => Ok(()),
-            _ => Err(Error::Restore(format!(
-                "the restorer stopped at operation {word}, which is not {stage:?}; this is a bug of \
-                 ckpt"
+            _ => Err(Error::Bug(format!(
+                "the restorer stopped at operation {word}, which is not {stage:?}"
             ))),
         }
     }
@@ -113,8 +112,8 @@ impl Worker {
     pub(super) fn run_to_done(&mut self) -> Result<()> {
         match self.run_to_trap(&mut unexpected)? {
             ckpt_restorer::DONE => Ok(()),
-            word => Err(Error::Restore(format!(
-                "the restorer stopped at operation {word}, which is not its end; this is a bug of ckpt"
+            word => Err(Error::Bug(format!(
+                "the restorer stopped at operation {word}, which is not its end"
             ))),
         }
     }
@@ -137,11 +136,10 @@ impl Worker {
                 }
                 Stop::Signal(signal) => {
                     let regs = self.task.regs()?;
-                    return Err(Error::Restore(format!(
-                        "the restorer met signal {signal} at {:#x} in the new process; if ckpt \
-                         has made the image, this is a bug of it",
-                        regs.rip
-                    )));
+                    return Err(Error::Signalled {
+                        signal,
+                        at: regs.rip,
+                    });
                 }
                 Stop::Clone => {
                     born(Tid(self.task.event_message()? as i32))?;
@@ -167,7 +165,7 @@ impl Worker {
 
 /// The failure of a part of a plan, according to its header.
 pub(super) fn failed_operation(plan: &Plan, part: Part, mem: &ProcessMemory) -> Error {
-    let unknown = || Error::Restore("the restorer failed without saying where".into());
+    let unknown = || Error::Bug("the restorer failed without saying where".into());
     let failed_at = std::mem::offset_of!(ckpt_restorer::Plan, failed) as u64;
     let Ok(at) = mem.read_u64(RemoteAddr(part.header) + failed_at) else {
         return unknown();

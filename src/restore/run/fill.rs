@@ -129,9 +129,7 @@ impl<'a> Pages<'a> {
             let mut result = work();
             for handle in handles {
                 let other = handle.join().unwrap_or_else(|_| {
-                    Err(Error::Restore(
-                        "a thread that fills in memory panicked".into(),
-                    ))
+                    Err(Error::Bug("a thread that fills in memory panicked".into()))
                 });
                 result = result.and(other);
             }
@@ -153,11 +151,9 @@ impl<'a> Pages<'a> {
         let (mut at, mut filled) = (0, 0);
         for run in self.image.runs(chunk) {
             let len = run.bytes(page_size) as usize;
-            let bytes = data.get(at..at + len).ok_or_else(|| {
-                Error::Restore(format!(
-                    "chunk {chunk} of the image is shorter than its runs"
-                ))
-            })?;
+            let bytes = data
+                .get(at..at + len)
+                .ok_or_else(|| Error::Pages(format!("chunk {chunk} is shorter than its runs")))?;
             at += len;
             for (start, address, len, writable) in places.of(&run, len as u64)? {
                 let from = (start - run.start) as usize;
@@ -209,9 +205,9 @@ impl Places<'_> {
     /// another process, or of a file, which exist already.
     fn of(&self, run: &PageRun, len: u64) -> Result<Vec<(u64, u64, u64, bool)>> {
         let outside = || {
-            Error::Restore(format!(
-                "the image has pages at {:#x} of space {} where nothing is mapped; it is damaged",
-                run.start, run.space
+            let (start, space) = (run.start, run.space);
+            Error::Pages(format!(
+                "it has pages at {start:#x} of space {space} where nothing is mapped"
             ))
         };
         let whole = (run.start, run.start + len);

@@ -204,24 +204,24 @@ fn cannot_have_pid(pid: i32, errno: Errno) -> Error {
         Errno::EEXIST => Error::refuse(crate::restore::decide::taken::pid_taken(pid)),
         Errno::EPERM => Error::refuse(pids::not_permitted(pid, "")),
         Errno::EINVAL => Error::refuse(pids::above_the_highest(pid)),
-        other => Error::Restore(format!("process {pid} cannot be created: {}", other.desc())),
+        other => Error::object(format!("process {pid}"), "created", other.desc()),
     }
 }
 
 fn failed_before_exec(report: OwnedFd) -> Error {
-    let text = match exec::failure(report) {
+    match exec::failure(report) {
         Some((step, errno)) => {
             let step = match step {
                 Step::Descriptors => "placing descriptors",
                 Step::Exec => "executing the program's file",
             };
-            format!("the new process failed at {step}: {}", errno.desc())
+            let text = format!("the new process failed at {step}: {}", errno.desc());
+            Error::Reported(text)
         }
-        None => "the new process was killed before it could start".to_owned(),
-    };
-    Error::Restore(text)
+        None => Error::Killed("the new process, before it could start,"),
+    }
 }
 
 fn no_pipe(errno: Errno) -> Error {
-    Error::Restore(format!("cannot make a pipe: {}", errno.desc()))
+    Error::step("make a pipe", errno.desc())
 }

@@ -20,10 +20,7 @@ pub fn by_signal(tasks: &mut [Stopped], process: &Process, signal: i32) -> Resul
     let caught = process.actions.iter().any(|a| a.signal == signal as u32);
     let signal = if caught { libc::SIGSTOP } else { signal };
     if !take(leader, process, signal)? && !take(leader, process, libc::SIGSTOP)? {
-        return Err(Error::Restore(format!(
-            "process {} does not stop, as it was stopped at the checkpoint",
-            process.pid
-        )));
+        return Err(Error::DoesNotStop { pid: process.pid });
     }
     for task in others {
         task.advance_among_others(Resume::Cont, 0)?;
@@ -34,7 +31,7 @@ pub fn by_signal(tasks: &mut [Stopped], process: &Process, signal: i32) -> Resul
 /// Sends a signal to a process.
 pub fn send(pid: Pid, signal: i32) -> Result<()> {
     process::kill(pid.raw(), signal)
-        .map_err(|e| Error::Restore(format!("cannot signal process {pid}: {}", e.desc())))
+        .map_err(|e| Error::step(format!("signal process {pid}"), e.desc()))
 }
 
 /// Ends the group stop of a process whose tasks we all trace, as SIGCONT would have, so that its parent can be
@@ -67,7 +64,7 @@ fn take(leader: &mut Stopped, process: &Process, signal: i32) -> Result<bool> {
     leader.set_signal_mask(!(1 << (signal - 1)))?;
     let pid = process.pid;
     process::kill_thread(pid, pid, signal)
-        .map_err(|e| Error::Restore(format!("cannot stop process {pid}: {}", e.desc())))?;
+        .map_err(|e| Error::step(format!("stop process {pid}"), e.desc()))?;
     while leader.stop() != Stop::Signal(signal) {
         leader.advance_among_others(Resume::Cont, 0)?;
     }

@@ -174,16 +174,20 @@ impl Learner<'_, '_> {
                     fault::hit(Step::Unregistered)
                 })?;
         let [received, registered, ..] = answers[asked.min(answers.len())..] else {
-            return Err(failed(queue, self.source, "was not asked for as a whole"));
+            return Err(failed(
+                queue,
+                self.source,
+                "asked for",
+                "calls were left out",
+            ));
         };
         let errno = |answer: i64| Errno::from_raw(-answer as i32).desc();
         if received != COOKIE as i64 {
-            let what = format!("cannot be received: {}", errno(received));
-            return Err(failed(queue, self.source, &what));
+            return Err(failed(queue, self.source, "received", errno(received)));
         }
         if registered != 0 {
-            let what = format!("cannot be registered again: {}", errno(registered));
-            return Err(failed(queue, self.source, &what));
+            let reason = errno(registered);
+            return Err(failed(queue, self.source, "registered again", reason));
         }
         let cookie: [u8; COOKIE] = self.calls.read_scratch(RECEIVED)?;
         let came = self.held(BEFORE)? == 0 && self.held(AFTER)? > 0;
