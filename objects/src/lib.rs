@@ -20,6 +20,7 @@ pub mod dispatch;
 pub mod dynamic_state;
 pub mod error;
 pub mod files;
+pub mod findings;
 #[cfg(any(test, feature = "fixture"))]
 pub mod fixture;
 pub mod frames;
@@ -59,6 +60,7 @@ pub mod zombie;
 
 pub use ckpt_sys::text;
 pub use error::{Error, Obstacle, Result};
+pub use findings::Findings;
 
 use serde::{Deserialize, Serialize};
 

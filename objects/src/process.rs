@@ -306,7 +306,7 @@ fn memory_from_outside(
     };
     let memory = memory::capture(source, &vmas, &guards, collector)?;
     let room = crate::holes::permitted(source, &vmas, SCRATCH);
-    collector.obstacles.extend(room.err());
+    collector.findings.obstacles.extend(room.err());
     Ok((vmas, memory))
 }
 
@@ -351,7 +351,7 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlac
             _ => places.root = found,
         }
         if found.is_none() {
-            collector.obstacles.push(Obstacle::new(
+            collector.findings.obstacles.push(Obstacle::new(
                 source.title(),
                 format!(
                     "has the directory {} as its {name}, which was deleted",

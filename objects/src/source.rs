@@ -20,6 +20,7 @@ use crate::files::Description;
 use crate::files::left::Choices;
 use crate::files::lock::WriteLeases;
 use crate::files::removed::Removed;
+use crate::findings::Findings;
 use crate::ipc::Ipc;
 use crate::memory::{MappedFile, SharedMemory};
 use crate::process::Shares;
@@ -145,16 +146,14 @@ pub struct Collector {
     pub choices: Choices,
     /// See [`Copies`].
     pub copies: Copies,
-    /// Obstacles.
-    pub obstacles: Vec<Obstacle>,
+    /// Obstacles, and warnings of a successful checkpoint.
+    pub findings: Findings,
     /// The job's IPC namespace has no other processes.
     pub alone_in_ipc: bool,
     /// It is the copy of a rehearsal.
     pub is_copy: bool,
     /// See [`Patience`].
     pub patience: Patience,
-    /// Warnings of a successful checkpoint, one sentence each.
-    pub warnings: Vec<String>,
     surroundings: Option<Surroundings>,
     files_by_key: HashMap<(PathBuf, u64), usize>,
     spaces: u32,
@@ -180,9 +179,7 @@ impl Collector {
 
     /// Records an obstacle once.
     pub fn refuse(&mut self, obstacle: Obstacle) {
-        if !self.obstacles.contains(&obstacle) {
-            self.obstacles.push(obstacle);
-        }
+        self.findings.refuse(obstacle);
     }
 
     /// The seccomp filters of our environment, determined once.
@@ -231,7 +228,7 @@ impl Collector {
                 let obstacle = Obstacle::new(object, what, "try again in a moment");
                 return Err(Box::new(obstacle.passing()));
             }
-            Patience::None => self.warnings.push(format!("{object} {what}; {then}")),
+            Patience::None => self.findings.notes.push(format!("{object} {what}; {then}")),
         }
         Ok(())
     }

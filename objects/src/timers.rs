@@ -179,7 +179,7 @@ pub fn judge(
         let pid = Pid(pid);
         let alive = || proc::status::read_status(pid).is_ok_and(|s| !s.state.has_ended());
         if !of_the_job(pid) && alive() {
-            collector.obstacles.push(Obstacle::new(
+            collector.findings.obstacles.push(Obstacle::new(
                 source.title(),
                 format!(
                     "has a POSIX timer (id {}) of the CPU time of {}, which is not part of the job",

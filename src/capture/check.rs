@@ -14,10 +14,11 @@ use nix::errno::Errno;
 
 use access::{accessible, denial};
 
-use crate::capture::seen::{Found, Planned};
+use crate::capture::seen::Planned;
 use crate::error::{Obstacle, Result};
 use crate::objects::births;
 use crate::objects::files::left::Choices;
+use crate::objects::findings::Findings;
 use crate::objects::ipc;
 use crate::objects::job::Family;
 use crate::objects::namespaces;
@@ -31,7 +32,7 @@ use crate::objects::zombie::{self, Zombie};
 ///
 /// # Errors
 /// When they cannot be inspected.
-pub fn findings(roots: &[Pid], choices: &Choices, planned: &Planned<'_>) -> Result<Found> {
+pub fn findings(roots: &[Pid], choices: &Choices, planned: &Planned<'_>) -> Result<Findings> {
     let sight = look_while_it_runs(roots, Depth::Full, choices, Some(planned))?;
     Ok(sight.found)
 }
@@ -49,7 +50,7 @@ pub fn obstacles_at_a_glance(roots: &[Pid], choices: &Choices) -> Result<Vec<Obs
 
 /// Result of one inspection of a running job.
 struct Sight {
-    found: Found,
+    found: Findings,
     /// Its processes were the same before and after.
     steady: bool,
 }
@@ -72,7 +73,7 @@ fn look_while_it_runs(
                 && (root == roots[0] || !is_ending(root))
             {
                 return Ok(Sight {
-                    found: refused(vec![obstacle]),
+                    found: Findings::from(vec![obstacle]),
                     steady: true,
                 });
             }
@@ -83,7 +84,7 @@ fn look_while_it_runs(
         let steady = !family.living.iter().any(|pid| is_ending(*pid))
             && Family::of_all(roots).is_ok_and(|now| now.living == family.living);
         match seen {
-            Ok(found) if found.obstacles.is_empty() => {
+            Ok(found) if found.is_clear() => {
                 return Ok(Sight { found, steady });
             }
             Ok(found) => {
@@ -96,7 +97,7 @@ fn look_while_it_runs(
             }
             Err(e) if steady => return Err(e),
             Err(_) if number == LOOKS => {
-                let found = Found::default();
+                let found = Findings::default();
                 return Ok(Sight { found, steady });
             }
             Err(_) => last = None,
@@ -105,25 +106,20 @@ fn look_while_it_runs(
     unreachable!("the looks end")
 }
 
-fn refused(obstacles: Vec<Obstacle>) -> Found {
-    let notes = Vec::new();
-    Found { obstacles, notes }
-}
-
 fn look(
     family: &Family,
     depth: Depth,
     choices: &Choices,
     planned: Option<&Planned<'_>>,
-) -> Result<Found> {
+) -> Result<Findings> {
     let mut sources = Vec::with_capacity(family.living.len());
     for &pid in &family.living {
         if let Err(obstacle) = accessible(pid) {
-            return Ok(refused(vec![obstacle]));
+            return Ok(Findings::from(vec![obstacle]));
         }
         match Source::open(pid) {
             Ok(source) => sources.push(source),
-            Err(e) => return denial(e.into(), &[pid]).map(refused),
+            Err(e) => return denial(e.into(), &[pid]).map(Findings::from),
         }
     }
     let all: Vec<&Source> = sources.iter().collect();
@@ -131,14 +127,14 @@ fn look(
     collector.choices = choices.clone();
     let outside = match look_at_all(&all, &family.ended, depth, &mut collector) {
         Ok(outside) => outside,
-        Err(e) => return denial(e, &family.living).map(refused),
+        Err(e) => return denial(e, &family.living).map(Findings::from),
     };
-    let obstacles = std::mem::take(&mut collector.obstacles);
+    let obstacles = std::mem::take(&mut collector.findings.obstacles);
     // Without duplicates of the descriptors their restore cannot be planned.
     let planned = planned.filter(|_| matches!(collector.copies, Copies::Taken));
     match planned.filter(|_| obstacles.is_empty()) {
         Some(planned) => planned.look(&all, outside, &family.ended, &mut collector),
-        None => Ok(refused(obstacles)),
+        None => Ok(Findings::from(obstacles)),
     }
 }
 
@@ -197,7 +193,7 @@ pub fn shared_by_processes(sources: &[&Source], collector: &mut Collector) -> Re
             let members: Vec<&&Source> = members.collect();
             for member in &members[1..] {
                 if !members.iter().any(|m| m.pid == member.status.ppid) {
-                    collector.obstacles.push(Obstacle::new(
+                    collector.findings.obstacles.push(Obstacle::new(
                         member.title(),
                         format!(
                             "shares {name} with {}, but not with its parent, which is not supported",
@@ -248,7 +244,7 @@ fn clocks_of_their_own(sources: &[&Source], collector: &mut Collector) {
     for source in sources {
         let both = ["time", "time_for_children"].map(|name| namespace(source, name));
         if both.iter().any(|one| one.is_some() && *one != first) {
-            collector.obstacles.push(Obstacle::without_remedy(
+            collector.findings.obstacles.push(Obstacle::without_remedy(
                 source.title(),
                 "has another time namespace than the job's first process, or leaves its children \
                  another one, which is not supported",
@@ -265,7 +261,7 @@ fn shared_with_outsider(source: &Source, collector: &mut Collector) {
         same(*what) && (*what != KcmpType::Sysvsem || has_undo_list(pid).unwrap_or(false))
     });
     if let Some((_, name)) = shared {
-        collector.obstacles.push(Obstacle::new(
+        collector.findings.obstacles.push(Obstacle::new(
             source.title(),
             format!("shares {name} with its parent, process {parent}, which is outside the job"),
             format!("take that one into the job: ckpt attach {parent}"),
@@ -337,7 +333,7 @@ pub fn lives_elsewhere(source: &Source, tids: &[Tid], collector: &mut Collector)
 }
 
 fn refuse(source: &Source, reason: String, remedy: Option<&str>, collector: &mut Collector) {
-    collector.obstacles.push(Obstacle {
+    collector.findings.obstacles.push(Obstacle {
         object: source.title(),
         reason,
         remedy: remedy.map(str::to_owned),

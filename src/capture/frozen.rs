@@ -55,8 +55,8 @@ impl<'r> Frozen<'r> {
             let tids: Vec<Tid> = frozen.tasks().iter().map(|task| task.tid()).collect();
             check::lives_elsewhere(source, &tids, &mut collector)?;
         }
-        if !collector.obstacles.is_empty() {
-            return Err(Error::Refused(collector.obstacles));
+        if !collector.findings.is_clear() {
+            return Err(Error::Refused(collector.findings.obstacles));
         }
         for Member { frozen, source } in &job.processes {
             // For all processes, before any memory is read: processes may share it.
@@ -109,9 +109,10 @@ impl<'r> Frozen<'r> {
         let Collector {
             contents,
             save_files,
-            mut warnings,
+            findings,
             ..
         } = collector;
+        let mut warnings = findings.notes;
         warnings.extend(snapshot.processes.iter().filter_map(landlock::warning));
         warnings.extend(save_files.unmatched().iter().map(unmatched));
         if snapshot.processes[0].pid == 1 {
@@ -176,8 +177,8 @@ fn look(
     let outside = process::capture_from_outside(&sources, process::Depth::Full, &mut collector)?;
     let spaces = process::address_spaces(&sources, &outside, &collector);
     ipc::capture(&spaces, &mut collector)?;
-    if !collector.obstacles.is_empty() {
-        return Err(Error::Refused(collector.obstacles));
+    if !collector.findings.is_clear() {
+        return Err(Error::Refused(collector.findings.obstacles));
     }
     Ok((collector, outside))
 }

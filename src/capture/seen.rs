@@ -13,6 +13,7 @@ use super::prove::Prove;
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::cgroup::settings;
+use crate::objects::findings::Findings;
 use crate::objects::landlock::{self, Bystanders};
 use crate::objects::namespaces::Namespaces;
 use crate::objects::process::{self, FromOutside, InJob, Process, Shares, Statuses};
@@ -32,15 +33,6 @@ pub struct Planned<'a> {
     pub groups: &'a [u32],
 }
 
-/// Result of planning.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
-    /// Obstacles to a restore.
-    pub obstacles: Vec<Obstacle>,
-    /// Notes for the user, one sentence each.
-    pub notes: Vec<String>,
-}
-
 impl Planned<'_> {
     /// Plans the restore of a job in its present state; `ended` are its zombies.
     ///
@@ -52,7 +44,7 @@ impl Planned<'_> {
         outside: Vec<FromOutside>,
         ended: &[Pid],
         collector: &mut Collector,
-    ) -> Result<Found> {
+    ) -> Result<Findings> {
         let (mut snapshot, statuses) = of_running(sources, outside, ended, collector)?;
         snapshot.namespaces = self.namespaces.clone();
         snapshot.show_groups(self.groups);
@@ -68,7 +60,7 @@ impl Planned<'_> {
         let (told, obstacles): (Vec<_>, Vec<_>) = found.into_iter().partition(|o| o.by_option);
         let mut notes: Vec<String> = told.iter().map(note).collect();
         notes.extend(landlock::hints(&snapshot.processes, &statuses));
-        Ok(Found { obstacles, notes })
+        Ok(Findings { obstacles, notes })
     }
 }
 

@@ -20,6 +20,7 @@ use crate::error::Obstacle;
 use crate::isolate::Visited;
 use crate::objects::cgroup::freezer;
 use crate::objects::files::left::Choices;
+use crate::objects::findings::Findings;
 use crate::objects::job::Family;
 use crate::objects::outsiders;
 use crate::rehearse::Prover;
@@ -136,7 +137,7 @@ struct Process<'a> {
     /// What it shares with processes outside the job, one sentence each.
     shared: Vec<String>,
     /// Further notes: what an option of restore will have to resolve, what is not visible; one sentence each.
-    notes: Vec<String>,
+    notes: &'a [String],
 }
 
 /// Output of `ckpt check --json IMAGE`; the keys are fixed.
@@ -246,7 +247,7 @@ fn process(pid: i32, args: &Check) -> Outcome {
 
 fn look(
     (pid, visited): (i32, &Visited),
-    mut obstacles: Vec<Obstacle>,
+    groups: Vec<Obstacle>,
     (choices, prover): (&Choices, &Prover),
     json: bool,
 ) -> Outcome {
@@ -259,30 +260,32 @@ fn look(
         namespaces: &visited.namespaces,
         groups: &visited.groups,
     };
-    let found = check::findings(&roots, choices, &planned)?;
-    obstacles.extend(found.obstacles);
+    let mut found = Findings::from(groups);
+    let of_the_job = check::findings(&roots, choices, &planned)?;
+    found.extend(of_the_job.obstacles);
+    found.notes = of_the_job.notes;
     let job = Family::of_all(&roots).unwrap_or_default().living;
     let shared = outsiders::shared(&job).into_iter();
     let shared: Vec<String> = shared.map(|s| s.sentence).collect();
     let text = if json {
         output::json(&Process {
             pid,
-            possible: obstacles.is_empty(),
-            obstacles: &obstacles,
+            possible: found.is_clear(),
+            obstacles: &found.obstacles,
             shared,
-            notes: found.notes,
+            notes: &found.notes,
         })?
-    } else if obstacles.is_empty() {
+    } else if found.is_clear() {
         let mut text = format!("process {pid} can be checkpointed and restored\n");
         for sentence in shared.iter().chain(&found.notes) {
             text.push_str(&format!("{}\n", output::visible(sentence.as_bytes())));
         }
         text
     } else {
-        lines(&obstacles)
+        lines(&found.obstacles)
     };
     output::print(text)?;
-    verdict(obstacles.is_empty())
+    verdict(found.is_clear())
 }
 
 fn lines(obstacles: &[Obstacle]) -> String {

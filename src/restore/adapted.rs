@@ -4,16 +4,17 @@
 use std::ops::Deref;
 use std::path::PathBuf;
 
+use super::Request;
 use super::adapt::{bundle, paths};
 use super::decide::clock::{self, ClockPolicy};
 use super::decide::pids;
 use super::files::put;
 use super::probed::Probed;
-use super::{Request, refused_or};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::births::{self, Births};
 use crate::objects::clock::Clocks;
 use crate::objects::files::left;
+use crate::objects::findings::Findings;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, signals};
 
@@ -40,22 +41,22 @@ impl Deref for Adapted {
 }
 
 impl Adapted {
-    /// Adapts a snapshot. What stands in the way of it is added to `obstacles`.
+    /// Adapts a snapshot. What stands in the way of it is added to `findings`.
     ///
     /// # Errors
     /// Those of looking at this machine.
     pub(super) fn of(
         mut snapshot: Snapshot,
         request: &Request<'_>,
-        obstacles: &mut Vec<Obstacle>,
+        findings: &mut Findings,
     ) -> Result<Self> {
         let mapped = paths::apply(&request.map_paths, &mut snapshot);
-        obstacles.extend(mapped.err().into_iter().flatten());
-        obstacles.extend(left::unknown_numbers(&snapshot, &request.drop));
+        findings.extend(mapped.err().into_iter().flatten());
+        findings.extend(left::unknown_numbers(&snapshot, &request.drop));
         left::drop_from(&mut snapshot, &request.drop);
         put::forget(request.put_files, &mut snapshot);
         let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);
-        let vdso = refused_or(vdso, obstacles)?;
+        let vdso = findings.collect(vdso)?;
         let given = bundle::choose(&mut snapshot, request);
         let births = births::decide(&snapshot);
         let ids = pids::ids(&snapshot, births.as_deref().unwrap_or_default());

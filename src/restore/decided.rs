@@ -5,15 +5,16 @@ use std::fmt;
 
 use ckpt_image::Reader;
 
+use super::Request;
 use super::adapted::Adapted;
 use super::decide::{host, pids, surroundings};
 use super::files::put::{self, Put};
 use super::placed::Placed;
 use super::plan::Job;
-use super::{Request, refused_or};
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::clock::Clocks;
 use crate::objects::files::changed::Cut;
+use crate::objects::findings::Findings;
 use crate::objects::plan::Inherit;
 use crate::objects::{credentials, ipc, rights};
 use crate::text::Shown;
@@ -42,7 +43,7 @@ pub struct Looked<'p> {
     /// Nothing if something stands in the way.
     decided: Option<Decided<'p>>,
     /// What does, the pids aside.
-    obstacles: Vec<Obstacle>,
+    findings: Findings,
     /// What stands in the way of the job's pids.
     of_pids: Vec<Obstacle>,
 }
@@ -53,9 +54,9 @@ impl<'p> Decided<'p> {
         let pids = pids::in_the_way(placed, with_first);
         match decide(placed)? {
             (Some(decided), _) if pids.is_empty() => Ok(decided),
-            (_, mut obstacles) => {
-                obstacles.extend(pids);
-                Err(Error::Refused(each_once(obstacles)))
+            (_, mut findings) => {
+                findings.extend(pids);
+                Err(Error::Refused(findings.obstacles))
             }
         }
     }
@@ -77,7 +78,7 @@ impl<'p> Decided<'p> {
     /// The plans as text, one operation a line.
     fn tell(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) -> Result<()> {
         let nothing_put = put::warning(self.request.put_files, self.snapshot);
-        for warning in self.placed.opened.warnings.iter().chain(&nothing_put) {
+        for warning in self.placed.opened.findings.notes.iter().chain(&nothing_put) {
             line(format_args!("# warning: {warning}"));
         }
         for path in &self.snapshot.given {
@@ -106,19 +107,20 @@ impl<'p> Decided<'p> {
 
 impl<'p> Looked<'p> {
     pub(super) fn at(placed: &'p mut Placed<'_>) -> Result<Self> {
-        let of_pids = placed.against.clone();
-        let (decided, obstacles) = decide(placed)?;
+        let of_pids = placed.against.obstacles.clone();
+        let (decided, findings) = decide(placed)?;
         Ok(Self {
             decided,
-            obstacles,
+            findings,
             of_pids,
         })
     }
 
     /// Everything that stands in the way; empty when there is nothing.
     pub fn obstacles(&self) -> Vec<Obstacle> {
-        let all = self.obstacles.iter().chain(&self.of_pids);
-        each_once(all.cloned().collect())
+        let mut all = self.findings.clone();
+        all.extend(self.of_pids.iter().cloned());
+        all.obstacles
     }
 
     /// The plans as text, one operation a line; what is against the job's pids is told by the restore.
@@ -128,27 +130,27 @@ impl<'p> Looked<'p> {
     pub fn dry_run(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) -> Result<()> {
         match &self.decided {
             Some(decided) => decided.tell(line),
-            None => Err(Error::Refused(each_once(self.obstacles.clone()))),
+            None => Err(Error::Refused(self.findings.obstacles.clone())),
         }
     }
 }
 
 /// Decides all that does not depend on which ids are taken; nothing if there are obstacles.
-fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Vec<Obstacle>)> {
+fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Findings)> {
     let opened = &mut placed.opened;
-    let mut obstacles = opened.obstacles.clone();
+    let mut findings = Findings::from(opened.findings.obstacles.clone());
     let clocks = opened
         .snapshot
         .decide_clocks(opened.request.clock, &opened.probed);
-    let clocks = refused_or(clocks, &mut obstacles)?;
+    let clocks = findings.collect(clocks)?;
     let placed = &*placed;
     let (opened, snapshot) = (&placed.opened, placed.snapshot());
     let (request, image, probed) = (opened.request, &opened.image, placed.probed());
     let leaving = !request.objects.leaving.is_empty();
-    obstacles.extend(surroundings::in_the_way(snapshot, &probed.kernel, leaving));
+    findings.extend(surroundings::in_the_way(snapshot, &probed.kernel, leaving));
     let ours = (&placed.groups_there[..], placed.means, leaving);
     let host = host::state(snapshot, probed, ours);
-    obstacles.extend(host.switches.obstacle());
+    findings.extend(host.switches.obstacle());
     let job = match Job::new(
         snapshot,
         image,
@@ -158,7 +160,7 @@ fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Vec<Ob
     ) {
         Ok(job) => Some(job),
         Err(more) => {
-            obstacles.extend(more);
+            findings.extend(more);
             None
         }
     };
@@ -169,28 +171,28 @@ fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Vec<Ob
             match job.draft(index) {
                 Ok(needed) if index == 0 => inherit = needed,
                 Ok(_) => {}
-                Err(more) => obstacles.extend(more),
+                Err(more) => findings.extend(more),
             }
         }
     }
     let puts = put::decide(snapshot, image, request.put_files);
-    let puts = refused_or(puts, &mut obstacles)?;
+    let puts = findings.collect(puts)?;
     let rights = job.as_ref().and_then(|job| job.host.rights.as_ref());
     let cuts = rights::with(rights, || Cut::all(snapshot, &request.objects));
-    let cuts = refused_or(cuts.map_err(Error::Refused), &mut obstacles)?;
+    let cuts = findings.collect(cuts.map_err(Error::Refused))?;
     // In a namespace of its own everything is missing, and may be created.
     if placed.inside || !snapshot.namespaces.ipc {
-        refused_or(ipc::refuse(snapshot, &request.objects), &mut obstacles)?;
+        findings.collect(ipc::refuse(snapshot, &request.objects))?;
     }
     if let Some(job) = &job {
         let (now, held) = (&job.host.credentials, job.host.held);
         // What ids there are, and what may be done with them, shows inside.
-        obstacles.extend(match placed.inside || snapshot.namespaces.user.is_none() {
+        findings.extend(match placed.inside || snapshot.namespaces.user.is_none() {
             true => credentials::obstacles(snapshot, now, held, &placed.groups),
             false => credentials::foreign_groups(snapshot, &placed.groups),
         });
     }
-    let decided = job.filter(|_| obstacles.is_empty()).map(|job| Decided {
+    let decided = job.filter(|_| findings.is_clear()).map(|job| Decided {
         request,
         image,
         snapshot,
@@ -201,16 +203,5 @@ fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Vec<Ob
         puts,
         cuts,
     });
-    Ok((decided, obstacles))
-}
-
-/// Several processes may meet the same.
-fn each_once(obstacles: Vec<Obstacle>) -> Vec<Obstacle> {
-    let mut once: Vec<Obstacle> = Vec::with_capacity(obstacles.len());
-    for obstacle in obstacles {
-        if !once.contains(&obstacle) {
-            once.push(obstacle);
-        }
-    }
-    once
+    Ok((decided, findings))
 }

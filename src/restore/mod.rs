@@ -146,14 +146,3 @@ pub fn restore(
     }
     attempt()
 }
-
-/// Collects a refusal with the others.
-fn refused_or<T: Default>(result: Result<T>, obstacles: &mut Vec<Obstacle>) -> Result<T> {
-    match result {
-        Err(Error::Refused(more)) => {
-            obstacles.extend(more);
-            Ok(T::default())
-        }
-        other => other,
-    }
-}

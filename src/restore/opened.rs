@@ -10,7 +10,8 @@ use super::image_file::ImageFile;
 use super::placed::Placed;
 use super::probed::Probed;
 use super::{Pids, Place, Request};
-use crate::error::{Obstacle, Result};
+use crate::error::Result;
+use crate::objects::findings::Findings;
 use crate::objects::processor::Baseline;
 use crate::objects::rights::Rights;
 use crate::objects::{processor, seccomp};
@@ -25,10 +26,8 @@ pub struct Opened<'a> {
     pub(super) snapshot: Adapted,
     /// What is known of where we are.
     pub(super) probed: Cow<'a, Probed>,
-    /// What stands in the way already.
-    pub(super) obstacles: Vec<Obstacle>,
-    /// What the job has to do without, one sentence each.
-    pub(super) warnings: Vec<String>,
+    /// Obstacles that are known already, and what the restored job lacks.
+    pub(super) findings: Findings,
 }
 
 /// Reads an image, and looks at what can be told of it and the machine.
@@ -65,17 +64,19 @@ pub fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opene
     };
     let verdict = processor::judge(&snapshot, &probed.kernel.cpu);
     let fewer_filters = seccomp::surroundings::fewer_here(snapshot.filters_around(), &probed.ours);
-    let warnings = verdict.warning().into_iter().chain(fewer_filters).collect();
-    let mut obstacles = verdict.obstacles;
-    let snapshot = Adapted::of(snapshot, request, &mut obstacles)?;
+    let notes = verdict.warning().into_iter().chain(fewer_filters).collect();
+    let mut findings = Findings {
+        notes,
+        ..Findings::from(verdict.obstacles)
+    };
+    let snapshot = Adapted::of(snapshot, request, &mut findings)?;
     Ok(Opened {
         request,
         room,
         image,
         snapshot,
         probed,
-        obstacles,
-        warnings,
+        findings,
     })
 }
 

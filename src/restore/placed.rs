@@ -8,9 +8,10 @@ use super::adapted::Adapted;
 use super::decide::pids;
 use super::opened::Opened;
 use super::probed::Probed;
-use super::{Looked, Pids, Place, refused_or};
+use super::{Looked, Pids, Place};
 use crate::error::{Obstacle, Result};
 use crate::isolate::{First, Owner, Spec};
+use crate::objects::findings::Findings;
 use crate::objects::plan::Means;
 use crate::objects::{Snapshot, credentials};
 
@@ -24,7 +25,7 @@ pub struct Placed<'a> {
     /// Which ids are taken where the work is done, as far as that was looked at.
     pub(super) taken: Option<Vec<Obstacle>>,
     /// What stands in the way of a place.
-    pub(super) against: Vec<Obstacle>,
+    pub(super) against: Findings,
     /// Supplementary groups of whoever does the work, outside of a user namespace, which the kernel does not show inside.
     pub(super) groups: Vec<u32>,
     /// Those that a process of ours has where the work is done.
@@ -43,7 +44,7 @@ impl<'a> Placed<'a> {
             opened,
             place,
             taken: None,
-            against: Vec::new(),
+            against: Findings::default(),
             groups_there: groups.clone(),
             groups,
             inside: false,
@@ -59,14 +60,14 @@ impl<'a> Placed<'a> {
 
     pub(super) fn for_a_look(opened: Opened<'a>) -> Result<Self> {
         let mut placed = Self::at(opened, Place::Here);
-        let mut against = Vec::new();
+        let mut against = Findings::default();
         let decided = pids::decide(&placed, Pids::Auto).map(Some);
-        if let Some((place, taken)) = refused_or(decided, &mut against)? {
+        if let Some((place, taken)) = against.collect(decided)? {
             (placed.place, placed.taken) = (place, taken);
             match placed.place {
-                Place::Here => against = pids::in_the_way(&placed, false),
+                Place::Here => against.extend(pids::in_the_way(&placed, false)),
                 Place::Namespace(_) => {
-                    refused_or(placed.namespaces().map(drop), &mut against)?;
+                    against.collect(placed.namespaces().map(drop))?;
                 }
             }
         }
@@ -103,7 +104,7 @@ impl<'a> Placed<'a> {
     pub fn restored_here(&mut self) {
         let opened = &mut self.opened;
         if !opened.request.foreground && opened.snapshot.keep_from_parents_end() {
-            opened.warnings.push(format!(
+            opened.findings.notes.push(format!(
                 "process {} asked for a signal at the end of its parent and gets none: its parent is restore, \
                  which ends before it",
                 opened.snapshot.processes[0].pid

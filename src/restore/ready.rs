@@ -108,7 +108,7 @@ impl<'d> Ready<'d> {
             (first, job.host.means),
         )?;
         let (complete, mut warnings) = driver::build(job, image, &mut brood, leader)?;
-        warnings.extend(self.decided.placed.opened.warnings.iter().cloned());
+        warnings.extend(self.decided.placed.opened.findings.notes.iter().cloned());
         warnings.extend(self.warnings);
         Ok(Built {
             decided: self.decided,

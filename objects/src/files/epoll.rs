@@ -185,7 +185,10 @@ pub fn capture_entries(
             let turn = seen.entry(target.tfd).or_default();
             let found = match collector.copies {
                 Copies::Lent(_) if targets.iter().filter(|t| t.tfd == target.tfd).count() > 1 => {
-                    collector.obstacles.push(untold(set, sources, target));
+                    collector
+                        .findings
+                        .obstacles
+                        .push(untold(set, sources, target));
                     continue;
                 }
                 Copies::Lent(_) => find_by_adding(looks, set, target)?,
@@ -201,7 +204,7 @@ pub fn capture_entries(
                     events: target.events,
                     data: target.data,
                 }),
-                None => collector.obstacles.push(Obstacle::new(
+                None => collector.findings.obstacles.push(Obstacle::new(
                     set.object(sources[set.process]),
                     format!(
                         "is an epoll set that watches a file added as fd {}, which only a process \

@@ -237,7 +237,7 @@ pub fn capture(
         };
         if let Some(left) = kind.as_ref().ok().and_then(Kind::get::<left::Left>) {
             let note = left.note(look, sources[look.process], &collector.choices);
-            collector.warnings.extend(note);
+            collector.findings.notes.extend(note);
         }
         let kind = match number < seen_in_job {
             true => kind,
@@ -267,7 +267,7 @@ pub fn capture(
         }
     }
     collector.descriptions.extend(found.ghosts());
-    if collector.obstacles.is_empty() {
+    if collector.findings.obstacles.is_empty() {
         epoll::capture_entries(&sources, &survey.looks, first, collector)?;
         let flight = Flight {
             descriptions: &collector.descriptions,
@@ -275,10 +275,10 @@ pub fn capture(
             root: sources[0].pid.raw(),
         };
         let in_the_way = flight.obstacles();
-        collector.obstacles.extend(in_the_way);
+        collector.findings.obstacles.extend(in_the_way);
     }
     let notes = collector.choices.take_from(survey, &sources);
-    collector.warnings.extend(notes);
+    collector.findings.notes.extend(notes);
     let absent = |s: &Seen| {
         let description = collector.descriptions.get(first + s.look);
         description.is_some_and(|d| left::Left::is_absent(&d.kind))

@@ -117,7 +117,7 @@ fn capture(
     let owner = look.owner().filter(|owner| owner.id != 0);
     if identity.mode & libc::S_IFMT == libc::S_IFDIR && owner.is_some() && collector.frozen() {
         // Only F_NOTIFY sets an owner of a directory implicitly (`fcntl_dirnotify`, fs/notify/dnotify/dnotify.c).
-        collector.warnings.push(format!(
+        collector.findings.notes.push(format!(
             "{} ({}) is told of changes in the directory by F_NOTIFY: of which, the kernel does not show, so \
              that a restored process is not told of them",
             look.object(source),

@@ -193,7 +193,7 @@ impl Ends {
             .filter(|l| l.file_type() == libc::S_IFCHR && !l.is_path());
         let devices: Vec<&Look> = devices.collect();
         let object = |look: &Look| look.object(sources[look.process]);
-        collector.obstacles.extend(
+        collector.findings.obstacles.extend(
             devices
                 .iter()
                 .filter_map(|look| other_discipline(object(look), look)),
@@ -258,7 +258,7 @@ impl Ends {
                 }
                 Err(trouble) => {
                     let object = master.object(sources[master.process]);
-                    collector.obstacles.push(trouble.obstacle(object));
+                    collector.findings.obstacles.push(trouble.obstacle(object));
                 }
             }
         }
@@ -291,9 +291,7 @@ impl Ends {
     ) {
         let mut refuse = |reason: String, remedy: &str| {
             let object = look.object(sources[look.process]);
-            collector
-                .obstacles
-                .push(Obstacle::new(object, reason, remedy));
+            collector.refuse(Obstacle::new(object, reason, remedy));
         };
         let Ok(device) = tty::device(&look.copy) else {
             return refuse(

@@ -166,7 +166,7 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     }
     collector.ipc.place = Place::here();
     if job.alone && !collector.is_copy {
-        mqueue::refuse_contents(&collector.descriptions, &mut collector.obstacles);
+        mqueue::refuse_contents(&collector.descriptions, &mut collector.findings.obstacles);
     }
     KINDS
         .iter()

@@ -67,7 +67,7 @@ fn survey(sight: &Sight, collector: &mut Collector) {
                 sender,
                 receiver,
             }),
-            Err(errno) if claim == Claim::Used => collector.obstacles.push(Obstacle::new(
+            Err(errno) if claim == Claim::Used => collector.findings.obstacles.push(Obstacle::new(
                 Object::of(row).title(Type::Msg),
                 match errno {
                     Errno::ENOSYS => "is in use by the job, and this kernel does not show its \

@@ -44,7 +44,7 @@ fn survey(sight: &Sight, collector: &mut Collector) {
         let (values, operators) = match look(row) {
             Ok(seen) => seen,
             Err(errno) if waits => {
-                collector.obstacles.push(Obstacle::new(
+                collector.findings.obstacles.push(Obstacle::new(
                     Object::of(row).title(Type::Sem),
                     format!("is in use by the job and cannot be read: {}", errno.desc()),
                     "run ckpt as root",

@@ -102,7 +102,7 @@ fn survey(sight: &Sight, collector: &mut Collector) {
     for segment in &mut segments {
         let id = segment.object.id;
         let Some(row) = rows.iter().find(|row| row.id() == id) else {
-            collector.obstacles.push(Obstacle::without_remedy(
+            collector.findings.obstacles.push(Obstacle::without_remedy(
                 segment.object.title(Type::Shm),
                 "is attached by the job and belongs to another IPC namespace",
             ));
@@ -113,7 +113,7 @@ fn survey(sight: &Sight, collector: &mut Collector) {
         let views = processes.iter().flat_map(|(_, vmas)| *vmas);
         let inside = views.filter(|v| is_segment(v) && v.inode as i32 == id);
         if row.get("nattch") > inside.count() as i64 {
-            collector.obstacles.push(segment.used_outside(
+            collector.findings.obstacles.push(segment.used_outside(
                 &job.pids,
                 "end that one, or let it detach, before the checkpoint",
             ));
