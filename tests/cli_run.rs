@@ -279,7 +279,7 @@ fn a_failed_checkpoint_is_one_line_and_the_program_goes_on() {
         .collect();
     for line in &failures {
         assert!(
-            line.starts_with("ckpt: ") && line.contains("the job goes on"),
+            line.starts_with("ckpt: ") && line.contains("the job continues"),
             "{line}"
         );
     }

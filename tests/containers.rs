@@ -380,7 +380,7 @@ fn filters_of_its_own() {
 fn a_filter_that_kills() {
     contained("a_filter_that_kills", Container::root(), |case| {
         kills_on(libc::SYS_getitimer);
-        let words = ["kill whoever calls getitimer", "--privileged"];
+        let words = ["kill a process for calling getitimer", "--privileged"];
         attach_is_refused(case, fixture(case, "counter"), &words);
     });
 }
@@ -411,7 +411,7 @@ fn filters_of_another_number() {
         out.refused(
             1,
             &[
-                "whose they are cannot be told",
+                "seccomp filters of unknown origin",
                 "2 seccomp filters",
                 "under 1",
             ],
@@ -441,7 +441,7 @@ fn sharing_is_noticed() {
 fn a_table_of_its_own_is_noticed() {
     let container = Container::with(&[cap::SYS_ADMIN]);
     contained("a_table_of_its_own_is_noticed", container, |case| {
-        let words = ["table of descriptors of its own", "--cap-add SYS_PTRACE"];
+        let words = ["its own descriptor table", "--cap-add SYS_PTRACE"];
         attach_is_refused(case, odd(case, "own-files", None), &words);
     });
 }
@@ -473,7 +473,7 @@ fn fewer_filters_are_told() {
         let out = run(case, restore_cmd(&image, &[]).arg("--detach"));
         let pid = out.ok().trim().parse().expect("it prints the pid");
         assert!(
-            out.stderr.contains("1 seccomp filter of its surroundings"),
+            out.stderr.contains("1 seccomp filter of its environment"),
             "{out:?}"
         );
         target.continued_by(Job::of(pid));

@@ -269,7 +269,7 @@ fn notices_of_a_directory() {
             ["attach", &target.pid().to_string(), "-o", "job.ckpt"],
         );
         out.ok();
-        for word in ["fd 3 of process", "F_NOTIFY", "not told"] {
+        for word in ["fd 3 of process", "F_NOTIFY", "gets no such signals"] {
             assert!(out.stderr.contains(word), "{out:?}");
         }
         target.passes();

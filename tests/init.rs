@@ -192,7 +192,10 @@ fn a_child_of_the_first() {
         // The one in front is nobody's job.
         let out = ckpt(case, ["attach", &parent.to_string(), "-o", "init.ckpt"]);
         let remedy = format!("ckpt attach {}", job.pid);
-        out.refused(1, &[&format!("process {parent}"), "is ckpt's own", &remedy]);
+        out.refused(
+            1,
+            &[&format!("process {parent}"), "belongs to ckpt", &remedy],
+        );
         job.signal(Signal::SIGTERM);
         let orphan = until("its child to be left alone", || {
             let all = children(parent);
@@ -221,7 +224,7 @@ fn clones() {
     });
 }
 
-/// Who was brought into the namespace from outside is not of the job, and is told of.
+/// A process that entered the namespace from outside is not part of the job, which is reported.
 #[test]
 fn somebody_else() {
     isolated("somebody_else", |case| {
@@ -507,7 +510,7 @@ fn refused() {
         refuse(
             &["--ipc"],
             program,
-            &["shares it with process", "not of the job"],
+            &["shares it with process", "outside the job"],
         );
         let program = "here=$PWD; mkdir root; mount -t tmpfs none root; cd root; \
                        for dir in usr tmp proc dev \"$here\"; do \

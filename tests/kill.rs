@@ -92,7 +92,7 @@ fn replaced_meanwhile(case: &Case) {
             1,
             &[&data.display().to_string(), "was replaced", "put the old"],
         );
-        out.refused(1, &["the job goes on", "--no-check"]);
+        out.refused(1, &["the job continues", "--no-check"]);
         counts(case);
         assert_let_go(job.pid);
         let image = fs::read_to_string(case.path("job.ckpt"));
@@ -337,7 +337,7 @@ fn told_beforehand(case: &Case, job: &Job, reason: &str) {
     let pid = job.pid.to_string();
     let attach = ckpt(case, ["attach", &pid, "--kill", "-o", "job.ckpt"]);
     attach.refused(1, &[reason]);
-    attach.refused(1, &["the job goes on", "--no-check"]);
+    attach.refused(1, &["the job continues", "--no-check"]);
     assert!(leftovers(case.dir()).is_empty());
     let check = ckpt(case, ["check", &pid]);
     assert_eq!(check.code(), 1, "{check:?}");

@@ -161,7 +161,7 @@ fn another_process_is_told_now() {
         let image = target.killed_into(case, "job.ckpt");
         let other = Outsider::open();
         assert!(other.registers());
-        let words = ["/odd", "is to tell", "let that one take it back"];
+        let words = ["/odd", "notifies", "let that one remove the registration"];
         run(case, &mut restore_cmd(&image, &[])).refused(99, &words);
         drop(other);
         target.continued_by(restored(case, Path::new(&image), &[]));

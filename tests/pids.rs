@@ -197,7 +197,7 @@ fn taken_by_the_job_itself() {
             case,
             restore_cmd(&image, &["--detach"]).current_dir(case.dir()),
         );
-        let warning = format!("warning: the job itself still runs, as process {}", job.pid);
+        let warning = format!("warning: the job still runs, as process {}", job.pid);
         out.ok();
         assert!(out.stderr.contains(&warning), "{}", out.stderr);
         let copy = Pid::from_raw(out.stdout.trim().parse().expect("a pid"));

@@ -303,7 +303,7 @@ fn thread_with_descriptors_of_its_own() {
     isolated("thread_with_descriptors_of_its_own", |case| {
         let target = odd(case, "own-files", None);
         let pid = format!("process {} (odd)", target.pid());
-        attach_is_refused(case, target, &[&pid, "table of descriptors of its own"]);
+        attach_is_refused(case, target, &[&pid, "its own table of descriptors"]);
     });
 }
 

@@ -379,7 +379,7 @@ fn written_by_others() {
         mode(&image, 0o602);
         refused(
             &image,
-            &["job.ckpt", "can be written by everybody", "chmod go-w"],
+            &["job.ckpt", "can be written by all users", "chmod go-w"],
         );
         mode(&image, 0o600);
         if case.is_root() {
@@ -398,7 +398,7 @@ fn written_by_others() {
             fs::rename(&image, &moved).expect("it is there");
             refused(
                 &moved,
-                &["moved.ckpt", "everybody may put another file", "root's"],
+                &["moved.ckpt", "any user may replace it", "belongs to root"],
             );
             // Where only owners may remove their files, nobody may.
             mode(&open, 0o1777);

@@ -165,7 +165,7 @@ fn what_differs_is_told() {
                 1,
                 &[&format!("process {}", target.pid()), words[0], words[1]],
             );
-            out.refused(1, &["it goes on", "no image is left"]);
+            out.refused(1, &["the job continues", "no image is left"]);
             assert_let_go(target.pid());
             before.assert_same(target.pid(), &[]);
             assert!(leftovers(case.dir()).is_empty());

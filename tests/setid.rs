@@ -190,7 +190,11 @@ fn unreadable() {
     isolated_as_root("unreadable", |case| {
         let program = program(case, 0, 0, 0o711);
         let job = started(case, &program, "");
-        refused_to_its_user(case, &job, &["is not dumpable", "may not be read by you"]);
+        refused_to_its_user(
+            case,
+            &job,
+            &["is not dumpable", "you may not read its program"],
+        );
         lives_again(case, job);
     });
 }

@@ -124,7 +124,7 @@ fn client_from_outside_in_the_backlog() {
 fn data_that_nobody_has_accepted() {
     isolated("data_that_nobody_has_accepted", |case| {
         let target = odd(case, "unix-unaccepted", Some(&short(case, "server")));
-        refused(case, target, &["fd 4", "nobody has accepted", "try again"]);
+        refused(case, target, &["fd 4", "not accepted yet", "try again"]);
     });
 }
 
@@ -273,7 +273,7 @@ fn told_of_a_pid_that_another_process_has() {
         next_pid(gone + 100);
         let out = run(case, &mut restore_cmd(&image, &["--detach"]));
         out.ok();
-        let words = format!("and not of pid {gone}, which another process has");
+        let words = format!("and not pid {gone}, which another process has");
         assert!(out.stderr.contains(&words), "{out:?}");
         other.kill();
         for pid in [target.pid(), target.pid() + 3] {

@@ -265,7 +265,7 @@ fn console_of(case: &Case, place: &str) {
     };
     let mut first = Screen::start(&mut console());
     first.runs("echo ${word}lo; stty size", "hello\r\n24 80");
-    run(case, &mut console()).refused(1, &["console of process", "somebody else"]);
+    run(case, &mut console()).refused(1, &["console of process", "another ckpt console"]);
     first.types("\x1c\x1c");
     first.expect("detached");
     let ended = until("its end", || first.job.ended());

@@ -202,7 +202,7 @@ pub enum Error {
         reason: String,
     },
     /// A thread of the writer panicked.
-    #[error("a thread of the image writer died; this is a defect of ckpt, please report it")]
+    #[error("a thread of the image writer panicked; this is a defect of ckpt, please report it")]
     WriterDied,
 }
 
@@ -261,7 +261,7 @@ fn hint(error: &io::Error) -> &'static str {
         }
         io::ErrorKind::FileTooLarge => "; raise the file size limit (ulimit -f)",
         io::ErrorKind::PermissionDenied => "; choose a place you may access",
-        io::ErrorKind::BrokenPipe => "; the program that reads the image has gone",
+        io::ErrorKind::BrokenPipe => "; the program that reads the image has ended",
         _ => "",
     }
 }

@@ -234,7 +234,7 @@ impl Header {
         }
         if version.major != FormatVersion::CURRENT.major {
             return Err(corrupt(format!(
-                "it says format {version}, which never was"
+                "it says format {version}, which does not exist"
             )));
         }
         if raw.header_bytes.get() as usize != HEADER_BYTES {

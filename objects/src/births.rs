@@ -321,8 +321,8 @@ impl Tree<'_> {
     fn shares_with_another(&mut self, process: &Kin) {
         self.obstacles.push(Obstacle::without_remedy(
             format!("process {}", process.pid),
-            "shares memory or tables with a process that cannot have created it as it is now, which \
-             is not supported",
+            "shares memory or tables with a process that can no longer be its creator, which is not \
+             supported",
         ));
     }
 
@@ -431,8 +431,8 @@ impl Tree<'_> {
                     self.obstacles.push(Obstacle::new(
                         format!("process {}", process.pid),
                         format!(
-                            "shares anonymous memory at {:#x} with process {}, which is not of its family \
-                             any more: what had created both has ended or executed another program",
+                            "shares anonymous memory at {:#x} with process {}, and their common ancestor \
+                             has ended or executed another program",
                             start, self.processes[family].pid
                         ),
                         "use a memfd or a file for that memory",

@@ -179,7 +179,7 @@ fn offset(pid: Pid, clock: i32) -> i128 {
 /// The refusal if no time namespace can be created.
 pub fn denied(errno: Errno) -> Error {
     Error::refuse(Obstacle::new(
-        "the time namespace in which the job's clocks go on",
+        "the time namespace that continues the job's clocks",
         format!(
             "cannot be made: {}; it needs {}",
             errno.desc(),

@@ -115,14 +115,14 @@ pub enum Error {
     Refused(Vec<Obstacle>),
     /// The job was not ended, since these would prevent its restore.
     #[error(
-        "{}\nthe job goes on and no image is left: it could not be restored from it; --no-check leaves \
-         this check out",
+        "{}\nthe job continues and no image is left: the job could not be restored from it; --no-check \
+         skips this check",
         join(.0)
     )]
     NotRestorable(Vec<Obstacle>),
     /// A copy restored from the image differs from the job.
     #[error(
-        "{}\nthe rehearsal shows that the job would not come back as it is; it goes on, and no image is left",
+        "{}\nthe rehearsal shows that the restored job would differ; the job continues, and no image is left",
         lines(.0)
     )]
     Differs(Vec<Difference>),
@@ -152,8 +152,8 @@ pub enum Error {
     },
     /// Inspecting an image would take more memory than its size allows.
     #[error(
-        "the metadata of {} would take more memory than 64 MiB and four times its size, which is more than looking at \
-         an image may take; restore reads it without this bound",
+        "the metadata of {} would take more memory than 64 MiB and four times its size, which is the limit \
+         for inspecting an image; restore has no such limit",
         path.shown()
     )]
     TooLarge {
@@ -172,8 +172,7 @@ pub enum Error {
     },
     /// A task did not get its id.
     #[error(
-        "process {pid} cannot get its old pid: others are given it again and again in the moment before; \
-         try again when fewer processes are created here"
+        "another process keeps taking pid {pid} first; try again when fewer processes are created here"
     )]
     PidMissed {
         /// The id, or the one that was assigned instead.
@@ -199,8 +198,8 @@ pub enum Error {
     },
     /// Descriptor `fd` of the job led outside of it, and restore has none of that number.
     #[error(
-        "the job's descriptor {fd} led outside and restore has no descriptor {fd} to give it; redirect it, for instance \
-         {}",
+        "the job's descriptor {fd} was of something outside, and restore has no descriptor {fd} to replace \
+         it; redirect it, for instance {}",
         redirected(*.fd)
     )]
     NoDescriptor {
@@ -215,7 +214,8 @@ pub enum Error {
     },
     /// The new process got a signal while it was being built.
     #[error(
-        "the restorer met signal {signal} at {at:#x} in the new process; if ckpt has made the image, this is a bug of it"
+        "the restorer got signal {signal} at {at:#x} in the new process; if ckpt wrote the image, this is a \
+         bug of ckpt"
     )]
     Signalled {
         /// The signal.

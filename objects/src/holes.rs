@@ -57,7 +57,7 @@ pub fn permitted(source: &Source, vmas: &[Vma], len: u64) -> Result<(), Obstacle
     };
     Err(Obstacle::new(
         source.title(),
-        format!("may not have {len} more bytes of memory, which remote calls need in it"),
+        format!("may not map {len} more bytes of memory, which remote calls need"),
         format!(
             "raise its limit: prlimit {option}={wanted}: --pid {}",
             source.pid

@@ -59,8 +59,8 @@ pub fn hints<'a>(
     let all: &[Process] = if exists() { processes } else { &[] };
     all.iter().filter(hinted).map(|process| {
         format!(
-            "process {} has no_new_privs and so may be restricted by Landlock, which is told by nothing while it \
-             runs: attach finds it out, and a restored process would not be restricted",
+            "process {} has no_new_privs and so may be restricted by Landlock, which the kernel does not \
+             show while it runs: attach detects it, and a restored process would not be restricted",
             process.pid
         )
     })

@@ -175,7 +175,7 @@ fn without_magic_links(name: &CStr, flags: i32) -> io::Result<File> {
         // Older than Linux 5.6, or a container's seccomp filter.
         Err(Errno::ENOSYS | Errno::EPERM) => open(name, flags),
         Err(Errno::ELOOP) if flags & libc::O_NOFOLLOW == 0 => Err(io::Error::other(
-            "it leads through a link of /proc, or through links without end",
+            "it leads through a link of /proc, or through too many links",
         )),
         opened => Ok(opened?.into()),
     }

@@ -121,8 +121,8 @@ impl Verdict {
     pub fn warning(&self) -> Option<String> {
         (!self.forgone.is_empty()).then(|| {
             format!(
-                "this processor does not have {}, which the job was started not to use; a program \
-                 that asks the processor itself and not glibc may use them all the same",
+                "this processor does not have {}, which the job was started not to use; a program that \
+                 executes CPUID itself instead of asking glibc may use them nevertheless",
                 features::list(&self.forgone)
             )
         })
@@ -211,7 +211,8 @@ fn laid_out_otherwise(host: &Host, now: &Processor) -> Option<Obstacle> {
             vendor => vendor,
         };
         let remedy = format!(
-            "restore it on a processor of {vendor}; programs started by ckpt run --cpu-baseline do not mind"
+            "restore it on a processor of {vendor}; programs started by ckpt run --cpu-baseline are not \
+             affected"
         );
         Obstacle::new("the job", reason, remedy)
     })
@@ -240,8 +241,8 @@ fn overflows(host: &Host, xcr0: u64) -> Option<Obstacle> {
          dynamic linker does so with XSAVE when a function is called for the first time",
         component_names(more)
     );
-    let remedy = "restore it on a machine without that state; programs that are started with LD_BIND_NOW=1 in \
-                  their environment, as ckpt run --cpu-baseline does, do not mind";
+    let remedy = "restore it on a machine without that state; programs that are started with LD_BIND_NOW=1 \
+                  in their environment, as ckpt run --cpu-baseline does, are not affected";
     Some(Obstacle::new("the job", reason, remedy))
 }
 

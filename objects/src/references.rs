@@ -151,7 +151,7 @@ fn thread(thread: &Thread, faults: &mut Faults) {
     require!(
         faults,
         thread.pending.iter().all(|pending| pending.0.len() == 128),
-        "a waiting signal of thread {tid} is not a siginfo"
+        "a pending signal of thread {tid} is not a siginfo"
     );
     require!(
         faults,
@@ -160,7 +160,7 @@ fn thread(thread: &Thread, faults: &mut Faults) {
             .filters
             .iter()
             .all(|filter| filter.program.len() % 8 == 0),
-        "a seccomp filter of thread {tid} is cut"
+        "a seccomp filter of thread {tid} is truncated"
     );
 }
 
@@ -178,7 +178,7 @@ fn signals(process: &Process, faults: &mut Faults) {
     require!(
         faults,
         process.pending.iter().all(|pending| pending.0.len() == 128),
-        "a waiting signal of process {pid} is not a siginfo"
+        "a pending signal of process {pid} is not a siginfo"
     );
 }
 

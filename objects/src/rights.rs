@@ -202,7 +202,7 @@ pub fn is_the_same(found: &Handle, path: &Path, was: &FileIdentity) -> Result<()
             format!("the file {}", path.shown()),
             "may not be opened by the job's user, and is not the one that the job had, so that root \
              does not open it either",
-            "put the old one back, or give its user the right to it",
+            "put the old one back, or give that user access to it",
         ))),
     }
 }

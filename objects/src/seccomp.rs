@@ -150,8 +150,8 @@ pub fn separated(process: &Process) -> Option<String> {
     let twice = beyond.windows(2).any(|pair| pair[0][0] == pair[1][0]);
     twice.then(|| {
         format!(
-            "threads of process {} had a seccomp filter in common that its first thread did not have, \
-             and have it one each now: SECCOMP_FILTER_FLAG_TSYNC fails in them",
+            "threads of process {} shared a seccomp filter that its first thread did not have, and now have \
+             one each: SECCOMP_FILTER_FLAG_TSYNC fails in them",
             process.pid
         )
     })

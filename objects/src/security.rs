@@ -279,7 +279,7 @@ pub fn rebuild(
     // The request may succeed and the value still differ, for a profile reloaded in another mode, say.
     for (label, is) in changed(was, &capture(mem.pid(), tid)) {
         if !refused.contains(&label.attribute) {
-            let why = "it was given, and the policy has it so";
+            let why = "the security policy changed it";
             warnings.push(not_permitted(&label, &is, why));
         }
     }

@@ -37,8 +37,8 @@ pub fn rebuild_autogroup(process: &Process, pid: Pid) -> Option<String> {
     let now = now()?;
     (now != wanted).then(|| {
         format!(
-            "the autogroup of process {pid} had the nice value {wanted} and has {now} now: that of a \
-             session outside the job, or one that you may not give"
+            "the autogroup of process {pid} had the nice value {wanted} and has {now} now: it is that of a \
+             session outside the job, or you may not set the old one"
         )
     })
 }

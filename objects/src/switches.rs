@@ -128,7 +128,7 @@ const TABLE: &[Row] = &[
     },
     Row {
         name: "PR_SET_IO_FLUSHER",
-        what: "its being an I/O flusher",
+        what: "the I/O flusher state",
         scope: Scope::Task,
         default: 0,
         ask: Ask::Flags(IO_FLUSHER),
@@ -156,7 +156,7 @@ const TABLE: &[Row] = &[
     },
     Row {
         name: "PR_SET_MDWE",
-        what: "the refusal of memory that is writable and executable",
+        what: "the denial of memory that is writable and executable",
         scope: Scope::FinishedMemory,
         default: 0,
         ask: Ask::Answer(PRCTL, [66, 0]),
@@ -282,7 +282,7 @@ impl Ours {
             Obstacle::new(
                 "restore",
                 format!(
-                    "runs under {}, {}, which its processes inherit and which nothing takes back",
+                    "runs under {}, {}, which its processes inherit and which cannot be revoked",
                     row.name, row.what
                 ),
                 "start it without that (MemoryDenyWriteExecute=no in a unit of systemd)",

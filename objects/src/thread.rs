@@ -291,8 +291,8 @@ fn seccomp_of(task: &Stopped, status: &Status, source: &Source) -> crate::Result
     if seccomp.filters.iter().any(seccomp::Filter::notifies) {
         let obstacle = crate::Obstacle::new(
             source.title(),
-            "has a seccomp filter that hands calls to a listener (SECCOMP_RET_USER_NOTIF), which \
-             is not supported",
+            "has a seccomp filter that passes calls to a listener (SECCOMP_RET_USER_NOTIF), which is not \
+             supported",
             "start it without that listener",
         );
         return Err(crate::Error::refuse(obstacle));
@@ -327,8 +327,8 @@ fn unveil_restarted(regs: &mut GeneralRegisters, source: &Source) -> crate::Resu
         let obstacle = crate::Obstacle::new(
             source.title(),
             format!(
-                "has a thread that waits at {:#x} in a call which was interrupted before, and which \
-                 call it is cannot be told",
+                "has a thread that waits at {:#x} in a restarted system call, of which the kernel does not \
+                 show the number",
                 regs.rip
             ),
             "try again in a moment",

@@ -11,7 +11,7 @@ pub const NAME: &str = "io_uring";
 const SWITCHES: [(&str, &str); 6] = [
     (
         "node",
-        "UV_USE_IO_URING=0 in its environment; where its libuv does not heed that (as on Debian 13), with sysctl \
+        "UV_USE_IO_URING=0 in its environment; where its libuv ignores that (as on Debian 13), with sysctl \
          kernel.io_uring_disabled=2",
     ),
     ("postgres", "io_method=worker in postgresql.conf"),

@@ -32,7 +32,7 @@ pub(super) fn all(job: &mut FrozenJob, withheld: &str) -> Result<Copies> {
     if !ipc::no_semaphores() {
         return Err(refused(
             sources[0],
-            "whether its adjustments of System V semaphores are its own cannot be told",
+            "whether it shares its adjustments of System V semaphores cannot be determined",
             withheld,
         ));
     }
@@ -123,14 +123,10 @@ fn who_shares(index: usize, sources: &[&Source], marked: Marked) -> Option<Strin
             .dir
             .join(format!("task/{tid}/fd/{}", marked.marks.fd));
         if std::fs::symlink_metadata(fd).is_err() {
-            return Some(format!(
-                "its thread {tid} has a table of descriptors of its own"
-            ));
+            return Some(format!("its thread {tid} has its own descriptor table"));
         }
         if !has_umask(source.pid, tid, marked.marks.umask) {
-            return Some(format!(
-                "its thread {tid} has a working directory of its own"
-            ));
+            return Some(format!("its thread {tid} has its own working directory"));
         }
     }
     let shares = |what: &str, pid: Pid| Some(format!("it shares its {what} with process {pid}"));

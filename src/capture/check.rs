@@ -103,7 +103,7 @@ fn look_while_it_runs(
             Err(_) => last = None,
         }
     }
-    unreachable!("the looks end")
+    unreachable!("the last attempt returns")
 }
 
 fn look(
@@ -246,8 +246,8 @@ fn clocks_of_their_own(sources: &[&Source], collector: &mut Collector) {
         if both.iter().any(|one| one.is_some() && *one != first) {
             collector.findings.obstacles.push(Obstacle::without_remedy(
                 source.title(),
-                "has another time namespace than the job's first process, or leaves its children \
-                 another one, which is not supported",
+                "is in another time namespace than the job's first process, or its children will be, which \
+                 is not supported",
             ));
         }
     }
@@ -264,7 +264,7 @@ fn shared_with_outsider(source: &Source, collector: &mut Collector) {
         collector.findings.obstacles.push(Obstacle::new(
             source.title(),
             format!("shares {name} with its parent, process {parent}, which is outside the job"),
-            format!("take that one into the job: ckpt attach {parent}"),
+            format!("checkpoint that one as well: ckpt attach {parent}"),
         ));
     }
 }
@@ -306,8 +306,8 @@ pub fn lives_elsewhere(source: &Source, tids: &[Tid], collector: &mut Collector)
         .untag_mask
         .is_some_and(|mask| mask != u64::MAX)
     {
-        let reason = "has pointers with tags (ARCH_ENABLE_TAGGED_ADDR), which is not supported";
-        let remedy = "let the program do without linear address masking";
+        let reason = "uses tagged pointers (ARCH_ENABLE_TAGGED_ADDR), which are not supported";
+        let remedy = "run the program without linear address masking";
         refuse(source, reason.into(), Some(remedy), collector);
     }
     for kind in other_namespaces(source)? {
@@ -323,7 +323,7 @@ pub fn lives_elsewhere(source: &Source, tids: &[Tid], collector: &mut Collector)
         for &tid in tids {
             if let Some(what) = own_table(source.pid, tid)? {
                 let reason =
-                    format!("has a thread {tid} with {what} of its own, which is not supported");
+                    format!("has a thread {tid} with its own {what}, which is not supported");
                 refuse(source, reason, None, collector);
                 break;
             }
@@ -373,8 +373,8 @@ fn nsenter_option(kind: &str) -> &str {
 /// unshare(2).
 fn own_table(pid: Pid, tid: Tid) -> Result<Option<&'static str>> {
     for (what, name) in [
-        (KcmpType::Files, "a table of descriptors"),
-        (KcmpType::Fs, "a working directory"),
+        (KcmpType::Files, "table of descriptors"),
+        (KcmpType::Fs, "working directory"),
     ] {
         match kcmp(pid.leader(), tid, what) {
             Ok(Ordering::Equal) | Err(TracerError::Died { .. }) => {}

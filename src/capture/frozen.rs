@@ -196,8 +196,7 @@ fn brought_in() -> Vec<Pid> {
 
 fn not_of_the_job(pid: Pid) -> String {
     format!(
-        "{} was brought into the job's pid namespace from outside: it is not in the image, and ends \
-         with the job",
+        "{} entered the job's pid namespace from outside: it is not in the image, and ends with the job",
         process_name(pid)
     )
 }

@@ -55,7 +55,7 @@ pub(super) fn handed(path: &Path) -> Result<Option<ImageFile>, Failure> {
     let numbers = numbers.and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
     let handed = numbers.and_then(|(image, broker)| Some((inherited(image)?, inherited(broker)?)));
     let Some((image, broker)) = handed else {
-        let text = format!("{HANDED} is set to {text}, and these are no descriptors: unset it");
+        let text = format!("{HANDED} is set to {text}, which is no list of descriptors: unset it");
         return Err(Failure::Message(text));
     };
     next_pid::ask_there(UnixStream::from(broker));
@@ -72,8 +72,9 @@ pub(super) fn run(image: ImageFile) -> Outcome {
     let found = user.and_then(|user| Some((Owner::of(&user)?, user)));
     let Some((owner, user)) = found else {
         return Err(Failure::Message(format!(
-            "the image {} belongs to uid {uid}, whom this system does not know, so that nobody can tell the groups \
-             of that user; restore it as that user, for instance by setpriv --reuid {uid} --regid GID --clear-groups",
+            "the image {} belongs to uid {uid}, which is not in this system's user database, so the groups \
+             of that user are unknown; restore it as that user, for instance by setpriv --reuid {uid} \
+             --regid GID --clear-groups",
             image.path().shown()
         )));
     };

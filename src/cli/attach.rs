@@ -82,10 +82,10 @@ pub struct Attach {
 
 const EXAMPLES: &str = "\
 Examples:
-  ckpt attach 4242                    write NAME.4242.ckpt here; the process goes on
+  ckpt attach 4242                    write NAME.4242.ckpt here; the process continues
   ckpt attach 4242 -o job.ckpt --kill write job.ckpt, then end the process
   ckpt attach 4242 --save-files '*.log' --save-files '/data/**'
-  ckpt attach 4242 --rehearse --kill  end it only if a copy came back from the image just as it is
+  ckpt attach 4242 --rehearse --kill  end it only if a copy restored from the image is identical
   ckpt attach 4242 --bundle           for a machine without the program and its libraries
   ckpt attach 4242 -o - | ssh host 'cat > job.ckpt'";
 
@@ -219,8 +219,7 @@ fn attach(
 ) -> Outcome {
     let to_stdout = args.output.as_deref() == Some(Path::new("-"));
     if to_stdout && stdout().is_terminal() {
-        let text =
-            "an image is not for a terminal; redirect standard output, or name a file with -o FILE";
+        let text = "an image is not written to a terminal; redirect standard output, or name a file with -o FILE";
         return Err(Failure::Usage(text.into()));
     }
     if to_stdout && args.rehearse {

@@ -61,13 +61,13 @@ fn parse_subject(word: OsString) -> Result<Subject, String> {
 }
 
 const EXAMPLES: &str = "\
-Nothing is touched, and no process is stopped. The exit code is 0 when a checkpoint, or a restore
+Nothing is changed, and no process is stopped. The exit code is 0 when a checkpoint, or a restore
 of the image, is possible, else 1. Options about files are those of restore, and for images only.
 
 Examples:
   ckpt check             what this kernel and this user can do
-  ckpt check 4242        what stands in the way of a checkpoint of process 4242
-  ckpt check job.ckpt    what stands in the way of a restore on this machine
+  ckpt check 4242        the obstacles to a checkpoint of process 4242
+  ckpt check job.ckpt    the obstacles to a restore on this machine
   ckpt check --map-path /home/me/run=/scratch/run job.ckpt";
 
 /// Output of `ckpt check --json`; the keys are fixed.

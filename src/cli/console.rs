@@ -21,11 +21,11 @@ pub struct Console {
 }
 
 const EXAMPLES: &str = "\
-Ctrl-\\ typed twice leaves the job alone again; a single one goes to the job with the next key.
+Ctrl-\\ typed twice detaches from the job; a single one goes to the job with the next key.
 
 Examples:
   restore --detach editor.ckpt     prints the pid, 4242
-  ckpt console 4242                type at it";
+  ckpt console 4242                connect to its terminal";
 
 pub(crate) fn run(args: &Console) -> Outcome {
     let pid = args.pid;
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &Console) -> Outcome {
     match shown {
         Ok(End::Detached) => {
             output::note(&format!(
-                "\nckpt: detached; come back with: ckpt console {pid}"
+                "\nckpt: detached; attach again with: ckpt console {pid}"
             ));
             Ok(0)
         }
@@ -48,8 +48,8 @@ pub(crate) fn run(args: &Console) -> Outcome {
         }
         Ok(End::Busy) => Err(refuse(
             pid,
-            "is being shown to somebody else",
-            "leave that one with Ctrl-\\ Ctrl-\\ first",
+            "is open in another ckpt console",
+            "detach that one with Ctrl-\\ Ctrl-\\ first",
         )),
         Err(e) if [ErrorKind::NotFound, ErrorKind::ConnectionRefused].contains(&e.kind()) => {
             Err(refuse(

@@ -143,7 +143,7 @@ fn summary_text(summary: &Summary) -> String {
     );
     let mut processor = format!("{}: {}", summary.cpu, summary.cpu_features.join(" "));
     if let Some(level) = summary.cpu_baseline {
-        let _ = write!(processor, "; the job keeps to {level}");
+        let _ = write!(processor, "; the job uses no more than {level}");
     }
     let rows = [
         ("image", summary.image.clone()),
@@ -171,7 +171,7 @@ fn summary_text(summary: &Summary) -> String {
         (
             "seccomp",
             format!(
-                "{} of the surroundings",
+                "{} of the environment",
                 output::count(summary.filters_around.into(), "filter")
             ),
         ),

@@ -45,8 +45,8 @@ pub(super) fn launch(
                 complain(&format!("{why}: restoring in a pid namespace of its own"));
                 if let Some(pid) = restore::still_runs(&placed) {
                     complain(&format!(
-                        "warning: the job itself still runs, as process {pid}: from now on both write to \
-                         the same files"
+                        "warning: the job still runs, as process {pid}: from now on both write to the same \
+                         files"
                     ));
                 }
             }

@@ -151,7 +151,7 @@ impl Places {
 fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
     let (fd, path) = text
         .split_once('=')
-        .ok_or("N=PATH is wanted, such as 1=out.log")?;
+        .ok_or("N=PATH is expected, such as 1=out.log")?;
     match fd.parse() {
         Ok(number) if number >= 0 && !path.is_empty() => Ok((number, path.into())),
         Ok(number) if number >= 0 => Err("the path is empty".into()),
@@ -162,10 +162,10 @@ fn parse_fd(text: &str) -> Result<(i32, PathBuf), String> {
 fn parse_mapping(text: &str) -> Result<Mapping, String> {
     let (old, new) = text
         .split_once('=')
-        .ok_or("OLD=NEW is wanted, such as /old/place=/new/place")?;
+        .ok_or("OLD=NEW is expected, such as /old/place=/new/place")?;
     let old = PathBuf::from(old);
     if !old.is_absolute() {
-        return Err(format!("{} is not the whole path, from / on", old.shown()));
+        return Err(format!("{} is not an absolute path", old.shown()));
     }
     let new = std::path::absolute(new).map_err(|_| "the new path is empty")?;
     Ok(Mapping { old, new })

@@ -94,19 +94,19 @@ enum Clock {
 
 const EXAMPLES: &str = "\
 Examples:
-  restore job.ckpt                 go on with the job here; return its exit code
+  restore job.ckpt                 continue the job here; return its exit code
   restore --detach job.ckpt        leave it running in the background
   restore --fd 1=new.log job.ckpt  send its standard output elsewhere
-  restore --stopped job.ckpt       leave it to `gdb -p PID`
+  restore --stopped job.ckpt       leave it stopped, for `gdb -p PID`
   restore --map-path /home/me/run=/scratch/run job.ckpt
                                    its files are elsewhere now
   restore --files truncate job.ckpt
-                                   cut its logs back to where they were
+                                   truncate its logs to their old size
   restore --put-files job.ckpt     with the files that --save-files stored
   restore --pids namespace job.ckpt
                                    one of several, beside the first
   restore --pids namespace --env SEED=7 job.ckpt
-                                   the same, told something in $CKPT_RESTORE_ENV";
+                                   the same, with a variable for $CKPT_RESTORE_ENV";
 
 pub(crate) fn run(args: &Restore) -> Outcome {
     // Usage errors do not depend on the image.
@@ -161,7 +161,8 @@ pub(crate) fn run(args: &Restore) -> Outcome {
         Err(error) => {
             if !args.loudness.quiet {
                 complain(&format!(
-                    "warning: the job is not guarded: {error}; its programs see the processor as it is"
+                    "warning: the job is not guarded: {error}; its programs see all features of the \
+                     processor"
                 ));
             }
             None

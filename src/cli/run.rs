@@ -87,15 +87,15 @@ pub(crate) enum Cpuid {
 
 const EXAMPLES: &str = "\
 The program gets every signal that is sent to ckpt, and its exit code is returned. A checkpoint
-that fails is reported in one line on standard error; the program goes on.
+that fails is reported in one line on standard error; the program continues.
 
 Examples:
   ckpt run --interval 10m -- ./simulate input.dat
   ckpt run --name job --dir /var/ckpt --interval 1h --keep 3 -- python3 train.py
   ckpt run --isolated --interval 10m -- ./simulate input.dat
   ckpt run --cpu-baseline x86-64-v3 --interval 1h -- ./simulate
-                                   to go on elsewhere on another processor
-  restore /var/ckpt/job.7.ckpt     go on from the seventh checkpoint";
+                                   to restore on another processor
+  restore /var/ckpt/job.7.ckpt     continue from the seventh checkpoint";
 
 pub(crate) fn run(args: &Run) -> Outcome {
     let (program, arguments) = args.command.split_first().ok_or(Failure::Told)?;
@@ -116,7 +116,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
             let made = Guard::before_the_program(level);
             let (guard, entrance) = made.map_err(|error| {
                 Failure::Message(format!(
-                    "cannot start the guard of a baseline: {error}; --cpuid host does without"
+                    "cannot start the guard of the baseline: {error}; --cpuid host needs none"
                 ))
             })?;
             (Some(guard), Some(entrance))
@@ -175,8 +175,7 @@ fn guarded(level: Baseline, args: &Run) -> Option<Baseline> {
     let possible = args.cpuid == Cpuid::Auto && Guard::is_possible();
     if !possible && args.cpuid == Cpuid::Auto && args.loudness.verbose && !args.loudness.quiet {
         complain(&format!(
-            "this processor answers everybody itself (no CPUID faulting): programs that do not ask glibc \
-             may use more than {level}"
+            "this processor has no CPUID faulting: programs that do not ask glibc may use more than {level}"
         ));
     }
     possible.then_some(level)
@@ -249,7 +248,7 @@ fn name_of(args: &Run, program: &OsString) -> Result<OsString, Failure> {
     match name {
         Some(name) if !name.is_empty() && !name.as_bytes().contains(&b'/') => Ok(name.to_owned()),
         _ => Err(Failure::Usage(
-            "--name wants a file name without a slash; the directory goes to --dir".into(),
+            "--name takes a file name without a slash; name the directory with --dir".into(),
         )),
     }
 }

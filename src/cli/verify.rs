@@ -25,8 +25,8 @@ pub struct Verify {
 }
 
 const EXAMPLES: &str = "\
-Every byte is read and every digest checked, and everything in the metadata that refers to something
-else is followed. Faults are printed on standard error, one a line, and the exit code is 1.
+Every byte is read, every digest is checked, and every reference in the metadata is followed. Faults
+are printed on standard error, one a line, and the exit code is 1.
 
 Example:
   ckpt verify job.ckpt && rm job.old.ckpt";

@@ -60,7 +60,7 @@ impl Door {
         let refused = |why: &str| Error::refuse(obstacle(pid, tracer, why));
         let inside = read_status(Pid(tracer)).map_or(0, |s| s.ns_pid.last().copied().unwrap_or(0));
         let stream = address(Pid(tracer), inside).and_then(|at| UnixStream::connect_addr(&at));
-        let stream = stream.map_err(|error| refused(&format!("cannot be asked ({error})")))?;
+        let stream = stream.map_err(|error| refused(&format!("cannot be reached ({error})")))?;
         let _ = stream.set_read_timeout(Some(PATIENCE));
         // Another process with that name is told nothing.
         match peer(&stream) {
@@ -68,7 +68,7 @@ impl Door {
                 stream,
                 guard: tracer,
             })),
-            _ => Err(refused("is not who listens for it")),
+            _ => Err(refused("has lost its socket to another process")),
         }
     }
 
@@ -89,7 +89,7 @@ impl Door {
             _ => Err(Error::refuse(obstacle(
                 pid,
                 self.guard,
-                "cannot let go of it now: a task does not stop, or has locked itself in with seccomp",
+                "cannot detach from it now: a task does not stop, or is under seccomp filters",
             ))),
         }
     }

@@ -152,7 +152,7 @@ impl Guard {
             // 128 plus a signal.
             Ok(Some(Change::Ended(129..))) => {
                 *self = Self::over(self.level, roots()).map_err(|error| {
-                    let harm = "a program of it that asks the processor may be ended by SIGSEGV";
+                    let harm = "a program of it that executes CPUID may be ended by SIGSEGV";
                     io::Error::other(format!(
                         "its guard was killed and not replaced: {error}; {harm}"
                     ))
@@ -162,7 +162,7 @@ impl Guard {
             Ok(Some(Change::Ended(_))) => {
                 let said = self.link.receive::<Taken>();
                 let said = said.ok().and_then(Result::err).unwrap_or_default();
-                let harm = "its programs see the processor as it is";
+                let harm = "its programs see all features of the processor";
                 Err(io::Error::other(format!("{said}; {harm}")))
             }
             Ok(_) => Ok(State::Guards),

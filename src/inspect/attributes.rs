@@ -352,7 +352,7 @@ fn thread(thread: &Thread, rows: &mut Rows) {
         1 => rows.add("seccomp", "strict"),
         _ => {
             let (own, around) = (seccomp.filters.len(), seccomp.around);
-            let value = format!("{own} filters, {around} of the surroundings");
+            let value = format!("{own} filters, {around} of the environment");
             rows.add("seccomp", value);
         }
     }
@@ -368,7 +368,10 @@ fn thread(thread: &Thread, rows: &mut Rows) {
         rows.add("PR_SCHED_CORE", format!("cookie {core_cookie:#x}"));
     }
     if *landlocked {
-        rows.add("Landlock", "restricted, by rules that nothing tells");
+        rows.add(
+            "Landlock",
+            "restricted, by rules that the kernel does not show",
+        );
     }
     if let Some(dispatch) = dispatch {
         rows.add("PR_SET_SYSCALL_USER_DISPATCH", format!("{dispatch:x?}"));

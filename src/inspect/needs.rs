@@ -110,7 +110,7 @@ fn kernel(snapshot: &Snapshot) -> Vec<Need> {
         .collect();
     let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
     if mappings.any(|m| m.backing == Backing::Kernel(KernelMapping::Vdso)) {
-        let detail = "or another one, to which the functions of the job's vDSO then lead on";
+        let detail = "or another one, to which the functions of the job's vDSO will jump";
         let name = snapshot.host.kernel.clone();
         needs.push(Need::new("kernel", name, detail));
     }
@@ -121,7 +121,7 @@ fn processor(snapshot: &Snapshot) -> Vec<Need> {
     let host = &snapshot.host;
     let detail = match host.baseline {
         Some(level) => format!("the job was started to use no more than {level}"),
-        None => "the job may have seen them".into(),
+        None => "the job may use them".into(),
     };
     let features = processor::needed(host).join(" ");
     let mut needs = vec![Need::new("processor", features, detail)];
@@ -139,7 +139,7 @@ fn privileges(snapshot: &Snapshot) -> Vec<Need> {
         for thread in &process.threads {
             let credentials = &thread.credentials;
             let name = format!("uid {}, gid {}", credentials.uid[1], credentials.gid[1]);
-            needs.push(Need::new("user", name, "or what changing to it takes"));
+            needs.push(Need::new("user", name, "or the privileges to change to it"));
             if thread.seccomp.is_on() {
                 let detail = "seccomp";
                 needs.push(Need::new(

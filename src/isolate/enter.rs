@@ -109,7 +109,7 @@ fn root_fits(pid: Pid, ours: io::Result<Metadata>) -> Result<()> {
         true => Ok(()),
         false => Err(Error::refuse(Obstacle::new(
             format!("process {pid}"),
-            "is in a container with a root file system of its own, which is not made again",
+            "is in a container with its own root file system, which is not restored",
             "run ckpt inside that container, and later restore inside one with the same files",
         ))),
     }
@@ -175,9 +175,9 @@ fn alone_in_ipc(pid: Pid, top: Pid) -> Result<()> {
             format!("process {pid}"),
             format!(
                 "is in another ipc namespace than ckpt, and shares it with process {other}, which is \
-                 not of the job"
+                 outside the job"
             ),
-            "end that one, or name the first process of both",
+            "end that one, or checkpoint an ancestor of both",
         ))),
     }
 }
@@ -203,7 +203,7 @@ fn ours(pid: Pid) -> Obstacle {
     let job = children.first().map_or("PID".into(), Pid::to_string);
     Obstacle::new(
         format!("process {pid}"),
-        "is ckpt's own, the first one of a job's pid namespace",
+        "belongs to ckpt: it is process 1 of a job's pid namespace",
         format!("name the job instead: ckpt attach {job}"),
     )
 }

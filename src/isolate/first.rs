@@ -62,7 +62,7 @@ impl First {
             Ok(Some(text)) => Err(Error::Reported(text)),
             Err(error) => Err(Error::object(
                 "the first process of the job's pid namespace",
-                "told what to do",
+                "given its orders",
                 error,
             )),
         }
@@ -91,7 +91,7 @@ pub(super) fn serve(channel: Channel) -> ! {
 fn obey(channel: &Channel) -> Result<()> {
     let gone = |error: channel::Error| Error::File {
         what: "hear from",
-        path: "whoever rebuilds the job".into(),
+        path: "the process that rebuilds the job".into(),
         source: error.into(),
     };
     // Its limit of descriptors must be ours.

@@ -347,8 +347,7 @@ impl Made {
 }
 
 /// The remedy for a refused rehearsal.
-pub(super) const WITHOUT: &str =
-    "leave --rehearse out; --kill still checks that nothing stands in the way";
+pub(super) const WITHOUT: &str = "leave --rehearse out; --kill still checks for obstacles";
 
 /// An empty file of that size, or a directory.
 fn make(path: &Path, was: &FileIdentity) -> io::Result<()> {

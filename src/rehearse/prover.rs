@@ -125,7 +125,7 @@ impl Drop for Prover {
 }
 
 fn confused() -> Error {
-    Error::Bug("the process that checks the image answers what it was not asked".into())
+    Error::Bug("the process that checks the image sent an unexpected answer".into())
 }
 
 /// Serves requests until the channel is closed.

@@ -75,7 +75,7 @@ impl ImageFile {
     fn is_written_by_us_alone(&self) -> Result<()> {
         let (mode, gid) = (self.meta.mode(), self.meta.gid());
         let reason = if mode & 0o002 != 0 {
-            "can be written by everybody".to_owned()
+            "can be written by all users".to_owned()
         } else if mode & 0o020 != 0 && gid != getegid().as_raw() {
             format!("can be written by the members of the group {gid}")
         } else {
@@ -84,7 +84,7 @@ impl ImageFile {
         Err(Error::refuse(Obstacle::new(
             format!("the image {}", self.path.shown()),
             reason,
-            "if you trust what is in it, take that right away with chmod go-w",
+            "if you trust its contents, remove that permission with chmod go-w",
         )))
     }
 
@@ -105,10 +105,10 @@ impl ImageFile {
         Err(Error::refuse(Obstacle::new(
             format!("the image {}", self.path.shown()),
             format!(
-                "is in the directory {}, where everybody may put another file in its place",
+                "is in the directory {}, where any user may replace it",
                 directory.shown()
             ),
-            "move it to a directory of root's",
+            "move it to a directory that belongs to root",
         )))
     }
 
@@ -132,7 +132,7 @@ impl ImageFile {
         if self.owner() != me.as_raw() {
             let remedy = match me.is_root() {
                 true => "with --any-owner it is restored as that user",
-                false => "if you trust whoever wrote it as yourself, make a copy that is yours",
+                false => "if you trust its owner, make a copy of your own",
             };
             return Err(Error::refuse(Obstacle::new(
                 format!("the image {}", self.path.shown()),

@@ -24,7 +24,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| "write it like 10s, 5m, 1h or 90".to_owned())?;
     let duration = Duration::try_from_secs_f64(number * seconds);
     match duration.map_err(|_| "it is too long".to_owned())? {
-        Duration::ZERO => Err("it must be longer than nothing".into()),
+        Duration::ZERO => Err("it must not be zero".into()),
         duration => Ok(duration),
     }
 }

@@ -188,7 +188,7 @@ impl Periodic {
 
     fn fail(&self, what: &str) {
         (self.failed)(&format!(
-            "{what}; the job goes on, the next interval tries again"
+            "{what}; the job continues, the next interval tries again"
         ));
     }
 }

@@ -53,7 +53,7 @@ impl Images {
         let last = self.counters()?.last().copied().unwrap_or(0);
         last.checked_add(1).ok_or_else(|| {
             io::Error::other(format!(
-                "{} is the last number there is",
+                "there is no number after {}",
                 self.path(last).shown()
             ))
         })

@@ -34,7 +34,7 @@ pub enum Error {
     #[error("{}", .0.desc())]
     Failed(Errno),
     /// The message is not of the expected type.
-    #[error("the other process said what was not expected: {0}")]
+    #[error("the other process sent an unexpected message: {0}")]
     Malformed(String),
 }
 
@@ -142,7 +142,7 @@ impl Channel {
         let len = u32::from_le_bytes([a, b, c, d]) as usize;
         let count = u32::from_le_bytes([e, f, g, h]) as usize;
         if len > LARGEST || count > MOST_DESCRIPTORS {
-            return Err(Error::Malformed("a message without measure".into()));
+            return Err(Error::Malformed("a message that is too long".into()));
         }
         while fds.len() < count && fds.len() >= MOST_RIGHTS {
             socket.write_all(&[0])?;

@@ -15,7 +15,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The task is gone: it exited, was killed, or its process called exec.
-    #[error("task {tid} ended while it was being looked at")]
+    #[error("task {tid} ended while it was being examined")]
     Died {
         /// The task.
         tid: Tid,
@@ -29,7 +29,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A `/proc` file has contents that this version does not understand.
-    #[error("{} reads in a way that this version does not understand: {what}", path.shown())]
+    #[error("{} has contents that this version does not understand: {what}", path.shown())]
     ProcSyntax {
         /// The file.
         path: PathBuf,

@@ -54,7 +54,7 @@ fn of_scope(scope: u32) -> (String, &'static str) {
             "run ckpt as root",
         ),
         _ => (
-            setting("which allows it to no one until the next boot"),
+            setting("which forbids it to all until the next boot"),
             "boot with a lower setting",
         ),
     }
@@ -96,8 +96,8 @@ mod tests {
         );
         assert_eq!(
             said(3),
-            "kernel.yama.ptrace_scope is 3, which allows it to no one until the next boot; boot \
-             with a lower setting"
+            "kernel.yama.ptrace_scope is 3, which forbids it to all until the next boot; boot with a lower \
+             setting"
         );
     }
 }

@@ -83,11 +83,14 @@ pub fn hides_requests(
         .filter_map(|tid| read_task(source.pid, tid).ok())
         .collect();
     if !may_ring(statuses.iter().map(|status| &status.signals)) {
-        return refuse(NO_DOORBELL, "let the program leave one of them alone");
+        return refuse(
+            NO_DOORBELL,
+            "let the program neither catch nor block one of them",
+        );
     }
     if file_size_limit(source)? < room.file_len {
         let reason = format!(
-            "cannot be looked at: the process's limit of the file size is below {}",
+            "cannot be examined: the process's limit of the file size is below {}",
             room.file_len
         );
         return refuse(&reason, "raise it: prlimit --fsize=unlimited --pid PID");
@@ -131,7 +134,7 @@ fn settle_process(
         let reason = NO_DOORBELL;
         return Err(refuse(
             reason.into(),
-            "let the program leave one of them alone",
+            "let the program neither catch nor block one of them",
         ));
     }
     let memory = Scratch::in_hole(RemoteAddr(scratch), room.len);
@@ -258,7 +261,7 @@ fn in_flight(turner: &Turner<'_, '_>, source: &Source, vma: &Vma, free: u64) -> 
     let all = turner.capacity();
     all.checked_sub(free).ok_or_else(|| {
         let reason = format!(
-            "takes {free} requests where {all} were expected: this kernel counts otherwise"
+            "takes {free} requests where {all} were expected: this kernel counts differently"
         );
         let remedy = "io_destroy it before the checkpoint";
         Error::refuse(refused(source, vma, &reason, remedy))
@@ -295,8 +298,8 @@ fn wait(source: &Source, vma: &Vma, ring: &Seen, in_flight: u64, begun: Instant)
 
 fn unfinished(source: &Source, vma: &Vma, left: u64) -> Obstacle {
     let reason = format!(
-        "has requests in flight that do not end ({left}; or as many of its places are in stock with CPUs on which \
-         the process may not run)"
+        "has requests in flight that do not end ({left}; or as many of its places are reserved by CPUs on \
+         which the process may not run)"
     );
     let remedy = "let the program wait for them or io_cancel them before the checkpoint; a poll does not end by itself";
     refused(source, vma, &reason, remedy)

@@ -132,8 +132,8 @@ impl Tree<'_> {
         let first = *self.phantoms.entry(session).or_insert(parent);
         if first != parent {
             return Err(format!(
-                "is in session {session}, whose leader has gone, and so is a child of another parent, \
-                 which cannot be brought about again"
+                "is in session {session}, whose leader has ended, and so is a child of another parent, \
+                 which cannot be restored"
             ));
         }
         let list = self.list(creator, When::Late);
@@ -173,7 +173,6 @@ impl Tree<'_> {
 
 fn without_way(session: i32) -> String {
     format!(
-        "is in the session of process {session} without having been created in it, which cannot be brought \
-         about again"
+        "is in the session of process {session} without having been created in it, which cannot be restored"
     )
 }

@@ -183,12 +183,12 @@ impl Thawable {
                 return Err(Error::refuse(Obstacle::new(
                     process_name(group.member),
                     format!(
-                        "is in the frozen control group {} together with {}, which is not of the job and \
+                        "is in the frozen control group {} together with {}, which is outside the job and \
                          would run if it were thawed",
                         group.directory.shown(),
                         process_name(stranger)
                     ),
-                    "name a process that all in the group descend from, or thaw it first",
+                    "checkpoint an ancestor of all in the group, or thaw it first",
                 )));
             }
             let control = group.directory.join(group.version.control());

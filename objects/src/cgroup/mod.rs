@@ -60,10 +60,15 @@ impl FromStr for Policy {
             "keep" => Ok(Policy::Keep),
             "ignore" => Ok(Policy::Ignore),
             "restore" => Ok(Policy::Restore),
-            root if root.starts_with('/') && !Path::new(root).components().any(|c| c.as_os_str() == "..") => {
+            root if root.starts_with('/')
+                && !Path::new(root).components().any(|c| c.as_os_str() == "..") =>
+            {
                 Ok(Policy::Below(root.into()))
             }
-            _ => Err("keep, ignore, restore, or the path of a group as /proc/PID/cgroup has it are wanted".into()),
+            _ => Err(
+                "keep, ignore, restore, or the path of a group as in /proc/PID/cgroup is expected"
+                    .into(),
+            ),
         }
     }
 }

@@ -92,12 +92,12 @@ pub fn check(
     }
     let access = access(flags);
     if let Some(Err(e)) = access.map(|access| now.may(access)) {
-        let remedy = "change its mode, or restore as somebody who may open it";
+        let remedy = "change its mode, or restore as a user who may open it";
         return refuse(format!("cannot be opened: {}", e.desc()), remedy);
     }
     if !may_spare_access_time(flags as i32, now.meta()) {
         let reason = format!(
-            "was opened with O_NOATIME and is another user's, for which opening it so again needs {}",
+            "was opened with O_NOATIME and belongs to another user, which needs {}",
             Use::NoAccessTime
         );
         return refuse(reason, "restore as the owner of the file, or as root");
@@ -277,7 +277,7 @@ impl Cut {
             })),
             Err(e) => Err(Box::new(Obstacle::new(
                 file.object(),
-                format!("has grown and cannot be cut back: {e}"),
+                format!("has grown and cannot be truncated: {e}"),
                 "make it writable, or let it be with --files strict",
             ))),
         }

@@ -125,7 +125,7 @@ impl Device {
                 found.map_err(|reason| Box::new(Obstacle::new(self.object(), reason, MISSING)))?;
             if let Err(errno) = rights::may_open(None, &found.link(), flags as i32) {
                 let reason = format!("cannot be opened by the job's user: {}", errno.desc());
-                let remedy = "give that user the right to it (chmod)";
+                let remedy = "give that user access to it (chmod)";
                 return Err(Box::new(Obstacle::new(self.object(), reason, remedy)));
             }
             Ok(found)

@@ -248,8 +248,8 @@ fn untold(set: &Look, sources: &[&Source], target: &EpollTarget) -> Obstacle {
     Obstacle::new(
         set.object(sources[set.process]),
         format!(
-            "is an epoll set that watches several files as fd {}, and which is which cannot be told \
-             where kcmp(2) is not permitted",
+            "is an epoll set that watches several files as fd {}, and telling them apart needs kcmp(2), \
+             which is not permitted",
             target.tfd
         ),
         WITHHELD_REMEDY,

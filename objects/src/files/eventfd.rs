@@ -48,7 +48,8 @@ impl OpenFile for EventFd {
             }
             .into()),
             None => {
-                let what = "an eventfd of which this kernel does not tell how it counts";
+                let what =
+                    "an eventfd of which this kernel does not show whether it is a semaphore";
                 Err(Box::new(left::droppable(sight.look, sight.source, what)))
             }
         })

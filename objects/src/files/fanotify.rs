@@ -65,7 +65,7 @@ fn capture(
     collector: &mut Collector,
 ) -> Result<Fanotify, Box<Obstacle>> {
     if group.flags & ASKED != 0 {
-        let what = "a fanotify group that is asked for permissions";
+        let what = "a fanotify group with permission events";
         return Err(Box::new(left::droppable(look, source, what)));
     }
     if ckpt_sys::files::unread(&look.copy) > 0 {
@@ -73,7 +73,7 @@ fn capture(
         collector.not_read_yet(
             look.object(source),
             what,
-            "they are not in the image, and a restored program is not told of them",
+            "they are not in the image, and a restored program does not get them",
         )?;
     }
     let mut marks = Vec::with_capacity(group.marks.len());
@@ -165,7 +165,7 @@ impl OpenFile for Fanotify {
     fn substitute(&mut self, _: &mut u32, by: &mut dyn Substitutes) -> Result<(), Error> {
         Err(by.refusal(
             "a fanotify group of the job".to_owned(),
-            "is told of what its copy would do and cannot be rehearsed",
+            "would get events of what its copy does and cannot be rehearsed",
         ))
     }
 

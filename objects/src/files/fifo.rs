@@ -89,7 +89,7 @@ fn capture(
         let name = path.shown();
         return Err(Box::new(Obstacle::new(
             look.object(source),
-            format!("is a FIFO ({name}) with data that nobody has open to read"),
+            format!("is a FIFO ({name}) with data that no process has open for reading"),
             "read it, or close the FIFO",
         )));
     }
@@ -271,7 +271,7 @@ impl FifoEnd {
                                 "cannot be opened for reading and writing by the job's user: {}",
                                 errno.desc()
                             ),
-                            "give that user the right to both (chmod)",
+                            "give that user both permissions (chmod)",
                         ))),
                     };
                 }

@@ -36,8 +36,8 @@ pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
         let holders = snapshot.processes.iter().filter(has).count();
         if holders > 1 {
             plan.warn(format!(
-                "{}, which {holders} processes had in common, is opened by each for itself: where one \
-                 reads on no longer moves the others",
+                "{}, which {holders} processes shared, is opened by each separately: they no longer share \
+                 its offset",
                 file.object()
             ));
         }

@@ -88,7 +88,7 @@ pub(super) fn capture(
     let anonymous = matches!(look.link, FdLink::AnonInode(_) | FdLink::PidFd);
     let foreign = kind.get::<Outside>().is_some();
     if !locks.is_empty() && (anonymous || foreign) {
-        let what = "a lock on what others have as well, which is not supported";
+        let what = "a lock on an object shared with other programs, which is not supported";
         return Err(refuse(what, "release it before the checkpoint"));
     }
     Ok(locks)

@@ -337,7 +337,7 @@ fn unsupported(look: &Look, source: &Source) -> Obstacle {
         {
             return Obstacle::new(
                 look.object(source),
-                "is secret memory (memfd_secret(2)), which the kernel shows to nobody but the process itself",
+                "is secret memory (memfd_secret(2)), which only the process itself can read",
                 "let the program close it before the checkpoint, or start it without secret memory",
             );
         }

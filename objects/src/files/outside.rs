@@ -107,8 +107,8 @@ impl Outside {
         let fifo = self.what == Surroundings::Pipe && self.name.starts_with('/');
         fifo.then(|| {
             format!(
-                "fd {fd} of the job led to the FIFO {name}, whose other end is outside the job, and is that of restore \
-                 now; with --fd {fd}={name} it leads there again",
+                "fd {fd} of the job was the FIFO {name}, whose other end is outside the job, and is that of \
+                 restore now; --fd {fd}={name} opens the FIFO again",
                 name = self.name
             )
         })
@@ -128,7 +128,7 @@ impl Outside {
         let obstacle = Obstacle::new(
             format!("fd {} of the job", self.fd),
             format!(
-                "was {what} ({}) with its far end outside the job",
+                "was {what} ({}) with its other end outside the job",
                 self.name
             ),
             format!("say what it shall be with --fd {}=PATH", self.fd),

@@ -77,7 +77,7 @@ fn capture(
             "is a pidfd of {}, which is not part of the job",
             process_name(pid)
         )),
-        _ => refuse("is a pidfd of which the kernel does not tell the process".to_owned()),
+        _ => refuse("is a pidfd of which the kernel does not show the process".to_owned()),
     }
 }
 

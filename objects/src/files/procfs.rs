@@ -256,8 +256,7 @@ impl OpenFile for ProcFile {
                 let taken = place.options.files == FilesPolicy::Adopt && self.path.exists();
                 if !same && !taken {
                     plan.warn(format!(
-                        "{} is of {}, which is not the process that it was: reads answer that it has \
-                         ended",
+                        "{} is of {}, which is another process now: reads fail as of an ended process",
                         self.object(),
                         process_name(Pid(self.process))
                     ));

@@ -297,7 +297,7 @@ fn rebuild_maker(description: &Description, at: i32, plan: &mut Builder) {
     let ours = (ours.uid[3], ours.gid[3]);
     if let Some((user, group)) = description.made_by.filter(|ids| nameless && *ids != ours) {
         let args = [at as u64, user.into(), group.into()];
-        let object = || format!("who made an open file ({})", description.kind.label());
+        let object = || format!("the creator of an open file ({})", description.kind.label());
         plan.attempt(libc::SYS_fchown, &args, object);
     }
 }
@@ -389,8 +389,7 @@ impl Owner {
         }
         if self.id != 0 && !inside {
             plan.warn(format!(
-                "{label} sent its signals to {}, which is not part of the job, and now sends them \
-                 to nobody",
+                "{label} sent its signals to {}, which is not part of the job, and now has no owner",
                 self.id
             ));
         }

@@ -69,7 +69,7 @@ fn capture(
     })?);
     let identity = match file.metadata() {
         Ok(meta) => FileIdentity::of(&meta),
-        Err(e) => return refuse(format!("cannot be looked at: {e}"), "close it"),
+        Err(e) => return refuse(format!("cannot be examined: {e}"), "close it"),
     };
     let mut path = path.to_owned();
     let (mut contents, mut attributes, mut removed) = (None, None, None);
@@ -118,8 +118,8 @@ fn capture(
     if identity.mode & libc::S_IFMT == libc::S_IFDIR && owner.is_some() && collector.frozen() {
         // Only F_NOTIFY sets an owner of a directory implicitly (`fcntl_dirnotify`, fs/notify/dnotify/dnotify.c).
         collector.findings.notes.push(format!(
-            "{} ({}) is told of changes in the directory by F_NOTIFY: of which, the kernel does not show, so \
-             that a restored process is not told of them",
+            "{} ({}) reports changes in the directory (F_NOTIFY): the kernel does not show which, so a \
+             restored process gets no such signals",
             look.object(source),
             path.shown()
         ));
@@ -348,7 +348,7 @@ impl OpenFile for Regular {
         if by.is_of_huge_pages(&self.path) {
             return Err(by.refusal(
                 self.object(),
-                "is made of huge pages and cannot be rehearsed: there would have to be as many once more",
+                "is made of huge pages and cannot be rehearsed: that would take as many huge pages once more",
             ));
         }
         by.like(&self.path, &self.identity)?;

@@ -172,8 +172,8 @@ fn untold(look: &Look, other: &Look, sources: &[&Source]) -> crate::Error {
     crate::Error::refuse(Obstacle::new(
         look.object(sources[look.process]),
         format!(
-            "may be a duplicate of fd {} of process {} or opened by itself, which cannot be told here: \
-             kcmp(2) is not permitted, and Linux is older than 6.10",
+            "may be a duplicate of fd {} of process {} or may have been opened separately: kcmp(2), which \
+             tells, is not permitted, and Linux is older than 6.10",
             other.fd, sources[other.process].pid
         ),
         WITHHELD_REMEDY,

@@ -295,7 +295,7 @@ impl Ends {
         };
         let Ok(device) = tty::device(&look.copy) else {
             return refuse(
-                format!("is the master of pty {index}, which the kernel tells nothing about"),
+                format!("is the master of pty {index}, whose state cannot be read"),
                 "try again in a moment",
             );
         };

@@ -55,8 +55,7 @@ impl Trouble {
         match self {
             Trouble::Status => Obstacle::new(
                 master,
-                "is the master of a pty in packet mode that has a status which nobody has read yet, \
-                 of a slave that is closed",
+                "is the master of a pty in packet mode with an unread status, of a slave that is closed",
                 moment,
             )
             .passing(),

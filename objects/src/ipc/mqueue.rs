@@ -70,7 +70,7 @@ fn capture(source: &Source, look: &Look, path: &Path) -> Result<MessageQueue, Bo
         |reason: String, remedy: &str| Box::new(Obstacle::new(look.object(source), reason, remedy));
     let unreadable = |e: std::io::Error| {
         refuse(
-            format!("is a POSIX message queue that cannot be looked at: {e}"),
+            format!("is a POSIX message queue that cannot be examined: {e}"),
             "run ckpt as root",
         )
     };
@@ -257,11 +257,11 @@ impl MessageQueue {
             return Err(Obstacle::new(
                 self.title(),
                 format!(
-                    "is to tell {} of its next message (mq_notify), and was to tell process {} of the job",
+                    "notifies {} of its next message (mq_notify), and notified process {} of the job",
                     process_name(Pid(present.notified)),
                     self.notified
                 ),
-                "let that one take it back, or end it",
+                "let that one remove the registration, or end it",
             ));
         }
         let same = here && present.inode == self.inode;

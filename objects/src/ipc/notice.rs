@@ -58,7 +58,8 @@ pub(super) fn event(kind: i32, number: i32, value: u64) -> [u8; 64] {
     event
 }
 
-const WITHOUT: &str = "let the program take that back (mq_notify with NULL), or poll the queue";
+const WITHOUT: &str =
+    "let the program remove the registration (mq_notify with NULL), or poll the queue";
 
 /// The registrations of the job's processes; cookies are empty.
 pub fn survey(sources: &[&Source], outside: &mut [FromOutside], collector: &mut Collector) {
@@ -123,13 +124,13 @@ impl Survey<'_> {
         let source = self.sources[owner];
         let refuse = |how: &str, why: String| {
             let reason = format!(
-                "is to tell {} of its next message (mq_notify with {how}), {why}",
+                "notifies {} of its next message (mq_notify with {how}), {why}",
                 source.title()
             );
             Err(Box::new(Obstacle::new(queue.title(), reason, WITHOUT)))
         };
         if queue.notify == libc::SIGEV_SIGNAL {
-            let why = "whose signal comes with a value that the kernel shows to nobody".to_owned();
+            let why = "whose signal carries a value that the kernel does not show".to_owned();
             return refuse("SIGEV_SIGNAL", why);
         }
         let how = match queue.notify {
@@ -174,8 +175,8 @@ impl Survey<'_> {
             return passing(refuse(how, why));
         };
         if sockets.any(|other| other.description != socket.description) {
-            let why = "and has several netlink sockets that it may be told by, of which the kernel does not show \
-                       which it is";
+            let why = "and has several netlink sockets that may be the registered one, which the kernel \
+                       does not show";
             return refuse(how, why.into());
         }
         let by = By::Cookie {
@@ -195,7 +196,7 @@ fn others(descriptions: &[files::Description], used: &[u32], frozen: bool) -> Op
     }
     let told = |reason: String| {
         Obstacle::new(
-            "a netlink socket that POSIX message queues send notices to (mq_notify with SIGEV_THREAD)",
+            "a netlink socket that POSIX message queues send notifications to (mq_notify with SIGEV_THREAD)",
             reason,
             WITHOUT,
         )
@@ -243,13 +244,13 @@ pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
         let event = plan.data(&event);
         let args = [notice.queue as u64, event];
         plan.syscall(libc::SYS_mq_notify, &args, || {
-            format!("the notice of {} (mq_notify)", queue.title())
+            format!("the notification of {} (mq_notify)", queue.title())
         });
     }
 }
 
 fn failed(queue: i32, source: &Source, what: &str, reason: &str) -> Error {
     let of = source.title();
-    let object = format!("the notice of a POSIX message queue (fd {queue} of {of})");
+    let object = format!("the notification of a POSIX message queue (fd {queue} of {of})");
     Error::object(object, what, reason)
 }

@@ -235,8 +235,8 @@ impl<'a> Site<'a> {
     pub(super) fn find<T: IpcObject>(&self, of: &T) -> Result<Found<'a>, Obstacle> {
         let (object, kind) = (of.object(), T::TYPE);
         let remedy = format!(
-            "remove that one if nobody needs it (ipcrm {} ID), or restore in an IPC namespace of \
-             its own: unshare --ipc restore IMAGE",
+            "remove that one if it is not needed (ipcrm {} ID), or restore in an IPC namespace of its own: \
+             unshare --ipc restore IMAGE",
             kind.ipcrm_option()
         );
         if let Some(row) = self.rows.iter().find(|row| row.id() == object.id) {

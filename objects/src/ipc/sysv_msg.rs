@@ -180,8 +180,8 @@ impl Queue {
     fn differs(&self, row: &Row, snapshot: &Snapshot) -> Result<bool, Obstacle> {
         let refuse = |reason: String| {
             let remedy = format!(
-                "remove it if nobody else needs it (ipcrm -q {}), or restore in an IPC namespace \
-                 of its own: unshare --ipc restore IMAGE",
+                "remove it if no other program needs it (ipcrm -q {}), or restore in an IPC namespace of \
+                 its own: unshare --ipc restore IMAGE",
                 self.object.id
             );
             Obstacle::new(self.title(), reason, remedy)

@@ -192,8 +192,8 @@ impl Set {
     ) -> Result<Vec<(u16, i16)>, Obstacle> {
         let refuse = |reason: String| {
             let remedy = format!(
-                "remove it if nobody else needs it (ipcrm -s {}), or restore in an IPC namespace \
-                 of its own: unshare --ipc restore IMAGE",
+                "remove it if no other program needs it (ipcrm -s {}), or restore in an IPC namespace of \
+                 its own: unshare --ipc restore IMAGE",
                 self.object.id
             );
             Obstacle::new(self.title(), reason, remedy)

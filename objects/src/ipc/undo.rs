@@ -237,8 +237,8 @@ fn ask_about(
     if now.as_ref() != Ok(&set.values) || sure.contains(&false) || unsure.contains(&true) {
         let obstacle = Obstacle::new(
             set.object.title(Type::Sem),
-            "was used from outside the job during the checkpoint, so that the job's adjustments \
-             (SEM_UNDO) cannot be told",
+            "was used from outside the job during the checkpoint, so that the job's adjustments (SEM_UNDO) \
+             cannot be determined",
             "try again",
         );
         return Err(Error::refuse(obstacle.passing()));
@@ -287,7 +287,7 @@ fn ask(
                 return Err(Error::refuse(Obstacle::without_remedy(
                     set.object.title(Type::Sem),
                     format!(
-                        "does not tell whether the end of the job adjusts it (SEM_UNDO): {}",
+                        "does not show whether the end of the job adjusts it (SEM_UNDO): {}",
                         errno.desc()
                     ),
                 )));

@@ -237,7 +237,7 @@ fn backing(
     if vma.flags.contains(VmFlags::PFN_MAP) || vma.flags.contains(VmFlags::IO) {
         return Err(refuse(
             &format!(
-                "is memory of the device {}, which only its driver can bring back",
+                "is memory of the device {}, which only its driver can restore",
                 path.shown()
             ),
             "let the program unmap it before the checkpoint",
@@ -245,7 +245,7 @@ fn backing(
     }
     if path == Path::new(SECRET) {
         return Err(refuse(
-            "is secret memory (memfd_secret(2)), which the kernel shows to nobody but the process itself",
+            "is secret memory (memfd_secret(2)), which only the process itself can read",
             "let the program unmap it before the checkpoint, or start it without secret memory",
         ));
     }

@@ -107,7 +107,7 @@ pub fn check_file(
     }
     Err(Box::new(Obstacle::new(
         object,
-        "was changed since the checkpoint, and the job would go on with other contents",
+        "was changed since the checkpoint, and the job would continue with other contents",
         "put the old one back, or take what is there with --files adopt",
     )))
 }

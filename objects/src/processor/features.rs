@@ -228,7 +228,7 @@ impl FromStr for Baseline {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|level| level.name() == text);
-        found.ok_or_else(|| "x86-64-v2 or x86-64-v3 is wanted".into())
+        found.ok_or_else(|| "x86-64-v2 or x86-64-v3 is expected".into())
     }
 }
 

@@ -102,8 +102,8 @@ impl Refit {
                         "a signal handler of thread {} of process {}",
                         thread.tid, process.pid
                     ),
-                    "is at work, and what it has interrupted has left processor state on the stack in \
-                     another layout than this processor's",
+                    "is running, and its frame on the stack has processor state in another layout than this \
+                     processor's",
                     "take another checkpoint, or restore it on the same kind of processor",
                 )));
             }

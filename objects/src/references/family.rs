@@ -65,7 +65,7 @@ fn sharing(process: &Process, parent: Option<&Process>, faults: &mut Faults) {
     require!(
         faults,
         (0..=super::LAST_SIGNAL as i32).contains(&process.exit_signal),
-        "process {pid} tells of its end by signal {}, which does not exist",
+        "process {pid} has the exit signal {}, which does not exist",
         process.exit_signal
     );
 }
@@ -97,7 +97,7 @@ fn stops(process: &Process, place: &HashMap<i32, usize>, faults: &mut Faults) {
     require!(
         faults,
         process.stopped.is_none_or(|signal| stops.contains(&signal)),
-        "process {} was stopped by a signal that stops nobody",
+        "process {} was stopped by a signal that is not a stop signal",
         process.pid
     );
     let there = |pids: &[i32]| {
@@ -108,7 +108,7 @@ fn stops(process: &Process, place: &HashMap<i32, usize>, faults: &mut Faults) {
     require!(
         faults,
         there(&process.untold_stops) && there(&process.untold_continues),
-        "process {} has not been told of the stop or going on of a process that is not there",
+        "process {} has an unread stop or continuation of a process that does not exist",
         process.pid
     );
 }
@@ -135,7 +135,7 @@ fn zombies(snapshot: &Snapshot, place: &HashMap<i32, usize>, faults: &mut Faults
                 && (zombie.status & 0x7f == 0 || zombie.status & 0x7f < 65)
                 && zombie.name.len() <= super::NAME_BYTES
                 && !zombie.name.contains(&0),
-            "process {pid}, which has ended, did so in no possible way"
+            "process {pid}, which has ended, has an impossible wait status"
         );
     }
 }

@@ -27,7 +27,7 @@ pub(super) fn mappings(snapshot: &Snapshot, process: &Process, page: u32, faults
     require!(
         faults,
         memory.auxv.len() % 16 == 0,
-        "the auxiliary vector of process {pid} is cut"
+        "the auxiliary vector of process {pid} is truncated"
     );
     let mut last = 0;
     for mapping in &memory.mappings {

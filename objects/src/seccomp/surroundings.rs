@@ -52,8 +52,8 @@ impl Surroundings {
             Surroundings::Same(count) => match trial::deadly_call() {
                 None => Surroundings::Same(count),
                 Some(call) => Surroundings::Unclear(format!(
-                    "is under seccomp filters that kill whoever calls {call}, as a child of ckpt has \
-                     found out"
+                    "is under seccomp filters that kill a process for calling {call}, as a test in a child \
+                     of ckpt has shown"
                 )),
             },
             other => other,
@@ -107,13 +107,12 @@ fn counted(me: &Status, first: Option<&Status>) -> Surroundings {
     ) {
         (Some(mine), Some(its)) if mine == its => Surroundings::Same(mine),
         (Some(mine), Some(its)) => Surroundings::Unclear(format!(
-            "has seccomp filters, and whose they are cannot be told: ckpt is under {} and process 1 \
-             under {its}",
+            "has seccomp filters of unknown origin: ckpt is under {} and process 1 under {its}",
             filters(mine)
         )),
         _ => Surroundings::Unclear(
-            "has seccomp filters, and how many is not told here (Linux 5.9, a /proc that shows \
-             process 1)"
+            "has seccomp filters, whose number is not shown here (that needs Linux 5.9 and a /proc that \
+             shows process 1)"
                 .into(),
         ),
     }
@@ -143,8 +142,8 @@ pub fn fewer_here(then: u32, me: &Status) -> Option<String> {
     };
     (now < then).then(|| {
         format!(
-            "the job was under {} of its surroundings (a container's, say), and is under {now} here: \
-             calls that were forbidden to it are not any more",
+            "the job was under {} of its environment (such as a container), and is under {now} here: calls \
+             that were forbidden to it no longer are",
             filters(then)
         )
     })

@@ -100,14 +100,15 @@ fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obs
         |reason: &str, remedy: &str| Box::new(Obstacle::new(look.object(source), reason, remedy));
     let state = ckpt_sys::events::poll_now(socket, libc::POLLIN);
     if state & (libc::POLLIN | libc::POLLERR) != 0 {
-        let reason = "is a netlink socket with a notice of a POSIX message queue that is unread, which is not supported";
+        let reason = "is a netlink socket with an unread notification of a POSIX message queue, which is \
+                      not supported";
         let unread = refuse(reason, "try again when the program has read it");
         return Some(Err(Box::new(unread.passing())));
     }
     // Another registration would wait for room.
     if charged > room {
-        let reason = "is a netlink socket that notices of POSIX message queues go to, with a receive buffer that they \
-                      do not fit into";
+        let reason = "is a netlink socket for notifications of POSIX message queues, with a receive buffer \
+                      that is too small for them";
         return Some(Err(refuse(
             reason,
             "let the program set a larger one (SO_RCVBUF)",

@@ -77,7 +77,7 @@ impl Names {
         let others = who.uid != now.uid[1] || who.gid != now.gid[1];
         if others && !permitted {
             plan.warn(format!(
-                "{what} tells of uid {} now and not of uid {}, which only root can say",
+                "{what} shows uid {} now and not uid {}, which only root can set",
                 now.uid[1], who.uid
             ));
             (who.uid, who.gid) = (now.uid[1], now.gid[1]);
@@ -94,7 +94,7 @@ impl Names {
             return;
         }
         let warning = format!(
-            "{what} tells of pid {} now and not of pid {}, which another process has",
+            "{what} shows pid {} now and not pid {}, which another process has",
             self.root, who.pid
         );
         let as_other = |plan: &mut Builder| {

@@ -64,19 +64,19 @@ impl Fault {
     /// The reason, as the rest of a sentence that begins with the socket.
     pub fn reason(&self) -> String {
         match self {
-            Fault::Kernel(e) => format!("has unread data that cannot be looked at: {}", e.desc()),
+            Fault::Kernel(e) => format!("has unread data that cannot be examined: {}", e.desc()),
             Fault::PendingError => {
-                "has an error (ECONNRESET) to be told before its unread messages, which cannot be \
-                 looked at without taking it"
+                "has a pending error (ECONNRESET) before its unread messages, which cannot be examined \
+                 without clearing it"
                     .into()
             }
             Fault::Urgent => {
-                "holds an urgent byte (MSG_OOB), of which kernels before Linux 6.11 tell too little"
+                "holds an urgent byte (MSG_OOB), which kernels before Linux 6.11 do not fully show"
                     .into()
             }
             Fault::UrgentPlace => {
-                "holds an urgent byte (MSG_OOB) that came with descriptors, or right behind those or another \
-                 writer's bytes, so that its place cannot be told"
+                "holds an urgent byte (MSG_OOB) that came with descriptors, or right behind those or \
+                 another writer's bytes, so that its position cannot be determined"
                     .into()
             }
             Fault::TooManyDescriptors => {

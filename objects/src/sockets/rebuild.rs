@@ -45,7 +45,10 @@ pub fn open(
         {
             obstacles.push(Obstacle::new(
                 format!("the {}", socket.label()),
-                format!("was connected to {}, where nobody is now", show(address)),
+                format!(
+                    "was connected to {}, where no socket listens now",
+                    show(address)
+                ),
                 "start the program that listens there",
             ));
         }
@@ -190,8 +193,8 @@ impl Binding<'_> {
         let label = format!("the {}", socket.label());
         if socket.is_ghost() && self.is_taken(name) {
             self.plan.warn(format!(
-                "{}, the name of a socket that was closed, is another one's now: what it left \
-                 behind comes from a socket without a name",
+                "{}, the name of a closed socket, belongs to another socket now: its messages and \
+                 connections come from a socket without a name",
                 show(&name.bytes)
             ));
             return;

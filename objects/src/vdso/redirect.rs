@@ -76,7 +76,7 @@ pub(super) fn lead_on(old: &[u8], present: &Present) -> Result<Vec<u8>, String> 
             Some(address) => jump(*address),
             None => names.find_map(instead).ok_or_else(|| {
                 format!(
-                    "has a function {}, for which nothing here can stand",
+                    "has a function {}, which has no replacement here",
                     same[0].name
                 )
             })?,

@@ -41,9 +41,9 @@ pub(super) fn accessible(pid: Pid) -> Result<(), Obstacle> {
     }
     if status.state.has_ended() {
         let reason = if tasks::list_tasks(pid).map_or(0, |t| t.len()) > 1 {
-            "has lost its first thread while others go on, which is not supported"
+            "has threads but its thread group leader has exited, which is not supported"
         } else {
-            "has already ended and waits for its parent to notice (a zombie)"
+            "has already ended and was not waited for by its parent (a zombie)"
         };
         return Err(Obstacle::without_remedy(object, reason));
     }
@@ -128,8 +128,8 @@ fn why_private(status: &Status, owner: Option<u32>, me: &Me) -> Option<String> {
     }
     // Files of an undumpable process belong to root (`task_dump_owner`, fs/proc/base.c).
     (me.uid != 0 && owner.is_some_and(|owner| owner != me.uid)).then(|| {
-        "is not dumpable: its program may not be read by you, or was set-uid or had file \
-         capabilities when it began, or it has called prctl(PR_SET_DUMPABLE, 0)"
+        "is not dumpable: you may not read its program, its program is set-user-ID or has file \
+         capabilities, or it has called prctl(PR_SET_DUMPABLE, 0)"
             .to_owned()
     })
 }

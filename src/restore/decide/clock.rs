@@ -53,14 +53,14 @@ fn take_the_machines(policy: ClockPolicy, was: &mut Host) -> Result<()> {
         let (now, then) = (clock(id), shown(was, id));
         if now < then {
             let remedy = match policy {
-                ClockPolicy::Host => "let the job's clocks go on, without --clock host",
+                ClockPolicy::Host => "continue the job's clocks, without --clock host",
                 _ => "run restore as root, which may make a time namespace for the job",
             };
             return Err(Error::refuse(Obstacle::new(
                 format!("the machine's {name} clock"),
                 format!(
-                    "shows {} s and showed the job {} s at the checkpoint: it would go back, and \
-                     what the job waits for would come so much later",
+                    "shows {} s and showed the job {} s at the checkpoint: it would go back, and the job's \
+                     timeouts would expire that much later",
                     now / 1_000_000_000,
                     then / 1_000_000_000
                 ),

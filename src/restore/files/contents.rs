@@ -175,7 +175,7 @@ impl<'a> Made<'a> {
         // Temporary names are created: with the rights of the job's user, not ours.
         let made = rights::with(self.rights, || removed.make(&flags));
         let (opened, lost) = made.map_err(|source| Error::File {
-            what: "make again what was deleted,",
+            what: "create again the deleted",
             path: removed.path.clone(),
             source,
         })?;

@@ -50,7 +50,7 @@ pub struct Prepared {
 pub fn parse(text: &str) -> Result<(String, String), String> {
     let (name, value) = text
         .split_once('=')
-        .ok_or("NAME=VALUE is wanted, such as SEED=7")?;
+        .ok_or("NAME=VALUE is expected, such as SEED=7")?;
     let letter = |c: char| c.is_ascii_alphabetic() || c == '_';
     let right = name.starts_with(letter) && name.chars().all(|c| letter(c) || c.is_ascii_digit());
     match right {
@@ -72,7 +72,8 @@ impl HandOver {
         let Some(path) = path_of(opened) else {
             return Err(Error::refuse(Obstacle::new(
                 "--env",
-                "has no file to go to: the job's environment has no CKPT_RESTORE_ENV with a whole path",
+                "has no file to be written to: the job's environment has no CKPT_RESTORE_ENV with an \
+                 absolute path",
                 "start the program with CKPT_RESTORE_ENV=PATH next time, and leave --env out for \
                  this image",
             )));

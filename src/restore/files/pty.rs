@@ -58,7 +58,7 @@ impl Ptys {
                 .map_or(Ok(()), |access| give(&master, access))
             {
                 made.warnings.push(format!(
-                    "the job's terminal {} has not got its old owner and mode: {e}",
+                    "the job's terminal {} does not have its old owner and mode: {e}",
                     terminal.name
                 ));
             }
@@ -82,8 +82,7 @@ impl Ptys {
             return;
         };
         self.warnings.push(format!(
-            "the modes of the job's terminal {} can be changed, which they could not be (TIOCSLCKTRMIOS): {}; \
-             it may need {}",
+            "the modes of the job's terminal {} are no longer locked (TIOCSLCKTRMIOS): {}; it may need {}",
             terminal.name,
             e.desc(),
             Use::LockedModes
@@ -106,7 +105,7 @@ impl Ptys {
         }
         if number != wanted {
             self.warnings.push(format!(
-                "the job's terminal {} is taken by somebody else and is now /dev/pts/{number}",
+                "the job's terminal {} is in use by others and is now /dev/pts/{number}",
                 terminal.name
             ));
         }

@@ -179,8 +179,8 @@ fn decide_one<'a>(
         }
     }
     if policy != PutFiles::Overwrite && modified_ns(meta) > i128::from(taken_at) {
-        let reason = "would be put over a file that was changed after the checkpoint".into();
-        return refuse(reason, "move that away, or let it be lost with --overwrite");
+        let reason = "would replace a file that was changed after the checkpoint".into();
+        return refuse(reason, "move that away, or replace it with --overwrite");
     }
     Ok(Ok(Some(put(Some((meta.dev(), meta.ino()))))))
 }
@@ -298,7 +298,7 @@ impl Undo {
             {
                 let old = old.shown();
                 self.warnings
-                    .push(format!("what was overwritten is left as {old}: {e}"));
+                    .push(format!("the replaced file is left as {old}: {e}"));
             }
         }
         std::mem::take(&mut self.warnings)

@@ -81,8 +81,8 @@ impl Build<'_> {
         if plan.is_too_large() {
             obstacles.push(Obstacle::new(
                 format!("the plan of process {}", self.process.pid),
-                "takes more memory than looking at an image of this size may",
-                "restore works without this bound",
+                "takes more memory than is allowed for inspecting an image of this size",
+                "restore has no such limit",
             ));
         }
         if obstacles.is_empty() {

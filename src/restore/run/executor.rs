@@ -165,7 +165,7 @@ impl Worker {
 
 /// The failure of a part of a plan, according to its header.
 pub(super) fn failed_operation(plan: &Plan, part: Part, mem: &ProcessMemory) -> Error {
-    let unknown = || Error::Bug("the restorer failed without saying where".into());
+    let unknown = || Error::Bug("the restorer failed without reporting where".into());
     let failed_at = std::mem::offset_of!(ckpt_restorer::Plan, failed) as u64;
     let Ok(at) = mem.read_u64(RemoteAddr(part.header) + failed_at) else {
         return unknown();

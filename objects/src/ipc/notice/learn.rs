@@ -197,7 +197,7 @@ impl Learner<'_, '_> {
         }
         self.make_good(queue, socket, cookie, came)?;
         let title = format!("fd {queue} of {}", self.source.title());
-        let reason = "is a POSIX message queue of whose next message its process was just told";
+        let reason = "is a POSIX message queue that has just notified its process";
         let now = Obstacle::new(title, reason, "try again");
         Err(Error::refuse(now.passing()))
     }

@@ -53,7 +53,7 @@ pub(super) fn judge(socket: &Live, table: &Table<'_>, ghosts: &mut Ghosts) -> Ve
     let gone = matches!(role, Role::Connected { peer } if peer >= GHOST);
     if reset && (socket.style == Style::Datagram || !gone) {
         return socket.refuse(
-            "is a unix socket with an error that the program has not been told yet",
+            "is a unix socket with a pending error that the program has not read",
             "let the program read from it before the checkpoint",
         );
     }
@@ -143,8 +143,8 @@ fn role(
                 return Ok(Role::Pending);
             }
             Err(socket.refuse_for_now(
-                "is a unix socket that has sent data into a connection which nobody has accepted \
-                 yet, where it cannot be looked at",
+                "is a unix socket that has sent data into a connection that is not accepted yet, where it \
+                 cannot be examined",
                 "try again when the connection has been accepted",
             ))
         }
@@ -218,8 +218,8 @@ fn backlog(
     for client in &diag.pending {
         let inode = u64::from(*client);
         if inode == 0 {
-            let reason = "is a listening unix socket with a connection waiting to be accepted \
-                          whose client has closed it already; what it sent cannot be looked at";
+            let reason = "is a listening unix socket with a connection waiting to be accepted whose client \
+                          has closed it already; what it sent cannot be examined";
             return Err(socket.refuse_for_now(reason, wait));
         }
         if !table.is_of_the_job(inode) {

@@ -213,8 +213,8 @@ impl Build<'_> {
         if let Some((was_uid, was_gid)) = phantom.ids.filter(|ids| *ids != (uid, gid)) {
             // User and group of its signal and of its directory in /proc only.
             let warning = format!(
-                "process {pid}, which has ended, had user id {was_uid} and group id {was_gid}, which it \
-                 has no longer"
+                "process {pid}, which has ended, had user id {was_uid} and group id {was_gid}, which it no \
+                 longer has"
             );
             for (nr, id) in [
                 (libc::SYS_setresgid, was_gid),
@@ -226,7 +226,7 @@ impl Build<'_> {
         let status = phantom.zombie.unwrap_or(0);
         if status & 0x80 != 0 {
             plan.warn(format!(
-                "process {pid}, which has ended, had dumped core, which its parent is not told any more"
+                "process {pid}, which has ended, had dumped core, which its wait status no longer says"
             ));
         }
         let signal = status & 0x7f;
