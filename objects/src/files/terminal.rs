@@ -89,6 +89,12 @@ pub struct Pair {
     /// Whether the slave's output is stopped.
     #[serde(default)]
     pub flow: Flow,
+    /// `TIOCEXCL` of the master.
+    #[serde(default)]
+    pub master_exclusive: bool,
+    /// Writes to the master are stopped, by tcflow(3).
+    #[serde(default)]
+    pub master_stopped: bool,
     /// Status that a reader in packet mode has not read, `TIOCPKT_*`.
     #[serde(default)]
     pub status: u8,
@@ -100,6 +106,7 @@ impl Pair {
         !self.output.is_empty()
             || !self.input.is_empty()
             || self.flow != Flow::Running
+            || self.master_stopped
             || self.status != 0
     }
 }
@@ -254,6 +261,7 @@ impl Ends {
                     pair.output = waiting.output;
                     pair.input = waiting.input;
                     pair.flow = waiting.flow;
+                    pair.master_stopped = waiting.master_stopped;
                     pair.status = waiting.status;
                 }
                 Err(trouble) => {
@@ -318,12 +326,17 @@ impl Ends {
             packet: tty::packet_mode(&look.copy),
             locked: tty::is_locked(&look.copy),
             closed,
+            master_exclusive: tty::is_exclusive(&look.copy),
             ..Pair::default()
         };
         let terminal = Terminal {
             name: format!("/dev/pts/{index}"),
             device,
-            state: state(look),
+            // Each side has its own exclusive use.
+            state: state(look).map(|state| State {
+                exclusive: false,
+                ..state
+            }),
             foreground: None,
             pair: Some(pair),
             access: stat.as_ref().map(Access::of),

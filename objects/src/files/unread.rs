@@ -86,6 +86,8 @@ pub struct Waiting {
     pub input: Vec<Input>,
     /// Whether output is stopped.
     pub flow: Flow,
+    /// Writes to the master are stopped.
+    pub master_stopped: bool,
     /// Status that a reader in packet mode has not read, `TIOCPKT_*`.
     pub status: u8,
 }
@@ -108,7 +110,8 @@ pub fn look(
     let lines = lines.is_some_and(|m| m.local & libc::ICANON != 0);
     let input = slave.is_some_and(|s| lines || tty::unread(s) > 0);
     let full = slave.is_some_and(|s| !takes_output(s));
-    if !output && !input && !full && !status {
+    let stopped = !takes_output(master);
+    if !output && !input && !full && !status && !stopped {
         return Ok(Waiting::default());
     }
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
@@ -166,7 +169,11 @@ pub fn put(master: &OwnedFd, slave: &OwnedFd, modes: Modes, waiting: &Waiting) -
     tty::set_modes(slave, &work.unprocessed())?;
     work.write(master, slave, &waiting.output)?;
     tty::set_modes(slave, &work.modes)?;
-    work.stop(waiting.flow, waiting.status)
+    work.stop(waiting.flow, waiting.status)?;
+    if waiting.master_stopped {
+        work.stop_master();
+    }
+    Ok(())
 }
 
 /// Sets O_ASYNC of a description that has an owner.
@@ -214,13 +221,19 @@ impl Work<'_> {
             // The echo of input that was only now processed.
             done = done.and(self.take_output(area));
         }
+        // What is put back is written to the master.
+        area.master_stopped = self.start_master();
         done = done.and(self.set_status(area.status));
         // After any failure, what was taken is put back: input first, while output has room.
         if input {
             done = done.and(self.put_input(area));
         }
         done = done.and(self.put_output(area));
-        done.and(self.stop(area.flow, area.status))
+        done = done.and(self.stop(area.flow, area.status));
+        if area.master_stopped {
+            self.stop_master();
+        }
+        done
     }
 
     fn take_output(&self, area: &mut Area) -> Result<()> {

@@ -161,6 +161,9 @@ impl Ptys {
             };
             tty::set_packet_mode(&pty.master, pair.packet).map_err(error)?;
             tty::set_locked(&pty.master, pair.locked).map_err(error)?;
+            if pair.master_exclusive {
+                tty::set_exclusive(&pty.master).map_err(error)?;
+            }
         }
         Ok(ours)
     }
@@ -228,6 +231,7 @@ fn refill(
         output: pair.output.clone(),
         input: pair.input.clone(),
         flow: pair.flow,
+        master_stopped: pair.master_stopped,
         status: pair.status,
     };
     unread::put(master, slave, *modes, &waiting)

@@ -23,6 +23,7 @@ pub(super) struct Area {
     pub(super) input_len: usize,
     pub(super) lines: usize,
     pub(super) flow: Flow,
+    pub(super) master_stopped: bool,
     pub(super) status: u8,
     pub(super) lengths: [u32; LINES],
     pub(super) endings: [Ending; LINES],
@@ -38,6 +39,7 @@ impl Area {
             input_len: 0,
             lines: 0,
             flow: Flow::Running,
+            master_stopped: false,
             status: 0,
             lengths: [0; LINES],
             endings: [Ending::Line; LINES],
@@ -69,6 +71,7 @@ impl Area {
             output: self.output[..self.output_len].to_vec(),
             input: (0..self.lines).map(line).collect(),
             flow: self.flow,
+            master_stopped: self.master_stopped,
             status: self.status,
         }
     }

@@ -26,9 +26,9 @@ mod packet {
     pub(super) const IOCTL: u8 = 64;
 }
 
-/// Whether the slave accepts output now: it is not stopped, and has room.
-pub(super) fn takes_output(slave: &OwnedFd) -> bool {
-    poll_now(slave, libc::POLLOUT) & libc::POLLOUT != 0
+/// Whether the slave, or the master, accepts output now: it is not stopped, and has room.
+pub(super) fn takes_output(end: &OwnedFd) -> bool {
+    poll_now(end, libc::POLLOUT) & libc::POLLOUT != 0
 }
 
 impl Work<'_> {
@@ -96,6 +96,24 @@ impl Work<'_> {
         flow(self.slave, libc::TCOOFF);
         flow(self.slave, libc::TCOON);
         Flow::Typed
+    }
+
+    /// Lets what is written to the master go on, all that waited having been taken; answers whether tcflow had stopped it. No
+    /// character does.
+    pub(super) fn start_master(&self) -> bool {
+        let goes_on = || {
+            poll_now(self.slave, libc::POLLIN);
+            takes_output(self.master)
+        };
+        if soon(ATTEMPTS / 10, goes_on) {
+            return false;
+        }
+        flow(self.master, libc::TCOON);
+        takes_output(self.master)
+    }
+
+    pub(super) fn stop_master(&self) {
+        flow(self.master, libc::TCOOFF);
     }
 
     /// Stops output as before; the modes are restored. A reader in packet mode keeps its previous unread status.

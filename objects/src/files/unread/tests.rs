@@ -211,3 +211,33 @@ fn a_begun_line_in_packet_mode() {
         }
     }
 }
+
+/// tcflow(3) works on either side; nothing of what waits is lost.
+#[test]
+fn a_master_that_is_stopped() {
+    let (master, slave) = pty();
+    write_now(&master, &slave, b"one\ntwo");
+    while tty::unread(&master) < 8 {
+        ckpt_sys::events::poll_now(&master, libc::POLLIN);
+    }
+    let stop = |master: &OwnedFd| tty::flow(master, libc::TCOOFF).unwrap();
+    stop(&master);
+    for _ in 0..2 {
+        look(&master, Some(&slave), &[]).unwrap();
+    }
+    let waiting = look(&master, Some(&slave), &[]).unwrap();
+    let (other, new) = pty();
+    put(&other, &new, tty::modes(&slave).unwrap(), &waiting).unwrap();
+    for (master, slave) in [(&master, &slave), (&other, &new)] {
+        assert_eq!(nix::unistd::write(master, b"x"), Err(Errno::EAGAIN));
+        assert_eq!(read_now(slave).unwrap(), b"one\n");
+        tty::flow(master, libc::TCOON).unwrap();
+        write_now(master, slave, b"\n");
+        assert_eq!(read_now(slave).unwrap(), b"two\n");
+    }
+    // Nothing waits, and it is stopped.
+    let (master, slave) = pty();
+    stop(&master);
+    assert!(look(&master, Some(&slave), &[]).unwrap().master_stopped);
+    assert!(!takes_output(&master));
+}
