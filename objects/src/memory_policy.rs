@@ -5,7 +5,13 @@ use ckpt_tracer::Result;
 use ckpt_tracer::remote::{Call, RemoteCalls};
 use serde::{Deserialize, Serialize};
 
-use super::memory::{Backing, Mapping};
+use std::collections::BTreeMap;
+
+use super::files::Description;
+use super::files::memfd::MemFd;
+use super::files::saved::is_shared_memory;
+use super::memory::{Backing, MappedFile, Mapping};
+use crate::Snapshot;
 use crate::bounds;
 use crate::plan::Builder;
 
@@ -78,6 +84,117 @@ pub fn capture(calls: &mut RemoteCalls<'_>, mappings: &mut [Mapping]) -> Result<
         }
     }
     Ok(())
+}
+
+/// Of a mapping of shared memory, with a name or none: which object that is, as a number of its kind, and where the mapping begins in
+/// it. A policy there is the object's (`shmem_set_policy`, mm/shmem.c), also where it is mapped privately; that of other
+/// mappings is their own.
+pub(crate) fn object(
+    backing: &Backing,
+    descriptions: &[Description],
+    files: &[MappedFile],
+) -> Option<((u8, usize), u64)> {
+    let named = |file: usize| files.get(file).is_some_and(|f| is_shared_memory(&f.path));
+    match *backing {
+        Backing::SharedFile { file, offset, .. } | Backing::PrivateFile { file, offset }
+            if named(file) =>
+        {
+            Some(((0, file), offset))
+        }
+        Backing::SharedMemory { object, offset } => Some(((1, object), offset)),
+        Backing::SysV {
+            segment, offset, ..
+        } => Some(((2, segment), offset)),
+        Backing::Description {
+            description,
+            offset,
+            ..
+        } => {
+            let memfd = descriptions.get(description)?.kind.get::<MemFd>();
+            memfd
+                .filter(|memfd| memfd.huge_page_size == 0)
+                .map(|_| ((3, description), offset))
+        }
+        _ => None,
+    }
+}
+
+/// A mapping of a shared object, in bytes of that, with the policy at its start.
+struct View {
+    start: u64,
+    end: u64,
+    policy: Option<MemoryPolicy>,
+    /// Where in it another one begins that has another policy.
+    until: Option<u64>,
+}
+
+/// Decides which mapping of a shared object has its policy. It belongs to ranges of the object (`shmem_get_policy`, mm/shmem.c), and of a
+/// mapping only that at its start is told; where it changes, mappings of the process that set it begin. One in which others begin
+/// has it no further than up to there, and not at all where others have it up to there.
+pub fn attribute(snapshot: &mut Snapshot) {
+    let (descriptions, files) = (&snapshot.descriptions, &snapshot.mapped_files);
+    let object = |m: &Mapping| object(&m.backing, descriptions, files);
+    let processes = &mut snapshot.processes;
+    let mut objects: BTreeMap<_, Vec<View>> = BTreeMap::new();
+    for mapping in processes.iter().flat_map(|p| &p.memory.mappings) {
+        if let Some((object, start)) = object(mapping) {
+            objects.entry(object).or_default().push(View {
+                start,
+                end: start + (mapping.end - mapping.start),
+                policy: mapping.policy.clone(),
+                until: None,
+            });
+        }
+    }
+    for views in objects.values_mut() {
+        let begins: Vec<_> = views.iter().map(|v| (v.start, v.policy.clone())).collect();
+        for view in views {
+            let inside = |at: u64| view.start < at && at < view.end;
+            let others = begins.iter().filter(|(_, policy)| *policy != view.policy);
+            view.until = others.map(|(at, _)| *at).filter(|at| inside(*at)).min();
+        }
+    }
+    for process in processes {
+        let mappings = std::mem::take(&mut process.memory.mappings);
+        let divided = mappings.into_iter().flat_map(|mapping| {
+            let of = object(&mapping).filter(|_| mapping.policy.is_some());
+            let views = of.and_then(|(object, start)| Some((start, objects.get(&object)?)));
+            match views {
+                Some((start, views)) => divide(mapping, start, views),
+                None => vec![mapping],
+            }
+        });
+        process.memory.mappings = divided.collect();
+    }
+}
+
+/// The parts of a mapping that begins there in an object, each with the policy that it has at a restore.
+fn divide(mut mapping: Mapping, start: u64, views: &[View]) -> Vec<Mapping> {
+    let end = start + (mapping.end - mapping.start);
+    let alike = |v: &&View| v.policy == mapping.policy;
+    let own = views
+        .iter()
+        .filter(alike)
+        .find(|v| (v.start, v.end) == (start, end));
+    let Some(until) = own.and_then(|v| v.until) else {
+        return vec![mapping];
+    };
+    let mut at = start;
+    let whole = |at: u64| {
+        let mut whole = views.iter().filter(alike).filter(|v| v.until.is_none());
+        whole.find(|v| v.start <= at && at < v.end)
+    };
+    while let Some(view) = whole(at).filter(|_| at < until) {
+        at = view.end;
+    }
+    if at >= until {
+        mapping.policy = None;
+        return vec![mapping];
+    }
+    let middle = mapping.start + (until - start);
+    let mut rest = mapping.piece(middle, mapping.end);
+    rest.policy = None;
+    vec![mapping.piece(mapping.start, middle), rest]
 }
 
 /// Our own, which a new process inherits.
@@ -190,6 +307,56 @@ mod tests {
         bytes[SET as usize..].copy_from_slice(set);
         assert_eq!(MemoryPolicy::of(&bytes), Some(policy));
         assert_eq!(max, 1025);
+    }
+
+    /// A process has set the policy of the first of three pages; its child has all in one mapping, another one the last two
+    /// of a larger part.
+    #[test]
+    fn mappings_have_the_policy_as_far_as_it_is_known() {
+        let mut snapshot = crate::fixture::snapshot();
+        let policy = Some(MemoryPolicy {
+            mode: 2,
+            nodes: vec![0],
+        });
+        let mapping = |start: u64, pages: u64, page: u64, policy: &Option<MemoryPolicy>| Mapping {
+            start,
+            end: start + pages * 4096,
+            prot: 3,
+            backing: Backing::SharedMemory {
+                object: 0,
+                offset: page * 4096,
+            },
+            flags: crate::memory::MappingFlags::empty(),
+            name: None,
+            protection_key: 0,
+            guards: vec![(start, start + 4096)],
+            policy: policy.clone(),
+        };
+        let of = |snapshot: &mut Snapshot, mappings: &[&[Mapping]]| {
+            let process = snapshot.processes[0].clone();
+            let with = |mappings: &&[Mapping]| {
+                let mut process = process.clone();
+                process.memory.mappings = mappings.to_vec();
+                process
+            };
+            snapshot.processes = mappings.iter().map(with).collect();
+            attribute(snapshot);
+            let all = snapshot.processes.iter();
+            all.map(|p| p.memory.mappings.clone()).collect::<Vec<_>>()
+        };
+        let parts = [
+            mapping(0x10000, 1, 1, &policy),
+            mapping(0x11000, 2, 2, &None),
+        ];
+        let child = [mapping(0x50000, 3, 1, &policy)];
+        let expected = vec![parts.to_vec(), vec![mapping(0x50000, 3, 1, &None)]];
+        assert_eq!(of(&mut snapshot, &[&parts, &child]), expected);
+        // Nobody else has it at its first page.
+        let child = [mapping(0x50000, 4, 0, &policy)];
+        let mut rest = mapping(0x52000, 2, 2, &None);
+        rest.guards.clear();
+        let expected = vec![parts.to_vec(), vec![mapping(0x50000, 2, 0, &policy), rest]];
+        assert_eq!(of(&mut snapshot, &[&parts, &child]), expected);
     }
 
     #[test]

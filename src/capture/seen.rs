@@ -20,7 +20,7 @@ use crate::objects::process::{self, FromOutside, InJob, Process, Shares, Statuse
 use crate::objects::processor::Processor;
 use crate::objects::source::{Collector, Source};
 use crate::objects::zombie::{self, Zombie};
-use crate::objects::{Host, Snapshot, SpaceId};
+use crate::objects::{Host, Snapshot, SpaceId, memory_policy};
 use crate::snapshot;
 
 /// Context of the plan: parts of the job's state that are visible only outside its namespaces.
@@ -135,7 +135,7 @@ pub(super) fn assemble(
     collector: &mut Collector,
 ) -> Snapshot {
     let cgroups = settings::hierarchies(&processes);
-    Snapshot {
+    let mut snapshot = Snapshot {
         host,
         cgroups,
         processes,
@@ -148,7 +148,9 @@ pub(super) fn assemble(
         ipc: std::mem::take(&mut collector.ipc),
         namespaces: Namespaces::default(),
         bundle: Vec::new(),
-    }
+    };
+    memory_policy::attribute(&mut snapshot);
+    snapshot
 }
 
 /// An image of a snapshot without pages, which planning does not read.

@@ -105,6 +105,18 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// The same with the guards there, of a segment as well.
+    pub(crate) fn piece(&self, start: u64, end: u64) -> Mapping {
+        let mut piece = self.part(start, end);
+        if let Backing::SysV { offset, .. } = &mut piece.backing {
+            *offset += start - self.start;
+        }
+        piece.guards = intersect(&self.guards, &[(start, end)]);
+        piece
+    }
+}
+
 /// `ranges` minus `without`; both ascending and without overlaps.
 pub fn subtract(ranges: &[(u64, u64)], without: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let mut left = Vec::new();

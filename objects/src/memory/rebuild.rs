@@ -8,7 +8,7 @@ use ckpt_tracer::remote::RemoteCalls;
 use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
 use crate::error::Obstacle;
 use crate::plan::Builder;
-use crate::{Snapshot, files};
+use crate::{Snapshot, files, memory_policy};
 
 /// Addresses at which whole shared memory objects are mapped while they are filled; `None` for those that neither the
 /// process nor its forks map.
@@ -21,7 +21,7 @@ pub struct Forked<'a> {
     pub parent: &'a [Mapping],
     /// The inherited parts.
     pub inherited: &'a [Inherited],
-    /// The parent was forked itself: protections are those of the ancestor that mapped the memory.
+    /// The parent was forked itself: protections and memory policies are those of the ancestor that mapped the memory.
     pub again: bool,
 }
 
@@ -254,6 +254,11 @@ pub fn map_all(
         let pieces = subtract(&[(m.start, m.end)], &there);
         pieces.into_iter().map(|(start, end)| m.part(start, end))
     });
+    // The policy of an object comes last: children would have their mappings divided as this process has them.
+    let missing = missing.map(|m| Mapping {
+        policy: (m.policy.clone()).filter(|_| policy_object(&m, snapshot).is_none()),
+        ..m
+    });
     for m in missing {
         match &m.backing {
             Backing::Anonymous => {
@@ -398,6 +403,11 @@ pub fn drop_pages(pages: &[(u64, u64)], plan: &mut Builder) {
     }
 }
 
+/// The object whose policy a mapping has.
+fn policy_object(m: &Mapping, snapshot: &Snapshot) -> Option<((u8, usize), u64)> {
+    memory_policy::object(&m.backing, &snapshot.descriptions, &snapshot.mapped_files)
+}
+
 /// Sets protections and advice, after all pages are filled and all forks made.
 pub fn finish(
     mappings: &[Mapping],
@@ -412,6 +422,8 @@ pub fn finish(
             "shared memory".into()
         });
     }
+    let mut all = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
+    let policies = forked.again && all.any(|m| m.policy.is_some());
     for m in mappings {
         let shared = matches!(m.backing, Backing::SharedMemory { .. })
             || forked.within(m).any(|i| {
@@ -424,13 +436,16 @@ pub fn finish(
             let args = [m.start, m.len(), m.prot.into()];
             plan.syscall(libc::SYS_mprotect, &args, || m.object());
         }
-        // The other mappings have it since they were mapped.
-        let placed = matches!(
-            m.backing,
-            Backing::SharedMemory { .. } | Backing::SysV { .. }
-        );
+        // Mappings that are a process's own have it since they were mapped.
+        let shared = policy_object(m, snapshot).is_some();
         let of_parent = |i: &Inherited| &forked.parent[i.parent].policy;
-        if placed && m.policy.is_some() || forked.within(m).any(|i| *of_parent(i) != m.policy) {
+        let others = || forked.within(m).any(|i| *of_parent(i) != m.policy);
+        let of_ancestor = || policies && forked.within(m).next().is_some();
+        let sets = match shared {
+            true => m.policy.is_some(),
+            false => others() || of_ancestor(),
+        };
+        if sets {
             m.rebuild_policy(plan);
         }
         m.advise(plan);
