@@ -109,7 +109,8 @@ impl Process {
 /// not permitted. A new process is in the groups of its creator.
 pub fn enter(process: &Process, snapshot: &Snapshot, policy: &Policy) -> Vec<String> {
     let pid = Pid(process.pid);
-    let (Ok(now), Ok(mounts)) = (capture(pid.into()), read_mounts(pid)) else {
+    // Ours: those of a process with a root directory of its own are below that.
+    let (Ok(now), Ok(mounts)) = (capture(pid.into()), read_mounts(Pid::own())) else {
         return Vec::new();
     };
     if *policy == Policy::Ignore {
