@@ -153,6 +153,18 @@ fn requests_that_cannot_be_seen() {
     });
 }
 
+/// Each process opens files of /proc for itself, in its own root directory.
+#[test]
+fn a_file_of_proc_in_another_root() {
+    isolated("a_file_of_proc_in_another_root", |case| {
+        case.needs_root();
+        let job = "p0 fork child=1
+            p0 procfile fd=12 of=1 name=fd at=74
+            p0 mute child=3 share=none in=pause jail=1 ns=none";
+        refused(case, job, &["/fd open", "a root directory without it"]);
+    });
+}
+
 /// The first checkpoint has them; the second one is not shown the last any more.
 #[test]
 fn empty_messages_with_descriptors() {

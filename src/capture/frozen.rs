@@ -13,6 +13,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::host;
 use crate::objects::births;
 use crate::objects::cgroup::freezer::Thawed;
+use crate::objects::files::late;
 use crate::objects::ipc::{self, notice};
 use crate::objects::job::{FrozenJob, Member};
 use crate::objects::landlock::{self, Bystanders};
@@ -124,6 +125,10 @@ impl<'r> Frozen<'r> {
         }
         // What could not be restored is refused now, not at the restore.
         births::decide(&snapshot).map_err(Error::Refused)?;
+        let out_of_reach = late::out_of_reach(&snapshot);
+        if !out_of_reach.is_empty() {
+            return Err(Error::Refused(out_of_reach));
+        }
         Ok(State {
             job,
             snapshot,

@@ -6,8 +6,10 @@ use std::collections::BTreeSet;
 
 use super::epoll::{Entry, Epoll};
 use super::kind::OpenFile;
+use super::procfs::ProcFile;
 use super::rebuild::rebuild_status;
 use crate::Snapshot;
+use crate::error::Obstacle;
 use crate::plan::Builder;
 use crate::process::Process;
 
@@ -42,6 +44,34 @@ pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
             ));
         }
     }
+}
+
+/// Files of `/proc` that a process cannot open for itself, in its root directory.
+pub fn out_of_reach(snapshot: &Snapshot) -> Vec<Obstacle> {
+    let owners = snapshot.processes.iter().filter(|p| !p.shares.files);
+    let of = |process: &Process| {
+        let held: BTreeSet<usize> = process.fds.iter().map(|e| e.description).collect();
+        let out = |description: usize| {
+            let file = snapshot
+                .descriptions
+                .get(description)?
+                .kind
+                .get::<ProcFile>()?;
+            let late = is_late(description, snapshot) && !file.is_below(&process.root);
+            late.then(|| {
+                Obstacle::new(
+                    format!("process {}", process.pid),
+                    format!(
+                        "has {} open, and a root directory without it",
+                        file.object()
+                    ),
+                    "let it close that",
+                )
+            })
+        };
+        held.into_iter().filter_map(out).collect::<Vec<_>>()
+    };
+    owners.flat_map(of).collect()
 }
 
 /// When every task of the job exists: opens the process's late descriptions, and adds them to the epoll sets that

@@ -286,6 +286,11 @@ impl OpenFile for ProcFile {
 }
 
 impl ProcFile {
+    /// Whether it has a name in that root directory.
+    pub(super) fn is_below(&self, root: &Path) -> bool {
+        self.path.starts_with(root)
+    }
+
     /// Whether it belongs to a descriptor or a mapping.
     fn is_link(&self) -> bool {
         let rest = self.below();

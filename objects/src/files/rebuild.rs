@@ -148,6 +148,7 @@ pub fn open_descriptions(
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
     let mut obstacles: Vec<Obstacle> = unknown_numbers(snapshot, options).collect();
+    obstacles.extend(late::out_of_reach(snapshot));
     obstacles.extend(staging.obstacle());
     let written = changed::Written::by(snapshot);
     for (index, description) in snapshot.descriptions.iter().enumerate() {
