@@ -1,5 +1,5 @@
-//! A snapshot as a restore here has it, which is another type than the one that was read: its paths lead
-//! to where they lead now, its descriptors and files are those that the user wants, and its vDSO is this kernel's.
+//! A snapshot adapted to this machine and to the options: paths mapped, descriptors dropped, bundled files chosen, the vDSO
+//! replaced. It is another type than the snapshot that was read, so that neither is taken for the other.
 
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -18,17 +18,17 @@ use crate::objects::findings::Findings;
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, signals};
 
-/// The snapshot, and what follows from it alone.
+/// The adapted snapshot, and what is derived from it alone.
 #[derive(Debug)]
 pub(super) struct Adapted {
     snapshot: Snapshot,
-    /// What becomes of its vDSO.
+    /// The vDSO code to be patched.
     pub(super) vdso: Replaced,
     /// Who creates whom.
     births: Result<Vec<Births>, Vec<Obstacle>>,
-    /// All ids that the job has, and those of processes that help for a while; ascending.
+    /// Ids of all tasks, zombies and temporary helper processes, ascending.
     pub(super) ids: Vec<i32>,
-    /// Bundled files that are not as they were here.
+    /// Paths of files that are taken from the image, since they are missing or different here.
     pub(super) given: Vec<PathBuf>,
 }
 
@@ -41,10 +41,10 @@ impl Deref for Adapted {
 }
 
 impl Adapted {
-    /// Adapts a snapshot. What stands in the way of it is added to `findings`.
+    /// Adapts a snapshot. Obstacles are added to `findings`.
     ///
     /// # Errors
-    /// Those of looking at this machine.
+    /// If this machine cannot be examined.
     pub(super) fn of(
         mut snapshot: Snapshot,
         request: &Request<'_>,
@@ -69,29 +69,28 @@ impl Adapted {
         })
     }
 
-    /// What each process creates.
+    /// Which processes each process creates.
     ///
     /// # Errors
-    /// What the kernel has no way to make again.
+    /// Sessions and groups that cannot be recreated.
     pub(super) fn births(&self) -> Result<&[Births], &[Obstacle]> {
         self.births.as_deref().map_err(Vec::as_slice)
     }
 
-    /// Decides which clocks the job gets; where they are the machine's, the snapshot says so from then on.
+    /// Decides which clocks the job gets. If it gets the machine's, the snapshot's times are updated to them.
     ///
     /// # Errors
-    /// [`Error::Refused`] where they would go back, or cannot be made.
+    /// [`Error::Refused`] if clocks would go back, or a required time namespace cannot be created.
     pub(super) fn decide_clocks(&mut self, policy: ClockPolicy, probed: &Probed) -> Result<Clocks> {
         clock::decide(policy, &mut self.snapshot.host, probed)
     }
 
-    /// What is not to be as it was in a rehearsal, which leaves ids, sessions and groups alone.
+    /// Edits the snapshot for a rehearsal, which does not change ids, sessions or groups.
     pub(super) fn edit<T>(&mut self, edit: impl FnOnce(&mut Snapshot) -> T) -> T {
         edit(&mut self.snapshot)
     }
 
-    /// No process of the first one's threads is told of its parent's end by a signal that it does not ignore; whether
-    /// one would have been.
+    /// Clears the parent death signals of the root's threads that are not ignored. Returns whether there were any.
     pub(super) fn keep_from_parents_end(&mut self) -> bool {
         let root = &mut self.snapshot.processes[0];
         let actions = &root.actions;

@@ -1,4 +1,4 @@
-//! A restored job before it is let go.
+//! A rebuilt job before its release.
 
 use std::os::fd::OwnedFd;
 
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::objects::files::inotify::Overflows;
 use crate::supervise::foreground::JobTerminal;
 
-/// All processes are as they were, and stopped. Dropped, they are killed, and all is as it was before.
+/// All processes are rebuilt, and stopped. Dropping it kills them and undoes everything.
 pub(super) struct Built<'d> {
     pub(super) decided: &'d Decided<'d>,
     /// Children before their parents.
@@ -25,10 +25,10 @@ pub(super) struct Built<'d> {
 }
 
 impl Built<'_> {
-    /// Lets the job go; `lend` is told before what it wants of our terminal, if it shall have it.
+    /// Releases the job. `lend` is called before with the terminal state that the job needs, if it gets our terminal.
     ///
     /// # Errors
-    /// Where a file cannot be cut or a task not be let go.
+    /// If a file cannot be truncated or a task not be released; the job is killed.
     pub(super) fn release(self, lend: &mut dyn FnMut(Option<JobTerminal>)) -> Result<Restored> {
         let Decided {
             request,

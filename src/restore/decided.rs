@@ -1,5 +1,4 @@
-//! Everything of a restore that can be decided before anything is created, decided once and for all: everything that
-//! stands in its way is found at once.
+//! All decisions of a restore, made once, before anything is created. All obstacles are found together.
 
 use std::fmt;
 
@@ -19,37 +18,40 @@ use crate::objects::plan::Inherit;
 use crate::objects::{credentials, ipc, rights};
 use crate::text::Shown;
 
-/// What a job is restored from.
+/// The decisions of a restore without obstacles. Immutable.
 pub(super) struct Decided<'p> {
     pub(super) request: &'p Request<'p>,
     pub(super) image: &'p Reader,
     pub(super) snapshot: &'p Adapted,
-    /// Its pids and where it has them.
+    /// The pid namespace of the job.
     pub(super) placed: &'p Placed<'p>,
-    /// Its clocks.
+    /// The clocks of the job.
     pub(super) clocks: Clocks,
-    /// What all plans are made from.
+    /// The common part of all plans.
     pub(super) job: Job<'p>,
-    /// What the root needs from us.
+    /// Descriptors that the root inherits from us.
     pub(super) inherit: Vec<Inherit>,
-    /// Files that are put back.
+    /// Files to be put back.
     pub(super) puts: Vec<Put<'p>>,
-    /// Files that are cut.
+    /// Files to be truncated.
     pub(super) cuts: Vec<Cut>,
 }
 
-/// What was found of a restore that is not to be made.
+/// The decisions of a restore that is only examined.
 pub struct Looked<'p> {
-    /// Nothing if something stands in the way.
+    /// `None` if there are obstacles.
     decided: Option<Decided<'p>>,
-    /// What does, the pids aside.
+    /// Obstacles and notes, except those about pids.
     findings: Findings,
-    /// What stands in the way of the job's pids.
+    /// Obstacles to the pids of the job.
     of_pids: Vec<Obstacle>,
 }
 
 impl<'p> Decided<'p> {
-    /// Looks at everything, and touches nothing.
+    /// Makes all remaining decisions, without side effects. `with_first`: the first process of our pid namespace becomes the root.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with all obstacles; other errors if this machine cannot be examined.
     pub(super) fn of(placed: &'p mut Placed<'_>, with_first: bool) -> Result<Self> {
         let pids = pids::in_the_way(placed, with_first);
         match decide(placed)? {
@@ -61,12 +63,15 @@ impl<'p> Decided<'p> {
         }
     }
 
-    /// Whether ids that are not the next ones are no reason to wait for them: they are not far.
+    /// Whether an id that another process was given can be aimed at again at once, without waiting for many others.
     pub(super) fn is_not_waited_for(&self) -> bool {
         pids::awaited(self.snapshot, self.placed.means).is_none()
     }
 
-    /// Whether nothing has come in the way of the job's pids meanwhile.
+    /// Checks again that the ids of the job are free.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if they are not.
     pub(super) fn look_again(&self) -> Result<()> {
         let obstacles = pids::in_the_way_now(self.placed);
         match obstacles.is_empty() {
@@ -75,7 +80,7 @@ impl<'p> Decided<'p> {
         }
     }
 
-    /// The plans as text, one operation a line.
+    /// Writes the plans as text, one operation a line.
     fn tell(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) -> Result<()> {
         let nothing_put = put::warning(self.request.put_files, self.snapshot);
         for warning in self.placed.opened.findings.notes.iter().chain(&nothing_put) {
@@ -116,17 +121,17 @@ impl<'p> Looked<'p> {
         })
     }
 
-    /// Everything that stands in the way; empty when there is nothing.
+    /// All obstacles.
     pub fn obstacles(&self) -> Vec<Obstacle> {
         let mut all = self.findings.clone();
         all.extend(self.of_pids.iter().cloned());
         all.obstacles
     }
 
-    /// The plans as text, one operation a line; what is against the job's pids is told by the restore.
+    /// Writes the plans as text, one operation a line, whether or not the pids of the job are free.
     ///
     /// # Errors
-    /// [`Error::Refused`] names all else that stands in the way.
+    /// [`Error::Refused`] with all other obstacles.
     pub fn dry_run(&self, line: &mut dyn FnMut(fmt::Arguments<'_>)) -> Result<()> {
         match &self.decided {
             Some(decided) => decided.tell(line),
@@ -135,7 +140,7 @@ impl<'p> Looked<'p> {
     }
 }
 
-/// Decides all that does not depend on which ids are taken; nothing if there are obstacles.
+/// Makes all decisions that do not depend on which ids are free; `None` if there are obstacles.
 fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Findings)> {
     let opened = &mut placed.opened;
     let mut findings = Findings::from(opened.findings.obstacles.clone());
@@ -165,7 +170,7 @@ fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Findin
         }
     };
     let mut inherit = Vec::new();
-    // First plans find what stands in their way.
+    // Draft plans find the obstacles to them.
     if let Some(job) = &job {
         for index in job.owners() {
             match job.draft(index) {
@@ -180,13 +185,13 @@ fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Findin
     let rights = job.as_ref().and_then(|job| job.host.rights.as_ref());
     let cuts = rights::with(rights, || Cut::all(snapshot, &request.objects));
     let cuts = findings.collect(cuts.map_err(Error::Refused))?;
-    // In a namespace of its own everything is missing, and may be created.
+    // A new IPC namespace is empty.
     if placed.inside || !snapshot.namespaces.ipc {
         findings.collect(ipc::refuse(snapshot, &request.objects))?;
     }
     if let Some(job) = &job {
         let (now, held) = (&job.host.credentials, job.host.held);
-        // What ids there are, and what may be done with them, shows inside.
+        // Which ids are mapped and may be set is only visible inside the user namespace.
         findings.extend(match placed.inside || snapshot.namespaces.user.is_none() {
             true => credentials::obstacles(snapshot, now, held, &placed.groups),
             false => credentials::foreign_groups(snapshot, &placed.groups),

@@ -1,14 +1,14 @@
 //! An image becomes a running job.
 //!
-//! A restore is a row of types, each in a file of its own, and the way from one to the next is a function:
+//! A restore is a row of types, one file each. A function leads from each to the next:
 //!
 //! ```text
 //! Opened ─▶ Placed ─▶ Decided ─▶ Ready ─▶ Built ─▶ Restored
 //! ```
 //!
-//! Everything that can be checked is checked before anything is made: the image's metadata, the machine, the files,
-//! the pids, the plans ([`Decided`]). What is looked at twice may have changed in between, so what is decided
-//! is passed on.
+//! Everything that can be checked is checked before anything is created: the image's metadata, the machine, the files,
+//! the pids, the plans ([`Decided`]). Each decision is made once and passed on, since a second look may find
+//! something else.
 
 pub mod adapt;
 mod adapted;
@@ -70,7 +70,7 @@ pub struct Request<'a> {
     pub foreground: bool,
     /// The image is looked at and not restored: what takes more memory than its size allows is refused.
     pub bounded: bool,
-    /// What is known already of where we are; else it is found out.
+    /// Probed features and our own status; probed on opening if absent.
     pub probed: Option<&'a Probed>,
     /// Who is told how far it is.
     pub progress: &'a dyn Progress,

@@ -1,4 +1,4 @@
-//! An image that was read and can be believed.
+//! An image that was read and verified.
 
 use std::borrow::Cow;
 
@@ -17,24 +17,24 @@ use crate::objects::rights::Rights;
 use crate::objects::{processor, seccomp};
 use crate::snapshot;
 
-/// An image whose snapshot was adapted to this machine.
+/// A verified image, and its snapshot adapted to this machine.
 pub struct Opened<'a> {
     pub(super) request: &'a Request<'a>,
-    /// Bytes of memory that a plan may take.
+    /// Bytes of memory that a plan may use.
     pub(super) room: u64,
     pub(super) image: Reader,
     pub(super) snapshot: Adapted,
-    /// What is known of where we are.
+    /// Probed features of this machine.
     pub(super) probed: Cow<'a, Probed>,
     /// Obstacles that are known already, and what the restored job lacks.
     pub(super) findings: Findings,
 }
 
-/// Reads an image, and looks at what can be told of it and the machine.
+/// Reads an image, and compares it with this machine.
 ///
 /// # Errors
 /// [`Error::Image`](crate::error::Error::Image) and [`Error::Metadata`](crate::error::Error::Metadata), and
-/// [`Error::Refused`](crate::error::Error::Refused) for an image of somebody else. What else is in the way is only noted.
+/// [`Error::Refused`](crate::error::Error::Refused) for an image of another user. Other obstacles are only recorded.
 pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     open_file(ImageFile::open(request.image)?, request)
 }
@@ -81,34 +81,34 @@ pub fn open_trusted<'a>(image: Reader, request: &'a Request<'a>) -> Result<Opene
 }
 
 impl<'a> Opened<'a> {
-    /// In whose name files are opened, if not in ours.
+    /// The user by whose rights files are opened, if not by ours.
     pub(super) fn rights(&self) -> Option<Rights> {
         let (credentials, held) = host::credentials(&self.probed, &self.probed.ours.groups);
         Rights::of(&self.snapshot, &credentials, held)
     }
 
-    /// What the job was started to use of the processor.
+    /// The processor baseline that the job was started with.
     pub fn baseline(&self) -> Option<Baseline> {
         self.snapshot.host.baseline
     }
 
-    /// Decides where the job has its pids, before anything is created.
+    /// Decides whether the job is restored in our pid namespace or in a new one, before anything is created.
     ///
     /// # Errors
-    /// [`Error::Refused`](crate::error::Error::Refused) with what forbids the one place that is left.
+    /// [`Error::Refused`](crate::error::Error::Refused) if neither is possible.
     pub fn place(self, wanted: Pids) -> Result<Placed<'a>> {
         Placed::of(self, wanted)
     }
 
-    /// The job gets a namespace in any case, which is our own for a while.
+    /// The job gets a new pid namespace, without further checks: for a rehearsal.
     pub fn place_in_namespace(self) -> Placed<'a> {
         Placed::at(self, Place::Namespace(None))
     }
 
-    /// Decides where the job would have its pids, and who would do the work; what is against it is noted.
+    /// The same decision for `check` and `--dry-run`: obstacles are recorded instead of returned.
     ///
     /// # Errors
-    /// Those of looking at this machine.
+    /// If this machine cannot be examined.
     pub fn place_for_a_look(self) -> Result<Placed<'a>> {
         Placed::for_a_look(self)
     }

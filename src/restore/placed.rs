@@ -1,4 +1,4 @@
-//! Where a job has its pids, and who does the work there.
+//! The decision whether a job is restored in our pid namespace or in a new one.
 
 use std::borrow::Cow;
 
@@ -15,24 +15,24 @@ use crate::objects::findings::Findings;
 use crate::objects::plan::Means;
 use crate::objects::{Snapshot, credentials};
 
-/// A job of which is known where its pids will be. The work is done here or in a namespace, by a process
-/// there, which is told by [`restored_here`](Self::restored_here) or [`restored_inside`](Self::restored_inside).
+/// A job whose pid namespace is decided. The process that restores it there calls
+/// [`restored_here`](Self::restored_here) or [`restored_inside`](Self::restored_inside) first.
 pub struct Placed<'a> {
     pub(super) opened: Opened<'a>,
     place: Place,
-    /// How tasks come by their ids where we are.
+    /// How ids are chosen in our pid namespace.
     pub(super) means: Means,
-    /// Which ids are taken where the work is done, as far as that was looked at.
+    /// Ids in use in the pid namespace of the job, if they have been looked up.
     pub(super) taken: Option<Vec<Obstacle>>,
-    /// What stands in the way of a place.
+    /// Obstacles to either pid namespace, found for a look.
     pub(super) against: Findings,
-    /// Supplementary groups of whoever does the work, outside of a user namespace, which the kernel does not show inside.
+    /// Supplementary groups of the restoring process outside of a user namespace, which the kernel does not show inside.
     pub(super) groups: Vec<u32>,
-    /// Those that a process of ours has where the work is done.
+    /// Supplementary groups of new processes in the namespaces of the job.
     pub(super) groups_there: Vec<u32>,
-    /// The namespaces are made, and we are in them.
+    /// We are in the namespaces of the job.
     pub(super) inside: bool,
-    /// The first process of our namespace, if the job begins with it.
+    /// The first process of our pid namespace, if it becomes the root of the job.
     pub(super) first: Option<First>,
 }
 
@@ -75,15 +75,15 @@ impl<'a> Placed<'a> {
         Ok(placed)
     }
 
-    /// Where it is.
+    /// The decision.
     pub fn place(&self) -> &Place {
         &self.place
     }
 
-    /// What has to be made for the job's namespaces. From then on the work is done by who that says.
+    /// The namespaces to be created. From then on the restoring process is the owner they name, if any.
     ///
     /// # Errors
-    /// A user namespace that cannot be made again.
+    /// If the user namespace cannot be recreated.
     pub fn namespaces(&mut self) -> Result<Spec> {
         let spec = pids::namespaces(self)?;
         if let Some(Owner { groups, .. }) = &spec.owner {
@@ -93,14 +93,13 @@ impl<'a> Placed<'a> {
         Ok(spec)
     }
 
-    /// Supplementary groups of whoever does the work.
+    /// Supplementary groups of the restoring process.
     pub fn groups_of_the_job(&self) -> &[u32] {
         &self.groups
     }
 
-    /// The work is done by us. With `--detach` the job's parent ends when the job runs. That is not to come to its
-    /// first process as the signal that it asked for (`PR_SET_PDEATHSIG`), which would be the end of most; one
-    /// that is ignored may.
+    /// The calling process restores the job. With `--detach` it exits once the job runs. The root must not get the
+    /// signal that it asked for at the end of its parent (`PR_SET_PDEATHSIG`), which would usually kill it.
     pub fn restored_here(&mut self) {
         let opened = &mut self.opened;
         if !opened.request.foreground && opened.snapshot.keep_from_parents_end() {
@@ -112,11 +111,11 @@ impl<'a> Placed<'a> {
         }
     }
 
-    /// The work is done in a namespace, where we are now, and where other things are permitted and other ids are taken; with
-    /// `first`, that one becomes the job's root.
+    /// The calling process is in the new namespaces, where permissions and used ids differ, and restores the job there. With
+    /// `first`, that process becomes the root.
     ///
     /// # Errors
-    /// When the kernel gives ids of the job's to our helpers.
+    /// If the ids of our helpers cannot be kept apart from those of the job.
     pub fn restored_inside(&mut self, first: Option<First>) -> Result<()> {
         let probed = Probed::here()?;
         self.means = pids::means(&self.opened.snapshot, &probed);
@@ -130,15 +129,15 @@ impl<'a> Placed<'a> {
         pids::keep_clear(self)
     }
 
-    /// What is restored: a rehearsal has it otherwise than it was, but for ids, sessions and groups.
+    /// Edits the snapshot for a rehearsal, which does not change ids, sessions or groups.
     pub(crate) fn edit<T>(&mut self, edit: impl FnOnce(&mut Snapshot) -> T) -> T {
         self.opened.snapshot.edit(edit)
     }
 
-    /// Decides all that is left, to say what stands in the way, and what would be done.
+    /// Makes all remaining decisions, for `check` and `--dry-run`.
     ///
     /// # Errors
-    /// Those of looking.
+    /// If this machine cannot be examined.
     pub fn look(&mut self) -> Result<Looked<'_>> {
         Looked::at(self)
     }
@@ -151,7 +150,7 @@ impl<'a> Placed<'a> {
         &self.opened.probed
     }
 
-    /// Processes whose ids will be free, outside of the namespaces.
+    /// Processes of our pid namespace whose ids count as free.
     pub(super) fn leaving(&self) -> &'a [Pid] {
         match self.inside {
             true => &[],

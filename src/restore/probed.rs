@@ -1,4 +1,4 @@
-//! What this machine lets us do and what we are, which no image changes: found out once a process.
+//! Kernel features, permissions and our own status: independent of any image, so probed once a process.
 
 use std::sync::OnceLock;
 
@@ -12,23 +12,23 @@ use crate::error::Result;
 use crate::objects::clock::Clocks;
 use crate::objects::plan::Means;
 
-/// What was found out, or is when it is asked for first. It holds for the process that found it, as
-/// long as that has the same credentials and namespaces.
+/// Probed features. Some are probed on first use. They are valid for the process that probed them, as long as its
+/// credentials and namespaces stay the same.
 #[derive(Clone, Debug)]
 pub struct Probed {
-    /// What the kernel can do, and we with it.
+    /// Kernel features, and our capabilities.
     pub kernel: KernelFeatures,
-    /// What the kernel says of us.
+    /// Our own `/proc/PID/status`.
     pub ours: Status,
     last_pid: OnceLock<bool>,
     clocks: OnceLock<Result<(), Errno>>,
 }
 
 impl Probed {
-    /// Finds out.
+    /// Probes this machine for the calling process.
     ///
     /// # Errors
-    /// Without `/proc`.
+    /// If `/proc/PID/status` cannot be read.
     pub fn here() -> Result<Self> {
         Ok(Self {
             kernel: KernelFeatures::probe(),
@@ -38,7 +38,7 @@ impl Probed {
         })
     }
 
-    /// The best way for us to choose the id of a task; `by_others`: also for children that were executed by our children.
+    /// The best available way to choose the id of a task. `by_others`: descendants that have executed a program create tasks, too.
     pub fn means(&self, by_others: bool) -> Means {
         if self.kernel.set_tid && (!by_others || next_pid::others_may_choose(&self.ours)) {
             return Means::SetTid;
@@ -49,10 +49,10 @@ impl Probed {
         }
     }
 
-    /// Whether a job can have these clocks.
+    /// Whether a job can be given these clocks.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The errno of creating the time namespace.
     pub fn may_have(&self, clocks: Clocks) -> Result<(), Errno> {
         (*self.clocks.get_or_init(Clocks::may_be_made))?;
         clocks.are_possible()

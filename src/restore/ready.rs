@@ -1,4 +1,4 @@
-//! A restore for which everything is there that its processes are made from.
+//! A restore whose files, IPC objects and descriptors exist.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -13,23 +13,23 @@ use crate::objects::cgroup::settings;
 use crate::objects::files::inotify::Overflows;
 use crate::objects::{ipc, sockets};
 
-/// Files are back in their places, control groups and IPC objects exist, and what the root needs from us is open.
-/// Dropped, all is as it was before.
+/// Files are put back, control groups and IPC objects created, and inherited descriptors open. Dropping it undoes all of
+/// that.
 pub(super) struct Ready<'d> {
     pub(super) decided: &'d Decided<'d>,
-    /// What the root needs from us, and the numbers that it has there.
+    /// Descriptors that the root inherits, with their numbers there.
     descriptors: Vec<(OwnedFd, i32)>,
-    /// inotify instances that are told of an overflow when nothing else is left to fail.
+    /// Queues of inotify instances, to be overflowed as a last step.
     overflows: Overflows,
     executable: File,
-    /// The master of the job's terminal, when that is a new one.
+    /// Master of the job's terminal, if that is a new pty.
     master: Option<OwnedFd>,
-    /// What is not as it was, one sentence each.
+    /// Warnings: what could not be restored exactly, one sentence each.
     warnings: Vec<String>,
     undone: Undone,
 }
 
-/// What is undone unless it is kept, the last first.
+/// Changes that are undone unless kept, in reverse order of creation.
 pub(super) struct Undone {
     bound: sockets::Made,
     objects: ipc::Prepared,
@@ -38,7 +38,7 @@ pub(super) struct Undone {
 }
 
 impl Undone {
-    /// It stays; what is not as it was, one sentence each, among which `nothing_put` has its place.
+    /// Keeps the changes. Returns warnings, `nothing_put` among them.
     pub(super) fn keep(self, nothing_put: Option<String>) -> Vec<String> {
         self.bound.keep();
         let mut warnings = self.objects.keep();
@@ -50,10 +50,10 @@ impl Undone {
 }
 
 impl<'p> Decided<'p> {
-    /// Makes it.
+    /// Puts files back, creates control groups and IPC objects, and opens what the root inherits.
     ///
     /// # Errors
-    /// Those of making; all is as it was before.
+    /// If any of that fails; it is undone.
     pub(super) fn make_ready(&self) -> Result<Ready<'_>> {
         let (request, image, snapshot) = (self.request, self.image, self.snapshot);
         let rights = self.job.host.rights.as_ref();
@@ -89,15 +89,15 @@ impl<'p> Decided<'p> {
 }
 
 impl<'d> Ready<'d> {
-    /// Builds the processes up to where they are let go; with `first`, that one becomes the root.
+    /// Creates and rebuilds all processes, which stay stopped. With `first`, that process becomes the root.
     ///
     /// # Errors
-    /// Those of building; no process is left behind, and all is as it was before.
+    /// If that fails; the processes are killed, and everything is undone.
     pub(super) fn build(self, first: Option<First>) -> Result<Built<'d>> {
         let Decided {
             job, image, clocks, ..
         } = self.decided;
-        // Processes of the job that lose their parents become ours.
+        // Orphaned processes of the job are reparented to us.
         ckpt_sys::prctl::adopt_orphans();
         let root = &self.decided.snapshot.processes[0];
         let (mut brood, leader) = spawn::spawn(

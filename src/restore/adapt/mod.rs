@@ -1,4 +1,4 @@
-//! How a snapshot comes to fit this machine.
+//! Adapts a snapshot to this machine.
 
 pub mod bundle;
 pub mod paths;

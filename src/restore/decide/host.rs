@@ -1,4 +1,4 @@
-//! What a new process will have from us before the plan sets anything.
+//! What a new process inherits from us.
 
 use ckpt_tracer::capabilities::Held;
 use ckpt_tracer::{Pid, Tid};
@@ -11,7 +11,7 @@ use crate::objects::{Snapshot, memory_policy, scheduling, security, session};
 use crate::restore::probed::Probed;
 use crate::restore::run::spawn;
 
-/// Its credentials, with these supplementary groups, and the capabilities that it has in force.
+/// The credentials of a new process with these supplementary groups, and its effective capabilities.
 pub(in crate::restore) fn credentials(probed: &Probed, groups: &[u32]) -> (Credentials, Held) {
     let status = &probed.ours;
     let mut credentials = Credentials::of(status, ckpt_sys::credentials::securebits());
@@ -26,7 +26,7 @@ pub(in crate::restore) fn credentials(probed: &Probed, groups: &[u32]) -> (Crede
     (credentials, held)
 }
 
-/// All of it. A job that is `leaving` lives.
+/// Everything that a new process inherits. `leaving`: the job still runs, and its ids and names count as free.
 pub(in crate::restore) fn state(
     snapshot: &Snapshot,
     probed: &Probed,

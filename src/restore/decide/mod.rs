@@ -1,4 +1,4 @@
-//! What is decided of a restore, one subject a file.
+//! Decisions of a restore, one subject a file.
 
 pub mod clock;
 pub(super) mod host;

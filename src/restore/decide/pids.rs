@@ -43,10 +43,10 @@ pub enum Place {
     Namespace(Option<String>),
 }
 
-/// Decides, before anything is created; with ids that are taken among ours, if that was looked at.
+/// Decides, before anything is created. Also returns obstacles to ids in our pid namespace, if they were looked up.
 ///
 /// # Errors
-/// What forbids the one place that is left.
+/// [`Error::Refused`] if neither pid namespace is possible.
 pub(in crate::restore) fn decide(
     placed: &Placed<'_>,
     wanted: Pids,
@@ -97,7 +97,7 @@ fn may_have_namespace(placed: &Placed<'_>) -> bool {
     placed.probed().kernel.pid_namespace || placed.snapshot().namespaces.pid
 }
 
-/// How the job's tasks come by their ids among ours.
+/// How the ids of the job are chosen in our pid namespace.
 pub(in crate::restore) fn means(snapshot: &Adapted, probed: &Probed) -> Means {
     probed.means(snapshot.ids.len() > 1)
 }
@@ -237,8 +237,7 @@ pub(in crate::restore) fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32
     ids
 }
 
-/// What stands in the way of the job's ids where the work is done; those of processes that are leaving are free.
-/// `with_first`: the first process becomes the root.
+/// Obstacles to the ids of the job in our pid namespace. `with_first`: the first process becomes the root.
 pub(in crate::restore) fn in_the_way(placed: &Placed<'_>, with_first: bool) -> Vec<Obstacle> {
     let taken = match &placed.taken {
         Some(taken) => taken.clone(),
@@ -251,7 +250,7 @@ pub(in crate::restore) fn in_the_way(placed: &Placed<'_>, with_first: bool) -> V
     further_in_the_way(placed, taken)
 }
 
-/// The same as it is now, of a restore to which an id was lost at the first attempt, and the first process with it.
+/// The same, looked up again after an attempt in which another process was given an id.
 pub(in crate::restore) fn in_the_way_now(placed: &Placed<'_>) -> Vec<Obstacle> {
     further_in_the_way(placed, taken(&placed.snapshot().ids, placed.leaving()))
 }

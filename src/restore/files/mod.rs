@@ -1,4 +1,4 @@
-//! Files of a job, made and opened before its processes exist.
+//! Files of a job, created and opened before its processes.
 
 pub mod contents;
 pub mod env;

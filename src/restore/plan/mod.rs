@@ -1,4 +1,4 @@
-//! From the decided snapshot to the plans.
+//! From the decisions to the plans.
 
 mod build;
 mod job;

@@ -1,4 +1,4 @@
-//! The processes: created, executing their plans, and let go.
+//! Creates the processes, has them execute their plans, releases them.
 
 pub mod driver;
 pub mod executor;
