@@ -2,6 +2,7 @@
 //! number of a leader that has ended stays in use as long as its group or session has members
 //! (`struct pid`, kernel/pid.c).
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use ckpt_tracer::proc::stat::{Stat, read_stat};
@@ -82,20 +83,24 @@ fn holders(ids: &[i32], leaving: &[Pid]) -> Vec<Holder> {
     let leaves = |stat: &&Stat| {
         leaving.contains(&Pid(stat.pid)) || (stat.state.has_ended() && leaving.contains(&stat.ppid))
     };
-    let stay: Vec<&Stat> = all.iter().filter(|stat| !leaves(stat)).collect();
+    let mut by_id: HashMap<i32, &Stat> = HashMap::new();
+    let (mut sessions, mut groups) = (HashMap::new(), HashMap::new());
+    for stat in &all {
+        by_id.insert(stat.pid, stat);
+        if !leaves(&stat) {
+            sessions.entry(stat.session).or_insert(Pid(stat.pid));
+            groups.entry(stat.pgrp).or_insert(Pid(stat.pid));
+        }
+    }
     let holder = |&id: &i32| {
-        let process = || all.iter().find(|stat| stat.pid == id);
-        let used_as = if let Some(stat) = process() {
-            (!leaves(&stat)).then_some(UsedAs::Task)
-        } else if let Ok(status) = read_status(Tid(id)) {
-            (!leaving.contains(&status.tgid)).then_some(UsedAs::Task)
-        } else {
-            None
+        let is_task = match by_id.get(&id) {
+            Some(stat) => !leaves(stat),
+            None => read_status(Tid(id)).is_ok_and(|status| !leaving.contains(&status.tgid)),
         };
-        let member = |of: fn(&Stat) -> i32| stay.iter().find(|s| of(s) == id).map(|s| Pid(s.pid));
-        let used_as = used_as
-            .or_else(|| member(|s| s.session).map(UsedAs::Session))
-            .or_else(|| member(|s| s.pgrp).map(UsedAs::Group))?;
+        let used_as = is_task
+            .then_some(UsedAs::Task)
+            .or_else(|| sessions.get(&id).copied().map(UsedAs::Session))
+            .or_else(|| groups.get(&id).copied().map(UsedAs::Group))?;
         Some(Holder { id, used_as })
     };
     ids.iter().filter_map(holder).collect()
@@ -166,36 +171,50 @@ mod tests {
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
 
-    #[test]
-    fn an_id_is_taken_as_a_task_as_a_group_and_not_by_those_who_leave() {
-        // The leader of a group that has ended, with a member that lives.
-        let mut command = Command::new("sh");
-        command.args(["-c", "sleep 1000 & echo $!"]);
-        let out = command.process_group(0).stdout(Stdio::piped()).spawn();
-        let mut leader = out.unwrap();
+    /// A process that is killed at the end of the test, also of one that fails.
+    struct Member(i32);
+
+    impl Drop for Member {
+        fn drop(&mut self) {
+            let _ = ckpt_sys::process::kill(self.0, libc::SIGKILL);
+        }
+    }
+
+    /// A shell that has ended and left a child behind: its id, and the child.
+    fn ended_leader(command: &mut Command) -> (i32, Member) {
+        let command = command.args(["sh", "-c", "sleep 1000 & echo $!"]);
+        let mut leader = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut text = String::new();
         let mut stdout = std::io::BufReader::new(leader.stdout.take().unwrap());
         std::io::BufRead::read_line(&mut stdout, &mut text).unwrap();
-        let member: i32 = text.trim().parse().unwrap();
-        let group = leader.id() as i32;
         leader.wait().unwrap();
-        let told = |ids: &[i32], leaving: &[Pid]| -> Vec<String> {
-            taken(ids, leaving)
-                .iter()
-                .map(Obstacle::to_string)
-                .collect()
-        };
-        let as_group = told(&[group], &[]);
-        assert!(
-            as_group[0].contains("still the id of a process group"),
-            "{as_group:?}"
-        );
-        assert!(told(&[member], &[])[0].contains("is taken by process"));
-        assert_eq!(told(&[group, member], &[Pid(member)]), Vec::<String>::new());
-        nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(member),
-            nix::sys::signal::Signal::SIGKILL,
-        )
-        .unwrap();
+        (leader.id() as i32, Member(text.trim().parse().unwrap()))
+    }
+
+    fn told(ids: &[i32], leaving: &[Pid]) -> Vec<String> {
+        taken(ids, leaving)
+            .iter()
+            .map(Obstacle::to_string)
+            .collect()
+    }
+
+    #[test]
+    fn an_id_is_taken_by_a_task_a_group_or_a_session_unless_it_is_leaving() {
+        for (mut command, what) in [
+            (Command::new("env"), "process group"),
+            (Command::new("setsid"), "session"),
+        ] {
+            if what == "process group" {
+                command.process_group(0);
+            }
+            let (leader, child) = ended_leader(&mut command);
+            let member = child.0;
+            let of_leader = told(&[leader], &[]);
+            let text = format!("still the id of a {what}, that of");
+            assert!(of_leader[0].contains(&text), "{of_leader:?}");
+            assert!(told(&[member], &[])[0].contains("is taken by process"));
+            let free = told(&[leader, member], &[Pid(member)]);
+            assert_eq!(free, Vec::<String>::new());
+        }
     }
 }
