@@ -115,13 +115,13 @@ const MOST: usize = 64;
 
 /// The guard's side.
 #[derive(Debug)]
-pub(super) struct Threshold {
+pub(super) struct Server {
     listener: Option<UnixListener>,
-    visitors: Vec<Visitor>,
+    connections: Vec<Connection>,
 }
 
 #[derive(Debug)]
-struct Visitor {
+struct Connection {
     stream: UnixStream,
     /// It has requested a detach.
     wants: bool,
@@ -129,7 +129,7 @@ struct Visitor {
     told: bool,
 }
 
-impl Threshold {
+impl Server {
     /// Listens under our own name. If another process has the name, no requests are possible.
     pub(super) fn new() -> Self {
         let me = std::process::id() as i32;
@@ -137,15 +137,18 @@ impl Threshold {
         let listener = listener.and_then(|l| l.set_nonblocking(true).map(|()| l));
         Self {
             listener: listener.ok(),
-            visitors: Vec::new(),
+            connections: Vec::new(),
         }
     }
 
     /// Descriptors to poll. At the limit of connections no further one is accepted.
     pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let visitors = self.visitors.iter().map(|v| v.stream.as_fd());
-        let listener = self.listener.iter().filter(|_| self.visitors.len() < MOST);
-        listener.map(AsFd::as_fd).chain(visitors)
+        let connections = self.connections.iter().map(|c| c.stream.as_fd());
+        let listener = self
+            .listener
+            .iter()
+            .filter(|_| self.connections.len() < MOST);
+        listener.map(AsFd::as_fd).chain(connections)
     }
 
     /// Reads from all connections; whether any requests a detach.
@@ -153,7 +156,7 @@ impl Threshold {
         // Limited, so that endless connections or data do not keep us from the job's tasks: the rest is handled the
         // next time.
         for _ in 0..AT_ONCE {
-            if self.visitors.len() == MOST {
+            if self.connections.len() == MOST {
                 break;
             }
             let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) else {
@@ -163,41 +166,41 @@ impl Threshold {
             let ours = |uid| uid == 0 || uid == geteuid().as_raw();
             let welcome = peer(&stream).is_some_and(|(_, uid)| ours(uid));
             if welcome && stream.set_nonblocking(true).is_ok() {
-                self.visitors.push(Visitor {
+                self.connections.push(Connection {
                     stream,
                     wants: false,
                     told: false,
                 });
             }
         }
-        self.visitors.retain_mut(Visitor::hear);
-        self.visitors.iter().any(|visitor| visitor.wants)
+        self.connections.retain_mut(Connection::read);
+        self.connections.iter().any(|connection| connection.wants)
     }
 
     /// Reports the detach.
     pub(super) fn left(&mut self) {
-        for visitor in self.visitors.iter_mut().filter(|v| v.wants && !v.told) {
-            visitor.told = visitor.stream.write_all(&[LEFT]).is_ok();
+        for connection in self.connections.iter_mut().filter(|c| c.wants && !c.told) {
+            connection.told = connection.stream.write_all(&[LEFT]).is_ok();
         }
     }
 
     /// Reports that detaching failed, and drops the requests.
     pub(super) fn stays(&mut self) {
-        for visitor in self.visitors.iter_mut().filter(|v| v.wants) {
-            let _ = visitor.stream.write_all(&[STAYS]);
-            visitor.wants = false;
+        for connection in self.connections.iter_mut().filter(|c| c.wants) {
+            let _ = connection.stream.write_all(&[STAYS]);
+            connection.wants = false;
         }
     }
 }
 
-impl Visitor {
+impl Connection {
     /// Reads from a connection; false when it is closed.
-    fn hear(&mut self) -> bool {
-        let mut said = [0; 16];
-        match self.stream.read(&mut said) {
+    fn read(&mut self) -> bool {
+        let mut bytes = [0; 16];
+        match self.stream.read(&mut bytes) {
             Ok(0) => false,
             Ok(n) => {
-                self.wants = said[n - 1] == LEAVE;
+                self.wants = bytes[n - 1] == LEAVE;
                 self.told = false;
                 true
             }
@@ -210,69 +213,69 @@ impl Visitor {
 mod tests {
     use super::*;
 
-    fn visitor() -> (UnixStream, Threshold) {
+    fn connection() -> (UnixStream, Server) {
         let (asks, stream) = UnixStream::pair().unwrap();
         stream.set_nonblocking(true).unwrap();
-        let visitors = vec![Visitor {
+        let connections = vec![Connection {
             stream,
             wants: false,
             told: false,
         }];
-        let threshold = Threshold {
+        let server = Server {
             listener: None,
-            visitors,
+            connections,
         };
-        (asks, threshold)
+        (asks, server)
     }
 
     #[test]
     fn who_asks_is_told_once_and_let_in_until_it_is_gone() {
-        let (mut asks, mut threshold) = visitor();
-        assert!(!threshold.look());
+        let (mut asks, mut server) = connection();
+        assert!(!server.look());
         asks.write_all(&[LEAVE]).unwrap();
-        assert!(threshold.look());
-        threshold.left();
-        threshold.left();
+        assert!(server.look());
+        server.left();
+        server.left();
         let mut answer = [0; 4];
         assert_eq!(asks.read(&mut answer).unwrap(), 1);
         assert_eq!(answer[0], LEFT);
         asks.write_all(&[COME]).unwrap();
-        assert!(!threshold.look());
+        assert!(!server.look());
         asks.write_all(&[LEAVE]).unwrap();
-        assert!(threshold.look());
+        assert!(server.look());
         drop(asks);
-        assert!(!threshold.look());
-        assert!(threshold.visitors.is_empty());
+        assert!(!server.look());
+        assert!(server.connections.is_empty());
     }
 
     #[test]
-    fn whoever_comes_or_talks_without_end_is_heard_a_little_at_a_time() {
-        let mut threshold = Threshold::new();
+    fn connections_and_data_without_end_are_limited_in_each_round() {
+        let mut server = Server::new();
         let me = std::process::id() as i32;
         let connect = |_| UnixStream::connect_addr(&address(Pid(me), me).unwrap()).unwrap();
         let mut crowd: Vec<UnixStream> = (0..100).map(connect).collect();
-        assert!(!threshold.look());
-        assert_eq!(threshold.visitors.len(), AT_ONCE);
+        assert!(!server.look());
+        assert_eq!(server.connections.len(), AT_ONCE);
         crowd[0].write_all(&[COME; 100]).unwrap();
         crowd[0].write_all(&[LEAVE]).unwrap();
-        assert!(!threshold.look());
-        assert_eq!(threshold.visitors.len(), 2 * AT_ONCE);
-        let looks = (0..10).filter(|_| threshold.look()).count();
+        assert!(!server.look());
+        assert_eq!(server.connections.len(), 2 * AT_ONCE);
+        let looks = (0..10).filter(|_| server.look()).count();
         assert!((1..10).contains(&looks), "it is heard in the end");
-        assert_eq!(threshold.visitors.len(), MOST);
-        assert_eq!(threshold.fds().count(), MOST);
+        assert_eq!(server.connections.len(), MOST);
+        assert_eq!(server.fds().count(), MOST);
         drop(crowd);
-        threshold.look();
-        assert!(threshold.fds().count() > threshold.visitors.len());
+        server.look();
+        assert!(server.fds().count() > server.connections.len());
     }
 
     #[test]
     fn who_is_refused_does_not_want_it_any_more() {
-        let (mut asks, mut threshold) = visitor();
+        let (mut asks, mut server) = connection();
         asks.write_all(&[LEAVE]).unwrap();
-        assert!(threshold.look());
-        threshold.stays();
-        assert!(!threshold.look());
+        assert!(server.look());
+        server.stays();
+        assert!(!server.look());
         let mut answer = [0];
         asks.read_exact(&mut answer).unwrap();
         assert_eq!(answer, [STAYS]);

@@ -21,7 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::door::Threshold;
+use super::door::Server;
 use super::first;
 use super::flag::{self, Flag};
 use crate::objects::job::Family;
@@ -83,7 +83,7 @@ pub(super) fn guard(level: Baseline, roots: &[Pid], entrance: Option<UnixStream>
         away: None,
         stuck: false,
     };
-    let mut threshold = Threshold::new();
+    let mut server = Server::new();
     let taken = match &entrance {
         Some(entrance) => guard.let_in(entrance),
         None => guard.take_patiently(roots),
@@ -94,22 +94,22 @@ pub(super) fn guard(level: Baseline, roots: &[Pid], entrance: Option<UnixStream>
     }
     let _ = link.send(&super::Taken::Ok(()));
     drop((entrance, link));
-    guard.run(&children, &mut threshold);
+    guard.run(&children, &mut server);
 }
 
 impl Guard {
-    fn run(&mut self, children: &SignalFd, threshold: &mut Threshold) {
+    fn run(&mut self, children: &SignalFd, server: &mut Server) {
         loop {
             while let Ok(Some(_)) = children.read_signal() {}
             let alone = self.drain();
-            match (threshold.look(), self.away.is_some()) {
+            match (server.look(), self.away.is_some()) {
                 (true, false) => self.begin_to_leave(),
                 (false, true) => self.come_back(),
-                (true, true) if alone => threshold.left(),
+                (true, true) if alone => server.left(),
                 _ => {}
             }
             if !self.tick() {
-                threshold.stays();
+                server.stays();
                 continue;
             }
             if alone && self.away.is_none() && self.tasks.is_empty() {
@@ -120,7 +120,7 @@ impl Guard {
                 true => PollTimeout::from(TICK),
                 false => PollTimeout::NONE,
             };
-            let fds: Vec<BorrowedFd<'_>> = threshold.fds().chain([children.as_fd()]).collect();
+            let fds: Vec<BorrowedFd<'_>> = server.fds().chain([children.as_fd()]).collect();
             let mut fds: Vec<PollFd<'_>> = fds
                 .into_iter()
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
