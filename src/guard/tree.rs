@@ -15,7 +15,7 @@ use ckpt_tracer::proc::stat::read_stat;
 use ckpt_tracer::proc::status::read_status;
 use ckpt_tracer::proc::tasks;
 use ckpt_tracer::remote::hide_interruption;
-use ckpt_tracer::task::{News, Resume, Running, Stop, Stopped, Waited, news};
+use ckpt_tracer::task::{AnyTask, Resume, Running, Stop, Stopped, Waited, poll_any};
 use ckpt_tracer::{AttachError, Error, Pid, Result, Tid, cpuid, refusal};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -214,9 +214,9 @@ impl Guard {
         for _ in 0..ROUNDS {
             let mut all = Vec::new();
             let alone = loop {
-                match news() {
-                    Ok(News::Of(tid, waited)) => all.push((tid, waited)),
-                    other => break matches!(other, Ok(News::NoTasks)),
+                match poll_any() {
+                    Ok(AnyTask::Changed(tid, waited)) => all.push((tid, waited)),
+                    other => break matches!(other, Ok(AnyTask::NoTasks)),
                 }
             };
             if alone {

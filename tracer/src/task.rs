@@ -48,7 +48,7 @@ impl Waited {
     fn of(self, task: &Running) -> Self {
         match self {
             Waited::Stopped(stopped) => Waited::Stopped(Stopped {
-                company: task.company,
+                others: task.others,
                 ..stopped
             }),
             gone => gone,
@@ -76,12 +76,12 @@ pub enum Resume {
 
 /// Our other tasks while this one is waited for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Company {
+pub enum OtherTasks {
     /// Each is in a stop: all that can happen to them is their end.
     #[default]
     Stopped,
     /// None in its process.
-    Nobody,
+    None,
     /// They run: their stops are for other waits.
     Running,
 }
@@ -90,7 +90,7 @@ pub enum Company {
 #[derive(Debug)]
 pub struct Running {
     tid: Tid,
-    company: Company,
+    others: OtherTasks,
 }
 
 /// A seized task in a ptrace stop.
@@ -98,7 +98,7 @@ pub struct Running {
 pub struct Stopped {
     tid: Tid,
     stop: Stop,
-    company: Company,
+    others: OtherTasks,
 }
 
 fn request(call: &'static str, req: u32, tid: Tid, addr: usize, data: usize) -> Result<i64> {
@@ -119,7 +119,7 @@ impl Running {
         request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options as usize)?;
         Ok(Self {
             tid,
-            company: Company::default(),
+            others: OtherTasks::default(),
         })
     }
 
@@ -127,14 +127,14 @@ impl Running {
     pub fn auto_attached(tid: Tid) -> Self {
         Self {
             tid,
-            company: Company::default(),
+            others: OtherTasks::default(),
         }
     }
 
     /// Records that it is the only task of its process, see [`wait_alone`](Self::wait_alone).
     pub fn only(self) -> Self {
         Self {
-            company: Company::Nobody,
+            others: OtherTasks::None,
             ..self
         }
     }
@@ -160,10 +160,10 @@ impl Running {
     /// process was killed), and it is reaped here. The only task of a process does not need that, which saves the
     /// kernel a walk over all of ours.
     pub fn wait_alone(self) -> Result<Waited> {
-        match self.company {
-            Company::Nobody => return self.wait(),
-            Company::Running => return self.wait_among_running(),
-            Company::Stopped => {}
+        match self.others {
+            OtherTasks::None => return self.wait(),
+            OtherTasks::Running => return self.wait_among_running(),
+            OtherTasks::Stopped => {}
         }
         loop {
             match wait_for(-1, self.tid)? {
@@ -191,7 +191,7 @@ impl Running {
     /// Whether it has stopped or ended. With `all`, other tasks that end are reaped as in
     /// [`wait_alone`](Self::wait_alone).
     pub fn poll(self, all: bool) -> Result<Polled> {
-        let which = if all && self.company == Company::Stopped {
+        let which = if all && self.others == OtherTasks::Stopped {
             -1
         } else {
             self.tid.raw()
@@ -248,7 +248,7 @@ fn wait_with(which: i32, expected: Tid, options: i32) -> Result<Option<(Tid, Wai
     let stopped = Stopped {
         tid,
         stop,
-        company: Company::default(),
+        others: OtherTasks::default(),
     };
     Ok(Some((tid, Waited::Stopped(stopped))))
 }
@@ -274,29 +274,29 @@ fn note_ends_beside(leader: Tid) {
 
 /// Result of polling all our tasks.
 #[derive(Debug)]
-pub enum News {
+pub enum AnyTask {
     /// Nothing happened.
     None,
     /// We have no task.
     NoTasks,
     /// One has stopped or ended. The others run meanwhile.
-    Of(Tid, Waited),
+    Changed(Tid, Waited),
 }
 
 /// Looks for the next stop or end of any task, without waiting.
-pub fn news() -> Result<News> {
-    let nobody = Tid(-1);
-    Ok(match wait_with(-1, nobody, libc::WNOHANG)? {
-        None => News::None,
-        Some((tid, _)) if tid == nobody => News::NoTasks,
-        Some((tid, Waited::Stopped(stopped))) => News::Of(
+pub fn poll_any() -> Result<AnyTask> {
+    let no_task = Tid(-1);
+    Ok(match wait_with(-1, no_task, libc::WNOHANG)? {
+        None => AnyTask::None,
+        Some((tid, _)) if tid == no_task => AnyTask::NoTasks,
+        Some((tid, Waited::Stopped(stopped))) => AnyTask::Changed(
             tid,
             Waited::Stopped(Stopped {
-                company: Company::Running,
+                others: OtherTasks::Running,
                 ..stopped
             }),
         ),
-        Some((tid, gone)) => News::Of(tid, gone),
+        Some((tid, gone)) => AnyTask::Changed(tid, gone),
     })
 }
 
@@ -320,7 +320,7 @@ impl Stopped {
         Self {
             tid,
             stop: Stop::Other(0),
-            company: Company::default(),
+            others: OtherTasks::default(),
         }
     }
 
@@ -331,9 +331,9 @@ impl Stopped {
 
     /// Records whether it is the only task of its process that we trace, see [`Running::wait_alone`].
     pub fn note_only(&mut self, only: bool) {
-        self.company = match only {
-            true => Company::Nobody,
-            false => Company::Stopped,
+        self.others = match only {
+            true => OtherTasks::None,
+            false => OtherTasks::Stopped,
         };
     }
 
@@ -352,7 +352,7 @@ impl Stopped {
         request("PTRACE_CONT", how as u32, self.tid, 0, signal as usize)?;
         Ok(Running {
             tid: self.tid,
-            company: self.company,
+            others: self.others,
         })
     }
 
