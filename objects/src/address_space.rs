@@ -230,7 +230,7 @@ mod tests {
     use crate::plan::{Builder, HostState};
 
     #[test]
-    fn a_dumpability_that_nobody_may_set_is_told() {
+    fn a_dumpability_that_cannot_be_set_is_reported() {
         let warnings = |dumpable| {
             let host = HostState::default();
             let mut plan = Builder::new(0, host);

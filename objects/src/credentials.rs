@@ -158,8 +158,8 @@ impl Ids {
         let unknown = |ids: &[u32], map: &Option<Vec<Extent>>| {
             let map = map.as_ref()?;
             let has = |id: u32, (first, _, count): &Extent| id >= *first && id - first < *count;
-            let nobody = |id: &u32| !map.iter().any(|extent| has(*id, extent));
-            ids.iter().copied().find(nobody)
+            let unmapped = |id: &u32| !map.iter().any(|extent| has(*id, extent));
+            ids.iter().copied().find(unmapped)
         };
         unknown(&task.uid, &self.users).or_else(|| unknown(&task.gid, &self.groups))
     }
@@ -415,7 +415,7 @@ mod tests {
             "{said}"
         );
         let both = Capability::Setuid.bit() | Capability::Setgid.bit();
-        let said = why(&of(7), &me, both).expect("it would be somebody else's");
+        let said = why(&of(7), &me, both).expect("it has another uid");
         assert!(
             said.contains("CAP_SYS_PTRACE and CAP_DAC_OVERRIDE"),
             "{said}"
@@ -434,7 +434,7 @@ mod tests {
             permitted: Capability::NetAdmin.bit(),
             ..me.clone()
         };
-        let said = why(&capable, &me, both).expect("nobody can give it");
+        let said = why(&capable, &me, both).expect("the capability cannot be given");
         assert!(said.ends_with("cannot give it: net_admin"), "{said}");
         let ids = Ids {
             users: Some(vec![(0, 0, 1), (1000, 5000, 2)]),

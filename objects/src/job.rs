@@ -335,7 +335,7 @@ mod tests {
         let shell = Shell::start();
         // The time is over at once; two of three count as existing before.
         let all = FrozenJob::freeze_until(&[shell.pid()], Instant::now(), 0);
-        all.expect("nobody has come").thaw().expect("all live");
+        all.expect("no new process").thaw().expect("all live");
         let mut hunt = Hunt {
             roots: vec![shell.pid()],
             give_up: Instant::now(),

@@ -101,10 +101,10 @@ impl UserNamespace {
     /// setgroups(2) inside.
     pub fn groups_inside(&self, outside: &[u32]) -> Vec<u32> {
         /// `/proc/sys/kernel/overflowgid`.
-        const NOBODY: u32 = 65534;
+        const OVERFLOW_GID: u32 = 65534;
         let inside = |group: &u32| {
             let line = self.gids.iter().find(|line| leads_to(line, *group));
-            line.map_or(NOBODY, |(inside, first, _)| inside + (group - first))
+            line.map_or(OVERFLOW_GID, |(inside, first, _)| inside + (group - first))
         };
         outside.iter().map(inside).collect()
     }

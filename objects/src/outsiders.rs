@@ -27,7 +27,7 @@ pub struct Shared {
 /// Objects that the processes of a job share with others. Processes that may not be traced are left out, and all of
 /// them run.
 pub fn shared(job: &[Pid]) -> Vec<Shared> {
-    let everybody = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
+    let all = tasks::list_processes(&ProcRoot::default()).unwrap_or_default();
     let me = Pid::own();
     // A running job may have created another child since it was listed.
     let parent = |pid: &Pid| {
@@ -36,7 +36,7 @@ pub fn shared(job: &[Pid]) -> Vec<Shared> {
     };
     let of_the_job =
         |pid: &Pid| std::iter::successors(Some(*pid), parent).any(|pid| job.contains(&pid));
-    let others: Vec<Pid> = everybody
+    let others: Vec<Pid> = all
         .into_iter()
         .filter(|pid| *pid != me && parent(pid) != Some(me) && !of_the_job(pid))
         .collect();

@@ -504,10 +504,10 @@ fn untold(calls: &mut RemoteCalls<'_>, what: i32, children: &[i32]) -> Result<Ve
     let options = what | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
     /// `si_pid` in `siginfo_t`.
     const SI_PID: u64 = 16;
-    let mut ask = |whom: libc::idtype_t, id: i32| -> Result<i32> {
+    let mut ask = |id_type: libc::idtype_t, id: i32| -> Result<i32> {
         let info = calls.scratch().raw();
         calls.write_scratch(0, &[0; 128])?;
-        let args = [whom.into(), id as u64, info, options as u64, 0, 0];
+        let args = [id_type.into(), id as u64, info, options as u64, 0, 0];
         calls.call("waitid", libc::SYS_waitid, args)?;
         Ok(i32::from_le_bytes(calls.read_scratch(SI_PID)?))
     };

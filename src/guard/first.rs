@@ -32,7 +32,7 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn whoever_writes_is_known() {
+    fn sender_of_bytes_is_known() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         wants_credentials(&ours).unwrap();
         theirs.write_all(b"?").unwrap();

@@ -427,7 +427,7 @@ impl Guard {
         };
         let living: Vec<Pid> = processes.iter().filter(|p| lives(p)).map(|p| p.0).collect();
         if !living.is_empty() {
-            until_nobody_traces(&living);
+            until_untraced(&living);
             // Processes that may not be traced any more continue without the flag.
             let _ = self.take(&living);
         }
@@ -461,7 +461,7 @@ impl Guard {
 
 /// When a requester was killed, its connection closes before the kernel has detached its tracees, which follows at
 /// once. Another process may trace the job permanently; its processes run meanwhile, but we do not wait long.
-fn until_nobody_traces(processes: &[Pid]) {
+fn until_untraced(processes: &[Pid]) {
     const PAUSE: Duration = Duration::from_millis(1);
     let begun = Instant::now();
     let us = Pid::own().raw();

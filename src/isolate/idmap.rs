@@ -49,8 +49,8 @@ impl IdMaps {
 
     /// Sets mapped ids in the creator of the namespace, whose ids `uid` and `gid` outside may be unmapped.
     pub(super) fn settle(&self, uid: u32, gid: u32) -> io::Result<()> {
-        let new_gid = somebody(&self.gids, gid);
-        let new_uid = somebody(&self.uids, uid);
+        let new_gid = instead_of_unmapped(&self.gids, gid);
+        let new_uid = instead_of_unmapped(&self.uids, uid);
         if self.without_groups {
             ckpt_sys::credentials::set_groups(&[])?;
         }
@@ -72,7 +72,7 @@ fn lines(map: &[Extent]) -> String {
 }
 
 /// An id inside for an unmapped one: root's if it is mapped.
-fn somebody(map: &[Extent], outer: u32) -> Option<u32> {
+fn instead_of_unmapped(map: &[Extent], outer: u32) -> Option<u32> {
     if map
         .iter()
         .any(|(_, o, n)| (*o..o.saturating_add(*n)).contains(&outer))
@@ -110,10 +110,10 @@ mod tests {
     #[test]
     fn an_id_that_leads_nowhere_becomes_another_one() {
         let map = [(1, 100_000, 65536), (0, 1000, 1)];
-        assert_eq!(somebody(&map, 1000), None);
-        assert_eq!(somebody(&map, 100_007), None);
-        assert_eq!(somebody(&map, 0), Some(0));
-        assert_eq!(somebody(&map, 165_536), Some(0));
+        assert_eq!(instead_of_unmapped(&map, 1000), None);
+        assert_eq!(instead_of_unmapped(&map, 100_007), None);
+        assert_eq!(instead_of_unmapped(&map, 0), Some(0));
+        assert_eq!(instead_of_unmapped(&map, 165_536), Some(0));
         assert_eq!(lines(&map), "1 100000 65536\n0 1000 1\n");
     }
 }

@@ -14,7 +14,7 @@ use nix::unistd::{read, write};
 use super::Terminal;
 
 /// Polling interval of a terminal that no process has open, milliseconds.
-const NOBODY: u16 = 50;
+const HUNG_UP: u16 = 50;
 /// Bytes of a read.
 const BLOCK: usize = 16 * 1024;
 
@@ -119,9 +119,9 @@ struct Pump {
 
 impl Pump {
     fn run(mut self) {
-        let mut nobody = false;
+        let mut hung_up = false;
         loop {
-            let ready = self.wait(nobody);
+            let ready = self.wait(hung_up);
             let Ready {
                 master,
                 typed,
@@ -131,13 +131,13 @@ impl Pump {
                 Err(Errno::EINTR) => continue,
                 Err(_) => return,
             };
-            nobody = false;
+            hung_up = false;
             if typed {
                 self.take_input();
             }
             self.pass_input();
             if master || stop {
-                nobody = self.pass_output() == Output::HungUp;
+                hung_up = self.pass_output() == Output::HungUp;
             }
             if stop {
                 return;
@@ -145,14 +145,14 @@ impl Pump {
         }
     }
 
-    fn wait(&self, nobody: bool) -> nix::Result<Ready> {
+    fn wait(&self, hung_up: bool) -> nix::Result<Ready> {
         let mut events = PollFlags::POLLIN;
         if !self.pending.is_empty() {
             events |= PollFlags::POLLOUT;
         }
         let mut fds = vec![PollFd::new(self.stopped.as_fd(), PollFlags::POLLIN)];
         let mut at = [0; 2];
-        if !nobody {
+        if !hung_up {
             at[0] = fds.len();
             fds.push(PollFd::new(self.master.as_fd(), events));
         }
@@ -160,8 +160,8 @@ impl Pump {
             at[1] = fds.len();
             fds.push(PollFd::new(input.as_fd(), PollFlags::POLLIN));
         }
-        let timeout = if nobody {
-            PollTimeout::from(NOBODY)
+        let timeout = if hung_up {
+            PollTimeout::from(HUNG_UP)
         } else {
             PollTimeout::NONE
         };
@@ -169,7 +169,7 @@ impl Pump {
         let is = |at: usize| fds[at].any().unwrap_or(false);
         Ok(Ready {
             stop: is(0),
-            master: nobody || is(at[0]),
+            master: hung_up || is(at[0]),
             typed: at[1] != 0 && is(at[1]),
         })
     }

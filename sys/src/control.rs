@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_writes_is_known() {
+    fn sender_of_bytes_is_known() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(b"?").unwrap();
         assert!(receive(&ours, &mut [0], 0).unwrap().sender.is_none());

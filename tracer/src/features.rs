@@ -198,7 +198,7 @@ impl KernelFeatures {
     fn probe_mappings(&mut self) {
         let page = crate::proc::pagemap::PAGE_SIZE as usize;
         let (prot, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: all calls concern the page that the first one makes and that nobody else knows of.
+        // SAFETY: all calls concern the page that the first one makes and that no other code knows of.
         // The second mmap may not replace it: an old kernel that does not know the flag takes the
         // address for a hint and maps elsewhere, and that is removed as well.
         unsafe {

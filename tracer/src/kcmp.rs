@@ -329,9 +329,9 @@ mod tests {
         if !available() {
             return;
         }
-        let nobody = Tid(0x7fff_fff0);
+        let no_task = Tid(0x7fff_fff0);
         assert!(matches!(
-            kcmp(own(), nobody, KcmpType::Vm),
+            kcmp(own(), no_task, KcmpType::Vm),
             Err(Error::Died {
                 tid: Tid(0x7fff_fff0)
             })

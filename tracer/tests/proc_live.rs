@@ -140,7 +140,7 @@ fn maps_and_smaps_agree_and_flags_are_known() {
 /// Takes what a call returned as a descriptor of ours.
 fn descriptor(fd: libc::c_int) -> OwnedFd {
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the call before made the descriptor and nobody else owns it.
+    // SAFETY: the call before made the descriptor and nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 

@@ -160,7 +160,7 @@ impl PidFd {
     }
 
     /// Creates descriptions of a reaped process, with these flags.
-    pub fn of_nobody(&self, flags: &[u32]) -> Result<Vec<OwnedFd>, nix::errno::Errno> {
+    pub fn of_ended(&self, flags: &[u32]) -> Result<Vec<OwnedFd>, nix::errno::Errno> {
         // The child waits before its end: where SIGCHLD is ignored its pid is freed as soon as it ends.
         let (wait, go) = ckpt_sys::pipes::pipe()?;
         let child = match process::fork()? {

@@ -341,10 +341,10 @@ pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder
     let mut done = vec![false; snapshot.descriptions.len()];
     for entry in &process.fds {
         let description = &snapshot.descriptions[entry.description];
-        let nobody = Owner::default();
+        let no_owner = Owner::default();
         let owner = description
             .owner
-            .or(description.is_leased().then_some(nobody));
+            .or(description.is_leased().then_some(no_owner));
         let asynchronous = description.flags as i32 & libc::O_ASYNC != 0;
         if owner.is_none() && !asynchronous {
             continue;

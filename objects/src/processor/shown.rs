@@ -177,7 +177,7 @@ mod tests {
     /// Detection of AVX as in the SDM (volume 1, 14.3), glibc, Go's internal/cpu and OpenSSL: OSXSAVE first, then
     /// XGETBV, which shows that everything is enabled, then the feature.
     #[test]
-    fn whoever_looks_for_avx_finds_it_in_v3_alone() {
+    fn avx_is_shown_in_v3_alone() {
         let avx = |level| {
             let one = all(level, 1, 0).ecx;
             bit(one, 27) && bit(one, 28)
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_finds_avx512_amx_avx10_or_apx() {
+    fn avx512_amx_avx10_and_apx_are_hidden() {
         for level in Baseline::ALL {
             let seven = all(level, 7, 0);
             assert!(

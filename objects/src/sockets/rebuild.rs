@@ -396,8 +396,8 @@ fn dial_as(
 
 /// Disconnects a datagram socket. Its unread messages are lost (`unix_dgram_disconnected` in net/unix/af_unix.c).
 pub(super) fn disconnect(at: i32, plan: &mut Builder, object: impl Fn() -> String) {
-    let nobody = plan.data(&(libc::AF_UNSPEC as u16).to_ne_bytes());
-    plan.syscall(libc::SYS_connect, &[at as u64, nobody, 2], object);
+    let unspecified = plan.data(&(libc::AF_UNSPEC as u16).to_ne_bytes());
+    plan.syscall(libc::SYS_connect, &[at as u64, unspecified, 2], object);
 }
 
 /// connect(2).

@@ -196,7 +196,7 @@ impl<'a> Made<'a> {
         });
         let all: Vec<usize> = all.collect();
         let flags: Vec<u32> = all.iter().filter_map(|at| Some(of(*at)?.1)).collect();
-        let made = pidfd.of_nobody(&flags).map_err(|e| {
+        let made = pidfd.of_ended(&flags).map_err(|e| {
             let reason = e.desc();
             Error::object("a pidfd of an ended process", "made", reason)
         })?;

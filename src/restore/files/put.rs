@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_else_put_there_stays() {
+    fn a_file_of_another_program_stays() {
         let (dir, path, undo) = exchanged("else");
         fs::write(dir.join("theirs"), "theirs").unwrap();
         fs::rename(dir.join("theirs"), &path).unwrap();

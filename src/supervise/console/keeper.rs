@@ -22,7 +22,7 @@ const SCREENFUL: usize = 64 * 1024;
 /// A client that reads nothing for this time is disconnected, so that the job does not wait for it.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Polling interval of a terminal that no process has open, milliseconds.
-const NOBODY: u16 = 100;
+const HUNG_UP: u16 = 100;
 
 /// Starts the keeper of the terminal of job `pid`, a child of ours, until the job ends.
 ///
@@ -105,15 +105,15 @@ struct Ready {
 
 impl Keeper {
     fn run(mut self) {
-        let mut nobody = false;
+        let mut hung_up = false;
         loop {
-            let ready = match self.wait(nobody) {
+            let ready = match self.wait(hung_up) {
                 Ok(ready) => ready,
                 Err(Errno::EINTR) => continue,
                 Err(_) => return,
             };
             self.pass_input();
-            nobody = (ready.master || ready.job) && !self.pass_output();
+            hung_up = (ready.master || ready.job) && !self.pass_output();
             if ready.job {
                 return;
             }
@@ -126,7 +126,7 @@ impl Keeper {
         }
     }
 
-    fn wait(&self, nobody: bool) -> nix::Result<Ready> {
+    fn wait(&self, hung_up: bool) -> nix::Result<Ready> {
         let mut events = PollFlags::POLLIN;
         if !self.pending.is_empty() {
             events |= PollFlags::POLLOUT;
@@ -136,7 +136,7 @@ impl Keeper {
             PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
         ];
         let (mut master, mut client) = (None, None);
-        if !nobody {
+        if !hung_up {
             master = Some(fds.len());
             fds.push(PollFd::new(self.master.as_fd(), events));
         }
@@ -144,8 +144,8 @@ impl Keeper {
             client = Some(fds.len());
             fds.push(PollFd::new(stream.as_fd(), PollFlags::POLLIN));
         }
-        let timeout = if nobody {
-            PollTimeout::from(NOBODY)
+        let timeout = if hung_up {
+            PollTimeout::from(HUNG_UP)
         } else {
             PollTimeout::NONE
         };
@@ -154,7 +154,7 @@ impl Keeper {
         Ok(Ready {
             job: is(0),
             listener: is(1),
-            master: nobody || master.is_some_and(is),
+            master: hung_up || master.is_some_and(is),
             client: client.is_some_and(is),
         })
     }

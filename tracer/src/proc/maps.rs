@@ -305,12 +305,12 @@ fn detail(vma: &mut Vma, line: &[u8]) -> Option<()> {
 mod tests {
     use super::*;
 
-    fn nobody(_: &Path) -> Vec<Identity> {
+    fn no_identities(_: &Path) -> Vec<Identity> {
         Vec::new()
     }
 
     fn names(text: &str) -> Vec<VmaName> {
-        parse(text.as_bytes(), &nobody)
+        parse(text.as_bytes(), &no_identities)
             .unwrap()
             .into_iter()
             .map(|vma| vma.name)
@@ -346,7 +346,7 @@ VmFlags: rd wr mr mw me gd ac uw
 
     #[test]
     fn a_mapping_with_its_details() {
-        let vmas = parse(SMAPS.as_bytes(), &nobody).unwrap();
+        let vmas = parse(SMAPS.as_bytes(), &no_identities).unwrap();
         assert_eq!(vmas.len(), 2);
         let cat = &vmas[0];
         assert_eq!((cat.start, cat.end), (0x55c6_5977_a000, 0x55c6_5977_f000));
@@ -434,7 +434,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
             file("/tmp/", true),
         ];
         assert_eq!(names(text), expected);
-        let vmas = parse(text.as_bytes(), &nobody).unwrap();
+        let vmas = parse(text.as_bytes(), &no_identities).unwrap();
         let raw: Vec<_> = vmas.iter().map(|vma| vma.raw_name.is_some()).collect();
         assert_eq!(raw, [false, true, true, true, true, false, true, true]);
         assert_eq!(vmas[1].raw_name.as_deref(), Some(&br"/tmp/a\012b"[..]));
@@ -481,10 +481,13 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
             "1000-99999999999999999 rw-p 0 00:00 0 ",
         ];
         for line in odd {
-            assert_eq!(parse(line.as_bytes(), &nobody), Err(line.as_bytes()));
+            assert_eq!(parse(line.as_bytes(), &no_identities), Err(line.as_bytes()));
         }
         let detail = "1000-2000 rw-p 0 00:00 0 \nRss: many kB\n";
-        assert_eq!(parse(detail.as_bytes(), &nobody), Err(&b"Rss: many kB"[..]));
-        assert_eq!(parse(b"", &nobody), Ok(vec![]));
+        assert_eq!(
+            parse(detail.as_bytes(), &no_identities),
+            Err(&b"Rss: many kB"[..])
+        );
+        assert_eq!(parse(b"", &no_identities), Ok(vec![]));
     }
 }

@@ -225,9 +225,9 @@ mod tests {
     fn a_missing_process_died_but_a_missing_file_did_not() {
         let own = Pid::own();
         // pid_max is at most 4 Mi.
-        let nobody = ProcDir::from(Pid(0x7fff_fff0));
+        let no_process = ProcDir::from(Pid(0x7fff_fff0));
         assert!(matches!(
-            nobody.read("status"),
+            no_process.read("status"),
             Err(Error::Died {
                 tid: Tid(0x7fff_fff0)
             })

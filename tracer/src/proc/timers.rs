@@ -75,8 +75,8 @@ fn field(timers: &mut Vec<PosixTimer>, line: &[u8]) -> Option<()> {
             timer.sigval = hex(sigval)?;
         }
         b"notify" => {
-            let (how, whom) = key_value(value, b'/')?;
-            timer.notify = match (how, key_value(whom, b'.')?) {
+            let (how, target) = key_value(value, b'/')?;
+            timer.notify = match (how, key_value(target, b'.')?) {
                 (b"signal", (b"tid", tid)) => Notify::Thread(Tid(dec(tid)?)),
                 (b"signal", (b"pid", _)) => Notify::Signal,
                 (b"none", _) => Notify::None,
