@@ -7,7 +7,7 @@ use super::decided::Decided;
 use super::files::put;
 use super::ready::Undone;
 use super::run::handover::{self, Complete};
-use super::run::spawn::Brood;
+use super::run::spawn::NewProcesses;
 use crate::error::Result;
 use crate::objects::files::inotify::Overflows;
 use crate::supervise::foreground::JobTerminal;
@@ -17,7 +17,7 @@ pub(super) struct Built<'d> {
     pub(super) decided: &'d Decided<'d>,
     /// Children before their parents.
     pub(super) complete: Vec<Complete>,
-    pub(super) brood: Brood,
+    pub(super) created: NewProcesses,
     pub(super) overflows: Overflows,
     pub(super) master: Option<OwnedFd>,
     pub(super) warnings: Vec<String>,
@@ -42,7 +42,7 @@ impl Built<'_> {
         let ours = request.foreground && self.master.is_none() && root.session != root.pid;
         lend(ours.then(|| job.terminals.wanted(snapshot)));
         handover::release(self.complete, cuts)?;
-        self.brood.keep();
+        self.created.keep();
         let mut warnings = self.warnings;
         let nothing_put = put::warning(request.put_files, snapshot);
         warnings.extend(self.undone.keep(nothing_put));

@@ -100,20 +100,20 @@ impl<'d> Ready<'d> {
         // Orphaned processes of the job are reparented to us.
         ckpt_sys::prctl::adopt_orphans();
         let root = &self.decided.snapshot.processes[0];
-        let (mut brood, leader) = spawn::spawn(
+        let (mut created, leader) = spawn::spawn(
             root,
             &self.executable,
             self.descriptors,
             *clocks,
             (first, job.host.means),
         )?;
-        let (complete, mut warnings) = driver::build(job, image, &mut brood, leader)?;
+        let (complete, mut warnings) = driver::build(job, image, &mut created, leader)?;
         warnings.extend(self.decided.placed.opened.findings.notes.iter().cloned());
         warnings.extend(self.warnings);
         Ok(Built {
             decided: self.decided,
             complete,
-            brood,
+            created,
             overflows: self.overflows,
             master: self.master,
             warnings,

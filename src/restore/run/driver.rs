@@ -13,7 +13,7 @@ use ckpt_tracer::{Pid, Tid};
 use super::executor::{Disturbed, Worker, failed_operation, place, unexpected, warnings_of};
 use super::fill::Pages;
 use super::handover::{self, Complete, TAKEN_OVER, adjust_from_outside};
-use super::spawn::{self, Brood};
+use super::spawn::{self, NewProcesses};
 use crate::error::{Error, Result};
 use crate::objects::births::Origin;
 use crate::objects::cgroup;
@@ -33,7 +33,7 @@ struct Live {
 struct Driver<'a> {
     job: &'a Job<'a>,
     pages: Pages<'a>,
-    brood: &'a mut Brood,
+    created: &'a mut NewProcesses,
     live: Vec<Live>,
     /// Created and not yet begun: index in the snapshot, and the parent's shared memory.
     waiting: VecDeque<(usize, Stopped, Option<SharedAt>)>,
@@ -46,7 +46,7 @@ struct Driver<'a> {
 pub(in crate::restore) fn build(
     job: &Job<'_>,
     image: &Reader,
-    brood: &mut Brood,
+    created: &mut NewProcesses,
     root: Stopped,
 ) -> Result<(Vec<Complete>, Vec<String>)> {
     fault::hit(Step::RestoreSpawned)?;
@@ -56,7 +56,7 @@ pub(in crate::restore) fn build(
         job,
         // A thread of ours would take an id for which the job is waiting.
         pages: Pages::of(image, progress).alone(job.host.means == Means::Turns),
-        brood,
+        created,
         live: Vec::with_capacity(job.snapshot.processes.len()),
         waiting: VecDeque::from([(0, root, None)]),
         phantoms: Vec::new(),
@@ -144,7 +144,7 @@ impl Driver<'_> {
 
     /// Takes over the process that `creator` has just created, which is traced from its beginning.
     fn adopt(&mut self, tid: Tid, creator: Pid, planned: &Rc<Planned>) -> Result<()> {
-        self.brood.add(tid.raw());
+        self.created.add(tid.raw());
         let mut task = Running::auto_attached(tid).wait_stopped()?;
         let processes = &self.job.snapshot.processes;
         let Some(part) = planned.plan.part_of(tid.raw()) else {

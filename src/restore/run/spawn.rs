@@ -28,7 +28,7 @@ use crate::restore::decide::pids;
 
 /// The new processes: killed and reaped unless they were released.
 #[derive(Default)]
-pub struct Brood {
+pub struct NewProcesses {
     pids: Vec<i32>,
     /// The root, if it is the first process of our pid namespace. Our signals cannot kill it; our end does, which
     /// ends all.
@@ -36,7 +36,7 @@ pub struct Brood {
     kept: bool,
 }
 
-impl Brood {
+impl NewProcesses {
     /// Adds one.
     pub fn add(&mut self, pid: i32) {
         self.pids.push(pid);
@@ -48,7 +48,7 @@ impl Brood {
     }
 }
 
-impl Drop for Brood {
+impl Drop for NewProcesses {
     fn drop(&mut self) {
         if self.kept {
             return;
@@ -80,18 +80,18 @@ pub fn spawn(
     descriptors: Vec<(OwnedFd, i32)>,
     clocks: Clocks,
     (first, means): (Option<First>, Means),
-) -> Result<(Brood, Stopped)> {
+) -> Result<(NewProcesses, Stopped)> {
     crate::objects::limits::raise_descriptor_limit();
     let name = CString::new(process.threads[0].name.clone()).unwrap_or_default();
     let (report_read, report_write) = pipe().map_err(no_pipe)?;
-    let mut brood = Brood::default();
+    let mut created = NewProcesses::default();
     let is_first = first.is_some();
     let go_write;
     let go = match first {
         Some(first) => {
             first.order(executable, &descriptors, &report_write, name, clocks)?;
             drop((report_write, descriptors));
-            brood.first.insert(first).go()
+            created.first.insert(first).go()
         }
         None => {
             let go_read;
@@ -100,7 +100,7 @@ pub fn spawn(
             let program = program.map_err(cannot_place)?;
             let execute = || program.execute(&name, Some(go_write.as_fd()));
             let pid = fork_under(process.pid, means, clocks, execute)?;
-            brood.add(pid);
+            created.add(pid);
             if pid != process.pid {
                 return Err(Error::PidMissed { pid: process.pid });
             }
@@ -110,7 +110,7 @@ pub fn spawn(
     let task = Running::seize_with(Tid(process.pid), BIRTH_OPTIONS)?;
     let mut task = begin(go, task, report_read, is_first)?;
     leave_exec(&mut task)?;
-    Ok((brood, task))
+    Ok((created, task))
 }
 
 /// Whether a new process may change to this security context, and then create threads with chosen ids: tried in a
