@@ -63,8 +63,8 @@ fn here(placed: &mut Placed<'_>, values: Option<HandOver>) -> Result<Launched, F
     let mut terminal = None;
     let mut prepared = values.map(|values| values.prepare()).transpose()?;
     let mut published = Ok(());
-    let mut restored = restore::restore(placed, &mut |wish| {
-        terminal = wish.and_then(Foreground::lend);
+    let mut restored = restore::restore(placed, &mut |foreground| {
+        terminal = foreground.and_then(Foreground::lend);
         published = prepared.take().map_or(Ok(()), Prepared::publish);
     })?;
     let unpublished = published.err().map(|error| error.to_string());
@@ -106,9 +106,9 @@ fn inside(
     if let Some(values) = values {
         values.mount().map_err(|error| error.to_string())?;
     }
-    let restored = restore::restore(placed, &mut |wish| {
+    let restored = restore::restore(placed, &mut |foreground| {
         // Without the process outside we are killed here.
-        let _ = link.ready(wish);
+        let _ = link.ready(foreground);
     });
     let restored = restored.map_err(|error| error.to_string())?;
     let _ = link.running(restored.pid, restored.warnings, restored.master);
