@@ -23,7 +23,7 @@ pub struct First(ManuallyDrop<Channel>);
 
 /// The message that precedes the descriptors: the program, the report descriptor, and the target numbers.
 #[derive(Debug, Serialize, Deserialize)]
-struct Order {
+struct ExecRequest {
     name: CString,
     clocks: Clocks,
     numbers: Vec<i32>,
@@ -39,7 +39,7 @@ impl First {
     ///
     /// # Errors
     /// Its error, or that it was killed.
-    pub fn order(
+    pub fn request_exec(
         &self,
         executable: &File,
         descriptors: &[(OwnedFd, i32)],
@@ -47,7 +47,7 @@ impl First {
         name: CString,
         clocks: Clocks,
     ) -> Result<()> {
-        let order = Order {
+        let request = ExecRequest {
             name,
             clocks,
             numbers: descriptors.iter().map(|(_, number)| *number).collect(),
@@ -55,14 +55,14 @@ impl First {
         let fds = descriptors.iter().map(|(fd, _)| fd.as_fd());
         let fds = [executable.as_fd(), report.as_fd()].into_iter().chain(fds);
         let fds: Vec<BorrowedFd<'_>> = fds.collect();
-        let told = self.0.send_with(&order, &fds);
+        let told = self.0.send_with(&request, &fds);
         let answer: channel::Result<Option<String>> = told.and_then(|()| self.0.receive());
         match answer {
             Ok(None) => Ok(()),
             Ok(Some(text)) => Err(Error::Reported(text)),
             Err(error) => Err(Error::object(
                 "the first process of the job's pid namespace",
-                "given its orders",
+                "asked to execute the program",
                 error,
             )),
         }
@@ -76,7 +76,7 @@ impl First {
 
 /// Main function of the first process.
 pub(super) fn serve(channel: Channel) -> ! {
-    match obey(&channel) {
+    match execute_requested(&channel) {
         Ok(()) => {}
         Err(Error::File { .. }) => leave(1),
         Err(error) => {
@@ -88,25 +88,27 @@ pub(super) fn serve(channel: Channel) -> ! {
     leave(1)
 }
 
-fn obey(channel: &Channel) -> Result<()> {
+fn execute_requested(channel: &Channel) -> Result<()> {
     let gone = |error: channel::Error| Error::File {
-        what: "hear from",
+        what: "receive from",
         path: "the process that rebuilds the job".into(),
         source: error.into(),
     };
     // Its limit of descriptors must be ours.
     crate::objects::limits::raise_descriptor_limit();
-    let (order, mut fds): (Order, _) = channel.receive_with().map_err(gone)?;
-    if fds.len() != order.numbers.len() + 2 {
-        return Err(gone(channel::Error::Malformed("an order".into())));
+    let (request, mut fds): (ExecRequest, _) = channel.receive_with().map_err(gone)?;
+    if fds.len() != request.numbers.len() + 2 {
+        return Err(gone(channel::Error::Malformed(
+            "a request to execute".into(),
+        )));
     }
-    order.clocks.join()?;
-    let descriptors: Vec<(OwnedFd, i32)> = fds.drain(2..).zip(order.numbers).collect();
+    request.clocks.join()?;
+    let descriptors: Vec<(OwnedFd, i32)> = fds.drain(2..).zip(request.numbers).collect();
     let program = Program::prepare(&fds[0], descriptors, channel, &fds[1]);
     let program = program.map_err(cannot_place)?;
     drop(fds);
     channel.send(&None::<String>).map_err(gone)?;
-    program.execute(&order.name, None)
+    program.execute(&request.name, None)
 }
 
 /// The error when a new process cannot have all its descriptors.

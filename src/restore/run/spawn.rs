@@ -89,7 +89,7 @@ pub fn spawn(
     let go_write;
     let go = match first {
         Some(first) => {
-            first.order(executable, &descriptors, &report_write, name, clocks)?;
+            first.request_exec(executable, &descriptors, &report_write, name, clocks)?;
             drop((report_write, descriptors));
             created.first.insert(first).go()
         }
