@@ -64,8 +64,8 @@ impl Link {
     ///
     /// # Errors
     /// When that process has ended.
-    pub fn ready(&self, wish: Option<JobTerminal>) -> Result<()> {
-        self.tell(&Event::Ready(wish))?;
+    pub fn ready(&self, job_terminal: Option<JobTerminal>) -> Result<()> {
+        self.tell(&Event::Ready(job_terminal))?;
         self.wait()?;
         ckpt_sys::prctl::die_with_parent(false);
         Ok(())

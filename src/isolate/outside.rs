@@ -71,9 +71,10 @@ impl Init {
         let mut terminal = None;
         loop {
             match self.link.hear_with().map_err(|_| killed())? {
-                (Event::Ready(wish), _) => {
-                    let wish = wish.and_then(|wish| self.translated(wish));
-                    terminal = wish.and_then(Foreground::lend);
+                (Event::Ready(job_terminal), _) => {
+                    let job_terminal =
+                        job_terminal.and_then(|job_terminal| self.translated(job_terminal));
+                    terminal = job_terminal.and_then(Foreground::lend);
                     self.link.go().map_err(|_| killed())?;
                 }
                 (Event::Running { pid, warnings }, mut master) => {
@@ -109,8 +110,8 @@ impl Init {
     }
 
     /// A request for the terminal, with ids in our namespace.
-    fn translated(&self, wish: JobTerminal) -> Option<JobTerminal> {
-        let group = match wish.group {
+    fn translated(&self, job_terminal: JobTerminal) -> Option<JobTerminal> {
+        let group = match job_terminal.group {
             Some(group) => {
                 let member = self.find(|s| s.ns_pgid.get(1) == Some(&group))?;
                 Some(*member.ns_pgid.first()?)
@@ -118,9 +119,9 @@ impl Init {
             None => None,
         };
         Some(JobTerminal {
-            root: self.outer(wish.root)?,
+            root: self.outer(job_terminal.root)?,
             group,
-            ..wish
+            ..job_terminal
         })
     }
 
