@@ -154,7 +154,7 @@ impl Pipeline {
 
     /// Main function of a compressing thread.
     pub(crate) fn work(&self, codec: Codec) {
-        let _guard = TellOfPanic(self);
+        let _guard = ReportPanic(self);
         let mut encoder = Encoder::new(codec);
         let mut state = self.lock();
         loop {
@@ -254,9 +254,9 @@ fn compress(encoder: &mut Encoder, codec: Codec, job: &mut Job) {
 }
 
 /// Reports a panic of its thread, so that the others do not wait for it.
-pub(crate) struct TellOfPanic<'a>(pub(crate) &'a Pipeline);
+pub(crate) struct ReportPanic<'a>(pub(crate) &'a Pipeline);
 
-impl Drop for TellOfPanic<'_> {
+impl Drop for ReportPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.lock().failure.get_or_insert(Failure::Died);

@@ -16,7 +16,7 @@ use crate::index::{
     SECTION_BLOCK,
 };
 use crate::overlap::SortedRuns;
-use crate::pipeline::{Job, Pipeline, TellOfPanic};
+use crate::pipeline::{Job, Pipeline, ReportPanic};
 
 /// Records that may wait for the sink in addition to those being compressed, which absorbs jitter.
 const SLACK: usize = 4;
@@ -266,7 +266,7 @@ impl<W: Write> Output<W> {
 
     /// Main function of the writer thread.
     fn run(mut self, pipeline: &Pipeline) -> io::Result<Self> {
-        let _guard = TellOfPanic(pipeline);
+        let _guard = ReportPanic(pipeline);
         match self.write_records(pipeline) {
             Ok(()) => Ok(self),
             Err(error) => {

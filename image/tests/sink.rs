@@ -133,9 +133,9 @@ fn through_a_pipe() {
 }
 
 /// Takes one byte at a time and is interrupted before each.
-struct Dawdler(Vec<u8>, bool);
+struct SlowSink(Vec<u8>, bool);
 
-impl Write for Dawdler {
+impl Write for SlowSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.1 = !self.1;
         if self.1 {
@@ -152,7 +152,7 @@ impl Write for Dawdler {
 
 #[test]
 fn one_byte_at_a_time() {
-    let sink = write(Dawdler(Vec::new(), false), Codec::Zstd(1)).unwrap();
+    let sink = write(SlowSink(Vec::new(), false), Codec::Zstd(1)).unwrap();
     assert!(sink.0 == tiny(Codec::Zstd(1)));
 }
 
