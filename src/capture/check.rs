@@ -49,7 +49,7 @@ pub fn obstacles_at_a_glance(roots: &[Pid], choices: &Choices) -> Result<Vec<Obs
 }
 
 /// Result of one inspection of a running job.
-struct Sight {
+struct Inspection {
     found: Findings,
     /// Its processes were the same before and after.
     steady: bool,
@@ -63,7 +63,7 @@ fn look_while_it_runs(
     depth: Depth,
     choices: &Choices,
     planned: Option<&Planned<'_>>,
-) -> Result<Sight> {
+) -> Result<Inspection> {
     const LOOKS: u32 = 20;
     let mut last: Option<(Family, Vec<Obstacle>)> = None;
     for number in 0.. {
@@ -72,7 +72,7 @@ fn look_while_it_runs(
             if let Err(obstacle) = accessible(root)
                 && (root == roots[0] || !is_ending(root))
             {
-                return Ok(Sight {
+                return Ok(Inspection {
                     found: Findings::from(vec![obstacle]),
                     steady: true,
                 });
@@ -85,20 +85,20 @@ fn look_while_it_runs(
             && Family::of_all(roots).is_ok_and(|now| now.living == family.living);
         match seen {
             Ok(found) if found.is_clear() => {
-                return Ok(Sight { found, steady });
+                return Ok(Inspection { found, steady });
             }
             Ok(found) => {
                 let now = (family, found.obstacles.clone());
                 let again = last.take().is_some_and(|l| l == now);
                 if steady && (alone || again) || number == LOOKS {
-                    return Ok(Sight { found, steady });
+                    return Ok(Inspection { found, steady });
                 }
                 last = Some(now);
             }
             Err(e) if steady => return Err(e),
             Err(_) if number == LOOKS => {
                 let found = Findings::default();
-                return Ok(Sight { found, steady });
+                return Ok(Inspection { found, steady });
             }
             Err(_) => last = None,
         }

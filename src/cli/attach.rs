@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::exit::{self, Failure, Outcome, Role, complain};
 use super::places::Descriptors;
-use super::{Loudness, output, progress};
+use super::{Verbosity, output, progress};
 use crate::capture::prove::Prove;
 use crate::capture::{self, After, Report};
 use crate::guard::{self, door::Door};
@@ -77,7 +77,7 @@ pub struct Attach {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    loudness: Loudness,
+    verbosity: Verbosity,
 }
 
 const EXAMPLES: &str = "\
@@ -233,7 +233,7 @@ fn attach(
     too_large
         .thread_block()
         .map_err(|e| Failure::Message(format!("cannot block a signal: {}", e.desc())))?;
-    let progress = progress::on_terminal("checkpoint", !args.loudness.quiet);
+    let progress = progress::on_terminal("checkpoint", !args.verbosity.quiet);
     let door = match door {
         Some(door) => Some(door),
         None => Door::of(visited.pid)?,
@@ -281,7 +281,7 @@ fn attach(
         pid: args.pid,
         ..report?
     };
-    if !args.loudness.quiet {
+    if !args.verbosity.quiet {
         let warnings = report.warnings.iter().chain(&shared);
         warnings.for_each(|warning| complain(&format!("warning: {warning}")));
     }
@@ -290,19 +290,19 @@ fn attach(
 
 /// What the job shares with processes outside. A job of `ckpt run` is not asked: it started with what it shares.
 fn shared(args: &Attach, request: &capture::Request<'_>) -> Vec<String> {
-    if args.loudness.quiet || args.adopted_by.is_some() {
+    if args.verbosity.quiet || args.adopted_by.is_some() {
         return Vec::new();
     }
     let mut roots = vec![request.pid];
     roots.extend(&request.adopted);
     let job = Family::of_all(&roots).unwrap_or_default().living;
-    let worth_it = |s: &outsiders::Shared| args.loudness.verbose || !s.standard;
+    let worth_it = |s: &outsiders::Shared| args.verbosity.verbose || !s.standard;
     let shared = outsiders::shared(&job).into_iter().filter(worth_it);
     shared.map(|s| s.sentence).collect()
 }
 
 fn tell(args: &Attach, report: &Report, to_stdout: bool) -> Outcome {
-    if args.loudness.verbose && report.image_bytes > 0 {
+    if args.verbosity.verbose && report.image_bytes > 0 {
         output::note(&format!(
             "codec {}, ratio {:.2}, {}/s",
             args.codec,
@@ -315,7 +315,7 @@ fn tell(args: &Attach, report: &Report, to_stdout: bool) -> Outcome {
     let figures = Figures::of(report, args.rehearse);
     let text = match args.json {
         true => output::json(&figures)?,
-        false if args.loudness.quiet => return Ok(0),
+        false if args.verbosity.quiet => return Ok(0),
         false => format!("{figures}\n"),
     };
     if to_stdout {

@@ -40,7 +40,7 @@ pub struct RestoreCli {
 
 /// Amount of output.
 #[derive(Args, Clone, Copy, Debug)]
-pub struct Loudness {
+pub struct Verbosity {
     /// Print errors only.
     #[arg(short, long, conflicts_with = "verbose")]
     quiet: bool,

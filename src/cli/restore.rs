@@ -13,7 +13,7 @@ use super::exit::{Failure, Outcome, complain};
 use super::launch::launch;
 use super::places::Places;
 use super::run::{Cpuid, leave_standard_streams, take_over_signals, wait, watch};
-use super::{Loudness, as_owner, output, progress};
+use super::{Verbosity, as_owner, output, progress};
 use crate::guard::Guard;
 use crate::objects::cgroup::Policy;
 use crate::progress::Silent;
@@ -59,7 +59,7 @@ pub struct Restore {
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     cpuid: Cpuid,
     #[command(flatten)]
-    loudness: Loudness,
+    verbosity: Verbosity,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -117,7 +117,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     if args.any_owner && geteuid().is_root() && image.owner() != 0 {
         return as_owner::run(image);
     }
-    let progress = progress::on_terminal("restore", !args.loudness.quiet);
+    let progress = progress::on_terminal("restore", !args.verbosity.quiet);
     let request = restore::Request {
         clock: match args.clock {
             Clock::Auto => ClockPolicy::Auto,
@@ -141,14 +141,14 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     let opened = restore::open_file(image, &request)?;
     let guarded = args.cpuid == Cpuid::Auto && !args.stopped && Guard::is_possible();
     let baseline = opened.baseline().filter(|_| guarded);
-    let restored = launch(opened, args.pids.into(), &args.env, args.loudness.quiet);
+    let restored = launch(opened, args.pids.into(), &args.env, args.verbosity.quiet);
     drop(progress);
     let mut restored = restored?;
     if as_owner {
         // From now on our exit follows the job's.
         die_with_parent(false);
     }
-    if !args.loudness.quiet {
+    if !args.verbosity.quiet {
         restored
             .warnings
             .iter()
@@ -159,7 +159,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     let guard = match guard.transpose() {
         Ok(guard) => guard,
         Err(error) => {
-            if !args.loudness.quiet {
+            if !args.verbosity.quiet {
                 complain(&format!(
                     "warning: the job is not guarded: {error}; its programs see all features of the \
                      processor"
@@ -184,7 +184,7 @@ pub(crate) fn run(args: &Restore) -> Outcome {
     if args.detach {
         return Ok(0);
     }
-    if args.loudness.verbose {
+    if args.verbosity.verbose {
         output::note(&format!("ckpt: running as process {}", restored.pid));
     }
     let signals = take_over_signals()?;

@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 
 use super::exit::{Failure, Outcome, complain};
 use super::places::Descriptors;
-use super::{Loudness, output};
+use super::{Verbosity, output};
 use crate::guard::{Entrance, Guard, Watch};
 use crate::host::{BASELINE, BIND_NOW};
 use crate::isolate::{self, First, Init, Link, Spec};
@@ -64,7 +64,7 @@ pub struct Run {
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     cpuid: Cpuid,
     #[command(flatten)]
-    loudness: Loudness,
+    verbosity: Verbosity,
     /// The program and its arguments.
     #[arg(
         required = true,
@@ -151,7 +151,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
             bundle: args.bundle,
             descriptors: args.descriptors.words(),
         };
-        let (quiet, verbose) = (args.loudness.quiet, args.loudness.verbose);
+        let (quiet, verbose) = (args.verbosity.quiet, args.verbosity.verbose);
         let failed: Tell = Box::new(|line| complain(&line));
         let done: Tell = Box::new(move |line| {
             if verbose && !quiet {
@@ -173,7 +173,7 @@ pub(crate) fn run(args: &Run) -> Outcome {
 /// The level, if a guard is wanted and possible.
 fn guarded(level: Baseline, args: &Run) -> Option<Baseline> {
     let possible = args.cpuid == Cpuid::Auto && Guard::is_possible();
-    if !possible && args.cpuid == Cpuid::Auto && args.loudness.verbose && !args.loudness.quiet {
+    if !possible && args.cpuid == Cpuid::Auto && args.verbosity.verbose && !args.verbosity.quiet {
         complain(&format!(
             "this processor has no CPUID faulting: programs that do not ask glibc may use more than {level}"
         ));
