@@ -351,7 +351,7 @@ mod tests {
         let child = [mapping(0x50000, 3, 1, &policy)];
         let expected = vec![parts.to_vec(), vec![mapping(0x50000, 3, 1, &None)]];
         assert_eq!(of(&mut snapshot, &[&parts, &child]), expected);
-        // Nobody else has it at its first page.
+        // No other policy starts at its first page.
         let child = [mapping(0x50000, 4, 0, &policy)];
         let mut rest = mapping(0x52000, 2, 2, &None);
         rest.guards.clear();

@@ -24,7 +24,7 @@ pub(super) struct Adapted {
     snapshot: Snapshot,
     /// The vDSO code to be patched.
     pub(super) vdso: Replaced,
-    /// Who creates whom.
+    /// Which process creates which.
     births: Result<Vec<Births>, Vec<Obstacle>>,
     /// Ids of all tasks, zombies and temporary helper processes, ascending.
     pub(super) ids: Vec<i32>,

@@ -1,4 +1,4 @@
-//! An image becomes a running job.
+//! Restores a job from an image.
 //!
 //! A restore is a row of types, one file each. A function leads from each to the next:
 //!
@@ -48,36 +48,36 @@ pub use placed::Placed;
 pub use probed::Probed;
 pub use run::next_pid;
 
-/// A wish for a restore.
+/// A request for a restore.
 pub struct Request<'a> {
     /// The image.
     pub image: &'a Path,
-    /// What single objects heed.
+    /// Options of single objects.
     pub objects: Options,
-    /// Where the job's paths lead now (`--map-path OLD=NEW`).
+    /// Path mappings (`--map-path OLD=NEW`).
     pub map_paths: Vec<paths::Mapping>,
-    /// About files whose contents the image holds.
+    /// For files whose contents the image stores.
     pub put_files: PutFiles,
-    /// About the clocks that differ from boot to boot.
+    /// For the clocks that start at boot.
     pub clock: ClockPolicy,
-    /// Descriptors that the job does without (`--drop-fd`).
+    /// Descriptors to drop (`--drop-fd`).
     pub drop: Vec<Chosen>,
-    /// In which control groups the job is.
+    /// For control groups.
     pub cgroups: cgroup::Policy,
-    /// Leave the job stopped, for a debugger.
+    /// Leaves the job stopped, for a debugger.
     pub stopped: bool,
     /// The caller waits for the job: a job that led its process group gets the terminal.
     pub foreground: bool,
-    /// The image is looked at and not restored: what takes more memory than its size allows is refused.
+    /// The image is only inspected: refuses one that needs more memory than its size allows.
     pub bounded: bool,
     /// Probed features and our own status; probed on opening if absent.
     pub probed: Option<&'a Probed>,
-    /// Who is told how far it is.
+    /// Progress sink.
     pub progress: &'a dyn Progress,
 }
 
 impl<'a> Request<'a> {
-    /// A restore without options of a job that goes on in the foreground.
+    /// A restore without options, of a job in the foreground.
     pub fn plain(image: &'a Path, progress: &'a dyn Progress) -> Self {
         Self {
             image,
@@ -101,22 +101,21 @@ impl<'a> Request<'a> {
 pub struct Restored {
     /// The root's pid.
     pub pid: i32,
-    /// What could not be brought back exactly, without harm to the job (a hard limit, say);
-    /// one sentence each.
+    /// Differences that are harmless to the job (a hard limit, for example), one sentence each.
     pub warnings: Vec<String>,
-    /// The master of the job's terminal, when that is a new one.
+    /// The master of the job's terminal, if that is a new one.
     pub master: Option<OwnedFd>,
 }
 
-/// Everything that stands in the way of a restore; empty when there is nothing. Touches nothing.
+/// All obstacles to a restore; empty if there are none. Has no side effects.
 ///
 /// # Errors
-/// When the image cannot be read, or cannot be believed.
+/// When the image is unreadable or invalid.
 pub fn obstacles(request: &Request<'_>) -> Result<Vec<Obstacle>> {
     obstacles_of(open(request)?)
 }
 
-/// The same of an image that is open already.
+/// The same for an open image.
 ///
 /// # Errors
 /// As [`obstacles`].
@@ -124,16 +123,16 @@ pub fn obstacles_of(opened: Opened<'_>) -> Result<Vec<Obstacle>> {
     Ok(opened.place_for_a_look()?.look()?.obstacles())
 }
 
-/// Restores; `lend` is told what the job wants of our terminal, if it shall have it, when it is
-/// complete and about to be let go.
+/// Restores; when the job is complete and about to be released, `lend` gets its request for our terminal, if it may
+/// have it.
 ///
 /// # Errors
-/// [`Error::Refused`] with everything that stands in the way, and those of making. No process is left behind.
+/// [`Error::Refused`] with all obstacles, and errors of creating processes. No process is left behind.
 pub fn restore(
     placed: &mut Placed<'_>,
     lend: &mut dyn FnMut(Option<JobTerminal>),
 ) -> Result<Restored> {
-    /// Somebody who creates processes all the time may take an id of the job's as often.
+    /// Attempts, since a process that creates others all the time may take ids of the job repeatedly.
     const ATTEMPTS: u32 = 8;
     let mut first = placed.first.take();
     let decided = Decided::of(placed, first.is_some())?;

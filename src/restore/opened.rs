@@ -39,7 +39,7 @@ pub fn open<'a>(request: &'a Request<'a>) -> Result<Opened<'a>> {
     open_file(ImageFile::open(request.image)?, request)
 }
 
-/// The same of an image that is open already.
+/// The same for an open image.
 ///
 /// # Errors
 /// As [`open`].
@@ -47,7 +47,7 @@ pub fn open_file<'a>(image: ImageFile, request: &'a Request<'a>) -> Result<Opene
     open_trusted(image.ours()?, request)
 }
 
-/// The same of an image that we have just written, or made in memory.
+/// The same for an image that we have just written, or made in memory.
 ///
 /// # Errors
 /// As [`open`].

@@ -16,7 +16,7 @@ pub(in crate::restore) fn credentials(probed: &Probed, groups: &[u32]) -> (Crede
     let status = &probed.ours;
     let mut credentials = Credentials::of(status, ckpt_sys::credentials::securebits());
     credentials.groups = groups.to_vec();
-    // Exec by root gives all permitted capabilities; by others, none but the ambient ones.
+    // An exec by root gives all permitted capabilities; by others, only the ambient ones.
     let by_exec = match status.uid.effective {
         0 => status.capabilities.bounding,
         _ => status.capabilities.ambient,
@@ -36,7 +36,7 @@ pub(in crate::restore) fn state(
     let (mut credentials, held) = credentials(probed, groups);
     let rights = Rights::of(snapshot, &credentials, held);
     if let Some(rights) = &rights {
-        // What the plan begins with.
+        // The initial groups of the plan.
         credentials.groups = rights.groups().to_vec();
         (credentials.uid[3], credentials.gid[3]) = rights.ids();
     }

@@ -1,4 +1,4 @@
-//! Under which pids a job comes back: those that it had, here or in a pid namespace of its own.
+//! The pids of a restored job: the old ones, in our pid namespace or in a new one.
 
 use std::collections::VecDeque;
 
@@ -22,24 +22,24 @@ use crate::restore::placed::Placed;
 use crate::restore::probed::Probed;
 use crate::restore::run::next_pid;
 
-/// Where a job shall have its pids.
+/// The requested pid namespace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pids {
-    /// Among ours where that can be, else in a namespace.
+    /// Ours if possible, otherwise a new one.
     #[default]
     Auto,
-    /// Among ours.
+    /// Ours.
     Keep,
-    /// In a namespace.
+    /// A new one.
     Namespace,
 }
 
-/// Where it has them.
+/// The chosen pid namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Among ours.
+    /// Ours.
     Here,
-    /// In a namespace, for this reason if nobody asked for it.
+    /// A new one, with the reason if it was not requested.
     Namespace(Option<String>),
 }
 
@@ -59,7 +59,7 @@ pub(in crate::restore) fn decide(
         Pids::Namespace => None,
         Pids::Auto => match why_not_here(placed, &mut seen) {
             None => return Ok((Place::Here, seen)),
-            // Whatever is in the way here is told by the restore here.
+            // The restore here reports the obstacles.
             _ if !may_have_namespace(placed) => return Ok((Place::Here, seen)),
             why => why,
         },
@@ -71,7 +71,7 @@ pub(in crate::restore) fn decide(
     }
 }
 
-/// Whether the job's root was the first process of its pid namespace, and so has to be it again.
+/// Whether the job's root was the first process of its pid namespace, and has to be it again.
 fn begins_with_the_first(snapshot: &Snapshot) -> bool {
     snapshot.processes.first().is_some_and(|root| root.pid == 1)
 }
@@ -92,7 +92,7 @@ fn why_not_here(placed: &Placed<'_>, seen: &mut Option<Vec<Obstacle>>) -> Option
     Some(format!("{} {}", first.object, first.reason))
 }
 
-/// A pid namespace can be made, or the job cannot do without one.
+/// Whether a pid namespace can be created, or the job requires one.
 fn may_have_namespace(placed: &Placed<'_>) -> bool {
     placed.probed().kernel.pid_namespace || placed.snapshot().namespaces.pid
 }
@@ -102,7 +102,7 @@ pub(in crate::restore) fn means(snapshot: &Adapted, probed: &Probed) -> Means {
     probed.means(snapshot.ids.len() > 1)
 }
 
-/// How many ids are given before the job's, where that takes a while.
+/// Number of ids assigned before the job's, if that takes noticeable time.
 pub(in crate::restore) fn awaited(snapshot: &Adapted, means: Means) -> Option<u64> {
     const SOON: u64 = 100_000;
     if means != Means::Turns {
@@ -113,7 +113,7 @@ pub(in crate::restore) fn awaited(snapshot: &Adapted, means: Means) -> Option<u6
     (turns > SOON && next_pid::is_bearable(turns)).then_some(turns)
 }
 
-/// What is told of it before the restore.
+/// The note on it before the restore.
 pub fn note_of_waiting(placed: &Placed<'_>) -> Option<String> {
     let turns = awaited(placed.snapshot(), placed.means)?;
     Some(format!(
@@ -122,8 +122,8 @@ pub fn note_of_waiting(placed: &Placed<'_>) -> Option<String> {
     ))
 }
 
-/// The ids in the order in which they are needed: processes each with whom it creates, then their
-/// threads, the last process's first (see `driver`).
+/// The ids in the order of their creation: each process with those that it creates, then their threads, the last
+/// process's first (see `driver`).
 fn order(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
     let mut ids = vec![snapshot.processes[0].pid];
     let mut next = VecDeque::from([0]);
@@ -146,7 +146,7 @@ fn in_turn<'a>(
         ids.push(birth.pid);
         match &birth.body {
             Body::Phantom(phantom) => in_turn(phantom.births.iter(), births, ids, next),
-            // In its creator's memory it goes on at once.
+            // In its creator's memory it runs at once.
             Body::Process(index) if births[*index].origin == Origin::Sharing => {
                 let all: Vec<&Birth> = births[*index].all().collect();
                 in_turn(all.into_iter(), births, ids, next);
@@ -156,8 +156,7 @@ fn in_turn<'a>(
     }
 }
 
-/// The job's first process as it was at the checkpoint, if it still runs: under its pid, of the same
-/// program, and begun before.
+/// The job's first process at the checkpoint, if it still runs: with its pid, the same program, and an earlier start.
 pub fn still_runs(placed: &Placed<'_>) -> Option<i32> {
     let snapshot = placed.snapshot();
     let root = snapshot.processes.first()?;
@@ -199,11 +198,11 @@ fn why_not_in_namespace(snapshot: &Adapted, births: &[Births], why: Option<&str>
     obstacles
 }
 
-/// What has to be made for a job that gets namespaces of its own: a user namespace where we have no
-/// right without one, or where it had one.
+/// The namespaces to create for the job: a user namespace if we lack privilege without one, or if the job had its
+/// own.
 ///
 /// # Errors
-/// A user namespace that cannot be made again.
+/// When its user namespace cannot be created again.
 pub(in crate::restore) fn namespaces(placed: &Placed<'_>) -> Result<Spec> {
     let snapshot = placed.snapshot();
     let builder = match begins_with_the_first(snapshot) {
@@ -225,7 +224,7 @@ pub(in crate::restore) fn namespaces(placed: &Placed<'_>) -> Result<Spec> {
     })
 }
 
-/// All ids that the job has, and those of processes that help for a while; ascending.
+/// All ids of the job, and of temporary processes; ascending.
 pub(in crate::restore) fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
     let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
     let tids = tids.map(|t| t.tid);
@@ -262,7 +261,7 @@ fn further_in_the_way(placed: &Placed<'_>, taken: Vec<Obstacle>) -> Vec<Obstacle
     };
     let mut obstacles = taken;
     if obstacles.is_empty() && placed.means == Means::Turns {
-        // Who can have a namespace has no need to keep others waiting for ids.
+        // If a namespace is possible, other processes need not be kept from taking ids.
         obstacles.extend(match kernel.pid_namespace {
             true => Some(not_permitted(snapshot.processes[0].pid, "")),
             false => out_of_reach(&order(snapshot, births)),
@@ -274,7 +273,7 @@ fn further_in_the_way(placed: &Placed<'_>, taken: Vec<Obstacle>) -> Vec<Obstacle
     obstacles
 }
 
-/// Ids that we may not choose and that do not come by themselves in a time that can be waited for.
+/// Ids that we may not choose and that are not reached in an acceptable time.
 fn out_of_reach(order: &[i32]) -> Option<Obstacle> {
     match next_pid::turns(order) {
         Ok(turns) if next_pid::is_bearable(turns) => None,
@@ -292,7 +291,7 @@ fn out_of_reach(order: &[i32]) -> Option<Obstacle> {
     }
 }
 
-/// The obstacle that we may not choose pids.
+/// The obstacle of a missing permission to choose pids.
 pub(in crate::restore) fn not_permitted(pid: i32, why: &str) -> Obstacle {
     let reason = format!(
         "cannot get its old pid: choosing a pid needs {}{why}",
@@ -309,7 +308,7 @@ pub(in crate::restore) fn not_permitted(pid: i32, why: &str) -> Obstacle {
     Obstacle::new(format!("process {pid}"), reason, remedy)
 }
 
-/// The obstacle that no process here has such a pid.
+/// The obstacle of a pid above the maximum here.
 pub(in crate::restore) fn above_the_highest(pid: i32) -> Obstacle {
     Obstacle::new(
         format!("process {pid}"),
@@ -318,8 +317,8 @@ pub(in crate::restore) fn above_the_highest(pid: i32) -> Obstacle {
     )
 }
 
-/// Makes the kernel give other pids than the job's to whoever is created in our namespace
-/// without choosing one: our own helpers come and go while the job is rebuilt.
+/// Makes the kernel assign other pids than the job's to processes created without a choice: our own helpers are
+/// created while the job is rebuilt.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -333,7 +332,7 @@ pub(in crate::restore) fn keep_clear(placed: &Placed<'_>) -> Result<()> {
     })
 }
 
-/// The id after which those of our helpers come.
+/// The id after which those of our helpers follow.
 fn last_of_the_job(placed: &Placed<'_>) -> Result<i32> {
     let snapshot = placed.snapshot();
     let possible = snapshot.births().map(drop);
@@ -342,10 +341,10 @@ fn last_of_the_job(placed: &Placed<'_>) -> Result<i32> {
     Ok(clear_after(&snapshot.ids, pid_max.unwrap_or(i32::MAX)))
 }
 
-/// An id behind which there is room, as a rule behind the last one.
+/// An id followed by free ones, usually after the last one.
 fn clear_after(ids: &[i32], pid_max: i32) -> i32 {
     const ROOM: i32 = 1024;
-    /// Below, the kernel gives ids only once (`RESERVED_PIDS`, kernel/pid.c).
+    /// Smaller ids are assigned only once (`RESERVED_PIDS`, kernel/pid.c).
     const RESERVED: i32 = 300;
     let starts = [RESERVED].into_iter().chain(ids.iter().copied());
     let ends = ids.iter().copied().chain([pid_max]);

@@ -1,6 +1,5 @@
-//! Ids that are in use. The kernel has one space of numbers for tasks, process groups and sessions: the
-//! number of a leader that has ended stays in use as long as its group or session has members
-//! (`struct pid`, kernel/pid.c).
+//! Ids that are in use. Tasks, process groups and sessions share one space of ids: the id of a leader that has ended
+//! stays in use as long as its group or session has members (`struct pid`, kernel/pid.c).
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -13,14 +12,14 @@ use ckpt_tracer::{Pid, Tid};
 use crate::error::Obstacle;
 use crate::objects::outsiders::process_name;
 
-/// Ids that others have. `leaving` are processes whose ids will be free.
+/// Ids that are taken. `leaving` are processes whose ids will be free.
 ///
-/// The ids of processes that have just been killed are free when they have ended and their parents have
-/// waited for them; that is awaited for a while.
+/// The ids of processes that have just been killed are free after they have ended and been reaped; waits for that for
+/// a limited time.
 pub(super) fn taken(ids: &[i32], leaving: &[Pid]) -> Vec<Obstacle> {
-    /// For the end of one that was killed: the kernel gives much memory back in seconds.
+    /// For the end of a killed process: the kernel takes seconds to free much memory.
     const ENDING: Duration = Duration::from_secs(30);
-    /// For a parent to wait for one that has ended.
+    /// For a parent to reap a zombie.
     const ENDED: Duration = Duration::from_secs(2);
     let mut give_up = Instant::now() + ENDED;
     let never = Instant::now() + ENDING;
@@ -38,7 +37,7 @@ pub(super) fn taken(ids: &[i32], leaving: &[Pid]) -> Vec<Obstacle> {
     }
 }
 
-/// The obstacle that an id is taken, for one that the kernel has just refused.
+/// The obstacle of a taken id, after the kernel has refused it.
 pub(in crate::restore) fn pid_taken(id: i32) -> Obstacle {
     match holders(&[id], &[]).first() {
         Some(holder) => holder.obstacle(),
@@ -50,7 +49,7 @@ pub(in crate::restore) fn pid_taken(id: i32) -> Obstacle {
     }
 }
 
-/// What has an id.
+/// The owner of an id.
 #[derive(Debug)]
 struct Holder {
     id: i32,
@@ -67,13 +66,13 @@ enum UsedAs {
     Session(Pid),
 }
 
-/// How far a process is on its way out.
+/// State of an ending process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Lives,
-    /// It was killed, and has not come to its end.
+    /// It was killed, and has not ended yet.
     Ending,
-    /// It is gone, or a zombie.
+    /// It has gone, or is a zombie.
     Ended,
 }
 
@@ -149,7 +148,7 @@ fn task(pid: i32, object: String, end_it: &str) -> Obstacle {
         true => process_name(Pid(pid)),
         false => format!("a thread of {}", process_name(Pid(leader))),
     };
-    // A zombie cannot be ended again; its parent has to take note of its end.
+    // A zombie cannot be killed; its parent has to reap it.
     if let Ok(status) = read_status(Tid(pid))
         && status.state.has_ended()
     {
