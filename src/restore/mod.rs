@@ -1,6 +1,6 @@
 //! Restores a job from an image.
 //!
-//! A restore is a row of types, one file each. A function leads from each to the next:
+//! A restore is a sequence of types, one file each. A function leads from each to the next:
 //!
 //! ```text
 //! Opened ─▶ Placed ─▶ Decided ─▶ Ready ─▶ Built ─▶ Restored
