@@ -9,7 +9,6 @@
 pub mod access;
 pub mod address_space;
 pub mod aio;
-pub mod births;
 pub mod bounds;
 pub mod bundle;
 pub mod cgroup;
@@ -38,6 +37,7 @@ pub mod options;
 pub mod outsiders;
 pub mod plan;
 pub mod process;
+pub mod process_tree;
 pub mod processor;
 pub mod raw_path;
 pub mod references;

@@ -16,7 +16,6 @@ use access::{accessible, denial};
 
 use crate::capture::seen::Planned;
 use crate::error::{Obstacle, Result};
-use crate::objects::births;
 use crate::objects::files::left::Choices;
 use crate::objects::findings::Findings;
 use crate::objects::ipc;
@@ -24,6 +23,7 @@ use crate::objects::job::Family;
 use crate::objects::namespaces;
 use crate::objects::process::kin;
 use crate::objects::process::{self, Depth, FromOutside};
+use crate::objects::process_tree;
 use crate::objects::source::{Collector, Copies, Source};
 use crate::objects::zombie::{self, Zombie};
 
@@ -157,7 +157,7 @@ fn look_at_all(
         let zombies = ended.iter().filter_map(|pid| zombie::capture(*pid).ok());
         let zombies: Vec<Zombie> = zombies.collect();
         let kin = kin::of_all(sources, &outside, collector)?;
-        if let Err(obstacles) = births::decide_for(&kin, &zombies) {
+        if let Err(obstacles) = process_tree::decide_for(&kin, &zombies) {
             obstacles.into_iter().for_each(|o| collector.refuse(o));
         }
     }

@@ -11,7 +11,6 @@ use super::seen::{assemble, from_parent};
 use super::{Request, borrow, check};
 use crate::error::{Error, Obstacle, Result};
 use crate::host;
-use crate::objects::births;
 use crate::objects::cgroup::freezer::Thawed;
 use crate::objects::files::late;
 use crate::objects::ipc::{self, notice};
@@ -19,6 +18,7 @@ use crate::objects::job::{FrozenJob, Member};
 use crate::objects::landlock::{self, Bystanders};
 use crate::objects::outsiders::process_name;
 use crate::objects::process::{self, FromOutside, InJob, Process, Statuses};
+use crate::objects::process_tree;
 use crate::objects::seccomp::surroundings::Surroundings;
 use crate::objects::source::{Collector, Patience};
 use crate::objects::{aio, zombie};
@@ -124,7 +124,7 @@ impl<'r> Frozen<'r> {
             warnings.extend(others.map(not_of_the_job));
         }
         // What could not be restored is refused now, not at the restore.
-        births::decide(&snapshot).map_err(Error::Refused)?;
+        process_tree::decide(&snapshot).map_err(Error::Refused)?;
         let out_of_reach = late::out_of_reach(&snapshot);
         if !out_of_reach.is_empty() {
             return Err(Error::Refused(out_of_reach));

@@ -11,10 +11,10 @@ use super::decide::pids;
 use super::files::put;
 use super::probed::Probed;
 use crate::error::{Error, Obstacle, Result};
-use crate::objects::births::{self, Births};
 use crate::objects::clock::Clocks;
 use crate::objects::files::left;
 use crate::objects::findings::Findings;
+use crate::objects::process_tree::{self, Creations};
 use crate::objects::vdso::{self, Replaced};
 use crate::objects::{Snapshot, signals};
 
@@ -25,7 +25,7 @@ pub(super) struct Adapted {
     /// The vDSO code to be patched.
     pub(super) vdso: Replaced,
     /// Which process creates which.
-    births: Result<Vec<Births>, Vec<Obstacle>>,
+    creations: Result<Vec<Creations>, Vec<Obstacle>>,
     /// Ids of all tasks, zombies and temporary helper processes, ascending.
     pub(super) ids: Vec<i32>,
     /// Paths of files that are taken from the image, since they are missing or different here.
@@ -58,12 +58,12 @@ impl Adapted {
         let vdso = vdso::adapt(&mut snapshot).map_err(Error::Refused);
         let vdso = findings.collect(vdso)?;
         let given = bundle::choose(&mut snapshot, request);
-        let births = births::decide(&snapshot);
-        let ids = pids::ids(&snapshot, births.as_deref().unwrap_or_default());
+        let creations = process_tree::decide(&snapshot);
+        let ids = pids::ids(&snapshot, creations.as_deref().unwrap_or_default());
         Ok(Self {
             snapshot,
             vdso,
-            births,
+            creations,
             ids,
             given,
         })
@@ -73,8 +73,8 @@ impl Adapted {
     ///
     /// # Errors
     /// Sessions and groups that cannot be recreated.
-    pub(super) fn births(&self) -> Result<&[Births], &[Obstacle]> {
-        self.births.as_deref().map_err(Vec::as_slice)
+    pub(super) fn creations(&self) -> Result<&[Creations], &[Obstacle]> {
+        self.creations.as_deref().map_err(Vec::as_slice)
     }
 
     /// Decides which clocks the job gets. If it gets the machine's, the snapshot's times are updated to them.

@@ -16,7 +16,7 @@ pub(super) struct Job<'a> {
     /// Position in `all` by inode.
     by_inode: HashMap<u64, usize>,
     /// How each is created.
-    pub(super) births: Vec<Birth>,
+    pub(super) creations: Vec<Creation>,
     /// Temporary listening sockets, for connections whose listening socket has gone.
     pub(super) stand_ins: Vec<StandIn<'a>>,
     /// `O_PATH` descriptors for the files of names, by inode of the socket.
@@ -30,7 +30,7 @@ pub(super) struct Job<'a> {
 
 /// How a socket is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Birth {
+pub(super) enum Creation {
     /// socket(2).
     Alone,
     /// The first of a socketpair(2), with the position of the second.
@@ -71,7 +71,7 @@ impl<'a> Job<'a> {
         let by_inode = all.iter().enumerate().map(|(at, (_, s))| (s.inode, at));
         let mut job = Self {
             by_inode: by_inode.collect(),
-            births: vec![Birth::Alone; all.len()],
+            creations: vec![Creation::Alone; all.len()],
             all,
             stand_ins: Vec::new(),
             files: HashMap::new(),
@@ -119,8 +119,8 @@ impl<'a> Job<'a> {
             // What remains of a pair of datagram sockets after connect(2) and send(2) (`init_peercred` in
             // net/unix/af_unix.c).
             let paired = socket.style == Style::Datagram && socket.peer_credentials.is_some();
-            if paired && self.births[at] == Birth::Alone {
-                self.births[at] = Birth::Severed;
+            if paired && self.creations[at] == Creation::Alone {
+                self.creations[at] = Creation::Severed;
             }
             let Some(other) = socket.peer().and_then(|peer| self.position(peer)) else {
                 continue;
@@ -134,27 +134,27 @@ impl<'a> Job<'a> {
             }
             decided.extend([at, other]);
             if !mutual {
-                self.births[at] = Birth::PairWith(other);
-                self.births[other] = Birth::AlongAndOff;
+                self.creations[at] = Creation::PairWith(other);
+                self.creations[other] = Creation::AlongAndOff;
                 continue;
             }
             let named = |at: usize| self.socket(at).name.is_some();
             if socket.style == Style::Datagram {
                 let told = |at: usize| self.socket(at).peer_credentials;
                 if !named(at) || !named(other) || (paired && told(at) == told(other)) {
-                    self.births[at] = Birth::PairWith(other);
-                    self.births[other] = Birth::Along;
+                    self.creations[at] = Creation::PairWith(other);
+                    self.creations[other] = Creation::Along;
                 }
                 continue;
             }
             match self.server(at, other) {
                 None => {
-                    self.births[at] = Birth::PairWith(other);
-                    self.births[other] = Birth::Along;
+                    self.creations[at] = Creation::PairWith(other);
+                    self.creations[other] = Creation::Along;
                 }
                 Some(server) => {
                     let client = if server == at { other } else { at };
-                    self.births[server] = Birth::Accepted(client, self.door(server));
+                    self.creations[server] = Creation::Accepted(client, self.door(server));
                 }
             }
         }
@@ -204,7 +204,7 @@ impl<'a> Job<'a> {
     /// Whether the plan binds the socket to its name; an accepted one inherits it.
     pub(super) fn binds(&self, position: usize) -> bool {
         self.socket(position).name.is_some()
-            && !matches!(self.births[position], Birth::Accepted(..))
+            && !matches!(self.creations[position], Creation::Accepted(..))
     }
 
     /// Number of the descriptor that refers to a bound socket's file.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::names;
 use super::peers::Ucred;
-use super::plan::{Birth, Door, Job};
+use super::plan::{Creation, Door, Job};
 pub use super::transfer::finish;
 use super::unix::{Name, NameFile, Role, UnixSocket, show, sockaddr};
 use crate::Snapshot;
@@ -122,12 +122,12 @@ fn create(job: &Job<'_>, at: usize, plan: &mut Builder) {
     let socket = job.socket(at);
     let object = || format!("the {}", socket.label());
     let (family, kind) = (libc::AF_UNIX as u64, socket.style.number() as u64);
-    match job.births[at] {
-        Birth::Alone => {
+    match job.creations[at] {
+        Creation::Alone => {
             plan.expect(libc::SYS_socket, &[family, kind, 0], 0, object);
             files::place(0, job.at(at), plan, object);
         }
-        Birth::PairWith(other) => {
+        Creation::PairWith(other) => {
             let who = socket.peer_credentials;
             job.names.act(who, &told(socket), plan, |_, plan| {
                 let out = plan.reserve(8);
@@ -136,7 +136,7 @@ fn create(job: &Job<'_>, at: usize, plan: &mut Builder) {
                 files::place(1, job.at(other), plan, object);
             });
         }
-        Birth::Severed => {
+        Creation::Severed => {
             let who = socket.peer_credentials;
             job.names.act(who, &told(socket), plan, |_, plan| {
                 let out = plan.reserve(8);
@@ -146,7 +146,7 @@ fn create(job: &Job<'_>, at: usize, plan: &mut Builder) {
                 plan.syscall(libc::SYS_close, &[1], object);
             });
         }
-        Birth::Along | Birth::AlongAndOff | Birth::Accepted(..) => {}
+        Creation::Along | Creation::AlongAndOff | Creation::Accepted(..) => {}
     }
 }
 
@@ -208,7 +208,7 @@ impl Binding<'_> {
     fn accept_at_stand_ins(&mut self, job: &Job<'_>) {
         let mut listening = HashMap::new();
         for at in 0..job.all.len() {
-            if let Birth::Accepted(client, door @ Door::StandIn(_)) = job.births[at] {
+            if let Creation::Accepted(client, door @ Door::StandIn(_)) = job.creations[at] {
                 let number = job.door_at(door).0;
                 let peer = job.socket(client).peer_credentials;
                 if peer.is_some() && listening.insert(number, peer) != Some(peer) {
@@ -419,7 +419,7 @@ fn connect(job: &Job<'_>, at: usize, plan: &mut Builder) {
     let mut is = who;
     listen(job, at, number, room, who, plan);
     for server in 0..job.all.len() {
-        if let Birth::Accepted(client, door) = job.births[server]
+        if let Creation::Accepted(client, door) = job.creations[server]
             && door == Door::Listener(at)
         {
             let peer = job.socket(client).peer_credentials;

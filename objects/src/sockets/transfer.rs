@@ -4,7 +4,7 @@
 use super::filter;
 use super::options::{self, SocketOption};
 use super::peers::Ucred;
-use super::plan::{Birth, Job};
+use super::plan::{Creation, Job};
 use super::rebuild::{dial, disconnect};
 use super::unix::{Message, Role, Style, sockaddr};
 use super::urgent::Urgent;
@@ -68,7 +68,7 @@ fn send_all(job: &Job<'_>, staging: Staging, plan: &mut Builder) {
     for (at, sent) in bytes.iter().enumerate().filter(|(_, b)| much(b)) {
         options::make_room(job.at(at), sent.0, plan);
     }
-    let off = |at: &usize| job.births[*at] == Birth::AlongAndOff;
+    let off = |at: &usize| job.creations[*at] == Creation::AlongAndOff;
     let (leave, stay): (Vec<usize>, Vec<usize>) = (0..job.all.len()).partition(off);
     send_to(job, &stay, staging, plan);
     // Messages of a socket that has left its peer were sent afterwards.
@@ -109,7 +109,7 @@ fn send(
     plan: &mut Builder,
 ) {
     let label = job.socket(to).label();
-    let paired = |a: usize, b: usize| job.births[a] == Birth::PairWith(b);
+    let paired = |a: usize, b: usize| job.creations[a] == Creation::PairWith(b);
     let direct = job.socket(to).style != Style::Datagram || paired(from, to) || paired(to, from);
     let address = if direct { Vec::new() } else { job.address(to) };
     let mut control = Vec::new();
@@ -172,8 +172,8 @@ fn control_message(kind: i32, data: &[u8], control: &mut Vec<u8>) {
 /// Connects datagram sockets to their peers by name. A connected socket accepts no connection from others, so it is
 /// connected after all that connect to it.
 fn connect_datagrams(job: &Job<'_>, plan: &mut Builder) {
-    let target = |at: usize| match job.births[at] {
-        Birth::Alone | Birth::Severed | Birth::AlongAndOff
+    let target = |at: usize| match job.creations[at] {
+        Creation::Alone | Creation::Severed | Creation::AlongAndOff
             if job.socket(at).style == Style::Datagram =>
         {
             job.socket(at).peer().and_then(|peer| job.position(peer))

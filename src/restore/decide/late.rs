@@ -9,10 +9,10 @@ use ckpt_tracer::remote::RemoteCalls;
 
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
-use crate::objects::births::{Births, Origin};
 use crate::objects::holes;
 use crate::objects::memory::{Backing, Mapping, MappingFlags, join};
 use crate::objects::process::Process;
+use crate::objects::process_tree::{Creations, Origin};
 
 /// The mappings of the restorer, and the reserve that mremap(2) requires (`mremap_to`, mm/mremap.c).
 const ROOM: u64 = 16;
@@ -28,7 +28,7 @@ impl Late {
     pub(in crate::restore) fn decide(
         snapshot: &Snapshot,
         image: &Reader,
-        births: &[Births],
+        creations: &[Creations],
         limit: u64,
     ) -> std::result::Result<Self, Vec<Obstacle>> {
         let mut late = HashMap::new();
@@ -40,9 +40,9 @@ impl Late {
                 continue;
             }
             // Mappings that forks share are made from the beginning.
-            let mut family = births[index].processes().into_iter().chain([index]);
-            let alone = family.all(|i| i == index || births[i].origin == Origin::Executed)
-                && births[index].origin == Origin::Executed;
+            let mut family = creations[index].processes().into_iter().chain([index]);
+            let alone = family.all(|i| i == index || creations[i].origin == Origin::Executed)
+                && creations[index].origin == Origin::Executed;
             let mut empty: Vec<Mapping> = Vec::new();
             if alone {
                 let held = pages_of(process, image);
@@ -153,8 +153,8 @@ mod tests {
         for mapping in &mut snapshot.processes[0].memory.mappings {
             mapping.name = Some(b"name".to_vec());
         }
-        let births = crate::objects::births::decide(&snapshot).expect("it is one process");
-        let decide = |snapshot: &Snapshot, limit| Late::decide(snapshot, &image, &births, limit);
+        let creations = crate::objects::process_tree::decide(&snapshot).expect("it is one process");
+        let decide = |snapshot: &Snapshot, limit| Late::decide(snapshot, &image, &creations, limit);
         let others = |late: Late, snapshot: &Snapshot| {
             let others = late.others(&snapshot.processes[0]).into_owned();
             others.iter().map(|m| m.start).collect::<Vec<_>>()

@@ -12,11 +12,11 @@ use super::taken::taken;
 use crate::error::{Error, Obstacle, Result};
 use crate::isolate::Spec;
 use crate::objects::Snapshot;
-use crate::objects::births::{Birth, Births, Body, Origin};
 use crate::objects::clock;
 use crate::objects::memory::FileIdentity;
 use crate::objects::namespaces::Namespaces;
 use crate::objects::plan::Means;
+use crate::objects::process_tree::{Body, Creation, Creations, Origin};
 use crate::restore::adapted::Adapted;
 use crate::restore::placed::Placed;
 use crate::restore::probed::Probed;
@@ -51,8 +51,8 @@ pub(in crate::restore) fn decide(
     placed: &Placed<'_>,
     wanted: Pids,
 ) -> Result<(Place, Option<Vec<Obstacle>>)> {
-    let births = placed.snapshot().births();
-    let births = births.map_err(|o| Error::Refused(o.to_vec()))?;
+    let creations = placed.snapshot().creations();
+    let creations = creations.map_err(|o| Error::Refused(o.to_vec()))?;
     let mut seen = None;
     let why = match wanted {
         Pids::Keep => return Ok((Place::Here, None)),
@@ -64,7 +64,7 @@ pub(in crate::restore) fn decide(
             why => why,
         },
     };
-    let obstacles = why_not_in_namespace(placed.snapshot(), births, why.as_deref());
+    let obstacles = why_not_in_namespace(placed.snapshot(), creations, why.as_deref());
     match obstacles.is_empty() {
         true => Ok((Place::Namespace(why), None)),
         false => Err(Error::Refused(obstacles)),
@@ -108,8 +108,8 @@ pub(in crate::restore) fn awaited(snapshot: &Adapted, means: Means) -> Option<u6
     if means != Means::Turns {
         return None;
     }
-    let births = snapshot.births().ok()?;
-    let turns = next_pid::turns(&order(snapshot, births)).ok()?;
+    let creations = snapshot.creations().ok()?;
+    let turns = next_pid::turns(&order(snapshot, creations)).ok()?;
     (turns > SOON && next_pid::is_bearable(turns)).then_some(turns)
 }
 
@@ -124,11 +124,11 @@ pub fn note_of_waiting(placed: &Placed<'_>) -> Option<String> {
 
 /// The ids in the order of their creation: each process with those that it creates, then their threads, the last
 /// process's first (see `driver`).
-fn order(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
+fn order(snapshot: &Snapshot, creations: &[Creations]) -> Vec<i32> {
     let mut ids = vec![snapshot.processes[0].pid];
     let mut next = VecDeque::from([0]);
     while let Some(index) = next.pop_front() {
-        in_turn(births[index].all(), births, &mut ids, &mut next);
+        in_turn(creations[index].all(), creations, &mut ids, &mut next);
     }
     for process in snapshot.processes.iter().rev() {
         ids.extend(process.threads[1..].iter().map(|t| t.tid));
@@ -137,19 +137,19 @@ fn order(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
 }
 
 fn in_turn<'a>(
-    created: impl Iterator<Item = &'a Birth>,
-    births: &'a [Births],
+    created: impl Iterator<Item = &'a Creation>,
+    creations: &'a [Creations],
     ids: &mut Vec<i32>,
     next: &mut VecDeque<usize>,
 ) {
-    for birth in created {
-        ids.push(birth.pid);
-        match &birth.body {
-            Body::Phantom(phantom) => in_turn(phantom.births.iter(), births, ids, next),
+    for creation in created {
+        ids.push(creation.pid);
+        match &creation.body {
+            Body::Phantom(phantom) => in_turn(phantom.creations.iter(), creations, ids, next),
             // In its creator's memory it runs at once.
-            Body::Process(index) if births[*index].origin == Origin::Sharing => {
-                let all: Vec<&Birth> = births[*index].all().collect();
-                in_turn(all.into_iter(), births, ids, next);
+            Body::Process(index) if creations[*index].origin == Origin::Sharing => {
+                let all: Vec<&Creation> = creations[*index].all().collect();
+                in_turn(all.into_iter(), creations, ids, next);
             }
             Body::Process(index) => next.push_back(*index),
         }
@@ -169,7 +169,11 @@ pub fn still_runs(placed: &Placed<'_>) -> Option<i32> {
     (same && !stat.state.has_ended() && begun <= taken_at).then_some(root.pid)
 }
 
-fn why_not_in_namespace(snapshot: &Adapted, births: &[Births], why: Option<&str>) -> Vec<Obstacle> {
+fn why_not_in_namespace(
+    snapshot: &Adapted,
+    creations: &[Creations],
+    why: Option<&str>,
+) -> Vec<Obstacle> {
     let mut obstacles = Vec::new();
     let reason = |what: &str| match why {
         Some(why) => format!("{what}, and {why}"),
@@ -183,8 +187,8 @@ fn why_not_in_namespace(snapshot: &Adapted, births: &[Births], why: Option<&str>
             REMEDY,
         ));
     }
-    for (process, births) in snapshot.processes.iter().zip(births) {
-        if births.joins_ours {
+    for (process, creations) in snapshot.processes.iter().zip(creations) {
+        if creations.joins_ours {
             obstacles.push(Obstacle::new(
                 format!("process {}", process.pid),
                 reason(
@@ -225,11 +229,14 @@ pub(in crate::restore) fn namespaces(placed: &Placed<'_>) -> Result<Spec> {
 }
 
 /// All ids of the job, and of temporary processes; ascending.
-pub(in crate::restore) fn ids(snapshot: &Snapshot, births: &[Births]) -> Vec<i32> {
+pub(in crate::restore) fn ids(snapshot: &Snapshot, creations: &[Creations]) -> Vec<i32> {
     let tids = snapshot.processes.iter().flat_map(|p| &p.threads);
     let tids = tids.map(|t| t.tid);
     let zombies = snapshot.zombies.iter().map(|z| z.pid);
-    let helpers = births.iter().flat_map(Births::all).flat_map(Birth::ids);
+    let helpers = creations
+        .iter()
+        .flat_map(Creations::all)
+        .flat_map(Creation::ids);
     let mut ids: Vec<i32> = tids.chain(zombies).chain(helpers).collect();
     ids.sort_unstable();
     ids.dedup();
@@ -256,7 +263,7 @@ pub(in crate::restore) fn in_the_way_now(placed: &Placed<'_>) -> Vec<Obstacle> {
 
 fn further_in_the_way(placed: &Placed<'_>, taken: Vec<Obstacle>) -> Vec<Obstacle> {
     let (snapshot, kernel) = (placed.snapshot(), &placed.probed().kernel);
-    let Ok(births) = snapshot.births() else {
+    let Ok(creations) = snapshot.creations() else {
         return Vec::new();
     };
     let mut obstacles = taken;
@@ -264,7 +271,7 @@ fn further_in_the_way(placed: &Placed<'_>, taken: Vec<Obstacle>) -> Vec<Obstacle
         // If a namespace is possible, other processes need not be kept from taking ids.
         obstacles.extend(match kernel.pid_namespace {
             true => Some(not_permitted(snapshot.processes[0].pid, "")),
-            false => out_of_reach(&order(snapshot, births)),
+            false => out_of_reach(&order(snapshot, creations)),
         });
     }
     let mut ids = snapshot.ids.iter();
@@ -335,7 +342,7 @@ pub(in crate::restore) fn keep_clear(placed: &Placed<'_>) -> Result<()> {
 /// The id after which those of our helpers follow.
 fn last_of_the_job(placed: &Placed<'_>) -> Result<i32> {
     let snapshot = placed.snapshot();
-    let possible = snapshot.births().map(drop);
+    let possible = snapshot.creations().map(drop);
     possible.map_err(|o| Error::Refused(o.to_vec()))?;
     let pid_max = placed.probed().kernel.pid_max.try_into();
     Ok(clear_after(&snapshot.ids, pid_max.unwrap_or(i32::MAX)))

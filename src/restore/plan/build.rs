@@ -9,12 +9,12 @@ use nix::unistd::AccessFlags;
 
 use super::job::Job;
 use crate::error::Obstacle;
-use crate::objects::births::Origin;
 use crate::objects::files::{self, Staging, procfs, removed};
 use crate::objects::ipc::{self, notice, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt, Uses};
 use crate::objects::plan::{Builder, Inherited, Stage};
 use crate::objects::process::{Process, RemovedPlaces};
+use crate::objects::process_tree::Origin;
 use crate::objects::thread::Thread;
 use crate::objects::{access, rights};
 use crate::objects::{
@@ -57,7 +57,7 @@ impl Build<'_> {
             inherited: &inherited,
             again,
         };
-        if self.job.births[self.index].origin == Origin::Executed {
+        if self.job.creations[self.index].origin == Origin::Executed {
             self.begin(&mut plan);
         }
         self.memory(forked, &mut plan, &mut obstacles);
@@ -273,7 +273,7 @@ impl Build<'_> {
                 plan.inherit(staging.removed(index), Inherited::RemovedPlace(index));
             }
         }
-        let others = snapshot.processes.iter().zip(self.job.births).skip(1);
+        let others = snapshot.processes.iter().zip(self.job.creations).skip(1);
         let executed = others.filter(|(_, b)| b.origin == Origin::Executed);
         let mut programs: Vec<usize> = executed.map(|(p, _)| p.memory.executable).collect();
         programs.sort_unstable();

@@ -8,13 +8,13 @@ use ckpt_tracer::proc::maps::Vma;
 
 use super::build::Build;
 use crate::error::Obstacle;
-use crate::objects::births::{Births, Origin};
 use crate::objects::files::Staging;
 use crate::objects::holes;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
 use crate::objects::plan::{HostState, Inherit, Plan};
 use crate::objects::process::Process;
+use crate::objects::process_tree::{Creations, Origin};
 use crate::objects::processor::Refit;
 use crate::objects::vdso::Replaced;
 use crate::objects::{Snapshot, SpaceId};
@@ -31,7 +31,7 @@ pub struct Job<'a> {
     /// The job.
     pub snapshot: &'a Snapshot,
     /// Which process creates which.
-    pub births: &'a [Births],
+    pub creations: &'a [Creations],
     /// The request.
     pub request: &'a Request<'a>,
     /// The state that a new process inherits from us.
@@ -73,16 +73,16 @@ impl<'a> Job<'a> {
         (kernel, room): (&KernelFeatures, u64),
     ) -> Result<Self, Vec<Obstacle>> {
         let snapshot: &Snapshot = adapted;
-        let births = adapted.births().map_err(<[_]>::to_vec)?;
+        let creations = adapted.creations().map_err(<[_]>::to_vec)?;
         let terminals = Terminals::decide(snapshot, request)?;
-        let late = Late::decide(snapshot, image, births, kernel.max_map_count)?;
+        let late = Late::decide(snapshot, image, creations, kernel.max_map_count)?;
         let mut held = HashMap::new();
-        if births.iter().any(|b| b.origin == Origin::Forked) {
+        if creations.iter().any(|b| b.origin == Origin::Forked) {
             held = pages_held(snapshot, image);
         }
         Ok(Self {
             snapshot,
-            births,
+            creations,
             request,
             host,
             group: match terminals.root_leads {
@@ -109,19 +109,19 @@ impl<'a> Job<'a> {
         let parent = self.process(index).parent;
         let processes = &self.snapshot.processes;
         let found = processes.iter().find(|p| p.pid == parent);
-        found.filter(|_| self.births[index].origin == Origin::Forked)
+        found.filter(|_| self.creations[index].origin == Origin::Forked)
     }
 
     /// Whether a process is created by a fork of its parent.
     pub(super) fn is_forked(&self, process: &Process) -> bool {
-        let mut all = self.snapshot.processes.iter().zip(self.births);
-        all.any(|(p, births)| p.pid == process.pid && births.origin == Origin::Forked)
+        let mut all = self.snapshot.processes.iter().zip(self.creations);
+        all.any(|(p, creations)| p.pid == process.pid && creations.origin == Origin::Forked)
     }
 
     /// The processes with an address space of their own, each with a plan of its own.
     pub fn owners(&self) -> impl Iterator<Item = usize> {
-        let births = self.births.iter().enumerate();
-        let own = births.filter(|(_, b)| b.origin != Origin::Sharing);
+        let creations = self.creations.iter().enumerate();
+        let own = creations.filter(|(_, b)| b.origin != Origin::Sharing);
         own.map(|(index, _)| index)
     }
 
@@ -132,8 +132,8 @@ impl<'a> Job<'a> {
         let mut next = 0;
         while let Some(&at) = forks.get(next) {
             next += 1;
-            let of_one = self.births[at].processes().into_iter();
-            forks.extend(of_one.filter(|i| self.births[*i].origin != Origin::Executed));
+            let of_one = self.creations[at].processes().into_iter();
+            forks.extend(of_one.filter(|i| self.creations[*i].origin != Origin::Executed));
         }
         forks
     }

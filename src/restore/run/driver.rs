@@ -15,12 +15,12 @@ use super::fill::Pages;
 use super::handover::{self, Complete, TAKEN_OVER, adjust_from_outside};
 use super::spawn::{self, NewProcesses};
 use crate::error::{Error, Result};
-use crate::objects::births::Origin;
 use crate::objects::cgroup;
 use crate::objects::core_scheduling;
 use crate::objects::memory::SharedAt;
 use crate::objects::plan::Means;
 use crate::objects::plan::{Part, Stage};
+use crate::objects::process_tree::Origin;
 use crate::restore::plan::{Job, Planned};
 
 /// A new process.
@@ -160,7 +160,7 @@ impl Driver<'_> {
             self.phantoms.push(phantom);
             return Ok(());
         };
-        match self.job.births[index].origin {
+        match self.job.creations[index].origin {
             Origin::Sharing => {
                 let mut worker = worker(task, Pid(tid.raw()), part, planned)?;
                 self.run_to_born(&mut worker)?;

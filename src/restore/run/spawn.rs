@@ -107,7 +107,7 @@ pub fn spawn(
             go_write.as_fd()
         }
     };
-    let task = Running::seize_with(Tid(process.pid), BIRTH_OPTIONS)?;
+    let task = Running::seize_with(Tid(process.pid), NEW_TASK_OPTIONS)?;
     let mut task = begin(go, task, report_read, is_first)?;
     leave_exec(&mut task)?;
     Ok((created, task))
@@ -182,7 +182,7 @@ fn begin(go: BorrowedFd<'_>, task: Running, report: OwnedFd, first: bool) -> Res
 
 /// For processes that create others: the loss of the tracer kills them, and their children are traced from the
 /// beginning.
-pub const BIRTH_OPTIONS: i32 = libc::PTRACE_O_EXITKILL
+pub const NEW_TASK_OPTIONS: i32 = libc::PTRACE_O_EXITKILL
     | libc::PTRACE_O_TRACEEXEC
     | libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACEFORK

@@ -2,24 +2,24 @@
 
 use super::Build;
 use crate::error::Obstacle;
-use crate::objects::births::{Birth, Body, Group, Origin, Phantom};
 use crate::objects::files::terminal::Terminal;
 use crate::objects::plan::{Builder, Stage};
+use crate::objects::process_tree::{Body, Creation, Group, Origin, Phantom};
 
 impl Build<'_> {
     /// Children, session and group.
     pub(super) fn family(&self, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
-        let births = &self.job.births[self.index];
+        let creations = &self.job.creations[self.index];
         let process = self.process;
         let subreaper = |on: u64, plan: &mut Builder| {
             let args = [libc::PR_SET_CHILD_SUBREAPER as u64, on];
             plan.syscall(libc::SYS_prctl, &args, || "the child subreaper".into());
         };
-        if births.adopts {
+        if creations.adopts {
             subreaper(1, plan);
         }
-        for birth in &births.early {
-            self.birth(birth, plan, obstacles);
+        for creation in &creations.early {
+            self.creation(creation, plan, obstacles);
         }
         let leads = self.job.terminals.leads(self.index, self.job.snapshot);
         if leads {
@@ -34,16 +34,16 @@ impl Build<'_> {
         if leads {
             self.control_terminal(plan);
         }
-        for birth in &births.late {
-            self.birth(birth, plan, obstacles);
+        for creation in &creations.late {
+            self.creation(creation, plan, obstacles);
         }
         plan.stage(Stage::Born);
         let joins = if leads {
             None
-        } else if births.joins_ours {
+        } else if creations.joins_ours {
             Some(self.job.group)
         } else {
-            births.joins
+            creations.joins
         };
         if let Some(group) = joins {
             plan.syscall(libc::SYS_setpgid, &[0, group as u64], || {
@@ -55,15 +55,15 @@ impl Build<'_> {
             self.foreground(plan);
         }
         // Ended helpers are reaped; zombies are not.
-        let own = births.all().filter(|birth| !birth.adopted);
-        for pid in own.flat_map(Birth::helpers) {
+        let own = creations.all().filter(|creation| !creation.adopted);
+        for pid in own.flat_map(Creation::helpers) {
             let args = [pid as u64, 0, 0, 0];
             plan.expect(libc::SYS_wait4, &args, pid as u64, || {
                 "a helper process".into()
             });
         }
-        let mut told: Vec<i32> = births.all().filter_map(Birth::tells).collect();
-        if births.adopts {
+        let mut told: Vec<i32> = creations.all().filter_map(Creation::tells).collect();
+        if creations.adopts {
             told.push(libc::SIGCHLD);
         }
         told.sort_unstable();
@@ -71,7 +71,7 @@ impl Build<'_> {
         for signal in told {
             forget(signal, plan);
         }
-        if births.adopts {
+        if creations.adopts {
             subreaper(0, plan);
         }
     }
@@ -122,22 +122,26 @@ impl Build<'_> {
         }
     }
 
-    fn birth(&self, birth: &Birth, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
-        let parent = if birth.adopted { libc::CLONE_PARENT } else { 0 };
-        let index = match &birth.body {
+    fn creation(&self, creation: &Creation, plan: &mut Builder, obstacles: &mut Vec<Obstacle>) {
+        let parent = if creation.adopted {
+            libc::CLONE_PARENT
+        } else {
+            0
+        };
+        let index = match &creation.body {
             Body::Process(index) => *index,
             Body::Phantom(phantom) => {
                 let flags = libc::CLONE_VM | parent;
-                return plan.process(birth.pid, flags, phantom.exit_signal, |plan| {
-                    self.phantom(birth.pid, phantom, plan, obstacles);
+                return plan.process(creation.pid, flags, phantom.exit_signal, |plan| {
+                    self.phantom(creation.pid, phantom, plan, obstacles);
                 });
             }
         };
         let process = self.job.process(index);
         let flags = parent | process.shares.flags();
-        match self.job.births[index].origin {
-            Origin::Forked => plan.process(birth.pid, flags, process.exit_signal, |_| {}),
-            Origin::Sharing => plan.process(birth.pid, flags, process.exit_signal, |plan| {
+        match self.job.creations[index].origin {
+            Origin::Forked => plan.process(creation.pid, flags, process.exit_signal, |_| {}),
+            Origin::Sharing => plan.process(creation.pid, flags, process.exit_signal, |plan| {
                 let its = Build {
                     index,
                     process,
@@ -148,7 +152,7 @@ impl Build<'_> {
             }),
             Origin::Executed => {
                 let flags = flags | libc::CLONE_VM | libc::CLONE_VFORK;
-                plan.process(birth.pid, flags, libc::SIGCHLD, |plan| {
+                plan.process(creation.pid, flags, libc::SIGCHLD, |plan| {
                     self.execute(index, plan);
                 });
             }
@@ -190,8 +194,8 @@ impl Build<'_> {
         name.push(0);
         let name = plan.data(&name);
         plan.syscall(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, name], object);
-        for birth in &phantom.births {
-            self.birth(birth, plan, obstacles);
+        for creation in &phantom.creations {
+            self.creation(creation, plan, obstacles);
         }
         plan.pause();
         let joins = phantom.joins.map(|group| match group {

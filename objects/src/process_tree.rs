@@ -20,7 +20,7 @@ use site::Site;
 
 /// A process to be created.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Birth {
+pub struct Creation {
     /// Its id.
     pub pid: i32,
     /// Created as a child of its creator's parent (`CLONE_PARENT`).
@@ -29,14 +29,14 @@ pub struct Birth {
     pub body: Body,
 }
 
-impl Birth {
+impl Creation {
     /// Its id, and those of all that it creates if it is a phantom.
     pub fn ids(&self) -> Vec<i32> {
-        let of_phantom: &[Birth] = match &self.body {
-            Body::Phantom(phantom) => &phantom.births,
+        let of_phantom: &[Creation] = match &self.body {
+            Body::Phantom(phantom) => &phantom.creations,
             Body::Process(_) => &[],
         };
-        let left = of_phantom.iter().map(|birth| birth.pid);
+        let left = of_phantom.iter().map(|creation| creation.pid);
         std::iter::once(self.pid).chain(left).collect()
     }
 
@@ -48,7 +48,7 @@ impl Birth {
         };
         let own = phantom.zombie.is_none().then_some(self.pid);
         // Children of a phantom that leads no session are another process's.
-        let left = phantom.births.iter().filter(|_| phantom.leads_session);
+        let left = phantom.creations.iter().filter(|_| phantom.leads_session);
         own.into_iter()
             .chain(left.flat_map(Self::helpers))
             .collect()
@@ -102,7 +102,7 @@ pub struct Phantom {
     /// User and group of a zombie, if known.
     pub ids: Option<(u32, u32)>,
     /// Processes that it creates.
-    pub births: Vec<Birth>,
+    pub creations: Vec<Creation>,
 }
 
 /// The process group of a process that does not lead one.
@@ -116,11 +116,11 @@ pub enum Group {
 
 /// Processes that one process creates.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Births {
+pub struct Creations {
     /// Before its setsid(2).
-    pub early: Vec<Birth>,
+    pub early: Vec<Creation>,
     /// Afterwards.
-    pub late: Vec<Birth>,
+    pub late: Vec<Creation>,
     /// It is a subreaper for children of phantoms.
     pub adopts: bool,
     /// The group that it joins; `None` if it leads one or stays in that of `restore`.
@@ -131,19 +131,19 @@ pub struct Births {
     pub origin: Origin,
 }
 
-impl Births {
+impl Creations {
     /// All that it creates itself.
-    pub fn all(&self) -> impl Iterator<Item = &Birth> {
+    pub fn all(&self) -> impl Iterator<Item = &Creation> {
         self.early.iter().chain(&self.late)
     }
 
     /// The processes of the snapshot that it creates, itself or through a phantom.
     pub fn processes(&self) -> Vec<usize> {
         let mut found = Vec::new();
-        for birth in self.all() {
-            let by_phantom: &[Birth] = match &birth.body {
-                Body::Phantom(phantom) => &phantom.births,
-                Body::Process(_) => std::slice::from_ref(birth),
+        for creation in self.all() {
+            let by_phantom: &[Creation] = match &creation.body {
+                Body::Phantom(phantom) => &phantom.creations,
+                Body::Process(_) => std::slice::from_ref(creation),
             };
             found.extend(by_phantom.iter().filter_map(|b| match b.body {
                 Body::Process(index) => Some(index),
@@ -165,7 +165,7 @@ struct Tree<'a> {
     processes: &'a [Kin],
     zombies: &'a [Zombie],
     index: HashMap<i32, usize>,
-    births: Vec<Births>,
+    creations: Vec<Creations>,
     /// The session in which each process is created.
     born_into: Vec<i32>,
     /// Phantoms that lead sessions, by id: the creator, and whether by `CLONE_PARENT`.
@@ -179,7 +179,7 @@ struct Tree<'a> {
 ///
 /// # Errors
 /// Sessions and groups that cannot be recreated.
-pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
+pub fn decide(snapshot: &Snapshot) -> Result<Vec<Creations>, Vec<Obstacle>> {
     let processes: Vec<Kin> = snapshot.processes.iter().map(Kin::of).collect();
     decide_for(&processes, &snapshot.zombies)
 }
@@ -188,13 +188,13 @@ pub fn decide(snapshot: &Snapshot) -> Result<Vec<Births>, Vec<Obstacle>> {
 ///
 /// # Errors
 /// As [`decide`].
-pub fn decide_for(processes: &[Kin], zombies: &[Zombie]) -> Result<Vec<Births>, Vec<Obstacle>> {
+pub fn decide_for(processes: &[Kin], zombies: &[Zombie]) -> Result<Vec<Creations>, Vec<Obstacle>> {
     let index = processes.iter().enumerate();
     let mut tree = Tree {
         processes,
         zombies,
         index: index.map(|(i, p)| (p.pid, i)).collect(),
-        births: vec![Births::default(); processes.len()],
+        creations: vec![Creations::default(); processes.len()],
         born_into: Vec::with_capacity(processes.len()),
         phantoms: HashMap::new(),
         passing: HashMap::new(),
@@ -216,7 +216,7 @@ pub fn decide_for(processes: &[Kin], zombies: &[Zombie]) -> Result<Vec<Births>, 
     tree.spare_joins();
     tree.share_memory();
     if tree.obstacles.is_empty() {
-        Ok(tree.births)
+        Ok(tree.creations)
     } else {
         Err(tree.obstacles)
     }
@@ -248,10 +248,10 @@ impl Tree<'_> {
         })
     }
 
-    fn list(&mut self, creator: usize, when: When) -> &mut Vec<Birth> {
+    fn list(&mut self, creator: usize, when: When) -> &mut Vec<Creation> {
         match when {
-            When::Early => &mut self.births[creator].early,
-            When::Late => &mut self.births[creator].late,
+            When::Early => &mut self.creations[creator].early,
+            When::Late => &mut self.creations[creator].late,
         }
     }
 
@@ -309,9 +309,9 @@ impl Tree<'_> {
             Site::Phantom(..) => process.session,
         };
         self.born_into.push(before);
-        self.births[index].origin = origin;
+        self.creations[index].origin = origin;
         let adopted = matches!(site, Site::Process(_, _, true));
-        self.list_at(site).push(Birth {
+        self.list_at(site).push(Creation {
             pid: process.pid,
             adopted,
             body: Body::Process(index),
@@ -327,14 +327,14 @@ impl Tree<'_> {
     }
 
     /// All processes to be created, including those of phantoms.
-    fn all(&self) -> impl Iterator<Item = &Birth> {
-        let own = self.births.iter().flat_map(Births::all);
-        own.flat_map(|birth| {
-            let of_phantom: &[Birth] = match &birth.body {
-                Body::Phantom(phantom) => &phantom.births,
+    fn all(&self) -> impl Iterator<Item = &Creation> {
+        let own = self.creations.iter().flat_map(Creations::all);
+        own.flat_map(|creation| {
+            let of_phantom: &[Creation] = match &creation.body {
+                Body::Phantom(phantom) => &phantom.creations,
                 Body::Process(_) => &[],
             };
-            std::iter::once(birth).chain(of_phantom)
+            std::iter::once(creation).chain(of_phantom)
         })
     }
 
@@ -348,25 +348,28 @@ impl Tree<'_> {
             zombie: Some(zombie.status),
             exit_signal: zombie.exit_signal,
             ids: zombie.ids,
-            births: Vec::new(),
+            creations: Vec::new(),
         };
         // A leader that other processes required earlier has been placed already.
         let creator = self.creator(zombie.parent).0;
         for when in [When::Early, When::Late] {
             let mut list = self.list(creator, when).iter_mut();
-            if let Some(Birth {
+            if let Some(Creation {
                 body: Body::Phantom(known),
                 ..
             }) = list.find(|b| b.pid == zombie.pid)
             {
-                let births = std::mem::take(&mut known.births);
-                *known = Phantom { births, ..phantom };
+                let creations = std::mem::take(&mut known.creations);
+                *known = Phantom {
+                    creations,
+                    ..phantom
+                };
                 return;
             }
         }
         let site = self.site_of_ended(zombie);
         let adopted = matches!(site, Site::Process(_, _, true));
-        self.list_at(site).push(Birth {
+        self.list_at(site).push(Creation {
             pid: zombie.pid,
             adopted,
             body: Body::Phantom(phantom),
@@ -383,35 +386,40 @@ impl Tree<'_> {
     /// A process created in the group of `restore` need not join it. Inside a pid namespace that group has no id by
     /// which it could be joined.
     fn spare_joins(&mut self) {
-        let mut created_there = vec![false; self.births.len()];
+        let mut created_there = vec![false; self.creations.len()];
         created_there[0] = true;
         let mut next = vec![0];
         while let Some(at) = next.pop() {
             let process = &self.processes[at];
             let stays = process.group != process.pid && process.session != process.pid;
-            let births = &self.births[at];
-            let early = births.early.iter().map(|b| (b, created_there[at]));
-            let late = births.late.iter().map(|b| (b, created_there[at] && stays));
-            let mut all: Vec<(&Birth, bool)> = early.chain(late).collect();
-            while let Some((birth, there)) = all.pop() {
-                match &birth.body {
+            let creations = &self.creations[at];
+            let early = creations.early.iter().map(|b| (b, created_there[at]));
+            let late = creations
+                .late
+                .iter()
+                .map(|b| (b, created_there[at] && stays));
+            let mut all: Vec<(&Creation, bool)> = early.chain(late).collect();
+            while let Some((creation, there)) = all.pop() {
+                match &creation.body {
                     Body::Process(index) => {
                         created_there[*index] = there;
                         next.push(*index);
                     }
                     Body::Phantom(phantom) => {
                         let there = there && !phantom.leads_session && !phantom.leads_group;
-                        all.extend(phantom.births.iter().map(|b| (b, there)));
+                        all.extend(phantom.creations.iter().map(|b| (b, there)));
                     }
                 }
             }
         }
         let processes = self.processes.iter();
-        for ((births, process), there) in self.births.iter_mut().zip(processes).zip(created_there) {
-            births.joins_ours &= !there;
+        for ((creations, process), there) in
+            self.creations.iter_mut().zip(processes).zip(created_there)
+        {
+            creations.joins_ours &= !there;
             let stays = process.group != process.pid && process.session != process.pid;
-            spare_phantoms(&mut births.early, there);
-            spare_phantoms(&mut births.late, there && stays);
+            spare_phantoms(&mut creations.early, there);
+            spare_phantoms(&mut creations.late, there && stays);
         }
     }
 
@@ -421,7 +429,7 @@ impl Tree<'_> {
         let mut first: HashMap<usize, usize> = HashMap::new();
         for (index, process) in self.processes.iter().enumerate() {
             let mut top = index;
-            while self.births[top].origin != Origin::Executed {
+            while self.creations[top].origin != Origin::Executed {
                 let parent = self.processes[top].parent;
                 top = self.index[&parent];
             }
@@ -455,8 +463,8 @@ impl Tree<'_> {
             _ => self.site(process.parent, session, process.pid),
         };
         match self.group(group, session, site) {
-            Ok(Group::Ours) => self.births[index].joins_ours = index != 0,
-            Ok(Group::Of(group)) => self.births[index].joins = Some(group),
+            Ok(Group::Ours) => self.creations[index].joins_ours = index != 0,
+            Ok(Group::Of(group)) => self.creations[index].joins = Some(group),
             Err(reason) => self.obstacles.push(Obstacle::without_remedy(
                 format!("process {}", process.pid),
                 format!("is in the process group {group} without its leader, and {reason}"),
@@ -474,8 +482,8 @@ impl Tree<'_> {
         let site = self.site_of_ended(zombie);
         let joins = self.group(group, session, Ok(site)).ok();
         let list = self.list_at(site).iter_mut();
-        for birth in list.filter(|b| b.pid == zombie.pid) {
-            if let Body::Phantom(phantom) = &mut birth.body {
+        for creation in list.filter(|b| b.pid == zombie.pid) {
+            if let Body::Phantom(phantom) = &mut creation.body {
                 phantom.joins = joins;
             }
         }
@@ -511,25 +519,25 @@ impl Tree<'_> {
             ..Phantom::default()
         };
         let adopted = matches!(site, Site::Process(_, _, true));
-        let birth = Birth {
+        let creation = Creation {
             pid: group,
             adopted,
             body: Body::Phantom(phantom),
         };
-        self.list_at(site).insert(0, birth);
+        self.list_at(site).insert(0, creation);
         Ok(Group::Of(group))
     }
 }
 
 /// The same for ended processes; `there` says whether their creator is in the group of `restore` then.
-fn spare_phantoms(births: &mut [Birth], there: bool) {
-    for birth in births {
-        if let Body::Phantom(phantom) = &mut birth.body {
+fn spare_phantoms(creations: &mut [Creation], there: bool) {
+    for creation in creations {
+        if let Body::Phantom(phantom) = &mut creation.body {
             if there && phantom.joins == Some(Group::Ours) {
                 phantom.joins = None;
             }
             let there = there && !phantom.leads_session && !phantom.leads_group;
-            spare_phantoms(&mut phantom.births, there);
+            spare_phantoms(&mut phantom.creations, there);
         }
     }
 }

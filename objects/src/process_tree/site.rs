@@ -1,6 +1,6 @@
 //! Where in the tree a process is created, so that it gets its session and its parent.
 
-use super::{Birth, Body, Phantom, Tree, When};
+use super::{Body, Creation, Phantom, Tree, When};
 use crate::error::Obstacle;
 
 /// Where in the tree a process is created.
@@ -72,7 +72,7 @@ impl Tree<'_> {
             None => {
                 let id = self.unused();
                 self.passing.insert(leader, (id, parent));
-                self.births[leader].late.push(Birth {
+                self.creations[leader].late.push(Creation {
                     pid: id,
                     adopted: false,
                     body: Body::Phantom(Phantom {
@@ -81,7 +81,7 @@ impl Tree<'_> {
                     }),
                 });
                 if let Some(&parent) = self.index.get(&parent) {
-                    self.births[parent].adopts = true;
+                    self.creations[parent].adopts = true;
                 }
                 id
             }
@@ -110,7 +110,7 @@ impl Tree<'_> {
                 if process.pid == *parent {
                     return false;
                 }
-                if self.births[index].adopts {
+                if self.creations[index].adopts {
                     return true;
                 }
                 at = self.index.get(&process.parent).copied();
@@ -138,7 +138,7 @@ impl Tree<'_> {
         }
         let list = self.list(creator, When::Late);
         if !list.iter().any(|b| b.pid == session) {
-            list.push(Birth {
+            list.push(Creation {
                 pid: session,
                 adopted,
                 body: Body::Phantom(Phantom {
@@ -149,23 +149,23 @@ impl Tree<'_> {
                 }),
             });
         }
-        self.births[creator].adopts |= !adopted;
+        self.creations[creator].adopts |= !adopted;
         Ok(Site::Phantom(creator, session))
     }
 
     /// The list to which a site adds.
-    pub(super) fn list_at(&mut self, site: Site) -> &mut Vec<Birth> {
+    pub(super) fn list_at(&mut self, site: Site) -> &mut Vec<Creation> {
         let (creator, phantom) = match site {
             Site::Process(creator, when, _) => return self.list(creator, when),
             Site::Phantom(creator, phantom) => (creator, phantom),
         };
-        let at = self.births[creator]
+        let at = self.creations[creator]
             .late
             .iter()
             .position(|b| b.pid == phantom);
-        let late = &mut self.births[creator].late;
+        let late = &mut self.creations[creator].late;
         match at.map(|at| &mut late[at].body) {
-            Some(Body::Phantom(phantom)) => &mut phantom.births,
+            Some(Body::Phantom(phantom)) => &mut phantom.creations,
             _ => unreachable!("a site has its phantom"),
         }
     }
