@@ -120,7 +120,7 @@ pub fn snapshot() -> Snapshot {
         fds: [0, 1]
             .map(|fd| FdEntry {
                 fd,
-                description: fd as usize,
+                description: crate::index::DescriptionId(fd as usize),
                 close_on_exec: fd == 1,
             })
             .into(),

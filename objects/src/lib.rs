@@ -24,6 +24,7 @@ pub mod findings;
 pub mod fixture;
 pub mod frames;
 pub mod holes;
+pub mod index;
 pub mod ipc;
 pub mod job;
 pub mod landlock;

@@ -110,10 +110,10 @@ pub(crate) fn object(
             offset,
             ..
         } => {
-            let memfd = descriptions.get(description)?.kind.get::<MemFd>();
+            let memfd = description.find(descriptions)?.kind.get::<MemFd>();
             memfd
                 .filter(|memfd| memfd.huge_page_size == 0)
-                .map(|_| ((3, description), offset))
+                .map(|_| ((3, description.0), offset))
         }
         _ => None,
     }

@@ -13,6 +13,7 @@ mod finished;
 
 use super::rights::Rights;
 use crate::credentials::Credentials;
+use crate::index::DescriptionId;
 use crate::memory_policy::MemoryPolicy;
 use crate::scheduling::Scheduling;
 use crate::security::Surroundings;
@@ -93,39 +94,39 @@ pub struct Inherit {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Inherited {
     /// A memfd of the snapshot, by description.
-    MemFd(usize),
+    MemFd(DescriptionId),
     /// A file without a name, with contents from the image, opened as the description says.
-    DeletedFile(usize),
+    DeletedFile(DescriptionId),
     /// A file with a name, by description.
-    File(usize),
+    File(DescriptionId),
     /// A device, by description.
-    Device(usize),
+    Device(DescriptionId),
     /// The read end of a FIFO, by the description of one of its ends.
-    Fifo(usize),
+    Fifo(DescriptionId),
     /// A mapped file, or a nameless one with its contents; whether writable.
     MappedFile(usize, bool),
     /// The executable of a process, by mapped file.
     Executable(usize),
     /// A pidfd of a process that has ended, by description.
-    EndedProcess(usize),
+    EndedProcess(DescriptionId),
     /// A nameless object other than a regular file, by description.
-    Removed(usize),
+    Removed(DescriptionId),
     /// A nameless directory used as working or root directory, by index of the removed objects.
     RemovedPlace(usize),
     /// A file of `/proc` of a process that has ended, by description.
-    EndedProcFile(usize),
+    EndedProcFile(DescriptionId),
     /// An inotify descriptor without watches, by description.
-    Inotify(usize),
+    Inotify(DescriptionId),
     /// One of our own descriptors, for an object outside the job.
     Own(i32),
     /// A description of a terminal that is created anew, by index.
-    Terminal(usize),
+    Terminal(DescriptionId),
     /// A controlling terminal of a session of the job.
     Leading(usize),
     /// Our own terminal, through `/dev/tty` or not, with these flags.
     OwnTerminal(bool, u32),
     /// A terminal of the machine, by description.
-    MachineTerminal(usize),
+    MachineTerminal(DescriptionId),
     /// A file that the user names, by `--fd` or `--replace-fd`.
     Named(PathBuf, u32),
 }

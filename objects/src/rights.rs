@@ -23,6 +23,7 @@ use crate::Snapshot;
 use crate::credentials::{self, Credentials};
 use crate::error::Obstacle;
 use crate::files::regular::Regular;
+use crate::index::DescriptionId;
 use crate::memory::{Backing, FileIdentity};
 use crate::open::Handle;
 use crate::plan::Builder;
@@ -76,8 +77,11 @@ impl Rights {
     }
 
     /// Whether we open the file of that description, since its user may not.
-    pub fn opens_for_it(&self, description: usize) -> bool {
-        self.descriptions.get(description).copied().unwrap_or(false)
+    pub fn opens_for_it(&self, description: DescriptionId) -> bool {
+        self.descriptions
+            .get(description.0)
+            .copied()
+            .unwrap_or(false)
     }
 
     /// Runs `work` with these rights, in this thread and the threads that it creates.

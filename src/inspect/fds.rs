@@ -8,6 +8,7 @@ use serde::{Serialize, Serializer};
 use crate::objects::Snapshot;
 use crate::objects::files::Description;
 use crate::objects::files::kind::OpenFile;
+use crate::objects::index::DescriptionId;
 
 /// A descriptor as `ckpt inspect --fds` shows it; the JSON keys are fixed.
 #[derive(Clone, Debug, Serialize)]
@@ -62,7 +63,7 @@ const SHARERS_SHOWN: usize = 16;
 
 /// All descriptors of a snapshot.
 pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
-    let mut users: HashMap<usize, Vec<(i32, i32)>> = HashMap::new();
+    let mut users: HashMap<DescriptionId, Vec<(i32, i32)>> = HashMap::new();
     for process in &snapshot.processes {
         for entry in &process.fds {
             users
@@ -74,7 +75,7 @@ pub fn fds(snapshot: &Snapshot) -> Vec<FdView> {
     let mut views = Vec::new();
     for process in &snapshot.processes {
         for entry in &process.fds {
-            let description = snapshot.descriptions.get(entry.description);
+            let description = entry.description.find(&snapshot.descriptions);
             let file = description.map(|description| description.kind.file());
             let sharers = users.get(&entry.description).map_or(&[][..], Vec::as_slice);
             let others = sharers

@@ -88,7 +88,7 @@ fn object(snapshot: &Snapshot, backing: &Backing) -> (u64, Option<SpaceId>) {
             offset,
             ..
         } => {
-            let description = snapshot.descriptions.get(*description);
+            let description = description.find(&snapshot.descriptions);
             let contents = description.and_then(|d| d.kind.file().contents());
             (*offset, contents.map(|(space, _)| space))
         }
@@ -130,7 +130,7 @@ fn path(
             file.map_or_else(String::new, |file| crate::text::of_path(&file.path))
         }
         Backing::Description { description, .. } => {
-            let description = snapshot.descriptions.get(*description);
+            let description = description.find(&snapshot.descriptions);
             description.map_or_else(String::new, |found| found.kind.file().shown())
         }
         Backing::SharedMemory { object, .. } => format!("[shared:{object}]"),

@@ -9,6 +9,7 @@ use super::calls::{self, Context, State};
 use super::disassembly::{Disassembler, LONGEST};
 use super::symbols::Symbols;
 use crate::objects::Snapshot;
+use crate::objects::index::DescriptionId;
 use crate::objects::memory::image::{ImageMemory, TargetMemory};
 use crate::objects::memory::mapped::MappedFiles;
 use crate::objects::process::Process;
@@ -45,13 +46,13 @@ pub fn threads(reader: &Reader, snapshot: &Snapshot) -> Vec<ThreadView> {
     let mut views = Vec::new();
     for process in &snapshot.processes {
         let memory = ImageMemory::new(reader, snapshot, process, &files);
-        let names: HashMap<i32, usize> = process
+        let names: HashMap<i32, DescriptionId> = process
             .fds
             .iter()
             .map(|entry| (entry.fd, entry.description))
             .collect();
         let fd = |fd: i32| {
-            let description = snapshot.descriptions.get(*names.get(&fd)?)?;
+            let description = names.get(&fd)?.find(&snapshot.descriptions)?;
             Some(description.kind.file().shown())
         };
         let context = Context {

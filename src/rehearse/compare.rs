@@ -154,7 +154,7 @@ impl Walk<'_> {
             }
             ("descriptions", Some(index)) => {
                 let of = self.job.processes.iter().find_map(|process| {
-                    let entry = process.fds.iter().find(|e| e.description == index)?;
+                    let entry = process.fds.iter().find(|e| e.description.0 == index)?;
                     Some(format!("fd {} of {}", entry.fd, named(process)))
                 });
                 let label = self.job.descriptions.get(index).map(|d| d.kind.label());

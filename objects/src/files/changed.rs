@@ -15,6 +15,7 @@ use super::regular::Regular;
 use crate::Snapshot;
 use crate::access::MISSING;
 use crate::error::{Error, Obstacle, Result};
+use crate::index::DescriptionId;
 use crate::memory::{Backing, FileIdentity};
 use crate::open::{Handle, Last};
 use crate::options::{FilesPolicy, Options};
@@ -238,7 +239,7 @@ impl Cut {
         if options.files != FilesPolicy::Truncate {
             return Ok(cuts);
         }
-        for (index, description) in snapshot.descriptions.iter().enumerate() {
+        for (index, description) in DescriptionId::each(&snapshot.descriptions) {
             let Some(file) = description.kind.get::<Regular>() else {
                 continue;
             };

@@ -20,6 +20,7 @@ use super::{Look, Staging, WITHHELD_REMEDY, late};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 use crate::process::Process;
 use crate::references::{Faults, require};
@@ -68,11 +69,11 @@ impl OpenFile for Epoll {
         format!("epoll:{} entries", self.entries.len())
     }
 
-    fn check(&self, number: usize, snapshot: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, snapshot: &Snapshot, faults: &mut Faults) {
         for entry in &self.entries {
             require!(
                 faults,
-                entry.description < snapshot.descriptions.len(),
+                entry.description.find(&snapshot.descriptions).is_some(),
                 "entry {} of the epoll in description {number} refers to description {}, which does not exist",
                 entry.fd,
                 entry.description
@@ -86,7 +87,7 @@ impl OpenFile for Epoll {
         }
     }
 
-    fn each_reference(&self, f: &mut dyn FnMut(usize)) {
+    fn each_reference(&self, f: &mut dyn FnMut(DescriptionId)) {
         self.entries.iter().for_each(|entry| f(entry.description));
     }
 
@@ -150,7 +151,7 @@ pub struct Entry {
     #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
     /// Index in the snapshot's descriptions.
-    pub description: usize,
+    pub description: DescriptionId,
     /// `EPOLL*`.
     pub events: u32,
     /// The user data.
@@ -200,7 +201,7 @@ pub fn capture_entries(
                 Some(at) if left[at] => {}
                 Some(at) => entries.push(Entry {
                     fd: target.tfd,
-                    description: first + at,
+                    description: DescriptionId(first + at),
                     events: target.events,
                     data: target.data,
                 }),
@@ -300,7 +301,7 @@ impl Epoll {
         &self,
         at: i32,
         staging: Staging,
-        later: impl Fn(usize) -> bool,
+        later: impl Fn(DescriptionId) -> bool,
         plan: &mut Builder,
     ) {
         for entry in self.entries.iter().filter(|e| !later(e.description)) {
@@ -321,22 +322,22 @@ impl Epoll {
 
 /// Whether a description is a signalfd. A set that watches one waits for signals of the process that added it
 /// (`signalfd_poll`, fs/signalfd.c), so that process has to add it again.
-fn is_bound(description: usize, snapshot: &Snapshot) -> bool {
-    let watched = snapshot.descriptions.get(description);
+fn is_bound(description: DescriptionId, snapshot: &Snapshot) -> bool {
+    let watched = description.find(&snapshot.descriptions);
     watched.is_some_and(|d| d.kind.get::<SignalFd>().is_some())
 }
 
 /// Adds the entries that the process has to add itself: of sets that it is the first process to hold. Called before
 /// the process has its own numbers.
 pub fn rebuild_bound(index: usize, snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
-    for (set, description) in snapshot.descriptions.iter().enumerate() {
+    for (set, description) in DescriptionId::each(&snapshot.descriptions) {
         let Some(epoll) = description.kind.get::<Epoll>() else {
             continue;
         };
         let holds = |p: &Process| p.fds.iter().any(|e| e.description == set);
         let first = snapshot.processes.iter().position(holds).unwrap_or(0);
         if first == index {
-            let others = |d: usize| !is_bound(d, snapshot);
+            let others = |d: DescriptionId| !is_bound(d, snapshot);
             epoll.rebuild_entries(staging.of(set), staging, others, plan);
         }
     }

@@ -22,6 +22,7 @@ use crate::Snapshot;
 use crate::access::may;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
+use crate::index::DescriptionId;
 use crate::need::Need;
 use crate::open::{Handle, Last};
 use crate::plan::{Builder, Inherited};
@@ -129,7 +130,7 @@ impl OpenFile for FifoEnd {
         by_name.into_iter().collect()
     }
 
-    fn check(&self, number: usize, _: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, _: &Snapshot, faults: &mut Faults) {
         pieces::check(number, &self.unread, self.capacity, faults);
     }
 
@@ -172,8 +173,8 @@ fn rebuild(end: &FifoEnd, place: &Place, plan: &mut Builder) -> Result<(), Box<O
         staging,
         ..
     } = *place;
-    let all = snapshot.descriptions.iter().enumerate();
-    let ends: Vec<(usize, &Description, &FifoEnd)> = all
+    let all = DescriptionId::each(&snapshot.descriptions);
+    let ends: Vec<(DescriptionId, &Description, &FifoEnd)> = all
         .filter_map(|(i, d)| Some((i, d, d.kind.get::<FifoEnd>()?)))
         .filter(|(i, _, other)| {
             (other.device, other.inode) == (end.device, end.inode)
@@ -197,13 +198,14 @@ fn rebuild(end: &FifoEnd, place: &Place, plan: &mut Builder) -> Result<(), Box<O
     plan.expect(libc::SYS_openat, &[cwd, again, access], 1, object);
     let unread = ends.iter().map(|(.., f)| &f.unread).find(|u| !u.is_empty());
     pipe::fill(end.capacity, unread, plan, object);
-    let open = |at: u64, (i, d, _): &(usize, &Description, &FifoEnd), plan: &mut Builder| {
-        let access = d.flags as i32 & libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_CLOEXEC;
-        plan.expect(libc::SYS_openat, &[cwd, again, access as u64], at, object);
-        let settable = d.flags & (libc::O_NONBLOCK | libc::O_APPEND) as u32;
-        set_status(at as i32, d.flags, settable, plan, object);
-        super::place(at as i32, staging.of(*i), plan, object);
-    };
+    let open =
+        |at: u64, (i, d, _): &(DescriptionId, &Description, &FifoEnd), plan: &mut Builder| {
+            let access = d.flags as i32 & libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_CLOEXEC;
+            plan.expect(libc::SYS_openat, &[cwd, again, access as u64], at, object);
+            let settable = d.flags & (libc::O_NONBLOCK | libc::O_APPEND) as u32;
+            set_status(at as i32, d.flags, settable, plan, object);
+            super::place(at as i32, staging.of(*i), plan, object);
+        };
     for end in ends.iter().filter(|(.., f)| !f.awaits_writer) {
         open(2, end, plan);
     }

@@ -6,6 +6,7 @@ use super::kind::OpenFile;
 use super::left::Left;
 use super::signalfd::SignalFd;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::sockets::unix::UnixSocket;
 
 /// The descriptions of a job.
@@ -35,7 +36,7 @@ impl Flight<'_> {
         let sets = sets.filter_map(|description| {
             let set = description.kind.get::<Epoll>()?;
             let bound = set.entries.iter().find(|entry| {
-                let watched = self.descriptions.get(entry.description).map(|d| &d.kind);
+                let watched = entry.description.find(self.descriptions).map(|d| &d.kind);
                 watched.is_some_and(|kind| kind.get::<SignalFd>().is_some())
                     || self.not_yet(entry.description).is_some()
             })?;
@@ -52,8 +53,8 @@ impl Flight<'_> {
     }
 
     /// Why a description does not exist when messages are sent.
-    fn not_yet(&self, index: usize) -> Option<String> {
-        let kind = &self.descriptions.get(index)?.kind;
+    fn not_yet(&self, index: DescriptionId) -> Option<String> {
+        let kind = &index.find(self.descriptions)?.kind;
         if let Some(left) = kind.get::<Left>().filter(|left| left.instead.is_none()) {
             return Some(format!("what is also fd {} and was to be dropped", left.fd));
         }

@@ -18,6 +18,7 @@ use crate::Snapshot;
 use crate::access::MISSING;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
+use crate::index::DescriptionId;
 use crate::need::Need;
 use crate::plan::{Builder, Inherit, Inherited};
 use crate::references::{Faults, require};
@@ -52,7 +53,7 @@ pub struct Watch {
     pub path: PathBuf,
     /// The description that refers to the watched file, an index in the snapshot's.
     #[serde(default)]
-    pub open: Option<usize>,
+    pub open: Option<DescriptionId>,
 }
 
 /// Captures the watches. A nameless file is watched through a description of the job that refers to it: `job` has all
@@ -69,7 +70,8 @@ fn capture(
         let what = "is an inotify descriptor with events that the program has not read";
         collector.not_read_yet(look.object(source), what, "they are not in the image, and a restored program is told that events were lost (IN_Q_OVERFLOW)")?;
     }
-    let nameless: Vec<Option<usize>> = watches.iter().map(|w| open_nameless(w, job)).collect();
+    let nameless: Vec<Option<DescriptionId>> =
+        watches.iter().map(|w| open_nameless(w, job)).collect();
     let named = watches.iter().zip(&nameless).filter(|(_, n)| n.is_none());
     let named: Vec<&InotifyWatch> = named.map(|(watch, _)| watch).collect();
     let mut names = Search::of(source).all(&named).into_iter();
@@ -123,13 +125,13 @@ fn no_name(source: &Source, look: &Look, watch: &InotifyWatch) -> Obstacle {
 }
 
 /// The description of the job that refers to a watched nameless file.
-fn open_nameless(watch: &InotifyWatch, (looks, first): (&[Look], usize)) -> Option<usize> {
+fn open_nameless(watch: &InotifyWatch, (looks, first): (&[Look], usize)) -> Option<DescriptionId> {
     let is_it = |look: &Look| {
         let stat = &look.stat;
         let device = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
         stat.st_nlink == 0 && stat.st_ino == watch.ino && device == watch.sdev
     };
-    Some(first + looks.iter().position(is_it)?)
+    Some(DescriptionId(first + looks.iter().position(is_it)?))
 }
 
 /// Most watches that are added and removed again, so that a later one gets its number.
@@ -171,7 +173,7 @@ impl OpenFile for Inotify {
         named.map(needed).collect()
     }
 
-    fn check(&self, number: usize, snapshot: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, snapshot: &Snapshot, faults: &mut Faults) {
         if let Some(reason) = self.out_of_reach() {
             faults.add(format_args!("description {number} {reason}"));
         }
@@ -183,7 +185,7 @@ impl OpenFile for Inotify {
         for open in self.watches.iter().filter_map(|watch| watch.open) {
             require!(
                 faults,
-                open < snapshot.descriptions.len() && open != number,
+                open.find(&snapshot.descriptions).is_some() && open != number,
                 "a watch of the inotify in description {number} refers to description {open}, which it cannot watch"
             );
         }
@@ -194,7 +196,7 @@ impl OpenFile for Inotify {
         named.for_each(|watch| f(&mut watch.path));
     }
 
-    fn each_reference(&self, f: &mut dyn FnMut(usize)) {
+    fn each_reference(&self, f: &mut dyn FnMut(DescriptionId)) {
         self.watches
             .iter()
             .filter_map(|watch| watch.open)

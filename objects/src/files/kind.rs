@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::changed::Written;
 use super::{Kind, Look, Staging, pipe, terminal};
 use crate::error::{Error, Obstacle, Result};
+use crate::index::DescriptionId;
 use crate::memory::FileIdentity;
 use crate::need::Need;
 use crate::options::Options;
@@ -39,7 +40,7 @@ pub type Captured = Option<Result<Kind, Box<Obstacle>>>;
 #[derive(Clone, Copy)]
 pub struct Place<'a> {
     /// Its index in the snapshot.
-    pub index: usize,
+    pub index: DescriptionId,
     /// Its access mode and status flags.
     pub flags: u32,
     /// Its staging number.
@@ -151,13 +152,13 @@ pub trait OpenFile {
     }
 
     /// Checks its references and consistency; `number` is its index in the snapshot.
-    fn check(&self, _number: usize, _snapshot: &Snapshot, _faults: &mut Faults) {}
+    fn check(&self, _number: DescriptionId, _snapshot: &Snapshot, _faults: &mut Faults) {}
 
     /// Calls `f` with every path that a restore uses.
     fn each_path(&mut self, _f: &mut dyn FnMut(&mut PathBuf)) {}
 
     /// Calls `f` with the index of every description that it refers to.
-    fn each_reference(&self, _f: &mut dyn FnMut(usize)) {}
+    fn each_reference(&self, _f: &mut dyn FnMut(DescriptionId)) {}
 
     /// Calls `f` with every inode number that a restore changes.
     fn each_inode(&mut self, _f: &mut dyn FnMut(&mut u64)) {}
@@ -216,7 +217,7 @@ pub trait OpenFile {
     fn complete(&self, _at: i32, _staging: Staging, _snapshot: &Snapshot, _plan: &mut Builder) {}
 
     /// Seals it, after every process has mapped it.
-    fn seal(&self, _index: usize, _at: i32, _snapshot: &Snapshot, _plan: &mut Builder) {}
+    fn seal(&self, _index: DescriptionId, _at: i32, _snapshot: &Snapshot, _plan: &mut Builder) {}
 }
 
 /// Records of a kind.

@@ -10,24 +10,25 @@ use super::procfs::ProcFile;
 use super::rebuild::rebuild_status;
 use crate::Snapshot;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 use crate::process::Process;
 
 /// The file of such a description.
-fn waiting(description: usize, snapshot: &Snapshot) -> Option<&dyn OpenFile> {
+fn waiting(description: DescriptionId, snapshot: &Snapshot) -> Option<&dyn OpenFile> {
     let first = snapshot.processes.first().map(|p| p.pid);
-    let file = snapshot.descriptions.get(description)?.kind.file();
+    let file = description.find(&snapshot.descriptions)?.kind.file();
     file.is_late(first).then_some(file)
 }
 
 /// Whether a description is late.
-pub fn is_late(description: usize, snapshot: &Snapshot) -> bool {
+pub fn is_late(description: DescriptionId, snapshot: &Snapshot) -> bool {
     waiting(description, snapshot).is_some()
 }
 
 /// Warns of late descriptions that processes shared and that each now has for itself.
 pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
-    for description in 0..snapshot.descriptions.len() {
+    for (description, _) in DescriptionId::each(&snapshot.descriptions) {
         // A file that is read sequentially has an offset.
         let Some(file) = waiting(description, snapshot).filter(|file| file.offset().is_some())
         else {
@@ -50,13 +51,10 @@ pub fn warn_of_shared(snapshot: &Snapshot, plan: &mut Builder) {
 pub fn out_of_reach(snapshot: &Snapshot) -> Vec<Obstacle> {
     let owners = snapshot.processes.iter().filter(|p| !p.shares.files);
     let of = |process: &Process| {
-        let held: BTreeSet<usize> = process.fds.iter().map(|e| e.description).collect();
-        let out = |description: usize| {
-            let file = snapshot
-                .descriptions
-                .get(description)?
-                .kind
-                .get::<ProcFile>()?;
+        let held: BTreeSet<DescriptionId> = process.fds.iter().map(|e| e.description).collect();
+        let out = |description: DescriptionId| {
+            let kind = &description.find(&snapshot.descriptions)?.kind;
+            let file = kind.get::<ProcFile>()?;
             let late = is_late(description, snapshot) && !file.is_below(&process.root);
             late.then(|| {
                 Obstacle::new(
@@ -85,7 +83,7 @@ pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
     let free = (0..).find(|fd| !taken.contains(fd)).unwrap_or(i32::MAX);
     let held = process.fds.iter().map(|e| e.description);
     let watched = sets(process, snapshot).flat_map(|(_, set)| &set.entries);
-    let late: BTreeSet<usize> = held
+    let late: BTreeSet<DescriptionId> = held
         .chain(watched.map(|e| e.description))
         .filter(|d| is_late(*d, snapshot))
         .collect();
@@ -124,7 +122,7 @@ pub fn rebuild_late(index: usize, snapshot: &Snapshot, plan: &mut Builder) {
 }
 
 /// Adds the file open as `fd` to the epoll set of description `set`, under its number.
-fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Builder) {
+fn watch(process: &Process, set: DescriptionId, entry: &Entry, fd: i32, plan: &mut Builder) {
     let Some(set) = process.fds.iter().find(|e| e.description == set) else {
         return;
     };
@@ -149,15 +147,18 @@ fn watch(process: &Process, set: usize, entry: &Entry, fd: i32, plan: &mut Build
 }
 
 /// The epoll sets that a process holds, each once.
-fn sets<'a>(process: &Process, snapshot: &'a Snapshot) -> impl Iterator<Item = (usize, &'a Epoll)> {
-    let held: BTreeSet<usize> = process.fds.iter().map(|e| e.description).collect();
+fn sets<'a>(
+    process: &Process,
+    snapshot: &'a Snapshot,
+) -> impl Iterator<Item = (DescriptionId, &'a Epoll)> {
+    let held: BTreeSet<DescriptionId> = process.fds.iter().map(|e| e.description).collect();
     held.into_iter()
-        .filter_map(|at| Some((at, snapshot.descriptions.get(at)?.kind.get::<Epoll>()?)))
+        .filter_map(|at| Some((at, at.find(&snapshot.descriptions)?.kind.get::<Epoll>()?)))
 }
 
 /// The process that adds a description to a set: the first that has both, otherwise the first that has the set.
-fn adder(set: usize, description: usize, snapshot: &Snapshot) -> Option<usize> {
-    let has = |p: &Process, what: usize| p.fds.iter().any(|e| e.description == what);
+fn adder(set: DescriptionId, description: DescriptionId, snapshot: &Snapshot) -> Option<usize> {
+    let has = |p: &Process, what: DescriptionId| p.fds.iter().any(|e| e.description == what);
     let all = &snapshot.processes;
     let both = all.iter().position(|p| has(p, set) && has(p, description));
     both.or_else(|| all.iter().position(|p| has(p, set)))
@@ -174,7 +175,7 @@ mod tests {
     fn entry(fd: i32, description: usize) -> FdEntry {
         FdEntry {
             fd,
-            description,
+            description: DescriptionId(description),
             close_on_exec: false,
         }
     }
@@ -186,7 +187,7 @@ mod tests {
         let (parent, child) = (snapshot.processes[0].pid, 77);
         let watches = |fd| Entry {
             fd,
-            description: 1,
+            description: DescriptionId(1),
             events: 1,
             data: 9,
         };
@@ -265,7 +266,9 @@ mod tests {
     #[test]
     fn only_those_of_the_first_process_are_there_at_once() {
         let snapshot = snapshot();
-        let late: Vec<bool> = (0..4).map(|d| is_late(d, &snapshot)).collect();
+        let late: Vec<bool> = (0..4)
+            .map(|d| is_late(DescriptionId(d), &snapshot))
+            .collect();
         assert_eq!(late, [false, true, false, false]);
     }
 }

@@ -15,6 +15,7 @@ use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
 use crate::files::outside::{Outside, Surroundings};
+use crate::index::DescriptionId;
 use crate::ipc::notice::{By, Notice};
 use crate::need::Need;
 use crate::plan::{Builder, Inherited};
@@ -307,7 +308,7 @@ pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
     let mut dropped = HashSet::new();
     for process in &mut snapshot.processes {
         process.fds.retain(|entry| {
-            let kind = descriptions.get(entry.description).map(|d| &d.kind);
+            let kind = entry.description.find(descriptions).map(|d| &d.kind);
             let goes = drop.iter().any(|chosen| match chosen {
                 Chosen::Number(fd) => *fd == entry.fd,
                 of => entry.fd > 2 && kind.is_some_and(|kind| class(kind, of)),
@@ -325,7 +326,7 @@ pub fn drop_from(snapshot: &mut Snapshot, drop: &[Chosen]) {
         };
         process.notices.retain(is_there);
     }
-    let mut wanted: HashSet<usize> = HashSet::new();
+    let mut wanted: HashSet<DescriptionId> = HashSet::new();
     for entry in snapshot.processes.iter().flat_map(|p| &p.fds) {
         wanted.insert(entry.description);
     }

@@ -14,6 +14,7 @@ use super::{Description, Kind, Look};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 use crate::process::Process;
 use crate::source::{Contents, Source};
@@ -174,7 +175,7 @@ impl Description {
     /// Takes those of flock(2) that belong to the process with this pid.
     fn rebuild_flocks(
         &self,
-        index: usize,
+        index: DescriptionId,
         by: i32,
         at: i32,
         snapshot: &Snapshot,
@@ -195,14 +196,14 @@ impl Description {
     }
 }
 
-fn has(process: &Process, description: usize) -> bool {
+fn has(process: &Process, description: DescriptionId) -> bool {
     process.fds.iter().any(|e| e.description == description)
 }
 
 /// The process that takes a lock of flock(2): the original one, even if it has closed the file since, since each
 /// process temporarily has every file, except those that share another's descriptors; otherwise the first process
 /// that has the file, or the root.
-fn flocker(lock: &Lock, description: usize, snapshot: &Snapshot) -> Option<i32> {
+fn flocker(lock: &Lock, description: DescriptionId, snapshot: &Snapshot) -> Option<i32> {
     if lock.kind != LockKind::Flock {
         return None;
     }
@@ -218,17 +219,17 @@ fn flocker(lock: &Lock, description: usize, snapshot: &Snapshot) -> Option<i32> 
 pub(super) fn rebuild_flocks(
     process: &Process,
     snapshot: &Snapshot,
-    at: impl Fn(usize) -> i32,
+    at: impl Fn(DescriptionId) -> i32,
     plan: &mut Builder,
 ) {
-    for (index, description) in snapshot.descriptions.iter().enumerate() {
+    for (index, description) in DescriptionId::each(&snapshot.descriptions) {
         description.rebuild_flocks(index, process.pid, at(index), snapshot, plan);
     }
 }
 
 /// The process that sets a description's lease and owner: the one that took the lease, otherwise the first that has
 /// the description.
-pub(super) fn keeper(description: usize, snapshot: &Snapshot) -> Option<i32> {
+pub(super) fn keeper(description: DescriptionId, snapshot: &Snapshot) -> Option<i32> {
     let have = snapshot.processes.iter().filter(|p| has(p, description));
     let mut have = have.map(|p| p.pid);
     let locks = snapshot.descriptions[description].locks().iter();
@@ -296,7 +297,7 @@ pub fn rebuild_shared(process: &Process, snapshot: &Snapshot, plan: &mut Builder
 
 /// Sets the owner of each lock to the process that takes it at a restore.
 pub fn name_takers(snapshot: &mut Snapshot) {
-    let takers = |index: usize| {
+    let takers = |index: DescriptionId| {
         let locks = snapshot.descriptions[index].locks().iter();
         let taker = |lock: &Lock| match lock.kind {
             LockKind::Lease => keeper(index, snapshot),
@@ -304,7 +305,9 @@ pub fn name_takers(snapshot: &mut Snapshot) {
         };
         locks.map(taker).collect::<Vec<_>>()
     };
-    let all: Vec<_> = (0..snapshot.descriptions.len()).map(takers).collect();
+    let all: Vec<_> = DescriptionId::each(&snapshot.descriptions)
+        .map(|(index, _)| takers(index))
+        .collect();
     for (description, takers) in snapshot.descriptions.iter_mut().zip(all) {
         for (lock, taker) in description.locks.iter_mut().zip(takers) {
             lock.taker = taker;

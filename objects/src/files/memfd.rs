@@ -8,6 +8,7 @@ use super::attributes::Attributes;
 use super::kind::{Captured, OpenFile, Place, Sight};
 use crate::bounds;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::plan::{Builder, Inherited};
 use crate::source::{Collector, Source};
 use crate::{Snapshot, SpaceId};
@@ -134,7 +135,7 @@ impl OpenFile for MemFd {
         Ok(())
     }
 
-    fn seal(&self, index: usize, at: i32, snapshot: &Snapshot, plan: &mut Builder) {
+    fn seal(&self, index: DescriptionId, at: i32, snapshot: &Snapshot, plan: &mut Builder) {
         if self.seals_through(index, snapshot) {
             self.rebuild_seals(at, plan);
         }
@@ -144,7 +145,7 @@ impl OpenFile for MemFd {
 impl MemFd {
     /// Whether the file is sealed through this description: the first writable one, as F_ADD_SEALS requires. Without
     /// one the restoring process has sealed it already, since no process can have it mapped for writing.
-    fn seals_through(&self, index: usize, snapshot: &Snapshot) -> bool {
+    fn seals_through(&self, index: DescriptionId, snapshot: &Snapshot) -> bool {
         self.writable(snapshot).next() == Some(index)
     }
 
@@ -153,12 +154,9 @@ impl MemFd {
         self.writable(snapshot).next().is_some()
     }
 
-    fn writable<'a>(&self, snapshot: &'a Snapshot) -> impl Iterator<Item = usize> + 'a {
+    fn writable<'a>(&self, snapshot: &'a Snapshot) -> impl Iterator<Item = DescriptionId> + 'a {
         let inode = self.inode;
-        snapshot
-            .descriptions
-            .iter()
-            .enumerate()
+        DescriptionId::each(&snapshot.descriptions)
             .filter(move |(_, d)| {
                 let is_it = d.kind.get::<MemFd>().is_some_and(|m| m.inode == inode);
                 is_it && d.flags as i32 & libc::O_ACCMODE != 0

@@ -13,6 +13,7 @@ use super::sockets::{self, netlink, unix};
 use super::uring;
 use crate::bounds;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::source::{Collector, Source};
 
 pub mod attributes;
@@ -110,7 +111,7 @@ pub struct FdEntry {
     #[serde(deserialize_with = "bounds::fd")]
     pub fd: i32,
     /// Index in the snapshot's descriptions.
-    pub description: usize,
+    pub description: DescriptionId,
     /// `FD_CLOEXEC`.
     pub close_on_exec: bool,
 }
@@ -290,7 +291,7 @@ pub fn capture(
     let entries = survey.seen.iter().map(|seen| {
         let entry = |s: &Seen| FdEntry {
             fd: s.fd,
-            description: first + s.look,
+            description: DescriptionId(first + s.look),
             close_on_exec: s.close_on_exec,
         };
         seen.iter().map(entry).collect()

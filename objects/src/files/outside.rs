@@ -9,6 +9,7 @@ use super::{Kind, Look};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::need::Need;
 use crate::plan::{Builder, Inherited};
 use crate::references::{Faults, require};
@@ -71,7 +72,7 @@ impl OpenFile for Outside {
         vec![Need::new("outside", &self.name, detail)]
     }
 
-    fn check(&self, number: usize, _: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, _: &Snapshot, faults: &mut Faults) {
         require!(
             faults,
             self.fd >= 0,
@@ -115,7 +116,11 @@ impl Outside {
     }
 
     /// What the restored job gets instead: our own descriptor of that number.
-    fn source(&self, index: usize, snapshot: &Snapshot) -> Result<Inherited, Box<Obstacle>> {
+    fn source(
+        &self,
+        index: DescriptionId,
+        snapshot: &Snapshot,
+    ) -> Result<Inherited, Box<Obstacle>> {
         let numbers = snapshot.processes.iter().flat_map(|p| &p.fds);
         let mut numbers = numbers.filter(|e| e.description == index).map(|e| e.fd);
         if let Some(fd) = numbers.find(|fd| *fd <= 2) {

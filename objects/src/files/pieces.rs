@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::Look;
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 use crate::references::{Faults, require};
 
@@ -75,7 +76,7 @@ fn fit(pieces: &[Piece], capacity: u32) -> bool {
 }
 
 /// Checks the contents of the pipe or FIFO in description `number`.
-pub(super) fn check(number: usize, unread: &[Piece], capacity: u32, faults: &mut Faults) {
+pub(super) fn check(number: DescriptionId, unread: &[Piece], capacity: u32, faults: &mut Faults) {
     let buffers = buffers(unread);
     require!(
         faults,

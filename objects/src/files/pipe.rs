@@ -12,6 +12,7 @@ use super::pieces::{self, Piece};
 use super::{Kind, Look, outside};
 use crate::Snapshot;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 use crate::references::Faults;
 use crate::source::{Collector, Source};
@@ -137,7 +138,7 @@ impl OpenFile for PipeEnd {
         format!("pipe:[{}]", self.inode)
     }
 
-    fn check(&self, number: usize, _: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, _: &Snapshot, faults: &mut Faults) {
         pieces::check(number, &self.unread, self.capacity, faults);
     }
 
@@ -162,10 +163,7 @@ fn rebuild(end: &PipeEnd, place: &Place, plan: &mut Builder) {
         snapshot, staging, ..
     } = *place;
     let object = || format!("pipe:[{}]", end.inode);
-    let ends: Vec<(usize, u32, &PipeEnd)> = snapshot
-        .descriptions
-        .iter()
-        .enumerate()
+    let ends: Vec<(DescriptionId, u32, &PipeEnd)> = DescriptionId::each(&snapshot.descriptions)
         .filter_map(|(i, d)| Some((i, d.flags, d.kind.get::<PipeEnd>()?)))
         .filter(|(i, _, other)| {
             other.inode == end.inode && super::named(*i, snapshot, place.options).is_none()

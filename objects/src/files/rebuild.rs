@@ -8,6 +8,7 @@ use super::kind::{Opened, Place};
 use super::left::names_nothing;
 use super::{Description, Owner, changed, late, lock, terminal};
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::options::Options;
 use crate::plan::{Builder, Inherited};
 use crate::process::Process;
@@ -67,8 +68,8 @@ impl Staging {
     }
 
     /// The number of a description.
-    pub fn of(self, description: usize) -> i32 {
-        self.base + description as i32
+    pub fn of(self, description: DescriptionId) -> i32 {
+        self.base + description.0 as i32
     }
 
     /// The number of a mapped file with contents from the image, opened for reading or for reading and writing.
@@ -151,7 +152,7 @@ pub fn open_descriptions(
     obstacles.extend(late::out_of_reach(snapshot));
     obstacles.extend(staging.obstacle());
     let written = changed::Written::by(snapshot);
-    for (index, description) in snapshot.descriptions.iter().enumerate() {
+    for (index, description) in DescriptionId::each(&snapshot.descriptions) {
         let file = description.kind.file();
         let place = Place {
             index,
@@ -184,7 +185,7 @@ pub fn open_descriptions(
 
 /// The operand of `--fd N=PATH` for a description, by any of its numbers.
 pub fn named<'a>(
-    description: usize,
+    description: DescriptionId,
     snapshot: &Snapshot,
     options: &'a Options,
 ) -> Option<&'a std::path::PathBuf> {
@@ -219,7 +220,7 @@ pub fn place(from: i32, to: i32, plan: &mut Builder, object: impl Fn() -> String
 /// When every description is open: completes those that refer to others, then sets flags and locks.
 pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
     sockets::rebuild::finish(snapshot, staging, plan);
-    for (index, description) in snapshot.descriptions.iter().enumerate() {
+    for (index, description) in DescriptionId::each(&snapshot.descriptions) {
         let at = staging.of(index);
         description
             .kind
@@ -233,7 +234,7 @@ pub fn complete_descriptions(snapshot: &Snapshot, staging: Staging, plan: &mut B
 
 /// Seals files, after every process has mapped them.
 pub fn seal(snapshot: &Snapshot, staging: Staging, plan: &mut Builder) {
-    for (index, description) in snapshot.descriptions.iter().enumerate() {
+    for (index, description) in DescriptionId::each(&snapshot.descriptions) {
         let file = description.kind.file();
         file.seal(index, staging.of(index), snapshot, plan);
     }
@@ -353,7 +354,7 @@ pub fn rebuild_owners(process: &Process, snapshot: &Snapshot, plan: &mut Builder
             true => !process.shares.files,
             false => lock::keeper(entry.description, snapshot) == Some(process.pid),
         };
-        if !sets || std::mem::replace(&mut done[entry.description], true) {
+        if !sets || std::mem::replace(&mut done[entry.description.0], true) {
             continue;
         }
         if let Some(owner) = owner {

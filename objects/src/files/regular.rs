@@ -16,6 +16,7 @@ use super::lock::Lock;
 use super::saved::{Saved, is_shared_memory};
 use super::{Look, removed};
 use crate::error::{Obstacle, Result};
+use crate::index::DescriptionId;
 use crate::memory::FileIdentity;
 use crate::need::Need;
 use crate::plan::{Builder, Inherited};
@@ -302,7 +303,7 @@ impl OpenFile for Regular {
         )]
     }
 
-    fn check(&self, number: usize, snapshot: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, snapshot: &Snapshot, faults: &mut Faults) {
         require!(
             faults,
             self.removed

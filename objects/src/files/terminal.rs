@@ -13,6 +13,7 @@ use super::{Look, unread};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::plan::Inherited;
 use crate::source::{Collector, Source};
 
@@ -175,7 +176,7 @@ pub trait Places {
     fn rebuild(
         &self,
         end: &End,
-        index: usize,
+        index: DescriptionId,
         flags: u32,
         snapshot: &Snapshot,
     ) -> Result<Inherited, Box<Obstacle>>;

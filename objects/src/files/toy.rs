@@ -9,6 +9,7 @@ use super::kind::{Captured, OpenFile, Place, Sight};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 use crate::need::Need;
 use crate::plan::Builder;
 use crate::references::{Faults, require};
@@ -43,7 +44,7 @@ impl OpenFile for Toy {
         vec![Need::new("toy", "box", "to play")]
     }
 
-    fn check(&self, number: usize, _: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, _: &Snapshot, faults: &mut Faults) {
         require!(
             faults,
             self.count < 9,
@@ -80,7 +81,7 @@ mod tests {
         fn rebuild(
             &self,
             end: &End,
-            _: usize,
+            _: DescriptionId,
             _: u32,
             _: &Snapshot,
         ) -> Result<Inherited, Box<Obstacle>> {

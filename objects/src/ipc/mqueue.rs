@@ -20,6 +20,7 @@ use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
 use crate::files::kind::{Captured, OpenFile, Place, Sight, Substitutes};
 use crate::files::{self, Look};
+use crate::index::DescriptionId;
 use crate::need::Need;
 use crate::options::{FilesPolicy, Options};
 use crate::outsiders::process_name;
@@ -160,8 +161,8 @@ pub(super) fn refuse_contents(descriptions: &[files::Description], obstacles: &m
 /// Every queue once, by the first of its descriptions.
 pub(super) fn queues(
     descriptions: &[files::Description],
-) -> impl Iterator<Item = (&MessageQueue, usize)> {
-    let all = descriptions.iter().enumerate();
+) -> impl Iterator<Item = (&MessageQueue, DescriptionId)> {
+    let all = DescriptionId::each(descriptions);
     let all = all.filter_map(|(index, d)| Some((d.kind.get::<MessageQueue>()?, index)));
     let mut seen = Vec::new();
     all.filter(move |(queue, _)| {

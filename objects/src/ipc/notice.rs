@@ -12,6 +12,7 @@ use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
 use crate::files::{self, FdEntry};
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 use crate::process::{FromOutside, Process};
 use crate::sockets::netlink::NetlinkSocket;
@@ -79,7 +80,7 @@ pub fn survey(sources: &[&Source], outside: &mut [FromOutside], collector: &mut 
             Ok((notice, socket)) => {
                 socket
                     .into_iter()
-                    .for_each(|socket: usize| used[socket] += 1);
+                    .for_each(|socket: DescriptionId| used[socket.0] += 1);
                 outside[owner].notices.push(notice);
             }
             Err(obstacle) => collector.refuse(*obstacle),
@@ -100,7 +101,7 @@ struct Survey<'a> {
 
 impl Survey<'_> {
     fn is(&self, entry: &FdEntry, queue: &MessageQueue) -> bool {
-        let description = self.descriptions.get(entry.description);
+        let description = entry.description.find(self.descriptions);
         let opened = description.and_then(|d| d.kind.get::<MessageQueue>());
         opened.is_some_and(|opened| opened.inode == queue.inode)
     }
@@ -110,8 +111,8 @@ impl Survey<'_> {
         self.fds.iter().flatten().any(|entry| self.is(entry, queue))
     }
 
-    fn netlink(&self, description: usize) -> Option<&NetlinkSocket> {
-        self.descriptions.get(description)?.kind.get()
+    fn netlink(&self, description: DescriptionId) -> Option<&NetlinkSocket> {
+        description.find(self.descriptions)?.kind.get()
     }
 
     /// The registration of a process, and the description of its socket.
@@ -120,7 +121,7 @@ impl Survey<'_> {
         queue: &MessageQueue,
         owner: usize,
         collector: &Collector,
-    ) -> Result<(Notice, Option<usize>), Box<Obstacle>> {
+    ) -> Result<(Notice, Option<DescriptionId>), Box<Obstacle>> {
         let source = self.sources[owner];
         let refuse = |how: &str, why: String| {
             let reason = format!(
@@ -227,7 +228,7 @@ fn others(descriptions: &[files::Description], used: &[u32], frozen: bool) -> Op
 pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
     for notice in &process.notices {
         let entry = process.fds.iter().find(|entry| entry.fd == notice.queue);
-        let description = entry.and_then(|entry| snapshot.descriptions.get(entry.description));
+        let description = entry.and_then(|entry| entry.description.find(&snapshot.descriptions));
         let queue = description.and_then(|d| d.kind.get::<MessageQueue>());
         // The user dropped or replaced it.
         let Some(queue) = queue else {

@@ -16,6 +16,7 @@ use super::{
 use crate::error::Obstacle;
 use crate::files::memfd::MemFd;
 use crate::files::regular::Regular;
+use crate::index::DescriptionId;
 use crate::ipc::sysv_shm;
 use crate::source::{Collector, Contents, Source};
 use crate::text::Shown;
@@ -321,7 +322,12 @@ fn shared_memory(
 }
 
 /// The description of a mapped memfd: one that the job holds open, or, if all its descriptors are closed, a new one.
-fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Collector) -> usize {
+fn memfd_mapping(
+    source: &Source,
+    vma: &Vma,
+    all: Layout<'_>,
+    collector: &mut Collector,
+) -> DescriptionId {
     let open = collector.descriptions.iter().position(|d| {
         d.kind.get::<MemFd>().is_some_and(|m| m.inode == vma.inode)
             && (!vma.shared || !vma.flags.contains(VmFlags::MAY_WRITE) || d.flags & 3 == 2)
@@ -354,7 +360,7 @@ fn memfd_mapping(source: &Source, vma: &Vma, all: Layout<'_>, collector: &mut Co
             memfd.size = end.max(memfd.size);
         }
     }
-    index
+    DescriptionId(index)
 }
 
 /// A memfd that is only mapped.

@@ -77,7 +77,7 @@ impl<'a> ImageMemory<'a> {
                 offset,
                 ..
             } => {
-                let description = self.snapshot.descriptions.get(*description)?;
+                let description = description.find(&self.snapshot.descriptions)?;
                 let memfd = description.kind.get::<MemFd>()?;
                 self.stored_or_zero(memfd.contents, offset.checked_add(inside)?, into);
             }

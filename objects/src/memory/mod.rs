@@ -10,6 +10,7 @@ use super::bounds;
 use super::files::attributes::Attributes;
 use super::files::saved::Saved;
 use super::memory_policy::MemoryPolicy;
+use crate::index::DescriptionId;
 
 mod capture;
 mod contents;
@@ -106,7 +107,7 @@ pub enum Backing {
     /// A memfd or another file that the job holds open, shared: an open file description.
     Description {
         /// Index in the snapshot's descriptions.
-        description: usize,
+        description: DescriptionId,
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,

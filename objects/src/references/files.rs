@@ -2,13 +2,14 @@
 
 use crate::Snapshot;
 use crate::files::left::Left;
+use crate::index::DescriptionId;
 use crate::process::Process;
 
 use super::{Faults, require};
 
 /// Checks of descriptions and their references.
 pub(super) fn descriptions(snapshot: &Snapshot, faults: &mut Faults) {
-    for (number, description) in snapshot.descriptions.iter().enumerate() {
+    for (number, description) in DescriptionId::each(&snapshot.descriptions) {
         description.kind.file().check(number, snapshot, faults);
     }
 }
@@ -41,10 +42,8 @@ pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut F
             "fd {fd} of process {pid} is out of order or exists twice"
         );
         last = last.max(fd);
-        let kind = snapshot
-            .descriptions
-            .get(entry.description)
-            .map(|d| &d.kind);
+        let description = entry.description.find(&snapshot.descriptions);
+        let kind = description.map(|d| &d.kind);
         require!(
             faults,
             kind.is_some(),

@@ -109,7 +109,7 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
             ..
         } => (
             "description",
-            *description,
+            description.0,
             snapshot.descriptions.len(),
             *offset,
         ),

@@ -123,7 +123,8 @@ fn queue(
         );
         require!(
             faults,
-            message.rights.len() <= MOST_RIGHTS && message.rights.iter().all(|d| *d < descriptions),
+            message.rights.len() <= MOST_RIGHTS
+                && message.rights.iter().all(|d| d.0 < descriptions),
             "a message in socket:[{inode}] carries descriptions that do not exist"
         );
     }

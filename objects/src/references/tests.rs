@@ -3,6 +3,7 @@ use crate::SpaceId;
 use crate::files::epoll::{Entry, Epoll};
 use crate::files::{Description, Kind};
 use crate::fixture::{MEMORY, good_image, image, mapping, snapshot};
+use crate::index::DescriptionId;
 use crate::memory::{Backing, SharedMemory};
 use crate::signals::Action;
 use crate::zombie::Zombie;
@@ -154,7 +155,9 @@ fn mappings() {
 
 #[test]
 fn descriptors() {
-    assert!(fault(|s| s.processes[0].fds[1].description = 9).contains("description 9"));
+    assert!(
+        fault(|s| s.processes[0].fds[1].description = DescriptionId(9)).contains("description 9")
+    );
     assert!(fault(|s| s.processes[0].fds[1].fd = 0).contains("exists twice"));
     let epoll = |description| {
         let entry = Entry {
@@ -175,8 +178,11 @@ fn descriptors() {
             locks: Vec::new(),
         }
     };
-    assert!(fault(|s| s.descriptions.push(epoll(9))).contains("description 9"));
-    assert!(fault(|s| s.descriptions.push(epoll(2))).contains("none that an epoll can have"));
+    assert!(fault(|s| s.descriptions.push(epoll(DescriptionId(9)))).contains("description 9"));
+    assert!(
+        fault(|s| s.descriptions.push(epoll(DescriptionId(2))))
+            .contains("none that an epoll can have")
+    );
 }
 
 #[test]

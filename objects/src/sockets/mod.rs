@@ -113,7 +113,7 @@ impl Survey {
         Some(match self.verdicts.remove(&number)? {
             Verdict::Inside(mut socket) => {
                 for message in &mut socket.queue {
-                    message.rights.iter_mut().for_each(|n| *n += first);
+                    message.rights.iter_mut().for_each(|n| n.0 += first);
                 }
                 Ok(Kind::from(*socket))
             }

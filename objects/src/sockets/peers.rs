@@ -12,6 +12,7 @@ use crate::Snapshot;
 use crate::bounds;
 use crate::credentials::Credentials;
 use crate::files::FdEntry;
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 
 /// `struct ucred`: the credentials of a sending process.
@@ -41,7 +42,7 @@ impl Ucred {
     }
 
     /// A process that holds a description, the best guess for its creator.
-    pub fn holder(description: usize, snapshot: &Snapshot) -> Option<Self> {
+    pub fn holder(description: DescriptionId, snapshot: &Snapshot) -> Option<Self> {
         let has = |entry: &FdEntry| entry.description == description;
         let process = snapshot.processes.iter().find(|p| p.fds.iter().any(has))?;
         let credentials = &process.threads.first()?.credentials;

@@ -8,11 +8,12 @@ use super::peers::Ucred;
 use super::unix::{Name, Role, Style, UnixSocket, sockaddr};
 use crate::Snapshot;
 use crate::files::Staging;
+use crate::index::DescriptionId;
 
 /// The sockets of a snapshot.
 pub(super) struct Job<'a> {
     /// In the order of their descriptions, with the index of each.
-    pub(super) all: Vec<(usize, &'a UnixSocket)>,
+    pub(super) all: Vec<(DescriptionId, &'a UnixSocket)>,
     /// Position in `all` by inode.
     by_inode: HashMap<u64, usize>,
     /// How each is created.
@@ -64,8 +65,8 @@ pub(super) struct StandIn<'a> {
 
 impl<'a> Job<'a> {
     pub(super) fn of(snapshot: &'a Snapshot, staging: Staging) -> Self {
-        let descriptions = snapshot.descriptions.iter().enumerate();
-        let all: Vec<(usize, &UnixSocket)> = descriptions
+        let descriptions = DescriptionId::each(&snapshot.descriptions);
+        let all: Vec<(DescriptionId, &UnixSocket)> = descriptions
             .filter_map(|(i, d)| Some((i, d.kind.get()?)))
             .collect();
         let by_inode = all.iter().enumerate().map(|(at, (_, s))| (s.inode, at));

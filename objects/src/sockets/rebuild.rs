@@ -18,18 +18,19 @@ use crate::Snapshot;
 use crate::error::Obstacle;
 use crate::files::kind::OpenFile;
 use crate::files::{self, Staging};
+use crate::index::DescriptionId;
 use crate::plan::Builder;
 use crate::text::Shown;
 
 /// Creates all sockets, at the first of them.
 pub fn open(
-    index: usize,
+    index: DescriptionId,
     snapshot: &Snapshot,
     staging: Staging,
     plan: &mut Builder,
 ) -> Result<(), Vec<Obstacle>> {
     let is_unix = |d: &files::Description| d.kind.get::<UnixSocket>().is_some();
-    if snapshot.descriptions.iter().position(is_unix) != Some(index) {
+    if snapshot.descriptions.iter().position(is_unix) != Some(index.0) {
         return Ok(());
     }
     let job = Job::of(snapshot, staging);

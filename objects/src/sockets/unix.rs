@@ -13,6 +13,7 @@ use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle};
 use crate::files::kind::{Captured, OpenFile, Place, Sight, Substitutes};
+use crate::index::DescriptionId;
 use crate::need::Need;
 use crate::plan::Builder;
 use crate::source::Collector;
@@ -186,7 +187,7 @@ impl OpenFile for UnixSocket {
         }
     }
 
-    fn each_reference(&self, f: &mut dyn FnMut(usize)) {
+    fn each_reference(&self, f: &mut dyn FnMut(DescriptionId)) {
         let rights = self.queue.iter().flat_map(|message| &message.rights);
         rights.copied().for_each(f);
     }
@@ -272,7 +273,7 @@ pub struct Message {
     pub from: u64,
     /// Descriptors in it: indices in the snapshot's descriptions.
     #[serde(deserialize_with = "bounds::few::<_, _, 253>")]
-    pub rights: Vec<usize>,
+    pub rights: Vec<DescriptionId>,
     /// Credentials that the reader gets.
     pub credentials: Option<Ucred>,
     /// It is an urgent byte, or the mark of one.

@@ -8,6 +8,7 @@ use crate::objects::bundle::Bundled;
 use crate::objects::bundle::digest;
 use crate::objects::files;
 use crate::objects::files::regular::Regular;
+use crate::objects::index::DescriptionId;
 use crate::objects::memory::FileIdentity;
 use crate::objects::open::Handle;
 use crate::objects::options::FilesPolicy;
@@ -44,7 +45,7 @@ pub fn choose(snapshot: &mut Snapshot, request: &Request<'_>) -> Vec<PathBuf> {
         }
     }
     for index in 0..snapshot.descriptions.len() {
-        if files::named(index, snapshot, &request.objects).is_some() {
+        if files::named(DescriptionId(index), snapshot, &request.objects).is_some() {
             continue;
         }
         if let Some(file) = snapshot.descriptions[index].kind.get_mut::<Regular>()

@@ -4,6 +4,7 @@ use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::named;
 use crate::objects::files::terminal::{End, Places, Side, Terminal};
+use crate::objects::index::DescriptionId;
 use crate::objects::plan::Inherited;
 use crate::restore::Request;
 use crate::supervise::foreground::JobTerminal;
@@ -39,7 +40,7 @@ impl Terminals {
     pub fn decide(snapshot: &Snapshot, request: &Request<'_>) -> Result<Self, Vec<Obstacle>> {
         let mut places = Vec::with_capacity(snapshot.terminals.len());
         for (index, terminal) in snapshot.terminals.iter().enumerate() {
-            let ends = snapshot.descriptions.iter().enumerate();
+            let ends = DescriptionId::each(&snapshot.descriptions);
             let ends = ends.filter_map(|(at, description)| {
                 let end = description.kind.get::<End>()?;
                 let counts = end.terminal == index
@@ -139,7 +140,7 @@ impl Places for Terminals {
     fn rebuild(
         &self,
         end: &End,
-        index: usize,
+        index: DescriptionId,
         flags: u32,
         snapshot: &Snapshot,
     ) -> Result<Inherited, Box<Obstacle>> {

@@ -25,6 +25,7 @@ use crate::objects::files::procfs::ProcFile;
 use crate::objects::files::regular::Regular;
 use crate::objects::files::terminal::End;
 use crate::objects::files::{Description, inotify, removed, reopen_flags};
+use crate::objects::index::DescriptionId;
 use crate::objects::memory::{self, Uses, space::fill};
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Inherit, Inherited};
@@ -163,7 +164,7 @@ impl<'a> Made<'a> {
             let file = d.kind.get::<Regular>();
             file.is_some_and(|file| file.removed == Some(index))
         };
-        let all = snapshot.descriptions.iter().enumerate();
+        let all = DescriptionId::each(&snapshot.descriptions);
         let all = all.filter(|(_, description)| of(description));
         let all = all.map(|(at, d)| (Inherited::Removed(at), reopen_flags(d.flags)));
         let mut all: Vec<(Inherited, u32)> = all.collect();
@@ -185,16 +186,18 @@ impl<'a> Made<'a> {
     }
 
     /// A pidfd of an ended process. All pidfds of one process are made together: they share an inode.
-    fn ended(&mut self, index: usize, snapshot: &Snapshot) -> Result<OwnedFd> {
+    fn ended(&mut self, index: DescriptionId, snapshot: &Snapshot) -> Result<OwnedFd> {
         if let Some(fd) = self.take(&Inherited::EndedProcess(index)) {
             return Ok(fd);
         }
-        let of = |at: usize| record::<PidFd>(snapshot, at).ok();
+        let of = |at: DescriptionId| record::<PidFd>(snapshot, at).ok();
         let (pidfd, _) = record::<PidFd>(snapshot, index)?;
-        let all = (0..snapshot.descriptions.len()).filter(|at| {
-            *at == index || of(*at).is_some_and(|(other, _)| pidfd.is_same_process(other))
-        });
-        let all: Vec<usize> = all.collect();
+        let all = (0..snapshot.descriptions.len())
+            .map(DescriptionId)
+            .filter(|at| {
+                *at == index || of(*at).is_some_and(|(other, _)| pidfd.is_same_process(other))
+            });
+        let all: Vec<DescriptionId> = all.collect();
         let flags: Vec<u32> = all.iter().filter_map(|at| Some(of(*at)?.1)).collect();
         let made = pidfd.of_ended(&flags).map_err(|e| {
             let reason = e.desc();
@@ -208,8 +211,8 @@ impl<'a> Made<'a> {
 }
 
 /// The record of a description, which must be of the kind that the plan expects, and its flags.
-fn record<T: Record>(snapshot: &Snapshot, index: usize) -> Result<(&T, u32)> {
-    let description = snapshot.descriptions.get(index);
+fn record<T: Record>(snapshot: &Snapshot, index: DescriptionId) -> Result<(&T, u32)> {
+    let description = index.find(&snapshot.descriptions);
     let found = description.and_then(|d| Some((d.kind.get()?, d.flags)));
     found.ok_or_else(|| Error::Bug(format!("description {index} is of another kind")))
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::files::regular::Regular;
+use crate::objects::index::DescriptionId;
 use crate::objects::memory::{FileIdentity, MappedFile};
 use crate::objects::open::Handle;
 use crate::objects::rights::{self, Rights};
@@ -20,7 +21,11 @@ pub(super) struct Named<'a> {
 
 impl<'a> Named<'a> {
     /// The file of a description.
-    pub(super) fn open_file(index: usize, file: &'a Regular, rights: Option<&'a Rights>) -> Self {
+    pub(super) fn open_file(
+        index: DescriptionId,
+        file: &'a Regular,
+        rights: Option<&'a Rights>,
+    ) -> Self {
         let for_it = rights.is_some_and(|rights| rights.opens_for_it(index));
         Self {
             path: &file.path,

@@ -12,6 +12,7 @@ use crate::access::may;
 use crate::error::Obstacle;
 use crate::files::device::device;
 use crate::files::kind::{Captured, OpenFile, Opened, Place, Sight};
+use crate::index::DescriptionId;
 use crate::open::Handle;
 use crate::plan::Builder;
 use crate::references::{Faults, require};
@@ -104,7 +105,7 @@ impl OpenFile for End {
         self.name.clone()
     }
 
-    fn check(&self, number: usize, snapshot: &Snapshot, faults: &mut Faults) {
+    fn check(&self, number: DescriptionId, snapshot: &Snapshot, faults: &mut Faults) {
         require!(
             faults,
             self.terminal < snapshot.terminals.len(),

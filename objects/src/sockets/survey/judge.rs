@@ -11,6 +11,7 @@ use super::super::unix::{GHOST, Message, Name, NameFile, Role, Style, UnixSocket
 use super::super::{filter, names, options};
 use super::{Ghosts, Live, Table, Verdict, hidden};
 use crate::error::Obstacle;
+use crate::index::DescriptionId;
 
 const CLOSE: &str = "close it before the checkpoint";
 
@@ -98,7 +99,7 @@ fn messages(socket: &Live, role: &Role, table: &Table<'_>, ghosts: &mut Ghosts) 
         .map(|(seen, rights)| Message {
             data: ByteBuf::from(seen.data.clone()),
             from: sender(socket, role, seen, table, ghosts),
-            rights: rights.clone(),
+            rights: rights.iter().copied().map(DescriptionId).collect(),
             credentials: seen.sender,
             urgent: seen.urgent,
         })
