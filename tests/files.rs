@@ -226,7 +226,7 @@ fn fanotify() {
         is_refused(
             case,
             "fanotify",
-            &["fd 3", "a fanotify group", "permissions", "close it"],
+            &["fd 3", "a fanotify group", "permission events", "close it"],
         );
     });
 }
