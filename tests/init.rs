@@ -520,7 +520,7 @@ fn refused() {
         refuse(
             &[],
             program,
-            &["root file system of its own", "inside that container"],
+            &["its own root file system", "inside that container"],
         );
         let queue = "python3 -c 'import ctypes, os; assert ctypes.CDLL(None).mq_open(b\"/left\", \
                      os.O_RDWR | os.O_CREAT, 0o600, None) >= 0'; eval \"$0\"";
