@@ -156,7 +156,8 @@ fn datagrams_to_somebody_outside() {
         let image = target.killed_into(case, "job.ckpt");
         drop(log);
         let name = path.display().to_string();
-        run(case, &mut restore_cmd(&image, &[])).refused(99, &[&name, "nobody", "start"]);
+        run(case, &mut restore_cmd(&image, &[]))
+            .refused(99, &[&name, "no socket is bound", "start"]);
         fs::remove_file(&path).expect("it was left behind");
         let log = UnixDatagram::bind(&path).expect("it is free");
         target.continued_by(restored(case, &image, &[]));

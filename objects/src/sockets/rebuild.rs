@@ -47,7 +47,7 @@ pub fn open(
             obstacles.push(Obstacle::new(
                 format!("the {}", socket.label()),
                 format!(
-                    "was connected to {}, where no socket listens now",
+                    "was connected to {}, to which no socket is bound now",
                     show(address)
                 ),
                 "start the program that listens there",
