@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Everything that can be checked is checked before anything is created: the image's metadata, the machine, the files,
-//! the pids, the plans ([`Decided`]). Each decision is made once and passed on, since a second look may find
+//! the pids, the plans (`Decided`). Each decision is made once and passed on, since a second look may find
 //! something else.
 
 pub mod adapt;
