@@ -44,7 +44,7 @@ pub mod table;
 pub mod undo;
 
 pub use sysv::Object;
-use sysv::{KINDS, Ready};
+use sysv::{KINDS, Ready, Sight};
 use table::{Row, Type};
 
 /// The job's objects in its IPC namespace.
@@ -156,9 +156,11 @@ fn waits(source: &Source) -> Vec<(i64, i32)> {
 pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Result<()> {
     let mut job = Job::of(processes, &collector.ended);
     job.alone = collector.alone_in_ipc;
-    let waiting = [Type::Sem, Type::Msg].map(table::read);
-    let waiting = waiting.into_iter().collect::<Result<Vec<_>>>()?;
-    if waiting.iter().any(|rows| !rows.is_empty()) {
+    let tables = KINDS.iter().map(|kind| table::read(kind.of_type()));
+    let tables = tables.collect::<Result<Vec<_>>>()?;
+    let mut of_kinds = KINDS.iter().zip(&tables);
+    // Threads wait for semaphores and messages.
+    if of_kinds.any(|(kind, rows)| kind.of_type() != Type::Shm && !rows.is_empty()) {
         job.waits = processes
             .iter()
             .flat_map(|(source, _)| waits(source))
@@ -168,9 +170,15 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     if job.alone && !collector.is_copy {
         mqueue::refuse_contents(&collector.descriptions, &mut collector.findings.obstacles);
     }
-    KINDS
-        .iter()
-        .try_for_each(|kind| kind.capture(&job, processes, collector))
+    for (kind, rows) in KINDS.iter().zip(&tables) {
+        let sight = Sight {
+            job: &job,
+            processes,
+            rows,
+        };
+        kind.capture(&sight, collector);
+    }
+    Ok(())
 }
 
 /// Checks the objects (`references`).

@@ -120,12 +120,9 @@ pub(super) const KINDS: [&dyn Kind; 3] = [
 
 /// Operations on all objects of one kind; a type of objects as a value.
 pub(super) trait Kind: Sync {
-    fn capture(
-        &self,
-        job: &Job,
-        processes: &[(&Source, &[Vma])],
-        collector: &mut Collector,
-    ) -> Result<()>;
+    /// Which.
+    fn of_type(&self) -> Type;
+    fn capture(&self, sight: &Sight, collector: &mut Collector);
     fn check(&self, snapshot: &Snapshot, faults: &mut Faults);
     fn titles(&self, ipc: &Ipc) -> Vec<String>;
     /// Ids of those that certainly belong to the job.
@@ -147,22 +144,12 @@ pub(super) trait Kind: Sync {
 struct Of<T>(PhantomData<fn() -> T>);
 
 impl<T: IpcObject> Kind for Of<T> {
-    fn capture(
-        &self,
-        job: &Job,
-        processes: &[(&Source, &[Vma])],
-        collector: &mut Collector,
-    ) -> Result<()> {
-        let rows = &table::read(T::TYPE)?;
-        T::capture(
-            &Sight {
-                job,
-                processes,
-                rows,
-            },
-            collector,
-        );
-        Ok(())
+    fn of_type(&self) -> Type {
+        T::TYPE
+    }
+
+    fn capture(&self, sight: &Sight, collector: &mut Collector) {
+        T::capture(sight, collector);
     }
 
     fn check(&self, snapshot: &Snapshot, faults: &mut Faults) {

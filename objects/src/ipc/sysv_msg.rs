@@ -47,41 +47,6 @@ pub struct Message {
     pub text: Vec<u8>,
 }
 
-/// Adds the queues of the job.
-fn survey(sight: &Sight, collector: &mut Collector) {
-    let job = sight.job;
-    for row in sight.rows {
-        let (sender, receiver) = (row.get("lspid") as i32, row.get("lrpid") as i32);
-        let used = job.pids.contains(&sender)
-            || job.pids.contains(&receiver)
-            || job.waits(row.id(), &[libc::SYS_msgsnd, libc::SYS_msgrcv]);
-        let Some(claim) = job.claim(row, used) else {
-            continue;
-        };
-        match look(row) {
-            Ok((capacity, messages)) => collector.ipc.queues.push(Queue {
-                object: Object::of(row),
-                claim,
-                capacity,
-                messages,
-                sender,
-                receiver,
-            }),
-            Err(errno) if claim == Claim::Used => collector.findings.obstacles.push(Obstacle::new(
-                Object::of(row).title(Type::Msg),
-                match errno {
-                    Errno::ENOSYS => "is in use by the job, and this kernel does not show its \
-                                      messages (CONFIG_CHECKPOINT_RESTORE)"
-                        .into(),
-                    errno => format!("is in use by the job and cannot be read: {}", errno.desc()),
-                },
-                "run ckpt as root, or let the job empty and remove it before the checkpoint",
-            )),
-            Err(_) => {}
-        }
-    }
-}
-
 /// Capacity and messages, without consuming them.
 fn look(row: &Row) -> Result<(u64, Vec<Message>), Errno> {
     let id = row.id();
@@ -118,8 +83,39 @@ impl IpcObject for Queue {
         self.claim
     }
 
+    /// Adds the queues of the job.
     fn capture(sight: &Sight, collector: &mut Collector) {
-        survey(sight, collector);
+        let job = sight.job;
+        for row in sight.rows {
+            let (sender, receiver) = (row.get("lspid") as i32, row.get("lrpid") as i32);
+            let used = job.pids.contains(&sender)
+                || job.pids.contains(&receiver)
+                || job.waits(row.id(), &[libc::SYS_msgsnd, libc::SYS_msgrcv]);
+            let Some(claim) = job.claim(row, used) else {
+                continue;
+            };
+            match look(row) {
+                Ok((capacity, messages)) => collector.ipc.queues.push(Queue {
+                    object: Object::of(row),
+                    claim,
+                    capacity,
+                    messages,
+                    sender,
+                    receiver,
+                }),
+                Err(errno) if claim == Claim::Used => collector.findings.obstacles.push(Obstacle::new(
+                    Object::of(row).title(Type::Msg),
+                    match errno {
+                        Errno::ENOSYS => "is in use by the job, and this kernel does not show its \
+                                          messages (CONFIG_CHECKPOINT_RESTORE)"
+                            .into(),
+                        errno => format!("is in use by the job and cannot be read: {}", errno.desc()),
+                    },
+                    "run ckpt as root, or let the job empty and remove it before the checkpoint",
+                )),
+                Err(_) => {}
+            }
+        }
     }
 
     fn check(&self, faults: &mut Faults) {

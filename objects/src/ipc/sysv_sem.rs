@@ -36,37 +36,6 @@ pub struct Set {
     pub operators: Vec<i32>,
 }
 
-/// Adds the sets of the job.
-fn survey(sight: &Sight, collector: &mut Collector) {
-    let job = sight.job;
-    for row in sight.rows {
-        let waits = job.waits(row.id(), &[libc::SYS_semop, libc::SYS_semtimedop]);
-        let (values, operators) = match look(row) {
-            Ok(seen) => seen,
-            Err(errno) if waits => {
-                collector.findings.obstacles.push(Obstacle::new(
-                    Object::of(row).title(Type::Sem),
-                    format!("is in use by the job and cannot be read: {}", errno.desc()),
-                    "run ckpt as root",
-                ));
-                continue;
-            }
-            // Removed meanwhile, or not accessible.
-            Err(_) => continue,
-        };
-        let operated = operators.iter().any(|pid| job.pids.contains(pid));
-        let Some(claim) = job.claim(row, operated || waits) else {
-            continue;
-        };
-        collector.ipc.semaphores.push(Set {
-            object: Object::of(row),
-            claim,
-            values,
-            operators,
-        });
-    }
-}
-
 fn look(row: &Row) -> Result<(Vec<u16>, Vec<i32>), Errno> {
     let (id, count) = (row.id(), row.get("nsems") as usize);
     let values = sysv::sem_values(id, count)?;
@@ -96,8 +65,35 @@ impl IpcObject for Set {
         self.claim
     }
 
+    /// Adds the sets of the job.
     fn capture(sight: &Sight, collector: &mut Collector) {
-        survey(sight, collector);
+        let job = sight.job;
+        for row in sight.rows {
+            let waits = job.waits(row.id(), &[libc::SYS_semop, libc::SYS_semtimedop]);
+            let (values, operators) = match look(row) {
+                Ok(seen) => seen,
+                Err(errno) if waits => {
+                    collector.findings.obstacles.push(Obstacle::new(
+                        Object::of(row).title(Type::Sem),
+                        format!("is in use by the job and cannot be read: {}", errno.desc()),
+                        "run ckpt as root",
+                    ));
+                    continue;
+                }
+                // Removed meanwhile, or not accessible.
+                Err(_) => continue,
+            };
+            let operated = operators.iter().any(|pid| job.pids.contains(pid));
+            let Some(claim) = job.claim(row, operated || waits) else {
+                continue;
+            };
+            collector.ipc.semaphores.push(Set {
+                object: Object::of(row),
+                claim,
+                values,
+                operators,
+            });
+        }
     }
 
     fn check(&self, faults: &mut Faults) {

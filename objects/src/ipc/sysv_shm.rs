@@ -91,56 +91,6 @@ pub fn mapping(
     }
 }
 
-/// Completes the attached segments and adds those that the job created and has not attached now.
-fn survey(sight: &Sight, collector: &mut Collector) {
-    let Sight {
-        job,
-        processes,
-        rows,
-    } = *sight;
-    let mut segments = std::mem::take(&mut collector.ipc.segments);
-    for segment in &mut segments {
-        let id = segment.object.id;
-        let Some(row) = rows.iter().find(|row| row.id() == id) else {
-            collector.findings.obstacles.push(Obstacle::without_remedy(
-                segment.object.title(Type::Shm),
-                "is attached by the job and belongs to another IPC namespace",
-            ));
-            continue;
-        };
-        segment.complete(row);
-        complete_contents(segment, collector);
-        let views = processes.iter().flat_map(|(_, vmas)| *vmas);
-        let inside = views.filter(|v| is_segment(v) && v.inode as i32 == id);
-        if row.get("nattch") > inside.count() as i64 {
-            collector.findings.obstacles.push(segment.used_outside(
-                &job.pids,
-                "end that one, or let it detach, before the checkpoint",
-            ));
-        }
-    }
-    for row in rows {
-        let made = job.pids.contains(&(row.get("cpid") as i32));
-        let user = collector_user(row, &segments, processes);
-        let used = job.alone || made || (user && job.pids.contains(&(row.get("lpid") as i32)));
-        if used && row.get("nattch") == 0 {
-            let size = row.get("size") as u64;
-            let contents = collector.space_for(Contents::Segment(row.id(), size));
-            let mut segment = Segment {
-                object: Object::of(row),
-                size,
-                destroyed: false,
-                locked: false,
-                huge_page_size: 0,
-                contents,
-            };
-            segment.complete(row);
-            segments.push(segment);
-        }
-    }
-    collector.ipc.segments = segments;
-}
-
 /// Whether a segment was created by the job's user in a process that has ended: that may have been one of the job's,
 /// or an earlier restore.
 fn collector_user(row: &Row, known: &[Segment], processes: &[(&Source, &[Vma])]) -> bool {
@@ -193,8 +143,54 @@ impl IpcObject for Segment {
         Claim::Used
     }
 
+    /// Completes the attached segments and adds those that the job created and has not attached now.
     fn capture(sight: &Sight, collector: &mut Collector) {
-        survey(sight, collector);
+        let Sight {
+            job,
+            processes,
+            rows,
+        } = *sight;
+        let mut segments = std::mem::take(&mut collector.ipc.segments);
+        for segment in &mut segments {
+            let id = segment.object.id;
+            let Some(row) = rows.iter().find(|row| row.id() == id) else {
+                collector.findings.obstacles.push(Obstacle::without_remedy(
+                    segment.object.title(Type::Shm),
+                    "is attached by the job and belongs to another IPC namespace",
+                ));
+                continue;
+            };
+            segment.complete(row);
+            complete_contents(segment, collector);
+            let views = processes.iter().flat_map(|(_, vmas)| *vmas);
+            let inside = views.filter(|v| is_segment(v) && v.inode as i32 == id);
+            if row.get("nattch") > inside.count() as i64 {
+                collector.findings.obstacles.push(segment.used_outside(
+                    &job.pids,
+                    "end that one, or let it detach, before the checkpoint",
+                ));
+            }
+        }
+        for row in rows {
+            let made = job.pids.contains(&(row.get("cpid") as i32));
+            let user = collector_user(row, &segments, processes);
+            let used = job.alone || made || (user && job.pids.contains(&(row.get("lpid") as i32)));
+            if used && row.get("nattch") == 0 {
+                let size = row.get("size") as u64;
+                let contents = collector.space_for(Contents::Segment(row.id(), size));
+                let mut segment = Segment {
+                    object: Object::of(row),
+                    size,
+                    destroyed: false,
+                    locked: false,
+                    huge_page_size: 0,
+                    contents,
+                };
+                segment.complete(row);
+                segments.push(segment);
+            }
+        }
+        collector.ipc.segments = segments;
     }
 
     fn check(&self, faults: &mut Faults) {

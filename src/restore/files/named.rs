@@ -27,20 +27,23 @@ impl<'a> Named<'a> {
         rights: Option<&'a Rights>,
     ) -> Self {
         let for_it = rights.is_some_and(|rights| rights.opens_for_it(index));
-        Self {
-            path: &file.path,
-            was: &file.identity,
-            rights: rights.filter(|_| !for_it),
-            for_it,
-        }
+        Self::new((&file.path, &file.identity), rights, for_it)
     }
 
     /// A mapped or executed file.
     pub(super) fn mapped(index: usize, record: &'a MappedFile, rights: Option<&'a Rights>) -> Self {
         let for_it = rights.is_some_and(|rights| rights.maps_for_it(index));
+        Self::new((&record.path, &record.identity), rights, for_it)
+    }
+
+    fn new(
+        (path, was): (&'a Path, &'a FileIdentity),
+        rights: Option<&'a Rights>,
+        for_it: bool,
+    ) -> Self {
         Self {
-            path: &record.path,
-            was: &record.identity,
+            path,
+            was,
             rights: rights.filter(|_| !for_it),
             for_it,
         }
