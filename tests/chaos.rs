@@ -161,7 +161,7 @@ fn a_file_of_proc_in_another_root() {
         let job = "p0 fork child=1
             p0 procfile fd=12 of=1 name=fd at=74
             p0 mute child=3 share=none in=pause jail=1 ns=none";
-        refused(case, job, &["/fd open", "a root directory without it"]);
+        refused(case, job, &["/fd, which is not below its root directory"]);
     });
 }
 

@@ -2,6 +2,9 @@
 //! belongs to a session alone: an autogroup is created with a session and never left, the uid belongs to a task and
 //! is inherited.
 
+use std::io::ErrorKind;
+use std::time::Duration;
+
 use ckpt_tracer::Pid;
 use ckpt_tracer::capabilities::Use;
 use ckpt_tracer::proc::ProcDir;
@@ -30,9 +33,7 @@ pub fn rebuild_autogroup(process: &Process, pid: Pid) -> Option<String> {
         return None;
     }
     if process.session == process.pid {
-        // Without CAP_SYS_ADMIN the kernel permits this ten times a second only (`proc_sched_autogroup_set_nice`).
-        let path = format!("/proc/{pid}/autogroup");
-        let _ = std::fs::write(path, wanted.to_string());
+        set_autogroup_nice(pid, wanted);
     }
     let now = now()?;
     (now != wanted).then(|| {
@@ -41,6 +42,20 @@ pub fn rebuild_autogroup(process: &Process, pid: Pid) -> Option<String> {
              session outside the job, or you may not set the old one"
         )
     })
+}
+
+/// Sets it, as far as permitted. Without CAP_SYS_ADMIN the kernel permits one change in 100 ms, by any process, and fails the
+/// others with EAGAIN (`proc_sched_autogroup_set_nice`, kernel/sched/autogroup.c).
+fn set_autogroup_nice(pid: Pid, nice: i32) {
+    /// Other processes may be first as often.
+    const ATTEMPTS: u32 = 100;
+    const PAUSE: Duration = Duration::from_millis(20);
+    for _ in 0..ATTEMPTS {
+        match std::fs::write(format!("/proc/{pid}/autogroup"), nice.to_string()) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(PAUSE),
+            _ => return,
+        }
+    }
 }
 
 /// Sets the audit login uid, as far as permitted; the result is checked afterwards.

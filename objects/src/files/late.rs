@@ -60,10 +60,10 @@ pub fn out_of_reach(snapshot: &Snapshot) -> Vec<Obstacle> {
                 Obstacle::new(
                     format!("process {}", process.pid),
                     format!(
-                        "has {} open, and a root directory without it",
+                        "holds {}, which is not below its root directory",
                         file.object()
                     ),
-                    "let it close that",
+                    "let it close that file before the checkpoint",
                 )
             })
         };
