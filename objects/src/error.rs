@@ -243,6 +243,19 @@ impl Error {
         Error::Refused(vec![obstacle])
     }
 
+    /// Makes [`Error::File`] of the error of a call; `path` may also name a file that has no path.
+    pub fn file<E: Into<io::Error>>(
+        what: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl Fn(E) -> Self {
+        let path = path.into();
+        move |source| Error::File {
+            what,
+            path: path.clone(),
+            source: source.into(),
+        }
+    }
+
     /// A step that failed.
     pub fn step(step: impl Into<String>, reason: impl fmt::Display) -> Self {
         Error::Step {

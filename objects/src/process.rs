@@ -321,13 +321,7 @@ fn directories(source: &Source, collector: &mut Collector) -> Result<RemovedPlac
                 let tid = source.pid.leader();
                 return Err(ckpt_tracer::Error::Died { tid }.into());
             }
-            Err(source_error) => {
-                return Err(crate::Error::File {
-                    what: "look at",
-                    path: source.dir.join(name),
-                    source: source_error,
-                });
-            }
+            Err(e) => return Err(crate::Error::file("look at", source.dir.join(name))(e)),
         };
         let there = std::fs::metadata(source.dir.join(name));
         let named = std::fs::metadata(&link);

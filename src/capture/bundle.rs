@@ -56,7 +56,9 @@ impl Bundle {
             match open(path, identity) {
                 Ok(file) => files.push(Opened {
                     path: path.to_owned(),
-                    identity: FileIdentity::of(&file.metadata().map_err(|e| error(path, e))?),
+                    identity: FileIdentity::of(
+                        &file.metadata().map_err(Error::file("bundle", path))?,
+                    ),
                     file,
                 }),
                 Err(reason) => obstacles.push(Obstacle::new(
@@ -94,16 +96,16 @@ impl Bundle {
             identity,
         } in self.files
         {
-            let digest = digest(&file).map_err(|e| error(&path, e))?;
+            let digest = digest(&file).map_err(Error::file("bundle", &path))?;
             let mut contents = spaces.get(&digest).copied();
             if contents.is_none() {
-                let copy = file.try_clone().map_err(|e| error(&path, e))?;
+                let copy = file.try_clone().map_err(Error::file("bundle", &path))?;
                 sink.contents(next, &Contents::File(copy, identity.size))?;
                 spaces.insert(digest, next);
                 contents = Some(next);
                 next.0 += 1;
             }
-            let now = file.metadata().map_err(|e| error(&path, e))?;
+            let now = file.metadata().map_err(Error::file("bundle", &path))?;
             if FileIdentity::of(&now) != identity {
                 return Err(Error::refuse(Obstacle::new(
                     format!("the file {}", path.shown()),
@@ -155,13 +157,5 @@ fn open(path: &Path, identity: &FileIdentity) -> Result<File, String> {
     match same {
         true => found.read().map_err(|e| e.to_string()),
         false => Err("another file has its name by now".into()),
-    }
-}
-
-fn error(path: &Path, source: std::io::Error) -> Error {
-    Error::File {
-        what: "bundle",
-        path: path.to_owned(),
-        source,
     }
 }

@@ -219,11 +219,8 @@ pub fn to_stream(request: &Request<'_>, sink: impl Write + Send + 'static) -> Re
         released.tell(request.prove(&image, Path::new("(stream)"))?);
     }
     let (mut sink, whole) = released.finish()?;
-    sink.flush().map_err(|source| Error::File {
-        what: "write",
-        path: "the image to the pipe".into(),
-        source,
-    })?;
+    sink.flush()
+        .map_err(Error::file("write", "the image to the pipe"))?;
     whole.end()
 }
 

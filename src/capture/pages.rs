@@ -204,11 +204,10 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
 
     /// Stores the contents of a System V segment, which is attached temporarily.
     fn segment(&mut self, space: SpaceId, id: i32, size: u64) -> Result<()> {
-        let attached = Attached::new(id, size, false).map_err(|errno| Error::File {
-            what: "attach",
-            path: format!("System V shared memory {id}").into(),
-            source: errno.into(),
-        })?;
+        let attached = Attached::new(id, size, false).map_err(Error::file(
+            "attach",
+            format!("System V shared memory {id}"),
+        ))?;
         let size = size.next_multiple_of(PAGE as u64);
         let mut offset = 0;
         while offset < size {
@@ -234,11 +233,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
         (file, size): (&File, u64),
         next: impl Fn(&File, u64, u64) -> Option<(u64, u64)>,
     ) -> Result<()> {
-        let error = |source| Error::File {
-            what: "read",
-            path: "a file of the job".into(),
-            source,
-        };
+        let error = Error::file("read", "a file of the job");
         let mut at = 0;
         while let Some((start, end)) = next(file, at, size) {
             let start = start / PAGE as u64 * PAGE as u64;
@@ -253,7 +248,7 @@ impl<'a, W: Write + Send + 'static> PageSink<'a, W> {
                 self.chunk.data.resize(from + len, 0);
                 let wanted = (len as u64).min(size - offset) as usize;
                 read_up_to(file, &mut self.chunk.data[from..from + wanted], offset)
-                    .map_err(error)?;
+                    .map_err(&error)?;
                 self.progress.advance(len as u64);
                 self.note(space, &[(offset, 0, len)], from, true);
                 offset += len as u64;

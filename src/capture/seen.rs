@@ -155,13 +155,9 @@ pub(super) fn assemble(
 
 /// An image of a snapshot without pages, which planning does not read.
 pub(super) fn without_pages(snapshot: &Snapshot, header: &Header) -> Result<File> {
-    let failed = |source| Error::File {
-        what: "write",
-        path: "the image in memory".into(),
-        source,
-    };
+    let failed = Error::file("write", "the image in memory");
     let file = ckpt_sys::files::memfd(c"ckpt-check", 0);
-    let file = File::from(file.map_err(|e| failed(e.into()))?);
+    let file = File::from(file.map_err(std::io::Error::from).map_err(&failed)?);
     let mut writer = Writer::new(file, header, WriterOptions::default())?;
     snapshot::write(&mut writer, snapshot)?;
     Ok(writer.finish()?.0)

@@ -55,10 +55,8 @@ pub(crate) fn pages(args: &ManPages, ckpt: Command, restore: Command) -> Outcome
         return Ok(0);
     };
     for command in [ckpt.disable_help_subcommand(true), restore] {
-        clap_mangen::generate_to(command, directory).map_err(|source| {
-            let (what, path) = ("write the manual pages into", directory.clone());
-            Failure::Error(crate::Error::File { what, path, source })
-        })?;
+        clap_mangen::generate_to(command, directory)
+            .map_err(crate::Error::file("write the manual pages into", directory))?;
     }
     Ok(0)
 }

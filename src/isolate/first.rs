@@ -89,14 +89,10 @@ pub(super) fn serve(channel: Channel) -> ! {
 }
 
 fn execute_requested(channel: &Channel) -> Result<()> {
-    let gone = |error: channel::Error| Error::File {
-        what: "receive from",
-        path: "the process that rebuilds the job".into(),
-        source: error.into(),
-    };
+    let gone = Error::file("receive from", "the process that rebuilds the job");
     // Its limit of descriptors must be ours.
     crate::objects::limits::raise_descriptor_limit();
-    let (request, mut fds): (ExecRequest, _) = channel.receive_with().map_err(gone)?;
+    let (request, mut fds): (ExecRequest, _) = channel.receive_with().map_err(&gone)?;
     if fds.len() != request.numbers.len() + 2 {
         return Err(gone(channel::Error::Malformed(
             "a request to execute".into(),
@@ -107,7 +103,7 @@ fn execute_requested(channel: &Channel) -> Result<()> {
     let program = Program::prepare(&fds[0], descriptors, channel, &fds[1]);
     let program = program.map_err(cannot_place)?;
     drop(fds);
-    channel.send(&None::<String>).map_err(gone)?;
+    channel.send(&None::<String>).map_err(&gone)?;
     program.execute(&request.name, None)
 }
 

@@ -51,11 +51,7 @@ impl ImageFile {
     /// # Errors
     /// As [`ImageFile::open`].
     pub fn of(file: File, path: &Path) -> Result<Self> {
-        let failed = |source| Error::File {
-            what: "look at",
-            path: path.to_owned(),
-            source,
-        };
+        let failed = Error::file("look at", path);
         let meta = file.metadata().map_err(failed)?;
         if !meta.is_file() {
             return Err(ckpt_image::Error::NotAnImage {

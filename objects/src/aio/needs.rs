@@ -10,12 +10,8 @@ const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
 /// The possible CPUs, ascending (`num_possible_cpus`).
 pub(super) fn possible_cpus() -> Result<Vec<u32>> {
-    let error = |source| Error::File {
-        what: "read",
-        path: POSSIBLE.into(),
-        source,
-    };
-    let text = std::fs::read_to_string(POSSIBLE).map_err(error)?;
+    let error = Error::file("read", POSSIBLE);
+    let text = std::fs::read_to_string(POSSIBLE).map_err(&error)?;
     let bad = || error(std::io::Error::other("it is no list of CPUs"));
     cpus(text.trim())
         .filter(|cpus| !cpus.is_empty())

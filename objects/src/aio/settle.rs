@@ -215,16 +215,12 @@ fn file_size_limit(source: &Source) -> Result<u64> {
 /// The lowest free number; the job is frozen, so the table does not change.
 fn next_descriptor(source: &Source) -> Result<i32> {
     let path = source.dir.join("fd");
-    let error = |source| Error::File {
-        what: "look at",
-        path: path.clone(),
-        source,
-    };
+    let error = Error::file("look at", &path);
     let mut taken = Vec::new();
-    for entry in std::fs::read_dir(&path).map_err(error)? {
+    for entry in std::fs::read_dir(&path).map_err(&error)? {
         taken.extend(
             entry
-                .map_err(error)?
+                .map_err(&error)?
                 .file_name()
                 .to_str()
                 .and_then(|n| n.parse::<i32>().ok()),

@@ -220,8 +220,8 @@ impl Thawed {
             .map(|(version, file)| Ok((*version, file.try_clone()?)));
         let groups = copies
             .collect::<std::io::Result<Vec<_>>>()
-            .map_err(failed)?;
-        let keeper = keep(&groups).map_err(|errno| failed(errno.into()))?;
+            .map_err(failed())?;
+        let keeper = keep(&groups).map_err(failed())?;
         let thawed = Self {
             groups,
             keeper: Some(keeper),
@@ -242,7 +242,7 @@ impl Thawed {
     fn thaw(&self, version: Version) -> Result<()> {
         let wanted = self.groups.iter().filter(|(of, _)| *of == version);
         for (version, file) in wanted {
-            file.write_all_at(version.thawed(), 0).map_err(failed)?;
+            file.write_all_at(version.thawed(), 0).map_err(failed())?;
         }
         Ok(())
     }
@@ -261,12 +261,8 @@ impl Drop for Thawed {
     }
 }
 
-fn failed(source: std::io::Error) -> Error {
-    Error::File {
-        what: "thaw",
-        path: "the job's control group".into(),
-        source,
-    }
+fn failed<E: Into<std::io::Error>>() -> impl Fn(E) -> Error {
+    Error::file("thaw", "the job's control group")
 }
 
 /// Starts the helper, which freezes the groups again if the pipe ends without a message.

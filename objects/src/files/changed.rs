@@ -295,11 +295,9 @@ impl Cut {
     /// # Errors
     /// [`Error::File`] of ftruncate(2).
     pub fn make(&self) -> Result<()> {
-        self.file.set_len(self.then).map_err(|source| Error::File {
-            what: "cut back",
-            path: self.path.clone(),
-            source,
-        })
+        self.file
+            .set_len(self.then)
+            .map_err(Error::file("cut back", &self.path))
     }
 }
 

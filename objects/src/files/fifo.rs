@@ -239,11 +239,7 @@ impl FifoEnd {
                 (path, made)
             }),
         };
-        opened.map_err(|source| Error::File {
-            what: "open the FIFO",
-            path,
-            source,
-        })
+        opened.map_err(Error::file("open the FIFO", path))
     }
 
     fn make(&self, path: &Path) -> io::Result<File> {

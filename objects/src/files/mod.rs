@@ -162,11 +162,8 @@ pub fn capture(
     }
     collector.first = sources.first().map(|source| source.pid.raw());
     let leases = lock::WriteLeases::of(&survey.looks);
-    collector.write_leases = leases.map_err(|source| crate::Error::File {
-        what: "copy",
-        path: "a descriptor with a lease".into(),
-        source,
-    })?;
+    collector.write_leases =
+        leases.map_err(crate::Error::file("copy", "a descriptor with a lease"))?;
     let first = collector.descriptions.len();
     let open = survey.looks.iter().map(|look| sockets::survey::Open {
         copy: &look.copy,
@@ -179,11 +176,9 @@ pub fn capture(
     let seen_in_job = survey.looks.len();
     for copy in &found.in_flight {
         let fd = copy.as_raw_fd();
-        let own = copy.try_clone().map_err(|source| crate::Error::File {
-            what: "copy",
-            path: "a descriptor in flight".into(),
-            source,
-        })?;
+        let own = copy
+            .try_clone()
+            .map_err(crate::Error::file("copy", "a descriptor in flight"))?;
         let look = Look::with(own, &ourselves, sources.len(), fd)?;
         survey.looks.push(look);
     }

@@ -358,11 +358,7 @@ pub(super) fn create<T: IpcObject>(
     remove: impl FnOnce(i32),
 ) -> Result<()> {
     let (object, path) = (of.object(), next_id(T::TYPE));
-    std::fs::write(&path, object.id.to_string()).map_err(|source| Error::File {
-        what: "choose an id with",
-        path: path.into(),
-        source,
-    })?;
+    std::fs::write(&path, object.id.to_string()).map_err(Error::file("choose an id with", path))?;
     let made = as_creator(object.creator_uid, object.creator_gid, create);
     match made {
         Ok(id) if id == object.id => Ok(()),

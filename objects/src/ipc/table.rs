@@ -74,11 +74,7 @@ pub fn read(kind: Type) -> Result<Vec<Row>> {
     match std::fs::read_to_string(&path) {
         Ok(text) => Ok(parse(&text)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-        Err(source) => Err(Error::File {
-            what: "read",
-            path: path.into(),
-            source,
-        }),
+        Err(e) => Err(Error::file("read", path)(e)),
     }
 }
 

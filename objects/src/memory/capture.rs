@@ -489,12 +489,8 @@ fn linked_elsewhere(source: &Source, vma: &Vma, path: &Path) -> Option<(PathBuf,
 /// The executable, which is usually mapped too.
 fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Result<usize> {
     let link = source.dir.join("exe");
-    let error = |e| crate::Error::File {
-        what: "look at",
-        path: link.clone(),
-        source: e,
-    };
-    let meta = std::fs::metadata(&link).map_err(error)?;
+    let error = crate::Error::file("look at", &link);
+    let meta = std::fs::metadata(&link).map_err(&error)?;
     let mapped = vmas.iter().find_map(|v| match &v.name {
         VmaName::File { path, .. } if v.inode == meta.ino() => collector.known_file(path, v.inode),
         _ => None,
@@ -506,15 +502,15 @@ fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Resul
             && let Some(at) = collector.contents.iter().position(|(s, _)| *s == space)
             && matches!(collector.contents[at].1, Contents::Memory(_))
         {
-            let file = File::open(&link).map_err(error)?;
+            let file = File::open(&link).map_err(&error)?;
             collector.contents[at].1 = Contents::File(file, meta.len());
             collector.mapped_files[index].identity = FileIdentity::of(&meta);
         }
         return Ok(index);
     }
-    let path = std::fs::read_link(&link).map_err(error)?;
+    let path = std::fs::read_link(&link).map_err(&error)?;
     let exists = std::fs::metadata(&path).is_ok_and(|m| same_file(&m, &meta));
-    let file = File::open(&link).map_err(error)?;
+    let file = File::open(&link).map_err(&error)?;
     Ok(
         collector.mapped_file(&path, meta.ino(), |collector| MappedFile {
             path: path.clone(),

@@ -12,14 +12,10 @@ use crate::memory::{join, subtract};
 
 /// Writes a space of the image to a file; holes stay holes.
 pub fn fill(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader) -> Result<()> {
-    let error = |source| Error::File {
-        what: "write the contents of",
-        path: path.to_owned(),
-        source,
-    };
-    file.set_len(size).map_err(error)?;
+    let error = Error::file("write the contents of", path);
+    file.set_len(size).map_err(&error)?;
     each_run(space, size, image, |start, bytes| {
-        file.write_all_at(bytes, start).map_err(error)?;
+        file.write_all_at(bytes, start).map_err(&error)?;
         Ok(true)
     })?;
     Ok(())
@@ -27,11 +23,7 @@ pub fn fill(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader)
 
 /// Whether a file of that size has exactly the contents of a space.
 pub fn same(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader) -> Result<bool> {
-    let error = |source| Error::File {
-        what: "read",
-        path: path.to_owned(),
-        source,
-    };
+    let error = Error::file("read", path);
     let mut there = Vec::new();
     let mut runs = Vec::new();
     let same = each_run(space, size, image, |start, bytes| {
@@ -51,7 +43,7 @@ pub fn same(file: &File, path: &Path, space: SpaceId, size: u64, image: &Reader)
     for (mut start, end) in subtract(&[(0, size)], &join(runs)) {
         while start < end {
             let piece = &mut there[..(end - start).min(1 << 20) as usize];
-            match file.read_at(piece, start).map_err(error)? {
+            match file.read_at(piece, start).map_err(&error)? {
                 0 => return Ok(false),
                 n if piece[..n].iter().any(|byte| *byte != 0) => return Ok(false),
                 n => start += n as u64,

@@ -64,11 +64,8 @@ pub fn seen(
         .iter()
         .filter_map(|tid| Some(thread::seen(pid, *tid, job.statuses.get(tid)?)));
     let link = |name: &str| -> Result<PathBuf> {
-        let link = std::fs::read_link(dir.join(name)).map_err(|source| crate::Error::File {
-            what: "look at",
-            path: dir.join(name),
-            source,
-        })?;
+        let link = std::fs::read_link(dir.join(name))
+            .map_err(crate::Error::file("look at", dir.join(name)))?;
         let is_removed = match name {
             "cwd" => removed.cwd.is_some(),
             _ => removed.root.is_some(),

@@ -332,11 +332,7 @@ pub(in crate::restore) fn above_the_highest(pid: i32) -> Obstacle {
 pub(in crate::restore) fn keep_clear(placed: &Placed<'_>) -> Result<()> {
     const FILE: &str = "/proc/sys/kernel/ns_last_pid";
     let after = last_of_the_job(placed)?;
-    std::fs::write(FILE, after.to_string()).map_err(|source| Error::File {
-        what: "write to",
-        path: FILE.into(),
-        source,
-    })
+    std::fs::write(FILE, after.to_string()).map_err(Error::file("write to", FILE))
 }
 
 /// The id after which those of our helpers follow.

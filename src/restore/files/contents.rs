@@ -11,7 +11,7 @@ use ckpt_image::Reader;
 use ckpt_sys::files;
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::named::{Named, cannot_open};
+use super::named::Named;
 use super::pty::{self, Ptys};
 use crate::error::{Error, Result};
 use crate::objects::files::attributes::Attributes;
@@ -175,11 +175,8 @@ impl<'a> Made<'a> {
         let (what, flags): (Vec<Inherited>, Vec<u32>) = all.into_iter().unzip();
         // Temporary names are created: with the rights of the job's user, not ours.
         let made = rights::with(self.rights, || removed.make(&flags));
-        let (opened, lost) = made.map_err(|source| Error::File {
-            what: "create again the deleted",
-            path: removed.path.clone(),
-            source,
-        })?;
+        let (opened, lost) =
+            made.map_err(Error::file("create again the deleted", &removed.path))?;
         self.ready.extend(what.into_iter().zip(opened));
         self.warnings.extend(lost);
         Ok(())
@@ -241,11 +238,7 @@ fn open<'a>(
                 .write(access != libc::O_RDONLY)
                 .custom_flags(libc::O_NOCTTY)
                 .open(path)
-                .map_err(|source| Error::File {
-                    what: "open",
-                    path: path.clone(),
-                    source,
-                })?;
+                .map_err(Error::file("open", &path))?;
             Ok(file.into())
         }
         Inherited::MemFd(index) => {
@@ -274,11 +267,10 @@ fn open<'a>(
             // It does not count as a writer either, and a write lease requires that there is no other writer.
             let first = writes == libc::O_RDWR && !description.is_leased();
             let file = match first && !std::mem::replace(&mut made.given, true) {
-                true => made.file.try_clone().map_err(|source| Error::File {
-                    what: "copy",
-                    path: "a memfd".into(),
-                    source,
-                })?,
+                true => made
+                    .file
+                    .try_clone()
+                    .map_err(Error::file("copy", "a memfd"))?,
                 false => reopen(&made.file, description.flags)?,
             };
             if description.flags as i32 & libc::O_PATH == 0 {
@@ -302,11 +294,8 @@ fn open<'a>(
         Inherited::EndedProcess(index) => made.ended(*index, snapshot),
         Inherited::EndedProcFile(index) => {
             let (file, flags) = record::<ProcFile>(snapshot, *index)?;
-            file.of_ended(flags).map_err(|source| Error::File {
-                what: "open",
-                path: file.path.clone(),
-                source,
-            })
+            file.of_ended(flags)
+                .map_err(Error::file("open", &file.path))
         }
         Inherited::Inotify(index) => inotify::create(snapshot.descriptions[*index].flags),
         Inherited::DeletedFile(index) => {
@@ -341,7 +330,7 @@ fn open<'a>(
             let found = device.find(flags, made.rights);
             let found = found.map_err(|o| Error::refuse(*o))?;
             let opened = rights::with(made.rights, || found.open(reopen_flags(flags) as i32));
-            Ok(opened.map_err(cannot_open(&device.path))?.into())
+            Ok(opened.map_err(Error::file("open", &device.path))?.into())
         }
         Inherited::Fifo(index) => {
             let (fifo, _) = record::<FifoEnd>(snapshot, *index)?;
@@ -457,11 +446,8 @@ fn in_memory(path: &Path) -> Result<File> {
     let name = path.file_name().unwrap_or_default().as_bytes();
     let name = CString::new(&name[..name.len().min(200)]).unwrap_or_default();
     let made = files::memfd(&name, 0);
-    made.map(File::from).map_err(|errno| Error::File {
-        what: "make a nameless file for",
-        path: path.to_owned(),
-        source: errno.into(),
-    })
+    made.map(File::from)
+        .map_err(Error::file("make a nameless file for", path))
 }
 
 fn create_memfd(memfd: &MemFd) -> Result<File> {
@@ -497,11 +483,7 @@ fn reopen(file: &File, flags: u32) -> Result<File> {
         .write(access != libc::O_RDONLY)
         .custom_flags(status)
         .open(&path)
-        .map_err(|source| Error::File {
-            what: "open",
-            path: path.into(),
-            source,
-        })
+        .map_err(Error::file("open", path))
 }
 
 fn seek(file: &File, offset: u64) -> Result<()> {
@@ -509,9 +491,5 @@ fn seek(file: &File, offset: u64) -> Result<()> {
     let mut file = file;
     file.seek(SeekFrom::Start(offset))
         .map(drop)
-        .map_err(|source| Error::File {
-            what: "seek in",
-            path: "a memfd".into(),
-            source,
-        })
+        .map_err(Error::file("seek in", "a memfd"))
 }

@@ -104,16 +104,12 @@ impl HandOver {
             rights: self.rights.clone(),
         };
         let written = rights::with(self.rights.as_ref(), || self.write(&prepared.at));
-        written.map_err(|e| self.failed(e))?;
+        written.map_err(self.failed())?;
         Ok(prepared)
     }
 
-    fn failed(&self, source: io::Error) -> Error {
-        Error::File {
-            what: "write",
-            path: self.path.clone(),
-            source,
-        }
+    fn failed(&self) -> impl Fn(io::Error) -> Error {
+        Error::file("write", &self.path)
     }
 
     /// Readable by the job's user only. The job chose the path, so the directory must be writable for its user.
@@ -133,7 +129,7 @@ impl HandOver {
     /// # Errors
     /// When that is refused.
     pub fn mount(&self) -> Result<()> {
-        self.mounted().map_err(|e| self.failed(e))
+        self.mounted().map_err(self.failed())
     }
 
     fn mounted(&self) -> io::Result<()> {
@@ -192,11 +188,7 @@ impl Prepared {
     /// When that is refused.
     pub fn publish(self) -> Result<()> {
         let rename = || fs::rename(&self.at, &self.path);
-        rights::with(self.rights.as_ref(), rename).map_err(|source| Error::File {
-            what: "rename",
-            path: self.at.clone(),
-            source,
-        })
+        rights::with(self.rights.as_ref(), rename).map_err(Error::file("rename", &self.at))
     }
 }
 

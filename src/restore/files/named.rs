@@ -61,17 +61,7 @@ impl<'a> Named<'a> {
                 let same = rights::is_the_same(&found, self.path, self.was);
                 same.map_err(|o| Error::refuse(*o))?;
             }
-            found.open(flags).map_err(cannot_open(self.path))
+            found.open(flags).map_err(Error::file("open", self.path))
         })
-    }
-}
-
-/// The error when a file cannot be opened.
-pub(super) fn cannot_open(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path = path.to_owned();
-    |source| Error::File {
-        what: "open",
-        path,
-        source,
     }
 }

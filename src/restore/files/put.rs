@@ -213,11 +213,11 @@ impl Put<'_> {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&at);
-        let file = opened.map_err(|source| self.error(source))?;
+        let file = opened.map_err(self.error())?;
         let prepared = Prepared { at };
         let identity = self.identity;
         space::fill(&file, &self.path, self.saved.space, identity.size, image)?;
-        let meta = file.metadata().map_err(|source| self.error(source))?;
+        let meta = file.metadata().map_err(self.error())?;
         let (uid, gid) = self.saved.owner;
         let mut mode = identity.mode & 0o7777;
         if (meta.uid(), meta.gid()) != (uid, gid)
@@ -237,16 +237,12 @@ impl Put<'_> {
         file.set_permissions(mode)
             .and_then(|()| file.set_times(FileTimes::new().set_modified(modified)))
             .and_then(|()| file.sync_all())
-            .map_err(|source| self.error(source))?;
+            .map_err(self.error())?;
         Ok(prepared)
     }
 
-    fn error(&self, source: io::Error) -> Error {
-        Error::File {
-            what: "put back",
-            path: self.path.clone(),
-            source,
-        }
+    fn error(&self) -> impl Fn(io::Error) -> Error {
+        Error::file("put back", &self.path)
     }
 }
 
@@ -342,22 +338,22 @@ pub fn put(puts: &[Put<'_>], image: &Reader, rights: Option<&Rights>) -> Result<
 fn put_all(puts: &[Put<'_>], image: &Reader, undo: &mut Undo) -> Result<()> {
     for put in puts {
         let prepared = put.prepare(image, &mut undo.warnings)?;
-        let meta = fs::symlink_metadata(&prepared.at).map_err(|source| put.error(source))?;
+        let meta = fs::symlink_metadata(&prepared.at).map_err(put.error())?;
         let placed = match put.replaces {
             Some(_) => exchange(prepared, &put.path).map(Some),
             None => create(prepared, &put.path).map(|()| None),
         };
-        let old = placed.map_err(|source| put.error(source))?;
+        let old = placed.map_err(put.error())?;
         let replaced = old.as_deref().map(fs::symlink_metadata).transpose();
         undo.done.push(Done {
             path: put.path.clone(),
             new: (meta.dev(), meta.ino()),
             old,
         });
-        let replaced = replaced.map_err(|source| put.error(source))?;
+        let replaced = replaced.map_err(put.error())?;
         if replaced.map(|m| (m.dev(), m.ino())) != put.replaces {
             let other = io::Error::other("another file has come into its place");
-            return Err(put.error(other));
+            return Err(put.error()(other));
         }
     }
     Ok(())

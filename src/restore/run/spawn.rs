@@ -154,11 +154,7 @@ fn fork_under(
 
 /// Lets the new process continue to its exec.
 fn begin(go: BorrowedFd<'_>, task: Running, report: OwnedFd, first: bool) -> Result<Stopped> {
-    nix::unistd::write(go, b"!").map_err(|errno| Error::File {
-        what: "write to",
-        path: "the new process".into(),
-        source: errno.into(),
-    })?;
+    nix::unistd::write(go, b"!").map_err(Error::file("write to", "the new process"))?;
     let mut task = match task.wait_stopped() {
         Ok(stopped) => stopped,
         Err(_) => return Err(failed_before_exec(report)),

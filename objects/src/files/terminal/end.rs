@@ -54,11 +54,7 @@ impl End {
         let flags = flags as i32 & libc::O_ACCMODE | libc::O_NOCTTY | libc::O_NONBLOCK;
         let found = self.find().map_err(std::io::Error::other);
         let opened = found.and_then(|found| found.open(flags));
-        opened.map_err(|source| crate::Error::File {
-            what: "open",
-            path: (&self.name).into(),
-            source,
-        })
+        opened.map_err(crate::Error::file("open", &self.name))
     }
 
     /// Whether its name refers to the device that was opened, and may be opened with this access.

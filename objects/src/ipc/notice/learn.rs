@@ -211,11 +211,7 @@ impl Learner<'_, '_> {
 
     fn is_registered(&self, queue: i32) -> Result<bool> {
         let path = self.source.dir.join(format!("fd/{queue}"));
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::File {
-            what: "look at",
-            path,
-            source,
-        })?;
+        let text = std::fs::read_to_string(&path).map_err(Error::file("look at", path))?;
         Ok(mqueue::notified(&text) == self.source.pid.raw())
     }
 
