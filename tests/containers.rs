@@ -65,7 +65,7 @@ fn lives_on(case: &Case, name: &str) {
 }
 
 /// One test a fixture would make a container each; here they follow each other.
-fn all_live_on(case: &Case, which: impl Iterator<Item = &'static &'static str>) {
+pub(crate) fn all_live_on(case: &Case, which: impl Iterator<Item = &'static &'static str>) {
     for name in which {
         eprintln!("fixture {name}");
         lives_on(case, name);

@@ -1,7 +1,7 @@
 //! Files that are exchanged for something else all the time, while they are looked at and opened.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -12,7 +12,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
-use crate::common::look::assert_nobody_left;
+use crate::common::look::{assert_nobody_left, await_rest};
 use crate::common::refused::FAILED;
 use crate::common::{Case, Job, attach, ckpt, isolated, restore_cmd, run, start, until};
 
@@ -149,43 +149,86 @@ fn exchanged_for(case: &Case, watched: Option<&Path>, other: impl Fn(&Path, &Pat
 /// Opening it waits for the other end.
 #[test]
 fn for_a_fifo() {
-    isolated("for_a_fifo", |case| {
-        let fifo = case.path("other");
-        mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO can be made");
-        exchanged_for(case, Some(&fifo), |_, aside| {
-            symlink(&fifo, aside).expect("its place is free")
-        });
+    isolated("for_a_fifo", to_a_fifo);
+}
+
+pub(crate) fn to_a_fifo(case: &Case) {
+    let fifo = case.path("other");
+    mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO can be made");
+    exchanged_for(case, Some(&fifo), |_, aside| {
+        symlink(&fifo, aside).expect("its place is free")
     });
 }
 
 /// The same itself, and not behind a link.
 #[test]
 fn for_a_fifo_itself() {
-    isolated("for_a_fifo_itself", |case| {
-        exchanged_for(case, None, |path, aside| match path.ends_with("fifo") {
-            // Another FIFO is as good.
-            true => symlink("/dev/zero", aside).expect("its place is free"),
-            false => mkfifo(aside, Mode::S_IRWXU).expect("a FIFO can be made"),
-        });
+    isolated("for_a_fifo_itself", to_a_fifo_itself);
+}
+
+pub(crate) fn to_a_fifo_itself(case: &Case) {
+    exchanged_for(case, None, |path, aside| match path.ends_with("fifo") {
+        // Another FIFO is as good.
+        true => symlink("/dev/zero", aside).expect("its place is free"),
+        false => mkfifo(aside, Mode::S_IRWXU).expect("a FIFO can be made"),
     });
 }
 
 /// A link to a file that looks as the old one did.
 #[test]
 fn for_a_link() {
-    isolated("for_a_link", |case| {
-        let other = case.path("other");
-        fs::write(&other, [9; 5000]).expect("it is ours");
-        exchanged_for(case, Some(&other), |path, aside| {
-            let was = fs::metadata(path).expect("it is there");
-            let file = fs::File::options()
-                .write(true)
-                .open(&other)
-                .expect("it is ours");
-            file.set_len(was.len()).expect("it is ours");
-            file.set_modified(was.modified().expect("it has one"))
-                .expect("it is ours");
-            symlink(&other, aside).expect("its place is free");
+    isolated("for_a_link", to_a_link);
+}
+
+pub(crate) fn to_a_link(case: &Case) {
+    let other = case.path("other");
+    fs::write(&other, [9; 5000]).expect("it is ours");
+    exchanged_for(case, Some(&other), |path, aside| {
+        let was = fs::metadata(path).expect("it is there");
+        let file = fs::File::options()
+            .write(true)
+            .open(&other)
+            .expect("it is ours");
+        file.set_len(was.len()).expect("it is ours");
+        file.set_modified(was.modified().expect("it has one"))
+            .expect("it is ours");
+        symlink(&other, aside).expect("its place is free");
+    });
+}
+
+/// Root's image and one of a user's, whose job would be root's: whose it is, is asked of the file that is read.
+#[test]
+fn an_image_for_a_users() {
+    isolated("an_image_for_a_users", |case| {
+        case.needs_root();
+        let image = |name: &str| {
+            let mut job = start(Command::new("sleep").arg("1000"), &case.path("job.log"));
+            await_rest(job.pid);
+            let (image, _) = attach(case, job.pid, name, &["--kill"]);
+            until("its end", || job.ended());
+            (job.pid, image)
+        };
+        let (pid, own) = image("own.ckpt");
+        let (_, users) = image("users.ckpt");
+        chown(&users, Some(65534), Some(65534)).expect("we are root");
+        let (end, times) = (AtomicBool::new(false), AtomicU32::new(0));
+        let mut restored = 0;
+        std::thread::scope(|threads| {
+            threads.spawn(|| exchange(&own, &users, &end, &times));
+            let _end = Ends(&end);
+            for _ in 0..3 * ROUNDS {
+                let out = run(case, &mut restore_cmd(&own, &["--detach"]));
+                match out.code() {
+                    0 => {
+                        assert_eq!(out.stdout.trim(), pid.to_string(), "{out:#?}");
+                        Job::of(pid).kill();
+                        restored += 1;
+                    }
+                    _ => out.refused(FAILED, &["own.ckpt", "belongs to uid 65534"]),
+                }
+            }
         });
+        eprintln!("{restored} times it was root's");
+        assert_nobody_left();
     });
 }

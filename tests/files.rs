@@ -384,88 +384,90 @@ fn descriptors_at_the_limit() {
 /// Whatever has come into a file's place: it is told, and neither waited for nor read.
 #[test]
 fn what_took_the_place_of_a_file() {
-    isolated("what_took_the_place_of_a_file", |case| {
-        let python = case.system_python();
-        let names = ["mapped", "open"];
-        let program = case.path("prog");
-        fs::copy("/usr/bin/sleep", &program).expect("coreutils");
-        for name in names {
-            fs::write(case.path(name), [7; 5000]).expect("it is ours");
-        }
-        let code = "import mmap, time\nd = open('mapped')\nm = mmap.mmap(d.fileno(), 0, prot=1)\nf = open('open', 'a+')\n\
+    isolated("what_took_the_place_of_a_file", places_are_taken);
+}
+
+pub(crate) fn places_are_taken(case: &Case) {
+    let python = case.system_python();
+    let names = ["mapped", "open"];
+    let program = case.path("prog");
+    fs::copy("/usr/bin/sleep", &program).expect("coreutils");
+    for name in names {
+        fs::write(case.path(name), [7; 5000]).expect("it is ours");
+    }
+    let code = "import mmap, time\nd = open('mapped')\nm = mmap.mmap(d.fileno(), 0, prot=1)\nf = open('open', 'a+')\n\
                     open('ready', 'w').close()\nwhile True: time.sleep(1000)";
-        let mut command = Command::new(python);
-        command.args(["-c", code]).current_dir(case.dir());
-        let mut reader = start(&mut command, &case.path("reader.log"));
-        let mut sleeper = start(
-            Command::new(&program).arg("1000"),
-            &case.path("sleeper.log"),
-        );
-        until("it to begin", || case.path("ready").exists().then_some(()));
-        until("it to run", || {
-            let exe = fs::read_link(format!("/proc/{}/exe", sleeper.pid)).ok()?;
-            (exe == program).then_some(())
-        });
-        let (reader_image, _) = attach(case, reader.pid, "reader.ckpt", &["--kill"]);
-        let (sleeper_image, _) = attach(case, sleeper.pid, "sleeper.ckpt", &["--kill"]);
-        until("its end", || reader.ended());
-        until("its end", || sleeper.ended());
-        let fifo = |at: &Path| mkfifo(at, Mode::S_IRWXU).expect("a FIFO can be made");
-        let fifo_elsewhere = case.path("fifo");
-        fifo(&fifo_elsewhere);
-        let link =
-            |to: &Path, at: &Path| std::os::unix::fs::symlink(to, at).expect("its place is free");
-        type Taker<'a> = &'a dyn Fn(&Path);
-        let takers: [Taker<'_>; 5] = [
-            &fifo,
-            &|at| link(&fifo_elsewhere, at),
-            &|at| link(Path::new("/dev/zero"), at),
-            &|at| link(Path::new("/proc/kallsyms"), at),
-            &|at| fs::create_dir(at).expect("its place is free"),
-        ];
-        let images = [&reader_image, &reader_image, &sleeper_image];
-        let names = ["mapped", "open", "prog"];
-        for ((name, image), taker) in names
-            .into_iter()
-            .zip(images)
-            .flat_map(|n| takers.map(|t| (n, t)))
-        {
-            let (path, aside) = (case.path(name), case.path("aside"));
-            fs::rename(&path, &aside).expect("it is there");
-            taker(&path);
-            for policy in ["strict", "adopt"] {
-                let words = [name, " by now"];
-                let files = ["--files", policy];
-                let out = ckpt(
-                    case,
-                    [
-                        "check",
-                        image.to_str().expect("it is text"),
-                        files[0],
-                        files[1],
-                    ],
-                );
-                assert_eq!(out.code(), 1, "{out:#?}");
-                let told = |text: &str| {
-                    text.lines()
-                        .any(|line| words.iter().all(|word| line.contains(word)))
-                };
-                assert!(told(&out.stdout), "{name}: {out:#?}");
-                let out = run(
-                    case,
-                    &mut restore_cmd(image, &["--detach", files[0], files[1]]),
-                );
-                out.refused(FAILED, &words);
-            }
-            let is_dir = path.symlink_metadata().expect("it is there").is_dir();
-            if is_dir {
-                fs::remove_dir(&path)
-            } else {
-                fs::remove_file(&path)
-            }
-            .expect("it is ours");
-            fs::rename(&aside, &path).expect("its place is free");
-        }
-        assert_nobody_left();
+    let mut command = Command::new(python);
+    command.args(["-c", code]).current_dir(case.dir());
+    let mut reader = start(&mut command, &case.path("reader.log"));
+    let mut sleeper = start(
+        Command::new(&program).arg("1000"),
+        &case.path("sleeper.log"),
+    );
+    until("it to begin", || case.path("ready").exists().then_some(()));
+    until("it to run", || {
+        let exe = fs::read_link(format!("/proc/{}/exe", sleeper.pid)).ok()?;
+        (exe == program).then_some(())
     });
+    let (reader_image, _) = attach(case, reader.pid, "reader.ckpt", &["--kill"]);
+    let (sleeper_image, _) = attach(case, sleeper.pid, "sleeper.ckpt", &["--kill"]);
+    until("its end", || reader.ended());
+    until("its end", || sleeper.ended());
+    let fifo = |at: &Path| mkfifo(at, Mode::S_IRWXU).expect("a FIFO can be made");
+    let fifo_elsewhere = case.path("fifo");
+    fifo(&fifo_elsewhere);
+    let link =
+        |to: &Path, at: &Path| std::os::unix::fs::symlink(to, at).expect("its place is free");
+    type Taker<'a> = &'a dyn Fn(&Path);
+    let takers: [Taker<'_>; 5] = [
+        &fifo,
+        &|at| link(&fifo_elsewhere, at),
+        &|at| link(Path::new("/dev/zero"), at),
+        &|at| link(Path::new("/proc/kallsyms"), at),
+        &|at| fs::create_dir(at).expect("its place is free"),
+    ];
+    let images = [&reader_image, &reader_image, &sleeper_image];
+    let names = ["mapped", "open", "prog"];
+    for ((name, image), taker) in names
+        .into_iter()
+        .zip(images)
+        .flat_map(|n| takers.map(|t| (n, t)))
+    {
+        let (path, aside) = (case.path(name), case.path("aside"));
+        fs::rename(&path, &aside).expect("it is there");
+        taker(&path);
+        for policy in ["strict", "adopt"] {
+            let words = [name, " by now"];
+            let files = ["--files", policy];
+            let out = ckpt(
+                case,
+                [
+                    "check",
+                    image.to_str().expect("it is text"),
+                    files[0],
+                    files[1],
+                ],
+            );
+            assert_eq!(out.code(), 1, "{out:#?}");
+            let told = |text: &str| {
+                text.lines()
+                    .any(|line| words.iter().all(|word| line.contains(word)))
+            };
+            assert!(told(&out.stdout), "{name}: {out:#?}");
+            let out = run(
+                case,
+                &mut restore_cmd(image, &["--detach", files[0], files[1]]),
+            );
+            out.refused(FAILED, &words);
+        }
+        let is_dir = path.symlink_metadata().expect("it is there").is_dir();
+        if is_dir {
+            fs::remove_dir(&path)
+        } else {
+            fs::remove_file(&path)
+        }
+        .expect("it is ours");
+        fs::rename(&aside, &path).expect("its place is free");
+    }
+    assert_nobody_left();
 }

@@ -112,7 +112,12 @@ fn facts(case: &Case, job: &Job, number: u32) -> serde_json::Value {
     serde_json::from_str(&text).expect("it is JSON")
 }
 
-fn nothing_leaks(case: &Case, who: &[&str]) {
+pub(crate) fn nothing_leaks(case: &Case, who: &[&str]) {
+    nothing_leaks_into(case, who, false);
+}
+
+/// `--any-owner`: from an image that belongs to the user.
+fn nothing_leaks_into(case: &Case, who: &[&str], any_owner: bool) {
     let mut job = witness(case, who);
     let pid = job.pid;
     let before = facts(case, &job, 1);
@@ -128,15 +133,23 @@ fn nothing_leaks(case: &Case, who: &[&str]) {
     root.args(["-c", ROOT, RESTORE]).arg(&image);
     root.args(["--detach", "--pids", "keep"])
         .current_dir(case.dir());
+    let task = format!("task {pid} stat");
+    let mut differs = vec!["status FDSize"];
+    if any_owner {
+        chown(&image, Some(65534), Some(65534)).expect("we are root");
+        root.arg("--any-owner");
+        // The user may not lower the score and the nice value of root's shell.
+        differs.extend(["score", "nice", "stat", &task]);
+    }
     let out = run(case, &mut root);
     let mut job = Job::of(out.ok().trim().parse().expect("it is a pid"));
     assert_eq!(job.pid, pid);
     // Room in the table of descriptors, which only grows.
-    outside.assert_same(pid, &["status FDSize"]);
+    outside.assert_same(pid, &differs);
     assert_eq!(namespaces(), lived_in);
     let after = facts(case, &job, 2);
     let keys = before.as_object().expect("it is an object").keys();
-    for key in keys {
+    for key in keys.filter(|key| !differs.contains(&key.as_str())) {
         assert_eq!(after[key], before[key], "{key} is another one");
     }
     assert_eq!(after["secret"], -1, "root's key can be read");
@@ -146,10 +159,21 @@ fn nothing_leaks(case: &Case, who: &[&str]) {
     assert_nobody_left();
 }
 
+/// Options of setpriv(1).
+pub(crate) const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+
 #[test]
 fn nobody() {
     isolated_as_root("nobody", |case| {
-        nothing_leaks(case, &["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        nothing_leaks(case, &NOBODY);
+    });
+}
+
+#[test]
+fn image_of_the_user() {
+    isolated_as_root("image_of_the_user", |case| {
+        let who = ["--reuid=65534", "--regid=65534", "--init-groups"];
+        nothing_leaks_into(case, &who, true);
     });
 }
 
@@ -217,67 +241,67 @@ fn more_than_its_owner() {
     });
 }
 
-/// Root's own files are neither opened nor written for it, wherever its paths lead.
 #[test]
 fn files_of_root() {
-    isolated_as_root("files_of_root", |case| {
-        let image = image_of_nobody(case, &["--save-files", "**/data"]);
-        let root = case.path("root");
-        fs::create_dir(&root).expect("the test's directory is writable");
-        fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("it is ours");
-        let target = root.join("passwd");
-        fs::write(&target, "").expect("it is ours");
-        let same = fs::metadata(case.path("data"))
-            .expect("it is there")
-            .modified();
-        let file = fs::File::options()
-            .append(true)
-            .open(&target)
-            .expect("it is ours");
-        file.set_modified(same.expect("it has one"))
-            .expect("it is ours");
-        let untouched = || {
-            assert_eq!(fs::read(&target).expect("it is there"), b"");
-            assert_eq!(fs::read_dir(&root).expect("it is there").count(), 1);
-            assert_nobody_left();
-        };
-        // As open, as cut, and as put back.
-        let elsewhere = forged(case, &image, "open.ckpt", |snapshot| {
-            regular(snapshot, "data").path = target.clone();
-        });
-        let refused = any_owner(case, &elsewhere, &["--files", "adopt"]);
-        refused.refused(FAILED, &["passwd", "ermission denied"]);
-        untouched();
-        let new = forged(case, &image, "put.ckpt", |snapshot| {
-            regular(snapshot, "data").path = root.join("new");
-        });
-        any_owner(case, &new, &["--put-files"])
-            .refused(FAILED, &["put back", "root/new", "denied"]);
-        untouched();
-        // Somebody else's directory leads elsewhere: also with an image of root's own.
-        let own = case.path("own.ckpt");
-        fs::copy(&image, &own).expect("the test's directory is writable");
-        fs::rename(case.path("data"), case.path("aside")).expect("it is there");
-        std::os::unix::fs::symlink(&target, case.path("data")).expect("its place is free");
-        let args = ["--pids", "keep", "--detach"];
-        let refused = run(case, &mut restore_cmd(&own, &args));
-        refused.refused(FAILED, &["data", "is a symbolic link by now"]);
-        untouched();
-        let args = ["--pids", "keep", "--detach", "--files", "adopt"];
-        let refused = run(case, &mut restore_cmd(&own, &args));
-        refused.refused(FAILED, &["data", "may not be opened by the job's user"]);
-        untouched();
-        fs::remove_file(case.path("data")).expect("it is there");
-        fs::rename(case.path("aside"), case.path("data")).expect("its place is free");
-        // What the job opened when it might, and may not any more, root opens for it.
-        chown(case.path("data"), Some(0), Some(0)).expect("we are root");
-        fs::set_permissions(case.path("data"), PermissionsExt::from_mode(0o600))
-            .expect("we are root");
-        let mut job = restored(case, &own, &["--pids", "keep"]);
-        job.signal(Signal::SIGTERM);
-        assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        untouched();
+    isolated_as_root("files_of_root", roots_files_stay);
+}
+
+/// Root's own files are neither opened nor written for it, wherever its paths lead.
+pub(crate) fn roots_files_stay(case: &Case) {
+    let image = image_of_nobody(case, &["--save-files", "**/data"]);
+    let root = case.path("root");
+    fs::create_dir(&root).expect("the test's directory is writable");
+    fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("it is ours");
+    let target = root.join("passwd");
+    fs::write(&target, "").expect("it is ours");
+    let same = fs::metadata(case.path("data"))
+        .expect("it is there")
+        .modified();
+    let file = fs::File::options()
+        .append(true)
+        .open(&target)
+        .expect("it is ours");
+    file.set_modified(same.expect("it has one"))
+        .expect("it is ours");
+    let untouched = || {
+        assert_eq!(fs::read(&target).expect("it is there"), b"");
+        assert_eq!(fs::read_dir(&root).expect("it is there").count(), 1);
+        assert_nobody_left();
+    };
+    // As open, as cut, and as put back.
+    let elsewhere = forged(case, &image, "open.ckpt", |snapshot| {
+        regular(snapshot, "data").path = target.clone();
     });
+    let refused = any_owner(case, &elsewhere, &["--files", "adopt"]);
+    refused.refused(FAILED, &["passwd", "ermission denied"]);
+    untouched();
+    let new = forged(case, &image, "put.ckpt", |snapshot| {
+        regular(snapshot, "data").path = root.join("new");
+    });
+    any_owner(case, &new, &["--put-files"]).refused(FAILED, &["put back", "root/new", "denied"]);
+    untouched();
+    // Somebody else's directory leads elsewhere: also with an image of root's own.
+    let own = case.path("own.ckpt");
+    fs::copy(&image, &own).expect("the test's directory is writable");
+    fs::rename(case.path("data"), case.path("aside")).expect("it is there");
+    std::os::unix::fs::symlink(&target, case.path("data")).expect("its place is free");
+    let args = ["--pids", "keep", "--detach"];
+    let refused = run(case, &mut restore_cmd(&own, &args));
+    refused.refused(FAILED, &["data", "is a symbolic link by now"]);
+    untouched();
+    let args = ["--pids", "keep", "--detach", "--files", "adopt"];
+    let refused = run(case, &mut restore_cmd(&own, &args));
+    refused.refused(FAILED, &["data", "may not be opened by the job's user"]);
+    untouched();
+    fs::remove_file(case.path("data")).expect("it is there");
+    fs::rename(case.path("aside"), case.path("data")).expect("its place is free");
+    // What the job opened when it might, and may not any more, root opens for it.
+    chown(case.path("data"), Some(0), Some(0)).expect("we are root");
+    fs::set_permissions(case.path("data"), PermissionsExt::from_mode(0o600)).expect("we are root");
+    let mut job = restored(case, &own, &["--pids", "keep"]);
+    job.signal(Signal::SIGTERM);
+    assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
+    untouched();
 }
 
 /// `--env` writes where the job says, and so with its user's rights.

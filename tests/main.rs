@@ -39,6 +39,7 @@ mod messages;
 #[cfg(feature = "faults")]
 mod notices;
 mod numbers;
+mod openat2;
 mod paths;
 mod pids;
 mod privileges;

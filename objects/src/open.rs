@@ -16,7 +16,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use ckpt_sys::{as_owner, files};
+use ckpt_sys::{as_owner, files, lookup};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, getegid, geteuid};
 
@@ -171,10 +171,9 @@ fn without_magic_links(name: &CStr, flags: i32) -> io::Result<File> {
         0 => flags,
         _ => flags & (libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW),
     };
-    match files::open_without_magic_links(name, flags) {
-        // Older than Linux 5.6, or a container's seccomp filter.
-        Err(Errno::ENOSYS | Errno::EPERM) => open(name, flags),
-        Err(Errno::ELOOP) if flags & libc::O_NOFOLLOW == 0 => Err(io::Error::other(
+    match lookup::open_without_magic_links(name, flags) {
+        // With both flags, a link at the end is opened itself.
+        Err(Errno::ELOOP) if flags & libc::O_PATH != 0 => Err(io::Error::other(
             "it leads through a link of /proc, or through too many links",
         )),
         opened => Ok(opened?.into()),

@@ -18,6 +18,7 @@ pub mod events;
 pub mod exec;
 pub mod files;
 pub mod helper;
+pub mod lookup;
 pub mod memory;
 pub mod mounts;
 pub mod mqueue;

@@ -209,11 +209,23 @@ pub fn filter(program: &mut [libc::sock_filter], flags: libc::c_ulong) -> i64 {
 
 /// All of our threads, and all that they start, are killed when they make this call.
 pub fn kills_on(nr: i64) {
+    on_call(nr, libc::SECCOMP_RET_KILL_PROCESS);
+}
+
+/// All of our threads, and all that they start, get this error of this call.
+pub fn fails_on(nr: i64, error: Errno) {
+    on_call(nr, libc::SECCOMP_RET_ERRNO | error as u32);
+    // SAFETY: the call is not made.
+    let answer = unsafe { libc::syscall(nr, 0, 0, 0, 0, 0, 0) };
+    assert_eq!(Errno::result(answer), Err(error));
+}
+
+fn on_call(nr: i64, action: u32) {
     let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let mut program = [
         op(0x20, 0, 0, 0),
         op(0x15, 0, 1, nr as u32),
-        op(0x06, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+        op(0x06, 0, 0, action),
         op(0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
     // SAFETY: a call without pointers.
