@@ -406,3 +406,40 @@ fn written_by_others() {
         }
     });
 }
+
+/// What is in the place of an image and is no file is neither waited for nor read.
+#[test]
+fn no_file_is_no_image() {
+    isolated("no_file_is_no_image", |case| {
+        let path = case.path("job.ckpt");
+        let fifo = case.path("fifo");
+        run(case, Command::new("mkfifo").arg(&fifo)).ok();
+        let directory = case.path("directory");
+        fs::create_dir(&directory).expect("the test's directory is writable");
+        for place in [
+            &*fifo,
+            &directory,
+            Path::new("/dev/zero"),
+            Path::new("/dev/tty"),
+        ] {
+            std::os::unix::fs::symlink(place, &path).expect("its place is free");
+            for image in [place, &path] {
+                let text = image.to_str().expect("it is text");
+                let words = [text];
+                for args in [&["--detach"][..], &["--dry-run"], &["--any-owner"]] {
+                    run(case, &mut restore_cmd(image, args)).refused(FAILED, &words);
+                }
+                for command in ["verify", "inspect", "check"] {
+                    let out = ckpt(case, [command, text]);
+                    assert_ne!(out.code(), 0, "{command}: {out:#?}");
+                    assert!(
+                        out.stderr.contains(text) || out.stdout.contains(text),
+                        "{out:#?}"
+                    );
+                }
+            }
+            fs::remove_file(&path).expect("it is ours");
+        }
+        common::look::assert_nobody_left();
+    });
+}

@@ -202,6 +202,32 @@ fn standard_streams_are_handed_over() {
     });
 }
 
+/// A closed stream gives the job one that refuses to be read or written: neither a file of `restore`, nor one in which
+/// all that is written is lost.
+#[test]
+fn closed_streams_are_handed_over() {
+    isolated("closed_streams_are_handed_over", |case| {
+        let (mut target, image) = echo(case);
+        let mut command = Command::new("sh");
+        let script = "exec \"$1\" --stopped \"$0\" <&- >&- 2>&-";
+        command.args(["-c", script]).arg(&image).arg(RESTORE);
+        run(case, &mut command).ok();
+        let pid = fs::read_to_string(target.path("ready")).expect("it is ready");
+        let job = Job::of(pid.trim().parse().expect("it is a pid"));
+        for (fd, access) in [(0, libc::O_WRONLY), (1, libc::O_RDONLY)] {
+            let link = fs::read_link(format!("/proc/{}/fd/{fd}", job.pid)).expect("it is open");
+            assert_eq!(link, Path::new("/dev/null"));
+            let info = fs::read_to_string(format!("/proc/{}/fdinfo/{fd}", job.pid));
+            let info = info.expect("it is open");
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:\t"));
+            let flags = i32::from_str_radix(flags.expect("it has flags"), 8);
+            assert_eq!(flags.expect("octal") & libc::O_ACCMODE, access, "fd {fd}");
+        }
+        job.kill();
+        target.job.ended_already();
+    });
+}
+
 #[test]
 fn signals_are_passed_on() {
     isolated("signals_are_passed_on", |case| {

@@ -132,6 +132,16 @@ fn killed_at_any_moment_of_aio_with_threads() {
     });
 }
 
+/// SIGTRAP and the like are blocked, wait, and have actions: no trap of ours may come then, which would reset them.
+#[test]
+fn killed_at_any_moment_of_blocked_traps() {
+    isolated("killed_at_any_moment_of_blocked_traps", |case| {
+        let command = Command::new(case.fixtures().join("sigpending_sync"));
+        let target = start_in(case, "sigpending_sync", "run", command);
+        killed(case, target, 50);
+    });
+}
+
 /// A cookie that is taken back belongs to a thread that waits for it, and must not get there.
 #[test]
 fn killed_at_any_moment_of_notices() {
