@@ -11,7 +11,7 @@ use ckpt_tracer::proc::mounts::read_mounts;
 use serde::{Deserialize, Serialize};
 
 use super::inotify::search::Search;
-use super::kind::{Captured, OpenFile, Place, Sight, Substitutes};
+use super::kind::{Captured, OpenFile, Opened, Place, Sight, Substitutes};
 use super::{Look, Staging, left, place};
 use crate::Snapshot;
 use crate::access::MISSING;
@@ -167,6 +167,11 @@ impl OpenFile for Fanotify {
             "a fanotify group of the job".to_owned(),
             "would get events of what its copy does and cannot be rehearsed",
         ))
+    }
+
+    /// `FAN_NONBLOCK` stays among the flags of the group when F_SETFL clears `O_NONBLOCK`.
+    fn opened(&self) -> Opened {
+        Opened::Unknown
     }
 
     /// Makes the group.

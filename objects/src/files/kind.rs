@@ -66,7 +66,7 @@ pub enum Opened {
     WithFlags,
     /// `O_NOATIME` alone.
     WithNoAtime,
-    /// Unknown: another process opened it.
+    /// Unknown: another process opened it, or its record has flags of another time.
     Unknown,
     /// It is not opened.
     Absent,
