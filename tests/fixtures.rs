@@ -14,7 +14,7 @@ const REFUSED: &[(&str, &[&str])] = &[(
     "aio_inflight",
     &[
         "AIO context",
-        "requests in flight that do not end (3;",
+        "requests in flight that do not end (3)",
         "io_cancel",
     ],
 )];
@@ -118,7 +118,7 @@ fn as_user(case: &Case, name: &str) {
 }
 
 matrix! {
-    aio aio_busy aio_inflight aio_ring amx anon_private anon_shared anonname bigsparse brk cleartid clocks condvar
+    aio aio_busy aio_inflight aio_pinned aio_ring amx anon_private anon_shared anonname bigsparse brk cleartid clocks condvar
     core_sched counter creds cwd dev_console dev_tty dispatch droppable dumpable epoll epoll_busy epoll_dup eventfd exelink fanotify fcntl_owner
     fd_appended fd_chardev fd_deleted fd_dir fd_dup fd_grown fd_hardlink fd_high fd_many fd_opath fd_proc fd_regular fd_removed fd_tmpfile
     fifo file_deleted file_private file_shared flock_self fragmented fsgs growsdown guard handler_slow hugetlb inhandler inotify

@@ -4,6 +4,7 @@
 mod common;
 mod measure;
 
+mod aio;
 mod attributes;
 mod baseline;
 mod bundle;

@@ -18,6 +18,19 @@ pub(super) fn possible_cpus() -> Result<Vec<u32>> {
         .ok_or_else(bad)
 }
 
+/// The CPU on which most of the tasks with these affinities may run, if possible one of the `preferred`. The last CPU on
+/// which a context was filled keeps free places in reserve, which are out of reach of tasks that may not run there.
+pub(super) fn home(cpus: &[u32], affinities: &[&[u8]], preferred: &[u8]) -> Option<u32> {
+    let within = |mask: &[u8], cpu: u32| {
+        mask.get(cpu as usize / 8)
+            .is_some_and(|byte| byte >> (cpu % 8) & 1 == 1)
+    };
+    cpus.iter().copied().max_by_key(|cpu| {
+        let tasks = affinities.iter().filter(|mask| within(mask, *cpu));
+        (tasks.count(), within(preferred, *cpu))
+    })
+}
+
 /// `0-3,8`
 fn cpus(text: &str) -> Option<Vec<u32>> {
     let mut all = Vec::new();
@@ -131,6 +144,15 @@ mod tests {
             assert_eq!(bytes(least), len, "{pages} pages");
             assert!(least == 1 || bytes(least - 1) < len, "{pages} pages");
         }
+    }
+
+    #[test]
+    fn home_is_where_most_tasks_may_run() {
+        let cpus = [0, 1, 2, 9];
+        assert_eq!(home(&cpus, &[&[1, 0]], &[2, 0]), Some(0));
+        assert_eq!(home(&cpus, &[&[1, 0], &[4, 2], &[0, 2]], &[7, 0]), Some(9));
+        assert_eq!(home(&cpus, &[&[7, 2]], &[2]), Some(1));
+        assert_eq!(home(&[], &[&[7]], &[2]), None);
     }
 
     #[test]

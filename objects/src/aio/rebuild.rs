@@ -57,8 +57,8 @@ pub fn reserve(mappings: &[Mapping], plan: &mut Builder) {
 }
 
 /// Creates all contexts of an address space, after everything else is in place and its forks, which have no contexts,
-/// are made. The lowest descriptors must be free.
-pub fn rebuild(mappings: &[Mapping], plan: &mut Builder) {
+/// are made. The lowest descriptors must be free. `affinities` are those of the tasks that will use them.
+pub fn rebuild(mappings: &[Mapping], affinities: &[&[u8]], plan: &mut Builder) {
     let contexts = contexts(mappings);
     if contexts.is_empty() {
         return;
@@ -74,35 +74,42 @@ pub fn rebuild(mappings: &[Mapping], plan: &mut Builder) {
     );
     let pipe = plan.data(&PIPE.map(i32::to_le_bytes).concat());
     plan.syscall(libc::SYS_pipe2, &[pipe, libc::O_CLOEXEC as u64], object);
-    // CPUs hold batches of free places: while a context is nearly full, the task must stay on one CPU.
-    let crowded = |c: &Context<'_>| c.ring.waiting(places(c.len)) > places(c.len) / 4;
-    let before = contexts
-        .iter()
-        .any(crowded)
-        .then(|| plan.host().scheduling.affinity.clone());
-    if let Some(before) = &before {
-        let one = plan.data(&first_of(before));
-        plan.syscall(
-            libc::SYS_sched_setaffinity,
-            &[0, before.len() as u64, one],
-            object,
-        );
+    // CPUs hold batches of free places, so we stay on one CPU. It keeps some, so if possible it is one of the job's.
+    let before = plan.host().scheduling.affinity.clone();
+    run_on(&first_of(&before), plan);
+    let cpus = needs::possible_cpus().unwrap_or_default();
+    if let Some(home) = needs::home(&cpus, affinities, &before) {
+        let home = only(home);
+        let args = [0, home.len() as u64, plan.data(&home)];
+        plan.attempt(libc::SYS_sched_setaffinity, &args, || {
+            "the CPU of AIO contexts".into()
+        });
     }
     let requests = Requests::prepare(plan);
     for context in &contexts {
         context.rebuild(&requests, plan);
     }
-    if let Some(before) = &before {
-        let at = plan.data(before);
-        plan.syscall(
-            libc::SYS_sched_setaffinity,
-            &[0, before.len() as u64, at],
-            object,
-        );
-    }
+    run_on(&before, plan);
     for fd in [NOTHING, PIPE[0] as u64, PIPE[1] as u64] {
         plan.syscall(libc::SYS_close, &[fd], object);
     }
+}
+
+/// Sets an affinity; an empty one is unknown.
+fn run_on(affinity: &[u8], plan: &mut Builder) {
+    if !affinity.is_empty() {
+        let args = [0, affinity.len() as u64, plan.data(affinity)];
+        plan.syscall(libc::SYS_sched_setaffinity, &args, || {
+            "the affinity while AIO contexts are made".into()
+        });
+    }
+}
+
+/// The affinity of that CPU alone.
+fn only(cpu: u32) -> Vec<u8> {
+    let mut one = vec![0; (cpu as usize / 64 + 1) * 8];
+    one[cpu as usize / 8] = 1 << (cpu % 8);
+    one
 }
 
 /// The affinity reduced to its first CPU.

@@ -3,13 +3,16 @@
 //! A context has one place less than its ring has events. A place is in use from the submission of a request until
 //! its event is consumed. So if the requests of ours that a context accepts and the events in its ring add up to its
 //! places, none is in flight ([`turn`](super::turn) describes the submission). CPUs hold free places in reserve, so
-//! requests are submitted on each CPU. An unreachable reserve makes the sum too small, never too large.
+//! requests are submitted on each CPU. An unreachable reserve makes the sum too small, never too large. A task may move to
+//! all CPUs of its cpuset, whatever its affinity. The last CPU is one on which the job itself may run: at the end, that CPU
+//! has what is in reserve.
 //!
 //! A sum that is too small by some number means that many in flight: no task submits more while all are stopped, and
 //! the tail shows their completion. This precedes the capture of files, since a request may still write to one.
 
 use std::time::{Duration, Instant};
 
+use ckpt_sys::tasks::affinity as affinity_of;
 use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::proc::limits::read_limits;
 use ckpt_tracer::proc::maps::Vma;
@@ -18,6 +21,7 @@ use ckpt_tracer::proc::tasks;
 use ckpt_tracer::remote::{Call, Cave, Hold, RemoteCalls, Scratch, may_ring};
 use ckpt_tracer::task::Stopped;
 
+use super::needs::home;
 use super::turn::{AFFINITY_ROOM, Room, Turner};
 use super::{EVENT, HEAD, Seen, TAIL, distance, is_ring, refused};
 use crate::error::{Error, Obstacle, Result};
@@ -114,6 +118,8 @@ fn settle_process(
     let rings: Vec<&Vma> = vmas.iter().filter(|v| is_ring(v)).collect();
     let cpus = super::needs::possible_cpus()?;
     let largest = rings.iter().map(|r| r.len()).max().unwrap_or(0);
+    let affinities: Vec<Vec<u8>> = tasks.iter().map(|t| affinity_of(t.tid().raw())).collect();
+    let cpus = home_last(cpus, &affinities);
     let room = Room::of(largest, &cpus);
     let refuse =
         |reason: String, remedy: &str| Error::refuse(refused(source, rings[0], &reason, remedy));
@@ -161,6 +167,17 @@ fn settle_process(
     hold.unmap(&mut calls)?;
     calls.finish()?;
     settled
+}
+
+/// The CPUs, with the one at the end on which most of the tasks may run; the first task has the first affinity.
+fn home_last(mut cpus: Vec<u32>, affinities: &[Vec<u8>]) -> Vec<u32> {
+    let masks: Vec<&[u8]> = affinities.iter().map(Vec::as_slice).collect();
+    let first = masks.first().copied().unwrap_or_default();
+    if let Some(home) = home(&cpus, &masks, first) {
+        cpus.retain(|cpu| *cpu != home);
+        cpus.push(home);
+    }
+    cpus
 }
 
 /// A forked process has the mapping without a context; submitting nothing detects that.
@@ -237,7 +254,16 @@ fn settle_context(mut turner: Turner<'_, '_>, source: &Source, vma: &Vma) -> Res
         if turned.foreign.is_empty() {
             let in_flight = in_flight(&turner, source, vma, turned.free)?;
             put_back_the_rest(source, vma, &ring, in_flight)?;
-            return wait(source, vma, &ring, in_flight, begun);
+            let left = wait(source, vma, &ring, in_flight, begun)?;
+            return match left {
+                0 => Ok(()),
+                _ => Err(Error::refuse(unfinished(
+                    source,
+                    vma,
+                    left,
+                    turned.unreached,
+                ))),
+            };
         }
         // They are where they would be without us, before the kernel's tail. But their places count as free until the
         // next turn, which takes them for unread events.
@@ -277,26 +303,30 @@ fn put_back_the_rest(source: &Source, vma: &Vma, ring: &Seen, in_flight: u64) ->
     Ok(())
 }
 
-/// Waits until the tail has advanced by that many.
-fn wait(source: &Source, vma: &Vma, ring: &Seen, in_flight: u64, begun: Instant) -> Result<()> {
+/// Waits until the tail has advanced by that many; returns how many are missing after that time.
+fn wait(source: &Source, vma: &Vma, ring: &Seen, in_flight: u64, begun: Instant) -> Result<u64> {
     loop {
         let word = source.mem.read_array(RemoteAddr(vma.start + TAIL))?;
         let done = distance(ring.word(TAIL), u32::from_le_bytes(word), ring.places());
         if done >= in_flight {
-            return Ok(());
+            return Ok(0);
         }
         if begun.elapsed() > PATIENCE {
-            return Err(Error::refuse(unfinished(source, vma, in_flight - done)));
+            return Ok(in_flight - done);
         }
         std::thread::sleep(PAUSE);
     }
 }
 
-fn unfinished(source: &Source, vma: &Vma, left: u64) -> Obstacle {
+fn unfinished(source: &Source, vma: &Vma, left: u64, unreached: usize) -> Obstacle {
+    let wait = "let the program wait for them or io_cancel them before the checkpoint; a poll does not end by itself";
+    let flying = format!("has requests in flight that do not end ({left})");
+    if unreached == 0 {
+        return refused(source, vma, &flying, wait);
+    }
     let reason = format!(
-        "has requests in flight that do not end ({left}; or as many of its places are reserved by CPUs on \
-         which the process may not run)"
+        "{flying}, or as many of its places are reserved by CPUs that are offline or outside its cpuset"
     );
-    let remedy = "let the program wait for them or io_cancel them before the checkpoint; a poll does not end by itself";
-    refused(source, vma, &reason, remedy)
+    let remedy = format!("{wait}; or let its cpuset have all CPUs during the checkpoint");
+    refused(source, vma, &reason, &remedy)
 }

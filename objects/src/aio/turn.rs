@@ -62,7 +62,7 @@ pub(super) struct Room {
 impl Room {
     pub(super) fn of(ring: u64, cpus: &[u32]) -> Self {
         let places = super::places(ring);
-        let mask = (u64::from(cpus.last().copied().unwrap_or(0)) / 64 + 1) * 8;
+        let mask = (u64::from(cpus.iter().copied().max().unwrap_or(0)) / 64 + 1) * 8;
         let through = (2 * places * ENTRY).next_multiple_of(4096);
         let begin = through + ring;
         let file_len = begin + 2 * ENTRY;
@@ -97,6 +97,8 @@ pub(super) struct Turned {
     pub(super) free: u64,
     /// Events of the program's own requests that completed meanwhile, in order.
     pub(super) foreign: Vec<Vec<u8>>,
+    /// CPUs to which the task could not be moved: offline, or outside its cpuset.
+    pub(super) unreached: usize,
 }
 
 /// A series of submitted requests, possibly empty, and the ring afterwards.
@@ -109,7 +111,7 @@ struct Burst {
 pub(super) struct Turner<'c, 'a> {
     pub(super) calls: &'c mut RemoteCalls<'a>,
     pub(super) room: Room,
-    /// The possible CPUs.
+    /// The possible CPUs. The last one keeps what is left in reserve, so it should be one on which the job may run.
     pub(super) cpus: &'c [u32],
     /// The affinity to restore at the end.
     pub(super) affinity: &'c [u8],
@@ -132,6 +134,7 @@ impl Turner<'_, '_> {
         let mut turned = Turned {
             free: 0,
             foreign: Vec::new(),
+            unreached: 0,
         };
         let (mut tail, mut missing, mut total) = (ring.word(TAIL), places, 0);
         // Twice around if one turn would end before the context is full.
@@ -141,9 +144,10 @@ impl Turner<'_, '_> {
         for batch in 0.. {
             // The last requests stand for the unread events: the kernel counts their places as used. Before them all
             // others are consumed.
-            let bursts = self.batch(at, ring, [missing - unread, unread])?;
+            let (bursts, unreached) = self.batch(at, ring, [missing - unread, unread])?;
             if batch == 0 {
                 turned.free = bursts[1].made;
+                turned.unreached = unreached;
             }
             let made: u64 = bursts.iter().map(|b| b.made).sum();
             for burst in bursts {
@@ -196,8 +200,9 @@ impl Turner<'_, '_> {
     }
 
     /// One batch: consumes all events, fills the context on every CPU, consumes them again and submits more, up to
-    /// the first number; consumes those and submits the second number.
-    fn batch(&mut self, at: u64, ring: &Seen, todo: [u64; 2]) -> Result<Vec<Burst>> {
+    /// the first number; consumes those and submits the second number. Returns the series, and the number of CPUs that
+    /// were out of reach.
+    fn batch(&mut self, at: u64, ring: &Seen, todo: [u64; 2]) -> Result<(Vec<Burst>, usize)> {
         self.write_scratch(ring, todo)?;
         let (room, fd) = (self.room, self.fd as u64);
         let base = self.calls.scratch().raw();
@@ -232,7 +237,9 @@ impl Turner<'_, '_> {
                 seen: Seen { bytes },
             });
         }
-        Ok(bursts)
+        let unreached = list.calls.iter().zip(&answers);
+        let unreached = unreached.filter(|(call, answer)| list.is_move(call) && **answer < 0);
+        Ok((bursts, unreached.count()))
     }
 
     /// Checks all results. If the memfd could not be created or filled, nothing was submitted.
@@ -248,7 +255,7 @@ impl Turner<'_, '_> {
             let fine = match call.nr {
                 libc::SYS_memfd_create => *answer == list.fd as i64,
                 // Offline CPUs, and CPUs outside our cpuset.
-                libc::SYS_sched_setaffinity if call.args[2] != list.base + AFFINITY => true,
+                libc::SYS_sched_setaffinity if list.is_move(call) => true,
                 libc::SYS_io_submit => {
                     *answer >= 0 || [libc::EAGAIN, libc::EINVAL].contains(&(-*answer as i32))
                 }
@@ -317,6 +324,11 @@ struct List {
 impl List {
     fn call(&mut self, name: &'static str, nr: i64, args: &[u64]) {
         self.calls.push(Call::new(name, nr, args));
+    }
+
+    /// Whether a call moves the task to a CPU to be filled.
+    fn is_move(&self, call: &Call) -> bool {
+        call.nr == libc::SYS_sched_setaffinity && call.args[2] != self.base + AFFINITY
     }
 
     /// Through the memfd, whose pages exist: a copy that fails would leave a wrong head.

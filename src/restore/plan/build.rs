@@ -68,7 +68,9 @@ impl Build<'_> {
         let objects = &self.job.snapshot.shared_memory;
         memory::place_shared(mappings, objects, self.shared_at, forked, &mut plan);
         self.family(&mut plan, &mut obstacles);
-        aio::rebuild(mappings, &mut plan);
+        let threads = self.process.threads.iter();
+        let affinities: Vec<&[u8]> = threads.map(|t| &*t.scheduling.affinity).collect();
+        aio::rebuild(mappings, &affinities, &mut plan);
         memory::finish(
             mappings,
             self.job.snapshot,
