@@ -44,8 +44,8 @@ pub mod table;
 pub mod undo;
 
 pub use sysv::Object;
-use sysv::{KINDS, Ready, Sight};
-use table::{Row, Type};
+use sysv::{IpcObject, Ready, Sight, Site, each_kind};
+use table::Row;
 
 /// The job's objects in its IPC namespace.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -156,11 +156,10 @@ fn waits(source: &Source) -> Vec<(i64, i32)> {
 pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Result<()> {
     let mut job = Job::of(processes, &collector.ended);
     job.alone = collector.alone_in_ipc;
-    let tables = KINDS.iter().map(|kind| table::read(kind.of_type()));
-    let tables = tables.collect::<Result<Vec<_>>>()?;
-    let mut of_kinds = KINDS.iter().zip(&tables);
+    let tables = each_kind!(Kind => table::read(Kind::TYPE)?);
     // Threads wait for semaphores and messages.
-    if of_kinds.any(|(kind, rows)| kind.of_type() != Type::Shm && !rows.is_empty()) {
+    let [_, semaphores, queues] = &tables;
+    if !semaphores.is_empty() || !queues.is_empty() {
         job.waits = processes
             .iter()
             .flat_map(|(source, _)| waits(source))
@@ -170,51 +169,51 @@ pub fn capture(processes: &[(&Source, &[Vma])], collector: &mut Collector) -> Re
     if job.alone && !collector.is_copy {
         mqueue::refuse_contents(&collector.descriptions, &mut collector.findings.obstacles);
     }
-    for (kind, rows) in KINDS.iter().zip(&tables) {
-        let sight = Sight {
-            job: &job,
-            processes,
-            rows,
-        };
-        kind.capture(&sight, collector);
-    }
+    let mut tables = tables.iter();
+    each_kind!(Kind => if let Some(rows) = tables.next() {
+        let job = &job;
+        Kind::capture(&Sight { job, processes, rows }, collector);
+    });
     Ok(())
 }
 
 /// Checks the objects (`references`).
 pub(crate) fn check(snapshot: &Snapshot, faults: &mut Faults) {
-    KINDS.iter().for_each(|kind| kind.check(snapshot, faults));
+    each_kind!(Kind => Kind::each(&snapshot.ipc).iter().for_each(|object| object.check(faults)));
 }
 
 /// Names of all System V objects of a job, for display.
 pub fn titles(ipc: &Ipc) -> Vec<String> {
-    KINDS.iter().flat_map(|kind| kind.titles(ipc)).collect()
+    each_kind!(Kind => Kind::each(ipc).iter().map(Kind::title).collect::<Vec<_>>()).concat()
 }
 
 /// Ids of System V objects that certainly belong to the job, for each kind.
 pub fn used(ipc: &Ipc) -> Vec<Vec<i32>> {
-    KINDS.iter().map(|kind| kind.used(ipc)).collect()
+    let of_kind = each_kind!(Kind => {
+        let used = Kind::each(ipc).iter().filter(|object| object.claim() == Claim::Used);
+        used.map(|object| object.object().id).collect()
+    });
+    of_kind.to_vec()
 }
 
 /// Removes differences of a copy in a new IPC namespace; `used` is that of the job.
 pub fn make_comparable(ipc: &mut Ipc, used: &[Vec<i32>]) {
-    for (kind, ids) in KINDS.iter().zip(used) {
-        kind.make_comparable(ipc, ids);
-    }
+    let mut used = used.iter();
+    each_kind!(Kind => if let Some(ids) = used.next() {
+        let all = Kind::all(ipc);
+        all.retain(|object| !Kind::MAY_BE_OTHERS || ids.contains(&object.object().id));
+        all.iter_mut().for_each(Kind::make_comparable);
+    });
 }
 
 /// Appends what a process does for System V objects before its threads are created.
 pub fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-    KINDS
-        .iter()
-        .for_each(|kind| kind.rebuild(process, snapshot, plan));
+    each_kind!(Kind => Kind::rebuild(process, snapshot, plan));
 }
 
 /// The same, after all processes have done that.
 pub fn finish(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-    KINDS
-        .iter()
-        .for_each(|kind| kind.finish(process, snapshot, plan));
+    each_kind!(Kind => Kind::finish(process, snapshot, plan));
 }
 
 /// Whether our namespace has no System V semaphores.
@@ -234,9 +233,12 @@ fn in_the_way(snapshot: &Snapshot, options: &Options) -> Result<Vec<Obstacle>> {
     let here = snapshot.ipc.place == Place::here();
     let leaving = !options.leaving.is_empty();
     let mut obstacles = mqueue::in_the_way(snapshot, here, options);
-    for kind in KINDS {
-        obstacles.extend(kind.in_the_way(snapshot, leaving)?);
-    }
+    each_kind!(Kind => {
+        let rows = &table::read(Kind::TYPE)?;
+        let site = Site::of(snapshot, rows, leaving);
+        let all = Kind::each(&snapshot.ipc).iter().enumerate();
+        obstacles.extend(all.filter_map(|(index, object)| object.in_the_way(index, &site).err()));
+    });
     Ok(obstacles)
 }
 
@@ -254,10 +256,14 @@ impl Prepared {
             objects: mqueue::prepare(snapshot, options)?,
             ..Self::default()
         };
-        for kind in KINDS {
-            let (warnings, objects) = (&mut prepared.warnings, &mut prepared.objects);
-            kind.prepare(snapshot, image, warnings, objects)?;
-        }
+        each_kind!(Kind => {
+            let rows = &table::read(Kind::TYPE)?;
+            let site = Site::of(snapshot, rows, false);
+            for object in Kind::each(&snapshot.ipc).iter().enumerate() {
+                let ready = sysv::prepare(object, &site, image, &mut prepared.warnings)?;
+                prepared.objects.extend(ready);
+            }
+        });
         Ok(prepared)
     }
 

@@ -1,8 +1,7 @@
 //! System V objects: common parts of the three kinds.
 //!
-//! A kind is a record in a file of its own, which implements [`IpcObject`], a field of [`Ipc`], and a line of [`KINDS`].
-
-use std::marker::PhantomData;
+//! A kind is a record in a file of its own, which implements [`IpcObject`], a field of [`Ipc`], and a part of
+//! [`each_kind`].
 
 use ckpt_image::Reader;
 use ckpt_sys::sysv;
@@ -11,8 +10,8 @@ use ckpt_tracer::proc::maps::Vma;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::table::{self, Row, Type};
-use super::{Claim, Ipc, Job, Place, sysv_msg, sysv_sem, sysv_shm};
+use super::table::{Row, Type};
+use super::{Claim, Ipc, Job, Place};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
@@ -92,13 +91,15 @@ pub(super) trait IpcObject: Sized {
     fn make_comparable(&mut self) {}
     /// Whether it may be restored or created. `index` is its index among all of its kind.
     fn in_the_way(&self, index: usize, site: &Site) -> Result<(), Obstacle>;
-    /// Creates it, or restores an existing one.
-    fn prepare(
+    /// Creates it as it was at the checkpoint.
+    fn create(&self, image: &Reader, warnings: &mut Vec<String>) -> Result<Box<dyn Ready>>;
+    /// Restores the state of the existing one.
+    fn put_back(
         &self,
         index: usize,
+        row: &Row,
         site: &Site,
         image: &Reader,
-        warnings: &mut Vec<String>,
     ) -> Result<Option<Box<dyn Ready>>>;
     /// Appends what a process does for these objects before its threads are created.
     fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder);
@@ -109,107 +110,60 @@ pub(super) trait IpcObject: Sized {
     fn title(&self) -> String {
         self.object().title(Self::TYPE)
     }
+
+    /// The obstacle that the existing one is not as the job left it.
+    fn changed(&self, reason: String) -> Obstacle {
+        let remedy = format!(
+            "remove it if no other program needs it (ipcrm {} {}), or restore in an IPC namespace of its own: \
+             unshare --ipc restore IMAGE",
+            Self::TYPE.ipcrm_option(),
+            self.object().id
+        );
+        Obstacle::new(self.title(), reason, remedy)
+    }
 }
 
-/// The kinds, in the order of their creation.
-pub(super) const KINDS: [&dyn Kind; 3] = [
-    &Of::<sysv_shm::Segment>(PhantomData),
-    &Of::<sysv_sem::Set>(PhantomData),
-    &Of::<sysv_msg::Queue>(PhantomData),
-];
-
-/// Operations on all objects of one kind; a type of objects as a value.
-pub(super) trait Kind: Sync {
-    /// Which.
-    fn of_type(&self) -> Type;
-    fn capture(&self, sight: &Sight, collector: &mut Collector);
-    fn check(&self, snapshot: &Snapshot, faults: &mut Faults);
-    fn titles(&self, ipc: &Ipc) -> Vec<String>;
-    /// Ids of those that certainly belong to the job.
-    fn used(&self, ipc: &Ipc) -> Vec<i32>;
-    /// Keeps those with these ids, and their comparable parts.
-    fn make_comparable(&self, ipc: &mut Ipc, ids: &[i32]);
-    fn in_the_way(&self, snapshot: &Snapshot, leaving: bool) -> Result<Vec<Obstacle>>;
-    fn prepare(
-        &self,
-        snapshot: &Snapshot,
-        image: &Reader,
-        warnings: &mut Vec<String>,
-        ready: &mut Vec<Box<dyn Ready>>,
-    ) -> Result<()>;
-    fn rebuild(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder);
-    fn finish(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder);
+/// The answers of an expression for each kind, as a type, in the order of their creation.
+macro_rules! each_kind {
+    ($kind:ident => $answer:expr) => {
+        [
+            {
+                type $kind = $crate::ipc::sysv_shm::Segment;
+                $answer
+            },
+            {
+                type $kind = $crate::ipc::sysv_sem::Set;
+                $answer
+            },
+            {
+                type $kind = $crate::ipc::sysv_msg::Queue;
+                $answer
+            },
+        ]
+    };
 }
+pub(super) use each_kind;
 
-struct Of<T>(PhantomData<fn() -> T>);
-
-impl<T: IpcObject> Kind for Of<T> {
-    fn of_type(&self) -> Type {
-        T::TYPE
-    }
-
-    fn capture(&self, sight: &Sight, collector: &mut Collector) {
-        T::capture(sight, collector);
-    }
-
-    fn check(&self, snapshot: &Snapshot, faults: &mut Faults) {
-        T::each(&snapshot.ipc)
-            .iter()
-            .for_each(|object| object.check(faults));
-    }
-
-    fn titles(&self, ipc: &Ipc) -> Vec<String> {
-        T::each(ipc).iter().map(T::title).collect()
-    }
-
-    fn used(&self, ipc: &Ipc) -> Vec<i32> {
-        let used = T::each(ipc)
-            .iter()
-            .filter(|object| object.claim() == Claim::Used);
-        used.map(|object| object.object().id).collect()
-    }
-
-    fn make_comparable(&self, ipc: &mut Ipc, ids: &[i32]) {
-        let all = T::all(ipc);
-        all.retain(|object| !T::MAY_BE_OTHERS || ids.contains(&object.object().id));
-        all.iter_mut().for_each(T::make_comparable);
-    }
-
-    fn in_the_way(&self, snapshot: &Snapshot, leaving: bool) -> Result<Vec<Obstacle>> {
-        let rows = &table::read(T::TYPE)?;
-        let site = Site::of(snapshot, rows, leaving);
-        let all = T::each(&snapshot.ipc).iter().enumerate();
-        Ok(all
-            .filter_map(|(index, object)| object.in_the_way(index, &site).err())
-            .collect())
-    }
-
-    fn prepare(
-        &self,
-        snapshot: &Snapshot,
-        image: &Reader,
-        warnings: &mut Vec<String>,
-        ready: &mut Vec<Box<dyn Ready>>,
-    ) -> Result<()> {
-        let rows = &table::read(T::TYPE)?;
-        let site = Site::of(snapshot, rows, false);
-        for (index, object) in T::each(&snapshot.ipc).iter().enumerate() {
-            ready.extend(object.prepare(index, &site, image, warnings)?);
-        }
-        Ok(())
-    }
-
-    fn rebuild(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-        T::rebuild(process, snapshot, plan);
-    }
-
-    fn finish(&self, process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-        T::finish(process, snapshot, plan);
+/// Creates an object of the job, or restores the existing one.
+pub(super) fn prepare<T: IpcObject>(
+    (index, object): (usize, &T),
+    site: &Site,
+    image: &Reader,
+    warnings: &mut Vec<String>,
+) -> Result<Option<Box<dyn Ready>>> {
+    let found = match object.claim() {
+        Claim::Used => site.find(object).map_err(Error::refuse)?,
+        Claim::Possible if site.wants_possible(object, warnings) => Found::Missing,
+        Claim::Possible => return Ok(None),
+    };
+    match found {
+        Found::Missing => object.create(image, warnings).map(Some),
+        Found::Same(row) => object.put_back(index, row, site, image),
     }
 }
 
 impl<'a> Site<'a> {
-    fn of(snapshot: &'a Snapshot, rows: &'a [Row], leaving: bool) -> Self {
+    pub(super) fn of(snapshot: &'a Snapshot, rows: &'a [Row], leaving: bool) -> Self {
         Self {
             snapshot,
             rows,

@@ -6,7 +6,7 @@ use ckpt_tracer::capabilities::Use;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::sysv::{self as object, Found, IpcObject, Sight, Site};
+use super::sysv::{self as object, IpcObject, Sight, Site};
 use super::table::{self, Row, Type};
 use super::{Claim, Ipc, Object};
 use crate::Snapshot;
@@ -138,81 +138,7 @@ impl IpcObject for Queue {
         site.one_in_the_way(self, differs)
     }
 
-    fn prepare(
-        &self,
-        _: usize,
-        site: &Site,
-        _: &Reader,
-        warnings: &mut Vec<String>,
-    ) -> Result<Option<Box<dyn object::Ready>>> {
-        if self.claim == Claim::Possible {
-            return match site.wants_possible(self, warnings) {
-                true => self.create(warnings),
-                false => Ok(None),
-            };
-        }
-        let Found::Same(row) = site.find(self).map_err(Error::refuse)? else {
-            return self.create(warnings);
-        };
-        if self.differs(row, site.snapshot).map_err(Error::refuse)? {
-            let most = (row.get("cbytes") as usize).max(1);
-            let empty = || -> Result<(), Errno> {
-                while sysv::msg_receive(self.object.id, most)?.is_some() {}
-                Ok(())
-            };
-            empty().map_err(|e| object::failed(self, "emptied", e))?;
-            self.fill()?;
-        }
-        Ok(None)
-    }
-
-    fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-        send_to_itself(process, snapshot, plan);
-    }
-}
-
-impl Queue {
-    /// Whether an existing queue has to be filled anew; refused unless only the job can have made the difference.
-    fn differs(&self, row: &Row, snapshot: &Snapshot) -> Result<bool, Obstacle> {
-        let refuse = |reason: String| {
-            let remedy = format!(
-                "remove it if no other program needs it (ipcrm -q {}), or restore in an IPC namespace of \
-                 its own: unshare --ipc restore IMAGE",
-                self.object.id
-            );
-            Obstacle::new(self.title(), reason, remedy)
-        };
-        let (_, now) = look(row)
-            .map_err(|errno| refuse(format!("cannot be read any more: {}", errno.desc())))?;
-        if now == self.messages {
-            return Ok(false);
-        }
-        let ours = |pid: i32| pid == 0 || snapshot.knows(pid);
-        let users = [
-            self.sender,
-            self.receiver,
-            row.get("lspid") as i32,
-            row.get("lrpid") as i32,
-        ];
-        match users.into_iter().all(ours) {
-            true => Ok(true),
-            false => Err(refuse(format!(
-                "does not hold the {} messages any more that it held at the checkpoint, and not \
-                 only the job uses it",
-                self.messages.len()
-            ))),
-        }
-    }
-
-    fn fill(&self) -> Result<()> {
-        for message in &self.messages {
-            let sent = sysv::msg_send(self.object.id, message.kind, &message.text);
-            sent.map_err(|e| object::failed(self, "filled", e))?;
-        }
-        Ok(())
-    }
-
-    fn create(&self, warnings: &mut Vec<String>) -> Result<Option<Box<dyn object::Ready>>> {
+    fn create(&self, _: &Reader, warnings: &mut Vec<String>) -> Result<Box<dyn object::Ready>> {
         let failed = |what, errno| object::failed(self, what, errno);
         let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600;
         let object = self.object;
@@ -239,7 +165,64 @@ impl Queue {
             set => set.map_err(|e| failed("given to its owner", e))?,
         }
         self.fill()?;
-        Ok(Some(Box::new(ready)))
+        Ok(Box::new(ready))
+    }
+
+    fn put_back(
+        &self,
+        _: usize,
+        row: &Row,
+        site: &Site,
+        _: &Reader,
+    ) -> Result<Option<Box<dyn object::Ready>>> {
+        if self.differs(row, site.snapshot).map_err(Error::refuse)? {
+            let most = (row.get("cbytes") as usize).max(1);
+            let empty = || -> Result<(), Errno> {
+                while sysv::msg_receive(self.object.id, most)?.is_some() {}
+                Ok(())
+            };
+            empty().map_err(|e| object::failed(self, "emptied", e))?;
+            self.fill()?;
+        }
+        Ok(None)
+    }
+
+    fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
+        send_to_itself(process, snapshot, plan);
+    }
+}
+
+impl Queue {
+    /// Whether an existing queue has to be filled anew; refused unless only the job can have made the difference.
+    fn differs(&self, row: &Row, snapshot: &Snapshot) -> Result<bool, Obstacle> {
+        let (_, now) = look(row)
+            .map_err(|errno| self.changed(format!("cannot be read any more: {}", errno.desc())))?;
+        if now == self.messages {
+            return Ok(false);
+        }
+        let ours = |pid: i32| pid == 0 || snapshot.knows(pid);
+        let users = [
+            self.sender,
+            self.receiver,
+            row.get("lspid") as i32,
+            row.get("lrpid") as i32,
+        ];
+        match users.into_iter().all(ours) {
+            true => Ok(true),
+            false => Err(self.changed(format!(
+                "does not hold the {} messages any more that it held at the checkpoint, and not \
+                 only the job uses it",
+                self.messages.len()
+            ))),
+        }
+    }
+
+    fn fill(&self) -> Result<()> {
+        for message in &self.messages {
+            let sent = sysv::msg_send(self.object.id, message.kind, &message.text);
+            sent.map_err(|e| object::failed(self, "filled", e))?;
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use ckpt_sys::sysv;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::sysv::{self as object, Found, IpcObject, Sight, Site};
+use super::sysv::{self as object, IpcObject, Sight, Site};
 use super::table::{Row, Type};
 use super::undo::{self, Adjustment};
 use super::{Claim, Ipc, Object};
@@ -122,22 +122,37 @@ impl IpcObject for Set {
         site.one_in_the_way(self, changes)
     }
 
-    fn prepare(
+    fn create(&self, _: &Reader, _: &mut Vec<String>) -> Result<Box<dyn object::Ready>> {
+        let failed = |what, errno| object::failed(self, what, errno);
+        let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600;
+        let (object, count) = (self.object, self.values.len());
+        let create = || sysv::semget(object.key, count as i32, flags);
+        object::create(self, create, sysv::sem_remove)?;
+        let ready = Ready {
+            object,
+            created: true,
+            changed: Vec::new(),
+            count,
+            kept: false,
+        };
+        // Not SETALL: the other semaphores must stay unused.
+        let values = self.values.iter().enumerate().filter(|(_, v)| **v != 0);
+        let values: Vec<_> = values.map(|(n, v)| (n as u16, *v as i16)).collect();
+        for some in values.chunks(undo::most_operations()) {
+            sysv::sem_operate(object.id, some).map_err(|e| failed("filled", e))?;
+        }
+        let owner = sysv::sem_set(object.id, object.access());
+        owner.map_err(|e| failed("given to its owner", e))?;
+        Ok(Box::new(ready))
+    }
+
+    fn put_back(
         &self,
         index: usize,
+        row: &Row,
         site: &Site,
         _: &Reader,
-        warnings: &mut Vec<String>,
     ) -> Result<Option<Box<dyn object::Ready>>> {
-        if self.claim == Claim::Possible {
-            return match site.wants_possible(self, warnings) {
-                true => self.create(),
-                false => Ok(None),
-            };
-        }
-        let Found::Same(row) = site.find(self).map_err(Error::refuse)? else {
-            return self.create();
-        };
         let changes = self
             .changes(index, row, site.snapshot)
             .map_err(Error::refuse)?;
@@ -186,20 +201,12 @@ impl Set {
         row: &Row,
         snapshot: &Snapshot,
     ) -> Result<Vec<(u16, i16)>, Obstacle> {
-        let refuse = |reason: String| {
-            let remedy = format!(
-                "remove it if no other program needs it (ipcrm -s {}), or restore in an IPC namespace of \
-                 its own: unshare --ipc restore IMAGE",
-                self.object.id
-            );
-            Obstacle::new(self.title(), reason, remedy)
-        };
         if row.get("nsems") as usize != self.values.len() {
             let reason = "does not exist any more, and another object has its id";
-            return Err(refuse(reason.into()));
+            return Err(self.changed(reason.into()));
         }
         let (now, operators) = look(row)
-            .map_err(|errno| refuse(format!("cannot be read any more: {}", errno.desc())))?;
+            .map_err(|errno| self.changed(format!("cannot be read any more: {}", errno.desc())))?;
         let ours = |pid: i32| snapshot.knows(pid);
         let mut changes = Vec::new();
         for (number, (was, is)) in self.values.iter().zip(&now).enumerate() {
@@ -213,7 +220,7 @@ impl Set {
             let alone = ours(operators[number]) && (undone || before == 0 || ours(before));
             let waiting = |command| sysv::sem_get(self.object.id, number, command) != Ok(0);
             if !alone || waiting(libc::GETNCNT) || waiting(libc::GETZCNT) {
-                return Err(refuse(format!(
+                return Err(self.changed(format!(
                     "had {was} as semaphore {number} at the checkpoint and has {is} now, and not \
                      only the job uses it"
                 )));
@@ -222,30 +229,6 @@ impl Set {
             changes.push((number as u16, change as i16));
         }
         Ok(changes)
-    }
-
-    fn create(&self) -> Result<Option<Box<dyn object::Ready>>> {
-        let failed = |what, errno| object::failed(self, what, errno);
-        let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600;
-        let (object, count) = (self.object, self.values.len());
-        let create = || sysv::semget(object.key, count as i32, flags);
-        object::create(self, create, sysv::sem_remove)?;
-        let ready = Ready {
-            object,
-            created: true,
-            changed: Vec::new(),
-            count,
-            kept: false,
-        };
-        // Not SETALL: the other semaphores must stay unused.
-        let values = self.values.iter().enumerate().filter(|(_, v)| **v != 0);
-        let values: Vec<_> = values.map(|(n, v)| (n as u16, *v as i16)).collect();
-        for some in values.chunks(undo::most_operations()) {
-            sysv::sem_operate(object.id, some).map_err(|e| failed("filled", e))?;
-        }
-        let owner = sysv::sem_set(object.id, object.access());
-        owner.map_err(|e| failed("given to its owner", e))?;
-        Ok(Some(Box::new(ready)))
     }
 }
 

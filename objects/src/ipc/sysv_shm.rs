@@ -223,57 +223,49 @@ impl IpcObject for Segment {
         }
     }
 
-    /// Creates it or uses the existing one, and fills in its contents.
-    fn prepare(
-        &self,
-        index: usize,
-        site: &Site,
-        image: &Reader,
-        warnings: &mut Vec<String>,
-    ) -> Result<Option<Box<dyn object::Ready>>> {
-        self.in_the_way(index, site).map_err(Error::refuse)?;
+    fn create(&self, image: &Reader, warnings: &mut Vec<String>) -> Result<Box<dyn object::Ready>> {
+        object::may_create(self).map_err(Error::refuse)?;
         let failed = |what, errno| object::failed(self, what, errno);
-        let found = site.find(self).map_err(Error::refuse)?;
-        let created = matches!(found, Found::Missing);
-        if created {
-            // It can be found by its key: no other process must attach it before it is filled.
-            let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600 | self.huge_flags();
-            let (key, size) = (self.object.key, self.size);
-            object::create(
-                self,
-                || sysv::shmget(key, size, flags),
-                |id| {
-                    sysv::shm_control(id, libc::IPC_RMID).ok();
-                },
-            )?;
-        }
+        // It can be found by its key: no other process must attach it before it is filled.
+        let flags = libc::IPC_CREAT | libc::IPC_EXCL | 0o600 | self.huge_flags();
+        let (Object { id, key, .. }, size) = (self.object, self.size);
+        let remove = |id| sysv::shm_control(id, libc::IPC_RMID);
+        let create = || sysv::shmget(key, size, flags);
+        object::create(self, create, |other| {
+            remove(other).ok();
+        })?;
         let mut ready = Ready {
             object: self.object,
             attached: None,
-            created,
+            created: true,
         };
-        let attached = Attached::new(self.object.id, self.size, true);
-        let attached = attached.map_err(|e| failed("attached", e))?;
-        if !created {
-            attached.clear();
-        }
-        each_run(self.contents, self.size, image, |offset, bytes| {
-            attached.write(offset, bytes);
-            Ok(true)
-        })?;
-        if created {
-            let set = sysv::shm_set(self.object.id, self.object.access());
-            set.map_err(|e| failed("given to its owner", e))?;
-        }
-        if created && self.locked && sysv::shm_control(self.object.id, libc::SHM_LOCK).is_err() {
+        let attached = self.attached()?;
+        self.fill(&attached, image)?;
+        let set = sysv::shm_set(id, self.object.access());
+        set.map_err(|e| failed("given to its owner", e))?;
+        if self.locked && sysv::shm_control(id, libc::SHM_LOCK).is_err() {
             warnings.push(format!("{} is not locked in memory", self.title()));
         }
-        if created && self.destroyed {
-            sysv::shm_control(self.object.id, libc::IPC_RMID).map_err(|e| failed("removed", e))?;
+        if self.destroyed {
+            remove(id).map_err(|e| failed("removed", e))?;
             // We keep it attached until the job has.
             ready.attached = Some(attached);
         }
-        Ok(Some(Box::new(ready)))
+        Ok(Box::new(ready))
+    }
+
+    fn put_back(
+        &self,
+        index: usize,
+        _: &Row,
+        site: &Site,
+        image: &Reader,
+    ) -> Result<Option<Box<dyn object::Ready>>> {
+        self.in_the_way(index, site).map_err(Error::refuse)?;
+        let attached = self.attached()?;
+        attached.clear();
+        self.fill(&attached, image)?;
+        Ok(None)
     }
 
     /// Attached with the other mappings: [`attach`].
@@ -286,6 +278,21 @@ impl Segment {
         self.size = row.get("size") as u64;
         self.destroyed = row.get("perms") & DESTROYED != 0;
         self.locked = row.get("perms") & LOCKED != 0;
+    }
+
+    /// Attaches it to this process.
+    fn attached(&self) -> Result<Attached> {
+        let attached = Attached::new(self.object.id, self.size, true);
+        attached.map_err(|e| object::failed(self, "attached", e))
+    }
+
+    /// Writes its pages in the image to it.
+    fn fill(&self, attached: &Attached, image: &Reader) -> Result<()> {
+        each_run(self.contents, self.size, image, |offset, bytes| {
+            attached.write(offset, bytes);
+            Ok(true)
+        })
+        .map(drop)
     }
 
     /// Bytes of its mapping.
