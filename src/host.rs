@@ -10,6 +10,7 @@ use ckpt_tracer::proc::tasks;
 use crate::error::Result;
 use crate::objects::clock::as_seen_by;
 use crate::objects::clock::clock;
+use crate::objects::index::FileId;
 use crate::objects::memory::Uses;
 use crate::objects::process::Process;
 use crate::objects::processor::{Baseline, Processor};
@@ -138,7 +139,7 @@ fn variable(source: &Source, name: &str) -> Option<Vec<u8>> {
 pub fn read_build_ids(snapshot: &mut Snapshot) {
     let uses = Uses::of(snapshot);
     for (index, file) in snapshot.mapped_files.iter_mut().enumerate() {
-        if file.contents.is_none() && uses.as_it_was(index) {
+        if file.contents.is_none() && uses.as_it_was(FileId(index)) {
             file.identity.read_build_id(&file.path);
         }
     }

@@ -13,9 +13,7 @@ const FREE: &[(&str, &str)] = &[
       Terminal.device Device.number End.node Place.namespace Message.from Role.peer Role.pending Of.started \
       Processor.signature Word.bits Word.leaf Word.subleaf Seccomp.around Thread.core_cookie"),
     ("an index, checked against its list in objects/src/references",
-     "AddressSpace.executable Backing.file Backing.object Backing.segment Adjustment.set \
-      Adjustment.semaphore End.terminal Process.terminal \
-      Regular.removed RemovedPlaces.cwd RemovedPlaces.root SpaceId.0"),
+     "Adjustment.semaphore SpaceId.0"),
     ("an address, checked there too",
      "AddressSpace.inherited Mapping.start Mapping.end Mapping.guards Mapping.prot"),
     ("an address or a length that the kernel takes or refuses, and nobody here uses",

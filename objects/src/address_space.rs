@@ -11,6 +11,7 @@ use super::memory::Mapping;
 use super::segments::{self, Segment};
 use super::switches::{self, Scope, Switch};
 use crate::bounds;
+use crate::index::FileId;
 use crate::plan::Builder;
 
 /// An address space.
@@ -24,7 +25,7 @@ pub struct AddressSpace {
     #[serde(with = "serde_bytes")]
     pub auxv: Vec<u8>,
     /// Index of the executable in the snapshot's mapped files.
-    pub executable: usize,
+    pub executable: FileId,
     /// Its mappings, in ascending order, without the vsyscall page.
     pub mappings: Vec<Mapping>,
     /// Pages equal to those of the parent's address space, and stored there; ascending.

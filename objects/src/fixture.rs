@@ -6,6 +6,7 @@ use ckpt_image::{Header, Reader, Writer, WriterOptions};
 
 use crate::address_space::{AddressSpace, Layout};
 use crate::files::{Description, FdEntry, device, eventfd};
+use crate::index::{DescriptionId, FileId};
 use crate::memory::{Backing, FileIdentity, MappedFile, Mapping, MappingFlags};
 use crate::process::Process;
 use crate::thread::{GeneralRegisters, Thread};
@@ -77,7 +78,10 @@ pub fn snapshot() -> Snapshot {
         attributes: None,
         saved: None,
     };
-    let file_backing = Backing::PrivateFile { file: 0, offset: 0 };
+    let file_backing = Backing::PrivateFile {
+        file: FileId(0),
+        offset: 0,
+    };
     let process = Process {
         pid: 50,
         parent: 1,
@@ -98,7 +102,7 @@ pub fn snapshot() -> Snapshot {
             space: SpaceId(1),
             layout: Layout::default(),
             auxv: Vec::new(),
-            executable: 0,
+            executable: FileId(0),
             mappings: vec![
                 mapping(0x1000, 1, file_backing),
                 mapping(MEMORY, 3, Backing::Anonymous),
@@ -120,7 +124,7 @@ pub fn snapshot() -> Snapshot {
         fds: [0, 1]
             .map(|fd| FdEntry {
                 fd,
-                description: crate::index::DescriptionId(fd as usize),
+                description: DescriptionId(fd as usize),
                 close_on_exec: fd == 1,
             })
             .into(),

@@ -13,6 +13,7 @@ use super::files::saved::is_shared_memory;
 use super::memory::{Backing, MappedFile, Mapping};
 use crate::Snapshot;
 use crate::bounds;
+use crate::index::FileId;
 use crate::plan::Builder;
 
 /// A policy that is not the default.
@@ -94,17 +95,17 @@ pub(crate) fn object(
     descriptions: &[Description],
     files: &[MappedFile],
 ) -> Option<((u8, usize), u64)> {
-    let named = |file: usize| files.get(file).is_some_and(|f| is_shared_memory(&f.path));
+    let named = |file: FileId| file.find(files).is_some_and(|f| is_shared_memory(&f.path));
     match *backing {
         Backing::SharedFile { file, offset, .. } | Backing::PrivateFile { file, offset }
             if named(file) =>
         {
-            Some(((0, file), offset))
+            Some(((0, file.0), offset))
         }
-        Backing::SharedMemory { object, offset } => Some(((1, object), offset)),
+        Backing::SharedMemory { object, offset } => Some(((1, object.0), offset)),
         Backing::SysV {
             segment, offset, ..
-        } => Some(((2, segment), offset)),
+        } => Some(((2, segment.0), offset)),
         Backing::Description {
             description,
             offset,
@@ -323,7 +324,7 @@ mod tests {
             end: start + pages * 4096,
             prot: 3,
             backing: Backing::SharedMemory {
-                object: 0,
+                object: crate::index::SharedId(0),
                 offset: page * 4096,
             },
             flags: crate::memory::MappingFlags::empty(),

@@ -13,7 +13,7 @@ mod finished;
 
 use super::rights::Rights;
 use crate::credentials::Credentials;
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, FileId, RemovedId, TerminalId};
 use crate::memory_policy::MemoryPolicy;
 use crate::scheduling::Scheduling;
 use crate::security::Surroundings;
@@ -104,15 +104,15 @@ pub enum Inherited {
     /// The read end of a FIFO, by the description of one of its ends.
     Fifo(DescriptionId),
     /// A mapped file, or a nameless one with its contents; whether writable.
-    MappedFile(usize, bool),
+    MappedFile(FileId, bool),
     /// The executable of a process, by mapped file.
-    Executable(usize),
+    Executable(FileId),
     /// A pidfd of a process that has ended, by description.
     EndedProcess(DescriptionId),
     /// A nameless object other than a regular file, by description.
     Removed(DescriptionId),
-    /// A nameless directory used as working or root directory, by index of the removed objects.
-    RemovedPlace(usize),
+    /// A nameless directory used as working or root directory.
+    RemovedPlace(RemovedId),
     /// A file of `/proc` of a process that has ended, by description.
     EndedProcFile(DescriptionId),
     /// An inotify descriptor without watches, by description.
@@ -122,7 +122,7 @@ pub enum Inherited {
     /// A description of a terminal that is created anew, by index.
     Terminal(DescriptionId),
     /// A controlling terminal of a session of the job.
-    Leading(usize),
+    Leading(TerminalId),
     /// Our own terminal, through `/dev/tty` or not, with these flags.
     OwnTerminal(bool, u32),
     /// A terminal of the machine, by description.

@@ -32,6 +32,7 @@ use super::timers::{self, IntervalTimers, PosixTimer};
 use super::{SpaceId, aio, memory};
 use crate::bounds;
 use crate::error::{Obstacle, Result};
+use crate::index::{RemovedId, TerminalId};
 use crate::source::{Collector, Copies, Source};
 use crate::text::Shown;
 
@@ -65,8 +66,8 @@ pub struct Process {
     /// Session.
     #[serde(deserialize_with = "bounds::pid")]
     pub session: i32,
-    /// Its controlling terminal, by index in the snapshot's terminals.
-    pub terminal: Option<usize>,
+    /// Its controlling terminal, if it has one.
+    pub terminal: Option<TerminalId>,
     /// The signal of the group stop in which the checkpoint found it.
     #[serde(default, deserialize_with = "bounds::signal")]
     pub stopped: Option<i32>,
@@ -140,13 +141,13 @@ pub struct Process {
     pub semaphore_adjustments: Vec<Adjustment>,
 }
 
-/// Removed working and root directory, by index of the snapshot's removed objects.
+/// Removed working and root directory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemovedPlaces {
     /// The working directory.
-    pub cwd: Option<usize>,
+    pub cwd: Option<RemovedId>,
     /// The root directory.
-    pub root: Option<usize>,
+    pub root: Option<RemovedId>,
 }
 
 /// The exit signal of nearly all processes.
@@ -206,7 +207,7 @@ pub struct FromOutside {
     /// Directories that were removed.
     pub removed: RemovedPlaces,
     /// Controlling terminal.
-    pub terminal: Option<usize>,
+    pub terminal: Option<TerminalId>,
     /// POSIX locks, by descriptor.
     pub record_locks: Vec<(i32, Lock)>,
     /// Its registrations with message queues; [`notice::learn`] adds the cookies.

@@ -13,6 +13,7 @@ use std::collections::HashMap;
 
 use crate::Snapshot;
 use crate::error::Obstacle;
+use crate::index::SharedId;
 use crate::process::Shares;
 use crate::process::kin::Kin;
 use crate::zombie::Zombie;
@@ -426,7 +427,7 @@ impl Tree<'_> {
     /// Shared anonymous memory is inherited by fork. So the processes that map it must descend from one that maps it,
     /// by forks and shared memory alone, or from an ancestor that can map it for them.
     fn share_memory(&mut self) {
-        let mut first: HashMap<usize, usize> = HashMap::new();
+        let mut first: HashMap<SharedId, usize> = HashMap::new();
         for (index, process) in self.processes.iter().enumerate() {
             let mut top = index;
             while self.creations[top].origin != Origin::Executed {

@@ -23,7 +23,7 @@ use crate::Snapshot;
 use crate::credentials::{self, Credentials};
 use crate::error::Obstacle;
 use crate::files::regular::Regular;
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, FileId};
 use crate::memory::{Backing, FileIdentity};
 use crate::open::Handle;
 use crate::plan::Builder;
@@ -72,8 +72,8 @@ impl Rights {
     }
 
     /// Whether we open that mapped file, since its user may not.
-    pub fn maps_for_it(&self, file: usize) -> bool {
-        self.mapped.get(file).copied().unwrap_or(false)
+    pub fn maps_for_it(&self, file: FileId) -> bool {
+        self.mapped.get(file.0).copied().unwrap_or(false)
     }
 
     /// Whether we open the file of that description, since its user may not.
@@ -167,13 +167,13 @@ pub fn with<T>(rights: Option<&Rights>, work: impl FnOnce() -> T) -> T {
 /// For each mapped file and each description, whether the user may not open it as the job has it. This only decides
 /// who opens it; it is opened and checked later.
 fn denied(snapshot: &Snapshot) -> (Vec<bool>, Vec<bool>) {
-    let writable = |file: usize| {
+    let writable = |file: FileId| {
         let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
         mappings.any(
             |m| matches!(m.backing, Backing::SharedFile { file: f, writable: true, .. } if f == file),
         )
     };
-    let mapped = snapshot.mapped_files.iter().enumerate();
+    let mapped = FileId::each(&snapshot.mapped_files);
     let mapped = mapped.map(|(index, file)| {
         let write = match writable(index) {
             true => AccessFlags::W_OK,

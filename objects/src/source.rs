@@ -21,6 +21,7 @@ use crate::files::left::Choices;
 use crate::files::lock::WriteLeases;
 use crate::files::removed::Removed;
 use crate::findings::Findings;
+use crate::index::FileId;
 use crate::ipc::Ipc;
 use crate::memory::{MappedFile, SharedMemory};
 use crate::process::Shares;
@@ -155,7 +156,7 @@ pub struct Collector {
     /// See [`Patience`].
     pub patience: Patience,
     surroundings: Option<Surroundings>,
-    files_by_key: HashMap<(PathBuf, u64), usize>,
+    files_by_key: HashMap<(PathBuf, u64), FileId>,
     spaces: u32,
 }
 
@@ -206,8 +207,8 @@ impl Collector {
         space
     }
 
-    /// The index of a known mapped file.
-    pub fn known_file(&self, path: &Path, inode: u64) -> Option<usize> {
+    /// A known mapped file.
+    pub fn known_file(&self, path: &Path, inode: u64) -> Option<FileId> {
         self.files_by_key.get(&(path.to_owned(), inode)).copied()
     }
 
@@ -233,20 +234,20 @@ impl Collector {
         Ok(())
     }
 
-    /// The index of a mapped file, added if new.
+    /// A mapped file, added if new.
     pub fn mapped_file(
         &mut self,
         path: &Path,
         inode: u64,
         make: impl FnOnce(&mut Self) -> MappedFile,
-    ) -> usize {
+    ) -> FileId {
         let key = (path.to_owned(), inode);
         if let Some(&index) = self.files_by_key.get(&key) {
             return index;
         }
         let file = make(self);
-        self.mapped_files.push(file);
-        self.files_by_key.insert(key, self.mapped_files.len() - 1);
-        self.mapped_files.len() - 1
+        let id = FileId::push(&mut self.mapped_files, file);
+        self.files_by_key.insert(key, id);
+        id
     }
 }

@@ -187,7 +187,7 @@ fn process(process: &Process, snapshot: &Snapshot, rows: &mut Rows) {
     rows.unless(&sigchld(), "exit signal", exit_signal);
     rows.add("process group", group.to_string());
     rows.add("session", session.to_string());
-    if let Some(terminal) = terminal.and_then(|t| snapshot.terminals.get(t)) {
+    if let Some(terminal) = terminal.and_then(|t| t.find(&snapshot.terminals)) {
         rows.add("controlling terminal", &terminal.name);
     }
     if let Some(signal) = stopped {

@@ -65,22 +65,19 @@ fn object(snapshot: &Snapshot, backing: &Backing) -> (u64, Option<SpaceId>) {
     match backing {
         Backing::PrivateFile { file, offset } | Backing::SharedFile { file, offset, .. } => (
             *offset,
-            snapshot
-                .mapped_files
-                .get(*file)
+            file.find(&snapshot.mapped_files)
                 .and_then(MappedFile::stored),
         ),
         Backing::SharedMemory { object, offset } => (
             *offset,
-            snapshot
-                .shared_memory
-                .get(*object)
+            object
+                .find(&snapshot.shared_memory)
                 .map(|object| object.space),
         ),
         Backing::SysV {
             segment, offset, ..
         } => {
-            let segment = snapshot.ipc.segments.get(*segment);
+            let segment = segment.find(&snapshot.ipc.segments);
             (*offset, segment.map(|segment| segment.contents))
         }
         Backing::Description {
@@ -126,7 +123,7 @@ fn path(
 ) -> String {
     match &mapping.backing {
         Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } => {
-            let file = snapshot.mapped_files.get(*file);
+            let file = file.find(&snapshot.mapped_files);
             file.map_or_else(String::new, |file| crate::text::of_path(&file.path))
         }
         Backing::Description { description, .. } => {
@@ -135,7 +132,7 @@ fn path(
         }
         Backing::SharedMemory { object, .. } => format!("[shared:{object}]"),
         Backing::SysV { segment, .. } => {
-            let segment = snapshot.ipc.segments.get(*segment);
+            let segment = segment.find(&snapshot.ipc.segments);
             let key = segment.map_or(0, |segment| segment.object.key);
             format!("/SYSV{key:08x}")
         }

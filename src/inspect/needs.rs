@@ -4,6 +4,7 @@ use ckpt_tracer::capabilities::Use;
 use std::collections::HashSet;
 use std::path::Path;
 
+use crate::objects::index::FileId;
 use crate::objects::ipc;
 use crate::objects::memory::{Backing, KernelMapping, Uses};
 use crate::objects::need::Need;
@@ -30,14 +31,14 @@ pub fn needs(snapshot: &Snapshot) -> Vec<Need> {
 
 fn mapped_files(snapshot: &Snapshot) -> Vec<Need> {
     let uses = Uses::of(snapshot);
-    let files = snapshot.mapped_files.iter().enumerate();
+    let files = FileId::each(&snapshot.mapped_files);
     let files = files.filter(|(_, file)| file.contents.is_none());
-    let view = |(index, file): (usize, &crate::objects::memory::MappedFile)| {
-        let kind = match uses.executed(index) {
+    let view = |(id, file): (FileId, &crate::objects::memory::MappedFile)| {
+        let kind = match uses.executed(id) {
             true => "program",
             false => "mapped file",
         };
-        let how = match uses.shared(index) {
+        let how = match uses.shared(id) {
             true => "its pages are shared with the file",
             false => "its pages are the job's",
         };

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use object::read::elf::{ElfFile64, FileHeader, SectionHeader, Sym};
 use object::{Endianness, Object, ObjectSegment, ObjectSymbol, ReadCache, SymbolKind, elf};
 
+use crate::objects::index::FileId;
 use crate::objects::memory::image::find;
 use crate::objects::memory::mapped::MappedFiles;
 use crate::objects::memory::{Backing, KernelMapping, Mapping};
@@ -16,7 +17,7 @@ use crate::objects::memory::{Backing, KernelMapping, Mapping};
 /// Finds names; reads each file once.
 pub struct Symbols<'a> {
     files: &'a MappedFiles<'a>,
-    tables: RefCell<HashMap<usize, Option<Rc<Table>>>>,
+    tables: RefCell<HashMap<FileId, Option<Rc<Table>>>>,
 }
 
 /// A file's symbols by address, and the addresses of its segments. A file has thousands of symbols, few of which are
@@ -74,10 +75,10 @@ impl<'a> Symbols<'a> {
         }
     }
 
-    fn table(&self, index: usize) -> Option<Rc<Table>> {
+    fn table(&self, file: FileId) -> Option<Rc<Table>> {
         let mut tables = self.tables.borrow_mut();
-        let read = || Table::read(&*self.files.file(index)?).map(Rc::new);
-        tables.entry(index).or_insert_with(read).clone()
+        let read = || Table::read(&*self.files.file(file)?).map(Rc::new);
+        tables.entry(file).or_insert_with(read).clone()
     }
 }
 

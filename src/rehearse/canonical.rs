@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use crate::objects::files::lock;
 use crate::objects::files::outside::Outside;
+use crate::objects::index::SetId;
 use crate::objects::ipc::{self, Ipc};
 use crate::objects::memory::{Backing, Mapping};
 use crate::objects::process::Process;
@@ -234,8 +235,8 @@ fn objects_of_others(ipc: &mut Ipc, processes: &mut [Process], known: &Known) {
         .iter_mut()
         .flat_map(|p| &mut p.semaphore_adjustments)
     {
-        if let Some(set) = ipc.semaphores.get(adjustment.set) {
-            adjustment.set = set.object.id as usize;
+        if let Some(set) = adjustment.set.find(&ipc.semaphores) {
+            adjustment.set = SetId(set.object.id as usize);
         }
     }
     ipc::make_comparable(ipc, &known.objects);

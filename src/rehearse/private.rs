@@ -28,6 +28,7 @@ use crate::objects::files::outside::{Outside, Surroundings};
 use crate::objects::files::pipe::PipeEnd;
 use crate::objects::files::procfs;
 use crate::objects::files::regular::Regular;
+use crate::objects::index::FileId;
 use crate::objects::memory::{Backing, FileIdentity};
 use crate::restore::paths;
 
@@ -152,13 +153,13 @@ fn outside(snapshot: &mut Snapshot) {
 
 /// Moves all paths below [`ROOT`], except those of programs, devices, `O_PATH` handles and `/proc`.
 fn move_paths(snapshot: &mut Snapshot) {
-    let programs: Vec<(usize, PathBuf)> = programs(snapshot)
+    let programs: Vec<(FileId, PathBuf)> = programs(snapshot)
         .into_iter()
         .map(|index| (index, snapshot.mapped_files[index].path.clone()))
         .collect();
-    let files = snapshot.mapped_files.iter().enumerate();
+    let files = FileId::each(&snapshot.mapped_files);
     let others = files.filter(|(_, file)| file.identity.mode & libc::S_IFMT != libc::S_IFREG);
-    let programs: Vec<(usize, PathBuf)> = others
+    let programs: Vec<(FileId, PathBuf)> = others
         .map(|(index, file)| (index, file.path.clone()))
         .chain(programs)
         .collect();
@@ -201,7 +202,7 @@ fn kept_paths(description: &mut Description) -> Vec<PathBuf> {
 }
 
 /// Files that an exec opens: programs, and the interpreter if one is mapped at its base address.
-fn programs(snapshot: &Snapshot) -> HashSet<usize> {
+fn programs(snapshot: &Snapshot) -> HashSet<FileId> {
     let mut found = HashSet::new();
     for process in &snapshot.processes {
         found.insert(process.memory.executable);

@@ -8,7 +8,7 @@ use super::kind::{Opened, Place};
 use super::left::names_nothing;
 use super::{Description, Owner, changed, late, lock, terminal};
 use crate::error::Obstacle;
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, FileId, RemovedId, TerminalId};
 use crate::options::Options;
 use crate::plan::{Builder, Inherited};
 use crate::process::Process;
@@ -73,28 +73,28 @@ impl Staging {
     }
 
     /// The number of a mapped file with contents from the image, opened for reading or for reading and writing.
-    pub fn mapped_file(self, file: usize, writable: bool) -> i32 {
-        self.base + self.descriptions + 2 * file as i32 + i32::from(writable)
+    pub fn mapped_file(self, file: FileId, writable: bool) -> i32 {
+        self.base + self.descriptions + 2 * file.0 as i32 + i32::from(writable)
     }
 
     /// The number of an executable, a mapped file.
-    pub fn executable(self, file: usize) -> i32 {
-        self.base + self.descriptions + 2 * self.files + file as i32
+    pub fn executable(self, file: FileId) -> i32 {
+        self.base + self.descriptions + 2 * self.files + file.0 as i32
     }
 
     /// The number of a controlling terminal of a session of the job.
-    pub fn terminal(self, terminal: usize) -> i32 {
-        self.base + self.descriptions + 3 * self.files + terminal as i32
+    pub fn terminal(self, terminal: TerminalId) -> i32 {
+        self.base + self.descriptions + 3 * self.files + terminal.0 as i32
     }
 
     /// The number of a removed directory that is a working or root directory.
-    pub fn removed(self, index: usize) -> i32 {
-        self.base + self.descriptions + 3 * self.files + self.terminals + index as i32
+    pub fn removed(self, index: RemovedId) -> i32 {
+        self.base + self.descriptions + 3 * self.files + self.terminals + index.0 as i32
     }
 
     /// Further numbers, used only while the plan runs.
     pub fn spare(self, number: usize) -> i32 {
-        self.removed(0) + self.removed + number as i32
+        self.removed(RemovedId(0)) + self.removed + number as i32
     }
 
     /// The first number, and the last one.

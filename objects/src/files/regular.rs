@@ -16,7 +16,7 @@ use super::lock::Lock;
 use super::saved::{Saved, is_shared_memory};
 use super::{Look, removed};
 use crate::error::{Obstacle, Result};
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, RemovedId};
 use crate::memory::FileIdentity;
 use crate::need::Need;
 use crate::plan::{Builder, Inherited};
@@ -39,7 +39,7 @@ pub struct Regular {
     pub contents: Option<SpaceId>,
     /// Its index in the snapshot's removed objects, if it is not a regular file and has no name any more.
     #[serde(default)]
-    pub removed: Option<usize>,
+    pub removed: Option<RemovedId>,
     /// Its other attributes, if it has no name any more.
     #[serde(default)]
     pub attributes: Option<Attributes>,
@@ -307,7 +307,7 @@ impl OpenFile for Regular {
         require!(
             faults,
             self.removed
-                .is_none_or(|index| index < snapshot.removed.len()),
+                .is_none_or(|id| id.find(&snapshot.removed).is_some()),
             "description {number} refers to a removed directory that does not exist"
         );
     }

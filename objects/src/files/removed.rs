@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::attributes::Attributes;
 use crate::Snapshot;
 use crate::bounds;
+use crate::index::RemovedId;
 use crate::text::Shown;
 
 /// An object without a name. Descriptions, working and root directories refer to it.
@@ -51,13 +52,13 @@ pub enum What {
 ///
 /// # Errors
 /// Those of stat(2) and readlink(2); `Unsupported` for what cannot be created again.
-pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Result<usize> {
+pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Result<RemovedId> {
     let again = format!("/proc/self/fd/{}", handle.as_raw_fd());
     let meta = File::from(handle.try_clone()?).metadata()?;
     let device = (libc::major(meta.dev()), libc::minor(meta.dev()));
     let known = |r: &Removed| (r.device, r.inode) == (device, meta.ino());
-    if let Some(index) = all.iter().position(known) {
-        return Ok(index);
+    if let Some(id) = RemovedId::position(all, known) {
+        return Ok(id);
     }
     if super::changed::is_of_the_kernel(Path::new(&again)) {
         return Err(io::ErrorKind::Unsupported.into());
@@ -75,19 +76,19 @@ pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Resul
         _ => None,
     };
     let file = file.map_or_else(|| handle.try_clone().map(File::from), Ok)?;
-    all.push(Removed {
+    let removed = Removed {
         path: path.to_owned(),
         what,
         device,
         inode: meta.ino(),
         mode: meta.mode() & 0o7777,
         attributes: Attributes::of(&file, &meta).changeable(),
-    });
-    Ok(all.len() - 1)
+    };
+    Ok(RemovedId::push(all, removed))
 }
 
 /// Whether it is the working or root directory of a process.
-pub fn is_place(index: usize, snapshot: &Snapshot) -> bool {
+pub fn is_place(index: RemovedId, snapshot: &Snapshot) -> bool {
     let places = snapshot.processes.iter().map(|p| p.removed);
     let mut places = places.flat_map(|places| [places.cwd, places.root]);
     places.any(|place| place == Some(index))

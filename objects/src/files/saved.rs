@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::regular::Regular;
 use crate::SpaceId;
 use crate::error::Obstacle;
+use crate::index::FileId;
 use crate::memory::FileIdentity;
 use crate::open::Handle;
 use crate::source::{Collector, Contents, Source};
@@ -36,7 +37,7 @@ pub fn is_shared_memory(path: &Path) -> bool {
 pub fn save_mapped(
     source: &Source,
     vma: &Vma,
-    file: usize,
+    file: FileId,
     collector: &mut Collector,
 ) -> Result<(), Box<Obstacle>> {
     let record = &collector.mapped_files[file];

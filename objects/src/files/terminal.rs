@@ -13,7 +13,7 @@ use super::{Look, unread};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::Obstacle;
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, TerminalId};
 use crate::plan::Inherited;
 use crate::source::{Collector, Source};
 
@@ -195,7 +195,7 @@ impl Ends {
             first: collector.terminals.len(),
             ends: HashMap::new(),
         };
-        let mut known: HashMap<(u64, u64), usize> = HashMap::new();
+        let mut known: HashMap<(u64, u64), TerminalId> = HashMap::new();
         let devices = looks
             .iter()
             .filter(|l| l.file_type() == libc::S_IFCHR && !l.is_path());
@@ -237,14 +237,14 @@ impl Ends {
 
     /// Captures the contents of the ptys of a frozen job.
     fn look_inside(&self, sources: &[&Source], looks: &[Look], collector: &mut Collector) {
-        let with = |terminal: usize, wanted: &[Side]| {
+        let with = |terminal: TerminalId, wanted: &[Side]| {
             let mut found = looks.iter().filter(|look| {
                 self.get(look)
                     .is_some_and(|end| end.terminal == terminal && wanted.contains(&end.side))
             });
             found.next()
         };
-        for terminal in self.first..collector.terminals.len() {
+        for terminal in (self.first..collector.terminals.len()).map(TerminalId) {
             let Some(master) = with(terminal, &[Side::Master]) else {
                 continue;
             };
@@ -273,7 +273,7 @@ impl Ends {
         }
     }
 
-    fn insert(&mut self, look: &Look, terminal: usize, side: Side) {
+    fn insert(&mut self, look: &Look, terminal: TerminalId, side: Side) {
         let name = look.name();
         let node = look.stat.st_rdev;
         let end = End {
@@ -295,7 +295,7 @@ impl Ends {
         sources: &[&Source],
         look: &Look,
         index: u32,
-        known: &mut HashMap<(u64, u64), usize>,
+        known: &mut HashMap<(u64, u64), TerminalId>,
         collector: &mut Collector,
     ) {
         let mut refuse = |reason: String, remedy: &str| {
@@ -342,18 +342,18 @@ impl Ends {
             pair: Some(pair),
             access: stat.as_ref().map(Access::of),
         };
+        let id = TerminalId::push(&mut collector.terminals, terminal);
         if let Some(stat) = stat {
-            known.insert((stat.st_dev, stat.st_rdev), collector.terminals.len());
+            known.insert((stat.st_dev, stat.st_rdev), id);
         }
-        self.insert(look, collector.terminals.len(), Side::Master);
-        collector.terminals.push(terminal);
+        self.insert(look, id, Side::Master);
     }
 
     fn enter_slave(
         &mut self,
         look: &Look,
         device: (u32, u32),
-        known: &mut HashMap<(u64, u64), usize>,
+        known: &mut HashMap<(u64, u64), TerminalId>,
         collector: &mut Collector,
     ) {
         let state = match tty::modes(&look.copy) {
@@ -371,15 +371,15 @@ impl Ends {
         let key = (look.stat.st_dev, look.stat.st_rdev);
         let device = tty::device(&look.copy).unwrap_or(device);
         let terminal = *known.entry(key).or_insert_with(|| {
-            collector.terminals.push(Terminal {
+            let terminal = Terminal {
                 name: look.name(),
                 device,
                 state: None,
                 foreground: None,
                 pair: None,
                 access,
-            });
-            collector.terminals.len() - 1
+            };
+            TerminalId::push(&mut collector.terminals, terminal)
         });
         let entry = &mut collector.terminals[terminal];
         // Read from the slave, even after the master.
@@ -400,20 +400,20 @@ impl Ends {
     }
 
     /// The terminal with that number; added if no descriptor refers to it.
-    fn by_device(&self, device: (u32, u32), collector: &mut Collector) -> usize {
-        let mut known = collector.terminals.iter().skip(self.first);
+    fn by_device(&self, device: (u32, u32), collector: &mut Collector) -> TerminalId {
+        let mut known = collector.terminals[self.first..].iter();
         if let Some(at) = known.position(|t| t.device == device) {
-            return self.first + at;
+            return TerminalId(self.first + at);
         }
-        collector.terminals.push(Terminal {
+        let terminal = Terminal {
             name: name_of(device),
             device,
             state: None,
             foreground: None,
             pair: None,
             access: None,
-        });
-        collector.terminals.len() - 1
+        };
+        TerminalId::push(&mut collector.terminals, terminal)
     }
 
     /// The controlling terminal of a process.
@@ -422,7 +422,7 @@ impl Ends {
         process: usize,
         source: &Source,
         collector: &mut Collector,
-    ) -> Option<usize> {
+    ) -> Option<TerminalId> {
         let device = source.stat.tty()?;
         // Numbers are unique only within one devpts; the process's own terminals come first.
         let mut own = self.ends.iter().filter(|((p, _), end)| {

@@ -14,6 +14,7 @@ use super::{Claim, Ipc, Object};
 use crate::Snapshot;
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
+use crate::index::SetId;
 use crate::plan::Builder;
 use crate::process::Process;
 use crate::references::{Faults, require};
@@ -175,9 +176,9 @@ impl IpcObject for Set {
 
     /// Makes the adjustments of a process. The values stay: each operation is paired with its inverse.
     fn rebuild(process: &Process, snapshot: &Snapshot, plan: &mut Builder) {
-        operate(snapshot, plan, |index, number, _| {
+        operate(snapshot, plan, |set, number, _| {
             let all = process.semaphore_adjustments.iter();
-            let of_this = |a: &&Adjustment| a.set == index && usize::from(a.semaphore) == number;
+            let of_this = |a: &&Adjustment| a.set == set && usize::from(a.semaphore) == number;
             let by = all.filter(of_this).map(|a| a.by).sum();
             (by != 0).then_some(by)
         });
@@ -214,7 +215,7 @@ impl Set {
                 continue;
             }
             // The effect of the end of the job's processes.
-            let adjusted = undo::total(snapshot, index, number) + i64::from(*was);
+            let adjusted = undo::total(snapshot, SetId(index), number) + i64::from(*was);
             let undone = i64::from(*is) == adjusted.clamp(0, HIGHEST.into());
             let before = self.operators[number];
             let alone = ours(operators[number]) && (undone || before == 0 || ours(before));
@@ -274,15 +275,15 @@ impl Drop for Ready {
 }
 
 /// Operations on the semaphores (set, number, last pid) for which `by` returns the adjustment of the process.
-fn operate(snapshot: &Snapshot, plan: &mut Builder, by: impl Fn(usize, usize, i32) -> Option<i16>) {
-    for (index, set) in snapshot.ipc.semaphores.iter().enumerate() {
+fn operate(snapshot: &Snapshot, plan: &mut Builder, by: impl Fn(SetId, usize, i32) -> Option<i16>) {
+    for (id, set) in SetId::each(&snapshot.ipc.semaphores) {
         if set.claim == Claim::Possible {
             continue;
         }
         let values = set.values.iter().zip(&set.operators).enumerate();
         let operations: Vec<_> = values
             .filter_map(|(number, (value, operator))| {
-                let by = by(index, number, *operator)?;
+                let by = by(id, number, *operator)?;
                 Some(undo::adjust(number as u16, *value, by))
             })
             .flatten()

@@ -11,6 +11,7 @@ use super::table::{Row, Type};
 use super::{Claim, Ipc, Object};
 use crate::bounds;
 use crate::error::{Error, Obstacle, Result};
+use crate::index::SegmentId;
 use crate::memory::space::each_run;
 use crate::memory::{Backing, Mapping};
 use crate::outsiders::process_name;
@@ -58,11 +59,10 @@ pub fn mapping(
     collector: &mut Collector,
 ) -> Backing {
     let id = vma.inode as i32;
-    let known = collector.ipc.segments.iter();
-    let segment = known.enumerate().find(|(_, s)| s.object.id == id);
-    let segment = segment.map(|(index, _)| index).unwrap_or_else(|| {
+    let known = SegmentId::position(&collector.ipc.segments, |s| s.object.id == id);
+    let segment = known.unwrap_or_else(|| {
         let contents = collector.space_for(contents());
-        collector.ipc.segments.push(Segment {
+        let segment = Segment {
             // The kernel's table has the rest, for all segments at once.
             object: Object {
                 id,
@@ -81,8 +81,8 @@ pub fn mapping(
                 false => 0,
             },
             contents,
-        });
-        collector.ipc.segments.len() - 1
+        };
+        SegmentId::push(&mut collector.ipc.segments, segment)
     });
     Backing::SysV {
         segment,
@@ -462,10 +462,10 @@ pub fn room(process: &Process, snapshot: &Snapshot) -> Option<(u64, u64)> {
 
 /// Segments that no process of the job has attached.
 fn unattached(snapshot: &Snapshot) -> impl Iterator<Item = &Segment> {
-    let all = snapshot.ipc.segments.iter().enumerate();
+    let all = SegmentId::each(&snapshot.ipc.segments);
     // Most jobs have none, and this is called for each process.
     let processes = snapshot.processes.iter().take_while(|_| all.len() > 0);
-    let attached: Vec<usize> = processes
+    let attached: Vec<SegmentId> = processes
         .flat_map(|p| &p.memory.mappings)
         .filter_map(|m| match m.backing {
             Backing::SysV { segment, .. } => Some(segment),

@@ -21,12 +21,13 @@ use super::table::Type;
 use super::Claim;
 use crate::Snapshot;
 use crate::error::{Error, Obstacle, Result};
+use crate::index::SetId;
 
 /// An adjustment of a semaphore at the end of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Adjustment {
     /// Index in the snapshot's sets.
-    pub set: usize,
+    pub set: SetId,
     /// Number of the semaphore in the set.
     pub semaphore: u16,
     /// The adjustment, never 0.
@@ -100,7 +101,7 @@ pub fn adjust(number: u16, value: u16, by: i16) -> Vec<[Operation; 2]> {
 }
 
 /// The total adjustment at the end of all of the job's processes.
-pub fn total(snapshot: &Snapshot, set: usize, number: usize) -> i64 {
+pub fn total(snapshot: &Snapshot, set: SetId, number: usize) -> i64 {
     let all = snapshot
         .processes
         .iter()
@@ -178,14 +179,14 @@ pub fn capture(
             )));
         }
     }
-    for (index, set) in sets.iter().enumerate().filter(|(_, set)| used(set)) {
+    for (id, set) in SetId::each(sets).filter(|(_, set)| used(set)) {
         for first in (0..set.values.len()).step_by(TOGETHER) {
             let some = first..set.values.len().min(first + TOGETHER);
             let Some(values) = ask_about(calls, set, some)? else {
                 break;
             };
             found.extend(values.into_iter().map(|(semaphore, by)| Adjustment {
-                set: index,
+                set: id,
                 semaphore,
                 by,
             }));

@@ -16,7 +16,7 @@ use super::{
 use crate::error::Obstacle;
 use crate::files::memfd::MemFd;
 use crate::files::regular::Regular;
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, FileId, SharedId};
 use crate::ipc::sysv_shm;
 use crate::source::{Collector, Contents, Source};
 use crate::text::Shown;
@@ -33,7 +33,7 @@ pub struct Captured {
     /// The mappings, without the vsyscall page.
     pub mappings: Vec<Mapping>,
     /// Index of the executable in the collector's mapped files.
-    pub executable: usize,
+    pub executable: FileId,
 }
 
 /// Classifies every mapping. `descriptions` are the memfds among the process's descriptions, by inode.
@@ -287,10 +287,7 @@ fn shared_memory(
     all: Layout<'_>,
     collector: &mut Collector,
 ) -> Backing {
-    let known = collector
-        .shared_memory
-        .iter()
-        .position(|m| m.inode == vma.inode);
+    let known = SharedId::position(&collector.shared_memory, |m| m.inode == vma.inode);
     if let Some(object) = known {
         let space = collector.shared_memory[object].space;
         if collector.viewed.insert((source.pid, space)) {
@@ -304,14 +301,14 @@ fn shared_memory(
         let space = collector.space_for(contents);
         collector.viewed.insert((source.pid, space));
         let hugetlb = vma.flags.contains(VmFlags::HUGETLB);
-        collector.shared_memory.push(SharedMemory {
+        let object = SharedMemory {
             space,
             size,
             inode: vma.inode,
             huge_page_size: if hugetlb { vma.kernel_page_size } else { 0 },
             reach: 0,
-        });
-        collector.shared_memory.len() - 1
+        };
+        SharedId::push(&mut collector.shared_memory, object)
     });
     let reach = &mut collector.shared_memory[object].reach;
     *reach = (vma.offset + vma.len()).max(*reach);
@@ -404,7 +401,7 @@ fn mapped_file(
     path: &Path,
     all: Layout<'_>,
     collector: &mut Collector,
-) -> usize {
+) -> FileId {
     let deleted = matches!(vma.name, VmaName::File { deleted: true, .. });
     // A shared mapping shows the file itself, a private one possibly the process's own pages.
     let mut views = all.vmas.iter();
@@ -487,7 +484,7 @@ fn linked_elsewhere(source: &Source, vma: &Vma, path: &Path) -> Option<(PathBuf,
 }
 
 /// The executable, which is usually mapped too.
-fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Result<usize> {
+fn executable(source: &Source, vmas: &[Vma], collector: &mut Collector) -> Result<FileId> {
     let link = source.dir.join("exe");
     let error = crate::Error::file("look at", &link);
     let meta = std::fs::metadata(&link).map_err(&error)?;

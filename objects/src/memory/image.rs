@@ -6,6 +6,7 @@ use ckpt_image::Reader;
 
 use super::mapped::MappedFiles;
 use crate::files::memfd::MemFd;
+use crate::index::FileId;
 use crate::memory::{Backing, Mapping};
 use crate::process::Process;
 use crate::{Snapshot, SpaceId};
@@ -63,13 +64,13 @@ impl<'a> ImageMemory<'a> {
                 self.of_file(*file, offset.checked_add(inside)?, into)?;
             }
             Backing::SharedMemory { object, offset } => {
-                let space = self.snapshot.shared_memory.get(*object)?.space;
+                let space = object.find(&self.snapshot.shared_memory)?.space;
                 self.stored_or_zero(space, offset.checked_add(inside)?, into);
             }
             Backing::SysV {
                 segment, offset, ..
             } => {
-                let space = self.snapshot.ipc.segments.get(*segment)?.contents;
+                let space = segment.find(&self.snapshot.ipc.segments)?.contents;
                 self.stored_or_zero(space, offset.checked_add(inside)?, into);
             }
             Backing::Description {
@@ -86,8 +87,8 @@ impl<'a> ImageMemory<'a> {
         Some(())
     }
 
-    fn of_file(&self, index: usize, offset: u64, into: &mut [u8]) -> Option<()> {
-        let record = self.files.record(index)?;
+    fn of_file(&self, file: FileId, offset: u64, into: &mut [u8]) -> Option<()> {
+        let record = self.files.record(file)?;
         if let Some(space) = record.stored() {
             self.stored_or_zero(space, offset, into);
             return Some(());
@@ -95,10 +96,7 @@ impl<'a> ImageMemory<'a> {
         // The rest of a file's last page reads as zeros.
         let rest = record.identity.size.checked_sub(offset)?;
         let (present, beyond) = into.split_at_mut(into.len().min(rest as usize));
-        self.files
-            .file(index)?
-            .read_exact_at(present, offset)
-            .ok()?;
+        self.files.file(file)?.read_exact_at(present, offset).ok()?;
         beyond.fill(0);
         Some(())
     }

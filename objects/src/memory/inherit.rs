@@ -169,6 +169,7 @@ pub fn join(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::index::FileId;
 
     fn anonymous(start: u64, end: u64) -> Mapping {
         Mapping {
@@ -185,7 +186,10 @@ mod tests {
     }
 
     fn file(start: u64, end: u64, offset: u64) -> Mapping {
-        let backing = Backing::PrivateFile { file: 3, offset };
+        let backing = Backing::PrivateFile {
+            file: FileId(3),
+            offset,
+        };
         Mapping {
             backing,
             ..anonymous(start, end)
@@ -212,7 +216,13 @@ mod tests {
     fn a_part_keeps_what_it_shows() {
         let part = file(20, 30, 5).part(24, 28);
         assert_eq!((part.start, part.end), (24, 28));
-        assert_eq!(part.backing, Backing::PrivateFile { file: 3, offset: 9 });
+        assert_eq!(
+            part.backing,
+            Backing::PrivateFile {
+                file: FileId(3),
+                offset: 9
+            }
+        );
     }
 
     #[test]

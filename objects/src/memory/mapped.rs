@@ -7,13 +7,14 @@ use std::os::unix::fs::MetadataExt;
 use std::rc::Rc;
 
 use crate::Snapshot;
+use crate::index::FileId;
 use crate::memory::MappedFile;
 use crate::open::Handle;
 
 /// Opens mapped files, each once, and only those unchanged since the checkpoint.
 pub struct MappedFiles<'a> {
     files: &'a [MappedFile],
-    open: RefCell<HashMap<usize, Option<Rc<File>>>>,
+    open: RefCell<HashMap<FileId, Option<Rc<File>>>>,
 }
 
 impl<'a> MappedFiles<'a> {
@@ -25,16 +26,16 @@ impl<'a> MappedFiles<'a> {
         }
     }
 
-    /// The record of the file with this index.
-    pub fn record(&self, index: usize) -> Option<&'a MappedFile> {
-        self.files.get(index)
+    /// The record of a file.
+    pub fn record(&self, file: FileId) -> Option<&'a MappedFile> {
+        file.find(self.files)
     }
 
-    /// The file with this index; `None` if it has gone, has changed, or cannot be read.
-    pub fn file(&self, index: usize) -> Option<Rc<File>> {
-        let record = self.record(index)?;
+    /// The open file; `None` if it has gone, has changed, or cannot be read.
+    pub fn file(&self, file: FileId) -> Option<Rc<File>> {
+        let record = self.record(file)?;
         let mut open = self.open.borrow_mut();
-        open.entry(index)
+        open.entry(file)
             .or_insert_with(|| open_same(record).map(Rc::new))
             .clone()
     }

@@ -10,7 +10,7 @@ use super::bounds;
 use super::files::attributes::Attributes;
 use super::files::saved::Saved;
 use super::memory_policy::MemoryPolicy;
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, FileId, SegmentId, SharedId};
 
 mod capture;
 mod contents;
@@ -70,16 +70,16 @@ pub enum Backing {
     },
     /// A file, private: pages that differ from the file are in the image.
     PrivateFile {
-        /// Index in the snapshot's mapped files.
-        file: usize,
+        /// The file.
+        file: FileId,
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
     },
     /// A file, shared: the pages are the file's.
     SharedFile {
-        /// Index in the snapshot's mapped files.
-        file: usize,
+        /// The file.
+        file: FileId,
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
@@ -88,16 +88,16 @@ pub enum Backing {
     },
     /// Shared anonymous memory.
     SharedMemory {
-        /// Index in the snapshot's shared memory objects.
-        object: usize,
+        /// The object.
+        object: SharedId,
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
     },
     /// Attached System V shared memory.
     SysV {
-        /// Index in the snapshot's segments.
-        segment: usize,
+        /// The segment.
+        segment: SegmentId,
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]
         offset: u64,
@@ -106,7 +106,7 @@ pub enum Backing {
     },
     /// A memfd or another file that the job holds open, shared: an open file description.
     Description {
-        /// Index in the snapshot's descriptions.
+        /// The description.
         description: DescriptionId,
         /// Bytes.
         #[serde(deserialize_with = "bounds::bytes")]

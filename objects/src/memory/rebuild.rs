@@ -7,6 +7,7 @@ use ckpt_tracer::remote::RemoteCalls;
 
 use super::{Backing, Inherited, KernelMapping, Mapping, MappingFlags, SharedMemory, subtract};
 use crate::error::Obstacle;
+use crate::index::SharedId;
 use crate::plan::Builder;
 use crate::{Snapshot, files, memory_policy};
 
@@ -318,14 +319,14 @@ pub fn map_all(
 
 /// Maps whole shared memory objects, to be filled.
 fn map_shared(snapshot: &Snapshot, shared_at: &SharedAt, plan: &mut Builder) {
-    let no_reserve = |index: usize| {
+    let no_reserve = |index: SharedId| {
         let mut mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
         mappings.any(|m| {
             m.flags.contains(MappingFlags::NO_RESERVE)
                 && matches!(m.backing, Backing::SharedMemory { object, .. } if object == index)
         })
     };
-    for (index, (object, at)) in snapshot.shared_memory.iter().zip(shared_at).enumerate() {
+    for ((index, object), at) in SharedId::each(&snapshot.shared_memory).zip(shared_at) {
         let Some(at) = at else { continue };
         let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         if object.huge_page_size != 0 {
@@ -373,7 +374,7 @@ pub fn place_shared(
         let Backing::SharedMemory { object, .. } = m.backing else {
             continue;
         };
-        let Some(at) = shared_at[object] else {
+        let Some(at) = shared_at[object.0] else {
             continue;
         };
         for (start, end) in subtract(&[(m.start, m.end)], &there) {
@@ -383,7 +384,7 @@ pub fn place_shared(
             };
             // An old length of 0 makes another mapping of shared pages (mremap(2)). Huge pages can only be moved
             // (`resize_is_valid`, mm/mremap.c), which suffices for one mapping.
-            let moved = objects[object].huge_page_size != 0;
+            let moved = objects[object.0].huge_page_size != 0;
             let old = if moved { part.len() } else { 0 };
             let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
             let args = [at + offset, old, part.len(), flags, part.start];

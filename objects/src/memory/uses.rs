@@ -4,13 +4,14 @@ use std::collections::HashSet;
 
 use super::Backing;
 use crate::Snapshot;
+use crate::index::FileId;
 
-/// How mapped files are used, by their index in the snapshot.
+/// How mapped files are used.
 #[derive(Debug)]
 pub struct Uses {
-    executed: HashSet<usize>,
-    private: HashSet<usize>,
-    shared: HashSet<usize>,
+    executed: HashSet<FileId>,
+    private: HashSet<FileId>,
+    shared: HashSet<FileId>,
 }
 
 impl Uses {
@@ -36,17 +37,17 @@ impl Uses {
     }
 
     /// Whether a process executes the file.
-    pub fn executed(&self, file: usize) -> bool {
+    pub fn executed(&self, file: FileId) -> bool {
         self.executed.contains(&file)
     }
 
     /// Whether unchanged contents of the file are required.
-    pub fn as_it_was(&self, file: usize) -> bool {
+    pub fn as_it_was(&self, file: FileId) -> bool {
         self.executed(file) || self.private.contains(&file)
     }
 
     /// Whether writes to its pages reach the file.
-    pub fn shared(&self, file: usize) -> bool {
+    pub fn shared(&self, file: FileId) -> bool {
         self.shared.contains(&file)
     }
 }

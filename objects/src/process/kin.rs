@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use ckpt_tracer::proc::tasks;
 
 use crate::error::Result;
+use crate::index::{FileId, SharedId};
 use crate::memory::{Backing, Mapping};
 use crate::process::{FromOutside, Process, Shares};
 use crate::source::{Collector, Source};
@@ -27,7 +28,7 @@ pub struct Kin {
     /// It was forked by its parent, and neither has executed a program since.
     pub forked: bool,
     /// Shared anonymous memory: index, and address of the mapping.
-    pub memory: Vec<(usize, u64)>,
+    pub memory: Vec<(SharedId, u64)>,
 }
 
 impl Kin {
@@ -47,7 +48,7 @@ impl Kin {
     }
 }
 
-fn memory(mappings: &[Mapping]) -> Vec<(usize, u64)> {
+fn memory(mappings: &[Mapping]) -> Vec<(SharedId, u64)> {
     let shared = mappings.iter().filter_map(|m| match m.backing {
         Backing::SharedMemory { object, .. } => Some((object, m.start)),
         _ => None,
@@ -58,7 +59,7 @@ fn memory(mappings: &[Mapping]) -> Vec<(usize, u64)> {
 /// What changes at an execve(2).
 #[derive(PartialEq, Eq)]
 struct Program {
-    executable: usize,
+    executable: FileId,
     auxv: Vec<u8>,
     start_stack: u64,
     start_code: u64,

@@ -23,14 +23,14 @@ pub(super) fn descriptors(snapshot: &Snapshot, process: &Process, faults: &mut F
         places
             .iter()
             .flatten()
-            .all(|index| *index < snapshot.removed.len()),
+            .all(|id| id.find(&snapshot.removed).is_some()),
         "process {pid} is in a removed directory that does not exist"
     );
     require!(
         faults,
         process
             .terminal
-            .is_none_or(|t| t < snapshot.terminals.len()),
+            .is_none_or(|t| t.find(&snapshot.terminals).is_some()),
         "process {pid} refers to a controlling terminal that does not exist"
     );
     let mut last = -1;

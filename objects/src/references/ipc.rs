@@ -8,7 +8,7 @@ use super::{Faults, require};
 /// Checks of a process's semaphore adjustments.
 pub(super) fn adjustments(snapshot: &Snapshot, process: &Process, faults: &mut Faults) {
     for adjustment in &process.semaphore_adjustments {
-        let set = snapshot.ipc.semaphores.get(adjustment.set);
+        let set = adjustment.set.find(&snapshot.ipc.semaphores);
         require!(
             faults,
             set.is_some_and(|set| usize::from(adjustment.semaphore) < set.values.len()),

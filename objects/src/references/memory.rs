@@ -20,7 +20,7 @@ pub(super) fn mappings(snapshot: &Snapshot, process: &Process, page: u32, faults
     let (pid, memory) = (process.pid, &process.memory);
     require!(
         faults,
-        memory.executable < snapshot.mapped_files.len(),
+        memory.executable.find(&snapshot.mapped_files).is_some(),
         "the executable of process {pid} is file {}, which does not exist",
         memory.executable
     );
@@ -92,17 +92,17 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
             };
         }
         Backing::PrivateFile { file, offset } | Backing::SharedFile { file, offset, .. } => {
-            ("file", *file, snapshot.mapped_files.len(), *offset)
+            ("file", file.0, snapshot.mapped_files.len(), *offset)
         }
         Backing::SharedMemory { object, offset } => (
             "shared memory object",
-            *object,
+            object.0,
             snapshot.shared_memory.len(),
             *offset,
         ),
         Backing::SysV {
             segment, offset, ..
-        } => ("segment", *segment, snapshot.ipc.segments.len(), *offset),
+        } => ("segment", segment.0, snapshot.ipc.segments.len(), *offset),
         Backing::Description {
             description,
             offset,
@@ -122,7 +122,7 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
     };
     match &mapping.backing {
         Backing::SharedMemory { object, .. } => {
-            let object = snapshot.shared_memory.get(*object);
+            let object = object.find(&snapshot.shared_memory);
             match object {
                 Some(object) if end > round_up(object.size.max(object.reach), page.into()) => {
                     Err(format!(
@@ -133,7 +133,7 @@ fn backing(snapshot: &Snapshot, mapping: &Mapping, page: u32) -> Result<(), Stri
                 _ => Ok(()),
             }
         }
-        Backing::SysV { segment, .. } => match snapshot.ipc.segments.get(*segment) {
+        Backing::SysV { segment, .. } => match segment.find(&snapshot.ipc.segments) {
             // mremap(2) makes ordinary pages reach beyond the end.
             Some(found)
                 if found.huge_page_size != 0

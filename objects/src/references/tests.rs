@@ -3,7 +3,7 @@ use crate::SpaceId;
 use crate::files::epoll::{Entry, Epoll};
 use crate::files::{Description, Kind};
 use crate::fixture::{MEMORY, good_image, image, mapping, snapshot};
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, FileId, SegmentId, SetId, SharedId};
 use crate::memory::{Backing, SharedMemory};
 use crate::signals::Action;
 use crate::zombie::Zombie;
@@ -136,21 +136,24 @@ fn mappings() {
     assert!(overlap.contains("overlaps"), "{overlap}");
     let odd = fault(|s| s.processes[0].memory.mappings[0].end += 1);
     assert!(odd.contains("no range of pages"), "{odd}");
-    let file = Backing::PrivateFile { file: 7, offset: 0 };
+    let file = Backing::PrivateFile {
+        file: FileId(7),
+        offset: 0,
+    };
     let missing = fault(|s| s.processes[0].memory.mappings[0].backing = file);
     assert!(
         missing.contains("file 7, which does not exist"),
         "{missing}"
     );
     let offset = Backing::PrivateFile {
-        file: 0,
+        file: FileId(0),
         offset: u64::MAX - 4095,
     };
     let wrapped = fault(|s| s.processes[0].memory.mappings[0].backing = offset);
     assert!(wrapped.contains("impossible offset"), "{wrapped}");
     let guard = fault(|s| s.processes[0].memory.mappings[1].guards = vec![(0, 4096)]);
     assert!(guard.contains("guard pages"), "{guard}");
-    assert!(fault(|s| s.processes[0].memory.executable = 1).contains("executable"));
+    assert!(fault(|s| s.processes[0].memory.executable = FileId(1)).contains("executable"));
 }
 
 #[test]
@@ -225,7 +228,7 @@ fn spaces_have_one_owner_and_an_end() {
     assert!(check(&long, &image(&[(2, 0, 1)])).is_empty());
     assert!(check(&long, &image(&[(2, 4096, 1)]))[0].contains("reach beyond"));
     let view = Backing::SharedMemory {
-        object: 0,
+        object: SharedId(0),
         offset: 0,
     };
     long.processes[0]
@@ -294,7 +297,7 @@ fn objects_of_the_ipc_namespace() {
         writable: true,
     };
     let mappings = &mut good.processes[0].memory.mappings;
-    mappings.push(mapping(0x200_0000, 2, view(0)));
+    mappings.push(mapping(0x200_0000, 2, view(SegmentId(0))));
     assert!(check(&good, &image(&[(2, 4096, 1)])).is_empty());
     assert!(check(&good, &image(&[(2, 8192, 1)]))[0].contains("reach beyond"));
     // mremap(2) makes mappings of ordinary pages, but not of huge pages, extend past the end.
@@ -302,7 +305,7 @@ fn objects_of_the_ipc_namespace() {
     assert!(check(&good, &image(&[])).is_empty());
     good.ipc.segments[0].huge_page_size = 2 << 20;
     assert!(check(&good, &image(&[]))[0].contains("beyond the 5000 bytes of segment 0"));
-    good.processes[0].memory.mappings[3].backing = view(1);
+    good.processes[0].memory.mappings[3].backing = view(SegmentId(1));
     assert!(check(&good, &image(&[]))[0].contains("segment 1, which does not exist"));
     let empty = fault(|s| s.ipc.segments.push(segment(0)));
     assert!(empty.contains("impossible size"), "{empty}");
@@ -320,7 +323,7 @@ fn objects_of_the_ipc_namespace() {
     let adjusts = fault(|s| {
         s.ipc.semaphores.push(set(1, vec![1]));
         s.processes[0].semaphore_adjustments.push(Adjustment {
-            set: 0,
+            set: SetId(0),
             semaphore: 1,
             by: 1,
         });

@@ -10,6 +10,7 @@ use ckpt_tracer::remote::RemoteCalls;
 use crate::error::{Obstacle, Result};
 use crate::objects::Snapshot;
 use crate::objects::holes;
+use crate::objects::index::SharedId;
 use crate::objects::memory::{Backing, Mapping, MappingFlags, join};
 use crate::objects::process::Process;
 use crate::objects::process_tree::{Creations, Origin};
@@ -103,7 +104,7 @@ fn staged(process: &Process) -> u64 {
             Backing::SharedMemory { object, .. } => Some(object),
             _ => None,
         });
-    let mut objects: Vec<usize> = objects.collect();
+    let mut objects: Vec<SharedId> = objects.collect();
     objects.sort_unstable();
     objects.dedup();
     objects.len() as u64

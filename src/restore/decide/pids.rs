@@ -160,7 +160,7 @@ fn in_turn<'a>(
 pub fn still_runs(placed: &Placed<'_>) -> Option<i32> {
     let snapshot = placed.snapshot();
     let root = snapshot.processes.first()?;
-    let program = snapshot.mapped_files.get(root.memory.executable)?;
+    let program = root.memory.executable.find(&snapshot.mapped_files)?;
     let stat = read_stat(Pid(root.pid)).ok()?;
     let begun = clock::unix_time_of_ticks(stat.starttime);
     let meta = std::fs::metadata(format!("/proc/{}/exe", root.pid)).ok()?;

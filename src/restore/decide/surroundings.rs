@@ -10,6 +10,7 @@ use nix::unistd::AccessFlags;
 use crate::error::Obstacle;
 use crate::objects::access::{MISSING, may};
 use crate::objects::files::procfs;
+use crate::objects::index::FileId;
 use crate::objects::memory::{Backing, Mapping, MappingFlags};
 use crate::objects::process::Process;
 use crate::objects::{Snapshot, aio};
@@ -39,7 +40,7 @@ pub fn in_the_way(snapshot: &Snapshot, kernel: &KernelFeatures, leaving: bool) -
 }
 
 fn programs(snapshot: &Snapshot) -> impl Iterator<Item = Obstacle> {
-    let mut files: Vec<usize> = snapshot
+    let mut files: Vec<FileId> = snapshot
         .processes
         .iter()
         .map(|p| p.memory.executable)

@@ -4,7 +4,7 @@ use crate::error::Obstacle;
 use crate::objects::Snapshot;
 use crate::objects::files::named;
 use crate::objects::files::terminal::{End, Places, Side, Terminal};
-use crate::objects::index::DescriptionId;
+use crate::objects::index::{DescriptionId, TerminalId};
 use crate::objects::plan::Inherited;
 use crate::restore::Request;
 use crate::supervise::foreground::JobTerminal;
@@ -39,23 +39,22 @@ impl Terminals {
     /// When there are several terminals outside the job, of which only one can be shown.
     pub fn decide(snapshot: &Snapshot, request: &Request<'_>) -> Result<Self, Vec<Obstacle>> {
         let mut places = Vec::with_capacity(snapshot.terminals.len());
-        for (index, terminal) in snapshot.terminals.iter().enumerate() {
+        for (id, terminal) in TerminalId::each(&snapshot.terminals) {
             let ends = DescriptionId::each(&snapshot.descriptions);
             let ends = ends.filter_map(|(at, description)| {
                 let end = description.kind.get::<End>()?;
-                let counts = end.terminal == index
+                let counts = end.terminal == id
                     && end.side != Side::HungUp
                     && named(at, snapshot, &request.objects).is_none();
                 counts.then_some((end, description.flags))
             });
             let ends: Vec<(&End, u32)> = ends.collect();
             let used = !ends.is_empty();
-            let controls = snapshot.processes.iter().any(|p| p.terminal == Some(index));
+            let controls = snapshot.processes.iter().any(|p| p.terminal == Some(id));
             let again =
                 |(end, flags): &(&End, u32)| end.is_of_machine() && end.can_be_opened(*flags);
-            let leads = |p: &crate::objects::process::Process| {
-                p.terminal == Some(index) && p.session == p.pid
-            };
+            let leads =
+                |p: &crate::objects::process::Process| p.terminal == Some(id) && p.session == p.pid;
             let led = snapshot.processes.iter().any(leads);
             places.push(match terminal.pair {
                 Some(_) => Place::Pair,
@@ -65,37 +64,40 @@ impl Terminals {
                 None => Place::Nothing,
             });
         }
-        let fresh = |index: &usize| places[*index] == Place::Fresh;
-        let fresh: Vec<usize> = (0..places.len()).filter(fresh).collect();
-        if let [_, others @ ..] = &fresh[..]
-            && !others.is_empty()
-        {
-            let names = others.iter().map(|i| &snapshot.terminals[*i]);
-            return Err(names.map(too_many).collect());
+        let fresh = snapshot.terminals.iter().zip(&places);
+        let fresh = fresh.filter(|(_, place)| **place == Place::Fresh);
+        let others: Vec<Obstacle> = fresh.skip(1).map(|(t, _)| too_many(t)).collect();
+        if !others.is_empty() {
+            return Err(others);
         }
         let root = &snapshot.processes[0];
         let root_leads =
-            root.session != root.pid && root.terminal.is_some_and(|t| places[t] == Place::Fresh);
+            root.session != root.pid && root.terminal.is_some_and(|t| places[t.0] == Place::Fresh);
         Ok(Self { places, root_leads })
     }
 
     /// What a terminal becomes.
-    pub fn place(&self, terminal: usize) -> Place {
-        self.places.get(terminal).copied().unwrap_or(Place::Nothing)
+    pub fn place(&self, terminal: TerminalId) -> Place {
+        self.places
+            .get(terminal.0)
+            .copied()
+            .unwrap_or(Place::Nothing)
     }
 
     /// The terminal that becomes a new pty.
-    pub fn fresh(&self) -> Option<usize> {
-        self.places.iter().position(|p| *p == Place::Fresh)
+    pub fn fresh(&self) -> Option<TerminalId> {
+        let at = self.places.iter().position(|p| *p == Place::Fresh);
+        at.map(TerminalId)
     }
 
     /// The terminal that becomes ours.
-    pub fn ours(&self) -> Option<usize> {
-        self.places.iter().position(|p| *p == Place::Ours)
+    pub fn ours(&self) -> Option<TerminalId> {
+        let at = self.places.iter().position(|p| *p == Place::Ours);
+        at.map(TerminalId)
     }
 
     /// Whether a process of the job leads the session of this controlling terminal.
-    pub fn is_led(&self, terminal: usize, snapshot: &Snapshot) -> bool {
+    pub fn is_led(&self, terminal: TerminalId, snapshot: &Snapshot) -> bool {
         let leads = |(index, p): (usize, &crate::objects::process::Process)| {
             self.leads(index, snapshot) && p.terminal == Some(terminal)
         };

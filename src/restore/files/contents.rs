@@ -25,7 +25,7 @@ use crate::objects::files::procfs::ProcFile;
 use crate::objects::files::regular::Regular;
 use crate::objects::files::terminal::End;
 use crate::objects::files::{Description, inotify, removed, reopen_flags};
-use crate::objects::index::DescriptionId;
+use crate::objects::index::{DescriptionId, FileId, RemovedId};
 use crate::objects::memory::{self, Uses, space::fill};
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Inherit, Inherited};
@@ -156,21 +156,21 @@ impl<'a> Made<'a> {
     }
 
     /// A nameless object, opened at once for all that have it.
-    fn removed(&mut self, index: usize, snapshot: &Snapshot) -> Result<()> {
-        let Some(removed) = snapshot.removed.get(index) else {
-            return Err(Error::Bug(format!("there is no removed directory {index}")));
+    fn removed(&mut self, id: RemovedId, snapshot: &Snapshot) -> Result<()> {
+        let Some(removed) = id.find(&snapshot.removed) else {
+            return Err(Error::Bug(format!("there is no removed directory {id}")));
         };
         let of = |d: &Description| {
             let file = d.kind.get::<Regular>();
-            file.is_some_and(|file| file.removed == Some(index))
+            file.is_some_and(|file| file.removed == Some(id))
         };
         let all = DescriptionId::each(&snapshot.descriptions);
         let all = all.filter(|(_, description)| of(description));
         let all = all.map(|(at, d)| (Inherited::Removed(at), reopen_flags(d.flags)));
         let mut all: Vec<(Inherited, u32)> = all.collect();
-        if removed::is_place(index, snapshot) {
+        if removed::is_place(id, snapshot) {
             let handle = (libc::O_PATH | libc::O_DIRECTORY) as u32;
-            all.push((Inherited::RemovedPlace(index), handle));
+            all.push((Inherited::RemovedPlace(id), handle));
         }
         let (what, flags): (Vec<Inherited>, Vec<u32>) = all.into_iter().unzip();
         // Temporary names are created: with the rights of the job's user, not ours.
@@ -282,12 +282,12 @@ fn open<'a>(
             if let Some(fd) = made.take(what) {
                 return Ok(fd);
             }
-            let index = match what {
-                Inherited::RemovedPlace(index) => Some(*index),
+            let id = match what {
+                Inherited::RemovedPlace(id) => Some(*id),
                 Inherited::Removed(at) => record::<Regular>(snapshot, *at)?.0.removed,
                 _ => None,
             };
-            made.removed(index.unwrap_or(usize::MAX), snapshot)?;
+            made.removed(id.unwrap_or(RemovedId(usize::MAX)), snapshot)?;
             let own = made.take(what);
             own.ok_or_else(|| Error::Bug("a deleted directory was not made".into()))
         }
@@ -380,7 +380,7 @@ fn open<'a>(
 
 /// An executable: the file itself, or one made from the image.
 pub fn executable(
-    file: usize,
+    file: FileId,
     snapshot: &Snapshot,
     image: &Reader,
     (rights, policy): (Option<&Rights>, FilesPolicy),

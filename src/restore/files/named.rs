@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::error::{Error, Obstacle, Result};
 use crate::objects::files::regular::Regular;
-use crate::objects::index::DescriptionId;
+use crate::objects::index::{DescriptionId, FileId};
 use crate::objects::memory::{FileIdentity, MappedFile};
 use crate::objects::open::Handle;
 use crate::objects::rights::{self, Rights};
@@ -31,8 +31,8 @@ impl<'a> Named<'a> {
     }
 
     /// A mapped or executed file.
-    pub(super) fn mapped(index: usize, record: &'a MappedFile, rights: Option<&'a Rights>) -> Self {
-        let for_it = rights.is_some_and(|rights| rights.maps_for_it(index));
+    pub(super) fn mapped(id: FileId, record: &'a MappedFile, rights: Option<&'a Rights>) -> Self {
+        let for_it = rights.is_some_and(|rights| rights.maps_for_it(id));
         Self::new((&record.path, &record.identity), rights, for_it)
     }
 

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::objects::Snapshot;
 use crate::objects::files::terminal::{Access, End, Pair, Side, Terminal};
 use crate::objects::files::unread::{self, Waiting};
+use crate::objects::index::TerminalId;
 use crate::restore::decide::terminals::{Place, Terminals};
 
 /// Most ptys that are created to reach a number.
@@ -45,13 +46,12 @@ impl Ptys {
         made.ptys.resize_with(snapshot.terminals.len(), || None);
         made.access = snapshot.terminals.iter().map(|t| t.access).collect();
         // The lowest free number is assigned first, and the job's own ptys have priority.
-        let mut pairs: Vec<usize> = (0..snapshot.terminals.len())
-            .filter(|t| terminals.place(*t) == Place::Pair)
+        let mut pairs: Vec<_> = TerminalId::each(&snapshot.terminals)
+            .filter(|(id, _)| terminals.place(*id) == Place::Pair)
             .collect();
-        pairs.sort_by_key(|t| snapshot.terminals[*t].device);
+        pairs.sort_by_key(|(_, terminal)| terminal.device);
         let mut spare = Vec::new();
-        for index in pairs {
-            let terminal = &snapshot.terminals[index];
+        for (id, terminal) in pairs {
             let master = made.numbered(terminal, &mut spare)?;
             if let Err(e) = terminal
                 .access
@@ -62,15 +62,15 @@ impl Ptys {
                     terminal.name
                 ));
             }
-            let pty = Pty::of(master, index, terminal, snapshot, terminals)?;
+            let pty = Pty::of(master, id, terminal, snapshot, terminals)?;
             made.lock_modes(terminal, &pty.master);
-            made.ptys[index] = Some(pty);
+            made.ptys[id.0] = Some(pty);
         }
         drop(spare);
-        if let Some(index) = terminals.fresh() {
-            let terminal = &snapshot.terminals[index];
+        if let Some(id) = terminals.fresh() {
+            let terminal = &snapshot.terminals[id];
             let master = tty::new_pty(0).map_err(failed("make", &terminal.name))?;
-            made.ptys[index] = Some(Pty::of(master, index, terminal, snapshot, terminals)?);
+            made.ptys[id.0] = Some(Pty::of(master, id, terminal, snapshot, terminals)?);
         }
         Ok(made)
     }
@@ -112,9 +112,9 @@ impl Ptys {
         Ok(master)
     }
 
-    fn get(&self, terminal: usize) -> Result<&Pty> {
+    fn get(&self, terminal: TerminalId) -> Result<&Pty> {
         self.ptys
-            .get(terminal)
+            .get(terminal.0)
             .and_then(Option::as_ref)
             .ok_or_else(|| Error::Bug(format!("terminal {terminal} was not made")))
     }
@@ -123,7 +123,7 @@ impl Ptys {
     pub fn open(&self, end: &End, flags: u32) -> Result<OwnedFd> {
         let how = open_flags(flags);
         if end.side == Side::HungUp {
-            let access = self.access.get(end.terminal).copied().flatten();
+            let access = self.access.get(end.terminal.0).copied().flatten();
             return hung_up(how, access).map_err(failed("make", &end.name));
         }
         let pty = self.get(end.terminal)?;
@@ -136,7 +136,7 @@ impl Ptys {
     }
 
     /// A descriptor of the slave.
-    pub fn slave(&self, terminal: usize) -> Result<OwnedFd> {
+    pub fn slave(&self, terminal: TerminalId) -> Result<OwnedFd> {
         let pty = self.get(terminal)?;
         let slave = tty::peer(&pty.master, libc::O_RDWR | libc::O_NOCTTY);
         slave.map_err(|e| failed("open", "the job's terminal")(e.into()))
@@ -172,7 +172,7 @@ impl Ptys {
 impl Pty {
     fn of(
         master: OwnedFd,
-        index: usize,
+        id: TerminalId,
         terminal: &Terminal,
         snapshot: &Snapshot,
         terminals: &Terminals,
@@ -180,10 +180,10 @@ impl Pty {
         let error = |e: nix::errno::Errno| failed("set", &terminal.name)(e.into());
         let ends = snapshot.descriptions.iter();
         let ends = ends.filter_map(|d| d.kind.get::<End>());
-        let mut ends = ends.filter(|end| end.terminal == index);
+        let mut ends = ends.filter(|end| end.terminal == id);
         let open = ends.any(|end| matches!(end.side, Side::Slave | Side::Controlling))
             || terminal.pair.as_ref().is_none_or(|p| p.closed || p.waits())
-            || terminals.is_led(index, snapshot);
+            || terminals.is_led(id, snapshot);
         let slave = match open {
             true => Some(
                 tty::peer(&master, libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK)

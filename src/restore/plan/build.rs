@@ -10,6 +10,7 @@ use nix::unistd::AccessFlags;
 use super::job::Job;
 use crate::error::Obstacle;
 use crate::objects::files::{self, Staging, procfs, removed};
+use crate::objects::index::{FileId, RemovedId, TerminalId};
 use crate::objects::ipc::{self, notice, sysv_shm};
 use crate::objects::memory::{self, Forked, SharedAt, Uses};
 use crate::objects::plan::{Builder, Inherited, Stage};
@@ -118,11 +119,11 @@ impl Build<'_> {
         if self.index == 0 {
             self.inherit_files(staging, plan);
             let (put, uses) = (put::covered(snapshot), Uses::of(snapshot));
-            for (index, file) in snapshot.mapped_files.iter().enumerate() {
+            for (id, file) in FileId::each(&snapshot.mapped_files) {
                 if file.contents.is_some() || put.contains(file.path.as_path()) {
                     continue;
                 }
-                let shared_only = !uses.as_it_was(index);
+                let shared_only = !uses.as_it_was(id);
                 let policy = self.job.request.objects.files;
                 if let Err(o) = memory::check_file(file, shared_only, policy) {
                     obstacles.push(*o);
@@ -249,7 +250,7 @@ impl Build<'_> {
     fn inherit_files(&self, staging: Staging, plan: &mut Builder) {
         let snapshot = self.job.snapshot;
         let mappings = snapshot.processes.iter().flat_map(|p| &p.memory.mappings);
-        let mut wanted: Vec<(usize, bool)> = mappings
+        let mut wanted: Vec<(FileId, bool)> = mappings
             .filter_map(|m| match m.backing {
                 memory::Backing::PrivateFile { file, .. } => Some((file, false)),
                 memory::Backing::SharedFile { file, writable, .. } => Some((file, writable)),
@@ -265,19 +266,19 @@ impl Build<'_> {
             );
         }
         let terminals = &self.job.terminals;
-        for terminal in 0..snapshot.terminals.len() {
+        for (terminal, _) in TerminalId::each(&snapshot.terminals) {
             if terminals.is_led(terminal, snapshot) {
                 plan.inherit(staging.terminal(terminal), Inherited::Leading(terminal));
             }
         }
-        for index in 0..snapshot.removed.len() {
-            if removed::is_place(index, snapshot) {
-                plan.inherit(staging.removed(index), Inherited::RemovedPlace(index));
+        for (id, _) in RemovedId::each(&snapshot.removed) {
+            if removed::is_place(id, snapshot) {
+                plan.inherit(staging.removed(id), Inherited::RemovedPlace(id));
             }
         }
         let others = snapshot.processes.iter().zip(self.job.creations).skip(1);
         let executed = others.filter(|(_, b)| b.origin == Origin::Executed);
-        let mut programs: Vec<usize> = executed.map(|(p, _)| p.memory.executable).collect();
+        let mut programs: Vec<FileId> = executed.map(|(p, _)| p.memory.executable).collect();
         programs.sort_unstable();
         programs.dedup();
         for file in programs {

@@ -10,6 +10,7 @@ use super::build::Build;
 use crate::error::Obstacle;
 use crate::objects::files::Staging;
 use crate::objects::holes;
+use crate::objects::index::SharedId;
 use crate::objects::ipc::sysv_shm;
 use crate::objects::memory::{self, SharedAt};
 use crate::objects::plan::{HostState, Inherit, Plan};
@@ -178,7 +179,7 @@ impl<'a> Job<'a> {
                 "has no free room in its address space for the restorer",
             )]
         };
-        let uses = |object: usize| {
+        let uses = |object: SharedId| {
             let mut mappings = forks.iter().flat_map(of_forks);
             mappings.any(|m| matches!(m.backing, memory::Backing::SharedMemory { object: o, .. } if o == object))
         };
@@ -191,9 +192,9 @@ impl<'a> Job<'a> {
             Some(places) => places.clone(),
             None => {
                 let mut places = Vec::new();
-                for (i, object) in self.snapshot.shared_memory.iter().enumerate() {
+                for (id, object) in SharedId::each(&self.snapshot.shared_memory) {
                     let align = object.huge_page_size.max(4096);
-                    let at = match uses(i) {
+                    let at = match uses(id) {
                         true => Some(
                             place(object.staged_len().saturating_add(align)).ok_or_else(no_room)?,
                         ),

@@ -12,7 +12,7 @@ use crate::access::may;
 use crate::error::Obstacle;
 use crate::files::device::device;
 use crate::files::kind::{Captured, OpenFile, Opened, Place, Sight};
-use crate::index::DescriptionId;
+use crate::index::{DescriptionId, TerminalId};
 use crate::open::Handle;
 use crate::plan::Builder;
 use crate::references::{Faults, require};
@@ -21,8 +21,8 @@ use crate::source::Collector;
 /// One open file description of a terminal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct End {
-    /// Index in the snapshot's terminals.
-    pub terminal: usize,
+    /// The terminal.
+    pub terminal: TerminalId,
     /// The name that the kernel shows for it.
     pub name: String,
     /// Which side.
@@ -104,7 +104,7 @@ impl OpenFile for End {
     fn check(&self, number: DescriptionId, snapshot: &Snapshot, faults: &mut Faults) {
         require!(
             faults,
-            self.terminal < snapshot.terminals.len(),
+            self.terminal.find(&snapshot.terminals).is_some(),
             "description {number} refers to terminal {}, which does not exist",
             self.terminal
         );

@@ -3,6 +3,7 @@
 use super::Build;
 use crate::error::Obstacle;
 use crate::objects::files::terminal::Terminal;
+use crate::objects::index::TerminalId;
 use crate::objects::plan::{Builder, Stage};
 use crate::objects::process_tree::{Body, Creation, Group, Origin, Phantom};
 
@@ -77,7 +78,7 @@ impl Build<'_> {
     }
 
     /// The controlling terminal of a session that the process leads, if it is a new one.
-    fn new_terminal(&self) -> Option<(usize, &Terminal)> {
+    fn new_terminal(&self) -> Option<(TerminalId, &Terminal)> {
         let terminal = self.process.terminal?;
         let led = self.job.terminals.is_led(terminal, self.job.snapshot);
         led.then(|| (terminal, &self.job.snapshot.terminals[terminal]))
