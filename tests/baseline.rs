@@ -112,7 +112,7 @@ impl<'a> Loop<'a> {
         });
     }
 
-    /// Everybody is answered: in a time in which all ask often, nobody sees more than it should.
+    /// All tasks are served while all execute CPUID continuously, and none sees more than the level has.
     fn is_guarded(&self) {
         until("questions that are answered", || {
             let before = self.counts();
@@ -189,7 +189,7 @@ fn no_guard_is_left() {
     until("the guard's end", || guards().is_empty().then_some(()));
 }
 
-/// Whoever has lost his parent is ours to wait for.
+/// Orphans are reparented to us.
 fn nobody_asks_any_more() {
     until("the end of all that ask", || {
         while waitpid(None, Some(WaitPidFlag::WNOHANG)).is_ok_and(|s| s != WaitStatus::StillAlive) {
@@ -392,7 +392,7 @@ fn the_guard_stays_when_ckpt_run_is_killed() {
     });
 }
 
-/// Whoever takes a checkpoint is killed in the middle of it.
+/// `ckpt attach` is killed during a checkpoint.
 #[test]
 fn a_killed_checkpoint_brings_the_guard_back() {
     isolated("a_killed_checkpoint_brings_the_guard_back", |case| {

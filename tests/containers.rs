@@ -148,7 +148,7 @@ fn result(case: &Case) -> String {
 }
 
 /// A run that is checkpointed, goes on, is killed, and goes on from the image has the result
-/// of one that nobody disturbed.
+/// of an undisturbed one.
 fn programs_go_on(case: &Case) {
     for words in PROGRAMS {
         case.needs_program(words[0], words[0]);
@@ -385,7 +385,7 @@ fn a_filter_that_kills() {
     });
 }
 
-/// Ckpt has added a filter to those of the container, or the job was started by somebody who has.
+/// Ckpt has added a filter to those of the container, or the job was started by a process that has.
 #[test]
 fn filters_of_another_number() {
     contained("filters_of_another_number", Container::root(), |case| {

@@ -210,7 +210,7 @@ fn sources(dir: &Path, found: &mut Vec<std::path::PathBuf>) {
     }
 }
 
-/// A file that `main.rs` does not name would not be compiled, and nobody would miss its tests.
+/// A file that `main.rs` does not name would not be compiled, and its tests would be missing silently.
 #[test]
 fn every_file_of_tests_is_a_module() {
     let main = read("tests/main.rs");

@@ -124,7 +124,7 @@ fn inode(path: &Path) -> u64 {
     fs::symlink_metadata(path).expect("it is there").ino()
 }
 
-/// For each name of a job, what `other` makes, in its turn. Nobody opens what is at `watched`.
+/// For each name of a job, what `other` makes, in its turn. What is at `watched` is not opened.
 fn exchanged_for(case: &Case, watched: Option<&Path>, other: impl Fn(&Path, &Path)) {
     let (image, names, had) = job(case);
     let opened = Inotify::init(InitFlags::IN_NONBLOCK).expect("inotify");

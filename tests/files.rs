@@ -174,7 +174,7 @@ fn name_that_is_not_found() {
     });
 }
 
-/// A lease that somebody waits to be given up.
+/// A lease that is being broken: another open waits for it.
 #[test]
 fn lease_that_is_broken() {
     isolated("lease_that_is_broken", |case| {

@@ -117,7 +117,7 @@ fn are_judged_soon() {
 #[test]
 fn are_planned_without_a_process() {
     isolated("are_planned_without_a_process", |case| {
-        // Nobody else takes ids in this pid namespace.
+        // No other process takes ids in this pid namespace.
         let last_id = || {
             let text = fs::read_to_string("/proc/loadavg").expect("there is /proc");
             text.split(' ')

@@ -262,7 +262,7 @@ fn clones_of_a_part() {
     });
 }
 
-/// Nobody inside is who made the namespace.
+/// The creator of the namespace has no id inside.
 #[test]
 fn without_the_owners_id() {
     isolated("without_the_owners_id", |case| {

@@ -147,7 +147,7 @@ fn three_lives_of_a_users_container() {
     });
 }
 
-/// A user namespace in ours: what is inside belongs to somebody who is root there alone.
+/// A user namespace in ours: its owner has root's id only inside.
 #[test]
 fn three_lives_in_a_user_namespace() {
     isolated("three_lives_in_a_user_namespace", |case| {
@@ -189,7 +189,7 @@ fn a_child_of_the_first() {
         assert_eq!(last(status_field(job.pid, "NSpid")), last(ids));
         let parent: i32 = status_field(job.pid, "PPid").unwrap().parse().unwrap();
         assert_eq!(status_field(parent, "Name").as_deref(), Some("ckpt-init"));
-        // The one in front is nobody's job.
+        // The one in the foreground is no job.
         let out = ckpt(case, ["attach", &parent.to_string(), "-o", "init.ckpt"]);
         let remedy = format!("ckpt attach {}", job.pid);
         out.refused(
@@ -300,7 +300,7 @@ fn failures_of_an_attach() {
     isolated("failures_of_an_attach", |case| {
         let container = container(case, &[]);
         let first = container.first.to_string();
-        // Nobody lends descriptors where ckpt may take them, nothing is rehearsed, and no queue gives notice.
+        // ckpt may take descriptors itself, nothing is rehearsed, and there is no message queue.
         let elsewhere = [Step::Lending, Step::Unregistered];
         let steps = Step::ALL.iter().filter(|step| !elsewhere.contains(step));
         let of_others = |name: &str| name.starts_with("restore") || name.starts_with("rehearse");
@@ -308,7 +308,7 @@ fn failures_of_an_attach() {
             for fault in [step.name().to_owned(), format!("{}:kill", step.name())] {
                 let mut command = Command::new(CKPT);
                 command.args(["attach", &first, "-o", "job.ckpt"]);
-                // A kill lets nobody go.
+                // With --kill no process continues.
                 if *step != Step::ReleaseHalf {
                     command.arg("--kill");
                 }
@@ -393,7 +393,7 @@ libc.shmat.restype = ctypes.c_void_p
 at = libc.shmat(memory, None, 0)
 ctypes.memmove(at, b"contents", 8)
 made(libc.shmdt(ctypes.c_void_p(at)))
-# Made by somebody who has ended, with a key.
+# Created by a process that has ended, with a key.
 text = f"import ctypes; assert ctypes.CDLL(None).semget(0x78, 3, {CREATE}) >= 0"
 subprocess.run([sys.executable, "-c", text], check=True)
 queue = made(libc.mq_open(b"/own", os.O_RDWR | os.O_CREAT, 0o600, None))

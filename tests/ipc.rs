@@ -151,7 +151,7 @@ fn memory_that_others_have_attached() {
     });
 }
 
-/// The job is gone, and somebody used its objects since.
+/// The job has ended, and another program has used its objects since.
 fn changed(case: &Case, name: &str, what: &str, kind: &str, words: &[&str]) -> (Fixture, PathBuf) {
     let mut fixture = another(case, name);
     let id = keyed(kind);

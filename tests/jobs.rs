@@ -1,6 +1,6 @@
 //! Whole jobs of ordinary programs: trees of processes with pipes, sockets, locks and shared memory
 //! between them. Each is checkpointed from outside in the middle of its work, killed and restored;
-//! what it makes of it is what it makes when nobody disturbs it.
+//! the result equals that of an undisturbed run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -285,7 +285,7 @@ fn nginx_with_workers() {
     });
 }
 
-/// Somebody inside the job traces somebody else in it: whoever is traced cannot be frozen.
+/// A process of the job traces another one, which therefore cannot be frozen.
 fn traced_inside(case: &Case, program: &str, tracer: &mut Command) {
     case.needs_program(program, program);
     let marker = case.path("ready");
@@ -537,7 +537,7 @@ fn lonely_postgres(case: &Case, place: Place) {
 }
 
 /// A process that waits in vfork(2) longer than one attempt lasts: its child is held up before the exec by a
-/// pipe that nobody has opened for writing.
+/// pipe without a writer.
 #[test]
 fn a_vfork_that_takes_its_time() {
     isolated("a_vfork_that_takes_its_time", |case| {

@@ -455,7 +455,7 @@ fn in_a_pid_namespace_it_is_told_beforehand() {
     });
 }
 
-/// git writes its objects so: the mode lets nobody open them again to write, and is the same afterwards.
+/// The mode forbids opening it for writing, as of git's objects; it is the same afterwards.
 #[test]
 fn a_file_whose_mode_forbids_to_write() {
     isolated_as_user("a_file_whose_mode_forbids_to_write", |case| {

@@ -1,4 +1,4 @@
-//! Root restores what belongs to somebody else: nothing of root's is in it afterwards, and nothing that
+//! Root restores jobs of other users: nothing of root's is in them afterwards, and nothing that
 //! only root may do was done for it.
 
 use crate::common;
@@ -73,7 +73,7 @@ import ctypes, os, resource, sys
 libc = ctypes.CDLL(None, use_errno=True)
 def keyctl(*words): return libc.syscall(250, *[ctypes.c_long(w) for w in words])
 if keyctl(1, 0) >= 0:
-    # add_key into the session keyring; whoever possesses it may read it.
+    # add_key into the session keyring; its possessor may read it.
     key = libc.syscall(248, b'user', b'roots-secret', b'secret', 6, -3)
     assert key > 0, ctypes.get_errno()
     open('key', 'w').write(str(key))
@@ -185,7 +185,7 @@ fn somebody_with_groups() {
     });
 }
 
-/// An image of nobody's job, which belongs to nobody.
+/// An image of a job of the user nobody, owned by that user.
 fn image_of_nobody(case: &Case, args: &[&str]) -> PathBuf {
     let who = ["--reuid=65534", "--regid=65534", "--init-groups"];
     let mut job = witness(case, &who);
@@ -195,7 +195,7 @@ fn image_of_nobody(case: &Case, args: &[&str]) -> PathBuf {
     image
 }
 
-/// Somebody may write what they like into an image of theirs.
+/// The owner of an image may write anything into it.
 fn forged(case: &Case, image: &Path, name: &str, edit: impl FnOnce(&mut Snapshot)) -> PathBuf {
     let image = edited(case, image, name, edit);
     chown(&image, Some(65534), Some(65534)).expect("we are root");
@@ -280,7 +280,7 @@ pub(crate) fn roots_files_stay(case: &Case) {
     });
     any_owner(case, &new, &["--put-files"]).refused(FAILED, &["put back", "root/new", "denied"]);
     untouched();
-    // Somebody else's directory leads elsewhere: also with an image of root's own.
+    // The other user's directory leads elsewhere: also with an image that root owns.
     let own = case.path("own.ckpt");
     fs::copy(&image, &own).expect("the test's directory is writable");
     fs::rename(case.path("data"), case.path("aside")).expect("it is there");

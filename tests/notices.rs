@@ -36,7 +36,7 @@ impl Outsider {
         assert_eq!(sent, 0, "{}", std::io::Error::last_os_error());
     }
 
-    /// Is told itself, if nobody else is.
+    /// Registers itself, if no other process is registered.
     fn registers(&self) -> bool {
         // SAFETY: integers, for which zero is valid.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
@@ -107,7 +107,7 @@ fn taken_back_for_a_moment(case: &Case) {
     }
 }
 
-/// What has been taken back is registered again, whoever has died or failed meanwhile.
+/// Registrations that were removed are made again, also if ckpt was killed or failed meanwhile.
 #[test]
 fn taken_back_and_registered_again() {
     isolated("taken_back_and_registered_again", taken_back_for_a_moment);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// Fields without a bound, by the reason.
 #[rustfmt::skip]
 const FREE: &[(&str, &str)] = &[
-    ("the kernel's, asked of nobody: only compared with another one",
+    ("the kernel's, never passed to it: only compared with another one",
      "Bundled.device Bundled.inode FifoEnd.device FifoEnd.inode FileIdentity.device FileIdentity.inode MemFd.inode \
       MessageQueue.inode PidFd.inode PipeEnd.inode SharedMemory.inode NetlinkSocket.inode NetlinkSocket.charged UnixSocket.inode Removed.device Removed.inode \
       Terminal.device Device.number End.node Place.namespace Message.from Role.peer Role.pending Of.started \
@@ -16,7 +16,7 @@ const FREE: &[(&str, &str)] = &[
      "Adjustment.semaphore SpaceId.0"),
     ("an address, checked there too",
      "AddressSpace.inherited Mapping.start Mapping.end Mapping.guards Mapping.prot"),
-    ("an address or a length that the kernel takes or refuses, and nobody here uses",
+    ("an address or a length that the kernel accepts or refuses, not used here",
      "Action.handler Action.restorer Dispatch.selector Dispatch.offset Dispatch.len Layout.arg_end Layout.arg_start \
       Layout.brk Layout.end_code Layout.end_data Layout.env_end Layout.env_start Layout.start_brk Layout.start_code \
       Layout.start_data Layout.start_stack Rseq.address Rseq.flags Rseq.length Rseq.signature Thread.alternate_stack \

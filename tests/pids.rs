@@ -49,7 +49,7 @@ fn killed(case: &Case) -> (i32, PathBuf) {
     (pid, image)
 }
 
-/// Somebody who has that pid.
+/// A process with that pid.
 fn occupy(case: &Case, pid: i32) -> Job {
     let last = "/proc/sys/kernel/ns_last_pid";
     until("the pid", || {
@@ -72,7 +72,7 @@ fn result(case: &Case) -> String {
     text.trim().into()
 }
 
-/// The pid is somebody else's, whom nothing happens to: a namespace by itself, with everything
+/// Another process has the pid, and keeps it: a new namespace without an option, with everything
 /// that a restore does otherwise.
 fn pid_is_taken(case: &Case) {
     let (pid, image) = killed(case);
@@ -351,7 +351,7 @@ fn at_an_interval() {
             case.path("job.2.ckpt").exists().then_some(())
         });
         assert_eq!(front.kill(), Ended::Killed(9));
-        // The job goes on without whoever started it.
+        // The job continues without the process that started it.
         counts(case);
         let init = until("its init", || {
             let mut inits = children(1).into_iter();
@@ -463,7 +463,7 @@ fn values_without_a_file() {
     });
 }
 
-/// Root does not run what somebody else wrote unless root says so, and then as that user; others never
+/// Root does not restore an image of another user unless asked to, and then as that user; others never
 /// do.
 #[test]
 fn image_of_another_user() {

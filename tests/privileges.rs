@@ -214,7 +214,7 @@ fn open_files(pid: i32) -> String {
     numbers.collect::<Vec<_>>().join(" ")
 }
 
-/// A restore by somebody whose hard limit is lower.
+/// A restore by a user whose hard limit is lower.
 fn lower_limit(case: &Case, image: &Path, capabilities: &[&str]) -> Output {
     let mut command = Command::new("prlimit");
     let inner = with(case, capabilities, RESTORE);
@@ -267,7 +267,7 @@ fn sys_resource_alone() {
     });
 }
 
-/// A job of one ordinary user, restored by another who may become him, and nobody else.
+/// A job of one ordinary user, restored by another one with the capabilities for its ids, and refused without them.
 #[test]
 fn setuid_and_what_goes_with_it() {
     isolated_as_root("setuid_and_what_goes_with_it", |case| {

@@ -1,5 +1,5 @@
 //! Ordinary programs: checkpointed from outside in the middle of their work, killed, restored,
-//! three times in a row. The result is that of a run that nobody disturbed.
+//! three times in a row. The result equals that of an undisturbed run.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};

@@ -259,7 +259,7 @@ fn limits_of_memory() {
     });
 }
 
-/// The kernel stops no task that waits in vfork(2); nobody waits for it for ever.
+/// The kernel stops no task that waits in vfork(2); the freeze does not wait without end.
 #[test]
 fn waiting_in_vfork() {
     isolated("waiting_in_vfork", |case| {
@@ -268,7 +268,7 @@ fn waiting_in_vfork() {
     });
 }
 
-/// Nobody could create it again as what it is.
+/// It could not be created again.
 #[test]
 fn memory_of_a_sibling() {
     isolated("memory_of_a_sibling", |case| {
@@ -380,7 +380,7 @@ fn seccomp_of_an_ordinary_user() {
     });
 }
 
-/// A timer of somebody else's CPU time.
+/// A timer of another process's CPU time.
 #[test]
 fn timer_of_an_outsiders_time() {
     isolated("timer_of_an_outsiders_time", |case| {

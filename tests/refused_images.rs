@@ -400,7 +400,7 @@ fn written_by_others() {
                 &moved,
                 &["moved.ckpt", "any user may replace it", "belongs to root"],
             );
-            // Where only owners may remove their files, nobody may.
+            // In a sticky directory only owners may remove files; this user is not one.
             mode(&open, 0o1777);
             run(case, &mut restore_cmd(&moved, &["--dry-run"])).ok();
         }

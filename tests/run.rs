@@ -123,7 +123,7 @@ fn orphans_belong_to_the_job() {
     });
 }
 
-/// Two orphans that share memory: nobody is left who could hand it to both.
+/// Two orphans that share memory: no common ancestor is left that could map it for both.
 #[test]
 fn memory_shared_by_orphans_is_refused() {
     isolated("memory_shared_by_orphans_is_refused", |case| {

@@ -9,7 +9,7 @@ use crate::common::tool::restored;
 use crate::common::{ckpt, isolated, restore_cmd, run};
 use ckpt::objects::security::Label;
 
-/// A context that nobody can give it: the job goes on without, and both are named.
+/// A context that cannot be set: the job continues without it, and a warning names both.
 #[test]
 fn a_context_that_is_refused() {
     isolated("a_context_that_is_refused", |case| {

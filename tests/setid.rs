@@ -1,4 +1,4 @@
-//! Programs that have more rights than whoever started them, and programs that nobody may look
+//! Set-user-ID programs, and programs that other users may not look
 //! into: refused by name for their user, checkpointed and restored by root.
 
 use std::fs;
@@ -27,7 +27,7 @@ fn program(case: &Case, uid: u32, gid: u32, mode: u32) -> PathBuf {
 /// Starts it as nobody.
 fn started(case: &Case, program: &Path, how: &str) -> Job {
     let log = case.open_log("ids.log");
-    // By way of somebody who has no capability left: setpriv itself has those of root up to its exec,
+    // By way of a process without capabilities: setpriv itself has those of root up to its exec,
     // and might read the program.
     let mut command = nobody(case, Path::new("bash"));
     command.args(["-c", "exec \"$@\"", "bash"]).arg(program);
@@ -75,7 +75,7 @@ fn lives_again(case: &Case, mut job: Job) {
     assert_nobody_left();
 }
 
-/// Skips where the file system gives nobody anything.
+/// Skips on a file system mounted nosuid.
 fn must_be(case: &Case, ids: &str) {
     if !said(case, "before").contains(ids) {
         case.skip("a temporary directory that is not mounted nosuid");

@@ -33,7 +33,7 @@ fn stopped(case: &Case, signal: Signal) -> (Fixture, Looks) {
     (target, before)
 }
 
-/// It is stopped, remains so, nobody traces it, and it looks as before.
+/// It is stopped and stays so, is not traced, and looks as before.
 fn remains_stopped(target: &Fixture, before: &Looks) {
     let pid = target.pid();
     until("all its threads to be stopped", || {

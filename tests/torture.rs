@@ -300,7 +300,7 @@ impl Torture<'_> {
     }
 }
 
-/// Waits until nobody is traced or stopped.
+/// Waits until no task is traced or stopped.
 fn nobody_is_held() {
     until("everybody to be let go", || {
         let mut others = numbers("/proc").into_iter().filter(|pid| *pid != 1);
@@ -312,7 +312,7 @@ fn nobody_is_held() {
     });
 }
 
-/// Waits until either nobody is there, or the job, which is not about to be killed. Before it executes its program it is
+/// Waits until either no process exists, or the job, which is not about to be killed. Before it executes its program it is
 /// a child of `restore`, which ends by itself. `whole` is whether `restore` has said that the job runs.
 fn settled(pid: i32, program: &Path, whole: bool) -> bool {
     const KILL: u64 = 1 << 8;

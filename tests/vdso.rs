@@ -39,7 +39,7 @@ fn change(image: &Path, change: impl FnOnce(&mut Snapshot)) {
     fs::rename(changed, image).expect("the test's directory is writable");
 }
 
-/// Fills the vDSO's functions with traps. It is another one then, and whoever comes to execute
+/// Fills the vDSO's functions with traps. It is another one then, and a task that executes
 /// its old code ends by SIGTRAP.
 fn set_traps(vdso: &mut [u8]) {
     let copy = vdso.to_vec();

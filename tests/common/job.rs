@@ -38,10 +38,7 @@ pub fn start(command: &mut Command, log: &Path) -> Job {
 }
 
 /// Starts a program as it is set up.
-#[expect(
-    clippy::zombie_processes,
-    reason = "the job is waited for by its pid, whoever started it"
-)]
+#[expect(clippy::zombie_processes, reason = "the job is waited for by its pid")]
 pub fn spawn(command: &mut Command) -> Job {
     let child = command.spawn();
     let child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
@@ -92,7 +89,7 @@ impl Job {
         Some(ended)
     }
 
-    /// Its end has been seen by somebody else; nothing is left to be reaped.
+    /// Another process has reaped it.
     pub fn ended_already(&mut self) {
         self.reaped = true;
     }

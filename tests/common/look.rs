@@ -313,7 +313,7 @@ pub fn all_stopped(pid: i32) -> bool {
     !states.is_empty() && states.iter().all(|(_, state)| *state == 'T')
 }
 
-/// Demands that nobody traces the process or any thread of it, and that none is stopped.
+/// Asserts that no thread of the process is traced or stopped.
 pub fn assert_let_go(pid: i32) {
     for (tid, _) in states(pid) {
         let file = format!("/proc/{pid}/task/{tid}/status");

@@ -1,4 +1,4 @@
-//! Deaths at moments that nobody chooses.
+//! Kills at random moments.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::look::{assert_nobody_left, children, status_field};
 use super::wait::until;
 
 /// A restore of a job that is the first process of a namespace, and has that name, is killed so many
-/// times, from its beginning to its end: afterwards either nobody is there, or the job, which counts.
+/// times, from its beginning to its end: afterwards either no process exists, or the job, which continues.
 pub fn restore_is_killed(
     case: &Case,
     parts: u32,

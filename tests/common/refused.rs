@@ -21,7 +21,7 @@ pub fn attach_is_refused(case: &Case, fixture: Fixture, words: &[&str]) {
     unharmed(case, fixture, &before);
 }
 
-/// Nobody traces it, it looks as before, no image was left, and it passes.
+/// It is not traced, looks as before, no image was left, and it passes.
 pub fn unharmed(case: &Case, fixture: Fixture, before: &Looks) {
     assert_let_go(fixture.pid());
     before.assert_same(fixture.pid(), &[]);

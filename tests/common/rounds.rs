@@ -1,5 +1,5 @@
 //! Programs that work in rounds (`tests/programs/README.md`), checkpointed, killed and restored in
-//! the middle of them. Their result is that of a run that nobody disturbs.
+//! the middle of them. Their result equals that of an undisturbed run.
 
 use std::fs;
 use std::path::Path;
@@ -80,7 +80,7 @@ fn same_result_with(case: &Case, options: &[&str], program: &dyn Fn() -> Command
     assert_eq!(result, undisturbed(case, program));
 }
 
-/// The end of a job that was killed, with all its processes: their pids are free then. Nobody else
+/// The end of a job that was killed, with all its processes: their pids are free then. No other process
 /// may be left in the test's namespace.
 pub fn gone(job: &mut Job) -> Ended {
     let ended = until("its end", || job.ended());

@@ -1,4 +1,4 @@
-//! A pseudo-terminal with a program in it, and somebody who types and reads.
+//! A pseudo-terminal with a program, and its master, which types and reads.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -92,7 +92,7 @@ impl Screen {
     }
 
     /// The same, and types keys now and then until it is: for what takes the terminal over at a
-    /// time that nobody can see.
+    /// time that cannot be seen.
     pub fn insist(&mut self, keys: &str, what: &str) {
         let mut polls = 0;
         let mut block = [0; 4096];

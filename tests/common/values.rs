@@ -1,4 +1,4 @@
-//! Snapshots as values: their fields, and what somebody would write there.
+//! Snapshots as values: their fields, and forged values for them.
 
 use std::collections::BTreeMap;
 
@@ -45,7 +45,7 @@ pub fn at<'a>(value: &'a mut Value, place: &[usize]) -> &'a mut Value {
     })
 }
 
-/// What somebody would write there.
+/// Forged values for a field.
 pub fn forgeries(value: &Value) -> Vec<Value> {
     let number = |n: i128| Some(Value::Integer(n.try_into().ok()?));
     let paths = [

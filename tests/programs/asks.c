@@ -1,6 +1,6 @@
 /* Asks the processor itself what it is, in every situation. With -DSTAND_IN the question is another instruction that
  * raises the same signal on every processor, which the guard answers when CKPT_FAULT_CPUID=hlt; if it arrives here,
- * nobody guards us, and we see the processor as it is.
+ * no guard traces us, and CPUID shows the processor as it is.
  *
  *   asks all         once, everywhere; judges what it sees against $CKPT_CPU_BASELINE
  *   asks loop FILE   for ever, in threads and processes; counts in FILE: questions, and answers above the level
