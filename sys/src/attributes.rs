@@ -6,13 +6,10 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
-use rustix::fs::XattrFlags;
+use rustix::fs::{IFlags, XattrFlags};
 
 use crate::{Errno, Result, errno};
 
-/// `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`. The kernel reads and writes an int, though the request encodes a long.
-const GET_FLAGS: u64 = 0x8008_6601;
-const SET_FLAGS: u64 = 0x4008_6602;
 /// `F_GET_RW_HINT` and `F_SET_RW_HINT`.
 const GET_LIFETIME: i32 = 1035;
 const SET_LIFETIME: i32 = 1036;
@@ -51,10 +48,7 @@ pub fn has_extended(path: &Path, name: &CStr) -> bool {
 
 /// Inode flags (`FS_*_FL`); none where the file system has none.
 pub fn inode_flags(file: impl AsFd) -> u32 {
-    let mut flags = 0u32;
-    // SAFETY: the kernel writes one int.
-    unsafe { libc::ioctl(file.as_fd().as_raw_fd(), GET_FLAGS, &raw mut flags) };
-    flags
+    rustix::fs::ioctl_getflags(file).map_or(0, |flags| flags.bits())
 }
 
 /// Sets the inode flags.
@@ -62,9 +56,7 @@ pub fn inode_flags(file: impl AsFd) -> u32 {
 /// # Errors
 /// `EPERM` for those that need a privilege, `EOPNOTSUPP` where there are none.
 pub fn set_inode_flags(file: impl AsFd, flags: u32) -> Result<()> {
-    // SAFETY: the kernel reads one int.
-    let r = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), SET_FLAGS, &raw const flags) };
-    Errno::result(r).map(drop)
+    rustix::fs::ioctl_setflags(file, IFlags::from_bits_retain(flags)).map_err(errno)
 }
 
 /// `F_GET_RW_HINT`: expected lifetime of written data, `RWH_WRITE_LIFE_*`; 0 without a hint.

@@ -24,13 +24,8 @@ pub fn set_effective(uid: u32, gid: u32) {
 
 /// Our supplementary groups (getgroups(2)).
 pub fn groups() -> Vec<u32> {
-    // SAFETY: with an empty buffer the kernel only counts.
-    let count = unsafe { libc::getgroups(0, std::ptr::null_mut()) }.max(0);
-    let mut groups = vec![0; count as usize];
-    // SAFETY: room for that many.
-    let count = unsafe { libc::getgroups(count, groups.as_mut_ptr()) }.max(0);
-    groups.truncate(count as usize);
-    groups
+    let groups = nix::unistd::getgroups().unwrap_or_default();
+    groups.into_iter().map(nix::unistd::Gid::as_raw).collect()
 }
 
 /// Sets the supplementary groups of this thread (setgroups(2)).

@@ -7,6 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::process::{Resource, Rlimit};
 
 use crate::{Errno, Result, errno};
 
@@ -249,12 +250,11 @@ pub fn close_on_exec_from(first: RawFd) -> Result<()> {
 /// # Errors
 /// `EPERM` above `fs.nr_open`, and for raising the hard limit without CAP_SYS_RESOURCE.
 pub fn set_descriptor_limit(soft: u64, hard: u64) -> Result<()> {
-    let limit = libc::rlimit {
-        rlim_cur: soft,
-        rlim_max: hard,
+    let limit = Rlimit {
+        current: Some(soft),
+        maximum: Some(hard),
     };
-    // SAFETY: one live structure.
-    Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
+    rustix::process::setrlimit(Resource::Nofile, limit).map_err(errno)
 }
 
 /// memfd_create(2).
@@ -281,10 +281,7 @@ pub fn add_seals(fd: impl AsFd, seals: u32) -> Result<()> {
 
 /// `FIONREAD`: bytes that can be read at once; 0 where the file does not support it.
 pub fn unread(fd: impl AsFd) -> usize {
-    let mut n = 0i32;
-    // SAFETY: the kernel writes one int.
-    let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut n) };
-    if r == 0 { n.max(0) as usize } else { 0 }
+    rustix::io::ioctl_fionread(fd).map_or(0, |n| n as usize)
 }
 
 /// faccessat(2) of an open file by the effective ids.

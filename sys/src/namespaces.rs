@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::files::given;
-use crate::{Errno, Result};
+use crate::{Errno, Result, errno};
 
 /// unshare(2) of namespaces. Of a new pid or time namespace only children become members.
 ///
@@ -63,9 +63,6 @@ pub fn user_namespace(namespace: impl AsFd) -> Result<OwnedFd> {
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN, `EINVAL` for more than 64 bytes.
 pub fn set_names(host: &[u8], domain: &[u8]) -> Result<()> {
-    // SAFETY: live bytes and their length.
-    unsafe {
-        Errno::result(libc::sethostname(host.as_ptr().cast(), host.len()))?;
-        Errno::result(libc::setdomainname(domain.as_ptr().cast(), domain.len())).map(drop)
-    }
+    rustix::system::sethostname(host).map_err(errno)?;
+    rustix::system::setdomainname(domain).map_err(errno)
 }

@@ -5,10 +5,12 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
+use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 
 use crate::{Error, Pid, RemoteAddr, Result};
 
@@ -79,49 +81,39 @@ impl ProcessMemory {
 /// Reads `into.len()` bytes with `process_vm_readv(2)`; returns how many were read before
 /// the first unreadable page. Any thread may call it.
 pub fn read_vm(pid: Pid, addr: RemoteAddr, into: &mut [u8]) -> Result<usize> {
-    let local = libc::iovec {
-        iov_base: into.as_mut_ptr().cast(),
-        iov_len: into.len(),
-    };
-    let remote = libc::iovec {
-        iov_base: addr.raw() as *mut _,
-        iov_len: into.len(),
-    };
-    // SAFETY: `local` covers `into`, which is borrowed mutably for the call; `remote` is
-    // only interpreted in the other process.
-    let n = unsafe { libc::process_vm_readv(pid.raw(), &local, 1, &remote, 1, 0) };
-    Errno::result(n)
-        .map(|n| n as usize)
-        .map_err(|errno| Error::Memory {
-            what: "read",
-            pid,
-            addr,
-            len: into.len(),
-            errno,
-        })
+    let remote = remote(addr, into.len());
+    let read = process_vm_readv(
+        nix::unistd::Pid::from_raw(pid.raw()),
+        &mut [IoSliceMut::new(into)],
+        &[remote],
+    );
+    read.map_err(|errno| failed("read", pid, remote, errno))
 }
 
 /// Writes with `process_vm_writev(2)` as far as pages are writable; returns how many bytes.
 pub fn write_vm(pid: Pid, addr: RemoteAddr, bytes: &[u8]) -> Result<usize> {
-    let local = libc::iovec {
-        iov_base: bytes.as_ptr() as *mut _,
-        iov_len: bytes.len(),
-    };
-    let remote = libc::iovec {
-        iov_base: addr.raw() as *mut _,
-        iov_len: bytes.len(),
-    };
-    // SAFETY: the kernel only reads `local`, which covers `bytes`.
-    let n = unsafe { libc::process_vm_writev(pid.raw(), &local, 1, &remote, 1, 0) };
-    Errno::result(n)
-        .map(|n| n as usize)
-        .map_err(|errno| Error::Memory {
-            what: "write",
-            pid,
-            addr,
-            len: bytes.len(),
-            errno,
-        })
+    let remote = remote(addr, bytes.len());
+    let written = process_vm_writev(
+        nix::unistd::Pid::from_raw(pid.raw()),
+        &[IoSlice::new(bytes)],
+        &[remote],
+    );
+    written.map_err(|errno| failed("write", pid, remote, errno))
+}
+
+fn remote(addr: RemoteAddr, len: usize) -> RemoteIoVec {
+    let base = addr.raw() as usize;
+    RemoteIoVec { base, len }
+}
+
+fn failed(what: &'static str, pid: Pid, at: RemoteIoVec, errno: Errno) -> Error {
+    Error::Memory {
+        what,
+        pid,
+        addr: RemoteAddr(at.base as u64),
+        len: at.len,
+        errno,
+    }
 }
 
 /// Most pieces that one `process_vm_readv` takes (`UIO_MAXIOV`).
@@ -138,24 +130,17 @@ pub fn append_vm(pid: Pid, pieces: &[(u64, usize)], into: &mut Vec<u8>) -> Resul
         iov_base: room.as_mut_ptr().cast(),
         iov_len: total,
     };
-    let remote: Vec<libc::iovec> = pieces
+    let parts: Vec<libc::iovec> = pieces
         .iter()
         .map(|&(addr, len)| libc::iovec {
             iov_base: addr as *mut _,
             iov_len: len,
         })
         .collect();
-    // SAFETY: `local` covers reserved room of ours; `remote` is only interpreted in the other
+    // SAFETY: `local` covers reserved room of ours; `parts` are only interpreted in the other
     // process.
     let n = unsafe {
-        libc::process_vm_readv(
-            pid.raw(),
-            &local,
-            1,
-            remote.as_ptr(),
-            remote.len() as u64,
-            0,
-        )
+        libc::process_vm_readv(pid.raw(), &local, 1, parts.as_ptr(), parts.len() as u64, 0)
     };
     match Errno::result(n) {
         Ok(n) => {
@@ -166,14 +151,8 @@ pub fn append_vm(pid: Pid, pieces: &[(u64, usize)], into: &mut Vec<u8>) -> Resul
         Err(Errno::EFAULT) => Ok(0),
         Err(Errno::ESRCH) => Err(Error::Died { tid: pid.leader() }),
         Err(errno) => {
-            let addr = RemoteAddr(pieces.first().map_or(0, |p| p.0));
-            Err(Error::Memory {
-                what: "read",
-                pid,
-                addr,
-                len: total,
-                errno,
-            })
+            let first = RemoteAddr(pieces.first().map_or(0, |p| p.0));
+            Err(failed("read", pid, remote(first, total), errno))
         }
     }
 }
