@@ -26,7 +26,7 @@ use crate::objects::files::regular::Regular;
 use crate::objects::files::terminal::End;
 use crate::objects::files::{Description, inotify, removed, reopen_flags};
 use crate::objects::index::{DescriptionId, FileId, RemovedId};
-use crate::objects::memory::{self, Uses, space::fill};
+use crate::objects::memory::{self, FileIdentity, Uses, space::fill};
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Inherit, Inherited};
 use crate::objects::rights::{self, Rights};
@@ -112,27 +112,6 @@ impl MadeFile<'_> {
     }
 }
 
-impl<'a> MadeFile<'a> {
-    /// One whose original description is not used.
-    fn nameless(
-        space: SpaceId,
-        file: File,
-        path: &Path,
-        mode: u32,
-        attributes: Option<&'a Attributes>,
-    ) -> Self {
-        Self {
-            space,
-            file,
-            name: format!("the nameless file {}", path.shown()),
-            mode,
-            attributes,
-            seals: None,
-            given: false,
-        }
-    }
-}
-
 impl<'a> Made<'a> {
     fn get(
         &mut self,
@@ -147,6 +126,29 @@ impl<'a> Made<'a> {
             }
         };
         Ok(&mut self.files[at])
+    }
+
+    /// A file without a name, with contents from the image.
+    fn nameless(
+        &mut self,
+        space: Option<SpaceId>,
+        (path, identity): (&Path, &FileIdentity),
+        attributes: Option<&'a Attributes>,
+        image: &Reader,
+    ) -> Result<&mut MadeFile<'a>> {
+        let space = space.unwrap_or(SpaceId(u32::MAX));
+        let rights = self.rights;
+        self.get(space, || {
+            Ok(MadeFile {
+                space,
+                file: nameless(path, space, identity.size, (image, rights))?,
+                name: format!("the nameless file {}", path.shown()),
+                mode: identity.mode,
+                attributes,
+                seals: None,
+                given: false,
+            })
+        })
     }
 
     /// An existing descriptor for it, if any.
@@ -300,20 +302,9 @@ fn open<'a>(
         Inherited::Inotify(index) => inotify::create(snapshot.descriptions[*index].flags),
         Inherited::DeletedFile(index) => {
             let (regular, flags) = record::<Regular>(snapshot, *index)?;
-            let space = regular.contents.unwrap_or(SpaceId(u32::MAX));
-            let (size, mode) = (regular.identity.size, regular.identity.mode);
-            let rights = made.rights;
-            let made = made.get(space, || {
-                let file = nameless(&regular.path, space, size, (image, rights))?;
-                let path = &regular.path;
-                Ok(MadeFile::nameless(
-                    space,
-                    file,
-                    path,
-                    mode,
-                    regular.attributes.as_ref(),
-                ))
-            })?;
+            let (path, identity) = (&regular.path, &regular.identity);
+            let (space, attributes) = (regular.contents, regular.attributes.as_ref());
+            let made = made.nameless(space, (path, identity), attributes, image)?;
             Ok(reopen(&made.file, flags)?.into())
         }
         Inherited::Executable(file) => {
@@ -354,20 +345,9 @@ fn open<'a>(
                     .open(find, flags | libc::O_NONBLOCK | libc::O_NOCTTY)?
                     .into());
             }
-            let space = record.contents.unwrap_or(SpaceId(u32::MAX));
-            let (size, mode) = (record.identity.size, record.identity.mode);
-            let rights = made.rights;
-            let made = made.get(space, || {
-                let file = nameless(&record.path, space, size, (image, rights))?;
-                let path = &record.path;
-                Ok(MadeFile::nameless(
-                    space,
-                    file,
-                    path,
-                    mode,
-                    record.attributes.as_ref(),
-                ))
-            })?;
+            let (path, identity) = (&record.path, &record.identity);
+            let (space, attributes) = (record.contents, record.attributes.as_ref());
+            let made = made.nameless(space, (path, identity), attributes, image)?;
             let access = if *writable {
                 libc::O_RDWR
             } else {
