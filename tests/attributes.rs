@@ -8,7 +8,7 @@ use std::path::Path;
 use ckpt::objects::memory_policy::MemoryPolicy;
 
 use crate::common::edit::edited;
-use crate::common::look::{assert_nobody_left, status_field};
+use crate::common::look::{assert_no_process_left, status_field};
 use crate::common::refused::FAILED;
 use crate::common::{
     Case, Job, ckpt, fixture, isolated, isolated_as_user, odd, restore_cmd, restored, run,
@@ -310,7 +310,7 @@ fn mdwe_of_restore_is_refused() {
         }
         let out = run(case, &mut command);
         out.refused(FAILED, &["PR_SET_MDWE", "MemoryDenyWriteExecute=no"]);
-        assert_nobody_left();
+        assert_no_process_left();
         target.continued_by(restored(case, &image, &[]));
         target.passes();
     });

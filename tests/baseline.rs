@@ -190,7 +190,7 @@ fn no_guard_is_left() {
 }
 
 /// Orphans are reparented to us.
-fn nobody_asks_any_more() {
+fn await_end_of_asking_programs() {
     until("the end of all that ask", || {
         while waitpid(None, Some(WaitPidFlag::WNOHANG)).is_ok_and(|s| s != WaitStatus::StillAlive) {
         }
@@ -202,13 +202,13 @@ fn nobody_asks_any_more() {
 }
 
 #[test]
-fn whoever_asks_is_answered() {
-    isolated("whoever_asks_is_answered", everybody);
+fn cpuid_is_emulated() {
+    isolated("cpuid_is_emulated", everybody);
 }
 
 #[test]
-fn whoever_asks_is_answered_for_a_user() {
-    isolated_as_user("whoever_asks_is_answered_for_a_user", everybody);
+fn cpuid_is_emulated_for_a_user() {
+    isolated_as_user("cpuid_is_emulated_for_a_user", everybody);
 }
 
 /// Threads, children, programs, signal handlers; faults of its own arrive as they are.
@@ -291,7 +291,7 @@ fn checkpointed(case: &Case) {
     let (image, _) = attach(case, job.root, "last.ckpt", &["--kill"]);
     assert_eq!(until("the end", || job.run.ended()), Ended::Exited(137));
     no_guard_is_left();
-    nobody_asks_any_more();
+    await_end_of_asking_programs();
     let before = job.counts().asked;
     for place in ["keep", "namespace"] {
         let mut command = job
@@ -308,7 +308,7 @@ fn checkpointed(case: &Case) {
         job.is_guarded();
         attach(case, root, "end.ckpt", &["--kill"]);
         no_guard_is_left();
-        nobody_asks_any_more();
+        await_end_of_asking_programs();
     }
 }
 

@@ -232,11 +232,11 @@ fn found(case: &Case) {
 }
 
 #[test]
-fn what_was_found() {
-    isolated("what_was_found", found);
+fn jobs_that_failed_once() {
+    isolated("jobs_that_failed_once", found);
 }
 
 #[test]
-fn what_was_found_as_user() {
-    isolated_as_user("what_was_found_as_user", found);
+fn jobs_that_failed_once_as_user() {
+    isolated_as_user("jobs_that_failed_once_as_user", found);
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 use crate::common::container::{Container, cap, contained, kills_on};
 use crate::common::edit::edited;
 use crate::common::fixture::{exceptions, killed};
-use crate::common::look::{assert_let_go, assert_nobody_left, await_let_go, status_field};
+use crate::common::look::{assert_let_go, assert_no_process_left, await_let_go, status_field};
 use crate::common::refused::{FAILED, attach_is_refused, restore_is_refused};
 use crate::common::tool::{CKPT, descendants_in};
 use crate::common::{
@@ -61,7 +61,7 @@ fn lives_on(case: &Case, name: &str) {
     before.assert_same(target.pid(), &exceptions(name));
     target.passes();
     fs::remove_dir_all(case.path("run")).expect("it was made by the fixture");
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 /// One test a fixture would make a container each; here they follow each other.
@@ -177,7 +177,7 @@ fn programs_go_on(case: &Case) {
         assert_eq!(again.pid, job.pid, "{words:?}");
         until("more steps", || (steps(case) > killed_at).then_some(()));
         assert_eq!(ends(again), undisturbed, "{words:?}");
-        assert_nobody_left();
+        assert_no_process_left();
         fs::remove_file(first)
             .and_then(|()| fs::remove_file(image))
             .expect("they are there");
@@ -284,7 +284,7 @@ fn a_low_pid_that_was_not_given_yet() {
             let again = restored(case, &later, &[]);
             assert_eq!(again.pid, 290);
             again.kill();
-            assert_nobody_left();
+            assert_no_process_left();
         },
     );
 }

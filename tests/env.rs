@@ -7,7 +7,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 
 use crate::common;
-use crate::common::look::assert_nobody_left;
+use crate::common::look::assert_no_process_left;
 use crate::common::refused::FAILED;
 use crate::common::{Ended, Job, attach, isolated, restore_cmd, restored, run, start, until};
 
@@ -60,6 +60,6 @@ fn values() {
         // Its messages are one file more.
         let after = fs::read_dir(case.dir()).expect("it is there").count();
         assert_eq!(after, before + 1);
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }

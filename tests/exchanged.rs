@@ -12,7 +12,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
-use crate::common::look::{assert_nobody_left, await_rest};
+use crate::common::look::{assert_no_process_left, await_rest};
 use crate::common::refused::FAILED;
 use crate::common::{Case, Job, attach, ckpt, isolated, restore_cmd, run, start, until};
 
@@ -108,7 +108,7 @@ fn rounds(case: &Case, (image, path, had): (&Path, &Path, &[u64]), other: &Path)
         }
     });
     assert!(times.into_inner() > ROUNDS);
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 /// Also when an assertion fails.
@@ -229,6 +229,6 @@ fn an_image_for_a_users() {
             }
         });
         eprintln!("{restored} times it was root's");
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }

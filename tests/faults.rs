@@ -4,7 +4,7 @@
 use crate::common;
 use std::process::Command;
 
-use crate::common::look::{assert_let_go, assert_nobody_left, await_let_go};
+use crate::common::look::{assert_let_go, assert_no_process_left, await_let_go};
 use crate::common::tool::{CKPT, leftovers};
 use crate::common::{Case, Ended, Fixture, Looks, attach, isolated, restore_cmd, restored, run};
 use ckpt_tracer::fault::Step;
@@ -99,7 +99,7 @@ fn restore_of_ends(case: &Case, name: &str, fault: &str) {
     } else {
         out.refused(99, &["fault injected", fault]);
     }
-    assert_nobody_left();
+    assert_no_process_left();
     target.continued_by(restored(case, &image, &[]));
     target.passes();
 }

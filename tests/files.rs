@@ -10,7 +10,7 @@ use crate::common::fixture::{killed, start_in};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
-use crate::common::look::{assert_let_go, assert_nobody_left};
+use crate::common::look::{assert_let_go, assert_no_process_left};
 use crate::common::refused::{FAILED, attach_is_refused};
 use crate::common::rounds::{gone, same_result};
 use crate::common::tool::source;
@@ -381,10 +381,10 @@ fn descriptors_at_the_limit() {
     });
 }
 
-/// Whatever has come into a file's place: it is told, and neither waited for nor read.
+/// A FIFO or device in place of a file is reported, and neither opened nor read.
 #[test]
-fn what_took_the_place_of_a_file() {
-    isolated("what_took_the_place_of_a_file", places_are_taken);
+fn fifo_or_device_in_place_of_a_file() {
+    isolated("fifo_or_device_in_place_of_a_file", places_are_taken);
 }
 
 pub(crate) fn places_are_taken(case: &Case) {
@@ -469,5 +469,5 @@ pub(crate) fn places_are_taken(case: &Case) {
         .expect("it is ours");
         fs::rename(&aside, &path).expect("its place is free");
     }
-    assert_nobody_left();
+    assert_no_process_left();
 }

@@ -160,8 +160,8 @@ fn killed_in_version_1() {
 }
 
 #[test]
-fn who_else_is_frozen_is_not_thawed() {
-    isolated("who_else_is_frozen_is_not_thawed", |case| {
+fn other_frozen_groups_are_not_thawed() {
+    isolated("other_frozen_groups_are_not_thawed", |case| {
         let (job, group) = TWO.frozen(case);
         let stranger = start(Command::new("sleep").arg("1000"), &case.path("sleep.log"));
         group.take(&[stranger.pid]);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::isolate::open_to_all;
-use crate::common::look::{assert_nobody_left, children, status_field};
+use crate::common::look::{assert_no_process_left, children, status_field};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, RESTORE};
 use crate::common::{Case, Ended, Job, isolated, run, start, until};
@@ -202,7 +202,7 @@ fn lives(case: &Case, all: &[By]) {
     let maps = id_map(first);
     killed(case, all[0], first);
     outer.wait();
-    assert_nobody_left();
+    assert_no_process_left();
     for (life, &by) in all.iter().enumerate() {
         owned_by(case, by);
         let mut job = restored(case, by);
@@ -219,7 +219,7 @@ fn lives(case: &Case, all: &[By]) {
                 assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
             }
         }
-        assert_nobody_left();
+        assert_no_process_left();
     }
 }
 
@@ -249,7 +249,7 @@ fn clones_of_a_part() {
         let part = children(first)[0];
         killed(case, By::User(NO_GROUPS), part);
         outer.kill();
-        assert_nobody_left();
+        assert_no_process_left();
         let all = [(); 3].map(|()| restored(case, By::User(NO_GROUPS)));
         for job in all {
             work(case, FIRST + 32);
@@ -258,7 +258,7 @@ fn clones_of_a_part() {
             job.signal(Signal::SIGTERM);
             assert_eq!(job.wait(), Ended::Exited(7));
         }
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -292,7 +292,7 @@ fn without_the_owners_id() {
                 killed(case, by, job.pid);
                 assert_eq!(until("its end", || job.ended()), Ended::Killed(9));
             }
-            assert_nobody_left();
+            assert_no_process_left();
         }
     });
 }
@@ -314,7 +314,7 @@ fn groups_from_outside() {
             FAILED,
             &["process 1", "[4242, 65534]", "yours are []", "as root"],
         );
-        assert_nobody_left();
+        assert_no_process_left();
         for by in [By::User(GROUPS), By::Root] {
             owned_by(case, by);
             let mut job = restored(case, by);
@@ -328,7 +328,7 @@ fn groups_from_outside() {
             assert_eq!(status_field(worker, "Groups"), Some(groups));
             job.signal(Signal::SIGTERM);
             assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-            assert_nobody_left();
+            assert_no_process_left();
         }
     });
 }
@@ -374,7 +374,7 @@ fn not_given() {
                 true => assert!(words.iter().all(|w| out.stdout.contains(w)), "{out:?}"),
                 false => out.refused(code, words),
             }
-            assert_nobody_left();
+            assert_no_process_left();
         };
         // setpriv is found by its whole path.
         let setpriv = case.path("setpriv");
@@ -397,6 +397,6 @@ fn not_given() {
         work(case, FIRST + 32);
         job.signal(Signal::SIGTERM);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::common::counter::{count, counts};
-use crate::common::look::{all_stopped, assert_let_go, assert_nobody_left, children, status_field};
+use crate::common::look::{
+    all_stopped, assert_let_go, assert_no_process_left, children, status_field,
+};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, RESTORE, leftovers, restored_in_front};
 use crate::common::{
@@ -53,7 +55,7 @@ impl Container {
         attach(case, self.first, "job.ckpt", &["--kill"]);
         self.outer.wait();
         entered.wait();
-        assert_nobody_left();
+        assert_no_process_left();
     }
 
     /// An image of it, with which it ends.
@@ -61,7 +63,7 @@ impl Container {
         let (image, figures) = attach(case, self.first, "job.ckpt", &["--kill"]);
         assert_eq!(figures["pid"], self.first);
         self.outer.wait();
-        assert_nobody_left();
+        assert_no_process_left();
         image
     }
 }
@@ -122,7 +124,7 @@ fn three_lives(case: &Case, before: &[&str], says: &str) {
             assert_eq!(until("its end", || job.ended()), by_us);
         }
         // Its end is that of its child.
-        assert_nobody_left();
+        assert_no_process_left();
     }
 }
 
@@ -164,7 +166,7 @@ fn three_lives_in_a_user_namespace() {
         job.signal(Signal::SIGTERM);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
         assert_eq!(result(case), ALONE);
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -182,7 +184,7 @@ fn a_child_of_the_first() {
         let ids = status_field(inner, "NSpid");
         let (image, _) = attach(case, inner, "job.ckpt", &["--kill"]);
         outer.kill();
-        assert_nobody_left();
+        assert_no_process_left();
         let mut job = restored(case, &image, &[]);
         counts(case);
         let last = |ids: Option<String>| ids.and_then(|i| Some(i.rsplit_once('\t')?.1.to_owned()));
@@ -203,7 +205,7 @@ fn a_child_of_the_first() {
         });
         kill(Pid::from_raw(orphan), Signal::SIGKILL).expect("it lives");
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -220,14 +222,14 @@ fn clones() {
             job.signal(Signal::SIGTERM);
             assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
         }
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
 /// A process that entered the namespace from outside is not part of the job, which is reported.
 #[test]
-fn somebody_else() {
-    isolated("somebody_else", |case| {
+fn process_from_outside() {
+    isolated("process_from_outside", |case| {
         let container = container(case, &[]);
         let target = container.first.to_string();
         let mut command = Command::new("nsenter");
@@ -264,7 +266,7 @@ fn stopped() {
         until("it to count", || (count(case) > before).then_some(()));
         job.signal(Signal::SIGTERM);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -277,21 +279,21 @@ fn failures() {
             let mut command = restore_cmd(&image, &[]);
             let out = run(case, command.env("CKPT_FAULT", step.name()));
             out.refused(FAILED, &["fault injected", step.name()]);
-            assert_nobody_left();
+            assert_no_process_left();
             let mut command = restore_cmd(&image, &[]);
             let fault = format!("{}:kill", step.name());
             let out = run(case, command.env("CKPT_FAULT", fault));
             out.refused(FAILED, &["was killed"]);
-            assert_nobody_left();
+            assert_no_process_left();
         }
         // What the first process itself finds in the way.
         let mut command = Command::new("prlimit");
         let out = run(case, command.args(["--nofile=9:9", RESTORE]).arg(&image));
         out.refused(FAILED, &["numbers of descriptors", "ulimit -n"]);
-        assert_nobody_left();
+        assert_no_process_left();
         let keep = run(case, &mut restore_cmd(&image, &["--pids", "keep"]));
         keep.refused(FAILED, &["the pid 1", "taken"]);
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -375,7 +377,7 @@ fn from_inside() {
         assert_eq!(restored, pid);
         counts(case);
         outer.kill();
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -456,7 +458,7 @@ fn with_all_namespaces(case: &Case, before: &[&str]) {
             let ended = until("its end", || job.ended());
             assert_eq!((result(case).as_str(), ended), ("same", Ended::Exited(7)));
         }
-        assert_nobody_left();
+        assert_no_process_left();
     }
     assert_eq!(names(), ours);
 }
@@ -494,7 +496,7 @@ fn refused() {
             assert!(leftovers(case.dir()).is_empty());
             counts(case);
             outer.kill();
-            assert_nobody_left();
+            assert_no_process_left();
             fs::remove_file(case.path("count")).expect("it counted");
         };
         refuse(

@@ -260,8 +260,8 @@ fn a_set_that_the_job_only_created() {
 }
 
 #[test]
-fn who_may_not_choose_ids_is_told_so() {
-    isolated("who_may_not_choose_ids_is_told_so", |case| {
+fn refused_without_the_right_to_choose_ids() {
+    isolated("refused_without_the_right_to_choose_ids", |case| {
         case.needs_root();
         let mut fixture = another(case, "sysv_msg");
         let image = fixture.killed_into(case, "job.ckpt");

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::edit::edited;
-use crate::common::look::assert_nobody_left;
+use crate::common::look::assert_no_process_left;
 use crate::common::refused::FAILED;
 use crate::common::tool::{Output, RESTORE};
 use crate::common::{
@@ -156,15 +156,15 @@ fn nothing_leaks_into(case: &Case, who: &[&str], any_owner: bool) {
     assert_eq!(after["shadow"], false);
     job.signal(Signal::SIGTERM);
     assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 /// Options of setpriv(1).
 pub(crate) const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 
 #[test]
-fn nobody() {
-    isolated_as_root("nobody", |case| {
+fn as_the_user_nobody() {
+    isolated_as_root("as_the_user_nobody", |case| {
         nothing_leaks(case, &NOBODY);
     });
 }
@@ -178,8 +178,8 @@ fn image_of_the_user() {
 }
 
 #[test]
-fn somebody_with_groups() {
-    isolated_as_root("somebody_with_groups", |case| {
+fn user_with_groups() {
+    isolated_as_root("user_with_groups", |case| {
         let who = ["--reuid=12345", "--regid=12345", "--groups=4242,4243"];
         nothing_leaks(case, &who);
     });
@@ -227,7 +227,7 @@ fn more_than_its_owner() {
         });
         let words = ["has the uid 0", "you are uid 65534", "CAP_SETUID"];
         any_owner(case, &forged, &[]).refused(FAILED, &words);
-        assert_nobody_left();
+        assert_no_process_left();
         let mut job = Job::of(
             any_owner(case, &image, &[])
                 .ok()
@@ -237,7 +237,7 @@ fn more_than_its_owner() {
         );
         job.signal(Signal::SIGTERM);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -266,7 +266,7 @@ pub(crate) fn roots_files_stay(case: &Case) {
     let untouched = || {
         assert_eq!(fs::read(&target).expect("it is there"), b"");
         assert_eq!(fs::read_dir(&root).expect("it is there").count(), 1);
-        assert_nobody_left();
+        assert_no_process_left();
     };
     // As open, as cut, and as put back.
     let elsewhere = forged(case, &image, "open.ckpt", |snapshot| {
@@ -326,7 +326,7 @@ fn values_are_not_written_for_it() {
             let out = run(case, &mut restore_cmd(&image, &args));
             out.refused(FAILED, &["root/values", "ermission denied"]);
             assert_eq!(fs::read_dir(&root).expect("it is there").count(), 0);
-            assert_nobody_left();
+            assert_no_process_left();
         }
     });
 }

@@ -10,7 +10,7 @@ use std::process::Command;
 use crate::common::edit::edited;
 use crate::common::fixture::killed;
 use crate::common::logger::{Logger, mapping};
-use crate::common::look::assert_nobody_left;
+use crate::common::look::assert_no_process_left;
 use crate::common::refused::{FAILED, restore_is_refused};
 use crate::common::tool::{CKPT, source};
 use crate::common::{
@@ -76,7 +76,7 @@ fn missing(case: &Case) {
     for name in names.iter().chain([&cwd]) {
         out.refused(FAILED, &[name, "No such file", "--map-path OLD=NEW"]);
     }
-    assert_nobody_left();
+    assert_no_process_left();
     assert!(!old.exists());
     let check = ckpt(case, ["check".as_ref(), image.as_os_str()]);
     assert_eq!(check.code(), 1);
@@ -405,7 +405,7 @@ fn what_cannot_be_used_is_told() {
             FAILED,
             &["huge pages of 2048 KiB", "8388608", "nr_hugepages"],
         );
-        assert_nobody_left();
+        assert_no_process_left();
         mode(0o755);
         fs::rename(&aside, &watched).expect("it is ours");
         target.continued_by(restored(case, &image, &[]));

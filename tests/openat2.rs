@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::common::container::fails_on;
-use crate::common::look::assert_nobody_left;
+use crate::common::look::assert_no_process_left;
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, RESTORE};
 use crate::common::{
@@ -159,7 +159,7 @@ fn magic_links(case: &Case, user: &[&str]) {
         let mut job = Job::of(out.ok().trim().parse().expect("it is a pid"));
         job.signal(Signal::SIGKILL);
         assert_eq!(until("its end", || job.ended()), Ended::Killed(9));
-        assert_nobody_left();
+        assert_no_process_left();
     };
     let link = |to: &Path| {
         let _ = fs::remove_file(&files);
@@ -189,7 +189,7 @@ fn magic_links(case: &Case, user: &[&str]) {
                 let line = line.unwrap_or_else(|| panic!("{name}: {out:#?}"));
                 assert!(line.contains("link of /proc"), "{line}");
             }
-            assert_nobody_left();
+            assert_no_process_left();
         }
     }
     let image = image.to_str().expect("it is text");

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use crate::common::logger::{Logger, STATE, expected, mapping, names};
-use crate::common::look::assert_nobody_left;
+use crate::common::look::assert_no_process_left;
 use crate::common::tool::CKPT;
 use crate::common::{
     Case, Ended, Job, ckpt, isolated, isolated_as_user, restore_cmd, run, start, until,
@@ -299,7 +299,7 @@ fn a_failed_restore_takes_files_back() {
         for step in ["restore-spawned", "restore-filled", "restore-release"] {
             let mut command = restore_cmd(&image, &["--put-files", "--overwrite"]);
             run(case, command.env("CKPT_FAULT", step)).refused(99, &[step]);
-            assert_nobody_left();
+            assert_no_process_left();
             assert_eq!(names(&logger.dir), before, "{step}");
             assert_eq!(inode(), was, "{step}");
             let state = fs::read_to_string(logger.path("state.bin"));

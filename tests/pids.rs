@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::counter::counts;
-use crate::common::look::{assert_nobody_left, children, status_field};
+use crate::common::look::{assert_no_process_left, children, status_field};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, RESTORE, nobody, restored_in_front};
 use crate::common::{
@@ -100,7 +100,7 @@ fn pid_is_taken(case: &Case) {
     assert_eq!(result(case), format!("{pid} {me}"));
     assert!(squatter.descendants().is_empty());
     squatter.kill();
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 /// The root has ended, and a process that it has started after the checkpoint is left in its session.
@@ -259,7 +259,7 @@ fn not_permitted() {
         job.signal(Signal::SIGTERM);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
         assert_eq!(result(case), format!("{pid} 65534"));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -293,7 +293,7 @@ fn of_another_user() {
         );
         job.signal(Signal::SIGTERM);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -314,7 +314,7 @@ fn three_lives(case: &Case) {
         let (image, figures) = attach(case, job.pid, "job.ckpt", &["--kill"]);
         assert_eq!(figures["pid"], job.pid);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(137));
-        assert_nobody_left();
+        assert_no_process_left();
         job = match life {
             2 => restored(case, &image, &[]),
             _ => restored_in_front(case, &image, &[]),
@@ -324,7 +324,7 @@ fn three_lives(case: &Case) {
     }
     job.signal(Signal::SIGTERM);
     assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 #[test]
@@ -360,7 +360,7 @@ fn at_an_interval() {
         let all = children(init);
         assert!(all.len() > 1, "the orphan is not there: {all:?}");
         kill(Pid::from_raw(init), Signal::SIGKILL).expect("it is ours");
-        assert_nobody_left();
+        assert_no_process_left();
         let last = fs::read_dir(case.dir()).expect("it is there").flatten();
         let last = last.filter_map(|entry| entry.file_name().into_string().ok());
         let last = last.filter(|name| name.ends_with(".ckpt")).max();
@@ -380,7 +380,7 @@ fn at_an_interval() {
         let orphan = children(init).into_iter().find(named).expect("it lives on");
         kill(Pid::from_raw(orphan), Signal::SIGKILL).expect("it is ours");
         assert_eq!(job.wait(), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -412,7 +412,7 @@ fn clones() {
         }
         job.signal(Signal::SIGTERM);
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -428,7 +428,7 @@ fn restore_is_killed() {
         assert_eq!(until("its end", || job.ended()), Ended::Killed(9));
         counts(case);
         kill(Pid::from_raw(job.pid), Signal::SIGTERM).expect("it lives");
-        assert_nobody_left();
+        assert_no_process_left();
         assert!(case.path("result").exists());
     });
 }
@@ -442,13 +442,13 @@ fn failures() {
             let mut command = restore_cmd(&image, &["--pids", "namespace"]);
             let out = run(case, command.env("CKPT_FAULT", step.name()));
             out.refused(FAILED, &["fault injected", step.name()]);
-            assert_nobody_left();
+            assert_no_process_left();
         }
         let settings = "/proc/sys/user/max_pid_namespaces";
         if fs::write(settings, "0").is_ok() {
             let out = run(case, &mut restore_cmd(&image, &["--pids", "namespace"]));
             out.refused(FAILED, &["cannot make a pid namespace"]);
-            assert_nobody_left();
+            assert_no_process_left();
         }
     });
 }
@@ -459,7 +459,7 @@ fn values_without_a_file() {
         let (_, image) = killed(case);
         let out = run(case, &mut restore_cmd(&image, &["--env", "SEED=7"]));
         out.refused(FAILED, &["--env", "CKPT_RESTORE_ENV"]);
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -474,7 +474,7 @@ fn image_of_another_user() {
         let args = ["--any-owner", "--pids", "keep"];
         let out = run(case, &mut restore_cmd(&image, &args));
         out.refused(FAILED, &["process", "has the uid 0", "you are uid 65534"]);
-        assert_nobody_left();
+        assert_no_process_left();
         common::isolate::open_to_all(case.dir());
         fs::remove_file(case.path("count")).expect("it counted");
         let mut program = Command::new("setpriv");
@@ -502,7 +502,7 @@ fn image_of_another_user() {
         let mut other = nobody(case, Path::new(RESTORE));
         let out = run(case, other.arg(&image).arg("--any-owner"));
         out.refused(FAILED, &["nobody.ckpt", "belongs to uid 0", "copy"]);
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -526,7 +526,7 @@ fn refused_from_outside() {
         }
         assert!(common::tool::leftovers(case.dir()).is_empty());
         outer.kill();
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -553,6 +553,6 @@ fn children_ignored() {
         });
         kill(Pid::from_raw(restored), Signal::SIGTERM).expect("it lives");
         assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }

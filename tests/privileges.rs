@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::counter::counts;
-use crate::common::look::{assert_let_go, assert_nobody_left, status_field};
+use crate::common::look::{assert_let_go, assert_no_process_left, status_field};
 use crate::common::refused::FAILED;
 use crate::common::tool::{CKPT, Output, RESTORE, nobody};
 use crate::common::{Case, Ended, Job, ckpt, fixture, isolated_as_root, run, start, until};
@@ -93,7 +93,7 @@ fn ends_as_it_should(case: &Case, mut job: Job) {
     counts(case);
     job.signal(Signal::SIGTERM);
     assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 /// No capability in any set of the job that restores it.
@@ -120,7 +120,7 @@ fn checkpoint_restore_alone() {
             FAILED,
             &["choosing a pid needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN"],
         );
-        assert_nobody_left();
+        assert_no_process_left();
         let job = detached(&restore(&["checkpoint_restore"]));
         assert_eq!(job.pid, pid);
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).expect("it lives");
@@ -286,10 +286,10 @@ fn setuid_and_what_goes_with_it() {
         restore(&["checkpoint_restore"]).refused(FAILED, &[&object, "uid 12345", "CAP_SETUID"]);
         restore(&["checkpoint_restore", "setuid"])
             .refused(FAILED, &[&object, "gid 12345", "CAP_SETGID"]);
-        assert_nobody_left();
+        assert_no_process_left();
         let able = ["checkpoint_restore", "setuid", "setgid"];
         restore(&able).refused(FAILED, &[&object, "CAP_SYS_PTRACE and CAP_DAC_OVERRIDE"]);
-        assert_nobody_left();
+        assert_no_process_left();
         let able = [able.as_slice(), &["sys_ptrace", "dac_override"]].concat();
         let job = detached(&restore(&able));
         for field in ["Uid", "Gid"] {

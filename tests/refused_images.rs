@@ -10,7 +10,7 @@ use std::process::Command;
 
 use crate::common::fixture::killed;
 use crate::common::isolate::open_to_all;
-use crate::common::look::{assert_let_go, assert_nobody_left};
+use crate::common::look::{assert_let_go, assert_no_process_left};
 use crate::common::refused::{FAILED, restore_is_refused};
 use crate::common::tool::{CKPT, nobody};
 use crate::common::{
@@ -67,7 +67,7 @@ fn spoilt_images() {
         run(case, &mut restore_cmd(&path, &[])).refused(FAILED, &words);
         fs::remove_file(&path).expect("it is there");
         run(case, &mut restore_cmd(&path, &[])).refused(FAILED, &["no such image", "spoilt.ckpt"]);
-        common::look::assert_nobody_left();
+        common::look::assert_no_process_left();
         // The whole one still works.
         target.continued_by(restored(case, &image, &[]));
         target.passes();
@@ -371,7 +371,7 @@ fn written_by_others() {
             let image = image.to_str().expect("it is text");
             let out = ckpt(case, ["check", image]);
             assert_eq!(out.code(), 1, "{out:#?}");
-            assert_nobody_left();
+            assert_no_process_left();
         };
         let mode = |path: &Path, mode: u32| {
             fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it is ours");
@@ -440,6 +440,6 @@ fn no_file_is_no_image() {
             }
             fs::remove_file(&path).expect("it is ours");
         }
-        common::look::assert_nobody_left();
+        common::look::assert_no_process_left();
     });
 }

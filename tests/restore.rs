@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::common::fixture::{killed, start_in};
 use crate::common::group::Group;
 use crate::common::job::appended;
-use crate::common::look::{all_stopped, assert_let_go, assert_nobody_left, look, status_field};
+use crate::common::look::{all_stopped, assert_let_go, assert_no_process_left, look, status_field};
 use crate::common::tool::{RESTORE, restored_in_front};
 use crate::common::{
     Case, Ended, Fixture, Job, Looks, attach, fixture, holds_for, isolated, isolated_as_user,
@@ -132,7 +132,7 @@ fn dry_run_touches_nothing() {
                 "no {call} in the plan:\n{plan}"
             );
         }
-        assert_nobody_left();
+        assert_no_process_left();
         assert_eq!(fs::read(&image).expect("it is there"), before);
         // The plan is the same each time.
         let again = run(case, &mut restore_cmd(&image, &["--dry-run"]));
@@ -175,7 +175,7 @@ fn echo(case: &Case) -> (Fixture, PathBuf) {
 
 fn end_everybody() {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), Signal::SIGKILL);
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 #[test]

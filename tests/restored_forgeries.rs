@@ -18,7 +18,7 @@ use crate::common::edit::rewritten;
 use crate::common::fixture::start_in;
 use crate::common::forging::{changes, encoded, snapshot};
 use crate::common::job::{Ended, appended, spawn};
-use crate::common::look::{assert_nobody_left, everybody};
+use crate::common::look::{assert_no_process_left, everybody};
 use crate::common::tool::restore_cmd;
 use crate::common::values::Random;
 use crate::common::{Case, isolated_as_user};
@@ -71,7 +71,7 @@ fn collect(dir: &Path, found: &mut BTreeSet<PathBuf>) {
 /// Ends all processes but us, and removes what they have left.
 fn clear(case: &Case, before: &BTreeSet<PathBuf>) {
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
-    assert_nobody_left();
+    assert_no_process_left();
     for path in left(case).difference(before) {
         match path.to_str().and_then(|text| text.split_once('/')) {
             Some((table @ ("shm" | "sem" | "msg"), ids)) => {
@@ -105,7 +105,7 @@ fn leave_nothing() {
                 start_in(case, name, name, program).killed_into(case, &format!("{name}.ckpt"))
             })
             .collect();
-        assert_nobody_left();
+        assert_no_process_left();
         let bases: Vec<(Reader, Value)> = images
             .iter()
             .map(|image| {
@@ -157,7 +157,7 @@ fn leave_nothing() {
             }
             let ending = format!("{:?}", ended.expect("it has ended"));
             if ended != Some(Ended::Exited(0)) {
-                assert_nobody_left();
+                assert_no_process_left();
                 let now = left(case);
                 let more: Vec<_> = now.difference(&before).collect();
                 assert!(more.is_empty(), "{what}: {more:?} is left: {said}");

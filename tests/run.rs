@@ -154,6 +154,6 @@ fn memory_shared_by_orphans_is_refused() {
         assert_eq!(refused(1), refused(3), "an image in spite of it");
         fs::write(case.path("go"), "").expect("the test's directory is writable");
         assert_eq!(job.wait(), Ended::Exited(5));
-        common::look::assert_nobody_left();
+        common::look::assert_no_process_left();
     });
 }

@@ -4,7 +4,7 @@
 use crate::common;
 use crate::common::edit::edited;
 use crate::common::fixture::killed;
-use crate::common::look::assert_nobody_left;
+use crate::common::look::assert_no_process_left;
 use crate::common::tool::restored;
 use crate::common::{ckpt, isolated, restore_cmd, run};
 use ckpt::objects::security::Label;
@@ -44,7 +44,7 @@ fn a_context_that_is_refused() {
         );
         target.continued_by(common::Job::of(pid));
         target.passes();
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -58,6 +58,6 @@ fn nothing_is_said_of_what_is_the_same() {
         // A warning would have left a file with it.
         assert_eq!(case.dir().read_dir().expect("it is there").count(), before);
         target.passes();
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::look::{assert_let_go, assert_nobody_left, status_field};
+use crate::common::look::{assert_let_go, assert_no_process_left, status_field};
 use crate::common::tool::{CKPT, RESTORE, leftovers, nobody, source};
 use crate::common::{
     Case, Ended, Job, Looks, attach, isolated_as_root, restored, run, start, until,
@@ -72,7 +72,7 @@ fn lives_again(case: &Case, mut job: Job) {
     job.signal(Signal::SIGTERM);
     assert_eq!(until("its end", || job.ended()), Ended::Exited(7));
     assert_eq!(said(case, "after"), said(case, "before"));
-    assert_nobody_left();
+    assert_no_process_left();
 }
 
 /// Skips on a file system mounted nosuid.

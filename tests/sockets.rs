@@ -64,8 +64,8 @@ fn what_cannot_be_peeked() {
 }
 
 #[test]
-fn connected_to_somebody_outside() {
-    isolated("connected_to_somebody_outside", |case| {
+fn connected_to_a_process_outside() {
+    isolated("connected_to_a_process_outside", |case| {
         let path = short(case, "server");
         let listener = UnixListener::bind(&path).expect("it is free");
         let target = odd(case, "unix-stream", Some(&path));
@@ -86,8 +86,8 @@ fn connected_to_somebody_outside() {
 }
 
 #[test]
-fn waiting_for_somebody_outside() {
-    isolated("waiting_for_somebody_outside", |case| {
+fn waiting_for_a_process_outside() {
+    isolated("waiting_for_a_process_outside", |case| {
         let path = short(case, "server");
         let listener = UnixListener::bind(&path).expect("it is free");
         let target = odd(case, "unix-stream", Some(&path));
@@ -121,8 +121,8 @@ fn client_from_outside_in_the_backlog() {
 }
 
 #[test]
-fn data_that_nobody_has_accepted() {
-    isolated("data_that_nobody_has_accepted", |case| {
+fn data_on_an_unaccepted_connection() {
+    isolated("data_on_an_unaccepted_connection", |case| {
         let target = odd(case, "unix-unaccepted", Some(&short(case, "server")));
         refused(case, target, &["fd 4", "not accepted yet", "try again"]);
     });
@@ -148,8 +148,8 @@ fn empty_datagram_that_was_looked_at() {
 
 /// As with /dev/log.
 #[test]
-fn datagrams_to_somebody_outside() {
-    isolated("datagrams_to_somebody_outside", |case| {
+fn datagrams_to_a_socket_outside() {
+    isolated("datagrams_to_a_socket_outside", |case| {
         let path = short(case, "log");
         let log = UnixDatagram::bind(&path).expect("it is free");
         let mut target = odd(case, "unix-datagram", Some(&path));
@@ -241,8 +241,8 @@ fn relative_names_move_with_their_directory() {
 
 /// Connected to a path outside the job, which is another one now.
 #[test]
-fn who_was_connected_to_moves() {
-    isolated("who_was_connected_to_moves", |case| {
+fn a_peer_that_was_connected_to_moves() {
+    isolated("a_peer_that_was_connected_to_moves", |case| {
         let (old, new) = (short(case, "log"), short(case, "log of today"));
         let log = UnixDatagram::bind(&old).expect("it is free");
         let mut target = odd(case, "unix-datagram", Some(&old));
@@ -258,8 +258,8 @@ fn who_was_connected_to_moves() {
 }
 
 #[test]
-fn told_of_a_pid_that_another_process_has() {
-    isolated("told_of_a_pid_that_another_process_has", |case| {
+fn credentials_with_a_pid_that_is_taken() {
+    isolated("credentials_with_a_pid_that_is_taken", |case| {
         let (target, image) = killed(case, "sock_peercred");
         // The processes that it has let make its sockets, and that have ended, come behind it.
         let gone = target.pid() + 2;

@@ -19,7 +19,7 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 
 use crate::common::fixture::start_in;
 use crate::common::job::{appended, spawn, start};
-use crate::common::look::{assert_nobody_left, numbers, states, status_field};
+use crate::common::look::{assert_no_process_left, numbers, states, status_field};
 use crate::common::rounds::gone;
 use crate::common::tool::{CKPT, source};
 use crate::common::{
@@ -287,7 +287,7 @@ impl Torture<'_> {
                 *job = Job::of(pid);
                 return;
             }
-            assert_nobody_left();
+            assert_no_process_left();
         }
         let begun = Instant::now();
         *job = restored(self.case, &image, &["-q"]);

@@ -6,7 +6,7 @@ use crate::common;
 use std::fs::{self, File};
 use std::path::Path;
 
-use crate::common::look::assert_nobody_left;
+use crate::common::look::assert_no_process_left;
 use crate::common::refused::restore_is_refused;
 use crate::common::{Case, Fixture, fixture, isolated, isolated_as_user, restored};
 use ckpt::objects::Snapshot;
@@ -122,7 +122,7 @@ fn an_image_without_the_code_is_refused() {
         let (_target, image) = common::fixture::killed(case, "counter");
         change(&image, |snapshot| snapshot.host.vdso.clear());
         restore_is_refused(case, &image, &["vDSO", "not in the image", "kernel"]);
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -139,7 +139,7 @@ fn a_thread_inside_is_refused() {
         });
         let pid = target.pid().to_string();
         restore_is_refused(case, &image, &["thread", &pid, "middle", "vDSO", "kernel"]);
-        assert_nobody_left();
+        assert_no_process_left();
     });
 }
 
@@ -153,7 +153,7 @@ fn a_handler_on_top_is_refused() {
         change(&another, |snapshot| set_traps(&mut snapshot.host.vdso));
         let pid = target.pid().to_string();
         restore_is_refused(case, &another, &["signal handler", &pid, "vDSO", "kernel"]);
-        assert_nobody_left();
+        assert_no_process_left();
         // On the kernel that it comes from nothing is in its way.
         target.continued_by(restored(case, &image, &[]));
         target.passes();

@@ -194,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kernel_lets_clocks_show_is_foreseen() {
+    fn readings_of_clocks_are_predicted() {
         if let Err(errno) = Clocks::may_be_made() {
             return eprintln!("skipped: no time namespace can be made: {errno}");
         }

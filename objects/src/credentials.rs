@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lacking_is_named() {
+    fn missing_capabilities_are_named() {
         let why = |job: &Credentials, now: &Credentials, set| {
             job.not_permitted(now, Held::NONE.with(set), false, &Ids::default())
         };

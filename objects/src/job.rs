@@ -95,7 +95,7 @@ impl FrozenJob {
 
     fn freeze_until(roots: &[Pid], give_up: Instant, newcomers: usize) -> Result<Self> {
         let family = Family::of_all(roots)?;
-        let mut hunt = Hunt {
+        let mut walk = Walk {
             roots: roots.to_vec(),
             give_up,
             most: family.living.len() + newcomers,
@@ -107,10 +107,10 @@ impl FrozenJob {
         // zombie. Two walks without a new process are taken as proof.
         let mut quiet = 0;
         loop {
-            let (living, ended, found) = hunt.walk()?;
+            let (living, ended, found) = walk.walk()?;
             quiet = if found { 0 } else { quiet + 1 };
             if quiet == 2 {
-                let in_order = living.iter().filter_map(|pid| hunt.frozen.remove(pid));
+                let in_order = living.iter().filter_map(|pid| walk.frozen.remove(pid));
                 let member = |frozen: Frozen| {
                     let source = Source::open(frozen.pid())?;
                     Ok(Member { frozen, source })
@@ -169,7 +169,7 @@ impl FrozenJob {
 }
 
 /// Stops processes one after the other.
-struct Hunt {
+struct Walk {
     /// The job's first process, and adopted ones while they live.
     roots: Vec<Pid>,
     /// After this time more than `most` processes are too many.
@@ -181,7 +181,7 @@ struct Hunt {
     ended: BTreeSet<Pid>,
 }
 
-impl Hunt {
+impl Walk {
     /// Walks from each process to its children, which are read only after the process is stopped and can have no
     /// more. Returns live ones, parents first; ended ones; both in the kernel's order of children; and whether any
     /// was new.
@@ -331,12 +331,12 @@ mod tests {
     }
 
     #[test]
-    fn who_cannot_be_caught_up_with_is_refused_and_let_go() {
+    fn a_job_that_grows_too_fast_is_refused_and_released() {
         let shell = Shell::start();
         // The time is over at once; two of three count as existing before.
         let all = FrozenJob::freeze_until(&[shell.pid()], Instant::now(), 0);
         all.expect("no new process").thaw().expect("all live");
-        let mut hunt = Hunt {
+        let mut walk = Walk {
             roots: vec![shell.pid()],
             give_up: Instant::now(),
             most: 2,
@@ -344,8 +344,8 @@ mod tests {
             frozen: HashMap::new(),
             ended: BTreeSet::new(),
         };
-        let error = hunt.walk();
-        drop(hunt);
+        let error = walk.walk();
+        drop(walk);
         let error = error.expect_err("the time is over").to_string();
         assert!(error.contains("faster than they can be stopped"), "{error}");
         assert_eq!(tracers(&shell.family()), [0, 0, 0]);

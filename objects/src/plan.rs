@@ -31,21 +31,21 @@ const THREAD: i32 = libc::CLONE_VM
 
 /// How a new task gets a chosen id.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Means {
+pub enum PidMethod {
     /// `set_tid` of clone3(2).
     #[default]
     SetTid,
     /// By writing the preceding id to `/proc/sys/kernel/ns_last_pid`.
     LastPid,
     /// By using up all ids before it.
-    Turns,
+    UseUp,
 }
 
 /// The state of a new process before the plan sets anything, and what it may do.
 #[derive(Clone, Debug, Default)]
 pub struct HostState {
     /// How tasks get their ids.
-    pub means: Means,
+    pub pid_method: PidMethod,
     /// Our own credentials.
     pub credentials: Credentials,
     /// Our own scheduling.
@@ -370,7 +370,7 @@ impl Builder {
             | libc::CLONE_FILES
             | libc::CLONE_FS
             | libc::CLONE_UNTRACED;
-        if self.host.means != Means::SetTid {
+        if self.host.pid_method != PidMethod::SetTid {
             // Without set_tid the tracer would have to provide the id.
             self.warn(warning.to_owned());
             return otherwise(self);
@@ -401,7 +401,7 @@ impl Builder {
         const FLAGS: i32 = THREAD | libc::CLONE_VFORK | libc::CLONE_UNTRACED;
         let plan = self.reserve(size_of::<ThreadPlan>());
         let created_at = self.list().ops.len();
-        let chosen = self.host.means == Means::SetTid;
+        let chosen = self.host.pid_method == PidMethod::SetTid;
         let args = chosen.then(|| self.clone_args(tid, FLAGS as u64, 0));
         let op = match args {
             Some(args) => Op::create(OpKind::Process, libc::SYS_clone3, [plan, args, 88, 0]),
@@ -444,14 +444,14 @@ impl Builder {
             PARKS => OpKind::Thread,
             _ => OpKind::Process,
         };
-        let (args, op) = match self.host.means {
-            Means::SetTid => {
+        let (args, op) = match self.host.pid_method {
+            PidMethod::SetTid => {
                 let args = self.clone_args(tid, flags, exit_signal);
                 let op = Op::create(kind, libc::SYS_clone3, [plan, args, 88, 0]);
                 (Some(args), op)
             }
             // The tracer provides the id; the stack is known at the end.
-            Means::LastPid | Means::Turns => {
+            PidMethod::LastPid | PidMethod::UseUp => {
                 let index = self.list().ops.len();
                 self.aims.push((self.current, index, tid));
                 self.push(Op::other(OpKind::Trap, [0; 6]), object.clone());

@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn protection_keys_are_needed_by_those_who_have_changed_them() {
+    fn protection_keys_are_needed_only_if_changed() {
         let (mut cpu, mut snapshot) = here();
         snapshot.host.baseline = Some(Baseline::V2);
         snapshot.host.xcr0 |= 1 << 9;

@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_never_match_is_wrong() {
+    fn patterns_that_cannot_match_are_refused() {
         for wrong in ["", "out/*.log", "./x", "[a", "{a"] {
             assert!(Pattern::parse(wrong).is_err(), "{wrong:?}");
         }

@@ -13,7 +13,7 @@ use super::signals::{self, Action, Pending};
 use crate::bounds;
 use crate::error::Obstacle;
 use crate::plan::Builder;
-use crate::plan::Means;
+use crate::plan::PidMethod;
 use crate::source::{Collector, Source};
 
 type Result<T, E = ckpt_tracer::Error> = std::result::Result<T, E>;
@@ -297,7 +297,7 @@ fn create(timer: &PosixTimer, process: &Process, snapshot: &Snapshot, plan: &mut
     }
     let gone = notified_gone.or(measured_gone);
     let passing = gone.map(|id| free_id(id, snapshot));
-    let chosen = plan.host().means == Means::SetTid;
+    let chosen = plan.host().pid_method == PidMethod::SetTid;
     let thread = match (notified_gone, passing) {
         (Some(_), Some(id)) => id,
         _ => timer.thread.unwrap_or(0),

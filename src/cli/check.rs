@@ -102,7 +102,7 @@ impl Privilege {
             let row = of.row();
             Self {
                 takes: of.to_string(),
-                user_namespace: row.realm.to_string(),
+                user_namespace: row.held_in.to_string(),
                 held: held.allows(*of),
                 needed_for: row.what,
                 without: row.without,

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_is_told_once_and_let_in_until_it_is_gone() {
+    fn a_client_is_served_until_it_disconnects() {
         let (mut asks, mut server) = connection();
         assert!(!server.look());
         asks.write_all(&[LEAVE]).unwrap();
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_refused_does_not_want_it_any_more() {
+    fn a_refused_client_is_forgotten() {
         let (mut asks, mut server) = connection();
         asks.write_all(&[LEAVE]).unwrap();
         assert!(server.look());

@@ -65,7 +65,7 @@ impl<'p> Decided<'p> {
 
     /// Whether an id that another process was given can be aimed at again at once, without waiting for many others.
     pub(super) fn is_not_waited_for(&self) -> bool {
-        pids::awaited(self.snapshot, self.placed.means).is_none()
+        pids::awaited(self.snapshot, self.placed.pid_method).is_none()
     }
 
     /// Checks again that the ids of the job are free.
@@ -153,7 +153,7 @@ fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Findin
     let (request, image, probed) = (opened.request, &opened.image, placed.probed());
     let leaving = !request.objects.leaving.is_empty();
     findings.extend(surroundings::in_the_way(snapshot, &probed.kernel, leaving));
-    let ours = (&placed.groups_there[..], placed.means, leaving);
+    let ours = (&placed.groups_there[..], placed.pid_method, leaving);
     let host = host::state(snapshot, probed, ours);
     findings.extend(host.switches.obstacle());
     let job = match Job::new(

@@ -12,7 +12,7 @@ use super::{Looked, Pids, Place};
 use crate::error::{Obstacle, Result};
 use crate::isolate::{First, Owner, Spec};
 use crate::objects::findings::Findings;
-use crate::objects::plan::Means;
+use crate::objects::plan::PidMethod;
 use crate::objects::{Snapshot, credentials};
 
 /// A job whose pid namespace is decided. The process that restores it there calls
@@ -21,7 +21,7 @@ pub struct Placed<'a> {
     pub(super) opened: Opened<'a>,
     place: Place,
     /// How ids are chosen in our pid namespace.
-    pub(super) means: Means,
+    pub(super) pid_method: PidMethod,
     /// Ids in use in the pid namespace of the job, if they have been looked up.
     pub(super) taken: Option<Vec<Obstacle>>,
     /// Obstacles to either pid namespace, found for a look.
@@ -40,7 +40,7 @@ impl<'a> Placed<'a> {
     pub(super) fn at(opened: Opened<'a>, place: Place) -> Self {
         let groups = opened.probed.ours.groups.clone();
         Self {
-            means: pids::means(&opened.snapshot, &opened.probed),
+            pid_method: pids::pid_method(&opened.snapshot, &opened.probed),
             opened,
             place,
             taken: None,
@@ -118,7 +118,7 @@ impl<'a> Placed<'a> {
     /// If the ids of our helpers cannot be kept apart from those of the job.
     pub fn restored_inside(&mut self, first: Option<First>) -> Result<()> {
         let probed = Probed::here()?;
-        self.means = pids::means(&self.opened.snapshot, &probed);
+        self.pid_method = pids::pid_method(&self.opened.snapshot, &probed);
         self.taken = None;
         self.first = first;
         self.inside = true;

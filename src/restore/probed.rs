@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::run::next_pid;
 use crate::error::Result;
 use crate::objects::clock::Clocks;
-use crate::objects::plan::Means;
+use crate::objects::plan::PidMethod;
 
 /// Probed features. Some are probed on first use. They are valid for the process that probed them, as long as its
 /// credentials and namespaces stay the same.
@@ -39,13 +39,13 @@ impl Probed {
     }
 
     /// The best available way to choose the id of a task. `by_others`: descendants that have executed a program create tasks, too.
-    pub fn means(&self, by_others: bool) -> Means {
+    pub fn pid_method(&self, by_others: bool) -> PidMethod {
         if self.kernel.set_tid && (!by_others || next_pid::others_may_choose(&self.ours)) {
-            return Means::SetTid;
+            return PidMethod::SetTid;
         }
         match *self.last_pid.get_or_init(next_pid::may_set_last) {
-            true => Means::LastPid,
-            false => Means::Turns,
+            true => PidMethod::LastPid,
+            false => PidMethod::UseUp,
         }
     }
 

@@ -105,7 +105,7 @@ impl<'d> Ready<'d> {
             &self.executable,
             self.descriptors,
             *clocks,
-            (first, job.host.means),
+            (first, job.host.pid_method),
         )?;
         let (complete, mut warnings) = driver::build(job, image, &mut created, leader)?;
         warnings.extend(self.decided.placed.opened.findings.notes.iter().cloned());

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::isolate::Case;
 use super::job::{Ended, Job, start};
-use super::look::assert_nobody_left;
+use super::look::assert_no_process_left;
 use super::tool::{attach, restore_cmd, restored, run};
 use super::wait::until;
 
@@ -106,7 +106,7 @@ impl Logger {
 
     pub fn refused(&self, case: &Case, image: &Path, args: &[&str], words: &[&str]) {
         run(case, &mut restore_cmd(image, args)).refused(99, words);
-        assert_nobody_left();
+        assert_no_process_left();
     }
 
     pub fn path(&self, name: &str) -> String {

@@ -431,7 +431,7 @@ pub fn everybody() -> String {
 }
 
 /// Waits until no process but us is in the namespace.
-pub fn assert_nobody_left() {
+pub fn assert_no_process_left() {
     let others = || {
         numbers("/proc")
             .into_iter()

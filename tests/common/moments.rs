@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use super::isolate::Case;
 use super::job::start;
-use super::look::{assert_nobody_left, children, status_field};
+use super::look::{assert_no_process_left, children, status_field};
 use super::wait::until;
 
 /// A restore of a job that is the first process of a namespace, and has that name, is killed so many
@@ -32,7 +32,7 @@ pub fn restore_is_killed(
     };
     let ends = |first: i32| {
         kill(Pid::from_raw(first), Signal::SIGKILL).expect("it lives");
-        assert_nobody_left();
+        assert_no_process_left();
     };
     let begun = Instant::now();
     let out = super::tool::run(case, restore().arg("--detach"));
@@ -56,6 +56,6 @@ pub fn restore_is_killed(
             }
         });
         found.into_iter().for_each(ends);
-        assert_nobody_left();
+        assert_no_process_left();
     }
 }

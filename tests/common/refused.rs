@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::fixture::Fixture;
 use super::isolate::Case;
-use super::look::{Looks, assert_let_go, assert_nobody_left};
+use super::look::{Looks, assert_let_go, assert_no_process_left};
 use super::tool::{ckpt, leftovers, restore_cmd, run};
 
 /// What a supervisor returns when it failed itself.
@@ -36,5 +36,5 @@ pub fn unharmed(case: &Case, fixture: Fixture, before: &Looks) {
 /// `restore` of this image is refused with these words, and leaves no process.
 pub fn restore_is_refused(case: &Case, image: &Path, words: &[&str]) {
     run(case, &mut restore_cmd(image, &[])).refused(FAILED, words);
-    assert_nobody_left();
+    assert_no_process_left();
 }

@@ -58,7 +58,7 @@ impl Capability {
 
 /// The user namespace in which a capability must be held (user_namespaces(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Realm {
+pub enum HeldIn {
     /// The initial one (`capable`, kernel/capability.c). The root of another user namespace, as in a rootless
     /// container, does not hold it there.
     First,
@@ -70,13 +70,13 @@ pub enum Realm {
     Owner(&'static str),
 }
 
-impl fmt::Display for Realm {
+impl fmt::Display for HeldIn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Realm::First => f.write_str("the initial one"),
-            Realm::Own => f.write_str("yours"),
-            Realm::Target => f.write_str("the target's"),
-            Realm::Owner(kind) => write!(f, "that of the {kind} namespace"),
+            HeldIn::First => f.write_str("the initial one"),
+            HeldIn::Own => f.write_str("yours"),
+            HeldIn::Target => f.write_str("the target's"),
+            HeldIn::Owner(kind) => write!(f, "that of the {kind} namespace"),
         }
     }
 }
@@ -126,7 +126,7 @@ pub struct Row {
     /// Required capabilities.
     pub takes: Takes,
     /// Where they must be held.
-    pub realm: Realm,
+    pub held_in: HeldIn,
     /// Purpose.
     pub what: &'static str,
     /// The kernel function that checks, and its file.
@@ -178,9 +178,9 @@ pub fn markdown() -> String {
     );
     for of in Use::ALL {
         let row = of.row();
-        let (takes, realm, kernel) = (row.takes, row.realm, row.kernel);
+        let (takes, held_in, kernel) = (row.takes, row.held_in, row.kernel);
         text += &format!(
-            "| {takes} | {realm} | {} | {} | {kernel} |\n",
+            "| {takes} | {held_in} | {} | {} | {kernel} |\n",
             row.what, row.without
         );
     }
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_joined_by_what_is_meant() {
+    fn names_are_joined_by_and_or_or() {
         assert_eq!(
             Use::ChoosePids.to_string(),
             "CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN"

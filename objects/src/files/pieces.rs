@@ -31,7 +31,7 @@ pub struct Piece {
 
 /// Why the contents cannot be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum CopyError {
     /// Buffers hold more than a page, after a splice from a socket, and more in total than a new pipe of that size
     /// accepts.
     Large,
@@ -39,29 +39,29 @@ pub enum Trouble {
     Failed(Errno),
 }
 
-impl Trouble {
+impl CopyError {
     /// The rest of a sentence that begins with the pipe.
     pub fn reason(self) -> String {
         match self {
-            Trouble::Large => {
+            CopyError::Large => {
                 "with more in it than can be put back (spliced from a socket)".to_owned()
             }
-            Trouble::Failed(errno) => {
+            CopyError::Failed(errno) => {
                 format!("whose contents cannot be copied: {}", errno.desc())
             }
         }
     }
 }
 
-impl From<Errno> for Trouble {
+impl From<Errno> for CopyError {
     fn from(errno: Errno) -> Self {
-        Trouble::Failed(errno)
+        CopyError::Failed(errno)
     }
 }
 
-impl From<std::io::Error> for Trouble {
+impl From<std::io::Error> for CopyError {
     fn from(error: std::io::Error) -> Self {
-        Trouble::Failed(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+        CopyError::Failed(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
     }
 }
 
@@ -91,7 +91,7 @@ pub(super) fn check(number: DescriptionId, unread: &[Piece], capacity: u32, faul
 }
 
 /// Copies the contents of a pipe of that capacity without consuming them.
-pub fn capture(look: &Look, capacity: i32) -> Result<Vec<Piece>, Trouble> {
+pub fn capture(look: &Look, capacity: i32) -> Result<Vec<Piece>, CopyError> {
     let unread = ckpt_sys::files::unread(&look.copy);
     if unread == 0 {
         return Ok(Vec::new());
@@ -110,7 +110,7 @@ pub fn capture(look: &Look, capacity: i32) -> Result<Vec<Piece>, Trouble> {
     }
     match fit(&pieces, capacity as u32) {
         true => Ok(pieces),
-        false => Err(Trouble::Large),
+        false => Err(CopyError::Large),
     }
 }
 
@@ -130,7 +130,7 @@ impl Single {
     }
 
     /// Takes the first buffer from a pipe that holds `most` bytes.
-    fn take(&mut self, from: &OwnedFd, most: usize) -> Result<Piece, Trouble> {
+    fn take(&mut self, from: &OwnedFd, most: usize) -> Result<Piece, CopyError> {
         let mut writer = File::from(self.write.try_clone()?);
         let mut byte = [0];
         writer.write_all(&byte)?;
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_joins_is_what_fits_into_a_page() {
+    fn pieces_are_joined_up_to_a_page() {
         let joins = |a, b| would_join(&piece(a), &piece(b));
         assert!(joins(1, 4095));
         assert!(!joins(2, 4095));

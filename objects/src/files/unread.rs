@@ -39,7 +39,7 @@ const PIECE: usize = 1020;
 
 /// Why the contents cannot be captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum CopyError {
     /// A status change of a slave that the job has closed, unread by a reader in packet mode.
     Status,
     /// More input, in lines or to be edited, than the line discipline can hold.
@@ -48,24 +48,24 @@ pub enum Trouble {
     Failed(Errno),
 }
 
-impl Trouble {
+impl CopyError {
     /// As an obstacle, for a message.
     pub fn obstacle(self, master: String) -> Obstacle {
         let moment = "let its reader read first, or try again in a moment";
         match self {
-            Trouble::Status => Obstacle::new(
+            CopyError::Status => Obstacle::new(
                 master,
                 "is the master of a pty in packet mode with an unread status, of a slave that is closed",
                 moment,
             )
             .passing(),
-            Trouble::Much => Obstacle::new(
+            CopyError::Much => Obstacle::new(
                 master,
                 "is the master of a pty with more unread input than can be copied",
                 moment,
             )
             .passing(),
-            Trouble::Failed(errno) => Obstacle::new(
+            CopyError::Failed(errno) => Obstacle::new(
                 master,
                 format!(
                     "is the master of a pty whose unread data cannot be copied: {}",
@@ -99,11 +99,11 @@ pub fn look(
     master: &OwnedFd,
     slave: Option<&OwnedFd>,
     asked: &[&OwnedFd],
-) -> Result<Waiting, Trouble> {
+) -> Result<Waiting, CopyError> {
     let ready = events::poll_now(master, libc::POLLIN | libc::POLLPRI);
     let status = tty::packet_mode(master) && ready & libc::POLLPRI != 0;
     if status && slave.is_none() {
-        return Err(Trouble::Status);
+        return Err(CopyError::Status);
     }
     let output = ready & libc::POLLIN != 0 && tty::unread(master) > 0;
     let lines = slave.and_then(|s| tty::modes(s).ok());
@@ -125,14 +125,14 @@ pub fn look(
         // Locked, or in exclusive mode. A write through the job's own description may block when it is full.
         (Err(_), Some(slave)) if tty::unread(master) < DISCIPLINE => {
             let copy = slave.try_clone();
-            copy.map_err(|_| Trouble::Failed(Errno::EMFILE))?
+            copy.map_err(|_| CopyError::Failed(Errno::EMFILE))?
         }
-        (Err(errno), _) => return Err(Trouble::Failed(errno)),
+        (Err(errno), _) => return Err(CopyError::Failed(errno)),
     };
-    let modes = tty::modes(&own).map_err(Trouble::Failed)?;
+    let modes = tty::modes(&own).map_err(CopyError::Failed)?;
     // Above that, some bytes may be unprocessed, which makes a difference.
     if input && !modes.passes_input_on() && tty::unread(&own) > DISCIPLINE / 2 {
-        return Err(Trouble::Much);
+        return Err(CopyError::Much);
     }
     let work = Work {
         master,
@@ -140,7 +140,7 @@ pub fn look(
         packets: tty::packet_mode(master),
         modes,
     };
-    work.in_helper(asked, input).map_err(Trouble::Failed)
+    work.in_helper(asked, input).map_err(CopyError::Failed)
 }
 
 /// Puts unread data into a new pty; its modes are set afterwards.

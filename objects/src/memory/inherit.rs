@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_overlaps_and_is_the_same_comes_over() {
+    fn overlapping_equal_mappings_are_inherited() {
         let parent = [anonymous(10, 20), file(20, 30, 5), anonymous(40, 50)];
         // Grown, split by a hole, another file offset, gone.
         let child = [anonymous(5, 15), file(20, 22, 5), file(24, 30, 9)];

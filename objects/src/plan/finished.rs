@@ -5,7 +5,7 @@ use std::fmt;
 
 use ckpt_restorer::{LOAD, Op, OpKind, Plan as PlanHeader, THREAD_STACK, TRAPS};
 
-use super::{Builder, Inherit, Means, Stage, Task};
+use super::{Builder, Inherit, PidMethod, Stage, Task};
 
 /// Operations of one thread, with the object each belongs to.
 #[derive(Clone, Debug, Default)]
@@ -49,7 +49,7 @@ pub struct Plan {
     /// Number of a list, index of an operation in it.
     pub(super) stages: Vec<(usize, usize, Stage)>,
     /// How its tasks get their ids.
-    pub means: Means,
+    pub pid_method: PidMethod,
     /// Operations before which the tracer has to provide an id: list, index, id.
     pub(super) aims: Vec<(usize, usize, i32)>,
     pub(super) lists: Vec<(u64, List)>,
@@ -141,7 +141,7 @@ impl Builder {
             main: Part { header, list: 0 },
             image,
             parts,
-            means: self.host.means,
+            pid_method: self.host.pid_method,
             stages: self.stages,
             aims: self.aims,
             warnings: self.warnings,
@@ -194,7 +194,7 @@ impl Plan {
         let (base, list) = self.list_at(address)?;
         let op = &list.ops[((address - base) / size_of::<Op>() as u64) as usize];
         let creates = [OpKind::Thread as u32, OpKind::Process as u32].contains(&op.kind);
-        (creates && answer > 0 && self.means != Means::SetTid).then_some(op.expect as i32)
+        (creates && answer > 0 && self.pid_method != PidMethod::SetTid).then_some(op.expect as i32)
     }
 
     fn list_at(&self, address: u64) -> Option<&(u64, List)> {

@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn who_it_is_and_how_it_is_built_is_true() {
+    fn vendor_and_topology_are_unchanged() {
         for level in Baseline::ALL {
             for leaf in [
                 0,

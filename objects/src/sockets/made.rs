@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_stepped_aside_has_its_name_again() {
+    fn moved_socket_files_get_their_names_back() {
         let dir = std::env::temp_dir().join(format!("ckpt-made.{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir(&dir).unwrap();

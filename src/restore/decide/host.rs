@@ -4,7 +4,7 @@ use ckpt_tracer::capabilities::Held;
 use ckpt_tracer::{Pid, Tid};
 
 use crate::objects::credentials::Credentials;
-use crate::objects::plan::{HostState, Means};
+use crate::objects::plan::{HostState, PidMethod};
 use crate::objects::rights::Rights;
 use crate::objects::switches::Ours;
 use crate::objects::{Snapshot, memory_policy, scheduling, security, session};
@@ -30,7 +30,7 @@ pub(in crate::restore) fn credentials(probed: &Probed, groups: &[u32]) -> (Crede
 pub(in crate::restore) fn state(
     snapshot: &Snapshot,
     probed: &Probed,
-    (groups, means, leaving): (&[u32], Means, bool),
+    (groups, pid_method, leaving): (&[u32], PidMethod, bool),
 ) -> HostState {
     let me = Pid::own();
     let (mut credentials, held) = credentials(probed, groups);
@@ -43,7 +43,7 @@ pub(in crate::restore) fn state(
     let root = &snapshot.processes[0].threads[0].credentials;
     let another = root.uid[0] != credentials.uid[0];
     HostState {
-        means,
+        pid_method,
         keyring: (another && ckpt_sys::credentials::keyrings_exist())
             .then_some((root.uid[0], root.gid[0])),
         rights,
@@ -54,6 +54,8 @@ pub(in crate::restore) fn state(
         switches: Ours::ask(),
         memory_policy: memory_policy::own(),
         login_uid: session::login_uid(&me.into()),
-        security: security::Surroundings::of(snapshot, |context| spawn::may_become(context, means)),
+        security: security::Surroundings::of(snapshot, |context| {
+            spawn::may_become(context, pid_method)
+        }),
     }
 }

@@ -15,7 +15,7 @@ use crate::objects::Snapshot;
 use crate::objects::clock;
 use crate::objects::memory::FileIdentity;
 use crate::objects::namespaces::Namespaces;
-use crate::objects::plan::Means;
+use crate::objects::plan::PidMethod;
 use crate::objects::process_tree::{Body, Creation, Creations, Origin};
 use crate::restore::adapted::Adapted;
 use crate::restore::placed::Placed;
@@ -84,7 +84,7 @@ fn why_not_here(placed: &Placed<'_>, seen: &mut Option<Vec<Obstacle>>) -> Option
     if snapshot.namespaces.pid {
         return Some("the job had a pid namespace to itself".into());
     }
-    if placed.means == Means::Turns {
+    if placed.pid_method == PidMethod::UseUp {
         return Some(format!("choosing pids takes {}", Use::ChoosePids));
     }
     let taken = seen.insert(taken(&snapshot.ids, placed.leaving()));
@@ -98,24 +98,24 @@ fn may_have_namespace(placed: &Placed<'_>) -> bool {
 }
 
 /// How the ids of the job are chosen in our pid namespace.
-pub(in crate::restore) fn means(snapshot: &Adapted, probed: &Probed) -> Means {
-    probed.means(snapshot.ids.len() > 1)
+pub(in crate::restore) fn pid_method(snapshot: &Adapted, probed: &Probed) -> PidMethod {
+    probed.pid_method(snapshot.ids.len() > 1)
 }
 
 /// Number of ids assigned before the job's, if that takes noticeable time.
-pub(in crate::restore) fn awaited(snapshot: &Adapted, means: Means) -> Option<u64> {
+pub(in crate::restore) fn awaited(snapshot: &Adapted, pid_method: PidMethod) -> Option<u64> {
     const SOON: u64 = 100_000;
-    if means != Means::Turns {
+    if pid_method != PidMethod::UseUp {
         return None;
     }
     let creations = snapshot.creations().ok()?;
-    let turns = next_pid::turns(&order(snapshot, creations)).ok()?;
+    let turns = next_pid::ids_before(&order(snapshot, creations)).ok()?;
     (turns > SOON && next_pid::is_bearable(turns)).then_some(turns)
 }
 
 /// The note on it before the restore.
 pub fn note_of_waiting(placed: &Placed<'_>) -> Option<String> {
-    let turns = awaited(placed.snapshot(), placed.means)?;
+    let turns = awaited(placed.snapshot(), placed.pid_method)?;
     Some(format!(
         "pids may not be chosen here, and no pid namespace can be made: waiting for the old pids, which \
          come after {turns} others"
@@ -267,7 +267,7 @@ fn further_in_the_way(placed: &Placed<'_>, taken: Vec<Obstacle>) -> Vec<Obstacle
         return Vec::new();
     };
     let mut obstacles = taken;
-    if obstacles.is_empty() && placed.means == Means::Turns {
+    if obstacles.is_empty() && placed.pid_method == PidMethod::UseUp {
         // If a namespace is possible, other processes need not be kept from taking ids.
         obstacles.extend(match kernel.pid_namespace {
             true => Some(not_permitted(snapshot.processes[0].pid, "")),
@@ -282,7 +282,7 @@ fn further_in_the_way(placed: &Placed<'_>, taken: Vec<Obstacle>) -> Vec<Obstacle
 
 /// Ids that we may not choose and that are not reached in an acceptable time.
 fn out_of_reach(order: &[i32]) -> Option<Obstacle> {
-    match next_pid::turns(order) {
+    match next_pid::ids_before(order) {
         Ok(turns) if next_pid::is_bearable(turns) => None,
         Ok(turns) => {
             let why = format!(", and it comes only after {turns} others");

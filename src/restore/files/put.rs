@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_leaves_nothing_beside() {
+    fn kept_files_leave_no_temporary_ones() {
         let (dir, path, undo) = exchanged("kept");
         assert_eq!(undo.keep(), [""; 0]);
         assert_eq!(fs::read(&path).unwrap(), b"new");

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::objects::cgroup;
 use crate::objects::core_scheduling;
 use crate::objects::memory::SharedAt;
-use crate::objects::plan::Means;
+use crate::objects::plan::PidMethod;
 use crate::objects::plan::{Part, Stage};
 use crate::objects::process_tree::Origin;
 use crate::restore::plan::{Job, Planned};
@@ -55,7 +55,7 @@ pub(in crate::restore) fn build(
     let mut driver = Driver {
         job,
         // A thread of ours would take an id for which the job is waiting.
-        pages: Pages::of(image, progress).alone(job.host.means == Means::Turns),
+        pages: Pages::of(image, progress).alone(job.host.pid_method == PidMethod::UseUp),
         created,
         live: Vec::with_capacity(job.snapshot.processes.len()),
         waiting: VecDeque::from([(0, root, None)]),
@@ -148,8 +148,8 @@ impl Driver<'_> {
         let mut task = Running::auto_attached(tid).wait_stopped()?;
         let processes = &self.job.snapshot.processes;
         let Some(part) = planned.plan.part_of(tid.raw()) else {
-            return match planned.plan.means {
-                Means::SetTid => unexpected(tid),
+            return match planned.plan.pid_method {
+                PidMethod::SetTid => unexpected(tid),
                 // Instead of one of the job's.
                 _ => Err(Error::PidMissed { pid: tid.raw() }),
             };

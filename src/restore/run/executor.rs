@@ -151,7 +151,7 @@ impl Worker {
             match self.task.regs()?.rax {
                 ckpt_restorer::FAILED => return Err(self.failed_operation()),
                 word => match self.planned.plan.aim_at(self.part, word) {
-                    Some(id) => next_pid::aim(self.planned.plan.means, id)?,
+                    Some(id) => next_pid::aim(self.planned.plan.pid_method, id)?,
                     None => return Ok(word),
                 },
             }

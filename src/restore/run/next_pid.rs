@@ -24,7 +24,7 @@ use ckpt_tracer::proc::status::Status;
 use nix::errno::Errno;
 
 use crate::error::{Error, Result};
-use crate::objects::plan::Means;
+use crate::objects::plan::PidMethod;
 
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 /// Smaller ids are assigned only once (`RESERVED_PIDS`, kernel/pid.c).
@@ -45,14 +45,14 @@ pub(in crate::restore) fn others_may_choose(ours: &Status) -> bool {
 ///
 /// # Errors
 /// [`Error::PidMissed`] when that is not possible.
-pub fn aim(means: Means, wanted: i32) -> Result<()> {
-    let done = match means {
-        Means::SetTid => true,
-        Means::LastPid => match BROKER.get() {
+pub fn aim(pid_method: PidMethod, wanted: i32) -> Result<()> {
+    let done = match pid_method {
+        PidMethod::SetTid => true,
+        PidMethod::LastPid => match BROKER.get() {
             Some(broker) => ask(broker, wanted).is_ok(),
             None => set_last(wanted).is_ok(),
         },
-        Means::Turns => take_turns(wanted),
+        PidMethod::UseUp => use_up_ids(wanted),
     };
     done.then_some(()).ok_or(Error::PidMissed { pid: wanted })
 }
@@ -94,7 +94,7 @@ fn set_last(wanted: i32) -> io::Result<()> {
 
 /// Number of ids that are used up until tasks with these ids have been created in order; `Err` is the first that
 /// cannot be reached, and the last assigned id.
-pub fn turns(order: &[i32]) -> Result<u64, (i32, i32)> {
+pub fn ids_before(order: &[i32]) -> Result<u64, (i32, i32)> {
     let mut last = last_pid().unwrap_or(i32::MAX);
     let highest = highest();
     let mut all = 0;
@@ -121,7 +121,7 @@ pub fn leave_the_first_ids() {
     let early = last_pid().is_some_and(|last| last <= RESERVED);
     let chosen = || process::may_choose_pids() || may_set_last();
     if early && !chosen() && !KernelFeatures::probe().pid_namespace {
-        take_turns(RESERVED + ROOM);
+        use_up_ids(RESERVED + ROOM);
     }
 }
 
@@ -159,7 +159,7 @@ pub(in crate::restore) fn may_set_last() -> bool {
         || fs::read_to_string(LAST_PID).is_ok_and(|last| fs::write(LAST_PID, last.trim()).is_ok())
 }
 
-fn take_turns(wanted: i32) -> bool {
+fn use_up_ids(wanted: i32) -> bool {
     let Some(mut last) = last_pid() else {
         return false;
     };

@@ -22,7 +22,7 @@ use super::next_pid;
 use crate::error::{Error, Result};
 use crate::isolate::{First, cannot_place};
 use crate::objects::clock::Clocks;
-use crate::objects::plan::Means;
+use crate::objects::plan::PidMethod;
 use crate::objects::process::Process;
 use crate::restore::decide::pids;
 
@@ -79,7 +79,7 @@ pub fn spawn(
     executable: &File,
     descriptors: Vec<(OwnedFd, i32)>,
     clocks: Clocks,
-    (first, means): (Option<First>, Means),
+    (first, pid_method): (Option<First>, PidMethod),
 ) -> Result<(NewProcesses, Stopped)> {
     crate::objects::limits::raise_descriptor_limit();
     let name = CString::new(process.threads[0].name.clone()).unwrap_or_default();
@@ -99,7 +99,7 @@ pub fn spawn(
             let program = Program::prepare(executable, descriptors, &go_read, &report_write);
             let program = program.map_err(cannot_place)?;
             let execute = || program.execute(&name, Some(go_write.as_fd()));
-            let pid = fork_under(process.pid, means, clocks, execute)?;
+            let pid = fork_under(process.pid, pid_method, clocks, execute)?;
             created.add(pid);
             if pid != process.pid {
                 return Err(Error::PidMissed { pid: process.pid });
@@ -115,15 +115,15 @@ pub fn spawn(
 
 /// Whether a new process may change to this security context, and then create threads with chosen ids: tried in a
 /// child. Not if that would use up a wanted id.
-pub fn may_become(context: &[u8], means: Means) -> bool {
-    if means == Means::Turns {
+pub fn may_become(context: &[u8], pid_method: PidMethod) -> bool {
+    if pid_method == PidMethod::UseUp {
         return false;
     }
     // Last, a fork that always fails: its id is taken, which is reported only if choosing is permitted.
     let try_out = || {
         let attributes = files::open(Path::new("/proc/self/attr/current"), libc::O_WRONLY)?;
         nix::unistd::write(&attributes, context)?;
-        match means != Means::SetTid || process::may_choose_pids() {
+        match pid_method != PidMethod::SetTid || process::may_choose_pids() {
             true => Ok(()),
             false => Err(Errno::EPERM),
         }
@@ -134,14 +134,14 @@ pub fn may_become(context: &[u8], means: Means) -> bool {
 /// Creates a child of ours with that pid and these clocks; it may get another pid, unless set_tid was used.
 fn fork_under(
     pid: i32,
-    means: Means,
+    pid_method: PidMethod,
     clocks: Clocks,
     execute: impl Fn() -> Infallible,
 ) -> Result<i32> {
-    next_pid::aim(means, pid)?;
+    next_pid::aim(pid_method, pid)?;
     let created = clocks.during(|| {
-        let created = match means {
-            Means::SetTid => process::fork_under(pid),
+        let created = match pid_method {
+            PidMethod::SetTid => process::fork_under(pid),
             _ => process::fork_bare(),
         };
         match created? {

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::{Realm, Use};
+use super::{HeldIn, Use};
 use crate::Pid;
 use crate::proc::status::read_status;
 
@@ -49,11 +49,11 @@ impl Held {
     pub fn allows(self, of: Use) -> bool {
         let row = of.row();
         row.takes.are_in(self.effective)
-            && match row.realm {
+            && match row.held_in {
                 // A target is in our user namespace or a descendant: otherwise we enter its own first.
-                Realm::Own | Realm::Target => true,
-                Realm::First => self.in_first,
-                Realm::Owner(kind) => owner_is_ours(kind),
+                HeldIn::Own | HeldIn::Target => true,
+                HeldIn::First => self.in_first,
+                HeldIn::Owner(kind) => owner_is_ours(kind),
             }
     }
 }
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_counts_for_the_machine_does_not_count_elsewhere() {
+    fn capabilities_of_another_user_namespace_do_not_count() {
         let all = Held {
             effective: u64::MAX,
             in_first: true,

@@ -5,13 +5,13 @@ use super::Capability::{
     NetAdmin, Setgid, Setpcap, Setuid, SysAdmin, SysChroot, SysNice, SysPtrace, SysRawio,
     SysResource, SysTime,
 };
-use super::Realm::{First, Own, Owner, Target};
+use super::HeldIn::{First, Own, Owner, Target};
 use super::Row;
 use super::Takes::{All, Any};
 
 macro_rules! uses {
     ($($(#[$doc:meta])* $variant:ident {
-        $takes:expr, $realm:expr, $what:literal, without $without:literal, kernel $kernel:literal
+        $takes:expr, $held_in:expr, $what:literal, without $without:literal, kernel $kernel:literal
     })*) => {
         /// A use of capabilities.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ macro_rules! uses {
                 match self {
                     $(Use::$variant => Row {
                         takes: $takes,
-                        realm: $realm,
+                        held_in: $held_in,
                         what: $what,
                         kernel: $kernel,
                         without: $without,

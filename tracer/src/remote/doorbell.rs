@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_rings_that_discards_what_waits() {
+    fn no_doorbell_signal_discards_pending_ones() {
         let usual = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
         assert_eq!(choose(0, 0, 0), Some(libc::SIGURG));
         assert_eq!(choose(set(&usual[..2]), 0, 0), Some(libc::SIGCHLD));

@@ -162,7 +162,10 @@ fn much_input_in_lines_is_left_alone() {
         write_now(&master, &slave, &[[b'x'; 63].as_slice(), b"\n"].concat());
     }
     assert!(soon(ATTEMPTS, || tty::unread(&slave) == 40 * 64));
-    assert_eq!(look(&master, Some(&slave), &[]).unwrap_err(), Trouble::Much);
+    assert_eq!(
+        look(&master, Some(&slave), &[]).unwrap_err(),
+        CopyError::Much
+    );
 }
 
 /// Another thread of the kernel takes in what was put back. It may come late, and must find the modes for that.
