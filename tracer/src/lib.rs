@@ -11,7 +11,7 @@
 //! * [`dispatch`]: syscall user dispatch of a task;
 //! * [`refusal`]: why the kernel refuses to attach;
 //! * [`proc`]: typed readers of `/proc`;
-//! * [`unix_diag`]: unix domain sockets, their peers and backlogs;
+//! * [`sock_diag`]: sockets, their peers and backlogs;
 //! * [`features`]: what this kernel and user support, probed once;
 //! * [`capabilities`]: every use of a capability, in one table.
 
@@ -33,10 +33,10 @@ pub mod pidfd;
 pub mod proc;
 pub mod refusal;
 pub mod remote;
+pub mod sock_diag;
 pub mod syscall_names;
 pub mod task;
 pub mod trial;
-pub mod unix_diag;
 mod vdso;
 
 pub use addr::RemoteAddr;

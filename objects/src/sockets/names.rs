@@ -101,11 +101,11 @@ pub fn is_live(path: &Path) -> Option<bool> {
 /// Whether all live sockets bound to a name, or to the file at `path`, are among these inodes. One without a
 /// descriptor yet waits at a listening socket to be accepted.
 pub fn are_these(bytes: &[u8], path: Option<&Path>, inodes: &[u64]) -> bool {
-    let Ok(all) = ckpt_tracer::unix_diag::dump() else {
+    let Ok(all) = ckpt_tracer::sock_diag::unix::dump() else {
         return false;
     };
     let file = path.map(|path| std::fs::symlink_metadata(path).map(|meta| meta.ino() as u32));
-    let bound = |socket: &&ckpt_tracer::unix_diag::UnixSocket| match &file {
+    let bound = |socket: &&ckpt_tracer::sock_diag::unix::UnixSocket| match &file {
         None => socket.name.as_deref().map(trim) == Some(bytes),
         Some(inode) => inode.as_ref().ok() == socket.file.map(|(_, inode)| inode).as_ref(),
     };
@@ -116,19 +116,23 @@ pub fn are_these(bytes: &[u8], path: Option<&Path>, inodes: &[u64]) -> bool {
 
 /// `process 44 (food)`, a process that has the socket open; `None` when it is not visible.
 pub fn holder(inode: u64) -> Option<String> {
+    holder_pid(inode).map(process_name)
+}
+
+/// The process of [`holder`].
+pub(super) fn holder_pid(inode: u64) -> Option<Pid> {
     let root = ProcRoot::default();
     let has = |pid: &Pid| {
         let fds = list_fds(*pid).unwrap_or_default();
         fds.into_iter()
             .any(|fd| matches!(read_fd_link(*pid, fd), Ok(FdLink::Socket(i)) if i == inode))
     };
-    let pid = tasks::list_processes(&root).ok()?.into_iter().find(has)?;
-    Some(process_name(pid))
+    tasks::list_processes(&root).ok()?.into_iter().find(has)
 }
 
 /// ` of process 44 (food)` for the socket of a name, if known.
 pub fn holder_of_name(bytes: &[u8]) -> String {
-    let all = ckpt_tracer::unix_diag::dump().unwrap_or_default();
+    let all = ckpt_tracer::sock_diag::unix::dump().unwrap_or_default();
     let socket = all
         .iter()
         .find(|s| s.name.as_deref().map(trim) == Some(bytes));

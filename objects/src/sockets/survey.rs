@@ -8,8 +8,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use ckpt_sys::sockets;
+use ckpt_tracer::Pid;
 use ckpt_tracer::kcmp::{KcmpType, kcmp, same_description};
-use ckpt_tracer::{Pid, unix_diag};
+use ckpt_tracer::sock_diag::unix as unix_diag;
 use serde_bytes::ByteBuf;
 
 use super::names;

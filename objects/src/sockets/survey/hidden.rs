@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 
 use ckpt_sys::sockets;
-use ckpt_tracer::unix_diag;
+use ckpt_tracer::sock_diag::unix as unix_diag;
 use nix::errno::Errno;
 
 use super::super::unix::{Role, Style};

@@ -1,7 +1,7 @@
 //! Determines the state of each socket, given all others.
 
 use ckpt_sys::sockets;
-use ckpt_tracer::unix_diag;
+use ckpt_tracer::sock_diag::unix as unix_diag;
 use nix::errno::Errno;
 use serde_bytes::ByteBuf;
 
