@@ -62,6 +62,7 @@ fn capture(
     path: &Path,
     deleted: bool,
     ends: &pipe::Ends,
+    frozen: bool,
 ) -> Result<Kind, Box<Obstacle>> {
     if !ends.inside(look) {
         return Ok(outside::capture(look, outside::Surroundings::Pipe));
@@ -75,10 +76,10 @@ fn capture(
             (path, nameless) = (name, false);
         }
     }
-    let capacity = ckpt_sys::pipes::capacity(&look.copy).unwrap_or(65536) as i32;
+    let capacity = pipe::capacity(look, frozen);
     let reads = look.access() != libc::O_WRONLY;
     let mut unread = Vec::new();
-    if reads {
+    if reads && frozen {
         unread = pieces::capture(look, capacity).map_err(|trouble| {
             Box::new(Obstacle::new(
                 look.object(source),
@@ -86,7 +87,7 @@ fn capture(
                 "let the program read from it first",
             ))
         })?;
-    } else if !ends.has_reader(look) && ckpt_sys::files::unread(&look.copy) > 0 {
+    } else if !reads && !ends.has_reader(look) && ckpt_sys::files::unread(&look.copy) > 0 {
         let name = path.shown();
         return Err(Box::new(Obstacle::new(
             look.object(source),
@@ -108,13 +109,21 @@ fn capture(
 }
 
 impl OpenFile for FifoEnd {
-    fn capture(sight: &Sight, _: &mut Collector) -> Captured {
-        match &sight.look.link {
-            FdLink::File { path, deleted } if sight.look.file_type() == libc::S_IFIFO => Some(
-                capture(sight.source, sight.look, path, *deleted, sight.pipes),
-            ),
-            _ => None,
-        }
+    fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
+        let FdLink::File { path, deleted } = &sight.look.link else {
+            return None;
+        };
+        (sight.look.file_type() == libc::S_IFIFO).then(|| {
+            let frozen = collector.frozen();
+            capture(
+                sight.source,
+                sight.look,
+                path,
+                *deleted,
+                sight.pipes,
+                frozen,
+            )
+        })
     }
 
     fn class(&self) -> &'static str {

@@ -94,12 +94,18 @@ fn has_writer(look: &Look) -> bool {
     !(empty && none() == Ok(0))
 }
 
+/// Bytes of room. While the job runs it is not asked for: a thread that waits in splice(2) holds the pipe's lock.
+pub(super) fn capacity(look: &Look, frozen: bool) -> i32 {
+    let asked = frozen.then(|| ckpt_sys::pipes::capacity(&look.copy));
+    asked.flatten().unwrap_or(65536) as i32
+}
+
 /// Captures one end; the contents are copied without being consumed.
 fn capture(source: &Source, look: &Look, ends: &Ends, frozen: bool) -> Result<Kind, Box<Obstacle>> {
     if !ends.inside(look) {
         return Ok(outside::capture(look, outside::Surroundings::Pipe));
     }
-    let capacity = ckpt_sys::pipes::capacity(&look.copy).unwrap_or(65536) as i32;
+    let capacity = capacity(look, frozen);
     let mut unread = Vec::new();
     if frozen && look.access() != libc::O_WRONLY {
         unread = pieces::capture(look, capacity).map_err(|trouble| {
