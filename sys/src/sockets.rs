@@ -203,6 +203,152 @@ pub fn peer_credentials(fd: impl AsFd) -> Result<Credentials> {
     })
 }
 
+/// setsockopt(2).
+///
+/// # Errors
+/// `EPERM` where it needs a capability, `ENOPROTOOPT` where there is no such option, `EINVAL` for an invalid value.
+pub fn set_option(level: i32, fd: impl AsFd, number: i32, value: &[u8]) -> Result<()> {
+    // SAFETY: the kernel reads as many bytes as `value` has.
+    let r = unsafe {
+        libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            level,
+            number,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    Errno::result(r).map(drop)
+}
+
+/// getsockopt(2) of `TCP_INFO`: as much of `struct tcp_info` as the kernel has, up to 256 bytes.
+///
+/// # Errors
+/// `EOPNOTSUPP` for other sockets.
+pub fn tcp_info(fd: impl AsFd) -> Result<Vec<u8>> {
+    let mut info = vec![0; 256];
+    let len = get(libc::IPPROTO_TCP, fd, libc::TCP_INFO, &mut info, 256)?;
+    info.truncate(len);
+    Ok(info)
+}
+
+/// `SIOCOUTQNSD`: bytes of a TCP socket's send queue that were never sent.
+pub fn never_sent(fd: impl AsFd) -> usize {
+    const SIOCOUTQNSD: libc::Ioctl = 0x894b;
+    int_ioctl(fd, SIOCOUTQNSD).map_or(0, |n| n.max(0) as usize)
+}
+
+/// getsockopt(2) of an option that reads its buffer as well.
+///
+/// # Errors
+/// Those of the option.
+pub fn exchange_option(level: i32, fd: impl AsFd, number: i32, value: &mut [u8]) -> Result<()> {
+    let len = value.len();
+    get(level, fd, number, value, len).map(drop)
+}
+
+/// A nonblocking socket of a protocol (`IPPROTO_*`).
+///
+/// # Errors
+/// Those of socket(2).
+pub fn socket_of(family: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: a call without pointers, which makes a descriptor.
+    unsafe { given(libc::socket(family, kind, protocol).into()) }
+}
+
+/// Brings up the loopback device of our network namespace: netdevice(7).
+///
+/// # Errors
+/// `EPERM` without CAP_NET_ADMIN in the namespace.
+pub fn bring_up_loopback() -> Result<()> {
+    let socket = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
+    // SAFETY: a structure of numbers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: `request` is live, and names the device with a zero byte at the end.
+    let r = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as libc::Ioctl,
+            &raw mut request,
+        )
+    };
+    Errno::result(r).map(drop)
+}
+
+/// listen(2).
+///
+/// # Errors
+/// `EADDRINUSE` when another socket listens on the port.
+pub fn listen(fd: impl AsFd, backlog: i32) -> Result<()> {
+    rustix::net::listen(fd, backlog).map_err(errno)
+}
+
+/// accept4(2), nonblocking: the next connection of a listening socket, a nonblocking socket too.
+///
+/// # Errors
+/// `EAGAIN` where none waits.
+pub fn accept(fd: impl AsFd) -> Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::accept_with(fd, flags).map_err(errno)
+}
+
+/// shutdown(2): `SHUT_RD`, `SHUT_WR`, `SHUT_RDWR`.
+///
+/// # Errors
+/// `ENOTCONN` where it is not connected.
+pub fn shutdown(fd: impl AsFd, how: i32) -> Result<()> {
+    // SAFETY: a call without pointers.
+    Errno::result(unsafe { libc::shutdown(fd.as_fd().as_raw_fd(), how) }).map(drop)
+}
+
+/// send(2) without waiting and without SIGPIPE. Returns how many bytes were taken.
+///
+/// # Errors
+/// `EAGAIN` when there is no room, and others of send(2).
+pub fn send_some(fd: impl AsFd, bytes: &[u8]) -> Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: `bytes` is live and as long as said.
+    let n = unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags) };
+    Errno::result(n).map(|n| n as usize)
+}
+
+/// sendto(2) without waiting: one datagram to a `struct sockaddr`.
+///
+/// # Errors
+/// Those of sendto(2).
+pub fn send_to(fd: impl AsFd, bytes: &[u8], to: &[u8]) -> Result<()> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    let (fd, len) = (fd.as_fd().as_raw_fd(), to.len() as libc::socklen_t);
+    // SAFETY: both are live and as long as said.
+    let n = unsafe {
+        libc::sendto(
+            fd,
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            flags,
+            to.as_ptr().cast(),
+            len,
+        )
+    };
+    Errno::result(n).map(drop)
+}
+
+/// recv(2) without waiting or consuming. Returns how many bytes were copied.
+///
+/// # Errors
+/// `EAGAIN` when there are none; those of recv(2).
+pub fn peek(fd: impl AsFd, room: &mut [u8]) -> Result<usize> {
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: `room` is live and as long as said.
+    let n = unsafe { libc::recv(fd, room.as_mut_ptr().cast(), room.len(), flags) };
+    Errno::result(n).map(|n| n as usize)
+}
+
 /// A nonblocking socket (`AF_*`, `SOCK_*`).
 ///
 /// # Errors
