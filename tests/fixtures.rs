@@ -10,14 +10,29 @@ use crate::common::{Case, Looks, attach, fixture, isolated, isolated_as_user, re
 use std::os::unix::fs::MetadataExt;
 
 /// What is not supported: the fixture and the words that name the object and the remedy.
-const REFUSED: &[(&str, &[&str])] = &[(
-    "aio_inflight",
-    &[
-        "AIO context",
-        "requests in flight that do not end (3)",
-        "io_cancel",
-    ],
-)];
+const REFUSED: &[(&str, &[&str])] = &[
+    (
+        "aio_inflight",
+        &[
+            "AIO context",
+            "requests in flight that do not end (3)",
+            "io_cancel",
+        ],
+    ),
+    (
+        "tcp_backlog",
+        &["waits to be accepted, and has", "unread bytes", "accept it"],
+    ),
+    ("tcp_urgent", &["urgent byte (MSG_OOB)", "read from it"]),
+    (
+        "udp_corked",
+        &["not complete (UDP_CORK, MSG_MORE)", "send it"],
+    ),
+    (
+        "udp_errors",
+        &["pending error before its unread datagrams", "read from it"],
+    ),
+];
 
 /// A checkpoint, after which it goes on as if nothing had been.
 fn goes_on(case: &Case, name: &str) {
@@ -121,24 +136,25 @@ matrix! {
     aio aio_busy aio_inflight aio_pinned aio_ring amx anon_private anon_shared anonname bigsparse brk cleartid clocks condvar
     core_sched counter creds cwd dev_console dev_tty dispatch droppable dumpable epoll epoll_busy epoll_dup eventfd exelink fanotify fcntl_owner
     fd_appended fd_chardev fd_deleted fd_dir fd_dup fd_grown fd_hardlink fd_high fd_many fd_opath fd_proc fd_regular fd_removed fd_tmpfile
-    fifo file_deleted file_private file_shared flock_self fragmented fsgs growsdown guard handler_slow hugetlb inhandler inotify
+    fifo file_deleted file_private file_shared flock_self fragmented fsgs growsdown guard handler_slow hugetlb icmp inhandler inotify
     inotify_deep inotify_nameless inotify_open inotify_unread ldt lease limits limits_used lock_kinds login madvflags map_beyond maps maps_changing maps_limit
     mdwe membarrier memfd memfd_exec
-    mempolicy mlock mlockall mmfields mq_notify mqueue mseal mutex_pi_held mutex_robust_held nnp noreserve oomscore pdeathsig
+    mempolicy mlock mlockall mmfields mq_notify mqueue mseal mutex_pi_held mutex_robust_held netlink_route nnp noreserve oomscore pdeathsig
     personality pidfd pipe pipe_packet pipe_splice pkey protnone pty_locked pty_modes pty_packet pty_pair pty_session
     pty_several pty_stopped restart_epoll restart_futex restart_locks restart_misc restart_nanosleep restart_poll
     restart_sysv robust rodata root rseq sched seccomp seccomp_strict seccomp_tsync segv_regs sem_posix shm_posix
     sigaction sigaltstack sigmask signal_sequence signalfd signalfd_ignored sigpending sigpending_fault sigpending_stop sigpending_sync
     sleepers sock_abstract
     sock_deleted sock_dgram sock_filter sock_halfclosed sock_listen sock_named sock_options sock_pair sock_peercred sock_rights
-    sock_rights_kinds sock_seqpacket sock_urgent stack stopped storm subreaper switches sysv_msg sysv_sem sysv_sem_undo sysv_shm thp thpdisable threadname
+    sock_rights_kinds sock_seqpacket sock_urgent stack stopped storm subreaper switches sysv_msg sysv_sem sysv_sem_undo sysv_shm tcp_backlog tcp_blocked tcp_connecting tcp_halfclosed tcp_listen
+    tcp_options tcp_pair tcp_queues tcp_shared tcp_tree tcp_urgent thp thpdisable threadname
     threads threads500 timerfd timers_ended timers_itimer timers_pending timers_posix tree_adopted tree_cow tree_creds
     tree_deep tree_exec
     tree_fifo tree_files_struct tree_fs_struct tree_futex tree_group tree_growing tree_locks
     tree_memfd tree_orphan tree_pdeathsig tree_pipe tree_ptrace_signals tree_session
     tree_session_gone tree_sharedfd tree_shm tree_sigchld tree_signalfd tree_stopped tree_stopping
     tree_sysvsem tree_thousand tree_vm tree_vm_orphan tree_vm_stopped tree_vm_threads tree_wait
-    tree_wide tree_zombie umask vdso vdso_handler xstate;
+    tree_wide tree_zombie udp udp_corked udp_errors udp_multicast udp_options umask vdso vdso_handler xstate;
 twins
     counter_static = "counter.static" threads_static = "threads.static"
     sigpending_static = "sigpending.static" vdso_static = "vdso.static"

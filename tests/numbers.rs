@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[rustfmt::skip]
 const FREE: &[(&str, &str)] = &[
     ("the kernel's, never passed to it: only compared with another one",
-     "Bundled.device Bundled.inode FifoEnd.device FifoEnd.inode FileIdentity.device FileIdentity.inode MemFd.inode \
+     "Bundled.device Bundled.inode FifoEnd.device FifoEnd.inode FileIdentity.device FileIdentity.inode MemFd.inode InetSocket.inode Pending.inode State.other \
       MessageQueue.inode PidFd.inode PipeEnd.inode SharedMemory.inode NetlinkSocket.inode NetlinkSocket.charged UnixSocket.inode Removed.device Removed.inode \
       Terminal.device Device.number End.node Place.namespace Message.from Role.peer Role.pending Of.started \
       Processor.signature Word.bits Word.leaf Word.subleaf Seccomp.around Thread.core_cookie"),
@@ -33,9 +33,9 @@ const FREE: &[(&str, &str)] = &[
       Object.uid Process.login_uid Saved.owner Ucred.gid Ucred.uid UserNamespace.inherited_groups \
       UserNamespace.owner Zombie.ids"),
     ("the program's own, handed on as it is",
-     "Entry.data PosixTimer.value Object.key Message.kind Set.values Adjustment.by Switch.value SocketOption.number"),
+     "Entry.data PosixTimer.value Object.key Message.kind Set.values Adjustment.by Switch.value SocketOption.number SocketOption.level"),
     ("an operand of a call that the kernel refuses if it does not like it",
-     "NetlinkSocket.protocol NetlinkSocket.style MessageQueue.notify BusyPoll.budget BusyPoll.microseconds BusyPoll.preferred Limit.hard Limit.soft MemoryPolicy.mode Modes.chars \
+     "Address.port Address.scope Membership.interface NetlinkSocket.groups NetlinkSocket.port NetlinkSocket.switches NetlinkSocket.protocol NetlinkSocket.style MessageQueue.notify BusyPoll.budget BusyPoll.microseconds BusyPoll.preferred Limit.hard Limit.soft MemoryPolicy.mode Modes.chars \
       Modes.input_speed Modes.line Modes.output_speed PosixTimer.clock PosixTimer.overrun ProcFile.offset \
       Process.record_locks Regular.offset Role.backlog Scheduling.timer_slack Size.columns Size.height Size.rows \
       Size.width Thread.io_ports TimerFd.ticks Hierarchy.threads"),

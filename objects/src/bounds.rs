@@ -84,6 +84,8 @@ kinds! {
     pid: "id of a task", 0..=4 << 20;
     /// A signal; 0 is none.
     signal: "signal", 0..=64;
+    /// An error number (errno(3)); 0 is none: `MAX_ERRNO`.
+    errno: "error number", 0..=4095;
     /// A wait status (wait(2)).
     status: "status of a process that has ended", 0..=0xffff;
     /// Bytes of a file or object, or an offset among them: `MAX_LFS_FILESIZE` (include/linux/fs.h).
@@ -124,6 +126,8 @@ kinds! {
     node: "node of memory", 0..=1023;
     /// Messages of a queue: `HARD_MSGMAX` (include/linux/ipc_namespace.h).
     messages: "number of messages", 0..=65536;
+    /// The limit of a listening socket's backlog, and of what waits there.
+    backlog: "limit of a backlog", 0..=i32::MAX as i128;
     /// Bytes of one: `HARD_MSGSIZEMAX`.
     message: "size of a message", 0..=16 << 20;
     /// An entry of a local descriptor table, modify_ldt(2).

@@ -115,6 +115,8 @@ pub enum Inherited {
     RemovedPlace(RemovedId),
     /// A file of `/proc` of a process that has ended, by description.
     EndedProcFile(DescriptionId),
+    /// An internet socket, by description.
+    InetSocket(DescriptionId),
     /// An inotify descriptor without watches, by description.
     Inotify(DescriptionId),
     /// One of our own descriptors, for an object outside the job.

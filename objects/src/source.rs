@@ -145,6 +145,8 @@ pub struct Collector {
     pub save_files: SaveFiles,
     /// Descriptors to be dropped or replaced.
     pub choices: Choices,
+    /// The job's internet sockets.
+    pub inet: crate::sockets::inet::Survey,
     /// See [`Copies`].
     pub copies: Copies,
     /// Obstacles, and warnings of a successful checkpoint.

@@ -18,7 +18,7 @@ pub struct FdView {
     /// Its number.
     pub fd: i32,
     /// Kind of file: `regular`, `device`, `pipe`, `fifo`, `eventfd`, `signalfd`, `timerfd`, `epoll`, `memfd`,
-    /// `inotify`, `fanotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `terminal`, `pty` (the master of a
+    /// `inotify`, `fanotify`, `pidfd`, `mqueue`, `unix` (a unix domain socket), `tcp`, `udp`, `icmp`, `terminal`, `pty` (the master of a
     /// terminal), `outside` (a pipe or socket whose other end is outside the job), `replaced` (by `--replace-fd`) or
     /// `unknown`.
     pub kind: &'static str,

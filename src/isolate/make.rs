@@ -202,6 +202,9 @@ fn make(spec: &Spec) -> io::Result<()> {
     let network = if spec.network { libc::CLONE_NEWNET } else { 0 };
     let kinds = libc::CLONE_NEWPID | libc::CLONE_NEWNS | network | optional(&spec.others);
     unshare(user | kinds)?;
+    if spec.network {
+        ckpt_sys::sockets::bring_up_loopback()?;
+    }
     if let Some(Names { host, domain }) = &spec.others.uts {
         set_names(host.as_ref(), domain.as_ref())?;
     }

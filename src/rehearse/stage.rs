@@ -28,6 +28,8 @@ use crate::objects::files::left::Choices;
 use crate::objects::namespaces::Namespaces;
 use crate::objects::options::{FilesPolicy, Options};
 use crate::objects::save_files::SaveFiles;
+use crate::objects::sockets::inet;
+use crate::objects::sockets::netlink::NetlinkSocket;
 use crate::objects::sockets::unix::{Role, UnixSocket};
 use crate::progress::Silent;
 use crate::restore::{self, ClockPolicy, Placed, Request};
@@ -166,7 +168,12 @@ fn perform(mut placed: Placed<'_>, job: &Snapshot, copy: File, mut wanted: File)
     const DONE: &str = "the rehearsal is over";
     let mut spec = placed.namespaces()?;
     spec.others.ipc = true;
-    spec.network = abstract_names(job);
+    spec.network = abstract_names(job)
+        || inet::all(job).next().is_some()
+        || job
+            .descriptions
+            .iter()
+            .any(|d| d.kind.get::<NetlinkSocket>().is_some());
     let groups = placed.groups_of_the_job().to_vec();
     let (done, told) = Channel::pair().map_err(|e| failed(e.into()))?;
     let root = job.processes[0].pid;

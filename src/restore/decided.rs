@@ -15,6 +15,7 @@ use crate::objects::clock::Clocks;
 use crate::objects::files::changed::Cut;
 use crate::objects::findings::Findings;
 use crate::objects::plan::Inherit;
+use crate::objects::sockets::inet;
 use crate::objects::{credentials, ipc, rights};
 use crate::text::Shown;
 
@@ -191,6 +192,7 @@ fn decide<'p>(placed: &'p mut Placed<'_>) -> Result<(Option<Decided<'p>>, Findin
     }
     if let Some(job) = &job {
         let (now, held) = (&job.host.credentials, job.host.held);
+        findings.extend(inet::in_the_way(snapshot, held, leaving));
         // Which ids are mapped and may be set is only visible inside the user namespace.
         findings.extend(match placed.inside || snapshot.namespaces.user.is_none() {
             true => credentials::obstacles(snapshot, now, held, &placed.groups),

@@ -31,6 +31,15 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
     // The table only grows, and a restore has the descriptors at other numbers meanwhile.
     ("fd_many", &["status FDSize"]),
     ("sock_options", &["status FDSize"]),
+    ("tcp_blocked", &["status FDSize"]),
+    ("tcp_connecting", &["status FDSize"]),
+    ("tcp_halfclosed", &["status FDSize"]),
+    ("tcp_options", &["status FDSize"]),
+    ("tcp_pair", &["status FDSize"]),
+    ("tcp_queues", &["status FDSize"]),
+    // A one-shot entry that has fired, as in the fixture epoll.
+    ("tcp_shared", &["status FDSize", "fd 11"]),
+    ("udp", &["status FDSize"]),
     // Which thread or process they were for; those have ended.
     ("timers_ended", &["timers"]),
 ];
@@ -40,6 +49,9 @@ const CHANGING: &[(&str, &[&str])] = &[
     // The position of what it appends to.
     ("fd_appended", &["fd 3"]),
     ("maps_changing", &["maps"]),
+    // Transfers go on when receive buffers grow, and their threads end.
+    ("tcp_blocked", &["task", "status Threads"]),
+    ("tcp_queues", &["task", "status Threads"]),
 ];
 
 /// See [`EXCEPTIONS`]; with what changes anyway.

@@ -4,7 +4,8 @@
 //! A test calls [`isolated`] with its own name. Outside, that runs this very test binary again
 //! under `unshare`, for this one test; inside, where we are pid 1 and reap whatever is orphaned,
 //! it runs the body. When we end, the kernel kills everything that is left in the namespace, and
-//! the outer half removes the directory. Root needs no user namespace for it; others get one.
+//! the outer half removes the directory. Root needs no user namespace for it; others get one. Root gives each test a
+//! network namespace as well.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -301,8 +302,10 @@ fn wait(inner: &mut Child) -> Option<ExitStatus> {
 
 fn unshare(who: Who) -> Command {
     let mut command = match who {
-        Who::OrdinaryUser if is_root() => {
-            let mut command = Command::new("setpriv");
+        _ if !is_root() => Command::new("unshare"),
+        Who::Me => within_own_network("unshare"),
+        Who::OrdinaryUser => {
+            let mut command = within_own_network("setpriv");
             let nobody = NOBODY.to_string();
             command.args([
                 "--reuid",
@@ -314,13 +317,21 @@ fn unshare(who: Who) -> Command {
             ]);
             command
         }
-        _ => Command::new("unshare"),
     };
     if who == Who::OrdinaryUser || !is_root() {
         command.arg("--map-root-user");
     }
     // System V objects outlive their processes; in a namespace of their own they go with it.
     command.args(["--pid", "--ipc", "--mount-proc", "--kill-child", "--"]);
+    command
+}
+
+/// A command in a network namespace of root's: a restored socket wants its old port. An ordinary user cannot make one
+/// without having capabilities in it, and stays in ours.
+fn within_own_network(program: &str) -> Command {
+    let mut command = Command::new("unshare");
+    let up = "ip link set lo up && ip route add 224.0.0.0/4 dev lo && exec \"$0\" \"$@\"";
+    command.args(["--net", "--", "sh", "-c", up, program]);
     command
 }
 

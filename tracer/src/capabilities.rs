@@ -35,6 +35,7 @@ capabilities!(
     Setgid = 6 "CAP_SETGID",
     Setuid = 7 "CAP_SETUID",
     Setpcap = 8 "CAP_SETPCAP",
+    NetBindService = 10 "CAP_NET_BIND_SERVICE",
     NetAdmin = 12 "CAP_NET_ADMIN",
     IpcLock = 14 "CAP_IPC_LOCK",
     SysRawio = 17 "CAP_SYS_RAWIO",

@@ -263,7 +263,7 @@ pub(super) fn dropped_note(object: &str, what: &str) -> String {
 }
 
 /// The refusal of a description that may be dropped.
-pub(super) fn droppable(look: &Look, source: &Source, what: &str) -> Obstacle {
+pub(crate) fn droppable(look: &Look, source: &Source, what: &str) -> Obstacle {
     Obstacle::new(
         look.object(source),
         format!("is {what} ({}), which is not supported", look.told()),

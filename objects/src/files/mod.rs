@@ -9,7 +9,7 @@ use ckpt_tracer::{Pid, Tid};
 use serde::{Deserialize, Serialize};
 
 use super::ipc::mqueue;
-use super::sockets::{self, netlink, unix};
+use super::sockets::{self, inet, netlink, unix};
 use super::uring;
 use crate::bounds;
 use crate::error::Obstacle;
@@ -79,6 +79,8 @@ kinds! {
     MemFd(memfd::MemFd),
     /// An end of a pipe whose ends are all inside the job.
     Pipe(pipe::PipeEnd),
+    /// An internet socket with its other end in the job.
+    Inet(inet::InetSocket),
     /// An object outside the job that the restored job gets anew: a pipe with its other end outside, or a socket.
     Outside(outside::Outside),
     /// A unix domain socket.
@@ -184,6 +186,7 @@ pub fn capture(
     }
     let mut sources = sources.to_vec();
     sources.push(&ourselves);
+    collector.inet = inet::survey(&survey.looks, &sources, collector)?;
     let pipes = pipe::Ends::of(&survey.looks);
     let numbers = survey.numbers();
     for (number, look) in survey.looks.iter().enumerate() {

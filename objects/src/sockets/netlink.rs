@@ -1,8 +1,9 @@
 //! Netlink sockets, netlink(7).
 //!
-//! Supported is an unbound socket that has never sent anything, belongs to no group and has no dump in progress. It
-//! receives only notifications of POSIX message queues (`SIGEV_THREAD`, mq_notify(3)), for which glibc creates one.
-//! Others are refused.
+//! A socket is created again with its port, its groups and its options. Protocols for which the kernel keeps no state of a
+//! request are supported; a socket with unread messages is refused for the time being, since only the kernel can send them.
+//!
+//! glibc creates an unbound one for notifications of POSIX message queues (`SIGEV_THREAD`, mq_notify(3)).
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use ckpt_sys::sockets;
 use ckpt_tracer::proc::fdlink::FdLink;
 
+use super::filter;
 use super::options::{self, SocketOption};
 use crate::error::Obstacle;
 use crate::files::kind::{Captured, OpenFile, Place, Sight};
@@ -22,11 +24,15 @@ use crate::source::{Collector, Source};
 
 /// Socket options beside those of `SOL_SOCKET`, linux/netlink.h.
 const SOL_NETLINK: i32 = 270;
+const NETLINK_ADD_MEMBERSHIP: i32 = 1;
+const NETLINK_LIST_MEMBERSHIPS: i32 = 9;
 /// `NETLINK_PKTINFO`, `NETLINK_BROADCAST_ERROR`, `NETLINK_NO_ENOBUFS`, `NETLINK_LISTEN_ALL_NSID`,
-/// `NETLINK_LIST_MEMBERSHIPS`, `NETLINK_CAP_ACK`, `NETLINK_EXT_ACK`, `NETLINK_GET_STRICT_CHK`.
-const OPTIONS: [i32; 8] = [3, 4, 5, 8, 9, 10, 11, 12];
+/// `NETLINK_CAP_ACK`, `NETLINK_EXT_ACK`, `NETLINK_GET_STRICT_CHK`.
+const SWITCHES: [i32; 7] = [3, 4, 5, 8, 10, 11, 12];
+/// `NETLINK_ROUTE`, `NETLINK_SOCK_DIAG`, `NETLINK_AUDIT`, `NETLINK_KOBJECT_UEVENT`, `NETLINK_GENERIC`.
+const PROTOCOLS: [i32; 5] = [0, 4, 9, 15, 16];
 
-/// An unbound netlink socket of protocol 0.
+/// A netlink socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetlinkSocket {
     /// Inode number.
@@ -35,6 +41,18 @@ pub struct NetlinkSocket {
     pub style: i32,
     /// Its protocol.
     pub protocol: i32,
+    /// Its port (`nl_pid`); 0 if it is not bound.
+    #[serde(default)]
+    pub port: u32,
+    /// The groups that it has joined, from 1 on.
+    #[serde(default, deserialize_with = "bounds::few::<_, _, 512>")]
+    pub groups: Vec<u32>,
+    /// Options of `SOL_NETLINK` that are on.
+    #[serde(default, deserialize_with = "bounds::few::<_, _, 16>")]
+    pub switches: Vec<i32>,
+    /// Its filter, instructions of classic BPF.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "serde_bytes")]
+    pub filter: Vec<u8>,
     /// Options that differ from a new socket's.
     #[serde(deserialize_with = "bounds::few::<_, _, 64>")]
     pub options: Vec<SocketOption>,
@@ -80,28 +98,43 @@ fn memory(fd: &impl AsFd) -> Result<(u32, u32), Errno> {
 /// Captures a socket; `None` if it is not a netlink socket, or may have more state than is stored.
 fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obstacle>>> {
     let socket = &look.copy;
-    let is_plain = sockets::int_option(socket, libc::SO_DOMAIN) == Ok(libc::AF_NETLINK)
-        && sockets::int_option(socket, libc::SO_PROTOCOL) == Ok(0)
-        && addresses(socket) == Ok([[0; 2]; 2])
-        && OPTIONS.iter().all(|number| {
-            // Empty if the protocol has no groups, an error if the kernel lacks the option.
-            match sockets::option_of(SOL_NETLINK, socket, *number) {
-                Ok(value) => value.iter().all(|b| *b == 0),
-                Err(errno) => errno == Errno::ENOPROTOOPT,
-            }
-        })
-        && sockets::filter_len(socket) == Ok(0);
-    let style = sockets::int_option(socket, libc::SO_TYPE).ok()?;
-    let (charged, room) = memory(socket).ok()?;
-    if !is_plain {
+    let protocol = sockets::int_option(socket, libc::SO_PROTOCOL).ok()?;
+    if sockets::int_option(socket, libc::SO_DOMAIN) != Ok(libc::AF_NETLINK)
+        || !PROTOCOLS.contains(&protocol)
+    {
         return None;
     }
+    let [[port, _], [peer, peer_groups]] = addresses(socket).ok()?;
+    let style = sockets::int_option(socket, libc::SO_TYPE).ok()?;
+    let (charged, room) = memory(socket).ok()?;
+    let filter = filter::capture(socket).ok()?;
+    if peer != 0 || peer_groups != 0 {
+        return None;
+    }
+    let groups = sockets::option_of(SOL_NETLINK, socket, NETLINK_LIST_MEMBERSHIPS);
+    let groups: Vec<u32> = groups.map_or(Vec::new(), |bytes| {
+        let has = |group: &u32| {
+            let (byte, bit) = ((group - 1) / 8, (group - 1) % 8);
+            bytes
+                .get(byte as usize)
+                .is_some_and(|b| b & (1 << bit) != 0)
+        };
+        (1..=8 * bytes.len() as u32).filter(has).collect()
+    });
+    let is_on = |number: &i32| {
+        let value = sockets::option_of(SOL_NETLINK, socket, *number);
+        value.is_ok_and(|value| value.iter().any(|b| *b != 0))
+    };
     let refuse =
         |reason: &str, remedy: &str| Box::new(Obstacle::new(look.object(source), reason, remedy));
     let state = ckpt_sys::events::poll_now(socket, libc::POLLIN);
     if state & (libc::POLLIN | libc::POLLERR) != 0 {
-        let reason = "is a netlink socket with an unread notification of a POSIX message queue, which is \
-                      not supported";
+        let reason = match (port, protocol) {
+            (0, 0) => {
+                "is a netlink socket with an unread notification of a POSIX message queue, which is not supported"
+            }
+            _ => "is a netlink socket with unread messages, which only the kernel can send",
+        };
         let unread = refuse(reason, "try again when the program has read it");
         return Some(Err(Box::new(unread.passing())));
     }
@@ -117,7 +150,11 @@ fn capture(source: &Source, look: &Look) -> Option<Result<NetlinkSocket, Box<Obs
     Some(Ok(NetlinkSocket {
         inode: look.stat.st_ino,
         style,
-        protocol: 0,
+        protocol,
+        port,
+        groups,
+        switches: SWITCHES.into_iter().filter(is_on).collect(),
+        filter,
         options: options::capture(socket, libc::AF_NETLINK, style),
         charged,
     }))
@@ -157,6 +194,32 @@ impl OpenFile for NetlinkSocket {
         ];
         plan.expect(libc::SYS_socket, &args, 0, object);
         files::place(0, at, plan, object);
+        if self.port != 0 {
+            let mut address = (libc::AF_NETLINK as u16).to_ne_bytes().to_vec();
+            address.extend_from_slice(&[0; 2]);
+            address.extend_from_slice(&self.port.to_ne_bytes());
+            address.extend_from_slice(&[0; 4]);
+            let data = plan.data(&address);
+            plan.syscall(libc::SYS_bind, &[at as u64, data, 12], object);
+        }
+        let set = |plan: &mut Builder, number: i32, value: u32, what: String| {
+            let data = plan.data(&value.to_ne_bytes());
+            let args = [at as u64, SOL_NETLINK as u64, number as u64, data, 4];
+            let warning = format!("{what} cannot be had again by the {}", self.label());
+            plan.try_syscall(libc::SYS_setsockopt, &args, &warning);
+        };
+        for group in &self.groups {
+            set(
+                plan,
+                NETLINK_ADD_MEMBERSHIP,
+                *group,
+                format!("group {group}"),
+            );
+        }
+        for switch in &self.switches {
+            set(plan, *switch, 1, format!("option {switch} of SOL_NETLINK"));
+        }
+        filter::rebuild(&self.filter, at, &self.label(), plan);
         for option in &self.options {
             option.rebuild(at, &self.label(), plan);
         }

@@ -10,13 +10,28 @@ use serde_bytes::ByteBuf;
 use super::unix::Style;
 use crate::plan::Builder;
 
-/// An option of `SOL_SOCKET` that differs from a new socket's.
+/// An option that differs from a new socket's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SocketOption {
-    /// `SO_*`.
+    /// `SOL_SOCKET`, or a protocol (`IPPROTO_TCP` …).
+    #[serde(default = "of_all", skip_serializing_if = "is_of_all")]
+    pub level: i32,
+    /// `SO_*`, or `TCP_*`, `IP_*` …
     pub number: i32,
     /// The value from getsockopt(2).
     pub value: ByteBuf,
+}
+
+fn of_all() -> i32 {
+    libc::SOL_SOCKET
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_of_all(level: &i32) -> bool {
+    *level == libc::SOL_SOCKET
 }
 
 const SO_TIMESTAMP_NEW: i32 = 63;
@@ -104,6 +119,7 @@ pub fn capture(socket: &OwnedFd, family: i32, kind: i32) -> Vec<SocketOption> {
         let differs = || sockets::option(&fresh, *number).is_ok_and(|new| new != value);
         if value.len() == *len && (follows || differs()) {
             kept.push(SocketOption {
+                level: libc::SOL_SOCKET,
                 number: *number,
                 value: ByteBuf::from(value),
             });
@@ -121,19 +137,34 @@ impl SocketOption {
         let numbers = [libc::SO_SNDBUF, SO_BUF_LOCK].into_iter();
         let options = numbers.filter_map(|number| {
             let value = ByteBuf::from(sockets::option(&fresh, number).ok()?);
-            Some(Self { number, value })
+            Some(Self {
+                level: libc::SOL_SOCKET,
+                number,
+                value,
+            })
         });
         options.collect()
     }
 
+    /// Its name; `None` if it is not stored.
+    pub(super) fn name(&self) -> Option<&'static str> {
+        if self.level != libc::SOL_SOCKET {
+            return super::inet::options::name(self.level, self.number);
+        }
+        let all = KEPT.iter().chain(super::inet::options::OF_ALL);
+        let mut all = all.filter(|(number, ..)| *number == self.number);
+        all.next().map(|(_, name, _)| *name)
+    }
+
     /// Sets it on the socket with that descriptor number.
     pub fn rebuild(&self, at: i32, label: &str, plan: &mut Builder) {
-        let Some((_, name, _)) = KEPT.iter().find(|(number, ..)| *number == self.number) else {
+        let Some(name) = self.name() else {
             return;
         };
         let object = || format!("{name} of the {label}");
         let (mut number, mut value) = (self.number, self.value.to_vec());
-        if BUFFERS.contains(&number) {
+        let of_all = self.level == libc::SOL_SOCKET;
+        if of_all && BUFFERS.contains(&number) {
             // The kernel doubles the value that it is given, and reports the doubled one.
             let doubled = value.get(..4).and_then(|v| v.try_into().ok());
             let half = i32::from_ne_bytes(doubled.unwrap_or_default()) / 2;
@@ -144,7 +175,7 @@ impl SocketOption {
                     _ => libc::SO_RCVBUFFORCE,
                 };
                 let data = plan.data(&value);
-                let args = operands(at, number, data, value.len());
+                let args = operands(at, self.level, number, data, value.len());
                 let warning = format!(
                     "{} is smaller than it was: it is above this system's limit, and setting it \
                      needs {}",
@@ -155,8 +186,11 @@ impl SocketOption {
             }
         }
         let data = plan.data(&value);
-        let args = operands(at, number, data, value.len());
-        if PRIVILEGED.contains(&number) {
+        let args = operands(at, self.level, number, data, value.len());
+        if !of_all && super::inet::options::may_be_refused(self.level, number) {
+            let warning = format!("{} cannot be set here and is not set again", object());
+            plan.try_syscall(libc::SYS_setsockopt, &args, &warning);
+        } else if of_all && PRIVILEGED.contains(&number) {
             let warning = format!(
                 "{} needs {} and is not set again",
                 object(),
@@ -169,14 +203,8 @@ impl SocketOption {
     }
 }
 
-fn operands(at: i32, number: i32, data: u64, len: usize) -> [u64; 5] {
-    [
-        at as u64,
-        libc::SOL_SOCKET as u64,
-        number as u64,
-        data,
-        len as u64,
-    ]
+fn operands(at: i32, level: i32, number: i32, data: u64, len: usize) -> [u64; 5] {
+    [at as u64, level as u64, number as u64, data, len as u64]
 }
 
 /// The largest value without privilege.
@@ -197,7 +225,7 @@ pub fn make_room(at: i32, bytes: usize, plan: &mut Builder) {
     let wanted = i32::try_from(bytes.saturating_mul(2) + (1 << 20)).unwrap_or(i32::MAX / 2);
     let data = plan.data(&wanted.to_ne_bytes());
     for number in [libc::SO_SNDBUF, libc::SO_SNDBUFFORCE] {
-        let args = operands(at, number, data, 4);
+        let args = operands(at, libc::SOL_SOCKET, number, data, 4);
         plan.attempt(libc::SYS_setsockopt, &args, || {
             "room for unread data".into()
         });

@@ -30,6 +30,7 @@ use crate::objects::memory::{self, FileIdentity, Uses, space::fill};
 use crate::objects::options::FilesPolicy;
 use crate::objects::plan::{Inherit, Inherited};
 use crate::objects::rights::{self, Rights};
+use crate::objects::sockets::inet;
 use crate::objects::{Snapshot, SpaceId};
 use crate::text::Shown;
 
@@ -44,7 +45,10 @@ pub fn open_all(
     ptys: &Ptys,
     (rights, policy): (Option<&Rights>, FilesPolicy),
 ) -> Result<Opened> {
+    let mut inet = rights::with(rights, || inet::make::make(snapshot, image))?;
     let mut made = Made {
+        warnings: std::mem::take(&mut inet.warnings),
+        inet,
         files: Vec::new(),
         ready: Vec::new(),
         ptys,
@@ -52,7 +56,6 @@ pub fn open_all(
         policy,
         uses: Uses::of(snapshot),
         written: Written::by(snapshot),
-        warnings: Vec::new(),
     };
     let mut descriptors = Vec::with_capacity(inherit.len());
     for i in inherit {
@@ -75,6 +78,7 @@ struct Made<'a> {
     /// Created together with others, until requested.
     ready: Vec<(Inherited, OwnedFd)>,
     ptys: &'a Ptys,
+    inet: inet::make::Made,
     rights: Option<&'a Rights>,
     policy: FilesPolicy,
     uses: Uses,
@@ -298,6 +302,12 @@ fn open<'a>(
             let (file, flags) = record::<ProcFile>(snapshot, *index)?;
             file.of_ended(flags)
                 .map_err(Error::file("open", &file.path))
+        }
+        Inherited::InetSocket(index) => {
+            let socket = made.inet.take(*index);
+            socket.ok_or_else(|| {
+                Error::Bug(format!("the socket of description {index} was not made"))
+            })
         }
         Inherited::Inotify(index) => inotify::create(snapshot.descriptions[*index].flags),
         Inherited::DeletedFile(index) => {

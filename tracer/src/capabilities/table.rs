@@ -2,8 +2,8 @@
 
 use super::Capability::{
     AuditControl, CheckpointRestore, Chown, DacOverride, DacReadSearch, Fowner, IpcLock, Lease,
-    NetAdmin, Setgid, Setpcap, Setuid, SysAdmin, SysChroot, SysNice, SysPtrace, SysRawio,
-    SysResource, SysTime,
+    NetAdmin, NetBindService, Setgid, Setpcap, Setuid, SysAdmin, SysChroot, SysNice, SysPtrace,
+    SysRawio, SysResource, SysTime,
 };
 use super::HeldIn::{First, Own, Owner, Target};
 use super::Row;
@@ -247,6 +247,13 @@ uses! {
         "socket marks, priorities above 6, `SO_DEBUG`, busy polling, `SO_TXTIME` with other clocks",
         without "not set, with a warning",
         kernel "`sk_setsockopt` (net/core/sock.c)"
+    }
+    /// bind(2) to a low port.
+    LowPorts {
+        Any(&[NetBindService]), Owner("net"),
+        "to give sockets their ports below `net.ipv4.ip_unprivileged_port_start` (1024)",
+        without "refused",
+        kernel "`inet_port_requires_bind_service` (include/net/ip.h)"
     }
     /// `F_SETLEASE`.
     Lease {

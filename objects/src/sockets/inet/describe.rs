@@ -1,38 +1,22 @@
-//! Internet sockets by their addresses, for messages.
+//! Internet sockets in messages, by their addresses.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 
 use ckpt_sys::sockets;
 
+use super::address::Address;
+
 /// `127.0.0.1:4000, connected to 127.0.0.1:5000, ESTABLISHED`; `None` for other families.
 pub fn describe(fd: &impl AsFd) -> Option<String> {
-    let mut text = parse(&sockets::own_address(fd).ok()?)?.to_string();
+    let mut text = Address::parse(&sockets::own_address(fd).ok()?)?.to_string();
     let peer = sockets::peer_address(fd).ok();
-    if let Some(peer) = peer.and_then(|peer| parse(&peer)) {
+    if let Some(peer) = peer.and_then(|peer| Address::parse(&peer)) {
         text.push_str(&format!(", connected to {peer}"));
     }
     if let Some(state) = tcp_state(fd) {
         text.push_str(&format!(", {state}"));
     }
     Some(text)
-}
-
-/// `struct sockaddr_in` and `struct sockaddr_in6`.
-fn parse(bytes: &[u8]) -> Option<SocketAddr> {
-    let family = u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?);
-    let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
-    match i32::from(family) {
-        libc::AF_INET => {
-            let address: [u8; 4] = bytes.get(4..8)?.try_into().ok()?;
-            Some((Ipv4Addr::from(address), port).into())
-        }
-        libc::AF_INET6 => {
-            let address: [u8; 16] = bytes.get(8..24)?.try_into().ok()?;
-            Some((Ipv6Addr::from(address), port).into())
-        }
-        _ => None,
-    }
 }
 
 /// The state by its name in ss(8) and netstat(8).
