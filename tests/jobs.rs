@@ -330,7 +330,7 @@ fn gdb_inside() {
 }
 
 /// Where postgres keeps its programs.
-fn postgres(case: &Case) -> String {
+pub(crate) fn postgres(case: &Case) -> String {
     let versions = fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()

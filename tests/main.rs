@@ -52,6 +52,7 @@ mod restore;
 mod restored_forgeries;
 mod run;
 mod security;
+mod servers;
 mod service;
 mod setid;
 mod shared_memory;

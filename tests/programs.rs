@@ -98,7 +98,7 @@ fn node_of_an_ordinary_user() {
 
 /// Every Java machine removes the files of those of its user that have ended, by their pids; it sees
 /// only those of its own pid namespace.
-fn with_own_performance_data(case: &Case) {
+pub(crate) fn with_own_performance_data(case: &Case) {
     let (shared, own) = (Path::new("/tmp/hsperfdata_root"), case.path("hsperfdata"));
     let made = std::fs::create_dir_all(shared).and_then(|()| std::fs::create_dir(&own));
     made.expect("both places are writable");
@@ -212,6 +212,11 @@ fn goroutines() {
 
 /// `pool.go`, built.
 pub(crate) fn pool(case: &Case) -> PathBuf {
+    with_go(case, &source("pool.go"))
+}
+
+/// A program in Go, built without C.
+pub(crate) fn with_go(case: &Case, source: &Path) -> PathBuf {
     case.needs_program("go", "golang-go");
     let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/go-cache");
     let mut command = Command::new("go");
@@ -223,7 +228,7 @@ pub(crate) fn pool(case: &Case) -> PathBuf {
         .env("GO111MODULE", "off")
         .arg("build");
     let program = case.path("program");
-    let build = command.arg("-o").arg(&program).arg(source("pool.go"));
+    let build = command.arg("-o").arg(&program).arg(source);
     run(case, build).ok();
     program
 }

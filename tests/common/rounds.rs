@@ -24,7 +24,8 @@ fn undisturbed(case: &Case, program: &dyn Fn() -> Command) -> String {
     fs::read_to_string(dir.join("result")).expect("it has a result")
 }
 
-fn progress(dir: &Path) -> u32 {
+/// The number of rounds that a program has done.
+pub fn progress(dir: &Path) -> u32 {
     let text = fs::read_to_string(dir.join("progress")).unwrap_or_default();
     text.trim().parse().unwrap_or(0)
 }
