@@ -9,7 +9,7 @@ use ckpt_fixtures::chaos::job::{Job, Text, kill_all, state};
 use ckpt_fixtures::chaos::lives::Verdict;
 use ckpt_fixtures::chaos::{self, Limits, Tools};
 
-use crate::common::tool::{CKPT, RESTORE};
+use crate::common::tool::{CKPT, RESTORE, restore_cmd, run as run_tool};
 use crate::common::{Case, ckpt, isolated, isolated_as_user};
 
 /// For how long fresh seeds run.
@@ -191,6 +191,24 @@ fn opened_with_privileges() {
         ckpt(case, attach).refused(1, &["the FIFO", "by the job's user", "chmod"]);
         let runs = matches!(state(job.root), Some('R' | 'S' | 'D'));
         assert!(runs, "it has been harmed: {:?}", state(job.root));
+        kill_all();
+    });
+}
+
+/// The child of a program that has executed another one is created by an exec, which sets its exit signal.
+#[test]
+fn exit_signal_of_an_executed_child() {
+    isolated("exit_signal_of_an_executed_child", |case| {
+        let job = "p0 mute child=1 share=none in=pause jail=0 ns=none exit=12
+            p0 exec of=itself";
+        let job = Job::start(&tools(case), &Text::parse(job), "job").expect("it is possible");
+        let pid = job.root.to_string();
+        ckpt(case, ["attach", &pid, "--kill", "-o", "job.ckpt"]).ok();
+        let out = run_tool(
+            case,
+            &mut restore_cmd(&case.path("job.ckpt"), &["--detach"]),
+        );
+        assert!(out.stderr.contains("the exit signal of process"), "{out:?}");
         kill_all();
     });
 }

@@ -18,7 +18,7 @@ use crate::SpaceId;
 use crate::error::{Obstacle, Result};
 use crate::files::Description;
 use crate::files::left::Choices;
-use crate::files::lock::WriteLeases;
+use crate::files::lock::Held;
 use crate::files::removed::Removed;
 use crate::findings::Findings;
 use crate::index::FileId;
@@ -131,8 +131,8 @@ pub struct Collector {
     pub viewed: HashSet<(Pid, SpaceId)>,
     /// Rings of AIO contexts by inode, with their process.
     pub aio_rings: Vec<(u64, Pid)>,
-    /// Open files that another open would disturb.
-    pub write_leases: WriteLeases,
+    /// Open files that are read through the job's descriptions.
+    pub held: Held,
     /// What processes share with their parents.
     pub shares: HashMap<Pid, Shares>,
     /// Ids of all tasks of the job.

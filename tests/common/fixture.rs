@@ -23,7 +23,7 @@ const EXCEPTIONS: &[(&str, &[&str])] = &[
     ("fd_tmpfile", &["fd 3", "fd 4"]),
     ("fifo", &["fd 11", "fd 12"]),
     // What has no name is another file; a temporary one was made so.
-    ("inotify_nameless", &["fd 5", "fd 6"]),
+    ("inotify_nameless", &["fd 5", "fd 6", "fd 7"]),
     // The name that sem_open(3) made it under is gone; it is mapped by the one that it has.
     ("sem_posix", &["maps"]),
     // Opened with O_NOFOLLOW by a name that is gone, which says how the name was looked up.

@@ -1,10 +1,11 @@
 //! Locks and leases of open files.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
 use ckpt_tracer::capabilities::Use;
-use ckpt_tracer::proc::fdinfo::LockLine;
+use ckpt_tracer::proc::fdinfo::{FdDetail, LockLine};
 use ckpt_tracer::proc::fdlink::FdLink;
 use serde::{Deserialize, Serialize};
 
@@ -95,12 +96,15 @@ pub(super) fn capture(
     Ok(locks)
 }
 
-/// Files with a write lease, which any other open would break (fcntl(2)), by device and inode. Such a file has one
-/// description, apart from `O_PATH` handles, whose fdinfo does not show the lease.
+/// Files that are read through the job's description instead of another open, by device and inode:
+///
+/// - those with a write lease, which any other open would break (fcntl(2)). Such a file has one description, apart from
+///   `O_PATH` handles, whose fdinfo does not show the lease; `None` if it is open for writing only;
+/// - those without a name that an inotify(7) descriptor of the job watches, which would report the open.
 #[derive(Debug, Default)]
-pub struct WriteLeases(HashMap<(u64, u64), Option<OwnedFd>>);
+pub struct Held(HashMap<(u64, u64), Option<OwnedFd>>);
 
-impl WriteLeases {
+impl Held {
     /// Finds them.
     ///
     /// # Errors
@@ -115,8 +119,30 @@ impl WriteLeases {
                 found.insert(look.inode(), readable.transpose()?);
             }
         }
+        let watches = looks.iter().flat_map(|look| match &look.info.detail {
+            FdDetail::Inotify { watches } => watches.as_slice(),
+            _ => &[],
+        });
+        let watched: HashSet<_> = watches.map(|watch| (watch.ino, watch.sdev)).collect();
+        for look in looks.iter().filter(|look| is_watched(look, &watched)) {
+            if let Entry::Vacant(entry) = found.entry(look.inode()) {
+                entry.insert(Some(look.copy.try_clone()?));
+            }
+        }
         Ok(Self(found))
     }
+}
+
+/// Whether it is a description, fit for reading, of a file without a name that is one of these, by inode and device.
+fn is_watched(look: &Look, watched: &HashSet<(u64, (u32, u32))>) -> bool {
+    let (stat, flags) = (&look.stat, look.info.flags as i32);
+    let unfit = libc::O_PATH | libc::O_DIRECT;
+    let readable = flags & libc::O_ACCMODE != libc::O_WRONLY && flags & unfit == 0;
+    let device = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
+    readable
+        && look.file_type() == libc::S_IFREG
+        && stat.st_nlink == 0
+        && watched.contains(&(stat.st_ino, device))
 }
 
 impl Look {
@@ -125,14 +151,14 @@ impl Look {
     }
 
     /// The contents of a regular file or memfd, opened anew: the job's descriptor may be write-only, and searching
-    /// holes moves the offset. A file with a write lease is read through the job's description.
+    /// holes moves the offset. Those that are [`Held`] are read through the job's description.
     pub(super) fn contents(
         &self,
         source: &Source,
         size: u64,
-        leases: &WriteLeases,
+        held: &Held,
     ) -> std::io::Result<Contents> {
-        match leases.0.get(&self.inode()) {
+        match held.0.get(&self.inode()) {
             None => {
                 let file = open_quietly(&source.dir.join(format!("fd/{}", self.fd)))?;
                 Ok(Contents::File(file, size))

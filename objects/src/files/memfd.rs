@@ -63,12 +63,10 @@ fn capture(
     let (contents, attributes) = match known {
         Some(known) => known,
         None => {
-            let contents = look
-                .contents(source, size, &collector.write_leases)
-                .map_err(|e| {
-                    let reason = format!("is a memfd that cannot be read: {e}");
-                    Box::new(Obstacle::without_remedy(look.object(source), reason))
-                })?;
+            let contents = look.contents(source, size, &collector.held).map_err(|e| {
+                let reason = format!("is a memfd that cannot be read: {e}");
+                Box::new(Obstacle::without_remedy(look.object(source), reason))
+            })?;
             let file = contents.as_file();
             let attributes = file.and_then(|f| Some(Attributes::of(f, &f.metadata().ok()?)));
             (collector.space_for(contents), attributes)

@@ -163,9 +163,11 @@ pub fn capture(
         collector.tasks.extend(tasks.into_iter().map(Tid::raw));
     }
     collector.first = sources.first().map(|source| source.pid.raw());
-    let leases = lock::WriteLeases::of(&survey.looks);
-    collector.write_leases =
-        leases.map_err(crate::Error::file("copy", "a descriptor with a lease"))?;
+    let held = lock::Held::of(&survey.looks);
+    collector.held = held.map_err(crate::Error::file(
+        "copy",
+        "a descriptor with a lease or a watch",
+    ))?;
     let first = collector.descriptions.len();
     let open = survey.looks.iter().map(|look| sockets::survey::Open {
         copy: &look.copy,

@@ -107,9 +107,7 @@ fn capture(
                         return refuse(reason, "close it before the checkpoint");
                     }
                 };
-                let read = look
-                    .contents(source, identity.size, &collector.write_leases)
-                    .ok();
+                let read = look.contents(source, identity.size, &collector.held).ok();
                 let file = read.as_ref().and_then(Contents::as_file);
                 attributes = file.and_then(|f| Some(Attributes::of(f, &f.metadata().ok()?)));
             }
@@ -170,11 +168,7 @@ fn contents_of(
     let known = open.find_map(|file| file.contents.or(file.saved.map(|saved| saved.space)));
     match known {
         Some(space) => Ok(space),
-        None => Ok(collector.space_for(look.contents(
-            source,
-            identity.size,
-            &collector.write_leases,
-        )?)),
+        None => Ok(collector.space_for(look.contents(source, identity.size, &collector.held)?)),
     }
 }
 

@@ -70,9 +70,10 @@ pub fn enter(path: &Path, handle: &OwnedFd, all: &mut Vec<Removed>) -> io::Resul
         libc::S_IFSOCK => What::Socket,
         _ => return Err(io::ErrorKind::Unsupported.into()),
     };
-    // Extended attributes need a descriptor open for reading.
+    // Extended attributes need a descriptor open for reading. A watch of the job would report another open.
+    let is_path = ckpt_sys::files::flags(handle)? & libc::O_PATH != 0;
     let file = match what {
-        What::Directory => super::regular::open_quietly(Path::new(&again)).ok(),
+        What::Directory if is_path => super::regular::open_quietly(Path::new(&again)).ok(),
         _ => None,
     };
     let file = file.map_or_else(|| handle.try_clone().map(File::from), Ok)?;

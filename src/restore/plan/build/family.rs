@@ -152,6 +152,15 @@ impl Build<'_> {
                 its.process_state(plan, obstacles);
             }),
             Origin::Executed => {
+                if process.exit_signal != libc::SIGCHLD {
+                    // An exec sets it (`begin_new_exec`). Its parent has executed a program since it was created, so
+                    // it would be sent SIGCHLD all the same (`do_notify_parent`).
+                    plan.warn(format!(
+                        "the exit signal of process {} was {} and is SIGCHLD now, since it is created by executing \
+                         its program: its parent needs no __WCLONE to wait for it",
+                        creation.pid, process.exit_signal
+                    ));
+                }
                 let flags = flags | libc::CLONE_VM | libc::CLONE_VFORK;
                 plan.process(creation.pid, flags, libc::SIGCHLD, |plan| {
                     self.execute(index, plan);
