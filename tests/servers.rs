@@ -171,6 +171,23 @@ fn requests_in_datagrams_of_an_ordinary_user() {
     });
 }
 
+fn memcached(case: &Case) {
+    case.needs_program("memcached", "memcached");
+    let mut command = Command::new(case.system_python());
+    command.arg(source("memcached.py")).arg(free_port());
+    goes_on(case, command);
+}
+
+#[test]
+fn memcached_with_threads() {
+    isolated("memcached_with_threads", memcached);
+}
+
+#[test]
+fn memcached_with_threads_of_an_ordinary_user() {
+    isolated_as_user("memcached_with_threads_of_an_ordinary_user", memcached);
+}
+
 fn node(case: &Case) {
     case.needs_program("node", "nodejs");
     let mut command = Command::new("node");

@@ -3,7 +3,9 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -21,25 +22,15 @@ func must(err error) {
 	}
 }
 
-var connections int64
-
 func serve() {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)
 	handler := func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/connections" {
-			fmt.Fprint(w, atomic.LoadInt64(&connections))
-			return
-		}
 		body, err := io.ReadAll(r.Body)
 		must(err)
 		fmt.Fprintf(w, "%s %x %s", r.URL.Path, sha256.Sum256(body), body)
 	}
-	server := http.Server{Handler: http.HandlerFunc(handler), ConnState: func(_ net.Conn, state http.ConnState) {
-		if state == http.StateNew {
-			atomic.AddInt64(&connections, 1)
-		}
-	}}
+	server := http.Server{Handler: http.HandlerFunc(handler)}
 	fmt.Println(listener.Addr())
 	// Until the client closes our standard input.
 	go func() {
@@ -49,6 +40,23 @@ func serve() {
 	if err := server.Serve(listener); err != http.ErrServerClosed {
 		panic(err)
 	}
+}
+
+// A connection that only we may close. The transport does so when a request takes longer than it likes.
+type lasting struct{ net.Conn }
+
+func (c lasting) Read(buffer []byte) (int, error) {
+	count, err := c.Conn.Read(buffer)
+	if err != nil && !errors.Is(err, net.ErrClosed) {
+		panic("a connection was lost: " + err.Error())
+	}
+	return count, err
+}
+
+func connect(_ context.Context, network, address string) (net.Conn, error) {
+	conn, err := net.Dial(network, address)
+	must(err)
+	return lasting{conn}, nil
 }
 
 func ask(client *http.Client, url string, body []byte) []byte {
@@ -76,7 +84,7 @@ func main() {
 	var address string
 	_, err = fmt.Fscanln(said, &address)
 	must(err)
-	transport := &http.Transport{MaxConnsPerHost: 12, MaxIdleConnsPerHost: 12, IdleConnTimeout: time.Hour}
+	transport := &http.Transport{DialContext: connect, MaxConnsPerHost: 12, MaxIdleConnsPerHost: 12, IdleConnTimeout: time.Hour}
 	client := &http.Client{Transport: transport}
 	var all sync.WaitGroup
 	for name := 0; name < 12; name++ {
@@ -100,10 +108,7 @@ func main() {
 		}(name)
 	}
 	all.Wait()
-	// A connection that was lost would have been made anew.
-	if made := string(ask(client, "http://"+address+"/connections", nil)); made != "12" {
-		panic(made + " connections")
-	}
+	transport.CloseIdleConnections()
 	must(end.Close())
 	must(server.Wait())
 	must(os.WriteFile(dir+"/result", []byte("right\n"), 0o644))
