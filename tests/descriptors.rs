@@ -39,6 +39,35 @@ fn connected(case: &Case) -> (Fixture, RawFd, TcpStream, String) {
     (target, fd, far, at.to_string())
 }
 
+/// As inetd(8) starts programs.
+#[test]
+fn a_connection_to_the_outside_as_standard_input() {
+    isolated("a_connection_to_the_outside_as_standard_input", |case| {
+        let listener =
+            TcpListener::bind("127.0.0.1:0").unwrap_or_else(|_| case.skip("a loopback device"));
+        let stream = TcpStream::connect(listener.local_addr().expect("it is bound"));
+        let stream = stream.expect("it listens");
+        let _far = listener.accept().expect("it is connected");
+        let fd = inherited(&stream);
+        let mut command = Command::new("bash");
+        command.args(["-c", &format!("exec \"$0\" \"$@\" <&{fd} {fd}<&-")]);
+        command.arg(case.fixtures().join("counter"));
+        let mut target = start_in(case, "counter", "run", command);
+        nix::unistd::close(fd).expect("it is ours");
+        let pid = target.pid().to_string();
+        assert_eq!(ckpt(case, ["check", &pid]).code(), 0);
+        let image = target.killed_into(case, "job.ckpt");
+        let fds = ckpt(
+            case,
+            ["inspect".as_ref(), "--fds".as_ref(), image.as_os_str()],
+        );
+        let input = fds.stdout.lines().find(|line| line.contains(" 0  outside"));
+        assert!(input.is_some(), "{fds:?}");
+        target.continued_by(restored(case, &image, &[]));
+        target.passes();
+    });
+}
+
 /// The loopback device of a test's network namespace may be down; tests share the machine's.
 #[test]
 fn a_connection_to_the_outside() {

@@ -235,10 +235,13 @@ impl InetSocket {
 
 impl OpenFile for InetSocket {
     fn capture(sight: &Sight, collector: &mut Collector) -> Captured {
-        if sight.look.is_path() {
+        let inode = sight.look.stat.st_ino;
+        // One of the first three becomes that of `restore`.
+        let outside = sight.look.fd <= 2 && collector.inet.is_outside(inode);
+        if sight.look.is_path() || outside {
             return None;
         }
-        collector.inet.verdict(sight.look.stat.st_ino)
+        collector.inet.verdict(inode)
     }
 
     fn class(&self) -> &'static str {

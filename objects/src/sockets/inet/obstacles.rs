@@ -54,6 +54,12 @@ pub(super) fn check(
         (_, true) => 0,
         (_, false) => usize::MAX,
     };
+    // Sizes of buffers are ints; a datagram has at most 64 KiB.
+    let most = match streams {
+        true => i32::MAX as u64,
+        false => 1 << 16,
+    };
+    let sizes = socket.unread.iter().all(|piece| piece.len <= most);
     let space = socket.unread.first().map(|piece| piece.space);
     let apart = socket.unread.windows(2).all(|two| {
         two[0]
@@ -64,6 +70,7 @@ pub(super) fn check(
     require!(
         faults,
         socket.unread.len() <= pieces
+            && sizes
             && apart
             && socket.unread.iter().all(|p| Some(p.space) == space),
         "the unread bytes of socket:[{inode}] cannot be its own"
@@ -139,12 +146,15 @@ pub fn in_the_way(snapshot: &Snapshot, held: Held, leaving: bool) -> Vec<Obstacl
         true => all(snapshot).map(|(_, socket)| socket.inode).collect(),
         false => HashSet::new(),
     };
-    let mut listed = Vec::new();
+    // By protocol and port.
+    let mut listed: HashMap<(Protocol, u16), Vec<Listed>> = HashMap::new();
     for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::UdpLite] {
         if all(snapshot).any(|(_, socket)| socket.protocol == protocol) {
             for family in [libc::AF_INET, libc::AF_INET6] {
-                let found = diag::dump(family, protocol.number(family)).unwrap_or_default();
-                listed.extend(found.into_iter().map(|socket| (protocol, socket)));
+                for socket in diag::dump(family, protocol.number(family)).unwrap_or_default() {
+                    let place = listed.entry((protocol, socket.local.1)).or_default();
+                    place.push(socket);
+                }
             }
         }
     }
@@ -177,12 +187,12 @@ pub fn in_the_way(snapshot: &Snapshot, held: Held, leaving: bool) -> Vec<Obstacl
                 "restore it as root, or lower net.ipv4.ip_unprivileged_port_start",
             ));
         }
-        let mut taken = listed.iter().filter(|(protocol, other)| {
-            *protocol == socket.protocol
-                && !own.contains(&other.inode.into())
-                && conflict(socket, other)
-        });
-        if let Some((_, other)) = taken.next()
+        let taken = listed.get(&(socket.protocol, local.port));
+        let taken = taken
+            .into_iter()
+            .flatten()
+            .find(|other| !own.contains(&other.inode.into()) && conflict(socket, other));
+        if let Some(other) = taken
             && told.insert((local.port, other.inode))
         {
             obstacles.push(Obstacle::new(
