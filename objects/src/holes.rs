@@ -4,6 +4,7 @@ use ckpt_tracer::RemoteAddr;
 use ckpt_tracer::features::max_map_count;
 use ckpt_tracer::proc::maps::{VmFlags, Vma, VmaName};
 use ckpt_tracer::remote::Scratch;
+use nix::errno::Errno;
 
 use crate::error::Obstacle;
 use crate::limits;
@@ -63,6 +64,26 @@ pub fn permitted(source: &Source, vmas: &[Vma], len: u64) -> Result<(), Obstacle
             source.pid
         ),
     ))
+}
+
+/// The error of beginning remote calls. A process whose mappings are locked as they are made may have no room although
+/// not all of them are locked by now: that is a refusal too.
+pub fn refusal(source: &Source, len: u64, error: ckpt_tracer::Error) -> crate::Error {
+    match error {
+        ckpt_tracer::Error::Remote {
+            call: "mmap",
+            errno: Errno::EAGAIN,
+            ..
+        } => crate::Error::refuse(Obstacle::new(
+            source.title(),
+            format!("may not map {len} more bytes of memory, which remote calls need"),
+            format!(
+                "raise its limit: prlimit --memlock=unlimited: --pid {}",
+                source.pid
+            ),
+        )),
+        other => other.into(),
+    }
 }
 
 /// Scratch memory for remote calls in a process with these mappings (of smaps). If it may not have another mapping,

@@ -70,7 +70,7 @@ pub fn locked_without_room(
     vmas: &[Vma],
     len: u64,
 ) -> Option<(&'static str, u64)> {
-    let never = VmFlags::DONT_EXPAND | VmFlags::PFN_MAP | VmFlags::HUGETLB;
+    let never = VmFlags::DONT_EXPAND | VmFlags::PFN_MAP | VmFlags::HUGETLB | VmFlags::DROPPABLE;
     let can_be = |v: &&Vma| v.name != VmaName::Vsyscall && !v.flags.intersects(never);
     let lockable: Vec<&Vma> = vmas.iter().filter(can_be).collect();
     if !lockable.iter().all(|v| v.flags.contains(VmFlags::LOCKED)) {

@@ -425,7 +425,8 @@ pub fn capture(
         .tasks_mut()
         .split_first_mut()
         .ok_or(ckpt_tracer::Error::Died { tid: pid.leader() })?;
-    let mut calls = RemoteCalls::begin(leader, &cave, memory_for_calls)?;
+    let calls = RemoteCalls::begin(leader, &cave, memory_for_calls);
+    let mut calls = calls.map_err(|e| crate::holes::refusal(source, SCRATCH, e))?;
     let mut has_segments = false;
     if !job.shares.memory {
         let asked = address_space::capture(&mut calls)?;
@@ -479,7 +480,8 @@ fn local_segments(
     cave: &Cave<'_>,
 ) -> Result<Vec<Segment>> {
     let scratch = scratch(source, vmas, segments::LARGEST)?;
-    let mut calls = RemoteCalls::begin(leader, cave, scratch)?;
+    let calls = RemoteCalls::begin(leader, cave, scratch);
+    let mut calls = calls.map_err(|e| crate::holes::refusal(source, segments::LARGEST, e))?;
     let segments = segments::capture_local(&mut calls)?;
     calls.finish()?;
     Ok(segments)

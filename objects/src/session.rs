@@ -71,11 +71,18 @@ pub fn rebuild_login_uid(process: &Process, plan: &mut Builder) {
     let text = wanted.to_string();
     let at = plan.data(text.as_bytes());
     let flags = (libc::O_WRONLY | libc::O_CLOEXEC) as u64;
-    let open = [libc::AT_FDCWD as u64, path, flags, 0];
-    plan.attempt(libc::SYS_openat, &open, object);
-    let write = [0, at, text.len() as u64];
-    plan.attempt_with_answer(libc::SYS_write, (0, &write), object);
-    plan.attempt_with_answer(libc::SYS_close, (1, &[0]), object);
+    let set = |plan: &mut Builder| {
+        let open = [libc::AT_FDCWD as u64, path, flags, 0];
+        plan.attempt(libc::SYS_openat, &open, object);
+        let write = [0, at, text.len() as u64];
+        plan.attempt_with_answer(libc::SYS_write, (0, &write), object);
+        plan.attempt_with_answer(libc::SYS_close, (1, &[0]), object);
+    };
+    // The file is that of the new process, which is still ours, not the job's user's.
+    match plan.host().rights.clone() {
+        Some(rights) => rights.as_ourselves(false, plan, set),
+        None => set(plan),
+    }
 }
 
 /// The warning for a process whose audit login uid differs.

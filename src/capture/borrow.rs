@@ -87,7 +87,8 @@ fn borrow(
         tid: source.pid.leader(),
     })?;
     let umask = read_status(source.dir.clone())?.umask.unwrap_or(0o022);
-    let mut calls = RemoteCalls::begin(leader, &cave, scratch)?;
+    let calls = RemoteCalls::begin(leader, &cave, scratch);
+    let mut calls = calls.map_err(|e| crate::objects::holes::refusal(source, lend::SCRATCH, e))?;
     let mut lent = Vec::with_capacity(fds.len());
     // At least once, without a descriptor if there is none, to detect sharing.
     let mut rest = fds;
