@@ -192,11 +192,11 @@ fn thread_of_a_process() {
 }
 
 #[test]
-fn listening_socket() {
-    isolated("listening_socket", |case| {
+fn netlink_socket_of_another_protocol() {
+    isolated("netlink_socket_of_another_protocol", |case| {
         attach_is_refused(
             case,
-            odd(case, "listen", None),
+            odd(case, "netlink", None),
             &["fd 3", "socket", "not supported"],
         );
     });

@@ -226,12 +226,8 @@ int main(int argc, char **argv)
 	int fd = -1, ends[2];
 
 	fx_init(argc, argv);
-	if (is("listen")) {
-		struct sockaddr_in any = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-
-		fd = FX_SYS(socket(AF_INET, SOCK_STREAM, 0));
-		FX_SYS(bind(fd, (void *)&any, sizeof(any)));
-		FX_SYS(listen(fd, 1));
+	if (is("netlink")) {
+		fd = FX_SYS(socket(AF_NETLINK, SOCK_RAW, NETLINK_USERSOCK));
 	} else if (is("others-time")) {
 		struct sigevent event = { .sigev_notify = SIGEV_NONE };
 		clockid_t clock;
@@ -310,8 +306,8 @@ int main(int argc, char **argv)
 	} else if (is("netlink-twice")) {
 		int other;
 
-		fd = FX_SYS(socket(AF_NETLINK, SOCK_RAW, NETLINK_KOBJECT_UEVENT));
-		other = FX_SYS(socket(AF_NETLINK, SOCK_RAW, NETLINK_KOBJECT_UEVENT));
+		fd = FX_SYS(socket(AF_NETLINK, SOCK_RAW, NETLINK_USERSOCK));
+		other = FX_SYS(socket(AF_NETLINK, SOCK_RAW, NETLINK_USERSOCK));
 		fx_cleanup = end_child;
 		child = FX_SYS(fork());
 		if (!child)
