@@ -39,6 +39,20 @@ fn connected(case: &Case) -> (Fixture, RawFd, TcpStream, String) {
     (target, fd, far, at.to_string())
 }
 
+/// What is dropped leaves no half of a connection behind.
+#[test]
+fn a_connection_of_which_one_end_cannot_be_captured() {
+    isolated("a_connection_of_which_one_end_cannot_be_captured", |case| {
+        let target = crate::common::fixture(case, "tcp_urgent");
+        let pid = target.pid().to_string();
+        let words = ["whose other end cannot be captured", "--drop-fd"];
+        ckpt(case, ["attach", &pid, "-o", "job.ckpt"]).refused(1, &words);
+        let (image, _) = attach(case, target.pid(), "job.ckpt", &["--drop-fd=inet"]);
+        ckpt(case, ["verify".as_ref(), image.as_os_str()]).ok();
+        target.passes();
+    });
+}
+
 /// As inetd(8) starts programs.
 #[test]
 fn a_connection_to_the_outside_as_standard_input() {

@@ -157,6 +157,15 @@ fn each_attribute(mut rest: &[u8], mut f: impl FnMut(u16, &[u8]) -> Option<()>) 
     Some(())
 }
 
+/// The inode number of a descriptor of ours.
+#[cfg(test)]
+fn inode(fd: &impl AsRawFd) -> u32 {
+    use std::os::unix::fs::MetadataExt;
+
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    std::fs::metadata(path).expect("it is open").ino() as u32
+}
+
 #[cfg(test)]
 mod tests {
     use super::unix::{UnixSocket, socket};

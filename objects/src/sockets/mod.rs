@@ -4,6 +4,7 @@
 //! together ([`rebuild`]). The record of one is in [`unix`]. Other families are refused.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 
 use ckpt_sys::sockets;
 use nix::errno::Errno;
@@ -29,6 +30,7 @@ pub use made::Made;
 use crate::error::Obstacle;
 use crate::files::outside::Outside;
 use crate::files::{Description, Kind};
+use crate::text::Shown;
 use survey::{Survey, Verdict};
 
 /// Whether a descriptor of ours is for a unix domain socket.
@@ -66,10 +68,22 @@ pub fn family(fd: &impl AsFd) -> String {
     }
 }
 
+/// Why `--fd` cannot replace a socket.
+fn not_replaceable(label: &str, by: &Path) -> Obstacle {
+    Obstacle::new(
+        format!("the {label}"),
+        format!(
+            "is rebuilt with everything connected to it and cannot be replaced by {}",
+            by.shown()
+        ),
+        "leave that --fd out",
+    )
+}
+
 /// Whether the process of a `/proc/PID` directory is stopped because we trace it.
 pub fn is_held(status: &ckpt_tracer::proc::status::Status) -> bool {
     let ours = format!("/proc/self/task/{}", status.tracer_pid);
-    status.tracer_pid != 0 && std::path::Path::new(&ours).exists()
+    status.tracer_pid != 0 && Path::new(&ours).exists()
 }
 
 /// Whether a file may be held by an unread message only: not if it becomes a descriptor of `restore` by its number,

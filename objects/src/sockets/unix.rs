@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
+use super::not_replaceable;
 use super::options::SocketOption;
 use super::peers::Ucred;
 use super::rebuild;
@@ -232,14 +233,7 @@ impl OpenFile for UnixSocket {
     }
 
     fn not_replaceable(&self, by: &Path) -> Option<Obstacle> {
-        Some(Obstacle::new(
-            format!("the {}", self.label()),
-            format!(
-                "is rebuilt with everything connected to it and cannot be replaced by {}",
-                by.shown()
-            ),
-            "leave that --fd out",
-        ))
+        Some(not_replaceable(&self.label(), by))
     }
 
     /// All of them are made when the first comes.

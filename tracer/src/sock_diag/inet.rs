@@ -84,14 +84,9 @@ mod tests {
     use std::io::Write;
     use std::net::{TcpListener, TcpStream, UdpSocket};
     use std::os::fd::AsRawFd;
-    use std::os::unix::fs::MetadataExt;
 
+    use super::super::inode;
     use super::*;
-
-    fn inode(fd: &impl AsRawFd) -> u32 {
-        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        std::fs::metadata(path).expect("it is open").ino() as u32
-    }
 
     #[test]
     fn both_ends_and_the_backlog_are_told() {

@@ -72,16 +72,10 @@ pub(super) fn socket(body: &[u8]) -> Option<UnixSocket> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::inode;
     use super::*;
-    use std::os::fd::AsRawFd;
     use std::os::linux::net::SocketAddrExt;
-    use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-
-    fn inode(fd: &impl AsRawFd) -> u32 {
-        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        std::fs::metadata(path).expect("it is open").ino() as u32
-    }
 
     #[test]
     fn peers_and_backlogs_are_told() {

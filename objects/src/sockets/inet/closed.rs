@@ -11,12 +11,16 @@ use super::judge::tcp;
 /// `SO_NETNS_COOKIE` (Linux 5.14).
 const SO_NETNS_COOKIE: i32 = 71;
 
-/// Whether a socket belongs to our network namespace, as far as the kernel tells.
-pub(super) fn is_of_our_network(socket: &OwnedFd) -> bool {
-    let ours = sockets::socket(libc::AF_INET, libc::SOCK_DGRAM);
-    let ours = ours.and_then(|ours| sockets::option(&ours, SO_NETNS_COOKIE));
-    match (ours, sockets::option(socket, SO_NETNS_COOKIE)) {
-        (Ok(ours), Ok(its)) => ours == its,
+/// What identifies our network namespace among its sockets, if the kernel tells.
+pub(super) fn network() -> Option<Vec<u8>> {
+    let socket = sockets::socket(libc::AF_INET, libc::SOCK_DGRAM).ok()?;
+    sockets::option(&socket, SO_NETNS_COOKIE).ok()
+}
+
+/// Whether a socket belongs to that network namespace, as far as the kernel tells.
+pub(super) fn is_of(network: Option<&[u8]>, socket: &OwnedFd) -> bool {
+    match (network, sockets::option(socket, SO_NETNS_COOKIE)) {
+        (Some(network), Ok(its)) => network == its,
         _ => true,
     }
 }

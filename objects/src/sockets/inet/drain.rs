@@ -15,7 +15,7 @@ use ckpt_sys::helper::Helper;
 use ckpt_sys::sockets;
 use nix::errno::Errno;
 
-use super::survey::{Live, Table};
+use super::survey::{Live, Table, far, listed, own};
 use super::{Address, Protocol};
 
 /// How long nothing may arrive.
@@ -107,6 +107,7 @@ pub(super) fn drain(live: &[Live<'_>], table: &Table) -> Drained {
             if now < before {
                 last = Instant::now();
             } else {
+                // No descriptor becomes ready when a segment is acknowledged.
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
@@ -124,10 +125,7 @@ fn receivers<'a>(live: &'a [Live<'_>], table: &Table) -> Vec<Receiver<'a>> {
     let receivers = live.iter().filter(|l| l.protocol == Protocol::Tcp);
     let receivers = receivers.filter_map(|receiver| {
         let listed = table.of(receiver.inode).filter(|l| l.remote.1 != 0)?;
-        let ends = (
-            Address::new(listed.local.0, listed.local.1),
-            Address::new(listed.remote.0, listed.remote.1),
-        );
+        let ends = (own(listed), far(listed));
         let other = table.other_end(ends.0, ends.1)?;
         if other.unsent == 0 {
             return None;
@@ -162,24 +160,11 @@ impl Receiver<'_> {
 
     /// What a closed sender still has, from the kernel's list.
     fn left_by_a_closed_end(&self) -> usize {
-        let family = match self.ends.1.plain().0.is_ipv4() {
-            true => [libc::AF_INET, libc::AF_INET6],
-            false => [libc::AF_INET6, libc::AF_INET],
-        };
-        for family in family {
-            let all = ckpt_tracer::sock_diag::inet::dump(family, libc::IPPROTO_TCP);
-            let wanted = (self.ends.1.plain(), self.ends.0.plain());
-            let found = all.unwrap_or_default().into_iter().find(|s| {
-                (
-                    super::survey::plain(s.local),
-                    super::survey::plain(s.remote),
-                ) == wanted
-            });
-            if let Some(found) = found {
-                return found.unsent as usize;
-            }
-        }
-        0
+        let wanted = (self.ends.1.plain(), self.ends.0.plain());
+        let all = listed(Protocol::Tcp).unwrap_or_default();
+        let mut all = all.iter();
+        let found = all.find(|s| (own(s).plain(), far(s).plain()) == wanted);
+        found.map_or(0, |found| found.unsent as usize)
     }
 
     fn make_room(&self) {

@@ -7,7 +7,7 @@ use ckpt_tracer::sock_diag::inet::InetSocket as Listed;
 use nix::errno::Errno;
 
 use super::super::filter;
-use super::survey::{Live, Table, Verdict, plain};
+use super::survey::{Live, Table, Verdict, far, listens, own};
 use super::unread::Store;
 use super::{Address, InetSocket, Pending, Protocol, State, closed, multicast, options};
 use crate::source::Collector;
@@ -59,9 +59,6 @@ fn of(
         );
         socket.refuse_for_now(reason, AGAIN)
     };
-    if !closed::is_of_our_network(socket.copy) {
-        return Err(socket.unsupported("a socket of another network namespace"));
-    }
     let local = sockets::own_address(socket.copy).map_err(unreadable)?;
     let Some(local) = Address::parse(&local) else {
         return Err(socket.unsupported("an internet socket without an address"));
@@ -142,7 +139,7 @@ fn stream(
     let listed = table.of(socket.inode);
     found.state = match state {
         tcp::LISTEN => listening(socket, listed, table, inodes)?,
-        tcp::SYN_SENT => match listed.map(|l| Address::new(l.remote.0, l.remote.1)) {
+        tcp::SYN_SENT => match listed.map(far) {
             Some(peer) => State::Connecting { peer },
             None => return Err(socket.refuse_for_now("is a TCP socket that is connecting", AGAIN)),
         },
@@ -222,13 +219,9 @@ fn connected(
     }
 }
 
-/// The listening sockets at which a connection to that address arrives.
+/// The listening sockets at which a connection to that address may arrive.
 fn listeners(table: &Table, at: Address) -> impl Iterator<Item = &Listed> {
-    let (ip, port) = at.plain();
-    table.all.iter().filter(move |l| {
-        let own = plain(l.local);
-        l.state == tcp::LISTEN && own.1 == port && (own.0 == ip || own.0.is_unspecified())
-    })
+    table.all.iter().filter(move |l| listens(l, at))
 }
 
 /// The state of a listening socket.
@@ -250,20 +243,14 @@ fn listening(
             pending: Vec::new(),
         });
     }
-    let here = plain(listed.local);
     let arrives = |waiting: &&Listed| {
-        let at = plain(waiting.local);
-        waiting.inode == 0
-            && [tcp::ESTABLISHED, tcp::CLOSE_WAIT].contains(&waiting.state)
-            && at.1 == here.1
-            && (here.0 == at.0 || here.0.is_unspecified())
+        let connected = [tcp::ESTABLISHED, tcp::CLOSE_WAIT].contains(&waiting.state);
+        waiting.inode == 0 && connected && listens(listed, own(waiting))
     };
     let waiting: Vec<&Listed> = table.all.iter().filter(arrives).collect();
-    let at = |listed: &Listed| Address::new(listed.local.0, listed.local.1);
     let mut pending = Vec::new();
     for waiting in &waiting {
-        let local = Address::new(waiting.local.0, waiting.local.1);
-        let client = Address::new(waiting.remote.0, waiting.remote.1);
+        let (server, client) = (own(waiting), far(waiting));
         let end = u32::from(waiting.state == tcp::CLOSE_WAIT);
         if waiting.unread > end {
             return Err(socket.refuse_for_now(
@@ -275,7 +262,7 @@ fn listening(
                 "let the program accept it before the checkpoint",
             ));
         }
-        let inode = match table.other_end(local, client) {
+        let inode = match table.other_end(server, client) {
             Some(other) if inodes.contains_key(&u64::from(other.inode)) => Some(other.inode.into()),
             Some(other) if other.inode == 0 && end == 1 => None,
             None if end == 1 && closed::is_local(client) => None,
@@ -288,14 +275,13 @@ fn listening(
                 ));
             }
         };
-        // As the listening socket sees the client.
-        let client = match (local.ip.is_ipv4(), here.0.is_ipv4()) {
-            (true, false) => Address::new(client.ip, client.port),
-            _ => client,
-        };
-        pending.push(Pending { client, inode });
+        pending.push(Pending {
+            client,
+            server,
+            inode,
+        });
     }
-    let ambiguous = waiting.iter().any(|w| listeners(table, at(w)).count() > 1);
+    let ambiguous = waiting.iter().any(|w| listeners(table, own(w)).count() > 1);
     if ambiguous || waiting.len() != listed.unread as usize {
         let reason = match ambiguous {
             // Which of them has a connection the kernel does not tell.

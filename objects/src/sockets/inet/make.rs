@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use ckpt_image::Reader;
-use ckpt_sys::{events, sockets};
+use ckpt_sys::sockets;
 use nix::errno::Errno;
 
 use super::{Address, InetSocket, Protocol, State, Unread, all, options};
@@ -27,7 +27,7 @@ mod step;
 mod stream;
 mod time_wait;
 
-use step::{Door, NOWHERE, acknowledge, at_port, bind, dial, reuse, until};
+use step::{Door, NOWHERE, acknowledged, at_port, becomes, bind, dial, reuse, set_reuse};
 
 /// How long a step may take that the kernel does at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -330,10 +330,10 @@ impl<'a> Maker<'a> {
     /// Binds a client and connects it. An ephemeral port is taken as connect(2) takes it, so that the socket holds it as
     /// it did.
     fn bind_and_dial(client: &OwnedFd, from: Address, to: Address) -> nix::Result<()> {
+        reuse(client);
         if from.ip == to.ip && at_port(client, from.port, || dial(client, to)) == Some(Ok(())) {
             return Ok(());
         }
-        reuse(client);
         sockets::bind(client, &from.sockaddr())?;
         dial(client, to)
     }
@@ -396,11 +396,7 @@ impl<'a> Maker<'a> {
                         (made.map_err(|e| failed(socket, e))?, client.client)
                     }
                 };
-                let to = match record.and_then(InetSocket::peer) {
-                    Some(peer) => peer,
-                    None if socket.local.is_any() => socket.local.at(client.client.ip),
-                    None => socket.local,
-                };
+                let to = Self::seen_from(from.family(), client.server);
                 Self::bind_and_dial(&made, from, to).map_err(|e| failed(socket, e))?;
                 // Without one, the client is closed at once.
                 if let Some(index) = index {
@@ -446,14 +442,14 @@ impl<'a> Maker<'a> {
                     let _ = sockets::set_option(libc::SOL_SOCKET, &end, libc::SO_LINGER, &at_once);
                 } else if let Some(own) = self.made.all.get(&at) {
                     let _ = sockets::shutdown(&end, libc::SHUT_WR);
-                    until(|| events::poll_now(own, libc::POLLRDHUP) & libc::POLLRDHUP != 0);
+                    becomes(own, libc::POLLRDHUP);
                     let _ = sockets::shutdown(own, libc::SHUT_WR);
-                    until(|| events::poll_now(&end, libc::POLLRDHUP) & libc::POLLRDHUP != 0);
+                    becomes(&end, libc::POLLRDHUP);
                 }
             }
             drop(end);
             if let Some(own) = self.made.all.get(&at) {
-                until(|| events::poll_now(own, libc::POLLRDHUP) & libc::POLLRDHUP != 0);
+                becomes(own, libc::POLLRDHUP);
             }
         }
         for (at, socket) in &self.sockets {
@@ -465,7 +461,7 @@ impl<'a> Maker<'a> {
                 Some(own),
             ) = (&socket.state, self.made.all.get(at))
             {
-                until(|| events::poll_now(own, 0) & libc::POLLERR != 0);
+                becomes(own, libc::POLLERR);
                 if *error == 0 {
                     // The program has taken it.
                     let _ = sockets::int_option(own, libc::SO_ERROR);
@@ -494,19 +490,13 @@ impl<'a> Maker<'a> {
                     .get(&other)
                     .and_then(|at| self.made.all.get(at))
             {
-                until(|| events::poll_now(other, libc::POLLRDHUP) & libc::POLLRDHUP != 0);
-                acknowledge(other);
-                until(|| sockets::unsent(own) == 0);
+                becomes(other, libc::POLLRDHUP);
+                acknowledged(own, other);
             }
         }
         for (at, socket) in &self.sockets {
-            let mut options = socket.options.iter();
-            let reuse =
-                options.find(|o| (o.level, o.number) == (libc::SOL_SOCKET, libc::SO_REUSEADDR));
-            if let (Some(own), Some(reuse), Protocol::Tcp) =
-                (self.made.all.get(at), reuse, socket.protocol)
-            {
-                reuse.set(own).map_err(|e| failed(socket, e))?;
+            if let (Some(own), Protocol::Tcp) = (self.made.all.get(at), socket.protocol) {
+                set_reuse(own, socket)?;
             }
         }
         Ok(())

@@ -22,8 +22,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::filter;
 use super::options::SocketOption;
+use super::{filter, not_replaceable};
 use crate::bounds;
 use crate::error::Obstacle;
 use crate::files::Staging;
@@ -33,7 +33,6 @@ use crate::need::Need;
 use crate::plan::{Builder, Inherited};
 use crate::references::Faults;
 use crate::source::Collector;
-use crate::text::Shown;
 use crate::{Snapshot, SpaceId};
 
 pub use address::Address;
@@ -132,6 +131,8 @@ pub enum State {
 pub struct Pending {
     /// The address of the client.
     pub client: Address,
+    /// The address that it connected to.
+    pub server: Address,
     /// Inode of the client; `None` if that is closed.
     pub inode: Option<u64>,
 }
@@ -209,6 +210,14 @@ impl InetSocket {
             | State::Connected { peer, .. }
             | State::Waiting { peer } => Some(peer),
             _ => None,
+        }
+    }
+
+    /// Whether the client with that inode waits to be accepted.
+    fn awaits(&self, client: u64) -> bool {
+        match &self.state {
+            State::Listening { pending, .. } => pending.iter().any(|p| p.inode == Some(client)),
+            _ => false,
         }
     }
 
@@ -310,14 +319,7 @@ impl OpenFile for InetSocket {
     }
 
     fn not_replaceable(&self, by: &Path) -> Option<Obstacle> {
-        Some(Obstacle::new(
-            format!("the {}", self.label()),
-            format!(
-                "is rebuilt with everything connected to it and cannot be replaced by {}",
-                by.shown()
-            ),
-            "leave that --fd out",
-        ))
+        Some(not_replaceable(&self.label(), by))
     }
 
     fn open(&self, place: &Place, plan: &mut Builder) -> Result<(), Vec<Obstacle>> {

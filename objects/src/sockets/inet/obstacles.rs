@@ -3,11 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use ckpt_tracer::capabilities::{Held, Use};
-use ckpt_tracer::sock_diag::inet::{self as diag, InetSocket as Listed};
+use ckpt_tracer::sock_diag::inet::InetSocket as Listed;
 
 use super::judge::tcp;
-use super::survey::plain;
-use super::{Address, InetSocket, Protocol, State, all, closed, options};
+use super::{Address, InetSocket, Pending, Protocol, State, all, closed, options, survey};
 use crate::Snapshot;
 use crate::error::Obstacle;
 use crate::files::kind::OpenFile;
@@ -38,7 +37,8 @@ pub(super) fn check(
     let possible = match &socket.state {
         State::Unconnected => true,
         State::Listening { pending, .. } => {
-            streams && bound && pending.iter().all(|p| p.client.family() == family)
+            let of_family = |p: &Pending| [p.client, p.server].iter().all(|a| a.family() == family);
+            streams && bound && pending.iter().all(of_family)
         }
         State::Connecting { .. } | State::Waiting { .. } => streams && bound,
         State::Connected { other, .. } => bound && (streams || other.is_none()),
@@ -50,7 +50,7 @@ pub(super) fn check(
         "socket:[{inode}] cannot be in its state"
     );
     let pieces = match (&socket.state, streams) {
-        (State::Connected { .. } | State::Ended { .. } | State::Waiting { .. }, true) => 1,
+        (State::Connected { .. } | State::Ended { .. }, true) => 1,
         (_, true) => 0,
         (_, false) => usize::MAX,
     };
@@ -150,11 +150,9 @@ pub fn in_the_way(snapshot: &Snapshot, held: Held, leaving: bool) -> Vec<Obstacl
     let mut listed: HashMap<(Protocol, u16), Vec<Listed>> = HashMap::new();
     for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::UdpLite] {
         if all(snapshot).any(|(_, socket)| socket.protocol == protocol) {
-            for family in [libc::AF_INET, libc::AF_INET6] {
-                for socket in diag::dump(family, protocol.number(family)).unwrap_or_default() {
-                    let place = listed.entry((protocol, socket.local.1)).or_default();
-                    place.push(socket);
-                }
+            for socket in survey::listed(protocol).unwrap_or_default() {
+                let place = listed.entry((protocol, socket.local.1)).or_default();
+                place.push(socket);
             }
         }
     }
@@ -207,7 +205,7 @@ pub fn in_the_way(snapshot: &Snapshot, held: Held, leaving: bool) -> Vec<Obstacl
 
 /// Whether a live socket prevents one from having its address and port again.
 fn conflict(socket: &InetSocket, other: &Listed) -> bool {
-    let (ours, theirs) = (socket.local.plain(), plain(other.local));
+    let (ours, theirs) = (socket.local.plain(), survey::own(other).plain());
     let overlap = ours.0 == theirs.0 || ours.0.is_unspecified() || theirs.0.is_unspecified();
     if ours.1 != theirs.1 || !overlap || other.inode == 0 {
         return false;
@@ -217,10 +215,10 @@ fn conflict(socket: &InetSocket, other: &Listed) -> bool {
         Protocol::Tcp if other.state == tcp::LISTEN => true,
         // The ports of two connections may be equal if the other ends are not.
         Protocol::Tcp => match peer {
-            Some(peer) => peer == plain(other.remote),
+            Some(peer) => peer == survey::far(other).plain(),
             None => !matches!(socket.state, State::Ended { .. }) && other.state == tcp::CLOSE,
         },
-        _ => peer.is_none() || other.remote.1 == 0 || peer == Some(plain(other.remote)),
+        _ => peer.is_none() || other.remote.1 == 0 || peer == Some(survey::far(other).plain()),
     }
 }
 

@@ -7,11 +7,13 @@ use std::os::fd::OwnedFd;
 use ckpt_sys::sockets;
 use ckpt_tracer::proc::fdlink::FdLink;
 use ckpt_tracer::sock_diag::inet::{self as diag, InetSocket as Listed};
+use nix::errno::Errno;
 
 use super::super::{domain, family};
+use super::judge::tcp;
 use super::options::New;
 use super::unread::Store;
-use super::{Address, InetSocket, Protocol, drain, judge};
+use super::{Address, InetSocket, Protocol, State, closed, drain, judge};
 use crate::error::{Obstacle, Result};
 use crate::files::kind::Captured;
 use crate::files::left::droppable;
@@ -44,12 +46,52 @@ impl Survey {
         })
     }
 
-    /// Whether the other end of a socket is outside the job, or it cannot be captured for another reason.
+    /// Whether the other end of a socket is outside the job, or it can never be captured.
     pub fn is_outside(&self, inode: u64) -> bool {
-        matches!(
-            self.verdicts.get(&inode),
-            Some(Verdict::Outside(_) | Verdict::Refused(_))
-        )
+        match self.verdicts.get(&inode) {
+            Some(Verdict::Outside(_)) => true,
+            Some(Verdict::Refused(obstacle)) => !obstacle.passing,
+            _ => false,
+        }
+    }
+
+    /// Whether all that a socket refers to can be captured, too.
+    fn is_whole(&self, socket: &InetSocket) -> bool {
+        let inside = |inode: &u64| matches!(self.verdicts.get(inode), Some(Verdict::Inside(_)));
+        match &socket.state {
+            State::Connected { other, .. } => other.iter().all(inside),
+            State::Listening { pending, .. } => {
+                pending.iter().filter_map(|p| p.inode.as_ref()).all(inside)
+            }
+            State::Waiting { .. } => self.verdicts.values().any(|verdict| match verdict {
+                Verdict::Inside(other) => other.awaits(socket.inode),
+                _ => false,
+            }),
+            _ => true,
+        }
+    }
+
+    /// A connection of which one end is refused is refused at the other one as well: the first may be dropped.
+    fn refuse_halves(&mut self, live: &[Live<'_>]) {
+        loop {
+            let halves = live
+                .iter()
+                .filter(|socket| match self.verdicts.get(&socket.inode) {
+                    Some(Verdict::Inside(record)) => !self.is_whole(record),
+                    _ => false,
+                });
+            let halves: Vec<&Live<'_>> = halves.collect();
+            if halves.is_empty() {
+                return;
+            }
+            for socket in halves {
+                let what = format!("{} whose other end cannot be captured", family(socket.copy));
+                // Whether to try again depends on the other end.
+                let obstacle = droppable(socket.look, socket.source, &what).passing();
+                let verdict = Verdict::Refused(Box::new(obstacle));
+                self.verdicts.insert(socket.inode, verdict);
+            }
+        }
     }
 }
 
@@ -110,12 +152,7 @@ impl Table {
         let mut all = Vec::new();
         let mut tcp = 0;
         for protocol in protocols {
-            for family in [libc::AF_INET, libc::AF_INET6] {
-                // Echo sockets are not listed.
-                if *protocol != Protocol::Icmp {
-                    all.extend(diag::dump(family, protocol.number(family))?);
-                }
-            }
+            all.extend(listed(*protocol)?);
             if *protocol == Protocol::Tcp {
                 tcp = all.len();
             }
@@ -130,7 +167,7 @@ impl Table {
                 table.by_inode.insert(socket.inode.into(), at);
             }
             if at < tcp && socket.remote.1 != 0 {
-                let pair = (plain(socket.local), plain(socket.remote));
+                let pair = (own(socket).plain(), far(socket).plain());
                 // What is in TIME_WAIT gives way to a live socket.
                 let before = table.by_pair.insert(pair, at);
                 if let Some(before) = before.filter(|b| table.all[*b].inode != 0) {
@@ -153,9 +190,38 @@ impl Table {
     }
 }
 
-/// The address of an entry as [`Address::plain`] has it.
-pub(super) fn plain((ip, port): (IpAddr, u16)) -> (IpAddr, u16) {
-    (ip.to_canonical(), port)
+/// The sockets of a protocol, of both families; a family that the kernel lacks has none. Echo sockets are not listed.
+pub(super) fn listed(protocol: Protocol) -> Result<Vec<Listed>> {
+    let mut all = Vec::new();
+    if protocol == Protocol::Icmp {
+        return Ok(all);
+    }
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        match diag::dump(family, protocol.number(family)) {
+            Err(ckpt_tracer::Error::Kernel {
+                errno: Errno::ENOENT,
+                ..
+            }) if family == libc::AF_INET6 => {}
+            found => all.extend(found?),
+        }
+    }
+    Ok(all)
+}
+
+/// The own address of an entry.
+pub(super) fn own(listed: &Listed) -> Address {
+    Address::new(listed.local.0, listed.local.1)
+}
+
+/// The address of its other end.
+pub(super) fn far(listed: &Listed) -> Address {
+    Address::new(listed.remote.0, listed.remote.1)
+}
+
+/// Whether connections to an address arrive at that socket.
+pub(super) fn listens(listed: &Listed, at: Address) -> bool {
+    let ((ip, port), (to, of)) = (own(listed).plain(), at.plain());
+    listed.state == tcp::LISTEN && port == of && (ip == to || ip.is_unspecified())
 }
 
 /// Captures the internet sockets of the job, which stay as they are.
@@ -165,6 +231,7 @@ pub(super) fn plain((ip, port): (IpAddr, u16)) -> (IpAddr, u16) {
 pub fn survey(looks: &[Look], sources: &[&Source], collector: &mut Collector) -> Result<Survey> {
     let mut survey = Survey::default();
     let mut live = Vec::new();
+    let network = closed::network();
     for look in looks {
         if !matches!(look.link, FdLink::Socket(_)) || look.is_path() {
             continue;
@@ -177,9 +244,13 @@ pub fn survey(looks: &[Look], sources: &[&Source], collector: &mut Collector) ->
         let protocol = sockets::int_option(&look.copy, libc::SO_PROTOCOL).ok();
         let protocol = protocol.and_then(Protocol::of).filter(|p| p.kind() == kind);
         let source = sources[look.process];
-        let Some(protocol) = protocol else {
-            let refused = droppable(look, source, &family(&look.copy));
-            let refused = Verdict::Refused(Box::new(refused));
+        let ours = closed::is_of(network.as_deref(), &look.copy);
+        let Some(protocol) = protocol.filter(|_| ours) else {
+            let what = match ours {
+                true => family(&look.copy),
+                false => "a socket of another network namespace".into(),
+            };
+            let refused = Verdict::Refused(Box::new(droppable(look, source, &what)));
             survey.verdicts.insert(look.stat.st_ino, refused);
             continue;
         };
@@ -225,6 +296,7 @@ pub fn survey(looks: &[Look], sources: &[&Source], collector: &mut Collector) ->
         };
         survey.verdicts.insert(socket.inode, verdict);
     }
+    survey.refuse_halves(&live);
     store.finish(collector);
     Ok(survey)
 }

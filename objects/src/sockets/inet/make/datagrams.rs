@@ -7,7 +7,7 @@ use ckpt_sys::sockets;
 use nix::errno::Errno;
 
 use super::super::{Address, InetSocket, Protocol, State, closed};
-use super::step::{NOWHERE, bind, reuse};
+use super::step::{NOWHERE, bind, reuse, set_reuse};
 use super::{Maker, failed};
 use crate::error::Result;
 use crate::files::kind::OpenFile;
@@ -49,12 +49,7 @@ impl Maker<'_> {
                     let _ = sockets::shutdown(made, how);
                 }
             }
-            let mut options = socket.options.iter();
-            let reuse =
-                options.find(|o| (o.level, o.number) == (libc::SOL_SOCKET, libc::SO_REUSEADDR));
-            if let Some(reuse) = reuse {
-                reuse.set(made).map_err(|e| failed(socket, e))?;
-            }
+            set_reuse(made, socket)?;
         }
         Ok(())
     }

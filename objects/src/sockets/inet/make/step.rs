@@ -1,20 +1,19 @@
 //! Single steps: binding, connecting, accepting at a temporary listening socket.
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ckpt_sys::{events, sockets};
 use nix::errno::Errno;
 
+use super::super::super::options::SocketOption;
 use super::super::{Address, InetSocket};
 use super::{PATIENCE, failed};
 use crate::error::Result;
 
-pub(super) fn until(done: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !done() && start.elapsed() < PATIENCE {
-        std::thread::sleep(Duration::from_micros(100));
-    }
+/// Waits until a socket has one of these states of poll(2).
+pub(super) fn becomes(socket: &OwnedFd, states: i16) {
+    events::poll_for(socket, states, PATIENCE.as_millis() as i32);
 }
 
 /// Lets connect(2) choose a certain port of the ephemeral ones; `None` where that is not possible.
@@ -63,15 +62,28 @@ pub(super) fn bind(made: &OwnedFd, socket: &InetSocket) -> Result<()> {
 /// `struct sockaddr` of `AF_UNSPEC`, which disconnects a socket.
 pub(super) const NOWHERE: [u8; 16] = [0; 16];
 
-/// Acknowledges at once what has arrived (`TCP_QUICKACK`).
-pub(super) fn acknowledge(socket: &OwnedFd) {
-    let now = 1i32.to_ne_bytes();
-    let _ = sockets::set_option(libc::IPPROTO_TCP, socket, libc::TCP_QUICKACK, &now);
+/// Waits until all that `from` has sent is acknowledged, which `to` does at once (`TCP_QUICKACK`). No descriptor becomes
+/// ready then.
+pub(super) fn acknowledged(from: &OwnedFd, to: &OwnedFd) {
+    let (now, start) = (1i32.to_ne_bytes(), Instant::now());
+    while sockets::unsent(from) > 0 && start.elapsed() < PATIENCE {
+        let _ = sockets::set_option(libc::IPPROTO_TCP, to, libc::TCP_QUICKACK, &now);
+        std::thread::yield_now();
+    }
 }
 
-/// `SO_REUSEADDR`.
+/// Sets `SO_REUSEADDR`.
 pub(super) fn reuse(socket: &OwnedFd) {
     let _ = sockets::set_int_option(socket, libc::SO_REUSEADDR, 1);
+}
+
+/// Sets it as the program has it.
+pub(super) fn set_reuse(made: &OwnedFd, socket: &InetSocket) -> Result<()> {
+    let is_it = |o: &&SocketOption| (o.level, o.number) == (libc::SOL_SOCKET, libc::SO_REUSEADDR);
+    match socket.options.iter().find(is_it) {
+        Some(option) => option.set(made).map_err(|e| failed(socket, e)),
+        None => Ok(()),
+    }
 }
 
 /// connect(2) of a nonblocking socket to one that listens.

@@ -9,12 +9,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use ckpt_sys::{events, sockets};
-use ckpt_tracer::sock_diag::inet::{self as diag, InetSocket as Listed};
+use ckpt_tracer::sock_diag::inet::InetSocket as Listed;
 use nix::errno::Errno;
 
 use super::super::judge::tcp;
-use super::super::survey::plain;
-use super::super::{Address, InetSocket, Protocol, closed};
+use super::super::{InetSocket, Protocol, closed, survey};
 use super::step;
 use crate::index::DescriptionId;
 
@@ -29,19 +28,17 @@ pub(super) fn clear(of: &[(DescriptionId, &InetSocket)]) {
         .iter()
         .filter(|(_, s)| s.protocol == Protocol::Tcp && s.local.port != 0);
     let mut wanted: HashSet<u16> = HashSet::new();
-    let mut families = HashSet::new();
     for (_, socket) in streams {
-        families.insert(socket.family());
         wanted.insert(socket.local.port);
         wanted.extend(socket.peer().map(|peer| peer.port));
+    }
+    if wanted.is_empty() {
+        return;
     }
     let start = Instant::now();
     // Both ends may be in this state; then the kernel gives the port of one only when a second is over.
     while start.elapsed() < PATIENCE {
-        let mut found = Vec::new();
-        for family in &families {
-            found.extend(diag::dump(*family, libc::IPPROTO_TCP).unwrap_or_default());
-        }
+        let found = survey::listed(Protocol::Tcp).unwrap_or_default();
         let waits = |s: &&Listed| s.state == tcp::TIME_WAIT && wanted.contains(&s.local.1);
         let ended: Vec<Attempt> = found.iter().filter(waits).map(|s| end(s, &found)).collect();
         if ended
@@ -75,15 +72,8 @@ enum Attempt {
 
 /// Connects to one end from the place of the other.
 fn end(waiting: &Listed, all: &[Listed]) -> Attempt {
-    let here = Address::new(waiting.local.0, waiting.local.1);
-    let there = Address::new(waiting.remote.0, waiting.remote.1);
-    let listens = |s: &Listed| {
-        let at = plain(s.local);
-        s.state == tcp::LISTEN
-            && at.1 == here.port
-            && (at.0 == here.plain().0 || at.0.is_unspecified())
-    };
-    if all.iter().any(listens) || !closed::is_local(there) {
+    let (here, there) = (survey::own(waiting), survey::far(waiting));
+    if all.iter().any(|s| survey::listens(s, here)) || !closed::is_local(there) {
         return Attempt::Impossible;
     }
     let Ok(socket) = sockets::socket_of(there.family(), libc::SOCK_STREAM, libc::IPPROTO_TCP)
